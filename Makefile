@@ -1,0 +1,45 @@
+# Everything a contributor types. `make demo` and `make test` start from a bare checkout.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A strict editable install links file by file, which is what lets type checkers and import-linter see
+# `slm.*`; the list below is compared at every call, so that a new or moved file is linked again.
+FILES  := $(sort $(shell find core train export quantize finetune runtime cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' | grep -v egg-info))
+
+.PHONY: install demo test test-fast check format bench clean FORCE
+
+install: $(VENV)/.installed
+
+$(VENV)/files.txt: FORCE
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@printf '%s\n' $(FILES) | cmp -s - $@ || printf '%s\n' $(FILES) > $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/files.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--config-settings editable_mode=strict --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/slm demo
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,85 @@
+"""What commands print: results on standard output, everything said along the way on standard error."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
+STDOUT = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Says one line about what is going on."""
+    STDERR.print(escape(text))
+
+
+def say_error(message: str, hint: str | None = None) -> None:
+    """Says what went wrong, and what to do about it."""
+    STDERR.print(f"[bold red]error:[/] {escape(message)}")
+    if hint:
+        STDERR.print(f"[bold]hint:[/] {escape(hint)}")
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Prints the result for machines: one JSON object on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints the result for people."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    STDOUT.print(table, soft_wrap=False)
+
+
+class RichProgress:
+    """Draws long work as a bar with elapsed and remaining time; see `slm.core.progress.Progress`."""
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+
+    def start(self, name: str, total: int | None, unit: str) -> None:
+        """Begins a bar."""
+        self.finish()
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[fields]}"),
+            console=STDERR,
+            transient=not STDERR.is_terminal,
+            disable=not STDERR.is_terminal,
+        )
+        self._task = self._bars.add_task(escape(name), total=total, fields="")
+        self._bars.start()
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        """Moves the bar on and shows the fields beside it."""
+        if self._bars is not None and self._task is not None:
+            shown = {"fields": "  ".join(f"{k} {v}" for k, v in fields.items())} if fields else {}
+            self._bars.update(self._task, advance=amount, **shown)
+
+    def finish(self) -> None:
+        """Ends the bar."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def note(self, text: str) -> None:
+        """Says a line above the bar."""
+        say(text)

@@ -1,0 +1,127 @@
+"""Entry point: finds commands without importing them, and turns every failure into one line."""
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from slm.cli.console import say_error
+from slm.core.errors import SlmError
+from slm.version import __version__
+
+# In the order of the chain. The help stands here so that `slm --help` imports no command.
+COMMANDS = {
+    "train": "Train a model on text: tokenizer, data, checkpoint.",
+    "finetune": "Fine-tune a checkpoint with LoRA on a JSONL file.",
+    "export": "Export a checkpoint to an ONNX bundle and prove it equal.",
+    "quantize": "Quantize a bundle and measure what that changed.",
+    "generate": "Continue a text with a bundle or a checkpoint.",
+    "info": "Say what an artifact is and how it was made.",
+    "doctor": "Say what this machine has and what is missing.",
+    "demo": "Run the whole chain on data that ships with slm.",
+}
+
+# Which extra brings a package, for the hint when it is missing.
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "onnx": "convert",
+    "onnxscript": "convert",
+    "onnx_ir": "convert",
+    "safetensors": "convert",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"slm.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, envvar="SLM_DEBUG", help="Show the traceback of a failure.")
+@click.version_option(__version__, prog_name="slm")
+def cli(debug: bool) -> None:
+    """From raw text to a verified, quantized small language model.
+
+    \b
+      slm train --data stories.txt      text        -> runs/NAME/checkpoint/best
+      slm export --onnx                 checkpoint  -> runs/NAME/onnx
+      slm quantize --int8               bundle      -> runs/NAME/onnx-int8
+      slm generate -p "Once upon"       bundle      -> text
+
+    A command given no input takes the newest suitable artifact under ./runs and says which.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 used wrongly, 130 or 143 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments[:1] or os.environ.get("SLM_DEBUG", "") not in ("", "0")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(args=list(arguments), prog_name="slm", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        say_error("interrupted", "what was finished is kept; nothing is left half written")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # nobody listens: end quietly, as tools in a pipe do
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, hint, code = _explain(error)
+        say_error(message, hint)
+        sys.exit(code)
+    sys.exit(0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _explain(error: Exception) -> tuple[str, str | None, int]:
+    """Returns message, hint and exit code for an exception."""
+    match error:
+        case SlmError():
+            return error.message, error.hint, 1
+        case click.UsageError():
+            command = error.ctx.command_path if error.ctx else "slm"
+            return error.format_message(), f"{command} --help shows what it takes", 2
+        case click.ClickException():
+            return error.format_message(), None, 1
+        case ModuleNotFoundError() if error.name and not error.name.startswith("slm"):
+            extra = _EXTRAS.get(error.name.partition(".")[0], "train")
+            return f"this needs the package {error.name}", f"pip install 'slm-edge[{extra}]'", 1
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "no space left on the disk", "free some; nothing is left half written", 1
+        case OSError() if error.strerror:
+            return f"{error.strerror}: {error.filename}" if error.filename else error.strerror, None, 1
+        case MemoryError():
+            return "out of memory", "a smaller batch or context needs less", 1
+    return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> tuple[str, str, int]:
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text}", "slm --debug ... shows where; please report it", 1

@@ -1,0 +1,146 @@
+"""Files and directories that appear whole or not at all, and paths that stay where they belong."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from slm.core.errors import SlmError
+
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yields an empty sibling directory that takes the place of `target` when the block ends well.
+
+    An exception, Ctrl-C included, removes the sibling and leaves `target` as it was. What a killed process left
+    beside the target is removed first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        replace_directory(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Renames `source` to `target`; what stood there before is removed once the new one is in place."""
+    replaced = target.parent / f".{target.name}{_REPLACED}{os.getpid()}"
+    if target.exists():
+        target.rename(replaced)
+    try:
+        source.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Removes leftovers of processes that no longer run; a directory replaced but never renamed back is restored."""
+    for kind in (_REPLACED, _PARTIAL):
+        for left in target.parent.glob(f".{target.name}{kind}*"):
+            pid = left.name.rpartition("-")[2]
+            if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
+                continue
+            if kind == _REPLACED and not target.exists():
+                left.rename(target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yields a sibling path to write; it takes the place of `target` when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all."""
+    with atomic_file(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_text(path: Path, what: str) -> str:
+    """Reads a UTF-8 file.
+
+    Args:
+        path: The file.
+        what: What the file is to the user, for the message ("training text").
+
+    Raises:
+        SlmError: When it is missing, a directory, unreadable or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SlmError(f"{what} not found: {path}", "check the path") from None
+    except IsADirectoryError:
+        raise SlmError(f"{what} is a directory, not a file: {path}", "name a file") from None
+    except UnicodeDecodeError as error:
+        raise SlmError(
+            f"{what} is not UTF-8 text: {path} (byte {error.start})", "convert it, for example with iconv"
+        ) from None
+    except OSError as error:
+        raise SlmError(f"cannot read {what}: {path} ({error.strerror})", "check its permissions") from None
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        SlmError: When the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
+        raise SlmError(f"{what} is not JSON: {path}, line {error.lineno}: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise SlmError(f"{what} is not a JSON object: {path}")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def member(directory: Path, name: str) -> Path:
+    """Resolves `name`, as an artifact's own files spell it, inside `directory`.
+
+    Raises:
+        SlmError: When the name is absolute or leads, directly or through a link, out of the directory.
+    """
+    pure = PurePosixPath(name)
+    path = directory / pure
+    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(directory.resolve()):
+        raise SlmError(f"{directory}: the name {name!r} leads out of the directory", "do not trust this artifact")
+    return path

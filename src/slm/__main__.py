@@ -1,0 +1,6 @@
+"""`python -m slm` is `slm`."""
+
+from slm.cli.main import main
+
+if __name__ == "__main__":
+    main()
