@@ -1,0 +1,100 @@
+"""The ONNX contract: names of inputs, outputs and dimensions, and the order of the caches.
+
+Other clients read these names: transformers.js and onnxruntime-genai look for `past_key_values.{i}.key` and `batch_size`,
+lm-evaluation-harness sizes unknown inputs by dimension names, and transformers.js takes the sequence length from the first
+cache, which is therefore a global layer's.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from slm.core.config import FULL, ModelConfig
+
+Side = Literal["key", "value"]
+SIDES: tuple[Side, Side] = ("key", "value")
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+LOGITS_TO_KEEP = "num_logits_to_keep"
+LOGITS = "logits"
+
+# Positions of a sliding cache beyond its window: the CPU kernel moves the window up once every SLACK + 1 steps instead of
+# at every step (16 measured best by onnxruntime-genai).
+CACHE_SLACK = 16
+
+
+def past_name(layer: int, side: Side) -> str:
+    """Returns the name of a cache input."""
+    return f"past_key_values.{layer}.{side}"
+
+
+def present_name(layer: int, side: Side) -> str:
+    """Returns the name of a cache output."""
+    return f"present.{layer}.{side}"
+
+
+class TensorSpec(BaseModel):
+    """One input or output: `shape` has a number where the length is fixed and a name where it is not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    dtype: Literal["int64", "float32"]
+    shape: tuple[int | str, ...]
+    optional: bool = False
+
+
+class CacheLayer(BaseModel):
+    """One layer's cache: (batch_size, kv_heads, capacity, head_dim), `window` positions of it needed when it slides."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def capacity(self, context: int) -> int:
+        """Returns the positions the buffer must hold for a context of that many: bounded where the layer slides."""
+        return context if self.window is None else self.window + CACHE_SLACK
+
+
+def cache_layers(config: ModelConfig) -> tuple[CacheLayer, ...]:
+    """Returns the caches in the order of inputs and outputs: global layers first."""
+    layers = (
+        CacheLayer(layer=i, kv_heads=config.num_key_value_heads, head_dim=config.head_dim, window=config.window(i))
+        for i in range(config.num_hidden_layers)
+    )
+    return tuple(sorted(layers, key=lambda cache: (config.layer_types[cache.layer] != FULL, cache.layer)))
+
+
+def input_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Returns the graph's inputs in order."""
+    return (
+        TensorSpec(name=INPUT_IDS, dtype="int64", shape=("batch_size", "sequence_length")),
+        TensorSpec(name=ATTENTION_MASK, dtype="int64", shape=("batch_size", "total_sequence_length")),
+        *_cache_specs(config, "past"),
+        TensorSpec(name=LOGITS_TO_KEEP, dtype="int64", shape=(), optional=True),
+    )
+
+
+def output_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Returns the graph's outputs in order."""
+    return (
+        TensorSpec(name=LOGITS, dtype="float32", shape=("batch_size", "kept", config.vocab_size)),
+        *_cache_specs(config, "present"),
+    )
+
+
+def _cache_specs(config: ModelConfig, when: Literal["past", "present"]) -> tuple[TensorSpec, ...]:
+    name = past_name if when == "past" else present_name
+    return tuple(
+        TensorSpec(
+            name=name(cache.layer, side),
+            dtype="float32",
+            shape=("batch_size", cache.kv_heads, f"{when}_{'window' if cache.window else 'sequence'}", cache.head_dim),
+        )
+        for cache in cache_layers(config)
+        for side in SIDES
+    )

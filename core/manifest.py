@@ -1,0 +1,168 @@
+"""A bundle: the directory that is deployed, described and sealed by its `manifest.json`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from slm.core.config import ModelConfig, first_mistake
+from slm.core.contract import CacheLayer, TensorSpec
+from slm.core.errors import SlmError
+from slm.core.files import member, read_json, sha256_file
+
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+SCHEMA_VERSION = 1
+
+Precision = Literal["float32", "int8"]
+# transformers.js's names for the precisions.
+MODEL_NAMES: dict[Precision, str] = {"float32": "model", "int8": "model_quantized"}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Record):
+    """A file as it was sealed."""
+
+    sha256: str
+    bytes: int
+
+
+class Parity(_Record):
+    """How far a bundle is from the model it was exported from, over several arrangements of the same tokens.
+
+    Largest absolute differences; the tolerance applies to each.
+    """
+
+    reference: str
+    tokens: int
+    tolerance: float
+    logits: dict[str, float]
+    caches: dict[str, float]
+    greedy_tokens_equal: int
+
+    @property
+    def largest(self) -> float:
+        """The largest difference of all."""
+        return max(*self.logits.values(), *self.caches.values())
+
+
+class Quantization(_Record):
+    """How the weights are stored: symmetric integers, one float32 scale for each block of input channels."""
+
+    bits: int
+    block_size: int
+    accuracy_level: int
+
+
+class Quality(_Record):
+    """What quantization changed, measured on text against the bundle it was made from."""
+
+    text: str
+    tokens: int
+    kl_nats: float
+    same_top1: float
+    perplexity_before: float
+    perplexity_after: float
+    max_kl_nats: float
+
+
+class Manifest(_Record):
+    """Everything a client must know before it opens the graph."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    slm_version: str
+    model: str
+    precision: Precision
+    target: Literal["fused"] = "fused"
+    device: Literal["cpu"] = "cpu"
+    context: int
+    cache: tuple[CacheLayer, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: int
+    parity: Parity | None = None
+    quantization: Quantization | None = None
+    quality: Quality | None = None
+    provenance: dict[str, Any] = {}
+    notices: tuple[str, ...] = ()
+    files: dict[str, FileEntry] = {}
+
+
+class Bundle:
+    """An opened bundle whose files are as they were sealed."""
+
+    def __init__(self, path: Path, manifest: Manifest, config: ModelConfig) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.config = config
+
+    @property
+    def model_path(self) -> Path:
+        """The graph; its weights lie beside it, memory-mapped when it is opened."""
+        return member(self.path, self.manifest.model)
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self.config.stop_token_ids
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    @classmethod
+    def open(cls, path: Path) -> "Bundle":
+        """Opens a bundle and checks every file against the manifest.
+
+        Raises:
+            SlmError: When the directory is not a bundle, or a file is missing, truncated or altered; it is named.
+        """
+        if not (path / MANIFEST_FILE).is_file():
+            raise SlmError(
+                f"not a bundle: {path} has no {MANIFEST_FILE}", "slm export --onnx makes one from a checkpoint"
+            )
+        fields = read_json(path / MANIFEST_FILE, "manifest")
+        if fields.get("schema_version") != SCHEMA_VERSION:
+            raise SlmError(
+                f"{path}: manifest schema {fields.get('schema_version')!r} is not {SCHEMA_VERSION}",
+                "export it again with this version of slm",
+            )
+        try:
+            manifest = Manifest.model_validate(fields)
+        except ValidationError as error:
+            raise SlmError(f"{path / MANIFEST_FILE} is wrong: {first_mistake(error)}") from None
+        for name, entry in manifest.files.items():
+            _check_file(path, name, entry)
+        for name in (manifest.model, CONFIG_FILE):
+            if name not in manifest.files:
+                raise SlmError(f"{path}: {name} is not among the files that the manifest seals")
+        return cls(path, manifest, ModelConfig.from_hf(read_json(member(path, CONFIG_FILE), CONFIG_FILE)))
+
+
+def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
+    file = member(directory, name)
+    again = "copy or export the bundle again"
+    if not file.is_file():
+        raise SlmError(f"{directory}: {name} is missing", again)
+    size = file.stat().st_size
+    if size != entry.bytes:
+        raise SlmError(f"{directory}: {name} has {size:,} bytes instead of {entry.bytes:,}", again)
+    if sha256_file(file) != entry.sha256:
+        raise SlmError(f"{directory}: {name} was altered after it was sealed (SHA-256 differs)", again)
+
+
+def seal(directory: Path, manifest: Manifest) -> Manifest:
+    """Writes `manifest.json` with the hash of every other file in the directory; returns it as written."""
+    entries = {
+        file.relative_to(directory).as_posix(): FileEntry(sha256=sha256_file(file), bytes=file.stat().st_size)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != MANIFEST_FILE
+    }
+    sealed = manifest.model_copy(update={"files": entries})
+    (directory / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return sealed

@@ -1,0 +1,7 @@
+"""The model in PyTorch: the reference that every exported graph is compared with."""
+
+from slm.core.nn.cache import KVCache
+from slm.core.nn.checkpoint import load_checkpoint, save_checkpoint
+from slm.core.nn.model import CausalLM
+
+__all__ = ["CausalLM", "KVCache", "load_checkpoint", "save_checkpoint"]

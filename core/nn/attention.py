@@ -1,0 +1,61 @@
+"""Grouped-query attention (arXiv:2305.13245) with QK-norm before rotation, over everything or over a window.
+
+Dimensions: B batch, T new positions, S visible positions, N heads, K kv heads, H head dim, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm.core.config import ModelConfig
+from slm.core.nn.cache import LayerCache
+from slm.core.nn.layers import RMSNorm
+from slm.core.nn.rope import apply_rope
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What a kind of layer needs to know of where the new tokens stand.
+
+    Attributes:
+        cos: Cosine of the rotation, (B, 1, T, H/2).
+        sin: Sine of the rotation, (B, 1, T, H/2).
+        mask: True where a query may look, (B, 1, T, S); None for plain causal attention.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+
+
+class Attention(nn.Module):
+    """Attention of one layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.scale = config.query_pre_attn_scalar**-0.5
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        """Maps (B, T, D) to (B, T, D)."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, N or K, T, H)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = apply_rope(self.q_norm(q), positions.cos, positions.sin)
+        k = apply_rope(self.k_norm(k), positions.cos, positions.sin)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, K, S, H)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=positions.mask, is_causal=positions.mask is None, scale=self.scale, enable_gqa=True
+        )
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return out

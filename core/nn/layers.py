@@ -1,0 +1,50 @@
+"""RMSNorm, scaled embedding and gated MLP of Gemma 3 (arXiv:2503.19786).
+
+Dimensions: B batch, T positions, D hidden, F intermediate, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm.core.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467), its gain stored as the offset from 1.
+
+    Computed in float32 whatever comes in: Gemma's residual stream passes 65,504, the largest float16.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normed `x` in its own dtype and shape."""
+        normed = F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps)
+        return normed.type_as(x)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embedding multiplied by sqrt(D) on the way in; a tied head uses the table as it is."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Maps ids (B, T) to hidden states (B, T, D)."""
+        return super().forward(input_ids) * torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype)
+
+
+class MLP(nn.Module):
+    """Gated MLP with the tanh approximation of GELU (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, T, D) to (B, T, D) through F."""
+        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return out

@@ -1,0 +1,127 @@
+"""The Gemma 3 text decoder. Modules and tensors carry Hugging Face's names; `export/graph/modules.py` mirrors this file.
+
+Dimensions: B batch, T new positions, S visible positions, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from slm.core.config import LayerType, ModelConfig
+from slm.core.nn.attention import Attention, Positions
+from slm.core.nn.cache import KVCache, LayerCache
+from slm.core.nn.layers import MLP, RMSNorm, ScaledEmbedding
+from slm.core.nn.rope import rope_angles
+
+
+class DecoderLayer(nn.Module):
+    """One block: attention and MLP, each with a norm before it and one after it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            self.add_module(f"{name}_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        """Maps the residual stream (B, T, D) to itself."""
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class TextModel(nn.Module):
+    """Embedding, blocks and last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Maps ids (B, T) to hidden states (B, T, D); see `CausalLM.forward`."""
+        kinds = self.positions(input_ids, attention_mask, 0 if cache is None else cache.length)
+        x = self.embed_tokens(input_ids)
+        for i, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
+            x = layer(x, kinds[kind], None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        out: Tensor = self.norm(x)
+        return out
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> dict[LayerType, Positions]:
+        """Returns rotation and mask for each kind of layer that occurs.
+
+        Positions count from each row's first valid token. Masks compare slots: rows padded on the left, or on the
+        right without a step after them, keep their distances.
+        """
+        batch, length = input_ids.shape
+        device = input_ids.device
+        total = past + length
+        query_slot = torch.arange(past, total, device=device)
+        if attention_mask is None:
+            position_ids = query_slot.expand(batch, -1)
+        else:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+        kinds: dict[LayerType, Positions] = {}
+        for kind in set(self.config.layer_types):
+            window = self.config.window(self.config.layer_types.index(kind))
+            cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_parameters[kind].rope_theta)
+            visible = total if window is None else min(total, window + length)
+            if past == 0 and attention_mask is None and (window is None or length <= window):
+                mask = None  # plain causal attention, which has the fastest kernels
+            else:
+                key_slot = torch.arange(total - visible, total, device=device)
+                distance = query_slot[:, None] - key_slot[None, :]  # (T, S)
+                seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+                mask = seen[None, None]
+                if attention_mask is not None:
+                    valid = attention_mask[:, None, None, -visible:].bool()
+                    # A padded query looks at itself: a softmax over nothing would be NaN.
+                    mask = (mask & valid) | (distance == 0)
+            kinds[kind] = Positions(cos, sin, mask)
+        return kinds
+
+
+class CausalLM(nn.Module):
+    """The decoder with its head: Hugging Face's `Gemma3ForCausalLM`, tensor for tensor."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = TextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fills every matrix with N(0, initializer_range) and every norm offset with 0."""
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        num_logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Returns logits for the next token at each position.
+
+        Args:
+            input_ids: New tokens, int64 (B, T).
+            attention_mask: 1 for tokens and 0 for padding, (B, past + T); None when nothing is padded.
+            cache: Keys and values of the positions before; extended in place.
+            num_logits_to_keep: How many of the last positions to compute; 0 for all.
+
+        Returns:
+            Logits (B, T or num_logits_to_keep, V).
+        """
+        hidden = self.model(input_ids, attention_mask, cache)
+        out: Tensor = self.lm_head(hidden[:, -num_logits_to_keep:])
+        return out

@@ -1,0 +1,67 @@
+"""Named model shapes. Each is complete; the tokenizer that goes with it decides the special tokens' ids."""
+
+from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters, layer_pattern
+from slm.core.errors import SlmError
+
+# Gemma 3 (arXiv:2503.19786, section 2): base 10,000 where attention is local, 1,000,000 where it is global.
+_ROPE = {SLIDING: RopeParameters(rope_theta=10_000.0), FULL: RopeParameters(rope_theta=1_000_000.0)}
+
+PRESETS: dict[str, ModelConfig] = {
+    # google/gemma-3-270m's shape with GPT-2's 50,257 tokens in place of Gemma's 262,144, padded to a multiple of 128;
+    # the padding holds the turn tokens.
+    "gemma3-270m": ModelConfig(
+        vocab_size=50_304,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        layer_types=layer_pattern(18),
+        rope_parameters=_ROPE,
+        query_pre_attn_scalar=256,
+        max_position_embeddings=32_768,
+    ),
+    # For children's stories: trains to readable text within minutes to hours on a laptop's CPU.
+    "stories-4m": ModelConfig(
+        vocab_size=4_096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=128,
+        layer_types=layer_pattern(6),
+        rope_parameters=_ROPE,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=2_048,
+    ),
+    # For the demo: learns the shipped sample within a minute on two cores; the window is short enough to be passed.
+    "tiny": ModelConfig(
+        vocab_size=1_024,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=64,
+        layer_types=layer_pattern(6),
+        rope_parameters=_ROPE,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=1_024,
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """Returns a preset by name.
+
+    Raises:
+        SlmError: When there is none of that name.
+    """
+    if name not in PRESETS:
+        raise SlmError(f"no preset is called {name!r}", f"the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,82 @@
+"""Where artifacts lie when nobody says: `./runs/NAME`, and which one is meant when nothing is named."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from slm.core.errors import SlmError
+from slm.core.manifest import CONFIG_FILE, MANIFEST_FILE
+
+RUNS = Path("runs")
+WEIGHTS_FILE = "model.safetensors"
+INFO_FILE = "slm.json"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Says whether a directory looks like a checkpoint: a configuration with weights."""
+    return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
+
+
+def is_bundle(path: Path) -> bool:
+    """Says whether a directory looks like a bundle."""
+    return (path / MANIFEST_FILE).is_file()
+
+
+def free_run(name: str) -> Path:
+    """Returns `runs/NAME`, or `runs/NAME-2` and so on when that is taken."""
+    number = 1
+    while (path := RUNS / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return path
+
+
+def newest_run() -> Path:
+    """Returns the run that was trained last.
+
+    Raises:
+        SlmError: When there is none.
+    """
+    return _newest((path / "metrics.jsonl" for path in RUNS.glob("*")), "run", "slm train makes one").parent
+
+
+def newest_checkpoint() -> Path:
+    """Returns the best checkpoint of the run that was trained last.
+
+    Raises:
+        SlmError: When there is none.
+    """
+    found = (RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}") for kind in ("best", "last"))
+    candidates = {path.parent.parent: path for kind in reversed([list(k) for k in found]) for path in kind}
+    return _newest(candidates.values(), "checkpoint", "slm train makes one, or name a checkpoint directory").parent
+
+
+def newest_bundle(*, quantized: bool | None = None) -> Path:
+    """Returns the bundle that was made last.
+
+    Args:
+        quantized: Whether it must be (True) or must not be (False) quantized; None takes either.
+
+    Raises:
+        SlmError: When there is none.
+    """
+    found = [
+        path
+        for path in RUNS.glob(f"*/onnx*/{MANIFEST_FILE}")
+        if quantized is None or quantized != ('"precision": "float32"' in path.read_text(encoding="utf-8"))
+    ]
+    hint = "slm quantize --int8 makes one" if quantized else "slm export --onnx makes one from a checkpoint"
+    return _newest(found, "bundle", hint).parent
+
+
+def run_of(artifact: Path) -> Path:
+    """Returns the run directory that an artifact lies in, for what is made from it to lie beside it."""
+    for parent in artifact.resolve().parents:
+        if parent.parent == RUNS.resolve():
+            return RUNS / parent.name
+    return artifact.parent
+
+
+def _newest(markers: Iterable[Path], what: str, hint: str) -> Path:
+    existing = [path for path in markers if path.is_file()]
+    if not existing:
+        raise SlmError(f"there is no {what} under ./{RUNS}", hint)
+    return max(existing, key=lambda path: path.stat().st_mtime_ns)

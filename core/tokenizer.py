@@ -1,0 +1,107 @@
+"""A `tokenizer.json` and what slm needs of it: ids, text, the special tokens, and text as it streams."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as _Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from slm.core.errors import SlmError
+from slm.core.files import read_json
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+END_OF_TEXT = "<|endoftext|>"
+START_OF_TURN = "<start_of_turn>"
+END_OF_TURN = "<end_of_turn>"
+PAD = "<pad>"
+# In the order in which they get ids when a vocabulary has none of them.
+SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        backend: The tokenizers library's object.
+        config: What `tokenizer_config.json` says beside it: names of special tokens, chat template.
+        sha256: Of the vocabulary and rules, to tell whether data was made with the same ones.
+    """
+
+    def __init__(self, backend: _Tokenizer, config: dict[str, Any]) -> None:
+        self.backend = backend
+        self.config = config
+        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        # A second view of the same vocabulary in which "<|endoftext|>" inside a text is only those characters.
+        self._literal = _Tokenizer.from_str(backend.to_str())
+        self._literal.encode_special_tokens = True
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Loads a `tokenizer.json`, or the one in an artifact's directory.
+
+        Raises:
+            SlmError: When it is missing or not a tokenizer.
+        """
+        file = path / TOKENIZER_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise SlmError(f"tokenizer not found: {file}", "a checkpoint or bundle carries its tokenizer.json")
+        try:
+            backend = _Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a bare Exception for any malformed file
+            raise SlmError(f"not a tokenizer.json: {file} ({error})") from None
+        beside = file.parent / TOKENIZER_CONFIG_FILE
+        return cls(backend, read_json(beside, TOKENIZER_CONFIG_FILE) if beside.is_file() else {})
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json` into a directory."""
+        self.backend.save(str(directory / TOKENIZER_FILE))
+        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token spelt exactly so, None when there is none."""
+        return self.backend.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelt."""
+        return self.backend.encode(text).ids
+
+    def encode_literal(self, text: str) -> list[int]:
+        """Returns the ids of a text as it stands: nothing put before it, no special token read out of it."""
+        return self._literal.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Like `encode_literal` for many texts at once, on all cores."""
+        return [encoding.ids for encoding in self._literal.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of the ids, special tokens left out."""
+        return self.backend.decode(list(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields the text of ids as they come, never half a character.
+
+        A character whose bytes never complete appears as U+FFFD at the end, as `decode` has it.
+        """
+        stream = DecodeStream(skip_special_tokens=True)
+        seen: list[int] = []
+        length = 0
+        for token in ids:
+            seen.append(token)
+            piece = stream.step(self.backend, token)
+            if piece:
+                length += len(piece)
+                yield piece
+        rest = self.decode(seen)[length:]
+        if rest:
+            yield rest

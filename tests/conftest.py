@@ -1,0 +1,90 @@
+"""What tests share: a config that is small and awkward on purpose, models with varied weights, an isolated home."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
+from slm.core.nn import CausalLM, save_checkpoint
+from slm.core.tokenizer import Tokenizer
+from slm.train.tokenizer import train_bpe
+
+# Small and awkward: heads * head_dim is not hidden_size, two query heads a kv head, both kinds of layer, a window
+# that tests can pass, bases far enough apart to be told apart within a few positions.
+AWKWARD = ModelConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    sliding_window=16,
+    layer_types=(SLIDING, SLIDING, FULL, SLIDING),
+    rope_parameters={SLIDING: RopeParameters(rope_theta=100.0), FULL: RopeParameters(rope_theta=10_000.0)},
+    query_pre_attn_scalar=24,
+    max_position_embeddings=256,
+    bos_token_id=0,
+    eos_token_id=(0, 2),
+    pad_token_id=3,
+)
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs in its own directory, so that ./runs is its own and nothing of the user's is read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def single_thread() -> None:
+    """Tests run on two workers: one thread each."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    """The awkward config."""
+    return AWKWARD
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
+    """Returns a model whose weights are large enough for attention to be far from uniform, norms not at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    model = CausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        scale = 0.2 if "norm" in name else 1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5
+        parameter.data.normal_(std=scale, generator=generator)
+    return model
+
+
+@pytest.fixture
+def make_model() -> Callable[..., CausalLM]:
+    """The factory of random models."""
+    return random_model
+
+
+@pytest.fixture(scope="session")
+def stories() -> list[str]:
+    """A handful of texts for tokenizers to learn from."""
+    from slm.core import sample
+
+    return sample.stories_path().read_text(encoding="utf-8").split("<|endoftext|>")[:200]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories: list[str]) -> Tokenizer:
+    """A byte-level BPE of 320 tokens."""
+    return train_bpe(stories, AWKWARD.vocab_size, max_length=AWKWARD.max_position_embeddings)
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A checkpoint of the awkward config with random weights; not to be changed."""
+    path = tmp_path_factory.mktemp("checkpoint") / "random"
+    save_checkpoint(path, random_model(AWKWARD), tokenizer, {"made_by": "tests"})
+    return path

@@ -1,0 +1,77 @@
+"""The configuration: strict, exact about sizes, and able to read both of transformers' spellings."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
+from slm.core.errors import SlmError
+from slm.core.nn import CausalLM
+from slm.core.presets import PRESETS, preset
+
+# Computed by hand from the shapes (docs/model.md shows the sum) and, for the 270M shape with GPT-2's exact vocabulary,
+# published elsewhere as 132,490,496.
+PARAMETERS = {"gemma3-270m": 132_520_576, "stories-4m": 4_398_080, "tiny": 1_511_296}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameter_counts(name: str) -> None:
+    config = preset(name)
+    with __import__("torch").device("meta"):
+        model = CausalLM(config)
+    assert config.parameter_count() == PARAMETERS[name] == sum(p.numel() for p in model.parameters())
+
+
+def test_the_270m_preset_is_gemma3_270m() -> None:
+    config = preset("gemma3-270m")
+    assert [i for i, kind in enumerate(config.layer_types) if kind == FULL] == [5, 11, 17]
+    assert (config.sliding_window, config.num_key_value_heads, config.head_dim) == (512, 1, 256)
+    assert {kind: rope.rope_theta for kind, rope in config.rope_parameters.items()} == {SLIDING: 1e4, FULL: 1e6}
+    gpt2_exactly = config.model_copy(update={"vocab_size": 50_257})
+    assert gpt2_exactly.parameter_count() == 132_490_496
+    assert gpt2_exactly.model_copy(update={"tie_word_embeddings": False}).parameter_count() == 164_654_976
+
+
+def test_round_trip_through_hugging_face(config: ModelConfig) -> None:
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_reads_the_old_spelling(config: ModelConfig) -> None:
+    fields = config.to_hf()
+    del fields["rope_parameters"], fields["layer_types"]
+    fields["sliding_window_pattern"] = 3
+    read = ModelConfig.from_hf(fields)
+    assert read.rope_parameters == config.rope_parameters
+    assert read.layer_types == layer_pattern(4, 3) == (SLIDING, SLIDING, FULL, SLIDING)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"layer_types": [SLIDING]}, "layer_types has 1 entries for 4 layers"),
+        ({"layer_types": ["linear"] * 4}, "layer_types.0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_activation": "silu"}, "hidden_activation"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"eos_token_id": 320}, "eos_token_id 320"),
+        ({"model_type": "llama"}, "'llama'"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(config: ModelConfig, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(SlmError, match=said):
+        ModelConfig.from_hf(config.to_hf() | change)
+
+
+def test_is_frozen(config: ModelConfig) -> None:
+    with pytest.raises(ValidationError):
+        config.hidden_size = 1  # type: ignore[misc]
+
+
+def test_unknown_preset_lists_the_known() -> None:
+    with pytest.raises(SlmError) as caught:
+        preset("huge")
+    assert caught.value.hint is not None and "gemma3-270m" in caught.value.hint

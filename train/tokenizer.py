@@ -1,0 +1,134 @@
+"""Making tokenizers: GPT-2's byte-pair encoding through tiktoken, or one learned from the user's own text."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from slm.core.chat import tokenizer_config
+from slm.core.errors import SlmError
+from slm.core.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
+
+
+def resolve_tokenizer(choice: str, texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
+    """Returns the tokenizer that a recipe or `--tokenizer` asks for.
+
+    Args:
+        choice: "gpt2", "bpe" to learn one from `texts`, or a path to a `tokenizer.json`.
+        texts: Documents to learn from; read only for "bpe".
+        vocab_size: The model's vocabulary, special tokens included.
+        max_length: The longest context, in tokens.
+
+    Raises:
+        SlmError: When GPT-2's files cannot be had, or the vocabulary does not fit the model.
+    """
+    if choice == "gpt2":
+        tokenizer = gpt2(max_length)
+    elif choice == "bpe":
+        tokenizer = train_bpe(texts, vocab_size, max_length)
+    else:
+        tokenizer = from_file(Path(choice), max_length)
+    if tokenizer.vocab_size > vocab_size:
+        raise SlmError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's vocabulary {vocab_size:,}",
+            f"--set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}",
+        )
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
+    """Learns a byte-level BPE (arXiv:1508.07909) of exactly `vocab_size` tokens or fewer if the text has no more pairs."""
+    backend = Backend(models.BPE())
+    _byte_level(backend)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _finished(backend, max_length)
+
+
+def gpt2(max_length: int) -> Tokenizer:
+    """Returns GPT-2's 50,257 tokens with the turn tokens after them.
+
+    Raises:
+        SlmError: When tiktoken has them neither in its cache nor over the network.
+    """
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' and urllib3's errors, whichever tiktoken happens to use
+        raise SlmError(
+            f"GPT-2's vocabulary could not be downloaded ({type(error).__name__})",
+            "point TIKTOKEN_CACHE_DIR at a directory that holds it, use --tokenizer FILE, or --tokenizer bpe to learn one",
+        ) from None
+    ranks = encoding._mergeable_ranks
+    return _finished(_from_ranks(ranks, encoding._pat_str), max_length)
+
+
+def from_file(path: Path, max_length: int) -> Tokenizer:
+    """Loads a `tokenizer.json` and reserves the turn tokens in it if it lacks them."""
+    return _finished(Tokenizer.load(path).backend, max_length)
+
+
+def _from_ranks(ranks: Mapping[bytes, int], pattern: str) -> Backend:
+    """Turns tiktoken's ranks into a BPE model.
+
+    A token's rank is the order of its merge; the pair that was merged is what encoding the token with the merges before it
+    leaves.
+    """
+    to_text = _byte_to_text()
+    vocabulary = {"".join(to_text[b] for b in token): rank for token, rank in ranks.items()}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            left, right = _last_pair(ranks, token, rank)
+            merges.append(("".join(to_text[b] for b in left), "".join(to_text[b] for b in right)))
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
+    _byte_level(backend, pattern)
+    return backend
+
+
+def _last_pair(ranks: Mapping[bytes, int], token: bytes, rank: int) -> tuple[bytes, bytes]:
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts[0], parts[1]
+
+
+def _byte_to_text() -> list[str]:
+    """Returns the character that stands for each byte in a byte-level vocabulary: itself if printable, else from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def _byte_level(backend: Backend, pattern: str | None = None) -> None:
+    if pattern is None:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    backend.decoder = decoders.ByteLevel()
+
+
+def _finished(backend: Backend, max_length: int) -> Tokenizer:
+    """Adds the special tokens that are not there yet and puts end-of-text, which also begins a text, before every prompt."""
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    end_of_text = backend.token_to_id(END_OF_TEXT)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, end_of_text)]
+    )
+    backend.no_truncation()
+    backend.no_padding()
+    return Tokenizer(backend, tokenizer_config(max_length))
