@@ -18,7 +18,20 @@ FULL: LayerType = "full_attention"
 
 # Fields of config.json that do not change what the model computes at inference.
 _INERT = frozenset(
-    ["architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache", "cache_implementation", "attention_dropout", "sliding_window_pattern", "_sliding_window_pattern", "_name_or_path", "transformers.js_config"]
+    [
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "cache_implementation",
+        "attention_dropout",
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+        "_name_or_path",
+        "transformers.js_config",
+    ]
 )
 # Fields that would change it, with the only value that this implementation computes.
 _FIXED: dict[str, tuple[Any, ...]] = {

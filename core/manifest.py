@@ -5,14 +5,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slm.core.checkpoint import CONFIG_FILE
 from slm.core.config import ModelConfig, first_mistake
 from slm.core.contract import CacheLayer, TensorSpec
 from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
 
 MANIFEST_FILE = "manifest.json"
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 SCHEMA_VERSION = 1
 
 Precision = Literal["float32", "int8"]
@@ -92,6 +91,11 @@ class Manifest(_Record):
     files: dict[str, FileEntry] = {}
 
 
+def is_bundle(path: Path) -> bool:
+    """Says whether a directory looks like a bundle."""
+    return (path / MANIFEST_FILE).is_file()
+
+
 class Bundle:
     """An opened bundle whose files are as they were sealed."""
 
@@ -156,13 +160,17 @@ def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
         raise SlmError(f"{directory}: {name} was altered after it was sealed (SHA-256 differs)", again)
 
 
-def seal(directory: Path, manifest: Manifest) -> Manifest:
-    """Writes `manifest.json` with the hash of every other file in the directory; returns it as written."""
+def seal(directory: Path, manifest: Manifest) -> Bundle:
+    """Writes `manifest.json` with the hash of every other file in the directory; returns the bundle."""
     entries = {
         file.relative_to(directory).as_posix(): FileEntry(sha256=sha256_file(file), bytes=file.stat().st_size)
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file.name != MANIFEST_FILE
     }
-    sealed = manifest.model_copy(update={"files": entries})
-    (directory / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return sealed
+    return amend(directory, manifest.model_copy(update={"files": entries}))
+
+
+def amend(directory: Path, manifest: Manifest) -> Bundle:
+    """Writes `manifest.json` anew, the files beside it being as they were sealed; returns the bundle."""
+    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return Bundle(directory, manifest, ModelConfig.from_hf(read_json(directory / CONFIG_FILE, CONFIG_FILE)))

@@ -3,22 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from slm.core.checkpoint import INFO_FILE
 from slm.core.errors import SlmError
-from slm.core.manifest import CONFIG_FILE, MANIFEST_FILE
+from slm.core.files import read_json
+from slm.core.manifest import MANIFEST_FILE
 
 RUNS = Path("runs")
-WEIGHTS_FILE = "model.safetensors"
-INFO_FILE = "slm.json"
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Says whether a directory looks like a checkpoint: a configuration with weights."""
-    return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
-
-
-def is_bundle(path: Path) -> bool:
-    """Says whether a directory looks like a bundle."""
-    return (path / MANIFEST_FILE).is_file()
 
 
 def free_run(name: str) -> Path:
@@ -44,9 +34,9 @@ def newest_checkpoint() -> Path:
     Raises:
         SlmError: When there is none.
     """
-    found = (RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}") for kind in ("best", "last"))
-    candidates = {path.parent.parent: path for kind in reversed([list(k) for k in found]) for path in kind}
-    return _newest(candidates.values(), "checkpoint", "slm train makes one, or name a checkpoint directory").parent
+    found = (path for kind in ("last", "best") for path in RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}"))
+    of_each_run = {path.parent.parent: path for path in found}  # the best takes the place of the last
+    return _newest(of_each_run.values(), "checkpoint", "slm train makes one, or name a checkpoint directory").parent
 
 
 def newest_bundle(*, quantized: bool | None = None) -> Path:
@@ -61,7 +51,7 @@ def newest_bundle(*, quantized: bool | None = None) -> Path:
     found = [
         path
         for path in RUNS.glob(f"*/onnx*/{MANIFEST_FILE}")
-        if quantized is None or quantized != ('"precision": "float32"' in path.read_text(encoding="utf-8"))
+        if quantized is None or quantized == (read_json(path, MANIFEST_FILE).get("precision") != "float32")
     ]
     hint = "slm quantize --int8 makes one" if quantized else "slm export --onnx makes one from a checkpoint"
     return _newest(found, "bundle", hint).parent

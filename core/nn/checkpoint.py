@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face Gemma 3 directory plus `slm.json`, which says how it was made."""
+"""Checkpoints to models and back: a Hugging Face Gemma 3 directory plus `slm.json`, which says how it was made."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,17 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from slm.core.config import ModelConfig
+from slm.core.checkpoint import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    INFO_FILE,
+    WEIGHTS_FILE,
+    check_tensors,
+    read_config,
+)
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, read_json
-from slm.core.manifest import CONFIG_FILE, GENERATION_CONFIG_FILE
+from slm.core.files import atomic_directory
 from slm.core.nn.model import CausalLM
-from slm.core.runs import INFO_FILE, WEIGHTS_FILE, is_checkpoint
 from slm.core.tokenizer import Tokenizer
 
 
@@ -31,45 +36,13 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
         raise SlmError(f"cannot read the weights: {path / WEIGHTS_FILE} ({error})", "copy or train it again") from None
     with torch.device("meta"):
         model = CausalLM(config)
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, {n: tuple(s) for n, s in wanted.items()}, path)
-    model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=False, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, path)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=False, assign=True)
+    model.tie_weights()
     return model.requires_grad_(True).eval()
-
-
-def read_config(path: Path) -> ModelConfig:
-    """Reads the configuration of a checkpoint.
-
-    Raises:
-        SlmError: When the directory is not a checkpoint or its configuration cannot be run.
-    """
-    if not is_checkpoint(path):
-        kind = "not found" if not path.exists() else "not a checkpoint"
-        raise SlmError(f"{kind}: {path}", f"a checkpoint is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    return ModelConfig.from_hf(read_json(path / CONFIG_FILE, CONFIG_FILE))
-
-
-def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Compares names and shapes of tensors with those that a configuration asks for.
-
-    Raises:
-        SlmError: That names the first tensors missing, left over or of the wrong shape.
-    """
-    missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    shapes = [
-        f"{n} {found[n]} instead of {wanted[n]}" for n in sorted(wanted.keys() & found.keys()) if found[n] != wanted[n]
-    ]
-    parts = [
-        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (("missing", sorted(missing)), ("left over", sorted(extra)), ("wrong shape", shapes))
-        if names
-    ]
-    if parts:
-        raise SlmError(f"{path}: the weights do not fit the configuration; {'; '.join(parts)}")
 
 
 def save_checkpoint(path: Path, model: CausalLM, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
@@ -85,18 +58,14 @@ def save_checkpoint(path: Path, model: CausalLM, tokenizer: Tokenizer, info: dic
     state = {
         name: parameter.detach().to("cpu", torch.float32).contiguous() for name, parameter in model.named_parameters()
     }
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    documents = {
+        CONFIG_FILE: config.to_hf(),
+        GENERATION_CONFIG_FILE: {name: getattr(config, name) for name in tokens},
+        INFO_FILE: info,
+    }
     with atomic_directory(path) as directory:
         safetensors.torch.save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         tokenizer.save(directory)
-        generation = {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
-        }
-        documents = {
-            CONFIG_FILE: config.to_hf(),
-            GENERATION_CONFIG_FILE: generation,
-            INFO_FILE: info,
-        }
         for name, content in documents.items():
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,110 @@
+"""`slm generate`."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from slm.cli.console import print_json, say
+from slm.cli.options import json_option, seed_option
+from slm.core.errors import SlmError
+from slm.core.runs import newest_bundle
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("-p", "--prompt", default="", help='The text to continue; "-" reads standard input.')
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
+@click.option("--greedy", is_flag=True, help="Always take the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=0), default=40, show_default=True, help="0 keeps all tokens.")
+@click.option("--top-p", type=click.FloatRange(min=0, min_open=True, max=1), default=0.95, show_default=True)
+@seed_option
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+@click.option("--instruct", is_flag=True, help="Ask as a user's turn, for a model tuned on instructions.")
+@json_option
+def generate(
+    model: Path | None,
+    prompt: str,
+    max_new_tokens: int,
+    greedy: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    device: str,
+    threads: int | None,
+    instruct: bool,
+    as_json: bool,
+) -> None:
+    """Continue a text with a bundle (onnxruntime) or a checkpoint (PyTorch).
+
+    Without MODEL, the newest bundle under ./runs, or the small model that ships inside.
+
+    \b
+      slm generate -p "Once upon a time"
+      slm generate runs/tiny/onnx-int8 -p "The fox" --greedy --max-new-tokens 40
+      slm generate --json -p "One day" | jq .decode_tok_s
+    """
+    from slm.loading import load
+    from slm.runtime.generate import peak_rss_mib
+
+    path = model or _default_model()
+    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
+    say(f"{path}: {loaded.decoder.description}")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if instruct:
+        from slm.core.chat import turn_prompt
+
+        text = turn_prompt(text)
+    pieces = []
+    stream = loaded.stream(
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0 if greedy else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    if not as_json:
+        click.echo("" if instruct else text, nl=False)
+    for piece in stream:
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    run = loaded.last_run
+    assert run is not None
+    if as_json:
+        print_json(
+            {
+                "text": "".join(pieces),
+                "tokens": run.tokens,
+                "prompt_tokens": run.prompt_tokens,
+                "stopped": run.stopped,
+                "model": str(path),
+                "backend": loaded.decoder.description,
+                "ttft_ms": round(run.ttft_ms, 2),
+                "prefill_tok_s": round(run.prefill_tok_s, 1),
+                "decode_tok_s": None if run.decode_tok_s is None else round(run.decode_tok_s, 1),
+                "peak_rss_mib": round(peak_rss_mib(), 1),
+            }
+        )
+        return
+    click.echo()
+    why = {"end": "end of text", "length": f"{max_new_tokens} tokens", "context": "the context is full"}[run.stopped]
+    rate = f", {run.decode_tok_s:.0f} tokens/s" if run.decode_tok_s else ""
+    say(f"stopped at {why}; first token after {run.ttft_ms:.0f} ms{rate}")
+
+
+def _default_model() -> Path:
+    try:
+        path = newest_bundle()
+        say("no MODEL named: the newest bundle under ./runs")
+    except SlmError:
+        from slm.runtime import shipped
+
+        path = shipped.model_path()
+        say("no MODEL named and no bundle under ./runs: the small model that ships with slm")
+    return path

@@ -1,0 +1,86 @@
+"""A checkpoint becomes a bundle: graph, tokenizer, configuration and manifest in one directory, proved before it appears."""
+
+import shutil
+from pathlib import Path
+
+from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, INFO_FILE, WEIGHTS_FILE, read_config, read_info
+from slm.core.contract import cache_layers, input_specs, output_specs
+from slm.core.errors import SlmError
+from slm.core.files import atomic_directory, sha256_file
+from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, amend, seal
+from slm.core.progress import Progress, Silent
+from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, save_graph
+from slm.version import __version__
+
+# Rotation tables are as long as the context (2 bases * 2 tables * head_dim / 2 * 4 bytes a position: 2 KiB at the 270M
+# shape), so a bundle carries no more than most uses want.
+DEFAULT_CONTEXT = 4096
+
+
+def export_bundle(checkpoint: Path, out: Path, context: int | None = None, progress: Progress | None = None) -> Bundle:
+    """Exports a checkpoint and proves the bundle equal to it.
+
+    Args:
+        checkpoint: The checkpoint's directory.
+        out: The bundle's directory; made or replaced once everything is proved.
+        context: The longest sequence in tokens; by default the model's own, at most 4,096.
+        progress: Told of each step.
+
+    Returns:
+        The bundle, its manifest carrying the differences found.
+
+    Raises:
+        SlmError: When the checkpoint cannot be read, the context is longer than the model's, or the bundle's output
+            differs from PyTorch's.
+    """
+    progress = progress or Silent()
+    config = read_config(checkpoint)
+    longest = config.max_position_embeddings
+    context = min(longest, DEFAULT_CONTEXT) if context is None else context
+    if not config.sliding_window < context <= longest:
+        raise SlmError(
+            f"the context of {context:,} tokens must be above the window of {config.sliding_window:,} "
+            f"and at most the model's {longest:,}",
+            "choose another --context",
+        )
+    with atomic_directory(out) as directory:
+        model = directory / "onnx" / f"{MODEL_NAMES['float32']}.onnx"
+        model.parent.mkdir()
+        progress.note(f"writing {config.parameter_count():,} parameters in float32")
+        tensors = checkpoint_tensors(checkpoint / WEIGHTS_FILE, config)
+        save_graph(build_graph(config, FloatFormat(), tensors, context), model)
+        for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+            if (checkpoint / name).is_file():
+                shutil.copy(checkpoint / name, directory / name)
+        manifest = Manifest(
+            slm_version=__version__,
+            model=model.relative_to(directory).as_posix(),
+            precision="float32",
+            context=context,
+            cache=cache_layers(config),
+            inputs=input_specs(config),
+            outputs=output_specs(config),
+            parameters=config.parameter_count(),
+            provenance={
+                "checkpoint": str(checkpoint),
+                "weights_sha256": sha256_file(checkpoint / WEIGHTS_FILE),
+                INFO_FILE: read_info(checkpoint),
+            },
+        )
+        bundle = seal(directory, manifest)
+        prove(bundle, checkpoint, progress)
+    return Bundle.open(out)
+
+
+def prove(bundle: Bundle, checkpoint: Path, progress: Progress) -> None:
+    """Compares a bundle with its checkpoint in PyTorch and writes the differences into its manifest.
+
+    Raises:
+        SlmError: When they are too large.
+    """
+    from slm.core.nn import load_checkpoint
+    from slm.export.parity import check_parity
+
+    parity = check_parity(bundle, load_checkpoint(checkpoint), progress)
+    amend(bundle.path, bundle.manifest.model_copy(update={"parity": parity}))

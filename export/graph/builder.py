@@ -1,0 +1,54 @@
+"""All that this package uses of onnxscript's graph builder, which is young: what changes there is mended here."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnxscript import GraphBuilder, OpBuilder
+from onnxscript.nn import Module, ModuleList, Parameter
+
+from slm.core.contract import TensorSpec
+
+__all__ = ["DTYPES", "Array", "GraphUnderWay", "Module", "ModuleList", "Op", "Parameter", "Value", "fused"]
+
+Array = NDArray[Any]
+Op = OpBuilder
+Value = ir.Value
+
+OPSET = 21
+# The first IR version that knows opset 21; readers older than that cannot run the graph anyway.
+IR_VERSION = 10
+DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
+
+
+def fused(op: Op) -> Op:
+    """Returns the builder of onnxruntime's own operators (domain com.microsoft)."""
+    return op.builder.opset("com.microsoft", 1)
+
+
+class GraphUnderWay:
+    """A graph that is being built: inputs by name, the operator builder, and outputs as they are given."""
+
+    def __init__(self, name: str, inputs: tuple[TensorSpec, ...], defaults: dict[str, int]) -> None:
+        graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, "com.microsoft": 1}, name=name)
+        self._builder = GraphBuilder(graph)
+        self.op: Op = self._builder.op
+        self.inputs: dict[str, Value] = {}
+        for spec in inputs:
+            default = ir.tensor(np.array(defaults[spec.name]), name=spec.name) if spec.optional else None
+            self.inputs[spec.name] = self._builder.input(
+                spec.name, dtype=DTYPES[spec.dtype], shape=spec.shape, const_value=default
+            )
+
+    def output(self, value: Value, spec: TensorSpec) -> None:
+        """Makes a value an output of the graph."""
+        value.dtype = DTYPES[spec.dtype]
+        value.shape = ir.Shape(spec.shape)
+        self._builder.add_output(value, spec.name)
+
+    def finish(self, producer_version: str) -> ir.Model:
+        """Returns the model; its parameters still want their data."""
+        return ir.Model(
+            self._builder.graph, ir_version=IR_VERSION, producer_name="slm", producer_version=producer_version
+        )

@@ -1,0 +1,125 @@
+"""A model that has read some tokens and says what it expects next.
+
+Dimensions: B batch, T positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle
+from slm.runtime.cache import KVBuffers
+from slm.runtime.session import Device, open_session
+
+# Tokens read in one step. Attention's scores are (heads, chunk, length): this bounds them.
+PREFILL_CHUNK = 512
+
+Array = NDArray[Any]
+
+
+class Decoder(Protocol):
+    """What generation needs of a backend."""
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read since the start."""
+
+    @property
+    def description(self) -> str:
+        """What runs where, in a few words."""
+
+    def reset(self) -> None:
+        """Forgets everything read."""
+
+    def read(self, ids: Sequence[int]) -> Array:
+        """Reads tokens and returns the logits (V,) for the one that follows."""
+
+    def logits(self, ids: Array) -> Array:
+        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+
+
+class OnnxDecoder:
+    """A bundle, run by onnxruntime with its caches in place."""
+
+    def __init__(self, bundle: Bundle, device: Device = "cpu", threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.session = open_session(bundle, device, threads)
+        self._device = device
+        self._threads = self.session.get_session_options().intra_op_num_threads
+        self._mask = np.ones((1, self.context), np.int64)
+        self.reset()
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.bundle.manifest.context
+
+    @property
+    def length(self) -> int:
+        """Tokens read since the start."""
+        return self._length
+
+    @property
+    def description(self) -> str:
+        """What runs where, in a few words."""
+        where = "CUDA (attention on the CPU)" if self._device == "cuda" else "CPU"
+        threads = f"{self._threads} thread{'s' * (self._threads > 1)}"
+        return f"onnxruntime {ort.__version__} on {where}, {threads}, {self.bundle.manifest.precision}"
+
+    def reset(self) -> None:
+        """Forgets everything read."""
+        self._length = 0
+        self.buffers = KVBuffers(self.bundle.manifest.cache, self.context)
+
+    def read(self, ids: Sequence[int]) -> Array:
+        """Reads tokens, long prompts in chunks, and returns the logits (V,) for the one that follows.
+
+        Raises:
+            SlmError: When they do not fit into the context.
+        """
+        if self._length + len(ids) > self.context:
+            raise SlmError(
+                f"{self._length + len(ids):,} tokens do not fit into the context of {self.context:,}",
+                "a shorter prompt, or slm export --onnx --context N",
+            )
+        new = np.asarray(ids, np.int64)[None]
+        self.buffers.reserve(self._length + len(ids))
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            logits = self.step(new[:, start : start + PREFILL_CHUNK])
+        return logits[0, -1]
+
+    def step(self, ids: Array, keep: int = 1) -> Array:
+        """Reads one row of tokens (1, T) after those before it and returns the logits (1, keep or T, V); 0 keeps all."""
+        self._length += ids.shape[1]
+        self.buffers.reserve(self._length)
+        return self.run(ids, self._mask[:, : self._length], self.buffers, keep)
+
+    def logits(self, ids: Array) -> Array:
+        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+        batch, length = ids.shape
+        buffers = KVBuffers(self.bundle.manifest.cache, self.context, batch)
+        buffers.reserve(length)
+        return self.run(ids, np.ones((batch, length), np.int64), buffers, keep=0)
+
+    def run(self, ids: Array, mask: Array, buffers: KVBuffers, keep: int) -> Array:
+        """Runs the graph once: ids (B, T), mask (B, past + T), caches in place; returns logits (B, keep or T, V)."""
+        binding = self.session.io_binding()
+        binding.bind_output(LOGITS)  # first bound, first among the outputs
+        binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
+        binding.bind_cpu_input(ATTENTION_MASK, mask)
+        # An optional input can only be bound as a value: by name, onnxruntime looks among the others alone.
+        kept = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
+        binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
+        buffers.bind(binding)
+        self.session.run_with_iobinding(binding)
+        logits: Array = binding.get_outputs()[0].numpy()
+        return logits

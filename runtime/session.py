@@ -1,0 +1,56 @@
+"""Opening a bundle's graph with onnxruntime, with the options that ship."""
+
+from typing import Literal
+
+import onnxruntime as ort
+
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle
+from slm.runtime.threads import usable_cores
+
+Device = Literal["cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_SEVERITY_ERROR = 3
+
+
+def available_devices() -> list[Device]:
+    """Returns the devices that this onnxruntime can use; "cuda" means that its provider is installed."""
+    installed = ort.get_available_providers()
+    devices: list[Device] = ["cpu", "cuda"]
+    return [device for device in devices if _PROVIDERS[device] in installed]
+
+
+def open_session(bundle: Bundle, device: Device = "cpu", threads: int | None = None) -> ort.InferenceSession:
+    """Opens the graph; its weights are mapped from the file, not read into memory.
+
+    Args:
+        bundle: The bundle.
+        device: Where to run. A bundle exported for the CPU keeps float32 caches, which CUDA's attention kernel does not
+            take: on "cuda" its matrix products run there and its attention on the CPU.
+        threads: Threads for one operator; by default the usable physical cores.
+
+    Raises:
+        SlmError: When the device's provider is missing or cannot start, or the graph cannot be opened.
+    """
+    if device not in available_devices():
+        raise SlmError(
+            "onnxruntime here has no CUDA provider",
+            "pip uninstall onnxruntime, then pip install 'slm-edge[cuda]'; or --device cpu",
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _SEVERITY_ERROR
+    providers = [_PROVIDERS["cuda"]] * (device == "cuda") + [_PROVIDERS["cpu"]]
+    try:
+        session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base but this
+        raise SlmError(f"onnxruntime cannot open {bundle.model_path} ({_first_line(error)})") from None
+    if device == "cuda" and _PROVIDERS["cuda"] not in session.get_providers():
+        raise SlmError("the CUDA provider could not start", "slm doctor says what it misses; or --device cpu")
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,43 @@
+"""`slm.load`: a bundle with onnxruntime, a checkpoint with PyTorch, behind one class."""
+
+from pathlib import Path
+
+from slm.core.checkpoint import is_checkpoint
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle, is_bundle
+from slm.core.tokenizer import Tokenizer
+from slm.runtime.model import Model
+from slm.runtime.session import Device
+
+
+def load(path: str | Path, *, device: Device = "cpu", threads: int | None = None) -> Model:
+    """Loads a model for inference.
+
+    Args:
+        path: A bundle, which onnxruntime runs, or a checkpoint, which PyTorch runs.
+        device: "cpu" or "cuda".
+        threads: Threads for one operator; by default the usable physical cores.
+
+    Raises:
+        SlmError: When there is nothing that can be run at the path, or it is damaged.
+    """
+    path = Path(path)
+    if is_bundle(path):
+        from slm.runtime.decoder import OnnxDecoder
+
+        bundle = Bundle.open(path)
+        return Model(Tokenizer.load(path), OnnxDecoder(bundle, device, threads), bundle.stop_token_ids)
+    if is_checkpoint(path):
+        import torch
+
+        from slm.core.nn import load_checkpoint
+        from slm.core.nn.decoder import TorchDecoder
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SlmError("PyTorch here sees no CUDA device", "--device cpu")
+        if threads:
+            torch.set_num_threads(threads)
+        model = load_checkpoint(path).to(device)
+        return Model(Tokenizer.load(path), TorchDecoder(model), model.config.stop_token_ids)
+    what = "not found" if not path.exists() else "neither a checkpoint nor a bundle"
+    raise SlmError(f"{what}: {path}", "slm train makes a checkpoint, slm export --onnx a bundle")

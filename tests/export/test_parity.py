@@ -1,0 +1,192 @@
+"""The exported graph against PyTorch, and the comparison against bundles that are wrong in one place."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from slm.core.config import FULL, ModelConfig
+from slm.core.contract import input_specs, output_specs
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle, seal
+from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.progress import Silent
+from slm.core.tokenizer import Tokenizer
+from slm.export.bundle import export_bundle
+from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, save_graph
+from slm.export.parity import TOLERANCE, check_parity
+from slm.runtime.cache import KVBuffers
+from slm.runtime.decoder import OnnxDecoder
+
+MakeModel = Callable[..., CausalLM]
+
+
+def test_the_bundle_equals_pytorch(shared_bundle: Bundle) -> None:
+    parity = shared_bundle.manifest.parity
+    assert parity is not None
+    assert parity.tokens == 3 * shared_bundle.config.sliding_window
+    assert parity.logits.keys() == parity.caches.keys() == {"whole", "chunks", "steps", "batch"}
+    assert 0 < parity.largest < TOLERANCE
+    assert parity.greedy_tokens_equal == 32
+
+
+def test_untied_head(config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", make_model(config.model_copy(update={"tie_word_embeddings": False})), tokenizer, {})
+    parity = export_bundle(tmp_path / "c", tmp_path / "onnx").manifest.parity
+    assert parity is not None and parity.largest < TOLERANCE
+
+
+def rebuilt(
+    shared_checkpoint: Path, shared_bundle: Bundle, out: Path, change: dict[str, object], weight: str | None = None
+) -> Bundle:
+    """A bundle whose graph was built from a changed configuration, or with one element of one weight changed."""
+    config = shared_bundle.config.model_copy(update=change)
+    tensors = dict(checkpoint_tensors(shared_checkpoint / "model.safetensors", config))
+    if weight is not None:
+        tensors[weight] = tensors[weight].copy()
+        tensors[weight].flat[7] += 0.05
+    (out / "onnx").mkdir(parents=True)
+    save_graph(build_graph(config, FloatFormat(), tensors, shared_bundle.manifest.context), out / "onnx" / "model.onnx")
+    for name in ("config.json", "tokenizer.json"):
+        (out / name).write_bytes((shared_bundle.path / name).read_bytes())
+    return seal(out, shared_bundle.manifest)
+
+
+def rope_with(config: ModelConfig, kind: str) -> dict[str, object]:
+    bases = dict(config.rope_parameters)
+    bases[kind] = bases[kind].model_copy(update={"rope_theta": bases[kind].rope_theta * 1.01})  # type: ignore[index]
+    return {"rope_parameters": bases}
+
+
+def test_the_same_graph_rebuilt_passes(shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = rebuilt(shared_checkpoint, shared_bundle, tmp_path / "b", {})
+    check_parity(bundle, load_checkpoint(shared_checkpoint), Silent())
+
+
+@pytest.mark.parametrize(
+    "knob", ["window", "local base", "global base", "scale", "epsilon", "projection", "norm", "embedding"]
+)
+def test_a_bundle_wrong_in_one_place_fails(
+    shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path, knob: str
+) -> None:
+    config = shared_bundle.config
+    weights = {
+        "projection": "model.layers.3.mlp.down_proj.weight",
+        "norm": "model.layers.2.self_attn.k_norm.weight",
+        "embedding": "model.embed_tokens.weight",
+    }
+    change: dict[str, object] = {
+        "window": {"sliding_window": config.sliding_window - 1},
+        "local base": rope_with(config, "sliding_attention"),
+        "global base": rope_with(config, "full_attention"),
+        "scale": {"query_pre_attn_scalar": config.query_pre_attn_scalar + 1},
+        "epsilon": {"rms_norm_eps": 1e-4},
+    }.get(knob, {})
+    bundle = rebuilt(shared_checkpoint, shared_bundle, tmp_path / "b", change, weights.get(knob))
+    with pytest.raises(SlmError, match="the bundle is not the checkpoint"):
+        check_parity(bundle, load_checkpoint(shared_checkpoint), Silent())
+
+
+def test_a_failed_comparison_writes_nothing(
+    shared_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slm.export import bundle as module
+
+    monkeypatch.setattr(
+        module, "build_graph", lambda c, w, t, n: build_graph(c.model_copy(update={"rms_norm_eps": 1e-3}), w, t, n)
+    )
+    with pytest.raises(SlmError, match="not the checkpoint"):
+        export_bundle(shared_checkpoint, tmp_path / "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_contract(shared_bundle: Bundle) -> None:
+    model = onnx.load(shared_bundle.model_path, load_external_data=False)
+    config = shared_bundle.config
+
+    def described(values: list[onnx.ValueInfoProto]) -> list[tuple[str, tuple[int | str, ...]]]:
+        return [(v.name, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim)) for v in values]
+
+    assert described(list(model.graph.input)) == [(s.name, s.shape) for s in input_specs(config)]
+    assert described(list(model.graph.output)) == [(s.name, s.shape) for s in output_specs(config)]
+    first_cache = model.graph.input[2].name
+    assert config.layer_types[int(first_cache.split(".")[1])] == FULL
+    names = {initializer.name for initializer in model.graph.initializer}
+    assert "model.layers.0.self_attn.o_proj.weight" in names
+    assert "model.layers.0.input_layernorm.weight" in names
+    assert "lm_head.weight" not in names  # tied: stored once
+    assert all(shape[2].startswith("past_") for name, shape in described(list(model.graph.input)) if "past" in name)  # type: ignore[union-attr]
+
+
+def test_weights_lie_beside_the_graph_once(shared_bundle: Bundle) -> None:
+    data = shared_bundle.model_path.with_name("model.onnx_data")
+    tables = 4 * shared_bundle.manifest.context * shared_bundle.config.head_dim // 2
+    matrices = 4 * (shared_bundle.config.parameter_count() + tables)
+    assert matrices * 0.95 < data.stat().st_size < matrices * 1.05 + 4096 * 40  # each tensor begins on a page
+    assert shared_bundle.model_path.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(("keep", "positions"), [(0, 5), (1, 1), (3, 3), (9, 5)])
+def test_num_logits_to_keep(shared_bundle: Bundle, keep: int, positions: int) -> None:
+    decoder = OnnxDecoder(shared_bundle)
+    ids = np.array([[5, 9, 2, 7, 11]])
+    everything = decoder.step(ids, keep=0)
+    decoder.reset()
+    kept = decoder.step(ids, keep=keep)
+    assert kept.shape == (1, positions, shared_bundle.config.vocab_size)
+    np.testing.assert_array_equal(kept, everything[:, -positions:])
+
+
+def test_num_logits_to_keep_has_a_default(shared_bundle: Bundle) -> None:
+    decoder = OnnxDecoder(shared_bundle)
+    ids = np.array([[5, 9, 2]])
+    buffers = KVBuffers(shared_bundle.manifest.cache, 64)
+    feeds = {"input_ids": ids, "attention_mask": np.ones((1, 3), np.int64)}
+    feeds |= {f"past_key_values.{layer}.{side}": a for (layer, side), a in buffers._arrays.items()}
+    logits = decoder.session.run(["logits"], feeds)[0]
+    np.testing.assert_array_equal(logits, decoder.step(ids, keep=1))
+
+
+def test_rows_padded_on_the_right_keep_their_own_last_positions(
+    config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Only global layers take a ragged prompt at once; there each row's logits are those of its last valid token."""
+    everywhere = config.model_copy(update={"layer_types": (FULL,) * config.num_hidden_layers})
+    model = make_model(everywhere)
+    save_checkpoint(tmp_path / "c", model, tokenizer, {})
+    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx")
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 12))
+    mask = np.ones((2, 12), np.int64)
+    mask[1, 5:] = 0
+    logits = OnnxDecoder(bundle).run(ids, mask, KVBuffers(bundle.manifest.cache, 64, batch=2), keep=2)
+    with torch.inference_mode():
+        for row, length in enumerate((12, 5)):
+            wanted = model(torch.from_numpy(ids[row : row + 1, :length]), num_logits_to_keep=2)[0].numpy()
+            np.testing.assert_allclose(logits[row], wanted, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("context", [16, 257])
+def test_a_context_that_does_not_fit_is_refused(shared_checkpoint: Path, tmp_path: Path, context: int) -> None:
+    with pytest.raises(SlmError, match=f"{context} tokens"):
+        export_bundle(shared_checkpoint, tmp_path / "onnx", context)
+
+
+def test_bfloat16_checkpoints_are_read(shared_checkpoint: Path, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(shared_checkpoint / "model.safetensors")
+    safetensors.torch.save_file({n: t.bfloat16() for n, t in tensors.items()}, path)
+    config = ModelConfig.from_hf(__import__("json").loads((shared_checkpoint / "config.json").read_text()))
+    read = checkpoint_tensors(path, config)["model.layers.0.mlp.down_proj.weight"]
+    np.testing.assert_array_equal(read, tensors["model.layers.0.mlp.down_proj.weight"].bfloat16().float().numpy())
+
+
+def test_the_builder_leaves_no_dead_nodes(shared_bundle: Bundle) -> None:
+    graph = ir.load(shared_bundle.model_path).graph
+    outputs = set(graph.outputs)
+    assert all(any(out.uses() or out in outputs for out in node.outputs) for node in graph)

@@ -1,0 +1,71 @@
+"""Cache buffers: their layout is the operator's, they grow without losing anything, and sliding ones stay small."""
+
+import numpy as np
+import pytest
+
+from slm.core.contract import CACHE_SLACK, CacheLayer
+from slm.core.manifest import Bundle
+from slm.runtime.cache import FIRST_CAPACITY, KVBuffers, resident_positions
+from slm.runtime.decoder import OnnxDecoder
+
+WINDOW = 16
+SLIDING_LAYER = CacheLayer(layer=0, kv_heads=1, head_dim=4, window=WINDOW)
+GLOBAL_LAYER = CacheLayer(layer=1, kv_heads=1, head_dim=4, window=None)
+
+
+def test_resident_positions_follow_the_operators_rule() -> None:
+    """Against a simulation: append one position; when the buffer is full, drop all but the window first."""
+    capacity = WINDOW + CACHE_SLACK
+    resident = 0
+    for length in range(1, 200):
+        resident = WINDOW if resident == capacity else resident + 1
+        assert resident_positions(SLIDING_LAYER, length) == resident, length
+        assert resident_positions(GLOBAL_LAYER, length) == length
+
+
+def test_global_buffers_grow_and_keep_what_they_hold() -> None:
+    buffers = KVBuffers([SLIDING_LAYER, GLOBAL_LAYER], context=1000)
+    small = buffers.bytes
+    held = buffers._arrays[1, "key"]
+    assert held.shape == (1, 1, FIRST_CAPACITY, 4)
+    held[:] = np.arange(held.size).reshape(held.shape)
+    buffers.reserve(FIRST_CAPACITY + 1)
+    grown = buffers._arrays[1, "key"]
+    assert grown.shape[2] == 2 * FIRST_CAPACITY
+    np.testing.assert_array_equal(grown[:, :, :FIRST_CAPACITY], held)
+    assert buffers._arrays[0, "key"].shape[2] == WINDOW + CACHE_SLACK
+    assert buffers.bytes > small
+    buffers.reserve(1000)
+    assert buffers._arrays[1, "key"].shape[2] == 1000
+
+
+def test_rows_share_memory() -> None:
+    buffers = KVBuffers([GLOBAL_LAYER], context=64, batch=2)
+    buffers.row(1)._arrays[1, "value"][:] = 7
+    assert (buffers._arrays[1, "value"][1] == 7).all() and (buffers._arrays[1, "value"][0] == 0).all()
+
+
+def test_growing_in_the_middle_changes_nothing(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(3).integers(0, shared_bundle.config.vocab_size, (1, 60))
+    whole = OnnxDecoder(shared_bundle).step(ids)
+    monkeypatch.setattr("slm.runtime.cache.FIRST_CAPACITY", 8)
+    decoder = OnnxDecoder(shared_bundle)
+    for token in ids.T:
+        last = decoder.step(token[None])
+    np.testing.assert_allclose(last, whole, atol=1e-4)
+
+
+def test_reset_forgets(shared_bundle: Bundle) -> None:
+    decoder = OnnxDecoder(shared_bundle)
+    first = decoder.read([1, 2, 3])
+    decoder.read([4])
+    decoder.reset()
+    assert decoder.length == 0
+    np.testing.assert_array_equal(decoder.read([1, 2, 3]), first)
+
+
+def test_long_prompts_are_read_in_chunks(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.random.default_rng(4).integers(0, shared_bundle.config.vocab_size, 100).tolist()
+    at_once = OnnxDecoder(shared_bundle).read(ids)
+    monkeypatch.setattr("slm.runtime.decoder.PREFILL_CHUNK", 17)
+    np.testing.assert_allclose(OnnxDecoder(shared_bundle).read(ids), at_once, atol=1e-4)
