@@ -1,0 +1,35 @@
+"""Symmetric block quantization: the arithmetic, in numpy.
+
+Dimensions: N output channels, K input channels.
+"""
+
+import numpy as np
+
+from slm.export.graph.builder import Array
+
+# 8-bit values are stored with this added: 128 stands for 0. Only 1 to 255 are used, so that the range is symmetric.
+ZERO_POINT = 128
+LEVELS = 127
+
+
+def quantize_blocks(weight: Array, block_size: int) -> tuple[Array, Array]:
+    """Rounds each weight to the nearest of 255 levels of its block.
+
+    Args:
+        weight: float32 (N, K); K is a multiple of block_size.
+        block_size: Input channels that share one scale.
+
+    Returns:
+        Integers uint8 (N, K / block_size, block_size), and the scales float32 (N, K / block_size).
+    """
+    blocks = weight.reshape(weight.shape[0], -1, block_size)
+    scale = np.abs(blocks).max(axis=-1) / np.float32(LEVELS)
+    # A block of zeros has scale 0; anything stands for 0 there.
+    steps = np.divide(blocks, scale[..., None], out=np.zeros_like(blocks), where=scale[..., None] != 0)
+    return (np.rint(steps) + ZERO_POINT).astype(np.uint8), scale
+
+
+def dequantize_blocks(quantized: Array, scale: Array) -> Array:
+    """Returns the weight float32 (N, K) that integers and scales stand for."""
+    blocks = (quantized.astype(np.float32) - ZERO_POINT) * scale[..., None]
+    return blocks.reshape(blocks.shape[0], -1)

@@ -1,0 +1,99 @@
+"""What quantization changed: two bundles read the same text, and their predictions are compared.
+
+Dimensions: T positions, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from slm.core.errors import SlmError
+from slm.core.files import read_text
+from slm.core.manifest import Bundle
+from slm.core.progress import Progress
+from slm.core.sample import validation_path
+from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.export.graph.builder import Array
+from slm.runtime.decoder import OnnxDecoder
+
+DEFAULT_TOKENS = 4096
+# Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
+ROW_TOKENS = 256
+PAST_THE_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens to measure on: rows (rows, T), and where they came from."""
+
+    name: str
+    rows: Array
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changed, averaged over positions.
+
+    Attributes:
+        tokens: Positions compared.
+        kl_nats: Kullback-Leibler divergence of the predictions after from those before.
+        same_top1: Share of positions where the likeliest token is the same.
+        perplexity_before: exp of the mean loss on the text, before.
+        perplexity_after: The same, after.
+    """
+
+    tokens: int
+    kl_nats: float
+    same_top1: float
+    perplexity_before: float
+    perplexity_after: float
+
+
+def measuring_text(bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKENS) -> Text:
+    """Cuts a text into rows that pass the sliding window.
+
+    Args:
+        bundle: Whose tokenizer and window count.
+        path: UTF-8 text, documents separated by "<|endoftext|>" or not; None takes the stories that ship with slm.
+        tokens: How many tokens to use at most.
+
+    Raises:
+        SlmError: When the text cannot be read or has fewer than two tokens.
+    """
+    file = path or validation_path()
+    tokenizer = Tokenizer.load(bundle.path)
+    documents = [text.strip() for text in read_text(file, "measuring text").split(END_OF_TEXT)]
+    end = bundle.stop_token_ids[:1]
+    ids = [token for document in tokenizer.encode_documents([d for d in documents if d]) for token in (*end, *document)]
+    length = min(bundle.manifest.context, max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW), len(ids))
+    if length < 2:
+        raise SlmError(f"too little text to measure on: {file}", "give at least a few sentences")
+    count = max(1, min(tokens, len(ids)) // length)
+    rows = np.array(ids[: count * length], np.int64).reshape(count, length)
+    return Text("the stories that ship with slm" if path is None else str(path), rows)
+
+
+def measure(before: Bundle, after: Bundle, text: Text, progress: Progress) -> Change:
+    """Reads the text with both bundles and compares what they expect at every position."""
+    decoders = [OnnxDecoder(bundle) for bundle in (before, after)]
+    progress.start("compare predictions", text.rows.shape[0], "rows")
+    divergence = same = 0.0
+    losses = np.zeros(2)
+    for row in text.rows:
+        old, new = (_log_softmax(decoder.logits(row[None])[0].astype(np.float64)) for decoder in decoders)  # (T, V)
+        divergence += float((np.exp(old) * (old - new)).sum())
+        same += float((old.argmax(-1) == new.argmax(-1)).sum())
+        targets = row[1:, None]
+        losses -= [float(np.take_along_axis(p[:-1], targets, axis=-1).sum()) for p in (old, new)]
+        progress.advance()
+    progress.finish()
+    positions, predicted = text.rows.size, text.rows[:, 1:].size
+    perplexity = np.exp(losses / predicted)
+    return Change(positions, divergence / positions, same / positions, float(perplexity[0]), float(perplexity[1]))
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
