@@ -1,0 +1,88 @@
+"""Files and directories appear whole or not at all, and no name leads out of an artifact."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slm.core.errors import SlmError
+from slm.core.files import atomic_directory, atomic_file, member, read_json, read_text
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "made") as partial:
+        (partial / "file").write_text("new")
+        assert not (tmp_path / "made").exists()
+    assert (tmp_path / "made" / "file").read_text() == "new"
+    assert names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_interruption_leaves_what_was_there(tmp_path: Path, interruption: type[BaseException]) -> None:
+    with atomic_directory(tmp_path / "made") as partial:
+        (partial / "file").write_text("old")
+    with pytest.raises(interruption), atomic_directory(tmp_path / "made") as partial:
+        (partial / "file").write_text("new")
+        raise interruption
+    assert (tmp_path / "made" / "file").read_text() == "old"
+    assert names(tmp_path) == ["made"]
+
+
+def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    pid = gone.stdout.strip()
+    (tmp_path / f".made.partial-{pid}").mkdir()
+    (tmp_path / f".made.partial-{os.getppid()}").mkdir()  # somebody else at work: not ours to sweep
+    with atomic_directory(tmp_path / "made"):
+        pass
+    assert names(tmp_path) == [f".made.partial-{os.getppid()}", "made"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / f".made.replaced-{gone.stdout.strip()}").mkdir()
+    (tmp_path / f".made.replaced-{gone.stdout.strip()}" / "file").write_text("old")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "made"):
+        raise RuntimeError
+    assert (tmp_path / "made" / "file").read_text() == "old"
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file"
+    with pytest.raises(RuntimeError), atomic_file(target) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert names(tmp_path / "deep") == []
+    with atomic_file(target) as partial:
+        partial.write_text("whole")
+    assert target.read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "inside/../../outside"])
+def test_names_stay_inside(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SlmError, match="leads out of the directory"):
+        member(tmp_path, name)
+
+
+def test_links_do_not_lead_outside(tmp_path: Path) -> None:
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "artifact" / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(SlmError, match="leads out"):
+        member(tmp_path / "artifact", "link")
+    assert member(tmp_path / "artifact", "onnx/model.onnx") == tmp_path / "artifact" / "onnx" / "model.onnx"
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"ok\xff\xfe")
+    (tmp_path / "list.json").write_text("[]")
+    for path, said in (("none", "not found"), ("", "is a directory"), ("binary", r"not UTF-8 text: .* \(byte 2\)")):
+        with pytest.raises(SlmError, match=said):
+            read_text(tmp_path / path, "training text")
+    with pytest.raises(SlmError, match="not a JSON object"):
+        read_json(tmp_path / "list.json", "manifest")
