@@ -30,9 +30,14 @@ class RMSNorm(nn.Module):
 class ScaledEmbedding(nn.Embedding):
     """Token embedding multiplied by sqrt(D) on the way in; a tied head uses the table as it is."""
 
+    @property
+    def embed_scale(self) -> float:
+        """The factor, under transformers' name: peft reads it where it looks trained rows up itself."""
+        return self.embedding_dim**0.5
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Maps ids (B, T) to hidden states (B, T, D)."""
-        return super().forward(input_ids) * torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype)
+        return super().forward(input_ids) * torch.tensor(self.embed_scale, dtype=self.weight.dtype)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,152 @@
+"""`slm train`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.options import json_option, set_option
+from slm.core.errors import SlmError
+from slm.core.runs import free_run, newest_run
+
+if TYPE_CHECKING:
+    from slm.train.recipe import Recipe
+    from slm.train.run import TrainResult
+
+
+@click.command()
+@click.option(
+    "--recipe",
+    "recipe_name",
+    metavar="NAME|FILE",
+    help="documented, stories-4m, tiny, or a .yaml file. [default: what fits the machine]",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="PATH|NAME",
+    help="Text to train on: .txt, .jsonl, a directory (may be repeated); or sample or tinystories. [default: the recipe's]",
+)
+@click.option(
+    "--val",
+    metavar="PATH",
+    help="Text to measure on. [default: the data's own, or the last of its documents, which are held out]",
+)
+@click.option(
+    "--tokenizer",
+    metavar="gpt2|bpe|FILE",
+    help="GPT-2's, one learned from the text, or a tokenizer.json. [default: the recipe's]",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]"
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
+@click.option("--seed", type=int, help="Same seed, same model. [default: the recipe's]")
+@set_option
+@json_option
+def train(
+    recipe_name: str | None,
+    data: tuple[str, ...],
+    val: str | None,
+    tokenizer: str | None,
+    out: Path | None,
+    resume: bool,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a model from scratch on text.
+
+    \b
+      slm train                                           the stories that ship with slm, about a minute
+      slm train --data stories.txt --val held-out.txt     your own text
+      slm train --data books/ --tokenizer gpt2 --recipe stories-4m
+      slm train --set schedule.learning_rate=1e-3 --set model.num_hidden_layers=8
+      slm train --resume                                  go on after Ctrl-C
+
+    In a .txt file a line <|endoftext|> ends a document; in a .jsonl file every row is {"text": "..."}. A recipe holds
+    everything else; the resolved one is saved as config.yaml in the run directory and may be given to --recipe again.
+
+    Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl and loss.png. Ctrl-C saves and stops.
+    """
+    from slm.train import run
+
+    progress = RichProgress()
+    if resume:
+        given = {
+            "--recipe": recipe_name,
+            "--data": data,
+            "--val": val,
+            "--tokenizer": tokenizer,
+            "--seed": seed,
+            "--set": overrides,
+        }
+        unwanted = [option for option, value in given.items() if value not in (None, ())]
+        if unwanted:
+            raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
+        path = out or newest_run()
+        say(f"going on with {path}")
+        result = run.resume(path, progress)
+    else:
+        recipe = _recipe(recipe_name, data, val, tokenizer, seed, overrides)
+        result = run.train(recipe, out or free_run(recipe.name), progress)
+    _report(result, as_json)
+
+
+def _recipe(
+    name: str | None,
+    data: tuple[str, ...],
+    val: str | None,
+    tokenizer: str | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+) -> "Recipe":
+    """Loads the recipe and puts the options in; says what was chosen for whoever named none."""
+    from slm.train.recipe import load_recipe
+
+    recipe = load_recipe(name or _fitting_recipe(), overrides)
+    options = {"train": data or None, "validation": val, "tokenizer": tokenizer}
+    chosen = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
+    if not data:
+        say(f"no --data: training on {', '.join(chosen.train)}, as the recipe {recipe.name} has it")
+    if seed is not None and seed < 0:
+        raise SlmError(f"--seed {seed} is negative")
+    return recipe.model_copy(update={"data": chosen} | ({} if seed is None else {"seed": seed}))
+
+
+def _fitting_recipe() -> str:
+    import torch
+
+    from slm.train.estimate import estimate_seconds
+    from slm.train.loop import duration
+    from slm.train.recipe import load_recipe
+
+    if torch.cuda.is_available():
+        say("no --recipe: taking documented, as there is a GPU")
+        return "documented"
+    seconds = estimate_seconds(load_recipe("documented"))
+    say(
+        "no --recipe: taking tiny, as there is no GPU; documented would take about "
+        f"{duration(seconds)} here (an estimate, from one layer and the head timed now)"
+    )
+    return "tiny"
+
+
+def _report(result: "TrainResult", as_json: bool) -> None:
+    fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
+    if as_json:
+        print_json(fields)
+        return
+    rows = [
+        ("checkpoint", str(result.checkpoint)),
+        ("validation loss", f"{result.loss_before:.4f} before, {result.loss:.4f} now (nats a token)"),
+        ("perplexity", f"{result.perplexity:.2f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ("trained", f"{result.updates:,} updates, {result.tokens:,} tokens"),
+        ("speed", f"{result.tokens_s:,.0f} tokens/s over {result.elapsed_s:,.1f} s"),
+        ("peak memory", f"{result.peak_rss_mib:,.0f} MiB"),
+    ]
+    print_table("trained", ("", ""), rows)
+    say("next: slm export --onnx")

@@ -1,0 +1,208 @@
+"""`slm train`: exit code, message, and nothing half made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from slm.core.tokenizer import END_OF_TEXT
+from slm.train import estimate
+
+SMALL = """
+name: small
+model: {preset: tiny, vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1}
+batch: {batch_size: 4, context: 24}
+schedule: {micro_steps: 6, warmup_micro_steps: 2, learning_rate: 0.003, final_learning_rate: 0.0003}
+evaluation: {every_micro_steps: 3, windows: 8}
+machine: {device: cpu, precision: float32}
+"""
+
+
+@pytest.fixture(autouse=True)
+def files(stories: list[str]) -> None:
+    """A recipe and text in the test's directory."""
+    Path("small.yaml").write_text(SMALL, encoding="utf-8")
+    for name, part in (("train.txt", stories[:40]), ("valid.txt", stories[40:50])):
+        Path(name).write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in part), encoding="utf-8")
+
+
+TRAIN = ("train", "--recipe", "small.yaml", "--data", "train.txt", "--val", "valid.txt")
+
+
+def config(run: str = "runs/small") -> dict[str, Any]:
+    return yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+
+
+def test_a_run(slm: Callable) -> None:
+    result = slm(*TRAIN)
+    assert result.code == 0, result.err
+    assert "runs/small/checkpoint/best" in result.out
+    assert "parameters" in result.err
+    assert Path("runs/small/checkpoint/best/model.safetensors").is_file()
+    assert config()["data"]["train"] == [str(Path("train.txt").resolve())]
+    assert config()["data"]["validation"] == str(Path("valid.txt").resolve())
+
+
+def test_json(slm: Callable) -> None:
+    result = slm(*TRAIN, "--json", "--out", "here")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["checkpoint"] == "here/checkpoint/best"
+    assert report["loss"] < report["loss_before"]
+    assert report["tokens"] == 6 * 4 * 24
+    assert report.keys() >= {"perplexity", "bits_per_byte", "tokens_s", "elapsed_s", "peak_rss_mib", "parameters"}
+
+
+def test_options_reach_the_recipe(slm: Callable) -> None:
+    slm(*TRAIN, "--out", "first")
+    result = slm(
+        *TRAIN, "--data", "valid.txt", "--tokenizer", "first/checkpoint/best/tokenizer.json", "--seed", 7,
+        "--set", "batch.batch_size=2", "--set", "schedule.micro_steps=3",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert config()["data"]["train"] == [str(Path(name).resolve()) for name in ("train.txt", "valid.txt")]
+    assert config()["data"]["tokenizer"] == str(Path("first/checkpoint/best/tokenizer.json").resolve())
+    assert (config()["seed"], config()["batch"]["batch_size"]) == (7, 2)
+    tokenizers = [Path(run, "data/tokenizer.json").read_bytes() for run in ("first", "runs/small")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_a_saved_config_is_a_recipe(slm: Callable) -> None:
+    slm(*TRAIN)
+    result = slm("train", "--recipe", "runs/small/config.yaml")
+    assert result.code == 0, result.err
+    weights = [Path("runs", run, "checkpoint/last/model.safetensors").read_bytes() for run in ("small", "small-2")]
+    assert weights[0] == weights[1]
+
+
+def test_jsonl_and_directories(slm: Callable) -> None:
+    Path("rows").mkdir()
+    for number, story in enumerate(Path("train.txt").read_text(encoding="utf-8").split(END_OF_TEXT)):
+        with Path(f"rows/{number % 3}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"text": story}) + "\n")
+    result = slm("train", "--recipe", "small.yaml", "--data", "rows")
+    assert result.code == 0, result.err
+    assert "the last 5 documents of it" in result.err
+
+
+def test_no_data_takes_the_recipes_and_says_so(slm: Callable) -> None:
+    result = slm("train", "--recipe", "small.yaml")
+    assert result.code == 0, result.err
+    assert "no --data: training on sample" in result.err
+
+
+def test_no_recipe_says_why_and_what_documented_would_take(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(estimate, "estimate_seconds", lambda recipe: 1.5e6)
+    result = slm("train", "--data", "missing.txt")
+    assert "taking tiny, as there is no GPU; documented would take about 17.4 days here (an estimate" in result.err
+
+
+def test_no_recipe_with_a_gpu(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "taking documented, as there is a GPU" in slm("train", "--data", "missing.txt").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "missing.txt"], 1, "error: data not found: missing.txt"),
+        (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
+        (["--data", "book.pdf"], 1, "error: not a kind of file to train on: book.pdf"),
+        (["--data", "empty.txt"], 1, "error: no text in empty.txt"),
+        (["--data", "binary.txt"], 1, "error: binary.txt, after line 0: is not UTF-8 text"),
+        (["--data", "rows.jsonl"], 1, 'error: rows.jsonl, line 1: is not a row with a "text"'),
+        (["--data", "nothing"], 1, "error: no .txt or .jsonl file in nothing"),
+        (["--val", "short.txt"], 1, "error: the validation text is too short"),
+        (["--data", "sample"], 1, "error: --data sample stands alone"),
+        (["--tokenizer", "missing.json"], 1, "error: tokenizer not found: missing.json"),
+        (["--recipe", "huge"], 1, "error: no recipe is called 'huge'"),
+        (["--set", "batch.size=3"], 1, "error: --set batch.size=3: the recipe has no value 'batch.size'"),
+        (["--set", "batch.context=many"], 1, "error: small.yaml: batch.context:"),
+        (["--seed", "-1"], 1, "error: --seed -1 is negative"),
+        (["--out", "taken"], 1, "error: the run directory is not empty: taken"),
+        (["--out", "train.txt"], 1, "error: not a directory: train.txt"),
+        (["--seed", "x"], 2, "error: Invalid value for '--seed'"),
+        (["--epochs", "3"], 2, "error: No such option"),
+        (["--resume"], 2, "error: --resume goes on with the run's own settings: leave out --recipe, --data, --val"),
+    ],
+)
+def test_mistakes(slm: Callable, arguments: list[str], code: int, message: str) -> None:
+    Path("empty.txt").write_text("\n \n", encoding="utf-8")
+    Path("short.txt").write_text("Short.", encoding="utf-8")
+    Path("book.pdf").write_text("%PDF", encoding="utf-8")
+    Path("binary.txt").write_bytes(b"\x80\x81\x82")
+    Path("rows.jsonl").write_text('{"story": "x"}\n', encoding="utf-8")
+    Path("nothing").mkdir()
+    Path("taken").mkdir()
+    Path("taken/mine").touch()
+    before = sorted(Path().rglob("*"))
+    result = slm(*TRAIN, *arguments)
+    assert result.code == code
+    assert message in result.err
+    assert result.err.count("error:") == 1
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_resume_takes_the_newest_run(slm: Callable) -> None:
+    slm(*TRAIN)
+    slm(*TRAIN)
+    result = slm("train", "--resume")
+    assert result.code == 0, result.err
+    assert "going on with runs/small-2" in result.err
+    assert "going on with runs/small\n" in slm("train", "--resume", "--out", "runs/small").err
+
+
+def test_resume_without_a_run(slm: Callable) -> None:
+    result = slm("train", "--resume")
+    assert result.code == 1
+    assert "error: there is no run under ./runs" in result.err
+    assert "hint: slm train makes one" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_process_can_be_gone_on_with(slm: Callable, signum: int, code: int) -> None:
+    long = ["--set", "schedule.micro_steps=100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slm", *TRAIN, *long], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    metrics = Path("runs/small/metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not (metrics.is_file() and len(metrics.read_text(encoding="utf-8").splitlines()) > 5):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert "saving the run" in err
+    assert json.loads(Path("runs/small/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"] > 0
+    assert [path for path in Path("runs").rglob("*") if ".partial-" in path.name] == []
+    # the saved run is shortened, for the test not to take all day
+    saved = Path("runs/small/config.yaml")
+    done = json.loads(Path("runs/small/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
+    saved.write_text(saved.read_text(encoding="utf-8").replace("100000", str(done + 2)), encoding="utf-8")
+    result = slm("train", "--resume")
+    assert result.code == 0, result.err
+    assert f"going on after {done:,} micro-steps" in result.err
+
+
+def test_help_teaches(slm: Callable) -> None:
+    result = slm("train", "--help")
+    assert result.code == 0
+    for expected in ("slm train --resume", "--set schedule.learning_rate=1e-3", END_OF_TEXT, '{"text"'):
+        assert expected in result.out

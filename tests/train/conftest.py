@@ -1,0 +1,57 @@
+"""A recipe that trains in a second, and text to train it on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.core.tokenizer import END_OF_TEXT
+from slm.train.recipe import Recipe
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "model": {
+        "preset": "tiny",
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "max_position_embeddings": 64,
+    },
+    "batch": {"batch_size": 4, "context": 24, "accumulation": 2},
+    "schedule": {
+        "micro_steps": 12,
+        "warmup_micro_steps": 2,
+        "learning_rate": 3e-3,
+        "final_learning_rate": 3e-4,
+    },
+    "evaluation": {"every_micro_steps": 4, "windows": 8},
+    "machine": {"device": "cpu", "precision": "float32"},
+}
+
+
+@pytest.fixture
+def story_file(tmp_path: Path, stories: list[str]) -> Path:
+    """Sixty stories as TinyStories has them."""
+    file = tmp_path / "stories.txt"
+    file.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def small_recipe(story_file: Path) -> Callable[..., Recipe]:
+    """The factory of small recipes: sections given replace single values."""
+
+    def make(**sections: dict[str, Any]) -> Recipe:
+        fields = {**SMALL, "data": {"train": [str(story_file)]}}
+        for name, values in sections.items():
+            fields[name] = {**fields.get(name, {}), **values}
+        return Recipe.model_validate(fields)
+
+    return make

@@ -1,0 +1,276 @@
+"""Recipes: everything that decides a training run, as YAML in `recipes/` or a file of the user's."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from slm.core.config import ModelConfig, first_mistake, layer_pattern
+from slm.core.errors import SlmError
+from slm.core.files import read_text
+from slm.core.presets import preset
+from slm.train.corpus import SAMPLE
+from slm.train.optimizer import Decay
+from slm.train.precision import PrecisionName
+
+# The special tokens' ids come with the tokenizer.
+_MODEL_FIELDS = [name for name in ModelConfig.model_fields if not name.endswith("_token_id")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataRecipe(_Section):
+    """What is trained on.
+
+    Attributes:
+        train: Files, directories, or "sample" or "tinystories" alone.
+        validation: File or directory measured on; None takes the corpus's own split or holds out its last documents.
+        tokenizer: "gpt2", "bpe" to learn one from the training text, or the path of a `tokenizer.json`.
+    """
+
+    train: tuple[str, ...] = Field(default=(SAMPLE,), min_length=1)
+    validation: str | None = None
+    tokenizer: str = "bpe"
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class ModelRecipe(BaseModel):
+    """The model: a preset, and any field of `ModelConfig` that is to differ from it.
+
+    Attributes:
+        preset: Name of a shape in `slm.core.presets`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    preset: str
+
+    def config(self) -> ModelConfig:
+        """Returns the shape; the special tokens' ids come with the tokenizer.
+
+        Raises:
+            SlmError: When the preset or a field is unknown, or the fields do not fit together.
+        """
+        fields = dict(self.model_extra or {})
+        unknown = sorted(fields.keys() - set(_MODEL_FIELDS))
+        if unknown:
+            raise SlmError(f"the recipe's model has no {unknown[0]!r}", _one_of(["preset", *_MODEL_FIELDS]))
+        if "num_hidden_layers" in fields:
+            fields.setdefault("layer_types", layer_pattern(fields["num_hidden_layers"]))
+        return ModelConfig.checked(preset(self.preset).model_dump() | fields)
+
+
+class BatchRecipe(_Section):
+    """How much is learned from at once.
+
+    Attributes:
+        batch_size: Windows of a micro-step.
+        context: Tokens of a window.
+        accumulation: Micro-steps whose gradients are averaged into one update.
+    """
+
+    batch_size: int = Field(gt=0)
+    context: int = Field(gt=1)
+    accumulation: int = Field(default=1, gt=0)
+
+
+class OptimizerRecipe(_Section):
+    """AdamW (arXiv:1711.05101).
+
+    Attributes:
+        betas: Decay of the two moments; 0.95 for the second, as language models usually have it.
+        eps: Added to the root of the second moment.
+        weight_decay: Share of a weight taken away at every update, times the learning rate.
+        decay: What is decayed: "matrices", as in GPT-2's descendants, or "all", which is PyTorch's default.
+        max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-9, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    decay: Decay = "matrices"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+class ScheduleRecipe(_Section):
+    """Length of the run and its learning rate: linear warm-up, then a half cosine; see `slm.train.schedule`.
+
+    Attributes:
+        micro_steps: Length of the run. What is left over and fills no update is not run.
+        warmup_micro_steps: Length of the warm-up.
+        learning_rate: At the end of the warm-up.
+        start: Where the warm-up begins, as a share of `learning_rate`.
+        final_learning_rate: At the end of the run.
+    """
+
+    micro_steps: int = Field(gt=0)
+    warmup_micro_steps: int = Field(ge=0)
+    learning_rate: float = Field(gt=0)
+    start: float = Field(default=0.0, ge=0, le=1)
+    final_learning_rate: float = Field(ge=0)
+
+
+class EvaluationRecipe(_Section):
+    """How the run is measured.
+
+    Attributes:
+        every_micro_steps: Interval; measured after the update that reaches each multiple of it.
+        windows: Windows of held-out text, `batch.context` tokens each: always the same ones, spread evenly.
+    """
+
+    every_micro_steps: int = Field(gt=0)
+    windows: int = Field(default=256, gt=0)
+
+
+class MachineRecipe(_Section):
+    """Where it runs.
+
+    Attributes:
+        device: "auto" takes CUDA where there is any.
+        precision: Of the products; "auto" is decided by `slm.train.precision.choose_precision`.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: PrecisionName = "auto"
+
+
+class Recipe(_Section):
+    """A whole run. Saved with it as `config.yaml`.
+
+    Attributes:
+        name: Becomes the run's name.
+        seed: Of the first weights and of the windows; the same seed gives the same run.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(default=0, ge=0)
+    data: DataRecipe = DataRecipe()
+    model: ModelRecipe
+    batch: BatchRecipe
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe
+    evaluation: EvaluationRecipe
+    machine: MachineRecipe = MachineRecipe()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        longest = self.model.config().max_position_embeddings
+        if self.batch.context > longest:
+            raise ValueError(f"batch.context is {self.batch.context}, the model's max_position_embeddings {longest}")
+        if self.schedule.micro_steps < self.batch.accumulation:
+            raise ValueError("schedule.micro_steps is less than batch.accumulation: there would be no update")
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return self.schedule.micro_steps // self.batch.accumulation
+
+    @property
+    def tokens_per_micro_step(self) -> int:
+        """Tokens that a micro-step learns from."""
+        return self.batch.batch_size * self.batch.context
+
+    def to_yaml(self) -> str:
+        """Returns the resolved recipe as `load_recipe` reads it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that ship with slm."""
+    return sorted(Path(file.name).stem for file in _packaged().iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Loads a recipe.
+
+    Args:
+        name: Name of one that ships with slm, or the path of a YAML file.
+        overrides: `a.b=c` each, the value in YAML.
+
+    Raises:
+        SlmError: When there is none, or it or an override is wrong; the key is named, and the valid ones listed.
+    """
+    file = Path(name)
+    if str(name) in recipe_names():
+        text, source = (_packaged() / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+    elif file.suffix in (".yaml", ".yml"):
+        text, source = read_text(file, "recipe"), str(file)
+    else:
+        raise SlmError(f"no recipe is called {str(name)!r}", f"{_one_of(recipe_names())}, or the path of a .yaml file")
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SlmError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise SlmError(f"{source} is not a mapping of sections")
+    for override in overrides:
+        _set(fields, override)
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise SlmError(f"{source}: {first_mistake(error)}", _hint(error)) from None
+
+
+def _packaged() -> Any:
+    return resources.files("slm.train.recipes")
+
+
+def _set(fields: dict[str, Any], override: str) -> None:
+    """Applies one `a.b=c`."""
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise SlmError(f"--set {override}: there is no '='", "write it like --set optimizer.weight_decay=0.05")
+    valid = _paths(Recipe)
+    if path not in valid:
+        near = [known for known in valid if known.startswith(f"{path.partition('.')[0]}.")]
+        raise SlmError(f"--set {override}: the recipe has no value {path!r}", _one_of(near or valid))
+    *sections, key = path.split(".")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+    try:
+        fields[key] = yaml.safe_load(_number(text))
+    except yaml.YAMLError:
+        raise SlmError(f"--set {override}: the value is not YAML", "quote it, as in --set 'name=\"a: b\"'") from None
+
+
+def _number(text: str) -> str:
+    """Spells 1e-3 as YAML 1.1 wants a float, which PyYAML would otherwise read as text."""
+    try:
+        return repr(float(text)) if "e" in text.lower() else text
+    except ValueError:
+        return text
+
+
+def _paths(section: type[BaseModel]) -> list[str]:
+    """Returns the dotted names of all values."""
+    paths = [*_MODEL_FIELDS] if section is ModelRecipe else []
+    for key, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            paths += [f"{key}.{path}" for path in _paths(inner)]
+        else:
+            paths.append(key)
+    return paths
+
+
+def _hint(error: ValidationError) -> str | None:
+    """Lists the valid keys where the mistake is an unknown one."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] != "extra_forbidden":
+        return None
+    prefix = "".join(f"{key}." for key in first["loc"][:-1])
+    return _one_of([path for path in _paths(Recipe) if path.startswith(prefix)])
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"there is {', '.join(names)}"

@@ -1,0 +1,91 @@
+"""What a run needs to go on: `RUN/trainer/`, with weights, optimizer and counters in one directory that appears whole.
+
+The weights are those of `checkpoint/last`, linked rather than copied where the file system can: a run killed between the
+two renames goes on from what `trainer/` holds, whichever checkpoint lies beside it.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from slm.core.checkpoint import WEIGHTS_FILE
+from slm.core.errors import SlmError
+from slm.core.files import atomic_directory, read_text
+
+TRAINER = "trainer"
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_COUNTERS_FILE = "state.json"
+
+
+class Counters(BaseModel):
+    """Where a run stands, between two updates. Batches and learning rates follow from it and the recipe.
+
+    Attributes:
+        micro_steps: Done.
+        elapsed_s: Seconds of training, evaluations included.
+        scaler: State of the float16 loss scale; empty without one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    micro_steps: int = 0
+    elapsed_s: float = 0.0
+    scaler: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What was saved of a run.
+
+    Attributes:
+        counters: Where it stood.
+        weights: The model's tensors by name.
+        optimizer: The optimizer's tensors, as `slm.train.optimizer.state_tensors` names them.
+    """
+
+    counters: Counters
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def save_state(run: Path, counters: Counters, optimizer: Mapping[str, Tensor], weights: Path) -> None:
+    """Saves where a run stands.
+
+    Args:
+        run: The run's directory.
+        counters: Where it stands.
+        optimizer: The optimizer's tensors by name.
+        weights: The safetensors file of the weights at this point; it may be replaced later, never written to.
+    """
+    with atomic_directory(run / TRAINER) as directory:
+        safetensors.torch.save_file(dict(optimizer), directory / _OPTIMIZER_FILE)
+        (directory / _COUNTERS_FILE).write_text(counters.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        try:
+            os.link(weights, directory / WEIGHTS_FILE)
+        except OSError:  # a file system without links
+            shutil.copyfile(weights, directory / WEIGHTS_FILE)
+
+
+def load_state(run: Path) -> SavedState | None:
+    """Returns what was saved last; None for a run that was killed before it saved anything.
+
+    Raises:
+        SlmError: When it is damaged.
+    """
+    directory = run / TRAINER
+    if not directory.is_dir():
+        return None
+    try:
+        counters = Counters.model_validate_json(read_text(directory / _COUNTERS_FILE, "the state of the run"))
+        weights, optimizer = (safetensors.torch.load_file(directory / name) for name in (WEIGHTS_FILE, _OPTIMIZER_FILE))
+    except (ValidationError, SafetensorError, OSError) as error:
+        raise SlmError(f"the saved state is damaged: {directory} ({error})", "train again without --resume") from None
+    return SavedState(counters, weights, optimizer)
