@@ -34,7 +34,8 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints the result for people."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", expand=False)
+    STDOUT.print(f"[bold]{escape(title)}[/]")
+    table = Table(header_style="bold", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -71,8 +72,9 @@ class RichProgress:
     def advance(self, amount: int = 1, **fields: str) -> None:
         """Moves the bar on and shows the fields beside it."""
         if self._bars is not None and self._task is not None:
-            shown = {"fields": "  ".join(f"{k} {v}" for k, v in fields.items())} if fields else {}
-            self._bars.update(self._task, advance=amount, **shown)
+            self._bars.advance(self._task, amount)
+            if fields:
+                self._bars.update(self._task, fields="  ".join(f"{k} {v}" for k, v in fields.items()))
 
     def finish(self) -> None:
         """Ends the bar."""

@@ -47,8 +47,8 @@ def generate(
       slm generate runs/tiny/onnx-int8 -p "The fox" --greedy --max-new-tokens 40
       slm generate --json -p "One day" | jq .decode_tok_s
     """
+    from slm.core.machine import peak_rss_mib
     from slm.loading import load
-    from slm.runtime.generate import peak_rss_mib
 
     path = model or _default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice

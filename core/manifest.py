@@ -12,7 +12,7 @@ from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 Precision = Literal["float32", "int8"]
 # transformers.js's names for the precisions.

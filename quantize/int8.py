@@ -5,9 +5,11 @@ the finished graph. Embedding and tied head share one 8-bit table.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
@@ -115,14 +117,18 @@ def quantized_tensors(tensors: LazyTensors, block_size: int) -> LazyTensors:
     def quantized(name: str) -> tuple[Array, Array]:
         return quantize_blocks(tensors[name], block_size)
 
-    makers = {}
+    makers: dict[str, Callable[[], Array]] = {}
     for name in tensors:
         if name.endswith(_QUANTIZED_ENDINGS):
-            makers[f"{name}_quantized"] = lambda name=name: quantized(name)[0]
-            makers[f"{name}_scale"] = lambda name=name: quantized(name)[1]
+            makers[f"{name}_quantized"] = partial(_part, quantized, name, 0)
+            makers[f"{name}_scale"] = partial(_part, quantized, name, 1)
         else:
-            makers[name] = lambda name=name: tensors[name]
+            makers[name] = partial(tensors.__getitem__, name)
     return LazyTensors(makers)
+
+
+def _part(quantized: Callable[[str], tuple[Array, Array]], name: str, index: Literal[0, 1]) -> Array:
+    return quantized(name)[index]
 
 
 def _gate(change: Change, max_kl_nats: float, block_size: int) -> None:

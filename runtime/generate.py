@@ -1,7 +1,5 @@
 """The generation loop, the same for every backend, and what it measures."""
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,9 +101,3 @@ def _tokens(
         token = sampling.choose(decoder.read([token]), chance)
         run.decode_s += time.perf_counter() - before  # the time a listener takes is not the model's
         run.steps += 1
-
-
-def peak_rss_mib() -> float:
-    """Returns the largest resident memory this process ever had, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

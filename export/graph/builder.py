@@ -1,6 +1,6 @@
 """All that this package uses of onnxscript's graph builder, which is young: what changes there is mended here."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -13,8 +13,8 @@ from slm.core.contract import TensorSpec
 __all__ = ["DTYPES", "Array", "GraphUnderWay", "Module", "ModuleList", "Op", "Parameter", "Value", "fused"]
 
 Array = NDArray[Any]
-Op = OpBuilder
-Value = ir.Value
+Op: TypeAlias = OpBuilder
+Value: TypeAlias = ir.Value
 
 OPSET = 21
 # The first IR version that knows opset 21; readers older than that cannot run the graph anyway.

@@ -109,8 +109,10 @@ class DecoderLayer(Module):
         super().__init__()
         self.self_attn = Attention(config, layer, weights)
         self.mlp = MLP(config, weights)
-        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            setattr(self, f"{name}_layernorm", RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, op: Op, x: Value, update: Value | None, positions: Positions, past: tuple[Value, Value]

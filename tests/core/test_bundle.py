@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 import slm
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle

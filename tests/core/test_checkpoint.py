@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+
 from slm.core.checkpoint import read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError

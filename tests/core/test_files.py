@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, atomic_file, member, read_json, read_text
 

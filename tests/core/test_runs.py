@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from slm.core import runs
 from slm.core.errors import SlmError
 
