@@ -1,0 +1,60 @@
+"""An adapter folded into its base: one model again, which exports and runs like any other."""
+
+from pathlib import Path
+
+from slm.core.checkpoint import WEIGHTS_FILE, read_info
+from slm.core.errors import SlmError
+from slm.core.files import sha256_file
+from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.tokenizer import Tokenizer
+from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
+
+
+def merge(base: Path, adapter: Path) -> CausalLM:
+    """Returns the base with W + alpha / rank * B A in place of each adapted W, and trained embedding rows put in.
+
+    The arithmetic is float32. A tied head stays tied: a trained row is the embedding's and the head's.
+
+    Raises:
+        SlmError: When the adapter is damaged, does not fit, or was trained on other weights than the base's.
+    """
+    check_base(base, adapter)
+    model = load_checkpoint(base)
+    # peft puts plain modules back where it had wrapped them, inside the model itself.
+    load_adapter(model, adapter).merge_and_unload()
+    return model.requires_grad_(True).eval()
+
+
+def merged_checkpoint(base: Path, adapter: Path, out: Path) -> None:
+    """Merges an adapter into its base and writes the result as a checkpoint, whole or not at all.
+
+    Raises:
+        SlmError: As `merge`.
+    """
+    model = merge(base, adapter)
+    info = read_info(base) | {
+        "merged": {
+            "base": {"path": str(base), "weights_sha256": sha256_file(base / WEIGHTS_FILE)},
+            "adapter": {"path": str(adapter), "weights_sha256": sha256_file(adapter / ADAPTER_WEIGHTS_FILE)},
+            "finetune": read_info(adapter),
+        }
+    }
+    save_checkpoint(out, model, Tokenizer.load(base), info)
+
+
+def check_base(base: Path, adapter: Path) -> None:
+    """Compares the base with the one that an adapter says it was trained on; an adapter made elsewhere may not say.
+
+    Raises:
+        SlmError: When the weights are others; both are named.
+    """
+    recorded = read_info(adapter).get("base")
+    if not isinstance(recorded, dict) or not (base / WEIGHTS_FILE).is_file():
+        return
+    wanted, found = recorded.get("weights_sha256"), sha256_file(base / WEIGHTS_FILE)
+    if wanted != found:
+        other = f"{recorded.get('path')} (weights {str(wanted)[:12]})"
+        raise SlmError(
+            f"{adapter} was trained on {other}, not on {base} ({found[:12]})",
+            "name the checkpoint that it was trained on, or fine-tune again on this one",
+        )

@@ -1,0 +1,85 @@
+"""What a fine-tuning run can be told, and what it does when it is not told."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slm.core.config import ModelConfig, first_mistake
+from slm.core.errors import SlmError
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# A longer row is cut here when nobody says otherwise: answers are short, and memory grows with the longest row.
+DEFAULT_MAX_LENGTH = 512
+
+
+class LoraSettings(BaseModel):
+    """Hyperparameters of low-rank adaptation (arXiv:2106.09685) and of its training.
+
+    None means that the value follows from the model or the data; `resolved` says how.
+
+    Attributes:
+        rank: Columns of A and rows of B; 8 as in the paper's GPT-3 runs.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Share of a projection's inputs that the adapter does not see in a training step.
+        target_modules: The projections that get an adapter. All seven: attention alone learns less for the same number
+            of parameters (arXiv:2305.14314, section 4).
+        learning_rate: Peak of AdamW's rate.
+        epochs: Passes over the rows; the adapter of the best one is kept.
+        batch_size: Rows in an update.
+        max_length: Tokens of a row, special tokens included.
+        max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
+        seed: Of the adapter's first weights, the dropout and the order of the rows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[Projection, ...] = Field(default=PROJECTIONS, min_length=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    epochs: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    max_length: int | None = Field(default=None, ge=2)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @classmethod
+    def checked(cls, **fields: object) -> Self:
+        """Validates, with the first mistake as an SlmError."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise SlmError(f"the fine-tuning settings are wrong: {first_mistake(error)}") from None
+
+    def resolved(self, config: ModelConfig, rows: int) -> "LoraSettings":
+        """Returns the settings with nothing left open, for a model and a number of training rows."""
+        return self.model_copy(
+            update={
+                "learning_rate": self.learning_rate or default_learning_rate(config.hidden_size),
+                "epochs": self.epochs or default_epochs(rows, self.batch_size),
+                "max_length": self.context(config),
+            }
+        )
+
+    def context(self, config: ModelConfig) -> int:
+        """Returns the longest row in tokens."""
+        return self.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH)
+
+
+def default_learning_rate(hidden_size: int) -> float:
+    """Returns the peak rate for a width: 4.3e-3 at 128, 1.2e-3 at 640.
+
+    The fit that "LoRA Without Regret" (Schulman et al., 2025) gives for Llama at any rank: ten times the rate of full
+    fine-tuning, falling with the width. Their models are wider than 2,000. At 128, with 87 instructions, a well trained
+    base did best at 4e-3 of 1e-3, 2e-3, ... 1.6e-2, a less trained one at 8e-3, by a twentieth (docs/LOG.md).
+    """
+    return 5e-4 * (2000 / hidden_size) ** 0.781
+
+
+def default_epochs(rows: int, batch_size: int) -> int:
+    """Returns three passes, or with few rows as many as make 150 updates: 14 for 87 rows in batches of 8."""
+    return max(3, round(150 / math.ceil(rows / batch_size)))

@@ -1,0 +1,152 @@
+"""`slm finetune` from the shell: finds its base, teaches its rows, reports, and refuses in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.core.checkpoint import read_info
+
+Slm = Callable[..., Any]
+
+ROWS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("one", "two", "red", "blue", "cat")]
+QUICK = ("--epochs", "1", "--rank", "2")
+
+
+@pytest.fixture
+def run(shared_checkpoint: Path) -> Path:
+    """A run with a checkpoint, under ./runs, and a file of rows beside it."""
+    shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/best")
+    write("pairs.jsonl", ROWS)
+    return Path("runs/tiny")
+
+
+def write(name: str, rows: list[Any]) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def files() -> list[str]:
+    return sorted(path.as_posix() for path in Path().rglob("*"))
+
+
+def test_the_newest_checkpoint_gets_an_adapter_beside_it(slm: Slm, run: Path) -> None:
+    result = slm("finetune", "--lora", "pairs.jsonl", *QUICK)
+    assert result.code == 0, result.err
+    assert "no --base named: the newest, runs/tiny/checkpoint/best" in result.err
+    assert "first row, read only: <|endoftext|>|<start_of_turn>|" in result.err
+    assert "<end_of_turn>|<|endoftext|>" in result.err
+    assert "adapter runs/tiny/adapters/pairs" in result.out and "nats a token on the training rows" in result.out
+    assert (run / "adapters" / "pairs" / "adapter_model.safetensors").is_file()
+
+
+def test_json_says_all_of_it(slm: Slm, run: Path) -> None:
+    result = slm("finetune", "--lora", "pairs.jsonl", "--json", "--name", "mine", *QUICK)
+    report = json.loads(result.out)
+    assert report["adapter"] == "runs/tiny/adapters/mine" and report["base"] == "runs/tiny/checkpoint/best"
+    assert report["loss_after"] < report["loss_before"]
+    assert {"rows", "trained_tokens", "truncated", "skipped", "trainable_parameters", "seconds"} <= report.keys()
+
+
+def test_every_option_reaches_the_run(slm: Slm, run: Path) -> None:
+    write("held-out.jsonl", ROWS[:2])
+    options = {
+        "rank": 3,
+        "alpha": 5,
+        "dropout": 0.25,
+        "learning_rate": 0.001,
+        "epochs": 2,
+        "batch_size": 4,
+        "max_length": 50,
+        "seed": 9,
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    base = run / "checkpoint" / "best"
+    result = slm(
+        "finetune", "--lora", "pairs.jsonl", "--base", base, "--val", "held-out.jsonl", "--out", "made", *arguments
+    )
+    assert result.code == 0, result.err
+    info = read_info(Path("made"))
+    assert {name: info["settings"][name] for name in options} == options
+    assert info["validation"]["path"] == "held-out.jsonl"
+
+
+def test_an_adapter_is_replaced_only_when_told(slm: Slm, run: Path) -> None:
+    command = ("finetune", "--lora", "pairs.jsonl", *QUICK)
+    assert slm(*command).code == 0
+    result = slm(*command)
+    assert result.code == 1 and "there is already an adapter" in result.err and "--overwrite" in result.err
+    assert slm(*command, "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "fine-tuning data not found: bad.jsonl"),
+        (b"", "there is no row in bad.jsonl"),
+        (b"\x80\x00\xff", "is not UTF-8 text: bad.jsonl"),
+        (b'{"text": "a"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
+        (b'{"text": "a"}\n\n{"txt": "a"}\n', "bad.jsonl, line 3: has 'txt', which is no kind of row"),
+    ],
+)
+def test_bad_data_is_one_error_and_leaves_nothing(slm: Slm, run: Path, content: bytes | None, said: str) -> None:
+    if content is not None:
+        Path("bad.jsonl").write_bytes(content)
+    before = files()
+    result = slm("finetune", "--lora", "bad.jsonl")
+    assert result.code == 1 and result.out == ""
+    error, hint = result.err.strip().split("\n")[-2:]
+    assert error.startswith("error: ") and said in error and hint.startswith("hint: ")
+    assert files() == before
+
+
+@pytest.mark.parametrize("base", ["none", "runs/tiny", "pairs.jsonl"])
+def test_a_wrong_base_is_refused(slm: Slm, run: Path, base: str) -> None:
+    before = files()
+    result = slm("finetune", "--lora", "pairs.jsonl", "--base", base)
+    assert result.code == 1
+    assert f"error: {'not found' if base == 'none' else 'not a checkpoint'}: {base}" in result.err
+    assert files() == before
+
+
+def test_without_any_checkpoint_the_way_to_one_is_said(slm: Slm) -> None:
+    write("pairs.jsonl", ROWS)
+    result = slm("finetune", "--lora", "pairs.jsonl")
+    assert result.code == 1 and "there is no checkpoint under ./runs" in result.err and "slm train" in result.err
+
+
+@pytest.mark.parametrize("name", ["a/b", "../escaped", "..", "", "a\\b", ".hidden"])
+def test_a_name_is_one_directory(slm: Slm, run: Path, name: str) -> None:
+    before = files()
+    result = slm("finetune", "--lora", "pairs.jsonl", "--name", name)
+    assert result.code == 1 and "cannot name an adapter" in result.err
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--lora", "pairs.jsonl", "--rank", "0"), ("--lora", "pairs.jsonl", "--out", "a", "--name", "b")],
+)
+def test_wrong_usage_exits_with_2(slm: Slm, run: Path, arguments: tuple[str, ...]) -> None:
+    assert slm("finetune", *arguments).code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--learning-rate", "nan"), ("--learning-rate", "inf"), ("--seed", "-1")]
+)
+def test_settings_that_cannot_be_are_one_error(slm: Slm, run: Path, option: str, value: str) -> None:
+    result = slm("finetune", "--lora", "pairs.jsonl", option, value)
+    field = option.removeprefix("--").replace("-", "_")
+    assert result.code == 1 and f"the fine-tuning settings are wrong: {field}: " in result.err
+
+
+def test_help_shows_each_kind_of_row(slm: Slm) -> None:
+    told = slm("finetune", "--help").out
+    for line in told.splitlines():
+        if line.strip().startswith("{"):
+            assert json.loads(line[: line.index("}") + 1])
+    assert all(
+        field in told for field in ('"instruction"', '"input"', '"output"', '"prompt"', '"completion"', '"text"')
+    )

@@ -1,0 +1,264 @@
+"""A fine-tuning run: it learns, tells what it drops, is the same twice, and leaves all or nothing."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slm.core.checkpoint import read_config, read_info
+from slm.core.config import ModelConfig
+from slm.core.errors import SlmError
+from slm.core.files import sha256_file
+from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.progress import Silent
+from slm.core.tokenizer import Tokenizer
+from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
+from slm.finetune.batches import mean_loss
+from slm.finetune.examples import Example, Renderer
+from slm.finetune.lora import FinetuneResult, finetune
+from slm.finetune.merge import merge
+from slm.finetune.rows import read_rows
+from slm.finetune.settings import LoraSettings, default_epochs, default_learning_rate
+
+WriteRows = Callable[..., Path]
+
+FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "slm.json"]
+QUICK = LoraSettings(rank=4, epochs=2, batch_size=4)
+WORDS = ("one", "two", "red", "blue", "cat", "dog", "sun", "sea", "cup", "hat")
+PAIRS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in WORDS]
+
+
+def held_out_examples(base: Path, data: Path) -> list[Example]:
+    renderer = Renderer(Tokenizer.load(base), read_config(base))
+    return [renderer.example(row) for row in read_rows(data)]
+
+
+class Heard(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Interrupting(Silent):
+    """Presses Ctrl-C at the third update."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def nothing_half_written(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def test_one_batch_can_be_learned_by_heart(
+    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, write_rows: WriteRows
+) -> None:
+    model = make_model(config)
+    # The shared checkpoint's small embedding bounds every logit, and with them the loss from below, at 2.3.
+    model.model.embed_tokens.weight.data *= 20
+    save_checkpoint(Path("base"), model, tokenizer, {})
+    settings = LoraSettings(epochs=60, batch_size=4, learning_rate=2e-2)
+    result = finetune(Path("base"), write_rows(PAIRS[:4]), Path("out"), settings)
+    assert result.validation_rows == 0 and result.rows == 4
+    assert result.loss_before > 4 and result.loss_after < 0.1
+
+
+def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data, out = write_rows(PAIRS), Path("deep/er/out")
+    result = finetune(shared_checkpoint, data, out, QUICK)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert (result.rows, result.validation_rows, result.epochs, result.updates) == (9, 1, 2, 6)
+    assert (result.truncated, result.skipped) == (0, 0)
+    assert result.loss_after < result.loss_before
+
+    info = read_info(out)
+    assert info["base"]["weights_sha256"] == sha256_file(shared_checkpoint / "model.safetensors")
+    assert info["data"] == {"path": str(data), "sha256": sha256_file(data)}
+    assert info["metrics"]["loss_after"] == result.loss_after
+    assert LoraSettings.model_validate(info["settings"]) == QUICK.resolved(load_checkpoint(shared_checkpoint).config, 9)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["type"] for row in rows] == ["eval", *["train"] * 3, "eval", *["train"] * 3, "eval"]
+    assert rows[-1]["tokens"] == 2 * result.trained_tokens
+
+    # The reported loss is that of the file, read again, on the last row.
+    again = load_adapter(load_checkpoint(shared_checkpoint), out).get_base_model()
+    held_out = held_out_examples(shared_checkpoint, data)[-1:]
+    assert mean_loss(again, held_out, 1) == pytest.approx(result.loss_after, abs=1e-5)
+    merge(shared_checkpoint, out)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    shared_checkpoint: Path, write_rows: WriteRows
+) -> None:
+    data = write_rows(PAIRS)
+    settings = QUICK.model_copy(update={"dropout": 0.1})
+
+    def weights(name: str, seed: int) -> bytes:
+        torch.rand(3)  # what else the process draws does not matter
+        finetune(shared_checkpoint, data, Path(name), settings.model_copy(update={"seed": seed}))
+        return Path(name, ADAPTER_WEIGHTS_FILE).read_bytes()
+
+    first = weights("a", 0)
+    assert first == weights("b", 0)
+    assert first != weights("c", 1)
+
+
+def test_turn_tokens_are_trained_with_instructions_alone(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    plain = [{"prompt": "Say", "completion": " one"}]
+    sizes = [
+        finetune(shared_checkpoint, write_rows(rows), Path(name), QUICK).trainable_parameters
+        for name, rows in (("plain", plain), ("turns", PAIRS[:1]))
+    ]
+    assert sizes[1] - sizes[0] == 2 * 64
+    base, tuned = (merge(shared_checkpoint, Path("turns")), load_checkpoint(shared_checkpoint))
+    assert not torch.equal(base.lm_head.weight[1:3], tuned.lm_head.weight[1:3])
+
+
+def test_the_base_is_left_as_it_was(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    before = sha256_file(shared_checkpoint / "model.safetensors")
+    finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK)
+    assert sha256_file(shared_checkpoint / "model.safetensors") == before
+
+
+def test_the_best_epoch_is_kept(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    # Held out: what learning makes less likely.
+    learned = [{"prompt": "a", "completion": "b" * 20}]
+    unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
+    settings = LoraSettings(epochs=20, learning_rate=2e-2)
+    result = finetune(shared_checkpoint, write_rows(learned), Path("out"), settings, validation=unlikely)
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["type"] == "eval"]
+    assert result.loss_before == losses[0]
+    assert result.loss_after == min(losses[1:]) == losses[result.best_epoch]
+    assert losses[-1] > result.loss_after
+    kept = load_adapter(load_checkpoint(shared_checkpoint), Path("out")).get_base_model()
+    assert mean_loss(kept, held_out_examples(shared_checkpoint, unlikely), 1) == pytest.approx(
+        result.loss_after, abs=1e-5
+    )
+
+
+def test_a_validation_file_leaves_all_rows_to_training(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    held_out = write_rows(PAIRS[:3], "held-out.jsonl")
+    result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK, validation=held_out)
+    assert (result.rows, result.validation_rows) == (10, 3)
+    assert read_info(Path("out"))["validation"]["sha256"] == sha256_file(held_out)
+
+
+def test_what_is_cut_and_left_out_is_said(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "b" * 99},
+        {"prompt": "a" * 99, "completion": "b"},
+    ]
+    heard = Heard()
+    settings = QUICK.model_copy(update={"max_length": 20})
+    result = finetune(shared_checkpoint, write_rows(rows), Path("out"), settings, heard)
+    assert (result.rows, result.truncated, result.skipped) == (2, 1, 1)
+    assert "warning: rows cut at 20 tokens, which lose their end-of-text: 1" in heard.notes
+    assert "warning: rows left out, whose prompt alone has 20 tokens or more: 1" in heard.notes
+    assert heard.notes[:2] == ["first row, read only: <|endoftext|>|a", "first row, learned:   b|<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a" * 99, "completion": "b"}, "nothing to learn"),
+        ({"text": "b" * 99}, "every row is cut before its end"),
+    ],
+)
+def test_rows_that_teach_nothing_or_no_end_are_refused(
+    shared_checkpoint: Path, write_rows: WriteRows, row: dict[str, str], said: str
+) -> None:
+    with pytest.raises(SlmError, match=said):
+        finetune(shared_checkpoint, write_rows([row]), Path("out"), QUICK.model_copy(update={"max_length": 20}))
+    assert not Path("out").exists()
+
+
+def test_a_row_may_not_be_longer_than_the_context(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    with pytest.raises(SlmError, match="max_length 257 is longer than the base's context of 256"):
+        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), LoraSettings(max_length=257))
+
+
+def test_an_adapter_is_replaced_only_when_told(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data, out = write_rows(PAIRS), Path("out")
+    finetune(shared_checkpoint, data, out, QUICK)
+    before = (out / ADAPTER_WEIGHTS_FILE).read_bytes()
+    other = QUICK.model_copy(update={"seed": 5})
+    with pytest.raises(SlmError, match="there is already an adapter: out"):
+        finetune(shared_checkpoint, data, out, other)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shared_checkpoint, data, out, other, Interrupting(), overwrite=True)
+    assert (out / ADAPTER_WEIGHTS_FILE).read_bytes() == before
+    finetune(shared_checkpoint, data, out, other, overwrite=True)
+    assert (out / ADAPTER_WEIGHTS_FILE).read_bytes() != before
+    assert sorted(path.name for path in out.iterdir()) == FILES
+
+
+def test_what_is_no_adapter_is_never_replaced(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data = write_rows(PAIRS)
+    for out in (shared_checkpoint, data):
+        with pytest.raises(SlmError, match="is not an adapter"):
+            finetune(shared_checkpoint, data, out, QUICK, overwrite=True)
+    assert data.is_file() and (shared_checkpoint / "model.safetensors").is_file()
+
+
+def test_an_interruption_leaves_nothing(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK, Interrupting())
+    assert not Path("out").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    settings = QUICK.model_copy(update={"learning_rate": 1e30, "epochs": 4})
+    with pytest.raises(SlmError, match="the loss is nan"):
+        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "knob",
+    [
+        *({"rank": 2}, {"alpha": 4}, {"dropout": 0.5}, {"target_modules": ("q_proj",)}),
+        *({"learning_rate": 1e-5}, {"max_grad_norm": 1e-3}, {"batch_size": 3}, {"max_length": 25}),
+    ],
+    ids=lambda knob: next(iter(knob)),
+)
+def test_every_setting_changes_the_adapter(
+    shared_checkpoint: Path, write_rows: WriteRows, knob: dict[str, Any]
+) -> None:
+    data = write_rows(PAIRS)
+    runs: list[FinetuneResult] = [
+        finetune(shared_checkpoint, data, Path(name), settings)
+        for name, settings in (("plain", QUICK), ("turned", QUICK.model_copy(update=knob)))
+    ]
+    assert runs[0].loss_after != runs[1].loss_after
+
+
+def test_defaults_follow_the_model_and_the_data() -> None:
+    assert default_learning_rate(2000) == 5e-4
+    assert default_learning_rate(640) == pytest.approx(1.2e-3, rel=0.02)
+    assert default_learning_rate(128) == pytest.approx(4.3e-3, rel=0.02)
+    assert [default_epochs(rows, 8) for rows in (1, 87, 990, 100_000)] == [150, 14, 3, 3]
+
+
+def test_measuring_uses_no_dropout(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data = write_rows(PAIRS)
+    results = [
+        finetune(shared_checkpoint, data, Path(name), LoraSettings(epochs=1, dropout=dropout, learning_rate=1e-12))
+        for name, dropout in (("with", 0.9), ("without", 0.0))
+    ]
+    assert results[0].loss_after == pytest.approx(results[1].loss_after, abs=1e-6)
