@@ -1,0 +1,213 @@
+"""`slm demo`: the whole chain on the text that ships with slm, and what each step proved."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slm.cli.console import STDOUT, RichProgress, print_json, print_table, say
+from slm.cli.options import json_option, out_option
+from slm.core.chat import turn_prompt
+from slm.core.errors import SlmError
+from slm.core.machine import peak_rss_mib
+from slm.core.manifest import Bundle
+from slm.core.runs import free_run
+
+PROMPT = "One day, a little"
+REQUEST = "Tell me a story about a fox who finds a key."
+NEW_TOKENS = 60
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row of the table: what was made, what it cost, and what shows that it is right."""
+
+    name: str
+    made: str
+    proved: str
+    seconds: float
+
+
+@click.command()
+@out_option
+@json_option
+def demo(out: Path | None, as_json: bool) -> None:
+    """Run the whole chain on data that ships with slm, in under three minutes on two cores.
+
+    Text, training, ONNX, INT8, LoRA, merged ONNX, merged INT8: each step is compared with the one before, and the texts
+    that each stage writes are shown.
+
+    \b
+      slm demo
+      slm demo --json --out runs/mine
+    """
+    out = out or free_run("demo")
+    if out.exists():
+        raise SlmError(f"{out} is there already", "name another --out")
+    started = time.perf_counter()
+    chain = _Chain(out)
+    chain.train()
+    chain.export()
+    chain.quantize()
+    chain.finetune()
+    chain.deploy_adapter()
+    texts = chain.texts()
+    seconds = time.perf_counter() - started
+    if as_json:
+        figures = {"run": str(out), "seconds": round(seconds, 1), "peak_rss_mib": round(peak_rss_mib())}
+        print_json(figures | {"steps": chain.figures, "texts": texts})
+        return
+    rows = [(step.name, step.made, step.proved, f"{step.seconds:.0f} s") for step in chain.steps]
+    print_table(f"{out}: the chain, each step compared with the one before", ("step", "made", "proved", "time"), rows)
+    for name, text in texts.items():
+        STDOUT.print(f"\n[bold]{name}[/]")
+        click.echo(text)
+    say(f"\n{seconds:.0f} s in all, at most {peak_rss_mib():,.0f} MiB resident")
+
+
+class _Chain:
+    """The steps in order; each leaves its artifact in the run and its row in the table."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.progress = RichProgress()
+        self.steps: list[Step] = []
+        self.figures: dict[str, Any] = {}
+
+    def train(self) -> None:
+        """Text to checkpoint."""
+        from slm.train.recipe import load_recipe
+        from slm.train.run import train
+
+        result = train(load_recipe("tiny"), self.out, self.progress)
+        self.checkpoint = result.checkpoint
+        self._row(
+            "train",
+            f"{result.parameters:,} parameters, {result.tokens / 1e3:,.0f}k tokens at {result.tokens_s:,.0f}/s",
+            f"held-out loss {result.loss_before:.2f} to {result.loss:.2f}, {result.bits_per_byte:.2f} bits a byte",
+            result.elapsed_s,
+            loss_before=result.loss_before,
+            loss=result.loss,
+            bits_per_byte=result.bits_per_byte,
+        )
+
+    def export(self) -> None:
+        """Checkpoint to bundle."""
+        self.bundle = self._export("export", self.checkpoint, self.out / "onnx")
+
+    def quantize(self) -> None:
+        """Bundle to INT8 bundle."""
+        self.int8 = self._quantize("quantize", self.bundle)
+
+    def finetune(self) -> None:
+        """Checkpoint to adapter."""
+        from slm.core import sample
+        from slm.finetune.lora import finetune
+
+        self.adapter = self.out / "adapters" / "pairs"
+        result = finetune(self.checkpoint, sample.pairs_path(), self.adapter, progress=self.progress)
+        self._row(
+            "finetune",
+            f"LoRA adapter of {result.trainable_parameters:,} parameters from {result.rows} instructions",
+            f"held-out loss {result.loss_before:.2f} to {result.loss_after:.2f}",
+            result.seconds,
+            loss_before=result.loss_before,
+            loss_after=result.loss_after,
+        )
+
+    def deploy_adapter(self) -> None:
+        """Adapter to merged bundle to INT8 bundle."""
+        from slm.finetune.merge import merged_checkpoint
+
+        merged = self.out / "checkpoint" / "pairs"
+        merged_checkpoint(self.checkpoint, self.adapter, merged)
+        self.tuned = self._export("export tuned", merged, self.out / "onnx-pairs")
+        self.tuned_int8 = self._quantize("quantize tuned", self.tuned)
+        self.merged = merged
+
+    def texts(self) -> dict[str, str]:
+        """What each stage writes, greedily; the float32 bundles must write what their checkpoints write."""
+        request = turn_prompt(REQUEST)
+        stages = {
+            "checkpoint (PyTorch)": (self.checkpoint, PROMPT),
+            "bundle (float32)": (self.bundle.path, PROMPT),
+            "bundle (INT8)": (self.int8.path, PROMPT),
+            "tuned checkpoint (PyTorch)": (self.merged, request),
+            "tuned bundle (float32)": (self.tuned.path, request),
+            "tuned bundle (INT8)": (self.tuned_int8.path, request),
+        }
+        texts, rates = {}, {}
+        for name, (path, prompt) in stages.items():
+            texts[name], rates[name] = _answer(path, prompt)
+        for tuned in ("", "tuned "):
+            if texts[f"{tuned}bundle (float32)"] != texts[f"{tuned}checkpoint (PyTorch)"]:
+                raise SlmError(f"the {tuned}bundle writes another text than its checkpoint", "please report it")
+        self._row(
+            "generate",
+            ", ".join(f"{rates[name]:,.0f} tokens/s {kind}" for name, kind in _SHOWN.items()),
+            "float32 bundles write what their checkpoints write",
+            0.0,
+            decode_tok_s=rates,
+        )
+        texts = {name: f"{REQUEST}\n{t}" if "tuned" in name else PROMPT + t for name, t in texts.items()}
+        return texts
+
+    def _export(self, name: str, checkpoint: Path, out: Path) -> Bundle:
+        from slm.export.bundle import export_bundle
+
+        started = time.perf_counter()
+        bundle = export_bundle(checkpoint, out, progress=self.progress)
+        parity = bundle.manifest.parity
+        assert parity is not None
+        self._row(
+            name,
+            f"ONNX bundle of {bundle.bytes / 1e6:.1f} MB",
+            f"equal to PyTorch within {parity.largest:.0e} over {parity.tokens} tokens, "
+            f"window {bundle.config.sliding_window}",
+            time.perf_counter() - started,
+            bytes=bundle.bytes,
+            parity=parity.largest,
+        )
+        return bundle
+
+    def _quantize(self, name: str, source: Bundle) -> Bundle:
+        from slm.quantize.int8 import quantize_int8
+        from slm.quantize.quality import measuring_text
+
+        started = time.perf_counter()
+        out = source.path.with_name(f"{source.path.name}-int8")
+        bundle = quantize_int8(source, out, measuring_text(source, None), progress=self.progress)
+        quality = bundle.manifest.quality
+        assert quality is not None
+        self._row(
+            name,
+            f"INT8 bundle of {bundle.bytes / 1e6:.1f} MB",
+            f"predictions moved by {quality.kl_nats:.4f} nats, {quality.same_top1:.1%} same top-1, "
+            f"perplexity {quality.perplexity_before:.2f} to {quality.perplexity_after:.2f}",
+            time.perf_counter() - started,
+            bytes=bundle.bytes,
+            kl_nats=quality.kl_nats,
+            same_top1=quality.same_top1,
+        )
+        return bundle
+
+    def _row(self, name: str, made: str, proved: str, seconds: float, **figures: Any) -> None:
+        self.steps.append(Step(name, made, proved, seconds))
+        self.figures[name] = figures | {"seconds": round(seconds, 1)}
+        say(f"{name}: {made}; {proved}")
+
+
+_SHOWN = {"checkpoint (PyTorch)": "PyTorch", "bundle (float32)": "float32", "bundle (INT8)": "INT8"}
+
+
+def _answer(path: Path, prompt: str) -> tuple[str, float]:
+    """Returns the greedy continuation and the tokens decoded a second."""
+    from slm.loading import load
+
+    model = load(path)
+    text = model.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
+    run = model.last_run
+    assert run is not None
+    return text, run.decode_tok_s or 0.0

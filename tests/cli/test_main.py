@@ -1,0 +1,129 @@
+"""The frame around all commands: help, exit codes, one line for each failure."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.cli.main import COMMANDS
+from slm.core.errors import SlmError
+
+Slm = Callable[..., Any]
+
+
+def test_help_lists_every_command(slm: Slm) -> None:
+    result = slm("--help")
+    assert result.code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in result.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_that_teaches(slm: Slm, command: str) -> None:
+    result = slm(command, "--help")
+    assert result.code == 0
+    assert f"slm {command}" in result.out
+    assert "--json" in result.out
+
+
+def test_no_command_at_all_shows_the_help(slm: Slm) -> None:
+    result = slm()
+    assert result.code == 2 and "Commands:" in result.out + result.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nonsense",), ("info",), ("generate", "--top-p", "2"), ("export",), ("quantize",), ("--nonsense",)]
+)
+def test_wrong_usage_is_two_lines_and_exit_code_2(slm: Slm, arguments: tuple[str, ...]) -> None:
+    result = slm(*arguments)
+    assert result.code == 2 and result.out == ""
+    error, hint = result.err.strip().split("\n")
+    assert error.startswith("error: ") and hint.startswith("hint: slm ")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (SlmError("the fox is lost", "look under the oak"), "error: the fox is lost\nhint: look under the oak\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: no space left on the disk\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "error: Permission denied: runs/x\n"),
+        (ModuleNotFoundError("no", name="onnxscript.nn"), "pip install 'slm-edge[convert]'"),
+        (ModuleNotFoundError("no", name="torch"), "pip install 'slm-edge[train]'"),
+        (ZeroDivisionError("by\nzero"), "error: unexpected ZeroDivisionError: by zero\nhint: slm --debug"),
+    ],
+)
+def test_failures_are_said_without_a_traceback(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("slm.cli.doctor._providers", fail)
+    result = slm("doctor")
+    assert result.code == 1
+    assert said in result.err and "Traceback" not in result.err
+
+
+def test_debug_shows_the_traceback(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slm.cli.doctor._providers", lambda: 1 / 0)
+    assert "Traceback" in slm("--debug", "doctor").err
+
+
+def test_an_interruption_is_said_and_exits_with_130(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slm.cli.doctor._providers", interrupt)
+    result = slm("doctor")
+    assert result.code == 130 and result.err.strip().startswith("error: interrupted\n")
+
+
+def test_sigterm_ends_a_command_and_its_half_written_files(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; import slm.cli.doctor as d; from slm.core.files import atomic_directory\n"
+        "def slow():\n"
+        "    with atomic_directory(Path('made')):\n"
+        "        print('ready', flush=True); time.sleep(60)\n"
+        "d._providers = slow\n"
+        "from slm.cli.main import main; main(['doctor'])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_failure_to_report(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "import time; time.sleep(0.1); from slm.cli.main import main; main(['doctor', '--json'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    os.close(writer)
+    assert "Traceback" not in done.stderr and "error" not in done.stderr
+
+
+def test_doctor_names_the_conflict_of_the_two_onnxruntimes(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slm.cli.doctor._version", lambda name: "1.0")
+    report = json.loads(slm("doctor", "--json").out)
+    assert report["cores"] >= 1
+    assert "overwrite each other" in report["problems"][0]
+    monkeypatch.setattr("slm.cli.doctor._version", lambda name: None)
+    assert "no onnxruntime" in json.loads(slm("doctor", "--json").out)["problems"][0]
+
+
+def test_help_is_quick() -> None:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "slm", "--help"], check=True, capture_output=True)
+    # Measured 0.2 s on an idle core; importing torch alone would take more than this.
+    assert time.perf_counter() - started < 3

@@ -1,0 +1,111 @@
+"""The wheel holds every file of the package, and the edge installation of it answers without torch and onnx."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOMES = {"slm": "src/slm"} | {
+    f"slm/{name}": name for name in ("cli", "core", "export", "finetune", "quantize", "runtime", "train")
+}
+SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
+
+
+def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tree so that nothing built before can slip in."""
+    source = tmp_path_factory.mktemp("source")
+    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.split("\n")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_file(wheel: Path) -> None:
+    wanted = {
+        f"{package}/{path.relative_to(ROOT / home).as_posix()}"
+        for package, home in HOMES.items()
+        for pattern in SHIPPED
+        for path in (ROOT / home).rglob(pattern)
+        if "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert found == wanted
+    assert not {name for name in found if not name.startswith("slm/")}  # never a bare `core` or `train`
+
+
+@pytest.fixture(scope="module")
+def edge(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment with `slm-edge[cpu]` from the wheel and nothing else."""
+    home = tmp_path_factory.mktemp("edge") / "venv"
+    run(sys.executable, "-m", "venv", home)
+    python = home / "bin" / "python"
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "-c",
+        ROOT / "constraints.txt",
+        f"slm-edge[cpu] @ {wheel.as_uri()}",
+    ]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if "Temporary failure in name resolution" in done.stderr or "No matching distribution" in done.stderr:
+        pytest.skip(f"no package index to install the edge dependencies from: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0, done.stderr
+    return home / "bin"
+
+
+@pytest.mark.slow
+def test_the_edge_installation_answers(edge: Path, tmp_path: Path) -> None:
+    absent = (
+        "import importlib.util as u; print([n for n in ('torch', 'onnx', 'transformers', 'peft') if u.find_spec(n)])"
+    )
+    assert run(edge / "python", "-c", absent).stdout.strip() == "[]"
+    assert "Commands:" in run(edge / "slm", "--help", cwd=tmp_path).stdout
+    said = run(edge / "slm", "generate", "--greedy", "-p", "One day", "--max-new-tokens", "20", cwd=tmp_path)
+    assert said.stdout.startswith("One day") and len(said.stdout) > 30
+    assert "int8" in said.stderr
+
+
+@pytest.mark.slow
+def test_every_edge_module_imports_without_the_extras(edge: Path) -> None:
+    modules = [
+        f"slm.{home.name}.{path.stem}"
+        for home in (ROOT / "runtime", ROOT / "cli", ROOT / "core")
+        for path in home.glob("*.py")
+    ]
+    run(edge / "python", "-c", ";".join(f"import {module}" for module in modules if "__init__" not in module))
+
+
+@pytest.mark.slow
+def test_what_needs_an_extra_says_so(edge: Path, tmp_path: Path) -> None:
+    for command, extra in (("train", "train"), ("finetune", "train"), ("export", "convert")):
+        arguments = {"finetune": ["--lora", "x.jsonl"], "export": ["--onnx", "x"]}.get(command, [])
+        done = subprocess.run([edge / "slm", command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1, done.stderr
+        assert f"slm-edge[{extra}]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_quick_to_import() -> None:
+    """`slm --help` imports nothing that takes long."""
+    heavy = "('torch', 'onnx', 'onnxruntime', 'numpy')"
+    program = f"import sys; import slm.cli.main; print([m for m in {heavy} if m in sys.modules])"
+    assert run(sys.executable, "-c", program).stdout.strip() == "[]"
