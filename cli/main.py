@@ -28,6 +28,11 @@ COMMANDS = {
     "demo": "Run the whole chain on data that ships with slm.",
 }
 
+# PyTorch's threads wait for each other at the end of every product. Spinning while they wait saves microseconds on an idle
+# machine and costs everything on a busy one: with one other process on two cores, training went from 270 to 4,350 tokens/s
+# (docs/LOG.md). Read when torch is first imported; what the user sets is kept.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Which extra brings a package, for the hint when it is missing.
 _EXTRAS = {
     "onnxruntime": "cpu",

@@ -233,14 +233,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(shared_checkpoint: Path, write_r
     "knob",
     [
         *({"rank": 2}, {"alpha": 4}, {"dropout": 0.5}, {"target_modules": ("q_proj",)}),
-        *({"learning_rate": 1e-5}, {"max_grad_norm": 1e-3}, {"batch_size": 3}, {"max_length": 25}),
+        *({"learning_rate": 1e-5}, {"max_grad_norm": 1e-3}, {"batch_size": 3}, {"max_length": 50}),
     ],
     ids=lambda knob: next(iter(knob)),
 )
 def test_every_setting_changes_the_adapter(
     shared_checkpoint: Path, write_rows: WriteRows, knob: dict[str, Any]
 ) -> None:
-    data = write_rows(PAIRS)
+    data = write_rows([{"instruction": "Count.", "output": "x y " * 20}, *PAIRS])
     runs: list[FinetuneResult] = [
         finetune(shared_checkpoint, data, Path(name), settings)
         for name, settings in (("plain", QUICK), ("turned", QUICK.model_copy(update=knob)))
