@@ -17,7 +17,7 @@ from slm.core.sample.pairs import Pair, make_pairs
 SEED = 7
 TRAIN_BYTES = 440_000
 VALIDATION_BYTES = 45_000
-PAIRS = 96
+PAIRS = 480
 
 PLOTS: tuple[Plot, ...] = plots_things.PLOTS + plots_friends.PLOTS
 

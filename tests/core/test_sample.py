@@ -49,7 +49,7 @@ def test_another_seed_writes_other_files(tmp_path: Path) -> None:
 def test_sizes() -> None:
     assert sample.stories_path().stat().st_size >= 430_000
     assert 40_000 <= sample.validation_path().stat().st_size <= 50_000
-    assert len(rows()) == generate.PAIRS == 96
+    assert len(rows()) == generate.PAIRS == 480
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
