@@ -2,13 +2,19 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slm.cli.console import print_json, say
 from slm.cli.options import json_option, seed_option
+from slm.core.chat import turn_prompt
 from slm.core.errors import SlmError
+from slm.core.machine import peak_rss_mib
 from slm.core.runs import newest_bundle
+
+if TYPE_CHECKING:
+    from slm.runtime.generate import Run
 
 
 @click.command()
@@ -47,53 +53,52 @@ def generate(
       slm generate runs/tiny/onnx-int8 -p "The fox" --greedy --max-new-tokens 40
       slm generate --json -p "One day" | jq .decode_tok_s
     """
-    from slm.core.machine import peak_rss_mib
     from slm.loading import load
 
     path = model or _default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
     say(f"{path}: {loaded.decoder.description}")
     text = sys.stdin.read() if prompt == "-" else prompt
-    if instruct:
-        from slm.core.chat import turn_prompt
-
-        text = turn_prompt(text)
-    pieces = []
     stream = loaded.stream(
-        text,
+        turn_prompt(text) if instruct else text,
         max_new_tokens=max_new_tokens,
         temperature=0.0 if greedy else temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
     )
-    if not as_json:
-        click.echo("" if instruct else text, nl=False)
-    for piece in stream:
-        pieces.append(piece)
-        if not as_json:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-    run = loaded.last_run
-    assert run is not None
     if as_json:
+        answer = "".join(stream)
+        assert loaded.last_run is not None
         print_json(
-            {
-                "text": "".join(pieces),
-                "tokens": run.tokens,
-                "prompt_tokens": run.prompt_tokens,
-                "stopped": run.stopped,
-                "model": str(path),
-                "backend": loaded.decoder.description,
-                "ttft_ms": round(run.ttft_ms, 2),
-                "prefill_tok_s": round(run.prefill_tok_s, 1),
-                "decode_tok_s": None if run.decode_tok_s is None else round(run.decode_tok_s, 1),
-                "peak_rss_mib": round(peak_rss_mib(), 1),
-            }
+            {"text": answer, "model": str(path), "backend": loaded.decoder.description} | _figures(loaded.last_run)
         )
         return
+    click.echo("" if instruct else text, nl=False)
+    for piece in stream:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
     click.echo()
-    why = {"end": "end of text", "length": f"{max_new_tokens} tokens", "context": "the context is full"}[run.stopped]
+    assert loaded.last_run is not None
+    _summarize(loaded.last_run)
+
+
+def _figures(run: "Run") -> dict[str, Any]:
+    return {
+        "tokens": run.tokens,
+        "prompt_tokens": run.prompt_tokens,
+        "stopped": run.stopped,
+        "ttft_ms": round(run.ttft_ms, 2),
+        "prefill_tok_s": round(run.prefill_tok_s, 1),
+        "decode_tok_s": None if run.decode_tok_s is None else round(run.decode_tok_s, 1),
+        "peak_rss_mib": round(peak_rss_mib(), 1),
+    }
+
+
+def _summarize(run: "Run") -> None:
+    why = {"end": "the end of the text", "length": f"{len(run.tokens)} tokens", "context": "a full context"}[
+        run.stopped
+    ]
     rate = f", {run.decode_tok_s:.0f} tokens/s" if run.decode_tok_s else ""
     say(f"stopped at {why}; first token after {run.ttft_ms:.0f} ms{rate}")
 

@@ -236,19 +236,13 @@ def _set(fields: dict[str, Any], override: str) -> None:
         raise SlmError(f"--set {override}: the recipe has no value {path!r}", _one_of(near or valid))
     *sections, key = path.split(".")
     for section in sections:
-        fields = fields.setdefault(section, {})
+        if not isinstance(fields.get(section), dict):  # absent, or empty in the file
+            fields[section] = {}
+        fields = fields[section]
     try:
-        fields[key] = yaml.safe_load(_number(text))
+        fields[key] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise SlmError(f"--set {override}: the value is not YAML", "quote it, as in --set 'name=\"a: b\"'") from None
-
-
-def _number(text: str) -> str:
-    """Spells 1e-3 as YAML 1.1 wants a float, which PyYAML would otherwise read as text."""
-    try:
-        return repr(float(text)) if "e" in text.lower() else text
-    except ValueError:
-        return text
 
 
 def _paths(section: type[BaseModel]) -> list[str]:

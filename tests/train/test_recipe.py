@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slm.core.errors import SlmError
 from slm.train.recipe import Recipe, load_recipe, recipe_names
@@ -50,7 +51,7 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
     ("override", "section", "field", "value"),
     [
         ("batch.accumulation=3", "batch", "accumulation", 3),
-        ("schedule.learning_rate=1e-3", "schedule", "learning_rate", 1e-3),  # YAML 1.1 alone would read text
+        ("schedule.learning_rate=1e-3", "schedule", "learning_rate", 1e-3),  # to YAML 1.1 text, to pydantic a number
         ("optimizer.betas=[0.8, 0.9]", "optimizer", "betas", (0.8, 0.9)),
         ("data.train=[a.txt, b.txt]", "data", "train", ("a.txt", "b.txt")),
         ("data.train=a.txt", "data", "train", ("a.txt",)),
@@ -59,6 +60,13 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
 )
 def test_set(override: str, section: str, field: str, value: object) -> None:
     assert getattr(getattr(load_recipe("tiny", [override]), section), field) == value
+
+
+def test_set_fills_a_section_that_is_empty_in_the_file(tmp_path: Path) -> None:
+    fields = load_recipe("tiny").model_dump(mode="json") | {"optimizer": None}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    assert load_recipe(file, ["optimizer.eps=1e-8"]).optimizer.eps == 1e-8
 
 
 def test_another_depth_brings_its_layer_types() -> None:
