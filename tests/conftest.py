@@ -1,11 +1,14 @@
 """What tests share: a config that is small and awkward on purpose, models with varied weights, an isolated home."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from slm.cli.main import main
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
@@ -99,3 +102,28 @@ def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Token
 def shared_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """That checkpoint as a float32 bundle; not to be changed."""
     return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("bundle") / "onnx")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def slm(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+    """Runs `slm ARGUMENTS` and returns what it did."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(int(done.value.code or 0), captured.out, captured.err)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,97 @@
+"""The README's commands, exactly as they stand there, on a little text and with a training that is cut short."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.core import sample
+from slm.train import recipe
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SHORT = (
+    "schedule.micro_steps=6",
+    "schedule.warmup_micro_steps=2",
+    "evaluation.every_micro_steps=3",
+    "evaluation.windows=4",
+)
+
+
+def block(heading: str) -> str:
+    """The first indented block under a heading."""
+    section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    found = re.search(r"(?:^    .*\n)+", section, flags=re.MULTILINE)
+    assert found is not None
+    return found[0]
+
+
+@pytest.mark.slow
+def test_the_chain(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = recipe.load_recipe
+    monkeypatch.setattr(recipe, "load_recipe", lambda name, overrides=(): load("tiny", [*SHORT, *overrides]))
+    Path("train.txt").write_text(sample.stories_path().read_text(encoding="utf-8")[:60_000])
+    Path("valid.txt").write_text(sample.validation_path().read_text(encoding="utf-8")[:20_000])
+    Path("data.jsonl").write_text("".join(sample.pairs_path().read_text(encoding="utf-8").splitlines(True)[:24]))
+    commands = [shlex.split(line, comments=True) for line in block("The chain on your own text").splitlines()]
+    assert [command[:2] for command in commands] == [
+        ["slm", name] for name in ("train", "export", "quantize", "finetune", "export", "generate")
+    ]
+    for command in commands:
+        result = slm(*command[1:])
+        assert result.code == 0, (command, result.err)
+    made = {path.parent.relative_to("runs/tiny").as_posix() for path in Path("runs/tiny").rglob("slm.json")}
+    assert made == {"checkpoint/best", "checkpoint/last", "adapters/data"}
+    assert {path.parent.name for path in Path("runs/tiny").rglob("manifest.json")} == {"onnx", "onnx-int8", "onnx-data"}
+    program = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert program is not None
+    names: dict[str, Any] = {}
+    exec(program[1], names)
+    assert names["logits"].shape == (1, 3, 1024)
+
+
+def test_the_failure_it_shows(slm: Callable[..., Any]) -> None:
+    shown = re.search(r"    \$ slm (.*)\n    (error: .*)\n    (hint: .*)\n", README)
+    assert shown is not None
+    Path("runs/tiny").mkdir(parents=True)
+    assert slm(*shown[1].split()).err == f"{shown[2]}\n{shown[3]}\n"
+
+
+def test_every_file_it_names_is_there() -> None:
+    root = Path(__file__).parent.parent
+    named = set(re.findall(r"`((?:tests|export|quantize|core|docs)/[\w/.]+)`", README)) | set(
+        re.findall(r"\]\(([\w/]+\.md)\)", README)
+    )
+    assert len(named) > 8
+    assert [name for name in sorted(named) if not (root / name).exists()] == []
+
+
+def test_the_parameter_counts_of_the_documents() -> None:
+    from slm.core.presets import PRESETS
+
+    table = (Path(__file__).parent.parent / "docs" / "model.md").read_text(encoding="utf-8")
+    for config in PRESETS.values():
+        assert f"{config.parameter_count():,}" in table
+
+
+@pytest.mark.slow
+def test_the_demo_from_end_to_end(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the training cut short: each step's figures, in a table and as JSON."""
+    load = recipe.load_recipe
+    monkeypatch.setattr(recipe, "load_recipe", lambda name, overrides=(): load("tiny", [*SHORT, *overrides]))
+    few = Path("pairs.jsonl")
+    few.write_text("".join(sample.pairs_path().read_text(encoding="utf-8").splitlines(True)[:24]))
+    monkeypatch.setattr(sample, "pairs_path", lambda: few)
+    result = slm("demo", "--json", "--out", "runs/mine")
+    assert result.code == 0, result.err
+    shown = json.loads(result.out)
+    steps = shown["steps"]
+    assert steps["train"]["loss"] < steps["train"]["loss_before"]
+    assert steps["finetune"]["loss_after"] < steps["finetune"]["loss_before"]
+    assert 0 < steps["export"]["parity"] < 1e-4 and 0 < steps["export tuned"]["parity"] < 1e-4
+    assert 0 < steps["quantize"]["kl_nats"] < 0.02
+    assert shown["texts"]["bundle (float32)"] == shown["texts"]["checkpoint (PyTorch)"]
+    assert slm("demo", "--out", "runs/mine").code == 1
