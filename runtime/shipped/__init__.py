@@ -4,5 +4,8 @@ from pathlib import Path
 
 
 def model_path() -> Path:
-    """Returns the bundle's directory."""
-    return Path(__file__).parent / "model"
+    """Returns the bundle's directory.
+
+    The real one: an editable installation links file by file, and a bundle's files must not lead out of it.
+    """
+    return Path(__file__).resolve().parent / "model"
