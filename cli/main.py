@@ -14,6 +14,7 @@ import click
 
 from slm.cli.console import say_error
 from slm.core.errors import SlmError
+from slm.runtime.threads import cpu_quota, usable_cores
 from slm.version import __version__
 
 # In the order of the chain. The help stands here so that `slm --help` imports no command.
@@ -32,6 +33,9 @@ COMMANDS = {
 # machine and costs everything on a busy one: with one other process on two cores, training went from 270 to 4,350 tokens/s
 # (docs/LOG.md). Read when torch is first imported; what the user sets is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# PyTorch counts cores and does not know of a container's quota.
+if cpu_quota() is not None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 # Which extra brings a package, for the hint when it is missing.
 _EXTRAS = {

@@ -28,6 +28,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        _give_usual_modes(partial)
         replace_directory(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -45,6 +46,15 @@ def replace_directory(source: Path, target: Path) -> None:
             replaced.rename(target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _give_usual_modes(directory: Path) -> None:
+    """Lets the user's umask decide who may read the files: safetensors makes its own readable by the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def _sweep(target: Path) -> None:

@@ -24,6 +24,9 @@ class KVBuffers:
 
     A sliding layer's capacity is its window and some slack, whatever the context. A global layer's grows as the
     sequence does. Rows past the resident ones hold nothing of meaning.
+
+    Attributes:
+        growths: How often the buffers were replaced by longer ones; what was bound before no longer counts then.
     """
 
     def __init__(self, layers: Sequence[CacheLayer], context: int, batch: int = 1) -> None:
@@ -33,6 +36,7 @@ class KVBuffers:
         self._length = 0
         self._arrays: dict[tuple[int, Side], Array] = {}
         self._values: dict[tuple[int, Side], ort.OrtValue] = {}
+        self.growths = 0
         self.reserve(min(FIRST_CAPACITY, context))
 
     def reserve(self, length: int) -> None:
@@ -40,6 +44,7 @@ class KVBuffers:
         if length <= self._length:
             return
         self._length = min(self._context, max(length, 2 * self._length))
+        self.growths += 1
         for layer in self._layers:
             for side in SIDES:
                 self._grow(layer, side)

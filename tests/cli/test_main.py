@@ -127,3 +127,16 @@ def test_help_is_quick() -> None:
     subprocess.run([sys.executable, "-m", "slm", "--help"], check=True, capture_output=True)
     # Measured 0.2 s on an idle core; importing torch alone would take more than this.
     assert time.perf_counter() - started < 3
+
+
+def test_threads_wait_without_spinning_unless_told_otherwise() -> None:
+    def policy(**environment: str) -> str:
+        program = "import os, slm.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
+        base = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=base | environment
+        )
+        return done.stdout.strip()
+
+    assert policy() == "PASSIVE"
+    assert policy(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"

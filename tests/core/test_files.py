@@ -87,3 +87,11 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
             read_text(tmp_path / path, "training text")
     with pytest.raises(SlmError, match="not a JSON object"):
         read_json(tmp_path / "list.json", "manifest")
+
+
+def test_artifacts_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "made") as partial:
+        (partial / "private").write_text("x")
+        (partial / "private").chmod(0o600)
+        (partial / "usual").write_text("x")
+    assert (tmp_path / "made" / "private").stat().st_mode == (tmp_path / "made" / "usual").stat().st_mode
