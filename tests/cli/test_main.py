@@ -129,14 +129,15 @@ def test_help_is_quick() -> None:
     assert time.perf_counter() - started < 3
 
 
-def test_threads_wait_without_spinning_unless_told_otherwise() -> None:
-    def policy(**environment: str) -> str:
-        program = "import os, slm.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
-        base = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+def test_threads_spin_only_briefly_unless_told_otherwise() -> None:
+    def spins(**environment: str) -> str:
+        program = "import os, slm.cli.main; print(os.environ.get('GOMP_SPINCOUNT'))"
+        base = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
         done = subprocess.run(
             [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=base | environment
         )
         return done.stdout.strip()
 
-    assert policy() == "PASSIVE"
-    assert policy(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE"
+    assert spins() == "5000"
+    assert spins(GOMP_SPINCOUNT="7") == "7"
+    assert spins(OMP_WAIT_POLICY="ACTIVE") == "None"
