@@ -16,12 +16,21 @@ _REPLACED = ".replaced-"
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
     """Yields an empty sibling directory that takes the place of `target` when the block ends well.
 
     An exception, Ctrl-C included, removes the sibling and leaves `target` as it was. What a killed process left
     beside the target is removed first.
+
+    Args:
+        target: The directory to make or replace.
+        marker: A file that every artifact of this kind has. A target without it is not ours to replace.
+
+    Raises:
+        SlmError: When something else stands there.
     """
+    target = target.absolute()
+    check_replaceable(target, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
@@ -32,6 +41,18 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         replace_directory(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(target: Path, marker: str) -> None:
+    """Makes sure that writing to `target` costs nobody anything but an older artifact of the same kind.
+
+    Raises:
+        SlmError: When it is a file, or a directory with other content.
+    """
+    if target.is_dir() and ((target / marker).is_file() or not any(target.iterdir())):
+        return
+    if target.exists() or target.is_symlink():
+        raise SlmError(f"{target} exists and is something else: it has no {marker}", "name another --out")
 
 
 def replace_directory(source: Path, target: Path) -> None:

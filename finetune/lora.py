@@ -9,11 +9,11 @@ import torch
 
 from slm.core.checkpoint import INFO_FILE, WEIGHTS_FILE, read_config
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, sha256_file
+from slm.core.files import atomic_directory, check_replaceable, sha256_file
 from slm.core.nn import load_checkpoint
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
-from slm.finetune.adapter import attach, is_adapter, save_adapter
+from slm.finetune.adapter import ADAPTER_CONFIG_FILE, attach, is_adapter, save_adapter
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.loop import fit
 from slm.finetune.rows import InstructionRow, Row, read_rows
@@ -146,7 +146,7 @@ def finetune(
         "precision": precision.name,
         "metrics": {name: value for name, value in asdict(result).items() if name not in ("adapter", "base")},
     }
-    with atomic_directory(out) as directory:
+    with atomic_directory(out, ADAPTER_CONFIG_FILE) as directory:
         save_adapter(directory, adapter, trained.state)
         metrics = Metrics(directory, micro_steps=0)
         for kind, row in trained.history:
@@ -162,11 +162,8 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
         SlmError: When something is there that is not an adapter, or an adapter that may not be replaced.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not is_adapter(out):
-        raise SlmError(f"{out} exists and is not an adapter", "name another --out")
-    if not overwrite:
+    check_replaceable(out, ADAPTER_CONFIG_FILE)
+    if is_adapter(out) and not overwrite:
         raise SlmError(f"there is already an adapter: {out}", "--overwrite replaces it, --name names another")
 
 

@@ -63,8 +63,10 @@ def quantize_int8(
     settings, progress = settings or Int8Settings(), progress or Silent()
     if source.manifest.precision != "float32":
         raise SlmError(f"{source.path} is {source.manifest.precision} already", "quantize the float32 bundle")
+    if out.resolve() == source.path.resolve():
+        raise SlmError(f"{out} is the bundle to quantize; it is kept", "name another --out")
     block_size = fitting_block_size(source, settings.block_size)
-    with atomic_directory(out) as directory:
+    with atomic_directory(out, MANIFEST_FILE) as directory:
         model = directory / "onnx" / f"{MODEL_NAMES['int8']}.onnx"
         model.parent.mkdir()
         progress.note(f"quantizing {source.manifest.parameters:,} parameters to INT8 in blocks of {block_size}")

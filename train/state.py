@@ -65,7 +65,7 @@ def save_state(run: Path, counters: Counters, optimizer: Mapping[str, Tensor], w
         optimizer: The optimizer's tensors by name.
         weights: The safetensors file of the weights at this point; it may be replaced later, never written to.
     """
-    with atomic_directory(run / TRAINER) as directory:
+    with atomic_directory(run / TRAINER, _COUNTERS_FILE) as directory:
         safetensors.torch.save_file(dict(optimizer), directory / _OPTIMIZER_FILE)
         (directory / _COUNTERS_FILE).write_text(counters.model_dump_json(indent=2) + "\n", encoding="utf-8")
         try:

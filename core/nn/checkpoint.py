@@ -64,7 +64,7 @@ def save_checkpoint(path: Path, model: CausalLM, tokenizer: Tokenizer, info: dic
         GENERATION_CONFIG_FILE: {name: getattr(config, name) for name in tokens},
         INFO_FILE: info,
     }
-    with atomic_directory(path) as directory:
+    with atomic_directory(path, INFO_FILE) as directory:
         safetensors.torch.save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         tokenizer.save(directory)
         for name, content in documents.items():

@@ -132,3 +132,16 @@ def test_cuda_without_a_provider_says_what_to_install(slm: Slm, exported: Path) 
 def test_info_of_a_checkpoint(slm: Slm, exported: Path) -> None:
     result = slm("info", exported / "checkpoint" / "best")
     assert result.code == 0 and "3 sliding over 16, 1 global" in result.out and "made_by" in result.out
+
+
+def test_nothing_of_the_users_is_replaced(slm: Slm, exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    for command in (("export", "--onnx"), ("quantize", "--int8", "--max-kl", "1", "--tokens", "100")):
+        for out in (tmp_path / "mine", Path(), exported / "checkpoint" / "best"):
+            result = slm(*command, "--out", out)
+            assert result.code == 1 and "exists and is something else" in result.err, (command, out, result.err)
+    result = slm("quantize", "--int8", exported / "onnx", "--out", exported / "onnx")
+    assert result.code == 1 and "it is kept" in result.err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -90,7 +90,7 @@ def test_sigterm_ends_a_command_and_its_half_written_files(tmp_path: Path) -> No
     program = (
         "import sys, time; from pathlib import Path; import slm.cli.doctor as d; from slm.core.files import atomic_directory\n"
         "def slow():\n"
-        "    with atomic_directory(Path('made')):\n"
+        "    with atomic_directory(Path('made'), 'x'):\n"
         "        print('ready', flush=True); time.sleep(60)\n"
         "d._providers = slow\n"
         "from slm.cli.main import main; main(['doctor'])\n"

@@ -211,7 +211,7 @@ def test_an_adapter_is_replaced_only_when_told(shared_checkpoint: Path, write_ro
 def test_what_is_no_adapter_is_never_replaced(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data = write_rows(PAIRS)
     for out in (shared_checkpoint, data):
-        with pytest.raises(SlmError, match="is not an adapter"):
+        with pytest.raises(SlmError, match="exists and is something else"):
             finetune(shared_checkpoint, data, out, QUICK, overwrite=True)
     assert data.is_file() and (shared_checkpoint / "model.safetensors").is_file()
 
