@@ -38,6 +38,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if cpu_quota() is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
+_INTERRUPTED = "nothing is left half written; slm train --resume goes on with a training run"
+
 # Which extra brings a package, for the hint when it is missing.
 _EXTRAS = {
     "onnxruntime": "cpu",
@@ -90,8 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        say_error("interrupted", "what was finished is kept; nothing is left half written")
+        say_error("interrupted", _INTERRUPTED)
         sys.exit(130)
+    except _Terminated as terminated:
+        say_error("terminated", _INTERRUPTED)
+        sys.exit(terminated.code)
     except BrokenPipeError:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -106,8 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM, on its way out through whatever has something to tidy up."""
+
+
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
+    raise _Terminated(128 + signum)
 
 
 def _explain(error: Exception) -> tuple[str, str | None, int]:

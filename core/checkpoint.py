@@ -7,11 +7,16 @@ from typing import Any
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import read_json
+from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INFO_FILE = "slm.json"
+# All that a checkpoint consists of.
+CHECKPOINT_FILES = frozenset(
+    (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INFO_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -1,10 +1,11 @@
 """Files and directories that appear whole or not at all, and paths that stay where they belong."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +17,7 @@ _REPLACED = ".replaced-"
 
 
 @contextmanager
-def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
+def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
     """Yields an empty sibling directory that takes the place of `target` when the block ends well.
 
     An exception, Ctrl-C included, removes the sibling and leaves `target` as it was. What a killed process left
@@ -24,15 +25,16 @@ def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
 
     Args:
         target: The directory to make or replace.
-        marker: A file that every artifact of this kind has. A target without it is not ours to replace.
+        ours: The files, relative to the target, that an older artifact there consists of. Anything else is somebody
+            else's, and the target is left alone.
 
     Raises:
         SlmError: When something else stands there.
     """
-    target = target.absolute()
-    check_replaceable(target, marker)
+    target = target.resolve()  # a link stays a link, to what is made
+    recover(target)
+    check_replaceable(target, ours)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
     partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
     partial.mkdir()
     try:
@@ -43,16 +45,20 @@ def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(target: Path, marker: str) -> None:
+def check_replaceable(target: Path, ours: Collection[str]) -> None:
     """Makes sure that writing to `target` costs nobody anything but an older artifact of the same kind.
 
     Raises:
-        SlmError: When it is a file, or a directory with other content.
+        SlmError: When it is a file, holds something that is not in `ours`, or is the working directory.
     """
-    if target.is_dir() and ((target / marker).is_file() or not any(target.iterdir())):
-        return
-    if target.exists() or target.is_symlink():
-        raise SlmError(f"{target} exists and is something else: it has no {marker}", "name another --out")
+    hint = "name another --out"
+    if target.exists() and not target.is_dir():
+        raise SlmError(f"{target} exists and is not a directory", hint)
+    if Path.cwd().is_relative_to(target):
+        raise SlmError(f"{target} is the directory you work in, or above it", hint)
+    foreign = sorted({path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()} - {*ours})
+    if foreign:
+        raise SlmError(f"{target} exists and holds something else: {foreign[0]}", hint)
 
 
 def replace_directory(source: Path, target: Path) -> None:
@@ -78,10 +84,13 @@ def _give_usual_modes(directory: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
-def _sweep(target: Path) -> None:
-    """Removes leftovers of processes that no longer run; a directory replaced but never renamed back is restored."""
+def recover(target: Path) -> None:
+    """Puts right what a killed process left beside `target`.
+
+    Directories it had not finished are removed; one it had moved away, and whose successor never came, is put back.
+    """
     for kind in (_REPLACED, _PARTIAL):
-        for left in target.parent.glob(f".{target.name}{kind}*"):
+        for left in target.parent.glob(f"{glob.escape(f'.{target.name}{kind}')}*"):
             pid = left.name.rpartition("-")[2]
             if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
                 continue

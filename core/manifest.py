@@ -10,6 +10,7 @@ from slm.core.config import ModelConfig, first_mistake
 from slm.core.contract import CacheLayer, TensorSpec
 from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
+from slm.core.tokenizer import TOKENIZER_FILE
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -142,10 +143,21 @@ class Bundle:
             raise SlmError(f"{path / MANIFEST_FILE} is wrong: {first_mistake(error)}") from None
         for name, entry in manifest.files.items():
             _check_file(path, name, entry)
-        for name in (manifest.model, CONFIG_FILE):
+        for name in (manifest.model, CONFIG_FILE, TOKENIZER_FILE):
             if name not in manifest.files:
                 raise SlmError(f"{path}: {name} is not among the files that the manifest seals")
         return cls(path, manifest, ModelConfig.from_hf(read_json(member(path, CONFIG_FILE), CONFIG_FILE)))
+
+
+def sealed_files(path: Path) -> set[str]:
+    """Returns the names of a bundle's files, its manifest included; none where there is no bundle."""
+    if not is_bundle(path):
+        return set()
+    try:
+        manifest = Manifest.model_validate(read_json(path / MANIFEST_FILE, MANIFEST_FILE))
+    except (ValidationError, SlmError):  # some other program's manifest.json
+        return set()
+    return {MANIFEST_FILE, *manifest.files}
 
 
 def _check_file(directory: Path, name: str, entry: FileEntry) -> None:

@@ -7,9 +7,9 @@ from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, INFO_FILE, 
 from slm.core.contract import cache_layers, input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, sha256_file
-from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Manifest, amend, seal
+from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, save_graph
 from slm.version import __version__
 
@@ -36,6 +36,7 @@ def export_bundle(checkpoint: Path, out: Path, context: int | None = None, progr
     """
     progress = progress or Silent()
     config = read_config(checkpoint)
+    Tokenizer.load(checkpoint)  # a bundle without one would answer nothing
     longest = config.max_position_embeddings
     context = min(longest, DEFAULT_CONTEXT) if context is None else context
     if not config.sliding_window < context <= longest:
@@ -44,7 +45,7 @@ def export_bundle(checkpoint: Path, out: Path, context: int | None = None, progr
             f"and at most the model's {longest:,}",
             "choose another --context",
         )
-    with atomic_directory(out, MANIFEST_FILE) as directory:
+    with atomic_directory(out, sealed_files(out)) as directory:
         model = directory / "onnx" / f"{MODEL_NAMES['float32']}.onnx"
         model.parent.mkdir()
         progress.note(f"writing {config.parameter_count():,} parameters in float32")

@@ -93,6 +93,8 @@ def fit(
                 done.state = {name: tensor.detach().cpu().clone() for name, tensor in adapter_state(adapter).items()}
     finally:
         progress.finish()
+    if not done.state:
+        raise SlmError("the held-out loss was never finite", "try a lower --learning-rate")
     return done
 
 

@@ -13,7 +13,7 @@ from slm.core.files import atomic_directory, check_replaceable, sha256_file
 from slm.core.nn import load_checkpoint
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
-from slm.finetune.adapter import ADAPTER_CONFIG_FILE, attach, is_adapter, save_adapter
+from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, attach, is_adapter, save_adapter
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.loop import fit
 from slm.finetune.rows import InstructionRow, Row, read_rows
@@ -22,6 +22,9 @@ from slm.train.metrics import Metrics
 from slm.train.precision import capability, choose_precision
 from slm.train.run import pick_device
 from slm.version import __version__
+
+# All that an adapter's directory holds.
+_FILES = frozenset((ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, INFO_FILE, "metrics.jsonl", "loss.png"))
 
 # One row in this many, the last ones, is held out when no validation file is given.
 _HELD_OUT = 10
@@ -146,7 +149,7 @@ def finetune(
         "precision": precision.name,
         "metrics": {name: value for name, value in asdict(result).items() if name not in ("adapter", "base")},
     }
-    with atomic_directory(out, ADAPTER_CONFIG_FILE) as directory:
+    with atomic_directory(out, _FILES) as directory:
         save_adapter(directory, adapter, trained.state)
         metrics = Metrics(directory, micro_steps=0)
         for kind, row in trained.history:
@@ -162,7 +165,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     Raises:
         SlmError: When something is there that is not an adapter, or an adapter that may not be replaced.
     """
-    check_replaceable(out, ADAPTER_CONFIG_FILE)
+    check_replaceable(out.resolve(), _FILES)
     if is_adapter(out) and not overwrite:
         raise SlmError(f"there is already an adapter: {out}", "--overwrite replaces it, --name names another")
 

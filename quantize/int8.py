@@ -13,7 +13,7 @@ from typing import Literal
 
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
-from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Quality, Quantization, amend, seal
+from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Quality, Quantization, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
 from slm.export.graph import BlockFormat, LazyTensors, build_graph, graph_tensors, save_graph
 from slm.export.graph.builder import Array
@@ -66,7 +66,7 @@ def quantize_int8(
     if out.resolve() == source.path.resolve():
         raise SlmError(f"{out} is the bundle to quantize; it is kept", "name another --out")
     block_size = fitting_block_size(source, settings.block_size)
-    with atomic_directory(out, MANIFEST_FILE) as directory:
+    with atomic_directory(out, sealed_files(out)) as directory:
         model = directory / "onnx" / f"{MODEL_NAMES['int8']}.onnx"
         model.parent.mkdir()
         progress.note(f"quantizing {source.manifest.parameters:,} parameters to INT8 in blocks of {block_size}")

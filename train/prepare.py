@@ -39,7 +39,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
     corpus = open_corpus(recipe.data.train, recipe.data.validation)
     progress.note(f"data: {corpus.about}")
     tokenizer = _make_tokenizer(recipe, corpus)
-    with _new_directory(run), atomic_directory(run / DATA, TRAIN_FILE) as data:
+    with _new_directory(run), atomic_directory(run / DATA, ()) as data:
         tokenizer.save(data)
         for file, documents, name in (
             (TRAIN_FILE, corpus.train, "training"),

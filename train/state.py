@@ -18,11 +18,12 @@ from torch import Tensor
 
 from slm.core.checkpoint import WEIGHTS_FILE
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, read_text
+from slm.core.files import atomic_directory, read_text, recover
 
 TRAINER = "trainer"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _COUNTERS_FILE = "state.json"
+_FILES = frozenset((WEIGHTS_FILE, _OPTIMIZER_FILE, _COUNTERS_FILE))
 
 
 class Counters(BaseModel):
@@ -65,7 +66,7 @@ def save_state(run: Path, counters: Counters, optimizer: Mapping[str, Tensor], w
         optimizer: The optimizer's tensors by name.
         weights: The safetensors file of the weights at this point; it may be replaced later, never written to.
     """
-    with atomic_directory(run / TRAINER, _COUNTERS_FILE) as directory:
+    with atomic_directory(run / TRAINER, _FILES) as directory:
         safetensors.torch.save_file(dict(optimizer), directory / _OPTIMIZER_FILE)
         (directory / _COUNTERS_FILE).write_text(counters.model_dump_json(indent=2) + "\n", encoding="utf-8")
         try:
@@ -81,6 +82,7 @@ def load_state(run: Path) -> SavedState | None:
         SlmError: When it is damaged.
     """
     directory = run / TRAINER
+    recover(directory)
     if not directory.is_dir():
         return None
     try:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from slm.core.checkpoint import (
+    CHECKPOINT_FILES,
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
     INFO_FILE,
@@ -64,7 +65,7 @@ def save_checkpoint(path: Path, model: CausalLM, tokenizer: Tokenizer, info: dic
         GENERATION_CONFIG_FILE: {name: getattr(config, name) for name in tokens},
         INFO_FILE: info,
     }
-    with atomic_directory(path, INFO_FILE) as directory:
+    with atomic_directory(path, CHECKPOINT_FILES) as directory:
         safetensors.torch.save_file(state, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         tokenizer.save(directory)
         for name, content in documents.items():

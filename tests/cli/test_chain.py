@@ -135,13 +135,23 @@ def test_info_of_a_checkpoint(slm: Slm, exported: Path) -> None:
 
 
 def test_nothing_of_the_users_is_replaced(slm: Slm, exported: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "app" / "src").mkdir(parents=True)
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "my app"}')
+    (tmp_path / "app" / "src" / "main.js").write_text("years of work")
+    shutil.copytree(exported / "onnx", tmp_path / "annotated")
+    (tmp_path / "annotated" / "notes.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     for command in (("export", "--onnx"), ("quantize", "--int8", "--max-kl", "1", "--tokens", "100")):
-        for out in (tmp_path / "mine", Path(), exported / "checkpoint" / "best"):
-            result = slm(*command, "--out", out)
-            assert result.code == 1 and "exists and is something else" in result.err, (command, out, result.err)
+        for out in (tmp_path / "app", tmp_path / "annotated", Path(), exported / "checkpoint" / "best"):
+            result = slm(*command, *([exported / "onnx"] if command[0] == "quantize" else []), "--out", out)
+            assert result.code == 1 and "name another --out" in result.err, (command, out, result.err)
     result = slm("quantize", "--int8", exported / "onnx", "--out", exported / "onnx")
     assert result.code == 1 and "it is kept" in result.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_without_its_tokenizer_is_not_exported(slm: Slm, run: Path) -> None:
+    (run / "checkpoint" / "best" / "tokenizer.json").unlink()
+    result = slm("export", "--onnx", run / "checkpoint" / "best")
+    assert result.code == 1 and "tokenizer not found" in result.err
+    assert not (run / "onnx").exists()

@@ -90,15 +90,17 @@ def test_sigterm_ends_a_command_and_its_half_written_files(tmp_path: Path) -> No
     program = (
         "import sys, time; from pathlib import Path; import slm.cli.doctor as d; from slm.core.files import atomic_directory\n"
         "def slow():\n"
-        "    with atomic_directory(Path('made'), 'x'):\n"
+        "    with atomic_directory(Path('made'), ()):\n"
         "        print('ready', flush=True); time.sleep(60)\n"
         "d._providers = slow\n"
         "from slm.cli.main import main; main(['doctor'])\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 143
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 143 and said.startswith("error: terminated\nhint: ")
     assert list(tmp_path.iterdir()) == []
 
 

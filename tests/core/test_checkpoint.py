@@ -121,8 +121,10 @@ def test_saving_over_a_checkpoint_replaces_it_whole(
 ) -> None:
     target = tmp_path / "c"
     save_checkpoint(target, make_model(config, seed=1), tokenizer, {})
-    (target / "stray").write_text("old")
     save_checkpoint(target, make_model(config, seed=2), tokenizer, {})
-    assert not (target / "stray").exists()
+    (target / "stray").write_text("mine")
+    with pytest.raises(SlmError, match="holds something else: stray"):
+        save_checkpoint(target, make_model(config, seed=3), tokenizer, {})
+    (target / "stray").unlink()
     assert json.loads((target / "config.json").read_text())["model_type"] == "gemma3_text"
     assert [p.name for p in tmp_path.iterdir()] == ["c"]

@@ -16,7 +16,7 @@ def names(directory: Path) -> list[str]:
 
 
 def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "made", "file") as partial:
+    with atomic_directory(tmp_path / "made", ["file"]) as partial:
         (partial / "file").write_text("new")
         assert not (tmp_path / "made").exists()
     assert (tmp_path / "made" / "file").read_text() == "new"
@@ -25,9 +25,9 @@ def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_an_interruption_leaves_what_was_there(tmp_path: Path, interruption: type[BaseException]) -> None:
-    with atomic_directory(tmp_path / "made", "file") as partial:
+    with atomic_directory(tmp_path / "made", ["file"]) as partial:
         (partial / "file").write_text("old")
-    with pytest.raises(interruption), atomic_directory(tmp_path / "made", "file") as partial:
+    with pytest.raises(interruption), atomic_directory(tmp_path / "made", ["file"]) as partial:
         (partial / "file").write_text("new")
         raise interruption
     assert (tmp_path / "made" / "file").read_text() == "old"
@@ -39,7 +39,7 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     pid = gone.stdout.strip()
     (tmp_path / f".made.partial-{pid}").mkdir()
     (tmp_path / f".made.partial-{os.getppid()}").mkdir()  # somebody else at work: not ours to sweep
-    with atomic_directory(tmp_path / "made", "file"):
+    with atomic_directory(tmp_path / "made", ["file"]):
         pass
     assert names(tmp_path) == [f".made.partial-{os.getppid()}", "made"]
 
@@ -48,7 +48,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (tmp_path / f".made.replaced-{gone.stdout.strip()}").mkdir()
     (tmp_path / f".made.replaced-{gone.stdout.strip()}" / "file").write_text("old")
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "made", "file"):
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "made", ["file"]):
         raise RuntimeError
     assert (tmp_path / "made" / "file").read_text() == "old"
 
@@ -90,22 +90,39 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 
 def test_artifacts_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "made", "file") as partial:
+    with atomic_directory(tmp_path / "made", ()) as partial:
         (partial / "private").write_text("x")
         (partial / "private").chmod(0o600)
         (partial / "usual").write_text("x")
     assert (tmp_path / "made" / "private").stat().st_mode == (tmp_path / "made" / "usual").stat().st_mode
 
 
-def test_other_peoples_files_are_not_replaced(tmp_path: Path) -> None:
+def test_other_peoples_files_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("ours")
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     (tmp_path / "note").write_text("x")
-    for name in ("mine", "note"):
-        with pytest.raises(SlmError, match="exists and is something else"), atomic_directory(tmp_path / name, "file"):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for target, said in (
+        (tmp_path / "mine", "holds something else: thesis.tex"),
+        (tmp_path / "note", "is not a directory"),
+        (Path(), "the directory you work in"),
+        (tmp_path, "the directory you work in, or above it"),
+    ):
+        with pytest.raises(SlmError, match=said), atomic_directory(target, ["file"]):
             raise AssertionError("the block must not begin")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    with atomic_directory(tmp_path / "empty", "file") as partial:
+    monkeypatch.chdir(tmp_path)
+    with atomic_directory(tmp_path / "empty", ["file"]) as partial:
         (partial / "file").write_text("new")
     assert (tmp_path / "empty" / "file").read_text() == "new"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "big-disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big-disk")
+    with atomic_directory(tmp_path / "link", ()) as partial:
+        (partial / "file").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "big-disk" / "file").read_text() == "new"
+    assert names(tmp_path) == ["big-disk", "link"]

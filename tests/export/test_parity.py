@@ -190,3 +190,18 @@ def test_the_builder_leaves_no_dead_nodes(shared_bundle: Bundle) -> None:
     graph = ir.load(shared_bundle.model_path).graph
     outputs = set(graph.outputs)
     assert all(any(out.uses() or out in outputs for out in node.outputs) for node in graph)
+
+
+def test_both_sides_turn_alike() -> None:
+    """At the 270M shape's head width and far beyond what the small models reach."""
+    from slm.core.nn.rope import rope_angles
+    from slm.core.presets import preset
+    from slm.export.graph.model import rope_tables
+
+    config = preset("gemma3-270m")
+    tables = rope_tables(config, 4096)
+    for kind, rope in config.rope_parameters.items():
+        cos, sin = rope_angles(torch.arange(4096)[None], config.head_dim, rope.rope_theta)
+        # The angles are equal bit for bit; the last place of their cosines belongs to each library.
+        np.testing.assert_allclose(cos[0, 0].numpy(), tables[f"{kind}_cos"], atol=2e-7, rtol=0)
+        np.testing.assert_allclose(sin[0, 0].numpy(), tables[f"{kind}_sin"], atol=2e-7, rtol=0)

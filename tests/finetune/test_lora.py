@@ -211,7 +211,7 @@ def test_an_adapter_is_replaced_only_when_told(shared_checkpoint: Path, write_ro
 def test_what_is_no_adapter_is_never_replaced(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data = write_rows(PAIRS)
     for out in (shared_checkpoint, data):
-        with pytest.raises(SlmError, match="exists and is something else"):
+        with pytest.raises(SlmError, match=r"holds something else|is not a directory"):
             finetune(shared_checkpoint, data, out, QUICK, overwrite=True)
     assert data.is_file() and (shared_checkpoint / "model.safetensors").is_file()
 
@@ -262,3 +262,10 @@ def test_measuring_uses_no_dropout(shared_checkpoint: Path, write_rows: WriteRow
         for name, dropout in (("with", 0.9), ("without", 0.0))
     ]
     assert results[0].loss_after == pytest.approx(results[1].loss_after, abs=1e-6)
+
+
+def test_a_rate_that_is_far_too_high_is_a_failure(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    with pytest.raises(SlmError, match="loss") as caught:
+        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK.model_copy(update={"learning_rate": 1e30}))
+    assert caught.value.hint == "try a lower --learning-rate"
+    assert not Path("out").exists()

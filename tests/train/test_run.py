@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,17 @@ def test_a_run_killed_between_two_files(small_recipe: MakeRecipe, uncut: dict[st
     newer = (Path("uncut") / "metrics.jsonl").read_text(encoding="utf-8")
     metrics.write_text(newer + '{"type": "tra', encoding="utf-8")
     resume(OUT)
+    assert fingerprint(OUT) == uncut
+
+
+def test_a_run_killed_while_its_state_was_replaced(small_recipe: MakeRecipe, uncut: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(), OUT, Stopper(5))
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (OUT / "trainer").rename(OUT / f".trainer.replaced-{gone.stdout.strip()}")
+    notes = Notes()
+    resume(OUT, notes)
+    assert any("going on after" in line for line in notes.lines)  # starting over would end the same, only later
     assert fingerprint(OUT) == uncut
 
 
