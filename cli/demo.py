@@ -9,7 +9,7 @@ import click
 
 from slm.cli.console import STDOUT, RichProgress, print_json, print_table, say
 from slm.cli.options import json_option, out_option
-from slm.core.chat import turn_prompt
+from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib
 from slm.core.manifest import Bundle
@@ -129,18 +129,17 @@ class _Chain:
 
     def texts(self) -> dict[str, str]:
         """What each stage writes, greedily; the float32 bundles must write what their checkpoints write."""
-        request = turn_prompt(REQUEST)
         stages = {
-            "checkpoint (PyTorch)": (self.checkpoint, PROMPT),
-            "bundle (float32)": (self.bundle.path, PROMPT),
-            "bundle (INT8)": (self.int8.path, PROMPT),
-            "tuned checkpoint (PyTorch)": (self.merged, request),
-            "tuned bundle (float32)": (self.tuned.path, request),
-            "tuned bundle (INT8)": (self.tuned_int8.path, request),
+            "checkpoint (PyTorch)": self.checkpoint,
+            "bundle (float32)": self.bundle.path,
+            "bundle (INT8)": self.int8.path,
+            "tuned checkpoint (PyTorch)": self.merged,
+            "tuned bundle (float32)": self.tuned.path,
+            "tuned bundle (INT8)": self.tuned_int8.path,
         }
         texts, rates = {}, {}
-        for name, (path, prompt) in stages.items():
-            texts[name], rates[name] = _answer(path, prompt)
+        for name, path in stages.items():
+            texts[name], rates[name] = _answer(path, tuned="tuned" in name)
         for tuned in ("", "tuned "):
             if texts[f"{tuned}bundle (float32)"] != texts[f"{tuned}checkpoint (PyTorch)"]:
                 raise SlmError(f"the {tuned}bundle writes another text than its checkpoint", "please report it")
@@ -202,11 +201,12 @@ class _Chain:
 _SHOWN = {"checkpoint (PyTorch)": "PyTorch", "bundle (float32)": "float32", "bundle (INT8)": "INT8"}
 
 
-def _answer(path: Path, prompt: str) -> tuple[str, float]:
-    """Returns the greedy continuation and the tokens decoded a second."""
+def _answer(path: Path, tuned: bool) -> tuple[str, float]:
+    """Returns the greedy answer, of a tuned model to a request, and the tokens decoded a second."""
     from slm.loading import load
 
     model = load(path)
+    prompt = turn_ids(model.tokenizer, REQUEST) if tuned else PROMPT
     text = model.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
     run = model.last_run
     assert run is not None

@@ -10,6 +10,7 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.options import json_option, out_option
+from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_checkpoint, run_of
 
@@ -41,27 +42,39 @@ def export(
     progress = RichProgress()
     started = time.perf_counter()
     if checkpoint is None:
-        checkpoint = newest_checkpoint()
-        say(f"no CHECKPOINT named: the newest, {checkpoint}")
-    name = "onnx" if adapter is None else f"onnx-{adapter.name}"
-    out = out or run_of(checkpoint) / name
-    with _merged(checkpoint, adapter, out) as complete:
-        bundle = export_bundle(complete, out, context, progress)
+        checkpoint = _base_of(adapter)
+    out = out or run_of(checkpoint) / ("onnx" if adapter is None else f"onnx-{adapter.resolve().name}")
+    if adapter is None:
+        bundle = export_bundle(checkpoint, out, context, progress)
+    else:
+        origin = {"checkpoint": str(checkpoint), "adapter": str(adapter)}
+        with _merged(checkpoint, adapter, out) as merged:
+            bundle = export_bundle(merged, out, context, progress, origin)
     _report(bundle, time.perf_counter() - started, as_json)
 
 
+def _base_of(adapter: Path | None) -> Path:
+    """Returns the checkpoint that an adapter was trained on, where it says so and it is there; else the newest."""
+    recorded = {} if adapter is None else read_info(adapter).get("base", {})
+    base = Path(str(recorded.get("path", "")))
+    if recorded and is_checkpoint(base):
+        base = base.relative_to(Path.cwd()) if base.is_relative_to(Path.cwd()) else base
+        say(f"no CHECKPOINT named: the adapter's, {base}")
+        return base
+    checkpoint = newest_checkpoint()
+    say(f"no CHECKPOINT named: the newest, {checkpoint}")
+    return checkpoint
+
+
 @contextmanager
-def _merged(checkpoint: Path, adapter: Path | None, out: Path) -> Iterator[Path]:
-    """Yields the checkpoint, or one with the adapter merged into it that is there only for this export."""
-    if adapter is None:
-        yield checkpoint
-        return
+def _merged(checkpoint: Path, adapter: Path, out: Path) -> Iterator[Path]:
+    """Yields a checkpoint with the adapter merged into it that is there only for this export."""
     from slm.finetune.merge import merged_checkpoint
 
     say(f"merging {adapter} into {checkpoint}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".merged-", dir=out.parent) as directory:
-        merged = Path(directory) / adapter.name
+        merged = Path(directory) / "checkpoint"
         merged_checkpoint(checkpoint, adapter, merged)
         yield merged
 

@@ -8,7 +8,7 @@ import click
 
 from slm.cli.console import print_json, say
 from slm.cli.options import json_option, seed_option
-from slm.core.chat import turn_prompt
+from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib
 from slm.core.runs import newest_bundle
@@ -58,9 +58,9 @@ def generate(
     path = model or _default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
     say(f"{path}: {loaded.decoder.description}")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _utf8(sys.stdin.read() if prompt == "-" else prompt)
     stream = loaded.stream(
-        turn_prompt(text) if instruct else text,
+        turn_ids(loaded.tokenizer, text) if instruct else text,
         max_new_tokens=max_new_tokens,
         temperature=0.0 if greedy else temperature,
         top_k=top_k,
@@ -81,6 +81,21 @@ def generate(
     click.echo()
     assert loaded.last_run is not None
     _summarize(loaded.last_run)
+
+
+def _utf8(text: str) -> str:
+    """Returns the text; bytes that are no UTF-8 come from the shell as lone surrogates.
+
+    Raises:
+        SlmError: When there are such bytes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SlmError(
+            f"the prompt is not UTF-8 text (character {error.start})", "convert it, for example with iconv"
+        ) from None
+    return text
 
 
 def _figures(run: "Run") -> dict[str, Any]:

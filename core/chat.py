@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN
+from slm.core.errors import SlmError
+from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN, Tokenizer
 
 # Stored in tokenizer_config.json; transformers and transformers.js render it. `turn` below says the same.
 CHAT_TEMPLATE = (
@@ -20,10 +21,24 @@ def turn_prompt(request: str) -> str:
     return f"{START_OF_TURN}user\n{request.strip()}{END_OF_TURN}\n{START_OF_TURN}model\n"
 
 
-def instruction_prompt(instruction: str, context: str = "") -> str:
-    """Returns the prompt for an instruction with optional further input, which follows it after an empty line."""
-    request = f"{instruction.strip()}\n\n{context.strip()}" if context.strip() else instruction
-    return turn_prompt(request)
+def turn_ids(tokenizer: Tokenizer, request: str) -> list[int]:
+    """Returns the ids of `turn_prompt`, the turns real and the request literal.
+
+    What a user types stays what it is: "<end_of_turn>" in a request is only characters.
+
+    Raises:
+        SlmError: When the tokenizer has no turn tokens.
+    """
+    start, end = (tokenizer.token_id(token) for token in (START_OF_TURN, END_OF_TURN))
+    if start is None or end is None:
+        raise SlmError(f"the tokenizer has no {START_OF_TURN} or no {END_OF_TURN}", "this model knows no turns")
+    user, line, model = (tokenizer.encode_literal(text) for text in (f"user\n{request.strip()}", "\n", "model\n"))
+    return [*tokenizer.encode(""), start, *user, end, *line, start, *model]
+
+
+def instruction_request(instruction: str, context: str = "") -> str:
+    """Returns what the user's turn says for an instruction with optional further input, after an empty line."""
+    return f"{instruction.strip()}\n\n{context.strip()}" if context.strip() else instruction.strip()
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:

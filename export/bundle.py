@@ -18,7 +18,13 @@ from slm.version import __version__
 DEFAULT_CONTEXT = 4096
 
 
-def export_bundle(checkpoint: Path, out: Path, context: int | None = None, progress: Progress | None = None) -> Bundle:
+def export_bundle(
+    checkpoint: Path,
+    out: Path,
+    context: int | None = None,
+    progress: Progress | None = None,
+    origin: dict[str, str] | None = None,
+) -> Bundle:
     """Exports a checkpoint and proves the bundle equal to it.
 
     Args:
@@ -26,6 +32,7 @@ def export_bundle(checkpoint: Path, out: Path, context: int | None = None, progr
         out: The bundle's directory; made or replaced once everything is proved.
         context: The longest sequence in tokens; by default the model's own, at most 4,096.
         progress: Told of each step.
+        origin: Where the checkpoint came from, for the manifest, when its own path will not last.
 
     Returns:
         The bundle, its manifest carrying the differences found.
@@ -39,7 +46,7 @@ def export_bundle(checkpoint: Path, out: Path, context: int | None = None, progr
     Tokenizer.load(checkpoint)  # a bundle without one would answer nothing
     longest = config.max_position_embeddings
     context = min(longest, DEFAULT_CONTEXT) if context is None else context
-    if not config.sliding_window < context <= longest:
+    if not min(config.sliding_window + 1, longest) <= context <= longest:
         raise SlmError(
             f"the context of {context:,} tokens must be above the window of {config.sliding_window:,} "
             f"and at most the model's {longest:,}",
@@ -64,7 +71,7 @@ def export_bundle(checkpoint: Path, out: Path, context: int | None = None, progr
             outputs=output_specs(config),
             parameters=config.parameter_count(),
             provenance={
-                "checkpoint": str(checkpoint),
+                **(origin or {"checkpoint": str(checkpoint)}),
                 "weights_sha256": sha256_file(checkpoint / WEIGHTS_FILE),
                 INFO_FILE: read_info(checkpoint),
             },

@@ -5,11 +5,10 @@ What the user wrote is encoded literally: "<end_of_turn>" typed in a row is only
 the template alone.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slm.core.chat import instruction_prompt, turn_prompt
+from slm.core.chat import instruction_request, turn_ids
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
@@ -19,8 +18,6 @@ TURN_TOKENS = (START_OF_TURN, END_OF_TURN)
 
 # Tokens of the first row that are shown on either side of the middle that is left out.
 _SHOWN = 24
-# Stands for the request in the template; only the template's own text is searched for it.
-_REQUEST = "\0"
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Renderer:
         literal = self.tokenizer.encode_literal
         match row:
             case InstructionRow():
-                read = self._before + self._prompt(instruction_prompt(row.instruction, row.input))
+                read = turn_ids(self.tokenizer, instruction_request(row.instruction, row.input))
                 # The template trims what is said, so that is what the model meets in a conversation's earlier turns.
                 learned = [*literal(row.output.strip()), self.turn_token_ids()[1], self.end_of_text]
             case CompletionRow():
@@ -104,18 +101,6 @@ class Renderer:
                 learned = [*literal(row.text), self.end_of_text]
         # Without anything before it the first token of all cannot be predicted.
         return Example(tuple(read + learned), max(1, len(read)))
-
-    def _prompt(self, prompt: str) -> list[int]:
-        """Returns the ids of a prompt made by `instruction_prompt`, the turn tokens real and the request literal."""
-        head, tail = turn_prompt(_REQUEST).split(_REQUEST)
-        request = prompt.removeprefix(head).removesuffix(tail)
-        ids: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, TURN_TOKENS))})", turn_prompt(_REQUEST)):
-            if part in TURN_TOKENS:
-                ids.append(self.turn_token_ids()[TURN_TOKENS.index(part)])
-            elif part:
-                ids += self.tokenizer.encode_literal(part.replace(_REQUEST, request))
-        return ids
 
     def examples(self, rows: Sequence[Row], max_length: int) -> Examples:
         """Returns the rows cut to `max_length` tokens; a row of which nothing to learn is left is skipped."""

@@ -30,6 +30,10 @@ class Decoder(Protocol):
         """The longest sequence, in tokens."""
 
     @property
+    def vocab_size(self) -> int:
+        """How many logits there are."""
+
+    @property
     def length(self) -> int:
         """Tokens read since the start."""
 
@@ -63,6 +67,11 @@ class OnnxDecoder:
     def context(self) -> int:
         """The longest sequence, in tokens."""
         return self.bundle.manifest.context
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits there are."""
+        return self.bundle.config.vocab_size
 
     @property
     def length(self) -> int:

@@ -45,7 +45,9 @@ class Sampling:
         """Returns the next token's id."""
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities = softmax(keep_top_k(logits.astype(np.float64), self.top_k) / self.temperature)
+        kept = keep_top_k(logits.astype(np.float64) - logits.max(), self.top_k)
+        with np.errstate(over="ignore"):  # next to a temperature of nothing the others go to -inf, which is right
+            probabilities = softmax(kept / self.temperature)
         return draw(keep_top_p(probabilities, self.top_p), generator)
 
 

@@ -46,6 +46,11 @@ def test_the_chain(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     made = {path.parent.relative_to("runs/tiny").as_posix() for path in Path("runs/tiny").rglob("slm.json")}
     assert made == {"checkpoint/best", "checkpoint/last", "adapters/data"}
     assert {path.parent.name for path in Path("runs/tiny").rglob("manifest.json")} == {"onnx", "onnx-int8", "onnx-data"}
+    tuned = json.loads(Path("runs/tiny/onnx-data/manifest.json").read_text())["provenance"]
+    assert (tuned["checkpoint"], tuned["adapter"]) == ("runs/tiny/checkpoint/best", "runs/tiny/adapters/data")
+    assert slm("train", "--out", "runs/later").code == 0  # a later run does not take the adapter's base away
+    result = slm("export", "--onnx", "--adapter", "runs/tiny/adapters/data")
+    assert result.code == 0 and "the adapter's, runs/tiny/checkpoint/best" in result.err
     program = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert program is not None
     names: dict[str, Any] = {}

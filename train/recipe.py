@@ -64,7 +64,7 @@ class ModelRecipe(BaseModel):
         unknown = sorted(fields.keys() - set(_MODEL_FIELDS))
         if unknown:
             raise SlmError(f"the recipe's model has no {unknown[0]!r}", _one_of(["preset", *_MODEL_FIELDS]))
-        if "num_hidden_layers" in fields:
+        if isinstance(fields.get("num_hidden_layers"), int):  # anything else is for the validation to refuse
             fields.setdefault("layer_types", layer_pattern(fields["num_hidden_layers"]))
         return ModelConfig.checked(preset(self.preset).model_dump() | fields)
 

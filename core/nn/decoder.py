@@ -26,6 +26,11 @@ class TorchDecoder:
         return self.model.config.max_position_embeddings
 
     @property
+    def vocab_size(self) -> int:
+        """How many logits there are."""
+        return self.model.config.vocab_size
+
+    @property
     def length(self) -> int:
         """Tokens read since the start."""
         return self._cache.length

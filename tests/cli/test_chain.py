@@ -155,3 +155,32 @@ def test_a_checkpoint_without_its_tokenizer_is_not_exported(slm: Slm, run: Path)
     result = slm("export", "--onnx", run / "checkpoint" / "best")
     assert result.code == 1 and "tokenizer not found" in result.err
     assert not (run / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-p", "bad \udcff bytes"), "the prompt is not UTF-8 text"),
+        (("--seed", "-1"), "seed"),
+        (("--top-p", "nan"), "top"),
+        (("--temperature", "nan"), "temperature"),
+    ],
+)
+def test_a_prompt_or_option_that_will_not_do_prints_no_text(
+    slm: Slm, exported: Path, options: tuple[str, ...], said: str
+) -> None:
+    result = slm("generate", *options)
+    assert result.code in (1, 2) and result.out == "" and said in result.err and "unexpected" not in result.err
+
+
+def test_next_to_no_temperature_is_greedy(slm: Slm, exported: Path) -> None:
+    common = ("generate", "-p", "The", "--max-new-tokens", "12")
+    assert slm(*common, "--temperature", "1e-320").out == slm(*common, "--greedy").out
+
+
+def test_a_turn_typed_in_a_request_is_only_characters(slm: Slm, exported: Path) -> None:
+    def tokens(request: str) -> Any:
+        command = ("generate", "--json", "--instruct", "-p", request, "--max-new-tokens", "1")
+        return json.loads(slm(*command).out)["prompt_tokens"]
+
+    assert tokens("<end_of_turn>") > tokens("x") + 5

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from slm.core.chat import instruction_prompt
+from slm.core.chat import instruction_request, turn_prompt
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
@@ -22,7 +22,7 @@ def renderer(tokenizer: Tokenizer, config: ModelConfig) -> Renderer:
 def test_an_instruction_is_asked_as_it_will_be(renderer: Renderer, tokenizer: Tokenizer) -> None:
     example = renderer.example(INSTRUCTION)
     read, learned = list(example.ids[: example.start]), list(example.ids[example.start :])
-    assert read == tokenizer.encode(instruction_prompt(INSTRUCTION.instruction, INSTRUCTION.input))
+    assert read == tokenizer.encode(turn_prompt(instruction_request(INSTRUCTION.instruction, INSTRUCTION.input)))
     end_of_turn, end_of_text = tokenizer.token_id(END_OF_TURN), tokenizer.token_id(END_OF_TEXT)
     assert learned == [*tokenizer.encode_literal("2"), end_of_turn, end_of_text]
 
@@ -70,7 +70,7 @@ def test_special_tokens_in_what_a_user_wrote_are_characters(renderer: Renderer, 
 def test_the_request_may_hold_the_placeholder_and_the_template(renderer: Renderer, tokenizer: Tokenizer) -> None:
     request = "a\0b model\n user\n"
     example = renderer.example(InstructionRow(request, "", "x"))
-    assert list(example.ids[: example.start]) == tokenizer.encode(instruction_prompt(request))
+    assert list(example.ids[: example.start]) == tokenizer.encode(turn_prompt(request))
 
 
 def test_rows_are_cut_at_their_end_and_counted(renderer: Renderer) -> None:

@@ -85,5 +85,13 @@ def test_the_stream_is_the_text(shared_bundle: Bundle) -> None:
 
 
 def test_logits_of_something_else_are_refused(shared_bundle: Bundle) -> None:
-    with pytest.raises(ValueError, match="shape"):
-        slm.load(shared_bundle.path).logits([1, 2, 3])  # type: ignore[list-item]
+    model = slm.load(shared_bundle.path)
+    for ids, said in (
+        ([1, 2], "shape"),
+        ([[]], "shape"),
+        ([[1] * 257], "257 tokens"),
+        ([[320]], "0 to 319"),
+        ([[-1]], "0 to"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.logits(ids)  # type: ignore[arg-type]

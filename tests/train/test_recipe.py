@@ -136,3 +136,9 @@ def test_recipes_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
     assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize("value", ["x", "2.5", "[]"])
+def test_a_number_of_layers_that_is_none(value: str) -> None:
+    with pytest.raises(SlmError, match="num_hidden_layers"):
+        load_recipe("tiny", [f"model.num_hidden_layers={value}"]).model.config()
