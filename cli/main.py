@@ -66,9 +66,9 @@ class _Lazy(click.Group):
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, envvar="SLM_DEBUG", help="Show the traceback of a failure.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure; so does SLM_DEBUG=1.")
 @click.version_option(__version__, prog_name="slm")
-def cli(debug: bool) -> None:
+def cli() -> None:
     """From raw text to a verified, quantized small language model.
 
     \b
@@ -84,7 +84,10 @@ def cli(debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 used wrongly, 130 or 143 interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    debug = "--debug" in arguments[:1] or os.environ.get("SLM_DEBUG", "") not in ("", "0")
+    debug = "--debug" in arguments or os.environ.get("SLM_DEBUG", "") not in ("", "0")
+    arguments = [
+        argument for argument in arguments if argument != "--debug"
+    ]  # after the command is as good as before it
     signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(args=list(arguments), prog_name="slm", standalone_mode=False)

