@@ -1,6 +1,7 @@
 """INT8 by block: the arithmetic against plain numpy, the kernel against the arithmetic, and the gate."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,18 @@ def test_the_kernels_multiply_with_the_dequantized_weights(
         matrix = name.endswith(("_proj.weight", "embed_tokens.weight"))
         return dequantize_blocks(*quantize_blocks(tensors[name], block)) if matrix else tensors[name]
 
+    def scaled(name: str) -> np.ndarray:
+        values = exact[name].copy()
+        if name == "model.layers.1.mlp.down_proj.weight_scale":
+            values[:4] *= np.float32(1.1)  # of all rows alike, the norm that follows would take it back
+        return values
+
     exact = quantized_tensors(tensors, block)
-    logits = []
+    logits = {}
     for name, weights, source in (
-        ("float", FloatFormat(), LazyTensors({n: lambda n=n: rounded(n) for n in tensors})),
+        ("float", FloatFormat(), LazyTensors({n: partial(rounded, n) for n in tensors})),
         ("int8", BlockFormat(8, block, accuracy_level=0), exact),
+        ("wrong", BlockFormat(8, block, accuracy_level=0), LazyTensors({n: partial(scaled, n) for n in exact})),
     ):
         out = tmp_path / name
         (out / "onnx").mkdir(parents=True)
@@ -97,8 +105,9 @@ def test_the_kernels_multiply_with_the_dequantized_weights(
         save_graph(model, out / "onnx" / "model.onnx")
         (out / "config.json").write_bytes((shared_bundle.path / "config.json").read_bytes())
         bundle = seal(out, shared_bundle.manifest)
-        logits.append(OnnxDecoder(bundle).logits(random_text(bundle).rows))
-    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
+        logits[name] = OnnxDecoder(bundle).logits(random_text(bundle).rows)
+    np.testing.assert_allclose(logits["float"], logits["int8"], atol=1e-4)
+    assert np.abs(logits["wrong"] - logits["int8"]).max() > 1e-3  # a few scales of one layer
 
 
 def test_the_report(shared_bundle: Bundle, int8_bundle: Bundle) -> None:
