@@ -5,7 +5,7 @@ from typing import Any
 from slm.core.errors import SlmError
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN, Tokenizer
 
-# Stored in tokenizer_config.json; transformers and transformers.js render it. `turn` below says the same.
+# Stored in tokenizer_config.json; transformers and transformers.js render it. `turn_prompt` below says the same.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages -%}"

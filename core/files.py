@@ -167,6 +167,18 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def check_readable(path: Path, what: str) -> None:
+    """Makes sure that a file can be opened, for libraries that say "no such file" of one they may not read.
+
+    Raises:
+        SlmError: When it is missing or may not be read.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise SlmError(f"cannot read {what}: {path} ({error.strerror})", "check the path and its permissions") from None
+
+
 def sha256_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:

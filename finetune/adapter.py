@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slm.core.checkpoint import check_tensors
 from slm.core.config import first_mistake
 from slm.core.errors import SlmError
-from slm.core.files import read_json
+from slm.core.files import check_readable, read_json
 from slm.core.nn import CausalLM
 from slm.finetune.settings import LoraSettings
 
@@ -143,6 +143,7 @@ def load_adapter(model: CausalLM, path: Path) -> PeftModel:
             its configuration asks for something that slm does not compute; it is named.
     """
     config = _read_config(path)
+    check_readable(path / ADAPTER_WEIGHTS_FILE, "the adapter")
     try:
         tensors = safetensors.torch.load_file(path / ADAPTER_WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:

@@ -4,8 +4,10 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 
 from slm.core.checkpoint import INFO_FILE, WEIGHTS_FILE, read_config
 from slm.core.errors import SlmError
@@ -15,7 +17,7 @@ from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, attach, is_adapter, save_adapter
 from slm.finetune.examples import Examples, Renderer
-from slm.finetune.loop import fit
+from slm.finetune.loop import Fit, fit
 from slm.finetune.rows import InstructionRow, Row, read_rows
 from slm.finetune.settings import LoraSettings
 from slm.train.metrics import Metrics
@@ -149,6 +151,11 @@ def finetune(
         "precision": precision.name,
         "metrics": {name: value for name, value in asdict(result).items() if name not in ("adapter", "base")},
     }
+    _write(out, adapter, trained, info)
+    return result
+
+
+def _write(out: Path, adapter: PeftModel, trained: Fit, info: dict[str, Any]) -> None:
     with atomic_directory(out, _FILES) as directory:
         save_adapter(directory, adapter, trained.state)
         metrics = Metrics(directory, micro_steps=0)
@@ -156,7 +163,6 @@ def finetune(
             metrics.add(kind, row)
         metrics.draw()
         (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    return result
 
 
 def check_free(out: Path, overwrite: bool) -> None:

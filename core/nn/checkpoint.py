@@ -18,7 +18,7 @@ from slm.core.checkpoint import (
     read_config,
 )
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory
+from slm.core.files import atomic_directory, check_readable
 from slm.core.nn.model import CausalLM
 from slm.core.tokenizer import Tokenizer
 
@@ -31,6 +31,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
             of another shape than the configuration says; each is named.
     """
     config = read_config(path)
+    check_readable(path / WEIGHTS_FILE, "the weights")
     try:
         tensors = safetensors.torch.load_file(path / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
+from slm.core.files import check_readable
 from slm.export.graph.builder import Array
 
 # The operating system maps files page by page; tensors that begin on a page are mapped without a copy.
@@ -48,6 +49,7 @@ def checkpoint_tensors(path: Path, config: ModelConfig) -> LazyTensors:
     Raises:
         SlmError: When the file is damaged.
     """
+    check_readable(path, "the weights")
     try:
         file = safe_open(str(path), framework="np")
     except (SafetensorError, OSError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, atomic_file, member, read_json, read_text
+from slm.core.files import atomic_directory, atomic_file, check_readable, member, read_json, read_text
 
 
 def names(directory: Path) -> list[str]:
@@ -126,3 +126,17 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
         (partial / "file").write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "big-disk" / "file").read_text() == "new"
     assert names(tmp_path) == ["big-disk", "link"]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    check_readable(tmp_path / "file", "the weights")
+    with pytest.raises(SlmError, match=r"cannot read the weights: .*none \(No such file"):
+        check_readable(tmp_path / "none", "the weights")
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)  # whoever runs the tests may be root, who may read everything
+    with pytest.raises(SlmError, match=r"\(Permission denied\)"):
+        check_readable(tmp_path / "file", "the weights")
