@@ -1,29 +1,33 @@
-"""What a checkpoint is on disk, for those who read it without PyTorch."""
+"""What a checkpoint is on disk, read and written without PyTorch: a Hugging Face directory plus `slm.json`."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm.core.config import ModelConfig
+from slm.core.config import Dtype, ModelConfig
 from slm.core.errors import SlmError
-from slm.core.files import read_json
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from slm.core.files import atomic_directory, read_json
+from slm.core.licence import NOTICE_FILE, Notices, foreign_notices, recorded_notices, write_notice
+from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.weights import WEIGHTS_FILE, Array, Shape, has_weights
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-WEIGHTS_FILE = "model.safetensors"
 INFO_FILE = "slm.json"
 # All that a checkpoint consists of.
 CHECKPOINT_FILES = frozenset(
-    (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INFO_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+    (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INFO_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, NOTICE_FILE)
 )
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Shape]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def is_checkpoint(path: Path) -> bool:
     """Says whether a directory looks like a checkpoint: a configuration with weights."""
-    return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
+    return (path / CONFIG_FILE).is_file() and has_weights(path)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -42,6 +46,76 @@ def read_info(path: Path) -> dict[str, Any]:
     """Returns what `slm.json` says of how a checkpoint was made; empty for one that slm did not make."""
     file = path / INFO_FILE
     return read_json(file, INFO_FILE) if file.is_file() else {}
+
+
+def notices_of(path: Path) -> Notices:
+    """Returns the licence notices of a checkpoint: those recorded, or what a foreign directory says of itself."""
+    if (path / INFO_FILE).is_file():
+        return recorded_notices(read_info(path))
+    return foreign_notices(path, read_json(path / CONFIG_FILE, CONFIG_FILE))
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Returns the name and shape of every tensor that a checkpoint of this configuration holds, a tied head once."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    layer: dict[str, Shape] = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "self_attn.q_norm": (config.head_dim,),
+        "self_attn.k_norm": (config.head_dim,),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "pre_feedforward_layernorm": (hidden,),
+        "post_feedforward_layernorm": (hidden,),
+    }
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, hidden)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def write_checkpoint(
+    path: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Array],
+    tokenizer: Tokenizer,
+    info: Mapping[str, Any],
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    Args:
+        path: The directory to make or replace.
+        config: The model's shape; it names the special tokens.
+        tensors: Every tensor under Hugging Face's name, all of one float dtype; a tied head once, as the embedding.
+        tokenizer: The tokenizer that it was trained with.
+        info: How it was made, for `slm.json`; its "notices" also become the file NOTICE.
+        generation: Further fields of `generation_config.json`.
+    """
+    from safetensors.numpy import save_file
+
+    dtype: Dtype = tensors[EMBEDDING].dtype.name  # type: ignore[assignment]  # one of the floats
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    documents = {
+        CONFIG_FILE: config.to_hf(dtype),
+        GENERATION_CONFIG_FILE: dict(generation or {}) | tokens,
+        INFO_FILE: info,
+    }
+    with atomic_directory(path, CHECKPOINT_FILES) as directory:
+        save_file(dict(tensors), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        tokenizer.save(directory)
+        write_notice(directory, recorded_notices(dict(info)))
+        for name, content in documents.items():
+            (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_tensors(found: Shapes, wanted: Shapes, path: Path) -> None:

@@ -2,7 +2,9 @@
 
 Hugging Face's `config.json` has had two spellings of the rotary bases (`rope_theta` / `rope_local_base_freq` up to
 transformers 4.57, `rope_parameters` from 5.0) and lets `layer_types` be implied by a pattern. Both are read; what is
-written carries both spellings and the explicit list, so that either version sees the same model.
+written carries both spellings and the explicit list, so that either version sees the same model. What a file leaves out
+is what transformers' `Gemma3TextConfig` takes for it: the text part of a multimodal configuration names little more than
+its sizes.
 """
 
 from collections.abc import Mapping
@@ -31,6 +33,15 @@ _INERT = frozenset(
         "_sliding_window_pattern",
         "_name_or_path",
         "transformers.js_config",
+        # of every model's configuration, for some programs write those that stand at their defaults too
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
     ]
 )
 # Fields that would change it, with the only value that this implementation computes.
@@ -39,17 +50,51 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "attn_logit_softcapping": (None,),
     "use_bidirectional_attention": (False, None),
-    "rope_scaling": (None,),
 }
+# What transformers' Gemma3TextConfig takes for a field that a config.json leaves out; 4.57 and 5.x agree.
+HF_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_GLOBAL_BASE, _LOCAL_BASE = 1_000_000.0, 10_000.0
+
+Activation = Literal["gelu_pytorch_tanh", "gelu", "silu", "relu"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class RopeParameters(BaseModel):
-    """Rotary embedding of one kind of layer (arXiv:2104.09864)."""
+    """Rotary embedding of one kind of layer (arXiv:2104.09864).
+
+    "linear" divides every frequency by `factor`, which stretches the positions (arXiv:2306.15595); Gemma 3 from 4B on
+    stretches its global layers by 8.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rope_theta: float = Field(gt=0)
-    rope_type: Literal["default"] = "default"
+    rope_type: Literal["default", "linear"] = "default"
+    factor: float = Field(default=1.0, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rope_type == "default" and self.factor != 1:
+            raise ValueError(f"a factor of {self.factor:g} needs the rope_type 'linear'")
+        return self
 
 
 class ModelConfig(BaseModel):
@@ -74,7 +119,7 @@ class ModelConfig(BaseModel):
     query_pre_attn_scalar: int = Field(gt=0)
     max_position_embeddings: int = Field(default=32768, gt=0)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
-    hidden_activation: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+    hidden_activation: Activation = "gelu_pytorch_tanh"
     initializer_range: float = Field(default=0.02, gt=0)
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -90,6 +135,9 @@ class ModelConfig(BaseModel):
         missing = set(self.layer_types) - set(self.rope_parameters)
         if missing:
             raise ValueError(f"rope_parameters lacks {', '.join(sorted(missing))}")
+        if SLIDING in self.rope_parameters and self.rope_parameters[SLIDING].factor != 1:
+            # transformers 4.57 has no spelling for it and would compute something else from our config.json.
+            raise ValueError("rope_parameters scales sliding layers; Gemma 3 scales global ones alone")
         for name in ("bos_token_id", "pad_token_id"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
@@ -118,21 +166,25 @@ class ModelConfig(BaseModel):
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * (attention + mlp + norms) + self.hidden_size
 
-    def to_hf(self) -> dict[str, Any]:
-        """Returns the contents of a `config.json` that transformers 4.57 and 5.x read alike."""
+    def to_hf(self, dtype: Dtype = "float32") -> dict[str, Any]:
+        """Returns the contents of a `config.json` that transformers 4.57 and 5.x read alike.
+
+        Args:
+            dtype: How the weights beside it are stored.
+        """
         fields = self.model_dump(mode="json")
-        old_rope = {"rope_theta": FULL, "rope_local_base_freq": SLIDING}
-        bases = {
-            name: self.rope_parameters[kind].rope_theta
-            for name, kind in old_rope.items()
-            if kind in self.rope_parameters
-        }
-        return (
-            {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
-            | fields
-            | bases
-            | {"dtype": "float32"}
-        )
+        for rope in fields["rope_parameters"].values():
+            if rope["rope_type"] == "default":
+                del rope["factor"]
+        old: dict[str, Any] = {}
+        if FULL in self.rope_parameters:
+            rope = self.rope_parameters[FULL]
+            old["rope_theta"] = rope.rope_theta
+            if rope.rope_type != "default":
+                old["rope_scaling"] = {"rope_type": rope.rope_type, "factor": rope.factor}
+        if SLIDING in self.rope_parameters:
+            old["rope_local_base_freq"] = self.rope_parameters[SLIDING].rope_theta
+        return {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"} | fields | old | {"dtype": dtype}
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> Self:
@@ -144,18 +196,19 @@ class ModelConfig(BaseModel):
         if fields.get("model_type") != "gemma3_text":
             raise SlmError(
                 f"config.json describes {fields.get('model_type')!r}, not 'gemma3_text'",
-                "slm runs Gemma 3 text models",
+                "slm runs Gemma 3 text models; slm import takes the text part of a multimodal one",
             )
         for name, allowed in _FIXED.items():
             if fields.get(name) not in allowed:
                 raise SlmError(f"config.json asks for {name}={fields[name]!r}, which slm does not compute")
-        known = {k: v for k, v in fields.items() if k not in _INERT and k not in _FIXED}
-        full, sliding = known.pop("rope_theta", 1e6), known.pop("rope_local_base_freq", 1e4)
-        if known.get("rope_parameters") is None:
-            known["rope_parameters"] = {FULL: {"rope_theta": full}, SLIDING: {"rope_theta": sliding}}
-        if known.get("layer_types") is None and "num_hidden_layers" in known:
+        known = HF_DEFAULTS | {k: v for k, v in fields.items() if k not in _INERT and k not in _FIXED}
+        known["rope_parameters"] = _rope_parameters(known)
+        for name in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
+            known.pop(name, None)
+        if known.get("layer_types") is None:
             every = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or 6
-            known["layer_types"] = layer_pattern(known["num_hidden_layers"], every)
+            layers = known["num_hidden_layers"]
+            known["layer_types"] = layer_pattern(layers, every) if isinstance(layers, int) else ()
         return cls.checked(known)
 
     @classmethod
@@ -165,6 +218,19 @@ class ModelConfig(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             raise SlmError(f"the model configuration is wrong: {first_mistake(error)}") from None
+
+
+def _rope_parameters(fields: Mapping[str, Any]) -> Any:
+    """Returns the rotary embedding of both kinds of layer from either of transformers' spellings."""
+    found = fields.get("rope_parameters")
+    if isinstance(found, dict) and found.keys() & {FULL, SLIDING}:
+        return found
+    base = found if isinstance(found, dict) else {}  # 5.x flattens what it cannot tell apart
+    scaling = fields.get("rope_scaling") or {}
+    if isinstance(scaling, dict) and "type" in scaling:  # a still older spelling
+        scaling = {"rope_type": scaling["type"]} | {k: v for k, v in scaling.items() if k != "type"}
+    full = {"rope_theta": fields.get("rope_theta", _GLOBAL_BASE)} | base | scaling
+    return {FULL: full, SLIDING: {"rope_theta": fields.get("rope_local_base_freq", _LOCAL_BASE)}}
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from tokenizers import Tokenizer as _Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from slm.core.errors import SlmError
-from slm.core.files import read_json
+from slm.core.files import read_json, read_text
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+# Where transformers 5 keeps the chat template; slm keeps it in tokenizer_config.json, where 4.57 looks too.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<start_of_turn>"
@@ -29,16 +32,26 @@ class Tokenizer:
     Attributes:
         backend: The tokenizers library's object.
         config: What `tokenizer_config.json` says beside it: names of special tokens, chat template.
-        sha256: Of the vocabulary and rules, to tell whether data was made with the same ones.
     """
 
     def __init__(self, backend: _Tokenizer, config: dict[str, Any]) -> None:
         self.backend = backend
         self.config = config
-        self.sha256 = hashlib.sha256(backend.to_str().encode()).hexdigest()
-        # A second view of the same vocabulary in which "<|endoftext|>" inside a text is only those characters.
-        self._literal = _Tokenizer.from_str(backend.to_str())
-        self._literal.encode_special_tokens = True
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the vocabulary and rules, to tell whether data was made with the same ones."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+    @cached_property
+    def _literal(self) -> _Tokenizer:
+        """A second view of the same vocabulary in which "<|endoftext|>" inside a text is only those characters.
+
+        Made when it is needed: a vocabulary of 262,144 tokens takes seconds.
+        """
+        literal = _Tokenizer.from_str(self.backend.to_str())
+        literal.encode_special_tokens = True
+        return literal
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -54,8 +67,11 @@ class Tokenizer:
             backend = _Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception for any malformed file
             raise SlmError(f"not a tokenizer.json: {file} ({error})") from None
-        beside = file.parent / TOKENIZER_CONFIG_FILE
-        return cls(backend, read_json(beside, TOKENIZER_CONFIG_FILE) if beside.is_file() else {})
+        beside, template = file.parent / TOKENIZER_CONFIG_FILE, file.parent / CHAT_TEMPLATE_FILE
+        config = read_json(beside, TOKENIZER_CONFIG_FILE) if beside.is_file() else {}
+        if template.is_file():
+            config["chat_template"] = read_text(template, "the chat template")
+        return cls(backend, config)
 
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` into a directory."""

@@ -3,13 +3,15 @@
 import shutil
 from pathlib import Path
 
-from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, INFO_FILE, WEIGHTS_FILE, read_config, read_info
+from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, INFO_FILE, notices_of, read_config, read_info
 from slm.core.contract import cache_layers, input_specs, output_specs
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, sha256_file
+from slm.core.files import atomic_directory
+from slm.core.licence import modified, write_notice
 from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.weights import Weights, weights_sha256
 from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, save_graph
 from slm.version import __version__
 
@@ -56,11 +58,13 @@ def export_bundle(
         model = directory / "onnx" / f"{MODEL_NAMES['float32']}.onnx"
         model.parent.mkdir()
         progress.note(f"writing {config.parameter_count():,} parameters in float32")
-        tensors = checkpoint_tensors(checkpoint / WEIGHTS_FILE, config)
+        tensors = checkpoint_tensors(Weights(checkpoint), config)
         save_graph(build_graph(config, FloatFormat(), tensors, context), model)
         for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
             if (checkpoint / name).is_file():
                 shutil.copy(checkpoint / name, directory / name)
+        notices = modified(notices_of(checkpoint), "exported to ONNX")
+        write_notice(directory, notices)
         manifest = Manifest(
             slm_version=__version__,
             model=model.relative_to(directory).as_posix(),
@@ -72,9 +76,10 @@ def export_bundle(
             parameters=config.parameter_count(),
             provenance={
                 **(origin or {"checkpoint": str(checkpoint)}),
-                "weights_sha256": sha256_file(checkpoint / WEIGHTS_FILE),
+                "weights_sha256": weights_sha256(checkpoint),
                 INFO_FILE: read_info(checkpoint),
             },
+            notices=notices,
         )
         bundle = seal(directory, manifest)
         prove(bundle, checkpoint, progress)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from slm.core.checkpoint import INFO_FILE, WEIGHTS_FILE, read_config
+from slm.core.checkpoint import INFO_FILE, notices_of, read_config
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_replaceable, sha256_file
+from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
 from slm.core.nn import load_checkpoint
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
+from slm.core.weights import weights_sha256
 from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, attach, is_adapter, save_adapter
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.loop import Fit, fit
@@ -26,7 +28,7 @@ from slm.train.run import pick_device
 from slm.version import __version__
 
 # All that an adapter's directory holds.
-_FILES = frozenset((ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, INFO_FILE, "metrics.jsonl", "loss.png"))
+_FILES = frozenset((ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, INFO_FILE, NOTICE_FILE, "metrics.jsonl", "loss.png"))
 
 # One row in this many, the last ones, is held out when no validation file is given.
 _HELD_OUT = 10
@@ -144,11 +146,12 @@ def finetune(
     info = {
         "made_by": "slm finetune",
         "slm_version": __version__,
-        "base": {"path": str(base.resolve()), "weights_sha256": sha256_file(base / WEIGHTS_FILE)},
+        "base": {"path": str(base.resolve()), "weights_sha256": weights_sha256(base)},
         "data": _provenance(data),
         "validation": None if validation is None else _provenance(validation),
         "settings": settings.model_dump(mode="json"),
         "precision": precision.name,
+        "notices": modified(notices_of(base), "fine-tuned with LoRA"),
         "metrics": {name: value for name, value in asdict(result).items() if name not in ("adapter", "base")},
     }
     _write(out, adapter, trained, info)
@@ -162,6 +165,7 @@ def _write(out: Path, adapter: PeftModel, trained: Fit, info: dict[str, Any]) ->
         for kind, row in trained.history:
             metrics.add(kind, row)
         metrics.draw()
+        write_notice(directory, recorded_notices(info))
         (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 

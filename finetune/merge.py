@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from slm.core.checkpoint import WEIGHTS_FILE, read_info
+from slm.core.checkpoint import notices_of, read_info
 from slm.core.errors import SlmError
 from slm.core.files import sha256_file
+from slm.core.licence import modified, recorded_notices
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
+from slm.core.weights import has_weights, weights_sha256
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 
 
@@ -32,12 +34,16 @@ def merged_checkpoint(base: Path, adapter: Path, out: Path) -> None:
         SlmError: As `merge`.
     """
     model = merge(base, adapter)
+    tuned = read_info(adapter)
+    # An adapter may state a licence of its own; what both state is said once.
+    notices = tuple(dict.fromkeys((*notices_of(base), *recorded_notices(tuned))))
     info = read_info(base) | {
         "merged": {
-            "base": {"path": str(base), "weights_sha256": sha256_file(base / WEIGHTS_FILE)},
+            "base": {"path": str(base), "weights_sha256": weights_sha256(base)},
             "adapter": {"path": str(adapter), "weights_sha256": sha256_file(adapter / ADAPTER_WEIGHTS_FILE)},
-            "finetune": read_info(adapter),
-        }
+            "finetune": tuned,
+        },
+        "notices": modified(notices, "merged with a LoRA adapter"),
     }
     save_checkpoint(out, model, Tokenizer.load(base), info)
 
@@ -49,9 +55,9 @@ def check_base(base: Path, adapter: Path) -> None:
         SlmError: When the weights are others; both are named.
     """
     recorded = read_info(adapter).get("base")
-    if not isinstance(recorded, dict) or not (base / WEIGHTS_FILE).is_file():
+    if not isinstance(recorded, dict) or not has_weights(base):
         return
-    wanted, found = recorded.get("weights_sha256"), sha256_file(base / WEIGHTS_FILE)
+    wanted, found = recorded.get("weights_sha256"), weights_sha256(base)
     if wanted != found:
         other = f"{recorded.get('path')} (weights {str(wanted)[:12]})"
         raise SlmError(

@@ -13,6 +13,7 @@ from typing import Literal
 
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
+from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Quality, Quantization, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
 from slm.export.graph import BlockFormat, LazyTensors, build_graph, graph_tensors, save_graph
@@ -76,12 +77,15 @@ def quantize_int8(
         for name in source.manifest.files:
             if "/" not in name and name != MANIFEST_FILE:
                 shutil.copy(source.path / name, directory / name)
+        notices = modified(source.manifest.notices, "quantized to INT8")
+        write_notice(directory, notices)
         manifest = source.manifest.model_copy(
             update={
                 "slm_version": __version__,
                 "model": model.relative_to(directory).as_posix(),
                 "precision": "int8",
                 "parity": None,
+                "notices": notices,
                 "quantization": Quantization(bits=BITS, block_size=block_size, accuracy_level=ACCURACY_LEVEL),
                 "provenance": source.manifest.provenance | {"bundle": str(source.path), "parity": _parity(source)},
             }

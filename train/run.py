@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from slm.core.checkpoint import WEIGHTS_FILE
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
+from slm.core.weights import WEIGHTS_FILE
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
 from slm.train.learner import Learner

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slm.core.checkpoint import WEIGHTS_FILE
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, read_text, recover
+from slm.core.weights import WEIGHTS_FILE
 
 TRAINER = "trainer"
 _OPTIMIZER_FILE = "optimizer.safetensors"

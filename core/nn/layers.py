@@ -3,11 +3,14 @@
 Dimensions: B batch, T positions, D hidden, F intermediate, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slm.core.config import ModelConfig
+from slm.core.config import Activation, ModelConfig
 
 
 class RMSNorm(nn.Module):
@@ -40,16 +43,25 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input_ids) * torch.tensor(self.embed_scale, dtype=self.weight.dtype)
 
 
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
 class MLP(nn.Module):
-    """Gated MLP with the tanh approximation of GELU (arXiv:2002.05202)."""
+    """Gated MLP (arXiv:2002.05202); Gemma's activation is the tanh approximation of GELU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_activation]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, T, D) to (B, T, D) through F."""
-        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        out: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
         return out

@@ -71,8 +71,8 @@ class TextModel(nn.Module):
         kinds: dict[LayerType, Positions] = {}
         for kind in set(self.config.layer_types):
             window = self.config.window(self.config.layer_types.index(kind))
-            cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_parameters[kind].rope_theta)
-            visible = total if window is None else min(total, window + length)
+            cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_parameters[kind])
+            visible = total if window is None else min(total, window - 1 + length)
             if past == 0 and attention_mask is None and (window is None or length <= window):
                 mask = None  # plain causal attention, which has the fastest kernels
             else:

@@ -127,7 +127,8 @@ def rope_tables(config: ModelConfig, context: int) -> dict[str, Array]:
     tables: dict[str, Array] = {}
     for kind in sorted(set(config.layer_types)):
         exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-        inverse_frequency = (config.rope_parameters[kind].rope_theta ** -exponents).astype(np.float32)
+        rope = config.rope_parameters[kind]
+        inverse_frequency = (rope.rope_theta**-exponents / rope.factor).astype(np.float32)
         angles = np.arange(context, dtype=np.float32)[:, None] * inverse_frequency
         tables |= {f"{kind}_cos": np.cos(angles), f"{kind}_sin": np.sin(angles)}
     return tables

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from slm.core.config import SLIDING, ModelConfig
+from slm.core.config import SLIDING, Activation, ModelConfig
 from slm.export.graph.builder import Module, Op, Parameter, Value, fused
 from slm.export.graph.formats import WeightFormat
 
@@ -87,19 +87,33 @@ class Attention(Module):
         return op.Reshape(normed, [0, 0, heads * self._head_dim])
 
 
+def activate(op: Op, name: Activation, x: Value) -> Value:
+    """Applies an activation, in the operator that onnxruntime has the fastest kernel for."""
+    match name:
+        case "gelu_pytorch_tanh":
+            return fused(op).FastGelu(x)
+        case "gelu":
+            return fused(op).Gelu(x)
+        case "silu":
+            return fused(op).QuickGelu(x, alpha=1.0)  # x * sigmoid(alpha * x)
+        case "relu":
+            return op.Relu(x)
+
+
 class MLP(Module):
-    """Gated MLP with the tanh approximation of GELU."""
+    """Gated MLP; Gemma's activation is the tanh approximation of GELU."""
 
     def __init__(self, config: ModelConfig, weights: WeightFormat) -> None:
         super().__init__()
         self._size = config.intermediate_size
+        self._activation = config.hidden_activation
         self.gate_up_proj = weights.linear(config.hidden_size, 2 * self._size)
         self.down_proj = weights.linear(self._size, config.hidden_size)
 
     def forward(self, op: Op, x: Value) -> Value:
         """Maps (B, T, D) to (B, T, D) through F."""
         gate, up = op.Split(self.gate_up_proj(op, x), [self._size, self._size], axis=-1, _outputs=2)
-        return self.down_proj(op, op.Mul(fused(op).FastGelu(gate), up))
+        return self.down_proj(op, op.Mul(activate(op, self._activation, gate), up))
 
 
 class DecoderLayer(Module):

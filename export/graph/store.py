@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from safetensors import SafetensorError, safe_open
 
 from slm.core.config import ModelConfig
-from slm.core.errors import SlmError
-from slm.core.files import check_readable
+from slm.core.weights import Weights
 from slm.export.graph.builder import Array
 
 # The operating system maps files page by page; tensors that begin on a page are mapped without a copy.
@@ -37,26 +35,18 @@ class LazyTensors(Mapping[str, Array]):
         return len(self._makers)
 
 
-def checkpoint_tensors(path: Path, config: ModelConfig) -> LazyTensors:
+def checkpoint_tensors(weights: Weights, config: ModelConfig) -> LazyTensors:
     """Returns a checkpoint's tensors as the float32 graph wants them, under the graph's names.
 
     q, k, v and gate, up are joined along their outputs, norm weights get the 1 that Gemma leaves out.
 
     Args:
-        path: A `model.safetensors` with Hugging Face's names.
+        weights: The checkpoint's tensors under Hugging Face's names.
         config: The model's shape.
-
-    Raises:
-        SlmError: When the file is damaged.
     """
-    check_readable(path, "the weights")
-    try:
-        file = safe_open(str(path), framework="np")
-    except (SafetensorError, OSError) as error:
-        raise SlmError(f"cannot read the weights: {path} ({error})", "copy or train it again") from None
 
     def read(name: str) -> Array:
-        return file.get_tensor(f"{name}.weight").astype(np.float32, copy=False)
+        return weights.float32(f"{name}.weight")
 
     def join(*names: str) -> Callable[[], Array]:
         return lambda: np.concatenate([read(name) for name in names])

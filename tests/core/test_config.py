@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+import transformers
 from pydantic import ValidationError
 
-from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
+from slm.core.config import FULL, HF_DEFAULTS, SLIDING, ModelConfig, RopeParameters, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
 from slm.core.presets import PRESETS, preset
@@ -33,6 +34,36 @@ def test_the_270m_preset_is_gemma3_270m() -> None:
     assert gpt2_exactly.model_copy(update={"tie_word_embeddings": False}).parameter_count() == 164_654_976
 
 
+BASE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = BASE | {"rope_type": "linear", "factor": 8.0}
+
+
+def test_what_is_left_out_is_what_transformers_takes() -> None:
+    theirs = transformers.Gemma3TextConfig()
+    assert {name: getattr(theirs, name) for name in HF_DEFAULTS} == HF_DEFAULTS
+    ours = ModelConfig.from_hf({"model_type": "gemma3_text"})
+    assert list(ours.layer_types) == theirs.layer_types
+    assert {kind: rope.rope_theta for kind, rope in ours.rope_parameters.items()} == {
+        kind: rope["rope_theta"] for kind, rope in theirs.rope_parameters.items()
+    }
+
+
+@pytest.mark.parametrize("spelling", ["old", "older", "new"])
+def test_stretched_positions_in_every_spelling(config: ModelConfig, spelling: str) -> None:
+    fields = config.to_hf()
+    if spelling == "new":
+        fields["rope_parameters"][FULL] |= {"rope_type": "linear", "factor": 8.0}
+    else:
+        del fields["rope_parameters"]
+        fields["rope_scaling"] = {"rope_type" if spelling == "old" else "type": "linear", "factor": 8.0}
+    read = ModelConfig.from_hf(fields)
+    assert read.rope_parameters[FULL] == RopeParameters(rope_theta=10_000.0, rope_type="linear", factor=8.0)
+    assert read.rope_parameters[SLIDING] == config.rope_parameters[SLIDING]
+    assert ModelConfig.from_hf(read.to_hf()) == read
+    del (written := read.to_hf())["rope_parameters"]  # what transformers 4.57 looks at
+    assert ModelConfig.from_hf(written) == read
+
+
 def test_round_trip_through_hugging_face(config: ModelConfig) -> None:
     assert ModelConfig.from_hf(config.to_hf()) == config
 
@@ -55,7 +86,10 @@ def test_reads_the_old_spelling(config: ModelConfig) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"hidden_activation": "silu"}, "hidden_activation"),
+        ({"hidden_activation": "mish"}, "hidden_activation"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}, "rope_parameters": None}, "rope_type"),
+        ({"rope_parameters": {k: LINEAR for k in (SLIDING, FULL)}}, "scales sliding layers"),
+        ({"rope_parameters": {SLIDING: BASE, FULL: BASE | {"factor": 2.0}}}, "needs the rope_type 'linear'"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"eos_token_id": 320}, "eos_token_id 320"),
         ({"model_type": "llama"}, "'llama'"),

@@ -1,0 +1,146 @@
+"""A checkpoint's weights: one safetensors file or several behind an index, read tensor by tensor without PyTorch."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slm.core.errors import SlmError
+from slm.core.files import check_readable, member, read_json, sha256_file
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+_AGAIN = "copy, download or train it again"
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+class Tensors(Protocol):
+    """Tensors by name that are read when they are asked for, wherever they come from."""
+
+    @property
+    def path(self) -> Path:
+        """Where they come from, for messages."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Every tensor's shape."""
+
+    def read(self, name: str) -> Array:
+        """Returns a tensor as it is stored."""
+
+
+class Weights:
+    """The tensors of a checkpoint's directory.
+
+    Attributes:
+        path: The directory.
+        files: The safetensors files.
+        shapes: Every tensor's shape.
+        dtypes: Every tensor's dtype, by numpy's names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the files; no tensor is read yet.
+
+        Raises:
+            SlmError: When there are no weights, one of several files is missing, or a file is damaged; it is named.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        self.files = weight_files(path)
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
+        self._homes: dict[str, Any] = {}
+        for file in self.files:
+            check_readable(file, "the weights")
+            try:
+                opened = safe_open(str(file), framework="np")
+            except (SafetensorError, OSError) as error:
+                raise SlmError(f"cannot read the weights: {file} ({error})", _AGAIN) from None
+            for name in opened.keys():  # noqa: SIM118  not a mapping
+                view = opened.get_slice(name)
+                self.shapes[name] = tuple(view.get_shape())
+                self.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
+                self._homes[name] = opened
+
+    def read(self, name: str) -> Array:
+        """Returns a tensor as it is stored.
+
+        Raises:
+            SlmError: When it is not made of floats, or one of them is NaN or infinite.
+        """
+        if self.dtypes[name] not in _FLOATS.values():
+            raise SlmError(f"{self.path}: {name} is stored as {self.dtypes[name]}", "slm reads float weights")
+        array: Array = self._homes[name].get_tensor(name)
+        check_finite(array, name, self.path)
+        return array
+
+    def float32(self, name: str) -> Array:
+        """Returns a tensor in float32.
+
+        Raises:
+            SlmError: As `read`.
+        """
+        return self.read(name).astype(np.float32, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+
+def has_weights(path: Path) -> bool:
+    """Says whether a directory holds weights."""
+    return (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Returns the files that hold a checkpoint's weights.
+
+    Raises:
+        SlmError: When there are none, or one that the index names is missing.
+    """
+    if (path / WEIGHTS_FILE).exists():
+        return [path / WEIGHTS_FILE]
+    if not (path / INDEX_FILE).is_file():
+        raise SlmError(f"no weights: {path}", f"a checkpoint has {WEIGHTS_FILE}, or {INDEX_FILE} with its files")
+    index = read_json(path / INDEX_FILE, INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise SlmError(f"{path / INDEX_FILE} has no weight_map of names to files")
+    files = [member(path, name) for name in sorted({*index.values()})]
+    for file in files:
+        if not file.is_file():
+            raise SlmError(f"{path}: {file.name} is missing, which {INDEX_FILE} names", _AGAIN)
+    return files
+
+
+def weights_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a checkpoint's weights; of several files, of their own hashes in the order of their names."""
+    files = weight_files(path)
+    if len(files) == 1:
+        return sha256_file(files[0])
+    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+
+
+def weights_bytes(path: Path) -> int:
+    """Returns the size of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+def check_finite(array: Array, name: str, path: Path) -> None:
+    """Makes sure that a tensor holds numbers.
+
+    Raises:
+        SlmError: When one is NaN or infinite.
+    """
+    # bfloat16 is not numpy's own; its finiteness is that of the same number in float32.
+    plain = array if array.dtype.kind == "f" else array.astype(np.float32)
+    bad = int(plain.size - np.isfinite(plain).sum())
+    if bad:
+        raise SlmError(f"{path}: {name} holds {bad:,} values that are NaN or infinite", "the weights are damaged")
