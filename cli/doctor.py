@@ -1,80 +1,260 @@
-"""`slm doctor`."""
+"""`slm doctor`: what was found on this machine, and what to do about it."""
 
+import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
 
 import click
 
+from slm.cli import probes
 from slm.cli.console import print_json, print_table, say
 from slm.cli.options import json_option
+from slm.cli.probes import Gpu, Offline, Provider, TrainingType
+from slm.core.machine import Memory, instruction_sets, memory
 from slm.runtime.threads import cpu_quota, usable_cores
+from slm.version import __version__
 
-# What each extra brings, in the order of the chain.
+_T = TypeVar("_T")
+
+# Packages of the chain and the extra that brings each; None: the base installation.
 _PACKAGES = {
-    "tiktoken": "train",
-    "datasets": "train",
-    "torch": "train",
-    "peft": "train",
-    "safetensors": "convert",
-    "onnx": "convert",
-    "onnxscript": "convert",
+    "numpy": None,
+    "tokenizers": None,
+    "jinja2": None,
+    "click": None,
+    "pydantic": None,
+    "rich": None,
     "onnxruntime": "cpu",
     "onnxruntime-gpu": "cuda",
+    "onnx": "convert",
+    "onnxscript": "convert",
+    "safetensors": "convert",
+    "gguf": "convert",
+    "huggingface_hub": "convert",
+    "torch": "train",
+    "tiktoken": "train",
+    "datasets": "train",
+    "peft": "train",
+    "matplotlib": "train",
+    "pyyaml": "train",
+    "transformers": "dev",
 }
+_ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+
+# Peaks as docs/LOG.md has them: the documented recipe on a CPU, and `make demo`.
+_DOCUMENTED_RECIPE = int(11.3 * (1 << 30))
+_DEMO = 631 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What was looked at.
+        value: What was found.
+        advice: What to do about it; None where there is nothing to do.
+        level: "note" where something could be better, "problem" where something does not work.
+    """
+
+    name: str
+    value: str
+    advice: str | None = None
+    level: Literal["ok", "note", "problem"] = "ok"
 
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine has, what is missing, and which extra brings it."""
-    packages = {name: _version(name) for name in _PACKAGES}
-    report = {
-        "python": platform.python_version(),
-        "cores": usable_cores(),
-        "cpu_quota": cpu_quota(),
-        "providers": _providers(),
-        "cuda": _cuda(),
-        "packages": packages,
-        "problems": _problems(packages),
+    """Say what this machine has, what is missing, and what to do about it.
+
+    Providers of onnxruntime are tried with the small model that ships with slm: listed is not yet loaded.
+
+    \b
+      slm doctor
+      slm doctor --json      for a bug report; holds no token
+    """
+    found, findings = _examine()
+    findings.sort(key=lambda finding: finding.level != "problem")
+    problems = [finding for finding in findings if finding.level == "problem"]
+    found |= {
+        "problems": [f"{problem.value}: {problem.advice}" if problem.advice else problem.value for problem in problems],
+        "findings": [asdict(finding) for finding in findings],
     }
     if as_json:
-        print_json(report)
+        print_json(found)
         return
-    rows = [(name, str(report[name])) for name in ("python", "cores", "cpu_quota", "providers", "cuda")]
-    rows += [(name, found or f"missing; pip install 'slm-edge[{_PACKAGES[name]}]'") for name, found in packages.items()]
-    print_table("this machine", ("", ""), rows)
-    for problem in _problems(packages):
+    print_table(
+        "this machine",
+        ("", "found", "what to do"),
+        [(finding.name, finding.value, finding.advice or "") for finding in findings],
+    )
+    for problem in found["problems"]:
         say(f"problem: {problem}")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _examine() -> tuple[dict[str, Any], list[Finding]]:
+    """Measures everything; a probe that fails is a finding, and its value None."""
+    failed: list[Finding] = []
+
+    def tried(name: str, probe: Callable[[], _T]) -> _T | None:
+        try:
+            return probe()
+        except Exception as error:  # whatever it is, the other probes still have something to say
+            failed.append(Finding(name, f"could not be asked ({_one_line(error)})", None, "note"))
+            return None
+
+    packages = {name: probes.package_version(name) for name in _PACKAGES}
+    providers = _providers()
+    cores = tried("cores", _cores)
+    quota = tried("container's quota", cpu_quota)
+    sets = tried("instruction sets", instruction_sets)
+    room = tried("memory", memory)
+    gpu = tried("CUDA", probes.cuda)
+    precision = tried("training type", probes.training_type)
+    offline = tried("tokenizers offline", probes.offline)
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "slm": __version__,
+        "cores": cores,
+        "cpu_quota": quota,
+        "memory": room and asdict(room) | {"usable": room.usable},
+        "instruction_sets": sets,
+        "providers": {name: asdict(provider) for name, provider in providers.items()},
+        "cuda": gpu and asdict(gpu),
+        "training_dtype": precision and asdict(precision),
+        "tokenizers_offline": offline and asdict(offline),
+        "packages": packages,
+    }
+    findings = [Finding("python", platform.python_version()), Finding("slm", __version__)]
+    findings += _onnxruntime_findings(packages, providers)
+    findings += [_gpu_finding(gpu)] if gpu else []
+    findings += [_type_finding(precision)] if precision else []
+    findings += [_sets_finding(sets)] if sets is not None else []
+    findings += [_cores_finding(cores, quota)] if cores else []
+    findings += [_memory_finding(room)] if room else []
+    findings += _offline_findings(offline) if offline else []
+    findings += [_package_finding(name, version) for name, version in packages.items() if name not in _ONNXRUNTIMES]
+    return found, findings + failed
 
 
-def _providers() -> list[str]:
-    if find_spec("onnxruntime") is None:
-        return []
-    import onnxruntime
-
-    return list(onnxruntime.get_available_providers())
+def _providers() -> dict[str, Provider]:
+    return probes.providers()  # each is tried in a process of its own: nothing of theirs fails here
 
 
-def _cuda() -> str | None:
-    if find_spec("torch") is None:
-        return None
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def _cores() -> dict[str, int]:
+    machine = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    return {"machine": machine, "allowed": allowed, "used": usable_cores()}
 
 
-def _problems(packages: dict[str, str | None]) -> list[str]:
-    cpu, cuda = packages["onnxruntime"], packages["onnxruntime-gpu"]
+def _onnxruntime_findings(packages: Mapping[str, str | None], providers: Mapping[str, Provider]) -> list[Finding]:
+    cpu, cuda = (packages[name] for name in _ONNXRUNTIMES)
+    value = ", ".join(f"{name} {packages[name]}" for name in _ONNXRUNTIMES if packages[name])
     if cpu and cuda:
-        return ["onnxruntime and onnxruntime-gpu overwrite each other: uninstall both, then install one"]
-    if not cpu and not cuda:
-        return ["no onnxruntime: pip install 'slm-edge[cpu]' or 'slm-edge[cuda]'"]
-    return []
+        both = "onnxruntime and onnxruntime-gpu overwrite each other"
+        findings = [Finding("onnxruntime", both, "uninstall both, then install one", "problem")]
+    elif not cpu and not cuda and not providers:
+        either = "pip install 'slm-edge[cpu]' or 'slm-edge[cuda]'"
+        return [Finding("onnxruntime", "no onnxruntime", either, "problem")]
+    else:
+        findings = [Finding("onnxruntime", value or "of another distribution")]
+    return findings + [_provider_finding(name, provider) for name, provider in providers.items()]
+
+
+def _provider_finding(name: str, provider: Provider) -> Finding:
+    if provider.loads:
+        return Finding(name, "loads")
+    advice = {
+        "CUDAExecutionProvider": "put the CUDA and cuDNN libraries this onnxruntime wants on the loader's path "
+        "(LD_LIBRARY_PATH), and see that nvidia-smi finds the GPU; until then --device cpu",
+        "CPUExecutionProvider": "install onnxruntime again; slm generate does not run without it",
+    }.get(name, "nothing: slm runs on the CPU and on CUDA only")
+    slm_uses_it = name in ("CPUExecutionProvider", "CUDAExecutionProvider")
+    return Finding(
+        name, f"{name} is listed but does not load ({provider.error})", advice, "problem" if slm_uses_it else "note"
+    )
+
+
+def _gpu_finding(gpu: Gpu) -> Finding:
+    if gpu.name:
+        return Finding("CUDA", f"{gpu.name}, compute capability {gpu.compute_capability}")
+    return Finding("CUDA", f"none ({gpu.missing})", gpu.advice, "note" if gpu.advice else "ok")
+
+
+def _type_finding(found: TrainingType) -> Finding:
+    value = ", ".join(f"{name}: {dtype}" for name, dtype in found.presets.items()) or "unknown"
+    return Finding("training type", f"{value} ({found.why})")
+
+
+def _sets_finding(sets: Mapping[str, bool]) -> Finding:
+    name = "instruction sets"
+    if not sets:
+        return Finding(name, "unknown: the system does not say")
+    value = ", ".join(one for one, has in sets.items() if has) or "none of those that matter"
+    lacks = [one for one, has in sets.items() if not has]
+    value += f"; not {', '.join(lacks)}" if lacks else ""
+    if not sets.get("AVX2", True):
+        return Finding(name, value, "without AVX2 INT8 is slow: compare with the float32 bundle", "note")
+    if "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI")):
+        slower = (
+            "without VNNI INT8 products are slower; W8A8 models of other tools may saturate: quantize with reduce_range"
+        )
+        return Finding(name, value, slower, "note")
+    if not sets.get("dot product", True):
+        return Finding(name, value, "without dot product INT8 products are slower", "note")
+    return Finding(name, value)
+
+
+def _cores_finding(cores: Mapping[str, int], quota: float | None) -> Finding:
+    value = f"{cores['machine']} in the machine, {cores['allowed']} allowed, slm uses {cores['used']}"
+    if quota is not None:
+        value += f" (the container's quota is {quota:g})"
+    if quota is not None and quota < min(cores["allowed"], 2):
+        return Finding("cores", value, "threads are suspended at the quota: give the container more CPU", "note")
+    if cores["allowed"] < cores["machine"]:
+        return Finding("cores", value, "taskset or a cpuset keeps the others from this process", "note")
+    return Finding("cores", value)
+
+
+def _memory_finding(room: Memory) -> Finding:
+    sizes = {"in all": room.total, "available": room.available, "container's limit": room.container_limit}
+    value = ", ".join(f"{size / (1 << 30):.1f} GiB {name}" for name, size in sizes.items() if size is not None)
+    if room.usable is None:
+        return Finding("memory", "unknown: the system does not say")
+    if room.usable < _DEMO:
+        return Finding("memory", value, "training needs more: slm demo took 631 MiB; answering needs less", "note")
+    if room.usable < _DOCUMENTED_RECIPE:
+        return Finding("memory", value, "the documented recipe took 11.3 GiB on a CPU: train a smaller one", "note")
+    return Finding("memory", value)
+
+
+def _offline_findings(offline: Offline) -> list[Finding]:
+    gpt2 = Finding("GPT-2's tokenizer", f"in {offline.gpt2_directory}")
+    if not offline.gpt2:
+        fetch = "for --tokenizer gpt2 point TIKTOKEN_CACHE_DIR at a directory with its files, or be online once"
+        gpt2 = Finding(
+            "GPT-2's tokenizer", f"not in {offline.gpt2_directory or 'any cache: caching is off'}", fetch, "note"
+        )
+    models = f"{offline.hub_models} model{'s' * (offline.hub_models != 1)} in {offline.hub_directory}"
+    hub = Finding("Hugging Face cache", models)
+    if offline.hub_offline:
+        unset = None if offline.hub_models else "unset HF_HUB_OFFLINE to download"
+        hub = Finding("Hugging Face cache", f"{models}; HF_HUB_OFFLINE is set", unset, "note" if unset else "ok")
+    token = "configured" if offline.hub_token else "none; only gated and private models need one"
+    return [gpt2, hub, Finding("Hugging Face token", token)]
+
+
+def _package_finding(name: str, version: str | None) -> Finding:
+    if version:
+        return Finding(name, version)
+    extra = _PACKAGES[name]
+    if extra is None:
+        return Finding(name, f"{name} is missing", "pip install slm-edge", "problem")
+    return Finding(name, "missing", f"pip install 'slm-edge[{extra}]'", "note")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -1,74 +1,263 @@
-"""`slm info`."""
+"""`slm info`: what an artifact or a preset is, what it costs, and what it was made from."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
-from slm.cli.console import print_json, print_table
+from slm.cli.console import print_json
+from slm.cli.info_tables import print_info
 from slm.cli.options import json_option
-from slm.core.checkpoint import WEIGHTS_FILE, is_checkpoint, read_config, read_info
+from slm.core import accounting
+from slm.core.accounting import FLOAT32_BYTES, HALF_BYTES, INT8_BLOCK, saved_percent
+from slm.core.checkpoint import INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
-from slm.core.manifest import Bundle, is_bundle
+from slm.core.licence import recorded_notices
+from slm.core.manifest import MANIFEST_FILE, Bundle, is_bundle
+from slm.core.presets import PRESETS, preset
+from slm.core.weights import weight_files
+
+# The context that is counted with when none is named; `slm export` gives bundles no more by itself either.
+DEFAULT_CONTEXT = 4096
+# What the graph's caches are made of (`slm.core.contract`).
+CACHE_DTYPE = "float32"
+
+Details = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What was named.
+
+    Attributes:
+        config: Its shape.
+        context: The longest sequence that it takes, in tokens.
+        details: What else is known of it, for people and machines.
+        size: Bytes on disk and in memory, by name.
+        recorded: How it was made, everything that was recorded.
+        notices: Licence notices that go with it.
+    """
+
+    config: ModelConfig
+    context: int
+    details: Details
+    size: dict[str, int]
+    recorded: Details = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=click.Path(path_type=Path), metavar="CHECKPOINT|BUNDLE|PRESET")
+@click.option(
+    "--context", type=click.IntRange(min=1), metavar="N", help="Tokens to count with; 4,096 or what it takes."
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="B", help="Rows of the cache."
+)
+@click.option(
+    "--position", type=click.IntRange(min=0), metavar="P", help="Where a token is decoded, from 0; the context's last."
+)
+@click.option("--vocab-size", type=click.IntRange(min=1), metavar="N", help="Another vocabulary for a preset.")
 @json_option
-def info(artifact: Path, as_json: bool) -> None:
-    """Say what a checkpoint or a bundle is and how it was made.
+def info(
+    artifact: Path, context: int | None, batch: int, position: int | None, vocab_size: int | None, as_json: bool
+) -> None:
+    """Say what a checkpoint, a bundle or a preset is, what it costs, and what it was made from.
 
-    Every file of a bundle is checked against its manifest.
+    Parameters, bytes, key-value cache, operations a token, licence notices. Every file of a bundle is checked against
+    its manifest.
 
     \b
       slm info runs/tiny/onnx-int8
+      slm info gemma3-270m --context 32768
+      slm info gemma3-270m --vocab-size 262144 --json
     """
-    if is_bundle(artifact):
-        bundle = Bundle.open(artifact)
-        config, details = bundle.config, _bundle(bundle)
-    elif is_checkpoint(artifact):
-        config, details = read_config(artifact), _checkpoint(artifact)
-    else:
-        what = "not found" if not artifact.exists() else "neither a checkpoint nor a bundle"
-        raise SlmError(f"{what}: {artifact}", "name a directory that slm train or slm export made")
+    subject = _subject(artifact, vocab_size)
+    if context is None:
+        # A bundle was made for its context; a model's longest is more than most uses want.
+        context = subject.context if subject.details["kind"] == "bundle" else min(subject.context, DEFAULT_CONTEXT)
+    position = context - 1 if position is None else position
+    for option, last in (("--context", context), ("--position", position + 1)):
+        if last > subject.context:
+            raise SlmError(f"{artifact} takes {subject.context:,} tokens, not {last:,}", f"choose another {option}")
+    report = _report(subject, context, batch, position)
     if as_json:
-        print_json({"config": config.model_dump(mode="json")} | details)
-        return
-    rows = _shape(config) + [(name, str(value)) for name, value in details.items() if not isinstance(value, dict)]
-    print_table(str(artifact), ("", ""), rows)
+        print_json(report)
+    else:
+        print_info(str(artifact), subject.config, report, subject.details)
 
 
-def _shape(config: ModelConfig) -> list[tuple[str, str]]:
-    sliding = sum(config.window(i) is not None for i in range(config.num_hidden_layers))
-    heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key-value, {config.head_dim} wide"
-    return [
-        ("parameters", f"{config.parameter_count():,}"),
-        ("layers", f"{sliding} sliding over {config.sliding_window}, {config.num_hidden_layers - sliding} global"),
-        ("hidden, intermediate", f"{config.hidden_size}, {config.intermediate_size}"),
-        ("heads", heads),
-        ("vocabulary", f"{config.vocab_size:,}{' (tied head)' if config.tie_word_embeddings else ''}"),
-    ]
+def _report(subject: _Subject, context: int, batch: int, position: int) -> Details:
+    config = subject.config
+    parts = accounting.parameters(config)
+    return {
+        **subject.details,  # a checkpoint's are its whole record, and what follows takes precedence
+        "config": config.model_dump(mode="json"),
+        "parameters": asdict(parts) | {"total": parts.total},
+        "tied_head": config.tie_word_embeddings,
+        "bytes": subject.size,
+        "counted_with": {"context": context, "batch": batch, "position": position, "cache_dtype": CACHE_DTYPE},
+        "kv_cache_bytes": _cache(config, context, batch),
+        "flops": {
+            "decode": _decode(config, position),
+            "prefill_per_token": _prefill(config, context),
+        },
+        "notices": list(subject.notices),
+        "lineage": lineage(subject.recorded),
+        "provenance": subject.recorded,
+    }
 
 
-def _bundle(bundle: Bundle) -> dict[str, Any]:
+def _cache(config: ModelConfig, context: int, batch: int) -> dict[str, float]:
+    kinds: tuple[accounting.CacheKind, ...] = ("windowed", "windowed_without_slack", "full")
+    sizes: dict[str, float] = {
+        f"{kind}{ending}": accounting.cache_bytes(config, context, batch, itemsize, kind)
+        for ending, itemsize in (("", FLOAT32_BYTES), ("_16_bit", HALF_BYTES))
+        for kind in kinds
+    }
+    return sizes | {
+        "full_per_token": accounting.cache_bytes(config, 1, kind="full"),
+        "full_per_token_16_bit": accounting.cache_bytes(config, 1, itemsize=HALF_BYTES, kind="full"),
+        "saved_percent": saved_percent(sizes["windowed"], sizes["full"]),
+    }
+
+
+def _decode(config: ModelConfig, position: int) -> dict[str, float]:
+    return _compared(
+        accounting.decode_flops(config, position), accounting.decode_flops(config, position, windows=False)
+    )
+
+
+def _prefill(config: ModelConfig, length: int) -> dict[str, float]:
+    """The average over a prompt whose logits are computed once, as generating does; and at every position."""
+    windowed = accounting.prefill_flops(config, length).per_token(length)
+    full = accounting.prefill_flops(config, length, windows=False).per_token(length)
+    everywhere = accounting.prefill_flops(config, length, head_positions=length).per_token(length)
+    return _compared(windowed, full) | {
+        "head_every_position": everywhere.head,
+        "total_head_every_position": everywhere.total,
+    }
+
+
+def _compared(windowed: accounting.Flops, full: accounting.Flops) -> dict[str, float]:
+    return asdict(windowed) | {
+        "total": windowed.total,
+        "attention_full": full.attention,
+        "total_full": full.total,
+        "attention_saved_percent": saved_percent(windowed.attention, full.attention),
+        "total_saved_percent": saved_percent(windowed.total, full.total),
+    }
+
+
+def _subject(artifact: Path, vocab_size: int | None) -> _Subject:
+    if not artifact.exists() and str(artifact) in PRESETS:
+        config = preset(str(artifact))
+        if vocab_size is not None:
+            config = ModelConfig.checked(config.model_dump() | {"vocab_size": vocab_size})
+        return _Subject(config, config.max_position_embeddings, {"kind": "preset"}, _in_memory(config))
+    if is_bundle(artifact):
+        subject = _bundle(artifact)
+    elif is_checkpoint(artifact):
+        subject = _checkpoint(artifact)
+    else:
+        what = "neither a checkpoint nor a bundle" if artifact.exists() else "not found"
+        hint = f"name a directory that slm train or slm export made, or a preset: {', '.join(PRESETS)}"
+        raise SlmError(f"{what}: {artifact}", hint)
+    if vocab_size is not None:
+        raise SlmError(f"{artifact} has its vocabulary", "--vocab-size is for presets")
+    return subject
+
+
+def _in_memory(config: ModelConfig) -> dict[str, int]:
+    """Bytes of the weights at each precision; INT8 where the shape divides into the blocks that slm prefers."""
+    sizes = {
+        "memory_float32": accounting.weights_bytes(config, FLOAT32_BYTES),
+        "memory_16_bit": accounting.weights_bytes(config, HALF_BYTES),
+    }
+    int8 = accounting.int8_bytes(config)
+    return sizes if int8 is None else sizes | {f"memory_int8_block_{INT8_BLOCK}": int8}
+
+
+def _bundle(path: Path) -> _Subject:
+    bundle = Bundle.open(path)
     manifest = bundle.manifest
-    details: dict[str, Any] = {
+    details: Details = {
         "kind": "bundle",
         "precision": manifest.precision,
         "context": manifest.context,
-        "bytes": bundle.bytes,
         "files": f"{len(manifest.files)} files, as they were sealed",
         "slm_version": manifest.slm_version,
-        "provenance": manifest.provenance,
     }
     if manifest.parity is not None:
         details["largest_difference"] = manifest.parity.largest
     if manifest.quality is not None:
         details |= {"kl_nats": manifest.quality.kl_nats, "perplexity": manifest.quality.perplexity_after}
-    return details
+    graph = manifest.files[manifest.model].bytes
+    # The graph's weights lie beside it, under its name and an ending.
+    data = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(manifest.model)) - graph
+    size = {
+        "disk_weights": data,
+        "disk_graph": graph,
+        "disk_total": bundle.bytes + (path / MANIFEST_FILE).stat().st_size,
+        "memory_weights": data + graph,
+    }
+    notices = manifest.notices or recorded_notices(manifest.provenance.get(INFO_FILE, {}))
+    return _Subject(bundle.config, manifest.context, details, size, manifest.provenance, notices)
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
-    details = {"kind": "checkpoint", "bytes": (path / WEIGHTS_FILE).stat().st_size}
-    return details | {name: value for name, value in read_info(path).items() if name not in details}
+def _checkpoint(path: Path) -> _Subject:
+    config, recorded, weights = read_config(path), read_info(path), weight_files(path)
+    size = {
+        "disk_weights": sum(file.stat().st_size for file in weights),
+        "disk_total": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+        "memory_as_stored": sum(map(_tensor_bytes, weights)),
+    }
+    details = {"kind": "checkpoint"} | {name: value for name, value in recorded.items() if name != "kind"}
+    size |= _in_memory(config)
+    return _Subject(config, config.max_position_embeddings, details, size, recorded, notices_of(path))
+
+
+def _tensor_bytes(weights: Path) -> int:
+    """Returns the bytes of all tensors of a safetensors file, from its header: an answering machine lacks the package."""
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > weights.stat().st_size:
+                raise ValueError("a header longer than the file")
+            header = json.loads(file.read(length))
+            return sum(
+                entry["data_offsets"][1] - entry["data_offsets"][0]
+                for name, entry in header.items()
+                if name != "__metadata__"
+            )
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise SlmError(f"cannot read the weights: {weights}", "copy or train it again") from None
+
+
+# What a record names as a source by itself, nearest first.
+_SOURCES = ("bundle", "adapter", "checkpoint", "source", "origin")
+# What a record within it has that is a source. Data have paths too, and are no model.
+_SOURCE_FIELDS = frozenset(("base", "adapter", "checkpoint", "bundle", "path", "source", "repository", "repo", "url"))
+_NO_SOURCES = frozenset(("data", "validation", "recipe", "settings", "metrics"))
+
+
+def lineage(recorded: Mapping[str, Any]) -> list[Details]:
+    """Returns what an artifact was made from, nearest first, as far as recorded: each step with its name and source.
+
+    Steps are found by what they look like: a record that names a base, a path or a repository. Each command adds its
+    own to those of the checkpoint that it read, so later ones are nearer.
+    """
+    steps: list[Details] = [{"step": name, "source": recorded[name]} for name in _SOURCES if name in recorded]
+    inner = recorded.get(INFO_FILE)
+    for name, value in reversed(list(recorded.items())):
+        if name in _NO_SOURCES or name in _SOURCES or not isinstance(value, Mapping):
+            continue
+        if _SOURCE_FIELDS & value.keys():
+            steps.append({"step": name, "source": value})
+    if "made_by" in recorded:
+        steps.append({"step": "made_by", "source": recorded["made_by"]})
+    return steps + (lineage(inner) if isinstance(inner, Mapping) else [])

@@ -1,10 +1,146 @@
-"""What this process takes of the machine."""
+"""What the machine has, and what this process takes of it."""
 
+import os
+import platform
 import resource
+import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_V2 = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# cgroup v1 has no word for unlimited: it says the largest multiple of a page below 2^63.
+_UNLIMITED = 1 << 60
+
+# Instruction sets that matter to a model, as people call them: Linux's names for them, any of which will do.
+_X86 = {
+    "AVX2": ("avx2",),
+    "AVX-512F": ("avx512f",),
+    "AVX-512 VNNI": ("avx512_vnni",),
+    "AVX-VNNI": ("avx_vnni",),
+    "AMX tile": ("amx_tile",),
+    "AMX INT8": ("amx_int8",),
+    "AMX BF16": ("amx_bf16",),
+}
+_ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",)}
+# macOS says them one by one on ARM, and as a list of words on Intel.
+_MAC_ARM = {
+    "NEON": ("hw.optional.AdvSIMD", "hw.optional.neon"),
+    "dot product": ("hw.optional.arm.FEAT_DotProd",),
+    "i8mm": ("hw.optional.arm.FEAT_I8MM",),
+}
+_MAC_X86 = {"AVX2": ("AVX2",), "AVX-512F": ("AVX512F",), "AVX-512 VNNI": ("AVX512VNNI",)}
+_MAC_FEATURES = "machdep.cpu.leaf7_features"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Main memory in bytes, None where the system does not say.
+
+    Attributes:
+        total: What is built in.
+        available: What may be taken without swapping.
+        container_limit: What the container may take at most; None also where there is no limit.
+    """
+
+    total: int | None
+    available: int | None
+    container_limit: int | None
+
+    @property
+    def usable(self) -> int | None:
+        """What this process can count on at most: the smallest that is known."""
+        return min(
+            (size for size in (self.total, self.available, self.container_limit) if size is not None), default=None
+        )
 
 
 def peak_rss_mib() -> float:
     """Returns the most memory this process has had resident, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes on macOS, KiB elsewhere
+
+
+def memory(meminfo: Path = _MEMINFO, v2: Path = _CGROUP_V2, v1: Path = _CGROUP_V1) -> Memory:
+    """Asks how much memory there is."""
+    try:
+        lines = _colon_lines(meminfo.read_text(encoding="ascii"))
+        total, available = (_kib(lines.get(name)) for name in ("MemTotal", "MemAvailable"))
+    except OSError:
+        total, available = _total_memory(), None
+    return Memory(total, available, memory_limit(v2, v1))
+
+
+def memory_limit(v2: Path = _CGROUP_V2, v1: Path = _CGROUP_V1) -> int | None:
+    """Returns the container's limit in bytes, None when there is none."""
+    for path in (v2, v1):
+        try:
+            said = path.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        return int(said) if said.isdecimal() and int(said) < _UNLIMITED else None
+    return None
+
+
+def instruction_sets(cpuinfo: Path = _CPUINFO) -> dict[str, bool]:
+    """Says which vector and matrix instructions the CPU has; nothing about those that the system does not speak of."""
+    try:
+        if sys.platform == "darwin":
+            return instruction_sets_of_mac(_sysctl(), platform.machine())
+        return instruction_sets_of_linux(cpuinfo.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def instruction_sets_of_linux(cpuinfo: str) -> dict[str, bool]:
+    """Reads `/proc/cpuinfo`: its `flags` on x86, its `Features` on ARM."""
+    lines = _colon_lines(cpuinfo)
+    for line, names in (("flags", _X86), ("Features", _ARM)):
+        if line in lines:
+            return _named(names, set(lines[line].split()))
+    return {}
+
+
+def instruction_sets_of_mac(sysctl: str, machine: str) -> dict[str, bool]:
+    """Reads `sysctl hw.optional machdep.cpu.leaf7_features`; an older macOS leaves out what it does not know yet."""
+    lines = _colon_lines(sysctl)
+    if machine == "arm64":
+        known = {name: keys for name, keys in _MAC_ARM.items() if any(key in lines for key in keys)}
+        return _named(known, {key for key, value in lines.items() if value == "1"})
+    return _named(_MAC_X86, set(lines[_MAC_FEATURES].split())) if _MAC_FEATURES in lines else {}
+
+
+def _named(names: Mapping[str, tuple[str, ...]], found: set[str]) -> dict[str, bool]:
+    return {name: any(alias in found for alias in aliases) for name, aliases in names.items()}
+
+
+def _colon_lines(text: str) -> dict[str, str]:
+    """Returns `name: value` lines; of several with one name, as `/proc/cpuinfo` has for each CPU, the first."""
+    lines: dict[str, str] = {}
+    for line in text.splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            lines.setdefault(name.strip(), value.strip())
+    return lines
+
+
+def _kib(said: str | None) -> int | None:
+    number = (said or "").partition(" ")[0]
+    return int(number) << 10 if number.isdecimal() else None
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
+def _sysctl() -> str:
+    # No check: it fails as a whole when one of the names is not of this kind of machine.
+    done = subprocess.run(["sysctl", "hw.optional", _MAC_FEATURES], capture_output=True, text=True, timeout=10)
+    return done.stdout

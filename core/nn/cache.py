@@ -20,7 +20,7 @@ class LayerCache:
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends new positions (B, K, T, H) and returns what the new queries may look at (B, K, S + T, H).
 
-        A sliding layer then keeps only the last `window` positions: no later query sees further back.
+        A sliding layer then keeps only the last `window - 1` positions: a query sees itself and those before it.
         """
         if self.key is not None and self.value is not None:
             key, value = torch.cat((self.key, key), dim=2), torch.cat((self.value, value), dim=2)
@@ -30,7 +30,8 @@ class LayerCache:
     def _recent(self, x: Tensor) -> Tensor:
         assert self.window is not None
         # A copy where positions are dropped, so that what was evicted is freed.
-        return x[:, :, -self.window :].clone() if x.shape[2] > self.window else x
+        past = self.window - 1
+        return x[:, :, x.shape[2] - past :].clone() if x.shape[2] > past else x
 
 
 class KVCache:

@@ -1,7 +1,6 @@
 """The frame around all commands: help, exit codes, one line for each failure."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -116,15 +115,6 @@ def test_a_closed_pipe_is_no_failure_to_report(tmp_path: Path) -> None:
     )
     os.close(writer)
     assert "Traceback" not in done.stderr and "error" not in done.stderr
-
-
-def test_doctor_names_the_conflict_of_the_two_onnxruntimes(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slm.cli.doctor._version", lambda name: "1.0")
-    report = json.loads(slm("doctor", "--json").out)
-    assert report["cores"] >= 1
-    assert "overwrite each other" in report["problems"][0]
-    monkeypatch.setattr("slm.cli.doctor._version", lambda name: None)
-    assert "no onnxruntime" in json.loads(slm("doctor", "--json").out)["problems"][0]
 
 
 def test_help_is_quick() -> None:

@@ -1,0 +1,124 @@
+"""What `slm info` prints for people; the figures are those of its JSON object."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slm.cli.console import print_table
+from slm.core.config import ModelConfig
+
+Report = Mapping[str, Any]
+Rows = list[tuple[str, ...]]
+
+_LONGEST = 100
+_SIZES = {
+    "disk_weights": "weights on disk",
+    "disk_graph": "graph on disk",
+    "disk_total": "everything on disk",
+    "memory_as_stored": "weights in memory, as stored",
+    "memory_weights": "weights and graph in memory",
+    "memory_float32": "weights in memory, float32",
+    "memory_16_bit": "weights in memory, 16 bit",
+}
+
+
+def print_info(name: str, config: ModelConfig, report: Report, details: Report) -> None:
+    """Prints what it is and was made from, then sizes, then operations."""
+    # What the report counts itself, and what the lineage shows, is not shown again.
+    steps = {step["step"] for step in report["lineage"]} - {"made_by"}
+    shown = [key for key, value in details.items() if report[key] is value and key not in steps]
+    rows = _shape(config, report) + [(key, _short(details[key])) for key in shown]
+    if report["lineage"]:
+        rows.append(("lineage", " <- ".join(_step(step) for step in report["lineage"])))
+    rows += [("notice", notice) for notice in report["notices"]]
+    print_table(name, ("", ""), rows)
+    with_ = report["counted_with"]
+    print_table("size", ("", "MB"), _sizes(report))
+    print_table(
+        f"key-value cache: {with_['context']:,} tokens, batch {with_['batch']}",
+        ("MB", "float32", "16 bit"),
+        _cache(report),
+    )
+    print_table(
+        f"million operations a token (a multiply-add is 2), decoding at position {with_['position']:,} and as the mean of a "
+        f"prompt of {with_['context']:,}, whose head runs once",
+        ("", "decode", "no windows", "prefill", "no windows"),
+        _flops(report),
+    )
+
+
+def _shape(config: ModelConfig, report: Report) -> Rows:
+    parts = report["parameters"]
+    sliding = sum(config.window(i) is not None for i in range(config.num_hidden_layers))
+    heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key-value, {config.head_dim} wide"
+    rest = parts["attention"] + parts["mlp"] + parts["norms"]
+    return [
+        ("parameters", f"{parts['total']:,}"),
+        ("  embedding", f"{parts['embedding']:,}"),
+        (
+            "  blocks",
+            f"{rest:,}: attention {parts['attention']:,}, MLP {parts['mlp']:,}, norms {parts['norms']:,}",
+        ),
+        ("  head", "0 of its own, the embedding's (tied)" if report["tied_head"] else f"{parts['head']:,}"),
+        ("layers", f"{sliding} sliding over {config.sliding_window}, {config.num_hidden_layers - sliding} global"),
+        ("hidden, intermediate", f"{config.hidden_size}, {config.intermediate_size}"),
+        ("heads", heads),
+        ("vocabulary", f"{config.vocab_size:,}{' (tied head)' if report['tied_head'] else ''}"),
+    ]
+
+
+def _sizes(report: Report) -> Rows:
+    def label(name: str) -> str:
+        return _SIZES.get(name) or f"weights in memory, INT8 in blocks of {name.rpartition('_')[2]}"
+
+    return [(label(name), _mb(size)) for name, size in report["bytes"].items()]
+
+
+def _cache(report: Report) -> Rows:
+    sizes = report["kv_cache_bytes"]
+    rows = {
+        "with windows, as slm allocates it": "windowed",
+        "with windows, no slack": "windowed_without_slack",
+        "without windows": "full",
+    }
+    return [(label, _mb(sizes[key]), _mb(sizes[f"{key}_16_bit"])) for label, key in rows.items()]
+
+
+def _flops(report: Report) -> Rows:
+    pairs = [report["flops"][name] for name in ("decode", "prefill_per_token")]
+
+    def row(label: str, windowed: str, full: str) -> tuple[str, ...]:
+        return label, *(_millions(flops[key]) for flops in pairs for key in (windowed, full))
+
+    def saved(label: str, key: str) -> tuple[str, ...]:
+        return label, *(cell for flops in pairs for cell in (f"{flops[key]:.1f} %", ""))
+
+    return [
+        row("body", "body", "body"),
+        row("attention", "attention", "attention_full"),
+        row("head", "head", "head"),
+        row("total", "total", "total_full"),
+        saved("saved, attention", "attention_saved_percent"),
+        saved("saved, total", "total_saved_percent"),
+    ]
+
+
+def _step(step: Report) -> str:
+    return f"{step['step']} {_short(step['source'])}"
+
+
+def _short(value: Any) -> str:
+    """Returns a value on one line: of records within it only their paths, and not too long."""
+    if isinstance(value, Mapping):
+        value = ", ".join(
+            f"{name}: {item.get('path', '{…}') if isinstance(item, Mapping) else item}" for name, item in value.items()
+        )
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.1f}" if size >= 1e6 else f"{size / 1e6:,.4f}"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.1f}" if count >= 1e6 else f"{count / 1e6:,.4f}"

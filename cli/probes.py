@@ -1,0 +1,214 @@
+"""What `slm doctor` asks of other packages, which may be missing, broken or noisy."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from slm.core.manifest import Bundle
+from slm.core.presets import PRESETS
+from slm.runtime.shipped import model_path
+
+_CPU = "CPUExecutionProvider"
+_NO_DEVICE = ("AzureExecutionProvider",)  # calls a service
+_LOADING_SECONDS = 120
+
+# In a process of its own: a provider may print, hang or crash while its libraries are loaded. onnxruntime writes why one
+# did not load to standard error and nowhere else.
+_OPEN = """
+import json, sys
+import onnxruntime as ort
+model, provider, cpu = sys.argv[1:]
+options = ort.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+options.log_severity_level = 3
+session = ort.InferenceSession(model, options, providers=list(dict.fromkeys([provider, cpu])))
+print(json.dumps({"available": ort.get_available_providers(), "loaded": session.get_providers()}))
+"""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LOG_PREFIX = re.compile(r"^.*\[[EF]:onnxruntime:[^\]]*\] ")
+
+# The files of GPT-2's vocabulary in tiktoken's cache: SHA-1 of their addresses.
+_GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Whether a provider of onnxruntime loads, and what was said if it does not."""
+
+    loads: bool
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that PyTorch sees, or why it sees none and what to do about that."""
+
+    name: str | None = None
+    compute_capability: str | None = None
+    missing: str | None = None
+    advice: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingType:
+    """What products are computed in by a training run here: by preset, as a narrow model may gain less, and why."""
+
+    device: Literal["cpu", "cuda"] | None
+    presets: dict[str, str]
+    why: str
+
+
+@dataclass(frozen=True)
+class Offline:
+    """What there is without a network. Of a token only whether there is one."""
+
+    gpt2: bool
+    gpt2_directory: str | None
+    hub_directory: str
+    hub_models: int
+    hub_offline: bool
+    hub_token: bool
+
+
+def package_version(package: str) -> str | None:
+    """Returns the version of an installed distribution, None when there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def providers() -> dict[str, Provider]:
+    """Opens the model that ships with each provider that onnxruntime lists; never fails itself."""
+    if find_spec("onnxruntime") is None:
+        return {}
+    found: dict[str, Provider] = {}
+    available, found[_CPU] = open_with(_CPU)
+    for name in available:
+        if name not in (_CPU, *_NO_DEVICE):
+            found[name] = open_with(name)[1]
+    return found
+
+
+def open_with(provider: str) -> tuple[list[str], Provider]:
+    """Opens the model that ships with one provider and the CPU's; returns the providers that there are, and how it went."""
+    try:
+        command = [sys.executable, "-P", "-c", _OPEN, str(Bundle.open(model_path()).model_path), provider, _CPU]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LOADING_SECONDS)
+        if done.returncode:
+            return [], Provider(False, _reason(done.stderr) or f"the process ended with {done.returncode}")
+        *noise, answer = done.stdout.splitlines()
+        said = json.loads(answer)
+        if provider in said["loaded"]:
+            return said["available"], Provider(True)
+        fallback = "\n".join(
+            line for line in noise if line.startswith("EP Error ")
+        )  # onnxruntime.InferenceSession's own
+        return said["available"], Provider(
+            False, _reason(done.stderr) or _reason(fallback) or "onnxruntime does not say why"
+        )
+    except Exception as error:  # the shipped model altered, no process to be had, not a word from it in time
+        return [], Provider(False, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+
+
+def _reason(stderr: str) -> str | None:
+    """Picks the line that says why: onnxruntime's first error, else what was said last."""
+    lines = [line.strip() for line in _COLOUR.sub("", stderr).splitlines() if line.strip()]
+    errors = [line for line in lines if _LOG_PREFIX.match(line)]
+    if not lines:
+        return None
+    line = _LOG_PREFIX.sub("", errors[0] if errors else lines[-1])
+    return line.partition(" with error: ")[2][:200] or line[:200]
+
+
+def cuda() -> Gpu:
+    """Asks PyTorch for a GPU."""
+    driver = Path("/proc/driver/nvidia/version").exists()
+    if find_spec("torch") is None:
+        return Gpu(
+            missing="PyTorch is not installed", advice="pip install 'slm-edge[train]' to train" if driver else None
+        )
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
+    if torch.version.cuda is None:
+        return Gpu(
+            missing="this PyTorch is built without CUDA",
+            advice="there is an NVIDIA driver: install PyTorch built for CUDA (pytorch.org)" if driver else None,
+        )
+    advice = "there is an NVIDIA driver: does nvidia-smi find the GPU, and is it new enough for this PyTorch?"
+    return Gpu(missing="PyTorch finds no GPU", advice=advice if driver else None)
+
+
+def training_type() -> TrainingType:
+    """Asks the training code what it would compute in here."""
+    if find_spec("torch") is None:
+        return TrainingType(None, {}, "PyTorch is not installed")
+    import torch
+
+    from slm.train.precision import capability, choose_precision
+
+    able = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    why = {
+        ("cuda", True): "the GPU multiplies bfloat16 in hardware",
+        ("cuda", False): "the GPU does not multiply bfloat16 in hardware",
+        ("cpu", True): "the CPU multiplies bfloat16 with AMX, from which narrow models gain nothing",
+        ("cpu", False): "the CPU has no AMX to multiply bfloat16 with",
+    }[able.device, able.bf16]
+    chosen = {name: choose_precision("auto", able, config.hidden_size).name for name, config in PRESETS.items()}
+    return TrainingType(able.device, chosen, why)
+
+
+def offline() -> Offline:
+    """Looks for tokenizers and models that need no network."""
+    cache = _tiktoken_cache()
+    hub, token_file = _hub()
+    token = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or _has_content(token_file)
+    return Offline(
+        gpt2=cache is not None and all((cache / name).is_file() for name in _GPT2_FILES),
+        gpt2_directory=None if cache is None else str(cache),
+        hub_directory=str(hub),
+        hub_models=sum(1 for _ in hub.glob("models--*")),
+        hub_offline=any(_is_on(os.environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")),
+        hub_token=token,
+    )
+
+
+def _tiktoken_cache() -> Path | None:
+    """Where tiktoken looks first; None where it is told to keep nothing."""
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        if name in os.environ:
+            return Path(os.environ[name]) if os.environ[name] else None
+    return Path(tempfile.gettempdir()) / "data-gym-cache"
+
+
+def _hub() -> tuple[Path, Path]:
+    """Returns where the Hub's client keeps models, and where it keeps a token."""
+    if find_spec("huggingface_hub") is not None:
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE), Path(constants.HF_TOKEN_PATH)
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub"), Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _is_on(said: str | None) -> bool:
+    return (said or "").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,0 +1,351 @@
+"""`slm doctor`: every finding with its advice, whatever is missing or broken."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slm.cli import probes
+from slm.cli.probes import Provider
+from slm.core.machine import Memory
+
+Slm = Callable[..., Any]
+
+DOCTOR = "slm.cli.doctor"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+KEYS = {
+    "python",
+    "slm",
+    "cores",
+    "cpu_quota",
+    "memory",
+    "instruction_sets",
+    "providers",
+    "cuda",
+    "training_dtype",
+    "tokenizers_offline",
+    "packages",
+    "problems",
+    "findings",
+}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process is started: the CPU's provider loads."""
+    monkeypatch.setattr(probes, "open_with", lambda provider: ([CPU], Provider(True)))
+
+
+def finding(slm: Slm, name: str) -> dict[str, Any]:
+    report = json.loads(slm("doctor", "--json").out)
+    [found] = [found for found in report["findings"] if found["name"] == name]
+    return found
+
+
+def versions(monkeypatch: pytest.MonkeyPatch, **changed: str | None) -> None:
+    """Every package is installed but onnxruntime-gpu, except for what is changed."""
+    found = {"onnxruntime-gpu": None} | {name.replace("_", "-"): version for name, version in changed.items()}
+    monkeypatch.setattr(probes, "package_version", lambda name: found.get(name, "1.0"))
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    found = probes.find_spec
+    monkeypatch.setattr(probes, "find_spec", lambda name: None if name in packages else found(name))
+
+
+def test_the_report_is_one_complete_object(slm: Slm) -> None:
+    result = slm("doctor", "--json")
+    assert result.code == 0 and result.err == ""
+    report = json.loads(result.out)
+    assert set(report) == KEYS
+    assert report["cores"]["machine"] >= report["cores"]["allowed"] >= report["cores"]["used"] >= 1
+    assert report["memory"]["usable"] > 0
+    assert report["providers"][CPU] == {"loads": True, "error": None}
+    assert "AzureExecutionProvider" not in report["providers"]
+    assert report["training_dtype"]["presets"].keys() == probes.PRESETS.keys()
+    assert all(CUDA in problem for problem in report["problems"])  # its libraries need not be there
+    for found in report["findings"]:
+        assert found.keys() == {"name", "value", "advice", "level"} and found["level"] in ("ok", "note", "problem")
+
+
+def test_advice_stands_beside_what_was_found(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    versions(monkeypatch, peft=None, gguf=None, transformers=None)
+    result = slm("doctor")
+    assert result.code == 0 and result.err == ""
+    cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in result.out.splitlines() if "│" in line]
+    rows = {name: (value, advice) for name, value, advice in cells}
+    assert rows["peft"] == ("missing", "pip install 'slm-edge[train]'")
+    assert rows["gguf"] == ("missing", "pip install 'slm-edge[convert]'")
+    assert rows["transformers"] == ("missing", "pip install 'slm-edge[dev]'")
+    assert rows["tiktoken"] == ("1.0", "")
+
+
+def test_the_two_onnxruntimes_conflict(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    versions(monkeypatch, onnxruntime_gpu="1.0")
+    result = slm("doctor", "--json")
+    assert result.code == 0
+    assert "overwrite each other" in json.loads(result.out)["problems"][0]
+    assert "problem: onnxruntime and onnxruntime-gpu overwrite each other: uninstall both" in slm("doctor").err
+
+
+def test_no_onnxruntime_at_all(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions(monkeypatch, onnxruntime=None)
+    without(monkeypatch, "onnxruntime")
+    report = json.loads(slm("doctor", "--json").out)
+    assert report["providers"] == {}
+    assert report["problems"] == ["no onnxruntime: pip install 'slm-edge[cpu]' or 'slm-edge[cuda]'"]
+
+
+def test_what_the_base_installation_brings_is_a_problem_when_missing(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    versions(monkeypatch, jinja2=None)
+    report = json.loads(slm("doctor", "--json").out)
+    assert report["problems"] == ["jinja2 is missing: pip install slm-edge"]
+    assert report["findings"][0]["name"] == "jinja2"  # problems come first
+
+
+def test_a_provider_that_is_listed_but_does_not_load(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        CPU: Provider(True),
+        CUDA: Provider(False, "libcublasLt.so.12: cannot open shared object file: No such file or directory"),
+        TENSORRT: Provider(False, "libnvinfer.so.10: cannot open shared object file: No such file or directory"),
+    }
+    listed = [TENSORRT, CUDA, "AzureExecutionProvider", CPU]
+    monkeypatch.setattr(probes, "open_with", lambda provider: (listed, answers[provider]))
+    report = json.loads(slm("doctor", "--json").out)
+    assert {name: provider["loads"] for name, provider in report["providers"].items()} == {
+        CPU: True,
+        TENSORRT: False,
+        CUDA: False,
+    }
+    [problem] = report["problems"]  # nothing of slm needs TensorRT
+    assert "libcublasLt.so.12" in problem and "LD_LIBRARY_PATH" in problem
+    said = finding(slm, TENSORRT)
+    assert said["level"] == "note" and "libnvinfer" in said["value"]
+
+
+def test_a_provider_that_this_onnxruntime_does_not_have_does_not_load() -> None:
+    if CUDA in (available := probes.open_with(CPU)[0]):
+        pytest.skip("this onnxruntime has CUDA's provider")
+    assert CPU in available
+    listed, provider = probes.open_with(CUDA)
+    assert listed == available and not provider.loads and provider.error
+
+
+class _Done:
+    def __init__(self, returncode: int, stdout: str, stderr: str) -> None:
+        self.returncode, self.stdout, self.stderr = returncode, stdout, stderr
+
+
+LIBRARY = (
+    "\x1b[1;31m2026-01-01 10:00:00.1 [E:onnxruntime:Default, provider_bridge_ort.cc:2167 TryGetProviderInfo_CUDA] "
+    "/src/provider_bridge_ort.cc:1778 [ONNXRuntimeError] : 1 : FAIL : Failed to load library libproviders_cuda.so "
+    "with error: libcudnn.so.9: cannot open shared object file: No such file or directory\x1b[m\n"
+    "2026-01-01 10:00:00.2 [W:onnxruntime:Default, pybind.cc:1055] Failed to create CUDAExecutionProvider.\n"
+)
+FELL_BACK = f'{{"available": ["{CUDA}", "{CPU}"], "loaded": ["{CPU}"]}}\n'
+
+
+@pytest.mark.parametrize(
+    ("done", "error"),
+    [
+        (_Done(0, FELL_BACK, LIBRARY), "libcudnn.so.9: cannot open shared object file: No such file or directory"),
+        (_Done(0, "* EP Error *\nEP Error no device\nFalling back\n" + FELL_BACK, ""), "EP Error no device"),
+        (_Done(0, FELL_BACK, ""), "onnxruntime does not say why"),
+        (
+            _Done(1, "", "Traceback ...\nImportError: libgomp.so.1: no such file\n"),
+            "ImportError: libgomp.so.1: no such file",
+        ),
+        (_Done(-11, "", ""), "the process ended with -11"),
+        (_Done(0, "", ""), "ValueError: not enough values to unpack (expected at least 1, got 0)"),
+    ],
+)
+def test_the_reason_is_found_in_what_onnxruntime_says(monkeypatch: pytest.MonkeyPatch, done: _Done, error: str) -> None:
+    monkeypatch.setattr(probes.subprocess, "run", lambda *_, **__: done)
+    assert probes.open_with(CUDA)[1] == Provider(False, error)
+
+
+def test_a_provider_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_LOADING_SECONDS", 0.01)
+    provider = probes.open_with(CPU)[1]
+    assert not provider.loads and "TimeoutExpired" in str(provider.error)
+
+
+def test_an_onnxruntime_that_cannot_be_imported_is_a_problem(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "open_with", lambda provider: ([], Provider(False, "ImportError: libgomp.so.1")))
+    [problem] = json.loads(slm("doctor", "--json").out)["problems"]
+    assert "libgomp.so.1" in problem and "install onnxruntime again" in problem
+
+
+@pytest.mark.parametrize("name", ["instruction_sets", "memory", "cpu_quota", "usable_cores"])
+def test_a_probe_that_fails_takes_nothing_else_down(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None, name: str
+) -> None:
+    monkeypatch.setattr(f"{DOCTOR}.{name}", lambda: 1 / 0)
+    result = slm("doctor", "--json")
+    report = json.loads(result.out)
+    assert result.code == 0 and set(report) == KEYS
+    assert any("ZeroDivisionError" in found["value"] for found in report["findings"])
+    assert slm("doctor").code == 0
+
+
+@pytest.mark.parametrize("name", ["cuda", "training_type", "offline"])
+def test_a_broken_package_takes_nothing_down(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None, name: str) -> None:
+    def broken() -> None:
+        raise OSError("libtorch_cpu.so: cannot open shared object file")
+
+    monkeypatch.setattr(probes, name, broken)
+    result = slm("doctor", "--json")
+    assert result.code == 0 and "libtorch_cpu.so" in result.out
+
+
+@pytest.mark.parametrize(
+    ("sets", "advice"),
+    [
+        ({"AVX2": True, "AVX-512F": True, "AVX-512 VNNI": True, "AVX-VNNI": False}, None),
+        ({"AVX2": True, "AVX-512F": False, "AVX-512 VNNI": False, "AVX-VNNI": True}, None),
+        ({"AVX2": True, "AVX-512F": True, "AVX-512 VNNI": False, "AVX-VNNI": False}, "reduce_range"),
+        ({"AVX2": True, "AVX-512F": False, "AVX-512 VNNI": False}, "reduce_range"),
+        ({"AVX2": False, "AVX-512F": False, "AVX-512 VNNI": False, "AVX-VNNI": False}, "without AVX2"),
+        ({"NEON": True, "dot product": True, "i8mm": False}, None),
+        ({"NEON": True, "dot product": False, "i8mm": False}, "without dot product"),
+        ({"NEON": True}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_lack_means_for_int8(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None, sets: dict[str, bool], advice: str | None
+) -> None:
+    monkeypatch.setattr(f"{DOCTOR}.instruction_sets", lambda: sets)
+    said = finding(slm, "instruction sets")
+    assert (advice is None) == (said["advice"] is None) and (advice or "") in (said["advice"] or "")
+    assert said["level"] == ("ok" if advice is None else "note")
+
+
+@pytest.mark.parametrize(
+    ("room", "advice"),
+    [
+        (Memory(64 << 30, 32 << 30, None), None),
+        (Memory(64 << 30, 32 << 30, 8 << 30), "11.3 GiB"),
+        (Memory(64 << 30, 8 << 30, None), "11.3 GiB"),
+        (Memory(512 << 20, 400 << 20, None), "631 MiB"),
+        (Memory(None, None, None), None),
+    ],
+)
+def test_memory_under_what_a_thing_needs(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None, room: Memory, advice: str | None
+) -> None:
+    monkeypatch.setattr(f"{DOCTOR}.memory", lambda: room)
+    said = finding(slm, "memory")
+    assert (advice is None) == (said["advice"] is None) and (advice or "") in (said["advice"] or "")
+
+
+def test_the_container_quota_is_said(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    monkeypatch.setattr(f"{DOCTOR}.cpu_quota", lambda: 0.5)
+    said = finding(slm, "cores")
+    assert "quota is 0.5" in said["value"] and "more CPU" in said["advice"]
+
+
+def test_the_gpu_and_its_training_type(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    report = json.loads(slm("doctor", "--json").out)
+    assert (report["cuda"]["name"], report["cuda"]["compute_capability"]) == ("Tesla T4", "7.5")
+    assert set(report["training_dtype"]["presets"].values()) == {"float16 autocast, loss scaled"}
+    assert "does not multiply bfloat16" in report["training_dtype"]["why"]
+
+
+def test_a_cpu_without_amx_trains_in_float32(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    report = json.loads(slm("doctor", "--json").out)
+    assert set(report["training_dtype"]["presets"].values()) == {"float32"}
+    assert "no AMX" in report["training_dtype"]["why"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache and no token, whether the Hub's client is installed or not."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(probes, "_hub", lambda: (tmp_path / "hub", tmp_path / "token"))
+    return tmp_path
+
+
+def test_a_token_is_never_printed(slm: Slm, monkeypatch: pytest.MonkeyPatch, hub: Path, quick: None) -> None:
+    assert not probes.offline().hub_token
+    (hub / "token").write_text("hf_FromTheFile")
+    assert probes.offline().hub_token
+    monkeypatch.setenv("HF_TOKEN", "hf_FromTheEnvironment")
+    for arguments in (("doctor",), ("doctor", "--json")):
+        result = slm(*arguments)
+        assert "configured" in result.out
+        assert "hf_From" not in result.out + result.err
+    (hub / "token").unlink()
+    assert probes.offline().hub_token
+
+
+def test_models_in_the_cache_are_counted(slm: Slm, monkeypatch: pytest.MonkeyPatch, hub: Path, quick: None) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = finding(slm, "Hugging Face cache")
+    assert said["value"].startswith("0 models") and said["advice"] == "unset HF_HUB_OFFLINE to download"
+    for name in ("models--google--gemma-3-270m", "datasets--roneneldan--TinyStories"):
+        (hub / "hub" / name).mkdir(parents=True)
+    said = finding(slm, "Hugging Face cache")
+    assert said["value"].startswith("1 model ") and "HF_HUB_OFFLINE is set" in said["value"] and said["advice"] is None
+
+
+def test_without_the_hub_client_its_environment_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "huggingface_hub")
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert probes._hub() == (tmp_path / "huggingface" / "hub", tmp_path / "huggingface" / "token")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert probes._hub() == (tmp_path / "home" / "hub", tmp_path / "home" / "token")
+
+
+@pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"])
+def test_gpt2_needs_both_of_its_files(
+    slm: Slm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None, variable: str
+) -> None:
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    first, second = probes._GPT2_FILES
+    (tmp_path / first).touch()
+    assert "TIKTOKEN_CACHE_DIR" in finding(slm, "GPT-2's tokenizer")["advice"]
+    (tmp_path / second).touch()
+    said = finding(slm, "GPT-2's tokenizer")
+    assert said["advice"] is None and str(tmp_path) in said["value"]
+    monkeypatch.setenv(variable, "")  # tiktoken keeps nothing then
+    assert probes.offline().gpt2_directory is None and not probes.offline().gpt2
+
+
+def test_gpt2_files_are_found_where_tiktoken_finds_them(gpt2_vocabulary: None, tmp_path: Path) -> None:
+    if not any(tmp_path.iterdir()):
+        pytest.skip("GPT-2's files are not at hand")
+    assert probes.offline().gpt2
+
+
+def test_an_edge_device_has_only_what_answers(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnxscript', 'huggingface_hub', 'tiktoken', 'transformers', 'safetensors', 'gguf'):\n"
+        "    sys.modules[name] = None\n"
+        "from slm.cli.main import main; main(['doctor', '--json'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+    report = json.loads(done.stdout)
+    assert report["providers"][CPU]["loads"] and report["cuda"]["missing"] == "PyTorch is not installed"
+    assert report["training_dtype"]["presets"] == {} and not any(
+        "could not" in one["value"] for one in report["findings"]
+    )
+    assert done.stderr == ""

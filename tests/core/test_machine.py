@@ -1,0 +1,108 @@
+"""What a machine says about itself, read from texts and files of other machines."""
+
+from pathlib import Path
+
+import pytest
+
+from slm.core import machine
+
+ICE_LAKE = """\
+processor\t: 0
+vendor_id\t: GenuineIntel
+flags\t\t: fpu vme sse2 ssse3 fma avx f16c avx2 avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_vpopcntdq
+bogomips\t: 5199.99
+
+processor\t: 1
+flags\t\t: fpu
+"""
+SAPPHIRE_RAPIDS = "flags\t\t: avx2 avx_vnni avx512f avx512_vnni amx_bf16 amx_tile amx_int8\n"
+SANDY_BRIDGE = "model name\t: Intel(R) Core(TM) i5-2520M\nflags\t\t: fpu vme sse2 ssse3 sse4_1 sse4_2 avx aes\n"
+NEOVERSE_N1 = (
+    "processor\t: 0\nFeatures\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp lrcpc asimddp\n"
+)
+CORTEX_A53 = "Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid\n"
+CORTEX_A7 = "Features\t: half thumb fastmult vfp edsp neon vfpv3 tls vfpv4 idiva idivt\n"
+RISC_V = "processor\t: 0\nisa\t\t: rv64imafdcv\n"
+
+M1 = """\
+hw.optional.arm.FEAT_DotProd: 1
+hw.optional.arm.FEAT_I8MM: 0
+hw.optional.AdvSIMD: 1
+hw.optional.neon: 1
+"""
+OLD_MACOS_ON_M1 = "hw.optional.neon: 1\nhw.optional.floatingpoint: 1\n"
+INTEL_MAC = "hw.optional.avx2_0: 1\nmachdep.cpu.leaf7_features: RDWRFSGS BMI1 AVX2 SMEP AVX512F AVX512VNNI\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [
+        (ICE_LAKE, {"AVX2", "AVX-512F", "AVX-512 VNNI"}),
+        (SAPPHIRE_RAPIDS, {"AVX2", "AVX-512F", "AVX-512 VNNI", "AVX-VNNI", "AMX tile", "AMX INT8", "AMX BF16"}),
+        (SANDY_BRIDGE, set()),
+        (NEOVERSE_N1, {"NEON", "dot product"}),
+        (CORTEX_A53, {"NEON"}),
+        (CORTEX_A7, {"NEON"}),
+    ],
+)
+def test_instruction_sets_of_linux(text: str, has: set[str]) -> None:
+    found = machine.instruction_sets_of_linux(text)
+    assert {name for name, there in found.items() if there} == has
+    assert set(found) == (set(machine._ARM) if "Features" in text else set(machine._X86))
+
+
+@pytest.mark.parametrize("text", ["", RISC_V, "flags without a colon"])
+def test_a_cpu_of_another_kind_is_unknown_not_lacking(text: str) -> None:
+    assert machine.instruction_sets_of_linux(text) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "architecture", "found"),
+    [
+        (M1, "arm64", {"NEON": True, "dot product": True, "i8mm": False}),
+        (OLD_MACOS_ON_M1, "arm64", {"NEON": True}),
+        (INTEL_MAC, "x86_64", {"AVX2": True, "AVX-512F": True, "AVX-512 VNNI": True}),
+        ("", "x86_64", {}),
+    ],
+)
+def test_instruction_sets_of_mac(text: str, architecture: str, found: dict[str, bool]) -> None:
+    assert machine.instruction_sets_of_mac(text, architecture) == found
+
+
+def test_no_cpuinfo_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    assert machine.instruction_sets(tmp_path / "nothing") == {}
+
+
+@pytest.mark.parametrize(("said", "limit"), [("max\n", None), ("536870912\n", 512 << 20), ("nonsense\n", None)])
+def test_memory_limit_of_cgroup_v2(tmp_path: Path, said: str, limit: int | None) -> None:
+    (tmp_path / "memory.max").write_text(said)
+    (tmp_path / "v1").write_text("1024\n")
+    assert machine.memory_limit(tmp_path / "memory.max", tmp_path / "v1") == limit
+
+
+@pytest.mark.parametrize(("said", "limit"), [("9223372036854771712\n", None), ("2147483648\n", 2 << 30)])
+def test_memory_limit_of_cgroup_v1(tmp_path: Path, said: str, limit: int | None) -> None:
+    (tmp_path / "memory.limit_in_bytes").write_text(said)
+    assert machine.memory_limit(tmp_path / "nothing", tmp_path / "memory.limit_in_bytes") == limit
+
+
+def test_no_memory_limit(tmp_path: Path) -> None:
+    assert machine.memory_limit(tmp_path / "nothing", tmp_path / "nothing") is None
+
+
+def test_memory_is_in_bytes_and_the_smallest_counts(tmp_path: Path) -> None:
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    meminfo.write_text("MemTotal:       24684000 kB\nMemFree:        18488000 kB\nMemAvailable:   23958592 kB\n")
+    found = machine.memory(meminfo, limit, tmp_path / "nothing")
+    assert found == machine.Memory(24684000 << 10, 23958592 << 10, None) and found.usable == 23958592 << 10
+    limit.write_text("1073741824")
+    assert machine.memory(meminfo, limit, tmp_path / "nothing").usable == 1 << 30
+    meminfo.write_text("MemTotal:       512000 kB\n")  # Linux before 3.14 does not say what is available
+    assert machine.memory(meminfo, limit, tmp_path / "nothing") == machine.Memory(512000 << 10, None, 1 << 30)
+
+
+def test_memory_without_proc(tmp_path: Path) -> None:
+    found = machine.memory(tmp_path / "nothing", tmp_path / "nothing", tmp_path / "nothing")
+    assert found.total is not None and found.total > 1 << 20 and found.available is None
+    assert machine.Memory(None, None, None).usable is None
