@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SHIPPED_MICRO_STEPS ?= 1680
 # A strict editable install links file by file, which is what lets type checkers and import-linter see
 # `slm.*`; the list below is compared at every call, so that a new or moved file is linked again.
-FILES  := $(sort $(shell find core train export quantize finetune runtime cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
+FILES  := $(sort $(shell find core train export interchange quantize finetune runtime cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/model/*' -type f | grep -v egg-info))
 
 .PHONY: install demo test test-fast check format bench shipped-model clean FORCE

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 from types import FrameType
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from slm.version import __version__
 
 # In the order of the chain. The help stands here so that `slm --help` imports no command.
 COMMANDS = {
+    "import": "Make a checkpoint of a Hugging Face or GGUF model.",
     "train": "Train a model on text: tokenizer, data, checkpoint.",
     "finetune": "Fine-tune a checkpoint with LoRA on a JSONL file.",
     "export": "Export a checkpoint to an ONNX bundle and prove it equal.",
@@ -47,6 +49,9 @@ _EXTRAS = {
     "onnxscript": "convert",
     "onnx_ir": "convert",
     "safetensors": "convert",
+    "ml_dtypes": "convert",
+    "gguf": "convert",
+    "huggingface_hub": "convert",
 }
 
 
@@ -57,7 +62,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"slm.cli.{cmd_name}"), cmd_name)
+        module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        command: click.Command = getattr(import_module(f"slm.cli.{module}"), module)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

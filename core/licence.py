@@ -63,6 +63,11 @@ def recorded_notices(info: dict[str, Any]) -> Notices:
     return tuple(str(notice) for notice in notices) if isinstance(notices, list) else ()
 
 
+def is_gemma(notices: Sequence[str]) -> bool:
+    """Says whether Gemma's terms are among the notices."""
+    return _GEMMA[0] in notices
+
+
 def modified(notices: Sequence[str], how: str) -> Notices:
     """Returns the notices with a statement of what was done; none when there were none.
 

@@ -19,6 +19,11 @@ def free_run(name: str) -> Path:
     return path
 
 
+def imported_checkpoint(name: str) -> Path:
+    """Returns where the checkpoint of an imported model lies."""
+    return RUNS / name / "checkpoint" / "imported"
+
+
 def newest_run() -> Path:
     """Returns the run that was trained last.
 
@@ -29,14 +34,14 @@ def newest_run() -> Path:
 
 
 def newest_checkpoint() -> Path:
-    """Returns the best checkpoint of the run that was trained last.
+    """Returns the best checkpoint of the run that was trained last, or the model that was imported last.
 
     Raises:
         SlmError: When there is none.
     """
-    found = (path for kind in ("last", "best") for path in RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}"))
+    found = (path for kind in ("last", "best", "imported") for path in RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}"))
     of_each_run = {path.parent.parent: path for path in found}  # the best takes the place of the last
-    return _newest(of_each_run.values(), "checkpoint", "slm train makes one, or name a checkpoint directory").parent
+    return _newest(of_each_run.values(), "checkpoint", "slm train or slm import makes one, or name a checkpoint directory").parent
 
 
 def newest_bundle(*, quantized: bool | None = None) -> Path:

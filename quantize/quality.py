@@ -15,7 +15,7 @@ from slm.core.progress import Progress
 from slm.core.sample import validation_path
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.export.graph.builder import Array
-from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.decoder import OnnxDecoder, comparable_positions
 
 DEFAULT_TOKENS = 4096
 # Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
@@ -80,12 +80,17 @@ def measure(before: Bundle, after: Bundle, text: Text, progress: Progress) -> Ch
     progress.start("compare predictions", text.rows.shape[0], "rows")
     divergence = same = 0.0
     losses = np.zeros(2)
+    step = comparable_positions(before.config.vocab_size)
     for row in text.rows:
-        old, new = (_log_softmax(decoder.logits(row[None])[0].astype(np.float64)) for decoder in decoders)  # (T, V)
-        divergence += float((np.exp(old) * (old - new)).sum())
-        same += float((old.argmax(-1) == new.argmax(-1)).sum())
-        targets = row[1:, None]
-        losses -= [float(np.take_along_axis(p[:-1], targets, axis=-1).sum()) for p in (old, new)]
+        for decoder in decoders:
+            decoder.reset()
+        for start in range(0, len(row), step):
+            chunk = row[None, start : start + step]
+            old, new = (_log_softmax(decoder.step(chunk, keep=0)[0].astype(np.float64)) for decoder in decoders)  # (T, V)
+            divergence += float((np.exp(old) * (old - new)).sum())
+            same += float((old.argmax(-1) == new.argmax(-1)).sum())
+            targets = row[start + 1 : start + step + 1, None]
+            losses -= [float(np.take_along_axis(p[: len(targets)], targets, axis=-1).sum()) for p in (old, new)]
         progress.advance()
     progress.finish()
     positions, predicted = text.rows.size, text.rows[:, 1:].size

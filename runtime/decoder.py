@@ -19,7 +19,15 @@ from slm.runtime.session import Device, open_session
 # Tokens read in one step. Attention's scores are (heads, chunk, length): this bounds them.
 PREFILL_CHUNK = 512
 
+# Logits of one step that a comparison looks at: 64 positions of Gemma's vocabulary, all of a prompt with a small one.
+LOGITS_BYTES = 64 << 20
+
 Array = NDArray[Any]
+
+
+def comparable_positions(vocab_size: int) -> int:
+    """Returns at how many positions a comparison should ask for logits in one step, to bound its memory."""
+    return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
 class Decoder(Protocol):

@@ -1,0 +1,70 @@
+"""`slm import`; the module's name avoids Python's keyword."""
+
+import time
+from pathlib import Path
+
+import click
+
+from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.options import json_option, out_option
+from slm.core.machine import peak_rss_mib
+from slm.core.runs import imported_checkpoint
+
+
+@click.command("import")
+@click.argument("source")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="How to store the weights; auto keeps a float type and stores what was quantized in float32.",
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub. [default: main]")
+@out_option
+@json_option
+def import_(source: str, dtype: str, revision: str | None, out: Path | None, as_json: bool) -> None:
+    """Make a checkpoint of a Gemma 3 model from elsewhere.
+
+    SOURCE is a Hugging Face directory (a multimodal one's text part is taken), a GGUF file, or the id of a model on the
+    hub. Every tensor's name and shape is checked, and the licence travels with what is made from it.
+
+    \b
+      slm import google/gemma-3-270m            # asks for a token: its licence must be accepted on the hub
+      slm import path/to/gemma-3-1b-it
+      slm import gemma-3-270m-q4_k_m.gguf
+    """
+    from slm.interchange.importing import import_model, source_name
+
+    started = time.perf_counter()
+    path = out or imported_checkpoint(source_name(source))
+    done = import_model(source, path, dtype, revision, RichProgress())  # type: ignore[arg-type]  # click checked it
+    seconds = time.perf_counter() - started
+    if as_json:
+        print_json(
+            {
+                "checkpoint": str(done.path),
+                "kind": done.kind,
+                "parameters": done.parameters,
+                "dtype": done.dtype,
+                "stored_as": done.stored_as,
+                "notices": done.notices,
+                "seconds": round(seconds, 2),
+                "peak_rss_mib": round(peak_rss_mib(), 1),
+            }
+        )
+        return
+    stored = ", ".join(f"{count} {kind}" for kind, count in done.stored_as.items())
+    print_table(
+        "imported",
+        ("", ""),
+        [
+            ("checkpoint", str(done.path)),
+            ("parameters", f"{done.parameters:,}"),
+            ("tensors", f"{stored}; now {done.dtype}"),
+            ("time, peak memory", f"{seconds:.0f} s, {peak_rss_mib():,.0f} MiB"),
+        ],
+    )
+    for notice in done.notices:
+        say(notice)
+    say(f"next: slm export --onnx {done.path}")

@@ -1,0 +1,51 @@
+"""GGUF's names for a Gemma 3 model's tensors and settings, beside Hugging Face's.
+
+GGUF stores norm weights with the 1 already added, and shapes with the fastest dimension first.
+"""
+
+from slm.core.checkpoint import EMBEDDING, HEAD
+
+ARCHITECTURE = "gemma3"
+
+_MODEL = {"token_embd": EMBEDDING, "output_norm": "model.norm.weight", "output": HEAD}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_QUERY_NORM = "self_attn.q_norm.weight"
+# llama.cpp takes the scale of attention from the width of a head, except for the model with this many layers.
+_LAYERS_OF_27B = 62
+
+
+def tensor_names(layers: int) -> dict[str, str]:
+    """Returns Hugging Face's name for each of GGUF's."""
+    names = {f"{short}.weight": full for short, full in _MODEL.items()}
+    for i in range(layers):
+        names |= {f"blk.{i}.{short}.weight": f"model.layers.{i}.{full}.weight" for short, full in _LAYER.items()}
+    return names
+
+
+def is_norm(name: str) -> bool:
+    """Says whether a tensor, by Hugging Face's name, is a norm's weight."""
+    return name.endswith("norm.weight")
+
+
+def is_query_norm(name: str) -> bool:
+    """Says whether a tensor, by Hugging Face's name, is the norm of a layer's queries."""
+    return name.endswith(_QUERY_NORM)
+
+
+def query_scalar(layers: int, hidden_size: int, heads: int, head_dim: int) -> int:
+    """Returns the number whose inverse square root llama.cpp scales the scores of a Gemma 3 model with."""
+    return hidden_size // heads if layers == _LAYERS_OF_27B else head_dim

@@ -1,0 +1,197 @@
+"""A GGUF file as a Gemma 3 checkpoint: configuration, tokenizer and tensors, dequantized one at a time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slm.core.config import FULL, SLIDING, LayerType, ModelConfig, layer_pattern
+from slm.core.errors import SlmError
+from slm.core.files import check_readable
+from slm.core.licence import Notices, licence_notices
+from slm.core.tokenizer import END_OF_TURN, Tokenizer
+from slm.core.weights import Array, Shape, check_finite
+from slm.interchange.gguf import tokenizer as vocabulary
+from slm.interchange.gguf.names import ARCHITECTURE, is_norm, query_scalar, tensor_names
+
+MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Says whether a file begins as a GGUF file does."""
+    if not path.is_file():
+        return False
+    check_readable(path, "the model")
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+class GgufModel:
+    """An opened GGUF file of architecture gemma3.
+
+    Attributes:
+        path: The file.
+        config: The model's shape.
+        shapes: Every tensor's shape, under Hugging Face's names; names that Gemma 3 does not have stay GGUF's.
+        types: How many tensors are stored as what ("Q4_K").
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads everything but the tensors' data.
+
+        Raises:
+            SlmError: When it is damaged, of another architecture, split, or asks for something that slm does not compute.
+        """
+        check_readable(path, "the model")
+        # The package raises ValueError, KeyError, IndexError, UnicodeDecodeError and others for damaged files.
+        try:
+            from gguf import GGUFReader
+
+            reader = GGUFReader(path)
+            self.fields: dict[str, Any] = {
+                name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
+            }
+        except ImportError:
+            raise
+        except Exception as error:
+            raise SlmError(
+                f"cannot read the GGUF file: {path} ({' '.join(str(error).split())})", "copy or download it again"
+            ) from None
+        self.path = path
+        self._check_kind()
+        self.config = self._config({tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors})
+        names = tensor_names(self.config.num_hidden_layers)
+        self._tensors = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
+        self.shapes: Mapping[str, Shape] = {
+            name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
+        }
+        kinds = [tensor.tensor_type.name for tensor in reader.tensors]
+        self.types = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+    @property
+    def name(self) -> str:
+        """What the model calls itself, or the file's name."""
+        return str(self.fields.get("general.name") or self.path.stem)
+
+    @property
+    def notices(self) -> Notices:
+        """The licence notices that its metadata ask for."""
+        licence = self.fields.get("general.license")
+        gemma = "gemma" in self.name.lower() or "gemma" in str(self.fields.get("general.basename", "")).lower()
+        return licence_notices(str(licence) if licence else "gemma" if gemma else None, self.path.name)
+
+    def read(self, name: str) -> Array:
+        """Returns a tensor in float32, norm weights without their 1.
+
+        Raises:
+            SlmError: When its type is unknown to the gguf package, or it holds NaN or infinities.
+        """
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise SlmError(
+                f"{self.path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot read",
+                "a newer gguf package may; or import another quantization of the model",
+            ) from None
+        array: Array = np.asarray(values, np.float32).reshape(self.shapes[name])
+        check_finite(array, tensor.name, self.path)
+        return array - np.float32(1) if is_norm(name) else array
+
+    def stored_as(self, name: str) -> str:
+        """Returns a tensor's type in the file ("Q8_0")."""
+        return str(self._tensors[name].tensor_type.name)
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer that the file carries.
+
+        Raises:
+            SlmError: When it is of a kind that slm does not know.
+        """
+        return vocabulary.from_gguf(self.fields, self.path, self.config.max_position_embeddings)
+
+    def _check_kind(self) -> None:
+        architecture = self.fields.get("general.architecture")
+        if architecture != ARCHITECTURE:
+            raise SlmError(
+                f"{self.path}: general.architecture is {architecture!r}, not {ARCHITECTURE!r}",
+                "slm runs Gemma 3 text models",
+            )
+        if self._setting("final_logit_softcapping", 0.0, model=True):
+            raise SlmError(f"{self.path} asks for final_logit_softcapping, which slm does not compute")
+        if int(self.fields.get("split.count", 1)) > 1:
+            raise SlmError(f"{self.path} is one of several files", "join them first: llama-gguf-split --merge")
+
+    def _setting(self, key: str, default: Any = None, *, model: bool = True) -> Any:
+        value = self.fields.get(f"{ARCHITECTURE}.{key}" if model else key, default)
+        if value is None:
+            raise SlmError(f"{self.path}: the setting {ARCHITECTURE}.{key} is missing")
+        return value
+
+    def _config(self, gguf_shapes: Mapping[str, Shape]) -> ModelConfig:
+        embedding = gguf_shapes.get("token_embd.weight")
+        if embedding is None or len(embedding) != 2:
+            raise SlmError(f"{self.path}: token_embd.weight is missing or not a matrix")
+        layers, hidden = int(self._setting("block_count")), int(self._setting("embedding_length"))
+        heads, context = int(self._setting("attention.head_count")), int(self._setting("context_length"))
+        kv_heads = self._setting("attention.head_count_kv", heads)
+        head_dim = int(self._setting("attention.key_length", hidden // heads))
+        if isinstance(kv_heads, list) and len(set(kv_heads)) == 1:
+            kv_heads = kv_heads[0]
+        if isinstance(kv_heads, list) or int(self._setting("attention.value_length", head_dim)) != head_dim:
+            raise SlmError(f"{self.path}: heads that differ from layer to layer or from keys to values are not Gemma 3's")
+        full: dict[str, Any] = {"rope_theta": _decimal(self._setting("rope.freq_base", 10_000.0))}
+        scaling = self._setting("rope.scaling.type", "none")
+        if scaling != "none":
+            full |= {"rope_type": scaling, "factor": _decimal(self._setting("rope.scaling.factor"))}
+        window = int(self._setting("attention.sliding_window", 0))
+        sliding = {"rope_theta": _decimal(self._setting("rope.freq_base_swa", 10_000.0))}
+        eos, pad, bos = (self._token(f"{kind}_token_id") for kind in ("eos", "padding", "bos"))
+        return ModelConfig.checked(
+            {
+                "vocab_size": embedding[1],
+                "hidden_size": hidden,
+                "intermediate_size": int(self._setting("feed_forward_length")),
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": int(kv_heads),
+                "head_dim": head_dim,
+                "sliding_window": window or context,
+                "layer_types": self._layer_types(layers) if window else (FULL,) * layers,
+                "rope_parameters": {FULL: full, SLIDING: sliding},
+                "query_pre_attn_scalar": query_scalar(layers, hidden, heads, head_dim),
+                "max_position_embeddings": context,
+                "rms_norm_eps": _decimal(self._setting("attention.layer_norm_rms_epsilon")),
+                "tie_word_embeddings": "output.weight" not in gguf_shapes,
+                "bos_token_id": bos,
+                "eos_token_id": self._stop_tokens(eos),
+                "pad_token_id": pad,
+            }
+        )
+
+    def _layer_types(self, layers: int) -> tuple[LayerType, ...]:
+        pattern = self._setting("attention.sliding_window_pattern", 6)
+        if isinstance(pattern, list):
+            return tuple(SLIDING if slides else FULL for slides in pattern)
+        return layer_pattern(layers, int(pattern))
+
+    def _token(self, key: str) -> int | None:
+        value = self.fields.get(f"tokenizer.ggml.{key}")
+        return None if value is None else int(value)
+
+    def _stop_tokens(self, eos: int | None) -> int | tuple[int, ...] | None:
+        """Returns the tokens that end a text; with a chat template the end of a turn and of the text are both."""
+        found = [eos, self._token("eot_token_id")]
+        if "tokenizer.chat_template" in self.fields:
+            tokens = self.fields.get("tokenizer.ggml.tokens", [])
+            found += [tokens.index(token) for token in ("<eos>", END_OF_TURN) if token in tokens]
+        stops = tuple(dict.fromkeys(token for token in found if token is not None))
+        return stops[0] if len(stops) == 1 else stops or None
+
+
+def _decimal(value: Any) -> float:
+    """Returns a float32 as the shortest decimal that stands for it: 1e-06 instead of 9.99999997e-07."""
+    return float(str(np.float32(value)))

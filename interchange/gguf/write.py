@@ -1,0 +1,270 @@
+"""A checkpoint as a GGUF file that llama.cpp runs, read back and compared before it appears."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
+from slm.core.checkpoint import check_tensors, tensor_shapes
+from slm.core.errors import SlmError
+from slm.core.files import atomic_file
+from slm.core.licence import GEMMA_TERMS, Notices, is_gemma
+from slm.core.progress import Progress
+from slm.core.tokenizer import Tokenizer
+from slm.core.weights import Array, Weights
+from slm.interchange.gguf.names import ARCHITECTURE, is_norm, is_query_norm, query_scalar, tensor_names
+from slm.interchange.gguf.read import GgufModel
+from slm.interchange.gguf.tokenizer import to_gguf
+
+GgufType = Literal["f32", "f16", "q8_0"]
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
+
+# Q8_0 rounds blocks of 32 to 127 steps of their largest value; the step itself is kept in half precision.
+_Q8_BLOCK = 32
+_Q8_ERROR = 0.5 / 127 + 2**-11
+_PROBE = "Once upon a time,  there were 3 foxes.\n\nThey said: \"¿Qué?\" — naïve 東京 🦊\tfin"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A GGUF file, read back.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        types: How many tensors are stored as what.
+        largest_difference: Between a tensor as stored and the checkpoint's, in units of that tensor's largest value.
+    """
+
+    path: Path
+    bytes: int
+    types: dict[str, int]
+    largest_difference: float
+
+
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    name: str,
+    notices: Notices,
+    kind: GgufType,
+    progress: Progress,
+) -> Written:
+    """Writes a checkpoint as one GGUF file, whole or not at all.
+
+    Norms are always float32; a matrix whose rows do not divide into blocks of 32 is float16 in a Q8_0 file.
+
+    Args:
+        path: The file to make or replace.
+        config: The model's shape.
+        weights: The checkpoint's tensors.
+        tokenizer: Its tokenizer.
+        name: What the model is called.
+        notices: Its licence notices.
+        kind: How matrices are stored.
+        progress: Told of each tensor.
+
+    Raises:
+        SlmError: When llama.cpp's Gemma 3 cannot express the configuration or the tokenizer, or the file that was written
+            does not hold what the checkpoint holds.
+    """
+    if config.hidden_activation != "gelu_pytorch_tanh":
+        raise SlmError(
+            f"llama.cpp's Gemma 3 has no activation {config.hidden_activation!r}", "slm export --onnx runs it"
+        )
+    shapes = tensor_shapes(config)
+    check_tensors({n: s for n, s in weights.shapes.items() if n in shapes or not config.tie_word_embeddings}, shapes, weights.path)
+    vocabulary = to_gguf(tokenizer, config.vocab_size)
+    with atomic_file(path) as partial:
+        _write(partial, config, weights, vocabulary, tokenizer.config.get("chat_template"), name, notices, kind, progress)
+        written = GgufModel(partial)
+        largest = _compare(written, config, weights, tokenizer, progress)
+        size = partial.stat().st_size
+    return Written(path, size, written.types, largest)
+
+
+def _write(
+    path: Path,
+    config: ModelConfig,
+    weights: Weights,
+    vocabulary: dict[str, Any],
+    chat_template: str | None,
+    name: str,
+    notices: Notices,
+    kind: GgufType,
+    progress: Progress,
+) -> None:
+    from gguf import GGUFWriter, LlamaFileType
+
+    file_types = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+    writer = GGUFWriter(path, ARCHITECTURE)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(file_types[kind])
+    writer.add_quantization_version(2)
+    if notices:
+        writer.add_description("\n".join(notices))
+    if is_gemma(notices):
+        writer.add_license("gemma")
+        writer.add_license_link(GEMMA_TERMS)
+    _add_shape(writer, config)
+    for key, value in vocabulary.items():
+        _add_vocabulary(writer, key, value)
+    for key, token in (("bos", config.bos_token_id), ("padding", config.pad_token_id)):
+        if token is not None:
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
+    if config.stop_token_ids:
+        writer.add_eos_token_id(config.stop_token_ids[0])
+        if len(config.stop_token_ids) > 1:
+            writer.add_eot_token_id(config.stop_token_ids[1])
+    if chat_template:
+        writer.add_chat_template(chat_template)
+    names = {full: short for short, full in tensor_names(config.num_hidden_layers).items()}
+    shapes = tensor_shapes(config)
+    for full, shape in shapes.items():
+        _declare(writer, names[full], shape, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        progress.start(f"write {kind.upper()}", len(shapes), "tensors")
+        for _, array in _stored(config, weights, kind):
+            writer.write_tensor_data(array)
+            progress.advance()
+    finally:
+        progress.finish()
+        writer.close()
+
+
+def _add_shape(writer: Any, config: ModelConfig) -> None:
+    """Adds the settings of architecture gemma3, those that official files leave out only where they differ."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if FULL in config.rope_parameters:
+        rope = config.rope_parameters[FULL]
+        writer.add_rope_freq_base(rope.rope_theta)
+        if rope.rope_type != "default":
+            writer.add_string(f"{ARCHITECTURE}.rope.scaling.type", rope.rope_type)
+            writer.add_rope_scaling_factor(rope.factor)
+    if SLIDING in config.layer_types:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_float32(f"{ARCHITECTURE}.rope.freq_base_swa", config.rope_parameters[SLIDING].rope_theta)
+        if config.layer_types != layer_pattern(config.num_hidden_layers):
+            slides = [kind == SLIDING for kind in config.layer_types]
+            writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", slides)
+
+
+def _add_vocabulary(writer: Any, key: str, value: Any) -> None:
+    key = f"tokenizer.ggml.{key}"
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
+
+
+def _type_of(name: str, shape: tuple[int, ...], kind: GgufType) -> GgufType:
+    if len(shape) == 1:
+        return "f32"
+    return "f16" if kind == "q8_0" and shape[-1] % _Q8_BLOCK else kind
+
+
+def _declare(writer: Any, name: str, shape: tuple[int, ...], kind: GgufType) -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
+
+    stored = GGMLQuantizationType[_type_of(name, shape, kind).upper()]
+    if stored == GGMLQuantizationType.Q8_0:
+        rows = quant_shape_to_byte_shape(shape, stored)
+        writer.add_tensor_info(name, rows, np.dtype(np.uint8), int(np.prod(rows)), raw_dtype=stored)
+    else:
+        dtype = np.dtype(np.float32 if stored == GGMLQuantizationType.F32 else np.float16)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+
+
+def _expected(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Array]]:
+    """Yields each tensor as llama.cpp computes with it, norms without their 1.
+
+    llama.cpp scales scores by a number of its own; where the model's differs, the norm of the queries carries the rest.
+    """
+    scalar = query_scalar(
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
+    )
+    rest = np.float32((scalar / config.query_pre_attn_scalar) ** 0.5)
+    for name in tensor_shapes(config):
+        array = weights.float32(name)
+        if is_query_norm(name) and scalar != config.query_pre_attn_scalar:
+            array = (1 + array) * rest - 1
+        yield name, array
+
+
+def _stored(config: ModelConfig, weights: Weights, kind: GgufType) -> Iterator[tuple[str, Array]]:
+    """Yields each tensor as it is written."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    for name, array in _expected(config, weights):
+        stored = _type_of(name, array.shape, kind)
+        value = array + np.float32(1) if is_norm(name) else array
+        if stored == "f16" and np.abs(value).max() > np.finfo(np.float16).max:
+            raise SlmError(f"{weights.path}: {name} holds values beyond float16", "--gguf-type f32")
+        yield name, quantize(np.ascontiguousarray(value), GGMLQuantizationType[stored.upper()])
+
+
+def _compare(written: GgufModel, config: ModelConfig, weights: Weights, tokenizer: Tokenizer, progress: Progress) -> float:
+    """Compares what was written with the checkpoint and returns the largest difference found.
+
+    Raises:
+        SlmError: When a setting, the tokenizer or a tensor is not what it should be.
+    """
+    scalar = query_scalar(
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
+    )
+    wanted = config.model_copy(update={"query_pre_attn_scalar": scalar})
+    for field in type(config).model_fields:
+        ours, theirs = getattr(wanted, field), getattr(written.config, field)
+        if field == "rope_parameters":  # a kind of layer that does not occur has none
+            theirs = {kind: theirs[kind] for kind in ours}
+        if field not in ("eos_token_id", "sliding_window", "initializer_range") and ours != theirs:
+            raise SlmError(f"the GGUF file would say {field} {theirs!r} instead of {ours!r}", "nothing was written")
+    ids = written.tokenizer().encode(_PROBE)
+    if ids != tokenizer.encode(_PROBE):
+        raise SlmError("the GGUF file's tokenizer splits text differently", "nothing was written")
+    largest = 0.0
+    progress.start("read back", len(written.shapes), "tensors")
+    for name, array in _expected(config, weights):
+        difference, allowed = _difference(array, written.read(name), is_norm(name), written.stored_as(name))
+        progress.advance()
+        if not difference <= allowed:
+            raise SlmError(f"the GGUF file's {name} is off by {difference:.2g}, allowed {allowed:.1g}", "nothing was written")
+        largest = max(largest, difference)
+    progress.finish()
+    return largest
+
+
+def _difference(ours: Array, theirs: Array, norm: bool, kind: str) -> tuple[float, float]:
+    """Returns the largest difference in units of what it may grow with, and how large that may be."""
+    if kind == "Q8_0":
+        blocks = ours.reshape(-1, _Q8_BLOCK)
+        unit = np.abs(blocks).max(axis=1, keepdims=True)
+        relative = np.abs(theirs.reshape(-1, _Q8_BLOCK) - blocks) / np.maximum(unit, np.finfo(np.float16).tiny)
+        return float(relative.max()), _Q8_ERROR
+    unit = np.abs(ours).max() + (1 if norm else 0)
+    allowed = {"F32": 2**-23 if norm else 0.0, "F16": 2**-11}[kind]
+    return float(np.abs(theirs - ours).max() / max(float(unit), 1e-30)), allowed

@@ -1,0 +1,188 @@
+"""`slm import`: somebody else's model becomes a checkpoint like those that slm trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from slm.core.checkpoint import CONFIG_FILE, HEAD, check_tensors, notices_of, read_info, tensor_shapes, write_checkpoint
+from slm.core.config import Dtype, ModelConfig
+from slm.core.errors import SlmError
+from slm.core.files import sha256_file
+from slm.core.licence import Notices, modified
+from slm.core.progress import Progress, Silent
+from slm.core.tokenizer import Tokenizer
+from slm.core.weights import INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite, weights_sha256
+from slm.interchange.gguf.read import GgufModel, is_gguf
+from slm.interchange.hub import download, is_hub_id
+from slm.interchange.huggingface import HuggingFaceModel
+from slm.version import __version__
+
+WantedDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Source(Protocol):
+    """A model in somebody else's format."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its shape."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Its tensors' shapes under Hugging Face's names."""
+
+    @property
+    def types(self) -> dict[str, int]:
+        """How many tensors are stored as what."""
+
+    def read(self, name: str) -> Array:
+        """Returns one tensor."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of a source.
+
+    Attributes:
+        path: The checkpoint.
+        kind: What the source was.
+        parameters: How many, a tied head counted once.
+        dtype: How they are stored now.
+        stored_as: How many of the source's tensors were stored as what.
+        notices: The licence notices that go with it.
+    """
+
+    path: Path
+    kind: Literal["gguf", "huggingface"]
+    parameters: int
+    dtype: Dtype
+    stored_as: dict[str, int]
+    notices: Notices
+
+
+def source_name(source: str) -> str:
+    """Returns what to call a model after its source: "gemma-3-270m" for google/gemma-3-270m."""
+    path = Path(source)
+    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else source.rpartition("/")[2]
+
+
+def import_model(
+    source: str,
+    out: Path,
+    dtype: WantedDtype = "auto",
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Imported:
+    """Makes a checkpoint of a model.
+
+    Tensors are read one by one and written together: memory holds one copy of the weights.
+
+    Args:
+        source: A Hugging Face directory, a GGUF file, or the id of a model on the hub.
+        out: The checkpoint's directory; made or replaced once everything is read and checked.
+        dtype: How to store the weights; "auto" keeps the source's float type and stores what was quantized in float32.
+        revision: Branch, tag or commit on the hub.
+        progress: Told of each tensor.
+
+    Raises:
+        SlmError: When the source cannot be had, is damaged, is another kind of model, or lacks a tensor or has one too many.
+    """
+    progress = progress or Silent()
+    model, kind, notices, origin = _open(source, revision, progress)
+    if out.resolve() == model.path.resolve():
+        raise SlmError(f"{out} is what is to be imported; it is kept", "name another --out")
+    wanted = tensor_shapes(model.config)
+    tied = {HEAD} if model.config.tie_word_embeddings else set()
+    check_tensors({n: s for n, s in model.shapes.items() if n not in tied}, wanted, model.path)
+    tokenizer = _fitting(model)
+    stored = _storage(model.types, dtype)
+    if isinstance(model, HuggingFaceModel) and model.left_out:
+        progress.note(f"the text part alone: {model.left_out} tensors of the vision part are left out")
+    progress.note(f"importing {model.config.parameter_count():,} parameters as {stored}")
+    tensors = _read(model, wanted, stored, progress)
+    how = f"weights of {sum(model.types.values())} tensors ({', '.join(model.types)}) stored as {stored}"
+    notices = modified(notices, how)
+    info = origin | {
+        "made_by": "slm import",
+        "slm_version": __version__,
+        "imported": {"source": source, "kind": kind, "stored_as": model.types, "sha256": _hash(model)},
+        "notices": notices,
+    }
+    generation = model.generation if isinstance(model, HuggingFaceModel) else {}
+    write_checkpoint(out, model.config, tensors, tokenizer, info, generation)
+    return Imported(out, kind, model.config.parameter_count(), stored, model.types, notices)
+
+
+def _open(
+    source: str, revision: str | None, progress: Progress
+) -> tuple[GgufModel | HuggingFaceModel, Literal["gguf", "huggingface"], Notices, dict[str, Any]]:
+    """Returns the model, its kind, its licence notices and what it recorded of its own making."""
+    path = Path(source)
+    if is_gguf(path):
+        progress.note(f"reading {path}")
+        gguf = GgufModel(path)
+        return gguf, "gguf", gguf.notices, {}
+    if is_hub_id(source):
+        progress.note(f"{source} is not a path: looking on the Hugging Face hub")
+        path = download(source, revision)
+    elif not path.exists():
+        hint = "name a Hugging Face directory, a .gguf file, or a model on the hub as OWNER/NAME"
+        raise SlmError(f"not found: {source}", hint)
+    if path.is_file():
+        raise SlmError(f"{path} is not a GGUF file", "name a .gguf file, or the directory that holds the model")
+    if not (path / CONFIG_FILE).is_file():
+        hint = f"a Hugging Face model is a directory with {CONFIG_FILE}, {WEIGHTS_FILE} (or {INDEX_FILE}) and tokenizer.json"
+        raise SlmError(f"{path} has no {CONFIG_FILE}", hint)
+    return HuggingFaceModel(path), "huggingface", notices_of(path), read_info(path)
+
+
+def _fitting(model: Source) -> Tokenizer:
+    """Returns the tokenizer, which must not name rows that the embedding does not have."""
+    tokenizer = model.tokenizer()
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
+    if vocabulary and max(vocabulary.values()) >= model.config.vocab_size:
+        raise SlmError(
+            f"{model.path}: the tokenizer has {len(vocabulary):,} tokens and the embedding {model.config.vocab_size:,} rows"
+        )
+    return tokenizer
+
+
+def _storage(types: Mapping[str, int], wanted: WantedDtype) -> Dtype:
+    """Returns how to store the weights."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if set(types) == {"bfloat16"} else "float16" if set(types) == {"float16"} else "float32"
+
+
+def _read(model: Source, names: Mapping[str, Shape], dtype: Dtype, progress: Progress) -> dict[str, Array]:
+    import ml_dtypes
+
+    numpy_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    tensors: dict[str, Array] = {}
+    progress.start("import", len(names), "tensors")
+    try:
+        for name in names:
+            array = model.read(name)
+            if array.dtype != numpy_dtype:
+                with np.errstate(over="ignore"):  # an overflow is found and named below
+                    array = array.astype(numpy_dtype)
+                check_finite(array, f"{name} as {dtype}", model.path)
+            tensors[name] = np.ascontiguousarray(array)
+            progress.advance()
+    finally:
+        progress.finish()
+    return tensors
+
+
+def _hash(model: GgufModel | HuggingFaceModel) -> str:
+    return sha256_file(model.path) if isinstance(model, GgufModel) else weights_sha256(model.path)
