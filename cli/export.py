@@ -5,52 +5,106 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.options import json_option, out_option
-from slm.core.checkpoint import is_checkpoint, read_info
+from slm.core.checkpoint import is_checkpoint, notices_of, read_config, read_info
+from slm.core.licence import modified
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_checkpoint, run_of
+from slm.core.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from slm.interchange.gguf import Written
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--onnx", is_flag=True, help="Write an ONNX bundle.")
+@click.option("--gguf", is_flag=True, help="Write a GGUF file, which llama.cpp runs.")
+@click.option(
+    "--gguf-type",
+    type=click.Choice(["f32", "f16", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="How a GGUF file stores matrices.",
+)
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="Merge this LoRA adapter first.")
 @click.option("--context", type=click.IntRange(min=2), metavar="N", help="Longest sequence, in tokens. [default: 4096]")
 @out_option
 @json_option
 def export(
-    checkpoint: Path | None, onnx: bool, adapter: Path | None, context: int | None, out: Path | None, as_json: bool
+    checkpoint: Path | None,
+    onnx: bool,
+    gguf: bool,
+    gguf_type: str,
+    adapter: Path | None,
+    context: int | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
-    """Export a checkpoint to an ONNX bundle and prove it equal.
+    """Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.
 
-    Without CHECKPOINT, the newest under ./runs. The bundle is compared with PyTorch past the sliding window: in one go,
-    in chunks, step by step and as a batch. It appears only if logits and caches agree.
+    Without CHECKPOINT, the newest under ./runs. A bundle is compared with PyTorch past the sliding window: in one go,
+    in chunks, step by step and as a batch. It appears only if logits and caches agree. A GGUF file is read back and
+    compared with the checkpoint: every tensor, the settings and the tokenizer.
 
     \b
       slm export --onnx
+      slm export --gguf --gguf-type q8_0
       slm export --onnx runs/tiny/checkpoint/best --context 1024
       slm export --onnx --adapter runs/tiny/adapters/data
     """
-    from slm.export.bundle import export_bundle
-
-    if not onnx:
-        raise click.UsageError("name the format: --onnx")
+    if onnx == gguf:
+        raise click.UsageError("name one format: --onnx or --gguf")
+    if gguf and context is not None:
+        raise click.UsageError("--context is for --onnx; llama.cpp takes its context when it loads the file")
     progress = RichProgress()
     started = time.perf_counter()
     if checkpoint is None:
         checkpoint = _base_of(adapter)
-    out = out or run_of(checkpoint) / ("onnx" if adapter is None else f"onnx-{adapter.resolve().name}")
-    if adapter is None:
-        bundle = export_bundle(checkpoint, out, context, progress)
-    else:
-        origin = {"checkpoint": str(checkpoint), "adapter": str(adapter)}
-        with _merged(checkpoint, adapter, out) as merged:
-            bundle = export_bundle(merged, out, context, progress, origin)
+    with _source(checkpoint, adapter) as source:
+        if gguf:
+            path = _gguf_path(checkpoint, adapter, gguf_type, out)
+            written = _write_gguf(source, path, gguf_type, progress)
+            _report_gguf(written, time.perf_counter() - started, as_json)
+            return
+        from slm.export.bundle import export_bundle
+
+        out = out or run_of(checkpoint) / ("onnx" if adapter is None else f"onnx-{adapter.resolve().name}")
+        origin = None if adapter is None else {"checkpoint": str(checkpoint), "adapter": str(adapter)}
+        bundle = export_bundle(source, out, context, progress, origin)
     _report(bundle, time.perf_counter() - started, as_json)
+
+
+def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path | None) -> Path:
+    run = run_of(checkpoint)
+    name = run.resolve().name + ("" if adapter is None else f"-{adapter.resolve().name}")
+    file = f"{name}-{gguf_type}.gguf"
+    if out is None:
+        return run / "gguf" / file
+    return out / file if out.is_dir() else out
+
+
+def _write_gguf(checkpoint: Path, path: Path, gguf_type: str, progress: RichProgress) -> "Written":
+    from slm.core.weights import Weights
+    from slm.interchange.gguf import write_gguf
+
+    config = read_config(checkpoint)
+    how = f"converted to GGUF ({gguf_type.upper()})"
+    return write_gguf(
+        path,
+        config,
+        Weights(checkpoint),
+        Tokenizer.load(checkpoint),
+        name=path.stem,
+        notices=modified(notices_of(checkpoint), how),
+        kind=gguf_type,  # type: ignore[arg-type]  # click checked the choice
+        progress=progress,
+    )
 
 
 def _base_of(adapter: Path | None) -> Path:
@@ -67,13 +121,15 @@ def _base_of(adapter: Path | None) -> Path:
 
 
 @contextmanager
-def _merged(checkpoint: Path, adapter: Path, out: Path) -> Iterator[Path]:
-    """Yields a checkpoint with the adapter merged into it that is there only for this export."""
+def _source(checkpoint: Path, adapter: Path | None) -> Iterator[Path]:
+    """Yields the checkpoint to export: itself, or one with the adapter merged into it that is there only for this export."""
+    if adapter is None:
+        yield checkpoint
+        return
     from slm.finetune.merge import merged_checkpoint
 
     say(f"merging {adapter} into {checkpoint}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".merged-", dir=out.parent) as directory:
+    with TemporaryDirectory(prefix=".merged-", dir=run_of(checkpoint)) as directory:
         merged = Path(directory) / "checkpoint"
         merged_checkpoint(checkpoint, adapter, merged)
         yield merged
@@ -95,4 +151,29 @@ def _report(bundle: Bundle, seconds: float, as_json: bool) -> None:
     say(
         f"{bundle.bytes / 1e6:,.1f} MB, context {manifest.context:,}, {parity.greedy_tokens_equal} greedy tokens equal, "
         f"{seconds:.1f} s"
+    )
+
+
+def _report_gguf(written: "Written", seconds: float, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "gguf": str(written.path),
+                "bytes": written.bytes,
+                "types": written.types,
+                "largest_difference": written.largest_difference,
+                "seconds": round(seconds, 2),
+            }
+        )
+        return
+    stored = ", ".join(f"{count} {kind}" for kind, count in written.types.items())
+    print_table(
+        f"{written.path}: read back and equal to the checkpoint",
+        ("", ""),
+        [
+            ("size", f"{written.bytes / 1e6:,.1f} MB"),
+            ("tensors", stored),
+            ("largest rounding", f"{written.largest_difference:.1g} of a block's or tensor's largest value"),
+            ("time", f"{seconds:.0f} s"),
+        ],
     )

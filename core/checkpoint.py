@@ -10,7 +10,7 @@ from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, read_json
 from slm.core.licence import NOTICE_FILE, Notices, foreign_notices, recorded_notices, write_notice
 from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-from slm.core.weights import WEIGHTS_FILE, Array, Shape, has_weights
+from slm.core.weights import EMBEDDING, HEAD, WEIGHTS_FILE, Array, Shape, has_weights
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -21,8 +21,6 @@ CHECKPOINT_FILES = frozenset(
 )
 
 Shapes = Mapping[str, Shape]
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -60,7 +60,7 @@ def foreign_notices(path: Path, config: dict[str, Any]) -> Notices:
 def recorded_notices(info: dict[str, Any]) -> Notices:
     """Returns the notices that an artifact's `slm.json` carries."""
     notices = info.get("notices", [])
-    return tuple(str(notice) for notice in notices) if isinstance(notices, list) else ()
+    return tuple(str(notice) for notice in notices) if isinstance(notices, list | tuple) else ()
 
 
 def is_gemma(notices: Sequence[str]) -> bool:

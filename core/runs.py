@@ -41,7 +41,8 @@ def newest_checkpoint() -> Path:
     """
     found = (path for kind in ("last", "best", "imported") for path in RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}"))
     of_each_run = {path.parent.parent: path for path in found}  # the best takes the place of the last
-    return _newest(of_each_run.values(), "checkpoint", "slm train or slm import makes one, or name a checkpoint directory").parent
+    hint = "slm train or slm import makes one, or name a checkpoint directory"
+    return _newest(of_each_run.values(), "checkpoint", hint).parent
 
 
 def newest_bundle(*, quantized: bool | None = None) -> Path:

@@ -1,39 +1,26 @@
 """A checkpoint's weights: one safetensors file or several behind an index, read tensor by tensor without PyTorch."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import check_readable, member, read_json, sha256_file
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
 _AGAIN = "copy, download or train it again"
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
-
-class Tensors(Protocol):
-    """Tensors by name that are read when they are asked for, wherever they come from."""
-
-    @property
-    def path(self) -> Path:
-        """Where they come from, for messages."""
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Every tensor's shape."""
-
-    def read(self, name: str) -> Array:
-        """Returns a tensor as it is stored."""
 
 
 class Weights:
@@ -71,6 +58,10 @@ class Weights:
                 self.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
                 self._homes[name] = opened
 
+    def untied(self, config: ModelConfig) -> dict[str, Shape]:
+        """Returns the shapes, a tied head's left out where a file holds it beside the embedding."""
+        return {name: shape for name, shape in self.shapes.items() if name != HEAD or not config.tie_word_embeddings}
+
     def read(self, name: str) -> Array:
         """Returns a tensor as it is stored.
 
@@ -90,9 +81,6 @@ class Weights:
             SlmError: As `read`.
         """
         return self.read(name).astype(np.float32, copy=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
 
 
 def has_weights(path: Path) -> bool:

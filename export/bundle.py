@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, INFO_FILE, notices_of, read_config, read_info
+from slm.core.config import ModelConfig
 from slm.core.contract import cache_layers, input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
@@ -12,7 +13,7 @@ from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, amend, seal, sealed
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.core.weights import Weights, weights_sha256
-from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, save_graph
+from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, released, save_graph
 from slm.version import __version__
 
 # Rotation tables are as long as the context (2 bases * 2 tables * head_dim / 2 * 4 bytes a position: 2 KiB at the 270M
@@ -58,8 +59,8 @@ def export_bundle(
         model = directory / "onnx" / f"{MODEL_NAMES['float32']}.onnx"
         model.parent.mkdir()
         progress.note(f"writing {config.parameter_count():,} parameters in float32")
-        tensors = checkpoint_tensors(Weights(checkpoint), config)
-        save_graph(build_graph(config, FloatFormat(), tensors, context), model)
+        with released():
+            _write_graph(checkpoint, config, context, model)
         for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
             if (checkpoint / name).is_file():
                 shutil.copy(checkpoint / name, directory / name)
@@ -84,6 +85,12 @@ def export_bundle(
         bundle = seal(directory, manifest)
         prove(bundle, checkpoint, progress)
     return Bundle.open(out)
+
+
+def _write_graph(checkpoint: Path, config: ModelConfig, context: int, path: Path) -> None:
+    """Writes the float32 graph."""
+    tensors = checkpoint_tensors(Weights(checkpoint), config)
+    save_graph(build_graph(config, FloatFormat(), tensors, context), path)
 
 
 def prove(bundle: Bundle, checkpoint: Path, progress: Progress) -> None:

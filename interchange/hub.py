@@ -64,5 +64,6 @@ def _explained(repository: str) -> Iterator[None]:
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SlmError(
-            f"{repository} could not be downloaded ({reason})", "check the network; or import a directory or a GGUF file"
+            f"{repository} could not be downloaded ({reason})",
+            "check the network; or import a directory or a GGUF file",
         ) from None

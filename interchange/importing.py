@@ -7,14 +7,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from slm.core.checkpoint import CONFIG_FILE, HEAD, check_tensors, notices_of, read_info, tensor_shapes, write_checkpoint
+from slm.core.checkpoint import CONFIG_FILE, check_tensors, notices_of, read_info, tensor_shapes, write_checkpoint
 from slm.core.config import Dtype, ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import sha256_file
 from slm.core.licence import Notices, modified
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
-from slm.core.weights import INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite, weights_sha256
+from slm.core.weights import HEAD, INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite, weights_sha256
 from slm.interchange.gguf.read import GgufModel, is_gguf
 from slm.interchange.hub import download, is_hub_id
 from slm.interchange.huggingface import HuggingFaceModel

@@ -10,6 +10,8 @@ from slm.export.graph.builder import Array
 # 8-bit values are stored with this added: 128 stands for 0. Only 1 to 255 are used, so that the range is symmetric.
 ZERO_POINT = 128
 LEVELS = 127
+# Weights rounded at a time.
+_CHUNK_VALUES = 1 << 22
 
 
 def quantize_blocks(weight: Array, block_size: int) -> tuple[Array, Array]:
@@ -22,11 +24,20 @@ def quantize_blocks(weight: Array, block_size: int) -> tuple[Array, Array]:
     Returns:
         Integers uint8 (N, K / block_size, block_size), and the scales float32 (N, K / block_size).
     """
-    blocks = weight.reshape(weight.shape[0], -1, block_size)
+    shape = (weight.shape[0], weight.shape[1] // block_size, block_size)
+    quantized, scale = np.empty(shape, np.uint8), np.empty(shape[:2], np.float32)
+    rows = max(1, _CHUNK_VALUES // weight.shape[1])
+    for start in range(0, shape[0], rows):  # what is in between would be twice the largest matrix
+        part = slice(start, start + rows)
+        quantized[part], scale[part] = _quantized(weight[part].reshape(-1, *shape[1:]))
+    return quantized, scale
+
+
+def _quantized(blocks: Array) -> tuple[Array, Array]:
     scale = np.abs(blocks).max(axis=-1) / np.float32(LEVELS)
     # A block of zeros has scale 0; anything stands for 0 there.
     steps = np.divide(blocks, scale[..., None], out=np.zeros_like(blocks), where=scale[..., None] != 0)
-    return (np.rint(steps) + ZERO_POINT).astype(np.uint8), scale
+    return (np.rint(steps, out=steps) + ZERO_POINT).astype(np.uint8), scale
 
 
 def dequantize_blocks(quantized: Array, scale: Array) -> Array:

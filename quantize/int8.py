@@ -16,7 +16,7 @@ from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Quality, Quantization, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
-from slm.export.graph import BlockFormat, LazyTensors, build_graph, graph_tensors, save_graph
+from slm.export.graph import BlockFormat, LazyTensors, build_graph, graph_tensors, released, save_graph
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_blocks
 from slm.quantize.quality import Change, Text, measure
@@ -71,9 +71,8 @@ def quantize_int8(
         model = directory / "onnx" / f"{MODEL_NAMES['int8']}.onnx"
         model.parent.mkdir()
         progress.note(f"quantizing {source.manifest.parameters:,} parameters to INT8 in blocks of {block_size}")
-        tensors = quantized_tensors(graph_tensors(source.model_path), block_size)
-        weights = BlockFormat(BITS, block_size, ACCURACY_LEVEL)
-        save_graph(build_graph(source.config, weights, tensors, source.manifest.context), model)
+        with released():
+            _write_graph(source, block_size, model)
         for name in source.manifest.files:
             if "/" not in name and name != MANIFEST_FILE:
                 shutil.copy(source.path / name, directory / name)
@@ -96,6 +95,13 @@ def quantize_int8(
         quality = Quality(text=text.name, max_kl_nats=settings.max_kl_nats, **asdict(change))
         amend(directory, bundle.manifest.model_copy(update={"quality": quality}))
     return Bundle.open(out)
+
+
+def _write_graph(source: Bundle, block_size: int, path: Path) -> None:
+    """Writes the quantized graph."""
+    tensors = quantized_tensors(graph_tensors(source.model_path), block_size)
+    weights = BlockFormat(BITS, block_size, ACCURACY_LEVEL)
+    save_graph(build_graph(source.config, weights, tensors, source.manifest.context), path)
 
 
 def fitting_block_size(source: Bundle, wanted: int | None) -> int:

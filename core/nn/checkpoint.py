@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from slm.core.checkpoint import HEAD, check_tensors, read_config, write_checkpoint
+from slm.core.checkpoint import check_tensors, read_config, write_checkpoint
 from slm.core.nn.model import CausalLM
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Weights
@@ -23,8 +23,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     with torch.device("meta"):
         model = CausalLM(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = {HEAD} if config.tie_word_embeddings else set()
-    check_tensors({n: s for n, s in weights.shapes.items() if n not in tied}, wanted, path)
+    check_tensors(weights.untied(config), wanted, path)
     state = {name: torch.from_numpy(weights.float32(name)).to(dtype) for name in wanted}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()

@@ -2,7 +2,7 @@
 
 from slm.export.graph.formats import BlockFormat, FloatFormat, WeightFormat
 from slm.export.graph.model import build_graph
-from slm.export.graph.store import LazyTensors, checkpoint_tensors, graph_tensors, save_graph
+from slm.export.graph.store import LazyTensors, checkpoint_tensors, graph_tensors, released, save_graph
 
 __all__ = [
     "BlockFormat",
@@ -12,5 +12,6 @@ __all__ = [
     "build_graph",
     "checkpoint_tensors",
     "graph_tensors",
+    "released",
     "save_graph",
 ]

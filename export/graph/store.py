@@ -3,7 +3,9 @@
 Tensors are read one at a time, so that a conversion never holds a second copy of the model.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +105,10 @@ def save_graph(model: ir.Model, path: Path) -> None:
         alignment=PAGE_BYTES,
         align_threshold=PAGE_BYTES,
     )
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Frees at its end the graphs that were dropped within it: they hold each other, and the files they are mapped from."""
+    yield
+    gc.collect()

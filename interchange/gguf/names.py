@@ -3,7 +3,7 @@
 GGUF stores norm weights with the 1 already added, and shapes with the fastest dimension first.
 """
 
-from slm.core.checkpoint import EMBEDDING, HEAD
+from slm.core.weights import EMBEDDING, HEAD
 
 ARCHITECTURE = "gemma3"
 

@@ -142,7 +142,9 @@ class GgufModel:
         if isinstance(kv_heads, list) and len(set(kv_heads)) == 1:
             kv_heads = kv_heads[0]
         if isinstance(kv_heads, list) or int(self._setting("attention.value_length", head_dim)) != head_dim:
-            raise SlmError(f"{self.path}: heads that differ from layer to layer or from keys to values are not Gemma 3's")
+            raise SlmError(
+                f"{self.path}: heads that differ from layer to layer or from keys to values are not Gemma 3's"
+            )
         full: dict[str, Any] = {"rope_theta": _decimal(self._setting("rope.freq_base", 10_000.0))}
         scaling = self._setting("rope.scaling.type", "none")
         if scaling != "none":

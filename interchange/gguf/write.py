@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
 from slm.core.checkpoint import check_tensors, tensor_shapes
+from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file
 from slm.core.licence import GEMMA_TERMS, Notices, is_gemma
@@ -20,12 +20,11 @@ from slm.interchange.gguf.read import GgufModel
 from slm.interchange.gguf.tokenizer import to_gguf
 
 GgufType = Literal["f32", "f16", "q8_0"]
-GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
 # Q8_0 rounds blocks of 32 to 127 steps of their largest value; the step itself is kept in half precision.
 _Q8_BLOCK = 32
 _Q8_ERROR = 0.5 / 127 + 2**-11
-_PROBE = "Once upon a time,  there were 3 foxes.\n\nThey said: \"¿Qué?\" — naïve 東京 🦊\tfin"
+_PROBE = 'Once upon a time,  there were 3 foxes.\n\nThey said: "¿Qué?" — naïve 東京 🦊\tfin'
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,12 @@ def write_gguf(
         raise SlmError(
             f"llama.cpp's Gemma 3 has no activation {config.hidden_activation!r}", "slm export --onnx runs it"
         )
-    shapes = tensor_shapes(config)
-    check_tensors({n: s for n, s in weights.shapes.items() if n in shapes or not config.tie_word_embeddings}, shapes, weights.path)
+    check_tensors(weights.untied(config), tensor_shapes(config), weights.path)
     vocabulary = to_gguf(tokenizer, config.vocab_size)
     with atomic_file(path) as partial:
-        _write(partial, config, weights, vocabulary, tokenizer.config.get("chat_template"), name, notices, kind, progress)
+        _write(
+            partial, config, weights, vocabulary, tokenizer.config.get("chat_template"), name, notices, kind, progress
+        )
         written = GgufModel(partial)
         largest = _compare(written, config, weights, tokenizer, progress)
         size = partial.stat().st_size
@@ -203,9 +203,7 @@ def _expected(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Arra
 
     llama.cpp scales scores by a number of its own; where the model's differs, the norm of the queries carries the rest.
     """
-    scalar = query_scalar(
-        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
-    )
+    scalar = query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
     rest = np.float32((scalar / config.query_pre_attn_scalar) ** 0.5)
     for name in tensor_shapes(config):
         array = weights.float32(name)
@@ -227,15 +225,15 @@ def _stored(config: ModelConfig, weights: Weights, kind: GgufType) -> Iterator[t
         yield name, quantize(np.ascontiguousarray(value), GGMLQuantizationType[stored.upper()])
 
 
-def _compare(written: GgufModel, config: ModelConfig, weights: Weights, tokenizer: Tokenizer, progress: Progress) -> float:
+def _compare(
+    written: GgufModel, config: ModelConfig, weights: Weights, tokenizer: Tokenizer, progress: Progress
+) -> float:
     """Compares what was written with the checkpoint and returns the largest difference found.
 
     Raises:
         SlmError: When a setting, the tokenizer or a tensor is not what it should be.
     """
-    scalar = query_scalar(
-        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
-    )
+    scalar = query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
     wanted = config.model_copy(update={"query_pre_attn_scalar": scalar})
     for field in type(config).model_fields:
         ours, theirs = getattr(wanted, field), getattr(written.config, field)
@@ -252,7 +250,9 @@ def _compare(written: GgufModel, config: ModelConfig, weights: Weights, tokenize
         difference, allowed = _difference(array, written.read(name), is_norm(name), written.stored_as(name))
         progress.advance()
         if not difference <= allowed:
-            raise SlmError(f"the GGUF file's {name} is off by {difference:.2g}, allowed {allowed:.1g}", "nothing was written")
+            raise SlmError(
+                f"the GGUF file's {name} is off by {difference:.2g}, allowed {allowed:.1g}", "nothing was written"
+            )
         largest = max(largest, difference)
     progress.finish()
     return largest
