@@ -9,13 +9,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from slm.core.config import FULL, ModelConfig
+from slm.core.config import FULL, SLIDING, LayerType, ModelConfig, RopeParameters
 from slm.core.contract import input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
+from slm.core.weights import Weights
 from slm.export.bundle import export_bundle
 from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, save_graph
 from slm.export.parity import TOLERANCE, check_parity
@@ -34,9 +35,33 @@ def test_the_bundle_equals_pytorch(shared_bundle: Bundle) -> None:
     assert parity.greedy_tokens_equal == 32
 
 
-def test_untied_head(config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c", make_model(config.model_copy(update={"tie_word_embeddings": False})), tokenizer, {})
-    parity = export_bundle(tmp_path / "c", tmp_path / "onnx").manifest.parity
+VARIANTS: dict[str, dict[str, object]] = {
+    "untied head": {"tie_word_embeddings": False},
+    "gelu": {"hidden_activation": "gelu"},
+    "silu": {"hidden_activation": "silu"},
+    "relu": {"hidden_activation": "relu"},
+    "stretched positions": {
+        "rope_parameters": {
+            SLIDING: RopeParameters(rope_theta=100.0),
+            FULL: RopeParameters(rope_theta=10_000.0, rope_type="linear", factor=8.0),
+        }
+    },
+    "one kv head": {"num_key_value_heads": 1},
+    "as many kv heads": {"num_key_value_heads": 4},
+    "sliding alone": {"layer_types": (SLIDING,) * 4},
+    "global alone": {"layer_types": (FULL,) * 4},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(
+    config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, variant: str
+) -> None:
+    changed = config.model_copy(update=VARIANTS[variant])
+    save_checkpoint(tmp_path / "c", make_model(changed), tokenizer, {})
+    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx")
+    assert bundle.config == changed
+    parity = bundle.manifest.parity
     assert parity is not None and parity.largest < TOLERANCE
 
 
@@ -45,7 +70,7 @@ def rebuilt(
 ) -> Bundle:
     """A bundle whose graph was built from a changed configuration, or with one element of one weight changed."""
     config = shared_bundle.config.model_copy(update=change)
-    tensors = dict(checkpoint_tensors(shared_checkpoint / "model.safetensors", config))
+    tensors = dict(checkpoint_tensors(Weights(shared_checkpoint), config))
     if weight is not None:
         tensors[weight] = tensors[weight].copy()
         tensors[weight].flat[7] += 0.05
@@ -56,10 +81,9 @@ def rebuilt(
     return seal(out, shared_bundle.manifest)
 
 
-def rope_with(config: ModelConfig, kind: str) -> dict[str, object]:
-    bases = dict(config.rope_parameters)
-    bases[kind] = bases[kind].model_copy(update={"rope_theta": bases[kind].rope_theta * 1.01})  # type: ignore[index]
-    return {"rope_parameters": bases}
+def rope_with(config: ModelConfig, kind: LayerType, **change: object) -> dict[str, object]:
+    rope = config.rope_parameters
+    return {"rope_parameters": {**rope, kind: rope[kind].model_copy(update=change)}}
 
 
 def test_the_same_graph_rebuilt_passes(shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path) -> None:
@@ -68,8 +92,12 @@ def test_the_same_graph_rebuilt_passes(shared_checkpoint: Path, shared_bundle: B
 
 
 @pytest.mark.parametrize(
-    "knob", ["window", "local base", "global base", "scale", "epsilon", "projection", "norm", "embedding"]
-)
+    "knob",
+    [
+        "window", "local base", "global base", "rope factor", "scale", "epsilon", "activation",
+        "projection", "norm", "embedding",
+    ],
+)  # fmt: skip
 def test_a_bundle_wrong_in_one_place_fails(
     shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path, knob: str
 ) -> None:
@@ -81,10 +109,12 @@ def test_a_bundle_wrong_in_one_place_fails(
     }
     change: dict[str, object] = {
         "window": {"sliding_window": config.sliding_window - 1},
-        "local base": rope_with(config, "sliding_attention"),
-        "global base": rope_with(config, "full_attention"),
+        "local base": rope_with(config, SLIDING, rope_theta=101.0),
+        "global base": rope_with(config, FULL, rope_theta=10_100.0),
+        "rope factor": rope_with(config, FULL, rope_type="linear", factor=1.01),
         "scale": {"query_pre_attn_scalar": config.query_pre_attn_scalar + 1},
         "epsilon": {"rms_norm_eps": 1e-4},
+        "activation": {"hidden_activation": "gelu"},
     }.get(knob, {})
     bundle = rebuilt(shared_checkpoint, shared_bundle, tmp_path / "b", change, weights.get(knob))
     with pytest.raises(SlmError, match="the bundle is not the checkpoint"):
@@ -175,14 +205,12 @@ def test_a_context_that_does_not_fit_is_refused(shared_checkpoint: Path, tmp_pat
         export_bundle(shared_checkpoint, tmp_path / "onnx", context)
 
 
-def test_bfloat16_checkpoints_are_read(shared_checkpoint: Path, tmp_path: Path) -> None:
+def test_bfloat16_checkpoints_are_read(shared_checkpoint: Path, config: ModelConfig, tmp_path: Path) -> None:
     import safetensors.torch
 
-    path = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(shared_checkpoint / "model.safetensors")
-    safetensors.torch.save_file({n: t.bfloat16() for n, t in tensors.items()}, path)
-    config = ModelConfig.from_hf(__import__("json").loads((shared_checkpoint / "config.json").read_text()))
-    read = checkpoint_tensors(path, config)["model.layers.0.mlp.down_proj.weight"]
+    safetensors.torch.save_file({n: t.bfloat16() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    read = checkpoint_tensors(Weights(tmp_path), config)["model.layers.0.mlp.down_proj.weight"]
     np.testing.assert_array_equal(read, tensors["model.layers.0.mlp.down_proj.weight"].bfloat16().float().numpy())
 
 
@@ -192,16 +220,18 @@ def test_the_builder_leaves_no_dead_nodes(shared_bundle: Bundle) -> None:
     assert all(any(out.uses() or out in outputs for out in node.outputs) for node in graph)
 
 
-def test_both_sides_turn_alike() -> None:
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_both_sides_turn_alike(factor: float) -> None:
     """At the 270M shape's head width and far beyond what the small models reach."""
     from slm.core.nn.rope import rope_angles
     from slm.core.presets import preset
     from slm.export.graph.model import rope_tables
 
     config = preset("gemma3-270m")
+    config = config.model_copy(update=rope_with(config, FULL, rope_type="linear", factor=factor))
     tables = rope_tables(config, 4096)
     for kind, rope in config.rope_parameters.items():
-        cos, sin = rope_angles(torch.arange(4096)[None], config.head_dim, rope.rope_theta)
+        cos, sin = rope_angles(torch.arange(4096)[None], config.head_dim, rope)
         # The angles are equal bit for bit; the last place of their cosines belongs to each library.
         np.testing.assert_allclose(cos[0, 0].numpy(), tables[f"{kind}_cos"], atol=2e-7, rtol=0)
         np.testing.assert_allclose(sin[0, 0].numpy(), tables[f"{kind}_sin"], atol=2e-7, rtol=0)
