@@ -22,18 +22,40 @@ def turn_prompt(request: str) -> str:
 
 
 def turn_ids(tokenizer: Tokenizer, request: str) -> list[int]:
-    """Returns the ids of `turn_prompt`, the turns real and the request literal.
+    """Returns the ids that ask for one answer, the turns real and the request literal.
 
-    What a user types stays what it is: "<end_of_turn>" in a request is only characters.
+    What a user types stays what it is: "<end_of_turn>" in a request is only characters. A model from elsewhere that brings
+    a chat template of its own is asked in that.
 
     Raises:
-        SlmError: When the tokenizer has no turn tokens.
+        SlmError: When the tokenizer has no turn tokens, or the model's own template does not do.
     """
+    template = tokenizer.config.get("chat_template")
+    if isinstance(template, str) and template != CHAT_TEMPLATE:
+        return _templated_ids(tokenizer, template, request)
     start, end = (tokenizer.token_id(token) for token in (START_OF_TURN, END_OF_TURN))
     if start is None or end is None:
         raise SlmError(f"the tokenizer has no {START_OF_TURN} or no {END_OF_TURN}", "this model knows no turns")
     user, line, model = (tokenizer.encode_literal(text) for text in (f"user\n{request.strip()}", "\n", "model\n"))
     return [*tokenizer.encode(""), start, *user, end, *line, start, *model]
+
+
+def _templated_ids(tokenizer: Tokenizer, template: str, request: str) -> list[int]:
+    from slm.core.template import render
+
+    tokens = {name: _spelling(value) for name, value in tokenizer.config.items() if name.endswith("_token")}
+    text = render(template, [{"role": "user", "content": request}], tokens)
+    if not any(token in request for token in tokenizer.special_tokens):
+        return tokenizer.encode_rendered(text)
+    before, said, after = text.partition(request.strip())
+    if not said:
+        raise SlmError("the request spells a special token and the chat template changes it", "leave the token out")
+    return [*tokenizer.encode_rendered(before), *tokenizer.encode_literal(said), *tokenizer.encode_rendered(after)]
+
+
+def _spelling(token: object) -> object:
+    """Returns how a special token is spelt, which tokenizer_config.json says plainly or in an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def instruction_request(instruction: str, context: str = "") -> str:

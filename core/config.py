@@ -132,6 +132,9 @@ class ModelConfig(BaseModel):
             raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.hidden_size % self.num_attention_heads:
+            # Nothing here needs it, but transformers refuses such a config.json.
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
         missing = set(self.layer_types) - set(self.rope_parameters)
         if missing:
             raise ValueError(f"rope_parameters lacks {', '.join(sorted(missing))}")

@@ -84,6 +84,11 @@ class Tokenizer:
         """Number of ids, special tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The tokens that mean something besides their characters, as they are spelt."""
+        return tuple(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token spelt exactly so, None when there is none."""
         return self.backend.token_to_id(token)
@@ -95,6 +100,10 @@ class Tokenizer:
     def encode_literal(self, text: str) -> list[int]:
         """Returns the ids of a text as it stands: nothing put before it, no special token read out of it."""
         return self._literal.encode(text, add_special_tokens=False).ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the ids of a rendered chat template: special tokens where they are spelt, and nothing put before it."""
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""

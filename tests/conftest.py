@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slm.cli.console import STDERR, STDOUT
 from slm.cli.main import main
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.manifest import Bundle
@@ -43,7 +44,8 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in its own directory, so that ./runs is its own and nothing of the user's is read."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "160")
+    for console in (STDOUT, STDERR):  # which looked at the width of wherever it was imported
+        monkeypatch.setattr(console, "width", 160)
 
 
 @pytest.fixture(scope="session", autouse=True)
