@@ -16,6 +16,10 @@ CHAT_TEMPLATE = (
 )
 
 
+# Stands for a request while a template is rendered around it; of a plane of Unicode that no text uses.
+_STAND_IN = "\U0010fffd\U0010fffc"
+
+
 def turn_prompt(request: str) -> str:
     """Returns the text that asks for one answer: the user's turn, and the model's turn begun."""
     return f"{START_OF_TURN}user\n{request.strip()}{END_OF_TURN}\n{START_OF_TURN}model\n"
@@ -44,11 +48,15 @@ def _templated_ids(tokenizer: Tokenizer, template: str, request: str) -> list[in
     from slm.core.template import render
 
     tokens = {name: _spelling(value) for name, value in tokenizer.config.items() if name.endswith("_token")}
-    text = render(template, [{"role": "user", "content": request}], tokens)
+
+    def rendered(content: str) -> str:
+        return render(template, [{"role": "user", "content": content}], tokens)
+
+    text, said = rendered(request), request.strip()
     if not any(token in request for token in tokenizer.special_tokens):
         return tokenizer.encode_rendered(text)
-    before, said, after = text.partition(request.strip())
-    if not said:
+    before, _, after = rendered(_STAND_IN).partition(_STAND_IN)
+    if text != before + said + after:
         raise SlmError("the request spells a special token and the chat template changes it", "leave the token out")
     return [*tokenizer.encode_rendered(before), *tokenizer.encode_literal(said), *tokenizer.encode_rendered(after)]
 

@@ -34,6 +34,10 @@ _FILTERS = (
 _GROWING = frozenset(("center", "expandtabs", "format", "format_map", "join", "ljust", "rjust", "translate", "zfill"))
 
 
+# Of which Jinja's sandbox makes functions of its own.
+_WRAPPED = frozenset(("format", "format_map"))
+
+
 class _TemplateRefused(Exception):
     """What a template may not do, or what it says of the conversation."""
 
@@ -82,7 +86,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Calls a function or method unless it makes long texts of short ones."""
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if isinstance(owner, str) and name in _GROWING:
+        if name in _GROWING and (isinstance(owner, str) or name in _WRAPPED):
             if name != "join":
                 raise _TemplateRefused(f"str.{name} is not for chat templates")
             return _joined(owner, args[0] if args else ())

@@ -237,8 +237,8 @@ def _compare(
     wanted = config.model_copy(update={"query_pre_attn_scalar": scalar})
     for field in type(config).model_fields:
         ours, theirs = getattr(wanted, field), getattr(written.config, field)
-        if field == "rope_parameters":  # a kind of layer that does not occur has none
-            theirs = {kind: theirs[kind] for kind in ours}
+        if field == "rope_parameters":  # a kind of layer that does not occur has none in the file
+            ours, theirs = ({kind: rope[kind] for kind in set(config.layer_types)} for rope in (ours, theirs))
         if field not in ("eos_token_id", "sliding_window", "initializer_range") and ours != theirs:
             raise SlmError(f"the GGUF file would say {field} {theirs!r} instead of {ours!r}", "nothing was written")
     ids = written.tokenizer().encode(_PROBE)

@@ -1,0 +1,323 @@
+"""GGUF: what is written comes back, in every type; what Gemma 3 in llama.cpp cannot say is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers
+
+from slm.core.checkpoint import read_config
+from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
+from slm.core.errors import SlmError
+from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.progress import Silent
+from slm.core.tokenizer import Tokenizer
+from slm.core.weights import Weights
+from slm.interchange.gguf import GgufModel, GgufType, Written, write_gguf
+from slm.interchange.gguf.tokenizer import TokenType, from_gguf, to_gguf
+from slm.interchange.importing import import_model
+
+IDS = torch.arange(40)[None] * 7 % 320
+FILE = Path("model.gguf")
+TEXTS = ("Once upon a time, there was a fox.", " two  spaces\n\n and\ttabs ", "naïve 東京 🦊 don't", "", "12345 x1y2")
+
+
+def write(checkpoint: Path, kind: GgufType = "f32", notices: tuple[str, ...] = (), path: Path = FILE) -> Written:
+    tokenizer = Tokenizer.load(checkpoint)
+    return write_gguf(path, read_config(checkpoint), Weights(checkpoint), tokenizer, "model", notices, kind, Silent())
+
+
+@torch.no_grad()
+def test_float32_comes_back_as_it_was(shared_checkpoint: Path) -> None:
+    written = write(shared_checkpoint)
+    assert written.types == {"F32": 54}
+    import_model(str(FILE), Path("back"))
+    ours, back = load_checkpoint(shared_checkpoint), load_checkpoint(Path("back"))
+    # Norms are stored with 1 added: what is below the last place of 1 + w is lost. The scale of attention is folded in.
+    for name, tensor in ours.state_dict().items():
+        if not name.endswith("q_norm.weight"):
+            torch.testing.assert_close(back.state_dict()[name], tensor, atol=2**-23 if "norm" in name else 0, rtol=0)
+    torch.testing.assert_close(back(IDS), ours(IDS), atol=3e-5, rtol=0)
+    theirs, read = Tokenizer.load(Path("back")), Tokenizer.load(shared_checkpoint)
+    for text in TEXTS:
+        assert theirs.encode(text) == read.encode(text)
+        assert theirs.decode(theirs.encode(text)) == text
+    assert theirs.config["chat_template"] == read.config["chat_template"]
+
+
+@pytest.mark.parametrize(("kind", "atol"), [("f16", 0.02), ("q8_0", 0.2)])
+@torch.no_grad()
+def test_smaller_types_come_back_nearly(shared_checkpoint: Path, kind: GgufType, atol: float) -> None:
+    written = write(shared_checkpoint, kind)
+    assert written.types == {"F32": 25, kind.upper(): 29}
+    import_model(str(FILE), Path("back"))
+    difference = (load_checkpoint(Path("back"))(IDS) - load_checkpoint(shared_checkpoint)(IDS)).abs().max()
+    assert 0 < difference < atol
+
+
+def test_rows_that_do_not_divide_are_half_precision(
+    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer
+) -> None:
+    narrow = config.model_copy(update={"intermediate_size": 72})
+    save_checkpoint(Path("c"), make_model(narrow), tokenizer, {})
+    assert write(Path("c"), "q8_0").types == {"F16": 4, "F32": 25, "Q8_0": 25}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {"tie_word_embeddings": False},
+    "every sixth": {"num_hidden_layers": 6, "layer_types": (SLIDING,) * 5 + (FULL,)},
+    "all global": {"layer_types": (FULL,) * 4},
+    "all sliding": {"layer_types": (SLIDING,) * 4},
+    "stretched": {
+        "rope_parameters": {
+            SLIDING: RopeParameters(rope_theta=100.0),
+            FULL: RopeParameters(rope_theta=1e6, rope_type="linear", factor=8.0),
+        }
+    },
+    "plain scale": {"query_pre_attn_scalar": 32},
+    "one stop": {"eos_token_id": 0},
+    "padded vocabulary": {"vocab_size": 384},
+    "other epsilon": {"rms_norm_eps": 1e-5},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_every_configuration_comes_back(
+    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, variant: str
+) -> None:
+    changed = config.model_copy(update=VARIANTS[variant])
+    model = make_model(changed)
+    save_checkpoint(Path("c"), model, tokenizer, {})
+    write(Path("c"))
+    import_model(str(FILE), Path("back"))
+    torch.testing.assert_close(load_checkpoint(Path("back"))(IDS), model(IDS), atol=3e-5, rtol=0)
+    back = read_config(Path("back"))
+    assert back.layer_types == changed.layer_types
+    # With a chat template the end of a turn ends a text as well.
+    assert back.stop_token_ids == (0, 2) and set(changed.stop_token_ids) <= {0, 2}
+
+
+def test_another_activation_is_refused(
+    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer
+) -> None:
+    save_checkpoint(Path("c"), make_model(config.model_copy(update={"hidden_activation": "silu"})), tokenizer, {})
+    with pytest.raises(SlmError, match="no activation 'silu'"):
+        write(Path("c"))
+    assert not FILE.exists()
+
+
+@pytest.mark.parametrize("what", ["tensor", "setting", "token"])
+def test_a_file_that_is_not_the_checkpoint_does_not_appear(
+    shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "tensor":
+        data = GGUFWriter.write_tensor_data
+        monkeypatch.setattr(
+            GGUFWriter, "write_tensor_data", lambda self, t, **k: data(self, t * np.float32(1.001), **k)
+        )
+    elif what == "setting":
+        monkeypatch.setattr(
+            GGUFWriter, "add_sliding_window", lambda self, n: self.add_uint32("gemma3.rope.freq_base_x", n)
+        )
+    else:
+        original = to_gguf
+        monkeypatch.setattr(
+            "slm.interchange.gguf.write.to_gguf", lambda t, n: (f := original(t, n)) | {"merges": f["merges"][5:]}
+        )
+    with pytest.raises(SlmError, match="GGUF file"):
+        write(shared_checkpoint)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def fields(path: Path = FILE) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+def rewrite(path: Path, architecture: str = "gemma3", drop: tuple[str, ...] = (), **changes: Any) -> None:
+    """Writes the file anew with some fields and tensors changed."""
+    reader = GGUFReader(path)
+    writer = GGUFWriter(path.with_suffix(".new"), architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or name in drop:
+            continue
+        value = changes.pop(name, field.contents())
+        writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for name, value in changes.items():
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+    for tensor in reader.tensors:
+        if tensor.name not in drop:
+            array = changes.get(tensor.name, tensor.data)
+            writer.add_tensor(tensor.name, np.array(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").rename(path)
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def norm_with_nan() -> np.ndarray:
+    values = np.ones(64, np.float32)
+    values[3] = np.nan
+    return values
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another architecture": (lambda p: rewrite(p, "llama"), "general.architecture is 'llama', not 'gemma3'"),
+    "truncated": (spoil, "cannot read the GGUF file"),
+    "only a magic": (lambda p: p.write_bytes(b"GGUF"), "cannot read the GGUF file"),
+    "another version": (
+        lambda p: p.write_bytes(b"GGUF" + bytes([9, 0, 0, 0]) + bytes(64)),
+        "cannot read the GGUF file",
+    ),
+    "a tensor missing": (lambda p: rewrite(p, drop=("blk.2.ffn_up.weight",)), "missing: model.layers.2.mlp.up_proj"),
+    "no embedding": (lambda p: rewrite(p, drop=("token_embd.weight",)), "token_embd.weight is missing"),
+    "not a number": (
+        lambda p: rewrite(p, **{"output_norm.weight": norm_with_nan()}),
+        "output_norm.weight holds 1 values",
+    ),
+    "a setting missing": (lambda p: rewrite(p, drop=("gemma3.block_count",)), "setting gemma3.block_count is missing"),
+    "soft-capping": (lambda p: rewrite(p, **{"gemma3.final_logit_softcapping": 30.0}), "final_logit_softcapping"),
+    "a part of several": (lambda p: rewrite(p, **{"split.count": 3}), "one of several files"),
+    "too few layers": (lambda p: rewrite(p, **{"gemma3.block_count": 3}), "layer_types has 4 entries for 3 layers"),
+    "an unknown tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.model": "bert"}), "tokenizer is 'bert'"),
+    "an unknown pre-tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.pre": "qwen2"}), "pre-tokenizer 'qwen2'"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_refused_by_name(shared_checkpoint: Path, slm: Callable[..., Any], what: str) -> None:
+    write(shared_checkpoint)
+    damage, said = BROKEN[what]
+    damage(FILE)
+    with pytest.raises(SlmError, match=said) as caught:
+        import_model(str(FILE), Path("out"))
+    assert "\n" not in caught.value.message
+    result = slm("import", FILE, "--out", "out")
+    assert (result.code, Path("out").exists()) == (1, False)
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q6_K", "Q4_K", "BF16"])
+@torch.no_grad()
+def test_quantized_types_are_read(shared_checkpoint: Path, kind: str) -> None:
+    """Against the gguf package's own arithmetic; K-quants, which it cannot write, from random bytes."""
+    write(shared_checkpoint)
+    stored = GGMLQuantizationType[kind]
+    reader, name = GGUFReader(FILE), "blk.0.attn_q.weight"
+    values = np.random.default_rng(0).normal(size=(128, 256)).astype(np.float32)
+    block, size = gguf.GGML_QUANT_SIZES[stored]
+    if kind.endswith("K"):
+        packed = np.random.default_rng(0).integers(0, 60, (128, 256 // block * size), np.uint8)
+    else:
+        packed = gguf.quants.quantize(values, stored)
+    writer = GGUFWriter("other.gguf", "gemma3")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            last = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], last)
+    for tensor in reader.tensors:
+        if tensor.name == name:
+            writer.add_tensor(name, packed, raw_dtype=stored)
+        else:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = GgufModel(Path("other.gguf"))
+    read = model.read("model.layers.0.self_attn.q_proj.weight")
+    assert model.types[kind] == 1 and read.shape == (128, 256)
+    np.testing.assert_array_equal(read, gguf.quants.dequantize(packed, stored))
+    if not kind.endswith("K"):
+        assert np.abs(read - values).max() < 0.5
+
+
+def sentencepiece() -> Tokenizer:
+    """A small vocabulary of SentencePiece's kind: merges by rank, runs of spaces by the user, bytes for the rest."""
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    words = ["▁", "a", "b", "c", "n", "\n", "ab", "▁a", "abc", "▁ab", "bc", "▁abc", "cab"]
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁▁", "▁▁▁", *bytes_, *words])}
+    merges = [("▁▁", "▁"), ("▁", "▁▁"), ("▁", "▁"), ("a", "b"), ("▁", "a"), ("ab", "c"), ("a", "bc"), ("▁a", "b")]
+    merges += [("▁", "ab"), ("b", "c"), ("▁ab", "c"), ("▁a", "bc"), ("▁", "abc"), ("c", "ab")]
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Backend(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    from tokenizers import AddedToken, decoders, processors
+
+    backend.add_tokens([AddedToken(token, normalized=False) for token in ("▁▁", "▁▁▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return Tokenizer(backend, {})
+
+
+def test_sentencepiece_there_and_back() -> None:
+    tokenizer = sentencepiece()
+    written = to_gguf(tokenizer, tokenizer.vocab_size)
+    assert (written["model"], written["add_bos_token"], written["add_space_prefix"]) == ("llama", True, False)
+    assert written["tokens"][4:6] == ["  ", "   "]  # as llama.cpp looks for them, before it escapes spaces
+    assert written["token_type"][:7] == [3, 3, 3, 3, 4, 4, TokenType.BYTE]
+    ranks = {
+        t: s for t, s, k in zip(written["tokens"], written["scores"], written["token_type"], strict=True) if k == 1
+    }
+    assert ranks["ab"] > ranks["▁a"] > ranks["abc"] > ranks["▁ab"] > ranks["bc"] > ranks["▁abc"] > ranks["cab"]
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in written.items() if value is not None}
+    back = from_gguf(metadata | {"tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1}, FILE, 64)
+    assert (
+        json.loads(back.backend.to_str())["model"]["vocab"] == json.loads(tokenizer.backend.to_str())["model"]["vocab"]
+    )
+    for text in ("abc cab  abc", "a   b\n c", "xyz é", " ab", "", "cabc bcab"):
+        assert back.encode(text) == tokenizer.encode(text), text
+        assert back.decode(back.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_gpt2s_own_vocabulary_there_and_back(gpt2_vocabulary: None) -> None:
+    from slm.train.tokenizer import gpt2
+
+    tokenizer = gpt2(max_length=64)
+    written = to_gguf(tokenizer, 50_304)
+    assert (written["model"], written["pre"], len(written["tokens"])) == ("gpt2", "gpt-2", 50_304)
+    assert written["tokens"][-1] == "[PAD50303]" and written["token_type"][-1] == TokenType.UNUSED
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in written.items()}
+    back = from_gguf(metadata | {"tokenizer.ggml.bos_token_id": 50_256}, FILE, 64)
+    for text in TEXTS:
+        assert back.encode(text) == tokenizer.encode(text)
+
+
+def test_a_tokenizer_that_gguf_cannot_say_is_refused(tokenizer: Tokenizer) -> None:
+    for change, said in (
+        ({"normalizer": {"type": "Lowercase"}}, "splits or normalizes"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits or normalizes"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "WordLevel"),
+    ):
+        backend = Backend.from_str(json.dumps(json.loads(tokenizer.backend.to_str()) | change))
+        with pytest.raises(SlmError, match=said):
+            to_gguf(Tokenizer(backend, {}), 320)
+
+
+def test_the_command(shared_checkpoint: Path, slm: Callable[..., Any]) -> None:
+    result = slm("export", "--gguf", shared_checkpoint, "--gguf-type", "q8_0", "--out", "x.gguf", "--json")
+    shown = json.loads(result.out)
+    assert (result.code, shown["gguf"], shown["types"]) == (0, "x.gguf", {"F32": 25, "Q8_0": 29})
+    assert shown["bytes"] == Path("x.gguf").stat().st_size
+    assert slm("export", shared_checkpoint).code == 2
+    assert slm("export", "--gguf", "--onnx", shared_checkpoint).code == 2
+    assert slm("export", "--gguf", "--context", 64, shared_checkpoint).code == 2

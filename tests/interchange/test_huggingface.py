@@ -1,0 +1,242 @@
+"""`slm import` of Hugging Face directories: every spelling and arrangement, and refusals that name the culprit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+import transformers
+
+from slm.core.checkpoint import notices_of, read_config, read_info, tensor_shapes
+from slm.core.config import FULL, ModelConfig
+from slm.core.errors import SlmError
+from slm.core.nn import CausalLM, load_checkpoint
+from slm.core.tokenizer import Tokenizer
+from slm.core.weights import weights_sha256
+from slm.interchange.importing import import_model
+
+IDS = torch.arange(40)[None] * 7 % 320
+OUT = Path("imported")
+
+
+@pytest.fixture
+def theirs(shared_checkpoint: Path) -> transformers.Gemma3ForCausalLM:
+    """transformers' model with the shared checkpoint's weights."""
+    return transformers.Gemma3ForCausalLM.from_pretrained(shared_checkpoint)
+
+
+@pytest.fixture
+def directory(shared_checkpoint: Path, theirs: transformers.Gemma3ForCausalLM, tmp_path: Path) -> Path:
+    """A directory that transformers saved."""
+    theirs.save_pretrained(tmp_path / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shared_checkpoint / name, tmp_path / "hf" / name)
+    return tmp_path / "hf"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def retensor(path: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_shapes_are_the_models(config: ModelConfig) -> None:
+    for tied in (True, False):
+        shape = config.model_copy(update={"tie_word_embeddings": tied})
+        model = CausalLM(shape)
+        assert tensor_shapes(shape) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_a_directory_of_transformers(directory: Path, theirs: transformers.Gemma3ForCausalLM) -> None:
+    done = import_model(str(directory), OUT)
+    assert (done.kind, done.dtype, done.notices) == ("huggingface", "float32", ())
+    torch.testing.assert_close(load_checkpoint(OUT)(IDS), theirs(IDS).logits, atol=3e-5, rtol=0)
+    again = transformers.AutoModelForCausalLM.from_pretrained(OUT)
+    torch.testing.assert_close(again(IDS).logits, theirs(IDS).logits, atol=0, rtol=0)
+    assert read_info(OUT)["imported"]["sha256"] == weights_sha256(directory)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@torch.no_grad()
+def test_a_float_type_is_kept(directory: Path, theirs: transformers.Gemma3ForCausalLM, stored: str) -> None:
+    theirs.to(getattr(torch, stored)).save_pretrained(directory)
+    assert import_model(str(directory), OUT).dtype == stored
+    assert json.loads((OUT / "config.json").read_text())["dtype"] == stored
+    kept, original = (safetensors.torch.load_file(path / "model.safetensors") for path in (OUT, directory))
+    assert kept.keys() == original.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in original.items())
+    wide = transformers.AutoModelForCausalLM.from_pretrained(OUT, dtype=torch.float32)
+    torch.testing.assert_close(load_checkpoint(OUT)(IDS), wide(IDS).logits, atol=3e-5, rtol=0)
+
+
+def test_a_float_type_is_chosen(directory: Path) -> None:
+    assert import_model(str(directory), OUT, "bfloat16").dtype == "bfloat16"
+    kept, original = (safetensors.torch.load_file(path / "model.safetensors") for path in (OUT, directory))
+    assert all(torch.equal(kept[name], tensor.bfloat16()) for name, tensor in original.items())
+
+
+@torch.no_grad()
+def test_several_files_behind_an_index(directory: Path, theirs: transformers.Gemma3ForCausalLM) -> None:
+    (directory / "model.safetensors").unlink()
+    theirs.save_pretrained(directory, max_shard_size="100kB")
+    assert len(list(directory.glob("model-*.safetensors"))) > 2
+    # Used as it is, and imported into one file.
+    torch.testing.assert_close(load_checkpoint(directory)(IDS), theirs(IDS).logits, atol=3e-5, rtol=0)
+    import_model(str(directory), OUT)
+    torch.testing.assert_close(load_checkpoint(OUT)(IDS), theirs(IDS).logits, atol=3e-5, rtol=0)
+    missing = sorted(directory.glob("model-*.safetensors"))[1]
+    missing.unlink()
+    with pytest.raises(SlmError, match=f"{missing.name} is missing"):
+        import_model(str(directory), Path("other"))
+    assert not Path("other").exists()
+
+
+def test_an_index_leads_nowhere_else(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SlmError, match="leads out of the directory"):
+        import_model(str(directory), OUT)
+
+
+@pytest.mark.parametrize("layout", ["published", "transformers"])
+@torch.no_grad()
+def test_the_text_part_of_a_multimodal_model(
+    directory: Path, theirs: transformers.Gemma3ForCausalLM, layout: str
+) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = transformers.Gemma3Config(
+        text_config=theirs.config.to_dict(),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        eos_token_id=[0, 1],
+    )
+    model = transformers.Gemma3ForConditionalGeneration(whole)
+    model.model.language_model.load_state_dict(theirs.model.state_dict())
+    shutil.rmtree(directory / "x", ignore_errors=True)
+    (directory / "model.safetensors").unlink()
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if layout == "transformers":
+        state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    else:
+        state = {
+            n.replace("model.language_model.", "language_model.model.")
+            .replace("model.vision", "vision")
+            .replace("model.multi", "multi"): t
+            for n, t in model.state_dict().items()
+            if n != "lm_head.weight"
+        }
+    safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(whole.to_diff_dict()))
+    import_model(str(directory), OUT)
+    torch.testing.assert_close(load_checkpoint(OUT)(IDS), theirs(IDS).logits, atol=3e-5, rtol=0)
+    assert read_config(OUT).eos_token_id == (0, 1)
+
+
+@torch.no_grad()
+def test_stretched_positions_in_the_old_spelling(directory: Path) -> None:
+    fields = json.loads((directory / "config.json").read_text())
+    fields.pop("rope_parameters")
+    old = {
+        "rope_theta": 10_000.0,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    (directory / "config.json").write_text(json.dumps(fields | old))
+    import_model(str(directory), OUT)
+    assert read_config(OUT).rope_parameters[FULL].factor == 8
+    again = transformers.AutoModelForCausalLM.from_pretrained(OUT)
+    ids = IDS.repeat(1, 4)
+    torch.testing.assert_close(load_checkpoint(OUT)(ids), again(ids).logits, atol=3e-5, rtol=0)
+
+
+def test_what_ends_a_text_is_what_generation_says(directory: Path) -> None:
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "top_k": 64}))
+    edit(directory / "config.json", eos_token_id=0)
+    import_model(str(directory), OUT)
+    assert read_config(OUT).eos_token_id == (0, 2)
+    assert json.loads((OUT / "generation_config.json").read_text())["top_k"] == 64
+
+
+def truncate(path: Path) -> None:
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (truncate, "cannot read the weights: .*model.safetensors"),
+    "a tensor missing": (lambda p: retensor(p, lambda t: t.pop(NAME)), f"missing: {NAME}"),
+    "a tensor too many": (
+        lambda p: retensor(p, lambda t: t.update({"model.extra.weight": np.ones(2, np.float32)})),
+        "left over: model.extra.weight",
+    ),
+    "a wrong shape": (
+        lambda p: retensor(p, lambda t: t.update({NAME: np.ones((2, 3), np.float32)})),
+        f"wrong shape: {NAME} \\(2, 3\\) instead of \\(96, 64\\)",
+    ),
+    "not a number": (lambda p: retensor(p, lambda t: t[NAME].__setitem__((0, 0), np.nan)), f"{NAME} holds 1 values"),
+    "infinite": (lambda p: retensor(p, lambda t: t[NAME].__setitem__(0, np.inf)), f"{NAME} holds 64 values"),
+    "integers": (
+        lambda p: retensor(p, lambda t: t.update({NAME: np.ones((96, 64), np.int8)})),
+        f"{NAME} is stored as I8",
+    ),
+    "an unknown field": (lambda p: edit(p / "config.json", surprise=1), "surprise"),
+    "another architecture": (lambda p: edit(p / "config.json", model_type="llama"), "'llama'"),
+    "no text part": (lambda p: edit(p / "config.json", model_type="gemma3"), "no text_config"),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), "no weights"),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "no tokenizer.json"),
+    "no configuration": (lambda p: (p / "config.json").unlink(), "no config.json"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_refused_by_name(directory: Path, slm: Callable[..., Any], what: str) -> None:
+    damage, said = BROKEN[what]
+    damage(directory)
+    with pytest.raises(SlmError, match=said) as caught:
+        import_model(str(directory), OUT)
+    result = slm("import", directory, "--out", OUT)
+    assert (result.code, OUT.exists()) == (1, False)
+    assert result.err.splitlines()[-1 - bool(caught.value.hint)] == f"error: {caught.value.message}"
+
+
+def test_too_large_for_half_precision(directory: Path) -> None:
+    retensor(directory, lambda tensors: tensors[NAME].__setitem__((3, 3), 7e4))
+    with pytest.raises(SlmError, match=f"{NAME} as float16 holds 1 values"):
+        import_model(str(directory), OUT, "float16")
+
+
+def test_the_command_chains(directory: Path, slm: Callable[..., Any]) -> None:
+    result = slm("import", directory, "--json")
+    shown = json.loads(result.out)
+    assert (result.code, shown["checkpoint"]) == (0, "runs/hf/checkpoint/imported")
+    assert shown["stored_as"] == {"float32": 54}
+    exported = slm("export", "--onnx", "--json")
+    assert exported.code == 0 and "runs/hf/checkpoint/imported" in exported.err
+    assert Path("runs/hf/onnx/manifest.json").is_file()
+
+
+def test_a_source_is_kept(directory: Path) -> None:
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    with pytest.raises(SlmError, match="it is kept"):
+        import_model(str(directory), directory)
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_one_of_ours_keeps_its_story(shared_checkpoint: Path) -> None:
+    import_model(str(shared_checkpoint), OUT)
+    assert read_info(OUT)["made_by"] == "slm import"
+    assert notices_of(OUT) == ()
+    assert Tokenizer.load(OUT).sha256 == Tokenizer.load(shared_checkpoint).sha256
