@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import slm
@@ -16,8 +17,11 @@ pytestmark = pytest.mark.peer
 Greedy = Callable[[Path, Sequence[str], int], list[list[int]]]
 Run = Callable[..., Any]
 
-PROMPTS = ["Once upon a time", " The  fox\n\nran", "é 🦊 and"]
+PROMPTS = ["Once upon a time", " The  fox\n\nran", "é 🦊 and", "A b c", "She said", "\tno"]
 TOKENS = 40
+# llama.cpp looks GELU up in a table of half precision: where two tokens are closer than this, either may be chosen, and
+# what follows is another text.
+NEAR_TIE = 0.003
 
 SHAPES: dict[str, dict[str, Any]] = {
     "as it is": {},  # another pattern than every sixth, another local base, another scale of attention
@@ -34,14 +38,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(checkpoint: Path, prompts: Sequence[str]) -> list[list[int]]:
+def ours(checkpoint: Path) -> list[list[int]]:
+    """Our greedy tokens for each prompt, up to the first near tie."""
     model = slm.load(checkpoint)
     texts = []
-    for prompt in prompts:
+    for prompt in PROMPTS:
         model.generate(prompt, max_new_tokens=TOKENS, temperature=0)
         assert model.last_run is not None
-        texts.append(model.last_run.tokens)
+        tokens, read = model.last_run.tokens, model.tokenizer.encode(prompt)
+        best = np.sort(model.logits([read + tokens])[0, len(read) - 1 : -1], axis=-1)
+        ties = np.flatnonzero(best[:, -1] - best[:, -2] < NEAR_TIE)
+        texts.append(tokens[: ties[0]] if len(ties) else tokens)
     return texts
+
+
+def alike(texts: list[list[int]], wanted: list[list[int]]) -> list[int]:
+    """How many tokens of each text are the wanted ones before the first that is not."""
+    pairs = (zip(text, want, strict=False) for text, want in zip(texts, wanted, strict=True))
+    lengths = (len(want) for want in wanted)
+    return [next((i for i, (a, b) in enumerate(pair) if a != b), n) for pair, n in zip(pairs, lengths, strict=True)]
 
 
 @pytest.fixture
@@ -65,13 +80,14 @@ def made(config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: To
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_greedy_tokens(llama_cpp: Greedy, made: Callable[..., Path], slm: Run, shape: str) -> None:
     checkpoint = made(**SHAPES[shape])
-    wanted = ours(checkpoint, PROMPTS)
-    assert len({token for text in wanted for token in text}) > 10  # texts with some variety, or this proves little
+    wanted = ours(checkpoint)
+    # Texts with some length and variety, or this proves little.
+    assert sum(map(len, wanted)) >= 2 * TOKENS and len({token for text in wanted for token in text}) > 10
     result = slm("export", "--gguf", checkpoint, "--gguf-type", "f32", "--out", "x.gguf")
     assert result.code == 0, result.err
     theirs = llama_cpp(Path("x.gguf"), PROMPTS, TOKENS)
     assert [len(text) for text in theirs] == [TOKENS] * len(PROMPTS)
-    assert theirs == wanted
+    assert alike(theirs, wanted) == [len(text) for text in wanted]
 
 
 @pytest.mark.parametrize("knob", ["window", "local base", "scale"])
@@ -81,7 +97,7 @@ def test_a_wrong_setting_is_noticed(
     import json
 
     checkpoint = made()
-    wanted = ours(checkpoint, PROMPTS)
+    wanted = ours(checkpoint)
     fields = json.loads((checkpoint / "config.json").read_text())
     if knob == "window":
         fields["sliding_window"] = 4
@@ -91,7 +107,7 @@ def test_a_wrong_setting_is_noticed(
         fields["query_pre_attn_scalar"] = 40
     (checkpoint / "config.json").write_text(json.dumps(fields))
     assert slm("export", "--gguf", checkpoint, "--gguf-type", "f32", "--out", "x.gguf").code == 0
-    assert llama_cpp(Path("x.gguf"), PROMPTS, TOKENS) != wanted
+    assert alike(llama_cpp(Path("x.gguf"), PROMPTS, TOKENS), wanted) != [len(text) for text in wanted]
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
@@ -100,9 +116,5 @@ def test_smaller_types_begin_alike(llama_cpp: Greedy, made: Callable[..., Path],
     checkpoint = made()
     assert slm("export", "--gguf", checkpoint, "--gguf-type", kind, "--out", "x.gguf").code == 0
     assert slm("import", "x.gguf", "--out", "back").code == 0
-    theirs, wanted = llama_cpp(Path("x.gguf"), PROMPTS, TOKENS), ours(Path("back"), PROMPTS)
-    alike = [
-        next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), TOKENS)
-        for texts in zip(theirs, wanted, strict=True)
-    ]
-    assert sum(alike) >= TOKENS / 2, alike
+    theirs = llama_cpp(Path("x.gguf"), PROMPTS, TOKENS)
+    assert sum(alike(theirs, ours(Path("back")))) >= TOKENS
