@@ -49,7 +49,8 @@ class Weights:
         for file in self.files:
             check_readable(file, "the weights")
             try:
-                opened = safe_open(str(file), framework="np")
+                # Read, not mapped: the pages of a mapping would count as a second copy of what is read from it.
+                opened = safe_open(str(file), framework="np", backend="pread")
             except (SafetensorError, OSError) as error:
                 raise SlmError(f"cannot read the weights: {file} ({error})", _AGAIN) from None
             for name in opened.keys():  # noqa: SIM118  not a mapping
