@@ -13,9 +13,8 @@ from slm.core.licence import Notices, licence_notices
 from slm.core.tokenizer import END_OF_TURN, Tokenizer
 from slm.core.weights import Array, Shape, check_finite
 from slm.interchange.gguf import tokenizer as vocabulary
+from slm.interchange.gguf.lengths import MAGIC, check_lengths
 from slm.interchange.gguf.names import ARCHITECTURE, is_norm, query_scalar, tensor_names
-
-MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
@@ -48,6 +47,7 @@ class GgufModel:
         try:
             from gguf import GGUFReader
 
+            check_lengths(path)
             reader = GGUFReader(path)
             self.fields: dict[str, Any] = {
                 name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")

@@ -321,3 +321,35 @@ def test_the_command(shared_checkpoint: Path, slm: Callable[..., Any]) -> None:
     assert slm("export", shared_checkpoint).code == 2
     assert slm("export", "--gguf", "--onnx", shared_checkpoint).code == 2
     assert slm("export", "--gguf", "--context", 64, shared_checkpoint).code == 2
+
+
+def test_no_length_is_believed(shared_checkpoint: Path) -> None:
+    """Every length and count in the metadata and the list of tensors, made huge: a refusal at once, whatever it is of."""
+    write(shared_checkpoint)
+    whole = FILE.read_bytes()
+    reader = GGUFReader(FILE)
+    places = {8, 16}  # how many tensors and fields
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF."):
+            continue
+        places.add(field.offset)
+        if field.types[0] in (gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY):
+            value = field.offset + 8 + len(field.name.encode()) + 4
+            places.add(value + 4 if field.types[0] == gguf.GGUFValueType.ARRAY else value)
+    places |= {tensor.field.offset for tensor in reader.tensors}
+    del reader
+    for place in sorted(places):
+        for length in (2**60, 2**31, len(whole)):
+            FILE.write_bytes(whole[:place] + length.to_bytes(8, "little") + whole[place + 8 :])
+            with pytest.raises(SlmError, match="cannot read the GGUF file"):
+                GgufModel(FILE)
+
+
+def test_cut_anywhere_it_is_refused(shared_checkpoint: Path) -> None:
+    write(shared_checkpoint)
+    whole = FILE.read_bytes()
+    for end in [*range(1, 2000, 97), *range(2000, len(whole) - 1, len(whole) // 40)]:
+        FILE.write_bytes(whole[:end])
+        with pytest.raises(SlmError):
+            import_model(str(FILE), Path("out"))
+    assert not Path("out").exists()
