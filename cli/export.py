@@ -11,11 +11,9 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.options import json_option, out_option
-from slm.core.checkpoint import is_checkpoint, notices_of, read_config, read_info
-from slm.core.licence import modified
+from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_checkpoint, run_of
-from slm.core.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from slm.interchange.gguf import Written
@@ -68,8 +66,10 @@ def export(
         checkpoint = _base_of(adapter)
     with _source(checkpoint, adapter) as source:
         if gguf:
+            from slm.interchange.gguf import write_gguf
+
             path = _gguf_path(checkpoint, adapter, gguf_type, out)
-            written = _write_gguf(source, path, gguf_type, progress)
+            written = write_gguf(source, path, gguf_type, progress)  # type: ignore[arg-type]  # click checked the choice
             _report_gguf(written, time.perf_counter() - started, as_json)
             return
         from slm.export.bundle import export_bundle
@@ -87,24 +87,6 @@ def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path
     if out is None:
         return run / "gguf" / file
     return out / file if out.is_dir() else out
-
-
-def _write_gguf(checkpoint: Path, path: Path, gguf_type: str, progress: RichProgress) -> "Written":
-    from slm.core.weights import Weights
-    from slm.interchange.gguf import write_gguf
-
-    config = read_config(checkpoint)
-    how = f"converted to GGUF ({gguf_type.upper()})"
-    return write_gguf(
-        path,
-        config,
-        Weights(checkpoint),
-        Tokenizer.load(checkpoint),
-        name=path.stem,
-        notices=modified(notices_of(checkpoint), how),
-        kind=gguf_type,  # type: ignore[arg-type]  # click checked the choice
-        progress=progress,
-    )
 
 
 def _base_of(adapter: Path | None) -> Path:

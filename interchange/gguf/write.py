@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slm.core.checkpoint import check_tensors, tensor_shapes
+from slm.core.checkpoint import check_tensors, notices_of, read_config, tensor_shapes
 from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file
-from slm.core.licence import GEMMA_TERMS, Notices, is_gemma
-from slm.core.progress import Progress
+from slm.core.licence import GEMMA_TERMS, Notices, is_gemma, modified
+from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Array, Weights
 from slm.interchange.gguf.names import ARCHITECTURE, is_norm, is_query_norm, query_scalar, tensor_names
-from slm.interchange.gguf.read import GgufModel
+from slm.interchange.gguf.read import GgufModel, is_gguf
 from slm.interchange.gguf.tokenizer import to_gguf
 
 GgufType = Literal["f32", "f16", "q8_0"]
@@ -44,76 +44,84 @@ class Written:
     largest_difference: float
 
 
-def write_gguf(
-    path: Path,
-    config: ModelConfig,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    name: str,
-    notices: Notices,
-    kind: GgufType,
-    progress: Progress,
-) -> Written:
+def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress | None = None) -> Written:
     """Writes a checkpoint as one GGUF file, whole or not at all.
 
     Norms are always float32; a matrix whose rows do not divide into blocks of 32 is float16 in a Q8_0 file.
 
     Args:
-        path: The file to make or replace.
-        config: The model's shape.
-        weights: The checkpoint's tensors.
-        tokenizer: Its tokenizer.
-        name: What the model is called.
-        notices: Its licence notices.
+        checkpoint: The checkpoint's directory.
+        path: The file to make, or the GGUF file to replace; the model is called as it is.
         kind: How matrices are stored.
         progress: Told of each tensor.
 
     Raises:
-        SlmError: When llama.cpp's Gemma 3 cannot express the configuration or the tokenizer, or the file that was written
-            does not hold what the checkpoint holds.
+        SlmError: When the checkpoint cannot be read, something else stands at the path, llama.cpp's Gemma 3 cannot express
+            the configuration or the tokenizer, or the file that was written does not hold what the checkpoint holds.
     """
+    progress = progress or Silent()
+    if path.exists() and not is_gguf(path):
+        raise SlmError(f"{path} exists and is not a GGUF file", "name another --out")
+    notices = modified(notices_of(checkpoint), f"converted to GGUF ({kind.upper()})")
+    source = _Source(read_config(checkpoint), Weights(checkpoint), Tokenizer.load(checkpoint), path.stem, notices)
+    config = source.config
     if config.hidden_activation != "gelu_pytorch_tanh":
         raise SlmError(
             f"llama.cpp's Gemma 3 has no activation {config.hidden_activation!r}", "slm export --onnx runs it"
         )
-    check_tensors(weights.untied(config), tensor_shapes(config), weights.path)
-    vocabulary = to_gguf(tokenizer, config.vocab_size)
+    check_tensors(source.weights.untied(config), tensor_shapes(config), checkpoint)
     with atomic_file(path) as partial:
-        _write(
-            partial, config, weights, vocabulary, tokenizer.config.get("chat_template"), name, notices, kind, progress
-        )
+        _write(partial, source, kind, progress)
         written = GgufModel(partial)
-        largest = _compare(written, config, weights, tokenizer, progress)
+        largest = _compare(written, source, progress)
         size = partial.stat().st_size
     return Written(path, size, written.types, largest)
 
 
-def _write(
-    path: Path,
-    config: ModelConfig,
-    weights: Weights,
-    vocabulary: dict[str, Any],
-    chat_template: str | None,
-    name: str,
-    notices: Notices,
-    kind: GgufType,
-    progress: Progress,
-) -> None:
+@dataclass(frozen=True)
+class _Source:
+    """What a file is made from."""
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    name: str
+    notices: Notices
+
+    @property
+    def scalar(self) -> int:
+        """The number whose inverse square root llama.cpp scales this model's scores with."""
+        c = self.config
+        return query_scalar(c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.head_dim)
+
+    def tensors(self) -> Iterator[tuple[str, Array]]:
+        """Yields each tensor as llama.cpp computes with it, norms without their 1.
+
+        Where the model's scale of attention is not llama.cpp's, the norm of the queries carries the rest.
+        """
+        rest = np.float32((self.scalar / self.config.query_pre_attn_scalar) ** 0.5)
+        for name in tensor_shapes(self.config):
+            array = self.weights.float32(name)
+            yield name, (1 + array) * rest - 1 if is_query_norm(name) and rest != 1 else array
+
+
+def _write(path: Path, source: _Source, kind: GgufType, progress: Progress) -> None:
     from gguf import GGUFWriter, LlamaFileType
 
     file_types = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
+    config = source.config
     writer = GGUFWriter(path, ARCHITECTURE)
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(source.name)
     writer.add_file_type(file_types[kind])
     writer.add_quantization_version(2)
-    if notices:
-        writer.add_description("\n".join(notices))
-    if is_gemma(notices):
+    if source.notices:
+        writer.add_description("\n".join(source.notices))
+    if is_gemma(source.notices):
         writer.add_license("gemma")
         writer.add_license_link(GEMMA_TERMS)
     _add_shape(writer, config)
-    for key, value in vocabulary.items():
+    for key, value in to_gguf(source.tokenizer, config.vocab_size).items():
         _add_vocabulary(writer, key, value)
     for key, token in (("bos", config.bos_token_id), ("padding", config.pad_token_id)):
         if token is not None:
@@ -122,7 +130,8 @@ def _write(
         writer.add_eos_token_id(config.stop_token_ids[0])
         if len(config.stop_token_ids) > 1:
             writer.add_eot_token_id(config.stop_token_ids[1])
-    if chat_template:
+    chat_template = source.tokenizer.config.get("chat_template")
+    if isinstance(chat_template, str):
         writer.add_chat_template(chat_template)
     names = {full: short for short, full in tensor_names(config.num_hidden_layers).items()}
     shapes = tensor_shapes(config)
@@ -133,7 +142,7 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         progress.start(f"write {kind.upper()}", len(shapes), "tensors")
-        for _, array in _stored(config, weights, kind):
+        for array in _stored(source, kind):
             writer.write_tensor_data(array)
             progress.advance()
     finally:
@@ -198,63 +207,51 @@ def _declare(writer: Any, name: str, shape: tuple[int, ...], kind: GgufType) -> 
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
 
 
-def _expected(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, Array]]:
-    """Yields each tensor as llama.cpp computes with it, norms without their 1.
-
-    llama.cpp scales scores by a number of its own; where the model's differs, the norm of the queries carries the rest.
-    """
-    scalar = query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
-    rest = np.float32((scalar / config.query_pre_attn_scalar) ** 0.5)
-    for name in tensor_shapes(config):
-        array = weights.float32(name)
-        if is_query_norm(name) and scalar != config.query_pre_attn_scalar:
-            array = (1 + array) * rest - 1
-        yield name, array
-
-
-def _stored(config: ModelConfig, weights: Weights, kind: GgufType) -> Iterator[tuple[str, Array]]:
+def _stored(source: _Source, kind: GgufType) -> Iterator[Array]:
     """Yields each tensor as it is written."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    for name, array in _expected(config, weights):
+    for name, array in source.tensors():
         stored = _type_of(name, array.shape, kind)
         value = array + np.float32(1) if is_norm(name) else array
         if stored == "f16" and np.abs(value).max() > np.finfo(np.float16).max:
-            raise SlmError(f"{weights.path}: {name} holds values beyond float16", "--gguf-type f32")
-        yield name, quantize(np.ascontiguousarray(value), GGMLQuantizationType[stored.upper()])
+            raise SlmError(f"{source.weights.path}: {name} holds values beyond float16", "--gguf-type f32")
+        yield quantize(np.ascontiguousarray(value), GGMLQuantizationType[stored.upper()])
 
 
-def _compare(
-    written: GgufModel, config: ModelConfig, weights: Weights, tokenizer: Tokenizer, progress: Progress
-) -> float:
+def _compare(written: GgufModel, source: _Source, progress: Progress) -> float:
     """Compares what was written with the checkpoint and returns the largest difference found.
 
     Raises:
         SlmError: When a setting, the tokenizer or a tensor is not what it should be.
     """
-    scalar = query_scalar(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim)
-    wanted = config.model_copy(update={"query_pre_attn_scalar": scalar})
+    config, nothing = source.config, "nothing was written"
+    wanted = config.model_copy(update={"query_pre_attn_scalar": source.scalar})
     for field in type(config).model_fields:
         ours, theirs = getattr(wanted, field), getattr(written.config, field)
         if field == "rope_parameters":  # a kind of layer that does not occur has none in the file
             ours, theirs = ({kind: rope[kind] for kind in set(config.layer_types)} for rope in (ours, theirs))
-        if field not in ("eos_token_id", "sliding_window", "initializer_range") and ours != theirs:
-            raise SlmError(f"the GGUF file would say {field} {theirs!r} instead of {ours!r}", "nothing was written")
-    ids = written.tokenizer().encode(_PROBE)
-    if ids != tokenizer.encode(_PROBE):
-        raise SlmError("the GGUF file's tokenizer splits text differently", "nothing was written")
+        if field == "sliding_window" and SLIDING not in config.layer_types:
+            continue
+        # A chat template adds to what ends a text; how weights were first drawn is not written.
+        if field not in ("eos_token_id", "initializer_range") and ours != theirs:
+            raise SlmError(f"the GGUF file would say {field} {theirs!r} instead of {ours!r}", nothing)
+    if not set(config.stop_token_ids[:2]) <= set(written.config.stop_token_ids):
+        raise SlmError(f"the GGUF file would end a text at {written.config.stop_token_ids}", nothing)
+    if written.tokenizer().encode(_PROBE) != source.tokenizer.encode(_PROBE):
+        raise SlmError("the GGUF file's tokenizer splits text differently", nothing)
     largest = 0.0
     progress.start("read back", len(written.shapes), "tensors")
-    for name, array in _expected(config, weights):
-        difference, allowed = _difference(array, written.read(name), is_norm(name), written.stored_as(name))
-        progress.advance()
-        if not difference <= allowed:
-            raise SlmError(
-                f"the GGUF file's {name} is off by {difference:.2g}, allowed {allowed:.1g}", "nothing was written"
-            )
-        largest = max(largest, difference)
-    progress.finish()
+    try:
+        for name, array in source.tensors():
+            difference, allowed = _difference(array, written.read(name), is_norm(name), written.stored_as(name))
+            progress.advance()
+            if not difference <= allowed:
+                raise SlmError(f"the GGUF file's {name} is off by {difference:.2g}, allowed {allowed:.1g}", nothing)
+            largest = max(largest, difference)
+    finally:
+        progress.finish()
     return largest
 
 

@@ -17,9 +17,7 @@ from slm.core.checkpoint import read_config
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
-from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
-from slm.core.weights import Weights
 from slm.interchange.gguf import GgufModel, GgufType, Written, write_gguf
 from slm.interchange.gguf.tokenizer import TokenType, from_gguf, to_gguf
 from slm.interchange.importing import import_model
@@ -29,9 +27,8 @@ FILE = Path("model.gguf")
 TEXTS = ("Once upon a time, there was a fox.", " two  spaces\n\n and\ttabs ", "naïve 東京 🦊 don't", "", "12345 x1y2")
 
 
-def write(checkpoint: Path, kind: GgufType = "f32", notices: tuple[str, ...] = (), path: Path = FILE) -> Written:
-    tokenizer = Tokenizer.load(checkpoint)
-    return write_gguf(path, read_config(checkpoint), Weights(checkpoint), tokenizer, "model", notices, kind, Silent())
+def write(checkpoint: Path, kind: GgufType = "f32") -> Written:
+    return write_gguf(checkpoint, FILE, kind)
 
 
 @torch.no_grad()
@@ -311,6 +308,13 @@ def test_a_tokenizer_that_gguf_cannot_say_is_refused(tokenizer: Tokenizer) -> No
         backend = Backend.from_str(json.dumps(json.loads(tokenizer.backend.to_str()) | change))
         with pytest.raises(SlmError, match=said):
             to_gguf(Tokenizer(backend, {}), 320)
+
+
+def test_somebody_elses_file_is_kept(shared_checkpoint: Path) -> None:
+    FILE.write_text("mine")
+    with pytest.raises(SlmError, match="exists and is not a GGUF file"):
+        write(shared_checkpoint)
+    assert FILE.read_text() == "mine"
 
 
 def test_the_command(shared_checkpoint: Path, slm: Callable[..., Any]) -> None:

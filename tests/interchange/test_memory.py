@@ -40,8 +40,6 @@ def peak_mib(source: Path, dtype: str) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["directory", "gguf"])
 def test_one_copy(config: ModelConfig, tokenizer: Tokenizer, kind: str, dtype: str) -> None:
-    from slm.core.progress import Silent
-    from slm.core.weights import Weights
     from slm.interchange.gguf import write_gguf
 
     large = config.model_copy(update={"vocab_size": 60_000, "hidden_size": 512, "intermediate_size": 8_192})
@@ -49,9 +47,8 @@ def test_one_copy(config: ModelConfig, tokenizer: Tokenizer, kind: str, dtype: s
     checkpoint(Path("small"), config, tokenizer)
     sources = {"directory": (Path("small"), Path("large")), "gguf": (Path("small.gguf"), Path("large.gguf"))}[kind]
     if kind == "gguf":
-        for name, shape in (("small", config), ("large", large)):
-            weights = Weights(Path(name))
-            write_gguf(Path(f"{name}.gguf"), shape, weights, tokenizer, name, (), "q8_0", Silent())
+        for name in ("small", "large"):
+            write_gguf(Path(name), Path(f"{name}.gguf"), "q8_0")
     nothing, something = (peak_mib(source, dtype) for source in sources)
     stored = weights_mib / (2 if dtype == "bfloat16" else 1)
     assert weights_mib > 150
