@@ -16,7 +16,7 @@ from slm.core.manifest import Bundle
 from slm.core.runs import newest_checkpoint, run_of
 
 if TYPE_CHECKING:
-    from slm.interchange.gguf import Written
+    from slm.interchange.gguf import GgufType, Written
 
 
 @click.command()
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--gguf-type",
     type=click.Choice(["f32", "f16", "q8_0"]),
-    default="f16",
-    show_default=True,
-    help="How a GGUF file stores matrices.",
+    help="How a GGUF file stores matrices. [default: f16]",
 )
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="Merge this LoRA adapter first.")
 @click.option("--context", type=click.IntRange(min=2), metavar="N", help="Longest sequence, in tokens. [default: 4096]")
@@ -38,7 +36,7 @@ def export(
     checkpoint: Path | None,
     onnx: bool,
     gguf: bool,
-    gguf_type: str,
+    gguf_type: "GgufType | None",
     adapter: Path | None,
     context: int | None,
     out: Path | None,
@@ -60,6 +58,8 @@ def export(
         raise click.UsageError("name one format: --onnx or --gguf")
     if gguf and context is not None:
         raise click.UsageError("--context is for --onnx; llama.cpp takes its context when it loads the file")
+    if onnx and gguf_type is not None:
+        raise click.UsageError("--gguf-type is for --gguf")
     progress = RichProgress()
     started = time.perf_counter()
     if checkpoint is None:
@@ -68,8 +68,9 @@ def export(
         if gguf:
             from slm.interchange.gguf import write_gguf
 
-            path = _gguf_path(checkpoint, adapter, gguf_type, out)
-            written = write_gguf(source, path, gguf_type, progress)  # type: ignore[arg-type]  # click checked the choice
+            kind = gguf_type or "f16"
+            path = _gguf_path(checkpoint, adapter, kind, out)
+            written = write_gguf(source, path, kind, progress)
             _report_gguf(written, time.perf_counter() - started, as_json)
             return
         from slm.export.bundle import export_bundle
@@ -82,11 +83,12 @@ def export(
 
 def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path | None) -> Path:
     run = run_of(checkpoint)
-    name = run.resolve().name + ("" if adapter is None else f"-{adapter.resolve().name}")
+    of_a_run = run != checkpoint.parent  # else the checkpoint's own name says more than that of what it lies in
+    name = (run if of_a_run else checkpoint).resolve().name + ("" if adapter is None else f"-{adapter.resolve().name}")
     file = f"{name}-{gguf_type}.gguf"
     if out is None:
         return run / "gguf" / file
-    return out / file if out.is_dir() else out
+    return out if out.suffix == ".gguf" else out / file
 
 
 def _base_of(adapter: Path | None) -> Path:

@@ -37,7 +37,7 @@ def import_(source: str, dtype: str, revision: str | None, out: Path | None, as_
     from slm.interchange.importing import import_model, source_name
 
     started = time.perf_counter()
-    path = out or imported_checkpoint(source_name(source))
+    path = out or imported_checkpoint(source_name(source), source)
     done = import_model(source, path, dtype, revision, RichProgress())  # type: ignore[arg-type]  # click checked it
     seconds = time.perf_counter() - started
     if as_json:

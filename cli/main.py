@@ -23,7 +23,7 @@ COMMANDS = {
     "import": "Make a checkpoint of a Hugging Face or GGUF model.",
     "train": "Train a model on text: tokenizer, data, checkpoint.",
     "finetune": "Fine-tune a checkpoint with LoRA on a JSONL file.",
-    "export": "Export a checkpoint to an ONNX bundle and prove it equal.",
+    "export": "Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.",
     "quantize": "Quantize a bundle and measure what that changed.",
     "generate": "Continue a text with a bundle or a checkpoint.",
     "info": "Say what an artifact is and how it was made.",
@@ -40,7 +40,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if cpu_quota() is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
-_INTERRUPTED = "nothing is left half written; slm train --resume goes on with a training run"
+_INTERRUPTED = "nothing is left half written; a training run goes on with slm train --resume"
 
 # Which extra brings a package, for the hint when it is missing.
 _EXTRAS = {

@@ -35,6 +35,8 @@ def read_config(path: Path) -> ModelConfig:
         SlmError: When the directory is not a checkpoint or its configuration cannot be run.
     """
     if not is_checkpoint(path):
+        if path.is_file() and path.suffix == ".gguf":
+            raise SlmError(f"a GGUF file is not a checkpoint: {path}", f"slm import {path}")
         kind = "not found" if not path.exists() else "not a checkpoint"
         raise SlmError(f"{kind}: {path}", f"a checkpoint is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
     return ModelConfig.from_hf(read_json(path / CONFIG_FILE, CONFIG_FILE))

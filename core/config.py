@@ -71,6 +71,8 @@ HF_DEFAULTS: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+# Beyond what any model has, and within what every format of it can say.
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 1024
 _GLOBAL_BASE, _LOCAL_BASE = 1_000_000.0, 10_000.0
 
 Activation = Literal["gelu_pytorch_tanh", "gelu", "silu", "relu"]
@@ -84,7 +86,7 @@ class RopeParameters(BaseModel):
     stretches its global layers by 8.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rope_theta: float = Field(gt=0)
     rope_type: Literal["default", "linear"] = "default"
@@ -104,20 +106,20 @@ class ModelConfig(BaseModel):
     counts positions, the current one included: a token sees itself and the `sliding_window - 1` before it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0, multiple_of=2)
-    sliding_window: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=MAX_SIZE)
+    hidden_size: int = Field(gt=0, le=MAX_SIZE)
+    intermediate_size: int = Field(gt=0, le=MAX_SIZE)
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
+    num_attention_heads: int = Field(gt=0, le=MAX_SIZE)
+    num_key_value_heads: int = Field(gt=0, le=MAX_SIZE)
+    head_dim: int = Field(gt=0, le=MAX_SIZE, multiple_of=2)
+    sliding_window: int = Field(gt=0, le=MAX_SIZE)
     layer_types: tuple[LayerType, ...]
     rope_parameters: dict[LayerType, RopeParameters]
-    query_pre_attn_scalar: int = Field(gt=0)
-    max_position_embeddings: int = Field(default=32768, gt=0)
+    query_pre_attn_scalar: int = Field(gt=0, le=MAX_SIZE)
+    max_position_embeddings: int = Field(default=32768, gt=0, le=MAX_SIZE)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     hidden_activation: Activation = "gelu_pytorch_tanh"
     initializer_range: float = Field(default=0.02, gt=0)
@@ -209,9 +211,12 @@ class ModelConfig(BaseModel):
         for name in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
             known.pop(name, None)
         if known.get("layer_types") is None:
-            every = fields.get("sliding_window_pattern") or fields.get("_sliding_window_pattern") or 6
+            every = fields.get("sliding_window_pattern") or 6  # transformers looks at this name alone
+            if not isinstance(every, int) or every < 1:
+                raise SlmError(f"config.json has the sliding_window_pattern {every!r}, which is no number of layers")
             layers = known["num_hidden_layers"]
-            known["layer_types"] = layer_pattern(layers, every) if isinstance(layers, int) else ()
+            possible = isinstance(layers, int) and layers <= MAX_LAYERS
+            known["layer_types"] = layer_pattern(layers, every) if possible else ()
         return cls.checked(known)
 
     @classmethod
@@ -225,14 +230,22 @@ class ModelConfig(BaseModel):
 
 def _rope_parameters(fields: Mapping[str, Any]) -> Any:
     """Returns the rotary embedding of both kinds of layer from either of transformers' spellings."""
-    found = fields.get("rope_parameters")
-    if isinstance(found, dict) and found.keys() & {FULL, SLIDING}:
+    found, scaling = fields.get("rope_parameters"), fields.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", found or {}), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise SlmError(f"config.json has {name}={value!r}, which is no object")
+    if found:
+        if not found.keys() & {FULL, SLIDING}:
+            raise SlmError(
+                "config.json has rope_parameters that name no kind of layer", f"Gemma 3's name {FULL} and {SLIDING}"
+            )
+        spelt = found.get(FULL) or {}
+        if any(spelt.get(name) != value for name, value in scaling.items() if name != "type"):
+            raise SlmError("config.json has rope_parameters and a rope_scaling that says something else")
         return found
-    base = found if isinstance(found, dict) else {}  # 5.x flattens what it cannot tell apart
-    scaling = fields.get("rope_scaling") or {}
-    if isinstance(scaling, dict) and "type" in scaling:  # a still older spelling
+    if "type" in scaling:  # a still older spelling
         scaling = {"rope_type": scaling["type"]} | {k: v for k, v in scaling.items() if k != "type"}
-    full = {"rope_theta": fields.get("rope_theta", _GLOBAL_BASE)} | base | scaling
+    full = {"rope_theta": fields.get("rope_theta", _GLOBAL_BASE)} | scaling
     return {FULL: full, SLIDING: {"rope_theta": fields.get("rope_local_base_freq", _LOCAL_BASE)}}
 
 

@@ -162,6 +162,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(read_text(path, what))
     except json.JSONDecodeError as error:
         raise SlmError(f"{what} is not JSON: {path}, line {error.lineno}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+        raise SlmError(f"{what} cannot be read: {path} ({error})") from None
     if not isinstance(value, dict):
         raise SlmError(f"{what} is not a JSON object: {path}")
     return value
@@ -185,14 +187,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def member(directory: Path, name: str) -> Path:
+def member(directory: Path, name: str, *, links: bool = False) -> Path:
     """Resolves `name`, as an artifact's own files spell it, inside `directory`.
+
+    Args:
+        directory: The artifact.
+        name: What it calls one of its files.
+        links: Whether a link in the directory may lead out of it, as those of the Hugging Face cache do.
 
     Raises:
         SlmError: When the name is absolute or leads, directly or through a link, out of the directory.
     """
     pure = PurePosixPath(name)
     path = directory / pure
-    if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(directory.resolve()):
+    inside = "\0" not in name and not pure.is_absolute() and ".." not in pure.parts
+    if not inside or not (links or path.resolve().is_relative_to(directory.resolve())):
         raise SlmError(f"{directory}: the name {name!r} leads out of the directory", "do not trust this artifact")
     return path

@@ -25,36 +25,44 @@ _GEMMA_VOCABULARIES = (262_144, 262_208)
 Notices = tuple[str, ...]
 
 
-def licence_notices(licence: str | None, origin: str) -> Notices:
-    """Returns the notices for weights that state a licence.
+def licence_notices(licence: str | None, origin: str, vocab_size: object) -> Notices:
+    """Returns the notices for weights that slm did not make.
+
+    The vocabulary is evidence, the licence a claim: weights with Gemma's vocabulary are Gemma's, whatever else is stated.
 
     Args:
         licence: Its name as a model card or a GGUF file has it ("gemma", "apache-2.0"); None when nothing is stated.
         origin: Where they came from.
+        vocab_size: How many tokens they know.
     """
-    if licence is None:
-        return ()
-    return _GEMMA if licence.lower().startswith("gemma") else (f"{origin} states the licence {licence}",)
+    gemma = vocab_size in _GEMMA_VOCABULARIES or (licence is not None and licence.lower().startswith("gemma"))
+    stated = (
+        () if licence is None or licence.lower().startswith("gemma") else (f"{origin} states the licence {licence}",)
+    )
+    return (*(_GEMMA if gemma else ()), *stated)
 
 
 def foreign_notices(path: Path, config: dict[str, Any]) -> Notices:
     """Returns the notices for a Hugging Face directory that slm did not make.
 
-    Its model card decides; without one, Gemma's vocabulary says that the weights are Gemma's.
-
     Args:
-        path: The directory.
+        path: The directory; its model card may state a licence.
         config: The contents of its config.json.
     """
-    card = path / "README.md"
-    if card.is_file():
-        front = re.match(r"---\n(.*?)\n---", read_text(card, "the model card"), flags=re.DOTALL)
-        stated = front and re.search(r"^license:\s*[\"']?([^\s\"'#]+)", front[1], flags=re.MULTILINE)
-        if stated:
-            return licence_notices(stated[1], path.name)
     text = config.get("text_config")
-    size = (text if isinstance(text, dict) else config).get("vocab_size")
-    return _GEMMA if size in _GEMMA_VOCABULARIES else ()
+    vocab_size = (text if isinstance(text, dict) else config).get("vocab_size")
+    return licence_notices(_card_licence(path / "README.md"), path.name, vocab_size)
+
+
+def _card_licence(card: Path) -> str | None:
+    """Returns the licence in a model card's front matter: a name, or the first of a list."""
+    if not card.is_file():
+        return None
+    front = re.match(r"---\r?\n(.*?)\n---", read_text(card, "the model card"), flags=re.DOTALL)
+    stated = front and re.search(
+        r"^license:[ \t]*(?:\[|\n[ \t]*-)?[ \t]*[\"']?([\w.+-]+)", front[1], flags=re.MULTILINE
+    )
+    return stated[1] if stated else None
 
 
 def recorded_notices(info: dict[str, Any]) -> Notices:

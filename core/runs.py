@@ -9,6 +9,7 @@ from slm.core.files import read_json
 from slm.core.manifest import MANIFEST_FILE
 
 RUNS = Path("runs")
+_IMPORTED = Path("checkpoint", "imported")
 
 
 def free_run(name: str) -> Path:
@@ -19,9 +20,13 @@ def free_run(name: str) -> Path:
     return path
 
 
-def imported_checkpoint(name: str) -> Path:
-    """Returns where the checkpoint of an imported model lies."""
-    return RUNS / name / "checkpoint" / "imported"
+def imported_checkpoint(name: str, source: str) -> Path:
+    """Returns where to put an imported model: where the same source was put before, or in a run of its own."""
+    for path in sorted(RUNS.glob(f"*/{_IMPORTED}/{INFO_FILE}")):
+        imported = read_json(path, INFO_FILE).get("imported")
+        if isinstance(imported, dict) and imported.get("source") == source:
+            return path.parent
+    return free_run(name) / _IMPORTED
 
 
 def newest_run() -> Path:
@@ -39,10 +44,11 @@ def newest_checkpoint() -> Path:
     Raises:
         SlmError: When there is none.
     """
-    found = (path for kind in ("last", "best", "imported") for path in RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}"))
-    of_each_run = {path.parent.parent: path for path in found}  # the best takes the place of the last
+    trained = (path for kind in ("last", "best") for path in RUNS.glob(f"*/checkpoint/{kind}/{INFO_FILE}"))
+    of_each_run = {path.parent.parent: path for path in trained}  # the best takes the place of the last
+    found = [*of_each_run.values(), *RUNS.glob(f"*/{_IMPORTED}/{INFO_FILE}")]
     hint = "slm train or slm import makes one, or name a checkpoint directory"
-    return _newest(of_each_run.values(), "checkpoint", hint).parent
+    return _newest(found, "checkpoint", hint).parent
 
 
 def newest_bundle(*, quantized: bool | None = None) -> Path:

@@ -71,6 +71,7 @@ class Tokenizer:
         config = read_json(beside, TOKENIZER_CONFIG_FILE) if beside.is_file() else {}
         if template.is_file():
             config["chat_template"] = read_text(template, "the chat template")
+        config |= _one_template(config)
         return cls(backend, config)
 
     def save(self, directory: Path) -> None:
@@ -130,3 +131,15 @@ class Tokenizer:
         rest = self.decode(seen)[length:]
         if rest:
             yield rest
+
+
+def _one_template(config: dict[str, Any]) -> dict[str, str]:
+    """Returns the default of several chat templates, which transformers also allows as a list of names and templates."""
+    templates = config.get("chat_template")
+    if not isinstance(templates, list):
+        return {}
+    named = {each.get("name"): each.get("template") for each in templates if isinstance(each, dict)}
+    default = named.get("default")
+    if not isinstance(default, str):
+        raise SlmError("tokenizer_config.json has several chat templates and none is the default", "keep one of them")
+    return {"chat_template": default}

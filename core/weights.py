@@ -102,7 +102,7 @@ def weight_files(path: Path) -> list[Path]:
     index = read_json(path / INDEX_FILE, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise SlmError(f"{path / INDEX_FILE} has no weight_map of names to files")
-    files = [member(path, name) for name in sorted({*index.values()})]
+    files = [member(path, name, links=True) for name in sorted({*index.values()})]
     for file in files:
         if not file.is_file():
             raise SlmError(f"{path}: {file.name} is missing, which {INDEX_FILE} names", _AGAIN)

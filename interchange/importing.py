@@ -7,10 +7,18 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from slm.core.checkpoint import CONFIG_FILE, check_tensors, notices_of, read_info, tensor_shapes, write_checkpoint
+from slm.core.checkpoint import (
+    CHECKPOINT_FILES,
+    CONFIG_FILE,
+    check_tensors,
+    notices_of,
+    read_info,
+    tensor_shapes,
+    write_checkpoint,
+)
 from slm.core.config import Dtype, ModelConfig
 from slm.core.errors import SlmError
-from slm.core.files import sha256_file
+from slm.core.files import check_replaceable, sha256_file
 from slm.core.licence import Notices, modified
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
@@ -101,6 +109,7 @@ def import_model(
     model, kind, notices, origin = _open(source, revision, progress)
     if out.resolve() == model.path.resolve():
         raise SlmError(f"{out} is what is to be imported; it is kept", "name another --out")
+    check_replaceable(out.resolve(), CHECKPOINT_FILES)
     wanted = tensor_shapes(model.config)
     tied = {HEAD} if model.config.tie_word_embeddings else set()
     check_tensors({n: s for n, s in model.shapes.items() if n not in tied}, wanted, model.path)
@@ -128,6 +137,8 @@ def _open(
 ) -> tuple[GgufModel | HuggingFaceModel, Literal["gguf", "huggingface"], Notices, dict[str, Any]]:
     """Returns the model, its kind, its licence notices and what it recorded of its own making."""
     path = Path(source)
+    if revision is not None and not is_hub_id(source):
+        raise SlmError("a revision is for models on the hub", "leave --revision out")
     if is_gguf(path):
         progress.note(f"reading {path}")
         gguf = GgufModel(path)
@@ -154,6 +165,9 @@ def _fitting(model: Source) -> Tokenizer:
         raise SlmError(
             f"{model.path}: the tokenizer has {len(vocabulary):,} tokens and the embedding {model.config.vocab_size:,} rows"
         )
+    before = tokenizer.encode("")
+    if before and max(before) >= model.config.vocab_size:
+        raise SlmError(f"{model.path}: the tokenizer puts a token before a text that the embedding has no row for")
     return tokenizer
 
 

@@ -66,6 +66,11 @@ def generate(
     """
     if not prompt:
         raise SlmError("the prompt has no tokens", "give some text")
+    if not 0 <= min(prompt) <= max(prompt) < decoder.vocab_size:
+        raise SlmError(
+            f"the prompt has a token of id {max(prompt):,}, and the model {decoder.vocab_size:,} of them",
+            "a token for pictures, perhaps, which this model does not see; leave it out",
+        )
     if len(prompt) >= decoder.context:
         raise SlmError(
             f"the prompt has {len(prompt):,} tokens and the context {decoder.context:,}", "shorten the prompt"

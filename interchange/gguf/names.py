@@ -6,6 +6,8 @@ GGUF stores norm weights with the 1 already added, and shapes with the fastest d
 from slm.core.weights import EMBEDDING, HEAD
 
 ARCHITECTURE = "gemma3"
+# Where slm keeps licence notices, one by one; other programs show general.license and general.description.
+NOTICES_KEY = "slm.notices"
 
 _MODEL = {"token_embd": EMBEDDING, "output_norm": "model.norm.weight", "output": HEAD}
 _LAYER = {

@@ -14,7 +14,7 @@ from slm.core.tokenizer import END_OF_TURN, Tokenizer
 from slm.core.weights import Array, Shape, check_finite
 from slm.interchange.gguf import tokenizer as vocabulary
 from slm.interchange.gguf.lengths import MAGIC, check_lengths
-from slm.interchange.gguf.names import ARCHITECTURE, is_norm, query_scalar, tensor_names
+from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, is_norm, query_scalar, tensor_names
 
 
 def is_gguf(path: Path) -> bool:
@@ -60,7 +60,11 @@ class GgufModel:
             ) from None
         self.path = path
         self._check_kind()
-        self.config = self._config({tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors})
+        shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
+        try:
+            self.config = self._config(shapes)
+        except (ArithmeticError, TypeError, ValueError) as error:  # text for a number, zero heads
+            raise SlmError(f"{path}: a setting has an impossible value ({error})") from None
         names = tensor_names(self.config.num_hidden_layers)
         self._tensors = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
         self.shapes: Mapping[str, Shape] = {
@@ -77,9 +81,11 @@ class GgufModel:
     @property
     def notices(self) -> Notices:
         """The licence notices that its metadata ask for."""
+        written = self.fields.get(NOTICES_KEY)
+        if isinstance(written, list) and written:  # by slm, with what was done to the weights since
+            return tuple(map(str, written))
         licence = self.fields.get("general.license")
-        gemma = "gemma" in self.name.lower() or "gemma" in str(self.fields.get("general.basename", "")).lower()
-        return licence_notices(str(licence) if licence else "gemma" if gemma else None, self.path.name)
+        return licence_notices(str(licence) if licence else None, self.path.name, self.config.vocab_size)
 
     def read(self, name: str) -> Array:
         """Returns a tensor in float32, norm weights without their 1.
@@ -111,7 +117,13 @@ class GgufModel:
         Raises:
             SlmError: When it is of a kind that slm does not know.
         """
-        return vocabulary.from_gguf(self.fields, self.path, self.config.max_position_embeddings)
+        try:
+            return vocabulary.from_gguf(self.fields, self.path, self.config.max_position_embeddings)
+        except SlmError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exceptions for merges without their tokens
+            reason = " ".join(str(error).split())
+            raise SlmError(f"{self.path}: the tokenizer is damaged ({reason})", "copy or download it again") from None
 
     def _check_kind(self) -> None:
         architecture = self.fields.get("general.architecture")
@@ -120,13 +132,14 @@ class GgufModel:
                 f"{self.path}: general.architecture is {architecture!r}, not {ARCHITECTURE!r}",
                 "slm runs Gemma 3 text models",
             )
-        if self._setting("final_logit_softcapping", 0.0, model=True):
-            raise SlmError(f"{self.path} asks for final_logit_softcapping, which slm does not compute")
+        for name in ("final_logit_softcapping", "attn_logit_softcapping", "attention.scale"):
+            if self._setting(name, 0.0):
+                raise SlmError(f"{self.path} asks for {name}, which slm does not compute")
         if int(self.fields.get("split.count", 1)) > 1:
             raise SlmError(f"{self.path} is one of several files", "join them first: llama-gguf-split --merge")
 
-    def _setting(self, key: str, default: Any = None, *, model: bool = True) -> Any:
-        value = self.fields.get(f"{ARCHITECTURE}.{key}" if model else key, default)
+    def _setting(self, key: str, default: Any = None) -> Any:
+        value = self.fields.get(f"{ARCHITECTURE}.{key}", default)
         if value is None:
             raise SlmError(f"{self.path}: the setting {ARCHITECTURE}.{key} is missing")
         return value
@@ -139,6 +152,8 @@ class GgufModel:
         heads, context = int(self._setting("attention.head_count")), int(self._setting("context_length"))
         kv_heads = self._setting("attention.head_count_kv", heads)
         head_dim = int(self._setting("attention.key_length", hidden // heads))
+        if int(self._setting("rope.dimension_count", head_dim)) != head_dim:
+            raise SlmError(f"{self.path} asks for rope.dimension_count, which slm does not compute")
         if isinstance(kv_heads, list) and len(set(kv_heads)) == 1:
             kv_heads = kv_heads[0]
         if isinstance(kv_heads, list) or int(self._setting("attention.value_length", head_dim)) != head_dim:
@@ -146,9 +161,10 @@ class GgufModel:
                 f"{self.path}: heads that differ from layer to layer or from keys to values are not Gemma 3's"
             )
         full: dict[str, Any] = {"rope_theta": _decimal(self._setting("rope.freq_base", 10_000.0))}
-        scaling = self._setting("rope.scaling.type", "none")
-        if scaling != "none":
-            full |= {"rope_type": scaling, "factor": _decimal(self._setting("rope.scaling.factor"))}
+        factor = self._setting("rope.scaling.factor", self._setting("rope.scale_linear", 0.0))
+        scaling = self._setting("rope.scaling.type", "linear" if factor else "none")  # linear is llama.cpp's default
+        if scaling != "none" and factor:
+            full |= {"rope_type": scaling, "factor": _decimal(factor)}
         window = int(self._setting("attention.sliding_window", 0))
         sliding = {"rope_theta": _decimal(self._setting("rope.freq_base_swa", 10_000.0))}
         eos, pad, bos = (self._token(f"{kind}_token_id") for kind in ("eos", "padding", "bos"))
@@ -178,7 +194,8 @@ class GgufModel:
         pattern = self._setting("attention.sliding_window_pattern", 6)
         if isinstance(pattern, list):
             return tuple(SLIDING if slides else FULL for slides in pattern)
-        return layer_pattern(layers, int(pattern))
+        # For llama.cpp a pattern of 0 means that every layer slides.
+        return layer_pattern(layers, int(pattern)) if pattern else (SLIDING,) * layers
 
     def _token(self, key: str) -> int | None:
         value = self.fields.get(f"tokenizer.ggml.{key}")

@@ -22,6 +22,8 @@ _SPACE = "▁"
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _GPT2_PRE = ("gpt-2", "gpt2")
 _PAD_PREFIX = "[PAD"
+# Gemma's longest token has 31 characters; a token of a million would be taken apart in a million ways.
+_MAX_TOKEN_CHARACTERS = 1024
 
 
 class TokenType(IntEnum):
@@ -49,6 +51,8 @@ def from_gguf(fields: Mapping[str, Any], path: Path, max_length: int) -> Tokeniz
     kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "default")
     tokens = list(fields.get("tokenizer.ggml.tokens", []))
     types = [TokenType(kind) for kind in fields.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))]
+    if any(len(token) > _MAX_TOKEN_CHARACTERS for token in tokens):
+        raise SlmError(f"{path}: a token is longer than {_MAX_TOKEN_CHARACTERS:,} characters")
     if not tokens or len(tokens) != len(types):
         raise SlmError(f"{path} carries no whole vocabulary ({len(tokens):,} tokens, {len(types):,} types)")
     if kind == "llama":
@@ -173,6 +177,8 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     added = {token["id"]: token for token in document["added_tokens"]}
     tokens = [f"{_PAD_PREFIX}{i}]" for i in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
+    if max(model["vocab"].values()) >= vocab_size:
+        raise SlmError(f"the tokenizer has more tokens than the embedding's {vocab_size:,} rows")
     for token, i in model["vocab"].items():
         tokens[i], types[i] = token, TokenType.NORMAL
     for i, token in added.items():

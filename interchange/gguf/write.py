@@ -15,7 +15,7 @@ from slm.core.licence import GEMMA_TERMS, Notices, is_gemma, modified
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Array, Weights
-from slm.interchange.gguf.names import ARCHITECTURE, is_norm, is_query_norm, query_scalar, tensor_names
+from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, is_norm, is_query_norm, query_scalar, tensor_names
 from slm.interchange.gguf.read import GgufModel, is_gguf
 from slm.interchange.gguf.tokenizer import to_gguf
 
@@ -60,7 +60,7 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
             the configuration or the tokenizer, or the file that was written does not hold what the checkpoint holds.
     """
     progress = progress or Silent()
-    if path.exists() and not is_gguf(path):
+    if path.exists() and not is_gguf(path):  # a link to a GGUF file is replaced, not what it leads to
         raise SlmError(f"{path} exists and is not a GGUF file", "name another --out")
     notices = modified(notices_of(checkpoint), f"converted to GGUF ({kind.upper()})")
     source = _Source(read_config(checkpoint), Weights(checkpoint), Tokenizer.load(checkpoint), path.stem, notices)
@@ -117,6 +117,7 @@ def _write(path: Path, source: _Source, kind: GgufType, progress: Progress) -> N
     writer.add_quantization_version(2)
     if source.notices:
         writer.add_description("\n".join(source.notices))
+        writer.add_array(NOTICES_KEY, list(source.notices))
     if is_gemma(source.notices):
         writer.add_license("gemma")
         writer.add_license_link(GEMMA_TERMS)

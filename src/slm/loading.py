@@ -40,4 +40,6 @@ def load(path: str | Path, *, device: Device = "cpu", threads: int | None = None
         model = load_checkpoint(path).to(device)
         return Model(Tokenizer.load(path), TorchDecoder(model), model.config.stop_token_ids)
     what = "not found" if not path.exists() else "neither a checkpoint nor a bundle"
+    if path.suffix == ".gguf":
+        raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {path}", f"slm import {path}")
     raise SlmError(f"{what}: {path}", "slm train makes a checkpoint, slm export --onnx a bundle")

@@ -34,7 +34,8 @@ TEMPLATES = {
     "namespace and json": """{% set ns = namespace(count=0) %}{% for m in messages %}{% if m.role == 'user' %}
 {% set ns.count = ns.count + 1 %}{% continue %}{% endif %}{{ m | tojson }}
 {% endfor %}{{ ns.count }} of {{ messages | length }}{{ messages | map(attribute='role') | join(', ') }}
-{{ messages[1].content | replace('b', 'c') }}{{ (messages[0].content ~ '\n' ~ 7) | indent(2) }}""",
+{{ messages[1].content | replace('b', 'c') }}{{ (messages[0].content ~ '\n' ~ 7) | indent(2) }}
+{{ messages | map(attribute='content') | join('|') }}{{ '-' * 5 }}{{ '%s!' % 3 }}{{ {'é': 1} | tojson(indent=2) }}""",
 }
 
 
@@ -50,7 +51,7 @@ BAD = {
     "loops that never end": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
     "a text repeated": "{{ 'x' * 10 ** 6 * 10 ** 6 }}",
     "a list repeated": "{{ [1] * 10000000000 }}",
-    "a number without end": "{{ 2 ** 10 ** 9 }}",
+    "a number without end": "{{ 2 ** (10 ** 9) }}",
     "a text doubled": "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "a text doubled by ~": "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "a text grown by replacing": "{% set n = namespace(x='aa') %}{% for i in range(99) %}"
@@ -60,7 +61,20 @@ BAD = {
     "a text formatted by %": "{{ '%10000000000d' % 1 }}",
     "a filter that pads": "{{ 'x' | center(10000000000) }}",
     "a filter that indents": "{{ 'x\ny' | indent(10000000000) }}",
-    "a long separator": "{{ range(90000) | join('x' * 1) }}{{ range(90000) | join(messages | string) }}",
+    "a list of itself, printed": "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% endfor %}{{ n.x }}",
+    "lists of themselves, compared": "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    "a list cut up, while compiling": "{{ [1] | slice(300000000) | list | length }}",
+    "a list filled up": "{{ messages | batch(300000000, 0) | list | length }}",
+    "bytes padded": "{{ 'x'.encode().center(3000000000) | length }}",
+    "a number rounded": "{{ 1 | round(-100000000) }}",
+    "a number squared": "{% set n = namespace(x=99) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "lists kept": "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = [n.x, range(99999) | list] %}"
+    "{% endfor %}",
+    "no number": "{{ 1e999 | int }}",
+    "a break from nothing": "{% break %}",
+    "loops in loops": "{% for a in messages %}" * 30 + "{% endfor %}" * 30,
     "much output": "{% for a in range(90000) %}" + 100 * "x" + "{% endfor %}",
     "a long template": "x" * 70_000,
     "Python's insides": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -78,16 +92,8 @@ def test_what_would_cost_too_much_is_refused(name: str) -> None:
     started = time.monotonic()
     with pytest.raises(SlmError, match="chat template") as caught:
         render(BAD[name], CONVERSATION, {})
-    assert time.monotonic() - started < MAX_SECONDS + 1
-    assert "\n" not in caught.value.message
-
-
-def test_a_tracer_is_given_back() -> None:
-    import sys
-
-    before = sys.gettrace()
-    render(CHAT_TEMPLATE, CONVERSATION, {"bos_token": ""})
-    assert sys.gettrace() is before
+    assert time.monotonic() - started < 2 * MAX_SECONDS + 2
+    assert "\n" not in caught.value.message and len(caught.value.message) < 300
 
 
 @pytest.fixture

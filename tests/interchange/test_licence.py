@@ -58,7 +58,8 @@ def test_from_import_to_everything(gemma: Path, slm: Callable[..., Any]) -> None
 
     assert slm("export", "--gguf", "--gguf-type", "f32").code == 0
     assert slm("import", run / "gguf/gemma-f32.gguf", "--out", "back").code == 0
-    assert read_info(Path("back"))["notices"][0] == SENTENCE
+    back = read_info(Path("back"))["notices"]
+    check(Path("back"), back, stored, "converted to GGUF (F32)", "weights of 54 tensors (F32) stored as float32")
 
 
 def test_a_directory_used_without_import_carries_it_too(gemma: Path, slm: Callable[..., Any]) -> None:
@@ -71,7 +72,11 @@ def test_a_directory_used_without_import_carries_it_too(gemma: Path, slm: Callab
     [
         ("---\nlicense: gemma\n---\n", 320, SENTENCE),
         ('---\nlicense: "gemma"  # see there\n---\n', 320, SENTENCE),
-        ("---\nlicense: apache-2.0\n---\n", 262_144, "model states the licence apache-2.0"),
+        ("---\nlicense: apache-2.0\n---\n", 320, "model states the licence apache-2.0"),
+        ("---\nlicense: apache-2.0\n---\n", 262_144, SENTENCE),  # its vocabulary says otherwise
+        ("---\nlicense:\n- gemma\n---\n", 320, SENTENCE),
+        ("---\nlicense: [gemma]\n---\n", 320, SENTENCE),
+        ("---\nlicense:\nlanguage: en\n---\n", 320, None),
         (None, 262_144, SENTENCE),
         (None, 262_208, SENTENCE),
         (None, 320, None),
