@@ -111,7 +111,7 @@ def test_another_activation_is_refused(
     assert not FILE.exists()
 
 
-@pytest.mark.parametrize("what", ["tensor", "setting", "token"])
+@pytest.mark.parametrize("what", ["tensor", "setting", "stop", "token"])
 def test_a_file_that_is_not_the_checkpoint_does_not_appear(
     shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -121,8 +121,11 @@ def test_a_file_that_is_not_the_checkpoint_does_not_appear(
             GGUFWriter, "write_tensor_data", lambda self, t, **k: data(self, t * np.float32(1.001), **k)
         )
     elif what == "setting":
+        add = GGUFWriter.add_sliding_window
+        monkeypatch.setattr(GGUFWriter, "add_sliding_window", lambda self, n: add(self, n + 1))
+    elif what == "stop":
         monkeypatch.setattr(
-            GGUFWriter, "add_sliding_window", lambda self, n: self.add_uint32("gemma3.rope.freq_base_x", n)
+            GGUFWriter, "add_eos_token_id", lambda self, n: self.add_uint32("tokenizer.ggml.eos_token_id", 77)
         )
     else:
         original = to_gguf
@@ -132,10 +135,6 @@ def test_a_file_that_is_not_the_checkpoint_does_not_appear(
     with pytest.raises(SlmError, match="GGUF file"):
         write(shared_checkpoint)
     assert list(Path.cwd().iterdir()) == []
-
-
-def fields(path: Path = FILE) -> dict[str, Any]:
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
 
 
 def rewrite(path: Path, architecture: str = "gemma3", drop: tuple[str, ...] = (), **changes: Any) -> None:
@@ -192,6 +191,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a setting missing": (lambda p: rewrite(p, drop=("gemma3.block_count",)), "setting gemma3.block_count is missing"),
     "soft-capping": (lambda p: rewrite(p, **{"gemma3.final_logit_softcapping": 30.0}), "final_logit_softcapping"),
     "a part of several": (lambda p: rewrite(p, **{"split.count": 3}), "one of several files"),
+    "an endless number of layers": (lambda p: rewrite(p, **{"gemma3.block_count": 2**31}), "num_hidden_layers"),
+    "no heads": (lambda p: rewrite(p, **{"gemma3.attention.head_count": 0}), "impossible value"),
+    "an infinite epsilon": (
+        lambda p: rewrite(p, **{"gemma3.attention.layer_norm_rms_epsilon": float("inf")}),
+        "rms_norm_eps",
+    ),
+    "a part of the rotation": (lambda p: rewrite(p, **{"gemma3.rope.dimension_count": 16}), "rope.dimension_count"),
+    "a merge of nothing": (lambda p: rewrite(p, **{"tokenizer.ggml.merges": ["zz yy"]}), "tokenizer is damaged"),
     "too few layers": (lambda p: rewrite(p, **{"gemma3.block_count": 3}), "layer_types has 4 entries for 3 layers"),
     "an unknown tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.model": "bert"}), "tokenizer is 'bert'"),
     "an unknown pre-tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.pre": "qwen2"}), "pre-tokenizer 'qwen2'"),
@@ -318,6 +325,10 @@ def test_somebody_elses_file_is_kept(shared_checkpoint: Path) -> None:
 
 
 def test_the_command(shared_checkpoint: Path, slm: Callable[..., Any]) -> None:
+    assert slm("export", "--gguf", shared_checkpoint, "--out", "new").code == 0
+    assert [file.name for file in Path("new").iterdir()] == ["random-f16.gguf"]
+    assert "slm import" in slm("generate", "new/random-f16.gguf", "-p", "x").err
+    assert "slm import" in slm("export", "--onnx", "new/random-f16.gguf").err
     result = slm("export", "--gguf", shared_checkpoint, "--gguf-type", "q8_0", "--out", "x.gguf", "--json")
     shown = json.loads(result.out)
     assert (result.code, shown["gguf"], shown["types"]) == (0, "x.gguf", {"F32": 25, "Q8_0": 29})
@@ -325,6 +336,7 @@ def test_the_command(shared_checkpoint: Path, slm: Callable[..., Any]) -> None:
     assert slm("export", shared_checkpoint).code == 2
     assert slm("export", "--gguf", "--onnx", shared_checkpoint).code == 2
     assert slm("export", "--gguf", "--context", 64, shared_checkpoint).code == 2
+    assert slm("export", "--onnx", "--gguf-type", "f16", shared_checkpoint).code == 2
 
 
 def test_no_length_is_believed(shared_checkpoint: Path) -> None:
@@ -357,3 +369,11 @@ def test_cut_anywhere_it_is_refused(shared_checkpoint: Path) -> None:
         with pytest.raises(SlmError):
             import_model(str(FILE), Path("out"))
     assert not Path("out").exists()
+
+
+def test_a_factor_alone_stretches_linearly(shared_checkpoint: Path) -> None:
+    """As llama.cpp takes it."""
+    write(shared_checkpoint)
+    rewrite(FILE, **{"gemma3.rope.scaling.factor": 8.0})
+    rope = GgufModel(FILE).config.rope_parameters[FULL]
+    assert (rope.rope_type, rope.factor) == ("linear", 8.0)

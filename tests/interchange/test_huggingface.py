@@ -102,6 +102,21 @@ def test_several_files_behind_an_index(directory: Path, theirs: transformers.Gem
     assert not Path("other").exists()
 
 
+@torch.no_grad()
+def test_the_layout_of_the_hubs_cache(directory: Path, theirs: transformers.Gemma3ForCausalLM) -> None:
+    """Files are links out of the snapshot, several safetensors among them."""
+    (directory / "model.safetensors").unlink()
+    theirs.save_pretrained(directory, max_shard_size="100kB")
+    snapshot, blobs = Path("models--a--b/snapshots/0f"), Path("models--a--b/blobs")
+    for path in (snapshot, blobs):
+        path.mkdir(parents=True)
+    for i, file in enumerate(sorted(directory.iterdir())):
+        file.rename(blobs / f"{i:040x}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{i:040x}")
+    import_model(str(snapshot), OUT)
+    torch.testing.assert_close(load_checkpoint(OUT)(IDS), theirs(IDS).logits, atol=3e-5, rtol=0)
+
+
 def test_an_index_leads_nowhere_else(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory.parent / "elsewhere.safetensors")
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
@@ -187,11 +202,29 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"wrong shape: {NAME} \\(2, 3\\) instead of \\(96, 64\\)",
     ),
     "not a number": (lambda p: retensor(p, lambda t: t[NAME].__setitem__((0, 0), np.nan)), f"{NAME} holds 1 values"),
-    "infinite": (lambda p: retensor(p, lambda t: t[NAME].__setitem__(0, np.inf)), f"{NAME} holds 64 values"),
+    "infinite weights": (lambda p: retensor(p, lambda t: t[NAME].__setitem__(0, np.inf)), f"{NAME} holds 64 values"),
     "integers": (
         lambda p: retensor(p, lambda t: t.update({NAME: np.ones((96, 64), np.int8)})),
         f"{NAME} is stored as I8",
     ),
+    "a pattern of text": (
+        lambda p: edit(p / "config.json", layer_types=None, sliding_window_pattern="6"),
+        "sliding_window_pattern '6'",
+    ),
+    "scaling of text": (lambda p: edit(p / "config.json", rope_scaling="linear"), "rope_scaling='linear'"),
+    "two scalings": (
+        lambda p: edit(p / "config.json", rope_scaling={"rope_type": "linear", "factor": 4.0}),
+        "says something else",
+    ),
+    "endless layers": (
+        lambda p: edit(p / "config.json", num_hidden_layers=10**12, layer_types=None),
+        "num_hidden_layers",
+    ),
+    "endless nesting": (
+        lambda p: (p / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000),
+        "config.json cannot be read",
+    ),
+    "an infinite epsilon": (lambda p: edit(p / "config.json", rms_norm_eps=float("inf")), "rms_norm_eps"),
     "an unknown field": (lambda p: edit(p / "config.json", surprise=1), "surprise"),
     "another architecture": (lambda p: edit(p / "config.json", model_type="llama"), "'llama'"),
     "no text part": (lambda p: edit(p / "config.json", model_type="gemma3"), "no text_config"),
@@ -226,6 +259,24 @@ def test_the_command_chains(directory: Path, slm: Callable[..., Any]) -> None:
     exported = slm("export", "--onnx", "--json")
     assert exported.code == 0 and "runs/hf/checkpoint/imported" in exported.err
     assert Path("runs/hf/onnx/manifest.json").is_file()
+
+
+def test_a_token_that_the_model_has_no_row_for(directory: Path, slm: Callable[..., Any]) -> None:
+    """As in Gemma's own tokenizer, whose token for pictures lies beyond the text model's rows."""
+    document = json.loads((directory / "tokenizer.json").read_text())
+    beyond = dict(document["added_tokens"][0], id=320, content="<picture>")
+    document["added_tokens"].append(beyond)
+    (directory / "tokenizer.json").write_text(json.dumps(document))
+    assert slm("import", directory, "--out", OUT).code == 0
+    result = slm("generate", OUT, "-p", "see <picture> here")
+    assert result.code == 1 and "token of id 320" in result.err
+    assert slm("generate", OUT, "-p", "see here", "--max-new-tokens", 2).code == 0
+
+
+def test_other_sources_get_runs_of_their_own(directory: Path, slm: Callable[..., Any]) -> None:
+    other = Path(shutil.copytree(directory, "elsewhere/hf"))
+    made = [json.loads(slm("import", source, "--json").out)["checkpoint"] for source in (directory, other, directory)]
+    assert made == [f"runs/{run}/checkpoint/imported" for run in ("hf", "hf-2", "hf")]
 
 
 def test_a_source_is_kept(directory: Path) -> None:
