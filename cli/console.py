@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from slm.core.runs import not_exported
+
 STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
 STDOUT = Console(highlight=False, soft_wrap=True)
 
@@ -18,6 +21,13 @@ STDOUT = Console(highlight=False, soft_wrap=True)
 def say(text: str) -> None:
     """Says one line about what is going on."""
     STDERR.print(escape(text))
+
+
+def say_if_not_exported(bundle: Path) -> None:
+    """Says so when a checkpoint is newer than the bundle that a command takes because nothing was named."""
+    checkpoint = not_exported(bundle)
+    if checkpoint is not None:
+        say(f"note: {checkpoint} is newer than {bundle} and not exported; slm export --onnx does that")
 
 
 def say_error(message: str, hint: str | None = None) -> None:

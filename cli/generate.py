@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slm.cli.console import print_json, say
+from slm.cli.console import print_json, say, say_if_not_exported
 from slm.cli.options import json_option, seed_option
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
@@ -122,6 +122,7 @@ def _default_model() -> Path:
     try:
         path = newest_bundle()
         say("no MODEL named: the newest bundle under ./runs")
+        say_if_not_exported(path)
     except SlmError:
         from slm.runtime import shipped
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.console import RichProgress, print_json, print_table, say, say_if_not_exported
 from slm.cli.options import json_option, out_option
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_bundle
@@ -52,6 +52,7 @@ def quantize(
     started = time.perf_counter()
     if bundle is None:
         bundle = newest_bundle(quantized=False)
+        say_if_not_exported(bundle)
         say(f"no BUNDLE named: the newest, {bundle}")
     source = Bundle.open(bundle)
     text = measuring_text(source, data, tokens)

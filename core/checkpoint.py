@@ -39,7 +39,17 @@ def read_config(path: Path) -> ModelConfig:
             raise SlmError(f"a GGUF file is not a checkpoint: {path}", f"slm import {path}")
         kind = "not found" if not path.exists() else "not a checkpoint"
         raise SlmError(f"{kind}: {path}", f"a checkpoint is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    return ModelConfig.from_hf(read_json(path / CONFIG_FILE, CONFIG_FILE))
+    return ModelConfig.from_hf(with_stop_tokens(read_json(path / CONFIG_FILE, CONFIG_FILE), path))
+
+
+def with_stop_tokens(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Returns a config.json's contents with the tokens that end a text as `generation_config.json` beside it has them.
+
+    Of some instruction-tuned models they stand there alone.
+    """
+    file = path / GENERATION_CONFIG_FILE
+    stops = read_json(file, GENERATION_CONFIG_FILE).get("eos_token_id") if file.is_file() else None
+    return dict(fields) if stops is None else {**fields, "eos_token_id": stops}
 
 
 def read_info(path: Path) -> dict[str, Any]:

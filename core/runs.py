@@ -69,6 +69,16 @@ def newest_bundle(*, quantized: bool | None = None) -> Path:
     return _newest(found, "bundle", hint).parent
 
 
+def not_exported(bundle: Path) -> Path | None:
+    """Returns the newest checkpoint if it is newer than a bundle, so that a command can say which of them it takes."""
+    try:
+        checkpoint = newest_checkpoint()
+    except SlmError:
+        return None
+    times = [(path / file).stat().st_mtime_ns for path, file in ((checkpoint, INFO_FILE), (bundle, MANIFEST_FILE))]
+    return checkpoint if times[0] > times[1] else None
+
+
 def run_of(artifact: Path) -> Path:
     """Returns the run directory that an artifact lies in, for what is made from it to lie beside it."""
     for parent in artifact.resolve().parents:

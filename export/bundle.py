@@ -1,5 +1,6 @@
 """A checkpoint becomes a bundle: graph, tokenizer, configuration and manifest in one directory, proved before it appears."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.core.weights import Weights, weights_sha256
 from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, released, save_graph
 from slm.version import __version__
@@ -61,9 +62,10 @@ def export_bundle(
         progress.note(f"writing {config.parameter_count():,} parameters in float32")
         with released():
             _write_graph(checkpoint, config, context, model)
-        for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+        for name in (GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):
             if (checkpoint / name).is_file():
                 shutil.copy(checkpoint / name, directory / name)
+        (directory / CONFIG_FILE).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
         notices = modified(notices_of(checkpoint), "exported to ONNX")
         write_notice(directory, notices)
         manifest = Manifest(

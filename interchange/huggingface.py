@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
+from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, with_stop_tokens
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import read_json
@@ -83,11 +83,7 @@ class HuggingFaceModel:
                 raise SlmError(f"{self.path / CONFIG_FILE} has no text_config")
             whole = {name: fields[name] for name in ("eos_token_id", "tie_word_embeddings") if name in fields}
             fields = {"model_type": "gemma3_text"} | text | whole
-        # What ends a text of an instruction-tuned model stands in generation_config.json alone for some of them.
-        stops = self.generation.get("eos_token_id")
-        if stops is not None:
-            fields["eos_token_id"] = stops
-        return ModelConfig.from_hf(fields)
+        return ModelConfig.from_hf(with_stop_tokens(fields, self.path))
 
     def _text_name(self, name: str) -> str:
         if self._multimodal:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slm.core.config import FULL, SLIDING, LayerType, ModelConfig, layer_pattern
+from slm.core.config import FULL, MAX_LAYERS, SLIDING, LayerType, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import check_readable
 from slm.core.licence import Notices, licence_notices
@@ -149,6 +149,8 @@ class GgufModel:
         if embedding is None or len(embedding) != 2:
             raise SlmError(f"{self.path}: token_embd.weight is missing or not a matrix")
         layers, hidden = int(self._setting("block_count")), int(self._setting("embedding_length"))
+        if layers > MAX_LAYERS:
+            raise SlmError(f"{self.path}: gemma3.block_count is {layers:,}, at most {MAX_LAYERS:,}")
         heads, context = int(self._setting("attention.head_count")), int(self._setting("context_length"))
         kv_heads = self._setting("attention.head_count_kv", heads)
         head_dim = int(self._setting("attention.key_length", hidden // heads))
@@ -160,13 +162,13 @@ class GgufModel:
             raise SlmError(
                 f"{self.path}: heads that differ from layer to layer or from keys to values are not Gemma 3's"
             )
-        full: dict[str, Any] = {"rope_theta": _decimal(self._setting("rope.freq_base", 10_000.0))}
+        full: dict[str, Any] = {"rope_theta": decimal(self._setting("rope.freq_base", 10_000.0))}
         factor = self._setting("rope.scaling.factor", self._setting("rope.scale_linear", 0.0))
         scaling = self._setting("rope.scaling.type", "linear" if factor else "none")  # linear is llama.cpp's default
         if scaling != "none" and factor:
-            full |= {"rope_type": scaling, "factor": _decimal(factor)}
+            full |= {"rope_type": scaling, "factor": decimal(factor)}
         window = int(self._setting("attention.sliding_window", 0))
-        sliding = {"rope_theta": _decimal(self._setting("rope.freq_base_swa", 10_000.0))}
+        sliding = {"rope_theta": decimal(self._setting("rope.freq_base_swa", 10_000.0))}
         eos, pad, bos = (self._token(f"{kind}_token_id") for kind in ("eos", "padding", "bos"))
         return ModelConfig.checked(
             {
@@ -182,7 +184,7 @@ class GgufModel:
                 "rope_parameters": {FULL: full, SLIDING: sliding},
                 "query_pre_attn_scalar": query_scalar(layers, hidden, heads, head_dim),
                 "max_position_embeddings": context,
-                "rms_norm_eps": _decimal(self._setting("attention.layer_norm_rms_epsilon")),
+                "rms_norm_eps": decimal(self._setting("attention.layer_norm_rms_epsilon")),
                 "tie_word_embeddings": "output.weight" not in gguf_shapes,
                 "bos_token_id": bos,
                 "eos_token_id": self._stop_tokens(eos),
@@ -211,6 +213,6 @@ class GgufModel:
         return stops[0] if len(stops) == 1 else stops or None
 
 
-def _decimal(value: Any) -> float:
+def decimal(value: Any) -> float:
     """Returns a float32 as the shortest decimal that stands for it: 1e-06 instead of 9.99999997e-07."""
     return float(str(np.float32(value)))

@@ -16,7 +16,7 @@ from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Array, Weights
 from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, is_norm, is_query_norm, query_scalar, tensor_names
-from slm.interchange.gguf.read import GgufModel, is_gguf
+from slm.interchange.gguf.read import GgufModel, decimal, is_gguf
 from slm.interchange.gguf.tokenizer import to_gguf
 
 GgufType = Literal["f32", "f16", "q8_0"]
@@ -171,9 +171,17 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
     if SLIDING in config.layer_types:
         writer.add_sliding_window(config.sliding_window)
         writer.add_float32(f"{ARCHITECTURE}.rope.freq_base_swa", config.rope_parameters[SLIDING].rope_theta)
-        if config.layer_types != layer_pattern(config.num_hidden_layers):
-            slides = [kind == SLIDING for kind in config.layer_types]
-            writer.add_array(f"{ARCHITECTURE}.attention.sliding_window_pattern", slides)
+        _add_pattern(writer, config)
+
+
+def _add_pattern(writer: Any, config: ModelConfig) -> None:
+    """Adds which layers slide, unless it is every sixth that does not: as a period, or layer by layer where there is none."""
+    key, layers = f"{ARCHITECTURE}.attention.sliding_window_pattern", config.num_hidden_layers
+    periods = [every for every in range(1, layers + 2) if layer_pattern(layers, every) == config.layer_types]
+    if not periods:  # only recent versions of llama.cpp read this one
+        writer.add_array(key, [kind == SLIDING for kind in config.layer_types])
+    elif config.layer_types != layer_pattern(layers):
+        writer.add_uint32(key, periods[0])
 
 
 def _add_vocabulary(writer: Any, key: str, value: Any) -> None:
@@ -228,7 +236,13 @@ def _compare(written: GgufModel, source: _Source, progress: Progress) -> float:
         SlmError: When a setting, the tokenizer or a tensor is not what it should be.
     """
     config, nothing = source.config, "nothing was written"
-    wanted = config.model_copy(update={"query_pre_attn_scalar": source.scalar})
+    # Numbers are kept in float32, in which llama.cpp computes with them.
+    ropes = {
+        kind: rope.model_copy(update={"rope_theta": decimal(rope.rope_theta), "factor": decimal(rope.factor)})
+        for kind, rope in config.rope_parameters.items()
+    }
+    changes = {"rope_parameters": ropes, "rms_norm_eps": decimal(config.rms_norm_eps)}
+    wanted = config.model_copy(update={"query_pre_attn_scalar": source.scalar} | changes)
     for field in type(config).model_fields:
         ours, theirs = getattr(wanted, field), getattr(written.config, field)
         if field == "rope_parameters":  # a kind of layer that does not occur has none in the file

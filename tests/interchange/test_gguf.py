@@ -81,7 +81,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain scale": {"query_pre_attn_scalar": 32},
     "one stop": {"eos_token_id": 0},
     "padded vocabulary": {"vocab_size": 384},
-    "other epsilon": {"rms_norm_eps": 1e-5},
+    "no period": {"layer_types": (FULL, SLIDING, FULL, FULL)},
+    "other numbers": {
+        "rms_norm_eps": 1.23456789e-5,
+        "rope_parameters": {
+            SLIDING: RopeParameters(rope_theta=123.456789012),
+            FULL: RopeParameters(rope_theta=12345.678901234),
+        },
+    },
 }
 
 
@@ -191,7 +198,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a setting missing": (lambda p: rewrite(p, drop=("gemma3.block_count",)), "setting gemma3.block_count is missing"),
     "soft-capping": (lambda p: rewrite(p, **{"gemma3.final_logit_softcapping": 30.0}), "final_logit_softcapping"),
     "a part of several": (lambda p: rewrite(p, **{"split.count": 3}), "one of several files"),
-    "an endless number of layers": (lambda p: rewrite(p, **{"gemma3.block_count": 2**31}), "num_hidden_layers"),
+    "an endless number of layers": (lambda p: rewrite(p, **{"gemma3.block_count": 2**31}), "gemma3.block_count is"),
     "no heads": (lambda p: rewrite(p, **{"gemma3.attention.head_count": 0}), "impossible value"),
     "an infinite epsilon": (
         lambda p: rewrite(p, **{"gemma3.attention.layer_norm_rms_epsilon": float("inf")}),
@@ -199,7 +206,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a part of the rotation": (lambda p: rewrite(p, **{"gemma3.rope.dimension_count": 16}), "rope.dimension_count"),
     "a merge of nothing": (lambda p: rewrite(p, **{"tokenizer.ggml.merges": ["zz yy"]}), "tokenizer is damaged"),
-    "too few layers": (lambda p: rewrite(p, **{"gemma3.block_count": 3}), "layer_types has 4 entries for 3 layers"),
+    "too few layers": (lambda p: rewrite(p, **{"gemma3.block_count": 3}), "left over: blk.3.attn_k.weight"),
     "an unknown tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.model": "bert"}), "tokenizer is 'bert'"),
     "an unknown pre-tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.pre": "qwen2"}), "pre-tokenizer 'qwen2'"),
 }

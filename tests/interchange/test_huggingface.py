@@ -279,6 +279,24 @@ def test_other_sources_get_runs_of_their_own(directory: Path, slm: Callable[...,
     assert made == [f"runs/{run}/checkpoint/imported" for run in ("hf", "hf-2", "hf")]
 
 
+def test_a_bundle_older_than_the_newest_checkpoint_is_announced(directory: Path, slm: Callable[..., Any]) -> None:
+    assert slm("import", directory).code == 0 and slm("export", "--onnx").code == 0
+    assert "not exported" not in slm("generate", "-p", "x", "--max-new-tokens", 1).err
+    assert slm("import", Path(shutil.copytree(directory, "newer"))).code == 0
+    for command in (("generate", "-p", "x", "--max-new-tokens", 1), ("quantize", "--int8")):
+        assert "runs/newer/checkpoint/imported is newer than runs/hf/onnx" in slm(*command).err
+
+
+def test_a_directory_used_as_it_is_ends_where_an_imported_one_does(directory: Path, slm: Callable[..., Any]) -> None:
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    edit(directory / "config.json", eos_token_id=0)
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert read_config(directory).eos_token_id == (0, 2)
+    assert slm("export", "--onnx", directory, "--out", "bundle").code == 0
+    assert json.loads(Path("bundle/config.json").read_text())["eos_token_id"] == [0, 2]
+    assert Tokenizer.load(Path("bundle")).config["chat_template"] == "{{ messages[0].content }}!"
+
+
 def test_a_source_is_kept(directory: Path) -> None:
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
     with pytest.raises(SlmError, match="it is kept"):

@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         }
     },
     "all global": {"layer_types": (FULL,) * 4},
+    "no period": {"layer_types": (FULL, SLIDING, FULL, FULL)},
     "padded vocabulary": {"vocab_size": 384},
 }
 
