@@ -12,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from slm.core.runs import not_exported
-
 STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
 STDOUT = Console(highlight=False, soft_wrap=True)
 
@@ -25,6 +23,8 @@ def say(text: str) -> None:
 
 def say_if_not_exported(bundle: Path) -> None:
     """Says so when a checkpoint is newer than the bundle that a command takes because nothing was named."""
+    from slm.core.runs import not_exported  # here, so that `slm --help` does not wait for numpy
+
     checkpoint = not_exported(bundle)
     if checkpoint is not None:
         say(f"note: {checkpoint} is newer than {bundle} and not exported; slm export --onnx does that")
