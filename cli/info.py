@@ -1,6 +1,5 @@
 """`slm info`: what an artifact or a preset is, what it costs, and what it was made from."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from slm.core.errors import SlmError
 from slm.core.licence import recorded_notices
 from slm.core.manifest import MANIFEST_FILE, Bundle, is_bundle
 from slm.core.presets import PRESETS, preset
-from slm.core.weights import weight_files
+from slm.core.weights import bytes_on_disk, tensor_bytes
 
 # The context that is counted with when none is named; `slm export` gives bundles no more by itself either.
 DEFAULT_CONTEXT = 4096
@@ -164,6 +163,8 @@ def _subject(artifact: Path, vocab_size: int | None) -> _Subject:
     elif is_checkpoint(artifact):
         subject = _checkpoint(artifact)
     else:
+        if artifact.is_file() and artifact.suffix == ".gguf":
+            raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {artifact}", f"slm import {artifact}")
         what = "neither a checkpoint nor a bundle" if artifact.exists() else "not found"
         hint = f"name a directory that slm train or slm export made, or a preset: {', '.join(PRESETS)}"
         raise SlmError(f"{what}: {artifact}", hint)
@@ -210,32 +211,15 @@ def _bundle(path: Path) -> _Subject:
 
 
 def _checkpoint(path: Path) -> _Subject:
-    config, recorded, weights = read_config(path), read_info(path), weight_files(path)
+    config, recorded = read_config(path), read_info(path)
     size = {
-        "disk_weights": sum(file.stat().st_size for file in weights),
+        "disk_weights": bytes_on_disk(path),
         "disk_total": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
-        "memory_as_stored": sum(map(_tensor_bytes, weights)),
+        "memory_as_stored": tensor_bytes(path),
     }
     details = {"kind": "checkpoint"} | {name: value for name, value in recorded.items() if name != "kind"}
     size |= _in_memory(config)
     return _Subject(config, config.max_position_embeddings, details, size, recorded, notices_of(path))
-
-
-def _tensor_bytes(weights: Path) -> int:
-    """Returns the bytes of all tensors of a safetensors file, from its header: an answering machine lacks the package."""
-    with weights.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            if length > weights.stat().st_size:
-                raise ValueError("a header longer than the file")
-            header = json.loads(file.read(length))
-            return sum(
-                entry["data_offsets"][1] - entry["data_offsets"][0]
-                for name, entry in header.items()
-                if name != "__metadata__"
-            )
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise SlmError(f"cannot read the weights: {weights}", "copy or train it again") from None
 
 
 # What a record names as a source by itself, nearest first.

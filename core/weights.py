@@ -1,6 +1,7 @@
 """A checkpoint's weights: one safetensors file or several behind an index, read tensor by tensor without PyTorch."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,34 @@ def weights_sha256(path: Path) -> str:
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
-def weights_bytes(path: Path) -> int:
+def bytes_on_disk(path: Path) -> int:
     """Returns the size of a checkpoint's weight files."""
     return sum(file.stat().st_size for file in weight_files(path))
+
+
+def tensor_bytes(path: Path) -> int:
+    """Returns the bytes of a checkpoint's tensors, from the headers alone: an answering machine lacks the package.
+
+    Raises:
+        SlmError: When a file is no safetensors file or not as long as its header says.
+    """
+    return sum(map(_tensor_bytes, weight_files(path)))
+
+
+def _tensor_bytes(file: Path) -> int:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            if length > size:
+                raise ValueError("a header longer than the file")
+            header = json.loads(opened.read(length))
+            ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+            if 8 + length + max((end for _, end in ends), default=0) != size:
+                raise ValueError("tensors of another length than the file")
+            return sum(end - start for start, end in ends)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise SlmError(f"cannot read the weights: {file}", _AGAIN) from None
 
 
 def check_finite(array: Array, name: str, path: Path) -> None:

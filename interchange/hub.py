@@ -31,7 +31,8 @@ def download(repository: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _explained(repository):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS))
+        # A pattern's * crosses directories; what lies in one is another format's or a part for pictures.
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=["*/*"]))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from slm.core.checkpoint import (
     tensor_shapes,
     write_checkpoint,
 )
-from slm.core.config import Dtype, ModelConfig
+from slm.core.config import Dtype
 from slm.core.errors import SlmError
 from slm.core.files import check_replaceable, sha256_file
 from slm.core.licence import Notices, modified
@@ -31,30 +31,7 @@ from slm.version import __version__
 WantedDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class Source(Protocol):
-    """A model in somebody else's format."""
-
-    @property
-    def path(self) -> Path:
-        """Where it lies."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """Its shape."""
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Its tensors' shapes under Hugging Face's names."""
-
-    @property
-    def types(self) -> dict[str, int]:
-        """How many tensors are stored as what."""
-
-    def read(self, name: str) -> Array:
-        """Returns one tensor."""
-
-    def tokenizer(self) -> Tokenizer:
-        """Returns its tokenizer."""
+Source = GgufModel | HuggingFaceModel
 
 
 @dataclass(frozen=True)
@@ -134,7 +111,7 @@ def import_model(
 
 def _open(
     source: str, revision: str | None, progress: Progress
-) -> tuple[GgufModel | HuggingFaceModel, Literal["gguf", "huggingface"], Notices, dict[str, Any]]:
+) -> tuple[Source, Literal["gguf", "huggingface"], Notices, dict[str, Any]]:
     """Returns the model, its kind, its licence notices and what it recorded of its own making."""
     path = Path(source)
     if revision is not None and not is_hub_id(source):
@@ -198,5 +175,5 @@ def _read(model: Source, names: Mapping[str, Shape], dtype: Dtype, progress: Pro
     return tensors
 
 
-def _hash(model: GgufModel | HuggingFaceModel) -> str:
+def _hash(model: Source) -> str:
     return sha256_file(model.path) if isinstance(model, GgufModel) else weights_sha256(model.path)

@@ -62,9 +62,9 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
     progress = progress or Silent()
     if path.exists() and not is_gguf(path):  # a link to a GGUF file is replaced, not what it leads to
         raise SlmError(f"{path} exists and is not a GGUF file", "name another --out")
+    config = read_config(checkpoint)
     notices = modified(notices_of(checkpoint), f"converted to GGUF ({kind.upper()})")
-    source = _Source(read_config(checkpoint), Weights(checkpoint), Tokenizer.load(checkpoint), path.stem, notices)
-    config = source.config
+    source = _Source(config, Weights(checkpoint), Tokenizer.load(checkpoint), path.stem, notices)
     if config.hidden_activation != "gelu_pytorch_tanh":
         raise SlmError(
             f"llama.cpp's Gemma 3 has no activation {config.hidden_activation!r}", "slm export --onnx runs it"

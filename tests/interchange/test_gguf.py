@@ -336,6 +336,8 @@ def test_the_command(shared_checkpoint: Path, slm: Callable[..., Any]) -> None:
     assert [file.name for file in Path("new").iterdir()] == ["random-f16.gguf"]
     assert "slm import" in slm("generate", "new/random-f16.gguf", "-p", "x").err
     assert "slm import" in slm("export", "--onnx", "new/random-f16.gguf").err
+    assert "slm import" in slm("info", "new/random-f16.gguf").err
+    assert slm("export", "--gguf", "missing").err.startswith("error: not found: missing\n")
     result = slm("export", "--gguf", shared_checkpoint, "--gguf-type", "q8_0", "--out", "x.gguf", "--json")
     shown = json.loads(result.out)
     assert (result.code, shown["gguf"], shown["types"]) == (0, "x.gguf", {"F32": 25, "Q8_0": 29})

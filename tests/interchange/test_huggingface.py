@@ -242,6 +242,9 @@ def test_what_is_broken_is_refused_by_name(directory: Path, slm: Callable[..., A
         import_model(str(directory), OUT)
     result = slm("import", directory, "--out", OUT)
     assert (result.code, OUT.exists()) == (1, False)
+    if what == "truncated":  # which `slm info` must not count as if it were whole
+        said_by_info = slm("info", directory)
+        assert said_by_info.code == 1 and "cannot read the weights" in said_by_info.err
     assert result.err.splitlines()[-1 - bool(caught.value.hint)] == f"error: {caught.value.message}"
 
 
