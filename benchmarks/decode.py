@@ -27,7 +27,7 @@ from slm.quantize.quality import Text
 from slm.runtime.generate import generate
 from slm.runtime.sampling import GREEDY
 from slm.runtime.threads import usable_cores
-from slm.train.tokenizer import train_bpe
+from slm.train.data.tokenizer import train_bpe
 
 HOME = Path("bench-results")
 

@@ -16,7 +16,7 @@ from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
-from slm.train.tokenizer import train_bpe
+from slm.train.data.tokenizer import train_bpe
 
 # Small and awkward: heads * head_dim is not hidden_size, two query heads a kv head, both kinds of layer, a window
 # that tests can pass, bases far enough apart to be told apart within a few positions.

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slm.core.nn import CausalLM
-from slm.train.tokens import Tokens
-from slm.train.windows import fixed_starts, gather
+from slm.train.data.tokens import Tokens
+from slm.train.data.windows import fixed_starts, gather
 
 # Called where a run may be stopped: it raises then.
 Check = Callable[[], None]

@@ -10,10 +10,10 @@ from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, write_text
 from slm.core.progress import Progress
 from slm.core.tokenizer import Tokenizer
-from slm.train.corpus import NAMED, Corpus, Documents, open_corpus
+from slm.train.data.corpus import NAMED, Corpus, Documents, open_corpus
+from slm.train.data.tokenizer import resolve_tokenizer
+from slm.train.data.tokens import TokenHeader, write_tokens
 from slm.train.recipe import Recipe
-from slm.train.tokenizer import resolve_tokenizer
-from slm.train.tokens import TokenHeader, write_tokens
 
 CONFIG = "config.yaml"
 DATA = "data"

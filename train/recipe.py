@@ -12,7 +12,7 @@ from slm.core.config import ModelConfig, first_mistake, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.presets import preset
-from slm.train.corpus import SAMPLE
+from slm.train.data.corpus import SAMPLE
 from slm.train.optimizer import Decay
 from slm.train.precision import PrecisionName
 

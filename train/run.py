@@ -13,6 +13,8 @@ from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
 from slm.core.weights import WEIGHTS_FILE
+from slm.train.data.tokens import open_tokens
+from slm.train.data.windows import gather, random_starts
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
 from slm.train.learner import Learner
@@ -24,8 +26,6 @@ from slm.train.prepare import CONFIG, DATA, TRAIN_FILE, VALIDATION_FILE, prepare
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.schedule import learning_rate
 from slm.train.state import Counters, SavedState, load_state, save_state
-from slm.train.tokens import open_tokens
-from slm.train.windows import gather, random_starts
 from slm.version import __version__
 
 _METRICS = ("loss", "perplexity", "bits_per_byte")

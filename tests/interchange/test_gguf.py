@@ -301,7 +301,7 @@ def test_sentencepiece_there_and_back() -> None:
 
 
 def test_gpt2s_own_vocabulary_there_and_back(gpt2_vocabulary: None) -> None:
-    from slm.train.tokenizer import gpt2
+    from slm.train.data.tokenizer import gpt2
 
     tokenizer = gpt2(max_length=64)
     written = to_gguf(tokenizer, 50_304)

@@ -12,8 +12,8 @@ from slm.core.presets import preset
 from slm.export.bundle import export_bundle
 from slm.quantize.int8 import quantize_int8
 from slm.quantize.quality import Text
+from slm.train.data.tokenizer import gpt2
 from slm.train.run import with_special_tokens
-from slm.train.tokenizer import gpt2
 
 MEGABYTE = 1_000_000
 

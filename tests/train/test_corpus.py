@@ -7,7 +7,7 @@ import pytest
 
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.train.corpus import open_corpus
+from slm.train.data.corpus import open_corpus
 
 
 def dump(path: Path, documents: list[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slm.core.errors import SlmError
-from slm.train.documents import find_files, read_documents
+from slm.train.data.documents import find_files, read_documents
 
 DUMP = "First story.\nIts second line.\n<|endoftext|>\n\n<|endoftext|>\nSecond <|endoftext|> story.\n\n<|endoftext|>\nThird"
 STORIES = ["First story.\nIts second line.", "Second <|endoftext|> story.", "Third"]

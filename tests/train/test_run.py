@@ -19,10 +19,10 @@ from slm.core.errors import SlmError
 from slm.core.nn import load_checkpoint
 from slm.core.progress import Silent
 from slm.train import run as module
+from slm.train.data.tokens import open_tokens
 from slm.train.evaluate import Evaluation, evaluate
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
-from slm.train.tokens import open_tokens
 
 MakeRecipe = Callable[..., Recipe]
 OUT = Path("runs/small")

@@ -9,7 +9,7 @@ import tiktoken
 from slm.core import sample
 from slm.core.errors import SlmError
 from slm.core.tokenizer import SPECIAL_TOKENS, Tokenizer
-from slm.train.tokenizer import _byte_to_text, _finished, _from_ranks, gpt2, resolve_tokenizer, train_bpe
+from slm.train.data.tokenizer import _byte_to_text, _finished, _from_ranks, gpt2, resolve_tokenizer, train_bpe
 
 # GPT-2's pattern, as tiktoken writes it.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""

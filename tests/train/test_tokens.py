@@ -8,9 +8,9 @@ import pytest
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
-from slm.train import tokens as module
-from slm.train.tokenizer import train_bpe
-from slm.train.tokens import open_tokens, write_tokens
+from slm.train.data import tokens as module
+from slm.train.data.tokenizer import train_bpe
+from slm.train.data.tokens import open_tokens, write_tokens
 
 TEXTS = [
     "Once upon a time there was a cat.",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm.train.windows import fixed_starts, gather, random_starts
+from slm.train.data.windows import fixed_starts, gather, random_starts
 
 
 def test_random_windows_follow_from_seed_and_micro_step() -> None:

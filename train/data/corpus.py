@@ -10,7 +10,7 @@ from typing import Any
 
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.train.documents import find_files, read_documents
+from slm.train.data.documents import find_files, read_documents
 
 SAMPLE = "sample"
 TINYSTORIES = "tinystories"

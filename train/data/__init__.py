@@ -1,0 +1,1 @@
+"""Text to tokens: readers, corpora, tokenizers, token files and the rows drawn from them."""
