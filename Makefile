@@ -41,6 +41,7 @@ peers: build/peers/.installed
 build/peers/.installed: Makefile | install
 	$(TO)/transformers4 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 	$(TO)/llamacpp xllamacpp==2026.10.11549
+	$(TO)/lmeval lm_eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 lxml==6.1.3 more-itertools==11.2.1
 	@touch $@
 
 test-peers: peers

@@ -55,7 +55,7 @@ def generate(
     """
     from slm.loading import load
 
-    path = model or _default_model()
+    path = model or default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
     say(f"{path}: {loaded.decoder.description}")
     text = _utf8(sys.stdin.read() if prompt == "-" else prompt)
@@ -118,7 +118,8 @@ def _summarize(run: "Run") -> None:
     say(f"stopped at {why}; first token after {run.ttft_ms:.0f} ms{rate}")
 
 
-def _default_model() -> Path:
+def default_model() -> Path:
+    """Returns the newest bundle under ./runs, or the small model that ships inside, and says which."""
     try:
         path = newest_bundle()
         say("no MODEL named: the newest bundle under ./runs")

@@ -21,10 +21,12 @@ from slm.version import __version__
 # In the order of the chain. The help stands here so that `slm --help` imports no command.
 COMMANDS = {
     "import": "Make a checkpoint of a Hugging Face or GGUF model.",
+    "data": "Turn text into a dataset of tokens, for many runs to train on.",
     "train": "Train a model on text: tokenizer, data, checkpoint.",
     "finetune": "Fine-tune a checkpoint with LoRA on a JSONL file.",
     "export": "Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.",
     "quantize": "Quantize a bundle and measure what that changed.",
+    "eval": "Measure a model on text: loss, perplexity, bits per byte; or on tasks.",
     "generate": "Continue a text with a bundle or a checkpoint.",
     "info": "Say what an artifact is and how it was made.",
     "doctor": "Say what this machine has and what is missing.",

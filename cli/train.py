@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.foresight import foresee
 from slm.cli.options import json_option, set_option
 from slm.core.errors import SlmError
 from slm.core.runs import free_run, newest_run
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     "--recipe",
     "recipe_name",
     metavar="NAME|FILE",
-    help="documented, stories-4m, tiny, or a .yaml file. [default: what fits the machine]",
+    help="documented, modern, stories-4m, tiny, or a .yaml file. [default: what fits the machine]",
 )
 @click.option(
     "--data",
     multiple=True,
     metavar="PATH|NAME",
-    help="Text to train on: .txt, .jsonl, a directory (may be repeated); or sample or tinystories. [default: the recipe's]",
+    help="Text to train on: .txt, .jsonl, .parquet, a directory (may be repeated), what slm data prepare made; or sample, "
+    "tinystories or hf:OWNER/NAME. [default: the recipe's]",
 )
 @click.option(
     "--val",
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
 @click.option("--seed", type=int, help="Same seed, same model. [default: the recipe's]")
+@click.option("--dry-run", is_flag=True, help="Only show the resolved recipe and what it would take.")
+@click.option("--on", "gpu", metavar="GPU", help="With --dry-run: what it would take on a t4, l4, a100, h100, …")
 @set_option
 @json_option
 def train(
@@ -54,6 +58,8 @@ def train(
     out: Path | None,
     resume: bool,
     seed: int | None,
+    dry_run: bool,
+    gpu: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -65,34 +71,48 @@ def train(
       slm train --data books/ --tokenizer gpt2 --recipe stories-4m
       slm train --set schedule.learning_rate=1e-3 --set model.num_hidden_layers=8
       slm train --resume                                  go on after Ctrl-C
+      slm train --recipe modern --dry-run --on t4         how long, how much memory, and what looks wrong
+      torchrun --nproc-per-node 4 -m slm train --recipe modern
 
     In a .txt file a line <|endoftext|> ends a document; in a .jsonl file every row is {"text": "..."}. A recipe holds
     everything else; the resolved one is saved as config.yaml in the run directory and may be given to --recipe again.
 
-    Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl and loss.png. Ctrl-C saves and stops.
+    Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. Ctrl-C
+    saves and stops; kill -USR1 saves and goes on.
     """
     from slm.train import run
+    from slm.train.parallel import by_first, joined
 
     progress = RichProgress()
-    if resume:
-        given = {
-            "--recipe": recipe_name,
-            "--data": data,
-            "--val": val,
-            "--tokenizer": tokenizer,
-            "--seed": seed,
-            "--set": overrides,
-        }
-        unwanted = [option for option, value in given.items() if value not in (None, ())]
-        if unwanted:
-            raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
-        path = out or newest_run()
-        say(f"going on with {path}")
-        result = run.resume(path, progress)
-    else:
-        recipe = _recipe(recipe_name, data, val, tokenizer, seed, overrides)
-        result = run.train(recipe, out or free_run(recipe.name), progress)
-    _report(result, as_json)
+    with joined() as processes:
+        if resume:
+            given = {
+                "--recipe": recipe_name,
+                "--data": data,
+                "--val": val,
+                "--tokenizer": tokenizer,
+                "--seed": seed,
+                "--set": overrides,
+                "--dry-run": dry_run or None,
+            }
+            unwanted = [option for option, value in given.items() if value not in (None, ())]
+            if unwanted:
+                raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
+            path = by_first(processes, lambda: out or newest_run())
+            if processes.rank == 0:
+                say(f"going on with {path}")
+            result = run.resume(path, progress, processes)
+        else:
+            if gpu is not None and not dry_run:
+                raise click.UsageError("--on goes with --dry-run")
+            recipe = by_first(processes, lambda: _recipe(recipe_name, data, val, tokenizer, seed, overrides))
+            if dry_run:
+                by_first(processes, lambda: foresee(recipe, gpu, as_json))
+                return
+            path = by_first(processes, lambda: out or free_run(recipe.name))
+            result = run.train(recipe, path, progress, processes)
+        if processes.rank == 0:
+            _report(result, as_json)
 
 
 def _recipe(

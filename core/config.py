@@ -253,7 +253,8 @@ def first_mistake(error: ValidationError) -> str:
     """Returns the first mistake of a validation as one line: where, what, and what was given."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
 
 
 def layer_pattern(layers: int, every: int = 6) -> tuple[LayerType, ...]:

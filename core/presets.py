@@ -6,6 +6,27 @@ from slm.core.errors import SlmError
 # Gemma 3 (arXiv:2503.19786, section 2): base 10,000 where attention is local, 1,000,000 where it is global.
 _ROPE = {SLIDING: RopeParameters(rope_theta=10_000.0), FULL: RopeParameters(rope_theta=1_000_000.0)}
 
+
+def _sized(
+    vocab_size: int, hidden_size: int, layers: int, kv_heads: int, *, intermediate_size: int, window: int, context: int
+) -> ModelConfig:
+    """Returns one of the sizes: heads 64 wide that together are as wide as the residual stream."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        sliding_window=window,
+        layer_types=layer_pattern(layers),
+        rope_parameters=_ROPE,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=context,
+    )
+
+
 PRESETS: dict[str, ModelConfig] = {
     # google/gemma-3-270m's shape with GPT-2's 50,257 tokens in place of Gemma's 262,144, padded to a multiple of 128;
     # the padding holds the turn tokens.
@@ -53,6 +74,15 @@ PRESETS: dict[str, ModelConfig] = {
         query_pre_attn_scalar=64,
         max_position_embeddings=1_024,
     ),
+    # Sizes to compare, named by their parameters, embedding included, within 4 %. Two to five query heads share a key-value
+    # head; the MLP is three times as wide as the stream (SmolLM2's 2.7, Qwen3 0.6B's 3, Llama 3.2 1B's 4), in the smallest
+    # twice. The vocabulary grows with the model up to GPT-2's: a small model with a large one is little but an embedding.
+    "1m": _sized(1_024, 128, 6, 1, intermediate_size=256, window=64, context=1_024),
+    "10m": _sized(4_096, 256, 12, 1, intermediate_size=768, window=128, context=2_048),
+    "30m": _sized(8_192, 384, 15, 2, intermediate_size=1_152, window=128, context=2_048),
+    "100m": _sized(50_304, 640, 15, 2, intermediate_size=1_920, window=512, context=32_768),
+    "270m": _sized(50_304, 1_024, 18, 4, intermediate_size=3_072, window=512, context=32_768),
+    "1b": _sized(50_304, 1_792, 24, 7, intermediate_size=5_376, window=512, context=32_768),
 }
 
 

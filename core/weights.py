@@ -59,6 +59,8 @@ class Weights:
                 self.shapes[name] = tuple(view.get_shape())
                 self.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
                 self._homes[name] = opened
+        if "bfloat16" in self.dtypes.values():
+            import ml_dtypes  # noqa: F401  teaches numpy the type
 
     def untied(self, config: ModelConfig) -> dict[str, Shape]:
         """Returns the shapes, a tied head's left out where a file holds it beside the embedding."""

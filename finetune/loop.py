@@ -17,7 +17,6 @@ from slm.finetune.batches import Batch, batch_loss, epoch_batches, mean_loss
 from slm.finetune.examples import Example
 from slm.finetune.settings import LoraSettings
 from slm.train.metrics import Kind, Row
-from slm.train.optimizer import set_learning_rate
 from slm.train.precision import Precision
 from slm.train.schedule import learning_rate
 
@@ -120,7 +119,8 @@ class _Learner:
         # One more than there are, so that the last update is not made at a rate of 0.
         total = self.total + 1
         rate = learning_rate(self._updates, peak=self._peak, final=0.0, start=0.0, warmup=warmup, total=total)
-        set_learning_rate(self._optimizer, rate)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         autocast = torch.autocast(self._device, dtype=self._autocast) if self._autocast else nullcontext()
         with autocast:
             loss = batch_loss(self._model, batch) / batch.trained

@@ -22,9 +22,9 @@ from slm.finetune.examples import Examples, Renderer
 from slm.finetune.loop import Fit, fit
 from slm.finetune.rows import InstructionRow, Row, read_rows
 from slm.finetune.settings import LoraSettings
+from slm.train.build import pick_device
 from slm.train.metrics import Metrics
 from slm.train.precision import capability, choose_precision
-from slm.train.run import pick_device
 from slm.version import __version__
 
 # All that an adapter's directory holds.

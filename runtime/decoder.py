@@ -30,6 +30,15 @@ def comparable_positions(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
+def log_probabilities(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Returns the log-probabilities of targets (B, T) by logits (B, T, V), summed in float64; and which are the largest."""
+    largest = logits.max(axis=-1, keepdims=True)
+    sums = np.exp(logits - largest).sum(axis=-1, dtype=np.float64)  # (B, T)
+    of_targets = np.take_along_axis(logits, targets[..., None], axis=-1) - largest
+    likely = of_targets[..., 0] - np.log(sums)
+    return likely.astype(np.float32), logits.argmax(axis=-1) == targets
+
+
 class Decoder(Protocol):
     """What generation needs of a backend."""
 
@@ -57,6 +66,17 @@ class Decoder(Protocol):
 
     def logits(self, ids: Array) -> Array:
         """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+
+    def score(self, ids: Array) -> tuple[Array, Array]:
+        """Returns how likely the tokens of complete rows were, in bounded memory, independent of what was read.
+
+        Args:
+            ids: Rows (B, T) of at most one token more than the context: the last one is predicted and not read.
+
+        Returns:
+            The natural logarithms of the probabilities of every row's tokens from the second on, given those before, float32
+            (B, T - 1); and whether each was the likeliest, bool (B, T - 1).
+        """
 
 
 class OnnxDecoder:
@@ -127,6 +147,33 @@ class OnnxDecoder:
         buffers = KVBuffers(self.bundle.manifest.cache, self.context, batch)
         buffers.reserve(length)
         return self.run(ids, np.ones((batch, length), np.int64), buffers, keep=0)
+
+    def score(self, ids: Array) -> tuple[Array, Array]:
+        """Returns log-probabilities and whether each token was the likeliest, both (B, T - 1); see `Decoder.score`."""
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        positions = min(comparable_positions(self.vocab_size), PREFILL_CHUNK)
+        if inputs.shape[1] > positions:  # with past positions, several tokens are read a row at a time
+            scored = [self._score_in_chunks(*row, positions) for row in zip(inputs, targets, strict=True)]
+        else:
+            rows = comparable_positions(self.vocab_size) // max(1, inputs.shape[1])
+            scored = [
+                log_probabilities(self.logits(inputs[i : i + rows]), targets[i : i + rows])
+                for i in range(0, len(ids), rows)
+            ]
+        likely, likeliest = zip(*scored, strict=True)
+        return np.concatenate(likely), np.concatenate(likeliest)
+
+    def _score_in_chunks(self, inputs: Array, targets: Array, positions: int) -> tuple[Array, Array]:
+        """Scores one row (T,); returns (1, T) each."""
+        buffers = KVBuffers(self.bundle.manifest.cache, self.context)
+        buffers.reserve(len(inputs))
+        scored = []
+        for start in range(0, len(inputs), positions):
+            chunk = inputs[None, start : start + positions]
+            logits = self.run(chunk, self._mask[:, : start + chunk.shape[1]], buffers, keep=0)
+            scored.append(log_probabilities(logits, targets[None, start : start + positions]))
+        likely, likeliest = zip(*scored, strict=True)
+        return np.concatenate(likely, axis=1), np.concatenate(likeliest, axis=1)
 
     def run(self, ids: Array, mask: Array, buffers: KVBuffers, keep: int) -> Array:
         """Runs the graph once: ids (B, T), mask (B, past + T), caches in place; returns logits (B, keep or T, V)."""

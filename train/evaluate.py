@@ -1,6 +1,6 @@
 """Loss on fixed windows of held-out text.
 
-Dimensions: B windows, T positions, V vocabulary.
+Dimensions: B windows, T positions.
 """
 
 import math
@@ -8,12 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from slm.core.nn import CausalLM
 from slm.train.data.tokens import Tokens
 from slm.train.data.windows import fixed_starts, gather
+from slm.train.parallel import Alone, Processes
 
 # Called where a run may be stopped: it raises then.
 Check = Callable[[], None]
@@ -39,39 +38,49 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))  # a model that diverged does not overflow a float
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of logits (B, T, V) for targets (B, T), computed in float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
     """Returns nats a token as bits a byte of the text that the tokens encode, end-of-text counted among the tokens."""
     return loss * tokens / (math.log(2) * text_bytes)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
-    model: CausalLM, tokens: Tokens, *, windows: int, context: int, batch_size: int, check: Check
+    objective: nn.Module,
+    tokens: Tokens,
+    *,
+    windows: int,
+    context: int,
+    batch_size: int,
+    check: Check,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Measures a model in float32, as exported graphs are measured.
 
     Args:
-        model: The model, on its device.
+        objective: Returns the loss of a batch; its model is on its device.
         tokens: Held-out text, longer than `context`.
         windows: How many windows to measure, evenly spread and always the same ones.
         context: T.
         batch_size: B.
         check: Called between batches; may raise to stop.
+        processes: Those that share the batches; every one of them gets the result.
     """
-    device = next(model.parameters()).device
+    processes = processes or Alone()
+    device = next(objective.parameters()).device
     starts = fixed_starts(len(tokens.ids), windows, context)
-    model.eval()
-    total = 0.0
-    for first in range(0, len(starts), batch_size):
-        check()
-        inputs, targets = gather(tokens.ids, starts[first : first + batch_size], context, device)
-        total += cross_entropy(model(inputs), targets).item() * len(inputs)
-    model.train()
-    loss = total / len(starts)
+    batches = [starts[first : first + batch_size] for first in range(0, len(starts), batch_size)]
+    sums = [0.0] * len(batches)
+    objective.eval()
+    with processes.gathered(objective):
+        # As many turns in every process, whatever is left for it: with FSDP each needs the others' weights.
+        for turn in range(-(-len(batches) // processes.size)):
+            check()
+            number = turn * processes.size + processes.rank
+            inputs, targets = gather(tokens.ids, batches[min(number, len(batches) - 1)], context, device)
+            loss = objective(inputs, targets).item()
+            if number < len(batches):
+                sums[number] = loss * len(inputs)
+    objective.train()
+    loss = sum(processes.total(sums)) / len(starts)
     header = tokens.header
     return Evaluation(loss, bits_per_byte(loss, header.tokens, header.text_bytes), len(starts) * context)

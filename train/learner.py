@@ -1,6 +1,6 @@
-"""One update: micro-steps, whose gradients are averaged, then clipping and the optimizer.
+"""One update: micro-steps, whose gradients are averaged, then clipping and the optimizers.
 
-Dimensions: B windows, T positions.
+Dimensions: B windows, T positions, D hidden.
 """
 
 import math
@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slm.core.nn import CausalLM
-from slm.train.evaluate import cross_entropy
-from slm.train.optimizer import set_learning_rate
+from slm.train.loss import linear_cross_entropy
+from slm.train.optimizer import Optimizers
+from slm.train.parallel import Alone, Processes, whole
 from slm.train.precision import Precision
 
 
@@ -32,37 +33,64 @@ class Update:
     learning_rate: float
 
 
+class Objective(nn.Module):
+    """A model and its loss as one module, which is what data parallelism wraps."""
+
+    def __init__(self, model: CausalLM, *, chunk: int | None = None, compiled: bool = False) -> None:
+        """Wraps a model.
+
+        Args:
+            model: The model.
+            chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
+            compiled: Whether torch.compile turns the body into fused kernels while training. Measuring and writing
+                samples see many lengths and few batches: they go without.
+        """
+        super().__init__()
+        self.model = model
+        self._chunk = chunk
+        self._compiled = torch.compile(model.model.forward, dynamic=False) if compiled else None
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean cross-entropy of inputs (B, T) for targets (B, T)."""
+        body = self._compiled if self._compiled is not None and self.training else self.model.model
+        hidden: Tensor = body(inputs)  # (B, T, D)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self._chunk)
+
+
 class Learner:
     """A model that learns from numbered micro-steps."""
 
     def __init__(
         self,
-        model: CausalLM,
-        optimizer: torch.optim.Optimizer,
+        objective: nn.Module,
+        optimizers: Optimizers,
         *,
         batch: Callable[[int], tuple[Tensor, Tensor]],
         rate: Callable[[int], float],
         precision: Precision,
         accumulation: int,
         max_grad_norm: float,
+        processes: Processes | None = None,
     ) -> None:
         """Puts together what an update needs.
 
         Args:
-            model: In float32 on its device.
-            optimizer: Over the model's parameters.
-            batch: Inputs and targets (B, T) of a micro-step, by its number from 0.
+            objective: Returns the loss of a batch; its model is in float32 on its device.
+            optimizers: Over the model's parameters.
+            batch: This process's inputs and targets (B, T) of a micro-step, by its number from 0.
             rate: The learning rate after so many micro-steps.
             precision: What the products are computed in.
             accumulation: Micro-steps of an update.
             max_grad_norm: The gradient is scaled down to this norm.
+            processes: Those that share every micro-step.
         """
-        self.model = model.train()
-        self.optimizer = optimizer
+        self.objective = objective.train()
+        self.optimizers = optimizers
         self.accumulation = accumulation
-        self.device = next(model.parameters()).device
+        self.device = next(objective.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scale_loss)
         self._batch, self._rate, self._precision, self._max_grad_norm = batch, rate, precision, max_grad_norm
+        self._processes = processes or Alone()
 
     def update(self, micro_step: int, after_micro_step: Callable[[], None]) -> Update:
         """Makes one update.
@@ -74,28 +102,41 @@ class Learner:
         Raises:
             FloatingPointError: When the loss or the gradient is not finite; the weights are as before.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         total = torch.zeros((), device=self.device)
-        for number in range(micro_step, micro_step + self.accumulation):
+        last = micro_step + self.accumulation - 1
+        for number in range(micro_step, last + 1):
             inputs, targets = self._batch(number)
-            with self._autocast():
-                logits = self.model(inputs)
-            loss = cross_entropy(logits, targets) / self.accumulation
-            del logits  # the largest tensor of all: not two of them at once
-            self.scaler.scale(loss).backward()
+            with self._processes.micro_step(self.objective, number == last):
+                with self._autocast():
+                    loss = self.objective(inputs, targets) / self.accumulation
+                self.scaler.scale(loss).backward()
             total += loss.detach()
             after_micro_step()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
-        update = Update(total.item(), norm.item(), self._rate(micro_step + self.accumulation))
+        for optimizer in self.optimizers.members:
+            self.scaler.unscale_(optimizer)
+        norm = self._clip()
+        (loss_sum,) = self._processes.total([total.item()])
+        update = Update(loss_sum / self._processes.size, norm.item(), self._rate(last + 1))
         if not math.isfinite(update.loss):
             raise FloatingPointError(f"the loss is {update.loss}")
-        if not (math.isfinite(update.grad_norm) or self.scaler.is_enabled()):  # the scaler skips such an update itself
+        if not (math.isfinite(update.grad_norm) or self.scaler.is_enabled()):
             raise FloatingPointError(f"the gradient's norm is {update.grad_norm}")
-        set_learning_rate(self.optimizer, update.learning_rate)
-        self.scaler.step(self.optimizer)
+        self.optimizers.set_learning_rate(update.learning_rate)
+        if math.isfinite(update.grad_norm):  # the scaler would skip only those whose own gradients overflowed
+            for optimizer in self.optimizers.members:
+                self.scaler.step(optimizer)
         self.scaler.update()
         return update
+
+    def _clip(self) -> Tensor:
+        """Scales the gradient down to the norm allowed, if it is above, and returns the norm that it had."""
+        parameters = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm_of_all = whole(norm)
+        if not norm_of_all <= self._max_grad_norm:  # most are: gradients are not gone through for nothing
+            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+        return norm_of_all
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._precision.autocast is None:

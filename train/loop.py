@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -14,6 +14,7 @@ from slm.train.evaluate import Check, Evaluation
 from slm.train.interrupt import Interruption
 from slm.train.learner import Learner, Update
 from slm.train.metrics import Metrics, Row
+from slm.train.parallel import Processes
 from slm.train.state import Counters
 
 # Saving takes time and disk; a killed run loses this much at most. Ctrl-C and SIGTERM save first.
@@ -22,47 +23,87 @@ _SAVE_EVERY_S = 300.0
 _TYPICAL_MICRO_STEP = 3
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What happens when.
+
+    Attributes:
+        updates: Of the whole run.
+        tokens_per_micro_step: Learned from in a micro-step, by all processes.
+        evaluate_every: Interval in micro-steps.
+        patience: Evaluations without a new best after which the run ends; None goes on to the end.
+        checkpoint_every: Interval of numbered checkpoints in updates; None keeps none.
+    """
+
+    updates: int
+    tokens_per_micro_step: int
+    evaluate_every: int
+    patience: int | None = None
+    checkpoint_every: int | None = None
+
+
+class Actions(Protocol):
+    """What the loop asks for; in every process, for each may be needed."""
+
+    def updated(self) -> None:
+        """Is told that the weights have changed."""
+
+    def evaluate(self, check: Check) -> Evaluation:
+        """Measures the model as it stands; calls what it is given between batches."""
+
+    def samples(self) -> list[tuple[str, str]]:
+        """Returns prompts, and texts that the model as it stands makes of them."""
+
+    def keep_best(self, row: Row) -> None:
+        """Saves the model as it stands as the best, with its metrics."""
+
+    def keep_numbered(self, updates: int) -> None:
+        """Keeps the last checkpoint under its number too."""
+
+    def save(self, counters: Counters) -> None:
+        """Saves everything that going on needs."""
+
+    def last_saved(self) -> str:
+        """Says in a few words what there is to go back to."""
+
+    def less_memory(self) -> str:
+        """Advises what to lower, and by how much, when memory ran out."""
+
+
+class _Stopped(Exception):
+    """Unwinds to where the weights, not their average, are in place."""
+
+
 class Loop:
     """A run from where it stands to its end."""
 
     def __init__(
         self,
+        plan: Plan,
+        actions: Actions,
         learner: Learner,
         counters: Counters,
         metrics: Metrics,
-        *,
-        updates: int,
-        tokens_per_micro_step: int,
-        evaluate: Callable[[Check], Evaluation],
-        evaluate_every: int,
-        keep_best: Callable[[Row], None],
-        save: Callable[[Counters], None],
-        last: Path,
         interruption: Interruption,
+        processes: Processes,
         progress: Progress,
     ) -> None:
         """Puts together what a run needs.
 
         Args:
+            plan: What happens when.
+            actions: What happens then.
             learner: Makes the updates.
             counters: Where the run stands.
             metrics: Those of the run so far.
-            updates: Of the whole run.
-            tokens_per_micro_step: Learned from in a micro-step.
-            evaluate: Measures the model as it stands; calls what it is given between batches.
-            evaluate_every: Interval in micro-steps.
-            keep_best: Saves the model as it stands as the best, with its metrics.
-            save: Saves everything that going on needs.
-            last: The checkpoint that `save` makes.
-            interruption: Says when the run is to stop.
+            interruption: Says when the run is to stop or to be saved.
+            processes: Those that run the same loop.
             progress: Is told how it goes.
         """
         self.counters = counters
-        self._learner, self._metrics, self._interruption, self._progress = learner, metrics, interruption, progress
-        self._evaluate, self._evaluate_every, self._keep_best, self._save = evaluate, evaluate_every, keep_best, save
-        self._last = last
-        self._total = updates * learner.accumulation
-        self._tokens_per_micro_step = tokens_per_micro_step
+        self._plan, self._actions, self._learner, self._metrics = plan, actions, learner, metrics
+        self._interruption, self._processes, self._progress = interruption, processes, progress
+        self._total = plan.updates * learner.accumulation
         self._began = time.perf_counter() - counters.elapsed_s
         self._saved_at = time.perf_counter()
         self._micro_steps_timed = 0
@@ -72,7 +113,7 @@ class Loop:
         """Trains to the end.
 
         Raises:
-            SlmError: When the loss is no longer finite.
+            SlmError: When the loss is no longer finite, or memory runs out.
             KeyboardInterrupt: After saving, when Ctrl-C asked for it.
             SystemExit: After saving, when SIGTERM asked for it.
         """
@@ -82,12 +123,19 @@ class Loop:
             while True:
                 if self._evaluation_is_due():
                     self._measure()
-                if self.counters.micro_steps >= self._total:
+                if self.counters.micro_steps >= self._total or self._out_of_patience():
                     break
                 self._update()
-                if time.perf_counter() - self._saved_at > _SAVE_EVERY_S:
-                    self._save_now()
+                self._between_updates()
             self._save_now()
+        except _Stopped:
+            self._stop()
+        except MemoryError:
+            raise self._out_of_memory() from None
+        except RuntimeError as error:  # CUDA's OutOfMemoryError is one; the CPU's allocator has none of its own
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise self._out_of_memory() from None
+            raise
         finally:
             self._progress.finish()
 
@@ -97,12 +145,14 @@ class Loop:
         try:
             update = self._learner.update(first, self._after_micro_step)
         except FloatingPointError as error:
-            number = first // self._learner.accumulation + 1
-            kept = f"the last good checkpoint is {self._last}" if self._last.exists() else "no checkpoint was saved yet"
-            raise SlmError(f"update {number:,}: {error}", f"{kept}; try a lower schedule.learning_rate") from None
-        micro_steps = first + self._learner.accumulation
-        self.counters = self.counters.model_copy(update={"micro_steps": micro_steps})
-        speed = self._learner.accumulation * self._tokens_per_micro_step / (time.perf_counter() - began)
+            raise SlmError(
+                f"update {first // self._learner.accumulation + 1:,}, micro-step {first + 1:,}: {error}",
+                f"{self._actions.last_saved()}; try a lower schedule.learning_rate, a longer warm-up, or "
+                "machine.precision=float32",
+            ) from None
+        self._actions.updated()
+        self.counters = self.counters.model_copy(update={"micro_steps": first + self._learner.accumulation})
+        speed = self._learner.accumulation * self._plan.tokens_per_micro_step / (time.perf_counter() - began)
         self._record(update, speed)
 
     def _record(self, update: Update, speed: float) -> None:
@@ -123,11 +173,11 @@ class Loop:
         done = self.counters.micro_steps
         if self._metrics.evaluations and self._metrics.evaluations[-1]["micro_steps"] == done:
             return False
-        before = done - self._learner.accumulation
-        return done in (0, self._total) or done // self._evaluate_every > before // self._evaluate_every
+        before, every = done - self._learner.accumulation, self._plan.evaluate_every
+        return done in (0, self._total) or done // every > before // every
 
     def _measure(self) -> None:
-        measured = self._evaluate(self._safe_point)
+        measured = self._actions.evaluate(self._safe_point)
         row = {
             **self._position(),
             "loss": measured.loss,
@@ -136,7 +186,10 @@ class Loop:
         }
         best = self._metrics.best
         if self.counters.micro_steps > 0 and (best is None or measured.loss < best["loss"]):
-            self._keep_best(row)  # before the row that says so
+            self._actions.keep_best(row)  # before the row that says so
+        for prompt, text in self._actions.samples():
+            self._metrics.add("sample", {**self._position(), "prompt": prompt, "text": text})
+            self._progress.note(f"sample: {text!r}")
         self._metrics.add("eval", row)
         self._metrics.draw()
         self._progress.note(
@@ -144,12 +197,22 @@ class Loop:
             f"{measured.bits_per_byte:.4f} bits per byte"
         )
 
+    def _out_of_patience(self) -> bool:
+        best = self._metrics.best
+        if best is None:
+            return False
+        since_best = sum(row["micro_steps"] > best["micro_steps"] for row in self._metrics.evaluations)
+        out = self._plan.patience is not None and since_best >= self._plan.patience
+        if out:
+            self._progress.note(f"stopping early: no new best in {since_best} evaluations")
+        return out
+
     def _position(self) -> Row:
         done = self.counters.micro_steps
         return {
             "micro_steps": done,
             "updates": done // self._learner.accumulation,
-            "tokens": done * self._tokens_per_micro_step,
+            "tokens": done * self._plan.tokens_per_micro_step,
             "elapsed_s": round(self.elapsed_s, 3),
         }
 
@@ -161,7 +224,8 @@ class Loop:
     def _after_micro_step(self) -> None:
         self._progress.advance()
         self._tell_speed()
-        self._safe_point()
+        if self._processes.size == 1:  # several must agree, which takes time: they do it between two updates
+            self._safe_point()
 
     def _tell_speed(self) -> None:
         """Says once how long a micro-step takes, what memory it took, and how long the rest will take."""
@@ -177,21 +241,54 @@ class Loop:
             memory = torch.cuda.max_memory_allocated() / (1 << 20) if cuda else peak_rss_mib()
             rest = seconds * (self._total - self.counters.micro_steps)
             self._progress.note(
-                f"{seconds:.2f} s a micro-step, {self._tokens_per_micro_step / seconds:,.0f} tokens/s, peak memory "
+                f"{seconds:.2f} s a micro-step, {self._plan.tokens_per_micro_step / seconds:,.0f} tokens/s, peak memory "
                 f"{memory:,.0f} MiB; about {duration(rest)} for all of it at this speed"
             )
 
+    def _between_updates(self) -> None:
+        """Saves when it is time to, when somebody asked for it, and before stopping."""
+        overdue = time.perf_counter() - self._saved_at > _SAVE_EVERY_S
+        updates = self.counters.micro_steps // self._learner.accumulation
+        every = self._plan.checkpoint_every
+        numbered = every is not None and updates % every == 0
+        wanted, stop, overdue = self._agreed(
+            self._interruption.checkpoint_wanted, self._interruption.pending is not None, overdue
+        )
+        if wanted or overdue or numbered:
+            self._save_now()
+        if numbered:
+            self._actions.keep_numbered(updates)
+        if wanted:
+            self._interruption.checkpoint_wanted = False
+            self._progress.note(f"checkpoint after {updates:,} updates, as asked: {self._actions.last_saved()}")
+        if stop:
+            self._stop()
+
+    def _agreed(self, *wishes: bool) -> list[bool]:
+        """Returns what any of the processes wishes."""
+        return [count > 0 for count in self._processes.total([float(wish) for wish in wishes])]
+
     def _save_now(self) -> None:
         scaler = self._learner.scaler.state_dict()
-        self._save(self.counters.model_copy(update={"elapsed_s": self.elapsed_s, "scaler": scaler}))
+        self._actions.save(self.counters.model_copy(update={"elapsed_s": self.elapsed_s, "scaler": scaler}))
         self._saved_at = time.perf_counter()
 
     def _safe_point(self) -> None:
         """Stops here if asked to: model and optimizer are as the last update left them."""
-        if self._interruption.pending is not None:
-            self._progress.note("stopping: saving the run as the last update left it")
-            self._save_now()
-            self._interruption.deliver()
+        (stop,) = self._agreed(self._interruption.pending is not None)
+        if stop:
+            raise _Stopped
+
+    def _stop(self) -> None:
+        self._progress.note("stopping: saving the run as the last update left it")
+        self._save_now()
+        self._interruption.deliver()
+
+    def _out_of_memory(self) -> SlmError:
+        return SlmError(
+            f"out of memory at micro-step {self.counters.micro_steps + 1:,}",
+            f"{self._actions.less_memory()}; {self._actions.last_saved()}",
+        )
 
 
 def duration(seconds: float) -> str:

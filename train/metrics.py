@@ -1,38 +1,67 @@
-"""`metrics.jsonl`, one object a line, and the curve drawn from it."""
+"""`metrics.jsonl`, one object a line; the curve drawn from it; and the same for TensorBoard."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from slm.core.files import atomic_file, write_text
 
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
+TENSORBOARD = "tensorboard"
 
-Kind = Literal["train", "eval"]
+Kind = Literal["train", "eval", "sample"]
 Row = Mapping[str, Any]
+
+# What TensorBoard shows of each kind of row, under its own headings.
+_SCALARS: dict[Kind, dict[str, str]] = {
+    "train": {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_s")},
+    "eval": {name: f"validation/{name}" for name in ("loss", "perplexity", "bits_per_byte")},
+    "sample": {},
+}
 
 
 class Metrics:
-    """The rows of a run: "train" for every update, "eval" for every evaluation."""
+    """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for what the model wrote then."""
 
-    def __init__(self, run: Path, micro_steps: int) -> None:
-        """Opens the metrics of a run that goes on after `micro_steps`; what was written later is dropped."""
+    def __init__(self, run: Path, micro_steps: int, *, write: bool = True, tensorboard: bool = False) -> None:
+        """Opens the metrics of a run that goes on after `micro_steps`; what was written later is dropped.
+
+        Args:
+            run: The run's directory.
+            micro_steps: Where it goes on.
+            write: Whether to write at all, or only to remember: of several processes one writes.
+            tensorboard: Whether to write for TensorBoard too; what is there is written anew from the rows.
+        """
         self._file = run / METRICS_FILE
         self._curve = run / CURVE_FILE
         kept = [row for row in _read(self._file) if row["micro_steps"] <= micro_steps]
-        self._rows: dict[Kind, list[Row]] = {"train": [], "eval": []}
+        # Samples are written before their evaluation: without it they will be drawn again.
+        measured = {row["micro_steps"] for row in kept if row["type"] == "eval"}
+        kept = [row for row in kept if row["type"] != "sample" or row["micro_steps"] in measured]
+        self._rows: dict[Kind, list[Row]] = {"train": [], "eval": [], "sample": []}
         for row in kept:
             self._rows[row["type"]].append(row)
-        write_text(self._file, "".join(map(_line, kept)))
+        self._write = write
+        if write:
+            write_text(self._file, "".join(map(_line, kept)))
+        self._board = _open_board(run / TENSORBOARD, kept) if tensorboard else None
 
     def add(self, kind: Kind, row: Row) -> None:
         """Appends a row and writes it."""
         row = {"type": kind, **row}
         self._rows[kind].append(row)
+        if not self._write:
+            return
         with self._file.open("a", encoding="utf-8") as file:
             file.write(_line(row))
+        if self._board is not None:
+            _show(self._board, row)
 
     @property
     def evaluations(self) -> Sequence[Row]:
@@ -45,9 +74,13 @@ class Metrics:
         return min((row for row in self.evaluations if row["updates"] > 0), key=lambda row: row["loss"], default=None)
 
     def draw(self) -> None:
-        """Draws the losses of training and validation over the tokens seen."""
+        """Draws the losses of training and validation over the tokens seen, and hands TensorBoard its rows."""
+        if not self._write:
+            return
         from matplotlib.figure import Figure  # not pyplot: no global state, no window system
 
+        if self._board is not None:
+            self._board.flush()
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         curves: tuple[tuple[Kind, str, str], ...] = (("train", "training", "-"), ("eval", "validation", "o-"))
@@ -59,6 +92,32 @@ class Metrics:
         axes.legend()
         with atomic_file(self._curve) as partial:
             figure.savefig(partial, format="png", dpi=120)
+
+    def close(self) -> None:
+        """Writes out what TensorBoard has not got yet."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _open_board(directory: Path, rows: Sequence[Row]) -> "SummaryWriter":
+    """Starts TensorBoard's files anew: they cannot be cut where a resumed run goes on."""
+    from tensorboardX import SummaryWriter
+
+    shutil.rmtree(directory, ignore_errors=True)
+    board = SummaryWriter(str(directory))
+    for row in rows:
+        _show(board, row)
+    return board
+
+
+def _show(board: "SummaryWriter", row: Row) -> None:
+    """Puts a row under the tokens seen, in thousands, for steps are whole numbers of 32 bits in some readers."""
+    step = row["tokens"] // 1000
+    for name, tag in _SCALARS[row["type"]].items():
+        if row.get(name) is not None:
+            board.add_scalar(tag, row[name], step)
+    if row["type"] == "sample":
+        board.add_text(f"sample/{row['prompt']}", row["text"], step)
 
 
 def _line(row: Row) -> str:

@@ -1,31 +1,33 @@
-"""Preparation: a corpus becomes a run directory with its tokenizer, its token files and its resolved recipe."""
+"""Preparation: text or a prepared dataset becomes a run directory with its tokenizer, its tokens and its resolved recipe."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 
+from slm.core.chat import tokenizer_config
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, write_text
 from slm.core.progress import Progress
 from slm.core.tokenizer import Tokenizer
-from slm.train.data.corpus import NAMED, Corpus, Documents, open_corpus
-from slm.train.data.tokenizer import resolve_tokenizer
-from slm.train.data.tokens import TokenHeader, write_tokens
+from slm.train.data.corpus import is_named, open_corpus
+from slm.train.data.dataset import DATASET_FILE, Split, is_dataset, open_dataset, refer_to
+from slm.train.data.preparation import beginning, write_dataset
+from slm.train.data.tokenizer import check_vocabulary, resolve_tokenizer
 from slm.train.recipe import Recipe
 
 CONFIG = "config.yaml"
 DATA = "data"
-TRAIN_FILE = "train.bin"
-VALIDATION_FILE = "validation.bin"
 
-# A vocabulary of some ten thousand tokens gains nothing from more text than this.
-_BPE_CHARACTERS = 64 << 20
+# Processes that tokenize. Reading and hashing in the one that writes keep no more than these busy.
+_MOST_WORKERS = 8
 
 
 def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
     """Makes a run directory that is ready to train in, or none.
+
+    Text becomes a dataset in the run; a dataset that `slm data prepare` made stays where it is and is referred to.
 
     Args:
         recipe: Names data and tokenizer; saved with the paths made absolute.
@@ -36,18 +38,57 @@ def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
         SlmError: When the directory is taken, the data cannot be read or is too short, or the tokenizer cannot be had.
     """
     _check_free(run)
+    data = recipe.data
+    prepared = len(data.train) == 1 and not is_named(data.train[0]) and is_dataset(Path(data.train[0]).expanduser())
+    with _new_directory(run):
+        splits = (_refer if prepared else _write)(recipe, run, progress)
+        for split, name in zip(splits, ("training", "validation"), strict=True):
+            _check_length(split, recipe.batch.context, name)
+        write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(splits[0].tokens)).to_yaml())
+
+
+def _write(recipe: Recipe, run: Path, progress: Progress) -> tuple[Split, Split]:
+    """Makes the run's own dataset."""
     corpus = open_corpus(recipe.data.train, recipe.data.validation)
     progress.note(f"data: {corpus.about}")
-    tokenizer = _make_tokenizer(recipe, corpus)
-    with _new_directory(run), atomic_directory(run / DATA, ()) as data:
-        tokenizer.save(data)
-        for file, documents, name in (
-            (TRAIN_FILE, corpus.train, "training"),
-            (VALIDATION_FILE, corpus.validation, "validation"),
-        ):
-            header = write_tokens(data / file, documents(), tokenizer, progress, f"{name} text")
-            _check_length(header, recipe.batch.context, name)
-        write_text(run / CONFIG, _with_absolute_paths(recipe).to_yaml())
+    config = recipe.model.config()
+    tokenizer = resolve_tokenizer(
+        recipe.data.tokenizer, beginning(corpus.train), config.vocab_size, config.max_position_embeddings
+    )
+    with atomic_directory(run / DATA, ()) as directory:
+        manifest = write_dataset(directory, corpus, tokenizer, progress, workers=_workers())
+    return manifest.train, manifest.validation
+
+
+def _workers() -> int:
+    """Returns how many processes to tokenize with."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
+
+
+def _refer(recipe: Recipe, run: Path, progress: Progress) -> tuple[Split, Split]:
+    """Refers to a prepared dataset, whose tokenizer becomes the run's."""
+    path = Path(recipe.data.train[0]).expanduser()
+    if recipe.data.validation is not None:
+        raise SlmError(f"{path} is a prepared dataset with its own validation text", "leave --val out")
+    dataset, config = open_dataset(path), recipe.model.config()
+    progress.note(
+        f"data: {path}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
+        f"{dataset.manifest.validation.tokens:,} to measure on"
+    )
+    max_length = config.max_position_embeddings
+    tokenizer = Tokenizer(dataset.tokenizer.backend, tokenizer_config(max_length))
+    wanted = recipe.data.tokenizer
+    if wanted != "bpe" and resolve_tokenizer(wanted, (), config.vocab_size, max_length).sha256 != tokenizer.sha256:
+        raise SlmError(
+            f"{path} was made with another tokenizer than {wanted}",
+            f"--tokenizer bpe takes the dataset's own; slm data prepare --tokenizer {wanted} makes another dataset",
+        )
+    check_vocabulary(tokenizer, config.vocab_size)
+    with atomic_directory(run / DATA, ()) as directory:
+        tokenizer.save(directory)
+        write_text(directory / DATASET_FILE, refer_to(path).model_dump_json(indent=2) + "\n")
+    return dataset.manifest.train, dataset.manifest.validation
 
 
 def _check_free(run: Path) -> None:
@@ -72,34 +113,17 @@ def _new_directory(path: Path) -> Iterator[None]:
         raise
 
 
-def _make_tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
-    config = recipe.model.config()
-    texts = _beginning(corpus.train)
-    return resolve_tokenizer(recipe.data.tokenizer, texts, config.vocab_size, config.max_position_embeddings)
-
-
-def _beginning(documents: Documents) -> Iterator[str]:
-    characters = 0
-
-    def fits(document: str) -> bool:
-        nonlocal characters
-        before, characters = characters, characters + len(document)
-        return before < _BPE_CHARACTERS
-
-    return takewhile(fits, documents())
-
-
-def _check_length(header: TokenHeader, context: int, name: str) -> None:
-    if header.tokens <= context:
+def _check_length(split: Split, context: int, name: str) -> None:
+    if split.tokens <= context:
         raise SlmError(
-            f"the {name} text is too short: {header.tokens:,} tokens, and a window takes {context:,} and one more",
-            f"give more text, or --set batch.context={max(2, header.tokens // 2)}",
+            f"the {name} text is too short: {split.tokens:,} tokens, and a window takes {context:,} and one more",
+            f"give more text, or --set batch.context={max(2, split.tokens // 2)}",
         )
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     def absolute(name: str) -> str:
-        return name if name in NAMED else str(Path(name).expanduser().resolve())
+        return name if is_named(name) else str(Path(name).expanduser().resolve())
 
     data = recipe.data
     resolved = data.model_copy(

@@ -13,8 +13,11 @@ from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.presets import preset
 from slm.train.data.corpus import SAMPLE
-from slm.train.optimizer import Decay
+from slm.train.data.windows import Sampler
+from slm.train.optimizer import Decay, OptimizerName, OptimizerSettings
+from slm.train.parallel import ParallelName
 from slm.train.precision import PrecisionName
+from slm.train.schedule import Shape
 
 # The special tokens' ids come with the tokenizer.
 _MODEL_FIELDS = [name for name in ModelConfig.model_fields if not name.endswith("_token_id")]
@@ -31,11 +34,14 @@ class DataRecipe(_Section):
         train: Files, directories, or "sample" or "tinystories" alone.
         validation: File or directory measured on; None takes the corpus's own split or holds out its last documents.
         tokenizer: "gpt2", "bpe" to learn one from the training text, or the path of a `tokenizer.json`.
+        sampler: How rows are drawn from the stream of tokens: "random" windows anywhere in it, or "packed", where every
+            epoch cuts the stream into rows anew and goes through them once in another order.
     """
 
     train: tuple[str, ...] = Field(default=(SAMPLE,), min_length=1)
     validation: str | None = None
     tokenizer: str = "bpe"
+    sampler: Sampler = "random"
 
     @field_validator("train", mode="before")
     @classmethod
@@ -73,7 +79,7 @@ class BatchRecipe(_Section):
     """How much is learned from at once.
 
     Attributes:
-        batch_size: Windows of a micro-step.
+        batch_size: Windows of a micro-step, of all processes together.
         context: Tokens of a window.
         accumulation: Micro-steps whose gradients are averaged into one update.
     """
@@ -84,39 +90,76 @@ class BatchRecipe(_Section):
 
 
 class OptimizerRecipe(_Section):
-    """AdamW (arXiv:1711.05101).
+    """AdamW (arXiv:1711.05101), or Muon (arXiv:2502.16982) for the blocks' matrices and AdamW for the rest.
 
     Attributes:
-        betas: Decay of the two moments; 0.95 for the second, as language models usually have it.
+        name: "adamw" or "muon".
+        betas: Decay of AdamW's two moments; 0.95 for the second, as language models usually have it.
         eps: Added to the root of the second moment.
         weight_decay: Share of a weight taken away at every update, times the learning rate.
         decay: What is decayed: "matrices", as in GPT-2's descendants, or "all", which is PyTorch's default.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
+        momentum: Decay of Muon's momentum.
+        matrix_rate: Learning rate of the blocks' matrices, as a multiple of the schedule's.
+        embedding_rate: That of embedding and head.
+        ema: Decay of a moving average of the weights at every update, which is then what is measured and kept
+            (arXiv:2407.20323); 0 keeps none.
     """
 
+    name: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-9, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     decay: Decay = "matrices"
     max_grad_norm: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    matrix_rate: float = Field(default=1.0, gt=0)
+    embedding_rate: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+
+    def settings(self) -> OptimizerSettings:
+        """Returns what `slm.train.optimizer.make_optimizers` asks for."""
+        return OptimizerSettings(**self.model_dump(exclude={"max_grad_norm", "ema"}))
 
 
 class ScheduleRecipe(_Section):
-    """Length of the run and its learning rate: linear warm-up, then a half cosine; see `slm.train.schedule`.
+    """Length of the run and its learning rate; see `slm.train.schedule`.
 
     Attributes:
         micro_steps: Length of the run. What is left over and fills no update is not run.
-        warmup_micro_steps: Length of the warm-up.
+        epochs: The length in passes over the training text instead; becomes `micro_steps` when that is known.
+        warmup_micro_steps: Length of the linear warm-up.
         learning_rate: At the end of the warm-up.
         start: Where the warm-up begins, as a share of `learning_rate`.
+        shape: After the warm-up: "cosine", "wsd" (warm-up, stable, decay) or "constant".
+        decay: Share of the run, at its end, in which "wsd" decays.
         final_learning_rate: At the end of the run.
     """
 
-    micro_steps: int = Field(gt=0)
+    micro_steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     warmup_micro_steps: int = Field(ge=0)
     learning_rate: float = Field(gt=0)
     start: float = Field(default=0.0, ge=0, le=1)
-    final_learning_rate: float = Field(ge=0)
+    shape: Shape = "cosine"
+    decay: float = Field(default=0.5, gt=0, le=1)
+    final_learning_rate: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.micro_steps is None) == (self.epochs is None):
+            raise ValueError("the length is either schedule.micro_steps or schedule.epochs; set the other to null")
+        return self
+
+
+class RegularizationRecipe(_Section):
+    """Against learning a small text by heart.
+
+    Attributes:
+        dropout: Share of the embedding's and every sub-layer's outputs that a training step zeroes (arXiv:1207.0580).
+    """
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class EvaluationRecipe(_Section):
@@ -124,23 +167,55 @@ class EvaluationRecipe(_Section):
 
     Attributes:
         every_micro_steps: Interval; measured after the update that reaches each multiple of it.
-        windows: Windows of held-out text, `batch.context` tokens each: always the same ones, spread evenly.
+        windows: Windows of held-out text: always the same ones, spread evenly.
+        context: Tokens of such a window; None takes `batch.context`. Losses compare where it is the same.
+        patience: The run ends after so many evaluations without a new best; None goes on to the end.
+        prompts: Texts to continue at every evaluation, for people to look at.
+        sample_tokens: Length of those continuations.
     """
 
     every_micro_steps: int = Field(gt=0)
     windows: int = Field(default=256, gt=0)
+    context: int | None = Field(default=None, gt=1)
+    patience: int | None = Field(default=None, gt=0)
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = Field(default=60, gt=0)
+
+
+class CheckpointRecipe(_Section):
+    """What is kept beside the best and the last checkpoint.
+
+    Attributes:
+        every_updates: Interval at which the run is saved and a numbered checkpoint kept; None keeps none.
+        keep: How many numbered checkpoints: the newest ones.
+    """
+
+    every_updates: int | None = Field(default=None, gt=0)
+    keep: int = Field(default=3, gt=0)
 
 
 class MachineRecipe(_Section):
-    """Where it runs.
+    """Where it runs, and what is traded there. None of it changes what is learned, but for rounding.
 
     Attributes:
         device: "auto" takes CUDA where there is any.
         precision: Of the products; "auto" is decided by `slm.train.precision.choose_precision`.
+        compile: Whether torch.compile fuses what lies between the products; takes a C++ compiler on a CPU.
+        gradient_checkpointing: Whether the backward pass computes each layer anew instead of keeping it
+            (arXiv:1604.06174): a third more work, much less memory.
+        attention: Of windows shorter than the context: "sdpa" masks scores, "flex" skips them and needs CUDA;
+            "auto" takes flex there.
+        parallel: With several processes: "ddp", or "fsdp" for a model that does not fit into one device.
+        loss_chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: PrecisionName = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    parallel: ParallelName = "ddp"
+    loss_chunk: int | None = Field(default=None, gt=0)
 
 
 class Recipe(_Section):
@@ -158,22 +233,40 @@ class Recipe(_Section):
     batch: BatchRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
+    regularization: RegularizationRecipe = RegularizationRecipe()
     evaluation: EvaluationRecipe
+    checkpoints: CheckpointRecipe = CheckpointRecipe()
     machine: MachineRecipe = MachineRecipe()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         longest = self.model.config().max_position_embeddings
-        if self.batch.context > longest:
-            raise ValueError(f"batch.context is {self.batch.context}, the model's max_position_embeddings {longest}")
-        if self.schedule.micro_steps < self.batch.accumulation:
+        for name, context in (("batch", self.batch.context), ("evaluation", self.evaluation.context or 0)):
+            if context > longest:
+                raise ValueError(f"{name}.context is {context}, the model's max_position_embeddings {longest}")
+        if self.schedule.micro_steps is not None and self.schedule.micro_steps < self.batch.accumulation:
             raise ValueError("schedule.micro_steps is less than batch.accumulation: there would be no update")
         return self
+
+    def for_tokens(self, tokens: int) -> "Recipe":
+        """Returns the recipe with its length in micro-steps, for a training text of so many tokens."""
+        epochs = self.schedule.epochs
+        if epochs is None:
+            return self
+        micro_steps = max(self.batch.accumulation, round(epochs * tokens / self.tokens_per_micro_step))
+        schedule = self.schedule.model_copy(update={"micro_steps": micro_steps, "epochs": None})
+        return self.model_copy(update={"schedule": schedule})
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps of the schedule, once they are known; see `for_tokens`."""
+        assert self.schedule.micro_steps is not None
+        return self.schedule.micro_steps
 
     @property
     def updates(self) -> int:
         """Updates of the whole run."""
-        return self.schedule.micro_steps // self.batch.accumulation
+        return self.micro_steps // self.batch.accumulation
 
     @property
     def tokens_per_micro_step(self) -> int:

@@ -1,37 +1,35 @@
-"""A training run from recipe to checkpoint: `RUN/config.yaml data/ checkpoint/{best,last} trainer/ metrics.jsonl loss.png`."""
+"""A training run from recipe to checkpoint.
 
+RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl loss.png tensorboard/
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib
-from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.progress import Progress, Silent
-from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
-from slm.core.weights import WEIGHTS_FILE
-from slm.train.data.tokens import open_tokens
-from slm.train.data.windows import gather, random_starts
+from slm.train.average import MovingAverage
+from slm.train.build import build_learner, build_model, check_parallel, pick_device, with_special_tokens
+from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
-from slm.train.learner import Learner
-from slm.train.loop import Loop
+from slm.train.keep import METRICS, Keeper
+from slm.train.loop import Loop, Plan
+from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
-from slm.train.optimizer import load_state_tensors, make_adamw, state_tensors
+from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
-from slm.train.prepare import CONFIG, DATA, TRAIN_FILE, VALIDATION_FILE, prepare
+from slm.train.prepare import CONFIG, DATA, prepare
 from slm.train.recipe import Recipe, load_recipe
-from slm.train.schedule import learning_rate
-from slm.train.state import Counters, SavedState, load_state, save_state
-from slm.version import __version__
+from slm.train.review import review
+from slm.train.samples import continue_prompts
+from slm.train.state import Counters, load_state
 
-_METRICS = ("loss", "perplexity", "bits_per_byte")
 _MIB = 1 << 20
-# float32 weights, gradients and AdamW's two moments.
-_BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,13 @@ class TrainResult:
         perplexity: The exponential of it.
         bits_per_byte: The same by byte of text.
         parameters: Of the model, a tied head counted once.
-        micro_steps: Of the whole run.
-        updates: Of the whole run.
-        tokens: Learned from in the whole run.
+        micro_steps: Done, of the whole run unless it stopped early.
+        updates: Done.
+        tokens: Learned from.
         tokens_s: Tokens over the seconds of training, evaluations included.
         elapsed_s: Those seconds, of a resumed run all of them.
         peak_rss_mib: Most memory that the process had resident.
+        processes: How many trained.
     """
 
     run: Path
@@ -67,214 +66,197 @@ class TrainResult:
     tokens_s: float
     elapsed_s: float
     peak_rss_mib: float
+    processes: int
 
 
-def train(recipe: Recipe, out: Path, progress: Progress | None = None) -> TrainResult:
+def train(
+    recipe: Recipe, out: Path, progress: Progress | None = None, processes: Processes | None = None
+) -> TrainResult:
     """Trains a model from scratch.
 
     Args:
         recipe: Says everything; see `slm.train.recipe.load_recipe`.
         out: The run directory to make; nothing is left of it when the preparation fails.
         progress: Is told how it goes.
+        processes: Those that torchrun started; None joins them, if any, for as long as it takes.
 
     Raises:
         SlmError: When data, tokenizer or directory will not do, or the loss is no longer finite.
     """
-    progress = progress or Silent()
-    pick_device(recipe.machine.device)  # before the work, not after it
-    prepare(recipe, out, progress)
-    return _Run(out, progress).go()
+    with nullcontext(processes) if processes else joined() as together:
+        pick_device(recipe.machine.device)  # before the work, not after it
+        check_parallel(recipe, together)
+        heard = (progress if together.rank == 0 else None) or Silent()
+        by_first(together, lambda: prepare(recipe, out, heard))
+        return _Run(out, together, heard).go()
 
 
-def resume(out: Path, progress: Progress | None = None) -> TrainResult:
+def resume(out: Path, progress: Progress | None = None, processes: Processes | None = None) -> TrainResult:
     """Goes on with a run as if it had never stopped: the result is the same, bit for bit, on the same machine.
+
+    As many processes as before are not needed; only rounding depends on their number.
 
     Raises:
         SlmError: When the directory holds no run, or its files are damaged.
     """
     if not (out / CONFIG).is_file():
         raise SlmError(f"no run to go on with: {out} has no {CONFIG}", "slm train --data FILE starts one")
-    return _Run(out, progress or Silent()).go()
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Returns the device of a recipe's `machine.device`.
-
-    Raises:
-        SlmError: When it asks for CUDA and there is none.
-    """
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise SlmError("PyTorch finds no CUDA device", "--set machine.device=cpu, or install PyTorch for CUDA")
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
-
-
-def with_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Returns the shape with the tokenizer's ids; the end of a turn ends a text too, for when turns are learned later."""
-    end_of_text, end_of_turn, pad = (tokenizer.token_id(token) for token in (END_OF_TEXT, END_OF_TURN, PAD))
-    ids = {"bos_token_id": end_of_text, "eos_token_id": (end_of_text, end_of_turn), "pad_token_id": pad}
-    return ModelConfig.checked(config.model_dump() | ids)
+    with nullcontext(processes) if processes else joined() as together:
+        check_parallel(load_recipe(out / CONFIG), together)
+        return _Run(out, together, (progress if together.rank == 0 else None) or Silent()).go()
 
 
 class _Run:
-    """A prepared run directory, opened to train in it."""
+    """A prepared run directory, opened to train in it: what `slm.train.loop.Actions` asks for."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self.path = path
-        self.progress = progress
-        self.recipe = load_recipe(path / CONFIG)
-        self.tokenizer = Tokenizer.load(path / DATA)
-        self.train_tokens = open_tokens(path / DATA / TRAIN_FILE, self.tokenizer)
-        self.validation_tokens = open_tokens(path / DATA / VALIDATION_FILE, self.tokenizer)
-        self.device = pick_device(self.recipe.machine.device)
-        self.config = with_special_tokens(self.recipe.model.config(), self.tokenizer)
-        self.precision = choose_precision(
-            self.recipe.machine.precision, capability(self.device), self.config.hidden_size
-        )
-        self.best, self.last = (path / "checkpoint" / name for name in ("best", "last"))
+    def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
+        self.path, self.processes, self.progress = path, processes, progress
+        self.recipe = recipe = load_recipe(path / CONFIG)
+        self.dataset = open_dataset(path / DATA)
+        self.device = pick_device(recipe.machine.device)
+        self.config = with_special_tokens(recipe.model.config(), self.dataset.tokenizer)
+        self.precision = choose_precision(recipe.machine.precision, capability(self.device), self.config.hidden_size)
+        saved = load_state(path) if processes.rank == 0 else None  # which also puts right what a killed run left
+        processes.from_first(None)
+        saved = saved if processes.rank == 0 else load_state(path)
+        self.counters = saved.counters if saved else Counters()
+        self.model = build_model(recipe, self.config, self.device, saved)
+        self.learner = build_learner(recipe, self.model, self.dataset.train, self.precision, saved, processes)
+        self.average: MovingAverage | None = None
+        if recipe.optimizer.ema:
+            self.average = MovingAverage(
+                self.model, recipe.optimizer.ema, self.counters.micro_steps // self._accumulation
+            )
+            if saved is not None:
+                self.average.load_tensors(saved.average)
+        about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
+        self.keeper = Keeper(path, recipe, self.config, self.dataset, self.model, self.average, processes, about)
+        # Every process knows every row, so that all decide alike; the first one writes them.
+        first = processes.rank == 0
+        if first:
+            self.metrics = Metrics(path, self.counters.micro_steps, tensorboard=True)
+        processes.from_first(None)
+        if not first:
+            self.metrics = Metrics(path, self.counters.micro_steps, write=False)
 
     def go(self) -> TrainResult:
         """Trains to the end."""
         recipe = self.recipe
-        saved = load_state(self.path)
-        counters = saved.counters if saved else Counters()
-        metrics = Metrics(self.path, counters.micro_steps)
-        learner = self._learner(saved)
-        self._describe(counters)
+        self._describe()
+        plan = Plan(
+            updates=recipe.updates,
+            tokens_per_micro_step=recipe.tokens_per_micro_step,
+            evaluate_every=recipe.evaluation.every_micro_steps,
+            patience=recipe.evaluation.patience,
+            checkpoint_every=recipe.checkpoints.every_updates,
+        )
         with held_back() as interruption:
             loop = Loop(
-                learner,
-                counters,
-                metrics,
-                updates=recipe.updates,
-                tokens_per_micro_step=recipe.tokens_per_micro_step,
-                evaluate=partial(self._evaluate, learner.model),
-                evaluate_every=recipe.evaluation.every_micro_steps,
-                keep_best=lambda row: self._save_checkpoint(self.best, learner.model, row["micro_steps"], row),
-                save=partial(self._save, learner, metrics),
-                last=self.last,
-                interruption=interruption,
-                progress=self.progress,
+                plan, self, self.learner, self.counters, self.metrics, interruption, self.processes, self.progress
             )
-            loop.run()
-        return self._result(metrics, loop.elapsed_s)
+            try:
+                loop.run()
+            finally:
+                self.metrics.close()
+        return self._result(loop)
 
-    def _learner(self, saved: SavedState | None) -> Learner:
-        """Builds the model, from the seed or from what was saved, and all that trains it."""
-        recipe = self.recipe
-        model = CausalLM(self.config)
-        if saved is None:
-            model.init_weights(torch.Generator().manual_seed(recipe.seed))
-        else:
-            model.load_state_dict(saved.weights, strict=False)  # a tied head is stored once
-        model.to(self.device)
-        fields = recipe.optimizer.model_dump()
-        max_grad_norm = fields.pop("max_grad_norm")
-        schedule = recipe.schedule
-        optimizer = make_adamw(model, **fields)
-        learner = Learner(
-            model,
-            optimizer,
-            batch=self._batch,
-            rate=partial(
-                learning_rate,
-                peak=schedule.learning_rate,
-                final=schedule.final_learning_rate,
-                start=schedule.start,
-                warmup=schedule.warmup_micro_steps,
-                total=schedule.micro_steps,
-            ),
-            precision=self.precision,
-            accumulation=recipe.batch.accumulation,
-            max_grad_norm=max_grad_norm,
-        )
-        if saved is not None:
-            load_state_tensors(optimizer, model, saved.optimizer)
-            learner.scaler.load_state_dict(saved.counters.scaler)
-        return learner
+    @property
+    def _accumulation(self) -> int:
+        return self.recipe.batch.accumulation
 
-    def _batch(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, batch = self.train_tokens.ids, self.recipe.batch
-        starts = random_starts(len(ids), batch.batch_size, batch.context, self.recipe.seed, micro_step)
-        return gather(ids, starts, batch.context, self.device)
+    def updated(self) -> None:
+        """Takes the new weights into the average."""
+        if self.average is not None:
+            self.average.update()
 
-    def _evaluate(self, model: CausalLM, check: Check) -> Evaluation:
-        batch = self.recipe.batch
-        return evaluate(
-            model,
-            self.validation_tokens,
-            windows=self.recipe.evaluation.windows,
-            context=batch.context,
-            batch_size=batch.batch_size,
-            check=check,
-        )
+    def evaluate(self, check: Check) -> Evaluation:
+        """Measures the model, or the average where there is one."""
+        batch, evaluation = self.recipe.batch, self.recipe.evaluation
+        with self._averaged():
+            return evaluate(
+                self.learner.objective,
+                self.dataset.validation,
+                windows=evaluation.windows,
+                context=evaluation.context or batch.context,
+                batch_size=max(1, batch.batch_size // self.processes.size),
+                check=check,
+                processes=self.processes,
+            )
 
-    def _save(self, learner: Learner, metrics: Metrics, counters: Counters) -> None:
-        measured = metrics.evaluations
-        self._save_checkpoint(self.last, learner.model, counters.micro_steps, measured[-1] if measured else None)
-        tensors = state_tensors(learner.optimizer, learner.model)
-        save_state(self.path, counters, tensors, self.last / WEIGHTS_FILE)
+    def samples(self) -> list[tuple[str, str]]:
+        """Continues the recipe's prompts."""
+        evaluation = self.recipe.evaluation
+        with self._averaged(), self.processes.gathered(self.learner.objective):
+            texts = continue_prompts(
+                self.model, self.dataset.tokenizer, evaluation.prompts, evaluation.sample_tokens, self.recipe.seed
+            )
+        return list(zip(evaluation.prompts, texts, strict=True))
 
-    def _save_checkpoint(self, path: Path, model: CausalLM, micro_steps: int, measured: Row | None) -> None:
-        recipe = self.recipe
-        info = {
-            "made_by": "slm train",
-            "slm_version": __version__,
-            "torch_version": torch.__version__,
-            "parameters": self.config.parameter_count(),
-            "micro_steps": micro_steps,
-            "updates": micro_steps // recipe.batch.accumulation,
-            "tokens": micro_steps * recipe.tokens_per_micro_step,
-            "metrics": measured and {name: measured[name] for name in ("micro_steps", *_METRICS)},
-            "seed": recipe.seed,
-            "device": self.device.type,
-            "precision": self.precision.name,
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "data": {
-                name: tokens.header.model_dump()
-                for name, tokens in (("train", self.train_tokens), ("validation", self.validation_tokens))
-            },
-            "recipe": recipe.model_dump(mode="json"),
-        }
-        save_checkpoint(path, model, self.tokenizer, info)
+    def keep_best(self, row: Row) -> None:
+        """Saves the model as the best."""
+        with self._averaged():
+            self.keeper.save_checkpoint(self.keeper.best, row["micro_steps"], row)
 
-    def _describe(self, counters: Counters) -> None:
+    def keep_numbered(self, updates: int) -> None:
+        """Keeps the last checkpoint under its number too."""
+        self.keeper.keep_numbered(updates)
+
+    def save(self, counters: Counters) -> None:
+        """Saves everything that going on needs."""
+        measured = self.metrics.evaluations
+        self.keeper.save(counters, self.learner.optimizers, measured[-1] if measured else None)
+
+    def last_saved(self) -> str:
+        """Says what there is to go back to."""
+        last = self.keeper.last
+        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+
+    def less_memory(self) -> str:
+        """Advises what to lower."""
+        return advise(self.recipe, self.config, self.precision, self.processes.size)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _describe(self) -> None:
         """Says what is about to run, and where."""
         recipe, note = self.recipe, self.progress.note
-        parameters = self.config.parameter_count()
+        needed = training_bytes(recipe, self.config, self.precision, self.processes.size)
         note(
-            f"model: {parameters:,} parameters, {parameters * _BYTES_PER_PARAMETER / _MIB:,.0f} MiB with gradients and "
-            f"AdamW's moments; context {recipe.batch.context}, vocabulary {self.config.vocab_size:,}"
+            f"model: {self.config.parameter_count():,} parameters; context {recipe.batch.context}, vocabulary "
+            f"{self.config.vocab_size:,}; training takes about {needed.total / _MIB:,.0f} MiB (an estimate)"
         )
-        note(f"device: {_device_name(self.device)}, {self.precision.name}")
-        tokens, stream = (
-            recipe.updates * recipe.batch.accumulation * recipe.tokens_per_micro_step,
-            self.train_tokens.ids,
-        )
+        together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
+        note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")
+        per_update = self._accumulation * recipe.tokens_per_micro_step
+        tokens, stream = recipe.updates * per_update, len(self.dataset.train.ids)
         note(
-            f"run: {recipe.updates:,} updates of {recipe.batch.accumulation * recipe.tokens_per_micro_step:,} tokens, "
-            f"{tokens:,} in all: {tokens / len(stream):.1f} times the training text's {len(stream):,}"
+            f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
+            f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
-        if counters.micro_steps:
-            note(f"going on after {counters.micro_steps:,} micro-steps")
+        for sentence in review(recipe, tokens / stream):
+            note(f"warning: {sentence}")
+        if self.counters.micro_steps:
+            note(f"going on after {self.counters.micro_steps:,} micro-steps")
 
-    def _result(self, metrics: Metrics, elapsed_s: float) -> TrainResult:
-        best, recipe = metrics.best, self.recipe
+    def _result(self, loop: Loop) -> TrainResult:
+        best = self.metrics.best
         assert best is not None  # there is an update, and an evaluation after the last one
-        micro_steps = recipe.updates * recipe.batch.accumulation
-        tokens = micro_steps * recipe.tokens_per_micro_step
+        micro_steps = loop.counters.micro_steps
+        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, loop.elapsed_s
         return TrainResult(
             run=self.path,
-            checkpoint=self.best,
-            loss_before=metrics.evaluations[0]["loss"],
-            **{name: best[name] for name in _METRICS},
+            checkpoint=self.keeper.best,
+            loss_before=self.metrics.evaluations[0]["loss"],
+            **{name: best[name] for name in METRICS},
             parameters=self.config.parameter_count(),
             micro_steps=micro_steps,
-            updates=recipe.updates,
+            updates=micro_steps // self._accumulation,
             tokens=tokens,
             tokens_s=tokens / elapsed_s,
             elapsed_s=elapsed_s,
             peak_rss_mib=peak_rss_mib(),
+            processes=self.processes.size,
         )
 
 

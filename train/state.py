@@ -1,7 +1,7 @@
 """What a run needs to go on: `RUN/trainer/`, with weights, optimizer and counters in one directory that appears whole.
 
-The weights are those of `checkpoint/last`, linked rather than copied where the file system can: a run killed between the
-two renames goes on from what `trainer/` holds, whichever checkpoint lies beside it.
+Without a moving average the weights are those of `checkpoint/last`, linked rather than copied where the file system can: a
+run killed between the two renames goes on from what `trainer/` holds, whichever checkpoint lies beside it.
 """
 
 import os
@@ -23,7 +23,8 @@ from slm.core.weights import WEIGHTS_FILE
 TRAINER = "trainer"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _COUNTERS_FILE = "state.json"
-_FILES = frozenset((WEIGHTS_FILE, _OPTIMIZER_FILE, _COUNTERS_FILE))
+_AVERAGE_FILE = "average.safetensors"
+_FILES = frozenset((WEIGHTS_FILE, _OPTIMIZER_FILE, _COUNTERS_FILE, _AVERAGE_FILE))
 
 
 class Counters(BaseModel):
@@ -49,26 +50,40 @@ class SavedState:
     Attributes:
         counters: Where it stood.
         weights: The model's tensors by name.
-        optimizer: The optimizer's tensors, as `slm.train.optimizer.state_tensors` names them.
+        optimizer: The optimizers' tensors, as `slm.train.optimizer.Optimizers.state_tensors` names them.
+        average: The moving average of the weights; empty without one.
     """
 
     counters: Counters
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor]
 
 
-def save_state(run: Path, counters: Counters, optimizer: Mapping[str, Tensor], weights: Path) -> None:
+def save_state(
+    run: Path,
+    counters: Counters,
+    optimizer: Mapping[str, Tensor],
+    weights: Path | Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None = None,
+) -> None:
     """Saves where a run stands.
 
     Args:
         run: The run's directory.
         counters: Where it stands.
-        optimizer: The optimizer's tensors by name.
-        weights: The safetensors file of the weights at this point; it may be replaced later, never written to.
+        optimizer: The optimizers' tensors by name.
+        weights: The model's tensors, or a safetensors file of them, which may be replaced later but never written to.
+        average: The moving average of the weights, where there is one.
     """
     with atomic_directory(run / TRAINER, _FILES) as directory:
         safetensors.torch.save_file(dict(optimizer), directory / _OPTIMIZER_FILE)
         (directory / _COUNTERS_FILE).write_text(counters.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if average is not None:
+            safetensors.torch.save_file(dict(average), directory / _AVERAGE_FILE)
+        if not isinstance(weights, Path):
+            safetensors.torch.save_file(dict(weights), directory / WEIGHTS_FILE)
+            return
         try:
             os.link(weights, directory / WEIGHTS_FILE)
         except OSError:  # a file system without links
@@ -88,6 +103,8 @@ def load_state(run: Path) -> SavedState | None:
     try:
         counters = Counters.model_validate_json(read_text(directory / _COUNTERS_FILE, "the state of the run"))
         weights, optimizer = (safetensors.torch.load_file(directory / name) for name in (WEIGHTS_FILE, _OPTIMIZER_FILE))
+        averaged = directory / _AVERAGE_FILE
+        average = safetensors.torch.load_file(averaged) if averaged.is_file() else {}
     except (ValidationError, SafetensorError, OSError) as error:
         raise SlmError(f"the saved state is damaged: {directory} ({error})", "train again without --resume") from None
-    return SavedState(counters, weights, optimizer)
+    return SavedState(counters, weights, optimizer, average)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slm.core.config import ModelConfig
 from slm.core.nn.cache import LayerCache
+from slm.core.nn.flex import BlockMask, attend_in_blocks
 from slm.core.nn.layers import RMSNorm
 from slm.core.nn.rope import apply_rope
 
@@ -21,12 +22,12 @@ class Positions:
     Attributes:
         cos: Cosine of the rotation, (B, 1, T, H/2).
         sin: Sine of the rotation, (B, 1, T, H/2).
-        mask: True where a query may look, (B, 1, T, S); None for plain causal attention.
+        mask: True where a query may look, (B, 1, T, S); None for plain causal attention; blocks for FlexAttention.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
+    mask: Tensor | BlockMask | None
 
 
 class Attention(nn.Module):
@@ -54,8 +55,12 @@ class Attention(nn.Module):
         k = apply_rope(self.k_norm(k), positions.cos, positions.sin)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, H)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=positions.mask, is_causal=positions.mask is None, scale=self.scale, enable_gqa=True
-        )
+        mask = positions.mask
+        if isinstance(mask, BlockMask):
+            attended = attend_in_blocks(q, k, v, mask, self.scale)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+            )
         out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return out

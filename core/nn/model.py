@@ -4,20 +4,28 @@ Dimensions: B batch, T new positions, S visible positions, D hidden, V vocabular
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slm.core.config import LayerType, ModelConfig
 from slm.core.nn.attention import Attention, Positions
 from slm.core.nn.cache import KVCache, LayerCache
+from slm.core.nn.flex import BlockMask, window_mask
 from slm.core.nn.layers import MLP, RMSNorm, ScaledEmbedding
 from slm.core.nn.rope import rope_angles
 
 
 class DecoderLayer(nn.Module):
-    """One block: attention and MLP, each with a norm before it and one after it."""
+    """One block: attention and MLP, each with a norm before it and one after it.
+
+    Attributes:
+        dropout: Share of each sub-layer's output that training zeroes.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.dropout = 0.0
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -27,17 +35,29 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         """Maps the residual stream (B, T, D) to itself."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, cache))
-        out: Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + self._dropped(self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions, cache)))
+        out: Tensor = x + self._dropped(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
         return out
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class TextModel(nn.Module):
-    """Embedding, blocks and last norm."""
+    """Embedding, blocks and last norm.
+
+    Attributes:
+        dropout: Share of the embeddings that training zeroes.
+        gradient_checkpointing: Whether a backward pass computes each block anew instead of keeping what it computed.
+        flex: Whether windows shorter than the text go through FlexAttention, which skips what lies outside of them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.dropout = 0.0
+        self.gradient_checkpointing = False
+        self.flex = False
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -46,8 +66,13 @@ class TextModel(nn.Module):
         """Maps ids (B, T) to hidden states (B, T, D); see `CausalLM.forward`."""
         kinds = self.positions(input_ids, attention_mask, 0 if cache is None else cache.length)
         x = self.embed_tokens(input_ids)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         for i, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
-            x = layer(x, kinds[kind], None if cache is None else cache.layers[i])
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, kinds[kind], None, use_reentrant=False)
+            else:
+                x = layer(x, kinds[kind], None if cache is None else cache.layers[i])
         if cache is not None:
             cache.length += input_ids.shape[1]
         out: Tensor = self.norm(x)
@@ -73,8 +98,11 @@ class TextModel(nn.Module):
             window = self.config.window(self.config.layer_types.index(kind))
             cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_parameters[kind])
             visible = total if window is None else min(total, window - 1 + length)
+            mask: Tensor | BlockMask | None
             if past == 0 and attention_mask is None and (window is None or length <= window):
                 mask = None  # plain causal attention, which has the fastest kernels
+            elif self.flex and past == 0 and attention_mask is None and window is not None:
+                mask = window_mask(length, window, device)
             else:
                 key_slot = torch.arange(total - visible, total, device=device)
                 distance = query_slot[:, None] - key_slot[None, :]  # (T, S)

@@ -51,3 +51,9 @@ def llama_cpp() -> Callable[[Path, Sequence[str], int], list[list[int]]]:
     """llama.cpp's greedy tokens: (file, prompts, how many) to ids."""
     ask = asker("llamacpp", "llama_cpp_greedy.py")
     return lambda file, prompts, count: ask(file, count, json.dumps(list(prompts)))
+
+
+@pytest.fixture(scope="session")
+def lm_eval() -> Ask:
+    """lm-evaluation-harness, with our models and with its own reading of transformers' models."""
+    return asker("lmeval", "lm_eval_answers.py")

@@ -2,12 +2,21 @@
 
 import gzip
 import lzma
+import sys
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from slm.core.errors import SlmError
 from slm.train.data.documents import find_files, read_documents
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 DUMP = "First story.\nIts second line.\n<|endoftext|>\n\n<|endoftext|>\nSecond <|endoftext|> story.\n\n<|endoftext|>\nThird"
 STORIES = ["First story.\nIts second line.", "Second <|endoftext|> story.", "Third"]
@@ -76,7 +85,88 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
 def test_nothing_to_find(tmp_path: Path) -> None:
     with pytest.raises(SlmError, match="data not found"):
         find_files(tmp_path / "none.txt")
-    with pytest.raises(SlmError, match=r"no .txt or .jsonl file"):
+    with pytest.raises(SlmError, match=r"no .txt, .jsonl or .parquet file"):
         find_files(tmp_path)
     with pytest.raises(SlmError, match="not a kind of file"):
         find_files(write(tmp_path / "book.pdf", "%PDF"))
+
+
+def test_zstandard(tmp_path: Path) -> None:
+    content = zstd.compress(DUMP[:30].encode()) + zstd.compress(DUMP[30:].encode())  # as several frames in a row
+    assert list(read_documents(write(tmp_path / "a.txt.zst", content))) == STORIES
+    with pytest.raises(SlmError, match="cannot decompress"):
+        list(read_documents(write(tmp_path / "b.txt.zst", content[:-3])))
+    with pytest.raises(SlmError, match="cannot decompress"):
+        list(read_documents(write(tmp_path / "c.txt.zst", b"no zst at all")))
+
+
+def parquet(path: Path, columns: dict[str, list], rows_a_group: int = 2) -> Path:
+    pq.write_table(pa.table(columns), path, row_group_size=rows_a_group)
+    return path
+
+
+def test_parquet(tmp_path: Path) -> None:
+    columns = {"id": [1, 2, 3, 4, 5], "text": ["\nOne.\n", " ", "Zwölf.", "", "Three\n\nlines"], "other": list("abcde")}
+    file = parquet(tmp_path / "a.parquet", columns)
+    assert find_files(tmp_path) == [file]
+    assert list(read_documents(file)) == ["One.", "Zwölf.", "Three\n\nlines"]
+    assert list(read_documents(file, "other")) == list("abcde")
+
+
+def test_rows_have_the_column_that_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"content": "One.", "text": 1}\n{"text": "x"}\n')
+    with pytest.raises(SlmError, match='line 2: is not a row with a "content"'):
+        list(read_documents(file, "content"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"story": ["x"]}, r'has no column "text"'),
+        ({"text": ["x", "y", None, "z"]}, r'row 3: "text" is not text'),
+        ({"text": [1, 2]}, r'row 1: "text" is not text'),
+    ],
+)
+def test_rows_without_text(tmp_path: Path, columns: dict[str, list], message: str) -> None:
+    file = parquet(tmp_path / "a.parquet", columns)
+    with pytest.raises(SlmError, match=message) as error:
+        list(read_documents(file))
+    assert str(file) in error.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet at all", b"PAR1" + bytes(40) + b"PAR1"])
+def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(SlmError, match="cannot read") as error:
+        list(read_documents(write(tmp_path / "a.parquet", content)))
+    assert "\n" not in error.value.message
+
+
+def test_no_file_is_held_whole(tmp_path: Path) -> None:
+    """Ten times the rows take no more memory, in each kind of file."""
+
+    def peak(file: Path) -> int:
+        tracemalloc.start()
+        pool = pa.default_memory_pool()
+        count = sum(1 for _ in read_documents(file))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count % 1000 == 0
+        return most + pool.bytes_allocated()
+
+    row = "word " * 100
+    for kind in ("jsonl", "txt.gz", "txt.xz", "txt.zst", "parquet"):
+        peaks = []
+        for number in (4_000, 40_000):
+            file = tmp_path / f"{number}.{kind}"
+            if kind == "parquet":
+                parquet(file, {"text": [row] * number}, rows_a_group=500)
+            elif kind == "jsonl":
+                write(file, f'{{"text": "{row}"}}\n' * number)
+            else:
+                compress = {"gz": gzip.compress, "xz": lambda d: lzma.compress(d, preset=0), "zst": zstd.compress}[
+                    kind[4:]
+                ]
+                write(file, compress(f"{row}\n<|endoftext|>\n".encode() * number))
+            peaks.append(peak(file))
+        assert peaks[1] < 1.5 * peaks[0] + (1 << 20), kind
+        assert peaks[1] < 8 << 20, kind  # of 20 MB

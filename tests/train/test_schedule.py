@@ -1,11 +1,18 @@
-"""The learning rate, and the documented recipe's in particular, which rises where it is said to decay."""
+"""The learning rate: its three shapes, and the documented recipe's in particular, which rises where it is said to decay."""
 
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slm.train.recipe import load_recipe
-from slm.train.schedule import learning_rate
+from slm.train.schedule import Shape, learning_rate
+
+# Of the peak: sums and cosines of float64.
+ROUNDING = 1e-12
 
 
 def documented(micro_step: int) -> float:
@@ -17,6 +24,8 @@ def documented(micro_step: int) -> float:
         start=schedule.start,
         warmup=schedule.warmup_micro_steps,
         total=schedule.micro_steps,
+        shape=schedule.shape,
+        decay=schedule.decay,
     )
 
 
@@ -58,3 +67,76 @@ def test_decay_and_after_the_end() -> None:
 
 def test_no_warmup() -> None:
     assert learning_rate(0, peak=1.0, final=0.0, start=0.0, warmup=0, total=10) == 1.0
+
+
+SHAPES: list[Shape] = ["cosine", "wsd", "constant"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_warm_up_is_the_same_line_before_each_shape(shape: Shape) -> None:
+    rate = partial(learning_rate, peak=2.0, final=0.0, start=0.25, warmup=8, total=100, shape=shape, decay=0.5)
+    assert [rate(step) for step in (0, 2, 4, 6, 8)] == pytest.approx([0.5, 0.875, 1.25, 1.625, 2.0])
+
+
+def test_wsd_is_stable_and_then_goes_down_in_a_straight_line() -> None:
+    rate = partial(learning_rate, peak=1.0, final=0.2, start=0.0, warmup=10, total=100, shape="wsd", decay=0.4)
+    assert {rate(step) for step in range(10, 61)} == {1.0}
+    assert rate(61) < 1.0
+    assert [rate(step) for step in (70, 80, 90, 100, 1_000)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
+    earlier = partial(rate, decay=0.6)
+    assert {earlier(step) for step in range(10, 41)} == {1.0}
+    assert earlier(41) < 1.0
+
+
+def test_wsd_that_decays_all_the_way_begins_after_the_warm_up() -> None:
+    rate = partial(learning_rate, peak=1.0, final=0.0, start=0.0, warmup=10, total=110, shape="wsd", decay=1.0)
+    assert [rate(step) for step in (5, 10, 60, 110)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+def test_constant_stays() -> None:
+    rate = partial(learning_rate, peak=1.0, final=0.1, start=0.0, warmup=10, total=100, shape="constant")
+    assert {rate(step) for step in (10, 50, 100, 1_000)} == {1.0}
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> dict[str, Any]:
+    """Any schedule with a peak above its end and some way between them."""
+    total = draw(st.integers(2, 400))
+    peak = draw(st.floats(1e-6, 1.0))
+    return {
+        "peak": peak,
+        "final": draw(st.floats(0.0, 0.99)) * peak,
+        "start": draw(st.floats(0.0, 1.0)),
+        "warmup": draw(st.integers(0, total - 1)),
+        "total": total,
+        "shape": draw(st.sampled_from(SHAPES)),
+        "decay": draw(st.floats(0.01, 1.0)),
+    }
+
+
+@given(schedules())
+def test_it_rises_to_the_peak_and_falls_to_the_end(schedule: dict[str, Any]) -> None:
+    rates = [learning_rate(step, **schedule) for step in range(schedule["total"] + 3)]
+    peak, final, warmup, total = (schedule[name] for name in ("peak", "final", "warmup", "total"))
+    slack = ROUNDING * peak
+    assert rates[warmup] == pytest.approx(peak, rel=ROUNDING)
+    assert all(later >= earlier - slack for earlier, later in pairwise(rates[: warmup + 1]))
+    assert all(later <= earlier + slack for earlier, later in pairwise(rates[warmup:]))
+    end = peak if schedule["shape"] == "constant" else final
+    assert rates[total:] == pytest.approx([end] * 3, abs=slack)
+    assert rates[::-1] == [
+        learning_rate(step, **schedule) for step in reversed(range(total + 3))
+    ]  # from the number alone
+
+
+@given(schedules())
+def test_there_is_no_jump_at_the_seams(schedule: dict[str, Any]) -> None:
+    """A step is never longer than the steepest of its parts: the warm-up's, the cosine's or the decay's slope."""
+    peak, final, warmup, total = (schedule[name] for name in ("peak", "final", "warmup", "total"))
+    rates = [learning_rate(step, **schedule) for step in range(total + 3)]
+    rise = peak * (1 - schedule["start"]) / max(1, warmup)
+    length = (
+        min(total - warmup, max(1, round(schedule["decay"] * total))) if schedule["shape"] == "wsd" else total - warmup
+    )
+    fall = 1.5708 * (peak - final) / length
+    assert max(abs(later - earlier) for earlier, later in pairwise(rates)) <= max(rise, fall) * (1 + 1e-9)

@@ -1,29 +1,53 @@
-"""What a run trains on and what it is measured on: files, the text that ships with slm, or TinyStories."""
+"""What is trained on and what it is measured on: files, the text that ships with slm, or Hugging Face datasets."""
 
-import logging
-from array import array
+import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.train.data.documents import find_files, read_documents
+from slm.train.data.dataset import Source, is_dataset
+from slm.train.data.documents import TEXT_COLUMN, find_files, read_documents
+from slm.train.data.huggingface import HubDataset
 
 SAMPLE = "sample"
 TINYSTORIES = "tinystories"
 NAMED = (SAMPLE, TINYSTORIES)
+HUB_PREFIX = "hf:"
+# Eldan & Li 2023, arXiv:2305.07759.
 _TINYSTORIES_ID = "roneneldan/TinyStories"
+_TINYSTORIES_LICENCE = "CDLA-Sharing-1.0"
 
 # Without validation text of its own, a corpus gives up its last documents: this share of its bytes, more where that would
 # measure next to nothing, but never more than a tenth.
 _HELD_OUT = 0.01
 _HELD_OUT_BYTES = 64 * 1024
 _HELD_OUT_MOST = 0.1
+# Of a dataset whose end is not known before it is read, one document in so many, by its hash.
+_ONE_IN = 100
 
 Documents = Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows and Hugging Face datasets are read.
+
+    Attributes:
+        column: What the text is called in rows.
+        config: Of a Hugging Face dataset; None takes its only one.
+        split: Of a Hugging Face dataset, to train on.
+        streaming: Whether to read a Hugging Face dataset over the network instead of downloading it.
+    """
+
+    column: str = TEXT_COLUMN
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,131 +58,225 @@ class Corpus:
         train: The documents trained on.
         validation: The documents measured on.
         about: What they are and where they come from, in one line.
+        held_out: How the validation text was chosen.
+        sources: Where the text comes from.
+        licence: Of the text, where the source states one.
+        counts: Number of documents to train on and to measure on, where known.
+        fingerprint: What changes with the text, as far as that is known before it is read.
     """
 
     train: Documents
     validation: Documents
     about: str
+    held_out: str
+    sources: tuple[Source, ...] = ()
+    licence: str | None = None
+    counts: tuple[int | None, int | None] = (None, None)
+    fingerprint: tuple[object, ...] = ()
 
 
-def open_corpus(train: Sequence[str], validation: str | None) -> Corpus:
+def open_corpus(train: Sequence[str], validation: str | None, reading: Reading | None = None) -> Corpus:
     """Opens a corpus and reads all of its files once, so that what is wrong with them shows now.
 
     Args:
-        train: Paths of files or directories, or one name: "sample" or "tinystories".
-        validation: Path of a file or directory. None takes the validation split of a named corpus; of any other it holds
-            out the last documents.
+        train: Paths of files or directories, or one name: "sample", "tinystories", or "hf:OWNER/NAME".
+        validation: Path of a file or directory. None takes the validation split of a named corpus; of files it holds out
+            the last documents, and of a Hugging Face dataset without such a split one document in a hundred, by its hash.
+        reading: How rows and Hugging Face datasets are read.
 
     Raises:
         SlmError: When anything cannot be read or holds no text.
     """
-    names = [name for name in train if name in NAMED]
-    if names and len(train) > 1:
-        raise SlmError(f"--data {names[0]} stands alone", f"for a file of that name write --data ./{names[0]}")
-    if not names:
-        return _from_files(_all_files(train), validation)
-    named = _sample() if names[0] == SAMPLE else _tinystories()
+    reading = reading or Reading()
+    named = [name for name in train if is_named(name)]
+    if named and len(train) > 1:
+        raise SlmError(f"--data {named[0]} stands alone", f"for a file of that name write --data ./{named[0]}")
+    if not named:
+        return _from_files(_all_files(train), validation, reading)
+    corpus = _sample() if named[0] == SAMPLE else _from_hub(named[0], reading)
     if validation is None:
-        return named
-    measured = _Files(_all_files([validation]))
-    return Corpus(named.train, measured.read, f"{named.about.partition(';')[0]}; validation: {measured.about}")
+        return corpus
+    return _measured_on(corpus, _Files(_all_files([validation]), "validation", reading))
+
+
+def is_named(name: str) -> bool:
+    """Says whether `--data` names a corpus and not a path."""
+    return name in NAMED or name.startswith(HUB_PREFIX)
 
 
 def _all_files(paths: Sequence[str]) -> list[Path]:
-    return list(chain.from_iterable(find_files(Path(path).expanduser()) for path in paths))
+    return list(chain.from_iterable(map(_files, paths)))
+
+
+def _files(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if is_dataset(path):
+        raise SlmError(
+            f"a prepared dataset is no text: {path}", "it stands alone in slm train --data, with its own --val"
+        )
+    return find_files(path)
 
 
 class _Files:
-    """Files of documents, read once to check them and to learn their sizes."""
+    """Files of documents, read once to check and to measure them."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], split: Literal["train", "validation"], reading: Reading) -> None:
+        self._column = reading.column
+        self._split = split
         self.files = files
-        self.sizes = array("q")  # bytes of each document
+        self.documents = self.bytes = 0
+        # Sizes of the last documents, so many that their sum reaches what is held out. What is wanted grows by less than a
+        # document's size with each, so what has fallen out at the front is never missed.
+        tail: deque[int] = deque()
+        tail_bytes = 0
         for file in files:
-            before = len(self.sizes)
-            self.sizes.extend(len(document.encode()) for document in read_documents(file))
-            if len(self.sizes) == before:
+            before = self.documents
+            for document in read_documents(file, self._column):
+                size = len(document.encode())
+                tail.append(size)
+                tail_bytes, self.bytes, self.documents = tail_bytes + size, self.bytes + size, self.documents + 1
+                while tail_bytes - tail[0] >= _held_out_bytes(self.bytes):
+                    tail_bytes -= tail.popleft()
+            if self.documents == before:
                 raise SlmError(f"no text in {file}", "leave it out, or check that it is the right file")
+        # How many documents at the end to hold out: at least one, and all but one at most.
+        self.tail = min(len(tail), self.documents - 1)
 
     def read(self) -> Iterator[str]:
-        return chain.from_iterable(map(read_documents, self.files))
+        return chain.from_iterable(read_documents(file, self._column) for file in self.files)
 
     @property
     def about(self) -> str:
         files = str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"{files}, {_count(len(self.sizes))}, {sum(self.sizes) / 1e3:,.0f} kB"
+        return f"{files}, {_count(self.documents)}, {self.bytes / 1e3:,.0f} kB"
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(
+            Source(name=str(file), kind="file", split=self._split, bytes=file.stat().st_size) for file in self.files
+        )
+
+    @property
+    def fingerprint(self) -> tuple[object, ...]:
+        stats = ((str(file.resolve()), file.stat()) for file in self.files)
+        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _from_files(files: Sequence[Path], validation: str | None) -> Corpus:
-    text = _Files(files)
+def _from_files(files: Sequence[Path], validation: str | None, reading: Reading) -> Corpus:
+    text = _Files(files, "train", reading)
+    held_out = "the last documents"
+    whole = Corpus(
+        text.read, text.read, text.about, held_out, text.sources, None, (text.documents, None), text.fingerprint
+    )
     if validation is not None:
-        measured = _Files(_all_files([validation]))
-        return Corpus(text.read, measured.read, f"{text.about}; validation: {measured.about}")
-    if len(text.sizes) == 1:
-        return _split_document(text)
-    held_out = _tail(text.sizes)
-    kept = len(text.sizes) - held_out
-    return Corpus(
-        lambda: islice(text.read(), kept),
-        lambda: islice(text.read(), kept, None),
-        f"{text.about}; validation: the last {_count(held_out)} of it",
+        return _measured_on(whole, _Files(_all_files([validation]), "validation", reading))
+    if text.documents == 1:
+        return _split_document(whole, text)
+    kept = text.documents - text.tail
+    return replace(
+        whole,
+        train=lambda: islice(text.read(), kept),
+        validation=lambda: islice(text.read(), kept, None),
+        about=f"{text.about}; validation: the last {_count(text.tail)} of it",
+        counts=(kept, text.tail),
     )
 
 
-def _tail(sizes: Sequence[int]) -> int:
-    """Returns how many documents at the end to hold out: at least one, and all but one at most."""
-    wanted, held_out = _held_out_bytes(sum(sizes)), 0
-    while wanted > 0 and held_out < len(sizes) - 1:
-        held_out += 1
-        wanted -= sizes[-held_out]
-    return held_out
+def _measured_on(corpus: Corpus, measured: _Files) -> Corpus:
+    """Returns the corpus with other validation text."""
+    return replace(
+        corpus,
+        validation=measured.read,
+        about=f"{corpus.about.partition(';')[0]}; validation: {measured.about}",
+        held_out="--val",
+        sources=tuple(source for source in corpus.sources if source.split == "train") + measured.sources,
+        counts=(corpus.counts[0], measured.documents),
+        fingerprint=(*corpus.fingerprint, *measured.fingerprint),
+    )
 
 
 def _held_out_bytes(size: int) -> float:
     return max(_HELD_OUT * size, min(_HELD_OUT_BYTES, _HELD_OUT_MOST * size))
 
 
-def _split_document(text: _Files) -> Corpus:
+def _split_document(whole: Corpus, text: _Files) -> Corpus:
     """Holds out the end of a single document, from a white space on."""
     (document,) = text.read()
-    share = _held_out_bytes(text.sizes[0]) / text.sizes[0]
+    share = _held_out_bytes(text.bytes) / text.bytes
     cut = next((i for i in range(int(len(document) * (1 - share)), 0, -1) if document[i].isspace()), 0)
     if not cut:
         raise SlmError(f"too little text in {text.files[0]} to hold some out", "name validation text with --val")
-    return Corpus(
-        lambda: iter([document[:cut]]),
-        lambda: iter([document[cut:]]),
-        f"{text.about}; validation: the last {len(document) - cut:,} characters of it",
+    return replace(
+        whole,
+        train=lambda: iter([document[:cut]]),
+        validation=lambda: iter([document[cut:]]),
+        about=f"{text.about}; validation: the last {len(document) - cut:,} characters of it",
+        held_out="the end of the one document",
+        counts=(1, 1),
     )
 
 
 def _sample() -> Corpus:
-    train, validation = _Files([sample.stories_path()]), _Files([sample.validation_path()])
-    about = f"the stories that ship with slm, {_count(len(train.sizes))}; validation: {len(validation.sizes)} more"
-    return Corpus(train.read, validation.read, about)
+    reading = Reading()
+    train = _Files([sample.stories_path()], "train", reading)
+    validation = _Files([sample.validation_path()], "validation", reading)
+    about = f"the stories that ship with slm, {_count(train.documents)}; validation: {validation.documents} more"
+    return Corpus(
+        train.read,
+        validation.read,
+        about,
+        "the sample's own validation text",
+        tuple(
+            Source(name=SAMPLE, kind="sample", split=split, bytes=bytes_)
+            for split, bytes_ in (("train", train.bytes), ("validation", validation.bytes))
+        ),
+        counts=(train.documents, validation.documents),
+        fingerprint=(*train.fingerprint, *validation.fingerprint),
+    )
 
 
-def _tinystories() -> Corpus:
-    """Opens TinyStories (Eldan & Li 2023, arXiv:2305.07759; CDLA-Sharing-1.0), downloaded once and then cached."""
-    import datasets
+def _from_hub(name: str, reading: Reading) -> Corpus:
+    tinystories = name == TINYSTORIES
+    identifier = _TINYSTORIES_ID if tinystories else name.removeprefix(HUB_PREFIX)
+    if Path(identifier).expanduser().is_dir():
+        identifier = str(Path(identifier).expanduser())
+    rows = HubDataset(
+        identifier, config=reading.config, split=reading.split, column=reading.column, streaming=reading.streaming
+    )
+    train, validation = rows.rows
+    about = identifier if train is None else f"{identifier}, {_count(train)}"
+    corpus = Corpus(
+        rows.train,
+        rows.validation,
+        about,
+        "the dataset's own validation split",
+        tuple(Source(name=identifier, kind="huggingface", split=split) for split in ("train", "validation")),
+        _TINYSTORIES_LICENCE if tinystories else rows.licence,
+        (train, validation),
+        (identifier, reading.config, reading.split, reading.streaming, *rows.fingerprint, *_local_files(identifier)),
+    )
+    if rows.has_validation:
+        own = "its own" if validation is None else f"its own {_count(validation)}"
+        return replace(corpus, about=f"{about}; validation: {own}")
+    return replace(
+        corpus,
+        train=lambda: (document for document in rows.train() if not _held_out_by_hash(document)),
+        validation=lambda: (document for document in rows.train() if _held_out_by_hash(document)),
+        about=f"{about}; validation: one document in {_ONE_IN} of it, by its hash",
+        held_out=f"one document in {_ONE_IN}, by its hash",
+        counts=(None, None),
+    )
 
-    # Its five warnings about five retries say no more than the one error below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        splits: Any = datasets.load_dataset(_TINYSTORIES_ID)
-    except Exception as error:  # whichever of datasets', huggingface_hub's and httpx's errors it is
-        raise SlmError(
-            f"{_TINYSTORIES_ID} could not be downloaded ({type(error).__name__})",
-            "--data sample needs no network; --data FILE trains on your own text",
-        ) from None
 
-    def read(split: str) -> Documents:
-        rows = splits[split]
-        return lambda: (text for row in rows if (text := row["text"].strip("\r\n")))
+def _held_out_by_hash(document: str) -> bool:
+    """Says whether a document is held out: all of the same text are, or none."""
+    return int.from_bytes(hashlib.sha256(document.strip().encode()).digest()[:8]) % _ONE_IN == 0
 
-    count = {split: len(splits[split]) for split in ("train", "validation")}
-    about = f"{_TINYSTORIES_ID}, {_count(count['train'])}; validation: its own {_count(count['validation'])}"
-    return Corpus(read("train"), read("validation"), about)
+
+def _local_files(name: str) -> list[object]:
+    """Returns size and time of every file of a dataset that is a local directory."""
+    files = sorted(file for file in Path(name).rglob("*") if file.is_file()) if Path(name).is_dir() else []
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _count(documents: int) -> str:

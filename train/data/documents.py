@@ -1,22 +1,35 @@
-"""Reading documents out of text and JSONL files, one after the other, never a whole corpus at once.
+"""Reading documents out of text, JSONL and Parquet files, one after the other, never a whole file at once.
 
 In a `.txt` file a line `<|endoftext|>` ends a document, as in the dumps of TinyStories; without one the file is one
-document. In a `.jsonl` file every row is a document: {"text": ...}. Either may be compressed (.gz, .xz).
+document. In a `.jsonl` file every row is a document: {"text": ...}. Either may be compressed (.gz, .xz, .zst). In a
+`.parquet` file, which compresses itself, every row is a document too.
 """
 
 import gzip
 import json
 import lzma
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 from slm.core.errors import SlmError
 from slm.core.tokenizer import END_OF_TEXT
 
-_SUFFIXES = (".txt", ".jsonl")
-_OPEN: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".xz": lzma.open}
-_WHAT_FITS = "slm trains on .txt and .jsonl files (.gz and .xz too) and directories of them"
+TEXT_COLUMN = "text"
+
+_COMPRESSIBLE = (".txt", ".jsonl")
+_PARQUET = ".parquet"
+_OPEN: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
+_WHAT_FITS = "slm trains on .txt and .jsonl files (.gz, .xz and .zst too), .parquet files, and directories of them"
+# Rows of a Parquet file that are held at once.
+_ROWS = 1024
 
 
 def find_files(path: Path) -> list[Path]:
@@ -26,26 +39,38 @@ def find_files(path: Path) -> list[Path]:
         SlmError: When it does not exist, is not text by its name, or a directory holds nothing of the kind.
     """
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in _SUFFIXES)
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _fits(file))
         if not found:
-            raise SlmError(f"no .txt or .jsonl file in {path}", _WHAT_FITS)
+            raise SlmError(f"no .txt, .jsonl or .parquet file in {path}", _WHAT_FITS)
         return found
     if not path.exists():
         raise SlmError(f"data not found: {path}", f"check the path; {_WHAT_FITS}")
-    if _kind(path) not in _SUFFIXES:
+    if not _fits(path):
         raise SlmError(f"not a kind of file to train on: {path}", _WHAT_FITS)
     return [path]
 
 
-def read_documents(file: Path) -> Iterator[str]:
+def read_documents(file: Path, column: str = TEXT_COLUMN) -> Iterator[str]:
     """Yields the documents of a file, line breaks around them removed; empty ones are left out.
 
+    Args:
+        file: The file, of one of the kinds that `find_files` finds.
+        column: What the text is called in rows.
+
     Raises:
-        SlmError: When the file cannot be read, is not UTF-8 text, or a row is not {"text": ...}; it and the line are named.
+        SlmError: When the file cannot be read, is not UTF-8 text, or a row has no such text; file and line are named.
     """
-    lines = _Lines(file)
-    documents = _json_documents(lines) if _kind(file) == ".jsonl" else _text_documents(lines)
+    if _kind(file) == _PARQUET:
+        documents = _parquet_documents(file, column)
+    elif _kind(file) == ".jsonl":
+        documents = _json_documents(_Lines(file), column)
+    else:
+        documents = _text_documents(_Lines(file))
     return (document for document in documents if document.strip())
+
+
+def _fits(file: Path) -> bool:
+    return _kind(file) in _COMPRESSIBLE or file.suffix == _PARQUET
 
 
 def _kind(file: Path) -> str:
@@ -69,7 +94,7 @@ class _Lines:
                     yield line
         except UnicodeDecodeError:
             raise self.error("is not UTF-8 text", "convert it, for example with iconv", after=True) from None
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
             raise SlmError(f"cannot decompress {self.file} ({error})", "copy or download it again") from None
         except OSError as error:
             raise SlmError(f"cannot read {self.file} ({error.strerror})", "check its permissions") from None
@@ -90,7 +115,7 @@ def _text_documents(lines: _Lines) -> Iterator[str]:
     yield "".join(parts).strip("\r\n")
 
 
-def _json_documents(lines: _Lines) -> Iterator[str]:
+def _json_documents(lines: _Lines, column: str) -> Iterator[str]:
     for line in lines:
         if not line.strip():
             continue
@@ -98,12 +123,37 @@ def _json_documents(lines: _Lines) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise lines.error(f"is not JSON ({error.msg})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise lines.error(
-                'is not a row with a "text"', 'each line is an object such as {"text": "Once upon a time"}'
+                f'is not a row with a "{column}"', f'each line is an object such as {{"{column}": "Once upon a time"}}'
             )
+        document = row[column]
         try:
-            row["text"].encode()
+            document.encode()
         except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
             raise lines.error("holds half of a surrogate pair") from None
-        yield row["text"].strip("\r\n")
+        yield document.strip("\r\n")
+
+
+def _parquet_documents(file: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with file.open("rb") as stream, parquet.ParquetFile(stream) as table:
+            if column not in table.schema_arrow.names:
+                there = ", ".join(table.schema_arrow.names) or "none"
+                raise SlmError(f'{file} has no column "{column}"', f"name one with --column; there is {there}")
+            for batch in table.iter_batches(_ROWS, columns=[column]):
+                for row, document in enumerate(batch.column(0).to_pylist(), row + 1):  # noqa: B020
+                    if not isinstance(document, str):
+                        raise SlmError(f'{file}, row {row}: "{column}" is not text', "--column names another one")
+                    yield document.strip("\r\n")
+    except UnicodeDecodeError:
+        raise SlmError(f"{file}, after row {row}: is not UTF-8 text", "write the file again") from None
+    except pyarrow.ArrowException as error:
+        raise SlmError(f"cannot read {file} ({' '.join(str(error).split())})", "copy or download it again") from None
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise SlmError(f"cannot read {file} ({reason})", "copy or download it again") from None

@@ -29,12 +29,21 @@ def resolve_tokenizer(choice: str, texts: Iterable[str], vocab_size: int, max_le
         tokenizer = train_bpe(texts, vocab_size, max_length)
     else:
         tokenizer = from_file(Path(choice), max_length)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Makes sure that a tokenizer's ids fit a model.
+
+    Raises:
+        SlmError: When they do not.
+    """
     if tokenizer.vocab_size > vocab_size:
         raise SlmError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's vocabulary {vocab_size:,}",
             f"--set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}",
         )
-    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:

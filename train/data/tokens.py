@@ -1,4 +1,4 @@
-"""Token files: a corpus as one stream of ids on disk, read through a memory map.
+"""Token files: text as one stream of ids on disk, in one file or in many, read through memory maps.
 
 offset 0     magic, 8 bytes; the last one is the version of the format
 offset 8     header, a JSON object in UTF-8, padded with spaces
@@ -6,8 +6,11 @@ offset 1024  ids, little-endian uint16 or uint32; end-of-text follows every docu
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -16,19 +19,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.core.errors import SlmError
-from slm.core.files import atomic_file
-from slm.core.progress import Progress
-from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.core.tokenizer import Tokenizer
+
+DtypeName = Literal["uint16", "uint32"]
 
 _MAGIC = b"SLMTOK\x00\x01"
 _START = 1024  # a multiple of a cache line and of every dtype
 
-# Text that is encoded at once: enough documents for all cores, little enough to hold in memory.
-_BATCH_CHARACTERS = 4 << 20
-# A longer document is encoded in pieces, so that one without separators uses all cores too.
-_PIECE_CHARACTERS = 256 << 10
-
-_AGAIN = "train again without --resume, which makes the token files anew"
+_AGAIN = "copy it again from where it was made, or prepare the data anew"
 
 
 class TokenHeader(BaseModel):
@@ -45,7 +43,7 @@ class TokenHeader(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dtype: Literal["uint16", "uint32"]
+    dtype: DtypeName
     tokens: int
     documents: int
     text_bytes: int
@@ -53,69 +51,119 @@ class TokenHeader(BaseModel):
     tokenizer_sha256: str
 
 
+class TokenIds:
+    """The ids of one token file or of several in a row, mapped and read only: `len(ids)`, `ids[start:stop]`.
+
+    Args:
+        files: The ids of each file, (tokens,).
+    """
+
+    def __init__(self, files: Sequence[NDArray[np.unsignedinteger]]) -> None:
+        self._files = files
+        self._ends = list(accumulate(map(len, files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, where: slice) -> NDArray[np.unsignedinteger]:
+        """Returns the ids of a slice of step 1, (n,): a view into the map where one file holds them all."""
+        start, stop, step = where.indices(len(self))
+        assert step == 1
+        parts = []
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            first = self._ends[index - 1] if index else 0
+            end = min(stop, self._ends[index])
+            parts.append(self._files[index][start - first : end - first])
+            start, index = end, index + 1
+        if not parts:
+            return self._files[0][:0]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """An opened token file.
+    """Opened token files that are one stream.
 
     Attributes:
-        header: What it says of itself.
-        ids: All ids, (tokens,), mapped and read only.
+        header: What they say of themselves, added up.
+        ids: All ids.
     """
 
     header: TokenHeader
-    ids: NDArray[np.unsignedinteger]
+    ids: TokenIds
 
 
-def write_tokens(
-    file: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress, name: str
-) -> TokenHeader:
-    """Encodes documents into a token file, whole or not at all; the same text gives the same bytes.
+def dtype_name(tokenizer: Tokenizer) -> DtypeName:
+    """Returns what the ids of a tokenizer are stored as."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def little_endian(dtype: str) -> np.dtype[np.unsignedinteger]:
+    """Returns the numpy type of stored ids."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
+class TokenFileWriter:
+    """Writes one token file. What it is named to in the end is the caller's affair: until `close` it is not valid.
 
     Args:
-        file: The file to make or replace.
-        documents: Texts; special tokens spelt in them are only characters.
-        tokenizer: Encodes on all cores.
-        progress: Is told how many documents are done.
-        name: What the documents are, for the progress.
+        file: The file to make.
+        dtype: Of the ids.
+        tokenizer_sha256: Of the tokenizer that makes them.
     """
-    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    end_of_text = tokenizer.token_id(END_OF_TEXT)
-    digest = hashlib.sha256()
-    tokens = count = text_bytes = 0
-    progress.start(f"tokenizing {name}", None, "documents")
-    try:
-        with atomic_file(file) as partial, partial.open("wb") as out:
-            out.write(bytes(_START))
-            for batch in _batches(documents):
-                pieces = [list(_pieces(document)) for document in batch]
-                encoded = iter(tokenizer.encode_documents([piece for parts in pieces for piece in parts]))
-                for document, parts in zip(batch, pieces, strict=True):
-                    ids = [i for _ in parts for i in next(encoded)] + [end_of_text]
-                    out.write(np.array(ids, dtype=_little_endian(dtype)).tobytes())
-                    text = document.encode()
-                    digest.update(text + b"\0")
-                    tokens, count, text_bytes = tokens + len(ids), count + 1, text_bytes + len(text)
-                progress.advance(len(batch))
-            header = TokenHeader(
-                dtype=dtype,
-                tokens=tokens,
-                documents=count,
-                text_bytes=text_bytes,
-                text_sha256=digest.hexdigest(),
-                tokenizer_sha256=tokenizer.sha256,
-            )
-            out.seek(0)
-            out.write(_MAGIC + header.model_dump_json().encode().ljust(_START - len(_MAGIC)))
-    finally:
-        progress.finish()
-    return header
+
+    def __init__(self, file: Path, dtype: DtypeName, tokenizer_sha256: str) -> None:
+        self._dtype = dtype
+        self._itemsize = little_endian(dtype).itemsize
+        self._tokenizer_sha256 = tokenizer_sha256
+        self._digest = hashlib.sha256()
+        self._documents = self._text_bytes = 0
+        self.tokens = 0
+        self._out = file.open("wb")
+        self._out.write(bytes(_START))
+
+    def add(self, text: bytes, ids: bytes, documents: int) -> None:
+        """Appends what documents end in, of which the first may have begun and the last may go on elsewhere.
+
+        Args:
+            text: In UTF-8, a zero byte after every document that ends.
+            ids: As they are stored, end-of-text after every document that ends.
+            documents: How many end.
+        """
+        self._out.write(ids)
+        self._digest.update(text)
+        self._text_bytes += len(text) - documents
+        self._documents += documents
+        self.tokens += len(ids) // self._itemsize
+
+    def close(self) -> TokenHeader:
+        """Writes the header and waits until all of it is on the disk."""
+        header = TokenHeader(
+            dtype=self._dtype,
+            tokens=self.tokens,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            text_sha256=self._digest.hexdigest(),
+            tokenizer_sha256=self._tokenizer_sha256,
+        )
+        self._out.seek(0)
+        self._out.write(_MAGIC + header.model_dump_json().encode().ljust(_START - len(_MAGIC)))
+        self._out.flush()
+        os.fsync(self._out.fileno())
+        self._out.close()
+        return header
+
+    def abandon(self) -> None:
+        """Closes a file that nobody will want."""
+        self._out.close()
 
 
-def open_tokens(file: Path, tokenizer: Tokenizer) -> Tokens:
-    """Opens a token file.
+def read_header(file: Path, tokenizer_sha256: str) -> TokenHeader:
+    """Reads what a token file says of itself and checks its size against it.
 
     Raises:
-        SlmError: When it is missing, damaged, truncated, or was made with another tokenizer.
+        SlmError: When the file is missing, damaged, truncated, or was made with another tokenizer.
     """
     if not file.is_file():
         raise SlmError(f"token file not found: {file}", _AGAIN)
@@ -127,45 +175,26 @@ def open_tokens(file: Path, tokenizer: Tokenizer) -> Tokens:
         header = TokenHeader.model_validate_json(start.removeprefix(_MAGIC))
     except ValidationError:
         raise SlmError(f"the header of the token file is damaged: {file}", _AGAIN) from None
-    dtype = _little_endian(header.dtype)
-    size, wanted = file.stat().st_size, _START + header.tokens * dtype.itemsize
+    size, wanted = file.stat().st_size, _START + header.tokens * little_endian(header.dtype).itemsize
     if size != wanted:
         raise SlmError(f"the token file has {size:,} bytes instead of {wanted:,}: {file}", _AGAIN)
-    if header.tokenizer_sha256 != tokenizer.sha256:
+    if header.tokenizer_sha256 != tokenizer_sha256:
         raise SlmError(f"the token file was made with another tokenizer: {file}", _AGAIN)
-    return Tokens(header, np.memmap(file, dtype=dtype, mode="r", offset=_START, shape=(header.tokens,)))
+    return header
 
 
-def _little_endian(dtype: str) -> np.dtype[np.unsignedinteger]:
-    return np.dtype(dtype).newbyteorder("<")
+def map_ids(file: Path, header: TokenHeader) -> NDArray[np.unsignedinteger]:
+    """Maps the ids of a token file whose header was read; (tokens,), read only."""
+    # A plain array over the map: slices of np.memmap itself cost microseconds each.
+    mapped = np.memmap(file, dtype=little_endian(header.dtype), mode="r", offset=_START, shape=(header.tokens,))
+    return np.asarray(mapped)
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def open_tokens(file: Path, tokenizer: Tokenizer) -> Tokens:
+    """Opens a single token file.
 
-
-def _pieces(document: str) -> Iterator[str]:
-    """Cuts a long document before white space that follows something else.
-
-    A byte-level BPE never joins across such a place: GPT-2's pattern puts white space before what follows it. So the pieces'
-    ids are the document's.
+    Raises:
+        SlmError: As `read_header`.
     """
-    start = 0
-    while len(document) - start > _PIECE_CHARACTERS:
-        end = start + _PIECE_CHARACTERS
-        while end > start and not (document[end].isspace() and not document[end - 1].isspace()):
-            end -= 1
-        if end == start:
-            break  # no such place: the rest stays whole
-        yield document[start:end]
-        start = end
-    yield document[start:]
+    header = read_header(file, tokenizer.sha256)
+    return Tokens(header, TokenIds([map_ids(file, header)]))

@@ -3,12 +3,19 @@
 Dimensions: B windows, T positions.
 """
 
+from functools import lru_cache
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Ids = NDArray[np.unsignedinteger]
+from slm.train.data.tokens import TokenIds
+
+Sampler = Literal["random", "packed"]
+# A stream in one array or in several files.
+Ids = NDArray[np.unsignedinteger] | TokenIds
 
 
 def random_starts(length: int, batch_size: int, context: int, seed: int, micro_step: int) -> NDArray[np.int64]:
@@ -26,6 +33,37 @@ def random_starts(length: int, batch_size: int, context: int, seed: int, micro_s
     return np.random.default_rng([seed, micro_step]).integers(0, length - context, batch_size)
 
 
+def packed_starts(length: int, batch_size: int, context: int, seed: int, micro_step: int) -> NDArray[np.int64]:
+    """Returns where the rows of a micro-step begin when every epoch goes through the whole stream once.
+
+    An epoch cuts the stream into rows of `context` tokens, from an offset of its own so that no two epochs cut alike, and
+    takes them in an order of its own; a micro-step may end one epoch and begin the next. As above, everything follows from
+    the seed and the number.
+
+    Args:
+        length: Tokens of the stream, more than `context`.
+        batch_size: B.
+        context: T.
+        seed: The run's seed.
+        micro_step: Number of the micro-step, from 0.
+    """
+    rows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the offset may be anything below a row
+    numbers = np.arange(micro_step * batch_size, (micro_step + 1) * batch_size)
+    spare = length - context * rows  # the offset leaves a target after the last row
+    starts = np.empty(batch_size, np.int64)
+    for epoch in range(numbers[0] // rows, numbers[-1] // rows + 1):
+        mine = numbers // rows == epoch
+        offset, order = _epoch(seed, int(epoch), rows, min(spare, context))
+        starts[mine] = offset + context * order[numbers[mine] % rows]
+    return starts
+
+
+@lru_cache(maxsize=2)  # a micro-step sees two epochs at most, and the next one the same
+def _epoch(seed: int, epoch: int, rows: int, offsets: int) -> tuple[int, NDArray[np.int64]]:
+    random = np.random.default_rng([seed, epoch])
+    return int(random.integers(0, offsets)), random.permutation(rows)
+
+
 def fixed_starts(length: int, windows: int, context: int) -> NDArray[np.int64]:
     """Returns where the windows of an evaluation begin: evenly spread, never overlapping, fewer where the stream is short."""
     windows = min(windows, (length - 1) // context)
@@ -38,3 +76,6 @@ def gather(ids: Ids, starts: NDArray[np.int64], context: int, device: torch.devi
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
+
+
+SAMPLERS = {"random": random_starts, "packed": packed_starts}

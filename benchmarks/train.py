@@ -1,0 +1,191 @@
+"""Training throughput of the 270M shape, side by side with transformers' Gemma 3.
+
+    python benchmarks/train.py [--batch 8] [--context 128] [--rounds 5] [--preset gemma3-270m]
+
+Each contender is a process of its own with the same shape, batch, AdamW, clipping and autocast; they take turns, step by
+step, so that whatever else the machine does falls on all of them. The best step counts. Memory is each process's highest
+resident size. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+CONTENDERS = ("slm", "slm compiled", "transformers", "transformers compiled")
+
+
+def main() -> None:
+    """Runs the contenders in turn and prints what they did."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--preset", default="gemma3-270m")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        contend(args)
+        return
+    from slm.core.accounting import prefill_flops
+    from slm.core.presets import preset
+
+    config = preset(args.preset)
+    tokens = args.batch * args.context
+    flops = 3 * prefill_flops(config, args.context, head_positions=args.context).total / args.context
+    started = {name: Contender(name, sys.argv[1:]) for name in CONTENDERS}
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    peaks = []
+    for number in range(args.rounds):
+        peaks.append(products(args.dtype))
+        for name, contender in started.items():
+            seconds[name].append(contender.step()["seconds"])
+            print(f"round {number + 1}: {name} {tokens / seconds[name][-1]:,.0f} tokens/s", flush=True)
+    last = {name: contender.step() for name, contender in started.items()}
+    for contender in started.values():
+        contender.stop()
+    peak = max(peaks)
+    rows = {
+        name: {
+            "tok_s": round(tokens / min(times), 1),
+            "share_of_peak": round(flops * tokens / min(times) / peak, 3),
+            "peak_rss_mib": round(last[name]["peak_rss_mib"]),
+            "loss": round(last[name]["loss"], 4),
+        }
+        for name, times in seconds.items()
+    }
+    for name, row in rows.items():
+        print(
+            f"{name:24} {row['tok_s']:8,.0f} tokens/s  {row['share_of_peak']:6.1%} of the products' peak  "
+            f"{row['peak_rss_mib']:7,} MiB"
+        )
+    ours, theirs = (max(rows[name]["tok_s"] for name in rows if name.startswith(whose)) for whose in ("slm", "tr"))
+    print(f"the faster of ours over the faster of theirs: {ours / theirs:.2f}")
+    print(
+        json.dumps(
+            {
+                "preset": args.preset,
+                "parameters": config.parameter_count(),
+                "batch": args.batch,
+                "context": args.context,
+                "dtype": args.dtype,
+                "peak_tflops": round(peak / 1e12, 2),
+                "ratio": round(ours / theirs, 3),
+                **rows,
+            }
+        )
+    )
+
+
+class Contender:
+    """A process that makes one step when it is told to."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        command = [sys.executable, __file__, *arguments, "--contender", name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.step()  # compiles, allocates
+        self.step()
+
+    def step(self) -> dict[str, float]:
+        """Has it make a step."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        result: dict[str, float] = json.loads(self._process.stdout.readline())
+        return result
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._process.communicate()
+
+
+def contend(args: argparse.Namespace) -> None:
+    """Is a contender: makes a step for every line that comes in."""
+    import torch
+
+    from slm.core.machine import peak_rss_mib
+    from slm.core.presets import preset
+
+    torch.manual_seed(0)
+    config = preset(args.preset)
+    ids = torch.randint(0, config.vocab_size, (args.batch, args.context + 1))
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    make = ours if args.contender.startswith("slm") else theirs
+    update = make(config, inputs, targets, args.dtype == "bfloat16", args.contender.endswith("compiled"))
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        loss = update()
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_mib": peak_rss_mib()}), flush=True)
+
+
+def ours(config: Any, inputs: Any, targets: Any, half: bool, compiled: bool) -> Callable[[], float]:
+    """Returns an update as `slm train` makes it."""
+    import torch
+
+    from slm.core.nn import CausalLM
+    from slm.train.learner import Learner, Objective
+    from slm.train.optimizer import OptimizerSettings, make_optimizers
+    from slm.train.precision import Precision
+
+    model = CausalLM(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    settings = OptimizerSettings("adamw", (0.9, 0.95), 1e-9, 0.1, "all", 0.0, 1.0, 1.0)
+    learner = Learner(
+        Objective(model, compiled=compiled),
+        make_optimizers(model, settings),
+        batch=lambda micro_step: (inputs, targets),
+        rate=lambda micro_step: 1e-4,
+        precision=Precision(torch.bfloat16 if half else None, scale_loss=False),
+        accumulation=1,
+        max_grad_norm=1.0,
+    )
+    return lambda: learner.update(0, lambda: None).loss
+
+
+def theirs(config: Any, inputs: Any, targets: Any, half: bool, compiled: bool) -> Callable[[], float]:
+    """Returns an update of transformers' model with its own loss, its fused attention and torch's fused AdamW."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    fields = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type", "dtype")}
+    hf_config = Gemma3TextConfig(**fields)
+    hf_config._attn_implementation = "sdpa"
+    model = Gemma3ForCausalLM(hf_config).float().train()
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-9, weight_decay=0.1, fused=True
+    )
+
+    def update() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            loss = run(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return update
+
+
+def products(dtype: str) -> float:
+    """Measures how many floating-point operations a second matrix products come to here."""
+    import torch
+
+    size = 2048
+    left, right = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""`slm eval`."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.generate import default_model
+from slm.cli.options import json_option
+from slm.core.errors import SlmError
+from slm.core.sample import validation_path
+
+if TYPE_CHECKING:
+    from slm.runtime.evaluate import Measurement
+    from slm.runtime.model import Model
+
+_SHIPPED = "the held-out stories that ship with slm"
+
+
+@click.command(name="eval")
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Text: .txt, .jsonl, a directory; may be repeated. [default: the held-out stories that ship with slm]",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["documents", "windows"]),
+    default="documents",
+    show_default=True,
+    help="Each document by itself, or windows of one stream as training measures.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens that are read at most. [default: what the model takes, up to 4,096; for windows what training took]",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="New tokens of each further row of a longer document. [default: half of the context]",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Predict no more than about N. [default: all; for windows what training took]",
+)
+@click.option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, or files (YAML) that describe one.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Examples of each task. [default: all]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+@json_option
+def eval(
+    model: Path | None,
+    data: tuple[Path, ...],
+    protocol: str,
+    context: int | None,
+    stride: int | None,
+    tokens: int | None,
+    tasks: str | None,
+    limit: int | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure how well a checkpoint (PyTorch) or a bundle (onnxruntime) predicts text.
+
+    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. With --tasks and no --data, only
+    the tasks are run.
+
+    \b
+      slm eval
+      slm eval runs/tiny/checkpoint/best --data valid.txt --json
+      slm eval runs/tiny/onnx-int8 --protocol windows     the number in metrics.jsonl, for the same text
+      slm eval --tasks lambada_openai,hellaswag --limit 200
+
+    docs/evaluation.md has the formulae and says when numbers compare.
+    """
+    from slm.loading import load
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    _check(protocol, stride, tasks, names, limit)
+    text = None if names and not data else _Text(data)
+    path = model or default_model()
+    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
+    say(f"{path}: {loaded.decoder.description}")
+    report: dict[str, Any] = {"model": str(path), "backend": loaded.decoder.description}
+    if text is not None:
+        say(f"text: {text.about}")
+        measured = _measure(loaded, path, text, protocol, context, stride, tokens)
+        report |= {"data": text.about} | _figures(measured)
+        if not as_json:
+            _print_measurement(path, measured)
+    if names:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; ours are drawn
+        from slm.interchange.harness import run_tasks
+
+        report["tasks"] = run_tasks(loaded, names, limit=limit, progress=RichProgress())
+        if not as_json:
+            _print_tasks(path, report["tasks"])
+    if as_json:
+        print_json(report)
+
+
+def _check(protocol: str, stride: int | None, tasks: str | None, names: list[str], limit: int | None) -> None:
+    if stride is not None and protocol == "windows":
+        raise click.UsageError("windows do not overlap: --stride is for --protocol documents")
+    if tasks is not None and not names:
+        raise click.UsageError("--tasks names none")
+    if limit is not None and not names:
+        raise click.UsageError("--limit is for --tasks; --tokens is for text")
+    if names and find_spec("lm_eval") is None:
+        raise SlmError("--tasks needs lm-evaluation-harness, which is not installed", "pip install 'slm-edge[eval]'")
+
+
+class _Text:
+    """What is measured on: files of documents, looked for before a model is loaded."""
+
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        from slm.train.data.documents import find_files
+
+        self.files = [file for path in paths or (validation_path(),) for file in find_files(path.expanduser())]
+        self.about = ", ".join(map(str, paths)) if paths else _SHIPPED
+
+    def read(self) -> Iterator[str]:
+        """Yields the documents."""
+        from slm.train.data.documents import read_documents
+
+        for file in self.files:
+            empty = True
+            for document in read_documents(file):
+                empty = False
+                yield document
+            if empty:
+                raise SlmError(f"no text in {file}", "leave it out, or check that it is the right file")
+
+
+def _measure(
+    model: "Model",
+    path: Path,
+    text: _Text,
+    protocol: str,
+    context: int | None,
+    stride: int | None,
+    tokens: int | None,
+) -> "Measurement":
+    from slm.runtime.evaluate import evaluate_documents, evaluate_windows
+
+    progress = RichProgress()
+    if protocol == "documents":
+        return evaluate_documents(model, text.read(), progress, context=context, stride=stride, tokens=tokens)
+    trained_context, windows = _as_trained(path)
+    if context is None and trained_context is not None:
+        context = min(trained_context, model.decoder.context)
+    if tokens is not None:
+        windows = max(1, tokens // (context or model.decoder.context))
+    return evaluate_windows(model, text.read(), progress, context=context, windows=windows)
+
+
+def _as_trained(path: Path) -> tuple[int | None, int | None]:
+    """Returns the context and the number of windows that training measured with, None where that is not recorded."""
+    from slm.core.checkpoint import INFO_FILE, read_info
+    from slm.core.manifest import Bundle, is_bundle
+
+    recorded: Any = Bundle.open(path).manifest.provenance.get(INFO_FILE) if is_bundle(path) else read_info(path)
+    try:
+        recipe = recorded["recipe"]
+        return int(recipe["batch"]["context"]), int(recipe["evaluation"]["windows"])
+    except (KeyError, TypeError, ValueError):
+        return None, None
+
+
+def _figures(measured: "Measurement") -> dict[str, Any]:
+    return {
+        "protocol": measured.protocol,
+        "context": measured.context,
+        "stride": measured.stride,
+        "windows": measured.windows,
+        "loss": measured.loss,
+        "perplexity": measured.perplexity,
+        "bits_per_byte": measured.bits_per_byte,
+        "tokens": measured.tokens,
+        "documents": measured.documents,
+        "bytes": measured.bytes,
+        "end_of_text": {
+            "id": measured.end_of_text,
+            "tokens": measured.end_of_text_tokens,
+            "nats": measured.end_of_text_nats,
+        },
+        "seconds": round(measured.seconds, 3),
+        "tokens_s": round(measured.tokens_s, 1),
+    }
+
+
+def _print_measurement(path: Path, measured: "Measurement") -> None:
+    bits = measured.bits_per_byte
+    if measured.windows is None:
+        cut = f"documents, rows of {measured.context:,} tokens, {measured.stride:,} new in each after the first"
+    else:
+        cut = f"{measured.windows:,} windows of {measured.context:,} tokens"
+    ends = f"{measured.end_of_text_tokens:,} of them ends of text, {measured.end_of_text_nats:,.1f} nats, no bytes"
+    rows = [
+        ("loss", f"{measured.loss:.4f} nats a token"),
+        ("perplexity", f"{measured.perplexity:.3f}"),
+        (
+            "bits per byte",
+            "unknown, see docs/evaluation.md" if bits is None else f"{bits:.4f}",
+        ),
+        ("tokens predicted", f"{measured.tokens:,}; {ends}"),
+        ("documents", f"{measured.documents:,}"),
+        ("bytes", "unknown" if measured.bytes is None else f"{measured.bytes:,}"),
+        ("speed", f"{measured.tokens_s:,.0f} tokens/s, {measured.seconds:.1f} s"),
+    ]
+    print_table(f"{path}: {cut}", ("", ""), rows)
+
+
+def _print_tasks(path: Path, tasks: dict[str, dict[str, Any]]) -> None:
+    rows = []
+    for name, figures in tasks.items():
+        for metric, value in figures["metrics"].items():
+            error = figures["stderr"].get(metric)
+            spread = "" if error is None else f"± {error:.4f}"
+            counts = ("" if figures[key] is None else str(figures[key]) for key in ("examples", "shots"))
+            rows.append((name, metric, f"{value:.4f}", spread, *counts))
+    print_table(f"{path}: tasks", ("task", "metric", "value", "stderr", "examples", "shots"), rows)

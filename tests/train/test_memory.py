@@ -1,0 +1,188 @@
+"""The memory estimate against what torch really holds, and the advice against the estimate."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slm.core.nn import CausalLM
+from slm.train.learner import Objective
+from slm.train.memory import advise, training_bytes
+from slm.train.optimizer import make_optimizers
+from slm.train.precision import Precision
+from slm.train.recipe import Recipe, load_recipe
+
+FLOAT32 = Precision(None, scale_loss=False)
+BF16 = Precision(torch.bfloat16, scale_loss=False)
+# Beside the tensors that are counted, kernels keep means, sums, masks and cosines: 3 % seen.
+ACTIVATIONS_TOLERANCE = 0.1
+
+
+def recipe(*overrides: str, name: str = "tiny") -> Recipe:
+    return load_recipe(name, ["batch.batch_size=4", *overrides])
+
+
+def build(recipe: Recipe) -> CausalLM:
+    model = CausalLM(recipe.model.config())
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.model.gradient_checkpointing = recipe.machine.gradient_checkpointing
+    return model.train()
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def kept(module: nn.Module, run: Callable[[], Any], precision: Precision) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights not counted and every storage once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    tensors: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            tensors[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast is not None),
+    ):
+        run()
+    return size(tensors.values())
+
+
+def kept_at_most(recipe: Recipe, precision: Precision) -> int:
+    """What all layers keep; where each is computed anew, what goes into them and then what one of them keeps."""
+    model, config = build(recipe), recipe.model.config()
+    ids = torch.arange(recipe.tokens_per_micro_step).remainder(config.vocab_size).view(-1, recipe.batch.context)
+    total = kept(model, lambda: model.model(ids), precision)
+    total += ids.numel() * config.hidden_size * 4  # the gradient that the loss makes in the forward pass
+    if recipe.machine.gradient_checkpointing:
+        positions = model.model.positions(ids, None, past=0)[config.layer_types[0]]
+        hidden = torch.randn(*ids.shape, config.hidden_size, requires_grad=True)
+        total += kept(model.model.layers[0], lambda: model.model.layers[0](hidden, positions, None), precision)
+    return total
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "two-tables"])
+def test_weights_gradients_and_moments_to_the_byte(optimizer: str, tied: bool) -> None:
+    chosen = recipe(f"optimizer.name={optimizer}", f"model.tie_word_embeddings={str(tied).lower()}")
+    model, config = build(chosen), chosen.model.config()
+    optimizers = make_optimizers(model, chosen.optimizer.settings())
+    ids = torch.arange(256).view(2, 128)
+    Objective(model)(ids, ids).backward()
+    for member in optimizers.members:
+        member.step()
+    estimate = training_bytes(chosen, config, FLOAT32)
+    assert estimate.weights == size(model.parameters())
+    assert estimate.gradients == size(p.grad for p in model.parameters() if p.grad is not None)
+    state = optimizers.state_tensors(model)
+    assert estimate.moments == size(tensor for name, tensor in state.items() if not name.endswith("/step"))
+    assert training_bytes(recipe("optimizer.ema=0.9"), config, FLOAT32).average == estimate.weights
+    assert estimate.average == 0
+
+
+def test_muon_has_one_moment_where_adamw_has_two() -> None:
+    adamw, muon = (
+        training_bytes(chosen, chosen.model.config(), FLOAT32)
+        for chosen in (recipe("optimizer.name=adamw"), recipe("optimizer.name=muon"))
+    )
+    assert adamw.moments == 2 * adamw.weights
+    assert adamw.weights < muon.moments < adamw.moments
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (),
+        ("batch.context=48",),
+        ("model.num_attention_heads=8", "model.num_key_value_heads=4", "model.intermediate_size=128"),
+        ("model.hidden_size=256", "model.num_hidden_layers=2", "model.vocab_size=4096"),
+    ],
+    ids=["tiny", "within-the-window", "many-heads", "wide"],
+)
+@pytest.mark.parametrize("precision", [FLOAT32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("anew", [False, True], ids=["kept", "checkpointed"])
+def test_activations(shape: tuple[str, ...], precision: Precision, anew: bool) -> None:
+    chosen = recipe(f"machine.gradient_checkpointing={str(anew).lower()}", *shape)
+    estimate = training_bytes(chosen, chosen.model.config(), precision).activations
+    measured = kept_at_most(chosen, precision)
+    assert estimate == pytest.approx(measured, rel=ACTIVATIONS_TOLERANCE)
+
+
+def test_activations_grow_with_the_batch_and_shrink_where_layers_are_computed_anew() -> None:
+    """The control of the test above: each of its settings moves the estimate by more than its tolerance."""
+
+    def activations(precision: Precision, *overrides: str) -> int:
+        chosen = recipe(*overrides)
+        return training_bytes(chosen, chosen.model.config(), precision).activations
+
+    base = activations(FLOAT32)
+    assert activations(FLOAT32, "batch.batch_size=8") == 2 * base
+    assert activations(FLOAT32, "batch.context=256") == 2 * base
+    assert activations(BF16) < 0.8 * base
+    assert activations(FLOAT32, "machine.gradient_checkpointing=true") < 0.3 * base
+
+
+def test_the_loss_takes_a_chunk() -> None:
+    config = recipe().model.config()
+    whole, chunked = (
+        training_bytes(chosen, config, FLOAT32).loss for chosen in (recipe(), recipe("machine.loss_chunk=32"))
+    )
+    assert whole - chunked == (4 * 128 - 32) * config.vocab_size * 4
+
+
+def test_processes_share_the_batch_and_with_fsdp_everything() -> None:
+    for parallel, shared in (("ddp", 1), ("fsdp", 4)):
+        chosen = recipe(f"machine.parallel={parallel}")
+        alone, four = (training_bytes(chosen, chosen.model.config(), FLOAT32, processes=n) for n in (1, 4))
+        assert alone.activations == 4 * four.activations
+        assert alone.weights == shared * four.weights
+        assert alone.moments == shared * four.moments
+
+
+def followed(chosen: Recipe, advice: str) -> Recipe:
+    """The recipe with what the advice says to --set."""
+    fields = chosen.model_dump(mode="json")
+    for section, key, value in re.findall(r"--set (\w+)\.(\w+)=(\w+)", advice):
+        assert key in fields[section], key
+        fields[section][key] = {"true": True}.get(value) or int(value)
+    return Recipe.model_validate(fields)
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(4, 1), (5, 1), (9, 1), (6, 2), (8, 4)])
+def test_advice_lowers_the_estimate_by_what_it_says_and_learns_from_as_much(batch_size: int, processes: int) -> None:
+    chosen = recipe(f"batch.batch_size={batch_size}", "batch.accumulation=3")
+    config = chosen.model.config()
+    now = training_bytes(chosen, config, FLOAT32, processes).total
+    advice = advise(chosen, config, FLOAT32, processes).split("; or ")
+    assert len(advice) == 2  # sentences
+    for sentence in advice:
+        (saved,) = (int(mib.replace(",", "")) for mib in re.findall(r"saves about ([\d,]+)", sentence))
+        then = training_bytes(followed(chosen, sentence), config, FLOAT32, processes).total
+        assert saved > 0
+        assert now - then == pytest.approx(saved * 2**20, abs=2**20)
+    fewer = followed(chosen, advice[0]).batch
+    assert fewer.batch_size % processes == 0
+    assert fewer.batch_size * fewer.accumulation == batch_size * 3
+    (times,) = re.findall(r"with (\d+) times as many micro-steps", advice[0])
+    assert fewer.accumulation == 3 * int(times)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["machine.gradient_checkpointing=true"], ["model.num_hidden_layers=1"]],
+    ids=["checkpointed", "one-layer"],
+)
+def test_advice_when_there_is_little_left_to_lower(overrides: list[str]) -> None:
+    """To compute a single layer anew would keep more, not less."""
+    chosen = recipe("batch.batch_size=1", *overrides)
+    config = chosen.model.config()
+    advice = advise(chosen, config, FLOAT32, 1)
+    now, then = (training_bytes(each, config, FLOAT32).total for each in (chosen, followed(chosen, advice)))
+    assert then < now
+    assert "smaller model" in advice

@@ -1,0 +1,603 @@
+"""Several processes under torchrun, on the CPU: they learn what one process learns, stop together and complain once.
+
+Run as a script this file is what torchrun starts: it does the jobs of a file, one after another, in processes that have
+joined once, for joining takes longer than they do.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from slm.core.errors import SlmError
+from slm.core.nn import load_checkpoint
+from slm.core.progress import Silent
+from slm.train import parallel, run
+from slm.train.build import build_learner, build_model, with_special_tokens
+from slm.train.data.dataset import open_dataset
+from slm.train.evaluate import evaluate
+from slm.train.parallel import Alone, Processes, by_first, collect, joined, share_of
+from slm.train.precision import Precision
+from slm.train.prepare import prepare
+from slm.train.recipe import Recipe, load_recipe
+
+MakeRecipe = Callable[..., Recipe]
+Measured = dict[str, Tensor]
+
+# Gradients in float32, as the norm of the difference over the norm: the processes' parts are summed in another order.
+# Measured: 1e-7 to 5e-7.
+GRADIENT_TOLERANCE = 3e-6
+# Losses are means of float32 means.
+LOSS_TOLERANCE = 1e-6
+# Products in bfloat16 keep 8 bits; other shapes of the same product round otherwise. Measured: up to 4e-3.
+BFLOAT16_TOLERANCE = 2e-2
+BFLOAT16_LOSS_TOLERANCE = 1e-3
+# Weights after whole runs, as above: AdamW divides by the gradient's size, so where a gradient is nothing but rounding it
+# still makes steps of full length. Measured: up to 3e-5.
+WEIGHTS_TOLERANCE = 1e-3
+RUN_LOSS_TOLERANCE = 1e-4
+
+STOPPED_AT = 6
+SECONDS = 100
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "random-tied": {},
+    "packed-untied": {"data": {"sampler": "packed"}, "model": {"tie_word_embeddings": False}},
+    "checkpointing-tied": {"machine": {"gradient_checkpointing": True}},
+    "checkpointing-untied": {
+        "machine": {"gradient_checkpointing": True, "loss_chunk": 7},
+        "model": {"tie_word_embeddings": False},
+    },
+    "bfloat16-tied": {"machine": {"precision": "bfloat16"}},
+    "bfloat16-untied": {"machine": {"precision": "bfloat16"}, "model": {"tie_word_embeddings": False}},
+}
+EMA = {"optimizer": {"ema": 0.9}}
+
+
+class Stopper(Silent):
+    """Sends this process SIGTERM after so many micro-steps."""
+
+    def __init__(self, micro_steps: int) -> None:
+        self.left = micro_steps
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        if amount == 1 and not fields:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def measure(recipe: Recipe, data: Path, processes: Processes, broken: str | None = None) -> Measured:
+    """Returns gradients of a micro-step and of an update, and losses, as one process after another computes them."""
+    dataset = open_dataset(data)
+    config = with_special_tokens(recipe.model.config(), dataset.tokenizer)
+    device = torch.device("cpu")
+    model = build_model(recipe, config, device, None)
+    precision = Precision(torch.bfloat16 if recipe.machine.precision == "bfloat16" else None, scale_loss=False)
+    if broken == "rows":  # everybody computes the first one's
+
+        class Twins(Alone):
+            rank, size = 0, processes.size
+
+        mine = share_of(recipe.batch.batch_size, Twins())
+        patch = pytest.MonkeyPatch()
+        patch.setattr("slm.train.build.share_of", lambda *_: mine)
+        learner = build_learner(recipe, model, dataset.train, precision, None, processes)
+        patch.undo()
+    else:
+        learner = build_learner(recipe, model, dataset.train, precision, None, processes)
+    objective = learner.objective
+    measured: Measured = {}
+
+    def keep(what: str) -> None:
+        gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        measured.update({f"{what}/{name}": tensor.clone() for name, tensor in collect(gradients).items()})
+
+    inputs, targets = learner._batch(0)
+    with processes.micro_step(objective, last=broken != "average"), learner._autocast():
+        objective(inputs, targets).backward()
+    keep("micro-step")
+    if broken is not None:
+        return measured
+    learner.optimizers.zero_grad()
+    for number in range(2):
+        update = learner.update(number * learner.accumulation, lambda: None)
+        keep(f"update-{number}")
+        measured[f"loss/update-{number}"] = torch.tensor(update.loss, dtype=torch.float64)
+        measured[f"norm/update-{number}"] = torch.tensor(update.grad_norm, dtype=torch.float64)
+        evaluation = evaluate(
+            objective,
+            dataset.validation,
+            windows=recipe.evaluation.windows,
+            context=recipe.batch.context,
+            batch_size=recipe.batch.batch_size // processes.size,
+            check=lambda: None,
+            processes=processes,
+        )
+        measured[f"loss/evaluation-{number}"] = torch.tensor(evaluation.loss, dtype=torch.float64)
+    return measured
+
+
+def train_for(job: dict[str, Any], processes: Processes) -> None:
+    """Trains or goes on; stops early where the job says so."""
+    out, stop = Path(job["out"]), job.get("stop")
+    progress = Stopper(stop) if stop else None
+    try:
+        if "recipe" in job:
+            run.train(Recipe.model_validate(job["recipe"]), out, progress, processes)
+        else:
+            run.resume(out, progress, processes)
+        assert stop is None
+    except SystemExit:
+        assert stop is not None
+
+
+def work(jobs: Path) -> None:
+    """What torchrun starts."""
+    torch.set_num_threads(1)
+    with joined() as processes:
+        for job in json.loads(jobs.read_text(encoding="utf-8")):
+            if job["kind"] == "train":
+                train_for(job, processes)
+                continue
+            measured = measure(Recipe.model_validate(job["recipe"]), Path(job["data"]), processes, job.get("broken"))
+            if processes.rank == 0:
+                safetensors.torch.save_file(measured, job["file"])
+
+
+def torchrun(processes: int, *arguments: object, prefix: Sequence[str] = ("--standalone",)) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *prefix, "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How torchrun ended, without what it reports itself."""
+
+    code: int
+    out: str
+    err: list[str]
+
+
+def end_of(started: subprocess.Popen[str]) -> Ended:
+    try:
+        out, err = started.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        started.terminate()
+        raise
+    own = re.split(r"^Traceback", err, maxsplit=1, flags=re.MULTILINE)
+    assert "slm/" not in "".join(own[1:]), err  # the traceback is torchrun's
+    return Ended(started.returncode, out, [line for line in own[0].splitlines() if not re.match(r"[WEI]\d{4} ", line)])
+
+
+def do(processes: int, jobs: list[dict[str, Any]], at: Path) -> None:
+    file = at / "jobs.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    ended = end_of(torchrun(processes, __file__, file))
+    assert ended.code == 0, ended.err
+
+
+def fields(recipe: Recipe, parallel_kind: str) -> dict[str, Any]:
+    machine = recipe.machine.model_copy(update={"parallel": parallel_kind})
+    return recipe.model_copy(update={"machine": machine}).model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def recipes(place: Path, stories: list[str]) -> MakeRecipe:
+    """Small recipes on a prepared text; the clipping is at work."""
+    from slm.core.tokenizer import END_OF_TEXT
+
+    text = place / "stories.txt"
+    text.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
+    base: dict[str, dict[str, Any]] = {
+        "data": {"train": [str(text)]},
+        "model": {
+            "preset": "tiny",
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 8,
+            "max_position_embeddings": 64,
+        },
+        "batch": {"batch_size": 8, "context": 24, "accumulation": 2},
+        "optimizer": {"max_grad_norm": 0.5},
+        "schedule": {"micro_steps": 12, "warmup_micro_steps": 2, "learning_rate": 3e-3},
+        # 11 windows: they divide neither by the batch nor by the processes
+        "evaluation": {"every_micro_steps": 4, "windows": 11, "prompts": ["Once upon"], "sample_tokens": 5},
+        "machine": {"device": "cpu", "precision": "float32"},
+    }
+
+    def make(**sections: dict[str, Any]) -> Recipe:
+        merged = {name: {**values, **sections.get(name, {})} for name, values in base.items()}
+        return Recipe.model_validate({"name": "small", **merged})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def data(place: Path, recipes: MakeRecipe) -> Path:
+    prepare(recipes(), place / "prepared", Silent())
+    return place / "prepared/data"
+
+
+def measuring(recipes: MakeRecipe, data: Path, processes: int, at: Path) -> list[dict[str, Any]]:
+    jobs = [
+        {
+            "kind": "measure",
+            "recipe": fields(recipes(**sections), kind),
+            "data": str(data),
+            "file": str(at / f"{processes}-{kind}-{name}.safetensors"),
+        }
+        for kind in ("ddp", "fsdp")
+        for name, sections in VARIANTS.items()
+    ]
+    for kind, broken in (("ddp", "rows"), ("fsdp", "rows"), ("ddp", "average")):
+        file = str(at / f"{processes}-{kind}-without-{broken}.safetensors")
+        jobs.append({**jobs[0], "recipe": fields(recipes(), kind), "broken": broken, "file": file})
+    return jobs
+
+
+def stopped(recipes: MakeRecipe, kind: str, out: Path) -> dict[str, Any]:
+    return {"kind": "train", "recipe": fields(recipes(**EMA), kind), "out": str(out), "stop": STOPPED_AT}
+
+
+def going_on(place: Path, source: str, kind: str, out: str) -> dict[str, Any]:
+    """Copies a stopped run, to be gone on with in another way."""
+    shutil.copytree(place / source, place / out)
+    config = place / out / "config.yaml"
+    config.write_text(Recipe.model_validate(fields(load_recipe(config), kind)).to_yaml(), encoding="utf-8")
+    return {"kind": "train", "out": str(place / out)}
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path, recipes: MakeRecipe, data: Path) -> dict[str, Measured]:
+    """One process: what it measures, a run in one piece (`1`) and one that was stopped (`1-stopped`)."""
+    torch.set_num_threads(1)
+    run.train(recipes(**EMA), place / "1")
+    train_for(stopped(recipes, "ddp", place / "1-stopped"), Alone())
+    return {name: measure(recipes(**sections), data, Alone()) for name, sections in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]) -> Path:
+    """Two processes: measurements, runs in one piece, stopped runs, and those gone on with."""
+    jobs = measuring(recipes, data, 2, place)
+    for kind in ("ddp", "fsdp"):
+        jobs.append({"kind": "train", "recipe": fields(recipes(**EMA), kind), "out": str(place / f"2-{kind}")})
+        jobs.append(stopped(recipes, kind, place / f"2-{kind}-stopped"))
+        jobs.append(going_on(place, "1-stopped", kind, f"1-to-2-{kind}"))
+    do(2, jobs, place)
+    do(
+        2,
+        [going_on(place, f"2-{a}-stopped", b, f"2-{a}-to-2-{b}") for a in ("ddp", "fsdp") for b in ("ddp", "fsdp")],
+        place,
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def four(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]) -> Path:
+    """Four processes, which two go on from."""
+    do(4, [*measuring(recipes, data, 4, place), stopped(recipes, "fsdp", place / "4-stopped")], place)
+    do(2, [going_on(place, "4-stopped", kind, f"4-to-2-{kind}") for kind in ("ddp", "fsdp")], place)
+    return place
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Returns the norm of the difference as a share of the norm."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def gradients_differ(found: Measured, expected: Measured, what: str) -> float:
+    names = [name for name in expected if name.startswith(what)]
+    assert names
+    return max(difference(found[name], expected[name]) for name in names)
+
+
+def check_measured(found: Measured, expected: Measured, variant: str) -> None:
+    rough = variant.startswith("bfloat16")
+    assert found.keys() == expected.keys()
+    for what in ("micro-step/", "update-0/", "update-1/"):
+        assert gradients_differ(found, expected, what) < (BFLOAT16_TOLERANCE if rough else GRADIENT_TOLERANCE), what
+    losses = BFLOAT16_LOSS_TOLERANCE if rough else LOSS_TOLERANCE
+    for name in (name for name in expected if name.startswith("loss/")):
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=losses), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_learn_what_one_does(two: Path, alone: dict[str, Measured], variant: str, kind: str) -> None:
+    check_measured(safetensors.torch.load_file(two / f"2-{kind}-{variant}.safetensors"), alone[variant], variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_four_processes_learn_what_one_does(four: Path, alone: dict[str, Measured], variant: str, kind: str) -> None:
+    check_measured(safetensors.torch.load_file(four / f"4-{kind}-{variant}.safetensors"), alone[variant], variant)
+
+
+def test_the_clipping_was_at_work(alone: dict[str, Measured], recipes: MakeRecipe) -> None:
+    for name, measured in alone.items():
+        assert measured["norm/update-0"] > 2 * recipes().optimizer.max_grad_norm, name
+
+
+@pytest.mark.parametrize(("kind", "broken"), [("ddp", "rows"), ("fsdp", "rows"), ("ddp", "average")])
+def test_what_is_left_out_is_noticed(two: Path, alone: dict[str, Measured], kind: str, broken: str) -> None:
+    found = safetensors.torch.load_file(two / f"2-{kind}-without-{broken}.safetensors")
+    assert gradients_differ(found, alone["random-tied"], "micro-step/") > 10 * BFLOAT16_TOLERANCE
+
+
+def weights(directory: Path, file: str = "checkpoint/last/model.safetensors") -> Measured:
+    return safetensors.torch.load_file(directory / file)
+
+
+def last_loss(directory: Path) -> float:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["micro_steps"] for row in rows if row["type"] == "train"] == [2, 4, 6, 8, 10, 12]
+    return float([row["loss"] for row in rows if row["type"] == "eval"][-1])
+
+
+def check_run(found: Path, expected: Path) -> None:
+    """Makes sure that two runs ended alike: weights, their average, and the loss."""
+    for file in ("checkpoint/last/model.safetensors", "trainer/model.safetensors"):
+        mine, theirs = weights(found, file), weights(expected, file)
+        assert mine.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            # norms start at zero: as a share of what they are they differ more
+            assert (mine[name] - tensor).norm() < WEIGHTS_TOLERANCE * max(1.0, tensor.norm().item()), (file, name)
+    assert last_loss(found) == pytest.approx(last_loss(expected), rel=RUN_LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["2-ddp", "2-fsdp", "1-to-2-ddp", "1-to-2-fsdp", "2-ddp-to-2-fsdp", "2-fsdp-to-2-ddp"])
+def test_a_run_ends_alike_whoever_trains_it(two: Path, name: str) -> None:
+    check_run(two / name, two / "1")
+
+
+def test_a_run_half_done_is_another(two: Path) -> None:
+    half, done = weights(two / "1-stopped"), weights(two / "1")
+    assert max((half[name] - done[name]).norm() for name in done) > 10 * WEIGHTS_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_started_one_goes_on(two: Path, kind: str) -> None:
+    train_for(going_on(two, f"2-{kind}-stopped", "ddp", f"2-{kind}-to-1"), Alone())
+    check_run(two / f"2-{kind}-to-1", two / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_four_processes_started_two_go_on(four: Path, kind: str) -> None:
+    check_run(four / f"4-to-2-{kind}", four / "1")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_same_processes_go_on_bit_for_bit(two: Path, kind: str) -> None:
+    for file in ("checkpoint/last/model.safetensors", "checkpoint/best/model.safetensors", *(
+        f"trainer/{name}.safetensors" for name in ("model", "optimizer", "average")
+    )):  # fmt: skip
+        mine, theirs = (weights(two / name, file) for name in (f"2-{kind}-to-2-{kind}", f"2-{kind}"))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs), file
+
+
+def test_what_fsdp_saves_is_whole(two: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = two / "2-fsdp/checkpoint/best"
+    ids = torch.arange(20).view(2, 10)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ours = load_checkpoint(path)
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, ours(ids), rtol=3e-5, atol=3e-5)
+
+
+def test_both_kinds_write_the_same_samples(two: Path) -> None:
+    texts = {}
+    for name in ("1", "2-ddp", "2-fsdp"):
+        rows = [json.loads(line) for line in (two / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        texts[name] = [row["text"] for row in rows if row["type"] == "sample"][:1]  # before the first update
+    assert texts["1"]
+    assert texts["1"] == texts["2-ddp"] == texts["2-fsdp"]
+
+
+@pytest.fixture
+def recipe_file(recipes: MakeRecipe, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipes().to_yaml(), encoding="utf-8")
+    return file
+
+
+def slm_train(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    return torchrun(processes, "-m", "slm", "train", *arguments)
+
+
+def test_one_of_two_speaks_and_both_take_the_same_directory(recipe_file: Path) -> None:
+    Path("runs/small").mkdir(parents=True)
+    ended = end_of(slm_train(2, "--recipe", recipe_file, "--json"))
+    assert ended.code == 0, ended.err
+    (line,) = ended.out.splitlines()
+    assert json.loads(line)["run"] == "runs/small-2"
+    assert json.loads(line)["processes"] == 2
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["small", "small-2"]
+    assert len(ended.err) == len(set(ended.err)), ended.err
+    assert not any("warn" in line.lower() for line in ended.err), ended.err
+
+
+def test_one_process_under_torchrun_is_one_process(recipe_file: Path) -> None:
+    ended = end_of(slm_train(1, "--recipe", recipe_file, "--set", "machine.parallel=fsdp", "--json"))
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "batch.batch_size=3"], "2 processes cannot share batches of 3 windows evenly"),
+        (["--set", "machine.parallel=fsdp", "--set", "optimizer.name=muon"], "Muon needs whole matrices"),
+        (["--set", "batch.size=3"], "the recipe has no value 'batch.size'"),
+    ],
+)
+def test_a_mistake_is_said_once(recipe_file: Path, arguments: list[str], message: str) -> None:
+    ended = end_of(slm_train(2, "--recipe", recipe_file, *arguments))
+    assert ended.code == 1
+    (said,) = (line for line in ended.err if line.startswith("error: "))
+    assert message in said
+    assert not Path("runs").exists()
+
+
+SCRIPT = """
+import os, sys
+from slm.cli.main import main
+{}
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_alone_is_said_by_that_one(recipe_file: Path) -> None:
+    script = Path("script.py")
+    patch = """
+from slm.train import loop
+from slm.train.learner import Learner
+update = Learner.update
+def failing(self, first, after):
+    if first == 4 and os.environ["RANK"] == "1":
+        raise MemoryError
+    return update(self, first, after)
+Learner.update = failing
+"""
+    script.write_text(SCRIPT.format(patch), encoding="utf-8")
+    ended = end_of(torchrun(2, script, "train", "--recipe", recipe_file))
+    assert ended.code == 1
+    assert [line for line in ended.err if "error" in line] == ["error: out of memory at micro-step 5"]
+
+
+@pytest.mark.slow
+def test_a_peer_that_never_comes_is_not_waited_for_for_ever(recipe_file: Path) -> None:
+    script = Path("script.py")
+    patch = """
+from datetime import timedelta
+from slm.train import parallel
+parallel._TOGETHER = timedelta(seconds=2)
+"""
+    script.write_text(SCRIPT.format(patch), encoding="utf-8")
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, script, "train", "--recipe", recipe_file],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert ended.returncode == 1
+    assert "error: not all of the 2 processes came together within 0:00:02" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_variables_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SlmError, match=r"cannot join the other processes: .*RANK"), joined():
+        pass
+
+
+def first_process(torchrun_pid: int) -> int:
+    """Returns the process of rank 0, once it trains."""
+    children = Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text(encoding="utf-8").split()
+    (first,) = (
+        pid for pid in children if b"RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes().replace(b"LOCAL_", b"")
+    )
+    return int(first)
+
+
+@pytest.fixture
+def endless(recipe_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run that goes on until it is stopped, past its first updates."""
+    started = slm_train(2, "--recipe", recipe_file, "--out", "run", "--set", "schedule.micro_steps=100000",
+                        "--set", "evaluation.every_micro_steps=100000")  # fmt: skip
+    wait_for(lambda: Path("run/metrics.jsonl").exists() and Path("run/metrics.jsonl").read_text().count("train") > 2)
+    yield started
+    if started.poll() is None:
+        started.kill()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+@pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
+def test_a_run_that_torchrun_is_told_to_stop_is_saved(endless: subprocess.Popen[str], signum: int, said: str) -> None:
+    os.kill(first_process(endless.pid), signal.SIGUSR1)
+    wait_for(lambda: Path("run/trainer/state.json").exists())
+    assert endless.poll() is None
+    asked_for = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
+    endless.send_signal(signum)
+    ended = end_of(endless)
+    assert ended.code != 0
+    assert [line for line in ended.err if line.startswith("error")] == [f"error: {said}"]
+    saved = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
+    assert saved >= asked_for > 0
+    config = Path("run/config.yaml")
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("micro_steps: 100000", f"micro_steps: {saved + 4}"), encoding="utf-8"
+    )
+    ended = end_of(slm_train(2, "--resume", "--out", "run", "--json"))
+    assert json.loads(ended.out)["micro_steps"] == saved + 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+def test_a_process_that_is_killed_takes_the_others_with_it(endless: subprocess.Popen[str]) -> None:
+    children = Path(f"/proc/{endless.pid}/task/{endless.pid}/children").read_text(encoding="utf-8").split()
+    (other,) = {int(pid) for pid in children} - {first_process(endless.pid)}
+    os.kill(other, signal.SIGKILL)
+    ended = end_of(endless)
+    assert ended.code != 0
+    assert [line for line in ended.err if line.startswith("error")] == ["error: another of the processes is gone"]
+
+
+def test_the_first_does_it_and_alone_nothing_is_asked() -> None:
+    assert by_first(Alone(), lambda: 3) == 3
+    with pytest.raises(SlmError, match="no"):
+        by_first(Alone(), lambda: (_ for _ in ()).throw(SlmError("no")))
+    assert parallel._TOGETHER < timedelta(hours=1) < parallel._PATIENCE
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -1,0 +1,60 @@
+"""A moving average of the weights, which generalizes better than the last of them while the learning rate is high."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from slm.train.parallel import collect, shared_like
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights (arXiv:2407.20323)."""
+
+    def __init__(self, model: nn.Module, decay: float, updates: int = 0) -> None:
+        """Starts from the weights as they are.
+
+        Args:
+            model: The model, on its device.
+            decay: Share of the average that an update keeps; less at first, when there is little to average.
+            updates: How many went into it already.
+        """
+        self._parameters = dict(model.named_parameters())
+        self._average = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._decay, self._updates = decay, updates
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the weights of an update in."""
+        self._updates += 1
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+        for name, average in self._average.items():
+            average.lerp_(self._parameters[name], 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts the average in the place of the weights within the block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def tensors(self, keep: bool = True) -> dict[str, Tensor]:
+        """Returns the average by name, on the CPU and whole; nothing to a process that does not `keep` it."""
+        return collect(self._average.items(), keep)
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `tensors` returned."""
+        for name, average in self._average.items():
+            average.copy_(shared_like(tensors[name], average))
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self._average.items():
+            parameter = self._parameters[name]
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)

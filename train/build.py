@@ -1,0 +1,148 @@
+"""From a recipe to what trains: the device, the model as the machine is to run it, its optimizers and its batches."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slm.core.config import ModelConfig
+from slm.core.errors import SlmError
+from slm.core.nn import CausalLM
+from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
+from slm.train.data.tokens import Tokens
+from slm.train.data.windows import SAMPLERS, gather
+from slm.train.learner import Learner, Objective
+from slm.train.optimizer import make_optimizers
+from slm.train.parallel import Processes, launched, local_rank, share_of
+from slm.train.precision import Precision
+from slm.train.recipe import MachineRecipe, Recipe
+from slm.train.schedule import learning_rate
+from slm.train.state import SavedState
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Returns the device of a recipe's `machine.device`; of several processes each has a GPU of its own.
+
+    Raises:
+        SlmError: When it asks for CUDA and there is none, or not enough.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise SlmError("PyTorch finds no CUDA device", "--set machine.device=cpu, or install PyTorch for CUDA")
+    if not available or wanted == "cpu":
+        return torch.device("cpu")
+    if not launched():
+        return torch.device("cuda")
+    if local_rank() >= torch.cuda.device_count():
+        raise SlmError(
+            f"torchrun started process {local_rank()} here, and there are {torch.cuda.device_count()} GPUs",
+            f"--nproc-per-node {torch.cuda.device_count()}",
+        )
+    return torch.device("cuda", local_rank())
+
+
+def with_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Returns the shape with the tokenizer's ids; the end of a turn ends a text too, for when turns are learned later."""
+    end_of_text, end_of_turn, pad = (tokenizer.token_id(token) for token in (END_OF_TEXT, END_OF_TURN, PAD))
+    ids = {"bos_token_id": end_of_text, "eos_token_id": (end_of_text, end_of_turn), "pad_token_id": pad}
+    return ModelConfig.checked(config.model_dump() | ids)
+
+
+def check_parallel(recipe: Recipe, processes: Processes) -> None:
+    """Makes sure that the recipe can be shared by the processes.
+
+    Raises:
+        SlmError: When it cannot.
+    """
+    share_of(recipe.batch.batch_size, processes)
+    if processes.size > 1 and recipe.machine.parallel == "fsdp" and recipe.optimizer.name == "muon":
+        raise SlmError(
+            "Muon needs whole matrices, and machine.parallel=fsdp gives each process a share of them",
+            "--set machine.parallel=ddp, or --set optimizer.name=adamw",
+        )
+
+
+def build_model(recipe: Recipe, config: ModelConfig, device: torch.device, saved: SavedState | None) -> CausalLM:
+    """Returns the model, from the seed or from what was saved, set up for the machine.
+
+    Raises:
+        SlmError: When the machine cannot do what the recipe asks for.
+    """
+    model = CausalLM(config)
+    if saved is None:
+        model.init_weights(torch.Generator().manual_seed(recipe.seed))
+    else:
+        model.load_state_dict(saved.weights, strict=False)  # a tied head is stored once
+    body = model.model
+    body.gradient_checkpointing = recipe.machine.gradient_checkpointing
+    body.flex = _flex(recipe.machine, device)
+    for module in (body, *body.layers):
+        module.dropout = recipe.regularization.dropout
+    return model.to(device)
+
+
+def build_learner(
+    recipe: Recipe,
+    model: CausalLM,
+    tokens: Tokens,
+    precision: Precision,
+    saved: SavedState | None,
+    processes: Processes,
+) -> Learner:
+    """Returns what trains the model.
+
+    Args:
+        recipe: With its length in micro-steps.
+        model: On its device.
+        tokens: What is trained on.
+        precision: What the products are computed in.
+        saved: What to go on from.
+        processes: Those that share the batches.
+    """
+    device = next(model.parameters()).device
+    loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
+    objective = processes.wrap(loss, recipe.machine.parallel)
+    optimizers = make_optimizers(model, recipe.optimizer.settings())
+    schedule = recipe.schedule
+    learner = Learner(
+        objective,
+        optimizers,
+        batch=partial(_batch, recipe, tokens, share_of(recipe.batch.batch_size, processes), processes.rank, device),
+        rate=partial(
+            learning_rate,
+            peak=schedule.learning_rate,
+            final=schedule.final_learning_rate,
+            start=schedule.start,
+            warmup=schedule.warmup_micro_steps,
+            total=recipe.micro_steps,
+            shape=schedule.shape,
+            decay=schedule.decay,
+        ),
+        precision=precision,
+        accumulation=recipe.batch.accumulation,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        processes=processes,
+    )
+    if saved is not None:
+        optimizers.load_state_tensors(model, saved.optimizer)
+        learner.scaler.load_state_dict(saved.counters.scaler)
+    return learner
+
+
+def _batch(
+    recipe: Recipe, tokens: Tokens, mine: slice, rank: int, device: torch.device, micro_step: int
+) -> tuple[Tensor, Tensor]:
+    """Returns this process's rows of a micro-step, and throws its dice for it: dropout's follow from the seed alone."""
+    ids, batch, seed = tokens.ids, recipe.batch, recipe.seed
+    starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
+    torch.manual_seed(int(np.random.default_rng([seed, micro_step, rank]).integers(1 << 62)))
+    return gather(ids, starts, batch.context, device)
+
+
+def _flex(machine: MachineRecipe, device: torch.device) -> bool:
+    if machine.attention == "flex" and device.type != "cuda":
+        raise SlmError(
+            "machine.attention=flex needs CUDA: elsewhere FlexAttention has no backward pass", "leave it out"
+        )
+    return machine.attention == "flex" or (machine.attention == "auto" and device.type == "cuda")

@@ -1,0 +1,270 @@
+"""A prepared dataset: the directory of token files that `slm data prepare` and `slm train` make, and its manifest.
+
+    DIR/dataset.json  tokenizer.json  tokenizer_config.json  train-00000.bin …  validation-00000.bin …
+
+A run that trains on a dataset elsewhere holds the tokenizer and, as its `dataset.json`, a reference.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from slm.core.config import first_mistake
+from slm.core.errors import SlmError
+from slm.core.files import member, read_json, sha256_file
+from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.train.data.shards import Shard
+from slm.train.data.tokens import DtypeName, TokenHeader, TokenIds, Tokens, map_ids, read_header
+
+DATASET_FILE = "dataset.json"
+FORMAT_VERSION: Literal[1] = 1
+
+_AGAIN = "slm data prepare makes datasets"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_RecordT = TypeVar("_RecordT", bound=_Record)
+
+
+class Source(_Record):
+    """Where text came from.
+
+    Attributes:
+        name: As it was given: a path, the name of a corpus, or of a Hugging Face dataset.
+        kind: What that is.
+        split: What the text was read for.
+        bytes: Size of the file; None where the text is in no file of the user's.
+    """
+
+    name: str
+    kind: Literal["file", "huggingface", "sample"]
+    split: Literal["train", "validation"]
+    bytes: int | None = None
+
+
+class Split(_Record):
+    """One stream of tokens.
+
+    Attributes:
+        shards: Its files, in order.
+        tokens: Number of ids, the end-of-text after every document included.
+        documents: Number of documents.
+        text_bytes: UTF-8 bytes of the documents.
+        text_sha256: Of all documents, each followed by a zero byte.
+        duplicates_removed: Documents left out because they occurred before or are validation text.
+    """
+
+    shards: tuple[Shard, ...] = Field(min_length=1)
+    tokens: int
+    documents: int
+    text_bytes: int
+    text_sha256: str
+    duplicates_removed: int = 0
+
+    @classmethod
+    def of(cls, shards: tuple[Shard, ...], text_sha256: str, duplicates_removed: int) -> Self:
+        """Adds up shards."""
+        tokens, documents, text_bytes = _totals(shards)
+        return cls(
+            shards=shards,
+            tokens=tokens,
+            documents=documents,
+            text_bytes=text_bytes,
+            text_sha256=text_sha256,
+            duplicates_removed=duplicates_removed,
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tokens, self.documents, self.text_bytes) != _totals(self.shards):
+            raise ValueError("the totals are not those of the shards")
+        return self
+
+
+class DatasetManifest(_Record):
+    """Everything there is to know of a dataset without reading its tokens.
+
+    Attributes:
+        format_version: Of the directory.
+        slm_version: That made it.
+        tokenizer_sha256: Of the tokenizer, as `Tokenizer.sha256`.
+        vocab_size: Its number of tokens.
+        dtype: Of the stored ids.
+        train: The tokens trained on.
+        validation: The tokens measured on.
+        held_out: How the validation text was chosen.
+        deduplicated: Whether exact duplicates were removed.
+        sources: Where the text came from.
+        licence: Of the text, as given or as the source states it; None where nothing is stated.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    slm_version: str
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: DtypeName
+    train: Split
+    validation: Split
+    held_out: str
+    deduplicated: bool
+    sources: tuple[Source, ...]
+    licence: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all files that a dataset with this manifest consists of."""
+        shards = (shard.file for shard in (*self.train.shards, *self.validation.shards))
+        return (DATASET_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *shards)
+
+    def to_json(self) -> str:
+        """Returns the contents of `dataset.json`."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class DatasetReference(_Record):
+    """What a run holds in place of a dataset that lies elsewhere.
+
+    Attributes:
+        format_version: As the manifest has it.
+        dataset: Absolute path of the dataset.
+        manifest_sha256: Of its `dataset.json`, which in turn knows every file.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    dataset: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset.
+
+    Attributes:
+        path: Where the token files lie.
+        manifest: What it says of itself.
+        tokenizer: The one that made the tokens.
+        train: The tokens trained on.
+        validation: The tokens measured on.
+    """
+
+    path: Path
+    manifest: DatasetManifest
+    tokenizer: Tokenizer
+    train: Tokens
+    validation: Tokens
+
+
+def is_dataset(path: Path) -> bool:
+    """Says whether a directory looks like a prepared dataset."""
+    return (path / DATASET_FILE).is_file()
+
+
+def refer_to(path: Path) -> DatasetReference:
+    """Returns a reference to a dataset as it is now."""
+    path = path.resolve()
+    return DatasetReference(dataset=str(path), manifest_sha256=sha256_file(path / DATASET_FILE))
+
+
+def read_manifest(path: Path) -> DatasetManifest:
+    """Reads a dataset's manifest.
+
+    Raises:
+        SlmError: When the directory holds none, or it is damaged or of another version.
+    """
+    if not is_dataset(path):
+        raise SlmError(f"not a prepared dataset: {path} has no {DATASET_FILE}", _AGAIN)
+    return _parse(DatasetManifest, path)
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Opens a dataset, or the one that a run's data directory refers to; its tokens stay on the disk.
+
+    Raises:
+        SlmError: When a file is missing, truncated, not the one that the manifest lists, or of another tokenizer, or when
+            the dataset that is referred to is no longer the same.
+    """
+    if not is_dataset(path):
+        raise SlmError(f"not a prepared dataset: {path} has no {DATASET_FILE}", _AGAIN)
+    tokenizer = Tokenizer.load(path)
+    if "dataset" in read_json(path / DATASET_FILE, DATASET_FILE):
+        path = _followed(_parse(DatasetReference, path))
+    manifest = read_manifest(path)
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise SlmError(f"{path}: the tokens were made with another tokenizer", "copy the dataset again")
+    train, validation = (_open_split(path, split, manifest) for split in (manifest.train, manifest.validation))
+    return Dataset(path, manifest, tokenizer, train, validation)
+
+
+def check_files(path: Path, manifest: DatasetManifest) -> None:
+    """Reads every token file whole and compares it with the manifest.
+
+    Raises:
+        SlmError: When one is missing or was altered; it is named.
+    """
+    for shard in (*manifest.train.shards, *manifest.validation.shards):
+        file = member(path, shard.file)
+        _check_header(file, shard, manifest)
+        if sha256_file(file) != shard.sha256:
+            raise SlmError(f"{path}: {shard.file} was altered after it was made (SHA-256 differs)", "copy it again")
+
+
+def _totals(shards: tuple[Shard, ...]) -> tuple[int, int, int]:
+    return (
+        sum(shard.tokens for shard in shards),
+        sum(shard.documents for shard in shards),
+        sum(shard.text_bytes for shard in shards),
+    )
+
+
+def _parse(kind: type[_RecordT], path: Path) -> _RecordT:
+    file = path / DATASET_FILE
+    fields = read_json(file, DATASET_FILE)
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise SlmError(
+            f"{file}: format version {fields.get('format_version')!r} is not {FORMAT_VERSION}",
+            "prepare it again with this version of slm",
+        )
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise SlmError(f"{file} is wrong: {first_mistake(error)}", "copy it again, or prepare the data anew") from None
+
+
+def _followed(reference: DatasetReference) -> Path:
+    path = Path(reference.dataset)
+    if not is_dataset(path):
+        raise SlmError(f"the dataset that the run was started with is gone: {path}", "put it back where it was")
+    if sha256_file(path / DATASET_FILE) != reference.manifest_sha256:
+        raise SlmError(
+            f"the dataset is not the one that the run was started with: {path}", "put that one back, or start a new run"
+        )
+    return path
+
+
+def _open_split(path: Path, split: Split, manifest: DatasetManifest) -> Tokens:
+    files = []
+    for shard in split.shards:
+        file = member(path, shard.file)
+        files.append(map_ids(file, _check_header(file, shard, manifest)))
+    header = TokenHeader(
+        dtype=manifest.dtype,
+        tokens=split.tokens,
+        documents=split.documents,
+        text_bytes=split.text_bytes,
+        text_sha256=split.text_sha256,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+    )
+    return Tokens(header, TokenIds(files))
+
+
+def _check_header(file: Path, shard: Shard, manifest: DatasetManifest) -> TokenHeader:
+    header = read_header(file, manifest.tokenizer_sha256)
+    listed = header.model_copy(update=shard.model_dump(include={"tokens", "documents", "text_bytes", "text_sha256"}))
+    if header != listed or header.dtype != manifest.dtype:
+        raise SlmError(f"the token file is not the one that {DATASET_FILE} lists: {file}", "copy the dataset again")
+    return header

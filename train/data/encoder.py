@@ -1,0 +1,141 @@
+"""Encoding at scale: a tokenizer that remembers the words it has met.
+
+Splitting a text by GPT-2's pattern takes the tokenizers library most of its time, and text repeats its words. So a text
+is cut where its pattern always cuts, and the ids of what is between are looked up; only what was not met before goes
+through the library. The pattern always cuts before a space that something else than white space follows, because it
+puts the space before it, and before white space that something else precedes. The ids are those of
+`Tokenizer.encode_literal`. That holds for byte-level BPE with GPT-2's pattern alone, which is what slm makes; with any
+other tokenizer whole documents go through the library.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.train.data.tokens import dtype_name, little_endian
+
+# A longer document is encoded in pieces of so many characters, so that no batch grows with it.
+_PIECE_CHARACTERS = 256 << 10
+# Words remembered, by their characters: with Python's objects around them about ten times as many bytes.
+_MEMORY_CHARACTERS = 4 << 20
+
+# GPT-2's pattern (Radford et al. 2019) as the tokenizers library has it built in, and as tiktoken spells it.
+_GPT2_PATTERNS = (
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+)
+# White space and what follows it, up to the next white space of ASCII. Python's \s holds all of the pattern's and four
+# control characters more, which here only make words longer.
+_WORD = re.compile(r"\s*\S+(?:[^\S \t\n\r]\s*\S*)*|\s+")
+# A space that nothing but white space follows: looking words up by the spaces between them would be wrong there.
+_UNEVEN = re.compile(r" (?:\s|\Z)")
+_CUT = re.compile(r"(?<=\S)[ \t\n\r]")
+
+
+class Encoder:
+    """Encodes pieces of documents into the bytes that a token file holds.
+
+    Args:
+        tokenizer: Special tokens spelt in a text are only characters to it here.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._dtype = little_endian(dtype_name(tokenizer))
+        self._cuts = cuts_at_spaces(tokenizer)
+        self._ids: dict[str, bytes] = {}  # of a text as it stands
+        self._ids_after_space: dict[str, bytes] = {}  # of a word with the space before it, which the key leaves out
+        self._characters = 0
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        """Returns the ids of each text, as they are stored."""
+        if not self._cuts:
+            return self._encode(texts)
+        if self._characters > _MEMORY_CHARACTERS:
+            self._ids.clear()
+            self._ids_after_space.clear()
+            self._characters = 0
+        encoded: list[bytes] = []
+        unknown: list[int] = []
+        for index, text in enumerate(texts):
+            try:
+                encoded.append(self._look_up(text))
+            except KeyError:
+                encoded.append(b"")
+                unknown.append(index)
+        uneven = {index for index in unknown if _UNEVEN.search(texts[index])}
+        self._learn([texts[i] for i in unknown if i not in uneven], [texts[i] for i in uneven])
+        for index in unknown:
+            text = texts[index]
+            encoded[index] = self._look_up_words(text) if index in uneven else self._look_up(text)
+        return encoded
+
+    def _look_up(self, text: str) -> bytes:
+        # In an uneven text a word is empty or begins with white space, and no such key is ever made: a KeyError.
+        first, *words = text.split(" ")
+        return self._ids[first] + b"".join(map(self._ids_after_space.__getitem__, words))
+
+    def _look_up_words(self, text: str) -> bytes:
+        return b"".join(map(self._ids.__getitem__, _WORD.findall(text)))
+
+    def _learn(self, even: Sequence[str], uneven: Sequence[str]) -> None:
+        """Encodes what was not met before."""
+        as_they_stand: set[str] = set()
+        after_space: set[str] = set()
+        for text in even:
+            first, *words = text.split(" ")
+            as_they_stand.add(first)
+            after_space.update(words)
+        for text in uneven:
+            as_they_stand.update(_WORD.findall(text))
+        as_they_stand.difference_update(self._ids)
+        after_space.difference_update(self._ids_after_space)
+        new, spaced = list(as_they_stand), list(after_space)
+        ids = self._encode([*new, *(f" {word}" for word in spaced)])
+        self._ids.update(zip(new, ids, strict=False))  # the first of them
+        self._ids_after_space.update(zip(spaced, ids[len(new) :], strict=True))
+        self._characters += sum(map(len, new)) + sum(map(len, spaced))
+
+    def _encode(self, texts: Sequence[str]) -> list[bytes]:
+        return [np.array(ids, dtype=self._dtype).tobytes() for ids in self._tokenizer.encode_documents(texts)]
+
+
+def end_of_text(tokenizer: Tokenizer) -> bytes:
+    """Returns the end of a document as it is stored."""
+    return np.array(tokenizer.token_id(END_OF_TEXT), dtype=little_endian(dtype_name(tokenizer))).tobytes()
+
+
+def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Says whether a tokenizer never joins across white space that follows something else."""
+    rules = json.loads(tokenizer.backend.to_str())
+    splitter = rules["pre_tokenizer"] or {}
+    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    *before, last = steps
+    by_pattern = [step.get("pattern") for step in before]
+    ours = [{"Regex": pattern} for pattern in _GPT2_PATTERNS]
+    return (
+        rules["model"]["type"] == "BPE"
+        and not rules["model"].get("dropout")
+        and rules["normalizer"] is None
+        and all(token["special"] for token in rules["added_tokens"])  # others are found before anything is cut
+        and last.get("type") == "ByteLevel"
+        and not last["add_prefix_space"]
+        and (last["use_regex"] or bool(before))
+        and all(step.get("type") == "Split" and step["behavior"] == "Isolated" for step in before)
+        and all(pattern in ours for pattern in by_pattern)
+    )
+
+
+def pieces(document: str) -> Iterator[str]:
+    """Cuts a long document, for tokenizers of which `cuts_at_spaces` holds: the pieces' ids are the document's."""
+    start = 0
+    while len(document) - start > _PIECE_CHARACTERS:
+        cut = _CUT.search(document, start + _PIECE_CHARACTERS)
+        if cut is None:
+            break
+        yield document[start : cut.start()]
+        start = cut.start()
+    yield document[start:]

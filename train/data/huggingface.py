@@ -1,0 +1,128 @@
+"""Text of Hugging Face datasets, through the `datasets` library: downloaded once and mapped, or streamed."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slm.core.errors import SlmError
+
+# What datasets call the split that they mean to be measured on.
+_VALIDATION = ("validation", "valid", "val", "dev")
+_ROWS = 1024
+
+
+class HubDataset:
+    """One split of a Hugging Face dataset to train on, and its own validation split if it has one.
+
+    Args:
+        name: OWNER/NAME, or a local directory that `datasets.load_dataset` understands.
+        config: Which of its configurations; None takes the only one.
+        split: Which split to train on.
+        column: What the text is called.
+        streaming: Whether to read it over the network each time instead of downloading it.
+
+    Raises:
+        SlmError: When it cannot be loaded, or has no such split or column.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        config: str | None = None,
+        split: str = "train",
+        column: str = "text",
+        streaming: bool = False,
+    ) -> None:
+        import datasets
+
+        self.name = name
+        self._column = column
+        # Its five warnings about five retries say no more than the one error below.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        arguments: dict[str, Any] = ({} if config is None else {"name": config}) | (
+            {"streaming": True} if streaming else {}
+        )
+        try:
+            splits: Any = datasets.load_dataset(name, **arguments)
+        except Exception as error:  # whichever of datasets', huggingface_hub's and httpx's errors it is
+            raise _not_loaded(name, error) from None
+        if split not in splits:
+            raise SlmError(f"{name} has no split {split!r}", f"name one with --split; there is {', '.join(splits)}")
+        self._train = splits[split]
+        validation = next((other for other in _VALIDATION if other in splits and other != split), None)
+        self._validation = None if validation is None else splits[validation]
+        for rows in (self._train, self._validation):
+            names = None if rows is None else rows.column_names  # None also of a stream that was not looked into
+            if names is not None and column not in names:
+                raise SlmError(
+                    f"{name} has no column {column!r}", f"name one with --column; there is {', '.join(names)}"
+                )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether it brings text to measure on."""
+        return self._validation is not None
+
+    @property
+    def licence(self) -> str | None:
+        """The licence that its card states."""
+        return self._train.info.license or None
+
+    @property
+    def fingerprint(self) -> list[str | None]:
+        """What changes with the rows, as far as that is known before they are read."""
+        return [getattr(rows, "_fingerprint", None) for rows in (self._train, self._validation)]
+
+    @property
+    def rows(self) -> tuple[int | None, int | None]:
+        """How many rows there are to train on and to measure on, if known."""
+        return _length(self._train), _length(self._validation)
+
+    def train(self) -> Iterator[str]:
+        """Yields the documents to train on."""
+        return self._documents(self._train)
+
+    def validation(self) -> Iterator[str]:
+        """Yields the documents to measure on."""
+        return self._documents(self._validation)
+
+    def _documents(self, rows: Any) -> Iterator[str]:
+        try:
+            for row, document in enumerate(_texts(rows, self._column), 1):
+                if not isinstance(document, str):
+                    raise SlmError(
+                        f"{self.name}, row {row}: {self._column!r} is not text", "--column names another one"
+                    )
+                if document.strip():
+                    yield document.strip("\r\n")
+        except (SlmError, GeneratorExit):
+            raise
+        except Exception as error:  # the network fails in the middle of a stream
+            raise _not_loaded(self.name, error) from None
+
+
+def _length(rows: Any) -> int | None:
+    return len(rows) if hasattr(rows, "__len__") else None
+
+
+def _texts(rows: Any, column: str) -> Iterator[object]:
+    if _length(rows) is None:  # a stream
+        yield from (row.get(column) for row in rows)
+        return
+    # A table at a time: rows one by one take longer than their tokens.
+    for table in rows.select_columns([column]).with_format("arrow").iter(_ROWS):
+        yield from table.column(0).to_pylist()
+
+
+def _not_loaded(name: str, error: Exception) -> SlmError:
+    if Path(name).is_dir():
+        reason = " ".join(str(error).split())[:200]
+        return SlmError(
+            f"{name} could not be loaded ({reason})", "it must be a directory that datasets.load_dataset loads"
+        )
+    return SlmError(
+        f"{name} could not be downloaded ({type(error).__name__})",
+        "--data sample needs no network; --data FILE trains on your own text",
+    )

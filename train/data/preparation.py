@@ -1,0 +1,254 @@
+"""From a corpus to a dataset on the disk, in one go or after interruptions: the bytes are the same."""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from slm.core.errors import SlmError
+from slm.core.files import check_replaceable, read_json, replace_directory, write_text
+from slm.core.progress import Progress
+from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
+from slm.train.data import dedup
+from slm.train.data.corpus import Corpus, Documents
+from slm.train.data.dataset import DATASET_FILE, FORMAT_VERSION, DatasetManifest, Split, is_dataset
+from slm.train.data.shards import ChangedTextError, finished_shards, write_shards
+from slm.train.data.tokenizer import resolve_tokenizer
+from slm.train.data.tokens import dtype_name
+from slm.version import __version__
+
+# In the directory that is worked in, beside the dataset's own files.
+_STATE_FILE = "preparation.json"
+_LOCK_FILE = "lock"
+_SEEN_FILE = "seen.sqlite3"
+
+# What `tokenizer_config.json` allows as long as there is no model: Gemma 3's. A run writes its own model's.
+_MAX_LENGTH = 32_768
+# A vocabulary of some ten thousand tokens gains nothing from more text than this.
+_BPE_CHARACTERS = 64 << 20
+
+
+def beginning(documents: Documents) -> Iterator[str]:
+    """Yields as many of the first documents as a tokenizer is learned from."""
+    characters = 0
+
+    def fits(document: str) -> bool:
+        nonlocal characters
+        before, characters = characters, characters + len(document)
+        return before < _BPE_CHARACTERS
+
+    return takewhile(fits, documents())
+
+
+def write_dataset(
+    directory: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    *,
+    shard_tokens: int | None = None,
+    workers: int = 1,
+    deduplicate: bool = False,
+    licence: str | None = None,
+) -> DatasetManifest:
+    """Writes a dataset's files; shards that lie there already are compared with the text and kept.
+
+    Args:
+        directory: Where to write.
+        corpus: The text.
+        tokenizer: Encodes it; saved with it.
+        progress: Is told how it goes.
+        shard_tokens: A shard ends with the document that reaches so many; None writes one file a split.
+        workers: How many processes encode; the bytes do not depend on it.
+        deduplicate: Whether exact duplicates are removed, and training documents that occur in the validation text.
+        licence: Of the text; None takes what the source states.
+
+    Raises:
+        SlmError: When the text cannot be read or is not what finished shards were made from, or a worker is killed.
+    """
+    if not (directory / TOKENIZER_FILE).is_file():
+        tokenizer.save(directory)
+    splits: dict[str, Split] = {}
+    with dedup.opened(directory / _SEEN_FILE) if deduplicate else nullcontext() as seen:
+        # Validation text first: so what occurs in both is known when the training text streams by.
+        for name, documents, total in (
+            ("validation", corpus.validation, corpus.counts[1]),
+            ("train", corpus.train, corpus.counts[0]),
+        ):
+            shards, text_sha256 = write_shards(
+                directory,
+                name,
+                documents() if seen is None else seen.first(documents(), name),
+                tokenizer,
+                progress,
+                shard_tokens=shard_tokens,
+                workers=workers,
+                total=None if deduplicate else total,
+            )
+            splits[name] = Split.of(shards, text_sha256, 0 if seen is None else seen.removed[name])
+    manifest = DatasetManifest(
+        slm_version=__version__,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype_name(tokenizer),
+        train=splits["train"],
+        validation=splits["validation"],
+        held_out=corpus.held_out,
+        deduplicated=deduplicate,
+        sources=corpus.sources,
+        licence=corpus.licence if licence is None else licence,
+    )
+    write_text(directory / DATASET_FILE, manifest.to_json())
+    return manifest
+
+
+def prepare_dataset(
+    corpus: Corpus,
+    out: Path,
+    progress: Progress,
+    *,
+    tokenizer: str,
+    vocab_size: int,
+    shard_tokens: int,
+    workers: int,
+    deduplicate: bool = False,
+    licence: str | None = None,
+) -> DatasetManifest:
+    """Makes a dataset, going on where the same preparation was interrupted before.
+
+    Until it is whole it lies in a hidden directory beside `out`.
+
+    Args:
+        corpus: The text.
+        out: The directory to make; an empty one will do.
+        progress: Is told how it goes.
+        tokenizer: "gpt2", "bpe" to learn one from the text to train on, or a path to a `tokenizer.json`.
+        vocab_size: The vocabulary that "bpe" learns, special tokens included.
+        shard_tokens: A shard ends with the document that reaches so many.
+        workers: How many processes encode; the bytes do not depend on it.
+        deduplicate: Whether exact duplicates are removed.
+        licence: Of the text; None takes what the source states.
+
+    Raises:
+        SlmError: When the directory is taken or being made, or anything about text, tokenizer or workers fails.
+    """
+    out = out.resolve()
+    if is_dataset(out):
+        raise SlmError(f"there is a prepared dataset already: {out}", "name another --out, or remove it first")
+    check_replaceable(out, ())
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "slm_version": __version__,
+        "tokenizer": _tokenizer_settings(tokenizer),
+        "vocab_size": vocab_size,
+        "shard_tokens": shard_tokens,
+        "deduplicate": deduplicate,
+        "licence": licence,
+        "held_out": corpus.held_out,
+        "text": corpus.fingerprint,
+    }
+    with _work_directory(out, progress) as work:
+        _go_on_or_start(work, settings, progress)
+        if (work / TOKENIZER_FILE).is_file():
+            made = Tokenizer.load(work)
+        else:
+            limit = vocab_size if tokenizer == "bpe" else sys.maxsize
+            made = resolve_tokenizer(tokenizer, beginning(corpus.train), limit, _MAX_LENGTH)
+            _save_whole(made, work)
+        done = [header for split in ("validation", "train") for header in finished_shards(work, split, made)]
+        if done:
+            tokens = sum(header.tokens for header in done)
+            progress.note(f"going on after {len(done)} finished shards of {tokens:,} tokens")
+        try:
+            manifest = write_dataset(
+                work,
+                corpus,
+                made,
+                progress,
+                shard_tokens=shard_tokens,
+                workers=workers,
+                deduplicate=deduplicate,
+                licence=licence,
+            )
+        except ChangedTextError:
+            (work / _STATE_FILE).unlink()  # so that the next time starts anew
+            raise
+        _tidy(work, manifest)
+        replace_directory(work, out)
+    return manifest
+
+
+def _tokenizer_settings(choice: str) -> str:
+    """Returns the choice, of a file its contents."""
+    file = Path(choice) / TOKENIZER_FILE if Path(choice).is_dir() else Path(choice)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if choice not in ("gpt2", "bpe") and file.is_file() else choice
+
+
+@contextmanager
+def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
+    """Yields the directory beside `out` that is worked in, for this process alone; it stays when the block fails."""
+    work = out.parent / f".{out.name}.unfinished"
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / _LOCK_FILE).open("w") as lock:  # the system lets go of it however the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SlmError(f"another process prepares {out}", "wait for it, or name another --out") from None
+        try:
+            yield work
+        except BaseException:
+            if any(path.suffix == ".bin" for path in work.iterdir()):
+                progress.note("what is finished is kept: the same command goes on with it")
+            else:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _go_on_or_start(work: Path, settings: dict[str, Any], progress: Progress) -> None:
+    """Leaves in the directory only what the same preparation made."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    state = {"settings_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    file = work / _STATE_FILE
+    found = None
+    if file.is_file():
+        try:
+            found = read_json(file, "the state of the preparation")
+        except SlmError:
+            found = {}
+    if found == state:
+        return
+    left = [path for path in work.iterdir() if path.name not in (_LOCK_FILE, _STATE_FILE)]
+    if left or found is not None:
+        progress.note("starting anew: what was begun there had other settings or another text")
+    file.unlink(missing_ok=True)  # first: what is left without it is never gone on with
+    _remove(left)
+    write_text(file, json.dumps(state) + "\n")
+
+
+def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
+    """Saves a tokenizer so that its files are there whole or not at all; the one looked for comes last."""
+    scratch = work / "tokenizer.unfinished"
+    scratch.mkdir(exist_ok=True)
+    tokenizer.save(scratch)
+    for file in sorted(scratch.iterdir(), key=lambda file: file.name == TOKENIZER_FILE):
+        file.rename(work / file.name)
+    scratch.rmdir()
+
+
+def _tidy(work: Path, manifest: DatasetManifest) -> None:
+    """Removes what does not belong to the dataset."""
+    _remove(path for path in work.iterdir() if path.name not in manifest.files)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,196 @@
+"""Shards: one split's text as token files of about the same length, each of them whole or not there."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from itertools import islice
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from slm.core.errors import SlmError
+from slm.core.files import sha256_file
+from slm.core.progress import Progress
+from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
+from slm.train.data.tokens import TokenFileWriter, TokenHeader, dtype_name, little_endian, read_header
+from slm.train.data.workers import Piece, encoded
+
+# How often the progress is told of documents that are only compared.
+_KEPT_AT_ONCE = 10_000
+
+
+class Shard(BaseModel):
+    """One token file of a dataset.
+
+    Attributes:
+        file: Its name in the dataset's directory.
+        bytes: Its size.
+        sha256: Of the file.
+        tokens: Number of ids, the end-of-text after every document included.
+        documents: Number of documents.
+        text_bytes: UTF-8 bytes of the documents.
+        text_sha256: Of the documents, each followed by a zero byte.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    bytes: int
+    sha256: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    text_sha256: str
+
+
+class ChangedTextError(SlmError):
+    """The text is not what finished shards were made from."""
+
+
+def shard_file(split: str, number: int | None) -> str:
+    """Returns the name of a token file; a split that is never divided has a single one without a number."""
+    return f"{split}.bin" if number is None else f"{split}-{number:05}.bin"
+
+
+def finished_shards(directory: Path, split: str, tokenizer: Tokenizer) -> list[TokenHeader]:
+    """Returns the headers of the shards that lie whole in a directory, from the first on; one that is damaged is none."""
+    headers: list[TokenHeader] = []
+    with suppress(SlmError):
+        while True:
+            headers.append(read_header(directory / shard_file(split, len(headers)), tokenizer.sha256))
+    return headers
+
+
+def write_shards(
+    directory: Path,
+    split: str,
+    documents: Iterator[str],
+    tokenizer: Tokenizer,
+    progress: Progress,
+    *,
+    shard_tokens: int | None = None,
+    workers: int = 1,
+    total: int | None = None,
+) -> tuple[tuple[Shard, ...], str]:
+    """Writes a split; the same text gives the same bytes.
+
+    Shards that lie in the directory already are kept: their documents are read again and compared, not encoded.
+
+    Args:
+        directory: Where to write; holds the tokenizer.
+        split: What the documents are: "train" or "validation".
+        documents: Texts; special tokens spelt in them are only characters.
+        tokenizer: Encodes them.
+        progress: Is told how many documents are done.
+        shard_tokens: A shard ends with the document that reaches so many; None writes one file.
+        workers: How many processes encode.
+        total: Number of documents, if known.
+
+    Returns:
+        The shards, and the SHA-256 of all text, each document followed by a zero byte.
+
+    Raises:
+        ChangedTextError: When finished shards were made from another text.
+        SlmError: When there is no document, or a worker is killed.
+    """
+    progress.start(f"tokenizing {split} text", total, "documents")
+    writer = _Writer(directory, split, tokenizer, shard_tokens)
+    try:
+        for header in [] if shard_tokens is None else finished_shards(directory, split, tokenizer):
+            writer.keep(header, documents, progress)
+        # Closed here and now, whatever happens: the workers end with it.
+        with closing(encoded(documents, tokenizer, directory / TOKENIZER_FILE, workers)) as batches:
+            for batch in batches:
+                writer.add(batch)
+                progress.advance(sum(piece.ends for piece, _ in batch))
+        writer.finish()
+    finally:
+        writer.abandon()
+        progress.finish()
+    if not writer.shards:
+        hint = "give more text" if split == "train" else "name validation text with --val"
+        raise SlmError(f"there is no {split} text", f"{hint}; --dedup also removes what is in both")
+    return tuple(writer.shards), writer.text.hexdigest()
+
+
+class _Writer:
+    """The shards so far and the one in the making."""
+
+    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer, shard_tokens: int | None) -> None:
+        self._directory = directory
+        self._split = split
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._itemsize = little_endian(dtype_name(tokenizer)).itemsize
+        self._current: TokenFileWriter | None = None
+        self.shards: list[Shard] = []
+        self.text = hashlib.sha256()
+
+    @property
+    def _file(self) -> Path:
+        number = None if self._shard_tokens is None else len(self.shards)
+        return self._directory / shard_file(self._split, number)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self._file.with_name(f".{self._file.name}.unfinished")
+
+    def keep(self, header: TokenHeader, documents: Iterator[str], progress: Progress) -> None:
+        """Passes over the documents of a finished shard, if they are still the same."""
+        text, count = hashlib.sha256(), 0
+        for document in islice(documents, header.documents):
+            data = document.encode() + b"\0"
+            text.update(data)
+            self.text.update(data)
+            count += 1
+            if count % _KEPT_AT_ONCE == 0:
+                progress.advance(_KEPT_AT_ONCE)
+        progress.advance(count % _KEPT_AT_ONCE)
+        if text.hexdigest() != header.text_sha256:
+            raise ChangedTextError(
+                f"the text is no longer what {self._file.name} was made from", "the same command starts anew now"
+            )
+        self._append(header)
+
+    def add(self, batch: list[tuple[Piece, bytes]]) -> None:
+        """Appends pieces, ending a shard wherever it is due."""
+        first = 0
+        tokens = self._open().tokens
+        for index, (piece, ids) in enumerate(batch, 1):
+            tokens += len(ids) // self._itemsize
+            if piece.ends and self._shard_tokens is not None and tokens >= self._shard_tokens:
+                self._append_pieces(batch[first:index])
+                self.finish()
+                first, tokens = index, 0
+        if first < len(batch):
+            self._append_pieces(batch[first:])
+
+    def _open(self) -> TokenFileWriter:
+        """Returns the shard in the making, a new one where there is none."""
+        if self._current is None:
+            self._current = TokenFileWriter(self._unfinished, dtype_name(self._tokenizer), self._tokenizer.sha256)
+        return self._current
+
+    def _append_pieces(self, pieces: list[tuple[Piece, bytes]]) -> None:
+        text = b"".join(part for piece, _ in pieces for part in (piece.text, b"\0" if piece.ends else b""))
+        self._open().add(text, b"".join([ids for _, ids in pieces]), sum(piece.ends for piece, _ in pieces))
+        self.text.update(text)
+
+    def finish(self) -> None:
+        """Ends the shard in the making, if there is one."""
+        if self._current is not None:
+            header = self._current.close()
+            self._unfinished.rename(self._file)
+            self._current = None
+            self._append(header)
+
+    def abandon(self) -> None:
+        """Removes the shard in the making, if there is one."""
+        if self._current is not None:
+            self._current.abandon()
+            self._unfinished.unlink(missing_ok=True)
+
+    def _append(self, header: TokenHeader) -> None:
+        fields = header.model_dump(include={"tokens", "documents", "text_bytes", "text_sha256"})
+        file = self._file
+        self.shards.append(Shard(file=file.name, bytes=file.stat().st_size, sha256=sha256_file(file), **fields))

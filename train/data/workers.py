@@ -1,0 +1,218 @@
+"""Tokenizing on several cores: processes that read text and write ids through pipes, in the order of the text.
+
+A worker is `python -m slm.train.data.workers TOKENIZER`. It ends when its input does, so that none outlives the command,
+however that ends. Both directions carry the same frames: the number of parts, the length of each, the parts.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from slm.core.errors import SlmError
+from slm.core.tokenizer import Tokenizer
+from slm.train.data.encoder import Encoder, cuts_at_spaces, end_of_text, pieces
+
+# Text that one worker encodes at once: enough that the pipes do not matter.
+_BATCH_CHARACTERS = 1 << 20
+# Text of no more batches than this is done before workers have started and met its words.
+_WORTH_WORKERS = 32
+_PIPE_BYTES = 1 << 20
+_LENGTH = np.dtype("<u8")
+
+
+class Piece(NamedTuple):
+    """A document or a part of one.
+
+    Attributes:
+        text: In UTF-8.
+        ends: Whether the document ends with it.
+    """
+
+    text: bytes
+    ends: bool
+
+
+def encoded(
+    documents: Iterable[str], tokenizer: Tokenizer, file: Path, workers: int
+) -> Generator[list[tuple[Piece, bytes]]]:
+    """Yields batches of pieces with their ids as they are stored, end-of-text after every document; in order.
+
+    At most two batches a worker are held at any time, and at the start as many as show whether workers pay. What is yielded
+    does not depend on `workers`, save for who did it.
+
+    Args:
+        documents: The texts.
+        tokenizer: Encodes them.
+        file: The tokenizer's `tokenizer.json`, for the workers to read.
+        workers: How many processes; 1 encodes in this one, as do any for text that is not worth them.
+
+    Raises:
+        SlmError: When a worker is killed.
+    """
+    batches = _batches(documents, cuts_at_spaces(tokenizer))
+    first = list(islice(batches, _WORTH_WORKERS + 1)) if workers > 1 else []
+    end = end_of_text(tokenizer)
+    if len(first) <= _WORTH_WORKERS:
+        encoder = Encoder(tokenizer)
+        for batch in chain(first, batches):
+            yield _joined(batch, encoder.encode([piece.text.decode() for piece in batch]), end)
+        return
+    with _Pool(file, workers) as pool:
+        waiting: deque[tuple[list[Piece], Future[list[bytes]]]] = deque()
+        for batch in chain(_popped(first), batches):
+            waiting.append((batch, pool.encode([piece.text for piece in batch])))
+            if len(waiting) >= 2 * workers:
+                batch, ids = waiting.popleft()
+                yield _joined(batch, ids.result(), end)
+        while waiting:
+            batch, ids = waiting.popleft()
+            yield _joined(batch, ids.result(), end)
+
+
+def _popped(batches: list[list[Piece]]) -> Iterator[list[Piece]]:
+    """Yields the batches and lets go of each."""
+    batches.reverse()
+    while batches:
+        yield batches.pop()
+
+
+def _joined(batch: list[Piece], ids: list[bytes], end: bytes) -> list[tuple[Piece, bytes]]:
+    return [(piece, each + end if piece.ends else each) for piece, each in zip(batch, ids, strict=True)]
+
+
+def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for document in documents:
+        *before, last = pieces(document) if cut else (document,)
+        for text in before:
+            batch.append(Piece(text.encode(), False))
+            characters += len(text)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        batch.append(Piece(last.encode(), True))
+        characters += len(last)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Pool:
+    """Worker processes, and a thread for each that waits for it."""
+
+    def __init__(self, file: Path, workers: int) -> None:
+        self._threads = ThreadPoolExecutor(workers)
+        self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        # -P: a directory called slm where the command runs is not the package.
+        command = [sys.executable, "-P", "-m", "slm.train.data.workers", str(file.resolve())]
+        one_core = {name: "1" for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        try:
+            for _ in range(workers):
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | one_core | {"TOKENIZERS_PARALLELISM": "false"},
+                    pipesize=_PIPE_BYTES,
+                    start_new_session=True,  # Ctrl-C is for the command, which ends its workers
+                )
+                self._processes.append(process)
+                self._idle.put(process)
+        except BaseException:
+            self._end()
+            raise
+
+    def encode(self, texts: list[bytes]) -> "Future[list[bytes]]":
+        """Gives texts to whichever worker is free first."""
+        return self._threads.submit(self._ask, texts)
+
+    def _ask(self, texts: list[bytes]) -> list[bytes]:
+        process = self._idle.get()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            _send(process.stdin, texts)
+            ids = _receive(process.stdout)
+        except OSError:  # nobody reads any more
+            ids = None
+        self._idle.put(process)
+        if ids is None:
+            raise _lost(process)
+        return ids
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.kill()  # which also wakes the thread that waits for it
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(OSError):  # what was not written yet has nowhere to go
+                    pipe.close()
+            process.wait()
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+
+def _lost(process: "subprocess.Popen[bytes]") -> SlmError:
+    code = process.wait()
+    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
+    return SlmError(
+        f"a tokenizing worker (process {process.pid}) {how}",
+        "out of memory is the usual reason: try fewer --workers",
+    )
+
+
+def _send(stream: IO[bytes], parts: list[bytes]) -> None:
+    stream.write(np.array([len(parts), *map(len, parts)], dtype=_LENGTH).tobytes())
+    stream.write(b"".join(parts))
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> list[bytes] | None:
+    """Reads a frame; None where the stream ends before it does."""
+    start = stream.read(_LENGTH.itemsize)
+    if len(start) < _LENGTH.itemsize:
+        return None
+    count = int.from_bytes(start, "little")
+    table = stream.read(count * _LENGTH.itemsize)
+    if len(table) < count * _LENGTH.itemsize:
+        return None
+    lengths = np.frombuffer(table, dtype=_LENGTH).tolist()
+    data = stream.read(sum(lengths))
+    if len(data) < sum(lengths):
+        return None
+    ends = np.cumsum([0, *lengths]).tolist()
+    return [data[start:end] for start, end in pairwise(ends)]
+
+
+def _work(tokenizer: Path) -> None:
+    encoder = Encoder(Tokenizer.load(tokenizer))
+    while (texts := _receive(sys.stdin.buffer)) is not None:
+        try:
+            _send(sys.stdout.buffer, encoder.encode([text.decode() for text in texts]))
+        except BrokenPipeError:  # the command is gone
+            break
+    os._exit(0)  # without flushing into a closed pipe
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]))

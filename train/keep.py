@@ -1,0 +1,117 @@
+"""What a run keeps on the disk: `checkpoint/best`, `checkpoint/last`, numbered ones, and the state to go on from."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slm.core.checkpoint import CHECKPOINT_FILES, write_checkpoint
+from slm.core.config import ModelConfig
+from slm.core.files import atomic_directory
+from slm.core.nn import CausalLM
+from slm.core.weights import WEIGHTS_FILE
+from slm.train.average import MovingAverage
+from slm.train.data.dataset import Dataset
+from slm.train.metrics import Row
+from slm.train.optimizer import Optimizers
+from slm.train.parallel import Processes, collect
+from slm.train.recipe import Recipe
+from slm.train.state import Counters, save_state
+from slm.version import __version__
+
+METRICS = ("loss", "perplexity", "bits_per_byte")
+_NUMBERED = "update-"
+
+
+class Keeper:
+    """Writes for a run. Every process calls it, for each may hold a share of the tensors; the first one writes."""
+
+    def __init__(
+        self,
+        run: Path,
+        recipe: Recipe,
+        config: ModelConfig,
+        dataset: Dataset,
+        model: CausalLM,
+        average: MovingAverage | None,
+        processes: Processes,
+        about: dict[str, Any],
+    ) -> None:
+        """Puts together what is written down.
+
+        Args:
+            run: The run's directory.
+            recipe: What the run does.
+            config: The model's shape.
+            dataset: Tokenizer and tokens.
+            model: The model.
+            average: The moving average of its weights, which is what checkpoints then hold.
+            processes: Those that call this.
+            about: Further fields of every checkpoint's `slm.json`.
+        """
+        checkpoints = run / "checkpoint"
+        self.best, self.last = checkpoints / "best", checkpoints / "last"
+        self._checkpoints, self._run = checkpoints, run
+        self._recipe, self._config, self._dataset, self._about = recipe, config, dataset, about
+        self._model, self._average, self._processes = model, average, processes
+        self._first = processes.rank == 0
+
+    def save_checkpoint(self, path: Path, micro_steps: int, measured: Row | None) -> None:
+        """Writes the model as it stands; the average where there is one and it is in place."""
+        tensors = collect(self._model.named_parameters(), keep=self._first)
+        if self._first:
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            write_checkpoint(path, self._config, arrays, self._dataset.tokenizer, self._info(micro_steps, measured))
+
+    def save(self, counters: Counters, optimizers: Optimizers, measured: Row | None) -> None:
+        """Writes the last checkpoint and everything that going on needs."""
+        average = self._average
+        weights: Path | dict[str, torch.Tensor] = self.last / WEIGHTS_FILE
+        averaged = None
+        if average is None:
+            self.save_checkpoint(self.last, counters.micro_steps, measured)
+        else:
+            weights = collect(self._model.named_parameters(), keep=self._first)
+            averaged = average.tensors(keep=self._first)
+            with average.in_place():
+                self.save_checkpoint(self.last, counters.micro_steps, measured)
+        state = optimizers.state_tensors(self._model, keep=self._first)
+        if self._first:
+            save_state(self._run, counters, state, weights, averaged)
+        self._processes.from_first(None)  # nobody goes on, or away, before it is written
+
+    def keep_numbered(self, updates: int) -> None:
+        """Keeps the last checkpoint under the number of its update, linked where it can be, and drops the oldest."""
+        if not self._first:
+            return
+        with atomic_directory(self._checkpoints / f"{_NUMBERED}{updates:07}", CHECKPOINT_FILES) as directory:
+            for file in self.last.iterdir():
+                try:
+                    (directory / file.name).hardlink_to(file)
+                except OSError:  # a file system without links
+                    shutil.copyfile(file, directory / file.name)
+        numbered = sorted(self._checkpoints.glob(f"{_NUMBERED}*"))
+        for old in numbered[: -self._recipe.checkpoints.keep]:
+            shutil.rmtree(old)
+
+    def _info(self, micro_steps: int, measured: Row | None) -> dict[str, Any]:
+        recipe = self._recipe
+        return {
+            "made_by": "slm train",
+            "slm_version": __version__,
+            "torch_version": torch.__version__,
+            "parameters": self._config.parameter_count(),
+            "micro_steps": micro_steps,
+            "updates": micro_steps // recipe.batch.accumulation,
+            "tokens": micro_steps * recipe.tokens_per_micro_step,
+            "metrics": measured and {name: measured[name] for name in ("micro_steps", *METRICS)},
+            "seed": recipe.seed,
+            **self._about,
+            "tokenizer_sha256": self._dataset.tokenizer.sha256,
+            "data": {
+                name: tokens.header.model_dump()
+                for name, tokens in (("train", self._dataset.train), ("validation", self._dataset.validation))
+            },
+            "recipe": recipe.model_dump(mode="json"),
+        }

@@ -1,0 +1,100 @@
+"""Cross-entropy straight from hidden states: the logits of a batch never exist at once.
+
+The head's product, its softmax and the three gradients are made chunk by chunk in the forward pass, so that what stays for
+the backward pass is as large as the hidden states and the head's weights, whatever the batch. No product is made twice.
+
+Dimensions: N positions, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Targets that are not learned, PyTorch's own convention.
+IGNORED = -100
+
+# Logits of a chunk. The gradient of the head's weights is added up once a chunk: smaller chunks pay for that more often.
+_CHUNK_BYTES = 128 << 20
+# On a CPU the softmax goes over rows that stay in a core's cache between its passes.
+_CACHED_BYTES = 2 << 20
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """Returns the mean cross-entropy of the logits `hidden @ weight.T`, in nats a token, float32.
+
+    The products are computed in autocast's type where it is on, softmax and sums in float32.
+
+    Args:
+        hidden: Hidden states (N, D).
+        weight: The head (V, D).
+        targets: Ids (N,); those that are `IGNORED` count neither in the loss nor in its mean.
+        chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
+    """
+    if chunk is None:
+        chunk = max(1, _CHUNK_BYTES // (4 * len(weight)))
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _forward(ctx, hidden, weight, targets, chunk, dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients were handed out already: there is no second backward pass")
+        scale = gradient * ctx.scale
+        # In place: the head's gradient is as large as the head, and nobody else has seen it.
+        hidden, weight = (None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
+        return hidden, weight, None, None, None
+
+
+def _forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    # Not divided by their number yet: divided, most of them would be too small for float16.
+    hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
+    weight_gradient: Tensor | None = None
+    learned = targets != IGNORED
+    total = hidden.new_zeros((), dtype=torch.float32)
+    inputs, head = hidden.to(dtype), weight.to(dtype)
+    for first in range(0, len(targets), chunk):
+        rows = slice(first, first + chunk)
+        logits = inputs[rows] @ head.T
+        total += _softmax_minus_target(logits, targets[rows], learned[rows])
+        if hidden_gradient is not None:
+            hidden_gradient[rows] = logits @ head
+        if wants_weight:
+            part = logits.T @ inputs[rows]
+            weight_gradient = part.float() if weight_gradient is None else weight_gradient.add_(part)
+    ctx.gradients = hidden_gradient, weight_gradient
+    ctx.scale = learned.sum().clamp(min=1).reciprocal()
+    mean: Tensor = total * ctx.scale
+    return mean
+
+
+def _softmax_minus_target(logits: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
+    """Returns the sum of the losses and puts their gradient in the place of the logits."""
+    rows = len(targets) if logits.is_cuda else max(1, _CACHED_BYTES // (4 * logits.shape[1]))
+    total = logits.new_zeros((), dtype=torch.float32)
+    for first in range(0, len(targets), rows):
+        block, mask = logits[first : first + rows], learned[first : first + rows, None]
+        target = targets[first : first + rows, None].where(mask, 0)
+        values = block.to(torch.float32, copy=True)
+        of_target = values.gather(1, target)
+        highest = values.amax(1, keepdim=True)
+        values.sub_(highest).exp_()
+        sums = values.sum(1, keepdim=True)
+        total += ((sums.log() + highest - of_target) * mask).sum()
+        values.mul_(mask / sums)
+        values.scatter_add_(1, target, -mask.to(torch.float32))
+        block.copy_(values)
+    return total

@@ -1,0 +1,131 @@
+"""How much memory a recipe takes, and what to lower when it is too much.
+
+Dimensions: B windows, T positions, D hidden, F intermediate, N heads, K kv heads, H head dim, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from slm.core.checkpoint import tensor_shapes
+from slm.core.config import ModelConfig
+from slm.train.precision import Precision
+from slm.train.recipe import Recipe
+
+_FLOAT32 = 4
+_PRODUCT = 2  # of autocast's types
+_LOSS_BYTES = 128 << 20  # the chunk of logits that `slm.train.loss` takes by itself
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """What one process holds at the same time, in bytes.
+
+    Attributes:
+        weights: In float32.
+        gradients: In float32.
+        moments: The optimizers'.
+        average: The moving average.
+        activations: What the forward pass leaves for the backward pass, with the matrices as autocast casts them.
+        loss: A chunk of logits, and the gradients of the head while they are made.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.moments + self.average + self.activations + self.loss
+
+
+def training_bytes(recipe: Recipe, config: ModelConfig, precision: Precision, processes: int = 1) -> TrainingBytes:
+    """Estimates the memory of training; libraries, data and fragmentation come on top.
+
+    Args:
+        recipe: What is trained, and how.
+        config: The model's shape.
+        precision: What the products are computed in.
+        processes: How many share the batch, and with FSDP everything.
+    """
+    shared = processes if recipe.machine.parallel == "fsdp" else 1
+    weights = config.parameter_count() * _FLOAT32
+    table = config.vocab_size * config.hidden_size * _FLOAT32
+    matrices = sum(
+        prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
+    )
+    moments = 2 * weights - (matrices * _FLOAT32 if recipe.optimizer.name == "muon" else 0)  # Muon has one, AdamW two
+    cast = matrices * _PRODUCT if precision.autocast is not None else 0
+    if recipe.machine.gradient_checkpointing:
+        cast //= config.num_hidden_layers  # those of one layer at a time
+    tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
+    chunk = recipe.machine.loss_chunk
+    rows = min(tokens, chunk if chunk is not None else max(1, _LOSS_BYTES // (4 * config.vocab_size)))
+    return TrainingBytes(
+        weights=weights // shared,
+        gradients=weights // shared,
+        moments=moments // shared,
+        average=weights // shared if recipe.optimizer.ema else 0,
+        activations=tokens * _bytes_per_token(recipe, config, precision) + cast,
+        loss=rows * config.vocab_size * _FLOAT32 + 2 * table,
+    )
+
+
+def advise(recipe: Recipe, config: ModelConfig, precision: Precision, processes: int) -> str:
+    """Says which settings to lower, by how much, and what that saves."""
+    now = training_bytes(recipe, config, precision, processes)
+    advice = []
+    batch, machine = recipe.batch, recipe.machine
+    mine = batch.batch_size // processes
+    if mine > 1:
+        parts = next(n for n in range(2, mine + 1) if mine % n == 0)
+        fewer = batch.model_copy(
+            update={"batch_size": batch.batch_size // parts, "accumulation": batch.accumulation * parts}
+        )
+        saved = now.total - training_bytes(_with(recipe, "batch", fewer), config, precision, processes).total
+        advice.append(
+            f"--set batch.batch_size={fewer.batch_size} --set batch.accumulation={fewer.accumulation} saves about "
+            f"{saved / _MIB:,.0f} of {now.total / _MIB:,.0f} MiB, and learns as much with {parts} times as many micro-steps "
+            "(schedule.micro_steps, schedule.warmup_micro_steps, evaluation.every_micro_steps)"
+        )
+    if not machine.gradient_checkpointing:
+        anew = machine.model_copy(update={"gradient_checkpointing": True})
+        saved = now.total - training_bytes(_with(recipe, "machine", anew), config, precision, processes).total
+        if saved > 0:  # not where there is but one layer
+            advice.append(
+                f"--set machine.gradient_checkpointing=true saves about {saved / _MIB:,.0f} MiB for a third more work"
+            )
+    if not advice:
+        advice.append(f"--set batch.context={max(2, batch.context // 2)}, or a smaller model")
+    return "; or ".join(advice)
+
+
+def _with(recipe: Recipe, section: str, value: object) -> Recipe:
+    return recipe.model_copy(update={section: value})
+
+
+def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision) -> int:
+    """Returns what a position leaves for the backward pass, in all layers."""
+    layer = _layer_bytes(config, precision.autocast is not None)
+    stream = config.hidden_size * _FLOAT32
+    ends = 3 * stream  # the last norm's, and the gradient that the loss makes beside itself
+    if recipe.machine.gradient_checkpointing:
+        return config.num_hidden_layers * stream + layer + ends  # what goes in, and all of one layer at a time
+    return config.num_hidden_layers * layer + ends
+
+
+def _layer_bytes(config: ModelConfig, autocast: bool) -> int:
+    """Returns what a position leaves in a layer where PyTorch composes its norms, as on a CPU; fused ones keep less."""
+    product = _PRODUCT if autocast else _FLOAT32
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    # Four norms keep what goes in and what comes out before the gain. What goes into the five products of a layer that
+    # read a norm is two tensors, but autocast casts for each product anew.
+    norms = config.hidden_size * (8 * _FLOAT32 + (5 if autocast else 2) * product)
+    # Queries and keys are kept around their norm too, and rotated; beside them values, and what attention puts out, twice.
+    attention = (queries + keys) * 2 * _FLOAT32 + (3 * queries + 2 * keys) * product
+    return norms + attention + 4 * config.intermediate_size * product

@@ -1,0 +1,296 @@
+"""Several processes that train one model: torchrun starts them, each computes its rows of every micro-step.
+
+The recipe's batch is that of all processes together, so that one process or four train the same model from the same rows.
+With DDP (arXiv:2006.15704) every process holds the whole model; with FSDP2 (arXiv:2304.11277) each holds its share of the
+weights, gradients and moments, for models that do not fit. What is saved is whole either way.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from slm.core.errors import SlmError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+ParallelName = Literal["ddp", "fsdp"]
+T = TypeVar("T")
+
+# Until all have joined, and for each exchange of gradients or numbers: a process that hangs is not waited for longer.
+_TOGETHER = timedelta(minutes=10)
+# What only the first process does, such as preparing the data, the others wait for.
+_PATIENCE = timedelta(hours=12)
+
+_ERROR_CODE = 1
+
+
+class Processes(Protocol):
+    """What training asks of the processes it runs in.
+
+    Attributes:
+        rank: Number of this one; the first, 0, is the one that writes and speaks.
+        size: How many there are.
+    """
+
+    rank: int
+    size: int
+
+    def wrap(self, objective: nn.Module, kind: ParallelName) -> nn.Module:
+        """Returns the module that shares its gradients with the other processes; parameters keep their names inside.
+
+        Args:
+            objective: The loss of `slm.train.learner.Objective`, its model on its device.
+            kind: How the model is shared.
+        """
+
+    def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Returns the context of a micro-step; only the last one of an update exchanges gradients."""
+
+    def gathered(self, objective: nn.Module) -> AbstractContextManager[Any]:
+        """Returns the context in which the wrapped module, or the model in it, may be called without learning.
+
+        All processes enter it and call the same things.
+        """
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Returns the sums of numbers over the processes, the same in each."""
+
+    def from_first(self, value: T) -> T:
+        """Returns what the first process has."""
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def wrap(self, objective: nn.Module, kind: ParallelName) -> nn.Module:
+        """Returns the module."""
+        return objective
+
+    def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Returns a context that does nothing."""
+        return nullcontext()
+
+    def gathered(self, objective: nn.Module) -> AbstractContextManager[Any]:
+        """Returns a context that does nothing."""
+        return nullcontext()
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Returns the numbers."""
+        return list(values)
+
+    def from_first(self, value: T) -> T:
+        """Returns the value."""
+        return value
+
+
+class Group:
+    """The processes that torchrun started."""
+
+    def __init__(self) -> None:
+        """Joins the group.
+
+        Raises:
+            SlmError: When torchrun's variables are not all there, or not all processes come.
+        """
+        try:
+            # torchrun itself keeps the store: it outlives a process that fails.
+            self._store, self.rank, self.size = next(rendezvous("env://", timeout=_TOGETHER))
+            # gloo carries what lives on the CPU; NCCL opens its connections when tensors of a GPU first need them
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=_TOGETHER)
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        except ValueError as error:  # a variable is missing or no number
+            raise SlmError(f"cannot join the other processes: {error}", "start them all with torchrun") from None
+        except RuntimeError:
+            raise SlmError(
+                f"not all of the {os.environ['WORLD_SIZE']} processes came together within {_TOGETHER}",
+                "start every node, with the same --rdzv-endpoint, and let them reach each other's ports",
+            ) from None
+
+    def wrap(self, objective: nn.Module, kind: ParallelName) -> nn.Module:
+        """Returns the module that shares its gradients with the other processes; parameters keep their names inside."""
+        device = next(objective.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if kind == "ddp":
+            from torch.nn.parallel import DistributedDataParallel
+
+            where = [device] if device.type == "cuda" else None
+            return DistributedDataParallel(objective, device_ids=where, gradient_as_bucket_view=True)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        for layer in objective.model.model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)  # gathered and let go of one by one
+        fully_shard(objective, mesh=mesh)
+        return objective
+
+    def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Returns the context of a micro-step; only the last one of an update exchanges gradients."""
+        if not _is_sharded(objective):
+            return nullcontext() if last else objective.no_sync()  # type: ignore[operator]
+        objective.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext()
+
+    @contextmanager
+    def gathered(self, objective: nn.Module) -> Iterator[None]:
+        """Gathers what lies outside of the layers, which gather themselves, and lets go of it at the end.
+
+        FSDP keeps the outermost module's weights after a forward pass for the backward pass that is to come. Here none
+        comes: weights that change before the next pass, as a moving average's do, would not be seen by it.
+        """
+        if not _is_sharded(objective):
+            yield
+            return
+        objective.unshard()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            objective.reshard()  # type: ignore[operator]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Returns the sums of numbers over the processes, the same in each."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        sums: list[float] = tensor.tolist()
+        return sums
+
+    def from_first(self, value: T) -> T:
+        """Returns what the first process has."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._patient)
+        return box[0]
+
+    def complains_first(self) -> bool:
+        """Returns whether nobody has complained yet; true in one process of all."""
+        try:
+            return self._store.add("complaints", 1) == 1
+        except RuntimeError:  # torchrun is gone, and with it whoever else could say something
+            return True
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Joins the processes that torchrun started, if any, for the length of the block.
+
+    When one fails, or is stopped, that takes the others with it; the first to fail says why, the others exit without a
+    word.
+
+    Raises:
+        SlmError: When they cannot come together, or one of them is gone that could not say why.
+    """
+    if not launched():
+        yield Alone()
+        return
+    group = Group()
+    try:
+        yield group
+    except BaseException as error:
+        _leave(group, error)
+    dist.destroy_process_group()
+
+
+def _leave(group: Group, error: BaseException) -> NoReturn:
+    """Raises the error in the process that is to report it, and exits in the others."""
+    if not group.complains_first():
+        code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", _ERROR_CODE)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else code) from None
+    # gloo's errors have no class of their own
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        raise SlmError(
+            "another of the processes is gone", "torchrun's report says how it ended; slm train --resume goes on"
+        ) from error
+    raise error
+
+
+def by_first(processes: Processes, work: Callable[[], T]) -> T:
+    """Has the first process do it, and returns its result in all; what it complains of, all complain of."""
+    result: T | None = None
+    complaint: SlmError | None = None
+    if processes.rank == 0:
+        try:
+            result = work()
+        except SlmError as error:
+            complaint = error
+    result, complaint = processes.from_first((result, complaint))
+    if complaint is not None:
+        raise complaint
+    return result  # type: ignore[return-value]  # which is what work returned
+
+
+def launched() -> bool:
+    """Returns whether torchrun started this process together with others."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return not size.isdigit() or int(size) > 1
+
+
+def local_rank() -> int:
+    """Returns the number of this process on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def share_of(rows: int, processes: Processes) -> slice:
+    """Returns which rows of a micro-step are this process's.
+
+    Raises:
+        SlmError: When they do not divide.
+    """
+    if rows % processes.size:
+        raise SlmError(
+            f"{processes.size} processes cannot share batches of {rows} windows evenly",
+            f"--set batch.batch_size={-(-rows // processes.size) * processes.size}",
+        )
+    mine = rows // processes.size
+    return slice(processes.rank * mine, (processes.rank + 1) * mine)
+
+
+def collect(tensors: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
+    """Returns tensors whole and on the CPU, by name; every process must ask for the same ones.
+
+    Args:
+        tensors: Name and tensor, of which each process may hold a share.
+        keep: Whether this process wants them; it gets nothing otherwise, and one tensor at a time passes through it.
+    """
+    collected = {}
+    for name, tensor in tensors:
+        full = whole(tensor.detach())
+        if keep:
+            collected[name] = full.cpu().contiguous()
+    return collected
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor of which each process may hold a share, whole; every process must ask."""
+    return tensor.full_tensor() if _is_share(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Returns this process's share of a whole tensor, split as a parameter is; the tensor itself where nothing is split."""
+    if not _is_share(parameter) or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    like: DTensor = parameter  # type: ignore[assignment]
+    # None: every process has read the same tensor and takes its share of that one, rather than have it sent
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _is_share(tensor: Tensor) -> bool:
+    """Returns whether it is a DTensor, which a process that is alone need not import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _is_sharded(objective: nn.Module) -> bool:
+    """Returns whether it is FSDP's."""
+    return hasattr(objective, "set_requires_gradient_sync")

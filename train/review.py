@@ -1,0 +1,89 @@
+"""A second look at a recipe: settings that contradict each other, or that something else makes ineffective."""
+
+from slm.core.config import SLIDING
+from slm.train.recipe import OptimizerRecipe, Recipe, ScheduleRecipe
+
+# Beyond this many passes over the same text, models mostly learn it by heart (arXiv:2305.16264).
+_PASSES = 4.0
+
+
+def review(recipe: Recipe, passes: float | None = None) -> list[str]:
+    """Returns what is odd about a recipe, a sentence each.
+
+    Args:
+        recipe: With its length in micro-steps.
+        passes: How often the run goes through the training text, where that is known.
+    """
+    return [
+        *_schedule(recipe),
+        *_model(recipe),
+        *_measuring(recipe),
+        *_ineffective(recipe),
+        *_memorizing(recipe, passes),
+    ]
+
+
+def _schedule(recipe: Recipe) -> list[str]:
+    odd, schedule, total = [], recipe.schedule, recipe.micro_steps
+    if schedule.shape != "constant" and schedule.final_learning_rate > schedule.learning_rate:
+        odd.append(
+            f"the learning rate rises after the warm-up, from {schedule.learning_rate:g} to "
+            f"{schedule.final_learning_rate:g}: schedule.final_learning_rate is above schedule.learning_rate"
+        )
+    if schedule.warmup_micro_steps >= total:
+        odd.append(
+            f"the warm-up of {schedule.warmup_micro_steps:,} micro-steps is as long as the training of {total:,}: "
+            "the learning rate never gets to its peak"
+        )
+    elif schedule.shape == "wsd" and schedule.warmup_micro_steps + schedule.decay * total > total:
+        odd.append("schedule.decay begins before the warm-up ends: the learning rate is never stable")
+    if 0 < schedule.warmup_micro_steps < recipe.batch.accumulation:
+        odd.append(
+            f"the warm-up of {schedule.warmup_micro_steps:,} micro-steps is shorter than one update of "
+            f"{recipe.batch.accumulation:,}: there is none"
+        )
+    return odd
+
+
+def _model(recipe: Recipe) -> list[str]:
+    odd, config, context = [], recipe.model.config(), recipe.batch.context
+    if SLIDING in config.layer_types and context <= config.sliding_window:
+        odd.append(
+            f"batch.context of {context:,} is no longer than the sliding window of {config.sliding_window:,}: while "
+            "training, sliding attention never differs from full attention"
+        )
+    return odd
+
+
+def _measuring(recipe: Recipe) -> list[str]:
+    odd, evaluation, total = [], recipe.evaluation, recipe.micro_steps
+    if evaluation.every_micro_steps > total:
+        odd.append(
+            "evaluation.every_micro_steps is longer than the run: it is measured before and after it, never within"
+        )
+    elif evaluation.patience and evaluation.patience * evaluation.every_micro_steps >= total:
+        odd.append("evaluation.patience is longer than the run: it never stops early")
+    return odd
+
+
+def _ineffective(recipe: Recipe) -> list[str]:
+    """Names what was set although something else keeps it from having an effect."""
+    odd = []
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    if optimizer.name != "muon" and optimizer.momentum != OptimizerRecipe.model_fields["momentum"].default:
+        odd.append("optimizer.momentum is Muon's: it has no effect with optimizer.name=adamw")
+    if schedule.shape != "wsd" and schedule.decay != ScheduleRecipe.model_fields["decay"].default:
+        odd.append(f"schedule.decay has no effect with schedule.shape={schedule.shape}")
+    if schedule.shape == "constant" and schedule.final_learning_rate:
+        odd.append("schedule.final_learning_rate has no effect with schedule.shape=constant")
+    return odd
+
+
+def _memorizing(recipe: Recipe, passes: float | None) -> list[str]:
+    guarded = recipe.regularization.dropout or recipe.evaluation.patience
+    if passes is None or passes <= _PASSES or guarded:
+        return []
+    return [
+        f"the run goes through the training text {passes:.1f} times, and beyond about {_PASSES:g} it is mostly learned by "
+        "heart: --set regularization.dropout=0.1 or evaluation.patience=3 helps, more text helps more"
+    ]
