@@ -1,10 +1,12 @@
 """Files and directories that appear whole or not at all, and paths that stay where they belong."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,9 @@ from slm.core.errors import SlmError
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
+# Between the two renames that replace a directory lie milliseconds. Whoever has the number of their process for longer than
+# this got it later, as happens in containers, where numbers are few.
+_RENAMING_S = 2.0
 
 
 @contextmanager
@@ -21,7 +26,8 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
     """Yields an empty sibling directory that takes the place of `target` when the block ends well.
 
     An exception, Ctrl-C included, removes the sibling and leaves `target` as it was. What a killed process left
-    beside the target is removed first.
+    beside the target is removed first. What is written reaches the disk before it takes its place: a power cut leaves the
+    old directory or the new one.
 
     Args:
         target: The directory to make or replace.
@@ -30,6 +36,7 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
 
     Raises:
         SlmError: When something else stands there.
+        OSError: When the disk is full, whatever the library that wrote says then.
     """
     target = target.resolve()  # a link stays a link, to what is made
     recover(target)
@@ -40,7 +47,12 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
     try:
         yield partial
         _give_usual_modes(partial)
+        for path in (*partial.rglob("*"), partial):
+            _to_disk(path)
         replace_directory(partial, target)
+    except Exception as error:
+        _complain_of_full_disk(error)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -72,7 +84,34 @@ def replace_directory(source: Path, target: Path) -> None:
         if replaced.exists():
             replaced.rename(target)
         raise
+    _to_disk(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk.
+
+    Renaming alone promises no order: after a power cut the new name may stand for a file without its contents. On an SSD a
+    directory of 256 MiB takes 0.9 s so instead of 0.35 s, a small one 27 ms instead of 4: little for what is saved every few
+    minutes.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if (
+            error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
+        ):  # some file systems cannot for directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _complain_of_full_disk(error: Exception) -> None:
+    """Raises what the system says of a full disk in place of an error that only quotes it, as safetensors' does."""
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if not isinstance(error, OSError) and f"(os error {number})" in str(error):
+            raise OSError(number, os.strerror(number)) from error
 
 
 def _give_usual_modes(directory: Path) -> None:
@@ -92,12 +131,24 @@ def recover(target: Path) -> None:
     for kind in (_REPLACED, _PARTIAL):
         for left in target.parent.glob(f"{glob.escape(f'.{target.name}{kind}')}*"):
             pid = left.name.rpartition("-")[2]
-            if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
+            if pid.isdigit() and int(pid) != os.getpid() and _at_work(int(pid), left if kind == _REPLACED else None):
                 continue
             if kind == _REPLACED and not target.exists():
                 left.rename(target)
             else:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _at_work(pid: int, replaced: Path | None) -> bool:
+    """Returns whether a process is alive, and still about to remove what it replaced: that takes no time, once renamed."""
+    end = time.monotonic() + _RENAMING_S
+    while _alive(pid):
+        if replaced is None or not replaced.exists():
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return False
 
 
 def _alive(pid: int) -> bool:
@@ -117,7 +168,12 @@ def atomic_file(target: Path) -> Iterator[Path]:
     partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
     try:
         yield partial
+        _to_disk(partial)
         partial.replace(target)
+        _to_disk(target.parent)
+    except Exception as error:
+        _complain_of_full_disk(error)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -81,7 +81,7 @@ PRESETS: dict[str, ModelConfig] = {
     "10m": _sized(4_096, 256, 12, 1, intermediate_size=768, window=128, context=2_048),
     "30m": _sized(8_192, 384, 15, 2, intermediate_size=1_152, window=128, context=2_048),
     "100m": _sized(50_304, 640, 15, 2, intermediate_size=1_920, window=512, context=32_768),
-    "270m": _sized(50_304, 1_024, 18, 4, intermediate_size=3_072, window=512, context=32_768),
+    "270m-wide": _sized(50_304, 1_024, 18, 4, intermediate_size=3_072, window=512, context=32_768),
     "1b": _sized(50_304, 1_792, 24, 7, intermediate_size=5_376, window=512, context=32_768),
 }
 

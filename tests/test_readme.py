@@ -77,9 +77,13 @@ def test_every_file_it_names_is_there() -> None:
 def test_the_parameter_counts_of_the_documents() -> None:
     from slm.core.presets import PRESETS
 
-    table = (Path(__file__).parent.parent / "docs" / "model.md").read_text(encoding="utf-8")
-    for config in PRESETS.values():
-        assert f"{config.parameter_count():,}" in table
+    docs = Path(__file__).parent.parent / "docs"
+    model, sizes = ((docs / name).read_text(encoding="utf-8") for name in ("model.md", "experiments.md"))
+    for name, config in PRESETS.items():
+        assert f"{config.parameter_count():,}" in sizes
+        if f"`{name}`" in model:
+            assert f"{config.parameter_count():,}" in model
+    assert f"{PRESETS['gemma3-270m'].parameter_count():,}" in model
 
 
 @pytest.mark.slow

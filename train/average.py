@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from slm.core.errors import SlmError
 from slm.train.parallel import collect, shared_like
 
 
@@ -47,7 +48,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `tensors` returned."""
+        """Puts back what `tensors` returned.
+
+        Raises:
+            SlmError: When one of them is missing.
+        """
+        missing = sorted(self._average.keys() - tensors.keys())
+        if missing:
+            raise SlmError(f"the saved moving average lacks {missing[0]}", "train again without --resume")
         for name, average in self._average.items():
             average.copy_(shared_like(tensors[name], average))
 

@@ -64,8 +64,11 @@ class Keeper:
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             write_checkpoint(path, self._config, arrays, self._dataset.tokenizer, self._info(micro_steps, measured))
 
-    def save(self, counters: Counters, optimizers: Optimizers, measured: Row | None) -> None:
-        """Writes the last checkpoint and everything that going on needs."""
+    def save(self, counters: Counters, optimizers: Optimizers, measured: Row | None, number: int | None = None) -> None:
+        """Writes the last checkpoint, the same under a number where one is given, and everything that going on needs.
+
+        The latter comes last: a run that is killed before it makes the update, and what is written for it, again.
+        """
         average = self._average
         weights: Path | dict[str, torch.Tensor] = self.last / WEIGHTS_FILE
         averaged = None
@@ -78,13 +81,13 @@ class Keeper:
                 self.save_checkpoint(self.last, counters.micro_steps, measured)
         state = optimizers.state_tensors(self._model, keep=self._first)
         if self._first:
+            if number is not None:
+                self._keep_numbered(number)
             save_state(self._run, counters, state, weights, averaged)
         self._processes.from_first(None)  # nobody goes on, or away, before it is written
 
-    def keep_numbered(self, updates: int) -> None:
+    def _keep_numbered(self, updates: int) -> None:
         """Keeps the last checkpoint under the number of its update, linked where it can be, and drops the oldest."""
-        if not self._first:
-            return
         with atomic_directory(self._checkpoints / f"{_NUMBERED}{updates:07}", CHECKPOINT_FILES) as directory:
             for file in self.last.iterdir():
                 try:

@@ -57,11 +57,8 @@ class Actions(Protocol):
     def keep_best(self, row: Row) -> None:
         """Saves the model as it stands as the best, with its metrics."""
 
-    def keep_numbered(self, updates: int) -> None:
-        """Keeps the last checkpoint under its number too."""
-
-    def save(self, counters: Counters) -> None:
-        """Saves everything that going on needs."""
+    def save(self, counters: Counters, number: int | None = None) -> None:
+        """Saves everything that going on needs; the checkpoint under a number too, where one is given."""
 
     def last_saved(self) -> str:
         """Says in a few words what there is to go back to."""
@@ -145,11 +142,7 @@ class Loop:
         try:
             update = self._learner.update(first, self._after_micro_step)
         except FloatingPointError as error:
-            raise SlmError(
-                f"update {first // self._learner.accumulation + 1:,}, micro-step {first + 1:,}: {error}",
-                f"{self._actions.last_saved()}; try a lower schedule.learning_rate, a longer warm-up, or "
-                "machine.precision=float32",
-            ) from None
+            raise self._diverged(first // self._learner.accumulation + 1, first + 1, str(error)) from None
         self._actions.updated()
         self.counters = self.counters.model_copy(update={"micro_steps": first + self._learner.accumulation})
         speed = self._learner.accumulation * self._plan.tokens_per_micro_step / (time.perf_counter() - began)
@@ -178,6 +171,9 @@ class Loop:
 
     def _measure(self) -> None:
         measured = self._actions.evaluate(self._safe_point)
+        if not math.isfinite(measured.loss):  # before it passes for the best, or for the end of the run
+            done = self.counters.micro_steps
+            raise self._diverged(done // self._learner.accumulation, done, f"the validation loss is {measured.loss}")
         row = {
             **self._position(),
             "loss": measured.loss,
@@ -255,9 +251,7 @@ class Loop:
             self._interruption.checkpoint_wanted, self._interruption.pending is not None, overdue
         )
         if wanted or overdue or numbered:
-            self._save_now()
-        if numbered:
-            self._actions.keep_numbered(updates)
+            self._save_now(updates if numbered else None)
         if wanted:
             self._interruption.checkpoint_wanted = False
             self._progress.note(f"checkpoint after {updates:,} updates, as asked: {self._actions.last_saved()}")
@@ -268,9 +262,9 @@ class Loop:
         """Returns what any of the processes wishes."""
         return [count > 0 for count in self._processes.total([float(wish) for wish in wishes])]
 
-    def _save_now(self) -> None:
+    def _save_now(self, number: int | None = None) -> None:
         scaler = self._learner.scaler.state_dict()
-        self._actions.save(self.counters.model_copy(update={"elapsed_s": self.elapsed_s, "scaler": scaler}))
+        self._actions.save(self.counters.model_copy(update={"elapsed_s": self.elapsed_s, "scaler": scaler}), number)
         self._saved_at = time.perf_counter()
 
     def _safe_point(self) -> None:
@@ -283,6 +277,13 @@ class Loop:
         self._progress.note("stopping: saving the run as the last update left it")
         self._save_now()
         self._interruption.deliver()
+
+    def _diverged(self, update: int, micro_step: int, what: str) -> SlmError:
+        return SlmError(
+            f"update {update:,}, micro-step {micro_step:,}: {what}",
+            f"{self._actions.last_saved()}; try a lower schedule.learning_rate, a longer warm-up, or "
+            "machine.precision=float32",
+        )
 
     def _out_of_memory(self) -> SlmError:
         return SlmError(

@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return _forward(ctx, hidden, weight, targets, chunk, dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:

@@ -42,8 +42,14 @@ def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
     prepared = len(data.train) == 1 and not is_named(data.train[0]) and is_dataset(Path(data.train[0]).expanduser())
     with _new_directory(run):
         splits = (_refer if prepared else _write)(recipe, run, progress)
-        for split, name in zip(splits, ("training", "validation"), strict=True):
-            _check_length(split, recipe.batch.context, name)
+        measured = recipe.evaluation.context
+        _check_length(splits[0], recipe.batch.context, "training", "batch.context")
+        _check_length(
+            splits[1],
+            measured or recipe.batch.context,
+            "validation",
+            f"{'evaluation' if measured else 'batch'}.context",
+        )
         write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(splits[0].tokens)).to_yaml())
 
 
@@ -113,11 +119,11 @@ def _new_directory(path: Path) -> Iterator[None]:
         raise
 
 
-def _check_length(split: Split, context: int, name: str) -> None:
+def _check_length(split: Split, context: int, name: str, value: str) -> None:
     if split.tokens <= context:
         raise SlmError(
             f"the {name} text is too short: {split.tokens:,} tokens, and a window takes {context:,} and one more",
-            f"give more text, or --set batch.context={max(2, split.tokens // 2)}",
+            f"give more text, or --set {value}={max(2, split.tokens // 2)}",
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,9 @@ from slm.train.schedule import Shape
 
 # The special tokens' ids come with the tokenizer.
 _MODEL_FIELDS = [name for name in ModelConfig.model_fields if not name.endswith("_token_id")]
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -72,6 +75,10 @@ class ModelRecipe(BaseModel):
             raise SlmError(f"the recipe's model has no {unknown[0]!r}", _one_of(["preset", *_MODEL_FIELDS]))
         if isinstance(fields.get("num_hidden_layers"), int):  # anything else is for the validation to refuse
             fields.setdefault("layer_types", layer_pattern(fields["num_hidden_layers"]))
+        if (
+            "head_dim" in fields
+        ):  # what the scores are divided by is the width of a head, unless somebody says otherwise
+            fields.setdefault("query_pre_attn_scalar", fields["head_dim"])
         return ModelConfig.checked(preset(self.preset).model_dump() | fields)
 
 
@@ -107,15 +114,15 @@ class OptimizerRecipe(_Section):
     """
 
     name: OptimizerName = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(default=1e-9, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     decay: Decay = "matrices"
     max_grad_norm: float = Field(default=1.0, gt=0)
-    momentum: float = Field(default=0.95, ge=0, lt=1)
+    momentum: Share = 0.95
     matrix_rate: float = Field(default=1.0, gt=0)
     embedding_rate: float = Field(default=1.0, gt=0)
-    ema: float = Field(default=0.0, ge=0, lt=1)
+    ema: Share = 0.0
 
     def settings(self) -> OptimizerSettings:
         """Returns what `slm.train.optimizer.make_optimizers` asks for."""
@@ -159,7 +166,7 @@ class RegularizationRecipe(_Section):
         dropout: Share of the embedding's and every sub-layer's outputs that a training step zeroes (arXiv:1207.0580).
     """
 
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Share = 0.0
 
 
 class EvaluationRecipe(_Section):
@@ -308,10 +315,22 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise SlmError(f"{source} is not a mapping of sections")
     for override in overrides:
         _set(fields, override)
+    _keep_one_length(fields, overrides)
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         raise SlmError(f"{source}: {first_mistake(error)}", _hint(error)) from None
+
+
+def _keep_one_length(fields: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Lets a length that was set take the place of the recipe's own, whichever way each is spelt."""
+    ways = ("micro_steps", "epochs")
+    mine = [way for way in ways if any(override.startswith(f"schedule.{way}=") for override in overrides)]
+    if len(mine) == 1:
+        (other,) = set(ways) - set(mine)
+        schedule = fields["schedule"]
+        if schedule[mine[0]] is not None:
+            schedule[other] = None
 
 
 def _packaged() -> Any:

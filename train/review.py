@@ -1,6 +1,6 @@
 """A second look at a recipe: settings that contradict each other, or that something else makes ineffective."""
 
-from slm.core.config import SLIDING
+from slm.core.config import FULL, SLIDING
 from slm.train.recipe import OptimizerRecipe, Recipe, ScheduleRecipe
 
 # Beyond this many passes over the same text, models mostly learn it by heart (arXiv:2305.16264).
@@ -51,6 +51,11 @@ def _model(recipe: Recipe) -> list[str]:
         odd.append(
             f"batch.context of {context:,} is no longer than the sliding window of {config.sliding_window:,}: while "
             "training, sliding attention never differs from full attention"
+        )
+    if FULL not in config.layer_types and config.max_position_embeddings > config.sliding_window:
+        odd.append(
+            f"none of the {config.num_hidden_layers} layers is global: nothing but layer upon layer of windows of "
+            f"{config.sliding_window:,} carries anything further; model.layer_types names the layers"
         )
     return odd
 

@@ -197,14 +197,10 @@ class _Run:
         with self._averaged():
             self.keeper.save_checkpoint(self.keeper.best, row["micro_steps"], row)
 
-    def keep_numbered(self, updates: int) -> None:
-        """Keeps the last checkpoint under its number too."""
-        self.keeper.keep_numbered(updates)
-
-    def save(self, counters: Counters) -> None:
-        """Saves everything that going on needs."""
+    def save(self, counters: Counters, number: int | None = None) -> None:
+        """Saves everything that going on needs; the checkpoint under a number too, where one is given."""
         measured = self.metrics.evaluations
-        self.keeper.save(counters, self.learner.optimizers, measured[-1] if measured else None)
+        self.keeper.save(counters, self.learner.optimizers, measured[-1] if measured else None, number)
 
     def last_saved(self) -> str:
         """Says what there is to go back to."""

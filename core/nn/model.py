@@ -104,14 +104,15 @@ class TextModel(nn.Module):
             elif self.flex and past == 0 and attention_mask is None and window is not None:
                 mask = window_mask(length, window, device)
             else:
-                key_slot = torch.arange(total - visible, total, device=device)
-                distance = query_slot[:, None] - key_slot[None, :]  # (T, S)
-                seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+                key, query = torch.arange(total - visible, total, device=device), query_slot[:, None]
+                seen = query >= key  # (T, S), compared in place: differences would take eight times the memory
+                if window is not None:
+                    seen &= query - window < key
                 mask = seen[None, None]
                 if attention_mask is not None:
                     valid = attention_mask[:, None, None, -visible:].bool()
                     # A padded query looks at itself: a softmax over nothing would be NaN.
-                    mask = (mask & valid) | (distance == 0)
+                    mask = (mask & valid) | (query == key)
             kinds[kind] = Positions(cos, sin, mask)
         return kinds
 

@@ -121,13 +121,18 @@ def test_no_recipe_with_a_gpu(slm: Callable, monkeypatch: pytest.MonkeyPatch) ->
         (["--data", "empty.txt"], 1, "error: no text in empty.txt"),
         (["--data", "binary.txt"], 1, "error: binary.txt, after line 0: is not UTF-8 text"),
         (["--data", "rows.jsonl"], 1, 'error: rows.jsonl, line 1: is not a row with a "text"'),
-        (["--data", "nothing"], 1, "error: no .txt or .jsonl file in nothing"),
+        (["--data", "nothing"], 1, "error: no .txt, .jsonl or .parquet file in nothing"),
         (["--val", "short.txt"], 1, "error: the validation text is too short"),
         (["--data", "sample"], 1, "error: --data sample stands alone"),
         (["--tokenizer", "missing.json"], 1, "error: tokenizer not found: missing.json"),
         (["--recipe", "huge"], 1, "error: no recipe is called 'huge'"),
         (["--set", "batch.size=3"], 1, "error: --set batch.size=3: the recipe has no value 'batch.size'"),
         (["--set", "batch.context=many"], 1, "error: small.yaml: batch.context:"),
+        (
+            ["--set", "schedule.epochs=2", "--set", "schedule.micro_steps=3"],
+            1,
+            "error: small.yaml: schedule: the length is",
+        ),
         (["--seed", "-1"], 1, "error: --seed -1 is negative"),
         (["--out", "taken"], 1, "error: the run directory is not empty: taken"),
         (["--out", "train.txt"], 1, "error: not a directory: train.txt"),
@@ -155,6 +160,13 @@ def test_mistakes(slm: Callable, arguments: list[str], code: int, message: str) 
     assert sorted(Path().rglob("*")) == before
 
 
+def test_flex_attention_without_a_gpu(slm: Callable) -> None:
+    result = slm(*TRAIN, "--set", "machine.attention=flex")
+    assert result.code == 1
+    assert "error: machine.attention=flex needs CUDA" in result.err
+    assert "Traceback" not in result.err
+
+
 def test_resume_takes_the_newest_run(slm: Callable) -> None:
     slm(*TRAIN)
     slm(*TRAIN)
@@ -169,6 +181,40 @@ def test_resume_without_a_run(slm: Callable) -> None:
     assert result.code == 1
     assert "error: there is no run under ./runs" in result.err
     assert "hint: slm train makes one" in result.err
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_out_of_memory_is_one_line_and_what_to_lower(
+    slm: Callable, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise failure
+
+    monkeypatch.setattr("slm.train.learner.linear_cross_entropy", fail)
+    result = slm(*TRAIN)
+    assert result.code == 1
+    assert result.err.count("error:") == 1
+    assert "error: out of memory at micro-step 1\n" in result.err
+    assert "--set batch.batch_size=2 --set batch.accumulation=2 saves about" in result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_what_to_try(slm: Callable) -> None:
+    result = slm(*TRAIN, "--set", "schedule.learning_rate=1e30", "--set", "checkpoints.every_updates=1")
+    assert result.code == 1
+    assert result.err.count("error:") == 1
+    assert "error: update 2, micro-step 2: the" in result.err
+    assert "the last good checkpoint is runs/small/checkpoint/last; try a lower schedule.learning_rate" in result.err
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.slow
@@ -199,6 +245,39 @@ def test_an_interrupted_process_can_be_gone_on_with(slm: Callable, signum: int, 
     result = slm("train", "--resume")
     assert result.code == 0, result.err
     assert f"going on after {done:,} micro-steps" in result.err
+
+
+@pytest.mark.slow
+def test_a_process_asked_for_a_checkpoint_saves_and_goes_on(slm: Callable) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slm", *TRAIN, "--set", "schedule.micro_steps=100000"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics, state = Path("runs/small/metrics.jsonl"), Path("runs/small/trainer/state.json")
+
+    def wait(rows: int, saved: bool) -> None:
+        deadline = time.monotonic() + 60
+        while (
+            state.is_file() is not saved
+            or len(metrics.read_text("utf-8").splitlines() if metrics.is_file() else ()) < rows
+        ):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+
+    wait(5, saved=False)
+    process.send_signal(signal.SIGUSR1)
+    wait(5, saved=True)
+    saved = json.loads(state.read_text(encoding="utf-8"))["micro_steps"]
+    assert Path("runs/small/checkpoint/last/model.safetensors").is_file()
+    wait(len(metrics.read_text(encoding="utf-8").splitlines()) + 5, saved=True)  # it goes on
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert f"checkpoint after {saved:,} updates, as asked" in err
+    assert json.loads(state.read_text(encoding="utf-8"))["micro_steps"] > saved
 
 
 def test_help_teaches(slm: Callable) -> None:

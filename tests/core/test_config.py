@@ -13,7 +13,17 @@ from slm.core.presets import PRESETS, preset
 
 # Computed by hand from the shapes (docs/model.md shows the sum) and, for the 270M shape with GPT-2's exact vocabulary,
 # published elsewhere as 132,490,496.
-PARAMETERS = {"gemma3-270m": 132_520_576, "stories-4m": 4_398_080, "tiny": 1_511_296}
+PARAMETERS = {
+    "gemma3-270m": 132_520_576,
+    "stories-4m": 4_398_080,
+    "tiny": 1_511_296,
+    "1m": 1_019_776,
+    "10m": 10_106_624,
+    "30m": 28_975_872,
+    "100m": 102_277_120,
+    "270m-wide": 268_643_584,
+    "1b": 976_630_528,
+}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -244,7 +244,7 @@ CONTEXTS = (128, 512, 2_048, 8_192, 32_768)
 
 
 def context_row(context: int) -> str:
-    config = preset("270m")
+    config = preset("270m-wide")
     kinds: tuple[CacheKind, ...] = ("windowed", "full")
     caches = (f"{cache_bytes(config, context, kind=kind) / 1e6:,.1f} MB" for kind in kinds)
     flops = (f"{decode_flops(config, context - 1, windows=w).total / 1e9:.3f} GFLOP" for w in (True, False))
@@ -260,7 +260,7 @@ def test_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("1m", 1e6), ("10m", 1e7), ("30m", 3e7), ("100m", 1e8), ("270m", 2.7e8), ("1b", 1e9)]
+    ("name", "size"), [("1m", 1e6), ("10m", 1e7), ("30m", 3e7), ("100m", 1e8), ("270m-wide", 2.7e8), ("1b", 1e9)]
 )
 def test_names_of_sizes_are_theirs(name: str, size: float) -> None:
     config = preset(name)
@@ -349,8 +349,19 @@ def test_a_depth_below_six_has_no_global_layer() -> None:
     assert shape("model.num_hidden_layers=12").layer_types.count(FULL) == 2
 
 
-def test_the_scale_does_not_follow_the_heads_width() -> None:
-    assert load_recipe("tiny", ["model.head_dim=32"]).model.config().query_pre_attn_scalar == 64
+def test_the_scale_follows_the_heads_width_unless_it_is_set() -> None:
+    assert load_recipe("tiny", ["model.head_dim=32"]).model.config().query_pre_attn_scalar == 32
+    both = ["model.head_dim=32", "model.query_pre_attn_scalar=64"]
+    assert load_recipe("tiny", both).model.config().query_pre_attn_scalar == 64
+
+
+def test_a_length_takes_the_place_of_the_other() -> None:
+    schedule = load_recipe("tiny", ["schedule.epochs=3"]).schedule
+    assert (schedule.micro_steps, schedule.epochs) == (None, 3)
+    schedule = load_recipe("stories-4m", ["schedule.micro_steps=7"]).schedule
+    assert (schedule.micro_steps, schedule.epochs) == (7, None)
+    with pytest.raises(SlmError, match="either"):
+        load_recipe("tiny", ["schedule.epochs=3", "schedule.micro_steps=7"])
 
 
 @pytest.mark.parametrize(
@@ -360,7 +371,6 @@ def test_the_scale_does_not_follow_the_heads_width() -> None:
         ("model.rope_parameters={full_attention: {rope_theta: 500000}}", "rope_parameters lacks sliding_attention"),
         ("model.num_key_value_heads=3", "a multiple of num_key_value_heads"),
         ("model.num_attention_heads=3", "hidden_size must be a multiple"),
-        ("schedule.epochs=2", "recipe tiny: schedule: the length is either"),
     ],
 )
 def test_what_the_page_says_goes_together(override: str, message: str) -> None:
@@ -372,7 +382,7 @@ def test_what_the_page_says_goes_together(override: str, message: str) -> None:
 
 
 def test_32k_tokens_pass_through_the_shape() -> None:
-    config = load_recipe("modern", ["batch.context=32768", "model.preset=270m"]).model.config()
+    config = load_recipe("modern", ["batch.context=32768", "model.preset=270m-wide"]).model.config()
     with torch.device("meta"):
         logits = CausalLM(config)(torch.zeros(1, 32_768, dtype=torch.int64), num_logits_to_keep=1)
     assert logits.shape == (1, 1, config.vocab_size)

@@ -39,17 +39,18 @@ MakeRecipe = Callable[..., Recipe]
 Measured = dict[str, Tensor]
 
 # Gradients in float32, as the norm of the difference over the norm: the processes' parts are summed in another order.
-# Measured: 1e-7 to 5e-7.
-GRADIENT_TOLERANCE = 3e-6
-# Losses are means of float32 means.
+# Measured: up to 3e-7 at the first update, 2e-6 at the second.
+GRADIENT_TOLERANCE = 1e-5
+# Losses are means of float32 means: of other rows where the processes share them. Measured: up to 1.3e-7.
 LOSS_TOLERANCE = 1e-6
-# Products in bfloat16 keep 8 bits; other shapes of the same product round otherwise. Measured: up to 4e-3.
-BFLOAT16_TOLERANCE = 2e-2
-BFLOAT16_LOSS_TOLERANCE = 1e-3
-# Weights after whole runs, as above: AdamW divides by the gradient's size, so where a gradient is nothing but rounding it
-# still makes steps of full length. Measured: up to 3e-5.
-WEIGHTS_TOLERANCE = 1e-3
-RUN_LOSS_TOLERANCE = 1e-4
+# Products in bfloat16 keep 8 bits; other shapes of the same product round otherwise. Measured: up to 2.5e-3, losses 3e-5;
+# at the second update 4e-2, for AdamW makes steps of full length where a gradient is nothing but rounding.
+BFLOAT16_TOLERANCE = 1e-2
+BFLOAT16_TOLERANCE_LATER = 0.1
+BFLOAT16_LOSS_TOLERANCE = 3e-4
+# Weights and loss after six updates in float32. Measured: up to 5e-7, and 3e-8.
+WEIGHTS_TOLERANCE = 1e-5
+RUN_LOSS_TOLERANCE = 1e-6
 
 STOPPED_AT = 6
 SECONDS = 100
@@ -327,8 +328,9 @@ def gradients_differ(found: Measured, expected: Measured, what: str) -> float:
 def check_measured(found: Measured, expected: Measured, variant: str) -> None:
     rough = variant.startswith("bfloat16")
     assert found.keys() == expected.keys()
-    for what in ("micro-step/", "update-0/", "update-1/"):
-        assert gradients_differ(found, expected, what) < (BFLOAT16_TOLERANCE if rough else GRADIENT_TOLERANCE), what
+    first, later = (BFLOAT16_TOLERANCE, BFLOAT16_TOLERANCE_LATER) if rough else (GRADIENT_TOLERANCE, GRADIENT_TOLERANCE)
+    for what, tolerance in (("micro-step/", first), ("update-0/", first), ("update-1/", later)):
+        assert gradients_differ(found, expected, what) < tolerance, what
     losses = BFLOAT16_LOSS_TOLERANCE if rough else LOSS_TOLERANCE
     for name in (name for name in expected if name.startswith("loss/")):
         assert found[name].item() == pytest.approx(expected[name].item(), rel=losses), name
@@ -355,7 +357,7 @@ def test_the_clipping_was_at_work(alone: dict[str, Measured], recipes: MakeRecip
 @pytest.mark.parametrize(("kind", "broken"), [("ddp", "rows"), ("fsdp", "rows"), ("ddp", "average")])
 def test_what_is_left_out_is_noticed(two: Path, alone: dict[str, Measured], kind: str, broken: str) -> None:
     found = safetensors.torch.load_file(two / f"2-{kind}-without-{broken}.safetensors")
-    assert gradients_differ(found, alone["random-tied"], "micro-step/") > 10 * BFLOAT16_TOLERANCE
+    assert gradients_differ(found, alone["random-tied"], "micro-step/") > 10 * BFLOAT16_TOLERANCE_LATER
 
 
 def weights(directory: Path, file: str = "checkpoint/last/model.safetensors") -> Measured:
@@ -386,7 +388,7 @@ def test_a_run_ends_alike_whoever_trains_it(two: Path, name: str) -> None:
 
 def test_a_run_half_done_is_another(two: Path) -> None:
     half, done = weights(two / "1-stopped"), weights(two / "1")
-    assert max((half[name] - done[name]).norm() for name in done) > 10 * WEIGHTS_TOLERANCE
+    assert max((half[name] - done[name]).norm() for name in done) > 1000 * WEIGHTS_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -450,7 +452,8 @@ def test_one_of_two_speaks_and_both_take_the_same_directory(recipe_file: Path) -
     assert json.loads(line)["run"] == "runs/small-2"
     assert json.loads(line)["processes"] == 2
     assert sorted(path.name for path in Path("runs").iterdir()) == ["small", "small-2"]
-    assert len(ended.err) == len(set(ended.err)), ended.err
+    told = [line for line in ended.err if not line.startswith("sample: ")]  # which may well be the same again
+    assert len(told) == len(set(told)), told
     assert not any("warn" in line.lower() for line in ended.err), ended.err
 
 
@@ -532,24 +535,30 @@ def test_variables_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def first_process(torchrun_pid: int) -> int:
-    """Returns the process of rank 0, once it trains."""
-    children = Path(f"/proc/{torchrun_pid}/task/{torchrun_pid}/children").read_text(encoding="utf-8").split()
-    (first,) = (
-        pid for pid in children if b"RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes().replace(b"LOCAL_", b"")
-    )
-    return int(first)
+def processes_of(started: subprocess.Popen[str]) -> list[int]:
+    """Returns the processes that torchrun started, in order of their rank."""
+    pids = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text(encoding="utf-8").split()
+    ranks = {}
+    for pid in pids:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        ranks |= {int(value.removeprefix("RANK=")): int(pid) for value in variables if value.startswith("RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
 @pytest.fixture
 def endless(recipe_file: Path) -> Iterator[subprocess.Popen[str]]:
     """A run that goes on until it is stopped, past its first updates."""
-    started = slm_train(2, "--recipe", recipe_file, "--out", "run", "--set", "schedule.micro_steps=100000",
-                        "--set", "evaluation.every_micro_steps=100000")  # fmt: skip
-    wait_for(lambda: Path("run/metrics.jsonl").exists() and Path("run/metrics.jsonl").read_text().count("train") > 2)
-    yield started
-    if started.poll() is None:
-        started.kill()
+    lengths = ("schedule.micro_steps=100000", "evaluation.every_micro_steps=100000")
+    started = slm_train(2, "--recipe", recipe_file, "--out", "run", "--set", lengths[0], "--set", lengths[1])
+    metrics = Path("run/metrics.jsonl")
+    try:
+        wait_for(lambda: metrics.exists() and metrics.read_text(encoding="utf-8").count('"train"') > 2)
+        yield started
+    finally:
+        if started.poll() is None:
+            for pid in (*processes_of(started), started.pid):  # torchrun alone would leave them behind
+                os.kill(pid, signal.SIGKILL)
+            started.communicate()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -563,7 +572,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 @pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
 def test_a_run_that_torchrun_is_told_to_stop_is_saved(endless: subprocess.Popen[str], signum: int, said: str) -> None:
-    os.kill(first_process(endless.pid), signal.SIGUSR1)
+    os.kill(processes_of(endless)[0], signal.SIGUSR1)
     wait_for(lambda: Path("run/trainer/state.json").exists())
     assert endless.poll() is None
     asked_for = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
@@ -584,9 +593,7 @@ def test_a_run_that_torchrun_is_told_to_stop_is_saved(endless: subprocess.Popen[
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 def test_a_process_that_is_killed_takes_the_others_with_it(endless: subprocess.Popen[str]) -> None:
-    children = Path(f"/proc/{endless.pid}/task/{endless.pid}/children").read_text(encoding="utf-8").split()
-    (other,) = {int(pid) for pid in children} - {first_process(endless.pid)}
-    os.kill(other, signal.SIGKILL)
+    os.kill(processes_of(endless)[1], signal.SIGKILL)
     ended = end_of(endless)
     assert ended.code != 0
     assert [line for line in ended.err if line.startswith("error")] == ["error: another of the processes is gone"]

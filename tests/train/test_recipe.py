@@ -8,15 +8,81 @@ import yaml
 from slm.core.errors import SlmError
 from slm.train.recipe import Recipe, load_recipe, recipe_names
 
+# Tokens of TinyStories under GPT-2's tokenizer, about: for the recipes whose length is in epochs.
+TOKENS = 470_000_000
 
-@pytest.mark.parametrize("name", ["documented", "stories-4m", "tiny"])
+
+def test_the_recipes_that_ship() -> None:
+    assert recipe_names() == ["documented", "modern", "stories-4m", "tiny"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes(name: str) -> None:
     recipe = load_recipe(name)
-    assert name in recipe_names()
     assert recipe.name == name
-    assert recipe.schedule.warmup_micro_steps < recipe.schedule.micro_steps
+    recipe = recipe.for_tokens(TOKENS)
+    assert recipe.schedule.warmup_micro_steps < recipe.micro_steps
+    assert recipe.updates > 0
     if name != "documented":  # which has its leftover on purpose
-        assert recipe.schedule.micro_steps % recipe.batch.accumulation == 0
+        assert recipe.micro_steps % recipe.batch.accumulation == 0
+
+
+@pytest.mark.parametrize(("micro_steps", "epochs"), [(100, 2), (None, None)], ids=["both", "neither"])
+def test_the_length_is_micro_steps_or_epochs(tmp_path: Path, micro_steps: int | None, epochs: int | None) -> None:
+    message = r"either schedule.micro_steps or schedule.epochs; set the other to null"
+    fields = load_recipe("tiny").model_dump(mode="json")
+    fields["schedule"] |= {"micro_steps": micro_steps, "epochs": epochs}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    with pytest.raises(SlmError, match=message):
+        load_recipe(file)
+    given = [f"schedule.{name}={value or 'null'}" for name, value in (("micro_steps", micro_steps), ("epochs", epochs))]
+    with pytest.raises(SlmError, match=message):
+        load_recipe("tiny", given)
+
+
+def test_a_length_that_is_set_takes_the_place_of_the_recipes_own(tmp_path: Path) -> None:
+    in_epochs = load_recipe("tiny", ["schedule.epochs=2"])
+    assert (in_epochs.schedule.micro_steps, in_epochs.schedule.epochs) == (None, 2)
+    file = tmp_path / "mine.yaml"
+    file.write_text(in_epochs.to_yaml(), encoding="utf-8")
+    in_micro_steps = load_recipe(file, ["schedule.micro_steps=30"])
+    assert (in_micro_steps.schedule.micro_steps, in_micro_steps.schedule.epochs) == (30, None)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulation", "tokens", "micro_steps"),
+    [
+        (1, 1, 102_400, 100),
+        (2.5, 1, 102_400, 250),
+        (1, 1, 102_400 + 511, 100),  # to the nearest
+        (1, 1, 102_400 + 513, 101),
+        (0.001, 1, 102_400, 1),  # one update at least
+        (0.001, 8, 102_400, 8),
+    ],
+)
+def test_epochs_become_micro_steps(epochs: float, accumulation: int, tokens: int, micro_steps: int) -> None:
+    recipe = load_recipe("tiny", [f"schedule.epochs={epochs}", f"batch.accumulation={accumulation}"])
+    assert recipe.tokens_per_micro_step == 1024
+    known = recipe.for_tokens(tokens)
+    assert (known.schedule.micro_steps, known.schedule.epochs) == (micro_steps, None)
+    assert known.updates == micro_steps // accumulation
+    assert known.for_tokens(999_999_999) == known  # once known it stays
+
+
+def test_a_recipe_in_micro_steps_does_not_ask_for_tokens() -> None:
+    recipe = load_recipe("tiny")
+    assert recipe.for_tokens(3) == recipe
+
+
+def test_modern_differs_from_documented_in_how_it_learns_not_in_the_model() -> None:
+    modern, documented = load_recipe("modern"), load_recipe("documented")
+    assert modern.model == documented.model
+    assert modern.data.tokenizer == documented.data.tokenizer
+    assert (modern.optimizer.name, modern.schedule.shape, modern.data.sampler) == ("muon", "wsd", "packed")
+    # measured alike, so that the losses compare
+    assert modern.evaluation.context == documented.batch.context
+    assert modern.evaluation.windows == documented.evaluation.windows
 
 
 def test_the_documented_numbers() -> None:
@@ -56,6 +122,9 @@ def test_a_resolved_recipe_reads_back(tmp_path: Path) -> None:
         ("data.train=[a.txt, b.txt]", "data", "train", ("a.txt", "b.txt")),
         ("data.train=a.txt", "data", "train", ("a.txt",)),
         ("machine.precision=float32", "machine", "precision", "float32"),
+        ("evaluation.prompts=[Once upon a time, The dog]", "evaluation", "prompts", ("Once upon a time", "The dog")),
+        ("checkpoints.every_updates=null", "checkpoints", "every_updates", None),
+        ("regularization.dropout=0.1", "regularization", "dropout", 0.1),
     ],
 )
 def test_set(override: str, section: str, field: str, value: object) -> None:
@@ -88,6 +157,24 @@ def test_another_depth_brings_its_layer_types() -> None:
         ("model.preset=giant", "no preset is called 'giant'", "tiny"),
         ("model.head_dim=63", "head_dim", None),
         ("seed=-1", "seed", None),
+        ("data.sampler=shuffled", r"data.sampler: .*'random' or 'packed'", None),
+        ("optimizer.name=lion", r"optimizer.name: .*'adamw' or 'muon'", None),
+        ("optimizer.momentum=1", r"optimizer.momentum: .*less than 1", None),
+        ("optimizer.ema=1", r"optimizer.ema: .*less than 1", None),
+        ("optimizer.matrix_rate=0", r"optimizer.matrix_rate: .*greater than 0", None),
+        ("schedule.shape=linear", r"schedule.shape: .*'cosine', 'wsd' or 'constant'", None),
+        ("schedule.decay=1.5", r"schedule.decay: .*less than or equal to 1", None),
+        ("schedule.epochs=-1", r"schedule.epochs: .*greater than 0", None),
+        ("regularization.dropout=1", r"regularization.dropout: .*less than 1", None),
+        ("regularisation.dropout=0.1", "no value 'regularisation.dropout'", "regularization.dropout"),
+        ("evaluation.patience=0", r"evaluation.patience: .*greater than 0", None),
+        ("evaluation.prompt=x", "no value 'evaluation.prompt'", "evaluation.prompts, evaluation.sample_tokens"),
+        ("evaluation.context=9999", r"evaluation.context is 9999, the model's max_position_embeddings", None),
+        ("checkpoints.every=2", "no value 'checkpoints.every'", "checkpoints.every_updates, checkpoints.keep"),
+        ("checkpoints.keep=0", r"checkpoints.keep: .*greater than 0", None),
+        ("machine.attention=fast", r"machine.attention: .*'auto', 'sdpa' or 'flex'", None),
+        ("machine.parallel=dp", r"machine.parallel: .*'ddp' or 'fsdp'", None),
+        ("machine.loss_chunk=0", r"machine.loss_chunk: .*greater than 0", None),
     ],
 )
 def test_overrides_that_are_refused(override: str, message: str, hint: str | None) -> None:
@@ -126,7 +213,7 @@ def test_an_unknown_key_in_a_file_lists_the_valid_ones(tmp_path: Path) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(SlmError, match="no recipe is called 'big'") as error:
         load_recipe("big")
-    assert "documented, stories-4m, tiny" in (error.value.hint or "")
+    assert "documented, modern, stories-4m, tiny" in (error.value.hint or "")
     with pytest.raises(SlmError, match="recipe not found"):
         load_recipe("missing.yaml")
 

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Trains on two machines of four GPUs each, and goes on by itself when Slurm ends the job and starts it again.
+# Written from Slurm's and torchrun's documentation; not run by slm's own tests, which have no cluster.
+#
+#   sbatch examples/distributed/slurm.sh recipe.yaml /shared/runs/stories
+
+#SBATCH --job-name=slm
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1        # one torchrun a machine, which starts one process a GPU
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --requeue                  # a machine that fails, or a job that is preempted, starts over
+#SBATCH --signal=TERM@180          # three minutes before the time is over: the run saves itself and stops
+#SBATCH --open-mode=append
+
+set -euo pipefail
+recipe=$1
+run=$2                             # on storage that all machines see: every process reads data and state from it
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# The first job makes the run, later ones go on with it.
+if [ -f "$run/config.yaml" ]; then
+  arguments=(--resume --out "$run")
+else
+  arguments=(--recipe "$recipe" --out "$run")
+fi
+
+# Data prepared beforehand saves eight GPUs the wait: slm data prepare --out /shared/data ..., and data.train: /shared/data.
+srun --kill-on-bad-exit=1 torchrun \
+  --nnodes "$SLURM_JOB_NUM_NODES" \
+  --nproc-per-node 4 \
+  --rdzv-backend c10d \
+  --rdzv-id "$SLURM_JOB_ID" \
+  --rdzv-endpoint "$first:29500" \
+  -m slm train "${arguments[@]}"

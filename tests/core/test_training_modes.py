@@ -1,0 +1,234 @@
+"""What training may switch on in the model: layers computed anew, windows by FlexAttention, dropout, compiled kernels.
+
+Dimensions: B batch, T positions.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slm.core.config import ModelConfig
+from slm.core.nn import CausalLM, KVCache
+from slm.core.nn import model as module
+from slm.core.nn.flex import window_mask
+from slm.train.learner import Objective
+
+# The same sums of float32 in another order; 2e-6 seen of logits up to 10. A window that is one longer moves them by 1e-2.
+FLEX_TOLERANCE = 1e-4
+# Fused kernels add and round in another order: 5e-7 seen of a loss near 6, and 1e-5 after five updates.
+COMPILED_TOLERANCE = 1e-4
+
+# Without a compiled kernel it says that it is slow.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+
+MakeModel = Callable[..., CausalLM]
+WINDOW = 16  # of the awkward config
+
+
+def ids_of(length: int, batch: int = 2) -> Tensor:
+    return torch.randint(0, 320, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def with_dropout(model: CausalLM, share: float) -> CausalLM:
+    for part in (model.model, *model.model.layers):
+        part.dropout = share
+    return model
+
+
+def gradients(model: CausalLM, *, seed: int = 0, autocast: bool = False) -> tuple[dict[str, Tensor], int]:
+    """The gradients of a batch, and the bytes that its forward pass kept beside the weights."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = ids_of(40)
+    torch.manual_seed(seed)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        hidden = model.model(ids)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    model.zero_grad()
+    hidden.float().square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, size
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
+def test_layers_computed_anew_give_the_same_gradients_and_keep_less(
+    config: ModelConfig, make_model: MakeModel, dropout: float, autocast: bool
+) -> None:
+    model = with_dropout(make_model(config).train(), dropout)
+    plain, kept = gradients(model, autocast=autocast)
+    model.model.gradient_checkpointing = True
+    anew, kept_anew = gradients(model, autocast=autocast)
+    assert plain.keys() == anew.keys()
+    assert len(plain) == len(list(model.parameters()))
+    assert all(torch.equal(plain[name], anew[name]) for name in plain)  # the same products in the same order
+    # What goes into 4 layers, against some thirty tensors as large in each.
+    assert kept_anew < kept / 8
+    if dropout:  # the control: other dice
+        other, _ = gradients(model, seed=1, autocast=autocast)
+        assert not any(torch.equal(anew[name], other[name]) for name in anew if "layers" in name)
+
+
+def test_a_layer_is_computed_anew_in_training_alone(
+    config: ModelConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    checkpoint = module.checkpoint
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return checkpoint(*arguments, **settings)
+
+    monkeypatch.setattr(module, "checkpoint", counted)
+    model = make_model(config)
+    model.model.gradient_checkpointing = True
+    wanted = model(ids_of(40))
+    model(ids_of(40), cache=KVCache(config))
+    assert calls == []
+    assert torch.equal(model.train()(ids_of(40)), wanted)
+    assert len(calls) == config.num_hidden_layers
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Lengths and windows that FlexAttention was asked for."""
+    asked: list[tuple[int, int]] = []
+
+    def remembered(length: int, window: int, device: torch.device) -> Any:
+        asked.append((length, window))
+        return window_mask(length, window, device)
+
+    monkeypatch.setattr(module, "window_mask", remembered)
+    yield asked
+    window_mask.cache_clear()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW, 150])
+def test_flex_is_attention_with_a_mask(
+    config: ModelConfig, make_model: MakeModel, masks: list[tuple[int, int]], length: int
+) -> None:
+    model, wider = make_model(config), make_model(config.model_copy(update={"sliding_window": WINDOW + 1}))
+    ids = ids_of(length)
+    wanted = model(ids)
+    assert masks == []
+    for each in (model, wider):
+        each.model.flex = True
+    assert (model(ids) - wanted).abs().max() < FLEX_TOLERANCE
+    slides = length > WINDOW
+    assert masks == ([(length, WINDOW)] if slides else [])  # no longer than the window it is plain causal attention
+    if slides:  # the control
+        assert (wider(ids) - wanted).abs().max() > 100 * FLEX_TOLERANCE
+
+
+@torch.no_grad()
+def test_flex_leaves_caches_and_padding_to_the_mask(
+    config: ModelConfig, make_model: MakeModel, masks: list[tuple[int, int]]
+) -> None:
+    model = make_model(config)
+    ids = ids_of(40)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    wanted = model(ids), model(ids, attention_mask=padding)
+    model.model.flex = True
+    cache = KVCache(config)
+    in_two = torch.cat([model(ids[:, :20], cache=cache), model(ids[:, 20:], cache=cache)], 1)
+    assert masks == [(20, WINDOW)]
+    assert (in_two - wanted[0]).abs().max() < FLEX_TOLERANCE
+    assert torch.equal(model(ids, attention_mask=padding), wanted[1])
+    assert masks == [(20, WINDOW)]
+
+
+def test_dropout_is_off_by_default_and_outside_of_training(config: ModelConfig, make_model: MakeModel) -> None:
+    model, ids = make_model(config), ids_of(40)
+    wanted = model(ids)
+    assert torch.equal(model.train()(ids), wanted)
+    with_dropout(model, 0.3)
+    torch.manual_seed(0)
+    first = model(ids)
+    assert not torch.equal(first, wanted)
+    assert not torch.equal(model(ids), first)  # other dice
+    torch.manual_seed(0)
+    assert torch.equal(model(ids), first)
+    assert torch.equal(model.eval()(ids), wanted)
+
+
+def test_dropout_zeroes_its_share_of_embeddings_and_of_both_sub_layers(
+    config: ModelConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    dropout = torch.nn.functional.dropout
+
+    def counted(x: Tensor, *settings: Any) -> Tensor:
+        out = dropout(x, *settings)
+        shares.append((out == 0).float().mean().item())
+        # what is left is scaled up, so that the sum is as large as before
+        assert torch.allclose(out[out != 0], x[out != 0] / 0.75)
+        return out
+
+    monkeypatch.setattr(module.F, "dropout", counted)
+    with_dropout(make_model(config).train(), 0.25)(ids_of(100, batch=4))
+    assert len(shares) == 1 + 2 * config.num_hidden_layers
+    # Of 25,600 values a quarter: a deviation of 0.02 is seven standard deviations.
+    assert shares == pytest.approx([0.25] * len(shares), abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_kernels_give_the_same_losses(
+    config: ModelConfig, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # a killed process may leave half a kernel in the shared one
+    few = config.model_copy(update={"num_hidden_layers": 2, "layer_types": config.layer_types[1:3]})  # one of each kind
+    losses: dict[bool, list[float]] = {}
+    for compiled in (False, True):
+        model = make_model(few)
+        objective = Objective(model, compiled=compiled).train()
+        optimizer = torch.optim.SGD(objective.parameters(), lr=0.05)
+        losses[compiled] = []
+        for _ in range(5):
+            rows = ids_of(41)
+            loss = objective(rows[:, :-1], rows[:, 1:])
+            losses[compiled].append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert losses[True] == pytest.approx(losses[False], abs=COMPILED_TOLERANCE)
+    assert losses[False][-1] < losses[False][0] - 100 * COMPILED_TOLERANCE  # the updates do something
+
+
+def test_compiled_kernels_are_for_training_alone(
+    config: ModelConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+
+    def compile(function: Callable[..., Tensor], **_: Any) -> Callable[..., Tensor]:
+        def body(ids: Tensor) -> Tensor:
+            calls.append(True)
+            return function(ids)
+
+        return body
+
+    monkeypatch.setattr(torch, "compile", compile)
+    rows = ids_of(41)
+    for compiled in (False, True):
+        objective = Objective(make_model(config), compiled=compiled)
+        for training in (False, True):
+            objective.train(training)(rows[:, :-1], rows[:, 1:])
+            assert calls == [True] * (compiled and training)

@@ -1,0 +1,350 @@
+"""Runs that are killed, or find the disk full, at any moment: what was saved loads, and they end as if nothing had been.
+
+`test_run.py` cuts runs where they agree to it, with Ctrl-C; here nobody is asked.
+"""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from slm.core.nn import load_checkpoint
+from slm.core.progress import Silent
+from slm.train import run as module
+from slm.train.parallel import Alone
+from slm.train.recipe import Recipe
+from slm.train.run import resume, train
+from slm.train.state import Counters, load_state
+
+MakeRecipe = Callable[..., Recipe]
+TIMES = ("elapsed_s", "tokens_s")
+STOPPED_AT = 6
+SECONDS = 100
+# Kills of the run that is killed again and again, and the seed of their moments.
+KILLS, SEED = 8, 1
+
+EVERY_UPDATE = {"checkpoints": {"every_updates": 1, "keep": 2}}
+WEIGHTS = "model.safetensors"
+
+
+class Stopper(Silent):
+    """Interrupts this process after so many micro-steps."""
+
+    def __init__(self, micro_steps: int) -> None:
+        self.left = micro_steps
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        if amount == 1 and not fields:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def left_by(run: Path) -> dict[str, Any]:
+    """Returns everything that a run leaves but times."""
+    tensors = {
+        f"{file.relative_to(run)}/{name}": tensor
+        for file in sorted(run.glob("**/*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return tensors | {"rows": [{k: v for k, v in row.items() if k not in TIMES} for row in rows]}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Returns whether two runs left the same, bit for bit."""
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
+        for name, value in one.items()
+    )
+
+
+def check_what_is_there(run: Path) -> int:
+    """Makes sure that what exists is whole; returns at which micro-step the run would go on."""
+    for name in ("best", "last"):
+        if (run / "checkpoint" / name).exists():
+            load_checkpoint(run / "checkpoint" / name)
+    saved = load_state(run)
+    return saved.counters.micro_steps if saved else 0
+
+
+class Injected(Exception):
+    """Asked for by a test."""
+
+
+# Everything that writing, linking and renaming go through.
+POINTS = (
+    (safetensors.numpy, "save_file"),
+    (safetensors.torch, "save_file"),
+    (Path, "mkdir"),
+    (Path, "rename"),
+    (Path, "replace"),
+    (Path, "write_text"),
+    (Path, "chmod"),
+    (Path, "hardlink_to"),
+    (os, "link"),
+    (os, "fsync"),
+    (shutil, "rmtree"),
+)
+
+
+@contextmanager
+def something_at(number: int, happen: Callable[[str], None]) -> Iterator[list[str]]:
+    """Makes something happen in place of the numbered one of the operations in the block; lists those that came so far.
+
+    A file that was to be written then is half there.
+    """
+    seen: list[str] = []
+    patch = pytest.MonkeyPatch()
+
+    def wrap(home: Any, name: str) -> None:
+        original = getattr(home, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            if len(seen) - 1 == number:
+                if name == "save_file":
+                    Path(args[1]).write_bytes(b"half a file")
+                happen(name)
+            return original(*args, **kwargs)
+
+        patch.setattr(home, name, counted)
+
+    try:
+        for home, name in POINTS:
+            wrap(home, name)
+        yield seen
+    finally:
+        patch.undo()
+
+
+def disk_full(name: str) -> None:
+    if name == "save_file":  # safetensors only quotes what the system said
+        raise safetensors.SafetensorError(f"I/O error: No space left on device (os error {errno.ENOSPC})")
+    if name == "hardlink_to" or name == "link":
+        raise OSError(errno.EPERM, "no links here")  # which is no reason to fail
+    if name == "rmtree":
+        return  # removing is not what fails on a full disk
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def an_update_later(path: Path) -> tuple[Any, Counters]:
+    """Opens a stopped run and makes one update."""
+    opened = module._Run(path, Alone(), Silent())
+    first = opened.counters.micro_steps
+    opened.learner.update(first, lambda: None)
+    opened.updated()
+    return opened, opened.counters.model_copy(update={"micro_steps": first + opened.learner.accumulation})
+
+
+def save(opened: Any, counters: Counters) -> None:
+    """Saves as the loop does."""
+    opened.save(counters, counters.micro_steps // opened.learner.accumulation)
+
+
+@pytest.fixture(params=[0.0, pytest.param(0.9, marks=pytest.mark.slow)], ids=["plain", "averaged"])
+def stopped(request: pytest.FixtureRequest, small_recipe: MakeRecipe) -> Path:
+    """A run that was stopped half way; the run in one piece lies beside it."""
+    recipe = small_recipe(optimizer={"ema": request.param}, **EVERY_UPDATE)
+    train(recipe, Path("uncut"))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, Path("stopped"), Stopper(STOPPED_AT))
+    assert check_what_is_there(Path("stopped")) == STOPPED_AT - 2  # the update that was under way is not in it
+    return Path("stopped")
+
+
+def trials(stopped: Path, trial: Callable[[Path, int], bool]) -> int:
+    """Tries at every operation of a save until there is none left; returns how many there were."""
+    number = 0
+    while True:
+        work = Path("work")
+        shutil.copytree(stopped, work)
+        went_through = trial(work, number)
+        then = check_what_is_there(work)
+        assert then in (STOPPED_AT - 2, STOPPED_AT), number
+        assert went_through <= (then == STOPPED_AT)
+        if (
+            number % 16 == 0 or went_through or list(work.rglob(".*.replaced-*"))
+        ):  # all of them load; that they also end alike takes longer to try
+            resume(work)
+            ends = [left_by(work), left_by(Path("uncut"))]
+            for end in ends:
+                end.pop("rows")  # the update was made without the loop, which writes them
+            assert same(*ends), number
+        shutil.rmtree(work)
+        if went_through:
+            return number
+        number += 1
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(stopped: Path) -> None:
+    failures: list[str] = []
+
+    def trial(work: Path, number: int) -> bool:
+        opened, counters = an_update_later(work)
+        with something_at(number, disk_full) as seen:
+            try:
+                save(opened, counters)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                failures.append(seen[number])
+        assert (work / "checkpoint/last").is_dir()
+        assert not list(work.rglob(".*.partial-*"))
+        # What was replaced stays until it is known that the new one is on the disk.
+        assert not list(work.rglob(".*.replaced-*")) or failures[-1] == "fsync"
+        return len(seen) <= number
+
+    assert trials(stopped, trial) > 20
+    assert {"save_file", "rename", "write_text", "mkdir", "fsync"} <= set(failures)
+
+
+@pytest.mark.slow
+def test_a_kill_costs_nothing_that_was_saved(stopped: Path) -> None:
+    def trial(work: Path, number: int) -> bool:
+        opened, counters = an_update_later(work)
+        child = os.fork()
+        if child == 0:
+            code = 3
+            try:
+                with something_at(number, lambda name: os._exit(1)):
+                    save(opened, counters)
+                code = 0
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 1)
+        return code == 0
+
+    assert trials(stopped, trial) > 20
+
+
+def test_a_run_that_goes_on_from_an_altered_state_ends_otherwise(stopped: Path) -> None:
+    file = stopped / "trainer/optimizer.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in tensors if name.endswith("/exp_avg"))
+    tensors[name][0] += 1e-3
+    safetensors.torch.save_file(tensors, file)
+    resume(stopped)
+    assert not same(left_by(stopped), left_by(Path("uncut")))
+
+
+def test_a_run_that_is_stopped_while_its_average_is_measured(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(optimizer={"ema": 0.9})
+    train(recipe, Path("uncut"))
+    evaluate = module.evaluate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if Path("run/metrics.jsonl").read_text(encoding="utf-8").count('"train"') == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "evaluate", interrupted)
+        train(recipe, Path("run"))
+    assert check_what_is_there(Path("run")) == 4
+    resume(Path("run"))
+    assert same(left_by(Path("run")), left_by(Path("uncut")))
+
+
+def slm_train(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "slm", "train", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again(small_recipe: MakeRecipe) -> None:
+    length = {"schedule": {"micro_steps": 120}, "evaluation": {"every_micro_steps": 12}}
+    Path("recipe.yaml").write_text(small_recipe(**length, **EVERY_UPDATE).to_yaml(), encoding="utf-8")
+    torch.set_num_threads(1)
+    train(small_recipe(**length, **EVERY_UPDATE), Path("uncut"))
+    dice, killed_writing, reached = random.Random(SEED), 0, 0
+    run = Path("run")
+    for kill in range(KILLS):
+        started = slm_train(
+            "--out", run, *(("--resume",) if (run / "config.yaml").exists() else ("--recipe", "recipe.yaml"))
+        )
+        rows = run / "metrics.jsonl"
+        before = rows.stat().st_mtime_ns if rows.exists() else 0
+        wait_for(lambda rows=rows, before=before: rows.exists() and rows.stat().st_mtime_ns > before)  # it trains
+        time.sleep(dice.uniform(0, 0.4))
+        if kill % 2:
+            wait_for(lambda: any(run.glob("**/.*.partial-*")))  # it writes
+        started.kill()
+        started.communicate()
+        assert started.returncode == -signal.SIGKILL, kill  # rather than at its end before it was killed
+        killed_writing += any(run.glob("**/.*.partial-*"))
+        copy = Path(f"copy-{kill}")
+        shutil.copytree(run, copy)
+        then = check_what_is_there(copy)
+        assert then >= reached
+        reached = then
+    assert killed_writing >= KILLS // 4
+    assert reached > 0
+    ended = slm_train("--out", run, "--resume")
+    _, said = ended.communicate(timeout=SECONDS)
+    assert ended.returncode == 0, said
+    assert f"going on after {reached:,} micro-steps" in said
+    assert same(left_by(run), left_by(Path("uncut")))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def unshare() -> list[str] | None:
+    """Returns the command that gives a process mounts of its own, where that is allowed."""
+    command = ["unshare", "--user", "--map-root-user", "--mount"]
+    try:
+        probe = subprocess.run([*command, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, timeout=SECONDS)
+    except OSError:
+        return None
+    return command if probe.returncode == 0 else None
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(small_recipe: MakeRecipe) -> None:
+    if (apart := unshare()) is None:
+        pytest.skip("a small disk takes user namespaces, which this machine does not allow")
+    recipe = small_recipe(**EVERY_UPDATE)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, Path("stopped"), Stopper(STOPPED_AT))
+    size = sum(-(-file.stat().st_size // 4096) * 4 for file in Path("stopped").rglob("*") if file.is_file())
+    Path("small").mkdir()
+    # Room for the weights, but not for the optimizer's moments, which are twice as large.
+    script = f"mount -t tmpfs -o size={size + 40 + weights_kib('stopped')}k none small && cp -a stopped small/run && "
+    script += f"{sys.executable} -m slm train --resume --out small/run; code=$?; cp -a small/run after; exit $code"
+    ended = subprocess.run([*apart, "sh", "-c", script], capture_output=True, text=True, timeout=SECONDS)
+    assert ended.returncode == 1, ended.stderr
+    *_, error, hint = ended.stderr.splitlines()
+    assert error == "error: no space left on the disk"
+    assert hint.startswith("hint: free some")
+    assert "Traceback" not in ended.stderr
+    assert check_what_is_there(Path("after")) >= STOPPED_AT - 2
+    resume(Path("after"))
+    train(recipe, Path("uncut"))
+    assert same(left_by(Path("after")), left_by(Path("uncut")))
+
+
+def weights_kib(run: str) -> int:
+    return (Path(run) / "trainer" / WEIGHTS).stat().st_size >> 10
