@@ -130,6 +130,9 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated(128 + signum)
 
 
+_OUT_OF_MEMORY = ("out of memory", "a smaller batch or context needs less", 1)
+
+
 def _explain(error: Exception) -> tuple[str, str | None, int]:
     """Returns message, hint and exit code for an exception."""
     match error:
@@ -148,7 +151,9 @@ def _explain(error: Exception) -> tuple[str, str | None, int]:
         case OSError() if error.strerror:
             return f"{error.strerror}: {error.filename}" if error.filename else error.strerror, None, 1
         case MemoryError():
-            return "out of memory", "a smaller batch or context needs less", 1
+            return _OUT_OF_MEMORY
+        case RuntimeError() if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            return _OUT_OF_MEMORY  # torch's, on CUDA and on the CPU
     return _unexpected(error)
 
 

@@ -16,7 +16,7 @@ from slm.train.learner import Learner, Objective
 from slm.train.optimizer import make_optimizers
 from slm.train.parallel import Processes, launched, local_rank, share_of
 from slm.train.precision import Precision
-from slm.train.recipe import MachineRecipe, Recipe
+from slm.train.recipe import Recipe
 from slm.train.schedule import learning_rate
 from slm.train.state import SavedState
 
@@ -49,12 +49,16 @@ def with_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfi
     return ModelConfig.checked(config.model_dump() | ids)
 
 
-def check_parallel(recipe: Recipe, processes: Processes) -> None:
-    """Makes sure that the recipe can be shared by the processes.
+def check_machine(recipe: Recipe, device: torch.device, processes: Processes) -> None:
+    """Makes sure that the device and the processes can do what the recipe asks for.
 
     Raises:
-        SlmError: When it cannot.
+        SlmError: When they cannot.
     """
+    if recipe.machine.attention == "flex" and device.type != "cuda":
+        raise SlmError(
+            "machine.attention=flex needs CUDA: elsewhere FlexAttention has no backward pass", "leave it out"
+        )
     share_of(recipe.batch.batch_size, processes)
     if processes.size > 1 and recipe.machine.parallel == "fsdp" and recipe.optimizer.name == "muon":
         raise SlmError(
@@ -67,16 +71,19 @@ def build_model(recipe: Recipe, config: ModelConfig, device: torch.device, saved
     """Returns the model, from the seed or from what was saved, set up for the machine.
 
     Raises:
-        SlmError: When the machine cannot do what the recipe asks for.
+        SlmError: When what was saved is of another model.
     """
     model = CausalLM(config)
     if saved is None:
         model.init_weights(torch.Generator().manual_seed(recipe.seed))
     else:
-        model.load_state_dict(saved.weights, strict=False)  # a tied head is stored once
+        wanted = {name for name, _ in model.named_parameters()}  # a tied head once
+        if wanted != saved.weights.keys():
+            raise SlmError("the saved weights are not those of this model", "train again without --resume")
+        model.load_state_dict(saved.weights, strict=False)
     body = model.model
     body.gradient_checkpointing = recipe.machine.gradient_checkpointing
-    body.flex = _flex(recipe.machine, device)
+    body.flex = device.type == "cuda" and recipe.machine.attention != "sdpa"
     for module in (body, *body.layers):
         module.dropout = recipe.regularization.dropout
     return model.to(device)
@@ -138,11 +145,3 @@ def _batch(
     starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
     torch.manual_seed(int(np.random.default_rng([seed, micro_step, rank]).integers(1 << 62)))
     return gather(ids, starts, batch.context, device)
-
-
-def _flex(machine: MachineRecipe, device: torch.device) -> bool:
-    if machine.attention == "flex" and device.type != "cuda":
-        raise SlmError(
-            "machine.attention=flex needs CUDA: elsewhere FlexAttention has no backward pass", "leave it out"
-        )
-    return machine.attention == "flex" or (machine.attention == "auto" and device.type == "cuda")

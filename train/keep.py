@@ -112,6 +112,7 @@ class Keeper:
             "seed": recipe.seed,
             **self._about,
             "tokenizer_sha256": self._dataset.tokenizer.sha256,
+            "licence_of_the_data": self._dataset.manifest.licence,
             "data": {
                 name: tokens.header.model_dump()
                 for name, tokens in (("train", self._dataset.train), ("validation", self._dataset.validation))

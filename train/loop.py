@@ -61,7 +61,10 @@ class Actions(Protocol):
         """Saves everything that going on needs; the checkpoint under a number too, where one is given."""
 
     def last_saved(self) -> str:
-        """Says in a few words what there is to go back to."""
+        """Says in a few words what was saved last."""
+
+    def best_saved(self) -> str:
+        """Says in a few words which checkpoint was measured and found good."""
 
     def less_memory(self) -> str:
         """Advises what to lower, and by how much, when memory ran out."""
@@ -281,7 +284,7 @@ class Loop:
     def _diverged(self, update: int, micro_step: int, what: str) -> SlmError:
         return SlmError(
             f"update {update:,}, micro-step {micro_step:,}: {what}",
-            f"{self._actions.last_saved()}; try a lower schedule.learning_rate, a longer warm-up, or "
+            f"{self._actions.best_saved()}; try a lower schedule.learning_rate, a longer warm-up, or "
             "machine.precision=float32",
         )
 

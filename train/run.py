@@ -13,7 +13,7 @@ from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.average import MovingAverage
-from slm.train.build import build_learner, build_model, check_parallel, pick_device, with_special_tokens
+from slm.train.build import build_learner, build_model, check_machine, pick_device, with_special_tokens
 from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
@@ -84,8 +84,7 @@ def train(
         SlmError: When data, tokenizer or directory will not do, or the loss is no longer finite.
     """
     with nullcontext(processes) if processes else joined() as together:
-        pick_device(recipe.machine.device)  # before the work, not after it
-        check_parallel(recipe, together)
+        check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work, not after it
         heard = (progress if together.rank == 0 else None) or Silent()
         by_first(together, lambda: prepare(recipe, out, heard))
         return _Run(out, together, heard).go()
@@ -102,7 +101,8 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
     if not (out / CONFIG).is_file():
         raise SlmError(f"no run to go on with: {out} has no {CONFIG}", "slm train --data FILE starts one")
     with nullcontext(processes) if processes else joined() as together:
-        check_parallel(load_recipe(out / CONFIG), together)
+        recipe = load_recipe(out / CONFIG)
+        check_machine(recipe, pick_device(recipe.machine.device), together)
         return _Run(out, together, (progress if together.rank == 0 else None) or Silent()).go()
 
 
@@ -205,7 +205,12 @@ class _Run:
     def last_saved(self) -> str:
         """Says what there is to go back to."""
         last = self.keeper.last
-        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+        return f"the last checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+
+    def best_saved(self) -> str:
+        """Says which checkpoint is known to be good."""
+        best = self.keeper.best
+        return f"the last good checkpoint is {best}" if best.exists() else self.last_saved()
 
     def less_memory(self) -> str:
         """Advises what to lower."""

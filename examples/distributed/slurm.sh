@@ -1,5 +1,5 @@
 #!/bin/bash
-# Trains on two machines of four GPUs each, and goes on by itself when Slurm ends the job and starts it again.
+# Trains on two machines of four GPUs each. Submitted again, or requeued by Slurm after a failure, it goes on with the run.
 # Written from Slurm's and torchrun's documentation; not run by slm's own tests, which have no cluster.
 #
 #   sbatch examples/distributed/slurm.sh recipe.yaml /shared/runs/stories
@@ -10,7 +10,7 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --requeue                  # a machine that fails, or a job that is preempted, starts over
+#SBATCH --requeue                  # after a machine failed, or the job was preempted
 #SBATCH --signal=TERM@180          # three minutes before the time is over: the run saves itself and stops
 #SBATCH --open-mode=append
 

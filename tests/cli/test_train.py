@@ -133,6 +133,8 @@ def test_no_recipe_with_a_gpu(slm: Callable, monkeypatch: pytest.MonkeyPatch) ->
             1,
             "error: small.yaml: schedule: the length is",
         ),
+        (["--set", "machine.attention=flex"], 1, "error: machine.attention=flex needs CUDA"),
+        (["--set", "optimizer.betas=[0.9, 1.5]"], 1, "error: small.yaml: optimizer.betas"),
         (["--seed", "-1"], 1, "error: --seed -1 is negative"),
         (["--out", "taken"], 1, "error: the run directory is not empty: taken"),
         (["--out", "train.txt"], 1, "error: not a directory: train.txt"),
@@ -158,13 +160,6 @@ def test_mistakes(slm: Callable, arguments: list[str], code: int, message: str) 
     assert "Traceback" not in result.err
     assert result.out == ""
     assert sorted(Path().rglob("*")) == before
-
-
-def test_flex_attention_without_a_gpu(slm: Callable) -> None:
-    result = slm(*TRAIN, "--set", "machine.attention=flex")
-    assert result.code == 1
-    assert "error: machine.attention=flex needs CUDA" in result.err
-    assert "Traceback" not in result.err
 
 
 def test_resume_takes_the_newest_run(slm: Callable) -> None:
@@ -213,7 +208,7 @@ def test_a_loss_that_is_not_finite_is_one_line_and_what_to_try(slm: Callable) ->
     assert result.code == 1
     assert result.err.count("error:") == 1
     assert "error: update 2, micro-step 2: the" in result.err
-    assert "the last good checkpoint is runs/small/checkpoint/last; try a lower schedule.learning_rate" in result.err
+    assert "the last checkpoint is runs/small/checkpoint/last; try a lower schedule.learning_rate" in result.err
     assert "Traceback" not in result.err
 
 

@@ -133,9 +133,18 @@ def measure(recipe: Recipe, data: Path, processes: Processes, broken: str | None
     return measured
 
 
+def copy_run(source: Path, out: Path, kind: str) -> None:
+    """Copies a stopped run, to be gone on with in another way."""
+    shutil.copytree(source, out)
+    recipe = load_recipe(out / "config.yaml")
+    (out / "config.yaml").write_text(Recipe.model_validate(fields(recipe, kind)).to_yaml(), encoding="utf-8")
+
+
 def train_for(job: dict[str, Any], processes: Processes) -> None:
     """Trains or goes on; stops early where the job says so."""
     out, stop = Path(job["out"]), job.get("stop")
+    if "source" in job:
+        by_first(processes, lambda: copy_run(Path(job["source"]), out, job["parallel"]))
     progress = Stopper(stop) if stop else None
     try:
         if "recipe" in job:
@@ -273,11 +282,7 @@ def stopped(recipes: MakeRecipe, kind: str, out: Path) -> dict[str, Any]:
 
 
 def going_on(place: Path, source: str, kind: str, out: str) -> dict[str, Any]:
-    """Copies a stopped run, to be gone on with in another way."""
-    shutil.copytree(place / source, place / out)
-    config = place / out / "config.yaml"
-    config.write_text(Recipe.model_validate(fields(load_recipe(config), kind)).to_yaml(), encoding="utf-8")
-    return {"kind": "train", "out": str(place / out)}
+    return {"kind": "train", "source": str(place / source), "parallel": kind, "out": str(place / out)}
 
 
 @pytest.fixture(scope="module")
@@ -297,12 +302,10 @@ def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]
         jobs.append({"kind": "train", "recipe": fields(recipes(**EMA), kind), "out": str(place / f"2-{kind}")})
         jobs.append(stopped(recipes, kind, place / f"2-{kind}-stopped"))
         jobs.append(going_on(place, "1-stopped", kind, f"1-to-2-{kind}"))
+    for before in ("ddp", "fsdp"):
+        for kind in ("ddp", "fsdp"):
+            jobs.append(going_on(place, f"2-{before}-stopped", kind, f"2-{before}-to-2-{kind}"))
     do(2, jobs, place)
-    do(
-        2,
-        [going_on(place, f"2-{a}-stopped", b, f"2-{a}-to-2-{b}") for a in ("ddp", "fsdp") for b in ("ddp", "fsdp")],
-        place,
-    )
     return place
 
 

@@ -47,13 +47,13 @@ def packed_starts(length: int, batch_size: int, context: int, seed: int, micro_s
         seed: The run's seed.
         micro_step: Number of the micro-step, from 0.
     """
-    rows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the offset may be anything below a row
+    rows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the offset may be anything up to a row
     numbers = np.arange(micro_step * batch_size, (micro_step + 1) * batch_size)
-    spare = length - context * rows  # the offset leaves a target after the last row
+    offsets = length - context * rows  # so many leave a target after the last row
     starts = np.empty(batch_size, np.int64)
     for epoch in range(numbers[0] // rows, numbers[-1] // rows + 1):
         mine = numbers // rows == epoch
-        offset, order = _epoch(seed, int(epoch), rows, min(spare, context))
+        offset, order = _epoch(seed, int(epoch), rows, offsets)
         starts[mine] = offset + context * order[numbers[mine] % rows]
     return starts
 
