@@ -150,7 +150,8 @@ def _timed_seconds(recipe: Recipe, config: ModelConfig, precision: Precision, de
     one = config.model_copy(update={"num_hidden_layers": 1, "layer_types": config.layer_types[:1]})
     model = CausalLM(one).to(device)
     objective = Objective(model)
-    ids = torch.arange(_TOKENS, device=device).remainder(config.vocab_size).view(-1, min(_TOKENS, recipe.batch.context))
+    length = min(_TOKENS, recipe.batch.context)
+    ids = torch.arange(_TOKENS // length * length, device=device).remainder(config.vocab_size).view(-1, length)
     positions = model.model.positions(ids, None, past=0)[config.layer_types[0]]
     hidden = torch.randn(*ids.shape, config.hidden_size, device=device)
 

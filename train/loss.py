@@ -17,6 +17,9 @@ IGNORED = -100
 
 # Logits of a chunk. The gradient of the head's weights is added up once a chunk: smaller chunks pay for that more often.
 _CHUNK_BYTES = 128 << 20
+# On a CPU products with the head take fewer rows at once: with GPT-2's vocabulary 1,024 rows take 69 ms together and 46 ms
+# in four parts (two cores with AMX, bfloat16). The gradient of the head's weights wants them together: 77 ms against 130.
+_ROWS = 256
 # On a CPU the softmax goes over rows that stay in a core's cache between its passes.
 _CACHED_BYTES = 2 << 20
 
@@ -32,10 +35,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
         targets: Ids (N,); those that are `IGNORED` count neither in the loss nor in its mean.
         chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
     """
-    if chunk is None:
-        chunk = max(1, _CHUNK_BYTES // (4 * len(weight)))
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if chunk is None:
+        chunk = max(1, _CHUNK_BYTES // (dtype.itemsize * len(weight)))
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype)
     return loss
 
@@ -67,11 +70,16 @@ def _forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: i
     total = hidden.new_zeros((), dtype=torch.float32)
     inputs, head = hidden.to(dtype), weight.to(dtype)
     for first in range(0, len(targets), chunk):
-        rows = slice(first, first + chunk)
-        logits = inputs[rows] @ head.T
-        total += _softmax_minus_target(logits, targets[rows], learned[rows])
-        if hidden_gradient is not None:
-            hidden_gradient[rows] = logits @ head
+        rows = slice(first, min(first + chunk, len(targets)))
+        logits = inputs.new_empty(rows.stop - first, len(head))
+        step = chunk if logits.is_cuda else _ROWS
+        for start in range(first, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
+            values = logits[block.start - first : block.stop - first]
+            torch.mm(inputs[block], head.T, out=values)
+            total += _softmax_minus_target(values, targets[block], learned[block])
+            if hidden_gradient is not None:
+                hidden_gradient[block] = values @ head
         if wants_weight:
             part = logits.T @ inputs[rows]
             weight_gradient = part.float() if weight_gradient is None else weight_gradient.add_(part)

@@ -64,14 +64,15 @@ def training_bytes(recipe: Recipe, config: ModelConfig, precision: Precision, pr
         cast //= config.num_hidden_layers  # those of one layer at a time
     tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
     chunk = recipe.machine.loss_chunk
-    rows = min(tokens, chunk if chunk is not None else max(1, _LOSS_BYTES // (4 * config.vocab_size)))
+    product = _PRODUCT if precision.autocast is not None else _FLOAT32
+    rows = min(tokens, chunk if chunk is not None else max(1, _LOSS_BYTES // (product * config.vocab_size)))
     return TrainingBytes(
         weights=weights // shared,
         gradients=weights // shared,
         moments=moments // shared,
         average=weights // shared if recipe.optimizer.ema else 0,
         activations=tokens * _bytes_per_token(recipe, config, precision) + cast,
-        loss=rows * config.vocab_size * _FLOAT32 + 2 * table,
+        loss=rows * config.vocab_size * product + 2 * table,
     )
 
 

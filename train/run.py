@@ -93,7 +93,7 @@ def train(
 def resume(out: Path, progress: Progress | None = None, processes: Processes | None = None) -> TrainResult:
     """Goes on with a run as if it had never stopped: the result is the same, bit for bit, on the same machine.
 
-    As many processes as before are not needed; only rounding depends on their number.
+    As many processes as before are not needed; only rounding depends on their number, and dropout's dice.
 
     Raises:
         SlmError: When the directory holds no run, or its files are damaged.

@@ -3,8 +3,8 @@
 Dimensions: B batch, T positions, D hidden, F intermediate, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,19 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input_ids) * torch.tensor(self.embed_scale, dtype=self.weight.dtype)
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Returns GELU (arXiv:1606.08415) in its tanh approximation; same shape and dtype.
+
+    In compiled code by the logistic function, which is the same: 1 + tanh(z) = 2 / (1 + exp(-2z)). Vectorized on a CPU, its
+    one exponential takes less than half as long as tanh.
+    """
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": gelu_tanh,
     "gelu": F.gelu,
     "silu": F.silu,
     "relu": F.relu,

@@ -78,6 +78,8 @@ class TextModel(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
+    # Not compiled: every layer's fused kernels would compute the same sines anew.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> dict[LayerType, Positions]:
         """Returns rotation and mask for each kind of layer that occurs.
 
