@@ -1,4 +1,4 @@
-"""The small model that ships with slm: `tiny` trained on the shipped stories, INT8; `make shipped-model` makes it anew."""
+"""The small model that ships with slm: `stories-4m` trained on TinyStories, INT8; see MODEL_CARD.md and `make shipped-model`."""
 
 from pathlib import Path
 
