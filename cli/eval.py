@@ -175,7 +175,8 @@ def _as_trained(path: Path) -> tuple[int | None, int | None]:
     recorded: Any = Bundle.open(path).manifest.provenance.get(INFO_FILE) if is_bundle(path) else read_info(path)
     try:
         recipe = recorded["recipe"]
-        return int(recipe["batch"]["context"]), int(recipe["evaluation"]["windows"])
+        evaluation = recipe["evaluation"]
+        return int(evaluation.get("context") or recipe["batch"]["context"]), int(evaluation["windows"])
     except (KeyError, TypeError, ValueError):
         return None, None
 

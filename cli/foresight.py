@@ -15,7 +15,7 @@ _BYTES_PER_TOKEN = 4.0
 _MIB = 1 << 20
 
 
-def foresee(recipe: "Recipe", gpu: str | None, as_json: bool) -> None:
+def foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int = 1) -> None:
     """Prints the resolved recipe, its estimate and what is odd about it.
 
     Raises:
@@ -35,7 +35,7 @@ def foresee(recipe: "Recipe", gpu: str | None, as_json: bool) -> None:
             "slm data prepare --data … first, or --set schedule.epochs=null --set schedule.micro_steps=N",
         )
     recipe = recipe.for_tokens(text_tokens or 0)
-    est = estimate(recipe, gpu and gpu.lower(), memory().usable)
+    est = estimate(recipe, gpu and gpu.lower(), memory().usable, processes)
     passes = est.tokens / text_tokens if text_tokens else None
     odd = review(recipe, passes)
     if est.advice is not None:

@@ -94,6 +94,7 @@ def train(
                 "--seed": seed,
                 "--set": overrides,
                 "--dry-run": dry_run or None,
+                "--on": gpu,
             }
             unwanted = [option for option, value in given.items() if value not in (None, ())]
             if unwanted:
@@ -107,7 +108,7 @@ def train(
                 raise click.UsageError("--on goes with --dry-run")
             recipe = by_first(processes, lambda: _recipe(recipe_name, data, val, tokenizer, seed, overrides))
             if dry_run:
-                by_first(processes, lambda: foresee(recipe, gpu, as_json))
+                by_first(processes, lambda: foresee(recipe, gpu, as_json, processes.size))
                 return
             path = by_first(processes, lambda: out or free_run(recipe.name))
             result = run.train(recipe, path, progress, processes)
@@ -169,4 +170,4 @@ def _report(result: "TrainResult", as_json: bool) -> None:
         ("peak memory", f"{result.peak_rss_mib:,.0f} MiB"),
     ]
     print_table("trained", ("", ""), rows)
-    say("next: slm export --onnx")
+    say(f"next: slm export --onnx {result.checkpoint}")

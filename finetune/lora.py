@@ -161,7 +161,7 @@ def finetune(
 def _write(out: Path, adapter: PeftModel, trained: Fit, info: dict[str, Any]) -> None:
     with atomic_directory(out, _FILES) as directory:
         save_adapter(directory, adapter, trained.state)
-        metrics = Metrics(directory, micro_steps=0)
+        metrics = Metrics(directory, updates=0)
         for kind, row in trained.history:
             metrics.add(kind, row)
         metrics.draw()

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 HOMES = {"slm": "src/slm"} | {
     f"slm/{name}": name for name in ("cli", "core", "export", "finetune", "interchange", "quantize", "runtime", "train")
 }
-SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed", "LICENSE", "MODEL_CARD.md", "loss.png")
+SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
+SHIPPED += ("LICENSE", "MODEL_CARD.md", "loss.png")
 
 
 def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """From a recipe to what trains: the device, the model as the machine is to run it, its optimizers and its batches."""
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -55,6 +56,8 @@ def check_machine(recipe: Recipe, device: torch.device, processes: Processes) ->
     Raises:
         SlmError: When they cannot.
     """
+    if recipe.machine.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SlmError("machine.compile needs a C++ compiler, and there is none", "apt install g++, or leave it out")
     if recipe.machine.attention == "flex" and device.type != "cuda":
         raise SlmError(
             "machine.attention=flex needs CUDA: elsewhere FlexAttention has no backward pass", "leave it out"
@@ -67,8 +70,16 @@ def check_machine(recipe: Recipe, device: torch.device, processes: Processes) ->
         )
 
 
-def build_model(recipe: Recipe, config: ModelConfig, device: torch.device, saved: SavedState | None) -> CausalLM:
+def build_model(
+    recipe: Recipe,
+    config: ModelConfig,
+    device: torch.device,
+    saved: SavedState | None,
+    processes: Processes | None = None,
+) -> CausalLM:
     """Returns the model, from the seed or from what was saved, set up for the machine.
+
+    On its device, but for a model that several processes will split: it goes there share by share.
 
     Raises:
         SlmError: When what was saved is of another model.
@@ -77,22 +88,26 @@ def build_model(recipe: Recipe, config: ModelConfig, device: torch.device, saved
     if saved is None:
         model.init_weights(torch.Generator().manual_seed(recipe.seed))
     else:
-        wanted = {name for name, _ in model.named_parameters()}  # a tied head once
-        if wanted != saved.weights.keys():
-            raise SlmError("the saved weights are not those of this model", "train again without --resume")
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head once
+        if wanted != {name: tensor.shape for name, tensor in saved.weights.items()}:
+            raise SlmError(
+                "the saved weights are not those of this model", "put config.yaml back as it was, or start a new run"
+            )
         model.load_state_dict(saved.weights, strict=False)
     body = model.model
     body.gradient_checkpointing = recipe.machine.gradient_checkpointing
     body.flex = device.type == "cuda" and recipe.machine.attention != "sdpa"
     for module in (body, *body.layers):
         module.dropout = recipe.regularization.dropout
-    return model.to(device)
+    split = processes is not None and processes.size > 1 and recipe.machine.parallel == "fsdp"
+    return model if split else model.to(device)
 
 
 def build_learner(
     recipe: Recipe,
     model: CausalLM,
     tokens: Tokens,
+    device: torch.device,
     precision: Precision,
     saved: SavedState | None,
     processes: Processes,
@@ -103,13 +118,13 @@ def build_learner(
         recipe: With its length in micro-steps.
         model: On its device.
         tokens: What is trained on.
+        device: Where.
         precision: What the products are computed in.
         saved: What to go on from.
         processes: Those that share the batches.
     """
-    device = next(model.parameters()).device
     loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
-    objective = processes.wrap(loss, recipe.machine.parallel)
+    objective = processes.wrap(loss, recipe.machine.parallel, device)
     optimizers = make_optimizers(model, recipe.optimizer.settings())
     schedule = recipe.schedule
     learner = Learner(
@@ -133,7 +148,8 @@ def build_learner(
     )
     if saved is not None:
         optimizers.load_state_tensors(model, saved.optimizer)
-        learner.scaler.load_state_dict(saved.counters.scaler)
+        if saved.counters.scaler:  # none was needed where the state comes from
+            learner.scaler.load_state_dict(saved.counters.scaler)
     return learner
 
 

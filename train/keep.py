@@ -94,7 +94,7 @@ class Keeper:
                     (directory / file.name).hardlink_to(file)
                 except OSError:  # a file system without links
                     shutil.copyfile(file, directory / file.name)
-        numbered = sorted(self._checkpoints.glob(f"{_NUMBERED}*"))
+        numbered = sorted(self._checkpoints.glob(f"{_NUMBERED}{'[0-9]' * 7}"))
         for old in numbered[: -self._recipe.checkpoints.keep]:
             shutil.rmtree(old)
 

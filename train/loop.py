@@ -167,10 +167,10 @@ class Loop:
 
     def _evaluation_is_due(self) -> bool:
         done = self.counters.micro_steps
-        if self._metrics.evaluations and self._metrics.evaluations[-1]["micro_steps"] == done:
+        if self._metrics.evaluations and self._metrics.evaluations[-1]["updates"] == done // self._learner.accumulation:
             return False
         before, every = done - self._learner.accumulation, self._plan.evaluate_every
-        return done in (0, self._total) or done // every > before // every
+        return done == 0 or done >= self._total or done // every > before // every
 
     def _measure(self) -> None:
         measured = self._actions.evaluate(self._safe_point)

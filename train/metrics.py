@@ -29,21 +29,21 @@ _SCALARS: dict[Kind, dict[str, str]] = {
 class Metrics:
     """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for what the model wrote then."""
 
-    def __init__(self, run: Path, micro_steps: int, *, write: bool = True, tensorboard: bool = False) -> None:
-        """Opens the metrics of a run that goes on after `micro_steps`; what was written later is dropped.
+    def __init__(self, run: Path, updates: int, *, write: bool = True, tensorboard: bool = False) -> None:
+        """Opens the metrics of a run that goes on after so many updates; what was written later is dropped.
 
         Args:
             run: The run's directory.
-            micro_steps: Where it goes on.
+            updates: Where it goes on.
             write: Whether to write at all, or only to remember: of several processes one writes.
             tensorboard: Whether to write for TensorBoard too; what is there is written anew from the rows.
         """
         self._file = run / METRICS_FILE
         self._curve = run / CURVE_FILE
-        kept = [row for row in _read(self._file) if row["micro_steps"] <= micro_steps]
+        kept = [row for row in _read(self._file) if row["updates"] <= updates]
         # Samples are written before their evaluation: without it they will be drawn again.
-        measured = {row["micro_steps"] for row in kept if row["type"] == "eval"}
-        kept = [row for row in kept if row["type"] != "sample" or row["micro_steps"] in measured]
+        measured = {row["updates"] for row in kept if row["type"] == "eval"}
+        kept = [row for row in kept if row["type"] != "sample" or row["updates"] in measured]
         self._rows: dict[Kind, list[Row]] = {"train": [], "eval": [], "sample": []}
         for row in kept:
             self._rows[row["type"]].append(row)

@@ -43,16 +43,17 @@ class Processes(Protocol):
     rank: int
     size: int
 
-    def wrap(self, objective: nn.Module, kind: ParallelName) -> nn.Module:
+    def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
         """Returns the module that shares its gradients with the other processes; parameters keep their names inside.
 
         Args:
             objective: The loss of `slm.train.learner.Objective`, its model on its device.
             kind: How the model is shared.
+            device: That of this process.
         """
 
     def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Returns the context of a micro-step; only the last one of an update exchanges gradients."""
+        """Returns the context of a micro-step."""
 
     def gathered(self, objective: nn.Module) -> AbstractContextManager[Any]:
         """Returns the context in which the wrapped module, or the model in it, may be called without learning.
@@ -72,7 +73,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def wrap(self, objective: nn.Module, kind: ParallelName) -> nn.Module:
+    def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
         """Returns the module."""
         return objective
 
@@ -117,9 +118,8 @@ class Group:
                 "start every node, with the same --rdzv-endpoint, and let them reach each other's ports",
             ) from None
 
-    def wrap(self, objective: nn.Module, kind: ParallelName) -> nn.Module:
+    def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
         """Returns the module that shares its gradients with the other processes; parameters keep their names inside."""
-        device = next(objective.parameters()).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if kind == "ddp":
@@ -137,11 +137,13 @@ class Group:
         return objective
 
     def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Returns the context of a micro-step; only the last one of an update exchanges gradients."""
-        if not _is_sharded(objective):
-            return nullcontext() if last else objective.no_sync()  # type: ignore[operator]
-        objective.set_requires_gradient_sync(last)  # type: ignore[operator]
-        return nullcontext()
+        """Returns the context of a micro-step. With DDP only the last one of an update exchanges gradients.
+
+        With FSDP each does: kept back, they would be whole in every process, which is what is not to happen.
+        """
+        if _is_sharded(objective) or last:
+            return nullcontext()
+        return objective.no_sync()  # type: ignore[operator]
 
     @contextmanager
     def gathered(self, objective: nn.Module) -> Iterator[None]:

@@ -12,7 +12,7 @@ from slm.core.files import atomic_directory, write_text
 from slm.core.progress import Progress
 from slm.core.tokenizer import Tokenizer
 from slm.train.data.corpus import is_named, open_corpus
-from slm.train.data.dataset import DATASET_FILE, Split, is_dataset, open_dataset, refer_to
+from slm.train.data.dataset import DATASET_FILE, DatasetManifest, is_dataset, open_dataset, refer_to
 from slm.train.data.preparation import beginning, write_dataset
 from slm.train.data.tokenizer import check_vocabulary, resolve_tokenizer
 from slm.train.recipe import Recipe
@@ -41,19 +41,12 @@ def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
     data = recipe.data
     prepared = len(data.train) == 1 and not is_named(data.train[0]) and is_dataset(Path(data.train[0]).expanduser())
     with _new_directory(run):
-        splits = (_refer if prepared else _write)(recipe, run, progress)
-        measured = recipe.evaluation.context
-        _check_length(splits[0], recipe.batch.context, "training", "batch.context")
-        _check_length(
-            splits[1],
-            measured or recipe.batch.context,
-            "validation",
-            f"{'evaluation' if measured else 'batch'}.context",
-        )
-        write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(splits[0].tokens)).to_yaml())
+        manifest = (_refer if prepared else _write)(recipe, run, progress)
+        check_lengths(recipe, manifest)
+        write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(manifest.train.tokens)).to_yaml())
 
 
-def _write(recipe: Recipe, run: Path, progress: Progress) -> tuple[Split, Split]:
+def _write(recipe: Recipe, run: Path, progress: Progress) -> DatasetManifest:
     """Makes the run's own dataset."""
     corpus = open_corpus(recipe.data.train, recipe.data.validation)
     progress.note(f"data: {corpus.about}")
@@ -63,7 +56,7 @@ def _write(recipe: Recipe, run: Path, progress: Progress) -> tuple[Split, Split]
     )
     with atomic_directory(run / DATA, ()) as directory:
         manifest = write_dataset(directory, corpus, tokenizer, progress, workers=_workers())
-    return manifest.train, manifest.validation
+    return manifest
 
 
 def _workers() -> int:
@@ -72,7 +65,7 @@ def _workers() -> int:
     return min(cores, _MOST_WORKERS)
 
 
-def _refer(recipe: Recipe, run: Path, progress: Progress) -> tuple[Split, Split]:
+def _refer(recipe: Recipe, run: Path, progress: Progress) -> DatasetManifest:
     """Refers to a prepared dataset, whose tokenizer becomes the run's."""
     path = Path(recipe.data.train[0]).expanduser()
     if recipe.data.validation is not None:
@@ -94,7 +87,7 @@ def _refer(recipe: Recipe, run: Path, progress: Progress) -> tuple[Split, Split]
     with atomic_directory(run / DATA, ()) as directory:
         tokenizer.save(directory)
         write_text(directory / DATASET_FILE, refer_to(path).model_dump_json(indent=2) + "\n")
-    return dataset.manifest.train, dataset.manifest.validation
+    return dataset.manifest
 
 
 def _check_free(run: Path) -> None:
@@ -119,12 +112,27 @@ def _new_directory(path: Path) -> Iterator[None]:
         raise
 
 
-def _check_length(split: Split, context: int, name: str, value: str) -> None:
-    if split.tokens <= context:
-        raise SlmError(
-            f"the {name} text is too short: {split.tokens:,} tokens, and a window takes {context:,} and one more",
-            f"give more text, or --set {value}={max(2, split.tokens // 2)}",
-        )
+def check_lengths(recipe: Recipe, manifest: DatasetManifest) -> None:
+    """Makes sure that there is a window to train on and one to measure on.
+
+    Raises:
+        SlmError: When a text is too short.
+    """
+    measured = recipe.evaluation.context
+    for split, name, context, value in (
+        (manifest.train, "training", recipe.batch.context, "batch.context"),
+        (
+            manifest.validation,
+            "validation",
+            measured or recipe.batch.context,
+            "evaluation.context" if measured else "batch.context",
+        ),
+    ):
+        if split.tokens <= context:
+            raise SlmError(
+                f"the {name} text is too short: {split.tokens:,} tokens, and a window takes {context:,} and one more",
+                f"give more text, or --set {value}={max(2, split.tokens // 2)}",
+            )
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataRecipe(_Section):
@@ -234,7 +234,7 @@ class Recipe(_Section):
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     data: DataRecipe = DataRecipe()
     model: ModelRecipe
     batch: BatchRecipe
@@ -274,6 +274,19 @@ class Recipe(_Section):
     def updates(self) -> int:
         """Updates of the whole run."""
         return self.micro_steps // self.batch.accumulation
+
+    @property
+    def course(self) -> dict[str, Any]:
+        """What a run cannot change on its way, by the names of `--set`: what its saved state means something under."""
+        batch = self.batch
+        return {
+            "seed": self.seed,
+            "data.sampler": self.data.sampler,
+            "batch.batch_size × accumulation": batch.batch_size * batch.accumulation,
+            "batch.context": batch.context,
+            "optimizer.name": self.optimizer.name,
+            "optimizer.ema": bool(self.optimizer.ema),
+        }
 
     @property
     def tokens_per_micro_step(self) -> int:

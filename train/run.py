@@ -23,11 +23,11 @@ from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
-from slm.train.prepare import CONFIG, DATA, prepare
+from slm.train.prepare import CONFIG, DATA, check_lengths, prepare
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.review import review
 from slm.train.samples import continue_prompts
-from slm.train.state import Counters, load_state
+from slm.train.state import TRAINER, Counters, SavedState, load_state
 
 _MIB = 1 << 20
 
@@ -91,7 +91,7 @@ def train(
 
 
 def resume(out: Path, progress: Progress | None = None, processes: Processes | None = None) -> TrainResult:
-    """Goes on with a run as if it had never stopped: the result is the same, bit for bit, on the same machine.
+    """Goes on with a run as if it had never stopped: the result is the same, bit for bit, on the same CPU.
 
     As many processes as before are not needed; only rounding depends on their number, and dropout's dice.
 
@@ -111,22 +111,23 @@ class _Run:
 
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
-        self.recipe = recipe = load_recipe(path / CONFIG)
         self.dataset = open_dataset(path / DATA)
+        self.recipe = recipe = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
+        check_lengths(recipe, self.dataset.manifest)
         self.device = pick_device(recipe.machine.device)
         self.config = with_special_tokens(recipe.model.config(), self.dataset.tokenizer)
         self.precision = choose_precision(recipe.machine.precision, capability(self.device), self.config.hidden_size)
         saved = load_state(path) if processes.rank == 0 else None  # which also puts right what a killed run left
         processes.from_first(None)
         saved = saved if processes.rank == 0 else load_state(path)
-        self.counters = saved.counters if saved else Counters()
-        self.model = build_model(recipe, self.config, self.device, saved)
-        self.learner = build_learner(recipe, self.model, self.dataset.train, self.precision, saved, processes)
+        self.counters = _gone_on(saved, recipe, path)
+        self.model = build_model(recipe, self.config, self.device, saved, processes)
+        self.learner = build_learner(
+            recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes
+        )
         self.average: MovingAverage | None = None
         if recipe.optimizer.ema:
-            self.average = MovingAverage(
-                self.model, recipe.optimizer.ema, self.counters.micro_steps // self._accumulation
-            )
+            self.average = MovingAverage(self.model, recipe.optimizer.ema, self._updates_done)
             if saved is not None:
                 self.average.load_tensors(saved.average)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
@@ -134,10 +135,14 @@ class _Run:
         # Every process knows every row, so that all decide alike; the first one writes them.
         first = processes.rank == 0
         if first:
-            self.metrics = Metrics(path, self.counters.micro_steps, tensorboard=True)
+            self.metrics = Metrics(path, self._updates_done, tensorboard=True)
         processes.from_first(None)
         if not first:
-            self.metrics = Metrics(path, self.counters.micro_steps, write=False)
+            self.metrics = Metrics(path, self._updates_done, write=False)
+
+    @property
+    def _updates_done(self) -> int:
+        return self.counters.micro_steps // self._accumulation
 
     def go(self) -> TrainResult:
         """Trains to the end."""
@@ -259,6 +264,28 @@ class _Run:
             peak_rss_mib=peak_rss_mib(),
             processes=self.processes.size,
         )
+
+
+def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
+    """Returns where a run stands; its batch may have been cut into other micro-steps since.
+
+    Raises:
+        SlmError: When what was saved is gone, or means nothing under the recipe as it is now.
+    """
+    if saved is None:
+        if (run / "checkpoint" / "last").exists():
+            raise SlmError(f"the state to go on from is gone: {run / TRAINER}", "start a new run with another --out")
+        return Counters(micro_steps=0, course=recipe.course | {"batch.accumulation": recipe.batch.accumulation})
+    counters = saved.counters
+    for name, value in recipe.course.items():
+        if counters.course.get(name) != value:
+            raise SlmError(
+                f"the run was saved with {name} = {counters.course.get(name)}, and config.yaml says {value}",
+                "put it back, or start a new run with another --out",
+            )
+    updates = counters.micro_steps // counters.course["batch.accumulation"]
+    course = counters.course | {"batch.accumulation": recipe.batch.accumulation}
+    return counters.model_copy(update={"micro_steps": updates * recipe.batch.accumulation, "course": course})
 
 
 def _device_name(device: torch.device) -> str:

@@ -31,14 +31,16 @@ class Counters(BaseModel):
     """Where a run stands, between two updates. Batches and learning rates follow from it and the recipe.
 
     Attributes:
-        micro_steps: Done.
+        micro_steps: Done, of the batch that `course` names.
+        course: What the state means something under: the recipe's values that may not change, by their names.
         elapsed_s: Seconds of training, evaluations included.
         scaler: State of the float16 loss scale; empty without one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    micro_steps: int = 0
+    micro_steps: int
+    course: dict[str, Any]
     elapsed_s: float = 0.0
     scaler: dict[str, Any] = {}
 

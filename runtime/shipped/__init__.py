@@ -1,4 +1,4 @@
-"""The small model that ships with slm: `stories-4m` trained on TinyStories, INT8; see MODEL_CARD.md and `make shipped-model`."""
+"""The small model that ships with slm: `stories-4m` trained on TinyStories, INT8; see MODEL_CARD.md."""
 
 from pathlib import Path
 

@@ -443,7 +443,7 @@ def trained(prepared: Tokens) -> Callable[..., Trained]:
             device, config = torch.device("cpu"), recipe.model.config()
             model = build_model(recipe, config, device, None)
             precision = choose_precision(recipe.machine.precision, capability(device), config.hidden_size)
-            learner = build_learner(recipe, model, prepared, precision, None, Alone())
+            learner = build_learner(recipe, model, prepared, device, precision, None, Alone())
             per = recipe.batch.accumulation
             losses = [learner.update(i * per, lambda: None).loss for i in range(recipe.updates)]
             known[overrides] = {name: p.detach().clone() for name, p in model.named_parameters()}, losses

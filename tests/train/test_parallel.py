@@ -97,10 +97,10 @@ def measure(recipe: Recipe, data: Path, processes: Processes, broken: str | None
         mine = share_of(recipe.batch.batch_size, Twins())
         patch = pytest.MonkeyPatch()
         patch.setattr("slm.train.build.share_of", lambda *_: mine)
-        learner = build_learner(recipe, model, dataset.train, precision, None, processes)
+        learner = build_learner(recipe, model, dataset.train, device, precision, None, processes)
         patch.undo()
     else:
-        learner = build_learner(recipe, model, dataset.train, precision, None, processes)
+        learner = build_learner(recipe, model, dataset.train, device, precision, None, processes)
     objective = learner.objective
     measured: Measured = {}
 

@@ -601,7 +601,7 @@ def test_an_interrupted_preparation_leaves_nothing(small_recipe: MakeRecipe, mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slm.train.prepare._check_length", interrupted)
+    monkeypatch.setattr("slm.train.prepare.check_lengths", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(small_recipe(), OUT)
     assert not OUT.parent.exists()

@@ -12,12 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from typing import Literal, TextIO
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import END_OF_TEXT
@@ -26,7 +21,18 @@ TEXT_COLUMN = "text"
 
 _COMPRESSIBLE = (".txt", ".jsonl")
 _PARQUET = ".parquet"
-_OPEN: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
+
+
+def _open_zst(file: Path, mode: Literal["rt"], encoding: str) -> TextIO:
+    # Here, for an edge device that reads text has no need of it.
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd.open(file, mode, encoding=encoding)
+
+
+_OPEN: dict[str, Callable[..., TextIO]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
 _WHAT_FITS = "slm trains on .txt and .jsonl files (.gz, .xz and .zst too), .parquet files, and directories of them"
 # Rows of a Parquet file that are held at once.
 _ROWS = 1024
@@ -94,10 +100,17 @@ class _Lines:
                     yield line
         except UnicodeDecodeError:
             raise self.error("is not UTF-8 text", "convert it, for example with iconv", after=True) from None
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
-            raise SlmError(f"cannot decompress {self.file} ({error})", "copy or download it again") from None
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+            raise self._damaged(error) from None
         except OSError as error:
             raise SlmError(f"cannot read {self.file} ({error.strerror})", "check its permissions") from None
+        except Exception as error:
+            if type(error).__name__ == "ZstdError":  # of a package that may not be there
+                raise self._damaged(error) from None
+            raise
+
+    def _damaged(self, error: Exception) -> SlmError:
+        return SlmError(f"cannot decompress {self.file} ({error})", "copy or download it again")
 
     def error(self, what: str, hint: str | None = None, *, after: bool = False) -> SlmError:
         """Returns a complaint about the current line, or about what comes after it."""
@@ -123,6 +136,8 @@ def _json_documents(lines: _Lines, column: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise lines.error(f"is not JSON ({error.msg})") from None
+        except (RecursionError, ValueError):  # nested a thousand deep, or a number of thousands of digits
+            raise lines.error("cannot be read: nested too deep, or a number too long") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise lines.error(
                 f'is not a row with a "{column}"', f'each line is an object such as {{"{column}": "Once upon a time"}}'
