@@ -11,25 +11,27 @@ from slm.runtime.shipped import model_path
 
 def test_it_is_a_sound_int8_bundle() -> None:
     bundle = Bundle.open(model_path())
-    assert bundle.manifest.precision == "int8" and bundle.bytes < 3_000_000
+    assert bundle.manifest.precision == "int8" and bundle.bytes < 6_000_000
     quality, provenance = bundle.manifest.quality, bundle.manifest.provenance
     assert quality is not None and quality.kl_nats < 0.02
-    # On the shipped validation stories, which it was not trained on; a model that knew only word counts would be above 100.
-    assert quality.perplexity_after < 3
+    # On held-out TinyStories; a model that knew only word counts would be above 400.
+    assert quality.perplexity_after < 9
     assert provenance["parity"]["tokens"] == 3 * bundle.config.sliding_window
 
 
 def test_it_tells_a_story_past_its_window() -> None:
     model = package.load(model_path())
-    text = model.generate("One sunny day,", max_new_tokens=160, temperature=0)
+    text = model.generate("Once upon a time", max_new_tokens=220, temperature=0.7, seed=1)
     assert model.last_run is not None
     assert len(model.last_run.tokens) > model.decoder.bundle.config.sliding_window  # type: ignore[attr-defined]
     words = [word.strip('.,!?"').lower() for word in text.split()]
-    from slm.core import sample
-
-    known = {word.strip('.,!?"').lower() for word in sample.stories_path().read_text(encoding="utf-8").split()}
-    assert len(set(words)) > 25
-    assert sum(word in known for word in words) / len(words) > 0.95
+    assert sum(word.replace("'", "").isalpha() for word in words) / len(words) > 0.95
+    assert len(set(words)) > 50
+    # it does not run in circles: hardly any four words in a row come back
+    fours = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    assert len(set(fours)) / len(fours) > 0.9
+    names = {word for word in ("lily", "tom", "tim", "sue", "sam", "max") if words.count(word) > 1}
+    assert names  # whoever is told of is told of again
 
 
 def test_its_tokenizer_is_that_of_its_model() -> None:

@@ -1,6 +1,7 @@
 """Metrics: one object a line, what a resumed run drops, and TensorBoard's own reader sees the same numbers."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,9 @@ def test_tensorboard_is_written_while_the_run_goes_on() -> None:
     train(metrics, 2)
     evaluate(metrics, 2, 2.5)
     metrics.draw()
+    deadline = time.monotonic() + 20  # it writes in a thread of its own
+    while "validation/bits_per_byte" not in board().Tags()["scalars"] and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert_the_board_shows_the_rows()
     metrics.close()
 
