@@ -104,3 +104,10 @@ def test_the_demo_from_end_to_end(slm: Callable[..., Any], monkeypatch: pytest.M
     assert 0 < steps["quantize"]["kl_nats"] < 0.02
     assert shown["texts"]["bundle (float32)"] == shown["texts"]["checkpoint (PyTorch)"]
     assert slm("demo", "--out", "runs/mine").code == 1
+
+
+def test_no_document_has_a_place_left_to_fill() -> None:
+    root = Path(__file__).parent.parent
+    for document in (root / "README.md", root / "CHANGELOG.md", *(root / "docs").glob("*.md")):
+        prose = re.sub(r"```.*?```|`[^`]*`|^    .*$", "", document.read_text(encoding="utf-8"), flags=re.S | re.M)
+        assert not re.findall(r"\{[a-z_]+\}", prose), document.name
