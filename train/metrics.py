@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 TENSORBOARD = "tensorboard"
+# TensorBoard's files are written by a thread of their own, at least this often.
+_FLUSH_S = 5
 
 Kind = Literal["train", "eval", "sample"]
 Row = Mapping[str, Any]
@@ -74,13 +76,11 @@ class Metrics:
         return min((row for row in self.evaluations if row["updates"] > 0), key=lambda row: row["loss"], default=None)
 
     def draw(self) -> None:
-        """Draws the losses of training and validation over the tokens seen, and hands TensorBoard its rows."""
+        """Draws the losses of training and validation over the tokens seen."""
         if not self._write:
             return
         from matplotlib.figure import Figure  # not pyplot: no global state, no window system
 
-        if self._board is not None:
-            self._board.flush()
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.subplots()
         curves: tuple[tuple[Kind, str, str], ...] = (("train", "training", "-"), ("eval", "validation", "o-"))
@@ -104,7 +104,7 @@ def _open_board(directory: Path, rows: Sequence[Row]) -> "SummaryWriter":
     from tensorboardX import SummaryWriter
 
     shutil.rmtree(directory, ignore_errors=True)
-    board = SummaryWriter(str(directory))
+    board = SummaryWriter(str(directory), flush_secs=_FLUSH_S)
     for row in rows:
         _show(board, row)
     return board

@@ -74,7 +74,7 @@ def test_without_anything_the_shipped_model_and_stories(slm: Slm) -> None:
     assert "text: the held-out stories that ship with slm" in result.err
     figures = json.loads(result.out)
     assert figures["data"] == "the held-out stories that ship with slm" and figures["tokens"] == 300
-    assert 1 < figures["perplexity"] < 3
+    assert 5 < figures["perplexity"] < 30  # these stories are generated, of a kind it was not trained on
     assert figures == figures | {
         name: measured(slm, "--tokens", "300", "--threads", "1", "--data", validation_path())[name]
         for name in ("loss", "bytes", "bits_per_byte")

@@ -79,7 +79,6 @@ def test_tensorboard_is_written_while_the_run_goes_on() -> None:
     metrics = Metrics(RUN, 0, tensorboard=True)
     train(metrics, 2)
     evaluate(metrics, 2, 2.5)
-    metrics.draw()
     deadline = time.monotonic() + 20  # it writes in a thread of its own
     while "validation/bits_per_byte" not in board().Tags()["scalars"] and time.monotonic() < deadline:
         time.sleep(0.1)

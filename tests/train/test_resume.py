@@ -274,10 +274,13 @@ def test_a_run_that_is_stopped_while_its_average_is_measured(
     assert same(left_by(Path("run")), left_by(Path("uncut")))
 
 
+# As many threads as the runs here have: sums split otherwise are rounded otherwise.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def slm_train(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "slm", "train", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
 @pytest.mark.slow
@@ -345,7 +348,8 @@ def test_a_disk_that_is_full(small_recipe: MakeRecipe) -> None:
     # Room for the weights, but not for the optimizer's moments, which are twice as large.
     script = f"mount -t tmpfs -o size={size + 40 + weights_kib('stopped')}k none small && cp -a stopped small/run && "
     script += f"{sys.executable} -m slm train --resume --out small/run; code=$?; cp -a small/run after; exit $code"
-    ended = subprocess.run([*apart, "sh", "-c", script], capture_output=True, text=True, timeout=SECONDS)
+    command = [*apart, "sh", "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=ENVIRONMENT)
     assert ended.returncode == 1, ended.stderr
     *_, error, hint = ended.stderr.splitlines()
     assert error == "error: no space left on the disk"
