@@ -36,7 +36,9 @@ MODEL = [
     "evaluation.context=128",
 ]
 SEEDS = range(3)
-RATES = (10, 30, 100)
+# D: 131,072 tokens an update, as documented. E: 4,096.
+ACCUMULATION = {"D": 32, "E": 1}
+RATES = {"D": (10, 30, 100, 300), "E": (10, 30, 100)}
 BUDGETS = (65_536, 131_072, 524_288, 1_048_576, 1_747_968)
 
 Run = tuple[str, str, list[str]]  # label, recipe, overrides
@@ -82,7 +84,7 @@ def modern(tokens: int, seed: int) -> Run:
 
 def runs() -> list[Run]:
     """Returns all runs, sweeps first."""
-    sweeps = [documented(f"D-x{f}-s0", f, 0, 32) for f in RATES] + [documented(f"E-x{f}-s0", f, 0, 1) for f in RATES]
+    sweeps = [documented(f"{kind}-x{f}-s0", f, 0, ACCUMULATION[kind]) for kind in "DE" for f in RATES[kind]]
     plain = [documented(f"D-s{seed}", 1, seed, 32) for seed in SEEDS]
     return [*sweeps, *plain, *(modern(tokens, seed) for tokens in BUDGETS for seed in SEEDS)]
 
@@ -134,9 +136,9 @@ def main() -> None:
 
     if not args.only_draw:
         train_all(args.dataset, args.out, runs(), args.jobs)
-    best = {kind: min(RATES, key=lambda f, kind=kind: final(f"{kind}-x{f}-s0")) for kind in "DE"}
+    best = {kind: min(RATES[kind], key=lambda f, kind=kind: final(f"{kind}-x{f}-s0")) for kind in "DE"}
     if not args.only_draw:
-        more = [documented(f"{k}-x{f}-s{s}", f, s, 32 if k == "D" else 1) for k, f in best.items() for s in SEEDS]
+        more = [documented(f"{k}-x{f}-s{s}", f, s, ACCUMULATION[k]) for k, f in best.items() for s in SEEDS]
         train_all(args.dataset, args.out, more, args.jobs)
     groups = {
         "documented": [f"D-s{s}" for s in SEEDS],
@@ -158,7 +160,7 @@ def main() -> None:
     }
     for name, row in figures.items():
         print(f"{name:55} {row['tokens']:>10,} tokens  {row['loss']:.4f}  {row['losses']}")
-    swept = {label: round(final(label), 4) for k in "DE" for f in RATES for label in [f"{k}-x{f}-s0"]}
+    swept = {label: round(final(label), 4) for k in "DE" for f in RATES[k] for label in [f"{k}-x{f}-s0"]}
     print(json.dumps({"figures": figures, "sweeps": swept}))
 
 

@@ -34,13 +34,16 @@ def present_name(layer: int, side: Side) -> str:
     return f"present.{layer}.{side}"
 
 
+CacheType = Literal["float32", "float16", "int8"]
+
+
 class TensorSpec(BaseModel):
     """One input or output: `shape` has a number where the length is fixed and a name where it is not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    dtype: Literal["int64", "float32"]
+    dtype: Literal["int64", "float32", "float16", "int8"]
     shape: tuple[int | str, ...]
     optional: bool = False
 
@@ -54,6 +57,7 @@ class CacheLayer(BaseModel):
     kv_heads: int
     head_dim: int
     window: int | None
+    dtype: CacheType = "float32"
 
     def capacity(self, context: int) -> int:
         """Returns the positions the buffer must hold for a context of that many: bounded where the layer slides."""

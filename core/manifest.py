@@ -16,6 +16,8 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
 
 Precision = Literal["float32", "int8"]
+Target = Literal["fused", "portable"]
+Device = Literal["cpu", "cuda", "webgpu"]
 # transformers.js's names for the precisions.
 MODEL_NAMES: dict[Precision, str] = {"float32": "model", "int8": "model_quantized"}
 
@@ -77,8 +79,8 @@ class Manifest(_Record):
     slm_version: str
     model: str
     precision: Precision
-    target: Literal["fused"] = "fused"
-    device: Literal["cpu"] = "cpu"
+    target: Target = "fused"
+    device: Device = "cpu"
     context: int
     cache: tuple[CacheLayer, ...]
     inputs: tuple[TensorSpec, ...]

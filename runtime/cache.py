@@ -54,7 +54,7 @@ class KVBuffers:
         old = self._arrays.get((layer.layer, side))
         if old is not None and old.shape == shape:
             return
-        array = np.zeros(shape, np.float32)
+        array = np.zeros(shape, layer.dtype)
         if old is not None:
             array[:, :, : old.shape[2]] = old
         self._set(layer.layer, side, array)
