@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 
 import slm
+from slm.core.machine import usable_cores
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.presets import preset
@@ -26,7 +27,6 @@ from slm.quantize.int8 import Int8Settings, quantize_int8
 from slm.quantize.quality import Text
 from slm.runtime.generate import generate
 from slm.runtime.sampling import GREEDY
-from slm.runtime.threads import usable_cores
 from slm.train.data.tokenizer import train_bpe
 
 HOME = Path("bench-results")

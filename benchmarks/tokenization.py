@@ -30,10 +30,9 @@ import numpy as np
 import slm
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.core.machine import peak_rss_mib
+from slm.core.machine import peak_rss_mib, usable_cores
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
-from slm.runtime.threads import usable_cores
 from slm.train.data.documents import read_documents
 from slm.train.data.shards import write_shards
 from slm.train.data.tokenizer import gpt2, train_bpe

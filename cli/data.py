@@ -96,7 +96,7 @@ def prepare(
     Interrupted, even killed, the same command goes on after the last whole file, and the result is the same, byte for
     byte, as it is for any number of workers.
     """
-    from slm.runtime.threads import usable_cores
+    from slm.core.machine import usable_cores
     from slm.train.data.corpus import Reading, is_named, open_corpus
     from slm.train.data.preparation import prepare_dataset
 

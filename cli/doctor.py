@@ -12,8 +12,7 @@ from slm.cli import probes
 from slm.cli.console import print_json, print_table, say
 from slm.cli.options import json_option
 from slm.cli.probes import Gpu, Offline, Provider, TrainingType
-from slm.core.machine import Memory, instruction_sets, memory
-from slm.runtime.threads import cpu_quota, usable_cores
+from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, usable_cores
 from slm.version import __version__
 
 _T = TypeVar("_T")

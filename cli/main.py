@@ -15,7 +15,7 @@ import click
 
 from slm.cli.console import say_error
 from slm.core.errors import SlmError
-from slm.runtime.threads import cpu_quota, usable_cores
+from slm.core.machine import cpu_quota, usable_cores
 from slm.version import __version__
 
 # In the order of the chain. The help stands here so that `slm --help` imports no command.

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,8 +10,11 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP_V2 = Path("/sys/fs/cgroup/memory.max")
-_CGROUP_V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_MEMORY_V2 = Path("/sys/fs/cgroup/memory.max")
+_MEMORY_V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CPU_V2 = Path("/sys/fs/cgroup/cpu.max")
+_CPU_V1 = Path("/sys/fs/cgroup/cpu")
+_TOPOLOGY = Path("/sys/devices/system/cpu")
 # cgroup v1 has no word for unlimited: it says the largest multiple of a page below 2^63.
 _UNLIMITED = 1 << 60
 
@@ -59,6 +61,34 @@ class Memory:
         )
 
 
+def usable_cores() -> int:
+    """Returns the physical cores this process may run on, within the container's quota; at least 1.
+
+    Two threads on one core's hyperthreads slow matrix products down, and threads beyond the quota are suspended in
+    the middle of one: both are the usual reason for slow inference in a container.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_siblings(cpu) for cpu in allowed}
+    quota = cpu_quota()
+    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+
+
+def cpu_quota(v2: Path = _CPU_V2, v1: Path = _CPU_V1) -> float | None:
+    """Returns the container's quota in cores, None when there is none."""
+    try:
+        quota, period = v2.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (v1 / name).read_text(encoding="ascii").strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            )
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return int(quota) / int(period)
+
+
 def peak_rss_mib() -> float:
     """Returns the most memory this process has had resident, in MiB."""
     try:
@@ -66,11 +96,13 @@ def peak_rss_mib() -> float:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmHWM:")[1].split()[0]) / (1 << 10)  # KiB
     except (OSError, IndexError, ValueError):
+        import resource  # which not every system has
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes on macOS, KiB elsewhere
 
 
-def memory(meminfo: Path = _MEMINFO, v2: Path = _CGROUP_V2, v1: Path = _CGROUP_V1) -> Memory:
+def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> Memory:
     """Asks how much memory there is."""
     try:
         lines = _colon_lines(meminfo.read_text(encoding="ascii"))
@@ -80,7 +112,7 @@ def memory(meminfo: Path = _MEMINFO, v2: Path = _CGROUP_V2, v1: Path = _CGROUP_V
     return Memory(total, available, memory_limit(v2, v1))
 
 
-def memory_limit(v2: Path = _CGROUP_V2, v1: Path = _CGROUP_V1) -> int | None:
+def memory_limit(v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> int | None:
     """Returns the container's limit in bytes, None when there is none."""
     for path in (v2, v1):
         try:
@@ -117,6 +149,14 @@ def instruction_sets_of_mac(sysctl: str, machine: str) -> dict[str, bool]:
         known = {name: keys for name, keys in _MAC_ARM.items() if any(key in lines for key in keys)}
         return _named(known, {key for key, value in lines.items() if value == "1"})
     return _named(_MAC_X86, set(lines[_MAC_FEATURES].split())) if _MAC_FEATURES in lines else {}
+
+
+def _siblings(cpu: int) -> str:
+    """Returns what the CPUs of one core have in common; the CPU itself where the system does not say."""
+    try:
+        return (_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="ascii").strip()
+    except OSError:
+        return str(cpu)
 
 
 def _named(names: Mapping[str, tuple[str, ...]], found: set[str]) -> dict[str, bool]:

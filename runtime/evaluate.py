@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from slm.core.errors import SlmError
 from slm.core.progress import Progress
 from slm.core.tokenizer import END_OF_TEXT
+from slm.core.windows import fixed_starts
 from slm.runtime.decoder import Decoder
 from slm.runtime.model import Model
 from slm.runtime.token_bytes import bytes_of_tokens
@@ -173,12 +174,6 @@ def evaluate_windows(
     _measure(model.decoder, rows, measured, progress, len(starts) * context)
     measured.seconds = time.perf_counter() - started
     return measured
-
-
-def fixed_starts(length: int, windows: int, context: int) -> Array:
-    """Returns where windows of a stream begin, as training's evaluation has them: evenly spread, never overlapping."""
-    windows = min(windows, (length - 1) // context)
-    return np.linspace(0, length - 1 - context, max(0, windows)).astype(np.int64)
 
 
 def end_of_text(model: Model) -> int | None:

@@ -5,8 +5,8 @@ from typing import Literal
 import onnxruntime as ort
 
 from slm.core.errors import SlmError
+from slm.core.machine import usable_cores
 from slm.core.manifest import Bundle
-from slm.runtime.threads import usable_cores
 
 Device = Literal["cpu", "cuda"]
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from slm.core.windows import fixed_starts
 from slm.train.data.tokens import Tokens
-from slm.train.data.windows import fixed_starts, gather
+from slm.train.data.windows import gather
 from slm.train.parallel import Alone, Processes
 
 # Called where a run may be stopped: it raises then.

@@ -1,6 +1,5 @@
 """Preparation: text or a prepared dataset becomes a run directory with its tokenizer, its tokens and its resolved recipe."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from slm.core.chat import tokenizer_config
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, write_text
+from slm.core.machine import usable_cores
 from slm.core.progress import Progress
 from slm.core.tokenizer import Tokenizer
 from slm.train.data.corpus import is_named, open_corpus
@@ -55,14 +55,8 @@ def _write(recipe: Recipe, run: Path, progress: Progress) -> DatasetManifest:
         recipe.data.tokenizer, beginning(corpus.train), config.vocab_size, config.max_position_embeddings
     )
     with atomic_directory(run / DATA, ()) as directory:
-        manifest = write_dataset(directory, corpus, tokenizer, progress, workers=_workers())
+        manifest = write_dataset(directory, corpus, tokenizer, progress, workers=min(usable_cores(), _MOST_WORKERS))
     return manifest
-
-
-def _workers() -> int:
-    """Returns how many processes to tokenize with."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_WORKERS)
 
 
 def _refer(recipe: Recipe, run: Path, progress: Progress) -> DatasetManifest:

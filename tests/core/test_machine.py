@@ -1,4 +1,4 @@
-"""What a machine says about itself, read from texts and files of other machines."""
+"""What a machine says about itself, read from texts and files of other machines; and how many cores are used of it."""
 
 from pathlib import Path
 
@@ -106,3 +106,30 @@ def test_memory_without_proc(tmp_path: Path) -> None:
     found = machine.memory(tmp_path / "nothing", tmp_path / "nothing", tmp_path / "nothing")
     assert found.total is not None and found.total > 1 << 20 and found.available is None
     assert machine.Memory(None, None, None).usable is None
+
+
+@pytest.mark.parametrize(("content", "cores"), [("150000 100000", 1.5), ("max 100000", None), ("400000 100000", 4.0)])
+def test_quota_of_cgroup_v2(tmp_path: Path, content: str, cores: float | None) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert machine.cpu_quota(tmp_path / "cpu.max", tmp_path) == cores
+
+
+def test_quota_of_cgroup_v1(tmp_path: Path) -> None:
+    (tmp_path / "cpu.cfs_quota_us").write_text("200000\n")
+    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
+    assert machine.cpu_quota(tmp_path / "nothing", tmp_path) == 2.0
+
+
+def test_no_quota(tmp_path: Path) -> None:
+    assert machine.cpu_quota(tmp_path / "nothing", tmp_path) is None
+
+
+def test_the_quota_and_hyperthreads_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(machine, "_siblings", lambda cpu: str(cpu // 2))
+    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+    assert machine.usable_cores() == 4
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
+    assert machine.usable_cores() == 2
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 0.5)
+    assert machine.usable_cores() == 1

@@ -18,8 +18,9 @@ from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.nn.decoder import TorchDecoder
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
+from slm.core.windows import fixed_starts
 from slm.runtime import decoder as decoders_of_bundles
-from slm.runtime.evaluate import cut, end_of_text, evaluate_documents, evaluate_windows, fixed_starts, score
+from slm.runtime.evaluate import cut, end_of_text, evaluate_documents, evaluate_windows, score
 from slm.runtime.model import Model
 from slm.runtime.token_bytes import bytes_of_tokens
 
@@ -293,14 +294,12 @@ def test_windows_equal_trainings_evaluation(
     import torch
     import torch.nn.functional as F
 
-    from slm.train.data import windows as training
-
     documents = [story.strip() for story in stories[:20]]
     stream = np.array([i for text in documents for i in [*tokenizer.encode_literal(text), 0]], np.uint16)
     torch_model = make_model(config)
     model = Model(tokenizer, TorchDecoder(torch_model), (0,))
     for context, count in ((24, 8), (100, 1_000)):
-        starts = training.fixed_starts(len(stream), count, context)
+        starts = fixed_starts(len(stream), count, context)
         rows = torch.tensor(np.stack([stream[start : start + context + 1] for start in starts]).astype(np.int64))
         inputs, targets = rows[:, :-1], rows[:, 1:]
         with torch.inference_mode():
@@ -313,15 +312,6 @@ def test_windows_equal_trainings_evaluation(
         assert measured.bytes == len("".join(text))  # a letter for each byte
         other = evaluate_windows(model, documents, Silent(), context=context - 1, windows=count)
         assert other.loss != pytest.approx(wanted, rel=SAME)
-
-
-@pytest.mark.parametrize(
-    ("length", "windows", "context"), [(10_000, 7, 100), (350, 64, 100), (101, 64, 100), (102, 1, 9)]
-)
-def test_windows_begin_where_trainings_do(length: int, windows: int, context: int) -> None:
-    from slm.train.data import windows as training
-
-    assert (fixed_starts(length, windows, context) == training.fixed_starts(length, windows, context)).all()
 
 
 def test_a_saved_model_measures_the_same(

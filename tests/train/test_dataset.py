@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slm.core import machine
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
@@ -237,3 +238,22 @@ def test_the_datasets_own_tokenizer_may_be_named(dataset: Path, small_recipe: Ma
 def test_a_vocabulary_that_does_not_fit_the_model(dataset: Path, small_recipe: MakeRecipe) -> None:
     with pytest.raises(SlmError, match="320 tokens and the model's vocabulary 300"):
         prepare(small_recipe(data={"train": "dataset"}, model={"vocab_size": 300}), Path("runs/small"), Silent())
+
+
+@pytest.mark.parametrize(("quota", "workers"), [(None, 8), (3.5, 3)])
+def test_no_more_workers_than_the_container_may_use(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, quota: float | None, workers: int
+) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    monkeypatch.setattr(machine, "_siblings", str)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    asked: list[int] = []
+
+    def stop(*_: object, workers: int) -> None:
+        asked.append(workers)
+        raise SlmError("far enough")
+
+    monkeypatch.setattr("slm.train.prepare.write_dataset", stop)
+    with pytest.raises(SlmError, match="far enough"):
+        prepare(small_recipe(), Path("runs/own"), Silent())
+    assert asked == [workers]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm.train.data.windows import SAMPLERS, fixed_starts, gather, packed_starts, random_starts
+from slm.train.data.windows import SAMPLERS, gather, packed_starts, random_starts
 
 
 def test_random_windows_follow_from_seed_and_micro_step() -> None:
@@ -122,21 +122,6 @@ def test_the_samplers_differ() -> None:
     assert len(set((packed % context).tolist())) == 1
     # 98 windows of 16 from 1,584 places overlap: that they would not has odds below 1e-90.
     assert (np.diff(np.sort(drawn)) < context).any()
-
-
-def test_fixed_windows() -> None:
-    starts = fixed_starts(10_000, 7, 100)
-    assert len(starts) == 7
-    assert starts[0] == 0
-    assert starts[-1] == 10_000 - 101
-    assert (np.diff(starts) >= 100).all()
-
-
-def test_fixed_windows_of_a_short_stream_do_not_overlap() -> None:
-    starts = fixed_starts(350, 64, 100)
-    assert len(starts) == 3
-    assert (np.diff(starts) >= 100).all()
-    assert fixed_starts(101, 64, 100).tolist() == [0]
 
 
 def test_gather() -> None:

@@ -1,4 +1,4 @@
-"""Windows of a token stream: random ones to train on, fixed ones to measure on.
+"""Windows of a token stream to train on; those that are measured on are in `slm.core.windows`.
 
 Dimensions: B windows, T positions.
 """
@@ -62,12 +62,6 @@ def packed_starts(length: int, batch_size: int, context: int, seed: int, micro_s
 def _epoch(seed: int, epoch: int, rows: int, offsets: int) -> tuple[int, NDArray[np.int64]]:
     random = np.random.default_rng([seed, epoch])
     return int(random.integers(0, offsets)), random.permutation(rows)
-
-
-def fixed_starts(length: int, windows: int, context: int) -> NDArray[np.int64]:
-    """Returns where the windows of an evaluation begin: evenly spread, never overlapping, fewer where the stream is short."""
-    windows = min(windows, (length - 1) // context)
-    return np.linspace(0, length - 1 - context, windows).astype(np.int64)
 
 
 def gather(ids: Ids, starts: NDArray[np.int64], context: int, device: torch.device) -> tuple[Tensor, Tensor]:
