@@ -41,7 +41,7 @@ class Objective(nn.Module):
 
         Args:
             model: The model.
-            chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
+            chunk: Positions whose logits exist at once; see `linear_cross_entropy`.
             compiled: Whether torch.compile turns the body into fused kernels while training. Measuring and writing
                 samples see many lengths and few batches: they go without.
         """

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 # Targets that are not learned, PyTorch's own convention.
 IGNORED = -100
 
-# Logits of a chunk. The gradient of the head's weights is added up once a chunk: smaller chunks pay for that more often.
-_CHUNK_BYTES = 128 << 20
+# Logits of a chunk, unless another is asked for. The gradient of the head's weights is added up once a chunk: smaller
+# chunks pay for that more often.
+CHUNK_BYTES = 128 << 20
 # On a CPU products with the head take fewer rows at once: with GPT-2's vocabulary 1,024 rows take 69 ms together and 46 ms
 # in four parts (two cores with AMX, bfloat16). The gradient of the head's weights wants them together: 77 ms against 130.
 _ROWS = 256
@@ -33,12 +34,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
         hidden: Hidden states (N, D).
         weight: The head (V, D).
         targets: Ids (N,); those that are `IGNORED` count neither in the loss nor in its mean.
-        chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
+        chunk: Positions whose logits exist at once; None takes what fits into `CHUNK_BYTES`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if chunk is None:
-        chunk = max(1, _CHUNK_BYTES // (dtype.itemsize * len(weight)))
+        chunk = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype)
     return loss
 

@@ -8,12 +8,12 @@ from math import prod
 
 from slm.core.checkpoint import tensor_shapes
 from slm.core.config import ModelConfig
+from slm.train.loss import CHUNK_BYTES
 from slm.train.precision import Precision
 from slm.train.recipe import Recipe
 
 _FLOAT32 = 4
 _PRODUCT = 2  # of autocast's types
-_LOSS_BYTES = 128 << 20  # the chunk of logits that `slm.train.loss` takes by itself
 _MIB = 1 << 20
 
 
@@ -65,7 +65,7 @@ def training_bytes(recipe: Recipe, config: ModelConfig, precision: Precision, pr
     tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
     chunk = recipe.machine.loss_chunk
     product = _PRODUCT if precision.autocast is not None else _FLOAT32
-    rows = min(tokens, chunk if chunk is not None else max(1, _LOSS_BYTES // (product * config.vocab_size)))
+    rows = min(tokens, chunk if chunk is not None else max(1, CHUNK_BYTES // (product * config.vocab_size)))
     return TrainingBytes(
         weights=weights // shared,
         gradients=weights // shared,
