@@ -129,15 +129,15 @@ def ours(config: Any, inputs: Any, targets: Any, half: bool, compiled: bool) -> 
 
     from slm.core.nn import CausalLM
     from slm.train.learner import Learner, Objective
-    from slm.train.optimizer import OptimizerSettings, make_optimizers
+    from slm.train.optimizer import make_optimizers
     from slm.train.precision import Precision
+    from slm.train.sections import OptimizerRecipe
 
     model = CausalLM(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    settings = OptimizerSettings("adamw", (0.9, 0.95), 1e-9, 0.1, "all", 0.0, 1.0, 1.0)
     learner = Learner(
         Objective(model, compiled=compiled),
-        make_optimizers(model, settings),
+        make_optimizers(model, OptimizerRecipe(decay="all")),
         batch=lambda micro_step: (inputs, targets),
         rate=lambda micro_step: 1e-4,
         precision=Precision(torch.bfloat16 if half else None, scale_loss=False),

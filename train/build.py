@@ -125,7 +125,7 @@ def build_learner(
     """
     loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
     objective = processes.wrap(loss, recipe.machine.parallel, device)
-    optimizers = make_optimizers(model, recipe.optimizer.settings())
+    optimizers = make_optimizers(model, recipe.optimizer)
     schedule = recipe.schedule
     learner = Learner(
         objective,

@@ -1,30 +1,23 @@
 """Optimizers: which parameters go to which, and their state as named tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from slm.core.errors import SlmError
 from slm.train.parallel import collect, shared_like
 
-OptimizerName = Literal["adamw", "muon"]
-Decay = Literal["matrices", "all"]
+if TYPE_CHECKING:
+    from slm.train.sections import OptimizerRecipe
 
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """What `make_optimizers` needs to know; the fields are those of `slm.train.recipe.OptimizerRecipe`."""
-
-    name: OptimizerName
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    decay: Decay
-    momentum: float
-    matrix_rate: float
-    embedding_rate: float
+# What each keeps of a parameter once it has stepped: a count of steps, and tensors of the parameter's own shape.
+_COUNT = "step"
+_STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: (_COUNT, "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 class Optimizers:
@@ -66,25 +59,40 @@ class Optimizers:
         return collect(state, keep)
 
     def load_state_tensors(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `state_tensors` returned."""
+        """Puts back what `state_tensors` returned.
+
+        Raises:
+            SlmError: When it is of another model or another optimizer, or not all there.
+        """
+        if not tensors:  # as before the first update
+            return
         names = {parameter: name for name, parameter in model.named_parameters()}
-        parameters = dict(model.named_parameters())
+        wanted = {
+            f"{names[parameter]}/{key}": torch.Size() if key == _COUNT else parameter.shape
+            for member in self.members
+            for parameter in _parameters(member)
+            for key in _STATE[type(member)]
+        }
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if odd:
+            what = "missing" if odd[0] not in found else "unknown" if odd[0] not in wanted else "of another shape"
+            raise SlmError(
+                f"the saved state of the optimizer does not fit the model: {odd[0]} is {what}",
+                "put config.yaml back as it was, or start a new run",
+            )
         for member in self.members:
-            ordered = [names[parameter] for group in member.param_groups for parameter in group["params"]]
-            state: dict[int, dict[str, Tensor]] = {}
-            for number, name in enumerate(ordered):
-                mine = {
-                    key: shared_like(tensors[full], parameters[name])
-                    for full in tensors
-                    if (key := _key_of(full, name)) is not None
+            state = {
+                number: {
+                    key: shared_like(tensors[f"{names[parameter]}/{key}"], parameter) for key in _STATE[type(member)]
                 }
-                if mine:
-                    state[number] = mine
+                for number, parameter in enumerate(_parameters(member))
+            }
             # Through torch's own loading, which puts each tensor where the fused kernels want it.
             member.load_state_dict({"state": state, "param_groups": member.state_dict()["param_groups"]})
 
 
-def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> Optimizers:
+def make_optimizers(model: nn.Module, recipe: "OptimizerRecipe") -> Optimizers:
     """Returns AdamW (arXiv:1711.05101) over all parameters, or Muon over the blocks' matrices and AdamW over the rest.
 
     Muon (arXiv:2502.16982) moves a matrix by its momentum made orthogonal, scaled to the size that AdamW's steps have, so
@@ -93,7 +101,7 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> Optimizers
 
     Args:
         model: On its device already.
-        settings: What the recipe says.
+        recipe: What to make; its clipping and its average are not done here.
     """
     embeddings, matrices, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -103,21 +111,21 @@ def make_optimizers(model: nn.Module, settings: OptimizerSettings) -> Optimizers
             embeddings.append(parameter)
         else:
             matrices.append(parameter)
-    decay, decay_others = settings.weight_decay, settings.weight_decay if settings.decay == "all" else 0.0
-    by_adamw = [_group(embeddings, decay, settings.embedding_rate), _group(others, decay_others, 1.0)]
+    decay, decay_others = recipe.weight_decay, recipe.weight_decay if recipe.decay == "all" else 0.0
+    by_adamw = [_group(embeddings, decay, recipe.embedding_rate), _group(others, decay_others, 1.0)]
     members: list[torch.optim.Optimizer] = []
-    if settings.name == "muon":
+    if recipe.name == "muon":
         members.append(
             torch.optim.Muon(
-                [_group(matrices, decay, settings.matrix_rate)],
-                momentum=settings.momentum,
+                [_group(matrices, decay, recipe.matrix_rate)],
+                momentum=recipe.momentum,
                 adjust_lr_fn="match_rms_adamw",
             )
         )
     else:
-        by_adamw.append(_group(matrices, decay, settings.matrix_rate))
+        by_adamw.append(_group(matrices, decay, recipe.matrix_rate))
     groups = [group for group in by_adamw if group["params"]]
-    members.append(torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True))
+    members.append(torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.eps, fused=True))
     return Optimizers(members)
 
 
@@ -125,6 +133,6 @@ def _group(parameters: list[nn.Parameter], decay: float, rate: float) -> dict[st
     return {"params": parameters, "weight_decay": decay, "rate": rate}
 
 
-def _key_of(full: str, name: str) -> str | None:
-    parameter, _, key = full.rpartition("/")
-    return key if parameter == name else None
+def _parameters(member: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Returns an optimizer's parameters in the order that its `state_dict` numbers them."""
+    return [parameter for group in member.param_groups for parameter in group["params"]]

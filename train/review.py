@@ -1,7 +1,8 @@
 """A second look at a recipe: settings that contradict each other, or that something else makes ineffective."""
 
 from slm.core.config import FULL, SLIDING
-from slm.train.recipe import OptimizerRecipe, Recipe, ScheduleRecipe
+from slm.train.recipe import Recipe
+from slm.train.sections import OptimizerRecipe, ScheduleRecipe
 
 # Beyond this many passes over the same text, models mostly learn it by heart (arXiv:2305.16264).
 _PASSES = 4.0

@@ -178,7 +178,7 @@ def test_training_commands(command: str, tmp_path: Path) -> None:
     config = recipe.model.config()
     with torch.device("meta"):
         model = CausalLM(config)
-    groups: list[dict[str, Any]] = make_optimizers(model, recipe.optimizer.settings()).groups
+    groups: list[dict[str, Any]] = make_optimizers(model, recipe.optimizer).groups
     assert {p for group in groups for p in group["params"]} == set(model.parameters())
     if recipe.data.tokenizer == "gpt2":
         assert config.vocab_size >= 50_256 + len(SPECIAL_TOKENS)

@@ -15,8 +15,9 @@ from torch import Tensor
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
 from slm.train.learner import Learner, Objective, Update
-from slm.train.optimizer import OptimizerSettings, make_optimizers
+from slm.train.optimizer import make_optimizers
 from slm.train.precision import Precision
+from slm.train.sections import OptimizerRecipe
 
 FLOAT32 = Precision(None, scale_loss=False)
 # Written to four decimals. Another CPU adds in another order: one thread and two differ by 1e-6. A second beta of 0.9
@@ -36,19 +37,7 @@ def batch(micro_step: int, *, size: int = 4, context: int = 24) -> tuple[Tensor,
 def make_learner(config: ModelConfig, *, optimizer: Any = "adamw", chunk: int | None = None, **changes: Any) -> Learner:
     model = CausalLM(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    optimizers = make_optimizers(
-        model,
-        OptimizerSettings(
-            name=optimizer,
-            betas=(0.9, 0.95),
-            eps=1e-9,
-            weight_decay=0.1,
-            decay="matrices",
-            momentum=0.95,
-            matrix_rate=1.0,
-            embedding_rate=1.0,
-        ),
-    )
+    optimizers = make_optimizers(model, OptimizerRecipe(name=optimizer))
     settings: dict[str, Any] = {
         "batch": batch,
         "rate": lambda micro_step: 3e-3,

@@ -72,7 +72,7 @@ def kept_at_most(recipe: Recipe, precision: Precision) -> int:
 def test_weights_gradients_and_moments_to_the_byte(optimizer: str, tied: bool) -> None:
     chosen = recipe(f"optimizer.name={optimizer}", f"model.tie_word_embeddings={str(tied).lower()}")
     model, config = build(chosen), chosen.model.config()
-    optimizers = make_optimizers(model, chosen.optimizer.settings())
+    optimizers = make_optimizers(model, chosen.optimizer)
     ids = torch.arange(256).view(2, 128)
     Objective(model)(ids, ids).backward()
     for member in optimizers.members:

@@ -4,7 +4,6 @@ Dimensions: M rows and N columns of a matrix.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,19 +11,12 @@ import torch
 from torch import Tensor
 
 from slm.core.config import ModelConfig
+from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
-from slm.train.optimizer import Optimizers, OptimizerSettings, make_optimizers
+from slm.train.optimizer import Optimizers, make_optimizers
+from slm.train.sections import OptimizerRecipe
 
-SETTINGS = OptimizerSettings(
-    name="muon",
-    betas=(0.9, 0.95),
-    eps=1e-9,
-    weight_decay=0.1,
-    decay="matrices",
-    momentum=0.9,
-    matrix_rate=1.0,
-    embedding_rate=1.0,
-)
+SETTINGS = OptimizerRecipe(name="muon", momentum=0.9)
 RATE = 0.02
 # Of the length of the way gone. Both round to bfloat16's 8 bits, but sum in another order: 5e-3 seen. Without Nesterov or
 # with another momentum, decay or number of iterations it is 7e-2 or more.
@@ -42,8 +34,8 @@ MATRICES = {
 }  # fmt: skip
 
 
-def settings(**changes: Any) -> OptimizerSettings:
-    return replace(SETTINGS, **changes)
+def settings(**changes: Any) -> OptimizerRecipe:
+    return SETTINGS.model_copy(update=changes)
 
 
 def of_optimizer(model: CausalLM, member: torch.optim.Optimizer) -> set[str]:
@@ -243,3 +235,58 @@ def test_a_state_that_is_not_put_back_is_missed(
     for model, optimizers in zip(models, (one, other), strict=True):
         step(model, optimizers, 1)
     assert not any(torch.equal(weights(models[0])[key], tensor) for key, tensor in weights(models[1]).items())
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def _lost(state: dict[str, Tensor]) -> None:
+    del state[f"{EMBEDDING}/exp_avg_sq"]
+
+
+def _foreign(state: dict[str, Tensor]) -> None:
+    state["model.layers.4.mlp.up_proj.weight/exp_avg"] = torch.zeros(96, 64)
+
+
+def _narrower(state: dict[str, Tensor]) -> None:
+    state[f"{EMBEDDING}/exp_avg"] = state[f"{EMBEDDING}/exp_avg"][:, :32]
+
+
+def _renamed(state: dict[str, Tensor]) -> None:
+    state[f"{EMBEDDING}/exp_average"] = state.pop(f"{EMBEDDING}/exp_avg")
+
+
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (_lost, f"{EMBEDDING}/exp_avg_sq is missing"),
+        (_foreign, "layers.4.mlp.up_proj.weight/exp_avg is unknown"),
+        (_narrower, f"{EMBEDDING}/exp_avg is of another shape"),
+        (_renamed, f"{EMBEDDING}/exp_average is unknown|{EMBEDDING}/exp_avg is missing"),
+    ],
+)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_state_that_does_not_fit_is_refused(
+    model: CausalLM, name: Any, alter: Callable[[dict[str, Tensor]], None], said: str
+) -> None:
+    optimizers = make_optimizers(model, settings(name=name))
+    step(model, optimizers, 0)
+    saved = optimizers.state_tensors(model)
+    optimizers.load_state_tensors(model, saved)
+    alter(saved)
+    with pytest.raises(SlmError, match=said) as error:
+        optimizers.load_state_tensors(model, saved)
+    assert "config.yaml" in (error.value.hint or "")
+
+
+def test_the_state_of_the_other_optimizer_is_refused(model: CausalLM) -> None:
+    adamw, muon = (make_optimizers(model, settings(name=name)) for name in ("adamw", "muon"))
+    step(model, adamw, 0)
+    with pytest.raises(SlmError, match="does not fit the model"):
+        muon.load_state_tensors(model, adamw.state_tensors(model))
+
+
+def test_no_state_is_that_before_the_first_update(model: CausalLM) -> None:
+    optimizers = make_optimizers(model, SETTINGS)
+    optimizers.load_state_tensors(model, {})
+    assert optimizers.state_tensors(model) == {}
