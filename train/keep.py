@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from slm.core.checkpoint import CHECKPOINT_FILES, write_checkpoint
+from slm.core.checkpoint import CHECKPOINT_FILES, read_info, write_checkpoint
 from slm.core.config import ModelConfig
-from slm.core.files import atomic_directory
+from slm.core.files import atomic_directory, recover
 from slm.core.nn import CausalLM
 from slm.core.weights import WEIGHTS_FILE
 from slm.train.average import MovingAverage
@@ -63,6 +63,19 @@ class Keeper:
         if self._first:
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             write_checkpoint(path, self._config, arrays, self._dataset.tokenizer, self._info(micro_steps, measured))
+
+    def best_measured(self) -> Row | None:
+        """Returns how the best checkpoint on the disk was measured; None where there is none.
+
+        It may be newer than the saved state: a run that is killed goes on from before the evaluation that kept it, whose row
+        is dropped and comes again, the same if the machine computes the same. Until something is better it stays the best,
+        so that what a run says of its best checkpoint is true of the one that lies there.
+        """
+        if self._first:
+            recover(self.best)
+        info = read_info(self.best)
+        measured = info.get("metrics")
+        return None if measured is None else {"updates": info["updates"], **measured}
 
     def save(self, counters: Counters, optimizers: Optimizers, measured: Row | None, number: int | None = None) -> None:
         """Writes the last checkpoint, the same under a number where one is given, and everything that going on needs.

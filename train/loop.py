@@ -200,7 +200,7 @@ class Loop:
         best = self._metrics.best
         if best is None:
             return False
-        since_best = sum(row["micro_steps"] > best["micro_steps"] for row in self._metrics.evaluations)
+        since_best = sum(row["updates"] > best["updates"] for row in self._metrics.evaluations)
         out = self._plan.patience is not None and since_best >= self._plan.patience
         if out:
             self._progress.note(f"stopping early: no new best in {since_best} evaluations")

@@ -31,12 +31,15 @@ _SCALARS: dict[Kind, dict[str, str]] = {
 class Metrics:
     """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for what the model wrote then."""
 
-    def __init__(self, run: Path, updates: int, *, write: bool = True, tensorboard: bool = False) -> None:
+    def __init__(
+        self, run: Path, updates: int, *, best: Row | None = None, write: bool = True, tensorboard: bool = False
+    ) -> None:
         """Opens the metrics of a run that goes on after so many updates; what was written later is dropped.
 
         Args:
             run: The run's directory.
             updates: Where it goes on.
+            best: How the best checkpoint on the disk was measured; its row may be among those that are dropped.
             write: Whether to write at all, or only to remember: of several processes one writes.
             tensorboard: Whether to write for TensorBoard too; what is there is written anew from the rows.
         """
@@ -49,6 +52,7 @@ class Metrics:
         self._rows: dict[Kind, list[Row]] = {"train": [], "eval": [], "sample": []}
         for row in kept:
             self._rows[row["type"]].append(row)
+        self._best_kept = best
         self._write = write
         if write:
             write_text(self._file, "".join(map(_line, kept)))
@@ -72,8 +76,10 @@ class Metrics:
 
     @property
     def best(self) -> Row | None:
-        """The evaluation with the lowest loss after an update; None before there was one."""
-        return min((row for row in self.evaluations if row["updates"] > 0), key=lambda row: row["loss"], default=None)
+        """The evaluation with the lowest loss after an update, which is the best checkpoint's; None before there was one."""
+        after_update = [row for row in self.evaluations if row["updates"] > 0]
+        kept = [] if self._best_kept is None else [self._best_kept]
+        return min((*after_update, *kept), key=lambda row: row["loss"], default=None)
 
     def draw(self) -> None:
         """Draws the losses of training and validation over the tokens seen."""

@@ -135,10 +135,10 @@ class _Run:
         # Every process knows every row, so that all decide alike; the first one writes them.
         first = processes.rank == 0
         if first:
-            self.metrics = Metrics(path, self._updates_done, tensorboard=True)
+            self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), tensorboard=True)
         processes.from_first(None)
         if not first:
-            self.metrics = Metrics(path, self._updates_done, write=False)
+            self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), write=False)
 
     @property
     def _updates_done(self) -> int:

@@ -132,6 +132,17 @@ def test_the_best_is_the_lowest_after_an_update() -> None:
     assert metrics.best["micro_steps"] == 4  # the first of equals
 
 
+def test_the_best_checkpoint_stays_the_best_without_its_row() -> None:
+    metrics = Metrics(RUN, 0, best={"updates": 4, "micro_steps": 8, "loss": 2.5})
+    assert metrics.best is not None and metrics.best["updates"] == 4
+    evaluate(metrics, 2, 3.0)
+    assert metrics.best["updates"] == 4
+    evaluate(metrics, 8, 2.5)  # which comes again
+    assert metrics.best in metrics.evaluations
+    evaluate(metrics, 10, 2.0)
+    assert metrics.best["updates"] == 5
+
+
 def test_a_process_that_is_not_the_first_remembers_and_writes_nothing() -> None:
     metrics = Metrics(RUN, 0, write=False)
     evaluate(metrics, 2, 3.0)

@@ -21,11 +21,13 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
 from slm.core.nn import load_checkpoint
 from slm.core.progress import Silent
 from slm.train import run as module
+from slm.train.evaluate import Evaluation
 from slm.train.parallel import Alone
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
@@ -272,6 +274,47 @@ def test_a_run_that_is_stopped_while_its_average_is_measured(
     assert check_what_is_there(Path("run")) == 4
     resume(Path("run"))
     assert same(left_by(Path("run")), left_by(Path("uncut")))
+
+
+def edit(run: Path, **changes: Any) -> None:
+    """Sets values of a run's `config.yaml`, their sections' names before them: `batch__context=3`."""
+    fields = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        fields[section][key] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_best_checkpoint_newer_than_the_state_stays_until_there_is_a_better(
+    small_recipe: MakeRecipe, replacing: bool
+) -> None:
+    """As after a kill between an evaluation and a save, or within the evaluation's; the run then takes another way."""
+    better = train(small_recipe(), Path("uncut"))
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(), Path("run"), Stopper(STOPPED_AT))
+    best = Path("run/checkpoint/best")
+    shutil.rmtree(best)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    at = best.with_name(f".best.replaced-{gone.stdout.strip()}") if replacing else best
+    shutil.copytree(better.checkpoint, at)
+    edit(Path("run"), schedule__learning_rate=1e-9, schedule__final_learning_rate=1e-9)
+    result = resume(Path("run"))
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert min(row["loss"] for row in rows if row["type"] == "eval") > better.loss
+    assert result.loss == better.loss
+    assert (best / WEIGHTS).read_bytes() == (better.checkpoint / WEIGHTS).read_bytes()
+
+
+def test_patience_counts_evaluations_though_micro_steps_have_another_size(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter((5.0, 3.0, 4.0, 4.0, 4.0, 4.0))
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: Evaluation(next(losses), bits_per_byte=1.0, tokens=1))
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(evaluation={"patience": 1}), Path("run"), Stopper(STOPPED_AT))
+    edit(Path("run"), batch__batch_size=8, batch__accumulation=1, evaluation__every_micro_steps=1)
+    assert resume(Path("run")).updates == 3  # the best was at 2, which were 4 micro-steps then
 
 
 # As many threads as the runs here have: sums split otherwise are rounded otherwise.
