@@ -5,12 +5,15 @@ lm-evaluation-harness sizes unknown inputs by dimension names, and transformers.
 cache, which is therefore a global layer's.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from slm.core.config import FULL, ModelConfig
 
+Target = Literal["fused", "portable"]
+Device = Literal["cpu", "cuda", "webgpu"]
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
 
@@ -57,48 +60,60 @@ class CacheLayer(BaseModel):
     kv_heads: int
     head_dim: int
     window: int | None
+    slack: int = CACHE_SLACK
     dtype: CacheType = "float32"
 
     def capacity(self, context: int) -> int:
         """Returns the positions the buffer must hold for a context of that many: bounded where the layer slides."""
-        return context if self.window is None else self.window + CACHE_SLACK
+        return context if self.window is None else self.window + self.slack
 
 
-def cache_layers(config: ModelConfig) -> tuple[CacheLayer, ...]:
-    """Returns the caches in the order of inputs and outputs: global layers first."""
+def cache_layers(config: ModelConfig, device: Device = "cpu", dtype: CacheType = "float32") -> tuple[CacheLayer, ...]:
+    """Returns the caches in the order of inputs and outputs: global layers first.
+
+    onnxruntime's CUDA kernel takes sliding buffers of exactly the window; its WebGPU kernel has none that slide, so every
+    layer keeps the whole sequence there.
+    """
     layers = (
-        CacheLayer(layer=i, kv_heads=config.num_key_value_heads, head_dim=config.head_dim, window=config.window(i))
+        CacheLayer(
+            layer=i,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            window=None if device == "webgpu" else config.window(i),
+            slack=0 if device == "cuda" else CACHE_SLACK,
+            dtype=dtype,
+        )
         for i in range(config.num_hidden_layers)
     )
     return tuple(sorted(layers, key=lambda cache: (config.layer_types[cache.layer] != FULL, cache.layer)))
 
 
-def input_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+def input_specs(caches: Sequence[CacheLayer]) -> tuple[TensorSpec, ...]:
     """Returns the graph's inputs in order."""
     return (
         TensorSpec(name=INPUT_IDS, dtype="int64", shape=("batch_size", "sequence_length")),
         TensorSpec(name=ATTENTION_MASK, dtype="int64", shape=("batch_size", "total_sequence_length")),
-        *_cache_specs(config, "past"),
+        *_cache_specs(caches, "past"),
         TensorSpec(name=LOGITS_TO_KEEP, dtype="int64", shape=(), optional=True),
     )
 
 
-def output_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+def output_specs(vocab_size: int, caches: Sequence[CacheLayer]) -> tuple[TensorSpec, ...]:
     """Returns the graph's outputs in order."""
     return (
-        TensorSpec(name=LOGITS, dtype="float32", shape=("batch_size", "kept", config.vocab_size)),
-        *_cache_specs(config, "present"),
+        TensorSpec(name=LOGITS, dtype="float32", shape=("batch_size", "kept", vocab_size)),
+        *_cache_specs(caches, "present"),
     )
 
 
-def _cache_specs(config: ModelConfig, when: Literal["past", "present"]) -> tuple[TensorSpec, ...]:
+def _cache_specs(caches: Sequence[CacheLayer], when: Literal["past", "present"]) -> tuple[TensorSpec, ...]:
     name = past_name if when == "past" else present_name
     return tuple(
         TensorSpec(
             name=name(cache.layer, side),
-            dtype="float32",
+            dtype=cache.dtype,
             shape=("batch_size", cache.kv_heads, f"{when}_{'window' if cache.window else 'sequence'}", cache.head_dim),
         )
-        for cache in cache_layers(config)
+        for cache in caches
         for side in SIDES
     )

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.core.checkpoint import CONFIG_FILE
 from slm.core.config import ModelConfig, first_mistake
-from slm.core.contract import CacheLayer, TensorSpec
+from slm.core.contract import CacheLayer, Device, Target, TensorSpec
 from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
 from slm.core.tokenizer import TOKENIZER_FILE
@@ -15,11 +15,9 @@ from slm.core.tokenizer import TOKENIZER_FILE
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
 
-Precision = Literal["float32", "int8"]
-Target = Literal["fused", "portable"]
-Device = Literal["cpu", "cuda", "webgpu"]
+Precision = Literal["float32", "float16", "int8"]
 # transformers.js's names for the precisions.
-MODEL_NAMES: dict[Precision, str] = {"float32": "model", "int8": "model_quantized"}
+MODEL_NAMES: dict[Precision, str] = {"float32": "model", "float16": "model_fp16", "int8": "model_quantized"}
 
 
 class _Record(BaseModel):
@@ -50,6 +48,19 @@ class Parity(_Record):
     def largest(self) -> float:
         """The largest difference of all."""
         return max(*self.logits.values(), *self.caches.values())
+
+
+class Ranges(_Record):
+    """How large activations grew while text was read in float32, and which products of a float16 graph stay float32.
+
+    `largest` has the largest absolute value in or out of each product by its path; times `margin` it must fit.
+    """
+
+    text: str
+    tokens: int
+    margin: float
+    largest: dict[str, float]
+    float32: tuple[str, ...]
 
 
 class Quantization(_Record):
@@ -87,6 +98,7 @@ class Manifest(_Record):
     outputs: tuple[TensorSpec, ...]
     parameters: int
     parity: Parity | None = None
+    ranges: Ranges | None = None
     quantization: Quantization | None = None
     quality: Quality | None = None
     provenance: dict[str, Any] = {}

@@ -3,18 +3,28 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, INFO_FILE, notices_of, read_config, read_info
-from slm.core.config import ModelConfig
-from slm.core.contract import cache_layers, input_specs, output_specs
+from slm.core.contract import Device, Target, input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
-from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, amend, seal, sealed_files
+from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, Precision, Ranges, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.core.weights import Weights, weights_sha256
-from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, released, save_graph
+from slm.export import graph
+from slm.export.graph import (
+    FloatFormat,
+    Fused,
+    GemmFormat,
+    Portable,
+    build_graph,
+    checkpoint_tensors,
+    released,
+    save_graph,
+)
 from slm.version import __version__
 
 # Rotation tables are as long as the context (2 bases * 2 tables * head_dim / 2 * 4 bytes a position: 2 KiB at the 270M
@@ -28,6 +38,9 @@ def export_bundle(
     context: int | None = None,
     progress: Progress | None = None,
     origin: dict[str, str] | None = None,
+    target: Target = "fused",
+    device: Device = "cpu",
+    text: Path | None = None,
 ) -> Bundle:
     """Exports a checkpoint and proves the bundle equal to it.
 
@@ -37,6 +50,9 @@ def export_bundle(
         context: The longest sequence in tokens; by default the model's own, at most 4,096.
         progress: Told of each step.
         origin: Where the checkpoint came from, for the manifest, when its own path will not last.
+        target: "fused" for onnxruntime, "portable" for any runtime of standard ONNX operators.
+        device: Where the bundle is to run: on "cuda" and "webgpu" products and caches are float16.
+        text: What the model reads to find out which products float16 would overflow; by default the stories that ship.
 
     Returns:
         The bundle, its manifest carrying the differences found.
@@ -45,9 +61,11 @@ def export_bundle(
         SlmError: When the checkpoint cannot be read, the context is longer than the model's, or the bundle's output
             differs from PyTorch's.
     """
+    if target == "portable" and device != "cpu":
+        raise SlmError(f"the portable target has no version for {device}", "--target fused, or --device cpu")
     progress = progress or Silent()
     config = read_config(checkpoint)
-    Tokenizer.load(checkpoint)  # a bundle without one would answer nothing
+    tokenizer = Tokenizer.load(checkpoint)  # a bundle without one would answer nothing
     longest = config.max_position_embeddings
     context = min(longest, DEFAULT_CONTEXT) if context is None else context
     if not min(config.sliding_window + 1, longest) <= context <= longest:
@@ -56,12 +74,17 @@ def export_bundle(
             f"and at most the model's {longest:,}",
             "choose another --context",
         )
+    precision: Precision = "float32" if device == "cpu" else "float16"
+    ranges = None if device == "cpu" else _scan(checkpoint, tokenizer, text, progress)
+    operators = _operators(target, device, ranges)
+    caches = operators.caches(config)
     with atomic_directory(out, sealed_files(out)) as directory:
-        model = directory / "onnx" / f"{MODEL_NAMES['float32']}.onnx"
+        model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
         model.parent.mkdir()
-        progress.note(f"writing {config.parameter_count():,} parameters in float32")
+        progress.note(f"writing {config.parameter_count():,} parameters in {precision}")
         with released():
-            _write_graph(checkpoint, config, context, model)
+            tensors = checkpoint_tensors(Weights(checkpoint), config)
+            save_graph(build_graph(config, operators, tensors, context), model)
         for name in (GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):
             if (checkpoint / name).is_file():
                 shutil.copy(checkpoint / name, directory / name)
@@ -71,12 +94,15 @@ def export_bundle(
         manifest = Manifest(
             slm_version=__version__,
             model=model.relative_to(directory).as_posix(),
-            precision="float32",
+            precision=precision,
+            target=target,
+            device=device,
             context=context,
-            cache=cache_layers(config),
-            inputs=input_specs(config),
-            outputs=output_specs(config),
+            cache=caches,
+            inputs=input_specs(caches),
+            outputs=output_specs(config.vocab_size, caches),
             parameters=config.parameter_count(),
+            ranges=ranges,
             provenance={
                 **(origin or {"checkpoint": str(checkpoint)}),
                 "weights_sha256": weights_sha256(checkpoint),
@@ -89,10 +115,22 @@ def export_bundle(
     return Bundle.open(out)
 
 
-def _write_graph(checkpoint: Path, config: ModelConfig, context: int, path: Path) -> None:
-    """Writes the float32 graph."""
-    tensors = checkpoint_tensors(Weights(checkpoint), config)
-    save_graph(build_graph(config, FloatFormat(), tensors, context), path)
+def _operators(target: Target, device: Device, ranges: Ranges | None) -> graph.Target[Any]:
+    if target == "portable":
+        return Portable(GemmFormat())
+    if ranges is None:
+        return Fused(FloatFormat())
+    return Fused(FloatFormat(half=True, kept=ranges.float32), device, "float16")
+
+
+def _scan(checkpoint: Path, tokenizer: Tokenizer, text: Path | None, progress: Progress) -> Ranges:
+    from slm.core.nn import load_checkpoint
+    from slm.export.ranges import scan_ranges
+
+    ranges = scan_ranges(load_checkpoint(checkpoint), tokenizer, text)
+    if ranges.float32:
+        progress.note(f"{len(ranges.float32)} products stay in float32: float16 would overflow")
+    return ranges
 
 
 def prove(bundle: Bundle, checkpoint: Path, progress: Progress) -> None:

@@ -16,7 +16,7 @@ from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Quality, Quantization, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
-from slm.export.graph import BlockFormat, LazyTensors, build_graph, graph_tensors, released, save_graph
+from slm.export.graph import BlockFormat, Fused, LazyTensors, build_graph, graph_tensors, released, save_graph
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_blocks
 from slm.quantize.quality import Change, Text, measure
@@ -64,6 +64,10 @@ def quantize_int8(
     settings, progress = settings or Int8Settings(), progress or Silent()
     if source.manifest.precision != "float32":
         raise SlmError(f"{source.path} is {source.manifest.precision} already", "quantize the float32 bundle")
+    if source.manifest.target != "fused":
+        raise SlmError(
+            f"{source.path} is a portable bundle, and INT8 needs onnxruntime's own operators", "quantize a fused one"
+        )
     if out.resolve() == source.path.resolve():
         raise SlmError(f"{out} is the bundle to quantize; it is kept", "name another --out")
     block_size = fitting_block_size(source, settings.block_size)
@@ -100,8 +104,8 @@ def quantize_int8(
 def _write_graph(source: Bundle, block_size: int, path: Path) -> None:
     """Writes the quantized graph."""
     tensors = quantized_tensors(graph_tensors(source.model_path), block_size)
-    weights = BlockFormat(BITS, block_size, ACCURACY_LEVEL)
-    save_graph(build_graph(source.config, weights, tensors, source.manifest.context), path)
+    target = Fused(BlockFormat(BITS, block_size, ACCURACY_LEVEL))
+    save_graph(build_graph(source.config, target, tensors, source.manifest.context), path)
 
 
 def fitting_block_size(source: Bundle, wanted: int | None) -> int:

@@ -1,13 +1,20 @@
 """The model as an ONNX graph, built module by module from a description; needs neither torch nor tracing."""
 
-from slm.export.graph.formats import BlockFormat, FloatFormat, WeightFormat
+from slm.export.graph.formats import BlockFormat, FloatFormat, GemmFormat, WeightFormat
+from slm.export.graph.fused import Fused
 from slm.export.graph.model import build_graph
+from slm.export.graph.portable import Portable
 from slm.export.graph.store import LazyTensors, checkpoint_tensors, graph_tensors, released, save_graph
+from slm.export.graph.target import Target
 
 __all__ = [
     "BlockFormat",
     "FloatFormat",
+    "Fused",
+    "GemmFormat",
     "LazyTensors",
+    "Portable",
+    "Target",
     "WeightFormat",
     "build_graph",
     "checkpoint_tensors",

@@ -10,16 +10,20 @@ from onnxscript.nn import Module, ModuleList, Parameter
 
 from slm.core.contract import TensorSpec
 
-__all__ = ["DTYPES", "Array", "GraphUnderWay", "Module", "ModuleList", "Op", "Parameter", "Value", "fused"]
+__all__ = ["DTYPES", "Array", "GraphUnderWay", "Module", "ModuleList", "Op", "Parameter", "Value", "cast", "fused"]
 
 Array = NDArray[Any]
 Op: TypeAlias = OpBuilder
 Value: TypeAlias = ir.Value
 
-OPSET = 21
-# The first IR version that knows opset 21; readers older than that cannot run the graph anyway.
-IR_VERSION = 10
-DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
+# The first IR version that knows an opset: readers older than that cannot run the graph anyway.
+_IR_VERSIONS = {21: 10, 23: 11}
+DTYPES = {
+    "int64": ir.DataType.INT64,
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "int8": ir.DataType.INT8,
+}
 
 
 def fused(op: Op) -> Op:
@@ -27,11 +31,19 @@ def fused(op: Op) -> Op:
     return op.builder.opset("com.microsoft", 1)
 
 
+def cast(op: Op, x: Value, have: ir.DataType, want: ir.DataType) -> Value:
+    """Returns x in the wanted type; x itself where it has it."""
+    return x if have == want else op.Cast(x, to=want)
+
+
 class GraphUnderWay:
     """A graph that is being built: inputs by name, the operator builder, and outputs as they are given."""
 
-    def __init__(self, name: str, inputs: tuple[TensorSpec, ...], defaults: dict[str, int]) -> None:
-        graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, "com.microsoft": 1}, name=name)
+    def __init__(
+        self, name: str, opsets: dict[str, int], inputs: tuple[TensorSpec, ...], defaults: dict[str, int]
+    ) -> None:
+        graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name=name)
+        self._ir_version = _IR_VERSIONS[opsets[""]]
         self._builder = GraphBuilder(graph)
         self.op: Op = self._builder.op
         self.inputs: dict[str, Value] = {}
@@ -50,5 +62,5 @@ class GraphUnderWay:
     def finish(self, producer_version: str) -> ir.Model:
         """Returns the model; its parameters still want their data."""
         return ir.Model(
-            self._builder.graph, ir_version=IR_VERSION, producer_name="slm", producer_version=producer_version
+            self._builder.graph, ir_version=self._ir_version, producer_name="slm", producer_version=producer_version
         )

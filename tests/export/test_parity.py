@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slm.core.config import FULL, SLIDING, LayerType, ModelConfig, RopeParameters
-from slm.core.contract import input_specs, output_specs
+from slm.core.contract import cache_layers, input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
@@ -18,7 +18,7 @@ from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Weights
 from slm.export.bundle import export_bundle
-from slm.export.graph import FloatFormat, build_graph, checkpoint_tensors, save_graph
+from slm.export.graph import FloatFormat, Fused, build_graph, checkpoint_tensors, save_graph
 from slm.export.parity import TOLERANCE, check_parity
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import OnnxDecoder
@@ -75,7 +75,9 @@ def rebuilt(
         tensors[weight] = tensors[weight].copy()
         tensors[weight].flat[7] += 0.05
     (out / "onnx").mkdir(parents=True)
-    save_graph(build_graph(config, FloatFormat(), tensors, shared_bundle.manifest.context), out / "onnx" / "model.onnx")
+    save_graph(
+        build_graph(config, Fused(FloatFormat()), tensors, shared_bundle.manifest.context), out / "onnx" / "model.onnx"
+    )
     for name in ("config.json", "tokenizer.json"):
         (out / name).write_bytes((shared_bundle.path / name).read_bytes())
     return seal(out, shared_bundle.manifest)
@@ -141,8 +143,10 @@ def test_the_contract(shared_bundle: Bundle) -> None:
     def described(values: list[onnx.ValueInfoProto]) -> list[tuple[str, tuple[int | str, ...]]]:
         return [(v.name, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim)) for v in values]
 
-    assert described(list(model.graph.input)) == [(s.name, s.shape) for s in input_specs(config)]
-    assert described(list(model.graph.output)) == [(s.name, s.shape) for s in output_specs(config)]
+    assert described(list(model.graph.input)) == [(s.name, s.shape) for s in input_specs(cache_layers(config))]
+    assert described(list(model.graph.output)) == [
+        (s.name, s.shape) for s in output_specs(config.vocab_size, cache_layers(config))
+    ]
     first_cache = model.graph.input[2].name
     assert config.layer_types[int(first_cache.split(".")[1])] == FULL
     names = {initializer.name for initializer in model.graph.initializer}
@@ -178,7 +182,7 @@ def test_num_logits_to_keep_has_a_default(shared_bundle: Bundle) -> None:
     feeds = {"input_ids": ids, "attention_mask": np.ones((1, 3), np.int64)}
     feeds |= {f"past_key_values.{layer}.{side}": a for (layer, side), a in buffers._arrays.items()}
     logits = decoder.session.run(["logits"], feeds)[0]
-    np.testing.assert_array_equal(logits, decoder.step(ids, keep=1))
+    np.testing.assert_array_equal(logits, decoder.step(ids, keep=0))
 
 
 def test_rows_padded_on_the_right_keep_their_own_last_positions(
@@ -225,7 +229,7 @@ def test_both_sides_turn_alike(factor: float) -> None:
     """At the 270M shape's head width and far beyond what the small models reach."""
     from slm.core.nn.rope import rope_angles
     from slm.core.presets import preset
-    from slm.export.graph.model import rope_tables
+    from slm.export.graph.fused import rope_tables
 
     config = preset("gemma3-270m")
     config = config.model_copy(update=rope_with(config, FULL, rope_type="linear", factor=factor))

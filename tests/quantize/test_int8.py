@@ -76,7 +76,7 @@ def test_the_kernels_multiply_with_the_dequantized_weights(
 ) -> None:
     """With activations left in float, the INT8 bundle equals a float bundle whose weights were rounded in numpy."""
     from slm.core.manifest import seal
-    from slm.export.graph import BlockFormat, FloatFormat, build_graph, save_graph
+    from slm.export.graph import BlockFormat, FloatFormat, Fused, build_graph, save_graph
 
     tensors = graph_tensors(shared_bundle.model_path)
     block = int8_bundle.manifest.quantization.block_size  # type: ignore[union-attr]
@@ -101,7 +101,7 @@ def test_the_kernels_multiply_with_the_dequantized_weights(
     ):
         out = tmp_path / name
         (out / "onnx").mkdir(parents=True)
-        model = build_graph(shared_bundle.config, weights, source, shared_bundle.manifest.context)
+        model = build_graph(shared_bundle.config, Fused(weights), source, shared_bundle.manifest.context)
         save_graph(model, out / "onnx" / "model.onnx")
         (out / "config.json").write_bytes((shared_bundle.path / "config.json").read_bytes())
         bundle = seal(out, shared_bundle.manifest)

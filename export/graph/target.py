@@ -1,0 +1,153 @@
+"""What a target decides: the operators in which it says what the modules mean.
+
+The modules (`modules.py`) are the same for every target; where they need a norm, an attention or a product they ask it.
+Dimensions: B batch, T new positions, L all positions, N heads, K kv heads, H head dim, D hidden, V vocabulary. A target
+may hold hidden states as (B, T, D) or as (B * T, D); modules do not look.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from slm.core.config import Activation, LayerType, ModelConfig
+from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, CacheLayer
+from slm.export.graph.builder import Array, Op, Value
+from slm.export.graph.formats import WeightFormat
+
+Norm = Callable[[Op, Value], Value]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The numbers of one layer's attention; `window` is None where it is global."""
+
+    kind: LayerType
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+
+    @classmethod
+    def of(cls, config: ModelConfig, layer: int) -> "AttentionShape":
+        """Returns the shape of a layer's attention."""
+        return cls(
+            config.layer_types[layer],
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.query_pre_attn_scalar**-0.5,
+            config.window(layer),
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        """Widths of q, k and v in their joint product."""
+        return [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
+
+
+S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
+
+
+class Positions(Protocol[S_co]):
+    """A module that works out once a step what all layers share. `tensors` is the data of its parameters."""
+
+    tensors: Mapping[str, Array]
+
+    def __call__(self, op: Op, inputs: Mapping[str, Value]) -> S_co:
+        """Returns what is known of the step."""
+
+
+class Target(Protocol[S]):
+    """The operators of a target; `S` is what it knows of a step."""
+
+    opsets: dict[str, int]
+    weights: WeightFormat
+    quantized_cache: bool
+    dtype: ir.DataType
+
+    def caches(self, config: ModelConfig) -> tuple[CacheLayer, ...]:
+        """Returns the caches in the order of inputs and outputs."""
+
+    def positions(self, config: ModelConfig, context: int) -> Positions[S]:
+        """Returns the module that reads a step's inputs; `context` is the longest sequence, past included."""
+
+    def rms_norm(self, op: Op, x: Value, weight: Value, epsilon: float) -> Value:
+        """Returns the root-mean-square norm of x over its last dimension."""
+
+    def add_rms_norm(self, op: Op, x: Value, update: Value, weight: Value, epsilon: float) -> tuple[Value, Value]:
+        """Returns the norm of x + update, and x + update."""
+
+    def activate(self, op: Op, name: Activation, x: Value) -> Value:
+        """Applies an activation."""
+
+    def attend(
+        self,
+        op: Op,
+        qkv: Value,
+        norms: tuple[Norm, Norm],
+        shape: AttentionShape,
+        dtype: ir.DataType,
+        step: S,
+        past: tuple[Value, Value],
+        scales: tuple[Value, ...],
+    ) -> tuple[Value, Value, Value]:
+        """Norms queries and keys, rotates them, and attends.
+
+        Args:
+            op: The builder.
+            qkv: The product of all three, in the arrangement of hidden states.
+            norms: Those of queries and keys.
+            shape: The layer's.
+            dtype: The type of the product; values attended to are of the target's.
+            step: What `positions` returned.
+            past: Cached keys and values.
+            scales: Steps of quantized keys and values (1, K, 1, H), where caches are quantized.
+
+        Returns:
+            The attended values, as wide as the queries, and the present keys and values.
+        """
+
+    def arranged(self, op: Op, input_ids: Value) -> Value:
+        """Returns ids (B, T) so that their embeddings are in the arrangement of hidden states."""
+
+    def kept(self, op: Op, hidden: Value, step: S) -> Value:
+        """Returns the hidden states whose logits are asked for: each row's last valid ones."""
+
+    def logits(self, op: Op, logits: Value, step: S, vocab_size: int) -> Value:
+        """Returns what the head made of them as (B, kept, V)."""
+
+
+def inverse_frequencies(config: ModelConfig, kind: LayerType) -> Array:
+    """Returns by how many radians a position turns each pair of channels, float32 (H / 2,)."""
+    exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+    rope = config.rope_parameters[kind]
+    frequencies: Array = (rope.rope_theta**-exponents / rope.factor).astype(np.float32)
+    return frequencies
+
+
+def last_rows(op: Op, hidden: Value, inputs: Mapping[str, Value], ends: Value) -> Value:
+    """Returns the hidden states (B, kept, D) of each row's last valid positions.
+
+    Args:
+        op: The builder.
+        hidden: Hidden states (B, T, D).
+        inputs: The graph's inputs.
+        ends: Where each row's valid new positions end, (B,).
+    """
+    new = op.Squeeze(op.Shape(inputs[INPUT_IDS], start=1, end=2))  # T, scalar
+    keep = inputs[LOGITS_TO_KEEP]
+    everything = op.Equal(keep, 0)
+    kept = op.Where(everything, new, op.Min(keep, new))
+    first = op.Where(everything, 0, op.Max(op.Sub(ends, kept), 0))  # (B,)
+    rows = op.Add(op.Unsqueeze(first, [-1]), op.Range(0, kept, 1))  # (B, kept)
+    return op.GatherND(hidden, op.Unsqueeze(rows, [-1]), batch_dims=1)
+
+
+def total_length(op: Op, inputs: Mapping[str, Value]) -> Value:
+    """Returns L, the length of the longest row, past included, as (1,)."""
+    return op.Shape(inputs[ATTENTION_MASK], start=1, end=2)

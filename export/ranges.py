@@ -1,0 +1,107 @@
+"""How large a model's activations grow, and which products that leaves to float16.
+
+float16 ends at 65,504, and activations of Gemma's size of numbers pass it: then a GPU answers infinity, or nothing that
+anybody notices. So the model reads text in float32 first; products that come near the end stay in float32.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from slm.core.errors import SlmError
+from slm.core.files import read_text
+from slm.core.manifest import Ranges
+from slm.core.nn import CausalLM
+from slm.core.sample import validation_path
+from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+
+LARGEST_FLOAT16 = 65_504.0
+# Other text reaches further than the one that was read: 8 times leaves three of float16's sixteen powers of two.
+MARGIN = 8.0
+TOKENS = 2048
+_ROW = 512
+
+# A product of the graph is several of the model's.
+_PRODUCTS = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+def scan_ranges(model: CausalLM, tokenizer: Tokenizer, text: Path | None = None) -> Ranges:
+    """Reads text and decides which products stay in float32.
+
+    Args:
+        model: The model, in float32.
+        tokenizer: Its tokenizer.
+        text: A text file; by default the stories that ship with slm.
+
+    Returns:
+        The largest absolute values that go into or come out of each product, and the products to keep in float32.
+
+    Raises:
+        SlmError: When the text is too short, or values are too large for float16 caches.
+    """
+    file = text or validation_path()
+    documents = [part.strip() for part in read_text(file, "measuring activations").split(END_OF_TEXT)]
+    ids = [id for document in tokenizer.encode_documents([d for d in documents if d]) for id in document][:TOKENS]
+    length = min(len(ids), _ROW, model.config.max_position_embeddings)
+    if length < 2:
+        raise SlmError(f"too little text to measure activations on: {file}", "give at least a few sentences")
+    rows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+    largest = _largest(model, rows)
+    values = max(value for path, value in largest.items() if path.endswith("v_proj"))
+    if not values * MARGIN < LARGEST_FLOAT16:
+        raise SlmError(
+            f"the values of attention reach {values:,.0f}: too near the end of float16, in which caches are kept",
+            "--device cpu keeps float32",
+        )
+    products: dict[str, float] = {}
+    for path, value in largest.items():
+        parent, _, name = path.rpartition(".")
+        product = ".".join(filter(None, (parent, _PRODUCTS.get(name, name))))
+        products[product] = max(value, products.get(product, 0.0))
+    return Ranges(
+        text="the stories that ship with slm" if text is None else str(text),
+        tokens=rows.numel(),
+        margin=MARGIN,
+        largest={path: round(value, 3) for path, value in products.items()},
+        float32=tuple(path for path, value in products.items() if not value * MARGIN < LARGEST_FLOAT16),
+    )
+
+
+def _largest(model: CausalLM, rows: Tensor) -> dict[str, float]:
+    """Returns the largest absolute value in and out of every linear layer by its path."""
+    largest: dict[str, float] = defaultdict(float)
+
+    def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            reached = max(float(tensor.abs().max()) for tensor in (*inputs, output))
+            largest[path] = max(largest[path], reached)
+            if path.endswith("down_proj"):  # what goes in is made by the product before it, in its type
+                before = path.replace("down_proj", "gate_proj")
+                largest[before] = max(largest[before], float(inputs[0].abs().max()))
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(watch(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.inference_mode():
+            for row in rows:
+                model(row[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if "lm_head" in largest and model.config.tie_word_embeddings:  # the graph has the head in the embedding
+        largest["model.embed_tokens"] = largest.pop("lm_head")
+    return dict(largest)
