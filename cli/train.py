@@ -82,6 +82,7 @@ def train(
     """
     from slm.train import run
     from slm.train.parallel import by_first, joined
+    from slm.train.recipe import Recipe
 
     progress = RichProgress()
     with joined() as processes:
@@ -99,18 +100,19 @@ def train(
             unwanted = [option for option, value in given.items() if value not in (None, ())]
             if unwanted:
                 raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
-            path = by_first(processes, lambda: out or newest_run())
+            path = Path(by_first(processes, lambda: str(out or newest_run())))
             if processes.rank == 0:
                 say(f"going on with {path}")
             result = run.resume(path, progress, processes)
         else:
             if gpu is not None and not dry_run:
                 raise click.UsageError("--on goes with --dry-run")
-            recipe = by_first(processes, lambda: _recipe(recipe_name, data, val, tokenizer, seed, overrides))
+            options = (recipe_name, data, val, tokenizer, seed, overrides)
+            recipe = Recipe.model_validate(by_first(processes, lambda: _recipe(*options).model_dump(mode="json")))
             if dry_run:
                 by_first(processes, lambda: foresee(recipe, gpu, as_json, processes.size))
                 return
-            path = by_first(processes, lambda: out or free_run(recipe.name))
+            path = Path(by_first(processes, lambda: str(out or free_run(recipe.name))))
             result = run.train(recipe, path, progress, processes)
         if processes.rank == 0:
             _report(result, as_json)

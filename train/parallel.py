@@ -5,6 +5,7 @@ With DDP (arXiv:2006.15704) every process holds the whole model; with FSDP2 (arX
 weights, gradients and moments, for models that do not fit. What is saved is whole either way.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 ParallelName = Literal["ddp", "fsdp"]
-T = TypeVar("T")
+# What processes tell each other, beside tensors: no pickle.
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+T = TypeVar("T", bound=Json)
 
 # Until all have joined, and for each exchange of gradients or numbers: a process that hangs is not waited for longer.
 _TOGETHER = timedelta(minutes=10)
@@ -170,9 +173,14 @@ class Group:
 
     def from_first(self, value: T) -> T:
         """Returns what the first process has."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._patient)
-        return box[0]
+        said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(said))
+        dist.broadcast(length, src=0, group=self._patient)
+        if self.rank != 0:
+            said = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(said, src=0, group=self._patient)
+        heard: T = json.loads(said.numpy().tobytes())
+        return heard
 
     def complains_first(self) -> bool:
         """Returns whether nobody has complained yet; true in one process of all."""
@@ -218,17 +226,17 @@ def _leave(group: Group, error: BaseException) -> NoReturn:
 
 def by_first(processes: Processes, work: Callable[[], T]) -> T:
     """Has the first process do it, and returns its result in all; what it complains of, all complain of."""
-    result: T | None = None
-    complaint: SlmError | None = None
+    told: dict[str, Any] = {}
     if processes.rank == 0:
         try:
-            result = work()
+            told = {"result": work()}
         except SlmError as error:
-            complaint = error
-    result, complaint = processes.from_first((result, complaint))
-    if complaint is not None:
-        raise complaint
-    return result  # type: ignore[return-value]  # which is what work returned
+            told = {"complaint": [error.message, error.hint]}
+    told = processes.from_first(told)
+    if "complaint" in told:
+        raise SlmError(*told["complaint"])
+    result: T = told["result"]
+    return result
 
 
 def launched() -> bool:

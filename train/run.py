@@ -193,7 +193,12 @@ class _Run:
         evaluation = self.recipe.evaluation
         with self._averaged(), self.processes.gathered(self.learner.objective):
             texts = continue_prompts(
-                self.model, self.dataset.tokenizer, evaluation.prompts, evaluation.sample_tokens, self.recipe.seed
+                self.model,
+                self.dataset.tokenizer,
+                evaluation.prompts,
+                evaluation.sample_tokens,
+                self.recipe.seed,
+                self.processes,
             )
         return list(zip(evaluation.prompts, texts, strict=True))
 

@@ -156,6 +156,17 @@ def train_for(job: dict[str, Any], processes: Processes) -> None:
         assert stop is not None
 
 
+def tell(processes: Processes) -> None:
+    """Checks that all hear what the first process says, complaints too, and that nobody else is listened to."""
+    said = {"text": "naïve 🦊" * 10_000, "numbers": [0.1, 1 << 60, -1e-300], "nothing": None, "rank": processes.rank}
+    assert processes.from_first(said) == said | {"rank": 0}
+    assert processes.from_first("" if processes.rank == 0 else "longer") == ""
+    assert by_first(processes, lambda: [processes.rank]) == [0]
+    with pytest.raises(SlmError, match=r"^no: 0$") as error:
+        by_first(processes, lambda: (_ for _ in ()).throw(SlmError(f"no: {processes.rank}", "why")))
+    assert error.value.hint == "why"
+
+
 def work(jobs: Path) -> None:
     """What torchrun starts."""
     torch.set_num_threads(1)
@@ -163,6 +174,9 @@ def work(jobs: Path) -> None:
         for job in json.loads(jobs.read_text(encoding="utf-8")):
             if job["kind"] == "train":
                 train_for(job, processes)
+                continue
+            if job["kind"] == "tell":
+                tell(processes)
                 continue
             measured = measure(Recipe.model_validate(job["recipe"]), Path(job["data"]), processes, job.get("broken"))
             if processes.rank == 0:
@@ -600,6 +614,10 @@ def test_a_process_that_is_killed_takes_the_others_with_it(endless: subprocess.P
     ended = end_of(endless)
     assert ended.code != 0
     assert [line for line in ended.err if line.startswith("error")] == ["error: another of the processes is gone"]
+
+
+def test_what_the_first_says_all_hear(tmp_path: Path) -> None:
+    do(2, [{"kind": "tell"}], tmp_path)
 
 
 def test_the_first_does_it_and_alone_nothing_is_asked() -> None:

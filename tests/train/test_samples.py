@@ -1,6 +1,7 @@
 """What the model writes while it trains: the same dice, the same text, and nothing else is touched."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
 from slm.core.tokenizer import Tokenizer
+from slm.train.parallel import Alone
 from slm.train.samples import continue_prompts
 
 PROMPTS = ("Once upon a time", "The dog", "")
@@ -34,6 +36,26 @@ def test_the_same_dice_write_the_same_text(model: CausalLM, tokenizer: Tokenizer
 def test_every_prompt_has_dice_of_its_own(model: CausalLM, tokenizer: Tokenizer) -> None:
     together = continue_prompts(model, tokenizer, PROMPTS, 20, seed=1)
     assert together == [continue_prompts(model, tokenizer, [prompt], 20, seed=1)[0] for prompt in PROMPTS]
+
+
+def test_the_first_process_throws_the_dice_for_all(model: CausalLM, tokenizer: Tokenizer) -> None:
+    """Whatever the others' logits are: here they are another model's."""
+    told: list[Any] = []
+
+    class First(Alone):
+        def from_first(self, value: Any) -> Any:
+            told.append(value)
+            return value
+
+    class Second(Alone):
+        def from_first(self, value: Any) -> Any:
+            return told.pop(0)
+
+    first = continue_prompts(model, tokenizer, PROMPTS, 20, 1, First())
+    model.model.embed_tokens.weight.data.mul_(-1)
+    assert continue_prompts(model, tokenizer, PROMPTS, 20, 1) != first
+    assert continue_prompts(model, tokenizer, PROMPTS, 20, 1, Second()) == first
+    assert told == []
 
 
 def test_the_cache_changes_nothing(model: CausalLM, tokenizer: Tokenizer) -> None:
