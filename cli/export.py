@@ -16,6 +16,7 @@ from slm.core.manifest import Bundle
 from slm.core.runs import newest_checkpoint, run_of
 
 if TYPE_CHECKING:
+    from slm.core.contract import Device, Target
     from slm.interchange.gguf import GgufType, Written
 
 
@@ -30,6 +31,22 @@ if TYPE_CHECKING:
 )
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="Merge this LoRA adapter first.")
 @click.option("--context", type=click.IntRange(min=2), metavar="N", help="Longest sequence, in tokens. [default: 4096]")
+@click.option(
+    "--target",
+    type=click.Choice(["fused", "portable"]),
+    help="Operators: onnxruntime's own, or standard ONNX alone. [default: fused]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "webgpu"]),
+    help="Where it will run; products and caches are float16 on GPUs. [default: cpu]",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text that shows which products float16 would overflow. [default: stories that ship]",
+)
 @out_option
 @json_option
 def export(
@@ -39,6 +56,9 @@ def export(
     gguf_type: "GgufType | None",
     adapter: Path | None,
     context: int | None,
+    target: "Target | None",
+    device: "Device | None",
+    text: Path | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -52,12 +72,18 @@ def export(
       slm export --onnx
       slm export --gguf --gguf-type q8_0
       slm export --onnx runs/tiny/checkpoint/best --context 1024
+      slm export --onnx --target portable      # for transformers.js, optimum, any runtime of ONNX
+      slm export --onnx --device cuda
       slm export --onnx --adapter runs/tiny/adapters/data
     """
     if onnx == gguf:
         raise click.UsageError("name one format: --onnx or --gguf")
     if gguf and context is not None:
         raise click.UsageError("--context is for --onnx; llama.cpp takes its context when it loads the file")
+    if gguf and (target, device, text) != (None, None, None):
+        raise click.UsageError("--target, --device and --text are for --onnx")
+    if text is not None and device in (None, "cpu"):
+        raise click.UsageError("--text is for --device cuda or webgpu, where products are float16")
     if onnx and gguf_type is not None:
         raise click.UsageError("--gguf-type is for --gguf")
     progress = RichProgress()
@@ -75,9 +101,13 @@ def export(
             return
         from slm.export.bundle import export_bundle
 
-        out = out or run_of(checkpoint) / ("onnx" if adapter is None else f"onnx-{adapter.resolve().name}")
+        target, device = target or "fused", device or "cpu"
+        kinds = [target] * (target != "fused") + [device] * (device != "cpu")
+        name = "-".join(["onnx", *kinds, *([] if adapter is None else [adapter.resolve().name])])
         origin = None if adapter is None else {"checkpoint": str(checkpoint), "adapter": str(adapter)}
-        bundle = export_bundle(source, out, context, progress, origin)
+        bundle = export_bundle(
+            source, out or run_of(checkpoint) / name, context, progress, origin, target, device, text
+        )
     _report(bundle, time.perf_counter() - started, as_json)
 
 

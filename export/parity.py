@@ -14,33 +14,43 @@ import torch
 
 from slm.core.contract import CACHE_SLACK, SIDES, CacheLayer
 from slm.core.errors import SlmError
-from slm.core.manifest import Bundle, Parity
+from slm.core.manifest import Bundle, Parity, Precision
 from slm.core.nn import CausalLM, KVCache
 from slm.core.nn.decoder import TorchDecoder
 from slm.core.progress import Progress
 from slm.runtime.cache import Array, KVBuffers
-from slm.runtime.decoder import Decoder, OnnxDecoder, comparable_positions
+from slm.runtime.decoder import Caches, Decoder, OnnxDecoder, comparable_positions
 from slm.runtime.generate import generate
 from slm.runtime.sampling import GREEDY
+from slm.runtime.session import Device
 
 # Two float32 implementations that add in another order, through 18 layers. Rounding grows with the numbers: logits are
 # compared in units of their standard deviation, caches in units of their largest value, where those pass 1. Measured
 # 6e-6 with random weights at the 270M shape and 4e-5 with Gemma's own, whose logits for random tokens reach 131; there
 # PyTorch's float32 is as far from float64 (docs/LOG.md).
 TOLERANCE = 1e-4
+# float16 has 11 bits: products, keys and values are rounded to 1 / 2,048 of themselves in every layer.
+TOLERANCES: dict[Precision, float] = {"float32": TOLERANCE, "float16": 0.05}
 
 GREEDY_PROMPT = 8
 GREEDY_TOKENS = 32
 
 
-def check_parity(bundle: Bundle, reference: CausalLM, progress: Progress, tolerance: float = TOLERANCE) -> Parity:
-    """Compares a bundle with the model it was exported from.
+def check_parity(
+    bundle: Bundle,
+    reference: CausalLM,
+    progress: Progress,
+    tolerance: float | None = None,
+    device: Device = "cpu",
+) -> Parity:
+    """Compares a bundle with a model that has its weights.
 
     Args:
-        bundle: The bundle, of float32 precision.
+        bundle: The bundle.
         reference: The model.
         progress: Told of each arrangement.
-        tolerance: The largest difference allowed.
+        tolerance: The largest difference allowed; by default that of the bundle's precision.
+        device: Where the bundle is run.
 
     Returns:
         The differences found, all within the tolerance.
@@ -48,7 +58,8 @@ def check_parity(bundle: Bundle, reference: CausalLM, progress: Progress, tolera
     Raises:
         SlmError: When one is larger; it names the arrangement.
     """
-    comparison = _Comparison(bundle, reference)
+    tolerance = TOLERANCES[bundle.manifest.precision] if tolerance is None else tolerance
+    comparison = _Comparison(bundle, reference, device)
     arrangements: dict[str, Callable[[], _Difference]] = {
         "whole": lambda: comparison.in_chunks([comparison.length]),
         "chunks": lambda: comparison.in_chunks(comparison.chunks()),
@@ -92,8 +103,8 @@ class _Comparison:
     as many as fit; the chunks are short enough to have every position compared once.
     """
 
-    def __init__(self, bundle: Bundle, reference: CausalLM) -> None:
-        self.decoder = OnnxDecoder(bundle)
+    def __init__(self, bundle: Bundle, reference: CausalLM, device: Device) -> None:
+        self.decoder = OnnxDecoder(bundle, device)
         self.layers = bundle.manifest.cache
         self.reference = reference.eval()
         self.window = bundle.config.sliding_window
@@ -143,12 +154,13 @@ class _Comparison:
             worst = _larger(worst, self.difference(logits, slice(start - kept, start)))
         return _Difference(worst, self.caches(self.decoder.buffers, 0, start))
 
-    def caches(self, buffers: KVBuffers, row: int, length: int) -> float:
+    def caches(self, buffers: Caches, row: int, length: int) -> float:
         """Compares one row's resident positions with the reference's at that length."""
         worst = 0.0
         for layer in self.layers:
             for side in SIDES:
                 ours = buffers.resident(layer, side, length)[row]
+                ours = ours[:, -min(length, ours.shape[1]) :]  # what is before a row's beginning is padding
                 theirs = self._reference(layer, side)[:, length - ours.shape[1] : length]
                 worst = _larger(worst, _largest(ours - theirs) / max(1.0, float(np.abs(theirs).max())))
         return worst
@@ -159,27 +171,43 @@ class _Comparison:
         return array
 
     def ragged_batch(self) -> _Difference:
-        """Two beginnings of the tokens, of different lengths, each read into its row; then steps of both together.
-
-        A windowed cache takes several tokens of one row at a time, so that is how a batch is read.
-        """
+        """Two beginnings of the tokens, of different lengths, then steps of both together."""
         steps = min(3, self.length - 2)
         lengths = [self.length - steps, max(1, self.length // 2 - steps)]
-        buffers = KVBuffers(self.layers, self.decoder.context, batch=2)
+        buffers = self.decoder.caches(batch=2)
         buffers.reserve(self.length)
-        worst, caches = 0.0, 0.0
+        if isinstance(buffers, KVBuffers):
+            worst, mask = self._read_rows(lengths, buffers)
+        else:
+            worst, mask = self._read_padded(lengths, buffers)
+        for step in range(steps):
+            ends = [length + step for length in lengths]
+            if isinstance(buffers, KVBuffers):
+                mask = (np.arange(max(ends) + 1) <= np.array(ends)[:, None]).astype(np.int64)
+            else:
+                mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+            logits = self.decoder.run(self.ids[0, ends][:, None], mask, buffers, keep=1)
+            worst = _larger(worst, self.difference(logits[None, :, 0], ends))
+        caches = 0.0
+        for row, length in enumerate(lengths):
+            caches = _larger(caches, self.caches(buffers, row, length + steps))
+        return _Difference(worst, caches)
+
+    def _read_rows(self, lengths: list[int], buffers: KVBuffers) -> tuple[float, Array]:
+        """Reads each beginning into its row: a windowed cache takes several tokens of one row at a time."""
+        worst, mask = 0.0, np.ones((1, 0), np.int64)
         for row, length in enumerate(lengths):
             mask = np.ones((1, length), np.int64)
             logits = self.decoder.run(self.ids[:, :length], mask, buffers.row(row), keep=1)
             worst = _larger(worst, self.difference(logits, [length - 1]))
-        for step in range(steps):
-            ends = [length + step for length in lengths]
-            mask = (np.arange(max(ends) + 1) <= np.array(ends)[:, None]).astype(np.int64)
-            logits = self.decoder.run(self.ids[0, ends][:, None], mask, buffers, keep=1)
-            worst = _larger(worst, self.difference(logits[None, :, 0], ends))
-        for row, length in enumerate(lengths):
-            caches = _larger(caches, self.caches(buffers, row, length + steps))
-        return _Difference(worst, caches)
+        return worst, mask
+
+    def _read_padded(self, lengths: list[int], buffers: Caches) -> tuple[float, Array]:
+        """Reads both at once, the shorter one padded on the left, as other people's tools do it."""
+        ids = np.stack([np.pad(self.ids[0, :length], (max(lengths) - length, 0)) for length in lengths])
+        mask = np.stack([np.arange(max(lengths)) >= max(lengths) - length for length in lengths]).astype(np.int64)
+        logits = self.decoder.run(ids, mask, buffers, keep=1)
+        return self.difference(logits[None, :, 0], [length - 1 for length in lengths]), mask
 
     def greedy(self) -> int:
         """Returns how many greedy tokens both choose alike before they part."""

@@ -82,6 +82,9 @@ class KVBuffers:
             binding.bind_ortvalue_input(past_name(layer, side), value)
             binding.bind_ortvalue_output(present_name(layer, side), value)
 
+    def written(self, outputs: Sequence[ort.OrtValue]) -> None:
+        """Does nothing after a step: what it wrote is in place."""
+
     def resident(self, layer: CacheLayer, side: Side, length: int) -> Array:
         """Returns the cached positions that matter, oldest first: (B, K, min(length, window), H).
 

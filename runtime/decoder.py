@@ -14,6 +14,7 @@ from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.runtime.cache import KVBuffers
+from slm.runtime.growing import GrowingCaches
 from slm.runtime.session import Device, open_session
 
 # Tokens read in one step. Attention's scores are (heads, chunk, length): this bounds them.
@@ -23,6 +24,7 @@ PREFILL_CHUNK = 512
 LOGITS_BYTES = 64 << 20
 
 Array = NDArray[Any]
+Caches = KVBuffers | GrowingCaches
 
 
 def comparable_positions(vocab_size: int) -> int:
@@ -88,7 +90,7 @@ class OnnxDecoder:
         self._device = device
         self._threads = self.session.get_session_options().intra_op_num_threads
         self._mask = np.ones((1, self.context), np.int64)
-        self._bound: tuple[KVBuffers, int, ort.IOBinding] | None = None
+        self._bound: tuple[Caches, int, ort.IOBinding] | None = None
         self.reset()
 
     @property
@@ -116,7 +118,14 @@ class OnnxDecoder:
     def reset(self) -> None:
         """Forgets everything read."""
         self._length = 0
-        self.buffers = KVBuffers(self.bundle.manifest.cache, self.context)
+        self.buffers = self.caches()
+
+    def caches(self, batch: int = 1) -> Caches:
+        """Returns empty caches for so many rows, of the kind that the bundle's target has."""
+        manifest = self.bundle.manifest
+        if manifest.target == "portable":
+            return GrowingCaches(manifest.cache, batch)
+        return KVBuffers(manifest.cache, self.context, batch)
 
     def read(self, ids: Sequence[int]) -> Array:
         """Reads tokens, long prompts in chunks, and returns the logits (V,) for the one that follows.
@@ -144,7 +153,7 @@ class OnnxDecoder:
     def logits(self, ids: Array) -> Array:
         """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
         batch, length = ids.shape
-        buffers = KVBuffers(self.bundle.manifest.cache, self.context, batch)
+        buffers = self.caches(batch)
         buffers.reserve(length)
         return self.run(ids, np.ones((batch, length), np.int64), buffers, keep=0)
 
@@ -165,7 +174,7 @@ class OnnxDecoder:
 
     def _score_in_chunks(self, inputs: Array, targets: Array, positions: int) -> tuple[Array, Array]:
         """Scores one row (T,); returns (1, T) each."""
-        buffers = KVBuffers(self.bundle.manifest.cache, self.context)
+        buffers = self.caches()
         buffers.reserve(len(inputs))
         scored = []
         for start in range(0, len(inputs), positions):
@@ -175,7 +184,7 @@ class OnnxDecoder:
         likely, likeliest = zip(*scored, strict=True)
         return np.concatenate(likely, axis=1), np.concatenate(likeliest, axis=1)
 
-    def run(self, ids: Array, mask: Array, buffers: KVBuffers, keep: int) -> Array:
+    def run(self, ids: Array, mask: Array, buffers: Caches, keep: int) -> Array:
         """Runs the graph once: ids (B, T), mask (B, past + T), caches in place; returns logits (B, keep or T, V)."""
         binding = self._binding_of(buffers)
         binding.bind_output(LOGITS)
@@ -185,10 +194,12 @@ class OnnxDecoder:
         kept = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         self.session.run_with_iobinding(binding)
-        logits: Array = binding.get_outputs()[0].numpy()
+        outputs = binding.get_outputs()
+        buffers.written(outputs[1:])
+        logits: Array = outputs[0].numpy()
         return logits
 
-    def _binding_of(self, buffers: KVBuffers) -> ort.IOBinding:
+    def _binding_of(self, buffers: Caches) -> ort.IOBinding:
         """Returns a binding with the caches bound; the last one again while they are the same (3 % of a 270M step)."""
         if self._bound is None or self._bound[0] is not buffers or self._bound[1] != buffers.growths:
             binding = self.session.io_binding()
