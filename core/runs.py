@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from slm.core.checkpoint import INFO_FILE
 from slm.core.errors import SlmError
@@ -55,16 +56,19 @@ def newest_bundle(*, quantized: bool | None = None) -> Path:
     """Returns the bundle that was made last.
 
     Args:
-        quantized: Whether it must be (True) or must not be (False) quantized; None takes either.
+        quantized: Whether it must be quantized (True), or one to quantize, float32 and fused (False); None takes any.
 
     Raises:
         SlmError: When there is none.
     """
-    found = [
-        path
-        for path in RUNS.glob(f"*/onnx*/{MANIFEST_FILE}")
-        if quantized is None or quantized == (read_json(path, MANIFEST_FILE).get("precision") != "float32")
-    ]
+
+    def fits(manifest: dict[str, Any]) -> bool:
+        if quantized:
+            return str(manifest.get("precision")).startswith("int")
+        return manifest.get("precision") == "float32" and manifest.get("target", "fused") == "fused"
+
+    bundles = RUNS.glob(f"*/onnx*/{MANIFEST_FILE}")
+    found = [path for path in bundles if quantized is None or fits(read_json(path, MANIFEST_FILE))]
     hint = "slm quantize --int8 makes one" if quantized else "slm export --onnx makes one from a checkpoint"
     return _newest(found, "bundle", hint).parent
 
