@@ -1,6 +1,7 @@
 """From a recipe to what trains: the device, the model as the machine is to run it, its optimizers and its batches."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -126,21 +127,11 @@ def build_learner(
     loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
     objective = processes.wrap(loss, recipe.machine.parallel, device)
     optimizers = make_optimizers(model, recipe.optimizer)
-    schedule = recipe.schedule
     learner = Learner(
         objective,
         optimizers,
         batch=partial(_batch, recipe, tokens, share_of(recipe.batch.batch_size, processes), processes.rank, device),
-        rate=partial(
-            learning_rate,
-            peak=schedule.learning_rate,
-            final=schedule.final_learning_rate,
-            start=schedule.start,
-            warmup=schedule.warmup_micro_steps,
-            total=recipe.micro_steps,
-            shape=schedule.shape,
-            decay=schedule.decay,
-        ),
+        rate=_rate(recipe),
         precision=precision,
         accumulation=recipe.batch.accumulation,
         max_grad_norm=recipe.optimizer.max_grad_norm,
@@ -151,6 +142,23 @@ def build_learner(
         if saved.counters.scaler:  # none was needed where the state comes from
             learner.scaler.load_state_dict(saved.counters.scaler)
     return learner
+
+
+def _rate(recipe: Recipe) -> Callable[[int], float]:
+    """Returns the learning rate after so many micro-steps."""
+    schedule = recipe.schedule
+    # A rate of 0 is that of the update after the last one, which would change nothing with it.
+    after_the_end = 0 if schedule.final_learning_rate else recipe.batch.accumulation
+    return partial(
+        learning_rate,
+        peak=schedule.learning_rate,
+        final=schedule.final_learning_rate,
+        start=schedule.start,
+        warmup=schedule.warmup_micro_steps,
+        total=recipe.micro_steps + after_the_end,
+        shape=schedule.shape,
+        decay=schedule.decay,
+    )
 
 
 def _batch(

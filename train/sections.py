@@ -130,7 +130,7 @@ class ScheduleRecipe(Section):
         start: Where the warm-up begins, as a share of `learning_rate`.
         shape: After the warm-up: "cosine", "wsd" (warm-up, stable, decay) or "constant".
         decay: Share of the run, at its end, in which "wsd" decays.
-        final_learning_rate: At the end of the run.
+        final_learning_rate: At the end of the run; 0 is reached an update later, for one at a rate of 0 would be none.
     """
 
     micro_steps: int | None = Field(default=None, gt=0)

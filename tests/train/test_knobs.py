@@ -452,6 +452,21 @@ def trained(prepared: Tokens) -> Callable[..., Trained]:
     return go
 
 
+@pytest.mark.parametrize("decaying", ["cosine", "wsd"])
+@pytest.mark.parametrize("final", [0.0, 2e-4])
+def test_the_rate_ends_where_it_is_to_and_no_update_is_made_at_0(prepared: Tokens, decaying: str, final: float) -> None:
+    recipe = load_recipe("tiny", [*SHORT, f"schedule.shape={decaying}", f"schedule.final_learning_rate={final}"])
+    model = build_model(recipe, recipe.model.config(), torch.device("cpu"), None)
+    learner = build_learner(recipe, model, prepared, torch.device("cpu"), FLOAT32, None, Alone())
+    rates = [learner.update(2 * i, lambda: None).learning_rate for i in range(recipe.updates - 1)]
+    before = model.model.embed_tokens.weight.detach().clone()
+    rates.append(learner.update(2 * len(rates), lambda: None).learning_rate)
+    assert not torch.equal(model.model.embed_tokens.weight, before)
+    assert rates[-2] > rates[-1] > 0
+    assert (rates[-1] == pytest.approx(final)) == (final > 0)
+    assert learner._rate(12 + recipe.batch.accumulation) == pytest.approx(final)
+
+
 def equal(one: Trained, other: Trained) -> bool:
     return all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
 
