@@ -5,10 +5,10 @@ Dimensions: N output channels, K input channels.
 
 import numpy as np
 
+from slm.export.graph.blocks import ZERO_POINT
 from slm.export.graph.builder import Array
 
-# 8-bit values are stored with this added: 128 stands for 0. Only 1 to 255 are used, so that the range is symmetric.
-ZERO_POINT = 128
+# Of the 8-bit values only 1 to 255 are used, so that the range is symmetric.
 LEVELS = 127
 # Weights rounded at a time.
 _CHUNK_VALUES = 1 << 22
@@ -38,9 +38,3 @@ def _quantized(blocks: Array) -> tuple[Array, Array]:
     # A block of zeros has scale 0; anything stands for 0 there.
     steps = np.divide(blocks, scale[..., None], out=np.zeros_like(blocks), where=scale[..., None] != 0)
     return (np.rint(steps, out=steps) + ZERO_POINT).astype(np.uint8), scale
-
-
-def dequantize_blocks(quantized: Array, scale: Array) -> Array:
-    """Returns the weight float32 (N, K) that integers and scales stand for."""
-    blocks = (quantized.astype(np.float32) - ZERO_POINT) * scale[..., None]
-    return blocks.reshape(blocks.shape[0], -1)

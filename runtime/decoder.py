@@ -84,9 +84,11 @@ class Decoder(Protocol):
 class OnnxDecoder:
     """A bundle, run by onnxruntime with its caches in place."""
 
-    def __init__(self, bundle: Bundle, device: Device = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: Device = "cpu", threads: int | None = None, optimize: bool = True
+    ) -> None:
         self.bundle = bundle
-        self.session = open_session(bundle, device, threads)
+        self.session = open_session(bundle, device, threads, optimize)
         self._device = device
         self._threads = self.session.get_session_options().intra_op_num_threads
         self._mask = np.ones((1, self.context), np.int64)

@@ -21,7 +21,9 @@ def available_devices() -> list[Device]:
     return [device for device in devices if _PROVIDERS[device] in installed]
 
 
-def open_session(bundle: Bundle, device: Device = "cpu", threads: int | None = None) -> ort.InferenceSession:
+def open_session(
+    bundle: Bundle, device: Device = "cpu", threads: int | None = None, optimize: bool = True
+) -> ort.InferenceSession:
     """Opens the graph; its weights are mapped from the file, not read into memory.
 
     Args:
@@ -29,6 +31,7 @@ def open_session(bundle: Bundle, device: Device = "cpu", threads: int | None = N
         device: Where to run. A bundle exported for the CPU keeps float32 caches, which CUDA's attention kernel does not
             take: on "cuda" its matrix products run there and its attention on the CPU.
         threads: Threads for one operator; by default the usable physical cores.
+        optimize: Whether onnxruntime may change the graph, as it does by default.
 
     Raises:
         SlmError: When the device's provider is missing or cannot start, or the graph cannot be opened.
@@ -42,6 +45,8 @@ def open_session(bundle: Bundle, device: Device = "cpu", threads: int | None = N
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = _SEVERITY_ERROR
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     providers = [_PROVIDERS["cuda"]] * (device == "cuda") + [_PROVIDERS["cpu"]]
     try:
         session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)

@@ -6,6 +6,7 @@ Tensors are read one at a time, so that a conversion never holds a second copy o
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,17 @@ import onnx_ir as ir
 
 from slm.core.config import ModelConfig
 from slm.core.weights import Weights
+from slm.export.graph.blocks import dequantize_blocks
 from slm.export.graph.builder import Array
 
 # The operating system maps files page by page; tensors that begin on a page are mapped without a copy.
 PAGE_BYTES = 4096
 # Smaller tensors stay inside the graph file.
 EXTERNAL_FROM_BYTES = 1024
+
+
+# What a format that stores integers adds to a weight's name.
+_QUANTIZED, _SCALE = "_quantized", "_scale"
 
 
 class LazyTensors(Mapping[str, Array]):
@@ -88,6 +94,32 @@ def graph_tensors(path: Path) -> LazyTensors:
     model = ir.load(path)
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     return LazyTensors({name: tensor.numpy for name, tensor in tensors.items() if tensor is not None})
+
+
+def float_tensors(path: Path) -> LazyTensors:
+    """Returns the weights of a saved graph in float32, under the names that they have in the float32 graph.
+
+    Args:
+        path: The `.onnx` file; its external data lies beside it.
+    """
+    stored = graph_tensors(path)
+    makers: dict[str, Callable[[], Array]] = {}
+    for name in stored:
+        if name.endswith(_QUANTIZED):
+            plain = name.removesuffix(_QUANTIZED)
+            makers[plain] = partial(_dequantized, stored, plain)
+        elif name.endswith("weight"):
+            makers[name] = partial(_float32, stored, name)
+    return LazyTensors(makers)
+
+
+def _dequantized(stored: LazyTensors, name: str) -> Array:
+    return dequantize_blocks(stored[f"{name}{_QUANTIZED}"], stored[f"{name}{_SCALE}"])
+
+
+def _float32(stored: LazyTensors, name: str) -> Array:
+    array: Array = stored[name].astype(np.float32, copy=False)
+    return array
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

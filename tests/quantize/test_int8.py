@@ -17,7 +17,8 @@ from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.export.graph import LazyTensors, graph_tensors
-from slm.quantize.blocks import dequantize_blocks, quantize_blocks
+from slm.export.graph.blocks import dequantize_blocks
+from slm.quantize.blocks import quantize_blocks
 from slm.quantize.int8 import Int8Settings, quantize_int8, quantized_tensors
 from slm.quantize.quality import Text, measure, measuring_text
 from slm.runtime.decoder import OnnxDecoder
