@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from slm.core.errors import SlmError
 from slm.core.files import read_json, read_text
@@ -22,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 PAD = "<pad>"
+# What stands in a text for bytes that are no character.
+_REPLACEMENT = "\ufffd"
 # In the order in which they get ids when a vocabulary has none of them.
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD)
 
@@ -114,23 +115,58 @@ class Tokenizer:
         """Returns the text of the ids, special tokens left out."""
         return self.backend.decode(list(ids))
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the text of ids as they come, never half a character.
+    def text_of(self, token: int) -> str:
+        """Returns what a token adds to a text, special tokens as they are spelt; U+FFFD for parts of characters."""
+        # Beside another one: at the beginning of a text some decoders drop a space.
+        once, twice = (self.backend.decode([token] * times, skip_special_tokens=False) for times in (1, 2))
+        return twice[len(once) :]
 
-        A character whose bytes never complete appears as U+FFFD at the end, as `decode` has it.
-        """
-        stream = DecodeStream(skip_special_tokens=True)
-        seen: list[int] = []
-        length = 0
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields the text of ids as they come, never half a character; see `TextStream`."""
+        stream = TextStream(self)
         for token in ids:
-            seen.append(token)
-            piece = stream.step(self.backend, token)
-            if piece:
-                length += len(piece)
+            if piece := stream.push(token):
                 yield piece
-        rest = self.decode(seen)[length:]
-        if rest:
+        if rest := stream.finish():
             yield rest
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+
+class TextStream:
+    """The text of tokens as they come, never half a character.
+
+    The pieces make up what `Tokenizer.decode` returns for all of the tokens. Bytes that become no character appear as
+    U+FFFD, once it is certain or the text ends. (The library's own DecodeStream fails when a byte-fallback vocabulary
+    writes them: to its decoder one such byte makes the characters before it invalid too. Those stay here.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []  # the tokens of the last piece: decoders join and strip at the beginning of a text
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Takes a token and returns the whole characters that are complete with it, often none."""
+        if token in self._tokenizer._special_ids:
+            return ""
+        self._held.append(token)
+        text = self._text()
+        if text.endswith(_REPLACEMENT):  # perhaps the beginning of a character
+            return ""
+        self._before, self._held = self._held, []
+        return text
+
+    def finish(self) -> str:
+        """Returns the rest: the text ended within a character."""
+        text, self._held = self._text(), []
+        return text
+
+    def _text(self) -> str:
+        before, text = (self._tokenizer.decode(ids) for ids in (self._before, self._before + self._held))
+        return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._held)
 
 
 def _one_template(config: dict[str, Any]) -> dict[str, str]:

@@ -1,15 +1,20 @@
 """The generation loop, the same for every backend, and what it measures."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from slm.core.errors import SlmError
 from slm.runtime.decoder import Decoder
-from slm.runtime.sampling import Sampling
+from slm.runtime.logprobs import Logprobs, logprobs_of
+from slm.runtime.sampling import Sampler, Sampling
 
-StopReason = Literal["end", "length", "context"]
+StopReason = Literal["end", "stop", "length", "context", "interrupted"]
+OnFull = Literal["stop", "slide"]
+
+# New tokens as they are chosen.
+Generated = Generator[int, None, None]
 
 
 @dataclass
@@ -18,23 +23,29 @@ class Run:
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        tokens: The new tokens, the one that ended the text left out.
+        tokens: The new tokens, an end token left out. Those of a stop text are among them: it may begin within a token.
+        logprobs: How likely each new token was, when that was asked for.
         ttft_ms: Time to first token: from the first prompt token read to the first new token chosen.
-        decode_s: From the first new token to the last.
-        stopped: Why it ended: an end token, `max_new_tokens`, or the context was full.
+        decode_s: From the first new token to the last, reading again what stays of a full context included.
+        steps: New tokens chosen in `decode_s`.
+        slides: How often the context was full and its older part forgotten.
+        stopped: Why it ended: an end token, a stop text, `max_new_tokens`, the context was full; interrupted until then, by
+            Ctrl-C or because nobody listened any longer.
     """
 
     prompt_tokens: int
     tokens: list[int]
+    logprobs: list[Logprobs] = field(default_factory=list)
     ttft_ms: float = 0.0
     decode_s: float = 0.0
     steps: int = 0
-    stopped: StopReason = "length"
+    slides: int = 0
+    stopped: StopReason = "interrupted"
 
     @property
     def prefill_tok_s(self) -> float:
-        """Prompt tokens read a second."""
-        return self.prompt_tokens / (self.ttft_ms / 1e3)
+        """Prompt tokens read a second; 0 until they are."""
+        return self.prompt_tokens / (self.ttft_ms / 1e3) if self.ttft_ms else 0.0
 
     @property
     def decode_tok_s(self) -> float | None:
@@ -48,7 +59,11 @@ def generate(
     sampling: Sampling,
     max_new_tokens: int,
     stop: Sequence[int],
-) -> tuple[Run, Iterator[int]]:
+    *,
+    logprobs: int | None = None,
+    on_full: OnFull = "stop",
+    keep: int = 0,
+) -> tuple[Run, Generated]:
     """Starts a text.
 
     Args:
@@ -57,12 +72,16 @@ def generate(
         sampling: How tokens are chosen.
         max_new_tokens: How many at most.
         stop: Tokens that end the text; they are not yielded.
+        logprobs: Record in the run how likely each token was, and this many of the likeliest; None records nothing.
+        on_full: What to do when the context is full: stop, or slide, which forgets the older part (`what_stays`) and reads
+            the rest again, from position 0 on. The model does not see then what was forgotten.
+        keep: Tokens at the beginning that sliding never forgets.
 
     Returns:
         The run, complete once the iterator is exhausted, and the iterator over new tokens.
 
     Raises:
-        SlmError: When the prompt is empty or fills the whole context.
+        SlmError: When the prompt is empty or fills the whole context, or a value will not do.
     """
     if not prompt:
         raise SlmError("the prompt has no tokens", "give some text")
@@ -77,32 +96,61 @@ def generate(
         )
     if max_new_tokens < 1:
         raise SlmError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    if not 0 <= (logprobs or 0) <= decoder.vocab_size:
+        raise SlmError(f"logprobs is {logprobs}; it must be from 0 to {decoder.vocab_size:,}, the tokens of the model")
+    if on_full not in ("stop", "slide"):
+        raise SlmError(f'on_full is {on_full!r}; it must be "stop" or "slide"')
+    if not 0 <= keep <= decoder.context - 2:  # one of the others must stay, and there must be room for another
+        raise SlmError(f"keep is {keep:,}; it must be from 0 to {decoder.context - 2:,}, the context less two")
     run = Run(prompt_tokens=len(prompt), tokens=[])
-    return run, _tokens(run, decoder, prompt, sampling, max_new_tokens, frozenset(stop))
+    sampler = Sampler(sampling, prompt, decoder.vocab_size)
+    return run, _tokens(run, decoder, prompt, sampler, max_new_tokens, frozenset(stop), logprobs, on_full, keep)
+
+
+def what_stays(read: Sequence[int], keep: int) -> list[int]:
+    """Returns what a full context keeps when it slides: its first `keep` tokens and the later half of the rest."""
+    rest = read[keep:]
+    return [*read[:keep], *rest[len(rest) - len(rest) // 2 :]]
 
 
 def _tokens(
-    run: Run, decoder: Decoder, prompt: Sequence[int], sampling: Sampling, limit: int, stop: frozenset[int]
-) -> Iterator[int]:
-    chance = sampling.generator()
+    run: Run,
+    decoder: Decoder,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    stop: frozenset[int],
+    logprobs: int | None,
+    on_full: OnFull,
+    keep: int,
+) -> Generated:
     decoder.reset()
     started = time.perf_counter()
     logits = decoder.read(prompt)
-    token = sampling.choose(logits, chance)
-    first = time.perf_counter()
-    run.ttft_ms = (first - started) * 1e3
-    while True:
-        if token in stop:
-            run.stopped = "end"
-            return
+    token = sampler.choose(logits)
+    run.ttft_ms = (time.perf_counter() - started) * 1e3
+    read = list(prompt)  # what the decoder has read since it was reset
+    while token not in stop:
         run.tokens.append(token)
+        if logprobs is not None:
+            run.logprobs.append(logprobs_of(logits, token, logprobs))
         yield token
         if len(run.tokens) == limit:
-            return
-        if decoder.length == decoder.context:
-            run.stopped = "context"
+            run.stopped = "length"
             return
         before = time.perf_counter()
-        token = sampling.choose(decoder.read([token]), chance)
+        if decoder.length < decoder.context:
+            logits = decoder.read([token])
+        elif on_full == "slide":
+            read = what_stays(read, keep)
+            decoder.reset()
+            logits = decoder.read([*read, token])
+            run.slides += 1
+        else:
+            run.stopped = "context"
+            return
+        read.append(token)
+        token = sampler.choose(logits)
         run.decode_s += time.perf_counter() - before  # the time a listener takes is not the model's
         run.steps += 1
+    run.stopped = "end"

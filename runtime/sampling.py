@@ -1,38 +1,79 @@
-"""Choosing the next token from logits: small pure functions over one row (V,)."""
+"""Choosing the next token from logits: small pure functions over one row (V,).
 
-from dataclasses import dataclass
+Each `keep_...` returns the indices that stay, in ascending order; what follows works on these few alone. V is the vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
+from slm.runtime.penalties import History, add_bias, penalize_repetition, penalize_use
 
 Array = NDArray[Any]
+
+# A row is looked at in this many strides first: the largest of each column bounds the k-th largest of all from below.
+_STRIDES = 64
+# Beyond this, chance first finds a block and then a token in it: a running sum over a whole vocabulary takes milliseconds.
+_BLOCK = 512
+# Below it float32 would divide 0 by 0; the likeliest token has everything long before.
+_COLDEST = 1e-30
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
 
+    Applied in transformers' order: logit bias, repetition penalty, presence and frequency penalty (which transformers does
+    not have; here they come where vLLM and llama.cpp have them), temperature, top-k, top-p, min-p, typical. Each works on
+    what those before it left. llama.cpp differs in taking typical before top-p and dividing by the temperature last.
+
     Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0 takes the likeliest token, penalties and bias included.
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
-        top_p: Keep the fewest likeliest tokens whose probability reaches this (arXiv:1904.09751).
+        top_p: Keep the fewest likeliest tokens whose probability reaches this (arXiv:1904.09751); 1 keeps all.
         seed: Same seed, same choices.
+        min_p: Keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082); 0 keeps all.
+        typical_p: Keep the fewest tokens closest to the expected surprise whose probability reaches this
+            (arXiv:2202.00666); 1 keeps all.
+        repetition_penalty: Divides the positive and multiplies the negative logits of tokens in the prompt or the text
+            (CTRL, arXiv:1909.05858); 1 changes nothing, more repeats less.
+        presence_penalty: Subtracted from the logit of each new token used so far, the prompt's not counted (OpenAI's API).
+        frequency_penalty: Subtracted as often as the new token was used (OpenAI's API).
+        logit_bias: Added to the logits of these ids; -inf rules one out.
     """
 
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
     seed: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        infinity = float("inf")
+        share = "above 0 and at most 1"
         for name, value, wanted, good in (
-            ("temperature", self.temperature, "0 or more", 0 <= self.temperature < float("inf")),
+            ("temperature", self.temperature, "0 or more", 0 <= self.temperature < infinity),
             ("top_k", self.top_k, "0 or more", self.top_k >= 0),
-            ("top_p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("top_p", self.top_p, share, 0 < self.top_p <= 1),
             ("seed", self.seed, "0 or more", self.seed >= 0),
+            ("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1),
+            ("typical_p", self.typical_p, share, 0 < self.typical_p <= 1),
+            ("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < infinity),
+            ("presence_penalty", self.presence_penalty, "a number", abs(self.presence_penalty) < infinity),
+            ("frequency_penalty", self.frequency_penalty, "a number", abs(self.frequency_penalty) < infinity),
+            *(
+                (f"logit_bias of token {token}", bias, "a number or -inf", -infinity <= bias < infinity)
+                for token, bias in self.logit_bias.items()
+            ),
         ):
             if not good:
                 raise SlmError(f"{name} is {value}; it must be {wanted}")
@@ -41,46 +82,144 @@ class Sampling:
         """Returns the source of chance for one text."""
         return np.random.default_rng(self.seed)
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether the text so far, or a bias, changes the logits."""
+        neutral = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0
+        return bool(self.logit_bias) or not neutral
+
+    def adjust(self, logits: Array, history: History) -> Array:
+        """Returns the logits with bias and penalties."""
+        logits = add_bias(logits, self.logit_bias)
+        logits = penalize_repetition(logits, np.flatnonzero(history.seen), self.repetition_penalty)
+        return penalize_use(logits, history.uses, self.presence_penalty, self.frequency_penalty)
+
+    def distribution(self, logits: Array) -> tuple[Array, Array]:
+        """Returns the ids that can be chosen, ascending, and their probabilities; for a temperature above 0."""
+        ids = keep_top_k(logits, self.top_k)
+        row = softmax(logits if ids.size == logits.size else logits[ids], self.temperature)
+        for keep, value, everything in (
+            (keep_top_p, self.top_p, 1),
+            (keep_min_p, self.min_p, 0),
+            (keep_typical, self.typical_p, 1),
+        ):
+            if value != everything:
+                kept = keep(row, value)
+                ids, row = ids[kept], row[kept] / row[kept].sum()
+        return ids, row
+
     def choose(self, logits: Array, generator: np.random.Generator) -> int:
-        """Returns the next token's id."""
+        """Returns the next token's id, from logits that are adjusted already.
+
+        Raises:
+            SlmError: When the logits are no numbers, or every token was ruled out.
+        """
+        if not np.isfinite(logits.max()):  # NaN wherever one is
+            raise SlmError(
+                "no token can be chosen: the model's logits are no numbers, or the bias rules all of them out"
+            )
         if self.temperature == 0:
             return int(logits.argmax())
-        kept = keep_top_k(logits.astype(np.float64) - logits.max(), self.top_k)
-        with np.errstate(over="ignore"):  # next to a temperature of nothing the others go to -inf, which is right
-            probabilities = softmax(kept / self.temperature)
-        return draw(keep_top_p(probabilities, self.top_p), generator)
+        ids, probabilities = self.distribution(logits)
+        return int(ids[draw(probabilities, generator)])
 
 
 GREEDY = Sampling(temperature=0)
 
 
-def softmax(logits: Array) -> Array:
-    """Returns probabilities (V,); a logit of -inf gets 0."""
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+class Sampler:
+    """The choices of one text: its chance, and what it has used so far."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int) -> None:
+        """Begins a text.
+
+        Raises:
+            SlmError: When the bias names a token that the model does not have.
+        """
+        for token in sampling.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise SlmError(f"logit_bias names the token {token:,}, and ids go from 0 to {vocab_size - 1:,}")
+        self.sampling = sampling
+        self._generator = sampling.generator()
+        self._history = History(prompt, vocab_size) if sampling.adjusts else None
+
+    def choose(self, logits: Array) -> int:
+        """Returns the next token's id and remembers it; the logits (V,) stay as they are."""
+        if self._history is None:
+            return self.sampling.choose(logits, self._generator)
+        token = self.sampling.choose(self.sampling.adjust(logits, self._history), self._generator)
+        self._history.add(token)
+        return token
 
 
-def keep_top_k(logits: Array, k: int) -> Array:
-    """Returns the logits with all but the k largest at -inf; ties at the border stay. 0 keeps all."""
-    if not 0 < k < logits.size:
-        return logits
-    border = np.partition(logits, -k)[-k]
-    return np.where(logits >= border, logits, -np.inf)
+def softmax(logits: Array, temperature: float = 1.0) -> Array:
+    """Returns probabilities (V,) of the logits divided by a temperature above 0; a logit of -inf gets 0."""
+    weights = logits - logits.max()  # one new row, changed in place: rows of megabytes cost more than the arithmetic
+    with np.errstate(over="ignore"):  # next to a temperature of nothing the others go to -inf, which is right
+        weights /= max(temperature, _COLDEST)
+    np.exp(weights, out=weights)
+    weights /= weights.sum()
+    return weights
+
+
+def keep_top_k(row: Array, k: int) -> Array:
+    """Keeps the k largest; ties at the border stay. 0 keeps all."""
+    if not 0 < k < row.size:
+        return np.arange(row.size)
+    columns = row.size // _STRIDES
+    if k >= columns:
+        return np.flatnonzero(row >= _kth_largest(row, k))
+    # k columns have something as large as the bound, so that the k largest are all among those that reach it.
+    bound = _kth_largest(row[: _STRIDES * columns].reshape(_STRIDES, columns).max(0), k)
+    among = np.flatnonzero(row >= bound)
+    return among[row[among] >= _kth_largest(row[among], k)]
 
 
 def keep_top_p(probabilities: Array, p: float) -> Array:
-    """Returns the probabilities with all but the fewest that reach p set to 0, scaled to sum to 1; one always stays."""
-    if p >= 1:
-        return probabilities
-    order = np.argsort(-probabilities, kind="stable")
-    reached_before = np.concatenate(([0.0], np.cumsum(probabilities[order])[:-1]))
-    kept = np.zeros_like(probabilities)
-    inside = order[reached_before < p]
-    kept[inside] = probabilities[inside]
-    return kept / kept.sum()
+    """Keeps the fewest likeliest that reach p together; one always stays."""
+    return _fewest(probabilities, probabilities, p)
+
+
+def keep_min_p(probabilities: Array, p: float) -> Array:
+    """Keeps those at least p times as likely as the likeliest."""
+    return np.flatnonzero(probabilities >= p * probabilities.max())
+
+
+def keep_typical(probabilities: Array, p: float) -> Array:
+    """Keeps the fewest that reach p together, those first whose surprise is closest to the one expected, the entropy."""
+    with np.errstate(divide="ignore"):
+        surprise = -np.log(probabilities)
+    entropy = probabilities @ np.where(probabilities > 0, surprise, 0)
+    return _fewest(-np.abs(surprise - entropy), probabilities, p)
 
 
 def draw(probabilities: Array, generator: np.random.Generator) -> int:
     """Returns an index drawn with these probabilities."""
-    cumulative = np.cumsum(probabilities)
-    return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
+    blocks = np.cumsum(np.add.reduceat(probabilities, np.arange(0, probabilities.size, _BLOCK), dtype=np.float64))
+    point = generator.random() * blocks[-1]
+    block = _locate(blocks, point)
+    before = blocks[block - 1] if block else 0.0
+    start = block * _BLOCK
+    inside = np.cumsum(probabilities[start : start + _BLOCK], dtype=np.float64)
+    return start + _locate(inside, point - before)
+
+
+def _locate(cumulative: Array, point: float) -> int:
+    """Returns the first index whose cumulative sum passes the point; never one that adds nothing, whatever was rounded."""
+    return int(np.searchsorted(cumulative, min(point, np.nextafter(cumulative[-1], 0)), side="right"))
+
+
+def _kth_largest(row: Array, k: int) -> Any:
+    return np.partition(row, row.size - k)[row.size - k]
+
+
+def _fewest(scores: Array, weights: Array, mass: float) -> Array:
+    """Returns the fewest indices, of the largest scores, whose weights reach the mass; of equal scores the first."""
+    size = _STRIDES
+    while True:  # a model that knows what it says needs few: only as many are sorted as turn out to be needed
+        among = keep_top_k(scores, size)
+        among = among[np.argsort(-scores[among], kind="stable")]
+        reached = np.cumsum(weights[among], dtype=np.float64)
+        if reached[-1] >= mass or among.size == scores.size:
+            return np.sort(among[: 1 + int(np.searchsorted(reached, mass))])
+        size *= 16

@@ -1,16 +1,61 @@
 """Generation: the same tokens from every backend, the right end, streamed text whole."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import slm
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.core.tokenizer import Tokenizer
-from slm.runtime.generate import generate
+from slm.runtime.decoder import Decoder
+from slm.runtime.generate import generate, what_stays
 from slm.runtime.sampling import GREEDY
+
+# Logits of one position by two ways of reading what is before it, in float32.
+LOGITS_TOLERANCE = 1e-4
+
+
+class Watched:
+    """A decoder of which only reset, read and length are used; it remembers what was read since the last reset."""
+
+    def __init__(self, decoder: Decoder, fail_at: int | None = None) -> None:
+        self.decoder = decoder
+        self.fail_at = fail_at
+        self.since_reset: list[int] = []
+        self.reads: list[tuple[list[int], np.ndarray[Any, Any]]] = []
+
+    @property
+    def context(self) -> int:
+        return self.decoder.context
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    @property
+    def length(self) -> int:
+        return len(self.since_reset)
+
+    def reset(self) -> None:
+        self.decoder.reset()
+        self.since_reset = []
+
+    def read(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        if len(self.reads) == self.fail_at:
+            raise KeyboardInterrupt
+        logits = self.decoder.read(ids)
+        self.since_reset += ids
+        self.reads.append((list(self.since_reset), logits))
+        return logits
+
+
+def watched(bundle: Bundle, fail_at: int | None = None) -> Any:
+    return Watched(slm.load(bundle.path).decoder, fail_at)
 
 
 def test_greedy_tokens_are_the_same_on_both_backends(shared_bundle: Bundle, shared_checkpoint: Path) -> None:
@@ -60,20 +105,6 @@ def test_a_prompt_that_fills_the_context_is_refused(shared_bundle: Bundle) -> No
         generate(model.decoder, [], GREEDY, 1, stop=())
 
 
-def test_streamed_pieces_are_whole_characters(tokenizer: Tokenizer) -> None:
-    text = "naïve café — 東京 🦊 end"
-    ids = tokenizer.encode_literal(text)
-    pieces = list(tokenizer.stream(ids))
-    assert "".join(pieces) == text == tokenizer.decode(ids)
-    assert len(pieces) < len(ids)  # bytes of one character came as several tokens
-    assert not any("�" in piece for piece in pieces)
-
-
-def test_a_character_cut_off_is_shown_as_such(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode_literal("a🦊")[:-1]
-    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids) == "a�"
-
-
 def test_the_stream_is_the_text(shared_bundle: Bundle) -> None:
     model = slm.load(shared_bundle.path)
     sampling = {"temperature": 1.0, "seed": 3}
@@ -95,3 +126,158 @@ def test_logits_of_something_else_are_refused(shared_bundle: Bundle) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             model.logits(ids)  # type: ignore[arg-type]
+
+
+def test_the_loop_needs_the_protocol_alone(shared_bundle: Bundle) -> None:
+    """What wraps a decoder is as good as one."""
+    decoder = watched(shared_bundle)
+    assert list(generate(decoder, [5, 6], GREEDY, 20, stop=())[1]) == list(
+        generate(decoder.decoder, [5, 6], GREEDY, 20, stop=())[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "keep", "stays"),
+    [
+        ([0, 1, 2, 3, 4, 5], 0, [3, 4, 5]),
+        ([0, 1, 2, 3, 4, 5], 2, [0, 1, 4, 5]),
+        ([0, 1, 2, 3, 4, 5], 1, [0, 4, 5]),
+        ([0, 1, 2, 3, 4, 5], 4, [0, 1, 2, 3, 5]),
+    ],
+)
+def test_what_stays_of_a_full_context(read: list[int], keep: int, stays: list[int]) -> None:
+    assert what_stays(read, keep) == stays
+
+
+@pytest.mark.parametrize("keep", [0, 3, 254])
+def test_after_sliding_the_logits_are_those_of_what_stays(shared_bundle: Bundle, keep: int) -> None:
+    decoder = watched(shared_bundle)
+    context, count = decoder.context, 300
+    prompt = np.random.default_rng(0).integers(4, 320, 200).tolist()
+    run, tokens = generate(decoder, prompt, GREEDY, count, stop=(), on_full="slide", keep=keep)
+    made = list(tokens)
+    assert len(made) == count and run.stopped == "length" and run.steps == count - 1
+    slides = [i for i in range(1, len(decoder.reads)) if len(decoder.reads[i][0]) <= len(decoder.reads[i - 1][0])]
+    # Each time the later half of what is not kept goes on, so that the other half of it, rounded, is filled again.
+    assert run.slides == len(slides) == -(-(len(prompt) + count - 1 - context) // -(-(context - keep) // 2))
+    full, after = decoder.reads[slides[0] - 1][0], decoder.reads[slides[0]][0]
+    text = prompt + made
+    assert full == text[:context]
+    assert after == text[:keep] + text[context - (context - keep) // 2 : context + 1]
+    fresh = slm.load(shared_bundle.path).decoder
+    for i in (slides[0], min(slides[0] + 40, len(decoder.reads) - 1)):
+        read, logits = decoder.reads[i]
+        assert len(read) <= context
+        np.testing.assert_allclose(logits, fresh.logits(np.array([read]))[0, -1], atol=LOGITS_TOLERANCE)
+
+
+def test_before_it_slides_the_text_is_the_same(shared_bundle: Bundle) -> None:
+    model = slm.load(shared_bundle.path)
+    prompt = [5] * (model.decoder.context - 3)
+    stopped = list(generate(model.decoder, prompt, GREEDY, 9, stop=())[1])
+    run, tokens = generate(model.decoder, prompt, GREEDY, 9, stop=(), on_full="slide")
+    assert list(tokens)[:4] == stopped and len(run.tokens) == 9 and run.slides == 1
+
+
+def test_logprobs_are_those_of_the_raw_distribution(shared_bundle: Bundle) -> None:
+    """Whatever sampling does with it."""
+    decoder = watched(shared_bundle)
+    model = slm.load(shared_bundle.path)
+    model.decoder, model.stop_token_ids = decoder, ()
+    options = {"temperature": 1.7, "top_k": 5, "repetition_penalty": 1.5, "logit_bias": {9: 3.0}, "seed": 4}
+    pieces = list(model.pieces("Once", max_new_tokens=20, logprobs=3, **options))
+    assert model.last_run is not None
+    assert [piece.token for piece in pieces if piece.token is not None] == model.last_run.tokens
+    for piece, (_, logits) in zip(pieces, decoder.reads, strict=False):
+        assert piece.token is not None
+        expected = torch.from_numpy(logits).log_softmax(-1)
+        assert piece.logprob == pytest.approx(expected[piece.token].item(), abs=1e-5)
+        top = expected.topk(3)
+        assert [i for i, _ in piece.top] == top.indices.tolist()
+        assert [value for _, value in piece.top] == pytest.approx(top.values.tolist(), abs=1e-5)
+    assert any(piece.token != piece.top[0][0] for piece in pieces if piece.token is not None)
+    with_none = list(model.pieces("Once", max_new_tokens=20, logprobs=0, **options))
+    assert [piece.logprob for piece in with_none] == [piece.logprob for piece in pieces]
+    assert not any(piece.top for piece in with_none)
+    silent = list(model.pieces("Once", max_new_tokens=20, **options))
+    assert [piece.text for piece in silent] == [piece.text for piece in pieces]
+    assert all(piece.logprob is None for piece in silent) and not model.last_run.logprobs
+
+
+def test_a_stop_text_ends_the_text_and_is_not_part_of_it(shared_bundle: Bundle) -> None:
+    model = slm.load(shared_bundle.path)
+    model.stop_token_ids = ()
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.5, "seed": 3}
+    free = model.generate("Once", **options)
+    stop = free[len(free) // 2 :][:3]  # three characters: it will lie across tokens
+    assert model.generate("Once", stop=stop, **options) == free[: free.index(stop)]
+    assert model.last_run is not None and model.last_run.stopped == "stop"
+    assert stop in model.tokenizer.decode(model.last_run.tokens)
+    assert "".join(model.stream("Once", stop=["never", stop], **options)) == free[: free.index(stop)]
+    assert model.generate("Once", stop=["never"], **options) == free and model.last_run.stopped == "length"
+
+
+def test_ctrl_c_leaves_what_there_is(shared_bundle: Bundle) -> None:
+    decoder = watched(shared_bundle)
+    model = slm.load(shared_bundle.path)
+    model.stop_token_ids = ()
+    whole = model.generate("Once", max_new_tokens=30, temperature=0)
+    all_tokens = model.last_run.tokens  # type: ignore[union-attr]
+    decoder.fail_at = 6
+    model.decoder = decoder
+    shown = ""
+    with pytest.raises(KeyboardInterrupt):
+        for text in model.stream("Once", max_new_tokens=30, temperature=0):
+            shown += text
+    run = model.last_run
+    assert run is not None and run.stopped == "interrupted"
+    assert run.tokens == all_tokens[:6] and run.steps == 5 and (run.decode_tok_s or 0) > 0
+    assert shown == model.tokenizer.decode(run.tokens) and whole.startswith(shown.rstrip("�"))
+    decoder.fail_at = len(decoder.reads)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate("Once")
+    assert model.last_run is not None and model.last_run.tokens == [] and model.last_run.prefill_tok_s == 0
+
+
+def test_nobody_listening_is_an_interruption(shared_bundle: Bundle) -> None:
+    model = slm.load(shared_bundle.path)
+    next(iter(model.pieces("Once", max_new_tokens=9)))
+    assert model.last_run is not None and model.last_run.stopped == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "keep", "kept"), [("x" * 90, None, 1), ([8] * 90, None, 0), ("x" * 90, 5, 5), ("x" * 90, 0, 0)]
+)
+def test_sliding_keeps_what_begins_a_text(
+    shared_bundle: Bundle, prompt: str | list[int], keep: int | None, kept: int
+) -> None:
+    """By default what the tokenizer puts there, where the prompt begins with it."""
+    model = slm.load(shared_bundle.path)
+    model.decoder = decoder = watched(shared_bundle)
+    model.stop_token_ids = ()
+    model.generate(prompt, max_new_tokens=200, temperature=0, on_full="slide", keep=keep)
+    assert model.last_run is not None and model.last_run.slides == 1
+    reads = [read for read, _ in decoder.reads]
+    full, after = next(pair for pair in pairwise(reads) if len(pair[1]) < len(pair[0]))
+    stayed = (decoder.context - kept) // 2
+    assert after[:-1] == full[:kept] + full[-stayed:]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"logprobs": -1}, "logprobs is -1; it must be from 0 to 320"),
+        ({"logprobs": 321}, "logprobs is 321"),
+        ({"on_full": "wrap"}, "on_full is 'wrap'"),
+        ({"keep": 255}, "keep is 255; it must be from 0 to 254"),
+        ({"keep": -1}, "keep is -1"),
+        ({"stop": ""}, "stop text is empty"),
+        ({"stop": ["a", ""]}, "stop text is empty"),
+        ({"logit_bias": {320: 1.0}}, "logit_bias names the token 320"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_values_that_will_not_do_are_refused_at_once(shared_bundle: Bundle, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SlmError, match=said):
+        slm.load(shared_bundle.path).stream("Once", **options)

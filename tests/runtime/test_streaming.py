@@ -1,0 +1,155 @@
+"""Text as tokens come: whole characters whatever the vocabulary, the same text however it was cut."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
+
+from slm.core.tokenizer import TextStream, Tokenizer
+from slm.runtime.generate import Generated, Run
+from slm.runtime.stopping import StopTexts
+from slm.runtime.streaming import stream_pieces
+
+# Fixtures here are read and never changed.
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+PIECES = ["▁", "▁the", "the", "a", "b", "é", "🦊", "▁🦊", "▁▁", "東", "<unk>"]
+GEMMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+LLAMA = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+
+
+def byte_fallback(decoder: Any) -> Tokenizer:
+    """A SentencePiece-like vocabulary: ids 0 to 255 are bytes, then some pieces, then a special token."""
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {piece: 256 + i for i, piece in enumerate(PIECES)}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoder
+    backend.add_special_tokens([AddedToken("<end>", special=True)])
+    return Tokenizer(backend, {})
+
+
+VOCABULARIES = {"gemma": byte_fallback(GEMMA), "llama": byte_fallback(LLAMA)}
+SPECIAL = 256 + len(PIECES)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[str, list[int]]:
+    """A text and tokens that spell it: at each place one of the pieces that fit, or a character's bytes."""
+    text = draw(st.text("thea bé🦊東ß", max_size=12))
+    marked, ids = "▁" + text.replace(" ", "▁"), []
+    while marked:
+        fitting = [piece for piece in PIECES if marked.startswith(piece)]
+        piece = draw(st.sampled_from([None, *fitting]))
+        ids += list(marked[0].replace("▁", " ").encode()) if piece is None else [256 + PIECES.index(piece)]
+        marked = marked[len(piece or "?") :]
+        if draw(st.booleans()):
+            ids.append(SPECIAL)
+    return text, ids
+
+
+@given(cut=cuts(), name=st.sampled_from(sorted(VOCABULARIES)))
+def test_any_cut_with_byte_fallback_gives_the_text(cut: tuple[str, list[int]], name: str) -> None:
+    text, ids = cut
+    pieces = list(VOCABULARIES[name].stream(ids))
+    assert "".join(pieces) == (text if name == "llama" else f" {text}") == VOCABULARIES[name].decode(ids)
+    assert not any("�" in piece for piece in pieces)
+
+
+@given(ids=st.lists(st.integers(0, SPECIAL) | st.sampled_from([0xC3, 0xA9, 0xF0, 0x9F, 0xA6, 0x8A])))
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_bytes_that_are_no_text_take_no_character_along(ids: list[int], name: str) -> None:
+    """The decoder turns whole runs of bytes into U+FFFD, and the library's own stream fails then."""
+    streamed = iter("".join(VOCABULARIES[name].stream(ids)))
+    assert all(character in streamed for character in VOCABULARIES[name].decode(ids).replace("�", ""))
+
+
+def test_a_character_that_was_shown_stays() -> None:
+    assert list(VOCABULARIES["gemma"].stream([0xC3, 0xA9, 0xFF, 259])) == ["é", "�a"]
+
+
+@SHARED
+@given(ids=st.lists(st.integers(0, 319), max_size=40))
+def test_any_bytes_give_what_decoding_at_once_does(tokenizer: Tokenizer, ids: list[int]) -> None:
+    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)
+
+
+@SHARED
+@given(text=st.text(max_size=20))
+def test_no_piece_has_half_a_character(tokenizer: Tokenizer, text: str) -> None:
+    ids = [i for character in text for i in tokenizer.encode_literal(character)]  # most of them bytes
+    pieces = list(tokenizer.stream(ids))
+    assert "".join(pieces) == text
+    assert "�" in text or not any("�" in piece for piece in pieces)
+
+
+def test_a_text_that_ends_within_a_character_says_so(tokenizer: Tokenizer) -> None:
+    for stream, ids in (
+        (TextStream(tokenizer), tokenizer.encode_literal("a🦊")[:-1]),
+        (TextStream(VOCABULARIES["gemma"]), [259, 0xF0, 0x9F]),
+    ):
+        assert [stream.push(i) for i in ids] == ["a", *[""] * (len(ids) - 1)]
+        assert set(stream.finish()) == {"�"} and stream.finish() == ""
+
+
+def test_the_text_of_one_token(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.text_of(i) for i in tokenizer.encode_literal(" é")] == [" ", "�", "�"]
+    assert tokenizer.text_of(0) == "<|endoftext|>"
+    for vocabulary in VOCABULARIES.values():
+        assert [vocabulary.text_of(256 + i) for i in range(4)] == [" ", " the", "the", "a"]
+
+
+def given_tokens(ids: Sequence[int], run: Run, fail_after: int | None = None) -> Generated:
+    """Tokens as a generation gives them."""
+    for number, token in enumerate(ids):
+        if number == fail_after:
+            raise KeyboardInterrupt
+        run.tokens.append(token)
+        yield token
+    run.stopped = "length"
+
+
+def start(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str], **options: Any) -> tuple[Run, Iterator[Any]]:
+    run = Run(prompt_tokens=1, tokens=[])
+    return run, stream_pieces(run, given_tokens(ids, run, **options), TextStream(tokenizer), StopTexts(stops))
+
+
+@given(cut=cuts(), stops=st.lists(st.text("thea bé🦊", min_size=1, max_size=3), max_size=2))
+def test_any_cut_ends_at_the_same_stop_text(cut: tuple[str, list[int]], stops: list[str]) -> None:
+    text, ids = cut
+    run, pieces = start(VOCABULARIES["llama"], ids, stops)
+    made = list(pieces)
+    assert "".join(piece.text for piece in made) == StopTexts(stops).push(text) + _held(text, stops)
+    assert run.stopped == ("stop" if any(stop in text for stop in stops) else "length")
+    tokens = [piece.token for piece in made if piece.token is not None]
+    assert tokens == run.tokens == ids[: len(tokens)]
+    if run.stopped == "stop":  # nothing is asked of the model once the stop text is there
+        complete = VOCABULARIES["llama"].decode(tokens)
+        assert any(stop in complete for stop in stops)
+        assert not any(stop in VOCABULARIES["llama"].decode(tokens[:-1]) for stop in stops)
+
+
+def _held(text: str, stops: list[str]) -> str:
+    texts = StopTexts(stops)
+    texts.push(text)
+    return texts.finish()
+
+
+def test_a_piece_for_every_token_and_one_for_what_was_held_back() -> None:
+    _, pieces = start(VOCABULARIES["llama"], [257, 0xC3, 0xA9, 259, 0xC3], ["éab"])
+    shown = [(piece.text, piece.token) for piece in pieces]
+    assert shown == [("the", 257), ("", 0xC3), ("", 0xA9), ("", 259), ("", 0xC3), ("éa�", None)]
+
+
+def test_ctrl_c_shows_what_was_held_back_and_goes_on_its_way() -> None:
+    run, pieces = start(VOCABULARIES["llama"], [257, 259, 260, 259], ["ab!"], fail_after=3)
+    shown = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in pieces:
+            shown.append(piece.text)
+    assert shown == ["the", "", "", "ab"]
+    assert run.stopped == "interrupted" and run.tokens == [257, 259, 260]
