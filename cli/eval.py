@@ -162,9 +162,7 @@ def _measure(
     trained_context, windows = _as_trained(path)
     if context is None and trained_context is not None:
         context = min(trained_context, model.decoder.context)
-    if tokens is not None:
-        windows = max(1, tokens // (context or model.decoder.context))
-    return evaluate_windows(model, text.read(), progress, context=context, windows=windows)
+    return evaluate_windows(model, text.read(), progress, context=context, windows=windows, tokens=tokens)
 
 
 def _as_trained(path: Path) -> tuple[int | None, int | None]:

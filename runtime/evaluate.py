@@ -139,6 +139,7 @@ def evaluate_windows(
     *,
     context: int | None = None,
     windows: int | None = None,
+    tokens: int | None = None,
 ) -> Measurement:
     """Measures as training does: windows of one stream of documents, end-of-text after each, evenly spread.
 
@@ -148,18 +149,21 @@ def evaluate_windows(
         progress: Is told how many tokens are done.
         context: Tokens that a window reads, and predicts; by default all that the model takes, up to 4,096.
         windows: How many at most; by default as many as do not overlap.
+        tokens: How many to predict at most, but for one window; in place of `windows`.
 
     Raises:
         SlmError: When the context does not fit, the text is shorter than a window, or no token ends a text.
     """
     context = _context(model.decoder, context)
+    if tokens is not None:
+        windows = max(1, tokens // context)
     end = end_of_text(model)
     if end is None:
         raise SlmError("the windows protocol puts an end-of-text token after documents, and the model has none")
     measured = Measurement("windows", context, end_of_text=end)
     started = time.perf_counter()
     pieces: list[Array] = []
-    own = bytes_of_tokens(model.tokenizer)
+    own = _bytes_by_token(model, end)
     for text, ids in _tokenized(model, documents):
         pieces.append(np.array([*ids, end], np.int32))
         measured.documents += 1
@@ -228,7 +232,7 @@ def _documents(
 ) -> Iterator[Row]:
     """Yields the rows of documents until enough tokens are predicted."""
     assert measured.stride is not None
-    own = bytes_of_tokens(model.tokenizer)
+    own = _bytes_by_token(model, measured.end_of_text)
     left = math.inf if limit is None else limit
     end = [] if measured.end_of_text is None else [measured.end_of_text]
     for text, body in _tokenized(model, documents):
@@ -250,6 +254,16 @@ def _documents(
         left -= predicted
         if left <= 0:
             return
+
+
+def _bytes_by_token(model: Model, end: int | None) -> Array | None:
+    """Returns the bytes of text behind each token, where that is certain; none behind an end, special token or not."""
+    own = bytes_of_tokens(model.tokenizer)
+    if own is None or end is None:
+        return own
+    own = np.pad(own, (0, max(0, end + 1 - len(own))))  # the model's end may be no token of the tokenizer's
+    own[end] = 0
+    return own
 
 
 def _spelt(own: Array | None, body: Sequence[int], text: str) -> bool:

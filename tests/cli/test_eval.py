@@ -124,6 +124,35 @@ def test_windows_are_what_training_wrote_down(slm: Slm) -> None:
 
 
 @pytest.mark.parametrize(
+    ("evaluation", "wanted"),
+    [
+        ({"context": 24, "windows": 3}, (24, 3)),
+        ({"context": None, "windows": 3}, (48, 3)),
+        ({"windows": 2}, (48, 2)),
+        ({"context": 9999, "windows": 2}, (256, 2)),  # no more than the model takes
+    ],
+)
+def test_windows_are_as_long_as_training_measured(
+    slm: Slm, exported: Path, evaluation: dict[str, Any], wanted: tuple[int, int]
+) -> None:
+    info = {"recipe": {"evaluation": evaluation, "batch": {"context": 48}}}
+    (exported / "checkpoint/best/slm.json").write_text(json.dumps(info), encoding="utf-8")
+    figures = measured(slm, exported / "checkpoint/best", "--protocol", "windows")
+    assert (figures["context"], figures["windows"]) == wanted
+
+
+def test_tokens_are_counted_in_windows_of_the_context_that_is_taken(
+    slm: Slm, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that takes more than is read unless asked for; how it was trained is not recorded."""
+    monkeypatch.setattr("slm.runtime.evaluate._DEFAULT_CONTEXT", 32)
+    figures = measured(slm, exported / "checkpoint/best", "--protocol", "windows", "--tokens", "100")
+    assert (figures["context"], figures["windows"], figures["tokens"]) == (32, 3, 96)
+    figures = measured(slm, exported / "checkpoint/best", "--protocol", "windows", "--tokens", "5")
+    assert (figures["context"], figures["windows"]) == (32, 1)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--protocol", "windows", "--stride", "4"), "--stride is for --protocol documents"),

@@ -1,5 +1,6 @@
 """Loss, perplexity and bits per byte: equal to a plain reference, every token once, every byte counted."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -179,6 +180,56 @@ def altered(tokenizer: Tokenizer, change: Callable[[Backend], None]) -> Tokenize
     backend = Backend.from_str(tokenizer.backend.to_str())
     change(backend)
     return Tokenizer(backend, {})
+
+
+def respelt(tokenizer: Tokenizer, change: Callable[[Any], None]) -> Tokenizer:
+    said = json.loads(tokenizer.backend.to_str())
+    change(said)
+    return Tokenizer(Backend.from_str(json.dumps(said)), {})
+
+
+def _end_is_not_special(said: Any) -> None:
+    (end,) = (added for added in said["added_tokens"] if added["content"] == "<|endoftext|>")
+    end["special"] = False
+
+
+def test_an_end_that_is_no_special_token_has_no_bytes(tokenizer: Tokenizer, checkpoint: Model) -> None:
+    """Its 13 letters are not the text's."""
+    other = respelt(tokenizer, _end_is_not_special)
+    sizes = bytes_of_tokens(other)
+    assert sizes is not None and sizes[0] == 13
+    model = Model(other, checkpoint.decoder, (0,))
+    options: dict[str, int]
+    for options in ({}, {"context": 48, "stride": 20}, {"tokens": 3}, {"tokens": 50}):
+        ours, wanted = (evaluate_documents(each, TEXTS, Silent(), **options) for each in (model, checkpoint))
+        assert (ours.bytes, ours.nats) == (wanted.bytes, wanted.nats)
+    ours, wanted = (evaluate_windows(each, TEXTS, Silent(), context=32) for each in (model, checkpoint))
+    assert (ours.bytes, ours.nats) == (wanted.bytes, wanted.nats)
+    text = "a <|endoftext|> b"  # here they are
+    assert 0 in other.encode_literal(text)
+    assert evaluate_documents(model, [text], Silent()).bytes == len(text)
+    assert evaluate_windows(model, [text], Silent(), context=4).bytes is None  # those of a part are not known
+
+
+def _last_is_not_there(said: Any) -> None:
+    """Nor is there a token that is known to end a text."""
+    vocabulary, end = said["model"]["vocab"], said["added_tokens"][0]
+    del vocabulary[max(vocabulary, key=vocabulary.__getitem__)]
+    del said["model"]["merges"][-1]
+    end["content"] = "<|nothing|>"
+    vocabulary[end["content"]] = vocabulary.pop("<|endoftext|>")
+    said["post_processor"] = None
+
+
+def test_an_end_that_the_tokenizer_does_not_have_has_no_bytes(tokenizer: Tokenizer, checkpoint: Model) -> None:
+    other = respelt(tokenizer, _last_is_not_there)
+    sizes = bytes_of_tokens(other)
+    assert sizes is not None and len(sizes) == 319
+    model = Model(other, checkpoint.decoder, (319,))
+    measured = evaluate_documents(model, ["ab", "c"], Silent())
+    assert (measured.end_of_text, measured.end_of_text_tokens, measured.tokens) == (319, 2, 3)
+    assert measured.bytes == 1  # the first of each has nothing before it
+    assert evaluate_windows(model, ["ab", "c"], Silent(), context=4).bytes == 2
 
 
 def _composed(backend: Backend) -> None:
