@@ -1,0 +1,64 @@
+"""What an edge device does needs none of the packages that the extras bring, though they are installed here.
+
+`tests/test_packaging.py` tries the same where they are not installed, which takes a package index.
+"""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+# As they are imported, where that is not as they are called.
+IMPORTED = {"backports.zstd": "backports", "pyyaml": "yaml", "lm_eval": "lm_eval"}
+# What onnx and datasets bring, and Python's own from 3.14 on.
+MORE = ("onnx_ir", "pyarrow", "pandas", "transformers", "compression.zstd")
+
+
+def extras() -> set[str]:
+    """Returns what the extras bring, as it is imported."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [line for extra in ("convert", "train", "eval") for line in project["optional-dependencies"][extra]]
+    names = {re.split(r"[\[<>=;, ]", line)[0] for line in lines} - {"slm-edge"}
+    return {IMPORTED.get(name, name) for name in names} | set(MORE)
+
+
+def edge(*lines: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program in which what the extras bring cannot be imported."""
+    program = [f"import sys; sys.modules.update(dict.fromkeys({sorted(extras())!r}))", *lines]
+    return subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True)
+
+
+def modules() -> list[str]:
+    files = [file for home in ("runtime", "cli", "core") for file in sorted((ROOT / home).glob("*.py"))]
+    return [f"slm.{file.parent.name}.{file.stem}" for file in files if file.stem != "__init__"]
+
+
+def test_what_is_blocked() -> None:
+    assert {"torch", "onnx", "onnxscript", "safetensors", "backports", "yaml", "datasets", "lm_eval"} <= extras()
+    assert edge("import torch").returncode == edge("from backports import zstd").returncode == 1
+
+
+def test_every_module_of_an_edge_device_imports() -> None:
+    assert len(modules()) > 40
+    done = edge(*(f"import {module}" for module in (*modules(), "slm.train.data.documents")))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl.gz"])
+def test_text_is_read(name: str) -> None:
+    write = "import gzip, json; from pathlib import Path; Path('text.txt').write_text('Once.'); "
+    write += "Path('text.jsonl.gz').write_bytes(gzip.compress(json.dumps({'text': 'Once.'}).encode()))"
+    read = f"from slm.train.data.documents import read_documents; print(list(read_documents(Path({name!r}))))"
+    done = edge(write, read)
+    assert done.stdout == "['Once.']\n", done.stderr
+
+
+def test_what_needs_an_extra_says_which(tmp_path: Path) -> None:
+    (tmp_path / "text.txt.zst").write_bytes(b"")
+    done = edge("from slm.cli.main import main", "main(['eval', '--data', 'text.txt.zst'])")
+    assert done.returncode == 1
+    assert "slm-edge[train]" in done.stderr and "Traceback" not in done.stderr
