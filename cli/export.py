@@ -90,7 +90,7 @@ def export(
     started = time.perf_counter()
     if checkpoint is None:
         checkpoint = _base_of(adapter)
-    with _source(checkpoint, adapter) as source:
+    with source_checkpoint(checkpoint, adapter) as source:
         if gguf:
             from slm.interchange.gguf import write_gguf
 
@@ -135,8 +135,8 @@ def _base_of(adapter: Path | None) -> Path:
 
 
 @contextmanager
-def _source(checkpoint: Path, adapter: Path | None) -> Iterator[Path]:
-    """Yields the checkpoint to export: itself, or one with the adapter merged into it that is there only for this export."""
+def source_checkpoint(checkpoint: Path, adapter: Path | None) -> Iterator[Path]:
+    """Yields the checkpoint itself, or one with the adapter merged into it that is there only as long as it is used."""
     if adapter is None:
         yield checkpoint
         return

@@ -42,6 +42,7 @@ def check_parity(
     progress: Progress,
     tolerance: float | None = None,
     device: Device = "cpu",
+    optimize: bool = True,
 ) -> Parity:
     """Compares a bundle with a model that has its weights.
 
@@ -51,15 +52,16 @@ def check_parity(
         progress: Told of each arrangement.
         tolerance: The largest difference allowed; by default that of the bundle's precision.
         device: Where the bundle is run.
+        optimize: Whether onnxruntime may change the graph.
 
     Returns:
         The differences found, all within the tolerance.
 
     Raises:
-        SlmError: When one is larger; it names the arrangement.
+        SlmError: When one is larger, or greedy texts part where the reference sees a clear difference.
     """
     tolerance = TOLERANCES[bundle.manifest.precision] if tolerance is None else tolerance
-    comparison = _Comparison(bundle, reference, device)
+    comparison = _Comparison(bundle, OnnxDecoder(bundle, device, optimize=optimize), reference)
     arrangements: dict[str, Callable[[], _Difference]] = {
         "whole": lambda: comparison.in_chunks([comparison.length]),
         "chunks": lambda: comparison.in_chunks(comparison.chunks()),
@@ -72,13 +74,14 @@ def check_parity(
         found[name] = run()
         progress.advance()
     progress.finish()
+    greedy, gap = comparison.greedy()
     parity = Parity(
         reference="PyTorch float32",
         tokens=comparison.length,
         tolerance=tolerance,
         logits={name: difference.logits for name, difference in found.items()},
         caches={name: difference.caches for name, difference in found.items()},
-        greedy_tokens_equal=comparison.greedy(),
+        greedy_tokens_equal=greedy,
     )
     for kind, differences in (("logits", parity.logits), ("caches", parity.caches)):
         for name, difference in differences.items():
@@ -87,6 +90,11 @@ def check_parity(
                     f"the bundle is not the checkpoint: {kind} differ by {difference:.2g} ({name}), allowed {tolerance:.0e}",
                     "the checkpoint's values may be out of float32's comfortable range; nothing was written",
                 )
+    if not gap <= 2 * tolerance:  # nearer than that, either of two tokens may come out the likelier
+        raise SlmError(
+            f"the bundle is not the checkpoint: greedy tokens part after {greedy}, where their logits differ by {gap:.2g}",
+            "the comparison of logits passed; a step with caches differs",
+        )
     return parity
 
 
@@ -103,8 +111,8 @@ class _Comparison:
     as many as fit; the chunks are short enough to have every position compared once.
     """
 
-    def __init__(self, bundle: Bundle, reference: CausalLM, device: Device) -> None:
-        self.decoder = OnnxDecoder(bundle, device)
+    def __init__(self, bundle: Bundle, decoder: OnnxDecoder, reference: CausalLM) -> None:
+        self.decoder = decoder
         self.layers = bundle.manifest.cache
         self.reference = reference.eval()
         self.window = bundle.config.sliding_window
@@ -209,15 +217,20 @@ class _Comparison:
         logits = self.decoder.run(ids, mask, buffers, keep=1)
         return self.difference(logits[None, :, 0], [length - 1 for length in lengths]), mask
 
-    def greedy(self) -> int:
-        """Returns how many greedy tokens both choose alike before they part."""
+    def greedy(self) -> tuple[int, float]:
+        """Returns how many greedy tokens both choose alike, and how far apart the reference sees the first that differ."""
         count = min(GREEDY_TOKENS, self.length - GREEDY_PROMPT - 1)
         if count < 1:
-            return 0
+            return 0, 0.0
         decoders: list[Decoder] = [self.decoder, TorchDecoder(self.reference)]
         prompt = self.ids[0, :GREEDY_PROMPT].tolist()
-        texts = [list(generate(decoder, prompt, GREEDY, count, stop=())[1]) for decoder in decoders]
-        return next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), count)
+        ours, theirs = (list(generate(decoder, prompt, GREEDY, count, stop=())[1]) for decoder in decoders)
+        equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), count)
+        if equal == count:
+            return equal, 0.0
+        with torch.inference_mode():
+            logits = self.reference(torch.tensor([prompt + theirs[:equal]]), num_logits_to_keep=1)[0, -1]
+        return equal, float(logits[theirs[equal]] - logits[ours[equal]]) / self.unit
 
 
 def _largest(difference: Array) -> float:

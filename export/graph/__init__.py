@@ -4,7 +4,7 @@ from slm.export.graph.formats import BlockFormat, FloatFormat, GemmFormat, Weigh
 from slm.export.graph.fused import Fused
 from slm.export.graph.model import build_graph
 from slm.export.graph.portable import Portable
-from slm.export.graph.store import LazyTensors, checkpoint_tensors, graph_tensors, released, save_graph
+from slm.export.graph.store import LazyTensors, checkpoint_tensors, float_tensors, graph_tensors, released, save_graph
 from slm.export.graph.target import Target
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "WeightFormat",
     "build_graph",
     "checkpoint_tensors",
+    "float_tensors",
     "graph_tensors",
     "released",
     "save_graph",

@@ -1,0 +1,70 @@
+"""`slm verify`."""
+
+import time
+from pathlib import Path
+
+import click
+
+from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.export import source_checkpoint
+from slm.cli.options import json_option
+from slm.core.checkpoint import is_checkpoint
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle
+from slm.core.runs import newest_bundle
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="The checkpoint that it must be. [default: the one that it was exported from]",
+)
+@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="LoRA adapter that was merged into it.")
+@json_option
+def verify(bundle: Path | None, against: Path | None, adapter: Path | None, as_json: bool) -> None:
+    """Prove that a bundle is the checkpoint that it was made from.
+
+    Every weight is compared with the checkpoint's: equal in float32, rounded in float16, within half a step in INT8. Then
+    logits, caches and greedy tokens are compared with PyTorch past the sliding window: read in one go, in chunks, step by
+    step and as a ragged batch, on every provider that onnxruntime has here, with and without its optimizations. INT8 is
+    also run with activations in floats, where nothing but the order of additions may differ. Anything beyond what is
+    allowed is an error.
+
+    \b
+      slm verify
+      slm verify runs/tiny/onnx-int8 --against runs/tiny/checkpoint/best --json
+    """
+    from slm.export.verify import verify_bundle
+
+    if bundle is None:
+        bundle = newest_bundle()
+        say(f"no BUNDLE named: the newest, {bundle}")
+    opened = Bundle.open(bundle)
+    origin = opened.manifest.provenance
+    if against is None:
+        against = Path(str(origin.get("checkpoint", "")))
+        if "checkpoint" not in origin or not is_checkpoint(against):
+            raise SlmError(f"the checkpoint of {bundle} is not at {against}", "name one: --against CHECKPOINT")
+        say(f"no --against given: what it was exported from, {against}")
+        adapter = adapter or (Path(str(origin["adapter"])) if "adapter" in origin else None)
+    started = time.perf_counter()
+    with source_checkpoint(against, adapter) as checkpoint:
+        found = verify_bundle(opened, checkpoint, RichProgress())
+    seconds = time.perf_counter() - started
+    if as_json:
+        parity = {provider: parity.model_dump() for provider, parity in found.parity.items()}
+        fields = {"bundle": str(bundle), "against": str(against), "weights": found.weights}
+        print_json(fields | {"weights_off": found.weights_off, "parity": parity, "seconds": round(seconds, 2)})
+        return
+    rows = [
+        (provider, read, f"{parity.logits[read]:.1e}", f"{parity.caches[read]:.1e}", f"{parity.tolerance:.0e}")
+        for provider, parity in found.parity.items()
+        for read in parity.logits
+    ]
+    print_table(f"{bundle}: is {against}", ("provider", "read", "logits", "caches", "allowed"), rows)
+    greedy = ", ".join(f"{parity.greedy_tokens_equal} ({provider})" for provider, parity in found.parity.items())
+    tokens = next(iter(found.parity.values())).tokens
+    say(f"{found.weights} weights equal, {tokens:,} tokens compared, greedy tokens equal: {greedy}; {seconds:.1f} s")

@@ -1,0 +1,161 @@
+"""Whether a bundle is the checkpoint it says it is: its weights one by one, and what it computes on each provider.
+
+Weights are compared with the checkpoint's: equal in float32, rounded in float16, within half a step where they are
+integers. What the bundle computes is compared with PyTorch running the bundle's own weights, so that rounding of weights
+does not hide an error in the graph. A graph of integers is run twice: with activations in floats, where it must agree as
+closely as a float graph, and as it ships, where the kernel rounds activations too.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from slm.core.checkpoint import read_config
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle, Parity, Precision
+from slm.core.nn import CausalLM
+from slm.core.progress import Progress
+from slm.core.weights import Weights
+from slm.export.graph import LazyTensors, checkpoint_tensors, float_tensors, graph_tensors, released
+from slm.export.graph.builder import Array
+from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
+from slm.runtime.session import available_devices
+
+# The kernel rounds activations to 8 bits block by block, in every layer.
+INT8_TOLERANCE = 0.3
+# A value half-way between two steps may have been rounded either way.
+_HALF_STEP = 0.5 * (1 + 1e-5)
+_HALF_ULP_FLOAT16 = 2.0**-11
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found, all within what is allowed.
+
+    Attributes:
+        weights: How many tensors are the checkpoint's.
+        weights_off: The largest difference of a weight, in units of what rounding allows it; 0 in float32.
+        parity: Differences from PyTorch, by provider; "cpu, graph as written" without onnxruntime's optimizations.
+    """
+
+    weights: int
+    weights_off: float
+    parity: dict[str, Parity]
+
+
+def verify_bundle(bundle: Bundle, checkpoint: Path, progress: Progress) -> Verification:
+    """Compares a bundle with a checkpoint.
+
+    Raises:
+        SlmError: When anything differs by more than is allowed; it says what.
+    """
+    theirs = read_config(checkpoint)
+    if bundle.config != theirs:
+        changed = [name for name, value in bundle.config if value != getattr(theirs, name)]
+        raise SlmError(f"the bundle is not the checkpoint: their configurations differ in {', '.join(changed)}")
+    with released():
+        count, off = _compare_weights(bundle, checkpoint)
+    progress.note(f"{count} weights are the checkpoint's")
+    with released():
+        reference = model_of(bundle)
+    precision = bundle.manifest.precision
+    tolerance = INT8_TOLERANCE if precision == "int8" else TOLERANCES[precision]
+    found: dict[str, Parity] = {}
+    for device in available_devices():
+        found[device] = check_parity(bundle, reference, progress, tolerance, device)
+    found["cpu, graph as written"] = check_parity(bundle, reference, progress, tolerance, optimize=False)
+    if precision == "int8":
+        with _float_activations(bundle) as exact:
+            found["cpu, float activations"] = check_parity(exact, reference, progress, TOLERANCE)
+    return Verification(count, off, found)
+
+
+@contextmanager
+def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
+    """Yields the bundle with one attribute of its products changed, so that they take activations as they are."""
+    model = ir.load(bundle.model_path)
+    for node in model.graph:
+        if "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    with TemporaryDirectory(prefix=".verify-", dir=bundle.path.parent) as directory:
+        changed = Bundle(Path(directory), bundle.manifest, bundle.config)
+        path = Path(directory) / bundle.manifest.model
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ir.save(model, path)  # the weights stay where they are, beside it
+        data = bundle.model_path.with_name(f"{path.name}_data")
+        try:
+            os.link(data, path.with_name(data.name))
+        except OSError:  # a file system without links
+            shutil.copy(data, path.with_name(data.name))
+        yield changed
+
+
+def model_of(bundle: Bundle) -> CausalLM:
+    """Returns PyTorch's model with a bundle's weights."""
+    tensors = float_tensors(bundle.model_path)
+    config = bundle.config
+    with torch.device("meta"):
+        model = CausalLM(config)
+    state: dict[str, torch.Tensor] = {}
+    for name in tensors:
+        array = tensors[name]
+        parent, _, product = name.removesuffix(".weight").rpartition(".")
+        match product:
+            case "qkv_proj":
+                queries, width = (
+                    config.num_attention_heads * config.head_dim,
+                    config.num_key_value_heads * config.head_dim,
+                )
+                parts = dict(zip("qkv", np.split(array, [queries, queries + width]), strict=True))
+                state |= {f"{parent}.{part}_proj.weight": torch.tensor(value) for part, value in parts.items()}
+            case "gate_up_proj":
+                parts = dict(zip(("gate", "up"), np.split(array, 2), strict=True))
+                state |= {f"{parent}.{part}_proj.weight": torch.tensor(value) for part, value in parts.items()}
+            case _ if product.endswith("norm"):
+                state[name] = torch.tensor(array - np.float32(1))
+            case _:
+                state[name] = torch.tensor(array)
+    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _compare_weights(bundle: Bundle, checkpoint: Path) -> tuple[int, float]:
+    """Returns how many weights were compared, and the largest difference in units of what is allowed."""
+    config = bundle.config
+    theirs, ours = checkpoint_tensors(Weights(checkpoint), config), float_tensors(bundle.model_path)
+    if missing := set(theirs) ^ set(ours):
+        raise SlmError(f"the bundle is not the checkpoint: it has other weights, {min(missing)} among them")
+    stored, worst = graph_tensors(bundle.model_path), 0.0
+    for name in theirs:
+        wanted, found = theirs[name], ours[name]
+        if wanted.shape != found.shape:
+            raise SlmError(f"the bundle is not the checkpoint: {name} is {found.shape}, not {wanted.shape}")
+        off = float(np.max(np.abs(found - wanted) / _allowed(stored, name, wanted, bundle.manifest.precision)))
+        if not off <= 1:
+            raise SlmError(
+                f"the bundle is not the checkpoint: {name} differs by {float(np.abs(found - wanted).max()):.2g}",
+                "name the checkpoint that it was exported from with --against",
+            )
+        worst = max(worst, off)
+    return len(theirs), worst
+
+
+def _allowed(stored: LazyTensors, name: str, wanted: Array, precision: Precision) -> Array:
+    """Returns how far each value may be from the checkpoint's; never 0, so that it can be divided by."""
+    tiny = np.float32(np.finfo(np.float32).tiny)
+    if f"{name}_scale" in stored:
+        scale = stored[f"{name}_scale"]
+        steps: Array = np.repeat(scale, wanted.shape[1] // scale.shape[1], axis=1)
+        return np.maximum(steps * np.float32(_HALF_STEP), tiny)
+    if precision == "float16":
+        return np.maximum(np.abs(wanted) * np.float32(_HALF_ULP_FLOAT16), np.float32(2.0**-25))
+    return np.full_like(wanted, tiny)

@@ -1,0 +1,127 @@
+"""`slm verify`: bundles of every kind pass, and those that are wrong in one place fail, whatever their precision."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from slm.core.config import FULL, SLIDING
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle, seal
+from slm.core.progress import Silent
+from slm.export.bundle import export_bundle
+from slm.export.parity import TOLERANCE
+from slm.export.verify import verify_bundle
+from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.quality import Text
+
+KINDS = ("float32", "int8", "portable", "cuda", "webgpu")
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    shared_checkpoint: Path, shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Bundle]:
+    """A bundle of each kind, of the same checkpoint."""
+    home = tmp_path_factory.mktemp("bundles")
+    text = Text("random", np.random.default_rng(5).integers(0, shared_bundle.config.vocab_size, (4, 60)))
+    return {
+        "float32": shared_bundle,
+        "int8": quantize_int8(shared_bundle, home / "int8", text, Int8Settings(max_kl_nats=1)),
+        "portable": export_bundle(shared_checkpoint, home / "portable", target="portable"),
+        "cuda": export_bundle(shared_checkpoint, home / "cuda", device="cuda"),
+        "webgpu": export_bundle(shared_checkpoint, home / "webgpu", device="webgpu"),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bundle_is_its_checkpoint(bundles: dict[str, Bundle], shared_checkpoint: Path, kind: str) -> None:
+    found = verify_bundle(bundles[kind], shared_checkpoint, Silent())
+    assert found.weights == 42
+    assert (found.weights_off == 0) == (kind in ("float32", "portable"))
+    assert {"cpu", "cpu, graph as written"} <= found.parity.keys()
+    for parity in found.parity.values():
+        assert parity.logits.keys() == {"whole", "chunks", "steps", "batch"}
+    if kind == "int8":
+        assert found.parity["cpu, float activations"].largest < TOLERANCE < found.parity["cpu"].largest
+
+
+def altered(bundle: Bundle, out: Path, change: Callable[[ir.Model], None]) -> Bundle:
+    """The bundle, sealed again after somebody changed its graph."""
+    shutil.copytree(bundle.path, out)
+    model = ir.load(out / bundle.manifest.model)
+    for value in model.graph.initializers.values():  # read before the file is written again
+        value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)  # type: ignore[union-attr]
+    change(model)
+    ir.save(model, out / bundle.manifest.model, external_data=f"{Path(bundle.manifest.model).name}_data")
+    return Bundle.open(seal(out, bundle.manifest).path)
+
+
+def one_weight(model: ir.Model) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    value = model.graph.initializers.get(f"{name}_quantized") or model.graph.initializers[name]
+    array = value.const_value.numpy().copy()  # type: ignore[union-attr]
+    array.flat[7] += 3 if array.dtype == np.uint8 else array.dtype.type(0.01)
+    value.const_value = ir.tensor(array, name=value.name)
+
+
+def window(model: ir.Model) -> None:
+    for node in model.graph:
+        if "local_window_size" in node.attributes:
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 15)
+        for value in node.inputs:  # the portable graph has it as a number that distances are compared with
+            if node.op_type == "Less" and value is not None and value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy() - 1, name=value.name)
+
+
+def rope_base(model: ir.Model) -> None:
+    for kind in (SLIDING, FULL):
+        for table in ("cos", "sin", "inv_freq"):
+            value = model.graph.initializers.get(f"positions.{kind}_{table}")
+            if value is not None and value.const_value is not None:
+                array = value.const_value.numpy()
+                value.const_value = ir.tensor(np.roll(array, 1, axis=-1), name=value.name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", [one_weight, window, rope_base], ids=lambda change: change.__name__)
+def test_a_bundle_wrong_in_one_place_fails(
+    bundles: dict[str, Bundle],
+    shared_checkpoint: Path,
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[ir.Model], None],
+) -> None:
+    bundle = altered(bundles[kind], tmp_path / "altered", change)
+    with pytest.raises(SlmError, match="the bundle is not the checkpoint") as caught:
+        verify_bundle(bundle, shared_checkpoint, Silent())
+    assert ("down_proj" in caught.value.message) == (change is one_weight)
+
+
+def test_another_configuration_is_named(shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(shared_checkpoint, tmp_path / "other")
+    fields = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(fields | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(SlmError, match="rms_norm_eps"):
+        verify_bundle(shared_bundle, tmp_path / "other", Silent())
+
+
+def test_the_command(
+    slm: Callable[..., Any], bundles: dict[str, Bundle], shared_checkpoint: Path, tmp_path: Path
+) -> None:
+    result = slm("verify", bundles["int8"].path, "--against", shared_checkpoint, "--json")
+    assert result.code == 0
+    figures = json.loads(result.out)
+    assert figures["weights"] == 42 and figures["parity"]["cpu"]["tokens"] == 48
+    result = slm("verify", bundles["portable"].path)  # exported from where it still is
+    assert result.code == 0 and "what it was exported from" in result.err
+    wrong = altered(bundles["int8"], tmp_path / "wrong", rope_base)
+    result = slm("verify", wrong.path, "--against", shared_checkpoint)
+    assert result.code == 1 and "is not the checkpoint" in result.err and "Traceback" not in result.err
+    result = slm("verify", bundles["float32"].path, "--against", tmp_path / "nowhere")
+    assert result.code == 1 and len(result.err.splitlines()) <= 3
