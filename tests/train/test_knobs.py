@@ -1,4 +1,4 @@
-"""Research knobs: every command of docs/experiments.md, its figures, and an effect of every value that is set there.
+"""Research knobs: an effect of every value that docs/experiments.md sets. `test_experiments.py` holds the page itself.
 
 Knobs are spelt here as on the command line, and go through `load_recipe`.
 """
@@ -6,6 +6,7 @@ Knobs are spelt here as on the command line, and go through `load_recipe`.
 import json
 import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,23 @@ import torch
 import transformers
 from torch import Tensor
 
-from slm.cli.main import cli
-from slm.core.accounting import CacheKind, cache_bytes, decode_flops, parameters
 from slm.core.checkpoint import read_config
 from slm.core.config import FULL, SLIDING, ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
-from slm.core.presets import PRESETS, preset
 from slm.core.progress import Silent
-from slm.core.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
+from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.export.bundle import export_bundle
 from slm.export.parity import TOLERANCE
 from slm.train.build import build_learner, build_model, with_special_tokens
 from slm.train.data.dataset import open_dataset
 from slm.train.data.tokens import Tokens
 from slm.train.memory import training_bytes
-from slm.train.optimizer import make_optimizers
 from slm.train.parallel import Alone
 from slm.train.precision import Precision, capability, choose_precision
 from slm.train.prepare import DATA, prepare
-from slm.train.recipe import Recipe, load_recipe
+from slm.train.recipe import load_recipe
 from slm.train.run import train
-
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
-COMMANDS = [line.strip() for line in PAGE.splitlines() if line.startswith("    slm ")]
-TRAININGS = [command for command in COMMANDS if command.startswith("slm train ")]
 
 MakeModel = Callable[..., CausalLM]
 
@@ -156,128 +149,13 @@ def path_of(override: str) -> str:
     return override.partition("=")[0]
 
 
-def options(command: str) -> dict[str, Any]:
-    """What a command was given, through its own parser."""
-    _, name, *arguments = shlex.split(command)
-    found = cli.get_command(cli.make_context("slm", ["--help"], resilient_parsing=True), name)
-    assert found is not None
-    return found.make_context(name, arguments).params
-
-
-def recipe_of(command: str) -> Recipe:
-    given = options(command)
-    return load_recipe(given["recipe_name"], given["overrides"])
-
-
-# The page
-
-
-@pytest.mark.parametrize("command", TRAININGS)
-def test_training_commands(command: str, tmp_path: Path) -> None:
-    recipe = recipe_of(command)
-    config = recipe.model.config()
-    with torch.device("meta"):
-        model = CausalLM(config)
-    groups: list[dict[str, Any]] = make_optimizers(model, recipe.optimizer).groups
-    assert {p for group in groups for p in group["params"]} == set(model.parameters())
-    if recipe.data.tokenizer == "gpt2":
-        assert config.vocab_size >= 50_256 + len(SPECIAL_TOKENS)
-    (tmp_path / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    assert load_recipe(tmp_path / "config.yaml") == recipe
-
-
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in TRAININGS])
-def test_other_commands(command: str, slm: Callable[..., Any]) -> None:
-    given = options(command)
-    if command.startswith("slm info "):
-        assert slm(*shlex.split(command)[1:]).code == 0
-    else:  # measures what the page's trainings made
-        assert str(given["model"]).removesuffix("/checkpoint/best") in {str(options(t)["out"]) for t in TRAININGS}
-
-
 def test_there_is_no_value_without_a_test() -> None:
-    set_there = {path_of(override) for command in TRAININGS for override in options(command)["overrides"]}
+    page = (Path(__file__).parent.parent.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("    slm train ")]
+    set_there = {path_of(word) for words in commands for option, word in pairwise(words) if option == "--set"}
     tested = {path_of(knob) for knobs, _ in (*SHAPES.values(), *LEARNED.values()) for knob in knobs}
     assert len(set_there) > 30
     assert set_there <= tested | {path_of(knob) for knob in SAME} | ELSEWHERE
-
-
-def test_windows_that_training_sees() -> None:
-    """The page says of which recipes; a knob of the window would do nothing in the others."""
-    for name, seen in (("tiny", True), ("stories-4m", True), ("documented", False)):
-        recipe = load_recipe(name)
-        assert (recipe.batch.context > recipe.model.config().sliding_window) == seen
-    short = load_recipe("tiny", ["model.sliding_window=32"])
-    assert short.model.config().sliding_window < short.batch.context
-
-
-# Figures
-
-
-def size_row(name: str) -> str:
-    config = preset(name)
-    parts = parameters(config)
-    heads = f"{config.num_attention_heads} / {config.num_key_value_heads} × {config.head_dim}"
-    state = training_bytes(
-        load_recipe("tiny", [f"model.preset={name}", f"batch.context={config.sliding_window}"]), config, FLOAT32
-    )
-    cells = (
-        name,
-        f"{config.vocab_size:,}",
-        f"{config.hidden_size:,} / {config.intermediate_size:,}",
-        f"{config.num_hidden_layers}, {config.layer_types.count(FULL)}",
-        heads,
-        f"{config.sliding_window} / {config.max_position_embeddings:,}",
-        f"{parts.total:,}",
-        f"{parts.embedding / parts.total:.0%}".replace("%", " %"),
-        f"{(state.weights + state.gradients + state.moments) / 1e9:.2f} GB",
-    )
-    return f"| {' | '.join(cells)} |\n"
-
-
-def heads_row(kv_heads: int) -> str:
-    config = load_recipe("tiny", [f"model.num_key_value_heads={kv_heads}"]).model.config()
-    return f"| {kv_heads} | {parameters(config).total:,} | {cache_bytes(config, 1024) / 1e6:.2f} MB |\n"
-
-
-CONTEXTS = (128, 512, 2_048, 8_192, 32_768)
-
-
-def context_row(context: int) -> str:
-    config = preset("270m-wide")
-    kinds: tuple[CacheKind, ...] = ("windowed", "full")
-    caches = (f"{cache_bytes(config, context, kind=kind) / 1e6:,.1f} MB" for kind in kinds)
-    flops = (f"{decode_flops(config, context - 1, windows=w).total / 1e9:.3f} GFLOP" for w in (True, False))
-    return f"| {context:,} | {' | '.join((*caches, *flops))} |\n"
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_sizes(name: str) -> None:
-    with torch.device("meta"):
-        model = CausalLM(preset(name))
-    assert sum(p.numel() for p in model.parameters()) == parameters(preset(name)).total
-    assert size_row(name) in PAGE
-
-
-@pytest.mark.parametrize(
-    ("name", "size"), [("1m", 1e6), ("10m", 1e7), ("30m", 3e7), ("100m", 1e8), ("270m-wide", 2.7e8), ("1b", 1e9)]
-)
-def test_names_of_sizes_are_theirs(name: str, size: float) -> None:
-    config = preset(name)
-    assert parameters(config).total == pytest.approx(size, rel=0.04)
-    assert FULL in config.layer_types and SLIDING in config.layer_types
-    assert config.num_attention_heads * config.head_dim == config.hidden_size
-
-
-def test_other_figures() -> None:
-    for kv_heads in (4, 2, 1):
-        assert heads_row(kv_heads) in PAGE
-    for context in CONTEXTS:
-        assert context_row(context) in PAGE
-    tied, untied = (load_recipe("tiny", [f"model.tie_word_embeddings={t}"]).model.config() for t in ("true", "false"))
-    gemma = load_recipe("modern", ["model.vocab_size=262144"]).model.config()
-    for number in (tied, untied, gemma):
-        assert f"{number.parameter_count():,} parameters" in PAGE or f"from {number.parameter_count():,} to" in PAGE
 
 
 # The shape
