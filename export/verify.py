@@ -31,8 +31,8 @@ from slm.runtime.session import available_devices
 
 # The kernel rounds activations to 8 bits block by block, in every layer.
 INT8_TOLERANCE = 0.3
-# A value half-way between two steps may have been rounded either way.
-_HALF_STEP = 0.5 * (1 + 1e-5)
+# A value half-way between two steps may have been rounded either way; 127 steps are themselves rounded to 24 bits.
+_HALF_STEP = 0.5 + 1e-4
 _HALF_ULP_FLOAT16 = 2.0**-11
 
 
