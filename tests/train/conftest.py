@@ -1,6 +1,11 @@
-"""A recipe that trains in a second, and text to train it on."""
+"""A recipe that trains in a second, text to train it on, and torchrun."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +60,49 @@ def small_recipe(story_file: Path) -> Callable[..., Recipe]:
         return Recipe.model_validate(fields)
 
     return make
+
+
+_SECONDS = 100
+
+
+def _torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How torchrun ended, without what it reports itself."""
+
+    code: int
+    out: str
+    err: list[str]
+
+
+def _end_of(started: subprocess.Popen[str]) -> Ended:
+    try:
+        out, err = started.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        started.terminate()
+        raise
+    own = re.split(r"^Traceback", err, maxsplit=1, flags=re.MULTILINE)
+    assert "slm/" not in "".join(own[1:]), err  # the traceback is torchrun's
+    return Ended(started.returncode, out, [line for line in own[0].splitlines() if not re.match(r"[WEI]\d{4} ", line)])
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.Popen[str]]:
+    """Starts so many processes of a program, or of `-m MODULE`, with these arguments."""
+    return _torchrun
+
+
+@pytest.fixture(scope="session")
+def end_of() -> Callable[[subprocess.Popen[str]], Ended]:
+    """Waits for what `torchrun` started, and makes sure that it shows no traceback of ours."""
+    return _end_of

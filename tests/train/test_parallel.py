@@ -1,4 +1,4 @@
-"""Several processes under torchrun, on the CPU: they learn what one process learns, stop together and complain once.
+"""Several processes under torchrun, on the CPU: they learn what one process learns; `test_torchrun.py` has the command line.
 
 Run as a script this file is what torchrun starts: it does the jobs of a file, one after another, in processes that have
 joined once, for joining takes longer than they do.
@@ -6,14 +6,10 @@ joined once, for joining takes longer than they do.
 
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from slm.train.prepare import prepare
 from slm.train.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
+Do = Callable[[int, list[dict[str, Any]], Path], None]
 Measured = dict[str, Tensor]
 
 # Gradients in float32, as the norm of the difference over the norm: the processes' parts are summed in another order.
@@ -53,7 +50,6 @@ WEIGHTS_TOLERANCE = 1e-5
 RUN_LOSS_TOLERANCE = 1e-6
 
 STOPPED_AT = 6
-SECONDS = 100
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "random-tied": {},
@@ -183,42 +179,17 @@ def work(jobs: Path) -> None:
                 safetensors.torch.save_file(measured, job["file"])
 
 
-def torchrun(processes: int, *arguments: object, prefix: Sequence[str] = ("--standalone",)) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", *prefix, "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+@pytest.fixture(scope="module")
+def do(torchrun: Callable[..., Any], end_of: Callable[..., Any]) -> Do:
+    """Has so many processes do jobs, with a directory to write them to."""
 
+    def start(processes: int, jobs: list[dict[str, Any]], at: Path) -> None:
+        file = at / "jobs.json"
+        file.write_text(json.dumps(jobs), encoding="utf-8")
+        ended = end_of(torchrun(processes, __file__, file))
+        assert ended.code == 0, ended.err
 
-@dataclass(frozen=True)
-class Ended:
-    """How torchrun ended, without what it reports itself."""
-
-    code: int
-    out: str
-    err: list[str]
-
-
-def end_of(started: subprocess.Popen[str]) -> Ended:
-    try:
-        out, err = started.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        started.terminate()
-        raise
-    own = re.split(r"^Traceback", err, maxsplit=1, flags=re.MULTILINE)
-    assert "slm/" not in "".join(own[1:]), err  # the traceback is torchrun's
-    return Ended(started.returncode, out, [line for line in own[0].splitlines() if not re.match(r"[WEI]\d{4} ", line)])
-
-
-def do(processes: int, jobs: list[dict[str, Any]], at: Path) -> None:
-    file = at / "jobs.json"
-    file.write_text(json.dumps(jobs), encoding="utf-8")
-    ended = end_of(torchrun(processes, __file__, file))
-    assert ended.code == 0, ended.err
+    return start
 
 
 def fields(recipe: Recipe, parallel_kind: str) -> dict[str, Any]:
@@ -309,7 +280,7 @@ def alone(place: Path, recipes: MakeRecipe, data: Path) -> dict[str, Measured]:
 
 
 @pytest.fixture(scope="module")
-def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]) -> Path:
+def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured], do: Do) -> Path:
     """Two processes: measurements, runs in one piece, stopped runs, and those gone on with."""
     jobs = measuring(recipes, data, 2, place)
     for kind in ("ddp", "fsdp"):
@@ -324,7 +295,7 @@ def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]
 
 
 @pytest.fixture(scope="module")
-def four(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]) -> Path:
+def four(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured], do: Do) -> Path:
     """Four processes, which two go on from."""
     do(4, [*measuring(recipes, data, 4, place), stopped(recipes, "fsdp", place / "4-stopped")], place)
     do(2, [going_on(place, "4-stopped", kind, f"4-to-2-{kind}") for kind in ("ddp", "fsdp")], place)
@@ -450,173 +421,7 @@ def test_both_kinds_write_the_same_samples(two: Path) -> None:
     assert texts["1"] == texts["2-ddp"] == texts["2-fsdp"]
 
 
-@pytest.fixture
-def recipe_file(recipes: MakeRecipe, tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipes().to_yaml(), encoding="utf-8")
-    return file
-
-
-def slm_train(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    return torchrun(processes, "-m", "slm", "train", *arguments)
-
-
-def test_one_of_two_speaks_and_both_take_the_same_directory(recipe_file: Path) -> None:
-    Path("runs/small").mkdir(parents=True)
-    ended = end_of(slm_train(2, "--recipe", recipe_file, "--json"))
-    assert ended.code == 0, ended.err
-    (line,) = ended.out.splitlines()
-    assert json.loads(line)["run"] == "runs/small-2"
-    assert json.loads(line)["processes"] == 2
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["small", "small-2"]
-    told = [line for line in ended.err if not line.startswith("sample: ")]  # which may well be the same again
-    assert len(told) == len(set(told)), told
-    assert not any("warn" in line.lower() for line in ended.err), ended.err
-
-
-def test_one_process_under_torchrun_is_one_process(recipe_file: Path) -> None:
-    ended = end_of(slm_train(1, "--recipe", recipe_file, "--set", "machine.parallel=fsdp", "--json"))
-    assert ended.code == 0, ended.err
-    assert json.loads(ended.out)["processes"] == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set", "batch.batch_size=3"], "2 processes cannot share batches of 3 windows evenly"),
-        (["--set", "machine.parallel=fsdp", "--set", "optimizer.name=muon"], "Muon needs whole matrices"),
-        (["--set", "batch.size=3"], "the recipe has no value 'batch.size'"),
-    ],
-)
-def test_a_mistake_is_said_once(recipe_file: Path, arguments: list[str], message: str) -> None:
-    ended = end_of(slm_train(2, "--recipe", recipe_file, *arguments))
-    assert ended.code == 1
-    (said,) = (line for line in ended.err if line.startswith("error: "))
-    assert message in said
-    assert not Path("runs").exists()
-
-
-SCRIPT = """
-import os, sys
-from slm.cli.main import main
-{}
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_what_fails_in_one_process_alone_is_said_by_that_one(recipe_file: Path) -> None:
-    script = Path("script.py")
-    patch = """
-from slm.train import loop
-from slm.train.learner import Learner
-update = Learner.update
-def failing(self, first, after):
-    if first == 4 and os.environ["RANK"] == "1":
-        raise MemoryError
-    return update(self, first, after)
-Learner.update = failing
-"""
-    script.write_text(SCRIPT.format(patch), encoding="utf-8")
-    ended = end_of(torchrun(2, script, "train", "--recipe", recipe_file))
-    assert ended.code == 1
-    assert [line for line in ended.err if "error" in line] == ["error: out of memory at micro-step 5"]
-
-
-@pytest.mark.slow
-def test_a_peer_that_never_comes_is_not_waited_for_for_ever(recipe_file: Path) -> None:
-    script = Path("script.py")
-    patch = """
-from datetime import timedelta
-from slm.train import parallel
-parallel._TOGETHER = timedelta(seconds=2)
-"""
-    script.write_text(SCRIPT.format(patch), encoding="utf-8")
-    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    ended = subprocess.run(
-        [sys.executable, script, "train", "--recipe", recipe_file],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert ended.returncode == 1
-    assert "error: not all of the 2 processes came together within 0:00:02" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_variables_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SlmError, match=r"cannot join the other processes: .*RANK"), joined():
-        pass
-
-
-def processes_of(started: subprocess.Popen[str]) -> list[int]:
-    """Returns the processes that torchrun started, in order of their rank."""
-    pids = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text(encoding="utf-8").split()
-    ranks = {}
-    for pid in pids:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        ranks |= {int(value.removeprefix("RANK=")): int(pid) for value in variables if value.startswith("RANK=")}
-    return [ranks[rank] for rank in sorted(ranks)]
-
-
-@pytest.fixture
-def endless(recipe_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run that goes on until it is stopped, past its first updates."""
-    lengths = ("schedule.micro_steps=100000", "evaluation.every_micro_steps=100000")
-    started = slm_train(2, "--recipe", recipe_file, "--out", "run", "--set", lengths[0], "--set", lengths[1])
-    metrics = Path("run/metrics.jsonl")
-    try:
-        wait_for(lambda: metrics.exists() and metrics.read_text(encoding="utf-8").count('"train"') > 2)
-        yield started
-    finally:
-        if started.poll() is None:
-            for pid in (*processes_of(started), started.pid):  # torchrun alone would leave them behind
-                os.kill(pid, signal.SIGKILL)
-            started.communicate()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
-@pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
-def test_a_run_that_torchrun_is_told_to_stop_is_saved(endless: subprocess.Popen[str], signum: int, said: str) -> None:
-    os.kill(processes_of(endless)[0], signal.SIGUSR1)
-    wait_for(lambda: Path("run/trainer/state.json").exists())
-    assert endless.poll() is None
-    asked_for = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
-    endless.send_signal(signum)
-    ended = end_of(endless)
-    assert ended.code != 0
-    assert [line for line in ended.err if line.startswith("error")] == [f"error: {said}"]
-    saved = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
-    assert saved >= asked_for > 0
-    config = Path("run/config.yaml")
-    config.write_text(
-        config.read_text(encoding="utf-8").replace("micro_steps: 100000", f"micro_steps: {saved + 4}"), encoding="utf-8"
-    )
-    ended = end_of(slm_train(2, "--resume", "--out", "run", "--json"))
-    assert json.loads(ended.out)["micro_steps"] == saved + 4
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
-def test_a_process_that_is_killed_takes_the_others_with_it(endless: subprocess.Popen[str]) -> None:
-    os.kill(processes_of(endless)[1], signal.SIGKILL)
-    ended = end_of(endless)
-    assert ended.code != 0
-    assert [line for line in ended.err if line.startswith("error")] == ["error: another of the processes is gone"]
-
-
-def test_what_the_first_says_all_hear(tmp_path: Path) -> None:
+def test_what_the_first_says_all_hear(tmp_path: Path, do: Do) -> None:
     do(2, [{"kind": "tell"}], tmp_path)
 
 

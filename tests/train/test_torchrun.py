@@ -1,0 +1,195 @@
+"""`slm train` under torchrun: one process speaks, all stop together, and what goes wrong is said once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.core.errors import SlmError
+from slm.train.parallel import joined
+from slm.train.recipe import Recipe
+
+Start = Callable[..., subprocess.Popen[str]]
+EndOf = Callable[[subprocess.Popen[str]], Any]
+
+SECONDS = 100
+
+
+@pytest.fixture
+def recipe_file(small_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    recipe = small_recipe(evaluation={"prompts": ["Once upon"], "sample_tokens": 5})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml(), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def slm_train(torchrun: Start) -> Start:
+    """Starts `slm train` in so many processes."""
+    return lambda processes, *arguments: torchrun(processes, "-m", "slm", "train", *arguments)
+
+
+def test_one_of_two_speaks_and_both_take_the_same_directory(recipe_file: Path, slm_train: Start, end_of: EndOf) -> None:
+    Path("runs/small").mkdir(parents=True)
+    ended = end_of(slm_train(2, "--recipe", recipe_file, "--json"))
+    assert ended.code == 0, ended.err
+    (line,) = ended.out.splitlines()
+    assert json.loads(line)["run"] == "runs/small-2"
+    assert json.loads(line)["processes"] == 2
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["small", "small-2"]
+    told = [line for line in ended.err if not line.startswith("sample: ")]  # which may well be the same again
+    assert len(told) == len(set(told)), told
+    assert not any("warn" in line.lower() for line in ended.err), ended.err
+
+
+def test_one_process_under_torchrun_is_one_process(recipe_file: Path, slm_train: Start, end_of: EndOf) -> None:
+    ended = end_of(slm_train(1, "--recipe", recipe_file, "--set", "machine.parallel=fsdp", "--json"))
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "batch.batch_size=3"], "2 processes cannot share batches of 3 windows evenly"),
+        (["--set", "machine.parallel=fsdp", "--set", "optimizer.name=muon"], "Muon needs whole matrices"),
+        (["--set", "batch.size=3"], "the recipe has no value 'batch.size'"),
+    ],
+)
+def test_a_mistake_is_said_once(
+    recipe_file: Path, arguments: list[str], message: str, slm_train: Start, end_of: EndOf
+) -> None:
+    ended = end_of(slm_train(2, "--recipe", recipe_file, *arguments))
+    assert ended.code == 1
+    (said,) = (line for line in ended.err if line.startswith("error: "))
+    assert message in said
+    assert not Path("runs").exists()
+
+
+SCRIPT = """
+import os, sys
+from slm.cli.main import main
+{}
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_alone_is_said_by_that_one(recipe_file: Path, torchrun: Start, end_of: EndOf) -> None:
+    script = Path("script.py")
+    patch = """
+from slm.train import loop
+from slm.train.learner import Learner
+update = Learner.update
+def failing(self, first, after):
+    if first == 4 and os.environ["RANK"] == "1":
+        raise MemoryError
+    return update(self, first, after)
+Learner.update = failing
+"""
+    script.write_text(SCRIPT.format(patch), encoding="utf-8")
+    ended = end_of(torchrun(2, script, "train", "--recipe", recipe_file))
+    assert ended.code == 1
+    assert [line for line in ended.err if "error" in line] == ["error: out of memory at micro-step 5"]
+
+
+@pytest.mark.slow
+def test_a_peer_that_never_comes_is_not_waited_for_for_ever(recipe_file: Path) -> None:
+    script = Path("script.py")
+    patch = """
+from datetime import timedelta
+from slm.train import parallel
+parallel._TOGETHER = timedelta(seconds=2)
+"""
+    script.write_text(SCRIPT.format(patch), encoding="utf-8")
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    ended = subprocess.run(
+        [sys.executable, script, "train", "--recipe", recipe_file],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert ended.returncode == 1
+    assert "error: not all of the 2 processes came together within 0:00:02" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_variables_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SlmError, match=r"cannot join the other processes: .*RANK"), joined():
+        pass
+
+
+def processes_of(started: subprocess.Popen[str]) -> list[int]:
+    """Returns the processes that torchrun started, in order of their rank."""
+    pids = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text(encoding="utf-8").split()
+    ranks = {}
+    for pid in pids:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        ranks |= {int(value.removeprefix("RANK=")): int(pid) for value in variables if value.startswith("RANK=")}
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+@pytest.fixture
+def endless(recipe_file: Path, slm_train: Start) -> Iterator[subprocess.Popen[str]]:
+    """A run that goes on until it is stopped, past its first updates."""
+    lengths = ("schedule.micro_steps=100000", "evaluation.every_micro_steps=100000")
+    started = slm_train(2, "--recipe", recipe_file, "--out", "run", "--set", lengths[0], "--set", lengths[1])
+    metrics = Path("run/metrics.jsonl")
+    try:
+        wait_for(lambda: metrics.exists() and metrics.read_text(encoding="utf-8").count('"train"') > 2)
+        yield started
+    finally:
+        if started.poll() is None:
+            for pid in (*processes_of(started), started.pid):  # torchrun alone would leave them behind
+                os.kill(pid, signal.SIGKILL)
+            started.communicate()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+@pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
+def test_a_run_that_torchrun_is_told_to_stop_is_saved(
+    endless: subprocess.Popen[str], signum: int, said: str, slm_train: Start, end_of: EndOf
+) -> None:
+    os.kill(processes_of(endless)[0], signal.SIGUSR1)
+    wait_for(lambda: Path("run/trainer/state.json").exists())
+    assert endless.poll() is None
+    asked_for = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
+    endless.send_signal(signum)
+    ended = end_of(endless)
+    assert ended.code != 0
+    assert [line for line in ended.err if line.startswith("error")] == [f"error: {said}"]
+    saved = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
+    assert saved >= asked_for > 0
+    config = Path("run/config.yaml")
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("micro_steps: 100000", f"micro_steps: {saved + 4}"), encoding="utf-8"
+    )
+    ended = end_of(slm_train(2, "--resume", "--out", "run", "--json"))
+    assert json.loads(ended.out)["micro_steps"] == saved + 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+def test_a_process_that_is_killed_takes_the_others_with_it(endless: subprocess.Popen[str], end_of: EndOf) -> None:
+    os.kill(processes_of(endless)[1], signal.SIGKILL)
+    ended = end_of(endless)
+    assert ended.code != 0
+    assert [line for line in ended.err if line.startswith("error")] == ["error: another of the processes is gone"]
