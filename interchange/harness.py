@@ -17,10 +17,13 @@ from lm_eval.tasks import TaskManager
 
 from slm.core.errors import SlmError
 from slm.core.progress import Progress, Silent
+from slm.core.tokenizer import TextStream
 from slm.runtime.evaluate import end_of_text, score
 from slm.runtime.generate import generate
 from slm.runtime.model import Model
 from slm.runtime.sampling import Sampling
+from slm.runtime.stopping import StopTexts
+from slm.runtime.streaming import stream_pieces
 
 # Rows that are scored together, sorted by length.
 _POOL = 256
@@ -157,15 +160,9 @@ class HarnessModel(TemplateLM):
         sampling = Sampling(temperature, options.get("top_k", 0), options.get("top_p", 1.0), seed)
         ids = self.tok_encode(context)[-room:]
         stops = {self.eot_token_id, *model.stop_token_ids}
-        _, tokens = generate(model.decoder, ids, sampling, limit, tuple(stops))
-        text = ""
-        for piece in model.tokenizer.stream(tokens):
-            text += piece
-            if any(stop in text for stop in until):
-                break
-        for stop in until:
-            text = text.split(stop)[0]
-        return text
+        run, tokens = generate(model.decoder, ids, sampling, limit, tuple(stops))
+        pieces = stream_pieces(run, tokens, TextStream(model.tokenizer), StopTexts(until))
+        return "".join(piece.text for piece in pieces)
 
 
 def run_tasks(
