@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +10,9 @@ from slm.cli.console import RichProgress, print_json, print_table, say, say_if_n
 from slm.cli.options import json_option, out_option
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_bundle
+
+if TYPE_CHECKING:
+    from slm.core.contract import CacheType
 
 
 @click.command()
@@ -18,6 +22,13 @@ from slm.core.runs import newest_bundle
     "--block-size",
     type=click.Choice(["128", "64", "32", "16"]),
     help="Weights that share a scale: smaller is more exact and slower. [default: the largest that fits]",
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="How keys and values are cached; int8 pays in long contexts.",
 )
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure the quality on.")
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="How much of it to read.")
@@ -29,6 +40,7 @@ def quantize(
     bundle: Path | None,
     int8: bool,
     block_size: str | None,
+    kv_cache: "CacheType",
     data: Path | None,
     tokens: int,
     max_kl: float,
@@ -42,6 +54,7 @@ def quantize(
 
     \b
       slm quantize --int8
+      slm quantize --int8 --kv-cache int8 --out runs/tiny/onnx-int8-long
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
     """
     from slm.quantize.int8 import Int8Settings, quantize_int8
@@ -58,7 +71,7 @@ def quantize(
     text = measuring_text(source, data, tokens)
     if text.rows.shape[1] <= source.config.sliding_window:
         say(f"warning: {text.rows.shape[1]} tokens of text do not pass the window of {source.config.sliding_window}")
-    settings = Int8Settings(None if block_size is None else int(block_size), max_kl)
+    settings = Int8Settings(None if block_size is None else int(block_size), max_kl, kv_cache)
     made = quantize_int8(source, out or bundle.with_name(f"{bundle.name}-int8"), text, settings, RichProgress())
     _report(source, made, time.perf_counter() - started, as_json)
 

@@ -18,6 +18,7 @@ from slm.core.manifest import Bundle, Parity, Precision
 from slm.core.nn import CausalLM, KVCache
 from slm.core.nn.decoder import TorchDecoder
 from slm.core.progress import Progress
+from slm.export.graph import graph_tensors
 from slm.runtime.cache import Array, KVBuffers
 from slm.runtime.decoder import Caches, Decoder, OnnxDecoder, comparable_positions
 from slm.runtime.generate import generate
@@ -114,6 +115,7 @@ class _Comparison:
     def __init__(self, bundle: Bundle, decoder: OnnxDecoder, reference: CausalLM) -> None:
         self.decoder = decoder
         self.layers = bundle.manifest.cache
+        self._stored = graph_tensors(bundle.model_path)
         self.reference = reference.eval()
         self.window = bundle.config.sliding_window
         self.length = min(3 * self.window, bundle.manifest.context)
@@ -168,6 +170,8 @@ class _Comparison:
         for layer in self.layers:
             for side in SIDES:
                 ours = buffers.resident(layer, side, length)[row]
+                if layer.dtype == "int8":
+                    ours = ours * self._stored[f"model.layers.{layer.layer}.self_attn.{side[0]}_scale"][0]
                 ours = ours[:, -min(length, ours.shape[1]) :]  # what is before a row's beginning is padding
                 theirs = self._reference(layer, side)[:, length - ours.shape[1] : length]
                 worst = _larger(worst, _largest(ours - theirs) / max(1.0, float(np.abs(theirs).max())))

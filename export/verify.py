@@ -31,6 +31,8 @@ from slm.runtime.session import available_devices
 
 # The kernel rounds activations to 8 bits block by block, in every layer.
 INT8_TOLERANCE = 0.3
+# Keys and values rounded too, at its worst with random weights and tokens: 0.4 there, and 1.3 with a wrong window.
+INT8_CACHE_TOLERANCE = 0.6
 # A value half-way between two steps may have been rounded either way; 127 steps are themselves rounded to 24 bits.
 _HALF_STEP = 0.5 + 1e-4
 _HALF_ULP_FLOAT16 = 2.0**-11
@@ -67,14 +69,19 @@ def verify_bundle(bundle: Bundle, checkpoint: Path, progress: Progress) -> Verif
     with released():
         reference = model_of(bundle)
     precision = bundle.manifest.precision
-    tolerance = INT8_TOLERANCE if precision == "int8" else TOLERANCES[precision]
+    rounded_caches = any(layer.dtype == "int8" for layer in bundle.manifest.cache)
+    if rounded_caches:
+        tolerance = INT8_CACHE_TOLERANCE
+    else:
+        tolerance = INT8_TOLERANCE if precision == "int8" else TOLERANCES[precision]
     found: dict[str, Parity] = {}
     for device in available_devices():
         found[device] = check_parity(bundle, reference, progress, tolerance, device)
     found["cpu, graph as written"] = check_parity(bundle, reference, progress, tolerance, optimize=False)
     if precision == "int8":
         with _float_activations(bundle) as exact:
-            found["cpu, float activations"] = check_parity(exact, reference, progress, TOLERANCE)
+            allowed = tolerance if rounded_caches else TOLERANCE
+            found["cpu, float activations"] = check_parity(exact, reference, progress, allowed)
     return Verification(count, off, found)
 
 

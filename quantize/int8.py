@@ -5,12 +5,14 @@ the finished graph. Embedding and tied head share one 8-bit table.
 """
 
 import shutil
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
+from slm.core.contract import CacheType, input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
@@ -19,6 +21,7 @@ from slm.core.progress import Progress, Silent
 from slm.export.graph import BlockFormat, Fused, LazyTensors, build_graph, graph_tensors, released, save_graph
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_blocks
+from slm.quantize.cache import cache_steps
 from slm.quantize.quality import Change, Text, measure
 from slm.version import __version__
 
@@ -39,10 +42,12 @@ class Int8Settings:
     Attributes:
         block_size: Input channels that share one scale; None takes the largest that fits the model.
         max_kl_nats: The largest mean divergence from the source's predictions that is let through.
+        cache: How keys and values are cached: "float32", or "int8" with a step for each channel.
     """
 
     block_size: int | None = None
     max_kl_nats: float = DEFAULT_MAX_KL_NATS
+    cache: CacheType = "float32"
 
 
 def quantize_int8(
@@ -76,10 +81,15 @@ def quantize_int8(
         model.parent.mkdir()
         progress.note(f"quantizing {source.manifest.parameters:,} parameters to INT8 in blocks of {block_size}")
         with released():
-            _write_graph(source, block_size, model)
+            steps = cache_steps(source, text, progress) if settings.cache == "int8" else {}
+            target = Fused(BlockFormat(BITS, block_size, ACCURACY_LEVEL), cache=settings.cache)
+            tensors = quantized_tensors(graph_tensors(source.model_path), block_size)
+            everything = ChainMap(steps, tensors)  # type: ignore[arg-type]  # only read
+            save_graph(build_graph(source.config, target, everything, source.manifest.context), model)
         for name in source.manifest.files:
             if "/" not in name and name != MANIFEST_FILE:
                 shutil.copy(source.path / name, directory / name)
+        caches = target.caches(source.config)
         notices = modified(source.manifest.notices, "quantized to INT8")
         write_notice(directory, notices)
         manifest = source.manifest.model_copy(
@@ -87,6 +97,9 @@ def quantize_int8(
                 "slm_version": __version__,
                 "model": model.relative_to(directory).as_posix(),
                 "precision": "int8",
+                "cache": caches,
+                "inputs": input_specs(caches),
+                "outputs": output_specs(source.config.vocab_size, caches),
                 "parity": None,
                 "notices": notices,
                 "quantization": Quantization(bits=BITS, block_size=block_size, accuracy_level=ACCURACY_LEVEL),
@@ -99,13 +112,6 @@ def quantize_int8(
         quality = Quality(text=text.name, max_kl_nats=settings.max_kl_nats, **asdict(change))
         amend(directory, bundle.manifest.model_copy(update={"quality": quality}))
     return Bundle.open(out)
-
-
-def _write_graph(source: Bundle, block_size: int, path: Path) -> None:
-    """Writes the quantized graph."""
-    tensors = quantized_tensors(graph_tensors(source.model_path), block_size)
-    target = Fused(BlockFormat(BITS, block_size, ACCURACY_LEVEL))
-    save_graph(build_graph(source.config, target, tensors, source.manifest.context), path)
 
 
 def fitting_block_size(source: Bundle, wanted: int | None) -> int:

@@ -20,7 +20,7 @@ from slm.export.verify import verify_bundle
 from slm.quantize.int8 import Int8Settings, quantize_int8
 from slm.quantize.quality import Text
 
-KINDS = ("float32", "int8", "portable", "cuda", "webgpu")
+KINDS = ("float32", "int8", "int8 caches", "portable", "cuda", "webgpu")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,9 @@ def bundles(
     return {
         "float32": shared_bundle,
         "int8": quantize_int8(shared_bundle, home / "int8", text, Int8Settings(max_kl_nats=1)),
+        "int8 caches": quantize_int8(
+            shared_bundle, home / "int8-caches", text, Int8Settings(max_kl_nats=1, cache="int8")
+        ),
         "portable": export_bundle(shared_checkpoint, home / "portable", target="portable"),
         "cuda": export_bundle(shared_checkpoint, home / "cuda", device="cuda"),
         "webgpu": export_bundle(shared_checkpoint, home / "webgpu", device="webgpu"),

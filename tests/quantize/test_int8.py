@@ -216,3 +216,31 @@ def test_measuring_text(shared_bundle: Bundle, tmp_path: Path) -> None:
     file.write_text("  ")
     with pytest.raises(SlmError, match="too little text"):
         measuring_text(shared_bundle, file)
+
+
+def test_int8_caches_take_a_quarter_and_cost_little(shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path) -> None:
+    text = random_text(shared_bundle)
+    settings = Int8Settings(max_kl_nats=1, cache="int8")
+    made = quantize_int8(shared_bundle, tmp_path / "b", text, settings)
+    assert {layer.dtype for layer in made.manifest.cache} == {"int8"}
+    assert {spec.dtype for spec in made.manifest.inputs if "past" in spec.name} == {"int8"}
+    decoders = [OnnxDecoder(bundle) for bundle in (int8_bundle, made)]
+    for decoder in decoders:
+        decoder.read(text.rows[0].tolist())
+    assert decoders[0].buffers.bytes == 4 * decoders[1].buffers.bytes
+    assert made.manifest.quality is not None and int8_bundle.manifest.quality is not None
+    # Measured 0.0008 against 0.0001 for the weights alone, on random weights and random tokens.
+    assert int8_bundle.manifest.quality.kl_nats < made.manifest.quality.kl_nats < 0.01
+
+
+def test_int8_caches_with_wrong_steps_are_noticed(
+    shared_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slm.quantize import int8 as module
+
+    measured = module.cache_steps
+    monkeypatch.setattr(
+        module, "cache_steps", lambda *args: {name: steps / 20 for name, steps in measured(*args).items()}
+    )
+    with pytest.raises(SlmError, match="the predictions moved"):
+        quantize_int8(shared_bundle, tmp_path / "b", random_text(shared_bundle), Int8Settings(cache="int8"))
