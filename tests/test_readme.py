@@ -38,7 +38,7 @@ def test_the_chain(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     Path("data.jsonl").write_text("".join(sample.pairs_path().read_text(encoding="utf-8").splitlines(True)[:24]))
     commands = [shlex.split(line, comments=True) for line in block("The chain on your own text").splitlines()]
     assert [command[:2] for command in commands] == [
-        ["slm", name] for name in ("train", "eval", "export", "quantize", "finetune", "export", "generate")
+        ["slm", name] for name in ("train", "eval", "export", "quantize", "verify", "finetune", "export", "generate")
     ]
     for command in commands:
         result = slm(*command[1:])
