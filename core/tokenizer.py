@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,6 @@ class Tokenizer:
         # Beside another one: at the beginning of a text some decoders drop a space.
         once, twice = (self.backend.decode([token] * times, skip_special_tokens=False) for times in (1, 2))
         return twice[len(once) :]
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the text of ids as they come, never half a character; see `TextStream`."""
-        stream = TextStream(self)
-        for token in ids:
-            if piece := stream.push(token):
-                yield piece
-        if rest := stream.finish():
-            yield rest
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -90,9 +90,13 @@ class Sampling:
 
     def adjust(self, logits: Array, history: History) -> Array:
         """Returns the logits with bias and penalties."""
-        logits = add_bias(logits, self.logit_bias)
-        logits = penalize_repetition(logits, np.flatnonzero(history.seen), self.repetition_penalty)
-        return penalize_use(logits, history.uses, self.presence_penalty, self.frequency_penalty)
+        if self.logit_bias:
+            logits = add_bias(logits, self.logit_bias)
+        if self.repetition_penalty != 1:
+            logits = penalize_repetition(logits, np.flatnonzero(history.seen), self.repetition_penalty)
+        if self.presence_penalty or self.frequency_penalty:
+            logits = penalize_use(logits, history.uses, self.presence_penalty, self.frequency_penalty)
+        return logits
 
     def distribution(self, logits: Array) -> tuple[Array, Array]:
         """Returns the ids that can be chosen, ascending, and their probabilities; for a temperature above 0."""
