@@ -70,10 +70,8 @@ def verify_bundle(bundle: Bundle, checkpoint: Path, progress: Progress) -> Verif
         reference = model_of(bundle)
     precision = bundle.manifest.precision
     rounded_caches = any(layer.dtype == "int8" for layer in bundle.manifest.cache)
-    if rounded_caches:
-        tolerance = INT8_CACHE_TOLERANCE
-    else:
-        tolerance = INT8_TOLERANCE if precision == "int8" else TOLERANCES[precision]
+    tolerance = INT8_TOLERANCE if precision == "int8" else TOLERANCES[precision]
+    tolerance = INT8_CACHE_TOLERANCE if rounded_caches else tolerance
     found: dict[str, Parity] = {}
     for device in available_devices():
         found[device] = check_parity(bundle, reference, progress, tolerance, device)
