@@ -1,10 +1,11 @@
 """Training throughput of the 270M shape, side by side with transformers' Gemma 3.
 
-    python benchmarks/train.py [--batch 8] [--context 128] [--rounds 5] [--preset gemma3-270m]
+    python benchmarks/train.py [--batch 8] [--context 128] [--rounds 5] [--steps 2] [--preset gemma3-270m]
 
-Each contender is a process of its own with the same shape, batch, AdamW, clipping and autocast; they take turns, step by
-step, so that whatever else the machine does falls on all of them. The best step counts. Memory is each process's highest
-resident size. The last line is one JSON object.
+The contenders have the same shape, batch, AdamW, clipping and autocast. They take turns, so that whatever else the machine
+does falls on all of them; each turn is a process of its own, for two of them do not fit into memory with a real batch, and
+two steps of it warm up. A contender's best step counts. Memory is each process's highest resident size. The last line is one
+JSON object.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# The first compiles, the second allocates what later ones reuse.
+WARM_UP = 2
 CONTENDERS = ("slm", "slm compiled", "transformers", "transformers compiled")
 
 
@@ -24,6 +27,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="how many are timed in a turn")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--preset", default="gemma3-270m")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -37,26 +41,24 @@ def main() -> None:
     config = preset(args.preset)
     tokens = args.batch * args.context
     flops = 3 * prefill_flops(config, args.context, head_positions=args.context).total / args.context
-    started = {name: Contender(name, sys.argv[1:]) for name in CONTENDERS}
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     peaks = []
     for number in range(args.rounds):
         peaks.append(products(args.dtype))
-        for name, contender in started.items():
-            seconds[name].append(contender.step()["seconds"])
-            print(f"round {number + 1}: {name} {tokens / seconds[name][-1]:,.0f} tokens/s", flush=True)
-    last = {name: contender.step() for name, contender in started.items()}
-    for contender in started.values():
-        contender.stop()
+        for name in CONTENDERS:
+            found[name] += turn(name, sys.argv[1:])
+            best = min(step["seconds"] for step in found[name][-args.steps :])
+            print(f"round {number + 1}: {name} {tokens / best:,.0f} tokens/s", flush=True)
     peak = max(peaks)
+    seconds = {name: min(step["seconds"] for step in steps) for name, steps in found.items()}
     rows = {
         name: {
-            "tok_s": round(tokens / min(times), 1),
-            "share_of_peak": round(flops * tokens / min(times) / peak, 3),
-            "peak_rss_mib": round(last[name]["peak_rss_mib"]),
-            "loss": round(last[name]["loss"], 4),
+            "tok_s": round(tokens / seconds[name], 1),
+            "share_of_peak": round(flops * tokens / seconds[name] / peak, 3),
+            "peak_rss_mib": round(max(step["peak_rss_mib"] for step in steps)),
+            "loss": round(steps[-1]["loss"], 4),
         }
-        for name, times in seconds.items()
+        for name, steps in found.items()
     }
     for name, row in rows.items():
         print(
@@ -81,30 +83,15 @@ def main() -> None:
     )
 
 
-class Contender:
-    """A process that makes one step when it is told to."""
-
-    def __init__(self, name: str, arguments: list[str]) -> None:
-        command = [sys.executable, __file__, *arguments, "--contender", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.step()  # compiles, allocates
-        self.step()
-
-    def step(self) -> dict[str, float]:
-        """Has it make a step."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        result: dict[str, float] = json.loads(self._process.stdout.readline())
-        return result
-
-    def stop(self) -> None:
-        """Ends it."""
-        self._process.communicate()
+def turn(name: str, arguments: list[str]) -> list[dict[str, float]]:
+    """Has a contender make its steps in a process of its own; returns what it says of each that counts."""
+    command = [sys.executable, __file__, *arguments, "--contender", name]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
 
 
 def contend(args: argparse.Namespace) -> None:
-    """Is a contender: makes a step for every line that comes in."""
+    """Is a contender: makes its steps and says what each took."""
     import torch
 
     from slm.core.machine import peak_rss_mib
@@ -116,11 +103,12 @@ def contend(args: argparse.Namespace) -> None:
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     make = ours if args.contender.startswith("slm") else theirs
     update = make(config, inputs, targets, args.dtype == "bfloat16", args.contender.endswith("compiled"))
-    for _ in sys.stdin:
+    for number in range(WARM_UP + args.steps):
         began = time.perf_counter()
         loss = update()
         seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_mib": peak_rss_mib()}), flush=True)
+        if number >= WARM_UP:
+            print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_mib": peak_rss_mib()}), flush=True)
 
 
 def ours(config: Any, inputs: Any, targets: Any, half: bool, compiled: bool) -> Callable[[], float]:
