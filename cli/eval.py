@@ -10,7 +10,7 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.generate import default_model
-from slm.cli.options import json_option
+from slm.cli.options import Artifact, json_option
 from slm.core.errors import SlmError
 from slm.core.sample import validation_path
 
@@ -22,7 +22,7 @@ _SHIPPED = "the held-out stories that ship with slm"
 
 
 @click.command(name="eval")
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=Artifact(), required=False)
 @click.option(
     "--data",
     multiple=True,
@@ -55,7 +55,12 @@ _SHIPPED = "the held-out stories that ship with slm"
     metavar="N",
     help="Predict no more than about N. [default: all; for windows what training took]",
 )
-@click.option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness, or files (YAML) that describe one.")
+@click.option(
+    "--tasks",
+    metavar="A,B",
+    help="Tasks of lm-evaluation-harness, or YAML files that describe one. Such a file can run Python: name none that you "
+    "do not trust.",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Examples of each task. [default: all]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import json_option, out_option
+from slm.cli.options import Artifact, json_option, out_option
 from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_checkpoint, run_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=Artifact(bundles=False), required=False)
 @click.option("--onnx", is_flag=True, help="Write an ONNX bundle.")
 @click.option("--gguf", is_flag=True, help="Write a GGUF file, which llama.cpp runs.")
 @click.option(

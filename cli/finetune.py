@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import json_option, out_option, seed_option
+from slm.cli.options import Artifact, json_option, out_option, seed_option
 from slm.core.errors import SlmError
 from slm.core.runs import newest_checkpoint, run_of
 
@@ -22,7 +22,7 @@ from slm.core.runs import newest_checkpoint, run_of
 )
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=Artifact(bundles=False),
     metavar="CHECKPOINT",
     help="What to fine-tune; the newest when left out.",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slm.cli.console import print_json, say, say_if_not_exported
-from slm.cli.options import json_option, seed_option
+from slm.cli.options import Artifact, json_option, seed_option
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib
@@ -72,7 +72,7 @@ _SHARE = click.FloatRange(min=0, min_open=True, max=1)
 
 
 @click.command(cls=_Sections)
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=Artifact(), required=False)
 @click.option("-p", "--prompt", default="", help='The text to continue; "-" reads standard input.')
 @click.option("--instruct", is_flag=True, help="Ask as a user's turn, for a model tuned on instructions.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)

@@ -9,7 +9,7 @@ import click
 
 from slm.cli.console import print_json
 from slm.cli.info_tables import print_info
-from slm.cli.options import json_option
+from slm.cli.options import Artifact, json_option
 from slm.core import accounting
 from slm.core.accounting import FLOAT32_BYTES, HALF_BYTES, INT8_BLOCK, saved_percent
 from slm.core.checkpoint import INFO_FILE, is_checkpoint, notices_of, read_config, read_info
@@ -50,7 +50,7 @@ class _Subject:
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path), metavar="CHECKPOINT|BUNDLE|PRESET")
+@click.argument("artifact", type=Artifact(), metavar="CHECKPOINT|BUNDLE|PRESET")
 @click.option(
     "--context", type=click.IntRange(min=1), metavar="N", help="Tokens to count with; 4,096 or what it takes."
 )

@@ -1,8 +1,14 @@
 """Options that several commands share, so that the same thing has the same name everywhere."""
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from slm.core.errors import SlmError
+
+# The checkpoints that a run may hold, the one that is mostly meant first.
+_CHECKPOINTS = ("best", "last", "imported")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 out_option = click.option(
@@ -15,3 +21,45 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )
+
+
+class Artifact(click.Path):
+    """The path of a checkpoint or a bundle. A run, which may hold several of either, is refused with their names.
+
+    Args:
+        bundles: Whether a bundle will do too.
+    """
+
+    def __init__(self, *, bundles: bool = True) -> None:
+        super().__init__(path_type=Path)
+        self._bundles = bundles
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Returns the path.
+
+        Raises:
+            SlmError: When it is a run.
+        """
+        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]  # as path_type says
+        if path.is_dir():
+            _refuse_run(path, self._bundles)
+        return path
+
+
+def _refuse_run(path: Path, bundles: bool) -> None:
+    from slm.core.checkpoint import is_checkpoint  # here, so that `slm --help` does not wait for numpy
+    from slm.core.manifest import is_bundle
+
+    if is_checkpoint(path) or is_bundle(path):
+        return
+    names = (*(f"checkpoint/{name}" for name in _CHECKPOINTS), *_CHECKPOINTS)  # of a run; of its checkpoint directory
+    found = [path / name for name in names if is_checkpoint(path / name)]
+    if bundles:
+        found += [bundle for bundle in sorted(path.glob("onnx*")) if is_bundle(bundle)]
+    what = "neither a checkpoint nor a bundle" if bundles else "not a checkpoint"
+    if found:
+        raise SlmError(f"{what}: {path}", f"name what it holds: {', '.join(map(str, found))}")
+    if (path / "metrics.jsonl").is_file():
+        raise SlmError(
+            f"{what}: {path}", f"the run has saved none yet: slm train --resume --out {path} goes on with it"
+        )

@@ -174,7 +174,11 @@ def test_wrong_usage(slm: Slm, options: tuple[str, ...], said: str) -> None:
         (("missing",), "not found: missing"),
         (("--data", "missing.txt"), "data not found: missing.txt"),
         (("--data", "empty.txt"), "no text in empty.txt"),
-        (("--data", "latin.txt"), "latin.txt, after line 0: is not UTF-8 text"),
+        (("--data", "latin.txt"), "error: latin.txt: is not UTF-8 text"),
+        (("--data", "later.txt"), "error: later.txt, after line 1: is not UTF-8 text"),
+        (("--data", "dataset"), "a prepared dataset is no text: dataset"),
+        (("runs/tiny",), "name what it holds: runs/tiny/checkpoint/best, runs/tiny/onnx"),
+        (("runs/tiny/checkpoint",), "name what it holds: runs/tiny/checkpoint/best"),
         (("--data", "rows.jsonl"), 'rows.jsonl, line 1: is not a row with a "text"'),
         (("--data", "two.txt", "--context", "257"), "the model takes 256 tokens, not 257"),
         (("--data", "two.txt", "--context", "20", "--stride", "21"), "a stride of 21 does not fit a context of 20"),
@@ -184,6 +188,9 @@ def test_wrong_usage(slm: Slm, options: tuple[str, ...], said: str) -> None:
 def test_wrong_input_ends_with_one_line(slm: Slm, exported: Path, arguments: tuple[str, ...], said: str) -> None:
     Path("empty.txt").write_text("\n\n")
     Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("later.txt").write_bytes(b"tea\n" + b"x" * (1 << 20) + b"\xe9")
+    Path("dataset").mkdir()
+    Path("dataset/dataset.json").write_text("{}")
     Path("rows.jsonl").write_text('{"story": "x"}\n')
     result = slm("eval", *arguments)
     assert result.code == 1 and result.out == ""

@@ -108,6 +108,7 @@ def test_a_wrong_base_is_refused(slm: Slm, run: Path, base: str) -> None:
     result = slm("finetune", "--lora", "pairs.jsonl", "--base", base)
     assert result.code == 1
     assert f"error: {'not found' if base == 'none' else 'not a checkpoint'}: {base}" in result.err
+    assert ("hint: name what it holds: runs/tiny/checkpoint/best\n" in result.err) is (base == "runs/tiny")
     assert files() == before
 
 

@@ -58,6 +58,23 @@ def test_another_vocabulary(slm: Slm, shared_checkpoint: Path) -> None:
     assert result.code == 1 and "--vocab-size is for presets" in result.err
 
 
+def test_a_run_is_refused_with_what_it_holds(slm: Slm, shared_checkpoint: Path, shared_bundle: Bundle) -> None:
+    shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/last")
+    shutil.copytree(shared_bundle.path, "runs/tiny/onnx-int8")
+    last, bundle = "runs/tiny/checkpoint/last", "runs/tiny/onnx-int8"
+    for command, held in (
+        (("info",), f"{last}, {bundle}"),
+        (("generate",), f"{last}, {bundle}"),
+        (("export", "--onnx"), last),
+    ):
+        result = slm(*command, "runs/tiny")
+        assert result.code == 1 and result.err.startswith("error: ") and "checkpoint" in result.err
+        assert result.err.endswith(f"hint: name what it holds: {held}\n")
+    Path("runs/begun").mkdir()
+    Path("runs/begun/metrics.jsonl").touch()
+    assert "the run has saved none yet: slm train --resume --out runs/begun" in slm("info", "runs/begun").err
+
+
 def test_defaults_take_what_fits(slm: Slm, shared_bundle: Bundle) -> None:
     assert told(slm, "gemma3-270m")["counted_with"]["context"] == 4_096
     assert told(slm, "tiny")["counted_with"] == {

@@ -119,7 +119,7 @@ def test_no_recipe_with_a_gpu(slm: Callable, monkeypatch: pytest.MonkeyPatch) ->
         (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--data", "book.pdf"], 1, "error: not a kind of file to train on: book.pdf"),
         (["--data", "empty.txt"], 1, "error: no text in empty.txt"),
-        (["--data", "binary.txt"], 1, "error: binary.txt, after line 0: is not UTF-8 text"),
+        (["--data", "binary.txt"], 1, "error: binary.txt: is not UTF-8 text"),
         (["--data", "rows.jsonl"], 1, 'error: rows.jsonl, line 1: is not a row with a "text"'),
         (["--data", "nothing"], 1, "error: no .txt, .jsonl or .parquet file in nothing"),
         (["--val", "short.txt"], 1, "error: the validation text is too short"),

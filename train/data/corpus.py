@@ -10,7 +10,7 @@ from typing import Literal
 
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.train.data.dataset import Source, is_dataset
+from slm.train.data.dataset import Source
 from slm.train.data.documents import TEXT_COLUMN, find_files, read_documents
 from slm.train.data.huggingface import HubDataset
 
@@ -105,16 +105,7 @@ def is_named(name: str) -> bool:
 
 
 def _all_files(paths: Sequence[str]) -> list[Path]:
-    return list(chain.from_iterable(map(_files, paths)))
-
-
-def _files(name: str) -> list[Path]:
-    path = Path(name).expanduser()
-    if is_dataset(path):
-        raise SlmError(
-            f"a prepared dataset is no text: {path}", "it stands alone in slm train --data, with its own --val"
-        )
-    return find_files(path)
+    return [file for path in paths for file in find_files(Path(path).expanduser())]
 
 
 class _Files:

@@ -16,8 +16,10 @@ from typing import Literal, TextIO
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import END_OF_TEXT
+from slm.train.data.dataset import is_dataset
 
 TEXT_COLUMN = "text"
+OTHER_COLUMN = "slm data prepare --column NAME reads another one"
 
 _COMPRESSIBLE = (".txt", ".jsonl")
 _PARQUET = ".parquet"
@@ -44,6 +46,11 @@ def find_files(path: Path) -> list[Path]:
     Raises:
         SlmError: When it does not exist, is not text by its name, or a directory holds nothing of the kind.
     """
+    if is_dataset(path):
+        raise SlmError(
+            f"a prepared dataset is no text: {path}",
+            "it stands alone in slm train --data; elsewhere name the text that it was made from",
+        )
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and _fits(file))
         if not found:
@@ -114,7 +121,12 @@ class _Lines:
 
     def error(self, what: str, hint: str | None = None, *, after: bool = False) -> SlmError:
         """Returns a complaint about the current line, or about what comes after it."""
-        return SlmError(f"{self.file}, {'after ' if after else ''}line {self.number}: {what}", hint)
+        return SlmError(f"{self.file}{_after('line', self.number) if after else f', line {self.number}'}: {what}", hint)
+
+
+def _after(unit: str, number: int) -> str:
+    """Says after which line or row something is; nothing where that would be the first."""
+    return f", after {unit} {number}" if number else ""
 
 
 def _text_documents(lines: _Lines) -> Iterator[str]:
@@ -140,7 +152,8 @@ def _json_documents(lines: _Lines, column: str) -> Iterator[str]:
             raise lines.error("cannot be read: nested too deep, or a number too long") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise lines.error(
-                f'is not a row with a "{column}"', f'each line is an object such as {{"{column}": "Once upon a time"}}'
+                f'is not a row with a "{column}"',
+                f'each line is an object such as {{"{column}": "Once upon a time"}}; {OTHER_COLUMN}',
             )
         document = row[column]
         try:
@@ -159,14 +172,14 @@ def _parquet_documents(file: Path, column: str) -> Iterator[str]:
         with file.open("rb") as stream, parquet.ParquetFile(stream) as table:
             if column not in table.schema_arrow.names:
                 there = ", ".join(table.schema_arrow.names) or "none"
-                raise SlmError(f'{file} has no column "{column}"', f"name one with --column; there is {there}")
+                raise SlmError(f'{file} has no column "{column}"', f"{OTHER_COLUMN}; there is {there}")
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 for row, document in enumerate(batch.column(0).to_pylist(), row + 1):  # noqa: B020
                     if not isinstance(document, str):
-                        raise SlmError(f'{file}, row {row}: "{column}" is not text', "--column names another one")
+                        raise SlmError(f'{file}, row {row}: "{column}" is not text', OTHER_COLUMN)
                     yield document.strip("\r\n")
     except UnicodeDecodeError:
-        raise SlmError(f"{file}, after row {row}: is not UTF-8 text", "write the file again") from None
+        raise SlmError(f"{file}{_after('row', row)}: is not UTF-8 text", "write the file again") from None
     except pyarrow.ArrowException as error:
         raise SlmError(f"cannot read {file} ({' '.join(str(error).split())})", "copy or download it again") from None
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.core.errors import SlmError
+from slm.train.data.documents import OTHER_COLUMN
 
 # What datasets call the split that they mean to be measured on.
 _VALIDATION = ("validation", "valid", "val", "dev")
@@ -49,16 +50,16 @@ class HubDataset:
         except Exception as error:  # whichever of datasets', huggingface_hub's and httpx's errors it is
             raise _not_loaded(name, error) from None
         if split not in splits:
-            raise SlmError(f"{name} has no split {split!r}", f"name one with --split; there is {', '.join(splits)}")
+            raise SlmError(
+                f"{name} has no split {split!r}", f"slm data prepare --split names one of {', '.join(splits)}"
+            )
         self._train = splits[split]
         validation = next((other for other in _VALIDATION if other in splits and other != split), None)
         self._validation = None if validation is None else splits[validation]
         for rows in (self._train, self._validation):
             names = None if rows is None else rows.column_names  # None also of a stream that was not looked into
             if names is not None and column not in names:
-                raise SlmError(
-                    f"{name} has no column {column!r}", f"name one with --column; there is {', '.join(names)}"
-                )
+                raise SlmError(f"{name} has no column {column!r}", f"{OTHER_COLUMN}; there is {', '.join(names)}")
 
     @property
     def has_validation(self) -> bool:
@@ -92,9 +93,7 @@ class HubDataset:
         try:
             for row, document in enumerate(_texts(rows, self._column), 1):
                 if not isinstance(document, str):
-                    raise SlmError(
-                        f"{self.name}, row {row}: {self._column!r} is not text", "--column names another one"
-                    )
+                    raise SlmError(f"{self.name}, row {row}: {self._column!r} is not text", OTHER_COLUMN)
                 if document.strip():
                     yield document.strip("\r\n")
         except (SlmError, GeneratorExit):
