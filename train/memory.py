@@ -3,6 +3,7 @@
 Dimensions: B windows, T positions, D hidden, F intermediate, N heads, K kv heads, H head dim, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -76,37 +77,79 @@ def training_bytes(recipe: Recipe, config: ModelConfig, precision: Precision, pr
     )
 
 
-def advise(recipe: Recipe, config: ModelConfig, precision: Precision, processes: int) -> str:
-    """Says which settings to lower, by how much, and what that saves."""
-    now = training_bytes(recipe, config, precision, processes)
-    advice = []
-    batch, machine = recipe.batch, recipe.machine
+def advise(
+    recipe: Recipe, config: ModelConfig, precision: Precision, processes: int, available: int | None = None
+) -> str:
+    """Says which settings to lower, how far, and what that saves.
+
+    Args:
+        recipe: What is trained, and how.
+        config: The model's shape.
+        precision: What the products are computed in.
+        processes: How many share the batch.
+        available: Bytes that a process may take: settings are lowered until it takes less. None lowers them by one step.
+    """
+
+    def total(chosen: Recipe) -> int:
+        return training_bytes(chosen, config, precision, processes).total
+
+    def first_to_fit(ways: Sequence[Recipe]) -> Recipe | None:
+        return next((way for way in ways if available is None or total(way) < available), None)
+
+    ways = [_smaller_batches(recipe, processes)]
+    anew = _with(recipe, "machine", gradient_checkpointing=True)
+    if total(anew) < total(recipe):  # not where it is so already, nor where there is but one layer
+        ways.append([anew, *_smaller_batches(anew, processes)])
+    found = [way for way in map(first_to_fit, ways) if way is not None]
+    if found:
+        return "; or ".join(_advice(recipe, way, total(recipe), total(way)) for way in found)
+    least = ways[-1][-1] if ways[-1] else recipe
+    shorter = [_with(least, "batch", context=context) for context in _halves(recipe.batch.context)]
+    chosen = first_to_fit(shorter)
+    if chosen is None:
+        least = shorter[-1] if shorter else least
+        return f"a smaller model: this one takes {total(least) / _MIB:,.0f} MiB whatever else is lowered"
+    return f"{_advice(recipe, chosen, total(recipe), total(chosen))}; or a smaller model"
+
+
+def _smaller_batches(recipe: Recipe, processes: int) -> list[Recipe]:
+    """Returns the recipe with its batches cut into more and more micro-steps, down to one window a process."""
+    batch = recipe.batch
     mine = batch.batch_size // processes
-    if mine > 1:
-        parts = next(n for n in range(2, mine + 1) if mine % n == 0)
-        fewer = batch.model_copy(
-            update={"batch_size": batch.batch_size // parts, "accumulation": batch.accumulation * parts}
-        )
-        saved = now.total - training_bytes(_with(recipe, "batch", fewer), config, precision, processes).total
-        advice.append(
-            f"--set batch.batch_size={fewer.batch_size} --set batch.accumulation={fewer.accumulation} saves about "
-            f"{saved / _MIB:,.0f} of {now.total / _MIB:,.0f} MiB, and learns as much with {parts} times as many micro-steps "
+    return [
+        _with(recipe, "batch", batch_size=batch.batch_size // parts, accumulation=batch.accumulation * parts)
+        for parts in range(2, mine + 1)
+        if mine % parts == 0
+    ]
+
+
+def _halves(context: int) -> list[int]:
+    """Returns a half, a quarter and so on of a context, as long as there is something to learn from."""
+    return [context >> times for times in range(1, context.bit_length() - 1)]
+
+
+def _advice(recipe: Recipe, chosen: Recipe, now: int, then: int) -> str:
+    """Says how to get from one recipe to the other, and what that saves and costs."""
+    settings = "".join(
+        f"--set {section}.{name}={str(value).lower()} "
+        for section in ("batch", "machine")
+        for name, value in getattr(chosen, section)
+        if value != getattr(getattr(recipe, section), name)
+    )
+    costs = []
+    parts = chosen.batch.accumulation // recipe.batch.accumulation
+    if parts > 1 and chosen.batch.context == recipe.batch.context:
+        costs.append(
+            f", and learns as much with {parts} times as many micro-steps "
             "(schedule.micro_steps, schedule.warmup_micro_steps, evaluation.every_micro_steps)"
         )
-    if not machine.gradient_checkpointing:
-        anew = machine.model_copy(update={"gradient_checkpointing": True})
-        saved = now.total - training_bytes(_with(recipe, "machine", anew), config, precision, processes).total
-        if saved > 0:  # not where there is but one layer
-            advice.append(
-                f"--set machine.gradient_checkpointing=true saves about {saved / _MIB:,.0f} MiB for a third more work"
-            )
-    if not advice:
-        advice.append(f"--set batch.context={max(2, batch.context // 2)}, or a smaller model")
-    return "; or ".join(advice)
+    if chosen.machine.gradient_checkpointing != recipe.machine.gradient_checkpointing:
+        costs.append(", for a third more work")
+    return f"{settings}saves about {(now - then) / _MIB:,.0f} of {now / _MIB:,.0f} MiB{''.join(costs)}"
 
 
-def _with(recipe: Recipe, section: str, value: object) -> Recipe:
-    return recipe.model_copy(update={section: value})
+def _with(recipe: Recipe, section: str, **values: object) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
 
 
 def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision) -> int:

@@ -2,24 +2,26 @@
 
 from slm.core.config import FULL, SLIDING
 from slm.train.recipe import Recipe
-from slm.train.sections import OptimizerRecipe, ScheduleRecipe
+from slm.train.sections import Section
 
-# Beyond this many passes over the same text, models mostly learn it by heart (arXiv:2305.16264).
-_PASSES = 4.0
+# Up to 4 passes over a text are worth about as much as new text, and what a further one adds fades; beyond about this many it
+# is little (arXiv:2305.16264). `tiny` on its sample, in 15 passes, is best after 13.
+_PASSES = 16
 
 
-def review(recipe: Recipe, passes: float | None = None) -> list[str]:
+def review(recipe: Recipe, passes: float | None = None, processes: int = 1) -> list[str]:
     """Returns what is odd about a recipe, a sentence each.
 
     Args:
         recipe: With its length in micro-steps.
         passes: How often the run goes through the training text, where that is known.
+        processes: How many share the work.
     """
     return [
         *_schedule(recipe),
         *_model(recipe),
         *_measuring(recipe),
-        *_ineffective(recipe),
+        *_ineffective(recipe, processes),
         *_memorizing(recipe, passes),
     ]
 
@@ -43,6 +45,8 @@ def _schedule(recipe: Recipe) -> list[str]:
             f"the warm-up of {schedule.warmup_micro_steps:,} micro-steps is shorter than one update of "
             f"{recipe.batch.accumulation:,}: there is none"
         )
+    elif schedule.warmup_micro_steps and schedule.start == 1:
+        odd.append("the warm-up begins at its end: schedule.warmup_micro_steps has no effect with schedule.start=1")
     return odd
 
 
@@ -72,17 +76,28 @@ def _measuring(recipe: Recipe) -> list[str]:
     return odd
 
 
-def _ineffective(recipe: Recipe) -> list[str]:
+def _ineffective(recipe: Recipe, processes: int) -> list[str]:
     """Names what was set although something else keeps it from having an effect."""
-    odd = []
     optimizer, schedule = recipe.optimizer, recipe.schedule
-    if optimizer.name != "muon" and optimizer.momentum != OptimizerRecipe.model_fields["momentum"].default:
-        odd.append("optimizer.momentum is Muon's: it has no effect with optimizer.name=adamw")
-    if schedule.shape != "wsd" and schedule.decay != ScheduleRecipe.model_fields["decay"].default:
-        odd.append(f"schedule.decay has no effect with schedule.shape={schedule.shape}")
-    if schedule.shape == "constant" and schedule.final_learning_rate:
-        odd.append("schedule.final_learning_rate has no effect with schedule.shape=constant")
-    return odd
+    shape = f"with schedule.shape={schedule.shape}"
+    without_effect = (
+        ("optimizer.momentum", optimizer.name != "muon", "with optimizer.name=adamw: it is Muon's"),
+        ("optimizer.decay", not optimizer.weight_decay, "with optimizer.weight_decay=0"),
+        ("schedule.decay", schedule.shape != "wsd", shape),
+        ("schedule.final_learning_rate", schedule.shape == "constant", shape),
+        ("schedule.start", not schedule.warmup_micro_steps, "without schedule.warmup_micro_steps"),
+        ("evaluation.sample_tokens", not recipe.evaluation.prompts, "without evaluation.prompts"),
+        ("checkpoints.keep", recipe.checkpoints.every_updates is None, "without checkpoints.every_updates"),
+        ("machine.parallel", processes == 1, "in one process: torchrun starts several"),
+    )
+    return [f"{name} has no effect {why}" for name, applies, why in without_effect if applies and _is_set(recipe, name)]
+
+
+def _is_set(recipe: Recipe, name: str) -> bool:
+    """Says whether a value is another than the default."""
+    section, _, key = name.partition(".")
+    values: Section = getattr(recipe, section)
+    return bool(getattr(values, key) != type(values).model_fields[key].default)
 
 
 def _memorizing(recipe: Recipe, passes: float | None) -> list[str]:
@@ -90,6 +105,6 @@ def _memorizing(recipe: Recipe, passes: float | None) -> list[str]:
     if passes is None or passes <= _PASSES or guarded:
         return []
     return [
-        f"the run goes through the training text {passes:.1f} times, and beyond about {_PASSES:g} it is mostly learned by "
-        "heart: --set regularization.dropout=0.1 or evaluation.patience=3 helps, more text helps more"
+        f"the run goes through the training text {passes:.1f} times, and beyond about {_PASSES} it is mostly learned by heart: "
+        "--set regularization.dropout=0.1 or evaluation.patience=3 helps, more text helps more"
     ]

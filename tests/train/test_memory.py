@@ -186,3 +186,36 @@ def test_advice_when_there_is_little_left_to_lower(overrides: list[str]) -> None
     now, then = (training_bytes(each, config, FLOAT32).total for each in (chosen, followed(chosen, advice)))
     assert then < now
     assert "smaller model" in advice
+
+
+def least(chosen: Recipe) -> int:
+    """What the estimate comes to with a window a micro-step and each layer computed anew."""
+    lowered = ("batch.batch_size=1", "machine.gradient_checkpointing=true")
+    return training_bytes(recipe(*lowered), chosen.model.config(), FLOAT32).total
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4, 0.2, 0.05])
+def test_advice_goes_as_far_as_it_takes_to_fit(share: float) -> None:
+    chosen = recipe("batch.batch_size=32")
+    config = chosen.model.config()
+    now, end = training_bytes(chosen, config, FLOAT32).total, least(chosen)
+    available = round(end + share * (now - end))
+    for sentence in advise(chosen, config, FLOAT32, 1, available).split("; or "):
+        lowered = followed(chosen, sentence)
+        assert training_bytes(lowered, config, FLOAT32).total < available
+        if lowered.batch.batch_size < chosen.batch.batch_size:  # and no further: twice the batch would not
+            parts = lowered.batch.accumulation
+            twice = {"batch_size": 2 * lowered.batch.batch_size, "accumulation": parts // 2}
+            larger = lowered.model_copy(update={"batch": lowered.batch.model_copy(update=twice)})
+            assert training_bytes(larger, config, FLOAT32).total >= available
+    assert len({advise(chosen, config, FLOAT32, 1, round(end + s * (now - end))) for s in (0.9, 0.4, 0.05)}) == 3
+
+
+def test_advice_shortens_the_context_when_nothing_else_is_left() -> None:
+    chosen = recipe("batch.batch_size=4")
+    config, end = chosen.model.config(), least(chosen)
+    (shorter, smaller) = advise(chosen, config, FLOAT32, 1, end - (1 << 19)).split("; or ")
+    assert "--set batch.context=" in shorter and smaller == "a smaller model"
+    assert "times as many micro-steps" not in shorter  # for it does not learn as much
+    assert training_bytes(followed(chosen, shorter), config, FLOAT32).total < end - (1 << 19)
+    assert advise(chosen, config, FLOAT32, 1, 1 << 20).startswith("a smaller model: this one takes")

@@ -8,8 +8,8 @@ from slm.train.review import review
 SOUND = ("stories-4m", ["schedule.micro_steps=2000"])
 
 
-def sentences(name: str, overrides: list[str], passes: float | None = None) -> list[str]:
-    return review(load_recipe(name, overrides), passes)
+def sentences(name: str, overrides: list[str], passes: float | None = None, processes: int = 1) -> list[str]:
+    return review(load_recipe(name, overrides), passes, processes)
 
 
 def test_a_sound_recipe_is_left_alone() -> None:
@@ -27,6 +27,10 @@ def test_a_sound_recipe_is_left_alone() -> None:
         ("model.num_hidden_layers=5", "none of the 5 layers is global"),
         ("evaluation.every_micro_steps=2001", "longer than the run"),
         ("evaluation.patience=20", "never stops early"),
+        ("schedule.start=1", "schedule.warmup_micro_steps has no effect with schedule.start=1"),
+        ("checkpoints.keep=5", "checkpoints.keep has no effect without checkpoints.every_updates"),
+        ("evaluation.prompts=[]", "evaluation.sample_tokens has no effect without evaluation.prompts"),
+        ("machine.parallel=fsdp", "machine.parallel has no effect in one process"),
     ],
 )
 def test_a_contradiction_is_named(override: str, said: str) -> None:
@@ -38,9 +42,14 @@ def test_a_contradiction_is_named(override: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["optimizer.name=adamw", "optimizer.momentum=0.9"], "optimizer.momentum is Muon's"),
+        (
+            ["optimizer.name=adamw", "optimizer.momentum=0.9"],
+            "optimizer.momentum has no effect with optimizer.name=adamw",
+        ),
         (["schedule.shape=cosine"], "schedule.decay has no effect with schedule.shape=cosine"),
         (["schedule.shape=constant", "schedule.decay=0.5", "schedule.final_learning_rate=1e-3"], "final_learning_rate"),
+        (["schedule.warmup_micro_steps=0", "schedule.start=0.5"], "schedule.start has no effect without"),
+        (["optimizer.weight_decay=0", "optimizer.decay=all"], "optimizer.decay has no effect with"),
     ],
 )
 def test_what_has_no_effect_is_named(overrides: list[str], said: str) -> None:
@@ -49,10 +58,28 @@ def test_what_has_no_effect_is_named(overrides: list[str], said: str) -> None:
     assert said in sentence
 
 
+@pytest.mark.parametrize(
+    ("overrides", "processes"),
+    [
+        (["checkpoints.keep=5", "checkpoints.every_updates=10"], 1),
+        (["evaluation.prompts=[]", "evaluation.sample_tokens=60"], 1),
+        (["machine.parallel=fsdp"], 2),
+        (["schedule.start=0.5"], 1),
+        (["optimizer.decay=all"], 1),
+        (["batch.accumulation=99"], 1),
+    ],
+)
+def test_what_has_an_effect_is_not(overrides: list[str], processes: int) -> None:
+    """The control of the tests above."""
+    name, sound = SOUND
+    assert sentences(name, [*sound, *overrides], processes=processes) == []
+
+
 def test_many_passes_are_warned_of_unless_something_guards_against_them() -> None:
-    assert "12.0 times" in sentences("tiny", [], passes=12.0)[0]
-    assert sentences("tiny", ["regularization.dropout=0.1"], passes=12.0) == []
-    assert sentences("tiny", ["evaluation.patience=2"], passes=12.0) == []
+    assert "17.0 times" in sentences("tiny", [], passes=17.0)[0]
+    assert sentences("tiny", [], passes=15.0) == []
+    assert sentences("tiny", ["regularization.dropout=0.1"], passes=17.0) == []
+    assert sentences("tiny", ["evaluation.patience=2"], passes=17.0) == []
 
 
 def test_the_documented_recipe_is_odd_in_two_ways() -> None:
