@@ -17,7 +17,7 @@ def data() -> None:
     \b
       slm data prepare --data stories.txt --out datasets/stories
       slm data info datasets/stories --json
-      slm train --data datasets/stories
+      slm train --recipe stories-4m --data datasets/stories
     """
 
 
@@ -98,7 +98,7 @@ def prepare(
     """
     from slm.core.machine import usable_cores
     from slm.train.data.corpus import Reading, is_named, open_corpus
-    from slm.train.data.preparation import prepare_dataset
+    from slm.train.data.preparation import check_out, prepare_dataset
 
     hub = {"--streaming": streaming or None, "--split": split, "--config": config}
     given = [option for option, value in hub.items() if value is not None]
@@ -108,6 +108,7 @@ def prepare(
         raise click.UsageError(f"--vocab-size is for --tokenizer bpe: {tokenizer} has its vocabulary")
     progress = RichProgress()
     path = out or _OUT / _name(train[0])
+    check_out(path)  # before all of the text is read
     reading = Reading(column=column, config=config, split=split or "train", streaming=streaming)
     corpus = open_corpus(train, val, reading)
     say(f"data: {corpus.about}")
@@ -124,7 +125,7 @@ def prepare(
     )
     _report(path, as_json)
     if not as_json:
-        say(f"next: slm train --data {path}")
+        say(f"next: {_training_on(path)}")
 
 
 @data.command()
@@ -143,8 +144,24 @@ def info(dataset: Path, check: bool, as_json: bool) -> None:
     opened = open_dataset(dataset)
     if check:
         check_files(opened.path, opened.manifest)
-        say("every file is as it was made")
-    _report(dataset, as_json)
+    _report(dataset, as_json, checked=check)
+
+
+def _training_on(path: Path) -> str:
+    """Returns the command that trains on a dataset, with what must be set for it to go with the recipe that is taken."""
+    from slm.cli.train import fitting_recipe
+    from slm.train.data.dataset import open_dataset
+    from slm.train.data.tokenizer import is_choice, vocabulary_for
+    from slm.train.recipe import load_recipe
+
+    recipe, tokenizer = load_recipe(fitting_recipe()), open_dataset(path).tokenizer
+    config = recipe.model.config()
+    command = [f"slm train --data {path}"]
+    if not is_choice(recipe.data.tokenizer, tokenizer, config.max_position_embeddings):
+        command.append("--tokenizer bpe")
+    if tokenizer.vocab_size > config.vocab_size:
+        command.append(f"--set {vocabulary_for(tokenizer.vocab_size)}")
+    return " ".join(command)
 
 
 def _name(source: str) -> str:
@@ -153,13 +170,13 @@ def _name(source: str) -> str:
     return last.partition(".")[0] or "text"
 
 
-def _report(path: Path, as_json: bool) -> None:
+def _report(path: Path, as_json: bool, *, checked: bool = False) -> None:
     from slm.train.data.dataset import open_dataset
 
     opened = open_dataset(path)
     manifest = opened.manifest
     if as_json:
-        print_json({"dataset": str(path)} | manifest.model_dump(mode="json"))
+        print_json({"dataset": str(path)} | ({"checked": True} if checked else {}) | manifest.model_dump(mode="json"))
         return
     rows = []
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
@@ -182,4 +199,6 @@ def _report(path: Path, as_json: bool) -> None:
     ]
     if len(manifest.sources) > 8:
         rows.append(("", f"and {len(manifest.sources) - 8} more"))
+    if checked:
+        rows.append(("checked", "every token file is as it was made, byte for byte"))
     print_table(str(opened.path), ("", ""), rows)

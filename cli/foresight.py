@@ -8,6 +8,7 @@ from slm.cli.console import STDOUT, print_json, print_table, say
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
+    from slm.train.parallel import Processes
     from slm.train.recipe import Recipe
 
 # GPT-2's vocabulary on English prose; only for text that nobody has tokenized yet.
@@ -15,19 +16,38 @@ _BYTES_PER_TOKEN = 4.0
 _MIB = 1 << 20
 
 
-def foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int = 1) -> None:
-    """Prints the resolved recipe, its estimate and what is odd about it.
+def foresee(recipe: "Recipe", out: Path | None, gpu: str | None, as_json: bool, processes: "Processes") -> None:
+    """Refuses what training would refuse; else the first process prints recipe and estimate, and what is odd about them.
 
     Raises:
-        SlmError: When the GPU is not known, or the length hangs on a text whose length is not known.
+        SlmError: As training would raise it; or when the GPU is not known, or the length hangs on a text whose length is
+            not known.
     """
-    from slm.core.machine import memory
-    from slm.train.estimate import GPUS, estimate
-    from slm.train.loop import duration
-    from slm.train.review import review
+    import torch
+
+    from slm.train.build import check_machine, pick_device
+    from slm.train.estimate import GPUS
+    from slm.train.parallel import by_first
+    from slm.train.prepare import check_free
 
     if gpu is not None and gpu.lower() not in GPUS:
         raise SlmError(f"slm has no figures for a {gpu}", f"--on {', '.join(GPUS)}")
+    check_machine(recipe, pick_device(recipe.machine.device) if gpu is None else torch.device("cuda"), processes)
+
+    def first() -> None:
+        if out is not None:
+            check_free(out)
+        _foresee(recipe, gpu, as_json, processes.size)
+
+    by_first(processes, first)
+
+
+def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -> None:
+    from slm.core.machine import memory
+    from slm.train.estimate import estimate
+    from slm.train.loop import duration
+    from slm.train.review import review
+
     text_tokens, measured = _text_tokens(recipe)
     if text_tokens is None and recipe.schedule.epochs is not None:
         raise SlmError(
@@ -37,7 +57,7 @@ def foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int = 1
     recipe = recipe.for_tokens(text_tokens or 0)
     est = estimate(recipe, gpu and gpu.lower(), memory().usable, processes)
     passes = est.tokens / text_tokens if text_tokens else None
-    odd = review(recipe, passes)
+    odd = review(recipe, passes, processes)
     if est.advice is not None:
         odd.append(f"it does not fit into the memory of the device: {est.advice}")
     if as_json:
@@ -61,7 +81,10 @@ def foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int = 1
         ("run", f"{est.updates:,} updates of {per_update:,} tokens ({est.micro_steps:,} micro-steps)"),
         ("tokens", f"{est.tokens:,}" + (f", {about}{passes:.1f} passes over the text" if passes else "")),
         ("device", f"{est.device}, {est.precision}"),
-        ("memory", f"about {est.memory.total / _MIB:,.0f} MiB ({parts})"),
+        (
+            "memory",
+            f"about {est.memory.total / _MIB:,.0f} MiB ({parts}) beside what Python and PyTorch take themselves",
+        ),
         ("time", f"about {duration(est.seconds)} ({est.basis})"),
     ]
     print_table("what it would take: estimates", ("", ""), rows)
@@ -71,15 +94,10 @@ def foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int = 1
 
 def _text_tokens(recipe: "Recipe") -> tuple[int | None, bool]:
     """Returns how many tokens the training text has, and whether they were counted rather than guessed by its size."""
-    from slm.train.data.corpus import is_named, open_corpus
-    from slm.train.data.dataset import is_dataset, read_manifest
+    from slm.train.prepare import check_text, prepared_dataset
 
-    names = recipe.data.train
-    first = Path(names[0]).expanduser()
-    if len(names) == 1 and not is_named(names[0]) and is_dataset(first):
-        return read_manifest(first).train.tokens, True
-    if any(is_named(name) and name != "sample" for name in names):
-        return None, False  # it would have to be downloaded
-    corpus = open_corpus(names, recipe.data.validation)
-    size = sum(len(document.encode()) for document in corpus.train())
-    return max(1, round(size / _BYTES_PER_TOKEN)), False
+    dataset = prepared_dataset(recipe)
+    if dataset is not None:
+        return dataset.manifest.train.tokens, True
+    size = check_text(recipe)
+    return (None if size is None else max(1, round(size / _BYTES_PER_TOKEN))), False

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
 @click.option("--seed", type=int, help="Same seed, same model. [default: the recipe's]")
-@click.option("--dry-run", is_flag=True, help="Only show the resolved recipe and what it would take.")
+@click.option("--dry-run", is_flag=True, help="Only check everything, and show the recipe and what it would take.")
 @click.option("--on", "gpu", metavar="GPU", help="With --dry-run: what it would take on a t4, l4, a100, h100, …")
 @set_option
 @json_option
@@ -110,7 +110,7 @@ def train(
             options = (recipe_name, data, val, tokenizer, seed, overrides)
             recipe = Recipe.model_validate(by_first(processes, lambda: _recipe(*options).model_dump(mode="json")))
             if dry_run:
-                by_first(processes, lambda: foresee(recipe, gpu, as_json, processes.size))
+                foresee(recipe, out, gpu, as_json, processes)
                 return
             path = Path(by_first(processes, lambda: str(out or free_run(recipe.name))))
             result = run.train(recipe, path, progress, processes)
@@ -129,7 +129,7 @@ def _recipe(
     """Loads the recipe and puts the options in; says what was chosen for whoever named none."""
     from slm.train.recipe import load_recipe
 
-    recipe = load_recipe(name or _fitting_recipe(), overrides)
+    recipe = load_recipe(name or _chosen_recipe(), overrides)
     options = {"train": data or None, "validation": val, "tokenizer": tokenizer}
     chosen = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
     if not data:
@@ -139,22 +139,29 @@ def _recipe(
     return recipe.model_copy(update={"data": chosen} | ({} if seed is None else {"seed": seed}))
 
 
-def _fitting_recipe() -> str:
+def fitting_recipe() -> str:
+    """Returns the recipe that is taken when none is named: what fits the machine."""
     import torch
 
+    return "documented" if torch.cuda.is_available() else "tiny"
+
+
+def _chosen_recipe() -> str:
+    """Returns the recipe that fits the machine, and says why."""
     from slm.train.estimate import estimate_seconds
     from slm.train.loop import duration
     from slm.train.recipe import load_recipe
 
-    if torch.cuda.is_available():
+    name = fitting_recipe()
+    if name == "documented":
         say("no --recipe: taking documented, as there is a GPU")
-        return "documented"
+        return name
     seconds = estimate_seconds(load_recipe("documented"))
     say(
         "no --recipe: taking tiny, as there is no GPU; documented would take about "
         f"{duration(seconds)} here (an estimate, from one layer and the head timed now)"
     )
-    return "tiny"
+    return name
 
 
 def _report(result: "TrainResult", as_json: bool) -> None:

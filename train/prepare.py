@@ -1,8 +1,12 @@
 """Preparation: text or a prepared dataset becomes a run directory with its tokenizer, its tokens and its resolved recipe."""
 
+import fcntl
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from slm.core.chat import tokenizer_config
@@ -11,10 +15,11 @@ from slm.core.files import atomic_directory, write_text
 from slm.core.machine import usable_cores
 from slm.core.progress import Progress
 from slm.core.tokenizer import Tokenizer
-from slm.train.data.corpus import is_named, open_corpus
-from slm.train.data.dataset import DATASET_FILE, DatasetManifest, is_dataset, open_dataset, refer_to
+from slm.train.data.corpus import SAMPLE, Corpus, Documents, is_named, open_corpus
+from slm.train.data.dataset import DATASET_FILE, Dataset, DatasetManifest, is_dataset, open_dataset, refer_to
+from slm.train.data.documents import find_files
 from slm.train.data.preparation import beginning, write_dataset
-from slm.train.data.tokenizer import check_vocabulary, resolve_tokenizer
+from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
 from slm.train.recipe import Recipe
 
 CONFIG = "config.yaml"
@@ -22,6 +27,15 @@ DATA = "data"
 
 # Processes that tokenize. Reading and hashing in the one that writes keep no more than these busy.
 _MOST_WORKERS = 8
+# A text of so many bytes for each token that is needed has them, whatever the tokenizer: English has 4 a token.
+_BYTES_ENOUGH = 64
+
+# What a run leaves that ends before it saved anything, and what it leaves half written when it is killed.
+_PARTIAL = r"(checkpoint/)?\.[^/]+\.partial-\d+(/.*)?"
+_UNSAVED = re.compile(
+    r"config\.yaml|metrics\.jsonl|loss\.png|checkpoint|data|tensorboard|tensorboard/events\.out\.tfevents\.[^/]+"
+    rf"|data/(dataset|tokenizer|tokenizer_config)\.json|data/(train|validation)\.bin|{_PARTIAL}"
+)
 
 
 def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
@@ -31,102 +45,227 @@ def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
 
     Args:
         recipe: Names data and tokenizer; saved with the paths made absolute.
-        run: The directory to make; an empty one will do.
+        run: The directory to make; an empty one will do, and one that a run left which saved nothing.
         progress: Is told how it goes.
 
     Raises:
         SlmError: When the directory is taken, the data cannot be read or is too short, or the tokenizer cannot be had.
     """
-    _check_free(run)
-    data = recipe.data
-    prepared = len(data.train) == 1 and not is_named(data.train[0]) and is_dataset(Path(data.train[0]).expanduser())
-    with _new_directory(run):
-        manifest = (_refer if prepared else _write)(recipe, run, progress)
-        check_lengths(recipe, manifest)
-        write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(manifest.train.tokens)).to_yaml())
-
-
-def _write(recipe: Recipe, run: Path, progress: Progress) -> DatasetManifest:
-    """Makes the run's own dataset."""
+    check_free(run)
+    dataset = prepared_dataset(recipe)
+    if dataset is not None:
+        progress.note(
+            f"data: {recipe.data.train[0]}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
+            f"{dataset.manifest.validation.tokens:,} to measure on"
+        )
+        with _new_directory(run, progress):
+            _refer(dataset, run)
+            _write_recipe(recipe, dataset.manifest, run)
+        return
     corpus = open_corpus(recipe.data.train, recipe.data.validation)
     progress.note(f"data: {corpus.about}")
-    config = recipe.model.config()
-    tokenizer = resolve_tokenizer(
-        recipe.data.tokenizer, beginning(corpus.train), config.vocab_size, config.max_position_embeddings
-    )
-    with atomic_directory(run / DATA, ()) as directory:
-        manifest = write_dataset(directory, corpus, tokenizer, progress, workers=min(usable_cores(), _MOST_WORKERS))
-    return manifest
+    tokenizer = _tokenizer(recipe, corpus)
+    with _new_directory(run, progress):
+        with atomic_directory(run / DATA, ()) as directory:
+            workers = min(usable_cores(), _MOST_WORKERS)
+            manifest = write_dataset(directory, corpus, tokenizer, progress, workers=workers)
+        check_lengths(recipe, manifest.train.tokens, manifest.validation.tokens)
+        _write_recipe(recipe, manifest, run)
 
 
-def _refer(recipe: Recipe, run: Path, progress: Progress) -> DatasetManifest:
-    """Refers to a prepared dataset, whose tokenizer becomes the run's."""
-    path = Path(recipe.data.train[0]).expanduser()
-    if recipe.data.validation is not None:
+def prepared_dataset(recipe: Recipe) -> Dataset | None:
+    """Opens the prepared dataset that a recipe names, its tokenizer set up for the model; None where it names text.
+
+    Raises:
+        SlmError: When it is damaged, has a larger vocabulary than the model or too few tokens, or when the recipe names
+            validation text or another tokenizer beside it.
+    """
+    data, config = recipe.data, recipe.model.config()
+    path = Path(data.train[0]).expanduser()
+    if len(data.train) > 1 or is_named(data.train[0]) or not is_dataset(path):
+        return None
+    if data.validation is not None:
         raise SlmError(f"{path} is a prepared dataset with its own validation text", "leave --val out")
-    dataset, config = open_dataset(path), recipe.model.config()
-    progress.note(
-        f"data: {path}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
-        f"{dataset.manifest.validation.tokens:,} to measure on"
-    )
-    max_length = config.max_position_embeddings
+    dataset, max_length = open_dataset(path), config.max_position_embeddings
     tokenizer = Tokenizer(dataset.tokenizer.backend, tokenizer_config(max_length))
-    wanted = recipe.data.tokenizer
-    if wanted != "bpe" and resolve_tokenizer(wanted, (), config.vocab_size, max_length).sha256 != tokenizer.sha256:
+    if not is_choice(data.tokenizer, tokenizer, max_length):
         raise SlmError(
-            f"{path} was made with another tokenizer than {wanted}",
-            f"--tokenizer bpe takes the dataset's own; slm data prepare --tokenizer {wanted} makes another dataset",
+            f"{path} was made with another tokenizer than {data.tokenizer}",
+            f"--tokenizer bpe takes the dataset's own; slm data prepare --tokenizer {data.tokenizer} makes another dataset",
         )
-    check_vocabulary(tokenizer, config.vocab_size)
-    with atomic_directory(run / DATA, ()) as directory:
-        tokenizer.save(directory)
-        write_text(directory / DATASET_FILE, refer_to(path).model_dump_json(indent=2) + "\n")
-    return dataset.manifest
+    check_vocabulary(tokenizer.vocab_size, config.vocab_size)
+    check_lengths(recipe, dataset.manifest.train.tokens, dataset.manifest.validation.tokens)
+    return replace(dataset, tokenizer=tokenizer)
 
 
-def _check_free(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise SlmError(f"not a directory: {run}", "name another with --out")
-    if run.is_dir() and any(run.iterdir()):
-        raise SlmError(
-            f"the run directory is not empty: {run}",
-            f"slm train --resume --out {run} goes on with what is there; or name another with --out",
+def check_text(recipe: Recipe) -> int | None:
+    """Makes sure that a run can be prepared from the text that a recipe names, as far as that shows without writing it.
+
+    Returns:
+        UTF-8 bytes of the training text; None where it would have to be downloaded, and is not looked at.
+
+    Raises:
+        SlmError: As preparing the run would.
+    """
+    data, config = recipe.data, recipe.model.config()
+    if any(is_named(name) and name != SAMPLE for name in data.train):
+        if data.validation is not None:
+            find_files(Path(data.validation).expanduser())
+        if data.tokenizer not in ("gpt2", "bpe"):
+            resolve_tokenizer(data.tokenizer, (), config.vocab_size, config.max_position_embeddings)
+        return None
+    corpus = open_corpus(data.train, data.validation)
+    texts = (corpus.train, corpus.validation)
+    sizes = [sum(len(document.encode()) for document in documents()) for documents in texts]
+    needed = _needed_tokens(recipe)
+    surely = [size >= _BYTES_ENOUGH * tokens for size, tokens in zip(sizes, needed, strict=True)]
+    if data.tokenizer != "bpe" or not all(surely):
+        tokenizer = _tokenizer(recipe, corpus)
+        counts = (
+            enough if sure else _count(documents, tokenizer, enough)
+            for documents, enough, sure in zip(texts, needed, surely, strict=True)
         )
+        check_lengths(recipe, *counts)
+    return sizes[0]
 
 
-@contextmanager
-def _new_directory(path: Path) -> Iterator[None]:
-    """Removes what the block made of the directory and the ones above it, unless the block ends well."""
-    made = next((parent for parent in (*reversed(path.parents), path) if not parent.exists()), None)
-    try:
-        yield
-    except BaseException:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        raise
+def _needed_tokens(recipe: Recipe) -> tuple[int, int]:
+    """Returns how many tokens a window takes with its targets, to train on and to measure on."""
+    return recipe.batch.context + 1, (recipe.evaluation.context or recipe.batch.context) + 1
 
 
-def check_lengths(recipe: Recipe, manifest: DatasetManifest) -> None:
+def check_lengths(recipe: Recipe, train_tokens: int, validation_tokens: int) -> None:
     """Makes sure that there is a window to train on and one to measure on.
 
     Raises:
         SlmError: When a text is too short.
     """
-    measured = recipe.evaluation.context
-    for split, name, context, value in (
-        (manifest.train, "training", recipe.batch.context, "batch.context"),
-        (
-            manifest.validation,
-            "validation",
-            measured or recipe.batch.context,
-            "evaluation.context" if measured else "batch.context",
-        ),
+    measured = "evaluation.context" if recipe.evaluation.context else "batch.context"
+    for name, tokens, needed, value in zip(
+        ("training", "validation"),
+        (train_tokens, validation_tokens),
+        _needed_tokens(recipe),
+        ("batch.context", measured),
+        strict=True,
     ):
-        if split.tokens <= context:
+        if tokens < needed:
             raise SlmError(
-                f"the {name} text is too short: {split.tokens:,} tokens, and a window takes {context:,} and one more",
-                f"give more text, or --set {value}={max(2, split.tokens // 2)}",
+                f"the {name} text is too short: {tokens:,} tokens, and a window takes {needed - 1:,} and one more",
+                f"give more text, or --set {value}={max(2, tokens // 2)}",
             )
+
+
+def check_free(run: Path) -> None:
+    """Makes sure that a new run may have a directory: there is none, or it is empty, or a run left it that saved nothing.
+
+    Raises:
+        SlmError: When it is a file, holds a run that can be gone on with or anything that is not slm's, or when another
+            process is at work in it.
+    """
+    if run.exists() and not run.is_dir():
+        raise SlmError(f"not a directory: {run}", "name another with --out")
+    if run.is_dir():
+        with held(run) as alone:
+            _check_contents(run, alone)
+
+
+def _check_contents(run: Path, alone: bool) -> None:
+    if not any(run.iterdir()) or (alone and _is_unsaved(run)):
+        return
+    goes_on = f"slm train --resume --out {run} goes on with the run that is there; or "
+    raise SlmError(
+        f"the run directory is not empty: {run}",
+        f"{goes_on if (run / CONFIG).is_file() else ''}name another with --out",
+    )
+
+
+def _is_unsaved(run: Path) -> bool:
+    """Says whether a directory holds a run that has nothing to go on from, and nothing else."""
+    paths = list(run.rglob("*"))
+    names = [path.relative_to(run).as_posix() for path in paths]
+    begun = (run / CONFIG).is_file() or all(re.fullmatch(_PARTIAL, name) for name in names)
+    return begun and all(map(_UNSAVED.fullmatch, names)) and not any(path.is_symlink() for path in paths)
+
+
+@contextmanager
+def held(run: Path) -> Iterator[bool]:
+    """Holds a run's directory for this process alone; the system lets go of it however the process ends.
+
+    Yields whether that is certain: not where the file system knows no locks.
+
+    Raises:
+        SlmError: When another process is at work in it.
+    """
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        alone = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SlmError(
+                f"another process is at work in {run}", "wait for it or stop it, or name another with --out"
+            ) from None
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _new_directory(run: Path, progress: Progress) -> Iterator[None]:
+    """Makes the directory, empty, and removes what the block made of it and the ones above it unless the block ends well."""
+    made = next((parent for parent in (*reversed(run.parents), run) if not parent.exists()), None)
+    run.mkdir(parents=True, exist_ok=True)
+    with held(run) as alone:
+        _check_contents(run, alone)
+        try:
+            if any(run.iterdir()):
+                progress.note(f"the run that was begun in {run} saved nothing: starting anew there")
+                _clear(run)
+            yield
+        except BaseException:
+            if made is None:
+                _clear(run)
+            else:
+                shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
+    config = recipe.model.config()
+    return resolve_tokenizer(
+        recipe.data.tokenizer, beginning(corpus.train), config.vocab_size, config.max_position_embeddings
+    )
+
+
+def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:
+    """Returns how many tokens a text has, or that it has enough."""
+    tokens = 0
+    for document in documents():
+        tokens += len(tokenizer.encode_literal(document)) + 1  # the end of the text
+        if tokens >= enough:
+            break
+    return tokens
+
+
+def _refer(dataset: Dataset, run: Path) -> None:
+    """Refers to a prepared dataset, whose tokenizer becomes the run's."""
+    with atomic_directory(run / DATA, ()) as directory:
+        dataset.tokenizer.save(directory)
+        write_text(directory / DATASET_FILE, refer_to(dataset.path).model_dump_json(indent=2) + "\n")
+
+
+def _write_recipe(recipe: Recipe, manifest: DatasetManifest, run: Path) -> None:
+    write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(manifest.train.tokens)).to_yaml())
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

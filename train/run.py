@@ -3,14 +3,14 @@
 RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl loss.png tensorboard/
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from slm.core.errors import SlmError
-from slm.core.machine import peak_rss_mib
+from slm.core.machine import memory, peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.average import MovingAverage
 from slm.train.build import build_learner, build_model, check_machine, pick_device, with_special_tokens
@@ -23,7 +23,7 @@ from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
-from slm.train.prepare import CONFIG, DATA, check_lengths, prepare
+from slm.train.prepare import CONFIG, DATA, check_lengths, held, prepare
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.review import review
 from slm.train.samples import continue_prompts
@@ -87,7 +87,7 @@ def train(
         check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work, not after it
         heard = (progress if together.rank == 0 else None) or Silent()
         by_first(together, lambda: prepare(recipe, out, heard))
-        return _Run(out, together, heard).go()
+        return _go(out, together, heard)
 
 
 def resume(out: Path, progress: Progress | None = None, processes: Processes | None = None) -> TrainResult:
@@ -103,7 +103,14 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
     with nullcontext(processes) if processes else joined() as together:
         recipe = load_recipe(out / CONFIG)
         check_machine(recipe, pick_device(recipe.machine.device), together)
-        return _Run(out, together, (progress if together.rank == 0 else None) or Silent()).go()
+        return _go(out, together, (progress if together.rank == 0 else None) or Silent())
+
+
+def _go(run: Path, processes: Processes, progress: Progress) -> TrainResult:
+    """Trains in a prepared directory, which the first process holds meanwhile."""
+    with ExitStack() as stack:
+        by_first(processes, lambda: stack.enter_context(held(run)))
+        return _Run(run, processes, progress).go()
 
 
 class _Run:
@@ -113,8 +120,9 @@ class _Run:
         self.path, self.processes, self.progress = path, processes, progress
         self.dataset = open_dataset(path / DATA)
         self.recipe = recipe = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
-        check_lengths(recipe, self.dataset.manifest)
+        check_lengths(recipe, len(self.dataset.train.ids), len(self.dataset.validation.ids))
         self.device = pick_device(recipe.machine.device)
+        self.memory = memory_of(self.device)
         self.config = with_special_tokens(recipe.model.config(), self.dataset.tokenizer)
         self.precision = choose_precision(recipe.machine.precision, capability(self.device), self.config.hidden_size)
         saved = load_state(path) if processes.rank == 0 else None  # which also puts right what a killed run left
@@ -224,7 +232,7 @@ class _Run:
 
     def less_memory(self) -> str:
         """Advises what to lower."""
-        return advise(self.recipe, self.config, self.precision, self.processes.size)
+        return advise(self.recipe, self.config, self.precision, self.processes.size, self.memory)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
@@ -235,7 +243,8 @@ class _Run:
         needed = training_bytes(recipe, self.config, self.precision, self.processes.size)
         note(
             f"model: {self.config.parameter_count():,} parameters; context {recipe.batch.context}, vocabulary "
-            f"{self.config.vocab_size:,}; training takes about {needed.total / _MIB:,.0f} MiB (an estimate)"
+            f"{self.config.vocab_size:,}; training takes about {needed.total / _MIB:,.0f} MiB beside what Python and PyTorch "
+            "take themselves (an estimate)"
         )
         together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
         note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")
@@ -245,7 +254,7 @@ class _Run:
             f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
-        for sentence in review(recipe, tokens / stream):
+        for sentence in review(recipe, tokens / stream, self.processes.size):
             note(f"warning: {sentence}")
         if self.counters.micro_steps:
             note(f"going on after {self.counters.micro_steps:,} micro-steps")
@@ -291,6 +300,11 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
     updates = counters.micro_steps // counters.course["batch.accumulation"]
     course = counters.course | {"batch.accumulation": recipe.batch.accumulation}
     return counters.model_copy(update={"micro_steps": updates * recipe.batch.accumulation, "course": course})
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Returns the bytes that training may take of a device, None where the system does not say."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory().usable
 
 
 def _device_name(device: torch.device) -> str:

@@ -45,7 +45,10 @@ def test_prepare_then_info(slm: Callable) -> None:
 
 def test_info_checks_every_byte(slm: Callable) -> None:
     slm(*PREPARE, "--out", "out")
-    assert "every file is as it was made" in slm("data", "info", "out", "--check").err
+    result = slm("data", "info", "out", "--check")
+    assert "every token file is as it was made" in result.out
+    assert "as it was made" not in slm("data", "info", "out").out
+    assert json.loads(slm("data", "info", "out", "--check", "--json").out)["checked"] is True
     file = Path("out/train-00001.bin")
     content = bytearray(file.read_bytes())
     content[-10] ^= 1
@@ -82,10 +85,33 @@ def test_options_change_what_is_made(slm: Callable) -> None:
     assert made["two"]["train"]["documents"] > made["plain"]["train"]["documents"]
 
 
+def test_what_is_next_goes_with_the_recipe(slm: Callable) -> None:
+    """The default vocabulary is larger than that of the recipe for a CPU, if the text has so many words."""
+    words = " ".join(f"word{number} " * 3 for number in range(2000))
+    Path("words.txt").write_text(f"{words}\n{END_OF_TEXT}\n{words}\n{END_OF_TEXT}\nThe end.", encoding="utf-8")
+    result = slm("data", "prepare", "--data", "words.txt", "--val", "valid.txt", "--workers", "1")
+    tokens = json.loads(slm("data", "info", "datasets/words", "--json").out)["vocab_size"]
+    assert tokens > 1024
+    (command,) = (line.removeprefix("next: slm ") for line in result.err.splitlines() if line.startswith("next: "))
+    assert command.startswith("train --data datasets/words --set model.vocab_size=")
+    foreseen = slm(*command.split(), "--recipe", "tiny", "--dry-run", "--on", "t4")
+    assert foreseen.code == 0, foreseen.err
+    without = slm("train", "--data", "datasets/words", "--recipe", "tiny", "--dry-run", "--on", "t4")
+    assert without.code == 1 and f"hint: {command.removeprefix('train --data datasets/words ')}\n" in without.err
+
+
+def test_the_place_is_looked_at_before_the_text_is_read(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slm(*PREPARE, "--out", "out").code == 0
+    monkeypatch.setattr("slm.train.data.corpus.read_documents", lambda *_: pytest.fail("it was read"))
+    assert "there is a prepared dataset already" in slm(*PREPARE, "--out", "out").err
+
+
 def test_a_column(slm: Callable) -> None:
     Path("rows.jsonl").write_text('{"content": "A fox."}\n{"content": "A moon."}\n', encoding="utf-8")
     arguments = ("data", "prepare", "--data", "rows.jsonl", "--vocab-size", "300")
-    assert 'is not a row with a "text"' in slm(*arguments).err
+    for result in (slm(*arguments), slm("train", "--recipe", "small.yaml", "--data", "rows.jsonl")):
+        assert 'is not a row with a "text"' in result.err
+        assert "slm data prepare --column NAME reads another one" in result.err
     assert slm(*arguments, "--column", "content").code == 0
 
 

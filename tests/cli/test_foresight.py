@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from slm.train.data.tokenizer import train_bpe
+from slm.train.parallel import Alone
 from slm.train.recipe import Recipe, load_recipe
 
 Slm = Callable[..., Any]
@@ -43,6 +45,97 @@ def test_passes_become_updates_when_the_text_is_prepared(slm: Slm, stories: list
     assert fields["micro_steps"] == round(4 * fields["text_tokens"] / 512)
     guessed = json.loads(slm(*recipe, "--data", "text.txt").out)
     assert guessed["text_tokens"] != fields["text_tokens"]  # by its size
+
+
+@pytest.fixture
+def mistaken(slm: Slm, stories: list[str]) -> None:
+    """Texts, a dataset with a vocabulary larger than that of `tiny`, a tokenizer, and directories that are taken."""
+    for name, text in (("text.txt", stories[:80]), ("valid.txt", stories[80:90]), ("short.txt", ["A fox."])):
+        Path(name).write_text("\n<|endoftext|>\n".join(text), encoding="utf-8")
+    Path("doubtful.txt").write_text(" fox" * 126, encoding="utf-8")
+    Path("words.txt").write_text("".join(f"word{number} " * 3 for number in range(2000)), encoding="utf-8")
+    Path("other").mkdir()
+    train_bpe(stories[:50], 300, 64).save(Path("other"))
+    for name, text, val, size in (
+        ("dataset", "text.txt", "valid.txt", 400),
+        ("large", "words.txt", "valid.txt", 4096),
+        ("brief", "text.txt", "short.txt", 400),
+    ):
+        made = slm("data", "prepare", "--data", text, "--val", val, "--vocab-size", size, "--out", name)
+        assert made.code == 0, made.err
+    for name in ("mine/notes.txt", "done/config.yaml", "done/checkpoint/best/model.safetensors"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "mine"], "the run directory is not empty: mine"),
+        (["--out", "done"], "the run directory is not empty: done"),
+        (["--out", "text.txt"], "not a directory: text.txt"),
+        (["--data", "dataset", "--val", "valid.txt"], "dataset is a prepared dataset with its own validation text"),
+        (["--data", "dataset", "--tokenizer", "gpt2"], "dataset was made with another tokenizer than gpt2"),
+        (["--data", "dataset", "--tokenizer", "other/tokenizer.json"], "made with another tokenizer than other/"),
+        (["--data", "large"], "and the model's vocabulary 1,024"),
+        (["--data", "text.txt", "--tokenizer", "gpt-2"], "tokenizer not found: gpt-2"),
+        (["--data", "text.txt", "--tokenizer", "large"], "and the model's vocabulary 1,024"),
+        (["--data", "text.txt", "--val", "short.txt"], "the validation text is too short: "),
+        (["--data", "text.txt", "--val", "doubtful.txt"], "the validation text is too short: 127 tokens"),
+        (["--data", "short.txt", "--val", "valid.txt"], "the training text is too short: "),
+        (["--data", "brief"], "the validation text is too short: "),
+        (["--data", "missing.txt"], "data not found: missing.txt"),
+        (["--set", "machine.device=cuda"], "PyTorch finds no CUDA device"),
+        (["--set", "machine.attention=flex"], "machine.attention=flex needs CUDA"),
+    ],
+)
+def test_it_refuses_what_training_refuses(
+    slm: Slm, mistaken: None, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda _: pytest.fail("nothing is to be downloaded"))
+    before = sorted(Path().rglob("*"))
+    foreseen, trained = (
+        slm("train", "--recipe", "tiny", *arguments, "--dry-run"),
+        slm("train", "--recipe", "tiny", *arguments),
+    )
+    assert foreseen.code == trained.code == 1
+    assert foreseen.out == trained.out == ""
+    (said,) = {result.err[result.err.index("error: ") :] for result in (foreseen, trained)}
+    assert message in said and said.count("\n") == 2  # the hint too
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_it_refuses_what_several_processes_are_refused(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Alone, "size", 3)
+    split = ("train", "--recipe", "tiny", "--dry-run", "--on", "t4", "--set", "machine.parallel=fsdp")
+    assert "3 processes cannot share batches of 8 windows evenly" in slm(*split).err
+    split = (*split, "--set", "batch.batch_size=9")
+    assert slm(*split).code == 0
+    assert "Muon needs whole matrices" in slm(*split, "--set", "optimizer.name=muon").err
+
+
+def test_what_is_here_is_looked_at_even_if_the_text_is_not(slm: Slm) -> None:
+    far = ("train", "--recipe", "documented", "--dry-run", "--on", "t4")
+    assert slm(*far).code == 0
+    assert "data not found: missing.txt" in slm(*far, "--val", "missing.txt").err
+    assert "tokenizer not found: missing.json" in slm(*far, "--tokenizer", "missing.json").err
+
+
+def test_another_gpu_is_not_looked_for_here(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    wanted = ("--set", "machine.device=cuda", "--set", "machine.attention=flex")
+    result = slm("train", "--recipe", "tiny", "--dry-run", "--on", "t4", *wanted)
+    assert result.code == 0, result.err
+
+
+def test_what_a_text_has_is_counted_only_in_doubt(slm: Slm, mistaken: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tokenizer is learned from a text that is long enough in any case."""
+    monkeypatch.setattr("slm.train.prepare.resolve_tokenizer", lambda *_: pytest.fail("it was learned"))
+    dry = ("train", "--recipe", "tiny", "--dry-run", "--on", "t4", "--data", "text.txt")
+    assert slm(*dry, "--val", "text.txt").code == 0
+    with pytest.raises(pytest.fail.Exception, match="it was learned"):
+        slm(*dry, "--val", "doubtful.txt")
 
 
 @pytest.mark.parametrize(

@@ -18,20 +18,22 @@ from slm.train.data.corpus import open_corpus
 from slm.train.data.dataset import DatasetManifest, check_files, open_dataset, read_manifest, refer_to
 from slm.train.data.documents import read_documents
 from slm.train.data.preparation import prepare_dataset
-from slm.train.data.tokenizer import train_bpe
+from slm.train.data.tokenizer import gpt2, is_gpt2, train_bpe
 from slm.train.prepare import prepare
 from slm.train.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 
 
-def make(out: Path, *files: Path, shard_tokens: int = 1000, deduplicate: bool = False) -> DatasetManifest:
+def make(
+    out: Path, *files: Path, shard_tokens: int = 1000, deduplicate: bool = False, tokenizer: str = "bpe"
+) -> DatasetManifest:
     """Prepares a dataset."""
     return prepare_dataset(
         open_corpus([str(file) for file in files], None),
         out,
         Silent(),
-        tokenizer="bpe",
+        tokenizer=tokenizer,
         vocab_size=320,
         shard_tokens=shard_tokens,
         workers=1,
@@ -233,6 +235,29 @@ def test_the_datasets_own_tokenizer_may_be_named(dataset: Path, small_recipe: Ma
     recipe = small_recipe(data={"train": "dataset", "tokenizer": "dataset/tokenizer.json"})
     prepare(recipe, Path("runs/named"), Silent())
     assert open_dataset(Path("runs/named/data")).path == dataset.resolve()
+
+
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_gpt2s_tokenizer_is_recognized_without_its_files(
+    small_recipe: MakeRecipe, story_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        made = gpt2(64)
+    except SlmError as error:
+        pytest.skip(error.message)
+    make(Path("of-gpt2"), story_file, tokenizer="gpt2")
+    monkeypatch.setattr("tiktoken.get_encoding", lambda _: pytest.fail("it would be downloaded"))
+    recipe = small_recipe(data={"train": "of-gpt2", "tokenizer": "gpt2"}, model={"vocab_size": 50_304})
+    prepare(recipe, Path("runs/gpt2"), Silent())
+    assert open_dataset(Path("runs/gpt2/data")).path == Path("of-gpt2").resolve()
+    made.backend.add_tokens(["once upon"])
+    assert not is_gpt2(made)
+
+
+def test_a_run_on_the_dataset_that_another_run_refers_to(dataset: Path, small_recipe: MakeRecipe) -> None:
+    prepare(small_recipe(data={"train": "dataset"}), Path("runs/first"), Silent())
+    prepare(small_recipe(data={"train": "runs/first/data"}), Path("runs/second"), Silent())
+    assert open_dataset(Path("runs/second/data")).path == dataset.resolve()
 
 
 def test_a_vocabulary_that_does_not_fit_the_model(dataset: Path, small_recipe: MakeRecipe) -> None:

@@ -139,9 +139,7 @@ def prepare_dataset(
         SlmError: When the directory is taken or being made, or anything about text, tokenizer or workers fails.
     """
     out = out.resolve()
-    if is_dataset(out):
-        raise SlmError(f"there is a prepared dataset already: {out}", "name another --out, or remove it first")
-    check_replaceable(out, ())
+    check_out(out)
     settings = {
         "format_version": FORMAT_VERSION,
         "slm_version": __version__,
@@ -182,6 +180,17 @@ def prepare_dataset(
         _tidy(work, manifest)
         replace_directory(work, out)
     return manifest
+
+
+def check_out(out: Path) -> None:
+    """Makes sure that a dataset may be made at a path: nothing is there, or an empty directory.
+
+    Raises:
+        SlmError: When the path is taken.
+    """
+    if is_dataset(out):
+        raise SlmError(f"there is a prepared dataset already: {out}", "name another --out, or remove it first")
+    check_replaceable(out.resolve(), ())
 
 
 def _tokenizer_settings(choice: str) -> str:

@@ -1,5 +1,6 @@
 """Making tokenizers: GPT-2's byte-pair encoding through tiktoken, or one learned from the user's own text."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -8,7 +9,11 @@ from tokenizers import Tokenizer as Backend
 
 from slm.core.chat import tokenizer_config
 from slm.core.errors import SlmError
-from slm.core.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
+from slm.core.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
+from slm.train.data.encoder import cuts_at_spaces
+
+# Of GPT-2's tokens in their order, spelt as byte-level vocabularies spell them, with line breaks between.
+_GPT2_TOKENS_SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
 
 
 def resolve_tokenizer(choice: str, texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
@@ -29,21 +34,46 @@ def resolve_tokenizer(choice: str, texts: Iterable[str], vocab_size: int, max_le
         tokenizer = train_bpe(texts, vocab_size, max_length)
     else:
         tokenizer = from_file(Path(choice), max_length)
-    check_vocabulary(tokenizer, vocab_size)
+    check_vocabulary(tokenizer.vocab_size, vocab_size)
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def is_choice(choice: str, tokenizer: Tokenizer, max_length: int) -> bool:
+    """Says whether a tokenizer is what a recipe or `--tokenizer` asks for; "bpe" asks for none in particular.
+
+    Raises:
+        SlmError: When the file that is asked for cannot be read.
+    """
+    if choice == "bpe":
+        return True
+    return is_gpt2(tokenizer) if choice == "gpt2" else from_file(Path(choice), max_length).sha256 == tokenizer.sha256
+
+
+def is_gpt2(tokenizer: Tokenizer) -> bool:
+    """Says whether a tokenizer is the one that `gpt2` makes; GPT-2's files are not needed for that."""
+    tokens = tokenizer.backend.get_vocab(with_added_tokens=False)
+    text = "\n".join(sorted(tokens, key=tokens.__getitem__))
+    added = tokenizer.vocab_size - len(tokens)
+    same = hashlib.sha256(text.encode()).hexdigest() == _GPT2_TOKENS_SHA256 and added == len(SPECIAL_TOKENS)
+    return same and cuts_at_spaces(tokenizer)
+
+
+def check_vocabulary(tokens: int, vocab_size: int) -> None:
     """Makes sure that a tokenizer's ids fit a model.
 
     Raises:
         SlmError: When they do not.
     """
-    if tokenizer.vocab_size > vocab_size:
+    if tokens > vocab_size:
         raise SlmError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model's vocabulary {vocab_size:,}",
-            f"--set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}",
+            f"the tokenizer has {tokens:,} tokens and the model's vocabulary {vocab_size:,}",
+            f"--set {vocabulary_for(tokens)}",
         )
+
+
+def vocabulary_for(tokens: int) -> str:
+    """Returns what to `--set` for a model to have room for so many tokens: a multiple of 64, which products like."""
+    return f"model.vocab_size={-(-tokens // 64) * 64}"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
@@ -81,7 +111,17 @@ def gpt2(max_length: int) -> Tokenizer:
 
 
 def from_file(path: Path, max_length: int) -> Tokenizer:
-    """Loads a `tokenizer.json` and reserves the turn tokens in it if it lacks them."""
+    """Loads a `tokenizer.json` and reserves the turn tokens in it if it lacks them.
+
+    Raises:
+        SlmError: When it is missing or not a tokenizer.
+    """
+    path = path.expanduser()
+    if not (path / TOKENIZER_FILE if path.is_dir() else path).is_file():
+        raise SlmError(
+            f"tokenizer not found: {path}",
+            f"name gpt2, bpe, or a {TOKENIZER_FILE}; every checkpoint, bundle and prepared dataset holds one",
+        )
     return _finished(Tokenizer.load(path).backend, max_length)
 
 
