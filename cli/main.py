@@ -44,7 +44,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if cpu_quota() is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
-_INTERRUPTED = "nothing is left half written; a training run goes on with slm train --resume"
+# What is true of a command that was stopped.
+_WHOLE = "nothing is left half written"
+_INTERRUPTED = {
+    "train": f"{_WHOLE}; once training has begun, slm train --resume goes on with it",
+    "data": f"{_WHOLE}; slm data prepare goes on after the last whole file when it is called alike",
+    "demo": f"{_WHOLE}; the steps that are done stay in the run, and slm demo begins another",
+}
 
 # Which extra brings a package, for the hint when it is missing.
 _EXTRAS = {
@@ -105,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        say_error("interrupted", _INTERRUPTED)
+        say_error("interrupted", _after_stopping(arguments))
         sys.exit(130)
     except _Terminated as terminated:
-        say_error("terminated", _INTERRUPTED)
+        say_error("terminated", _after_stopping(arguments))
         sys.exit(terminated.code)
     except BrokenPipeError:
         os.dup2(
@@ -122,6 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         say_error(message, hint)
         sys.exit(code)
     sys.exit(0)
+
+
+def _after_stopping(arguments: Sequence[str]) -> str:
+    """Says what is left of a command that was stopped."""
+    command = next((argument for argument in arguments if argument in COMMANDS), "")
+    return _INTERRUPTED.get(command, _WHOLE)
 
 
 class _Terminated(SystemExit):

@@ -85,7 +85,31 @@ def test_an_interruption_is_said_and_exits_with_130(slm: Slm, monkeypatch: pytes
 
     monkeypatch.setattr("slm.cli.doctor._providers", interrupt)
     result = slm("doctor")
-    assert result.code == 130 and result.err.strip().startswith("error: interrupted\n")
+    assert result.code == 130 and result.err.strip() == "error: interrupted\nhint: nothing is left half written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target", "said"),
+    [
+        (("train", "--recipe", "tiny"), "slm.train.run.train", "slm train --resume goes on with it"),
+        (
+            ("--debug", "data", "prepare", "--data", "x"),
+            "slm.train.data.corpus.open_corpus",
+            "slm data prepare goes on",
+        ),
+        (("demo",), "slm.train.run.train", "slm demo begins another"),
+    ],
+)
+def test_what_an_interruption_leaves_is_said_of_the_command(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], target: str, said: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, interrupt)
+    result = slm(*arguments)
+    assert result.code == 130 and said in result.err
+    assert ("slm train" in result.err.partition("error:")[2]) is (arguments[0] == "train")
 
 
 def test_sigterm_ends_a_command_and_its_half_written_files(tmp_path: Path) -> None:
