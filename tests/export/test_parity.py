@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slm.core.config import FULL, SLIDING, LayerType, ModelConfig, RopeParameters
-from slm.core.contract import cache_layers, input_specs, output_specs
+from slm.core.contract import Target, cache_layers, input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
@@ -53,13 +53,14 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.parametrize("target", ["fused", "portable"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant(
-    config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, variant: str
+    config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path, variant: str, target: Target
 ) -> None:
     changed = config.model_copy(update=VARIANTS[variant])
     save_checkpoint(tmp_path / "c", make_model(changed), tokenizer, {})
-    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx")
+    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx", target=target)
     assert bundle.config == changed
     parity = bundle.manifest.parity
     assert parity is not None and parity.largest < TOLERANCE
