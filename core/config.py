@@ -249,11 +249,28 @@ def _rope_parameters(fields: Mapping[str, Any]) -> Any:
     return {FULL: full, SLIDING: {"rope_theta": fields.get("rope_local_base_freq", _LOCAL_BASE)}}
 
 
+# Pydantic's words that are Python's, and what a file calls the same.
+_PLAIN = {
+    "Input should be": "must be",
+    "a valid tuple": "a list, as in [a, b]",
+    "a valid list": "a list, as in [a, b]",
+    "a valid dictionary": "a mapping, as in {a: b}",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "Tuple should": "must",
+    " after validation": "",
+}
+
+
 def first_mistake(error: ValidationError) -> str:
-    """Returns the first mistake of a validation as one line: where, what, and what was given."""
+    """Returns the first mistake of a validation as one line: where and what."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    what = first["msg"].removeprefix("Value error, ")
+    what = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+    for python, plain in _PLAIN.items():
+        what = what.replace(python, plain)
     return f"{where}: {what}" if where else what
 
 

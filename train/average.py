@@ -55,7 +55,7 @@ class MovingAverage:
         """
         missing = sorted(self._average.keys() - tensors.keys())
         if missing:
-            raise SlmError(f"the saved moving average lacks {missing[0]}", "train again without --resume")
+            raise SlmError(f"the saved moving average lacks {missing[0]}", "start a new run with another --out")
         for name, average in self._average.items():
             average.copy_(shared_like(tensors[name], average))
 

@@ -127,7 +127,9 @@ def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processe
         memory=memory,
         seconds=seconds / processes,
         basis=basis,
-        advice=None if available is None or memory.total < available else advise(recipe, config, precision, processes),
+        advice=None
+        if available is None or memory.total < available
+        else advise(recipe, config, precision, processes, available),
     )
 
 

@@ -40,9 +40,9 @@ def _schedule(recipe: Recipe) -> list[str]:
         )
     elif schedule.shape == "wsd" and schedule.warmup_micro_steps + schedule.decay * total > total:
         odd.append("schedule.decay begins before the warm-up ends: the learning rate is never stable")
-    if 0 < schedule.warmup_micro_steps < recipe.batch.accumulation:
+    if 0 < schedule.warmup_micro_steps <= recipe.batch.accumulation:
         odd.append(
-            f"the warm-up of {schedule.warmup_micro_steps:,} micro-steps is shorter than one update of "
+            f"the warm-up of {schedule.warmup_micro_steps:,} micro-steps is no longer than one update of "
             f"{recipe.batch.accumulation:,}: there is none"
         )
     elif schedule.warmup_micro_steps and schedule.start == 1:

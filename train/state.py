@@ -108,5 +108,7 @@ def load_state(run: Path) -> SavedState | None:
         averaged = directory / _AVERAGE_FILE
         average = safetensors.torch.load_file(averaged) if averaged.is_file() else {}
     except (ValidationError, SafetensorError, OSError) as error:
-        raise SlmError(f"the saved state is damaged: {directory} ({error})", "train again without --resume") from None
+        raise SlmError(
+            f"the saved state is damaged: {directory} ({error})", "start a new run with another --out"
+        ) from None
     return SavedState(counters, weights, optimizer, average)

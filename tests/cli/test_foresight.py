@@ -1,6 +1,7 @@
 """`slm train --dry-run`: the recipe as it would run, what it takes, what is odd; and nothing is made."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,14 @@ def test_what_a_text_has_is_counted_only_in_doubt(slm: Slm, mistaken: None, monk
 def test_mistakes(slm: Slm, arguments: list[str], code: int, message: str) -> None:
     result = slm("train", *arguments)
     assert (result.code, message in result.err) == (code, True), result.err
+
+
+def test_what_does_not_fit_is_lowered_until_it_does(slm: Slm) -> None:
+    far = ("train", "--recipe", "documented", "--dry-run", "--json", "--on", "t4", "--set")
+    (warning,) = (w for w in json.loads(slm(*far, "batch.batch_size=512").out)["warnings"] if "does not fit" in w)
+    (fewer,) = re.findall(r"batch.batch_size=(\d+)", warning)
+    fits = [
+        not any("does not fit" in w for w in json.loads(slm(*far, f"batch.batch_size={size}").out)["warnings"])
+        for size in (int(fewer), 2 * int(fewer))
+    ]
+    assert fits == [True, False]

@@ -127,7 +127,9 @@ def test_no_recipe_with_a_gpu(slm: Callable, monkeypatch: pytest.MonkeyPatch) ->
         (["--tokenizer", "missing.json"], 1, "error: tokenizer not found: missing.json"),
         (["--recipe", "huge"], 1, "error: no recipe is called 'huge'"),
         (["--set", "batch.size=3"], 1, "error: --set batch.size=3: the recipe has no value 'batch.size'"),
-        (["--set", "batch.context=many"], 1, "error: small.yaml: batch.context:"),
+        (["--set", "batch.context=many"], 1, "error: small.yaml: batch.context: must be a whole number\n"),
+        (["--set", "optimizer.betas=3"], 1, "error: small.yaml: optimizer.betas: must be a list, as in [a, b]\n"),
+        (["--set", "machine.compile=perhaps"], 1, "error: small.yaml: machine.compile: must be true or false\n"),
         (
             ["--set", "schedule.epochs=2", "--set", "schedule.micro_steps=3"],
             1,
