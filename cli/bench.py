@@ -1,0 +1,351 @@
+"""`slm bench`."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slm.cli import bench_report
+from slm.cli.console import RichProgress, print_json, say
+from slm.cli.generate import default_model
+from slm.cli.options import json_option
+from slm.core.errors import SlmError
+from slm.core.machine import instruction_sets, memory, peak_rss_mib
+from slm.version import __version__
+
+if TYPE_CHECKING:
+    from slm.runtime.bench import Case, MakeRows, Spread, Timing
+    from slm.runtime.decoder import Decoder
+
+_PROMPTS = "128,512,2048"
+_FRESH_TOKENS = 8
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    """Reads 128,512,2048."""
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as {_PROMPTS}")
+    return sorted(set(numbers))
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--prompt",
+    "prompts",
+    default=_PROMPTS,
+    callback=_numbers,
+    show_default=True,
+    metavar="N,N",
+    help="Lengths of the prompt, in tokens.",
+)
+@click.option(
+    "--batch", "batches", default="1,8", callback=_numbers, show_default=True, metavar="B,B", help="Rows at a time."
+)
+@click.option("--new", type=click.IntRange(min=2), default=32, show_default=True, metavar="N", help="New tokens a row.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns of each case.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the speeds.")
+@click.option(
+    "--compare", type=click.Path(path_type=Path, dir_okay=False), metavar="OLD.json", help="Beside an earlier --json."
+)
+@json_option
+def bench(
+    model: Path | None,
+    prompts: list[int],
+    batches: list[int],
+    new: int,
+    rounds: int,
+    device: str,
+    threads: int | None,
+    plot: Path | None,
+    compare: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure how fast a bundle (onnxruntime) or a checkpoint (PyTorch) answers, and in how much memory.
+
+    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. Time to first token, prefill and
+    decode tokens a second as medians of rounds in which all cases take turns; the rate at which memory can be read is
+    measured in every round. Loading and memory are measured in processes of their own.
+
+    \b
+      slm bench
+      slm bench runs/tiny/onnx-int8 --prompt 128,4000 --batch 1,4 --plot speed.png
+      slm bench --json > before.json;  slm bench --compare before.json
+
+    docs/benchmarks.md says what each figure means.
+    """
+    from slm.loading import load
+
+    if plot is not None and find_spec("matplotlib") is None:
+        raise SlmError("--plot needs matplotlib, which is not installed", "pip install matplotlib")
+    old = None if compare is None else bench_report.read(compare)
+    path = model or default_model()
+    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
+    decoder = loaded.decoder
+    say(f"{path}: {decoder.description}")
+    prompts = _fitting(prompts, new, decoder.context)
+    report = _about(path, decoder) | {"device": device, "rounds": rounds, "new_tokens": new}
+    timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], device)
+    del loaded, decoder  # what follows has the memory for itself
+    fresh = _fresh_processes(path, device, threads, prompts, new)
+    report |= {
+        "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
+        "memory": [{"prompt": prompt} | figures for prompt, figures in zip(prompts, fresh, strict=True)],
+        "read_gb_s": _read_rate(timings),
+        "results": [_row(timing) for timing in timings],
+    }
+    compared = None if old is None else bench_report.compare(report, old)
+    if plot is not None:
+        bench_report.plot(report, old, plot)
+    if as_json:
+        print_json(report if compared is None else report | {"compared": compared})
+        return
+    bench_report.print_report(report)
+    if compared is not None:
+        bench_report.print_comparison(compared, str(compare))
+
+
+def _fitting(prompts: list[int], new: int, context: int) -> list[int]:
+    """Returns the prompts that fit.
+
+    Raises:
+        SlmError: When one does not that somebody asked for, or none does.
+    """
+    fitting = [prompt for prompt in prompts if prompt + new <= context]
+    asked = click.get_current_context().get_parameter_source("prompts") != click.core.ParameterSource.DEFAULT
+    if not fitting or (asked and fitting != prompts):
+        raise SlmError(
+            f"{prompts[-1] if asked else prompts[0]:,} tokens and {new:,} new ones do not fit into the context of {context:,}",
+            "a shorter --prompt or fewer --new",
+        )
+    if fitting != prompts:
+        say(
+            f"the context is {context:,}: left out {', '.join(f'{prompt:,}' for prompt in prompts if prompt not in fitting)}"
+        )
+    return fitting
+
+
+def _about(path: Path, decoder: "Decoder") -> dict[str, Any]:
+    """Returns what a report says of the model, the machine and the versions."""
+    import onnxruntime
+
+    from slm.core.weights import bytes_on_disk, weights_sha256
+    from slm.runtime.decoder import OnnxDecoder
+
+    versions = {"slm": __version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
+    about = {
+        "schema_version": bench_report.SCHEMA_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": str(path),
+        "backend": decoder.description,
+    }
+    if isinstance(decoder, OnnxDecoder):
+        manifest = decoder.bundle.manifest
+        data = manifest.files.get(f"{manifest.model}_data", manifest.files[manifest.model])
+        about |= {
+            "precision": manifest.precision,
+            "parameters": manifest.parameters,
+            "weights_sha256": data.sha256,
+            "file_bytes": decoder.bundle.bytes,
+            "threads": decoder.session.get_session_options().intra_op_num_threads,
+        }
+    else:
+        import torch
+
+        from slm.core.checkpoint import read_config
+
+        versions |= {"torch": torch.__version__}
+        about |= {
+            "precision": "float32",
+            "parameters": read_config(path).parameter_count(),
+            "weights_sha256": weights_sha256(path),
+            "file_bytes": bytes_on_disk(path),
+            "threads": torch.get_num_threads(),
+        }
+    room = memory()
+    machine = {
+        "processor": _processor(),
+        "system": platform.system(),
+        "instruction_sets": [name for name, has in instruction_sets().items() if has],
+        "memory_bytes": room.total,
+    }
+    return about | {"versions": versions, "machine": machine}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _measure(
+    decoder: "Decoder", prompts: list[int], batches: list[int], new: int, rounds: int, threads: int, device: str
+) -> "list[Timing]":
+    from slm.runtime.bench import Case, ReadProbe, measure
+
+    cases = [Case(prompt, batch) for batch in batches for prompt in prompts]
+    make_rows, step_bytes = _backend(decoder)
+    # What limits a GPU is not this memory.
+    probe = ReadProbe(step_bytes(cases[0]), threads) if device == "cpu" else None
+    try:
+        return measure(decoder, make_rows, cases, step_bytes, probe, new=new, rounds=rounds, progress=RichProgress())
+    finally:
+        if probe is not None:
+            probe.close()
+
+
+def _backend(decoder: "Decoder") -> "tuple[MakeRows, Callable[[Case], int]]":
+    """Returns what makes rows, and how many bytes a step of a case reads."""
+    from slm.core.contract import cache_layers
+    from slm.runtime import bench
+    from slm.runtime.decoder import OnnxDecoder
+
+    if isinstance(decoder, OnnxDecoder):
+        make_rows, layers = bench.onnx_rows(decoder), decoder.bundle.manifest.cache
+        weights = bench.weight_bytes_read(decoder.bundle)
+    else:
+        from slm.core.nn.decoder import TorchDecoder
+
+        assert isinstance(decoder, TorchDecoder)
+        make_rows, layers = _torch_rows(decoder), cache_layers(decoder.model.config)
+        weights = bench.float32_weight_bytes_read(decoder.model.config)
+    return make_rows, lambda case: weights + case.batch * bench.cache_bytes_read(layers, case.prompt)
+
+
+def _torch_rows(decoder: Any) -> "MakeRows":
+    """Returns what makes rows of a checkpoint, with caches of zeros as long as a prompt."""
+    import torch
+
+    from slm.core.nn.cache import KVCache
+
+    model, config = decoder.model, decoder.model.config
+    device = model.model.embed_tokens.weight.device
+
+    class TorchRows:
+        def __init__(self, case: "Case", new: int) -> None:
+            self._cache = KVCache(config)
+            self._cache.length = case.prompt
+            for layer in self._cache.layers:
+                kept = case.prompt if layer.window is None else min(case.prompt, layer.window - 1)
+                shape = (case.batch, config.num_key_value_heads, kept, config.head_dim)
+                layer.key, layer.value = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+
+        @torch.inference_mode()
+        def step(self, ids: Any) -> Any:
+            logits = model(torch.as_tensor(ids, device=device), cache=self._cache, num_logits_to_keep=1)
+            return logits[:, -1].float().cpu().numpy()
+
+    return TorchRows
+
+
+def _fresh_processes(
+    path: Path, device: str, threads: int | None, prompts: Sequence[int], new: int
+) -> list[dict[str, float]]:
+    progress = RichProgress()
+    progress.start("loading and memory", len(prompts), "processes")
+    try:
+        found = []
+        for prompt in prompts:
+            found.append(fresh_process(path, prompt, device=device, threads=threads, new=min(new, _FRESH_TOKENS)))
+            progress.advance()
+        return found
+    finally:
+        progress.finish()
+
+
+def fresh_process(
+    path: Path, prompt: int, *, new: int = _FRESH_TOKENS, device: str = "cpu", threads: int | None = None
+) -> dict[str, float]:
+    """Loads a model in a new process, which reads a prompt and writes a few tokens.
+
+    Args:
+        path: A bundle or a checkpoint.
+        prompt: Tokens of the prompt.
+        new: Tokens to write.
+        device: "cpu" or "cuda".
+        threads: Threads for one operator; by default the usable physical cores.
+
+    Returns:
+        `load_ms`, packages imported and files checked included; `ttft_ms` of the first prompt; `rss_mib`, resident while
+        it writes, and `peak_rss_mib`, of the whole process.
+
+    Raises:
+        SlmError: When the process fails, with the last line that it said.
+    """
+    arguments = json.dumps([str(path), device, threads, prompt, new])
+    command = [sys.executable, "-P", "-c", "from slm.cli.bench import in_fresh_process as run; run()", arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise SlmError(f"a process that loads {path} failed: {said[-1]}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def in_fresh_process() -> None:
+    """Is that process."""
+    path, device, threads, prompt, new = json.loads(sys.argv[1])
+    started = time.perf_counter()
+    from slm.loading import load
+    from slm.runtime.bench import prompt_ids, resident_mib
+
+    decoder = load(path, device=device, threads=threads).decoder
+    loaded = time.perf_counter()
+    token = int(decoder.read(prompt_ids(prompt, decoder.vocab_size)).argmax())
+    first = time.perf_counter()
+    for _ in range(new - 1):
+        token = int(decoder.read([token]).argmax())
+    resident = resident_mib()
+    figures = {
+        "load_ms": _rounded(1e3 * (loaded - started)),
+        "ttft_ms": _rounded(1e3 * (first - loaded)),
+        "rss_mib": None if resident is None else _rounded(resident),
+        "peak_rss_mib": _rounded(peak_rss_mib()),
+    }
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+def _row(timing: "Timing") -> dict[str, Any]:
+    return {
+        **asdict(timing.case),
+        "ttft_ms": _spread(timing.ttft_ms),
+        "prefill_tok_s": _spread(timing.prefill_tok_s),
+        "decode_tok_s": _spread(timing.decode_tok_s),
+        "step_ms": _spread(timing.step_ms),
+        "step_bytes": timing.step_bytes,
+        "memory_share": _spread(timing.memory_share),
+    }
+
+
+def _read_rate(timings: "Sequence[Timing]") -> dict[str, float] | None:
+    from slm.runtime.bench import Spread
+
+    rates = timings[0].read_rate
+    return _spread(Spread.of([rate / 1e9 for rate in rates])) if rates else None
+
+
+def _spread(spread: "Spread | None") -> dict[str, float] | None:
+    return None if spread is None else {name: _rounded(value) for name, value in asdict(spread).items()}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

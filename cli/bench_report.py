@@ -1,0 +1,181 @@
+"""What `slm bench` shows of a report, and of an earlier one beside it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slm.cli.console import print_table
+from slm.core.errors import SlmError
+from slm.core.files import atomic_file
+
+Report = Mapping[str, Any]
+
+# Raised when a figure changes its meaning, so that `--compare` sets nothing beside what it is not.
+SCHEMA_VERSION = 1
+
+# Figures of a case that are compared, and whether more of it is better.
+_COMPARED = {"ttft_ms": False, "prefill_tok_s": True, "decode_tok_s": True}
+# What else may make a difference.
+_CONDITIONS = ("machine", "versions", "backend", "device", "threads", "weights_sha256", "new_tokens", "precision")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads an earlier report.
+
+    Raises:
+        SlmError: When it is none, or of another schema.
+    """
+    hint = "slm bench --json > FILE writes one"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        raise SlmError(f"cannot read {path}: {said}", hint) from None
+    if not isinstance(report, dict) or not isinstance(report.get("results"), list):
+        raise SlmError(f"{path} is no report of slm bench", hint)
+    if report.get("schema_version") != SCHEMA_VERSION:
+        found = report.get("schema_version")
+        raise SlmError(
+            f"{path} has schema {found!r}, and figures of schema {SCHEMA_VERSION} do not compare with it", hint
+        )
+    return report
+
+
+def compare(new: Report, old: Report) -> dict[str, Any]:
+    """Sets a report beside an earlier one.
+
+    Returns:
+        `differences`, the conditions that are not the same; `ratios`, for each case that both have new over old, and by
+        name whether the rounds of one overlap with those of the other; `load_ms` and `peak_rss_mib` likewise.
+
+    Raises:
+        SlmError: When no case is in both.
+    """
+    before = {(row["prompt"], row["batch"]): row for row in old["results"]}
+    ratios = []
+    for row in new["results"]:
+        earlier = before.get((row["prompt"], row["batch"]))
+        if earlier is None:
+            continue
+        figures: dict[str, Any] = {"prompt": row["prompt"], "batch": row["batch"]}
+        for name in _COMPARED:
+            if row[name] is not None and earlier[name] is not None:
+                figures[name] = _ratio(row[name], earlier[name])
+        ratios.append(figures)
+    if not ratios:
+        raise SlmError("no case is in both reports", "the same --prompt and --batch as then")
+    memory = {row["prompt"]: row for row in old["memory"]}
+    return {
+        "differences": [name for name in _CONDITIONS if new.get(name) != old.get(name)],
+        "ratios": ratios,
+        "load_ms": round(new["load_ms"] / old["load_ms"], 3),
+        "peak_rss_mib": {
+            row["prompt"]: round(row["peak_rss_mib"] / memory[row["prompt"]]["peak_rss_mib"], 3)
+            for row in new["memory"]
+            if row["prompt"] in memory
+        },
+    }
+
+
+def _ratio(new: Report, old: Report) -> dict[str, Any]:
+    overlaps = new["min"] <= old["max"] and old["min"] <= new["max"]
+    return {"ratio": round(new["median"] / old["median"], 3), "rounds_overlap": overlaps}
+
+
+def print_report(report: Report) -> None:
+    """Prints a report as tables."""
+    rows = [
+        (
+            f"{row['prompt']:,}",
+            str(row["batch"]),
+            _figure(row["ttft_ms"]),
+            _figure(row["prefill_tok_s"]),
+            _figure(row["decode_tok_s"]),
+            _figure(row["step_ms"], 2),
+            _percent(row["memory_share"]),
+        )
+        for row in report["results"]
+    ]
+    print_table(
+        f"{report['model']}: {report['backend']}; medians of {report['rounds']} rounds (least – most)",
+        ("prompt", "rows", "first token ms", "prefill tok/s", "decode tok/s", "ms a step", "of memory's speed"),
+        rows,
+    )
+    rate = report["read_gb_s"]
+    facts = [
+        ("files", f"{report['file_bytes'] / 1e6:,.1f} MB"),
+        ("loading", f"{report['load_ms']:,.0f} ms, packages and checks of the files included"),
+        ("memory's speed", "not what limits a GPU" if rate is None else f"{_figure(rate, 1)} GB/s read"),
+    ]
+    for row in report["memory"]:
+        now = "" if row["rss_mib"] is None else f"{row['rss_mib']:,.0f} MiB while it writes, "
+        peak = f"{row['peak_rss_mib']:,.0f} MiB at most"
+        times = row["peak_rss_mib"] * (1 << 20) / report["file_bytes"]
+        facts.append((f"resident after {row['prompt']:,}", f"{now}{peak} ({times:.2f} times the files)"))
+    print_table("", ("", ""), facts)
+
+
+def print_comparison(compared: Report, old: str) -> None:
+    """Prints ratios to an earlier report."""
+    rows = [
+        (f"{row['prompt']:,}", str(row["batch"]), *(_change(row.get(name), more) for name, more in _COMPARED.items()))
+        for row in compared["ratios"]
+    ]
+    print_table(
+        f"now over {old}"
+        + (f"; not the same: {', '.join(compared['differences'])}" if compared["differences"] else ""),
+        ("prompt", "rows", "first token", "prefill tok/s", "decode tok/s"),
+        rows,
+    )
+    facts = [("loading", f"× {compared['load_ms']:.2f}")]
+    facts += [
+        (f"most resident, {int(prompt):,}", f"× {ratio:.2f}") for prompt, ratio in compared["peak_rss_mib"].items()
+    ]
+    print_table("", ("", ""), facts)
+
+
+def _change(found: Report | None, more_is_better: bool) -> str:
+    if found is None:
+        return ""
+    if found["rounds_overlap"]:
+        return f"× {found['ratio']:.2f} (rounds overlap)"
+    return f"× {found['ratio']:.2f} {'better' if (found['ratio'] > 1) == more_is_better else 'worse'}"
+
+
+def _figure(spread: Report | None, digits: int = 0) -> str:
+    if spread is None:
+        return ""
+    return "{:,.{d}f} ({:,.{d}f} – {:,.{d}f})".format(*(spread[name] for name in ("median", "min", "max")), d=digits)
+
+
+def _percent(spread: Report | None) -> str:
+    return "" if spread is None else f"{spread['median']:.0%}"
+
+
+def plot(report: Report, old: Report | None, path: Path) -> None:
+    """Draws prefill and decode speeds over the prompt's length, an earlier report's dashed."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = dict(zip(("prefill_tok_s", "decode_tok_s"), figure.subplots(1, 2), strict=True))
+    for shown, style, when in ((report, "o-", ""), (old, "o--", " before")):
+        for name, axes in panels.items():
+            rows = [row for row in (shown["results"] if shown else ()) if row[name] is not None]
+            for number, batch in enumerate(sorted({row["batch"] for row in rows})):
+                own = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["prompt"])
+                middle = [row[name]["median"] for row in own]
+                below = [row[name]["median"] - row[name]["min"] for row in own]
+                above = [row[name]["max"] - row[name]["median"] for row in own]
+                prompts = [row["prompt"] for row in own]
+                label = f"{batch} row{'s' * (batch > 1)}{when}"
+                axes.errorbar(prompts, middle, (below, above), fmt=style, color=f"C{number}", label=label, capsize=3)
+    for name, axes in panels.items():
+        axes.set(xlabel="prompt (tokens)", ylabel=f"{name.partition('_')[0]} (tokens/s)")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"{report['model']}: {report['backend']}", fontsize=9)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

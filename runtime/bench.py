@@ -1,0 +1,305 @@
+"""How fast a model reads and writes here, with the speed at which memory can be read measured beside it.
+
+Cases take turns, so that whatever else the machine does falls on all of them. Dimensions: B batch, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slm.core.accounting import FLOAT32_BYTES, parameters, weights_bytes
+from slm.core.config import ModelConfig
+from slm.core.contract import CacheLayer
+from slm.core.manifest import Bundle
+from slm.core.progress import Progress, Silent
+from slm.runtime.decoder import PREFILL_CHUNK, Decoder, OnnxDecoder
+from slm.runtime.growing import GrowingCaches
+
+# Tokens of the visit that warms up: threads are started, memory is taken.
+_WARM_UP = 4
+# A probe reads at least this much at a time, in several passes where a token reads less.
+_PROBE_BYTES = 64 << 20
+# More than this says nothing else about memory.
+_LARGEST_PROBE = 1 << 30
+_PASSES = 5
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: steps of `batch` rows after `prompt` tokens; the prompt is read with one row only."""
+
+    prompt: int
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What several rounds came to."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Returns the spread of at least one value."""
+        return cls(median(values), min(values), max(values))
+
+
+@dataclass
+class Timing:
+    """One case, a value for each round.
+
+    Attributes:
+        case: What was timed.
+        step_bytes: Bytes of weights and caches that a step at the prompt's end reads.
+        read_s: Seconds from the prompt's first token read to the first new token chosen; empty for several rows.
+        decode_s: Seconds that all new tokens after the first took together.
+        read_rate: Bytes a second that memory was read at in the same round; empty where nobody asked.
+        steps: New tokens after the first, of each row.
+    """
+
+    case: Case
+    step_bytes: int
+    steps: int
+    read_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    read_rate: list[float] = field(default_factory=list)
+
+    @property
+    def ttft_ms(self) -> Spread | None:
+        """Time to first token."""
+        return Spread.of([1e3 * seconds for seconds in self.read_s]) if self.read_s else None
+
+    @property
+    def prefill_tok_s(self) -> Spread | None:
+        """Tokens of the prompt read a second."""
+        return Spread.of([self.case.prompt / seconds for seconds in self.read_s]) if self.read_s else None
+
+    @property
+    def decode_tok_s(self) -> Spread:
+        """New tokens a second, of all rows together."""
+        return Spread.of([self.case.batch * self.steps / seconds for seconds in self.decode_s])
+
+    @property
+    def step_ms(self) -> Spread:
+        """Milliseconds a step."""
+        return Spread.of([1e3 * seconds / self.steps for seconds in self.decode_s])
+
+    @property
+    def memory_share(self) -> Spread | None:
+        """Bytes a second that steps read, as a share of what the memory gave in the same round."""
+        if not self.read_rate:
+            return None
+        pairs = zip(self.decode_s, self.read_rate, strict=True)
+        return Spread.of([self.step_bytes * self.steps / seconds / rate for seconds, rate in pairs])
+
+
+class Rows(Protocol):
+    """Rows with a past that take steps together."""
+
+    def step(self, ids: Array) -> Array:
+        """Reads one token of every row (B, 1) and returns the logits (B, V) for those that follow."""
+
+
+class OnnxRows:
+    """Rows of a bundle as if each had read a prompt.
+
+    Buffers are as long as after one and hold zeros: what they hold makes no difference to the time. Caches that grow, as
+    the portable target's do, are filled by reading.
+    """
+
+    def __init__(self, decoder: OnnxDecoder, case: Case, new: int) -> None:
+        total = case.prompt + new
+        self._decoder = decoder
+        self._length = 0
+        self._caches = decoder.caches(case.batch)
+        self._caches.reserve(total)
+        self._mask = np.ones((case.batch, total), np.int64)
+        if isinstance(self._caches, GrowingCaches):
+            for start in range(0, case.prompt, PREFILL_CHUNK):
+                self._run(np.zeros((case.batch, min(PREFILL_CHUNK, case.prompt - start)), np.int64))
+        self._length = case.prompt
+
+    def step(self, ids: Array) -> Array:
+        """Reads one token of every row (B, 1) and returns the logits (B, V) for those that follow."""
+        return self._run(ids)
+
+    def _run(self, ids: Array) -> Array:
+        """Reads tokens (B, T) and returns the logits (B, V) for those that follow."""
+        self._length += ids.shape[1]
+        mask = np.ascontiguousarray(self._mask[:, : self._length])
+        logits: Array = self._decoder.run(ids, mask, self._caches, keep=1)[:, -1]
+        return logits
+
+
+MakeRows = Callable[[Case, int], Rows]
+
+
+def onnx_rows(decoder: OnnxDecoder) -> MakeRows:
+    """Returns what makes rows of a bundle for a case and a number of steps."""
+    return lambda case, new: OnnxRows(decoder, case, new)
+
+
+def weight_bytes_read(bundle: Bundle) -> int:
+    """Returns the bytes of weights that one step of a bundle reads, whatever the number of rows.
+
+    All that is stored beside the graph, but of rotation tables and of an embedding that is not the head only a row is
+    read. Such an embedding is taken to be stored as the other matrices are.
+    """
+    manifest, config = bundle.manifest, bundle.config
+    beside = (
+        entry for name, entry in manifest.files.items() if name.startswith(manifest.model) and name != manifest.model
+    )
+    stored = sum(entry.bytes for entry in beside)
+    if manifest.target == "fused":
+        bases = len(set(config.layer_types))
+        stored -= bases * 2 * manifest.context * config.head_dim // 2 * FLOAT32_BYTES
+    parts = parameters(config)
+    return stored - (0 if config.tie_word_embeddings else stored * parts.embedding // parts.total)
+
+
+def float32_weight_bytes_read(config: ModelConfig) -> int:
+    """Returns the same for a checkpoint in float32."""
+    tied = config.tie_word_embeddings
+    return weights_bytes(config, FLOAT32_BYTES) - (0 if tied else FLOAT32_BYTES * parameters(config).embedding)
+
+
+def cache_bytes_read(layers: Sequence[CacheLayer], positions: int) -> int:
+    """Returns the bytes of keys and values that a row's next token looks at after that many positions."""
+    return sum(
+        2
+        * layer.kv_heads
+        * layer.head_dim
+        * np.dtype(layer.dtype).itemsize
+        * (positions if layer.window is None else min(positions, layer.window))
+        for layer in layers
+    )
+
+
+class ReadProbe:
+    """Reads memory as fast as it goes with some threads.
+
+    What is read is as large as what a token reads, so that it comes from where that comes from: the caches of a server's
+    processor hold a small model whole.
+    """
+
+    def __init__(self, size: int, threads: int) -> None:
+        """Takes the memory.
+
+        Args:
+            size: Bytes; at most 1 GiB is taken.
+            threads: How many threads read, each its own part.
+        """
+        count = max(1, min(size, _LARGEST_PROBE) // 8 // threads)
+        self._parts = [np.ones(count, np.int64) for _ in range(threads)]
+        self._bytes = count * 8 * threads
+        self._passes = max(1, _PROBE_BYTES // self._bytes)
+        self._pool = ThreadPoolExecutor(threads)
+
+    def rate(self) -> float:
+        """Returns the bytes a second of the median of some passes."""
+        return median(self._rate() for _ in range(_PASSES))
+
+    def _rate(self) -> float:
+        started = time.perf_counter()
+        list(self._pool.map(self._read, self._parts))
+        return self._passes * self._bytes / (time.perf_counter() - started)
+
+    def _read(self, part: Array) -> None:
+        for _ in range(self._passes):
+            np.bitwise_or.reduce(part)
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back."""
+        self._pool.shutdown()
+        self._parts = []
+
+
+def measure(
+    decoder: Decoder,
+    make_rows: MakeRows,
+    cases: Sequence[Case],
+    step_bytes: Callable[[Case], int],
+    probe: ReadProbe | None,
+    *,
+    new: int,
+    rounds: int,
+    progress: Progress | None = None,
+) -> list[Timing]:
+    """Times cases in turn, after one visit that warms up.
+
+    Args:
+        decoder: The model; single rows are read and written through it.
+        make_rows: Makes several rows.
+        cases: What to time; prompt and new tokens fit into the context.
+        step_bytes: Bytes that a step of a case reads.
+        probe: Measures the memory once a round, where that is what limits.
+        new: New tokens a row, the first of them chosen from the prompt's logits: at least 2.
+        rounds: How often every case has its turn.
+        progress: Told of every visit.
+    """
+    progress = progress or Silent()
+    timings = [Timing(case, step_bytes(case), new - 1) for case in cases]
+    progress.start("benchmark", rounds * len(cases), "visits")
+    try:
+        _text(decoder, min(case.prompt for case in cases), min(new, _WARM_UP))
+        for _ in range(rounds):
+            rate = None if probe is None else probe.rate()
+            for timing in timings:
+                if timing.case.batch == 1:
+                    read_s, decode_s = _text(decoder, timing.case.prompt, new)
+                    timing.read_s.append(read_s)
+                else:
+                    decode_s = _steps(make_rows(timing.case, new), timing.case.batch, new - 1)
+                timing.decode_s.append(decode_s)
+                timing.read_rate += [] if rate is None else [rate]
+                progress.advance()
+    finally:
+        progress.finish()
+        decoder.reset()
+    return timings
+
+
+def prompt_ids(length: int, vocab_size: int) -> list[int]:
+    """Returns a prompt, the same every time."""
+    return [int(token) for token in np.random.default_rng(0).integers(vocab_size, size=length)]
+
+
+def _text(decoder: Decoder, prompt: int, new: int) -> tuple[float, float]:
+    """Reads a prompt and writes greedily; returns the seconds to the first token and from there to the last."""
+    ids = prompt_ids(prompt, decoder.vocab_size)
+    decoder.reset()
+    started = time.perf_counter()
+    token = int(decoder.read(ids).argmax())
+    first = time.perf_counter()
+    for _ in range(new - 1):
+        token = int(decoder.read([token]).argmax())
+    return first - started, time.perf_counter() - first
+
+
+def _steps(rows: Rows, batch: int, steps: int) -> float:
+    """Has rows take greedy steps; returns the seconds. The one before the first is not timed: it touches the memory."""
+    ids = rows.step(np.zeros((batch, 1), np.int64)).argmax(-1)[:, None]
+    started = time.perf_counter()
+    for _ in range(steps):
+        ids = rows.step(ids).argmax(-1)[:, None]
+    return time.perf_counter() - started
+
+
+def resident_mib() -> float | None:
+    """Returns the memory that this process has resident now, in MiB; None where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split("VmRSS:")[1].split()[0]) / (1 << 10)  # KiB
+    except (OSError, IndexError, ValueError):
+        return None
