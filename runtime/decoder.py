@@ -4,6 +4,7 @@ Dimensions: B batch, T positions, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.runtime.cache import KVBuffers
+from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.session import Device, open_session
 
@@ -41,6 +42,18 @@ def log_probabilities(logits: Array, targets: Array) -> tuple[Array, Array]:
     return likely.astype(np.float32), logits.argmax(axis=-1) == targets
 
 
+class Snapshot(Protocol):
+    """What a decoder had read, to go back to or to begin with again and again."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+
+
 class Decoder(Protocol):
     """What generation needs of a backend."""
 
@@ -66,6 +79,30 @@ class Decoder(Protocol):
     def read(self, ids: Sequence[int]) -> Array:
         """Reads tokens and returns the logits (V,) for the one that follows."""
 
+    @property
+    def revocable(self) -> int:
+        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+
+    def read_each(self, ids: Sequence[int]) -> Array:
+        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens read; what is read next is as if it followed these directly.
+
+        Raises:
+            SlmError: When that cannot be, with the reason: sliding layers forget what is out of their windows.
+        """
+
+    def snapshot(self) -> Snapshot:
+        """Returns a copy of what was read, sliding layers included."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Forgets everything read and goes back to a snapshot, exactly; it can be used again.
+
+        Raises:
+            SlmError: When it is another model's.
+        """
+
     def logits(self, ids: Array) -> Array:
         """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
 
@@ -79,6 +116,29 @@ class Decoder(Protocol):
             The natural logarithms of the probabilities of every row's tokens from the second on, given those before, float32
             (B, T - 1); and whether each was the likeliest, bool (B, T - 1).
         """
+
+
+@dataclass(frozen=True)
+class OnnxSnapshot:
+    """What a bundle had read.
+
+    Attributes:
+        model: What identifies the graph and its weights.
+        row: The caches.
+    """
+
+    model: frozenset[str]
+    row: CachedRow
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return self.row.extent.length
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self.row.bytes
 
 
 class OnnxDecoder:
@@ -108,7 +168,7 @@ class OnnxDecoder:
     @property
     def length(self) -> int:
         """Tokens read since the start."""
-        return self._length
+        return self._extent.length
 
     @property
     def description(self) -> str:
@@ -119,7 +179,8 @@ class OnnxDecoder:
 
     def reset(self) -> None:
         """Forgets everything read."""
-        self._length = 0
+        self._extent = Extent()
+        self._bound = None  # which keeps buffers alive
         self.buffers = self.caches()
 
     def caches(self, batch: int = 1) -> Caches:
@@ -135,22 +196,79 @@ class OnnxDecoder:
         Raises:
             SlmError: When they do not fit into the context.
         """
-        if self._length + len(ids) > self.context:
-            raise SlmError(
-                f"{self._length + len(ids):,} tokens do not fit into the context of {self.context:,}",
-                "a shorter prompt, or slm export --onnx --context N",
-            )
+        self._check_room(len(ids))
         new = np.asarray(ids, np.int64)[None]
-        self.buffers.reserve(self._length + len(ids))
+        self._reserve(self.length + len(ids))
         for start in range(0, len(ids), PREFILL_CHUNK):
             logits = self.step(new[:, start : start + PREFILL_CHUNK])
         return logits[0, -1]
 
+    @property
+    def revocable(self) -> int:
+        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        return min(self.buffers.revocable(self._extent), self.context - self.length)
+
+    def read_each(self, ids: Sequence[int]) -> Array:
+        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        self._check_room(len(ids))
+        logits: Array = self.step(np.asarray(ids, np.int64)[None], keep=0)[0]
+        return logits
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        self._extent = self.buffers.rewind(0, self._extent, length)
+
+    def snapshot(self) -> OnnxSnapshot:
+        """Returns a copy of what was read, of what is cached in the buffers alone."""
+        return OnnxSnapshot(self.identity, self.buffers.copy_row(0, self._extent))
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to a snapshot; see `Decoder.restore`."""
+        row = self.own(snapshot)
+        self._reserve(snapshot.length)
+        self._extent = self.buffers.put_row(0, row)
+
+    @property
+    def identity(self) -> frozenset[str]:
+        """What identifies the graph and its weights: bundles with the same compute the same."""
+        manifest = self.bundle.manifest
+        return frozenset(each.sha256 for name, each in manifest.files.items() if name.startswith(manifest.model))
+
+    def own(self, snapshot: Any) -> CachedRow:
+        """Returns the caches of a snapshot.
+
+        Raises:
+            SlmError: When it is another model's, or does not fit into the context.
+        """
+        if not isinstance(snapshot, OnnxSnapshot) or snapshot.model != self.identity:
+            raise SlmError(f"the snapshot is not of {self.bundle.path}", "read the text with this model")
+        if snapshot.length > self.context:
+            raise SlmError(f"the snapshot has {snapshot.length:,} tokens and the context {self.context:,}")
+        return snapshot.row
+
     def step(self, ids: Array, keep: int = 1) -> Array:
         """Reads one row of tokens (1, T) after those before it and returns the logits (1, keep or T, V); 0 keeps all."""
-        self._length += ids.shape[1]
-        self.buffers.reserve(self._length)
-        return self.run(ids, self._mask[:, : self._length], self.buffers, keep)
+        extent = self.buffers.extended(self._extent, ids.shape[1])
+        self._reserve(extent.length)
+        try:
+            logits = self.run(ids, self._mask[:, : extent.length], self.buffers, keep)
+            self._extent = extent
+        except BaseException:  # Ctrl-C too: nobody knows then what the buffers hold
+            self.reset()
+            raise
+        return logits
+
+    def _reserve(self, length: int) -> None:
+        if not self.buffers.fits(length):
+            self._bound = None  # or what is replaced would stay in memory until the next step
+            self.buffers.reserve(length)
+
+    def _check_room(self, tokens: int) -> None:
+        if self.length + tokens > self.context:
+            raise SlmError(
+                f"{self.length + tokens:,} tokens do not fit into the context of {self.context:,}",
+                "a shorter prompt, or slm export --onnx --context N",
+            )
 
     def logits(self, ids: Array) -> Array:
         """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""

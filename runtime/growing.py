@@ -11,8 +11,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from slm.core.contract import SIDES, CacheLayer, Side, past_name, present_name
+from slm.core.rewind import check_rewind
+from slm.runtime.cache import CachedRow, Extent
 
 Array = NDArray[Any]
+
+# More tokens than any context has.
+UNBOUNDED = 1 << 31
 
 
 class GrowingCaches:
@@ -33,7 +38,11 @@ class GrowingCaches:
             for side in SIDES
         }
 
-    def reserve(self, length: int) -> None:
+    def fits(self, length: int) -> bool:
+        """Whether there is room: there always is."""
+        return True
+
+    def reserve(self, length: int, rows: int | None = None) -> None:
         """Does nothing: the graph puts out what it needs."""
 
     def bind(self, binding: ort.IOBinding) -> None:
@@ -57,3 +66,41 @@ class GrowingCaches:
     def bytes(self) -> int:
         """Memory of all caches."""
         return sum(value.numpy().nbytes for value in self._values.values())
+
+    def extended(self, extent: Extent, tokens: int) -> Extent:
+        """Returns what a row holds after so many more tokens."""
+        length = extent.length + tokens
+        kept = [each.window - 1 for each in self._layers if each.window is not None]
+        return Extent(length, max(extent.oldest, length - min([length, *kept])))
+
+    def revocable(self, extent: Extent) -> int:
+        """Returns how many tokens fit into the window; what is pushed out of it cannot come back."""
+        left = [each.window - 1 - extent.length for each in self._layers if each.window is not None]
+        return max(0, min(left)) if left else UNBOUNDED
+
+    def rewind(self, row: int, extent: Extent, length: int) -> Extent:
+        """Forgets the positions from `length` on; returns what the only row holds then.
+
+        Raises:
+            SlmError: When sliding layers no longer hold what the next token would look at.
+        """
+        for layer in self._layers:
+            check_rewind(extent.length, length, layer.window, extent.oldest)
+        dropped = extent.length - length
+        oldest = min(extent.oldest, length)
+        arrays = {key: value.numpy()[0] for key, value in self._values.items()}
+        arrays = {key: array[:, : max(0, array.shape[1] - dropped)] for key, array in arrays.items()}
+        return self.put_row(row, CachedRow(Extent(length, oldest), arrays))
+
+    def copy_row(self, row: int, extent: Extent) -> CachedRow:
+        """Returns the only row as it is: what is cached is replaced by the next step, never written to."""
+        return CachedRow(extent, {key: value.numpy()[0] for key, value in self._values.items()})
+
+    def put_row(self, row: int, cached: CachedRow) -> Extent:
+        """Makes the only row what was copied. Returns what it holds then."""
+        self._values = {
+            key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(cached.arrays[key][None]))
+            for key in self._values
+        }
+        self.growths += 1
+        return cached.extent

@@ -4,18 +4,40 @@ Dimensions: B batch, T positions, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from slm.core.nn.cache import KVCache
+from slm.core.errors import SlmError
+from slm.core.nn.cache import KVCache, KVSnapshot
 from slm.core.nn.model import CausalLM
 
 # Tokens that `score` reads in one step: attention's mask is (chunk, length).
 _SCORE_CHUNK = 1024
 # Logits that it holds at once.
 _LOGITS_BYTES = 256 << 20
+# Tokens that can always be forgotten again: what drafts of useful length come to.
+_SLACK = 16
+
+
+@dataclass(frozen=True)
+class TorchSnapshot:
+    """What a model had read."""
+
+    model: CausalLM
+    caches: KVSnapshot
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return self.caches.length
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self.caches.bytes
 
 
 class TorchDecoder:
@@ -50,12 +72,44 @@ class TorchDecoder:
 
     def reset(self) -> None:
         """Forgets everything read."""
-        self._cache = KVCache(self.model.config)
+        self._cache = KVCache(self.model.config, _SLACK)
 
-    @torch.inference_mode()
     def read(self, ids: Sequence[int]) -> NDArray[Any]:
         """Reads tokens and returns the logits (V,) for the one that follows."""
-        return self._array(self.model(self._tensor([list(ids)]), cache=self._cache, num_logits_to_keep=1)[0, -1])
+        logits: NDArray[Any] = self._step(ids, keep=1)[-1]
+        return logits
+
+    @property
+    def revocable(self) -> int:
+        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        return min(_SLACK, self.context - self.length)
+
+    def read_each(self, ids: Sequence[int]) -> NDArray[Any]:
+        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        return self._step(ids, keep=0)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens read; see `slm.runtime.decoder.Decoder.rewind`."""
+        self._cache.rewind(length)
+
+    def snapshot(self) -> TorchSnapshot:
+        """Returns what was read; it shares the tensors, which are never written to."""
+        return TorchSnapshot(self.model, self._cache.snapshot())
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to a snapshot; see `slm.runtime.decoder.Decoder.restore`."""
+        if not isinstance(snapshot, TorchSnapshot) or snapshot.model is not self.model:
+            raise SlmError("the snapshot is not of this model", "read the text with this model")
+        self._cache.restore(snapshot.caches)
+
+    @torch.inference_mode()
+    def _step(self, ids: Sequence[int], keep: int) -> NDArray[Any]:
+        """Reads one row of tokens and returns the logits (keep or T, V); a step that is cut off leaves nothing read."""
+        try:
+            return self._array(self.model(self._tensor([list(ids)]), cache=self._cache, num_logits_to_keep=keep)[0])
+        except BaseException:
+            self.reset()
+            raise
 
     @torch.inference_mode()
     def logits(self, ids: NDArray[Any]) -> NDArray[Any]:

@@ -1,5 +1,7 @@
 """Cache buffers: their layout is the operator's, they grow without losing anything, and sliding ones stay small."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,41 @@ def test_global_buffers_grow_and_keep_what_they_hold() -> None:
     assert buffers.bytes > small
     buffers.reserve(1000)
     assert buffers._arrays[1, "key"].shape[2] == 1000
+
+
+@pytest.mark.parametrize("prompt", [1, 1000, 30_000])
+def test_buffers_are_never_much_longer_than_the_text(prompt: int) -> None:
+    """Up to 32,768 positions: a quarter too long at most, and so seldom replaced that it costs little."""
+    buffers = KVBuffers([SLIDING_LAYER, GLOBAL_LAYER], context=32_768)
+    copied = 0
+    for length in range(prompt, 32_769):
+        before = buffers._arrays[1, "key"].shape[2]
+        buffers.reserve(length)
+        capacity = buffers._arrays[1, "key"].shape[2]
+        assert length <= capacity <= max(FIRST_CAPACITY, 1.25 * length + FIRST_CAPACITY)
+        copied += before if capacity != before else 0
+    assert capacity == 32_768
+    assert copied < 5 * capacity  # a geometric series: 1 / (1 - 1 / 1.25)
+
+
+def test_growing_copies_the_rows_in_use() -> None:
+    buffers = KVBuffers([GLOBAL_LAYER], context=1000, batch=3)
+    buffers._arrays[1, "key"][:] = 1
+    buffers.reserve(500, rows=2)
+    assert buffers._arrays[1, "key"][:, 0, 0, 0].tolist() == [1, 1, 0]
+
+
+def test_what_was_replaced_is_freed_while_growing(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A binding holds what it binds: with the last one kept, old and new buffers would be in memory together."""
+    monkeypatch.setattr("slm.runtime.cache.FIRST_CAPACITY", 8)
+    decoder = OnnxDecoder(shared_bundle)
+    decoder.read([1, 2, 3])
+    assert isinstance(decoder.buffers, KVBuffers)
+    old = [weakref.ref(array) for array in decoder.buffers._arrays.values()]
+    decoder._reserve(8)
+    assert all(array() is not None for array in old)  # there was room
+    decoder._reserve(9)
+    assert sum(array() is None for array in old) == 2  # keys and values of the global layer
 
 
 def test_rows_share_memory() -> None:
