@@ -20,7 +20,7 @@ from slm.cli.console import RichProgress, print_json, say
 from slm.cli.generate import default_model
 from slm.cli.options import json_option
 from slm.core.errors import SlmError
-from slm.core.machine import instruction_sets, memory, peak_rss_mib
+from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_freed_memory
 from slm.version import __version__
 
 if TYPE_CHECKING:
@@ -304,6 +304,7 @@ def fresh_process(
 def in_fresh_process() -> None:
     """Is that process."""
     path, device, threads, prompt, new = json.loads(sys.argv[1])
+    return_freed_memory()  # as slm generate does
     started = time.perf_counter()
     from slm.loading import load
     from slm.runtime.bench import prompt_ids, resident_mib

@@ -11,7 +11,7 @@ from slm.cli.console import print_json, say, say_if_not_exported
 from slm.cli.options import Artifact, json_option, seed_option
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
-from slm.core.machine import peak_rss_mib
+from slm.core.machine import peak_rss_mib, return_freed_memory
 from slm.core.runs import newest_bundle
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ def generate(
         raise click.UsageError("--keep says what stays with --on-full slide")
     from slm.loading import load
 
+    return_freed_memory()
     path = model or default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
     say(f"{path}: {loaded.decoder.description}")

@@ -14,6 +14,8 @@ _MEMORY_V2 = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_V1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _CPU_V2 = Path("/sys/fs/cgroup/cpu.max")
 _CPU_V1 = Path("/sys/fs/cgroup/cpu")
+# glibc's malloc.h
+_M_MMAP_THRESHOLD = -3
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 # cgroup v1 has no word for unlimited: it says the largest multiple of a page below 2^63.
 _UNLIMITED = 1 << 60
@@ -100,6 +102,22 @@ def peak_rss_mib() -> float:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes on macOS, KiB elsewhere
+
+
+def return_freed_memory() -> None:
+    """Has glibc give blocks of a megabyte and more back to the system when they are freed; elsewhere does nothing.
+
+    Left alone it keeps ever larger ones for later: what reading a long prompt took for a moment, and buffers that were
+    replaced by longer ones, stay resident for good. For processes that answer; training frees and takes such blocks all
+    the time, and giving them back costs it much.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> Memory:

@@ -1,5 +1,8 @@
 """What a machine says about itself, read from texts and files of other machines; and how many cores are used of it."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +136,29 @@ def test_the_quota_and_hyperthreads_are_respected(monkeypatch: pytest.MonkeyPatc
     assert machine.usable_cores() == 2
     monkeypatch.setattr(machine, "cpu_quota", lambda: 0.5)
     assert machine.usable_cores() == 1
+
+
+# A large block freed raises what glibc keeps; then one is freed below another that stays.
+KEEPS = """
+import numpy as np, sys
+from slm.core.machine import return_freed_memory
+if sys.argv[1] == "returned":
+    return_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+blocks = [np.ones(30 << 17) for _ in range(2)]
+del blocks
+before = resident()
+freed, stays = np.ones(20 << 17), np.ones(1 << 14)
+del freed
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep other blocks")
+def test_freed_memory_is_returned() -> None:
+    grown = {}
+    for how in ("kept", "returned"):
+        done = subprocess.run([sys.executable, "-c", KEEPS, how], capture_output=True, text=True, check=True)
+        grown[how] = int(done.stdout)
+    assert grown["returned"] < 5 << 20 < grown["kept"]
