@@ -1,11 +1,10 @@
 """A checkpoint becomes a bundle: graph, tokenizer, configuration and manifest in one directory, proved before it appears."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, INFO_FILE, notices_of, read_config, read_info
+from slm.core.checkpoint import GENERATION_CONFIG_FILE, INFO_FILE, notices_of, read_config, read_info
 from slm.core.contract import Device, Target, input_specs, output_specs
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
@@ -15,6 +14,7 @@ from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.core.weights import Weights, weights_sha256
 from slm.export import graph
+from slm.export.clients import write_client_files
 from slm.export.graph import (
     FloatFormat,
     Fused,
@@ -88,7 +88,6 @@ def export_bundle(
         for name in (GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):
             if (checkpoint / name).is_file():
                 shutil.copy(checkpoint / name, directory / name)
-        (directory / CONFIG_FILE).write_text(json.dumps(config.to_hf(), indent=2) + "\n", encoding="utf-8")
         notices = modified(notices_of(checkpoint), "exported to ONNX")
         write_notice(directory, notices)
         manifest = Manifest(
@@ -110,6 +109,7 @@ def export_bundle(
             },
             notices=notices,
         )
+        write_client_files(directory, config, manifest)
         bundle = seal(directory, manifest)
         prove(bundle, checkpoint, progress)
     return Bundle.open(out)

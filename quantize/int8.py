@@ -18,6 +18,7 @@ from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Quality, Quantization, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
+from slm.export.clients import write_client_files
 from slm.export.graph import BlockFormat, Fused, LazyTensors, build_graph, graph_tensors, released, save_graph
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_blocks
@@ -106,6 +107,7 @@ def quantize_int8(
                 "provenance": source.manifest.provenance | {"bundle": str(source.path), "parity": _parity(source)},
             }
         )
+        write_client_files(directory, source.config, manifest)
         bundle = seal(directory, manifest)
         change = measure(source, bundle, text, progress)
         _gate(change, settings.max_kl_nats, block_size)

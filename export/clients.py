@@ -1,0 +1,122 @@
+"""What other programs read in a bundle: transformers.js, onnxruntime-genai and those that follow its layout, transformers.
+
+docs/clients.md says which of them opens which bundle, and what they ask of a user.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
+from slm.core.config import ModelConfig
+from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, Target
+from slm.core.files import read_json
+from slm.core.manifest import Manifest, Precision
+from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+
+GENAI_CONFIG_FILE = "genai_config.json"
+
+# transformers.js makes file names of these; core.manifest.MODEL_NAMES has what comes out.
+_JS_DTYPES: dict[Precision, str] = {"float32": "fp32", "float16": "fp16", "int8": "q8"}
+# Fields of generation_config.json that onnxruntime-genai has under the same names.
+_SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def write_client_files(directory: Path, config: ModelConfig, manifest: Manifest) -> None:
+    """Writes what other programs read, in place of what was there; the bundle is sealed afterwards.
+
+    Args:
+        directory: The bundle's directory, its tokenizer and generation_config.json already in it.
+        config: The model's shape.
+        manifest: What the bundle will be sealed with; `files` is not looked at.
+    """
+    file = directory / GENERATION_CONFIG_FILE
+    generation = read_json(file, GENERATION_CONFIG_FILE) if file.is_file() else {}
+    _write(directory / CONFIG_FILE, config.to_hf() | {"transformers.js_config": _transformers_js(manifest)})
+    _write(directory / GENAI_CONFIG_FILE, _genai(config, manifest, generation))
+    file = directory / TOKENIZER_CONFIG_FILE
+    if file.is_file():
+        begins = Tokenizer.load(directory).encode("")
+        _write(file, read_json(file, TOKENIZER_CONFIG_FILE) | _tokenizer(manifest.target, begins))
+
+
+def _tokenizer(target: Target, begins: Sequence[int]) -> dict[str, Any]:
+    """Returns what tokenizer_config.json has to say besides.
+
+    Args:
+        target: The bundle's.
+        begins: What the tokenizer puts before a text.
+    """
+    # transformers makes token types as well, if it is not told, and refuses to generate from them.
+    fields: dict[str, Any] = {"model_input_names": [INPUT_IDS, ATTENTION_MASK]}
+    if len(begins) <= 1:  # onnxruntime-genai does not look into tokenizer.json for it, and takes an end for granted
+        fields |= {"add_bos_token": bool(begins), "add_eos_token": False}
+    if target == "portable":  # rows that go on must end together
+        fields["padding_side"] = "left"
+    return fields
+
+
+def _transformers_js(manifest: Manifest) -> dict[str, Any]:
+    """Returns which file transformers.js opens unless it is told otherwise, and that its weights lie beside it."""
+    return {"dtype": _JS_DTYPES[manifest.precision], "use_external_data_format": True}
+
+
+def _genai(config: ModelConfig, manifest: Manifest, generation: dict[str, Any]) -> dict[str, Any]:
+    """Returns onnxruntime-genai's description of a model (onnxruntime.ai/docs/genai/reference/config).
+
+    It keeps caches as the fused graph wants them. The portable graph's it can follow up to the window, and stops there:
+    it expects every cache to grow for as long as the sequence does.
+    """
+    windows = {cache.layer: cache.window for cache in manifest.cache if cache.window is not None}
+    fused = manifest.target == "fused"
+    decoder: dict[str, Any] = {
+        "session_options": {
+            "log_id": "onnxruntime-genai",
+            "provider_options": [] if manifest.device == "cpu" else [{manifest.device: {}}],
+        },
+        "filename": manifest.model,
+        "head_size": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "inputs": {
+            "input_ids": INPUT_IDS,
+            "attention_mask": ATTENTION_MASK,
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": LOGITS,
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    if fused and windows:
+        decoder["sliding_window"] = {
+            "window_size": config.sliding_window,
+            "layers": sorted(windows),
+            "cache_slack": max(cache.slack for cache in manifest.cache),
+            # The operator does it.
+            "slide_key_value_cache": False,
+            "slide_inputs": False,
+        }
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = {
+        "type": "gemma3_text",
+        "vocab_size": config.vocab_size,
+        "context_length": manifest.context,
+        **{name: token for name, token in tokens.items() if token is not None},  # null is refused
+        "decoder": decoder,
+    }
+    search = {
+        "max_length": manifest.context if fused or not windows else min(manifest.context, config.sliding_window),
+        "past_present_share_buffer": fused,
+        **{name: generation[name] for name in _SEARCH if generation.get(name) is not None},
+    }
+    return {"model": model, "search": search}
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
