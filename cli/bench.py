@@ -232,7 +232,7 @@ def _backend(decoder: "Decoder") -> "tuple[MakeRows, Callable[[Case], int]]":
 
 
 def _torch_rows(decoder: Any) -> "MakeRows":
-    """Returns what makes rows of a checkpoint, with caches of zeros as long as a prompt."""
+    """Returns what makes rows of a checkpoint, with caches of ones as long as a prompt."""
     import torch
 
     from slm.core.nn.cache import KVCache
@@ -247,7 +247,7 @@ def _torch_rows(decoder: Any) -> "MakeRows":
             for layer in self._cache.layers:
                 kept = case.prompt if layer.window is None else min(case.prompt, layer.window - 1)
                 shape = (case.batch, config.num_key_value_heads, kept, config.head_dim)
-                layer.key, layer.value = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+                layer.key, layer.value = torch.ones(shape, device=device), torch.ones(shape, device=device)
 
         @torch.inference_mode()
         def step(self, ids: Any) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slm.core.accounting import FLOAT32_BYTES, parameters, weights_bytes
 from slm.core.config import ModelConfig
-from slm.core.contract import CacheLayer
+from slm.core.contract import SIDES, CacheLayer
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress, Silent
 from slm.runtime.decoder import PREFILL_CHUNK, Decoder, OnnxDecoder
@@ -114,8 +114,9 @@ class Rows(Protocol):
 class OnnxRows:
     """Rows of a bundle as if each had read a prompt.
 
-    Buffers are as long as after one and hold zeros: what they hold makes no difference to the time. Caches that grow, as
-    the portable target's do, are filled by reading.
+    Buffers are as long as after one and filled with ones: what they hold makes no difference to the time, but memory that
+    was never written does, for it is one page of zeros again and again. Caches that grow, as the portable target's do, are
+    filled by reading.
     """
 
     def __init__(self, decoder: OnnxDecoder, case: Case, new: int) -> None:
@@ -128,6 +129,10 @@ class OnnxRows:
         if isinstance(self._caches, GrowingCaches):
             for start in range(0, case.prompt, PREFILL_CHUNK):
                 self._run(np.zeros((case.batch, min(PREFILL_CHUNK, case.prompt - start)), np.int64))
+        else:
+            for layer in decoder.bundle.manifest.cache:
+                for side in SIDES:
+                    self._caches.resident(layer, side, case.prompt)[...] = 1
         self._length = case.prompt
 
     def step(self, ids: Array) -> Array:
