@@ -21,6 +21,9 @@ from slm.runtime.session import Device, open_session
 # Tokens read in one step. Attention's scores are (heads, chunk, length): this bounds them.
 PREFILL_CHUNK = 512
 
+# Tokens from which on a step takes much more memory than a single one.
+_MANY = 64
+
 # Logits of one step that a comparison looks at: 64 positions of Gemma's vocabulary, all of a prompt with a small one.
 LOGITS_BYTES = 64 << 20
 
@@ -152,6 +155,8 @@ class OnnxDecoder:
         self._device = device
         self._threads = self.session.get_session_options().intra_op_num_threads
         self._mask = np.ones((1, self.context), np.int64)
+        self._many = ort.RunOptions()  # which has what it took given back, for single steps take little
+        self._many.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._bound: tuple[Caches, int, ort.IOBinding] | None = None
         self.reset()
 
@@ -313,7 +318,7 @@ class OnnxDecoder:
         # An optional input can only be bound as a value: by name, onnxruntime looks among the others alone.
         kept = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, self._many if ids.size >= _MANY else None)
         outputs = binding.get_outputs()
         buffers.written(outputs[1:])
         logits: Array = outputs[0].numpy()
