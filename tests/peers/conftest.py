@@ -5,55 +5,203 @@ Each runs in a process of its own: the same package in another version cannot be
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+import slm
+from slm.core.manifest import Bundle
+from slm.core.nn import load_checkpoint, save_checkpoint
+from slm.core.tokenizer import Tokenizer
+from slm.export.bundle import export_bundle
+from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.quality import Text
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 SCRIPTS = Path(__file__).parent / "scripts"
+CLIENTS = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
 
 Ask = Callable[..., Any]
 
 
-def asker(name: str, script: str) -> Ask:
-    """Returns a function that runs a script with a peer's packages first and returns the JSON it prints last."""
-    packages = PEERS / name
-    if not packages.is_dir():
-        pytest.skip(f"no {name} under build/peers; `make peers` installs it")
+def environment(*names: str) -> dict[str, str]:
+    """The environment in which Python finds peers' packages first; skips the test where one of them is not there."""
+    for name in names:
+        if not (PEERS / name).is_dir():
+            pytest.skip(f"no {name} under build/peers; `make peers` installs it")
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(PEERS / name) for name in names),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def output(command: Sequence[object], environment: dict[str, str], program: str | None = None) -> str:
+    """Runs a command, a program on its standard input, and returns what it prints."""
+    done = subprocess.run(
+        list(map(str, command)), env=environment, input=program, capture_output=True, encoding="utf-8", timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def asker(script: str, *names: str) -> Ask:
+    """Returns a function that runs a script with peers' packages first and returns the JSON it prints last."""
+    packages = environment(*names)
 
     def ask(*arguments: object) -> Any:
-        environment = os.environ | {"PYTHONPATH": str(packages), "OMP_WAIT_POLICY": "PASSIVE"}
-        done = subprocess.run(
-            [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(output([sys.executable, SCRIPTS / script, *arguments], packages).splitlines()[-1])
 
     return ask
+
+
+@pytest.fixture
+def in_python() -> Callable[..., str]:
+    """Runs a program in Python with peers' packages first: (program, names, arguments) to what it prints."""
+
+    def run(program: str, *names: str, arguments: Sequence[object] = ()) -> str:
+        return output([sys.executable, "-", *arguments], environment(*names), program)
+
+    return run
+
+
+@pytest.fixture
+def in_node() -> Callable[..., str]:
+    """Runs a program in Node with transformers.js: (program, arguments) to what it prints."""
+    modules = PEERS / "transformersjs" / "node_modules"
+    if shutil.which("node") is None or not modules.is_dir():
+        pytest.skip("no Node, or no transformersjs under build/peers; `make peers` installs the latter")
+    Path("node_modules").symlink_to(modules)  # programs from standard input look from where they run
+    command = ["node", "--input-type=module", "-"]
+    return lambda program, *arguments: output([*command, *arguments], dict(os.environ), program)
 
 
 @pytest.fixture(scope="session")
 def transformers4() -> Ask:
     """transformers 4.57 with the tokenizers and hub packages that it wants."""
-    return asker("transformers4", "transformers4.py")
+    return asker("transformers4.py", "transformers4")
 
 
 @pytest.fixture(scope="session")
 def llama_cpp() -> Callable[[Path, Sequence[str], int], list[list[int]]]:
     """llama.cpp's greedy tokens: (file, prompts, how many) to ids."""
-    ask = asker("llamacpp", "llama_cpp_greedy.py")
+    ask = asker("llama_cpp_greedy.py", "llamacpp")
     return lambda file, prompts, count: ask(file, count, json.dumps(list(prompts)))
 
 
 @pytest.fixture(scope="session")
 def lm_eval() -> Ask:
     """lm-evaluation-harness, with our models and with its own reading of transformers' models."""
-    return asker("lmeval", "lm_eval_answers.py")
+    return asker("lm_eval_answers.py", "lmeval")
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """Bundles of one checkpoint, and what slm writes with them.
+
+    Attributes:
+        home: A directory in which the commands of the documents find them.
+        prompts: Token ids that end before, at and after the window, and some of several windows.
+        count: How many tokens follow each, or fewer where an end token comes.
+    """
+
+    home: Path
+    bundles: dict[str, Bundle]
+    prompts: list[list[int]]
+    count: int
+
+    def path(self, name: str) -> Path:
+        """A bundle's directory."""
+        return self.bundles[name].path
+
+    def greedy(self, name: str, prompts: list[list[int]] | None = None) -> list[list[int]]:
+        """slm's greedy tokens, an end token left out."""
+        model = slm.load(self.path(name))
+        texts = []
+        for prompt in prompts or self.prompts:
+            model.generate(prompt, max_new_tokens=self.count, temperature=0)
+            assert model.last_run is not None
+            texts.append(model.last_run.tokens)
+        return texts
+
+    def cut(self, texts: list[list[int]]) -> list[list[int]]:
+        """Texts of other programs up to their first end token; some leave it in, and pad after it."""
+        ends = self.bundles["portable"].stop_token_ids
+        return [text[: next((i for i, token in enumerate(text) if token in ends), len(text))] for text in texts]
+
+    def text(self, name: str, prompt: str, count: int) -> str:
+        """A prompt and slm's greedy continuation."""
+        return prompt + slm.load(self.path(name)).generate(prompt, max_new_tokens=count, temperature=0)
+
+
+@pytest.fixture(scope="session")
+def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """Each kind of bundle of the awkward config with random weights, and one whose window is another."""
+    home = tmp_path_factory.mktemp("clients")
+    runs = home / "runs" / "tiny"
+    # Half characters are each decoder's own matter: the model chooses what can be read, or an end.
+    model = load_checkpoint(shared_checkpoint)
+    spelt = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    readable = [i for i, text in enumerate(spelt) if text.isascii() and text.isprintable() and text]
+    others = set(range(tokenizer.vocab_size)) - {*readable, *model.config.stop_token_ids}
+    model.model.embed_tokens.weight.data[sorted(others)] = 0
+    save_checkpoint(home / "checkpoint", model, tokenizer, {})
+    model.config = model.config.model_copy(update={"sliding_window": 12})
+    save_checkpoint(home / "other", model, tokenizer, {})
+    rng = np.random.default_rng(0)
+    text = Text("random", rng.choice(readable, (4, 60)))
+    int8 = Int8Settings(max_kl_nats=1)
+    float32 = export_bundle(home / "checkpoint", runs / "onnx")
+    made = {
+        "float32": float32,
+        "int8": quantize_int8(float32, runs / "onnx-int8", text, int8),
+        "int8 caches": quantize_int8(float32, home / "caches", text, replace(int8, cache="int8")),
+        "portable": export_bundle(home / "checkpoint", runs / "onnx-portable", target="portable"),
+        "other": export_bundle(home / "other", home / "other-onnx"),
+        "other portable": export_bundle(home / "other", home / "other-portable", target="portable"),
+    }
+    prompts = [rng.choice(readable, n).tolist() for n in (3, 15, 16, 17, 33, 50)]
+    found = Bundles(home, made, prompts, count=60)
+    texts = found.greedy("float32")
+    # Texts with variety, several of them some windows long and one that ends by itself, or this proves little.
+    assert len({token for text in texts for token in text}) > 30, texts
+    assert sum(len(text) == found.count for text in texts) >= 3 and min(map(len, texts)) < found.count, texts
+    return found
+
+
+@pytest.fixture
+def example(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], str]:
+    """The programs under a heading of docs/clients.md, by number, to be run beside what they open."""
+    for path in bundles.home.iterdir():
+        Path(path.name).symlink_to(path)
+
+    def find(heading: str, number: int) -> str:
+        section = CLIENTS.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+        return re.findall(r"```(?:python|js)\n(.*?)```", section, flags=re.DOTALL)[number]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def genai() -> Ask:
+    """onnxruntime-genai."""
+    return asker("genai_greedy.py", "genai")
+
+
+@pytest.fixture(scope="session")
+def optimum() -> Ask:
+    """optimum's models for onnxruntime, with the transformers that it wants."""
+    return asker("optimum_greedy.py", "optimum", "transformers4")
+
+
+@pytest.fixture(scope="session")
+def lm_eval_onnx() -> Ask:
+    """lm-evaluation-harness with its own backends for onnxruntime."""
+    return asker("lm_eval_onnx.py", "lmeval", "genai")
