@@ -38,7 +38,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class CachedRow:
-    """A copy of one row: all positions of a global layer, the last `window` of a sliding one; (K, positions, H) each."""
+    """A copy of what one row's buffers hold: all positions of a global layer, the last of a sliding one; (K, positions, H)."""
 
     extent: Extent
     arrays: Mapping[tuple[int, Side], Array]
@@ -180,18 +180,16 @@ class KVBuffers:
 
     def copy_row(self, row: int, extent: Extent) -> CachedRow:
         """Returns a copy of a row."""
-        windows = [each.window for each in self._layers if each.window is not None]
-        held = min([extent.length - extent.oldest, *windows])
         arrays = {}
         for layer in self._layers:
             end = resident_positions(layer, extent.length)
-            first = 0 if layer.window is None else end - held
+            first = 0 if layer.window is None else end - (extent.length - extent.oldest)
             for side in SIDES:
                 arrays[layer.layer, side] = self._arrays[layer.layer, side][row, :, first:end].copy()
-        return CachedRow(Extent(extent.length, extent.length - held), arrays)
+        return CachedRow(extent, arrays)
 
     def put_row(self, row: int, cached: CachedRow) -> Extent:
-        """Makes a row what was copied, from buffers of any capacity; there must be room. Returns what it holds then."""
+        """Makes a row what was copied; there must be room. Returns what it holds then."""
         for layer in self._layers:
             end = resident_positions(layer, cached.extent.length)
             for side in SIDES:

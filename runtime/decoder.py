@@ -203,7 +203,7 @@ class OnnxDecoder:
         """
         self._check_room(len(ids))
         new = np.asarray(ids, np.int64)[None]
-        self._reserve(self.length + len(ids))
+        self.make_room(self.buffers, self.length + len(ids))
         for start in range(0, len(ids), PREFILL_CHUNK):
             logits = self.step(new[:, start : start + PREFILL_CHUNK])
         return logits[0, -1]
@@ -230,7 +230,7 @@ class OnnxDecoder:
     def restore(self, snapshot: Any) -> None:
         """Goes back to a snapshot; see `Decoder.restore`."""
         row = self.own(snapshot)
-        self._reserve(snapshot.length)
+        self.make_room(self.buffers, snapshot.length)
         self._extent = self.buffers.put_row(0, row)
 
     @property
@@ -254,7 +254,7 @@ class OnnxDecoder:
     def step(self, ids: Array, keep: int = 1) -> Array:
         """Reads one row of tokens (1, T) after those before it and returns the logits (1, keep or T, V); 0 keeps all."""
         extent = self.buffers.extended(self._extent, ids.shape[1])
-        self._reserve(extent.length)
+        self.make_room(self.buffers, extent.length)
         try:
             logits = self.run(ids, self._mask[:, : extent.length], self.buffers, keep)
             self._extent = extent
@@ -263,10 +263,11 @@ class OnnxDecoder:
             raise
         return logits
 
-    def _reserve(self, length: int) -> None:
-        if not self.buffers.fits(length):
+    def make_room(self, buffers: Caches, length: int, rows: int | None = None) -> None:
+        """Makes room for sequences of that length; what was cached in the first rows stays, by default in all."""
+        if not buffers.fits(length):
             self._bound = None  # or what is replaced would stay in memory until the next step
-            self.buffers.reserve(length)
+            buffers.reserve(length, rows)
 
     def _check_room(self, tokens: int) -> None:
         if self.length + tokens > self.context:

@@ -70,9 +70,9 @@ def test_what_was_replaced_is_freed_while_growing(shared_bundle: Bundle, monkeyp
     decoder.read([1, 2, 3])
     assert isinstance(decoder.buffers, KVBuffers)
     old = [weakref.ref(array) for array in decoder.buffers._arrays.values()]
-    decoder._reserve(8)
+    decoder.make_room(decoder.buffers, 8)
     assert all(array() is not None for array in old)  # there was room
-    decoder._reserve(9)
+    decoder.make_room(decoder.buffers, 9)
     assert sum(array() is None for array in old) == 2  # keys and values of the global layer
 
 
