@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install demo test test-fast peers test-peers test-real check format bench shipped-model clean FORCE
+.PHONY: install demo test test-fast peers test-peers test-real check format bench bench-peers shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -77,8 +77,33 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/train.py
+
+# llama.cpp, OpenVINO and onnxruntime-genai beside ours; no part of the tests. llama.cpp is built from source, which takes
+# minutes, for the instructions that are here; not for AMX, with which it crashes.
+LLAMA_CPP := 0.3.36
+AVX512    := SSE42 AVX AVX2 BMI2 FMA F16C AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16
+AS_HERE   := $(if $(shell grep -m1 -o avx512_bf16 /proc/cpuinfo 2>/dev/null),-DGGML_NATIVE=OFF $(AVX512:%=-DGGML_%=ON),-DGGML_NATIVE=ON)
+
+build/peers/.llama-cpp-python-$(LLAMA_CPP): | install
+	CMAKE_ARGS="$(AS_HERE) -DLLAVA_BUILD=OFF" $(TO)/llamacpp-native --no-binary llama-cpp-python \
+		llama-cpp-python==$(LLAMA_CPP) diskcache==5.6.3
+	@touch $@
+
+build/peers/.openvino-2026.4.1: | install
+	$(TO)/openvino openvino==2026.4.1 openvino-telemetry==2025.2.0 optimum-intel==2.2.0 optimum==2.3.0 nncf==3.4.0 \
+		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 datasets==3.6.0 networkx==3.6.1 pydot==4.0.1 \
+		pyparsing==3.3.3 scikit-learn==1.9.1 scipy==1.17.1 joblib==1.6.0 cloudpickle==3.1.2 loky==3.7.0 \
+		threadpoolctl==3.8.0 narwhals==2.29.0 tabulate==0.10.0 natsort==8.4.0
+	@touch $@
+
+build/peers/.genai-0.18.0: | install
+	$(TO)/genai onnxruntime_genai==0.18.0
+	@touch $@
+
+bench-peers: build/peers/.llama-cpp-python-$(LLAMA_CPP) build/peers/.openvino-2026.4.1 build/peers/.genai-0.18.0
+	$(BIN)/python benchmarks/peers.py
 
 # The model inside the package, from TinyStories, which is not in this repository:
 #   make shipped-model STORIES=train.txt HELD_OUT=valid.txt
