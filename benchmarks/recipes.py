@@ -38,8 +38,8 @@ MODEL = [
 SEEDS = range(3)
 # D: 131,072 tokens an update, as documented. E: 4,096.
 ACCUMULATION = {"D": 32, "E": 1}
-RATES = {"D": (10, 30, 100, 300), "E": (10, 30, 100)}
-BUDGETS = (65_536, 131_072, 524_288, 1_048_576, 1_747_968)
+RATES = {"D": (10, 30, 100, 300, 1000), "E": (10, 30, 100)}
+BUDGETS = (65_536, 131_072, 163_840, 524_288, 1_048_576, 1_747_968)
 
 Run = tuple[str, str, list[str]]  # label, recipe, overrides
 
