@@ -121,6 +121,53 @@ class Decoder(Protocol):
         """
 
 
+class DecoderAround:
+    """What a decoder that works through another one has in common with it.
+
+    Attributes:
+        decoder: The one that computes.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.decoder.context
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits there are."""
+        return self.decoder.vocab_size
+
+    def logits(self, ids: Array) -> Array:
+        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+        return self.decoder.logits(ids)
+
+    def score(self, ids: Array) -> tuple[Array, Array]:
+        """Returns log-probabilities and whether each token was the likeliest; see `Decoder.score`."""
+        return self.decoder.score(ids)
+
+
+@dataclass(frozen=True)
+class TextSnapshot:
+    """A snapshot and the tokens that it is of, for a decoder that knows its text."""
+
+    inner: Snapshot
+    ids: NDArray[np.int32]
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return self.inner.length
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self.inner.bytes + self.ids.nbytes
+
+
 @dataclass(frozen=True)
 class OnnxSnapshot:
     """What a bundle had read.

@@ -14,14 +14,13 @@ Dimensions: T positions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
-from slm.runtime.decoder import Decoder, Snapshot
+from slm.runtime.decoder import Decoder, DecoderAround, TextSnapshot
 
 Array = NDArray[Any]
 _Tokens = TypeVar("_Tokens")
@@ -103,25 +102,7 @@ class Trust:
         return best
 
 
-@dataclass(frozen=True)
-class SpeculativeSnapshot:
-    """What was read, as tokens too."""
-
-    inner: Snapshot
-    ids: NDArray[np.int32]
-
-    @property
-    def length(self) -> int:
-        """Tokens read."""
-        return self.inner.length
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        return self.inner.bytes + self.ids.nbytes
-
-
-class SpeculativeDecoder:
+class SpeculativeDecoder(DecoderAround):
     """A decoder that reads ahead where the text repeats; for whoever uses it, it is one like any other.
 
     Attributes:
@@ -135,7 +116,7 @@ class SpeculativeDecoder:
     def __init__(self, decoder: Decoder, draft_tokens: int) -> None:
         if draft_tokens < 1:
             raise SlmError(f"draft_tokens is {draft_tokens}; it must be 1 or more")
-        self.decoder = decoder
+        super().__init__(decoder)
         self.draft_tokens = draft_tokens
         self.drafted = self.accepted = self.steps = 0
         self._trust = Trust()
@@ -143,16 +124,6 @@ class SpeculativeDecoder:
         self._guess: list[int] = []  # what may follow the text; the first of it may have been read ahead
         self._matched = 0
         self._ahead: list[Array] = []  # logits after each token that was
-
-    @property
-    def context(self) -> int:
-        """The longest sequence, in tokens."""
-        return self.decoder.context
-
-    @property
-    def vocab_size(self) -> int:
-        """How many logits there are."""
-        return self.decoder.vocab_size
 
     @property
     def length(self) -> int:
@@ -248,24 +219,16 @@ class SpeculativeDecoder:
         self.decoder.rewind(length)
         self._text.rewind(length)
 
-    def snapshot(self) -> SpeculativeSnapshot:
+    def snapshot(self) -> TextSnapshot:
         """Returns a copy of what was read."""
         self._settle()
-        return SpeculativeSnapshot(self.decoder.snapshot(), self._text.ids.copy())
+        return TextSnapshot(self.decoder.snapshot(), self._text.ids.copy())
 
     def restore(self, snapshot: Any) -> None:
         """Goes back to a snapshot; see `Decoder.restore`."""
-        if not isinstance(snapshot, SpeculativeSnapshot):
+        if not isinstance(snapshot, TextSnapshot):
             raise SlmError("the snapshot is not of this decoder", "read the text with this one")
         self.decoder.restore(snapshot.inner)
         self._text.rewind(0)
         self._text.extend(snapshot.ids)
         self._forget()
-
-    def logits(self, ids: Array) -> Array:
-        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
-        return self.decoder.logits(ids)
-
-    def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns log-probabilities and whether each token was the likeliest; see `Decoder.score`."""
-        return self.decoder.score(ids)

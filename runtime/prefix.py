@@ -1,0 +1,192 @@
+"""Prompts that begin like earlier ones: what was read then is not read again.
+
+A prompt read in other portions adds its sums in another order: the logits are those of a prompt read at once but for rounding,
+as between any two ways to cut it (see `slm.runtime.speculative` for how much that is).
+
+Dimensions: T positions, V vocabulary.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slm.core.errors import SlmError
+from slm.runtime.decoder import Decoder, DecoderAround, Snapshot, TextSnapshot
+
+Array = NDArray[Any]
+_TOKEN = np.dtype(np.int32)
+
+
+class PrefixCache:
+    """Snapshots by the tokens they are of, up to a number of bytes; what was not used for longest goes first.
+
+    Attributes:
+        max_bytes: What snapshots and tokens may take together.
+        bytes: What they take.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise SlmError(f"max_bytes is {max_bytes}; it must be 0 or more")
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._entries: OrderedDict[bytes, Snapshot] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, ids: Sequence[int]) -> bool:
+        return _key(ids) in self._entries
+
+    def longest(self, ids: Sequence[int]) -> Snapshot | None:
+        """Returns the longest snapshot of a beginning of these tokens, or of all of them, and counts as its use."""
+        wanted = _key(ids)
+        key = max((key for key in self._entries if wanted.startswith(key)), key=len, default=None)
+        if key is None:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def add(self, ids: Sequence[int], snapshot: Snapshot) -> bool:
+        """Keeps a snapshot of these tokens, in place of others if need be; says whether there is room for it at all."""
+        assert snapshot.length == len(ids)
+        key = _key(ids)
+        if key in self._entries:
+            self.bytes -= len(key) + self._entries.pop(key).bytes
+        size = len(key) + snapshot.bytes
+        if size > self.max_bytes:
+            return False
+        while self.bytes + size > self.max_bytes:
+            oldest, dropped = self._entries.popitem(last=False)
+            self.bytes -= len(oldest) + dropped.bytes
+        self._entries[key] = snapshot
+        self.bytes += size
+        return True
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._entries.clear()
+        self.bytes = 0
+
+
+def _key(ids: Sequence[int]) -> bytes:
+    # Every token takes as many bytes, so that a beginning of the tokens is a beginning of the bytes and the other way round.
+    return np.asarray(ids, _TOKEN).tobytes()
+
+
+class PrefixDecoder(DecoderAround):
+    """A decoder whose first read after a reset begins with what is known of the prompt.
+
+    That is the text before, as far as the prompt begins like it (a chat's next turn begins with all that was said), or the
+    longest snapshot, whichever is more. Afterwards there is a snapshot of the whole prompt.
+
+    Attributes:
+        decoder: The one that computes.
+        cache: The snapshots, which several decoders of one model can share.
+        reused: Tokens of the last prompt that were not read again.
+    """
+
+    def __init__(self, decoder: Decoder, cache: PrefixCache) -> None:
+        super().__init__(decoder)
+        self.cache = cache
+        self.reused = 0
+        self._ids: list[int] = []  # what the decoder has read
+        self._begun = False
+
+    @property
+    def length(self) -> int:
+        """Tokens read since the start."""
+        return self.decoder.length if self._begun else 0
+
+    @property
+    def description(self) -> str:
+        """What runs where, in a few words."""
+        return self.decoder.description
+
+    def reset(self) -> None:
+        """Forgets everything read, as far as anybody can see."""
+        self._begun = False
+
+    def read(self, ids: Sequence[int]) -> Array:
+        """Reads tokens and returns the logits (V,) for the one that follows; the first ones perhaps from what is known."""
+        if self._begun:
+            logits = self.decoder.read(ids)
+            self._ids += ids
+            return logits
+        self.reused = self._go_to_known(ids)
+        self._ids = list(ids[: self.reused])
+        logits = self.decoder.read(ids[self.reused :])
+        self._ids, self._begun = list(ids), True
+        if ids not in self.cache:
+            self.cache.add(ids, self.decoder.snapshot())
+        return logits
+
+    def _go_to_known(self, ids: Sequence[int]) -> int:
+        """Brings the decoder to where the prompt goes on and returns how many tokens are behind it; one is always left."""
+        most = len(ids) - 1
+        # A step that was cut off left nothing read.
+        common = common_length(self._ids, ids) if self.decoder.length == len(self._ids) else 0
+        snapshot = self.cache.longest(ids)
+        if common and (snapshot is None or min(common, most) >= min(snapshot.length, most)):
+            try:
+                self.decoder.rewind(min(common, most))
+                return min(common, most)
+            except SlmError:  # out of the windows
+                pass
+        if snapshot is not None:
+            try:
+                self.decoder.restore(snapshot)
+                self.decoder.rewind(min(snapshot.length, most))
+                return self.decoder.length
+            except SlmError:  # the portable target, whose caches let nothing go back once the window is full
+                pass
+        self.decoder.reset()
+        return 0
+
+    def _begin(self) -> None:
+        """Begins with nothing, where something else than a prompt comes first."""
+        if not self._begun:
+            self.decoder.reset()
+            self._ids, self._begun = [], True
+
+    @property
+    def revocable(self) -> int:
+        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        self._begin()
+        return self.decoder.revocable
+
+    def read_each(self, ids: Sequence[int]) -> Array:
+        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        self._begin()
+        logits = self.decoder.read_each(ids)
+        self._ids += ids
+        return logits
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        self._begin()
+        self.decoder.rewind(length)
+        del self._ids[length:]
+
+    def snapshot(self) -> TextSnapshot:
+        """Returns a copy of what was read."""
+        self._begin()
+        return TextSnapshot(self.decoder.snapshot(), np.array(self._ids, _TOKEN))
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to a snapshot; see `Decoder.restore`."""
+        if not isinstance(snapshot, TextSnapshot):
+            raise SlmError("the snapshot is not of this decoder", "read the text with this one")
+        self._begun = True
+        self.decoder.restore(snapshot.inner)
+        self._ids = snapshot.ids.tolist()
+
+
+def common_length(some: Sequence[int], others: Sequence[int]) -> int:
+    """Returns how many tokens two texts have in common from the start."""
+    size = min(len(some), len(others))
+    unequal = np.asarray(some[:size], _TOKEN) != np.asarray(others[:size], _TOKEN)
+    return int(unequal.argmax()) if unequal.any() else size
