@@ -13,7 +13,7 @@ import numpy as np
 
 from slm.core.errors import SlmError
 from slm.runtime.cache import Array, Extent, KVBuffers
-from slm.runtime.decoder import PREFILL_CHUNK, Decoder, OnnxDecoder, OnnxSnapshot
+from slm.runtime.decoder import PREFILL_CHUNK, Decoder, DecoderAround, OnnxDecoder, OnnxSnapshot
 from slm.runtime.generate import generate
 from slm.runtime.sampling import Sampler, Sampling
 
@@ -21,12 +21,83 @@ from slm.runtime.sampling import Sampler, Sampling
 SLOTS = 8
 
 
+class Slot(DecoderAround):
+    """One text of a batch: a decoder like any other, whose tokens can be read together with those of others.
+
+    Attributes:
+        decoder: The one that computes.
+    """
+
+    def __init__(self, batch: "Batch") -> None:
+        super().__init__(batch.decoder)
+        self._batch = batch
+        self.extent = Extent()
+
+    @property
+    def length(self) -> int:
+        """Tokens read since the start."""
+        return self.extent.length
+
+    @property
+    def description(self) -> str:
+        """What runs where, in a few words."""
+        return f"{self.decoder.description}, {self._batch.slots} slots"
+
+    def reset(self) -> None:
+        """Forgets everything read."""
+        self.extent = Extent()
+
+    def read(self, ids: Sequence[int]) -> Array:
+        """Reads tokens, long prompts in chunks, and returns the logits (V,) for the one that follows.
+
+        Raises:
+            SlmError: When they do not fit into the context.
+        """
+        self._batch.make_room([self], len(ids))
+        new = np.asarray(ids, np.int64)[None]
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            logits = self._batch.read(self, new[:, start : start + PREFILL_CHUNK], keep=1)
+        row: Array = logits[-1]
+        return row
+
+    @property
+    def revocable(self) -> int:
+        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        return min(self._batch.slab.revocable(self.extent), self.context - self.length)
+
+    def read_each(self, ids: Sequence[int]) -> Array:
+        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        self._batch.make_room([self], len(ids))
+        return self._batch.read(self, np.asarray(ids, np.int64)[None], keep=0)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        self.extent = self._batch.slab.rewind(self._batch.row(self), self.extent, length)
+
+    def snapshot(self) -> OnnxSnapshot:
+        """Returns a copy of what was read, for any slot or decoder of this model."""
+        row = self._batch.slab.copy_row(self._batch.row(self), self.extent)
+        return OnnxSnapshot(self._batch.decoder.identity, row)
+
+    def restore(self, snapshot: Any) -> None:
+        """Goes back to a snapshot of any slot or decoder of this model; see `Decoder.restore`."""
+        row = self._batch.decoder.own(snapshot)
+        self.reset()
+        self._batch.make_room([self], snapshot.length)
+        self.extent = self._batch.slab.put_row(self._batch.row(self), row)
+
+
 class Batch:
     """Slots that texts are read into, on one slab of buffers (slots, K, C, H) a layer.
 
     With past positions the graph takes several tokens of one row, or one token of several rows. So a prompt is read
     through a view of its row, and a step goes through a view of as many rows as there are texts to step, which are moved to
-    the front when they are not there. A slot keeps its number wherever its row is.
+    the front when they are not there.
+
+    Attributes:
+        decoder: The bundle; what it has read by itself is another matter.
+        slots: How many there are.
+        slab: The buffers.
     """
 
     def __init__(self, decoder: OnnxDecoder, slots: int) -> None:
@@ -37,128 +108,103 @@ class Batch:
             )
         self.decoder = decoder
         self.slots = slots
-        self._slab = caches
-        self._taken: list[int | None] = [None] * slots  # the slot that each row holds
-        self._extents: dict[int, Extent] = {}
+        self.slab = caches
+        self._rows: list[Slot | None] = [None] * slots  # whose text each row holds
         self._view: tuple[int, int, KVBuffers] | None = None
 
     @property
     def free(self) -> int:
         """How many slots can be taken."""
-        return self.slots - len(self._extents)
+        return self._rows.count(None)
 
     @property
     def bytes(self) -> int:
         """Memory of all slots' buffers."""
-        return self._slab.bytes
+        return self.slab.bytes
 
-    def length(self, slot: int) -> int:
-        """Returns the tokens that a slot's text has."""
-        return self._extents[slot].length
-
-    def take(self) -> int:
+    def take(self) -> Slot:
         """Returns a free slot, empty."""
         assert self.free, "no slot is free"
-        slot = next(number for number in range(self.slots) if number not in self._extents)
-        self._taken[self._taken.index(None)] = slot
-        self._extents[slot] = Extent()
+        slot = Slot(self)
+        self._rows[self._rows.index(None)] = slot
         return slot
 
-    def release(self, slot: int) -> None:
-        """Frees a slot; its row waits for the next text and costs a step nothing."""
-        self._taken[self._taken.index(slot)] = None
-        del self._extents[slot]
+    def release(self, slot: Slot) -> None:
+        """Frees a slot, which is not to be used again; its row waits for the next text and costs a step nothing."""
+        self._rows[self.row(slot)] = None
 
-    def read(self, slot: int, ids: Sequence[int]) -> Array:
-        """Reads tokens into a slot, in chunks, and returns the logits (V,) for the one that follows.
+    def row(self, slot: Slot) -> int:
+        """Returns where a slot's text is now."""
+        return self._rows.index(slot)
 
-        Raises:
-            SlmError: When they do not fit into the context.
-        """
-        length = self.length(slot)
-        self._make_room(slot, length + len(ids))
-        view = self._slab.row(self._taken.index(slot))
-        new = np.asarray(ids, np.int64)[None]
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            chunk = new[:, start : start + PREFILL_CHUNK]
-            length += chunk.shape[1]
-            logits = self._run([slot], chunk, np.ones((1, length), np.int64), view)
-        row: Array = logits[0]
-        return row
-
-    def step(self, tokens: Mapping[int, int]) -> dict[int, Array]:
+    def step(self, tokens: Mapping[Slot, int]) -> dict[Slot, Array]:
         """Reads one token into each of some slots, together, and returns the logits (V,) for those that follow.
 
         Args:
-            tokens: The token by slot; slots that are not named wait.
+            tokens: The token by slot, at least one; slots that are not named wait.
 
         Raises:
             SlmError: When a slot's context is full.
         """
-        lengths = {slot: self.length(slot) + 1 for slot in tokens}
-        longest = max(lengths, key=lambda slot: lengths[slot])
-        self._make_room(longest, lengths[longest])
+        self.make_room(list(tokens), 1)
         self._bring_to_front(list(tokens))
-        order = [slot for slot in self._taken[: len(tokens)] if slot is not None]
+        order = [slot for slot in self._rows[: len(tokens)] if slot is not None]
         ids = np.array([[tokens[slot]] for slot in order], np.int64)  # (B, 1)
-        ends = np.array([[lengths[slot]] for slot in order])
-        mask = (np.arange(lengths[longest]) < ends).astype(np.int64)  # (B, T), padded on the right
-        return dict(zip(order, self._run(order, ids, mask, self._front(len(order))), strict=True))
+        ends = np.array([[slot.length + 1] for slot in order])
+        mask = (np.arange(ends.max()) < ends).astype(np.int64)  # (B, T), padded on the right
+        if self._view is None or self._view[:2] != (len(order), self.slab.growths):
+            self._view = (len(order), self.slab.growths, self.slab.rows(0, len(order)))
+        logits = self._run(order, ids, mask, self._view[2], keep=1)  # (B, 1, V)
+        return dict(zip(order, logits[:, 0], strict=True))
 
-    def snapshot(self, slot: int) -> OnnxSnapshot:
-        """Returns a copy of what a slot's text has read."""
-        row = self._slab.copy_row(self._taken.index(slot), self._extents[slot])
-        return OnnxSnapshot(self.decoder.identity, row)
+    def read(self, slot: Slot, ids: Array, keep: int) -> Array:
+        """Reads tokens (1, T) into a slot that has room for them; returns the logits (keep or T, V)."""
+        mask = np.ones((1, slot.length + ids.shape[1]), np.int64)
+        row = self.row(slot)
+        logits: Array = self._run([slot], ids, mask, self.slab.rows(row, row + 1), keep)[0]
+        return logits
 
-    def restore(self, slot: int, snapshot: Any) -> None:
-        """Makes a slot's text what it was, in any slot or decoder of this model; see `Decoder.restore`."""
-        row = self.decoder.own(snapshot)
-        self._make_room(slot, snapshot.length)
-        self._extents[slot] = self._slab.put_row(self._taken.index(slot), row)
+    def make_room(self, slots: Sequence[Slot], tokens: int) -> None:
+        """Makes room for so many more tokens in some slots.
 
-    def rewind(self, slot: int, length: int) -> None:
-        """Forgets all but the first `length` tokens of a slot's text; see `Decoder.rewind`."""
-        self._extents[slot] = self._slab.rewind(self._taken.index(slot), self._extents[slot], length)
-
-    def _make_room(self, slot: int, length: int) -> None:
+        Raises:
+            SlmError: When they do not fit into the context.
+        """
+        length = max(slot.length for slot in slots) + tokens
         if length > self.decoder.context:
             raise SlmError(
-                f"{length:,} tokens do not fit into the context of {self.decoder.context:,} (slot {slot})",
+                f"{length:,} tokens do not fit into the context of {self.decoder.context:,}",
                 "a shorter prompt, or slm export --onnx --context N",
             )
-        used = max(row for row, taken in enumerate(self._taken) if taken is not None)
-        if not self._slab.fits(length):
+        if not self.slab.fits(length):
             self._view = None  # which keeps what is replaced in memory
-            self.decoder.make_room(self._slab, length, used + 1)
+            used = max(row for row, slot in enumerate(self._rows) if slot is not None)
+            self.decoder.make_room(self.slab, length, used + 1)
 
-    def _front(self, rows: int) -> KVBuffers:
-        """Returns a view of the first rows, the last one again while it serves: then it is bound already."""
-        if self._view is None or self._view[:2] != (rows, self._slab.growths):
-            self._view = (rows, self._slab.growths, self._slab.rows(0, rows))
-        return self._view[2]
-
-    def _bring_to_front(self, slots: list[int]) -> None:
+    def _bring_to_front(self, slots: list[Slot]) -> None:
         """Moves the rows of some slots to the front, to free rows or in exchange with those of others."""
-        places = [row for row in range(len(slots)) if self._taken[row] not in slots]
-        for place in places:
-            row = next(row for row in range(len(slots), self.slots) if self._taken[row] in slots)
-            slot, other = self._taken[row], self._taken[place]
+        for place in range(len(slots)):
+            other = self._rows[place]
+            if other in slots:
+                continue
+            row, slot = next((row, slot) for row, slot in enumerate(self._rows) if row > place and slot in slots)
             assert slot is not None
-            moved = self._slab.copy_row(row, self._extents[slot])
+            moved = self.slab.copy_row(row, slot.extent)
             if other is not None:
-                self._extents[other] = self._slab.put_row(row, self._slab.copy_row(place, self._extents[other]))
-            self._extents[slot] = self._slab.put_row(place, moved)
-            self._taken[place], self._taken[row] = slot, other
+                self.slab.put_row(row, self.slab.copy_row(place, other.extent))
+            self.slab.put_row(place, moved)
+            self._rows[place], self._rows[row] = slot, other
 
-    def _run(self, slots: Sequence[int], ids: Array, mask: Array, view: KVBuffers) -> Array:
-        """Reads ids (B, T) into slots and returns the logits (B, V) for what follows."""
+    def _run(self, slots: Sequence[Slot], ids: Array, mask: Array, view: KVBuffers, keep: int) -> Array:
+        """Reads ids (B, T) into slots and returns the logits (B, keep or T, V)."""
+        extents = [self.slab.extended(slot.extent, ids.shape[1]) for slot in slots]
         try:
-            logits: Array = self.decoder.run(ids, mask, view, keep=1)[:, 0]
-            for slot in slots:
-                self._extents[slot] = self._slab.extended(self._extents[slot], ids.shape[1])
+            logits = self.decoder.run(ids, mask, view, keep)
+            for slot, extent in zip(slots, extents, strict=True):
+                slot.extent = extent
         except BaseException:  # Ctrl-C too: nobody knows then what the rows hold
             for slot in slots:
-                self._extents[slot] = Extent()
+                slot.reset()
             raise
         return logits
 
@@ -208,20 +254,20 @@ def generate_batch(
         return [list(tokens) for _, tokens in alone]
     batch = Batch(decoder, max(1, min(slots, len(prompts))))
     waiting = deque(enumerate(prompts))
-    texts: dict[int, _Text] = {}
+    texts: dict[Slot, _Text] = {}
     made: list[list[int]] = [[] for _ in prompts]
 
-    def goes_on(slot: int, logits: Array) -> bool:
+    def goes_on(slot: Slot, logits: Array) -> bool:
         """Chooses a text's next token; says whether it is to be read."""
         text = texts[slot]
         token = text.sampler.choose(logits)
         if token in stop:
             return False
         text.tokens.append(token)
-        return len(text.tokens) < max_new_tokens and batch.length(slot) < decoder.context
+        return len(text.tokens) < max_new_tokens and slot.length < decoder.context
 
     while waiting or texts:
-        found: dict[int, Array] = {}
+        found: dict[Slot, Array] = {}
         if texts:
             found = batch.step({slot: text.tokens[-1] for slot, text in texts.items()})
         while True:
@@ -235,5 +281,5 @@ def generate_batch(
             index, prompt = waiting.popleft()
             slot = batch.take()
             texts[slot] = _Text(index, Sampler(samplings[index], prompt, decoder.vocab_size))
-            found = {slot: batch.read(slot, prompt)}
+            found = {slot: slot.read(prompt)}
     return made
