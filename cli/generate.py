@@ -77,6 +77,12 @@ _SHARE = click.FloatRange(min=0, min_open=True, max=1)
 @click.option("--instruct", is_flag=True, help="Ask as a user's turn, for a model tuned on instructions.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+@click.option(
+    "--draft",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Read up to N tokens ahead where the text repeats: faster there, the same tokens but for rounding.",
+)
 @json_option
 @click.option(
     "--logprobs",
@@ -181,6 +187,7 @@ def generate(
     instruct: bool,
     device: str,
     threads: int | None,
+    draft: int | None,
     as_json: bool,
     logprobs: int | None,
     max_new_tokens: int,
@@ -205,11 +212,15 @@ def generate(
     if keep is not None and on_full != "slide":
         raise click.UsageError("--keep says what stays with --on-full slide")
     from slm.loading import load
+    from slm.runtime.speculative import SpeculativeDecoder
 
     return_freed_memory()
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
+    loaded = load(path, device=device, threads=threads, draft_tokens=draft)  # type: ignore[arg-type]  # click checked
     say(f"{path}: {loaded.decoder.description}")
+    drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
+    if drafting is not None and drafting.caveat:
+        say(drafting.caveat)
     text = _utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
     pieces = loaded.pieces(
         turn_ids(loaded.tokenizer, text) if instruct else text,
@@ -228,10 +239,13 @@ def generate(
     if as_json:
         answer = {"text": "".join(piece.text for piece in made), "model": str(path)}
         scores = {} if logprobs is None else {"logprobs": _logprobs(made, loaded.tokenizer)}
-        print_json(answer | {"backend": loaded.decoder.description} | _figures(run) | scores)
+        drafts = {} if drafting is None else {"drafted": drafting.drafted, "accepted": drafting.accepted}
+        print_json(answer | {"backend": loaded.decoder.description} | _figures(run) | drafts | scores)
     else:
         click.echo()
         _summarize(run)
+        if drafting is not None:
+            say(f"{drafting.accepted:,} of {drafting.drafted:,} drafted tokens came true")
     if interrupted:
         sys.exit(_INTERRUPTED)
 

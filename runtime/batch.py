@@ -229,7 +229,8 @@ def generate_batch(
     """Continues several prompts, each as it would be continued alone, a text's slot being free for the next as it ends.
 
     A row's logits are those it would have alone, bit for bit in float32 and with INT8 weights in blocks of at most 64 (on
-    AVX-512 VNNI); in blocks of 128 the kernel adds in another order for a row alone, which rounding makes more of.
+    AVX-512 VNNI and with no more threads than heads); in blocks of 128 the kernel adds in another order for a row alone, which
+    rounding makes more of.
 
     Args:
         decoder: The model. A fused bundle takes its steps together; anything else goes through the prompts one by one.

@@ -24,6 +24,9 @@ PREFILL_CHUNK = 512
 # Tokens from which on a step takes much more memory than a single one.
 _MANY = 64
 
+# Up to these blocks, by bits of a weight, MatMulNBits (AVX-512 VNNI, accuracy level 4) adds alike for one row and for several.
+_LARGEST_ALIKE = {8: 64, 4: 32}
+
 # Logits of one step that a comparison looks at: 64 positions of Gemma's vocabulary, all of a prompt with a small one.
 LOGITS_BYTES = 64 << 20
 
@@ -279,6 +282,21 @@ class OnnxDecoder:
         row = self.own(snapshot)
         self.make_room(self.buffers, snapshot.length)
         self._extent = self.buffers.put_row(0, row)
+
+    @property
+    def steps_alike(self) -> bool:
+        """Whether logits are the same bits however many tokens or rows a step has (docs/generation.md).
+
+        Of onnxruntime's CPU kernels, the one for INT8 caches computes position by position alike, until it has more threads
+        than heads and splits positions among them; and the product with INT8 weights does up to blocks of 64.
+        """
+        manifest = self.bundle.manifest
+        return (
+            manifest.quantization is not None
+            and manifest.quantization.block_size <= _LARGEST_ALIKE.get(manifest.quantization.bits, 0)
+            and all(layer.dtype == "int8" for layer in manifest.cache)
+            and self._threads <= self.bundle.config.num_attention_heads
+        )
 
     @property
     def identity(self) -> frozenset[str]:

@@ -5,10 +5,9 @@ arXiv:2304.04487). Nothing is accepted on trust: each token is chosen from the m
 token that then is not chosen is forgotten. A step of several tokens adds its sums in another order than single steps do:
 
 - float32: logits differ by 1e-5 of their standard deviation, as they do between prompts read in other portions;
-- INT8 weights in blocks of at most 64 with INT8 caches: not at all, on processors whose kernels treat rows alike (AVX-512
-  VNNI does);
-- INT8 otherwise: rounding of activations makes more of it, a few percent of the standard deviation, so that of two tokens
-  almost as likely the other may be chosen. Such a text is neither better nor worse, but it is not the same text.
+- INT8 weights in blocks of at most 64 with INT8 caches: not at all (`OnnxDecoder.steps_alike` says when);
+- INT8 otherwise: rounding of activations makes more of it, up to a few tenths of the standard deviation, so that of two
+  tokens almost as likely the other may be chosen. Such a text is neither better nor worse, but it is not the same text.
 
 Dimensions: T positions, V vocabulary.
 """
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
-from slm.runtime.decoder import Decoder, DecoderAround, TextSnapshot
+from slm.runtime.decoder import Decoder, DecoderAround, OnnxDecoder, TextSnapshot
 
 Array = NDArray[Any]
 _Tokens = TypeVar("_Tokens")
@@ -134,6 +133,18 @@ class SpeculativeDecoder(DecoderAround):
     def description(self) -> str:
         """What runs where, in a few words."""
         return f"{self.decoder.description}, drafts of up to {self.draft_tokens}"
+
+    @property
+    def caveat(self) -> str | None:
+        """What to know before drafts are used with this model: None when they leave its text as it is."""
+        inner = self.decoder
+        if not isinstance(inner, OnnxDecoder) or inner.bundle.manifest.precision != "int8" or inner.steps_alike:
+            return None
+        heads = inner.bundle.config.num_attention_heads
+        return (
+            "with this bundle drafts may choose the other of two tokens almost as likely; not with one from "
+            f"slm quantize --int8 --block-size 64 --kv-cache int8 on at most {heads} threads"
+        )
 
     def reset(self) -> None:
         """Forgets everything read."""

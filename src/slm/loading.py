@@ -6,17 +6,21 @@ from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, is_bundle
 from slm.core.tokenizer import Tokenizer
+from slm.runtime.decoder import Decoder
 from slm.runtime.model import Model
 from slm.runtime.session import Device
 
 
-def load(path: str | Path, *, device: Device = "cpu", threads: int | None = None) -> Model:
+def load(
+    path: str | Path, *, device: Device = "cpu", threads: int | None = None, draft_tokens: int | None = None
+) -> Model:
     """Loads a model for inference.
 
     Args:
         path: A bundle, which onnxruntime runs, or a checkpoint, which PyTorch runs.
         device: "cpu" or "cuda".
         threads: Threads for one operator; by default the usable physical cores.
+        draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
 
     Raises:
         SlmError: When there is nothing that can be run at the path, or it is damaged.
@@ -26,7 +30,8 @@ def load(path: str | Path, *, device: Device = "cpu", threads: int | None = None
         from slm.runtime.decoder import OnnxDecoder
 
         bundle = Bundle.open(path)
-        return Model(Tokenizer.load(path), OnnxDecoder(bundle, device, threads), bundle.stop_token_ids)
+        decoder = _drafting(OnnxDecoder(bundle, device, threads), draft_tokens)
+        return Model(Tokenizer.load(path), decoder, bundle.stop_token_ids)
     if is_checkpoint(path):
         import torch
 
@@ -38,8 +43,16 @@ def load(path: str | Path, *, device: Device = "cpu", threads: int | None = None
         if threads:
             torch.set_num_threads(threads)
         model = load_checkpoint(path).to(device)
-        return Model(Tokenizer.load(path), TorchDecoder(model), model.config.stop_token_ids)
+        return Model(Tokenizer.load(path), _drafting(TorchDecoder(model), draft_tokens), model.config.stop_token_ids)
     what = "not found" if not path.exists() else "neither a checkpoint nor a bundle"
     if path.suffix == ".gguf":
         raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {path}", f"slm import {path}")
     raise SlmError(f"{what}: {path}", "slm train makes a checkpoint, slm export --onnx a bundle")
+
+
+def _drafting(decoder: Decoder, draft_tokens: int | None) -> Decoder:
+    if draft_tokens is None:
+        return decoder
+    from slm.runtime.speculative import SpeculativeDecoder
+
+    return SpeculativeDecoder(decoder, draft_tokens)

@@ -10,10 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slm.cli.generate import _CHOOSING, _ENDING, generate
 from slm.core.manifest import Bundle
+from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.quality import Text
 from slm.runtime.sampling import Sampling
 
 Slm = Callable[..., Any]
@@ -212,3 +215,26 @@ def counted(self, logits):
 sampling.Sampler.choose = counted
 main(sys.argv[1:])
 """
+
+
+def test_drafts_change_the_time_alone(ask: Callable[..., Any], slm: Slm, shared_bundle: Bundle) -> None:
+    for options in (("--greedy", "--max-new-tokens", "100"), ("--seed", "2"), ("--repetition-penalty", "1.3")):
+        plain, drafted = ask(*options), ask(*options, "--draft", "6")
+        assert plain["tokens"] == drafted["tokens"]
+        assert "drafted" not in plain and "drafts of up to 6" in drafted["backend"]
+        if "--greedy" in options:
+            assert drafted["drafted"] >= drafted["accepted"] > 0
+    result = slm("generate", shared_bundle.path, "-p", "The", "--greedy", "--draft", "6")
+    assert "drafted tokens came true" in result.err and "almost as likely" not in result.err
+    assert slm("generate", shared_bundle.path, "--draft", "0").code == 2
+
+
+def test_drafts_that_may_change_the_text_are_said_to(slm: Slm, shared_bundle: Bundle, tmp_path: Path) -> None:
+    """Kernels add up a token by itself in another order; with INT8 caches and blocks of 64 and less they do not."""
+    for cache, said in (("float32", True), ("int8", False)):
+        out = tmp_path / cache
+        text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+        quantize_int8(shared_bundle, out, text, Int8Settings(max_kl_nats=1, cache=cache))  # type: ignore[arg-type]
+        for threads, alike in (("1", not said), ("5", False)):  # the model has four heads
+            result = slm("generate", out, "-p", "The", "--draft", "6", "--threads", threads, "--max-new-tokens", "3")
+            assert ("almost as likely" not in result.err) == alike, result.err
