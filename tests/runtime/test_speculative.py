@@ -354,11 +354,11 @@ def test_lookup_against_a_plain_search() -> None:
 def test_trust_follows_what_comes_true() -> None:
     trust = Trust()
     assert trust.length(1, 15) <= trust.length(3, 15) <= trust.length(8, 15) > 0
-    for _ in range(40):
+    for _ in range(80):
         trust.learn(3, False)
         trust.learn(4, True)
     assert trust.length(3, 15) == 0 and trust.length(4, 15) == 15
     assert trust.length(4, 6) == 6 and trust.length(4, 0) == trust.length(4, -1) == 0
-    for _ in range(40):
+    for _ in range(80):
         trust.learn(3, True)
     assert trust.length(3, 15) == 15
