@@ -25,6 +25,7 @@ _MADE_BY_SLM: dict[str, Sequence[str]] = {
     "onnx-portable": ("export", "--onnx", _CHECKPOINT, "--target", "portable"),
     "onnx-long": ("export", "--onnx", _CHECKPOINT, "--context", str(LONG)),
     "onnx-int8": (*_INT8, _ONNX, "--block-size", "128", *_LOOSELY),
+    "onnx-int8-kv8": (*_INT8, _ONNX, "--block-size", "128", "--kv-cache", "int8", *_LOOSELY),
     "onnx-int8-b32": (*_INT8, _ONNX, "--block-size", "32", *_LOOSELY),
     "onnx-long-int8": (*_INT8, _LONG, "--block-size", "128", *_LOOSELY),
     "onnx-long-int8-kv8": (*_INT8, _LONG, "--block-size", "128", "--kv-cache", "int8", *_LOOSELY),

@@ -60,6 +60,7 @@ class Entry:
 
 ENTRIES = {
     "slm INT8": Entry("slm", None, "onnx-int8"),
+    "slm INT8 with INT8 caches": Entry("slm", None, "onnx-int8-kv8"),
     "slm INT8 block 32": Entry("slm", None, "onnx-int8-b32"),
     "slm float32": Entry("slm", None, "onnx"),
     "slm portable float32": Entry("slm", None, "onnx-portable"),
@@ -70,6 +71,7 @@ ENTRIES = {
     "slm INT8 in genai": Entry("onnxruntime-genai", "genai", "onnx-int8"),
 }
 OURS, THEIRS = "slm INT8", "llama.cpp Q8_0"
+BY_CACHES = (OURS, "slm INT8 with INT8 caches")
 LONG_BUNDLES = {"float32 caches": "onnx-long-int8", "INT8 caches": "onnx-long-int8-kv8"}
 
 
@@ -335,22 +337,26 @@ def speed(entries: dict[str, Entry], quiet: Quiet, args: argparse.Namespace) -> 
 
 def batches(quiet: Quiet, args: argparse.Namespace) -> dict[str, Any]:
     """Measures eight rows against one."""
-    found: dict[str, Any] = {}
-    contender = Contender("slm INT8 batches", ENTRIES[OURS], args.threads, 1024)
-    for position in (128, 512):
-        rates: dict[int, list[float]] = {1: [], 8: []}
-        for round_ in range(args.rounds + 1):
-            for batch, values in rates.items():
-                seconds = contender.turn(quiet, position=position, batch=batch, steps=args.new)["decode_s"]
-                values += [batch * args.new / seconds] if round_ else []
-        ratio = Spread.of([eight / one for one, eight in zip(rates[1], rates[8], strict=True)])
-        figures = {f"batch_{batch}_tok_s": rounded(Spread.of(values)) for batch, values in rates.items()}
-        found[str(position)] = figures | {"ratio": rounded(ratio)}
+    running, _ = started({name: ENTRIES[name] for name in BY_CACHES}, args, 1024)
+    rates: dict[tuple[str, int], dict[int, list[float]]] = {
+        (name, position): {1: [], 8: []} for position in (128, 512) for name in running
+    }
+    for round_ in range(args.rounds + 1):
+        for (name, position), by_batch in rates.items():
+            for batch, values in by_batch.items():
+                turn = running[name].turn(quiet, position=position, batch=batch, steps=args.new)
+                values += [batch * args.new / turn["decode_s"]] if round_ else []
+    found: dict[str, Any] = {name: {} for name in running}
+    for (name, position), by_batch in rates.items():
+        ratio = Spread.of([eight / one for one, eight in zip(by_batch[1], by_batch[8], strict=True)])
+        figures = {f"batch_{batch}_tok_s": rounded(Spread.of(values)) for batch, values in by_batch.items()}
+        found[name][str(position)] = figures | {"ratio": rounded(ratio)}
         print(
-            f"batch 8 / batch 1 after {position} tokens: {shown(rounded(ratio), 2)} "
+            f"{name}, batch 8 / batch 1 after {position} tokens: {shown(rounded(ratio), 2)} "
             f"({shown(figures['batch_8_tok_s'])} tok/s); goal 3.5"
         )
-    contender.stop()
+    for contender in running.values():
+        contender.stop()
     return found
 
 
@@ -388,7 +394,7 @@ def memory(bundles: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
     config = preset("gemma3-270m")
     found: dict[str, Any] = {}
     new, mib = 16, 1 << 20
-    cases = [(f"4k, {name}", path, 4096 - new) for name, path in {OURS: ENTRIES[OURS].model, **bundles}.items()]
+    cases = [(f"4k, {name}", ENTRIES[name].model, 4096 - new) for name in BY_CACHES]
     cases += [(f"32k, {name}", path, LONG - new) for name, path in bundles.items()]
     for name, path, prompt in cases:
         if not (HOME / path).exists():
@@ -399,16 +405,19 @@ def memory(bundles: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
         dtype = 1 if bundle.manifest.cache[0].dtype == "int8" else 4
         ours, full = (cache_bytes(config, prompt + new, 1, dtype, kind) for kind in ("windowed", "full"))
         found[name] = figures | {
-            "over_file": round(figures["peak_rss_mib"] * mib / bundle.bytes, 3),
+            "over_file": round(figures["rss_mib"] * mib / bundle.bytes, 3),
+            "peak_over_file": round(figures["peak_rss_mib"] * mib / bundle.bytes, 3),
             "cache_mib": round(ours / mib, 1),
             "full_length_cache_mib": round(full / mib, 1),
             "peak_rss_mib_with_full_length_caches": round(figures["peak_rss_mib"] + (full - ours) / mib, 1),
         }
         row = found[name]
         print(
-            f"memory at {name}: {figures['rss_mib']:.0f} MiB while it writes, {figures['peak_rss_mib']:.0f} at most, "
-            f"{row['over_file']:.2f} times the file; caches {row['cache_mib']:.0f} MiB, at full length in every layer "
-            f"{row['full_length_cache_mib']:.0f}, which would make {row['peak_rss_mib_with_full_length_caches']:.0f}"
+            f"memory at {name}: {row['rss_mib']:.0f} MiB while it writes, {row['peak_rss_mib']:.0f} at most, "
+            f"{row['over_file']:.2f} and {row['peak_over_file']:.2f} times the bundle; "
+            f"caches {row['cache_mib']:.0f} MiB; "
+            f"at full length in every layer {row['full_length_cache_mib']:.0f}, "
+            f"which would make {row['peak_rss_mib_with_full_length_caches']:.0f}"
         )
     print("goal: 2 times the INT8 file at 4k, aim 1.5")
     return found

@@ -24,11 +24,12 @@ from slm.runtime.growing import GrowingCaches
 
 # Tokens of the visit that warms up: threads are started, memory is taken.
 _WARM_UP = 4
-# A probe reads at least this much at a time, in several passes where a token reads less.
-_PROBE_BYTES = 64 << 20
+# A probe reads at least this much at a time, in as many passes as that takes: threads that wake up on one core need some
+# milliseconds until they have one each.
+_PROBE_BYTES = 2 << 30
 # More than this says nothing else about memory.
 _LARGEST_PROBE = 1 << 30
-_PASSES = 5
+_TIMES = 3
 
 Array = NDArray[Any]
 
@@ -212,8 +213,8 @@ class ReadProbe:
         self._pool = ThreadPoolExecutor(threads)
 
     def rate(self) -> float:
-        """Returns the bytes a second of the median of some passes."""
-        return median(self._rate() for _ in range(_PASSES))
+        """Returns the bytes a second of the median of some times."""
+        return median(self._rate() for _ in range(_TIMES))
 
     def _rate(self) -> float:
         started = time.perf_counter()

@@ -7,6 +7,7 @@ import onnxruntime as ort
 from slm.core.errors import SlmError
 from slm.core.machine import usable_cores
 from slm.core.manifest import Bundle
+from slm.runtime.hugepages import use_huge_pages
 
 Device = Literal["cpu", "cuda"]
 
@@ -54,6 +55,8 @@ def open_session(
         raise SlmError(f"onnxruntime cannot open {bundle.model_path} ({_first_line(error)})") from None
     if device == "cuda" and _PROVIDERS["cuda"] not in session.get_providers():
         raise SlmError("the CUDA provider could not start", "slm doctor says what it misses; or --device cpu")
+    if device == "cpu":
+        use_huge_pages()
     return session
 
 
