@@ -22,6 +22,15 @@ def available_devices() -> list[Device]:
     return [device for device in devices if _PROVIDERS[device] in installed]
 
 
+def session_options(threads: int | None = None) -> ort.SessionOptions:
+    """Returns the options that ship; by default one thread for each usable physical core."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _SEVERITY_ERROR
+    return options
+
+
 def open_session(
     bundle: Bundle, device: Device = "cpu", threads: int | None = None, optimize: bool = True
 ) -> ort.InferenceSession:
@@ -42,10 +51,7 @@ def open_session(
             "onnxruntime here has no CUDA provider",
             "pip uninstall onnxruntime, then pip install 'slm-edge[cuda]'; or --device cpu",
         )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _SEVERITY_ERROR
+    options = session_options(threads)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     providers = [_PROVIDERS["cuda"]] * (device == "cuda") + [_PROVIDERS["cpu"]]
