@@ -19,9 +19,10 @@ from slm.core.nn import CausalLM, KVCache
 from slm.core.nn.decoder import TorchDecoder
 from slm.core.progress import Progress
 from slm.export.graph import graph_tensors
-from slm.runtime.cache import Array, KVBuffers
+from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import Caches, Decoder, OnnxDecoder, comparable_positions
 from slm.runtime.generate import generate
+from slm.runtime.memory import Array
 from slm.runtime.sampling import GREEDY
 from slm.runtime.session import Device
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from slm.core.errors import SlmError
-from slm.runtime.cache import Array, Extent, KVBuffers
+from slm.runtime.cache import Extent, KVBuffers
 from slm.runtime.decoder import PREFILL_CHUNK, Decoder, DecoderAround, OnnxDecoder, OnnxSnapshot
 from slm.runtime.generate import generate
+from slm.runtime.memory import Array
 from slm.runtime.sampling import Sampler, Sampling
 
 # Rows that `generate_batch` steps together by default.

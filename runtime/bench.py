@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slm.core.accounting import FLOAT32_BYTES, parameters, weights_bytes
 from slm.core.config import ModelConfig
-from slm.core.contract import SIDES, CacheLayer
+from slm.core.contract import CacheLayer
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress, Silent
 from slm.runtime.decoder import PREFILL_CHUNK, Decoder, OnnxDecoder
@@ -27,8 +27,9 @@ _WARM_UP = 4
 # A probe reads at least this much at a time, in as many passes as that takes: threads that wake up on one core need some
 # milliseconds until they have one each.
 _PROBE_BYTES = 2 << 30
-# More than this says nothing else about memory.
+# More than this says nothing else about memory; with less, the time goes into calls and not into reading.
 _LARGEST_PROBE = 1 << 30
+_SMALLEST_PROBE = 256 << 10
 _TIMES = 3
 
 Array = NDArray[Any]
@@ -131,9 +132,7 @@ class OnnxRows:
             for start in range(0, case.prompt, PREFILL_CHUNK):
                 self._run(np.zeros((case.batch, min(PREFILL_CHUNK, case.prompt - start)), np.int64))
         else:
-            for layer in decoder.bundle.manifest.cache:
-                for side in SIDES:
-                    self._caches.resident(layer, side, case.prompt)[...] = 1
+            self._caches.fill(case.prompt)
         self._length = case.prompt
 
     def step(self, ids: Array) -> Array:
@@ -203,10 +202,10 @@ class ReadProbe:
         """Takes the memory.
 
         Args:
-            size: Bytes; at most 1 GiB is taken.
+            size: Bytes; at least 256 KiB and at most 1 GiB are taken.
             threads: How many threads read, each its own part.
         """
-        count = max(1, min(size, _LARGEST_PROBE) // 8 // threads)
+        count = min(max(size, _SMALLEST_PROBE), _LARGEST_PROBE) // 8 // threads
         self._parts = [np.ones(count, np.int64) for _ in range(threads)]
         self._bytes = count * 8 * threads
         self._passes = max(1, _PROBE_BYTES // self._bytes)

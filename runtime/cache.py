@@ -6,21 +6,18 @@ Dimensions: B batch, K kv heads, C capacity, H head dim.
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from slm.core.contract import SIDES, CacheLayer, Side, past_name, present_name
 from slm.core.rewind import check_rewind
+from slm.runtime.memory import Array, Buffer, HostBuffer, Place
 
 # Global layers' buffers begin with this and grow in multiples of it, by a quarter at least: a short answer should not pay
 # for the longest context. Up to 32,768 positions at the 270M shape all copies together take
 # 0.7 s, of some minutes; doubling takes 0.3 s and up to 1.56 times the memory.
 FIRST_CAPACITY = 256
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,27 @@ class KVBuffers:
     """One pair of buffers (B, K, C, H) a layer, bound as past and as present at once.
 
     A sliding layer's capacity is its window and some slack, whatever the context. A global layer's grows as the
-    sequence does. Rows past the resident ones hold nothing of meaning.
+    sequence does. Rows past the resident ones hold nothing of meaning, but they are finite.
 
     Attributes:
         growths: How often the buffers were replaced by longer ones; what was bound before no longer counts then.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer], context: int, batch: int = 1) -> None:
+    def __init__(self, layers: Sequence[CacheLayer], context: int, batch: int = 1, place: Place = HostBuffer) -> None:
+        """Takes memory for short sequences.
+
+        Args:
+            layers: The caches of the graph.
+            context: The longest sequence, in tokens.
+            batch: Rows.
+            place: Makes the buffers, and so says where they lie.
+        """
         self._layers = layers
         self._context = context
         self._batch = batch
+        self._place = place
         self._length = 0
-        self._arrays: dict[tuple[int, Side], Array] = {}
-        self._values: dict[tuple[int, Side], ort.OrtValue] = {}
+        self._buffers: dict[tuple[int, Side], Buffer] = {}
         self.growths = 0
         self.reserve(min(FIRST_CAPACITY, context))
 
@@ -86,18 +91,13 @@ class KVBuffers:
 
     def _grow(self, layer: CacheLayer, side: Side, rows: int | None) -> None:
         shape = (self._batch, layer.kv_heads, layer.capacity(self._length), layer.head_dim)
-        old = self._arrays.get((layer.layer, side))
+        old = self._buffers.get((layer.layer, side))
         if old is not None and old.shape == shape:
             return
         array = np.zeros(shape, layer.dtype)  # memory that is taken page by page as it is written
         if old is not None:
-            array[:rows, :, : old.shape[2]] = old[:rows]
-        self._set(layer.layer, side, array)
-
-    def _set(self, layer: int, side: Side, array: Array) -> None:
-        self._arrays[layer, side] = array
-        # On the CPU an OrtValue made from an array shares its memory: what the graph writes is seen in the array.
-        self._values[layer, side] = ort.OrtValue.ortvalue_from_numpy(array)
+            array[:rows, :, : old.shape[2]] = old.read(slice(rows), 0, old.shape[2])
+        self._buffers[layer.layer, side] = self._place(array)
 
     def row(self, index: int) -> "KVBuffers":
         """Returns one row as buffers of its own, on the same memory as long as neither grows.
@@ -110,16 +110,14 @@ class KVBuffers:
     def rows(self, start: int, stop: int) -> "KVBuffers":
         """Returns some rows as buffers of their own; see `row`."""
         view = copy(self)
-        view._batch, view._arrays, view._values = stop - start, {}, {}
-        for (layer, side), array in self._arrays.items():
-            view._set(layer, side, array[start:stop])
+        view._batch = stop - start
+        view._buffers = {key: buffer.rows(start, stop) for key, buffer in self._buffers.items()}
         return view
 
     def bind(self, binding: ort.IOBinding) -> None:
         """Binds every buffer as past input and as present output."""
-        for (layer, side), value in self._values.items():
-            binding.bind_ortvalue_input(past_name(layer, side), value)
-            binding.bind_ortvalue_output(present_name(layer, side), value)
+        for (layer, side), buffer in self._buffers.items():
+            buffer.bind(binding, past_name(layer, side), present_name(layer, side))
 
     def written(self, outputs: Sequence[ort.OrtValue]) -> None:
         """Does nothing after a step: what it wrote is in place."""
@@ -132,14 +130,20 @@ class KVBuffers:
             side: Keys or values.
             length: Positions seen so far, the same in every row.
         """
-        count = resident_positions(layer, length)
-        needed = length if layer.window is None else min(length, layer.window)
-        return self._arrays[layer.layer, side][:, :, count - needed : count]
+        return self._buffers[layer.layer, side].read(slice(None), *_needed(layer, length))
+
+    def fill(self, length: int) -> None:
+        """Writes ones where every row would have its resident positions, as if it had read so many tokens."""
+        for layer in self._layers:
+            start, stop = _needed(layer, length)
+            ones = np.ones((self._batch, layer.kv_heads, stop - start, layer.head_dim), layer.dtype)
+            for side in SIDES:
+                self._buffers[layer.layer, side].write(slice(None), start, ones)
 
     @property
     def bytes(self) -> int:
         """Memory of all buffers."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def extended(self, extent: Extent, tokens: int) -> Extent:
         """Returns what a row holds after so many more tokens."""
@@ -174,8 +178,8 @@ class KVBuffers:
             if end == wanted or not count:
                 continue
             for side in SIDES:
-                array = self._arrays[layer.layer, side][row]  # (K, C, H)
-                array[:, wanted - count : wanted] = array[:, end - count : end]
+                buffer, only = self._buffers[layer.layer, side], slice(row, row + 1)
+                buffer.write(only, wanted - count, buffer.read(only, end - count, end))
         return self.extended(Extent(length, oldest), 0)
 
     def copy_row(self, row: int, extent: Extent) -> CachedRow:
@@ -185,7 +189,8 @@ class KVBuffers:
             end = resident_positions(layer, extent.length)
             first = 0 if layer.window is None else end - (extent.length - extent.oldest)
             for side in SIDES:
-                arrays[layer.layer, side] = self._arrays[layer.layer, side][row, :, first:end].copy()
+                array = self._buffers[layer.layer, side].read(slice(row, row + 1), first, end)
+                arrays[layer.layer, side] = array[0].copy()
         return CachedRow(extent, arrays)
 
     def put_row(self, row: int, cached: CachedRow) -> Extent:
@@ -194,7 +199,7 @@ class KVBuffers:
             end = resident_positions(layer, cached.extent.length)
             for side in SIDES:
                 array = cached.arrays[layer.layer, side]
-                self._arrays[layer.layer, side][row, :, end - array.shape[1] : end] = array
+                self._buffers[layer.layer, side].write(slice(row, row + 1), end - array.shape[1], array[None])
         return cached.extent
 
 
@@ -211,3 +216,9 @@ def resident_positions(layer: CacheLayer, length: int) -> int:
         return length
     dropped = capacity - layer.window + 1
     return length - dropped * -(-(length - capacity) // dropped)
+
+
+def _needed(layer: CacheLayer, length: int) -> tuple[int, int]:
+    """Returns from where to where a layer's buffer holds what matters after `length` positions were seen."""
+    count = resident_positions(layer, length)
+    return count - (length if layer.window is None else min(length, layer.window)), count

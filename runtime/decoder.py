@@ -5,18 +5,20 @@ Dimensions: B batch, T positions, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP
+from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, SIDES, past_name
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.growing import GrowingCaches
-from slm.runtime.session import Device, open_session
+from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
+from slm.runtime.session import Device, open_session, takes_from
 
 # Tokens read in one step. Attention's scores are (heads, chunk, length): this bounds them.
 PREFILL_CHUNK = 512
@@ -195,7 +197,15 @@ class OnnxSnapshot:
 
 
 class OnnxDecoder:
-    """A bundle, run by onnxruntime with its caches in place."""
+    """A bundle, run by onnxruntime with its caches in place.
+
+    Attributes:
+        bundle: The bundle.
+        session: Its graph, opened.
+        cache_device: Where attention runs, and so where caches lie.
+        place: Makes their buffers there.
+        buffers: Those of what was read.
+    """
 
     def __init__(
         self, bundle: Bundle, device: Device = "cpu", threads: int | None = None, optimize: bool = True
@@ -203,6 +213,13 @@ class OnnxDecoder:
         self.bundle = bundle
         self.session = open_session(bundle, device, threads, optimize)
         self._device = device
+        self.cache_device: Device = "cpu"
+        self.place: Place = HostBuffer
+        if device == "cuda":
+            past = [past_name(layer.layer, side) for layer in bundle.manifest.cache for side in SIDES]
+            self.cache_device = takes_from(self.session, past)
+        if self.cache_device == "cuda":
+            self.place = partial(DeviceBuffer, session=self.session, device=self.cache_device)
         self._threads = self.session.get_session_options().intra_op_num_threads
         self._mask = np.ones((1, self.context), np.int64)
         self._many = ort.RunOptions()  # which has what it took given back, for single steps take little
@@ -228,7 +245,8 @@ class OnnxDecoder:
     @property
     def description(self) -> str:
         """What runs where, in a few words."""
-        where = "CUDA (attention on the CPU)" if self._device == "cuda" else "CPU"
+        elsewhere = " (attention on the CPU)" * (self.cache_device != self._device)
+        where = self._device.upper() + elsewhere
         threads = f"{self._threads} thread{'s' * (self._threads > 1)}"
         return f"onnxruntime {ort.__version__} on {where}, {threads}, {self.bundle.manifest.precision}"
 
@@ -242,8 +260,8 @@ class OnnxDecoder:
         """Returns empty caches for so many rows, of the kind that the bundle's target has."""
         manifest = self.bundle.manifest
         if manifest.target == "portable":
-            return GrowingCaches(manifest.cache, batch)
-        return KVBuffers(manifest.cache, self.context, batch)
+            return GrowingCaches(manifest.cache, batch, self.cache_device)
+        return KVBuffers(manifest.cache, self.context, batch, self.place)
 
     def read(self, ids: Sequence[int]) -> Array:
         """Reads tokens, long prompts in chunks, and returns the logits (V,) for the one that follows.
@@ -292,7 +310,8 @@ class OnnxDecoder:
         """
         manifest = self.bundle.manifest
         return (
-            manifest.quantization is not None
+            self._device == "cpu"
+            and manifest.quantization is not None
             and manifest.quantization.block_size <= _LARGEST_ALIKE.get(manifest.quantization.bits, 0)
             and all(layer.dtype == "int8" for layer in manifest.cache)
             and self._threads <= self.bundle.config.num_attention_heads

@@ -3,6 +3,7 @@
 Dimensions: B batch, K kv heads, H head dim.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from slm.core.contract import SIDES, CacheLayer, Side, past_name, present_name
 from slm.core.rewind import check_rewind
 from slm.runtime.cache import CachedRow, Extent
+from slm.runtime.session import Device
 
 Array = NDArray[Any]
 
@@ -27,8 +29,16 @@ class GrowingCaches:
         growths: How often they were replaced; what was bound before no longer counts then.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer], batch: int = 1) -> None:
+    def __init__(self, layers: Sequence[CacheLayer], batch: int = 1, device: Device = "cpu") -> None:
+        """Begins with nothing.
+
+        Args:
+            layers: The caches of the graph.
+            batch: Rows.
+            device: In whose memory onnxruntime puts what a step adds to; what is read here is copied from there.
+        """
         self._layers = layers
+        self._device = device
         self.growths = 0
         self._values = {
             (layer.layer, side): ort.OrtValue.ortvalue_from_numpy(
@@ -50,7 +60,7 @@ class GrowingCaches:
         for (layer, side), value in self._values.items():
             binding.bind_ortvalue_input(past_name(layer, side), value)
         for layer, side in self._values:
-            binding.bind_output(present_name(layer, side))
+            binding.bind_output(present_name(layer, side), self._device)
 
     def written(self, outputs: Sequence[ort.OrtValue]) -> None:
         """Takes the present outputs of a step, in the order in which they were bound."""
@@ -65,7 +75,11 @@ class GrowingCaches:
     @property
     def bytes(self) -> int:
         """Memory of all caches."""
-        return sum(value.numpy().nbytes for value in self._values.values())
+        return sum(
+            math.prod(self._values[layer.layer, side].shape()) * np.dtype(layer.dtype).itemsize
+            for layer in self._layers
+            for side in SIDES
+        )
 
     def extended(self, extent: Extent, tokens: int) -> Extent:
         """Returns what a row holds after so many more tokens."""

@@ -1,5 +1,6 @@
 """Opening a bundle's graph with onnxruntime, with the options that ship."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import onnxruntime as ort
@@ -12,6 +13,8 @@ from slm.runtime.hugepages import use_huge_pages
 Device = Literal["cpu", "cuda"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# What onnxruntime calls a GPU's own memory; "CudaPinned" is the host's.
+_CUDA_MEMORY = "Cuda"
 _SEVERITY_ERROR = 3
 
 
@@ -38,8 +41,8 @@ def open_session(
 
     Args:
         bundle: The bundle.
-        device: Where to run. A bundle exported for the CPU keeps float32 caches, which CUDA's attention kernel does not
-            take: on "cuda" its matrix products run there and its attention on the CPU.
+        device: Where to run. CUDA's attention kernel takes the float16 caches of bundles exported for it. A bundle exported
+            for the CPU has its matrix products there and its attention on the CPU (`takes_from` says which it is).
         threads: Threads for one operator; by default the usable physical cores.
         optimize: Whether onnxruntime may change the graph, as it does by default.
 
@@ -64,6 +67,22 @@ def open_session(
     if device == "cpu":
         use_huge_pages()
     return session
+
+
+def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
+    """Returns in whose memory a session wants some of its inputs: where the operators run that read them.
+
+    What lies elsewhere is copied when it is bound, and not again when it changes.
+
+    Raises:
+        SlmError: When it wants some here and some there.
+    """
+    names = [each.name for each in session.get_inputs()]
+    places = dict(zip(names, session.get_input_memory_infos(), strict=True))
+    found: set[Device] = {"cuda" if places[name].name == _CUDA_MEMORY else "cpu" for name in inputs}
+    if len(found) > 1:
+        raise SlmError("attention would run on CUDA in some layers and on the CPU in others", "--device cpu")
+    return found.pop()
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slm.core.config import FULL, SLIDING, LayerType, ModelConfig, RopeParameters
-from slm.core.contract import Target, cache_layers, input_specs, output_specs
+from slm.core.contract import Target, cache_layers, input_specs, output_specs, past_name
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
@@ -181,7 +181,10 @@ def test_num_logits_to_keep_has_a_default(shared_bundle: Bundle) -> None:
     ids = np.array([[5, 9, 2]])
     buffers = KVBuffers(shared_bundle.manifest.cache, 64)
     feeds = {"input_ids": ids, "attention_mask": np.ones((1, 3), np.int64)}
-    feeds |= {f"past_key_values.{layer}.{side}": a for (layer, side), a in buffers._arrays.items()}
+    feeds |= {
+        past_name(layer, side): buffer.read(slice(None), 0, buffer.shape[2])
+        for (layer, side), buffer in buffers._buffers.items()
+    }
     logits = decoder.session.run(["logits"], feeds)[0]
     np.testing.assert_array_equal(logits, decoder.step(ids, keep=0))
 

@@ -98,7 +98,7 @@ def test_webgpu_keeps_whole_caches(shared_checkpoint: Path, tmp_path: Path) -> N
     assert {layer.window for layer in bundle.manifest.cache} == {None}
     decoder = OnnxDecoder(bundle)
     decoder.read(np.arange(40).tolist())
-    assert all(array.shape[2] >= 40 for array in decoder.buffers._arrays.values())  # type: ignore[union-attr]
+    assert all(array.shape[2] >= 40 for array in decoder.buffers._buffers.values())  # type: ignore[union-attr]
 
 
 def test_the_portable_target_has_no_devices(shared_checkpoint: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_only_rows_that_step_are_computed(shared_bundle: Bundle, monkeypatch: py
     run = OnnxDecoder.run
 
     def spy(self: OnnxDecoder, ids: np.ndarray, mask: np.ndarray, buffers: KVBuffers, keep: int) -> Any:
-        rows.append((len(ids), buffers._arrays[0, "key"].shape[0]))
+        rows.append((len(ids), buffers._buffers[0, "key"].shape[0]))
         return run(self, ids, mask, buffers, keep)
 
     monkeypatch.setattr(OnnxDecoder, "run", spy)

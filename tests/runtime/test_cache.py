@@ -5,14 +5,22 @@ import weakref
 import numpy as np
 import pytest
 
-from slm.core.contract import CACHE_SLACK, CacheLayer
+from slm.core.contract import CACHE_SLACK, CacheLayer, Side
 from slm.core.manifest import Bundle
 from slm.runtime.cache import FIRST_CAPACITY, KVBuffers, resident_positions
 from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.memory import HostBuffer
 
 WINDOW = 16
 SLIDING_LAYER = CacheLayer(layer=0, kv_heads=1, head_dim=4, window=WINDOW)
 GLOBAL_LAYER = CacheLayer(layer=1, kv_heads=1, head_dim=4, window=None)
+
+
+def memory(buffers: KVBuffers, layer: int, side: Side) -> np.ndarray:
+    """What a buffer on a CPU has its numbers in."""
+    buffer = buffers._buffers[layer, side]
+    assert isinstance(buffer, HostBuffer)
+    return buffer.array
 
 
 def test_resident_positions_follow_the_operators_rule() -> None:
@@ -28,17 +36,17 @@ def test_resident_positions_follow_the_operators_rule() -> None:
 def test_global_buffers_grow_and_keep_what_they_hold() -> None:
     buffers = KVBuffers([SLIDING_LAYER, GLOBAL_LAYER], context=1000)
     small = buffers.bytes
-    held = buffers._arrays[1, "key"]
+    held = memory(buffers, 1, "key")
     assert held.shape == (1, 1, FIRST_CAPACITY, 4)
     held[:] = np.arange(held.size).reshape(held.shape)
     buffers.reserve(FIRST_CAPACITY + 1)
-    grown = buffers._arrays[1, "key"]
+    grown = memory(buffers, 1, "key")
     assert grown.shape[2] == 2 * FIRST_CAPACITY
     np.testing.assert_array_equal(grown[:, :, :FIRST_CAPACITY], held)
-    assert buffers._arrays[0, "key"].shape[2] == WINDOW + CACHE_SLACK
+    assert buffers._buffers[0, "key"].shape[2] == WINDOW + CACHE_SLACK
     assert buffers.bytes > small
     buffers.reserve(1000)
-    assert buffers._arrays[1, "key"].shape[2] == 1000
+    assert buffers._buffers[1, "key"].shape[2] == 1000
 
 
 @pytest.mark.parametrize("prompt", [1, 1000, 30_000])
@@ -47,9 +55,9 @@ def test_buffers_are_never_much_longer_than_the_text(prompt: int) -> None:
     buffers = KVBuffers([SLIDING_LAYER, GLOBAL_LAYER], context=32_768)
     copied = 0
     for length in range(prompt, 32_769):
-        before = buffers._arrays[1, "key"].shape[2]
+        before = buffers._buffers[1, "key"].shape[2]
         buffers.reserve(length)
-        capacity = buffers._arrays[1, "key"].shape[2]
+        capacity = buffers._buffers[1, "key"].shape[2]
         assert length <= capacity <= max(FIRST_CAPACITY, 1.25 * length + FIRST_CAPACITY)
         copied += before if capacity != before else 0
     assert capacity == 32_768
@@ -58,9 +66,9 @@ def test_buffers_are_never_much_longer_than_the_text(prompt: int) -> None:
 
 def test_growing_copies_the_rows_in_use() -> None:
     buffers = KVBuffers([GLOBAL_LAYER], context=1000, batch=3)
-    buffers._arrays[1, "key"][:] = 1
+    memory(buffers, 1, "key")[:] = 1
     buffers.reserve(500, rows=2)
-    assert buffers._arrays[1, "key"][:, 0, 0, 0].tolist() == [1, 1, 0]
+    assert memory(buffers, 1, "key")[:, 0, 0, 0].tolist() == [1, 1, 0]
 
 
 def test_what_was_replaced_is_freed_while_growing(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +77,7 @@ def test_what_was_replaced_is_freed_while_growing(shared_bundle: Bundle, monkeyp
     decoder = OnnxDecoder(shared_bundle)
     decoder.read([1, 2, 3])
     assert isinstance(decoder.buffers, KVBuffers)
-    old = [weakref.ref(array) for array in decoder.buffers._arrays.values()]
+    old = [weakref.ref(memory(decoder.buffers, *key)) for key in decoder.buffers._buffers]
     decoder.make_room(decoder.buffers, 8)
     assert all(array() is not None for array in old)  # there was room
     decoder.make_room(decoder.buffers, 9)
@@ -78,8 +86,8 @@ def test_what_was_replaced_is_freed_while_growing(shared_bundle: Bundle, monkeyp
 
 def test_rows_share_memory() -> None:
     buffers = KVBuffers([GLOBAL_LAYER], context=64, batch=2)
-    buffers.row(1)._arrays[1, "value"][:] = 7
-    assert (buffers._arrays[1, "value"][1] == 7).all() and (buffers._arrays[1, "value"][0] == 0).all()
+    memory(buffers.row(1), 1, "value")[:] = 7
+    assert (memory(buffers, 1, "value")[1] == 7).all() and (memory(buffers, 1, "value")[0] == 0).all()
 
 
 def test_growing_in_the_middle_changes_nothing(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

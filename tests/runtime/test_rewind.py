@@ -16,7 +16,7 @@ from slm.core.nn.decoder import TorchDecoder
 from slm.export.bundle import export_bundle
 from slm.quantize.int8 import Int8Settings, quantize_int8
 from slm.quantize.quality import Text
-from slm.runtime.cache import resident_positions
+from slm.runtime.cache import KVBuffers, resident_positions
 from slm.runtime.decoder import Decoder, OnnxDecoder
 
 WINDOW = 16
@@ -54,6 +54,11 @@ def make(request: pytest.FixtureRequest, shared_checkpoint: Path) -> Callable[[]
     fixture = {"fused": "shared_bundle", "int8": "int8_bundle", "portable": "portable_bundle"}[request.param]
     bundle: Bundle = request.getfixturevalue(fixture)
     return lambda: OnnxDecoder(bundle, threads=1)
+
+
+def arrays(buffers: KVBuffers) -> dict[Any, np.ndarray]:
+    """The memory of buffers on a CPU."""
+    return {key: buffer.array for key, buffer in buffers._buffers.items()}  # type: ignore[attr-defined]
 
 
 def stepwise(decoder: Decoder, ids: list[int]) -> np.ndarray:
@@ -125,11 +130,12 @@ def test_without_moving_back_down_it_would_be_wrong(shared_bundle: Bundle) -> No
     for moves in (True, False):
         decoder = OnnxDecoder(shared_bundle, threads=1)
         stepwise(decoder, IDS[: lengths[0]])
-        before = {key: array.copy() for key, array in decoder.buffers._arrays.items()}  # type: ignore[union-attr]
+        assert isinstance(decoder.buffers, KVBuffers)
+        before = {key: array.copy() for key, array in arrays(decoder.buffers).items()}
         decoder.rewind(lengths[1])
         if not moves:
             for key, array in before.items():
-                decoder.buffers._arrays[key][:] = array  # type: ignore[union-attr]
+                arrays(decoder.buffers)[key][:] = array
         assert np.array_equal(decoder.read([7]), expected) == moves
 
 
