@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, SIDES, past_name
+from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, past_name
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
@@ -216,8 +216,9 @@ class OnnxDecoder:
         self.cache_device: Device = "cpu"
         self.place: Place = HostBuffer
         if device == "cuda":
-            past = [past_name(layer.layer, side) for layer in bundle.manifest.cache for side in SIDES]
-            self.cache_device = takes_from(self.session, past)
+            # Attention reads them, and nothing else does; of a portable graph's keys something else wants the shape.
+            values = [past_name(layer.layer, "value") for layer in bundle.manifest.cache]
+            self.cache_device = takes_from(self.session, values)
         if self.cache_device == "cuda":
             self.place = partial(DeviceBuffer, session=self.session, device=self.cache_device)
         self._threads = self.session.get_session_options().intra_op_num_threads
