@@ -18,7 +18,7 @@ import click
 from slm.cli import bench_report
 from slm.cli.console import RichProgress, print_json, say
 from slm.cli.generate import default_model
-from slm.cli.options import json_option
+from slm.cli.options import Artifact, json_option
 from slm.core.errors import SlmError
 from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_freed_memory
 from slm.version import __version__
@@ -43,7 +43,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=Artifact(), required=False)
 @click.option(
     "--prompt",
     "prompts",

@@ -27,11 +27,13 @@ class Artifact(click.Path):
     """The path of a checkpoint or a bundle. A run, which may hold several of either, is refused with their names.
 
     Args:
-        bundles: Whether a bundle will do too.
+        checkpoints: Whether a checkpoint will do.
+        bundles: Whether a bundle will do.
     """
 
-    def __init__(self, *, bundles: bool = True) -> None:
+    def __init__(self, *, checkpoints: bool = True, bundles: bool = True) -> None:
         super().__init__(path_type=Path)
+        self._checkpoints = checkpoints
         self._bundles = bundles
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
@@ -42,23 +44,25 @@ class Artifact(click.Path):
         """
         path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]  # as path_type says
         if path.is_dir():
-            _refuse_run(path, self._bundles)
+            _refuse_run(path, self._checkpoints, self._bundles)
         return path
 
 
-def _refuse_run(path: Path, bundles: bool) -> None:
+def _refuse_run(path: Path, checkpoints: bool, bundles: bool) -> None:
     from slm.core.checkpoint import is_checkpoint  # here, so that `slm --help` does not wait for numpy
     from slm.core.manifest import is_bundle
 
     if is_checkpoint(path) or is_bundle(path):
         return
     names = (*(f"checkpoint/{name}" for name in _CHECKPOINTS), *_CHECKPOINTS)  # of a run; of its checkpoint directory
-    found = [path / name for name in names if is_checkpoint(path / name)]
-    if bundles:
-        found += [bundle for bundle in sorted(path.glob("onnx*")) if is_bundle(bundle)]
-    what = "neither a checkpoint nor a bundle" if bundles else "not a checkpoint"
-    if found:
+    trained = [path / name for name in names if is_checkpoint(path / name)]
+    exported = [bundle for bundle in sorted(path.glob("onnx*")) if is_bundle(bundle)]
+    wanted = ["checkpoint"] * checkpoints + ["bundle"] * bundles
+    what = f"neither a {' nor a '.join(wanted)}" if len(wanted) > 1 else f"not a {wanted[0]}"
+    if found := trained * checkpoints + exported * bundles:
         raise SlmError(f"{what}: {path}", f"name what it holds: {', '.join(map(str, found))}")
+    if trained:
+        raise SlmError(f"{what}: {path}", f"slm export --onnx {trained[0]} makes one")
     if (path / "metrics.jsonl").is_file():
         raise SlmError(
             f"{what}: {path}", f"the run has saved none yet: slm train --resume --out {path} goes on with it"

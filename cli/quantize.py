@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say, say_if_not_exported
-from slm.cli.options import json_option, out_option
+from slm.cli.options import Artifact, json_option, out_option
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_bundle
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("bundle", type=Artifact(checkpoints=False), required=False)
 @click.option("--int8", is_flag=True, help="Weights in 8 bits, by block.")
 @click.option(
     "--block-size",

@@ -7,7 +7,7 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.export import source_checkpoint
-from slm.cli.options import json_option
+from slm.cli.options import Artifact, json_option
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
@@ -15,10 +15,10 @@ from slm.core.runs import newest_bundle
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("bundle", type=Artifact(checkpoints=False), required=False)
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=Artifact(bundles=False),
     metavar="CHECKPOINT",
     help="The checkpoint that it must be. [default: the one that it was exported from]",
 )

@@ -62,14 +62,22 @@ def test_a_run_is_refused_with_what_it_holds(slm: Slm, shared_checkpoint: Path, 
     shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/last")
     shutil.copytree(shared_bundle.path, "runs/tiny/onnx-int8")
     last, bundle = "runs/tiny/checkpoint/last", "runs/tiny/onnx-int8"
-    for command, held in (
-        (("info",), f"{last}, {bundle}"),
-        (("generate",), f"{last}, {bundle}"),
-        (("export", "--onnx"), last),
+    either = "neither a checkpoint nor a bundle"
+    for command, what, held in (
+        (("info",), either, f"{last}, {bundle}"),
+        (("generate",), either, f"{last}, {bundle}"),
+        (("eval",), either, f"{last}, {bundle}"),
+        (("bench",), either, f"{last}, {bundle}"),
+        (("export", "--onnx"), "not a checkpoint", last),
+        (("quantize", "--int8"), "not a bundle", bundle),
+        (("verify",), "not a bundle", bundle),
+        (("verify", bundle, "--against"), "not a checkpoint", last),
     ):
         result = slm(*command, "runs/tiny")
-        assert result.code == 1 and result.err.startswith("error: ") and "checkpoint" in result.err
-        assert result.err.endswith(f"hint: name what it holds: {held}\n")
+        assert (result.code, result.err) == (1, f"error: {what}: runs/tiny\nhint: name what it holds: {held}\n")
+    shutil.rmtree(bundle)
+    for command in ("quantize", "--int8"), ("verify",):
+        assert slm(*command, "runs/tiny").err.endswith(f"hint: slm export --onnx {last} makes one\n")
     Path("runs/begun").mkdir()
     Path("runs/begun/metrics.jsonl").touch()
     assert "the run has saved none yet: slm train --resume --out runs/begun" in slm("info", "runs/begun").err
