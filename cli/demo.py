@@ -104,7 +104,7 @@ class _Chain:
     def finetune(self) -> None:
         """Checkpoint to adapter."""
         from slm.core import sample
-        from slm.finetune.lora import finetune
+        from slm.finetune.run import finetune
 
         self.adapter = self.out / "adapters" / "pairs"
         result = finetune(self.checkpoint, sample.pairs_path(), self.adapter, progress=self.progress)

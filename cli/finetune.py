@@ -1,25 +1,26 @@
-"""`slm finetune`: LoRA on a file of rows."""
+"""`slm finetune`: an adapter, or all weights, on a file of rows."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.options import Artifact, json_option, out_option, seed_option
 from slm.core.errors import SlmError
-from slm.core.runs import newest_checkpoint, run_of
+from slm.core.runs import RUNS, newest_checkpoint, run_of
+
+_FILE = click.Path(path_type=Path)
+# What only an adapter has.
+_OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 
 
 @click.command()
-@click.option(
-    "--lora",
-    "data",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="FILE",
-    help="Rows to learn, as JSON lines or one JSON array.",
-)
+@click.option("--lora", "lora", type=_FILE, metavar="FILE", help="Train a LoRA adapter on the rows of FILE.")
+@click.option("--full", "full", type=_FILE, metavar="FILE", help="Train every weight on the rows of FILE instead.")
 @click.option(
     "--base",
     type=Artifact(bundles=False),
@@ -29,15 +30,20 @@ from slm.core.runs import newest_checkpoint, run_of
 @click.option(
     "--val",
     "validation",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     metavar="FILE",
     help="Rows to measure the loss on; the last tenth of FILE when left out.",
 )
+@click.option("--skip-bad", is_flag=True, help="Leave rows out that are not as they should be, and count them.")
 @out_option
 @click.option("--name", metavar="NAME", help="The adapter's name in its run; the file's when left out.")
-@click.option("--overwrite", is_flag=True, help="Replace an adapter that is already there.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace what is already there; drop an interrupted run of other values."
+)
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True, help="Rank of the adapter's matrices.")
 @click.option("--alpha", type=click.IntRange(1), default=16, show_default=True, help="Scale: alpha / rank.")
+@click.option("--rslora", is_flag=True, help="Scale: alpha / sqrt(rank), for high ranks.")
+@click.option("--dora", is_flag=True, help="Learn magnitudes beside directions (DoRA).")
 @click.option(
     "--dropout",
     type=click.FloatRange(0, 1, max_open=True),
@@ -46,12 +52,25 @@ from slm.core.runs import newest_checkpoint, run_of
     help="On the adapter's inputs.",
 )
 @click.option(
+    "--targets",
+    metavar="NAME,...",
+    help="Projections with an adapter. [default: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+)
+@click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
     help="Peak rate; chosen by the model's width when left out.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the rows; chosen by their number when left out.")
+@click.option(
+    "--patience",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="End after so many passes without a new best; 0 goes on to the end.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows in an update.")
+@click.option("--pack", is_flag=True, help="Fill every row up to --max-length with several examples, kept apart.")
 @click.option(
     "--max-length",
     type=click.IntRange(2),
@@ -60,72 +79,93 @@ from slm.core.runs import newest_checkpoint, run_of
 @seed_option
 @json_option
 def finetune(
-    data: Path,
+    lora: Path | None,
+    full: Path | None,
     base: Path | None,
     validation: Path | None,
+    skip_bad: bool,
     out: Path | None,
     name: str | None,
     overwrite: bool,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    learning_rate: float | None,
-    epochs: int | None,
-    batch_size: int,
-    max_length: int | None,
-    seed: int,
+    targets: str | None,
+    patience: int,
     as_json: bool,
+    **values: Any,
 ) -> None:
-    """Fine-tune a checkpoint with LoRA: a small adapter beside it, the checkpoint itself unchanged.
+    """Fine-tune a checkpoint: with LoRA a small adapter beside it, in full another checkpoint; itself unchanged.
+
+    FILE has JSON lines, one JSON array, CSV with a line of names, or Parquet.
 
     \b
     A row is one of
+      {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+      {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}
       {"instruction": "Name a colour.", "output": "Blue."}       with "input" if it needs one
       {"prompt": "The sky is", "completion": " blue."}
       {"text": "Once upon a time there was a blue sky."}
 
-    Only the answer is learned: the output, the completion or the whole text, and always the token that ends it. An
-    instruction is put into Gemma's turns, the form in which a chat will ask.
+    Only the answers are learned: every turn of the assistant's, the output, the completion or the whole text, and always
+    the token that ends it. Conversations and instructions are put into the turns in which a chat will ask. A run that was
+    interrupted goes on when the same command is given again.
 
     \b
       slm finetune --lora pairs.jsonl                      -> RUN/adapters/pairs
       slm export --onnx --adapter RUN/adapters/pairs       merges it and exports
+      slm finetune --full pairs.jsonl                      -> runs/RUN-pairs/checkpoint/best
     """
+    data = lora or full
+    if data is None or (lora is not None and full is not None):
+        raise click.UsageError("give --lora FILE or --full FILE")
     if out is not None and name is not None:
-        raise click.UsageError("--out is the adapter's directory and --name a name in the run: give one of them")
+        raise click.UsageError("--out is the directory and --name a name in the run: give one of them")
+    if full is not None:
+        source = click.get_current_context().get_parameter_source
+        given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
+        if given:
+            raise click.UsageError(f"--{given[0]} is an adapter's, and --full trains none")
     if base is None:
         base = newest_checkpoint()
         say(f"no --base named: the newest, {base}")
     if out is None:
-        out = run_of(base) / "adapters" / _checked(data.stem if name is None else name)
+        out = _place(base, _checked(data.stem if name is None else name), full=full is not None)
 
-    from slm.finetune.lora import finetune as run
-    from slm.finetune.settings import LoraSettings
+    from slm.finetune.run import finetune as run
+    from slm.finetune.settings import FinetuneSettings
 
-    settings = LoraSettings.checked(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
+    chosen = {} if targets is None else {"target_modules": [each.strip() for each in targets.split(",")]}
+    settings = FinetuneSettings.checked(
+        method="lora" if full is None else "full", patience=patience or None, **chosen, **values
     )
-    result = run(base, data, out, settings, RichProgress(), validation=validation, overwrite=overwrite)
+    result = run(
+        base, data, out, settings, RichProgress(), validation=validation, overwrite=overwrite, skip_bad=skip_bad
+    )
     if as_json:
-        print_json({key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()})
+        report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
+        print_json({"adapter" if full is None else "checkpoint": report.pop("made"), **report})
         return
-    measured = f"on {result.validation_rows} rows held out" if result.validation_rows else "on the training rows"
-    rows = [
-        ("loss", f"{result.loss_before:.3f} -> {result.loss_after:.3f} nats a token {measured}"),
-        ("rows", f"{result.rows} ({result.truncated} cut, {result.skipped} left out)"),
-        ("learned tokens", f"{result.trained_tokens:,} an epoch"),
-        ("kept", f"epoch {result.best_epoch} of {result.epochs}"),
-        ("parameters", f"{result.trainable_parameters:,}"),
-        ("time", f"{result.seconds:.1f} s"),
+    print_table(f"{'adapter' if full is None else 'checkpoint'} {result.made}", ("", ""), _lines(asdict(result)))
+
+
+def _lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    held_out = result["validation_rows"]
+    measured = f"on {held_out} rows held out" if held_out else "on the training rows"
+    bad = f", {result['bad']} bad" if result["bad"] else ""
+    return [
+        ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a token {measured}"),
+        ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),
+        ("learned tokens", f"{result['trained_tokens']:,} an epoch"),
+        ("kept", f"epoch {result['best_epoch']} of {result['epochs']}"),
+        ("parameters", f"{result['trainable_parameters']:,}"),
+        ("time", f"{result['seconds']:.1f} s"),
     ]
-    print_table(f"adapter {result.adapter}", ("", ""), rows)
+
+
+def _place(base: Path, name: str, *, full: bool) -> Path:
+    """Returns where an adapter lies in the base's run, or another run with a checkpoint beside it."""
+    run = run_of(base)
+    if not full:
+        return run / "adapters" / name
+    return RUNS / f"{run.name if run.parent == RUNS else base.resolve().name}-{name}"
 
 
 def _checked(name: str) -> str:

@@ -23,7 +23,7 @@ COMMANDS = {
     "import": "Make a checkpoint of a Hugging Face or GGUF model.",
     "data": "Turn text into a dataset of tokens, for many runs to train on.",
     "train": "Train a model on text: tokenizer, data, checkpoint.",
-    "finetune": "Fine-tune a checkpoint with LoRA on a JSONL file.",
+    "finetune": "Fine-tune a checkpoint on rows of text, instructions or chats, with LoRA or in full.",
     "export": "Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.",
     "verify": "Prove that a bundle is the checkpoint that it was made from.",
     "quantize": "Quantize a bundle and measure what that changed.",
@@ -48,6 +48,7 @@ if cpu_quota() is not None:
 _WHOLE = "nothing is left half written"
 _INTERRUPTED = {
     "train": f"{_WHOLE}; once training has begun, slm train --resume goes on with it",
+    "finetune": f"{_WHOLE}; once training has begun, the same command goes on with it",
     "data": f"{_WHOLE}; slm data prepare goes on after the last whole file when it is called alike",
     "demo": f"{_WHOLE}; the steps that are done stay in the run, and slm demo begins another",
 }

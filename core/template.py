@@ -23,6 +23,7 @@ MAX_SECONDS = 4
 MAX_BYTES = 512 << 20
 # Of what a template says when it refuses.
 _MAX_REASON = 200
+_HINT = "the chat template came with the model; without --instruct it is not used"
 
 
 class _Refused(Exception):
@@ -40,10 +41,34 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
     Raises:
         SlmError: When the template is wrong, refuses the conversation or passes a limit.
     """
-    hint = "the chat template came with the model; without --instruct it is not used"
+    (text,) = render_all(template, [(messages, True)], tokens)
+    if isinstance(text, SlmError):
+        raise text
+    return text
+
+
+def render_all(
+    template: str, conversations: Sequence[tuple[Sequence[Mapping[str, Any]], bool]], tokens: Mapping[str, Any]
+) -> list[str | SlmError]:
+    """Renders several conversations in one process; what the template makes of one costs the others nothing.
+
+    Args:
+        template: The template.
+        conversations: What was said in each, and whether the model's turn is begun after it.
+        tokens: As for `render`.
+
+    Returns:
+        A text for each, or why there is none.
+
+    Raises:
+        SlmError: When all of them together pass a limit.
+    """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise SlmError(f"the chat template has {len(template):,} characters, at most {MAX_TEMPLATE_CHARACTERS:,}", hint)
-    request = json.dumps({"template": template, "messages": list(messages), "tokens": dict(tokens)})
+        raise SlmError(
+            f"the chat template has {len(template):,} characters, at most {MAX_TEMPLATE_CHARACTERS:,}", _HINT
+        )
+    asked = [(list(messages), begins) for messages, begins in conversations]
+    request = json.dumps({"template": template, "conversations": asked, "tokens": dict(tokens)})
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -53,20 +78,27 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
             timeout=2 * MAX_SECONDS,  # of the clock; the process itself is bounded in time of the processor
             check=False,
         )
-        answer = json.loads(done.stdout)
+        answers = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        raise SlmError(f"the chat template failed: it takes longer than {2 * MAX_SECONDS} s", hint) from None
+        raise SlmError(f"the chat template failed: it takes longer than {2 * MAX_SECONDS} s", _HINT) from None
     except json.JSONDecodeError:
         raise SlmError(
-            f"the chat template failed: it takes more than {MAX_SECONDS} s or too much memory", hint
+            f"the chat template failed: it takes more than {MAX_SECONDS} s or too much memory", _HINT
         ) from None
-    if "text" not in answer:
-        raise SlmError(f"the chat template failed: {answer['reason']}", hint)
-    text: str = answer["text"]
+    return [
+        answer["text"] if "text" in answer else SlmError(f"the chat template failed: {answer['reason']}", _HINT)
+        for answer in answers
+    ]
+
+
+def _rendered(template: Any, messages: Sequence[Mapping[str, Any]], begins: bool, tokens: Mapping[str, Any]) -> str:
+    text: str = template.render(messages=messages, add_generation_prompt=begins, tools=None, documents=None, **tokens)
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise _Refused(f"it makes a text of more than {MAX_TEXT_CHARACTERS:,} characters")
     return text
 
 
-def _rendered(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any]) -> str:
+def _compiled(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -77,12 +109,7 @@ def _rendered(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapp
         "raise_exception": _refuse,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
-    text = environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True, tools=None, documents=None, **tokens
-    )
-    if len(text) > MAX_TEXT_CHARACTERS:
-        raise _Refused(f"it makes a text of more than {MAX_TEXT_CHARACTERS:,} characters")
-    return text
+    return environment.from_string(template)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -111,12 +138,16 @@ def _main() -> None:
         except (ValueError, OSError):  # macOS has no limit of address space
             continue
     request = json.loads(sys.stdin.buffer.read())
-    try:
-        answer = {"text": _rendered(request["template"], request["messages"], request["tokens"])}
-    except Exception as error:  # a template can provoke any
-        reason = " ".join(str(error).split()) or type(error).__name__
-        answer = {"reason": reason[:_MAX_REASON]}
-    sys.stdout.buffer.write(json.dumps(answer).encode())
+    compiled: Any = None
+    answers = []
+    for messages, begins in request["conversations"]:
+        try:
+            compiled = compiled or _compiled(request["template"])
+            answers.append({"text": _rendered(compiled, messages, begins, request["tokens"])})
+        except Exception as error:  # a template can provoke any
+            reason = " ".join(str(error).split()) or type(error).__name__
+            answers.append({"reason": reason[:_MAX_REASON]})
+    sys.stdout.buffer.write(json.dumps(answers).encode())
 
 
 if __name__ == "__main__":

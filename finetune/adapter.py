@@ -11,6 +11,7 @@ from pathlib import Path
 import safetensors.torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import check_readable, read_json
 from slm.core.nn import CausalLM
-from slm.finetune.settings import LoraSettings
+from slm.finetune.settings import FinetuneSettings
 
+# What peft calls an adapter that nobody names.
+ADAPTER = "default"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -45,6 +48,7 @@ class _AdapterFields(BaseModel):
     lora_alpha: float
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     target_modules: list[str] | str
@@ -64,6 +68,8 @@ class TunableLM(nn.Module):
         super().__init__()
         self.model = model.model
         self.lm_head = model.lm_head
+        # The head's matrix as products take it, where that is another one; see `slm.finetune.frozen`.
+        self.head_weight: Tensor | None = None
         # A plain dictionary is what peft takes where there is no transformers configuration.
         self.config = model.config.to_hf()
         tied = model.config.tie_word_embeddings
@@ -80,7 +86,7 @@ class TunableLM(nn.Module):
         return out
 
 
-def attach(model: CausalLM, settings: LoraSettings, base: Path, token_ids: Sequence[int] = ()) -> PeftModel:
+def attach(model: CausalLM, settings: FinetuneSettings, base: Path, token_ids: Sequence[int] = ()) -> PeftModel:
     """Puts a fresh adapter, which changes nothing yet, on a model and freezes everything else.
 
     Args:
@@ -94,6 +100,8 @@ def attach(model: CausalLM, settings: LoraSettings, base: Path, token_ids: Seque
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         target_modules=list(settings.target_modules),
         # A head that is not tied has rows of its own for the same tokens.
         trainable_token_indices=_token_indices(model, rows),
@@ -107,6 +115,15 @@ def _token_indices(model: CausalLM, rows: list[int]) -> list[int] | dict[str, li
     if not rows:
         return None
     return rows if model.config.tie_word_embeddings else {"embed_tokens": rows, "lm_head": rows}
+
+
+def trained_rows(module: nn.Module) -> tuple[Tensor, tuple[list[int], Tensor] | None]:
+    """Returns the matrix (V, D) of an embedding or a head, and the ids and rows (R, D) that stand in place of some of its."""
+    if not isinstance(module, TrainableTokensWrapper):
+        weight: Tensor = module.weight  # type: ignore[assignment]  # an embedding's or a linear layer's
+        return weight, None
+    tokens = module.token_adapter
+    return tokens.base_layer.weight, (list(tokens.token_indices[ADAPTER]), tokens.trainable_tokens_delta[ADAPTER])
 
 
 def adapter_state(adapter: PeftModel) -> dict[str, Tensor]:
@@ -124,7 +141,7 @@ def save_adapter(directory: Path, adapter: PeftModel, state: dict[str, Tensor]) 
     """Writes PEFT's two files into a directory, with the tensors in float32."""
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
     safetensors.torch.save_file(tensors, directory / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
-    fields = adapter.peft_config["default"].to_dict() | {"inference_mode": True}
+    fields = adapter.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
     # peft keeps target_modules in a set, whose order differs from one process to the next.
     text = json.dumps(fields, indent=2, sort_keys=True, default=sorted)
     (directory / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

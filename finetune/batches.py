@@ -1,24 +1,27 @@
 """Examples as tensors, and the loss on what is learned.
 
-Dimensions: B rows, T positions, D hidden, V vocabulary.
+Dimensions: B rows, T positions, D hidden.
 """
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from slm.finetune.adapter import TunableLM
+from slm.core.nn import CausalLM
+from slm.finetune.adapter import TunableLM, trained_rows
 from slm.finetune.examples import Example
+from slm.train.loss import IGNORED, linear_cross_entropy
 
-# The label of a position whose next token is not learned: read only, or padding.
-IGNORED = -100
 # Rows of this many batches are sorted by length together: long enough to find rows of like length, short enough to stay
 # random.
 _SORTED_BATCHES = 16
+
+# What stands in a row: one example, or several that are packed.
+Packed = tuple[Example, ...]
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,13 @@ class Batch:
     Attributes:
         input_ids: Int64 (B, T).
         labels: The next token where it is learned, `IGNORED` elsewhere; int64 (B, T).
+        segments: Which of the examples packed into its row a token is of, padding counting as one more; int64 (B, T). None
+            where every row has one example.
     """
 
     input_ids: Tensor
     labels: Tensor
+    segments: Tensor | None = None
 
     @property
     def trained(self) -> int:
@@ -42,48 +48,112 @@ class Batch:
         return int((self.labels != IGNORED).sum())
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Returns examples as one batch."""
-    length = max(len(example.ids) for example in examples) - 1
-    input_ids = torch.zeros(len(examples), length, dtype=torch.int64)
+def alone(examples: Sequence[Example]) -> list[Packed]:
+    """Returns examples one to a row."""
+    return [(example,) for example in examples]
+
+
+def pack(examples: Sequence[Example], max_length: int, order: random.Random) -> list[Packed]:
+    """Returns examples several to a row of at most `max_length` tokens, each in the first row that has room for it.
+
+    They come in random order, so that what is packed together says nothing; of the rows not yet full, as many are looked at
+    as a batch that sorts its rows would hold.
+    """
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    full: list[Packed] = []
+    for example in order.sample(examples, len(examples)):
+        size = len(example.ids) - 1
+        place = next((number for number, left in enumerate(room) if left >= size), None)
+        if place is None:
+            rows.append([])
+            room.append(max_length - 1)
+            place = len(rows) - 1
+        rows[place].append(example)
+        room[place] -= size
+        if len(rows) > 8 * _SORTED_BATCHES:
+            fullest = min(range(len(room)), key=room.__getitem__)
+            full.append(tuple(rows.pop(fullest)))
+            room.pop(fullest)
+    return [*full, *map(tuple, rows)]
+
+
+def collate(rows: Sequence[Packed]) -> Batch:
+    """Returns rows of examples as one batch."""
+    length = max(_length(row) for row in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORED)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids)
-        input_ids[row, : len(ids) - 1] = ids[:-1]
-        labels[row, example.start - 1 : len(ids) - 1] = ids[example.start :]
-    return Batch(input_ids, labels)
+    segments = torch.full_like(input_ids, -1)
+    for number, row in enumerate(rows):
+        place = 0
+        for segment, example in enumerate(row):
+            ids = torch.tensor(example.ids)
+            input_ids[number, place : place + len(ids) - 1] = ids[:-1]
+            segments[number, place : place + len(ids) - 1] = segment
+            for start, end in example.spans:
+                labels[number, place + start - 1 : place + end - 1] = ids[start:end]
+            place += len(ids) - 1
+    return Batch(input_ids, labels, segments if any(len(row) > 1 for row in rows) else None)
 
 
-def epoch_batches(examples: Sequence[Example], batch_size: int, order: random.Random) -> list[Batch]:
-    """Returns every example once, in random batches of rows of similar length, so that little is padding."""
-    shuffled = order.sample(examples, len(examples))
+def epoch_batches(rows: Sequence[Packed], batch_size: int, order: random.Random) -> list[Batch]:
+    """Returns every row once, in random batches of rows of similar length, so that little is padding."""
+    shuffled = order.sample(rows, len(rows))
     span = batch_size * _SORTED_BATCHES
     batches: list[Batch] = []
     for start in range(0, len(shuffled), span):
-        near = sorted(shuffled[start : start + span], key=lambda example: len(example.ids))
+        near = sorted(shuffled[start : start + span], key=_length)
         batches += [collate(near[i : i + batch_size]) for i in range(0, len(near), batch_size)]
     order.shuffle(batches)
     return batches
 
 
-def batch_loss(model: TunableLM, batch: Batch) -> Tensor:
-    """Returns the sum of the cross-entropies of the learned tokens, in nats.
+def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
+    """Returns the mean cross-entropy of the learned tokens, in nats.
 
-    The head, which costs most in a small model, is computed only where something is learned.
+    The head, which costs most in a small model, is computed only where something is learned, a chunk at a time.
     """
     device = model.model.norm.weight.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    segments = None if batch.segments is None else batch.segments.to(device)
     learned = labels != IGNORED
-    hidden = model.model(input_ids)[learned]  # (learned tokens, D)
-    logits = model.lm_head(hidden).float()  # (learned tokens, V)
-    return F.cross_entropy(logits, labels[learned], reduction="sum")
+    hidden = model.model(input_ids, segments=segments)[learned]  # (learned tokens, D)
+    weight, rows = trained_rows(model.lm_head)
+    if isinstance(model, TunableLM) and model.head_weight is not None:
+        weight = model.head_weight
+    return linear_cross_entropy(hidden, weight, labels[learned], rows=rows)
 
 
 @torch.no_grad()
-def mean_loss(model: TunableLM, examples: Sequence[Example], batch_size: int) -> float:
-    """Returns the mean cross-entropy of the learned tokens of all examples, in nats, without dropout."""
+def mean_loss(
+    model: TunableLM | CausalLM,
+    examples: Sequence[Example],
+    batch_size: int,
+    autocast: torch.dtype | None = None,
+) -> float:
+    """Returns the mean cross-entropy of the learned tokens of all examples, in nats, without dropout.
+
+    Args:
+        model: The model.
+        examples: What is measured.
+        batch_size: Rows computed at once.
+        autocast: What the products are computed in; None for float32.
+    """
     model.eval()
     near = sorted(examples, key=lambda example: len(example.ids))
-    batches = [collate(near[i : i + batch_size]) for i in range(0, len(near), batch_size)]
-    total = sum(batch_loss(model, batch).item() for batch in batches)
-    return total / sum(batch.trained for batch in batches)
+    total, trained = 0.0, 0
+    for first in range(0, len(near), batch_size):
+        batch = collate(alone(near[first : first + batch_size]))
+        with casting(model, autocast):
+            total += batch_loss(model, batch).item() * batch.trained
+        trained += batch.trained
+    return total / trained
+
+
+def casting(model: TunableLM | CausalLM, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Returns autocast on the model's device; nothing where there is no type."""
+    return nullcontext() if dtype is None else torch.autocast(model.model.norm.weight.device.type, dtype=dtype)
+
+
+def _length(row: Packed) -> int:
+    return sum(len(example.ids) - 1 for example in row)

@@ -1,36 +1,62 @@
-"""Rows as token ids, divided into the part that is only read and the part that is learned.
+"""Rows as token ids, divided into the parts that are only read and the parts that are learned.
 
 What the tokenizer puts before a prompt begins every row, so that the model sees the same ids here as when it answers.
 What the user wrote is encoded literally: "<end_of_turn>" typed in a row is only characters, and real turns come from
 the template alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from slm.core.chat import instruction_request, turn_ids
+from slm.core.chat import Dialogue, dialogues
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
-from slm.finetune.rows import CompletionRow, InstructionRow, Row, TextRow
+from slm.finetune.rows import ChatRow, CompletionRow, Row, TextRow
 
 TURN_TOKENS = (START_OF_TURN, END_OF_TURN)
 
-# Tokens of the first row that are shown on either side of the middle that is left out.
+# Tokens of a part that are shown on either side of the middle that is left out, and parts that are shown.
 _SHOWN = 24
+_PARTS_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row in tokens: `ids[start:]` are learned, what stands before is read. `start` is at least 1."""
+    """A row in tokens.
+
+    Attributes:
+        ids: All of them.
+        spans: From where to where (half-open) they are learned, in order and apart; what stands outside is read. The
+            first begins at 1 or later: what begins a text has nothing that predicts it.
+    """
 
     ids: tuple[int, ...]
-    start: int
+    spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def ending(cls, ids: Sequence[int], start: int) -> "Example":
+        """Returns a row that is learned from a token on to its end."""
+        return cls(tuple(ids), ((start, len(ids)),))
+
+    @property
+    def start(self) -> int:
+        """The first token that is learned."""
+        return self.spans[0][0]
 
     @property
     def trained(self) -> int:
         """Number of tokens that are learned."""
-        return len(self.ids) - self.start
+        return sum(end - start for start, end in self.spans)
+
+    def targets(self, token: int) -> bool:
+        """Says whether a token is among those that are learned."""
+        return any(token in self.ids[start:end] for start, end in self.spans)
+
+    def cut(self, length: int) -> "Example":
+        """Returns its beginning, of which perhaps nothing is learned."""
+        spans = ((start, min(end, length)) for start, end in self.spans if start < length)
+        return Example(self.ids[:length], tuple(spans))
 
 
 @dataclass(frozen=True)
@@ -70,49 +96,91 @@ class Renderer:
         if end is None:
             raise SlmError("the base has no token that ends a text", f"its tokenizer needs {END_OF_TEXT}")
         self.end_of_text: int = end
+        self._ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
 
     def turn_token_ids(self) -> list[int]:
-        """Returns the ids of the tokens that begin and end a turn.
-
-        Raises:
-            SlmError: When the tokenizer lacks one.
-        """
-        ids = {token: self.tokenizer.token_id(token) for token in TURN_TOKENS}
-        for token, token_id in ids.items():
-            if token_id is None:
-                raise SlmError(
-                    f"the base's tokenizer has no {token}", "instruction rows need it; use prompt/completion rows"
-                )
-        return [token_id for token_id in ids.values() if token_id is not None]
+        """Returns the ids of the tokens that begin and end a turn, those that the tokenizer has."""
+        ids = (self.tokenizer.token_id(token) for token in TURN_TOKENS)
+        return [token_id for token_id in ids if token_id is not None]
 
     def example(self, row: Row) -> Example:
-        """Returns a row in full length."""
+        """Returns a row in full length.
+
+        Raises:
+            SlmError: When the model knows no turns, or its own template refuses the conversation.
+        """
+        (example,) = self._full([row])
+        if isinstance(example, SlmError):
+            raise example
+        return example
+
+    def examples(self, rows: Sequence[Row], max_length: int, bad: list[SlmError] | None = None) -> Examples:
+        """Returns the rows cut to `max_length` tokens; a row of which nothing to learn is left is skipped.
+
+        Args:
+            rows: What was read.
+            max_length: Tokens of the longest.
+            bad: Takes what the model's own chat template says of conversations that it refuses, which are then left
+                out; None makes the first of them an error.
+
+        Raises:
+            SlmError: See `bad`; it names the row.
+        """
+        kept, truncated, skipped = [], 0, 0
+        for row, full in zip(rows, self._full(rows), strict=True):
+            if isinstance(full, SlmError):
+                error = SlmError(f"{row.place}: {full.message}", full.hint)
+                if bad is None:
+                    raise error
+                bad.append(error)
+                continue
+            cut = full.cut(max_length)
+            if not cut.trained:
+                skipped += 1
+                continue
+            truncated += len(cut.ids) < len(full.ids)
+            kept.append(cut)
+        return Examples(tuple(kept), truncated, skipped)
+
+    def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
         literal = self.tokenizer.encode_literal
-        match row:
-            case InstructionRow():
-                read = turn_ids(self.tokenizer, instruction_request(row.instruction, row.input))
-                # The template trims what is said, so that is what the model meets in a conversation's earlier turns.
-                learned = [*literal(row.output.strip()), self.turn_token_ids()[1], self.end_of_text]
-            case CompletionRow():
-                read = self._before + literal(row.prompt)
-                learned = [*literal(row.completion), self.end_of_text]
-            case TextRow():
-                read = self._before
-                learned = [*literal(row.text), self.end_of_text]
+        conversations = [row.messages for row in rows if isinstance(row, ChatRow)]
+        in_turns = dialogues(self.tokenizer, conversations, self._ends)
+        for row in rows:
+            match row:
+                case ChatRow():
+                    dialogue = next(in_turns)
+                    yield dialogue if isinstance(dialogue, SlmError) else self._answered(dialogue)
+                case CompletionRow():
+                    read = self._before + literal(row.prompt)
+                    yield self._ended(read, literal(row.completion))
+                case TextRow():
+                    yield self._ended(self._before, literal(row.text))
+
+    def _ended(self, read: list[int], learned: list[int]) -> Example:
         # Without anything before it the first token of all cannot be predicted.
-        return Example(tuple(read + learned), max(1, len(read)))
+        return Example.ending((*read, *learned, self.end_of_text), max(1, len(read)))
 
-    def examples(self, rows: Sequence[Row], max_length: int) -> Examples:
-        """Returns the rows cut to `max_length` tokens; a row of which nothing to learn is left is skipped."""
-        full = [self.example(row) for row in rows]
-        cut = [Example(example.ids[:max_length], example.start) for example in full]
-        kept = tuple(example for example in cut if example.trained > 0)
-        truncated = sum(len(a.ids) < len(b.ids) and a.trained > 0 for a, b in zip(cut, full, strict=True))
-        return Examples(kept, truncated, skipped=len(full) - len(kept))
+    def _answered(self, dialogue: Dialogue) -> Example:
+        """Returns a conversation; the end of the last answer is followed by the end of the text, learned too."""
+        if dialogue.ids[-1] == self.end_of_text:
+            return Example(dialogue.ids, dialogue.answers)
+        *answers, (start, end) = dialogue.answers
+        return Example((*dialogue.ids, self.end_of_text), (*answers, (start, end + 1)))
 
-    def preview(self, example: Example) -> tuple[str, str]:
-        """Returns the tokens that are read and those that are learned, for a person to check."""
-        return self._spelt(example.ids[: example.start]), self._spelt(example.ids[example.start :])
+    def preview(self, example: Example) -> list[tuple[bool, str]]:
+        """Returns the parts of an example: whether each is learned, and its tokens, for a person to check."""
+        parts, place = [], 0
+        for start, end in example.spans:
+            if start > place:
+                parts.append((False, self._spelt(example.ids[place:start])))
+            parts.append((True, self._spelt(example.ids[start:end])))
+            place = end
+        if len(parts) > _PARTS_SHOWN:
+            half = _PARTS_SHOWN // 2
+            left_out = (False, f"({len(parts) - 2 * half} more parts)")
+            parts = [*parts[:half], left_out, *parts[-half:]]
+        return parts
 
     def _spelt(self, ids: Sequence[int]) -> str:
         texts = [repr(self.tokenizer.backend.decode([token], skip_special_tokens=False))[1:-1] for token in ids]

@@ -1,135 +1,203 @@
-"""The training loop of an adapter: AdamW, warm-up and decay, the best epoch kept."""
+"""The training loop: AdamW, warm-up and decay, the best epoch kept, and stopping where the run can be gone on from."""
 
+import hashlib
 import math
 import random
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from slm.core.errors import SlmError
+from slm.core.nn import CausalLM
 from slm.core.progress import Progress
-from slm.finetune.adapter import TunableLM, adapter_state
-from slm.finetune.batches import Batch, batch_loss, epoch_batches, mean_loss
+from slm.finetune.adapter import TunableLM
+from slm.finetune.batches import Batch, Packed, batch_loss, casting, epoch_batches, mean_loss
 from slm.finetune.examples import Example
-from slm.finetune.settings import LoraSettings
-from slm.train.metrics import Kind, Row
+from slm.finetune.settings import FinetuneSettings
+from slm.finetune.state import Standing, State
+from slm.train.interrupt import Interruption
+from slm.train.metrics import Row
 from slm.train.precision import Precision
 from slm.train.schedule import learning_rate
 
 # Share of the updates in which the rate rises to its peak; it then falls to 0 along a cosine.
 WARMUP = 0.05
 _BETAS = (0.9, 0.999)
-# An adapter starts as no change at all, and decay would only pull it back there.
+# An adapter starts as no change at all, and decay would only pull it back there; a whole model starts as one that is good.
 _WEIGHT_DECAY = 0.0
+# Saving takes time and disk; a killed run loses this much at most. Ctrl-C and SIGTERM save first.
+_SAVE_EVERY_S = 300.0
 
 
-@dataclass
 class Fit:
-    """A trained adapter. Losses are nats a learned token.
+    """A run from where it stands to its end."""
 
-    Attributes:
-        loss_before: Of the base, on the rows that are measured.
-        loss: Of the adapter that was kept.
-        best_epoch: The epoch after which it was kept: the first with the lowest loss.
-        updates: Steps of the optimizer, all epochs together.
-        state: The adapter's tensors after that epoch.
-        history: Rows for `slm.train.metrics.Metrics`.
-    """
+    def __init__(
+        self,
+        model: TunableLM | CausalLM,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Sequence[Packed],
+        measured: Sequence[Example],
+        settings: FinetuneSettings,
+        precision: Precision,
+        standing: Standing,
+    ) -> None:
+        """Puts together what a run needs.
 
-    loss_before: float
-    loss: float = math.inf
-    best_epoch: int = 0
-    updates: int = 0
-    state: dict[str, Tensor] = field(default_factory=dict)
-    history: list[tuple[Kind, Row]] = field(default_factory=list)
-
-
-def fit(
-    adapter: PeftModel,
-    train: Sequence[Example],
-    measured: Sequence[Example],
-    settings: LoraSettings,
-    precision: Precision,
-    progress: Progress,
-) -> Fit:
-    """Trains the adapter that is on a model.
-
-    Args:
-        adapter: A model with a fresh adapter, on its device.
-        train: What is trained on.
-        measured: What the loss is measured on, before the first epoch and after every one.
-        settings: With nothing left open.
-        precision: What the products are computed in while training; the losses are measured in float32.
-        progress: Is told how it goes.
-
-    Raises:
-        SlmError: When the loss is no longer finite.
-    """
-    assert settings.epochs is not None
-    model: TunableLM = adapter.get_base_model()
-    learner = _Learner(adapter, settings, precision, settings.epochs * math.ceil(len(train) / settings.batch_size))
-    order = random.Random(settings.seed)
-    done = Fit(loss_before=mean_loss(model, measured, settings.batch_size))
-    done.history.append(("eval", {"epoch": 0, "updates": 0, "tokens": 0, "loss": done.loss_before}))
-    tokens = 0
-    progress.start("fine-tuning", learner.total, "updates")
-    try:
-        for epoch in range(1, settings.epochs + 1):
-            model.train()
-            for batch in epoch_batches(train, settings.batch_size, order):
-                row = learner.update(batch)
-                done.updates, tokens = done.updates + 1, tokens + batch.trained
-                done.history.append(("train", {"epoch": epoch, "updates": done.updates, "tokens": tokens, **row}))
-                progress.advance(epoch=f"{epoch}/{settings.epochs}", loss=f"{row['loss']:.3f}")
-            loss = mean_loss(model, measured, settings.batch_size)
-            done.history.append(("eval", {"epoch": epoch, "updates": done.updates, "tokens": tokens, "loss": loss}))
-            if loss < done.loss:
-                done.loss, done.best_epoch = loss, epoch
-                done.state = {name: tensor.detach().cpu().clone() for name, tensor in adapter_state(adapter).items()}
-    finally:
-        progress.finish()
-    if not done.state:
-        raise SlmError("the held-out loss was never finite", "try a lower --learning-rate")
-    return done
-
-
-class _Learner:
-    """Adapter, optimizer and schedule."""
-
-    def __init__(self, adapter: PeftModel, settings: LoraSettings, precision: Precision, total: int) -> None:
-        assert settings.learning_rate is not None
-        self.total = total
-        self._model: TunableLM = adapter.get_base_model()
-        self._parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(self._parameters, betas=_BETAS, weight_decay=_WEIGHT_DECAY)
-        self._peak, self._max_grad_norm = settings.learning_rate, settings.max_grad_norm
-        self._device = self._parameters[0].device.type
+        Args:
+            model: On its device, as it is before the first update.
+            parameters: Those that are trained, by the names of the file that is made of them.
+            rows: What is trained on.
+            measured: What the loss is measured on, before the first epoch and after every one.
+            settings: With nothing left open.
+            precision: What the products are computed in.
+            standing: Of a run that has not begun.
+        """
+        assert settings.epochs is not None and settings.learning_rate is not None
+        self.standing = standing
+        self.best: dict[str, Tensor] = {}
+        self._model, self._parameters, self._rows, self._measured = model, dict(parameters), rows, measured
+        self._settings, self._autocast, self._peak = settings, precision.autocast, settings.learning_rate
+        self._updates_per_epoch = math.ceil(len(rows) / settings.batch_size)
+        self._epochs, self._total = settings.epochs, settings.epochs * self._updates_per_epoch
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(), betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True
+        )
+        self._device = model.model.norm.weight.device.type
         self._scaler = torch.amp.GradScaler(self._device, enabled=precision.scale_loss)
-        self._autocast = precision.autocast
-        self._updates = 0
+        self._batches: tuple[int, list[Batch]] = (0, [])
 
-    def update(self, batch: Batch) -> Row:
-        """Makes one update; returns its loss and learning rate."""
-        self._updates += 1
-        warmup = round(WARMUP * self.total)
+    def state(self) -> State:
+        """Returns where the run stands, with copies of nothing."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        moments = {
+            f"{names[id(parameter)]}.{field}": tensor
+            for parameter, values in self._optimizer.state.items()
+            for field, tensor in values.items()
+        }
+        standing = self.standing.model_copy(update={"scaler": self._scaler.state_dict()})
+        return State(standing, {name: p.detach() for name, p in self._parameters.items()}, moments, self.best)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Goes back to where a run of the same course stood."""
+        self.standing, self.best = state.standing, state.best
+        for name, parameter in self._parameters.items():
+            parameter.copy_(state.weights[name])
+            fields = {
+                key.removeprefix(f"{name}."): tensor
+                for key, tensor in state.optimizer.items()
+                if key.rpartition(".")[0] == name
+            }
+            if fields:
+                self._optimizer.state[parameter] = {
+                    # The step counter stays where fused AdamW looks for it: beside the parameter.
+                    field: tensor.to(parameter.device)
+                    for field, tensor in fields.items()
+                }
+        if state.standing.scaler:
+            self._scaler.load_state_dict(state.standing.scaler)
+
+    def run(self, progress: Progress, interruption: Interruption, save: Callable[[State], None]) -> None:
+        """Trains to the end, or until the rows held out have no more to gain.
+
+        Args:
+            progress: Is told how it goes.
+            interruption: Says when the run is to stop.
+            save: Keeps a state to go on from.
+
+        Raises:
+            SlmError: When the loss is no longer finite.
+            KeyboardInterrupt: After saving, when Ctrl-C asked for it.
+            SystemExit: After saving, when SIGTERM asked for it.
+        """
+        began, saved_at = time.perf_counter() - self.standing.seconds, time.perf_counter()
+        progress.start("fine-tuning", self._total, "updates")
+        progress.advance(self.standing.updates)
+        try:
+            if not self.standing.history:
+                self._measure(0)
+            while self.standing.updates < self._total and not self._out_of_patience(progress):
+                row, speed = self._update()
+                self._told(progress, row, speed)
+                epoch, into = divmod(self.standing.updates, self._updates_per_epoch)
+                if into == 0:
+                    self._measure(epoch)
+                self.standing.seconds = time.perf_counter() - began
+                stop = interruption.pending is not None and self.standing.updates < self._total
+                if stop or time.perf_counter() - saved_at > _SAVE_EVERY_S:
+                    save(self.state())
+                    saved_at = time.perf_counter()
+                if stop:
+                    progress.note(f"stopping after update {self.standing.updates:,} of {self._total:,}; it is saved")
+                    interruption.deliver()
+        finally:
+            progress.finish()
+
+    def _told(self, progress: Progress, row: Row, speed: float) -> None:
+        epoch = (self.standing.updates - 1) // self._updates_per_epoch + 1
+        self.standing.history.append(("train", {"epoch": epoch, **self._position(), **row}))
+        progress.advance(epoch=f"{epoch}/{self._epochs}", loss=f"{row['loss']:.3f}", tok_s=f"{speed:,.0f}")
+
+    def _position(self) -> Row:
+        return {"updates": self.standing.updates, "tokens": self.standing.tokens}
+
+    def _measure(self, epoch: int) -> None:
+        loss = mean_loss(self._model, self._measured, self._settings.batch_size, self._autocast)
+        if not math.isfinite(loss):
+            hint = "try a lower --learning-rate" if epoch else "slm eval measures the base"
+            raise SlmError(f"the held-out loss is {loss} after {epoch} epochs", hint)
+        self.standing.history.append(("eval", {"epoch": epoch, **self._position(), "loss": loss}))
+        if epoch == 0:
+            self.standing.loss_before = loss
+        elif self.standing.loss is None or loss < self.standing.loss:
+            self.standing.loss, self.standing.best_epoch = loss, epoch
+            self.best = {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
+
+    def _out_of_patience(self, progress: Progress) -> bool:
+        epoch, into = divmod(self.standing.updates, self._updates_per_epoch)
+        since, patience = epoch - self.standing.best_epoch, self._settings.patience
+        out = into == 0 and patience is not None and self.standing.loss is not None and since >= patience
+        if out:
+            progress.note(f"stopping early: no new best in {since} epochs")
+        return out
+
+    def _batch(self, update: int) -> Batch:
+        """Returns what an update learns from; which follows from its number and the seed."""
+        epoch, place = divmod(update, self._updates_per_epoch)
+        if self._batches[0] != epoch or not self._batches[1]:
+            order = random.Random(f"{self._settings.seed} {epoch}")
+            self._batches = epoch, epoch_batches(self._rows, self._settings.batch_size, order)
+        return self._batches[1][place]
+
+    def _update(self) -> tuple[Row, float]:
+        """Makes one update; returns its loss and learning rate, and tokens a second."""
+        began = time.perf_counter()
+        batch = self._batch(self.standing.updates)
+        number = self.standing.updates + 1
+        # Dropout follows from the update's number too, so that a run that goes on draws what it would have drawn.
+        digest = hashlib.sha256(f"{self._settings.seed} {number}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         # One more than there are, so that the last update is not made at a rate of 0.
-        total = self.total + 1
-        rate = learning_rate(self._updates, peak=self._peak, final=0.0, start=0.0, warmup=warmup, total=total)
+        warmup, total = round(WARMUP * self._total), self._total + 1
+        rate = learning_rate(number, peak=self._peak, final=0.0, start=0.0, warmup=warmup, total=total)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        autocast = torch.autocast(self._device, dtype=self._autocast) if self._autocast else nullcontext()
-        with autocast:
-            loss = batch_loss(self._model, batch) / batch.trained
+        self._model.train()
+        with casting(self._model, self._autocast):
+            loss = batch_loss(self._model, batch)
         if not loss.isfinite():
-            raise SlmError(f"update {self._updates:,}: the loss is {loss.item()}", "try a lower --learning-rate")
+            raise SlmError(f"update {number:,}: the loss is {loss.item()}", "try a lower --learning-rate")
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
-        torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.max_grad_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad()
-        return {"loss": loss.item(), "learning_rate": rate}
+        self.standing.updates, self.standing.tokens = number, self.standing.tokens + batch.trained
+        return (
+            {"loss": loss.item(), "learning_rate": rate},
+            batch.input_ids.numel() / (time.perf_counter() - began),
+        )

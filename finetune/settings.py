@@ -13,22 +13,30 @@ PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "
 
 # A longer row is cut here when nobody says otherwise: answers are short, and memory grows with the longest row.
 DEFAULT_MAX_LENGTH = 512
+# "LoRA Without Regret" finds the best rate for an adapter ten times that for all weights.
+_FULL = 0.1
 
 
-class LoraSettings(BaseModel):
-    """Hyperparameters of low-rank adaptation (arXiv:2106.09685) and of its training.
+class FinetuneSettings(BaseModel):
+    """Hyperparameters of fine-tuning, by low-rank adaptation (arXiv:2106.09685) or of all weights.
 
     None means that the value follows from the model or the data; `resolved` says how.
 
     Attributes:
+        method: "lora" trains an adapter, "full" every weight.
         rank: Columns of A and rows of B; 8 as in the paper's GPT-3 runs.
         alpha: The update is scaled by alpha / rank.
+        rslora: Scale it by alpha / sqrt(rank) instead, which keeps what is learned from shrinking with the rank
+            (arXiv:2312.03732).
+        dora: Learn the length of each row of the adapted matrices beside their direction (arXiv:2402.09353).
         dropout: Share of a projection's inputs that the adapter does not see in a training step.
         target_modules: The projections that get an adapter. All seven: attention alone learns less for the same number
             of parameters (arXiv:2305.14314, section 4).
         learning_rate: Peak of AdamW's rate.
-        epochs: Passes over the rows; the adapter of the best one is kept.
+        epochs: Passes over the rows; the best one is kept.
+        patience: Passes without a new best after which training ends; None goes on to the end.
         batch_size: Rows in an update.
+        pack: Put several examples into a row, as many as fit into `max_length`; they do not see each other.
         max_length: Tokens of a row, special tokens included.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
         seed: Of the adapter's first weights, the dropout and the order of the rows.
@@ -36,13 +44,18 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    method: Literal["lora", "full"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: int = Field(default=16, gt=0)
+    rslora: bool = False
+    dora: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[Projection, ...] = Field(default=PROJECTIONS, min_length=1)
     learning_rate: float | None = Field(default=None, gt=0)
     epochs: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=3, ge=1)
     batch_size: int = Field(default=8, ge=1)
+    pack: bool = False
     max_length: int | None = Field(default=None, ge=2)
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -55,11 +68,12 @@ class LoraSettings(BaseModel):
         except ValidationError as error:
             raise SlmError(f"the fine-tuning settings are wrong: {first_mistake(error)}") from None
 
-    def resolved(self, config: ModelConfig, rows: int) -> "LoraSettings":
+    def resolved(self, config: ModelConfig, rows: int) -> "FinetuneSettings":
         """Returns the settings with nothing left open, for a model and a number of training rows."""
+        rate = default_learning_rate(config.hidden_size) * (1.0 if self.method == "lora" else _FULL)
         return self.model_copy(
             update={
-                "learning_rate": self.learning_rate or default_learning_rate(config.hidden_size),
+                "learning_rate": self.learning_rate or rate,
                 "epochs": self.epochs or default_epochs(rows, self.batch_size),
                 "max_length": self.context(config),
             }

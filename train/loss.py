@@ -6,6 +6,7 @@ the backward pass is as large as the hidden states and the head's weights, whate
 Dimensions: N positions, D hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,13 @@ _ROWS = 256
 _CACHED_BYTES = 2 << 20
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    rows: tuple[Sequence[int], Tensor] | None = None,
+) -> Tensor:
     """Returns the mean cross-entropy of the logits `hidden @ weight.T`, in nats a token, float32.
 
     The products are computed in autocast's type where it is on, softmax and sums in float32.
@@ -35,20 +42,38 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
         weight: The head (V, D).
         targets: Ids (N,); those that are `IGNORED` count neither in the loss nor in its mean.
         chunk: Positions whose logits exist at once; None takes what fits into `CHUNK_BYTES`.
+        rows: Ids, and rows (R, D) that stand in the place of theirs in a head that is not learned; the rows may be.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype)
+    ids, values = rows if rows is not None else (None, None)
+    if not torch.is_grad_enabled():  # a function is told what could have a gradient, not whether anybody wants one
+        hidden, weight, values = hidden.detach(), weight.detach(), None if values is None else values.detach()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype, ids, values)
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        dtype: torch.dtype,
+        ids: Sequence[int] | None,
+        values: Tensor | None,
+    ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _forward(ctx, hidden, weight, targets, chunk, dtype)
+            replaced = None
+            if ids is not None and values is not None:
+                if ctx.needs_input_grad[1]:
+                    raise ValueError("rows take the place of a head's that is not learned")
+                replaced = _Rows(torch.tensor(ids, device=hidden.device), values.to(dtype), ctx.needs_input_grad[6])
+            return _forward(ctx, hidden, weight, targets, chunk, dtype, replaced)
 
     @staticmethod
     @once_differentiable
@@ -58,11 +83,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients were handed out already: there is no second backward pass")
         scale = gradient * ctx.scale
         # In place: the head's gradient is as large as the head, and nobody else has seen it.
-        hidden, weight = (None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
-        return hidden, weight, None, None, None
+        hidden, weight, rows = (None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
+        return hidden, weight, None, None, None, None, rows
 
 
-def _forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+class _Rows:
+    """Rows of a head that stand in the place of others.
+
+    Args:
+        ids: Whose place, int64 (R,).
+        values: The rows (R, D), in the type of the products.
+        learned: Whether their gradient is wanted.
+    """
+
+    def __init__(self, ids: Tensor, values: Tensor, learned: bool) -> None:
+        self._ids, self._values = ids, values
+        self.gradient = torch.zeros(values.shape, dtype=torch.float32, device=values.device) if learned else None
+
+    def put(self, logits: Tensor, inputs: Tensor) -> None:
+        """Puts their logits among the others (n, V), for inputs (n, D)."""
+        logits[:, self._ids] = inputs @ self._values.T
+
+    def take(self, gradients: Tensor, inputs: Tensor) -> Tensor:
+        """Takes the gradients of their logits away, which leaves zeros, and returns those of the inputs (n, D)."""
+        mine = gradients[:, self._ids]
+        gradients[:, self._ids] = 0
+        if self.gradient is not None:
+            self.gradient += mine.T @ inputs
+        return mine @ self._values
+
+
+def _forward(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    dtype: torch.dtype,
+    replaced: _Rows | None = None,
+) -> Tensor:
     wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     # Not divided by their number yet: divided, most of them would be too small for float16.
     hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
@@ -78,13 +137,18 @@ def _forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: i
             block = slice(start, min(start + step, rows.stop))
             values = logits[block.start - first : block.stop - first]
             torch.mm(inputs[block], head.T, out=values)
+            if replaced is not None:
+                replaced.put(values, inputs[block])
             total += _softmax_minus_target(values, targets[block], learned[block])
+            taken = None if replaced is None else replaced.take(values, inputs[block])
             if hidden_gradient is not None:
                 hidden_gradient[block] = values @ head
+                if taken is not None:
+                    hidden_gradient[block] += taken
         if wants_weight:
             part = logits.T @ inputs[rows]
             weight_gradient = part.float() if weight_gradient is None else weight_gradient.add_(part)
-    ctx.gradients = hidden_gradient, weight_gradient
+    ctx.gradients = hidden_gradient, weight_gradient, None if replaced is None else replaced.gradient
     ctx.scale = learned.sum().clamp(min=1).reciprocal()
     mean: Tensor = total * ctx.scale
     return mean

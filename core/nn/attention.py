@@ -34,6 +34,18 @@ class Positions:
     sin: Tensor
     mask: Tensor | BlockMask | None
 
+    def apart(self, segments: Tensor) -> "Positions":
+        """Returns the same for rows of several texts, numbered (B, T), which do not see each other.
+
+        Rotation is by distance alone, so that their positions may go on from one to the next.
+        """
+        length = segments.shape[1]
+        same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
+        if self.mask is None:
+            return Positions(self.cos, self.sin, same.tril())
+        assert isinstance(self.mask, Tensor) and self.mask.shape[-1] == length, "texts of a row are kept apart by masks"
+        return Positions(self.cos, self.sin, same & self.mask)
+
 
 def attend_in_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Maps queries (B, N, T, H) and keys and values (B, K, T, H) to (B, N, T, H), causally.

@@ -62,9 +62,20 @@ class TextModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Maps ids (B, T) to hidden states (B, T, D); see `CausalLM.forward`."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """Maps ids (B, T) to hidden states (B, T, D); see `CausalLM.forward`.
+
+        Of several texts in a row, `segments` (B, T) numbers each token's: none sees another's. Without cache and mask.
+        """
         kinds = self.positions(input_ids, attention_mask, 0 if cache is None else cache.length)
+        if segments is not None:
+            kinds = {kind: positions.apart(segments) for kind, positions in kinds.items()}
         x = self.embed_tokens(input_ids)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)

@@ -36,7 +36,7 @@ def test_the_newest_checkpoint_gets_an_adapter_beside_it(slm: Slm, run: Path) ->
     result = slm("finetune", "--lora", "pairs.jsonl", *QUICK)
     assert result.code == 0, result.err
     assert "no --base named: the newest, runs/tiny/checkpoint/best" in result.err
-    assert "first row, read only: <|endoftext|>|<start_of_turn>|" in result.err
+    assert "row 1, read only: <|endoftext|>|<start_of_turn>|" in result.err
     assert "<end_of_turn>|<|endoftext|>" in result.err
     assert "adapter runs/tiny/adapters/pairs" in result.out and "nats a token on the training rows" in result.out
     assert (run / "adapters" / "pairs" / "adapter_model.safetensors").is_file()
@@ -55,6 +55,7 @@ def test_every_option_reaches_the_run(slm: Slm, run: Path) -> None:
     options = {
         "rank": 3,
         "alpha": 5,
+        "patience": 7,
         "dropout": 0.25,
         "learning_rate": 0.001,
         "epochs": 2,
@@ -69,6 +70,7 @@ def test_every_option_reaches_the_run(slm: Slm, run: Path) -> None:
     )
     assert result.code == 0, result.err
     info = read_info(Path("made"))
+    assert not (info["settings"]["rslora"] or info["settings"]["dora"] or info["settings"]["pack"])
     assert {name: info["settings"][name] for name in options} == options
     assert info["validation"]["path"] == "held-out.jsonl"
 
@@ -128,7 +130,12 @@ def test_a_name_is_one_directory(slm: Slm, run: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("--lora", "pairs.jsonl", "--rank", "0"), ("--lora", "pairs.jsonl", "--out", "a", "--name", "b")],
+    [
+        (),
+        ("--lora", "a", "--full", "b"),
+        ("--lora", "pairs.jsonl", "--rank", "0"),
+        ("--lora", "pairs.jsonl", "--out", "a", "--name", "b"),
+    ],
 )
 def test_wrong_usage_exits_with_2(slm: Slm, run: Path, arguments: tuple[str, ...]) -> None:
     assert slm("finetune", *arguments).code == 2
@@ -147,7 +154,47 @@ def test_help_shows_each_kind_of_row(slm: Slm) -> None:
     told = slm("finetune", "--help").out
     for line in told.splitlines():
         if line.strip().startswith("{"):
-            assert json.loads(line[: line.index("}") + 1])
-    assert all(
-        field in told for field in ('"instruction"', '"input"', '"output"', '"prompt"', '"completion"', '"text"')
+            assert json.JSONDecoder().raw_decode(line.strip())
+    fields = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text")
+    assert all(f'"{field}"' in told for field in fields)
+
+
+def test_the_kind_of_adapter_is_an_option(slm: Slm, run: Path) -> None:
+    flags = ("--rslora", "--dora", "--pack", "--targets", "q_proj, down_proj", "--patience", "0")
+    result = slm("finetune", "--lora", "pairs.jsonl", *QUICK, *flags)
+    assert result.code == 0, result.err
+    settings = read_info(run / "adapters" / "pairs")["settings"]
+    assert settings["rslora"] and settings["dora"] and settings["pack"] and settings["patience"] is None
+    assert settings["target_modules"] == ["q_proj", "down_proj"]
+    written = json.loads((run / "adapters" / "pairs" / "adapter_config.json").read_text())
+    assert written["use_rslora"] and written["use_dora"]
+
+
+def test_in_full_there_is_another_checkpoint(slm: Slm, run: Path) -> None:
+    result = slm("finetune", "--full", "pairs.jsonl", "--epochs", "1", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["checkpoint"] == "runs/tiny-pairs/checkpoint/best"
+    assert "no --base named: the newest, runs/tiny/checkpoint/best" in result.err
+    again = slm("finetune", "--lora", "pairs.jsonl", *QUICK)  # the newest is that one now
+    assert "adapter runs/tiny-pairs/adapters/pairs" in again.out
+
+
+def test_bad_rows_are_counted_on_request(slm: Slm, run: Path) -> None:
+    write("pairs.jsonl", [*ROWS, {"txt": "a"}])
+    assert slm("finetune", "--lora", "pairs.jsonl", *QUICK).code == 1
+    result = slm("finetune", "--lora", "pairs.jsonl", "--skip-bad", *QUICK)
+    assert result.code == 0 and "1 bad" in result.out
+    assert (
+        "warning: rows left out because they are not as they should be: 1; the first: pairs.jsonl, line 6" in result.err
     )
+
+
+@pytest.mark.parametrize("option", [("--rank", "4"), ("--dora",), ("--targets", "q_proj")])
+def test_an_adapter_s_options_are_not_of_full_training(slm: Slm, run: Path, option: tuple[str, ...]) -> None:
+    result = slm("finetune", "--full", "pairs.jsonl", *option)
+    assert result.code == 2 and f"{option[0]} is an adapter's" in result.err
+
+
+def test_an_unknown_projection_is_one_error(slm: Slm, run: Path) -> None:
+    result = slm("finetune", "--lora", "pairs.jsonl", "--targets", "c_attn")
+    assert result.code == 1 and "the fine-tuning settings are wrong: target_modules" in result.err

@@ -10,7 +10,7 @@ import torch
 
 from slm.core.nn import load_checkpoint
 from slm.finetune.adapter import adapter_state, attach, save_adapter
-from slm.finetune.settings import LoraSettings
+from slm.finetune.settings import FinetuneSettings
 
 TURN_TOKEN_IDS = [1, 2]  # where train_bpe puts <start_of_turn> and <end_of_turn>
 
@@ -32,7 +32,7 @@ def random_adapter(tmp_path: Path) -> Callable[..., Path]:
     """Makes an adapter with random weights for a base, so that each of its tensors matters."""
 
     def make(base: Path, token_ids: list[int], **settings: Any) -> Path:
-        adapter = attach(load_checkpoint(base), LoraSettings(**settings), base, token_ids)
+        adapter = attach(load_checkpoint(base), FinetuneSettings(**settings), base, token_ids)
         generator = torch.Generator().manual_seed(1)
         for parameter in adapter.parameters():
             if parameter.requires_grad:

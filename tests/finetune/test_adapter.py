@@ -21,7 +21,7 @@ from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, adapter_state, attach, load_adapter
 from slm.finetune.merge import merge, merged_checkpoint
-from slm.finetune.settings import PROJECTIONS, LoraSettings
+from slm.finetune.settings import PROJECTIONS, FinetuneSettings
 from tests.finetune.conftest import TURN_TOKEN_IDS
 
 # Float32 matrix products added in another order, at logits of magnitude 50.
@@ -63,12 +63,22 @@ def on_transformers(base: Path, adapter: Path) -> Any:
     return peft.PeftModel.from_pretrained(model, adapter)
 
 
+# What an adapter may be besides plain.
+KINDS = {
+    "plain": {},
+    "rslora": {"rslora": True, "rank": 4},
+    "dora": {"dora": True},
+    "both": {"rslora": True, "dora": True},
+}
+
+
 @pytest.mark.parametrize("tokens", [[], TURN_TOKEN_IDS], ids=["projections", "with-tokens"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_same_logits_on_slm_on_transformers_and_merged(
-    base: Path, random_adapter: MakeAdapter, tokens: list[int]
+    base: Path, random_adapter: MakeAdapter, tokens: list[int], kind: str
 ) -> None:
-    adapter, ids = random_adapter(base, tokens), token_ids()
+    adapter, ids = random_adapter(base, tokens, **KINDS[kind]), token_ids()
     ours = load_adapter(load_checkpoint(base), adapter)(ids)
     assert difference(ours, load_checkpoint(base)(ids)) > 1  # the adapter matters
     theirs = on_transformers(base, adapter)
@@ -78,10 +88,11 @@ def test_the_same_logits_on_slm_on_transformers_and_merged(
 
 
 @pytest.mark.parametrize("tokens", [[], TURN_TOKEN_IDS], ids=["projections", "with-tokens"])
+@pytest.mark.parametrize("kind", ["plain", "dora"])
 def test_the_file_has_exactly_the_tensors_that_peft_makes_on_transformers(
-    base: Path, random_adapter: MakeAdapter, tokens: list[int]
+    base: Path, random_adapter: MakeAdapter, tokens: list[int], kind: str
 ) -> None:
-    ours = safetensors.torch.load_file(random_adapter(base, tokens) / ADAPTER_WEIGHTS_FILE)
+    ours = safetensors.torch.load_file(random_adapter(base, tokens, **KINDS[kind]) / ADAPTER_WEIGHTS_FILE)
     assert ours["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].dtype == torch.float32
     theirs = on_transformers(base, base.parent / "adapter")
     theirs = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
@@ -92,7 +103,7 @@ def test_the_file_has_exactly_the_tensors_that_peft_makes_on_transformers(
 def test_a_fresh_adapter_changes_nothing_and_trains_nothing_else(base: Path) -> None:
     ids = token_ids()
     before = load_checkpoint(base)(ids)
-    adapter = attach(load_checkpoint(base), LoraSettings(), base, TURN_TOKEN_IDS)
+    adapter = attach(load_checkpoint(base), FinetuneSettings(), base, TURN_TOKEN_IDS)
     assert difference(adapter.eval()(ids), before) == 0
     trained = {name for name, parameter in adapter.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name or "trainable_tokens_delta" in name for name in trained)
@@ -104,7 +115,7 @@ def test_a_fresh_adapter_changes_nothing_and_trains_nothing_else(base: Path) -> 
 def test_trained_token_rows_are_scaled_like_the_others(base: Path, random_adapter: MakeAdapter) -> None:
     # peft looks trained rows up by itself: without `embed_scale` they would come out sqrt(D) times too small.
     model = load_checkpoint(base)
-    attach(model, LoraSettings(), base, TURN_TOKEN_IDS)
+    attach(model, FinetuneSettings(), base, TURN_TOKEN_IDS)
     plain = load_checkpoint(base).model.embed_tokens
     ids = torch.tensor([[0, 1, 2, 3]])
     assert torch.equal(model.model.embed_tokens(ids), plain(ids))
@@ -163,7 +174,8 @@ def edit(adapter: Path, **fields: Any) -> None:
     ("fields", "said"),
     [
         ({"peft_type": "IA3"}, "an adapter of type 'IA3'"),
-        ({"use_dora": True}, "asks for use_dora=True"),
+        ({"use_qalora": True}, "asks for use_qalora=True"),
+        ({"use_dora": True}, "do not fit the configuration; missing"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "asks for megatron_config"),
         ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"),
         ({"bias": "all"}, "asks for bias='all'"),

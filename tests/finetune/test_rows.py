@@ -1,14 +1,21 @@
 """Reading rows: three kinds, two layouts, and every mistake with its line."""
 
+import csv
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from slm.core.errors import SlmError
-from slm.finetune.rows import CompletionRow, InstructionRow, TextRow, read_rows
+from slm.finetune.rows import ChatRow, CompletionRow, TextRow, instruction_row, read_rows
 
 GOOD = '{"text": "fine"}\n'
+
+
+def chat(*roles: str) -> str:
+    return json.dumps({"messages": [{"role": role, "content": "x"} for role in roles]})
 
 
 def write(text: str | bytes, name: str = "rows.jsonl") -> Path:
@@ -17,7 +24,7 @@ def write(text: str | bytes, name: str = "rows.jsonl") -> Path:
     return path
 
 
-def test_the_three_kinds_may_stand_in_one_file() -> None:
+def test_the_kinds_may_stand_in_one_file() -> None:
     rows = read_rows(
         write(
             '{"instruction": "Add.", "input": "1 1", "output": "2"}\n'
@@ -28,8 +35,8 @@ def test_the_three_kinds_may_stand_in_one_file() -> None:
         )
     )
     assert rows == [
-        InstructionRow("Add.", "1 1", "2"),
-        InstructionRow("Name a colour.", "", "Blue."),
+        instruction_row("Add.", "1 1", "2"),
+        instruction_row("Name a colour.", "", "Blue."),
         CompletionRow("", " blue."),
         TextRow("Once."),
     ]
@@ -61,6 +68,17 @@ def test_a_line_separator_inside_a_string_ends_no_line() -> None:
         ('{"prompt": "a", "completion": ""}', "line 2: 'completion' is empty"),
         ('{"instruction": "a", "output": "\\n"}', "line 2: 'output' is empty"),
         ('{"text": "a", "prompt": "b", "completion": "c"}', "line 2: has 'prompt' + 'completion' and 'text'"),
+        ('{"messages": "Hi"}', "line 2: 'messages' is text instead of an array of messages"),
+        ('{"messages": []}', "line 2: nobody answers in 'messages'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: nobody answers in 'messages'"),
+        ('{"messages": [1]}', "line 2, message 1: a number instead of an object"),
+        ('{"messages": [{"role": "user"}]}', "line 2, message 1: has 'role' instead of 'role' and 'content'"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "line 2, message 1: nobody is called 'bot'"),
+        ('{"messages": [{"role": "assistant", "content": " "}]}', "line 2, message 1: 'content' is empty"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "line 2, message 1: 'content' is null instead of"),
+        (chat("user", "assistant", "assistant"), "line 2, message 3: assistant again"),
+        (chat("user", "assistant", "system"), "line 2: a message of the system's comes after the first"),
+        ('{"conversations": [{"from": "gpt", "text": "a"}]}', "line 2, message 1: has 'from', 'text' instead of"),
         ('{"text": "\\ud800"}', "line 2: 'text' holds half of a surrogate pair"),
         ('{"text": ' + "9" * 5000 + "}", "line 2: not JSON that can be read"),
         ("[" * 100_000, "line 2: not JSON that can be read"),
@@ -70,6 +88,9 @@ def test_a_bad_line_is_named_with_what_is_expected(bad: str, said: str) -> None:
     with pytest.raises(SlmError) as error:
         read_rows(write(GOOD + bad + "\n" + GOOD))
     assert f"rows.jsonl, {said}" in error.value.message
+    skipped: list[SlmError] = []
+    assert read_rows(write(GOOD + bad + "\n" + GOOD), skipped) == [TextRow("fine"), TextRow("fine")]
+    assert [each.message for each in skipped] == [error.value.message]
     assert error.value.hint and "\n" not in error.value.message
 
 
@@ -99,3 +120,92 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "none.jsonl")
     with pytest.raises(SlmError, match="is a directory"):
         read_rows(tmp_path)
+
+
+MESSAGES = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Hello."},
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": MESSAGES},
+        {"conversations": MESSAGES},
+        {"messages": [m | {"role": "model"} if m["role"] == "assistant" else m for m in MESSAGES]},
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Hi."},
+                {"from": "gpt", "value": "Hello."},
+            ]
+        },
+    ],
+)
+def test_a_conversation_may_be_written_in_several_ways(row: dict[str, object]) -> None:
+    assert read_rows(write(json.dumps(row))) == [ChatRow(MESSAGES)]  # type: ignore[arg-type]
+
+
+TABLES = {
+    "text": [{"text": 'one, "two"\nthree'}, {"text": "four"}],
+    "completion": [{"prompt": "", "completion": " a"}, {"prompt": "b", "completion": " c"}],
+    "instruction": [
+        {"instruction": "a", "input": "", "output": "b"},
+        {"instruction": "c", "input": "d", "output": "e"},
+    ],
+    "messages": [{"messages": list(MESSAGES)}, {"messages": list(MESSAGES[1:])}],
+    "conversations": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("form", ["csv", "tsv", "parquet"])
+def test_tables_hold_the_same_rows(kind: str, form: str) -> None:
+    rows = TABLES[kind]
+    path = Path(f"rows.{form}")
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            table = csv.writer(file, delimiter="," if form == "csv" else "\t")
+            table.writerow(rows[0])
+            table.writerows([v if isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows)
+    assert read_rows(path) == read_rows(write("".join(json.dumps(row) + "\n" for row in rows)))
+
+
+def test_a_table_may_have_other_columns_and_holes() -> None:
+    rows = [{"id": 1, "instruction": "a", "input": None, "output": "b"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "rows.parquet")
+    assert read_rows(Path("rows.parquet")) == [instruction_row("a", "", "b")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('text\nfine\n"two\nlines"\n" "\n', "rows.csv, line 5: 'text' is empty"),
+        ("text\nfine\na,b\n", "rows.csv, line 3: 2 cells under 1 names: text"),
+        ("prompt,completion\na\n", "rows.csv, line 2: 1 cell under 2 names: prompt, completion"),
+        ("a,b\nc,d\n", "rows.csv, line 2: has 'a', 'b', which is no kind of row"),
+        ('messages\n"no json"\n', "rows.csv, line 2: 'messages' is text instead of an array"),
+        ('text\n"not closed\n', "rows.csv, line 2: not CSV"),
+        ("text\n", "there is no row in rows.csv"),
+        ("", "there is no row in rows.csv"),
+    ],
+)
+def test_a_bad_line_of_a_table_is_named(text: str, said: str) -> None:
+    with pytest.raises(SlmError) as error:
+        read_rows(write(text, "rows.csv"))
+    assert said in error.value.message
+
+
+def test_a_bad_row_of_parquet_is_named_and_a_bad_file_too() -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), "rows.parquet")
+    with pytest.raises(SlmError, match=r"rows\.parquet, row 2: has no field"):
+        read_rows(Path("rows.parquet"))
+    write("text\n", "rows.parquet")
+    with pytest.raises(SlmError, match=r"rows\.parquet: not Parquet"):
+        read_rows(Path("rows.parquet"))
+    with pytest.raises(SlmError, match="cannot read fine-tuning data"):
+        read_rows(Path("none.parquet"))

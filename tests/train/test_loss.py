@@ -102,3 +102,41 @@ def test_the_logits_never_exist_at_once() -> None:
     with Largest(101) as seen:
         linear_cross_entropy(hidden, weight, targets, chunk=8).backward()
     assert seen.rows == 8
+
+
+@pytest.mark.parametrize("chunk", [8, None])
+def test_rows_stand_in_the_place_of_the_head_s(chunk: int | None) -> None:
+    hidden, weight, targets = inputs()
+    weight = weight.detach()
+    ids = [7, 3]
+    targets[:4] = torch.tensor([3, 7, 3, 9])
+    rows = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(1), requires_grad=True)
+    whole = weight.index_copy(0, torch.tensor(ids), rows)
+    wanted = gradients(F.cross_entropy(hidden @ whole.T, targets), hidden, rows)
+    got = gradients(linear_cross_entropy(hidden, weight, targets, chunk, (ids, rows)), hidden, rows)
+    assert differences(got, wanted) < TOLERANCE
+    # the control: the two the other way round
+    got = gradients(linear_cross_entropy(hidden, weight, targets, chunk, (ids[::-1], rows)), hidden, rows)
+    assert differences(got, wanted) > 100 * TOLERANCE
+
+
+def test_rows_of_a_head_that_is_learned_are_refused() -> None:
+    hidden, weight, targets = inputs()
+    with pytest.raises(ValueError, match="not learned"):
+        linear_cross_entropy(hidden, weight, targets, rows=([1], torch.zeros(1, weight.shape[1])))
+
+
+def test_measuring_makes_no_gradients() -> None:
+    hidden, weight, targets = inputs()
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        measured = linear_cross_entropy(hidden, weight, targets)
+    products = [name for name in made if "mm" in name]
+    assert len(products) == 1  # the logits; with gradients there are three
+    assert measured.item() == pytest.approx(F.cross_entropy(hidden @ weight.T, targets).item(), rel=TOLERANCE)

@@ -1,11 +1,13 @@
 """A fine-tuning run: it learns, tells what it drops, is the same twice, and leaves all or nothing."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from slm.core.checkpoint import read_config, read_info
@@ -18,15 +20,15 @@ from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Example, Renderer
-from slm.finetune.lora import FinetuneResult, finetune
-from slm.finetune.merge import merge
+from slm.finetune.merge import merge, merged_checkpoint
 from slm.finetune.rows import read_rows
-from slm.finetune.settings import LoraSettings, default_epochs, default_learning_rate
+from slm.finetune.run import FinetuneResult, finetune
+from slm.finetune.settings import FinetuneSettings, default_epochs, default_learning_rate
 
 WriteRows = Callable[..., Path]
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "slm.json"]
-QUICK = LoraSettings(rank=4, epochs=2, batch_size=4)
+QUICK = FinetuneSettings(rank=4, epochs=2, batch_size=4)
 WORDS = ("one", "two", "red", "blue", "cat", "dog", "sun", "sea", "cup", "hat")
 PAIRS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in WORDS]
 
@@ -47,15 +49,15 @@ class Heard(Silent):
 
 
 class Interrupting(Silent):
-    """Presses Ctrl-C at the third update."""
+    """Presses Ctrl-C during an update."""
 
-    def __init__(self) -> None:
-        self.left = 3
+    def __init__(self, update: int = 3) -> None:
+        self.left = update
 
     def advance(self, amount: int = 1, **fields: str) -> None:
-        self.left -= 1
+        self.left -= amount if fields else 0
         if not self.left:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ def test_one_batch_can_be_learned_by_heart(
     # The shared checkpoint's small embedding bounds every logit, and with them the loss from below, at 2.3.
     model.model.embed_tokens.weight.data *= 20
     save_checkpoint(Path("base"), model, tokenizer, {})
-    settings = LoraSettings(epochs=60, batch_size=4, learning_rate=2e-2)
+    settings = FinetuneSettings(epochs=60, batch_size=4, learning_rate=2e-2)
     result = finetune(Path("base"), write_rows(PAIRS[:4]), Path("out"), settings)
     assert result.validation_rows == 0 and result.rows == 4
     assert result.loss_before > 4 and result.loss_after < 0.1
@@ -89,7 +91,9 @@ def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_row
     assert info["base"]["weights_sha256"] == sha256_file(shared_checkpoint / "model.safetensors")
     assert info["data"] == {"path": str(data), "sha256": sha256_file(data)}
     assert info["metrics"]["loss_after"] == result.loss_after
-    assert LoraSettings.model_validate(info["settings"]) == QUICK.resolved(load_checkpoint(shared_checkpoint).config, 9)
+    assert FinetuneSettings.model_validate(info["settings"]) == QUICK.resolved(
+        load_checkpoint(shared_checkpoint).config, 9
+    )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["type"] for row in rows] == ["eval", *["train"] * 3, "eval", *["train"] * 3, "eval"]
     assert rows[-1]["tokens"] == 2 * result.trained_tokens
@@ -138,7 +142,7 @@ def test_the_best_epoch_is_kept(shared_checkpoint: Path, write_rows: WriteRows) 
     # Held out: what learning makes less likely.
     learned = [{"prompt": "a", "completion": "b" * 20}]
     unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
-    settings = LoraSettings(epochs=20, learning_rate=2e-2)
+    settings = FinetuneSettings(epochs=20, learning_rate=2e-2)
     result = finetune(shared_checkpoint, write_rows(learned), Path("out"), settings, validation=unlikely)
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["type"] == "eval"]
@@ -170,7 +174,7 @@ def test_what_is_cut_and_left_out_is_said(shared_checkpoint: Path, write_rows: W
     assert (result.rows, result.truncated, result.skipped) == (2, 1, 1)
     assert "warning: rows cut at 20 tokens, which lose their end-of-text: 1" in heard.notes
     assert "warning: rows left out, whose prompt alone has 20 tokens or more: 1" in heard.notes
-    assert heard.notes[:2] == ["first row, read only: <|endoftext|>|a", "first row, learned:   b|<|endoftext|>"]
+    assert heard.notes[:2] == ["row 1, read only: <|endoftext|>|a", "row 1, learned:   b|<|endoftext|>"]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,7 @@ def test_rows_that_teach_nothing_or_no_end_are_refused(
 
 def test_a_row_may_not_be_longer_than_the_context(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     with pytest.raises(SlmError, match="max_length 257 is longer than the base's context of 256"):
-        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), LoraSettings(max_length=257))
+        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), FinetuneSettings(max_length=257))
 
 
 def test_an_adapter_is_replaced_only_when_told(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -216,10 +220,153 @@ def test_what_is_no_adapter_is_never_replaced(shared_checkpoint: Path, write_row
     assert data.is_file() and (shared_checkpoint / "model.safetensors").is_file()
 
 
-def test_an_interruption_leaves_nothing(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+METHODS: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.2}, "dora": {"dora": True}, "full": {"method": "full"}}
+
+
+def bytes_made(out: Path) -> dict[str, bytes]:
+    """What a run made, but for what differs from one time to the next: the seconds, and the picture's date."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in ("loss.png", "slm.json"))
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("update", [1, 3, 4])  # within the first epoch, at its end, and after it
+def test_interrupted_and_gone_on_with_is_uninterrupted(
+    shared_checkpoint: Path, write_rows: WriteRows, method: str, update: int
+) -> None:
+    data, settings = write_rows(PAIRS), QUICK.model_copy(update=METHODS[method])
+    finetune(shared_checkpoint, data, Path("whole"), settings)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK, Interrupting())
-    assert not Path("out").exists()
+        finetune(shared_checkpoint, data, Path("parts"), settings, Interrupting(update))
+    assert [path.name for path in Path("parts").iterdir()] == ["trainer"]
+    heard = Heard()
+    result = finetune(shared_checkpoint, data, Path("parts"), settings, heard)
+    assert f"going on after update {update}, as saved in parts" in heard.notes
+    assert result.updates == 6
+    assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "weights"])
+def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: WriteRows, lost: str) -> None:
+    data = write_rows(PAIRS)
+    finetune(shared_checkpoint, data, Path("whole"), QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shared_checkpoint, data, Path("parts"), QUICK, Interrupting())
+    file = Path("parts/trainer", f"{lost}.safetensors")
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, file)
+    finetune(shared_checkpoint, data, Path("parts"), QUICK)
+    assert bytes_made(Path("parts")) != bytes_made(Path("whole"))
+
+
+def test_an_interrupted_run_of_other_values_is_not_gone_on_with(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data, other = write_rows(PAIRS), write_rows(PAIRS[:9], "other.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shared_checkpoint, data, Path("out"), QUICK, Interrupting())
+    with pytest.raises(SlmError, match="an interrupted run that differs in data, rank, seed") as caught:
+        finetune(shared_checkpoint, other, Path("out"), QUICK.model_copy(update={"seed": 5, "rank": 2}))
+    assert caught.value.hint and "--overwrite" in caught.value.hint
+    assert Path("out/trainer").is_dir()
+    finetune(shared_checkpoint, other, Path("out"), QUICK, overwrite=True)
+    assert sorted(path.name for path in Path("out").iterdir()) == FILES
+
+
+def test_a_damaged_state_is_named(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data = write_rows(PAIRS)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shared_checkpoint, data, Path("out"), QUICK, Interrupting())
+    file = Path("out/trainer/optimizer.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(SlmError, match="the saved state is damaged"):
+        finetune(shared_checkpoint, data, Path("out"), QUICK)
+    finetune(shared_checkpoint, data, Path("out"), QUICK, overwrite=True)
+
+
+def test_every_weight_is_trained_in_full(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    settings = QUICK.model_copy(update={"method": "full", "learning_rate": 1e-3})
+    result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings)
+    assert result.made == Path("out/checkpoint/best") and result.loss_after < result.loss_before
+    before, after = (load_checkpoint(path) for path in (shared_checkpoint, result.made))
+    assert result.trainable_parameters == sum(p.numel() for p in before.parameters())
+    changed = {n: not torch.equal(p, after.state_dict()[n]) for n, p in before.state_dict().items()}
+    assert all(changed.values())
+    # The reported loss is that of the file, read again.
+    held_out = held_out_examples(shared_checkpoint, Path("rows.jsonl"))[-1:]
+    assert mean_loss(after, held_out, 1) == pytest.approx(result.loss_after, abs=1e-5)
+    info = read_info(result.made)
+    assert info["made_by"] == "tests" and info["finetuned"]["turns"] is True
+    with pytest.raises(SlmError, match="there is already a fine-tuned checkpoint"):
+        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings)
+
+
+def test_the_rate_for_all_weights_is_a_tenth(config: ModelConfig) -> None:
+    rates = [FinetuneSettings.checked(method=method).resolved(config, 8).learning_rate for method in ("lora", "full")]
+    assert rates[0] is not None and rates[1] == pytest.approx(rates[0] / 10)
+
+
+def test_turn_tokens_that_the_base_knows_are_left_alone(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data = write_rows(PAIRS)
+    settings = QUICK.model_copy(update={"method": "full"})
+    tuned = finetune(shared_checkpoint, data, Path("tuned"), settings).made
+    finetune(shared_checkpoint, data, Path("adapter"), QUICK)
+    merged_checkpoint(shared_checkpoint, Path("adapter"), Path("merged"))
+    sizes = [
+        finetune(base, data, Path(f"on-{base.name}"), QUICK).trainable_parameters
+        for base in (shared_checkpoint, tuned, Path("merged"))
+    ]
+    assert sizes[1] == sizes[2] == sizes[0] - 2 * 64
+
+
+def test_patience_ends_a_run_that_has_no_more_to_gain(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    learned = write_rows([{"prompt": "a", "completion": "b" * 20}])
+    unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
+    results = {}
+    for patience in (2, None):
+        heard = Heard()
+        settings = FinetuneSettings(epochs=20, learning_rate=2e-2, patience=patience)
+        result = finetune(shared_checkpoint, learned, Path(f"out-{patience}"), settings, heard, validation=unlikely)
+        results[patience] = result
+        assert ("stopping early: no new best in 2 epochs" in heard.notes) == (patience == 2)
+    assert results[2].updates == results[2].best_epoch + 2 < 20 == results[None].updates
+
+
+def test_packed_rows_are_fewer_and_are_learned(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    settings = QUICK.model_copy(update={"pack": True, "max_length": 100, "batch_size": 1})
+    heard = Heard()
+    result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings, heard)
+    assert result.rows == 9 and result.updates < 2 * 9
+    assert f"packed into {result.updates // 2} rows of at most 100 tokens" in heard.notes
+    assert result.loss_after < result.loss_before
+
+
+def test_bad_rows_are_left_out_when_told(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    rows = [*PAIRS[:3], {"txt": "a"}, *PAIRS[3:6], {"text": 7}]
+    with pytest.raises(SlmError, match="line 4: has 'txt'"):
+        finetune(shared_checkpoint, write_rows(rows), Path("out"), QUICK)
+    heard = Heard()
+    result = finetune(shared_checkpoint, write_rows(rows), Path("out"), QUICK, heard, skip_bad=True)
+    assert (result.rows, result.bad) == (6, 2)
+    assert any("not as they should be: 2; the first: " in note and "line 4" in note for note in heard.notes)
+    with pytest.raises(SlmError, match="there is no good row"):
+        finetune(shared_checkpoint, write_rows([{"txt": "a"}]), Path("none"), QUICK, skip_bad=True)
+
+
+def test_two_rows_are_shown_before_they_are_learned(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    heard = Heard()
+    finetune(shared_checkpoint, write_rows([{"messages": chat}, *PAIRS]), Path("out"), QUICK, heard)
+    shown = [note for note in heard.notes if note.startswith("row ")]
+    assert [note[:16] for note in shown] == [
+        *("row 1, read only", "row 1, learned: ") * 2,
+        *("row 2, read only", "row 2, learned: "),
+    ]
+    assert shown[1] == "row 1, learned:   b|<end_of_turn>"
+    assert shown[3] == "row 1, learned:   d|<end_of_turn>|<|endoftext|>"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -233,6 +380,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(shared_checkpoint: Path, write_r
     "knob",
     [
         *({"rank": 2}, {"alpha": 4}, {"dropout": 0.5}, {"target_modules": ("q_proj",)}),
+        *({"rslora": True}, {"dora": True}, {"method": "full"}, {"pack": True}),
         *({"learning_rate": 1e-5}, {"max_grad_norm": 1e-3}, {"batch_size": 3}, {"max_length": 50}),
     ],
     ids=lambda knob: next(iter(knob)),
@@ -258,7 +406,7 @@ def test_defaults_follow_the_model_and_the_data() -> None:
 def test_measuring_uses_no_dropout(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data = write_rows(PAIRS)
     results = [
-        finetune(shared_checkpoint, data, Path(name), LoraSettings(epochs=1, dropout=dropout, learning_rate=1e-12))
+        finetune(shared_checkpoint, data, Path(name), FinetuneSettings(epochs=1, dropout=dropout, learning_rate=1e-12))
         for name, dropout in (("with", 0.9), ("without", 0.0))
     ]
     assert results[0].loss_after == pytest.approx(results[1].loss_after, abs=1e-6)

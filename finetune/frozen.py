@@ -1,0 +1,192 @@
+"""How a model with an adapter is computed while it learns: peft's arithmetic, without what frozen weights make needless.
+
+peft's modules keep the parameters; what computes them is replaced. Frozen matrices are cast to the type of the products once,
+where autocast would cast them in every forward pass. A projection and its adapter are one operation that keeps its input and
+nothing else. Norms, whose gains are frozen, keep their input alone. Trained rows of the embedding and of the head are put in
+where they are used; peft copies the whole table for them, and its gradient.
+
+Dimensions: B rows, T positions, N = B · T, I inputs, O outputs, R rank, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from slm.core.nn.layers import RMSNorm, ScaledEmbedding
+from slm.finetune.adapter import ADAPTER, TunableLM, trained_rows
+
+# Norms whose output goes into products alone.
+_INTO_PRODUCTS = ("input_layernorm", "pre_feedforward_layernorm")
+
+
+def lighten(model: TunableLM, products: torch.dtype | None) -> None:
+    """Replaces how a model with a fresh adapter is computed.
+
+    Args:
+        model: On its device, in float32; frozen matrices change their type for good.
+        products: What autocast will compute products in, in every forward pass from now on; None for no autocast.
+    """
+    for module in list(model.model.layers.modules()):
+        if isinstance(module, LoraLinear):
+            _replace(module, _adapted(module, products))
+        elif isinstance(module, RMSNorm):
+            _replace(module, _normed(module, None))
+        elif isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = _cast(module.weight.data, products)
+    if products is not None:
+        for name, module in model.model.layers.named_modules():
+            if isinstance(module, RMSNorm) and name.endswith(_INTO_PRODUCTS):
+                _replace(module, _normed(module, products))
+    _replace(model.model.norm, _normed(model.model.norm, products))
+    _embed_and_head(model, products)
+
+
+def _replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    setattr(module, "forward", forward)  # noqa: B010  # mypy takes methods for fixed
+
+
+def _cast(weight: Tensor, products: torch.dtype | None) -> Tensor:
+    return weight if products is None else weight.to(products)
+
+
+def _adapted(module: LoraLinear, products: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """Returns a projection with its adapter: W x + s B A x, and with DoRA each output scaled to its own magnitude."""
+    base = module.get_base_layer()
+    lora_a, lora_b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    dropout, scale = module.lora_dropout[ADAPTER], float(module.scaling[ADAPTER])
+    dora = dict(module.lora_magnitude_vector).get(ADAPTER)
+    norms = _NormOfSum(base.weight.data, scale) if dora is not None else None
+    base.weight.data = _cast(base.weight.data, products)
+
+    def forward(x: Tensor) -> Tensor:
+        weight = base.weight
+        x = x.to(weight.dtype)
+        seen = dropout(x) if module.training and isinstance(dropout, nn.Dropout) else None
+        out: Tensor = _Adapted.apply(x, seen, weight, lora_a, lora_b, scale)
+        if dora is not None and norms is not None:
+            out = out * (dora.weight / norms(lora_a, lora_b)).to(out.dtype)
+        return out
+
+    return forward
+
+
+class _NormOfSum:
+    """The norms of the rows of W + s B A, without making the sum: |w|² + 2 s w·(BA) + s² |BA|²."""
+
+    def __init__(self, weight: Tensor, scale: float) -> None:
+        self._weight, self._scale = weight, scale
+        self._squares = weight.square().sum(1)  # (O,)
+
+    @torch.no_grad()
+    def __call__(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """Returns the norms (O,) in float32; their gradient is left out, as the paper does (arXiv:2402.09353, 4.3)."""
+        with torch.autocast(lora_a.device.type, enabled=False):
+            crossed = ((self._weight @ lora_a.T) * lora_b).sum(1)
+            of_update = ((lora_b @ (lora_a @ lora_a.T)) * lora_b).sum(1)
+            squares = self._squares + 2 * self._scale * crossed + self._scale**2 * of_update
+        return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+
+class _Adapted(torch.autograd.Function):
+    """x Wᵀ + s y Aᵀ Bᵀ for inputs x (…, I), of which the adapter sees y: x itself, or what dropout left of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, seen: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1])  # (N, I)
+            read = rows if seen is None else seen.reshape(-1, x.shape[-1])
+            low = read @ lora_a.to(x.dtype).T  # (N, R)
+            out = (rows @ weight.T).addmm_(low, lora_b.to(x.dtype).T, alpha=scale)  # (N, O)
+        ctx.save_for_backward(read, low, weight, lora_a, lora_b)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        read, low, weight, lora_a, lora_b = ctx.saved_tensors
+        wants_x, wants_seen = ctx.needs_input_grad[:2]
+        with torch.autocast(gradient.device.type, enabled=False):
+            rows = gradient.reshape(-1, gradient.shape[-1])  # (N, O)
+            of_low = (rows @ lora_b.to(rows.dtype)).mul_(ctx.scale)  # (N, R)
+            of_a = (of_low.T @ read).to(lora_a.dtype)
+            of_b = (rows.T @ low).to(lora_b.dtype).mul_(ctx.scale)
+            of_x = of_seen = None
+            if wants_x:
+                of_x = rows @ weight  # (N, I)
+                if not wants_seen:
+                    of_x.addmm_(of_low, lora_a.to(rows.dtype))
+                of_x = of_x.view(ctx.shape)
+            if wants_seen:
+                of_seen = (of_low @ lora_a.to(rows.dtype)).view(ctx.shape)
+        return of_x, of_seen, None, of_a, of_b, None
+
+
+def _normed(module: RMSNorm, products: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    gain = 1.0 + module.weight.data.float()
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = _Normed.apply(x, gain, module.eps, products or x.dtype)
+        return out
+
+    return forward
+
+
+class _Normed(torch.autograd.Function):
+    """RMSNorm with a gain that is not learned, in float32 inside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        values = x.float()
+        shrink = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, shrink)
+        return (values * shrink).mul_(gain).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, shrink = ctx.saved_tensors
+        normed = x.float() * shrink
+        scaled = gradient.float() * gain
+        along = (scaled * normed).mean(-1, keepdim=True)
+        return scaled.addcmul_(normed, along, value=-1).mul_(shrink).to(x.dtype), None, None, None
+
+
+def _embed_and_head(model: TunableLM, products: torch.dtype | None) -> None:
+    """Replaces the embedding, and gives the head its matrix in the type of the products."""
+    wrapped, head = model.model.embed_tokens, trained_rows(model.lm_head)[0]
+    table, rows = trained_rows(wrapped)
+    plain: ScaledEmbedding = wrapped.original_module if isinstance(wrapped, TrainableTokensWrapper) else wrapped
+    tied = head.data_ptr() == table.data_ptr()
+    if products is not None:
+        exact = _cast(table.data, products)
+        if torch.equal(exact.float(), table.data):  # as Gemma's own weights are: one table does for both
+            table.data = exact
+            model.head_weight = table.data if tied else _cast(head.data, products)
+        else:
+            model.head_weight = exact if tied else _cast(head.data, products)
+        if not tied:
+            head.data = model.head_weight
+    scale = plain.embed_scale
+    place = torch.full(
+        (len(table),), -1, dtype=torch.int64, device=table.device
+    )  # of each token among the trained rows
+    if rows is not None:
+        place[torch.tensor(rows[0], device=table.device)] = torch.arange(len(rows[0]), device=table.device)
+
+    def embed(input_ids: Tensor) -> Tensor:
+        found = F.embedding(input_ids, plain.weight.detach()).float()  # (B, T, D)
+        if rows is not None:
+            row = place[input_ids]
+            found = torch.where((row >= 0)[..., None], rows[1][row.clamp(min=0)], found)
+        return found * scale
+
+    _replace(wrapped, embed)
