@@ -16,7 +16,7 @@ from slm.core.checkpoint import INFO_FILE, is_checkpoint, notices_of, read_confi
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.licence import recorded_notices
-from slm.core.manifest import MANIFEST_FILE, Bundle, is_bundle
+from slm.core.manifest import MANIFEST_FILE, Bundle, Manifest, is_bundle
 from slm.core.presets import PRESETS, preset
 from slm.core.weights import bytes_on_disk, tensor_bytes
 
@@ -24,6 +24,9 @@ from slm.core.weights import bytes_on_disk, tensor_bytes
 DEFAULT_CONTEXT = 4096
 # What the graph's caches are made of (`slm.core.contract`).
 CACHE_DTYPE = "float32"
+
+# What a manifest may say of how a bundle was made and proved.
+_MEASURED = ("quantization", "quality", "parity", "ranges")
 
 Details = dict[str, Any]
 
@@ -39,6 +42,7 @@ class _Subject:
         size: Bytes on disk and in memory, by name.
         recorded: How it was made, everything that was recorded.
         notices: Licence notices that go with it.
+        manifest: A bundle's.
     """
 
     config: ModelConfig
@@ -47,6 +51,7 @@ class _Subject:
     size: dict[str, int]
     recorded: Details = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    manifest: Manifest | None = None
 
 
 @click.command()
@@ -93,6 +98,9 @@ def info(
 def _report(subject: _Subject, context: int, batch: int, position: int) -> Details:
     config = subject.config
     parts = accounting.parameters(config)
+    caches = _cache(config, context, batch)
+    if (manifest := subject.manifest) is not None:
+        caches["bundle"] = accounting.bundle_cache_bytes(manifest.cache, manifest.target, context, batch)
     return {
         **subject.details,  # a checkpoint's are its whole record, and what follows takes precedence
         "config": config.model_dump(mode="json"),
@@ -100,7 +108,7 @@ def _report(subject: _Subject, context: int, batch: int, position: int) -> Detai
         "tied_head": config.tie_word_embeddings,
         "bytes": subject.size,
         "counted_with": {"context": context, "batch": batch, "position": position, "cache_dtype": CACHE_DTYPE},
-        "kv_cache_bytes": _cache(config, context, batch),
+        "kv_cache_bytes": caches,
         "flops": {
             "decode": _decode(config, position),
             "prefill_per_token": _prefill(config, context),
@@ -189,14 +197,16 @@ def _bundle(path: Path) -> _Subject:
     details: Details = {
         "kind": "bundle",
         "precision": manifest.precision,
+        "target": manifest.target,
+        "device": manifest.device,
         "context": manifest.context,
+        "cache": [layer.model_dump() for layer in manifest.cache],
         "files": f"{len(manifest.files)} files, as they were sealed",
         "slm_version": manifest.slm_version,
     }
-    if manifest.parity is not None:
-        details["largest_difference"] = manifest.parity.largest
-    if manifest.quality is not None:
-        details |= {"kl_nats": manifest.quality.kl_nats, "perplexity": manifest.quality.perplexity_after}
+    for name in _MEASURED:
+        if (record := getattr(manifest, name)) is not None:
+            details[name] = record.model_dump()
     graph = manifest.files[manifest.model].bytes
     # The graph's weights lie beside it, under its name and an ending.
     data = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(manifest.model)) - graph
@@ -207,7 +217,7 @@ def _bundle(path: Path) -> _Subject:
         "memory_weights": data + graph,
     }
     notices = manifest.notices or recorded_notices(manifest.provenance.get(INFO_FILE, {}))
-    return _Subject(bundle.config, manifest.context, details, size, manifest.provenance, notices)
+    return _Subject(bundle.config, manifest.context, details, size, manifest.provenance, notices, manifest)
 
 
 def _checkpoint(path: Path) -> _Subject:

@@ -1,5 +1,6 @@
 """What `slm info` prints for people; the figures are those of its JSON object."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ def print_info(name: str, config: ModelConfig, report: Report, details: Report) 
     # What the report counts itself, and what the lineage shows, is not shown again.
     steps = {step["step"] for step in report["lineage"]} - {"made_by"}
     shown = [key for key, value in details.items() if report[key] is value and key not in steps]
-    rows = _shape(config, report) + [(key, _short(details[key])) for key in shown]
+    told = _OF_BUNDLES if report["kind"] == "bundle" else {}
+    rows = _shape(config, report) + [(key, told[key](report) if key in told else _short(details[key])) for key in shown]
     if report["lineage"]:
         rows.append(("lineage", " <- ".join(_step(step) for step in report["lineage"])))
     rows += [("notice", notice) for notice in report["notices"]]
@@ -64,6 +66,54 @@ def _shape(config: ModelConfig, report: Report) -> Rows:
         ("heads", heads),
         ("vocabulary", f"{config.vocab_size:,}{' (tied head)' if report['tied_head'] else ''}"),
     ]
+
+
+def _bundle_cache(report: Report) -> str:
+    """Type and memory, and how many layers keep how much."""
+    kept: Counter[str] = Counter()
+    for layer in report["cache"]:
+        window, slack = layer["window"], layer["slack"]
+        if window is None:
+            kept["every position"] += 1
+        elif report["target"] == "portable":
+            kept[f"the last {window - 1:,}"] += 1
+        else:
+            kept[f"{window:,} + {slack}" if slack else f"{window:,}"] += 1
+    layers = ", ".join(f"{count} layer{'s' * (count > 1)} of {what}" for what, count in kept.items())
+    with_, size = report["counted_with"], _mb(report["kv_cache_bytes"]["bundle"])
+    types = ", ".join(sorted({layer["dtype"] for layer in report["cache"]}))
+    return f"{types}, {size} MB at {with_['context']:,} tokens, batch {with_['batch']}: {layers}"
+
+
+def _quality(report: Report) -> str:
+    quality = report["quality"]
+    return (
+        f"{quality['kl_nats']:.5f} nats from its source (allowed {quality['max_kl_nats']:g}), same top-1 "
+        f"{quality['same_top1']:.1%}, perplexity {quality['perplexity_before']:.3f} -> {quality['perplexity_after']:.3f}; "
+        f"{quality['tokens']:,} tokens of {quality['text']}"
+    )
+
+
+def _parity(report: Report) -> str:
+    parity = report["parity"]
+    largest = max(*parity["logits"].values(), *parity["caches"].values())
+    return (
+        f"{largest:.1e} from {parity['reference']} (allowed {parity['tolerance']:.0e}), "
+        f"{parity['greedy_tokens_equal']} greedy tokens equal; {parity['tokens']:,} tokens"
+    )
+
+
+def _ranges(report: Report) -> str:
+    ranges = report["ranges"]
+    path = max(ranges["largest"], key=ranges["largest"].get)
+    return (
+        f"up to {ranges['largest'][path]:,.1f} in {path}, {len(ranges['float32'])} of {len(ranges['largest'])} products kept "
+        f"in float32; {ranges['tokens']:,} tokens of {ranges['text']}"
+    )
+
+
+# What is measured or laid out, in a sentence.
+_OF_BUNDLES = {"cache": _bundle_cache, "quality": _quality, "parity": _parity, "ranges": _ranges}
 
 
 def _sizes(report: Report) -> Rows:

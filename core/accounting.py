@@ -5,17 +5,19 @@ products and attention's scores and values; lookups, norms, rotations, activatio
 the widths, and PyTorch's own counter leaves them out too. The tests compare each figure with what it is a figure of.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from slm.core.config import ModelConfig
-from slm.core.contract import cache_layers
+from slm.core.contract import CacheLayer, CacheType, Target, cache_layers
 
 # How much of a context a cache holds: what slm allocates (windows and slack), what its windows need, or all of it.
 CacheKind = Literal["windowed", "windowed_without_slack", "full"]
 
 FLOAT32_BYTES = 4
 HALF_BYTES = 2
+_CACHE_BYTES: dict[CacheType, int] = {"float32": FLOAT32_BYTES, "float16": HALF_BYTES, "int8": 1}
 # The block that `slm quantize` prefers.
 INT8_BLOCK = 128
 
@@ -105,6 +107,20 @@ def cache_bytes(
         else:
             positions = layer.capacity(context) if kind == "windowed" else min(context, layer.window)
         total += 2 * batch * layer.kv_heads * positions * layer.head_dim * itemsize
+    return total
+
+
+def bundle_cache_bytes(layers: Sequence[CacheLayer], target: Target, context: int, batch: int = 1) -> int:
+    """Returns the bytes of keys and values of a bundle's layers once so many tokens a row are cached.
+
+    A portable graph puts out no more than what its windows let through; the others' buffers have a capacity.
+    """
+    total = 0
+    for layer in layers:
+        positions = layer.capacity(context)
+        if target == "portable" and layer.window is not None:
+            positions = min(context, layer.window - 1)
+        total += 2 * batch * layer.kv_heads * positions * layer.head_dim * _CACHE_BYTES[layer.dtype]
     return total
 
 

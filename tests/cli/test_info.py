@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slm.cli.info import lineage
@@ -14,6 +15,10 @@ from slm.core.accounting import cache_bytes, decode_flops, prefill_flops
 from slm.core.config import ModelConfig
 from slm.core.manifest import Bundle, amend
 from slm.core.presets import preset
+from slm.export.bundle import export_bundle
+from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.quality import Text
+from slm.runtime.cache import KVBuffers
 
 Slm = Callable[..., Any]
 
@@ -141,6 +146,43 @@ def test_a_bundle(slm: Slm, shared_bundle: Bundle, config: ModelConfig) -> None:
     assert sizes["disk_weights"] == pytest.approx(4 * config.parameter_count() + tables, rel=0.05)
     assert report["provenance"] == shared_bundle.manifest.provenance
     assert [step["step"] for step in report["lineage"]] == ["checkpoint", "made_by"]
+
+
+def shown(slm: Slm, path: Path) -> str:
+    """The first table, each row on one line."""
+    result = slm("info", path)
+    assert result.code == 0, result.err
+    return " ".join(result.out.replace("│", " ").split())
+
+
+def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
+    slm: Slm, shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path
+) -> None:
+    cuda = export_bundle(shared_checkpoint, tmp_path / "cuda", device="cuda")
+    report = told(slm, cuda.path)
+    assert (report["target"], report["device"], report["precision"]) == ("fused", "cuda", "float16")
+    assert report["ranges"] == json.loads(json.dumps(cuda.manifest.model_dump()["ranges"]))
+    assert report["kv_cache_bytes"]["bundle"] == KVBuffers(cuda.manifest.cache, 256).bytes == 77_824
+    text = shown(slm, cuda.path)
+    assert "target fused" in text and "device cuda" in text
+    assert "float16, 0.0778 MB at 256 tokens, batch 1: 1 layer of every position, 3 layers of 16 " in text
+    path, largest = max(cuda.manifest.ranges.largest.items(), key=lambda item: item[1])  # type: ignore[union-attr]
+    assert f"ranges up to {largest:,.1f} in {path}, 0 of " in text
+    assert f"parity {cuda.manifest.parity.largest:.1e} from" in text  # type: ignore[union-attr]
+
+    measured = Text("some text", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    int8 = quantize_int8(shared_bundle, tmp_path / "int8", measured, Int8Settings(max_kl_nats=1, cache="int8"))
+    report, quality = told(slm, int8.path), int8.manifest.quality
+    assert quality is not None and report["quality"] == quality.model_dump()
+    assert report["quantization"]["accuracy_level"] == 4
+    text = shown(slm, int8.path)
+    assert f"quality {quality.kl_nats:.5f} nats from its source (allowed 1), same top-1 {quality.same_top1:.1%}" in text
+    assert "tokens of some text" in text and "int8, 0.0451 MB at 256 tokens" in text and "3 layers of 16 + 16" in text
+
+    portable = export_bundle(shared_checkpoint, tmp_path / "portable", target="portable")
+    text = shown(slm, portable.path)
+    assert "target portable" in text and "1 layer of every position, 3 layers of the last 15" in text
+    assert "quality" not in text and "ranges" not in text
 
 
 def test_the_tables(slm: Slm, shared_bundle: Bundle) -> None:

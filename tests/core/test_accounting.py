@@ -20,6 +20,7 @@ from slm.core.accounting import (
     HALF_BYTES,
     Flops,
     Parameters,
+    bundle_cache_bytes,
     cache_bytes,
     decode_flops,
     int8_bytes,
@@ -29,13 +30,15 @@ from slm.core.accounting import (
     weights_bytes,
 )
 from slm.core.config import FULL, ModelConfig
-from slm.core.contract import cache_layers
+from slm.core.contract import CacheType, Device, cache_layers
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, KVCache
 from slm.core.presets import PRESETS, preset
+from slm.export.bundle import export_bundle
 from slm.export.graph import graph_tensors
 from slm.quantize.int8 import quantized_tensors
 from slm.runtime.cache import KVBuffers
+from slm.runtime.decoder import OnnxDecoder
 
 WINDOW = 16
 # Before the window is full, the last position that sees everything, the first that does not, and well past it.
@@ -110,6 +113,22 @@ def test_cache_bytes_are_those_of_the_buffers(config: ModelConfig, context: int,
     assert cache_bytes(config, context, batch) == buffers.bytes
     everything = [layer.model_copy(update={"window": None}) for layer in cache_layers(config)]
     assert cache_bytes(config, context, batch, kind="full") == KVBuffers(everything, context, batch).bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "webgpu"])
+def test_cache_bytes_of_a_fused_bundle(config: ModelConfig, device: Device, dtype: CacheType) -> None:
+    layers = cache_layers(config, device, dtype)
+    assert bundle_cache_bytes(layers, "fused", 200, 3) == KVBuffers(layers, 200, 3).bytes
+
+
+def test_cache_bytes_of_a_portable_bundle(shared_checkpoint: Path, tmp_path: Path) -> None:
+    decoder = OnnxDecoder(export_bundle(shared_checkpoint, tmp_path / "b", target="portable"))
+    for length in (1, WINDOW - 1, WINDOW, 3 * WINDOW):
+        decoder.reset()
+        decoder.read([1] * length)
+        layers = decoder.bundle.manifest.cache
+        assert bundle_cache_bytes(layers, "portable", length) == decoder.buffers.bytes
 
 
 def test_cache_bytes_once_the_buffers_have_grown() -> None:
