@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from slm.cli.main import cli
 from slm.core import sample
 from slm.train import recipe
 
@@ -104,6 +106,69 @@ def test_the_demo_from_end_to_end(slm: Callable[..., Any], monkeypatch: pytest.M
     assert 0 < steps["quantize"]["kl_nats"] < 0.02
     assert shown["texts"]["bundle (float32)"] == shown["texts"]["checkpoint (PyTorch)"]
     assert slm("demo", "--out", "runs/mine").code == 1
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The arguments of each `slm` that stands in an indented block, comments, pipes and what starts it left out."""
+    found = []
+    for block in re.findall(r"(?:^ {4}.*\n)+", text.replace("\\\n", " "), flags=re.MULTILINE):
+        for line in re.split(r"\n|&&|;", block):
+            shown = re.match(r" *(?:\$ )?(?:torchrun .*-m )?slm (.*)", line)
+            if shown is not None:
+                found.append(shlex.split(re.split(r" [|>] ", shown[1])[0], comments=True))
+    return found
+
+
+def parsed(arguments: list[str]) -> click.Context:
+    """What the command line makes of arguments before anything is done."""
+    command: click.Command = cli
+    context = click.Context(cli)
+    while isinstance(command, click.Group):
+        name, *arguments = arguments
+        context = click.Context(command, info_name=name)
+        inner = command.get_command(context, name)
+        assert inner is not None, name
+        command = inner
+    return command.make_context(name, arguments)
+
+
+def helps(command: click.Command, context: click.Context) -> Iterator[str]:
+    """The help of a command and of those in it; what stands far behind an example is about it."""
+    yield re.sub("^", "  ", re.sub(r"(?<=\S) {2,}", " # ", command.help or ""), flags=re.MULTILINE)
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from helps(inner, context)
+
+
+def test_every_command_of_the_documents_is_accepted() -> None:
+    root = Path(__file__).parent.parent
+    texts = {
+        path.name: path.read_text(encoding="utf-8") for path in (root / "README.md", *(root / "docs").glob("*.md"))
+    }
+    found = {name: commands_of(text) for name, text in texts.items() if name != "LOG.md"}
+    assert len(found["README.md"]) >= 12 and len(found["bundles.md"]) >= 5 and len(found["experiments.md"]) >= 50
+    found["--help"] = [command for text in helps(cli, click.Context(cli)) for command in commands_of(text)]
+    assert len(found["--help"]) >= 30
+    refused = []
+    for name, commands in found.items():
+        for command in commands:
+            try:
+                parsed(command)
+            except click.UsageError as error:
+                refused.append(f"{name}: slm {' '.join(command)}: {error.format_message()}")
+    assert refused == []
+
+
+@pytest.mark.parametrize(
+    "line", ["slm eval of a model", "slm export --int8", "slm data info", "torchrun -m slm train --lora"]
+)
+def test_what_is_no_command_is_noticed(line: str) -> None:
+    """The control."""
+    (command,) = commands_of(f"    {line} | jq\n")
+    with pytest.raises(click.UsageError):
+        parsed(command)
 
 
 def test_no_document_has_a_place_left_to_fill() -> None:
