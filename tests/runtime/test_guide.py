@@ -1,0 +1,48 @@
+"""The examples of docs/generation.md, exactly as they stand there, on the model that ships."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.runtime import shipped
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def run() -> None:
+    """The shipped model where the guide's reader has one."""
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/onnx-int8").symlink_to(shipped.model_path())
+
+
+def test_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}
+    printed = []
+    for block in blocks:
+        exec(block, names)
+        printed.append(capsys.readouterr().out)
+    assert " happy 391 " in printed[0].splitlines()[2]
+    model, decode = names["model"], names["model"].tokenizer.decode
+    alone = [model.generate(prompt, max_new_tokens=20, temperature=0) for prompt in names["prompts"]]
+    assert [decode(tokens) for tokens in names["made"]] == alone
+    assert printed[1].strip() in blocks[1]
+    assert printed[2] == "18 0\n18 16\n" and "# 18 0, then 18 16" in blocks[2]
+    assert printed[3] == "5 15360\n" and "# 5 15360" in blocks[3]
+    drafted, accepted, steps = map(int, printed[4].split())
+    assert 0 < accepted <= drafted and steps > 0
+
+
+def test_the_commands(slm: Callable[..., Any]) -> None:
+    lines = [line for line in re.findall(r"^    slm (generate .*)$", GUIDE, flags=re.MULTILINE) if "cuda" not in line]
+    assert len(lines) == 4
+    for line in lines:
+        result = slm(*shlex.split(line.split(" | ")[0]))
+        assert result.code == 0 and result.out, result.err
+    assert re.search(r"\d+ of \d+ drafted tokens came true", result.err)
