@@ -1,14 +1,15 @@
 """`slm generate`."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slm.cli.console import print_json, say, say_if_not_exported
-from slm.cli.options import Artifact, json_option, seed_option
+from slm.cli.options import Artifact, json_option
+from slm.cli.sampling import Sections, generation_options, listen, utf8
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib, return_freed_memory
@@ -22,67 +23,11 @@ if TYPE_CHECKING:
 # What a shell says of a command that Ctrl-C ended.
 _INTERRUPTED = 130
 
-_CHOOSING = (
-    "logit_bias",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "greedy",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "seed",
-)
-_ENDING = ("max_new_tokens", "stop", "on_full", "keep")
 
-
-class _Sections(click.Command):
-    """Shows the options under three headings; what chooses a token stands in the order in which it is applied."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
-        lines = {each.name or "": line for each in options if (line := each.get_help_record(ctx))}
-        others = [name for name in lines if name not in _CHOOSING + _ENDING]
-        for title, names in (
-            ("Options", others),
-            ("Where it ends", _ENDING),
-            ("Which token comes next, applied in this order", _CHOOSING),
-        ):
-            with formatter.section(title):
-                formatter.write_dl([lines[name] for name in names])
-
-
-def _biases(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[int, float]:
-    """Returns what is added to the logits of which tokens."""
-    biases = {}
-    for value in values:
-        token, _, bias = value.partition("=")
-        try:
-            biases[int(token)] = float(bias)
-        except ValueError:
-            raise click.BadParameter(
-                f"{value!r} is not ID=VALUE, such as 42=-1.5, or 42=-inf to rule a token out"
-            ) from None
-    return biases
-
-
-_SHARE = click.FloatRange(min=0, min_open=True, max=1)
-
-
-@click.command(cls=_Sections)
+@click.command(cls=Sections)
 @click.argument("model", type=Artifact(), required=False)
 @click.option("-p", "--prompt", default="", help='The text to continue; "-" reads standard input.')
 @click.option("--instruct", is_flag=True, help="Ask as a user's turn, for a model tuned on instructions.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
-@click.option(
-    "--draft",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Read up to N tokens ahead where the text repeats: faster there, the same tokens but for rounding.",
-)
 @json_option
 @click.option(
     "--logprobs",
@@ -91,96 +36,7 @@ _SHARE = click.FloatRange(min=0, min_open=True, max=1)
     help="With --json: each token's log-probability and the N likeliest there, as the model has them, before any option "
     "changes them.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N")
-@click.option(
-    "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated. In bash $'\\n' is a new line."
-)
-@click.option(
-    "--on-full",
-    type=click.Choice(["stop", "slide"]),
-    default="stop",
-    show_default=True,
-    help="When the context is full: stop, or forget its older half and go on.",
-)
-@click.option(
-    "--keep",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="With --on-full slide: never forget the first N tokens. [default: what begins a text, such as <bos>]",
-)
-@click.option(
-    "--logit-bias",
-    multiple=True,
-    callback=_biases,
-    metavar="ID=VALUE",
-    help="Add to a token's logit; may be repeated. -inf rules it out.",
-)
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="R",
-    help="Above 1 makes tokens of the prompt and the text less likely.",
-)
-@click.option(
-    "--presence-penalty",
-    type=float,
-    default=0.0,
-    show_default=True,
-    metavar="A",
-    help="Subtracted from the logit of each token that the text has used.",
-)
-@click.option(
-    "--frequency-penalty",
-    type=float,
-    default=0.0,
-    show_default=True,
-    metavar="A",
-    help="Subtracted once for each time that the text has used it.",
-)
-@click.option("--greedy", is_flag=True, help="Take the likeliest token; what follows has no effect then.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.8,
-    show_default=True,
-    metavar="T",
-    help="Below 1 prefers what is likely; above 1 evens it out; 0 is --greedy.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=0),
-    default=40,
-    show_default=True,
-    metavar="K",
-    help="Keep the K likeliest tokens; 0 keeps all.",
-)
-@click.option(
-    "--top-p",
-    type=_SHARE,
-    default=0.95,
-    show_default=True,
-    metavar="P",
-    help="Keep the likeliest whose probabilities reach P together.",
-)
-@click.option(
-    "--min-p",
-    type=click.FloatRange(min=0, max=1),
-    default=0.0,
-    show_default=True,
-    metavar="P",
-    help="Keep those at least P times as likely as the likeliest.",
-)
-@click.option(
-    "--typical-p",
-    type=_SHARE,
-    default=1.0,
-    show_default=True,
-    metavar="P",
-    help="Keep those that surprise about as much as expected, until they reach P together.",
-)
-@seed_option
+@generation_options
 def generate(
     model: Path | None,
     prompt: str,
@@ -221,11 +77,11 @@ def generate(
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)
-    text = _utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
+    text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
     pieces = loaded.pieces(
         turn_ids(loaded.tokenizer, text) if instruct else text,
         max_new_tokens=max_new_tokens,
-        stop=[_utf8(each, "stop text") for each in stop],
+        stop=[utf8(each, "stop text") for each in stop],
         logprobs=logprobs,
         on_full=on_full,  # type: ignore[arg-type]  # click checked the choice
         keep=keep,
@@ -235,12 +91,12 @@ def generate(
     assert run is not None
     if not as_json:
         click.echo("" if instruct else text, nl=False)
-    made, interrupted = _listen(pieces, show=not as_json)
+    made, interrupted = listen(pieces, show=not as_json)
     if as_json:
         answer = {"text": "".join(piece.text for piece in made), "model": str(path)}
         scores = {} if logprobs is None else {"logprobs": _logprobs(made, loaded.tokenizer)}
         drafts = {} if drafting is None else {"drafted": drafting.drafted, "accepted": drafting.accepted}
-        print_json(answer | {"backend": loaded.decoder.description} | _figures(run) | drafts | scores)
+        print_json(answer | {"backend": loaded.decoder.description} | figures(run) | drafts | scores)
     else:
         click.echo()
         _summarize(run)
@@ -250,42 +106,8 @@ def generate(
         sys.exit(_INTERRUPTED)
 
 
-def _listen(pieces: "Iterable[Piece]", *, show: bool) -> "tuple[list[Piece], bool]":
-    """Returns the pieces and whether Ctrl-C ended them; shows their text as it comes.
-
-    Raises:
-        KeyboardInterrupt: When it came before the first.
-    """
-    made: list[Piece] = []
-    try:
-        for piece in pieces:
-            made.append(piece)
-            if show:
-                click.echo(piece.text, nl=False)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        if not made:
-            raise
-        return made, True
-    return made, False
-
-
-def _utf8(text: str, what: str) -> str:
-    """Returns the text; bytes that are no UTF-8 come from the shell as lone surrogates.
-
-    Raises:
-        SlmError: When there are such bytes.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SlmError(
-            f"the {what} is not UTF-8 text (character {error.start})", "convert it, for example with iconv"
-        ) from None
-    return text
-
-
-def _figures(run: "Run") -> dict[str, Any]:
+def figures(run: "Run") -> dict[str, Any]:
+    """Returns how a text was made, for machines."""
     return {
         "tokens": run.tokens,
         "prompt_tokens": run.prompt_tokens,

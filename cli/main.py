@@ -29,6 +29,7 @@ COMMANDS = {
     "quantize": "Quantize a bundle and measure what that changed.",
     "eval": "Measure a model on text: loss, perplexity, bits per byte; or on tasks.",
     "generate": "Continue a text with a bundle or a checkpoint.",
+    "chat": "Talk with a bundle or a checkpoint that was tuned on conversations.",
     "bench": "Measure how fast a model answers, and in how much memory.",
     "info": "Say what an artifact is and how it was made.",
     "doctor": "Say what this machine has and what is missing.",

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.cli.generate import _CHOOSING, _ENDING, generate
+from slm.cli.generate import generate
+from slm.cli.sampling import CHOOSING, ENDING
 from slm.core.manifest import Bundle
 from slm.quantize.int8 import Int8Settings, quantize_int8
 from slm.quantize.quality import Text
@@ -143,13 +144,13 @@ def test_wrong_values_get_one_line(
 def test_the_help_has_every_option_once(slm: Slm) -> None:
     shown = slm("generate", "--help").out
     names = [parameter.name for parameter in generate.params]
-    assert set(_CHOOSING) | set(_ENDING) < set(names)
+    assert set(CHOOSING) | set(ENDING) < set(names)
     for parameter in generate.params:
         if parameter.param_type_name == "option":
             assert (
                 sum(line.split()[0].rstrip(",") in parameter.opts for line in shown.splitlines() if line.strip()) == 1
             )
-    order = [shown.index("\n  --" + name.replace("_", "-")) for name in _CHOOSING]
+    order = [shown.index("\n  --" + name.replace("_", "-")) for name in CHOOSING]
     assert order == sorted(order)
 
 

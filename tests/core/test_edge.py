@@ -26,10 +26,10 @@ def extras() -> set[str]:
     return {IMPORTED.get(name, name) for name in names} | set(MORE)
 
 
-def edge(*lines: str) -> subprocess.CompletedProcess[str]:
+def edge(*lines: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Runs a program in which what the extras bring cannot be imported."""
     program = [f"import sys; sys.modules.update(dict.fromkeys({sorted(extras())!r}))", *lines]
-    return subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", "\n".join(program)], input=stdin, capture_output=True, text=True)
 
 
 def modules() -> list[str]:
@@ -62,3 +62,10 @@ def test_what_needs_an_extra_says_which(tmp_path: Path) -> None:
     done = edge("from slm.cli.main import main", "main(['eval', '--data', 'text.txt.zst'])")
     assert done.returncode == 1
     assert "slm-edge[train]" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_chat_needs_no_extra() -> None:
+    talk = "main(['chat', '--max-new-tokens', '5', '--threads', '1'])"
+    done = edge("from slm.cli.main import main", talk, stdin="Hi.\nAnd then?\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2

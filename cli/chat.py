@@ -1,0 +1,193 @@
+"""`slm chat`."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slm.cli.console import print_json, say, say_error
+from slm.cli.generate import default_model, figures
+from slm.cli.options import Artifact, json_option
+from slm.cli.sampling import Sections, generation_options, listen, utf8
+from slm.core.errors import SlmError
+from slm.core.files import read_text, write_text
+from slm.core.machine import return_freed_memory
+
+if TYPE_CHECKING:
+    from slm.runtime.chat import Chat
+    from slm.runtime.model import Model
+    from slm.runtime.streaming import Piece
+
+_COMMANDS = {
+    "/help": "show these",
+    "/reset": "forget what was said",
+    "/system TEXT": "tell the model TEXT before anything else, and begin anew; nothing takes it back",
+    "/retry": "answer the last question again",
+    "/save FILE": "append the conversation to FILE, as a row that slm finetune takes",
+    "/quit": "end, as Ctrl-D does",
+}
+
+
+class _Quit(Exception):
+    """Ends the conversation."""
+
+
+@click.command(cls=Sections)
+@click.argument("model", type=Artifact(), required=False)
+@click.option("--system", default="", metavar="TEXT", help="What the model is told before anything else.")
+@json_option
+@generation_options
+def chat(
+    model: Path | None,
+    system: str,
+    as_json: bool,
+    device: str,
+    threads: int | None,
+    draft: int | None,
+    keep: int | None,
+    greedy: bool,
+    **options: Any,
+) -> None:
+    """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
+
+    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. All that was said is asked with every
+    turn; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands, and
+    /help shows them; // begins a line with a slash. Ctrl-C ends an answer. From a pipe every line is a turn; with --json every
+    answer is one object.
+
+    \b
+      slm chat runs/tiny/onnx-int8
+      slm chat --system "Be brief." --temperature 0.3
+      printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
+    """
+    if keep is not None and options["on_full"] != "slide":
+        raise click.UsageError("--keep says what stays with --on-full slide")
+    from slm.loading import load
+    from slm.runtime.chat import Chat
+
+    return_freed_memory()
+    path = model or default_model()
+    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked
+    say(f"{path}: {loaded.decoder.description}")
+    options |= {"keep": keep, "stop": [utf8(each, "stop text") for each in options["stop"]]}
+    options |= {"temperature": 0.0} if greedy else {}
+    talk = _Talk(loaded, Chat(loaded, utf8(system, "system's text"), draft_tokens=draft), options, as_json)
+    typed = sys.stdin.isatty()
+    if typed:
+        say("/help shows the commands; Ctrl-D ends")
+    try:
+        for line in _typed() if typed else _piped():
+            try:
+                talk.hear(utf8(line, "line"))
+            except SlmError as error:
+                if not typed:
+                    raise
+                say_error(error.message, error.hint)
+            except KeyboardInterrupt:  # before the first word of an answer
+                if not typed:
+                    raise
+                say("interrupted; /quit or Ctrl-D ends")
+    except _Quit:
+        return
+
+
+def _typed() -> Iterator[str]:
+    """Yields the lines that somebody types, who can edit them and call earlier ones back."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # which `input` uses when it is there
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            click.echo()
+            return
+
+
+def _piped() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise SlmError(
+            f"what is piped in is not UTF-8 text (byte {error.start})", "convert it, for example with iconv"
+        ) from None
+
+
+class _Talk:
+    """Hears lines and shows what comes of them."""
+
+    def __init__(self, model: "Model", chat: "Chat", options: dict[str, Any], as_json: bool) -> None:
+        self._model, self._chat, self._options, self._as_json = model, chat, options, as_json
+
+    def hear(self, line: str) -> None:
+        """Takes a line: a command, or something said.
+
+        Raises:
+            SlmError: When the command is none, or there is no answer.
+            KeyboardInterrupt: When Ctrl-C came before the first word of the answer.
+        """
+        if not line.strip():
+            return
+        if line.startswith("//"):
+            line = line[1:]
+        elif line.startswith("/"):
+            name, _, rest = line.strip().partition(" ")
+            self._command(name, rest.strip())
+            return
+        self._answer(lambda: self._chat.ask(line, **self._options))
+
+    def _command(self, name: str, rest: str) -> None:
+        match name:
+            case "/help":
+                for command, what in _COMMANDS.items():
+                    say(f"{command:14} {what}")
+            case "/reset":
+                self._chat.reset()
+                say("what was said is forgotten")
+            case "/system":
+                self._chat.reset(rest)
+                say("a new conversation" + (f", and before it: {rest}" if rest else ""))
+            case "/retry":
+                self._answer(lambda: self._chat.retry(**self._options))
+            case "/save":
+                self._save(rest)
+            case "/quit" | "/exit":
+                raise _Quit
+            case _:
+                raise SlmError(f"{name} is not a command", "/help shows them; // begins a line with a slash")
+
+    def _answer(self, ask: "Callable[[], Iterator[Piece]]") -> None:
+        forgotten = self._chat.forgotten
+        answer = ask()
+        if self._chat.forgotten > forgotten:
+            say(f"the context is full: exchanges forgotten so far: {self._chat.forgotten}")
+        with closing(answer):  # type: ignore[type-var]  # a generator
+            made, interrupted = listen(answer, show=not self._as_json)
+        text, run = "".join(piece.text for piece in made), self._model.last_run
+        if not self._as_json:
+            click.echo()
+        elif run is not None:
+            print_json({"text": text} | figures(run))
+            sys.stdout.flush()
+        if not text.strip():
+            say("the model said nothing, and the question is forgotten")
+        elif not interrupted and run is not None and run.stopped in ("length", "context"):
+            say(
+                f"cut after {len(run.tokens)} tokens: "
+                + ("--max-new-tokens" if run.stopped == "length" else "the context is full")
+            )
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise SlmError("/save needs a file", "/save talk.jsonl")
+        if not any(message["role"] == "assistant" for message in self._chat.messages):
+            raise SlmError("nothing was said yet", "type something")
+        path = Path(name).expanduser()
+        before = read_text(path, "the file to append to") if path.exists() else ""
+        row = json.dumps({"messages": self._chat.messages}, ensure_ascii=False)
+        write_text(path, before + ("\n" if before and not before.endswith("\n") else "") + row + "\n")
+        say(f"appended to {path}")
