@@ -172,12 +172,12 @@ class _Chain:
         return bundle
 
     def _quantize(self, name: str, source: Bundle) -> Bundle:
-        from slm.quantize.int8 import quantize_int8
+        from slm.quantize.make import quantize_bundle
         from slm.quantize.quality import measuring_text
 
         started = time.perf_counter()
         out = source.path.with_name(f"{source.path.name}-int8")
-        bundle = quantize_int8(source, out, measuring_text(source, None), progress=self.progress)
+        bundle, _ = quantize_bundle(source, out, measuring_text(source, None), progress=self.progress)
         quality = bundle.manifest.quality
         assert quality is not None
         self._row(

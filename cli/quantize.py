@@ -1,6 +1,5 @@
 """`slm quantize`."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,88 +7,201 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say, say_if_not_exported
 from slm.cli.options import Artifact, json_option, out_option
+from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_bundle
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
+    from slm.quantize.plan import Prefer
+    from slm.quantize.report import Report
+    from slm.quantize.rounding import Method
+
+_BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+# Tensors in the table.
+_WORST = 5
+
+
+class Size(click.ParamType[int]):
+    """Bytes: "110MB", "0.2 GiB"; a bare number is megabytes."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Returns bytes."""
+        text = str(value).strip().upper()
+        number = text.rstrip("BKMGI ")
+        try:
+            return int(float(number) * _BYTES[text[len(number) :].strip() or "MB"])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is no size; 110MB or 0.1GiB is", param, ctx)
+
+
+class Share(click.ParamType[float]):
+    """A share: "2%" or "0.02"."""
+
+    name = "share"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the share, at least 0."""
+        text = str(value).strip()
+        try:
+            share = float(text.rstrip("% ")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < float("inf"):
+            self.fail(f"{value!r} is no share; 2% or 0.02 is", param, ctx)
+        return share
 
 
 @click.command()
 @click.argument("bundle", type=Artifact(checkpoints=False), required=False)
 @click.option("--int8", is_flag=True, help="Weights in 8 bits, by block.")
+@click.option("--int8-dynamic", is_flag=True, help="Weights and activations in 8 bits: long prompts are read faster.")
+@click.option("--int4", is_flag=True, help="Weights in 4 bits, by block; in 8 for layers that need them.")
+@click.option(
+    "--prefer",
+    type=click.Choice(["auto", "speed", "size", "quality"]),
+    default="auto",
+    show_default=True,
+    help="What to weigh most.",
+)
 @click.option(
     "--block-size",
     type=click.Choice(["128", "64", "32", "16"]),
-    help="Weights that share a scale: smaller is more exact and slower. [default: the largest that fits]",
+    help="Weights that share a scale: smaller is more exact and slower. [default: by --prefer]",
 )
+@click.option(
+    "--method",
+    type=click.Choice(["nearest", "searched", "gptq"]),
+    help="How integers are chosen. [default: gptq for 4 bits, nearest for 8]",
+)
+@click.option(
+    "--smooth/--no-smooth", default=None, help="Smooth activations first. [default: where it measures better]"
+)
+@click.option("--target-size", type=Size(), metavar="SIZE", help="With --int4: the largest model file, such as 110MB.")
 @click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),
-    default="float32",
-    show_default=True,
-    help="How keys and values are cached; int8 pays in long contexts.",
+    help="How keys and values are cached; int8 writes faster and reads prompts slower. [default: by --prefer]",
 )
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure the quality on.")
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="How much of it to read.")
-@click.option("--max-kl", type=click.FloatRange(min=0), default=0.02, show_default=True, metavar="NATS",
-              help="Refuse a bundle whose predictions moved by more, on average.")  # fmt: skip
+@click.option("--window", type=click.IntRange(min=2), metavar="N",
+              help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text to choose settings by; another than --data.")  # fmt: skip
+@click.option("--calibration-tokens", type=click.IntRange(min=2), metavar="N",
+              help="How much of it. [default: 2048; 8192 for --int4]")  # fmt: skip
+@click.option("--max-kl", type=click.FloatRange(min=0), metavar="NATS",
+              help="Refuse a bundle whose predictions moved by more, on average. [default: 0.02; 0.15 for --int4]")  # fmt: skip
+@click.option("--max-ppl-increase", type=Share(), metavar="SHARE",
+              help="Refuse a bundle whose perplexity grew by more, such as 2%.")  # fmt: skip
 @out_option
 @json_option
 def quantize(
     bundle: Path | None,
     int8: bool,
+    int8_dynamic: bool,
+    int4: bool,
+    prefer: "Prefer",
     block_size: str | None,
-    kv_cache: "CacheType",
+    method: "Method | None",
+    smooth: bool | None,
+    target_size: int | None,
+    kv_cache: "CacheType | None",
     data: Path | None,
     tokens: int,
-    max_kl: float,
+    window: int | None,
+    calibration: Path | None,
+    calibration_tokens: int | None,
+    max_kl: float | None,
+    max_ppl_increase: float | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
     """Quantize a float32 bundle and measure what that changed.
 
-    Without BUNDLE, the newest float32 bundle under ./runs. Both bundles read the same text; if the predictions moved by
-    more than --max-kl, nothing is written.
+    Without BUNDLE, the newest float32 bundle under ./runs. Settings are chosen on one text and measured on another; if the
+    predictions moved by more than --max-kl, nothing is written. The bundle gets a report.json and a report.html.
 
     \b
       slm quantize --int8
-      slm quantize --int8 --kv-cache int8 --out runs/tiny/onnx-int8-long
+      slm quantize --int8 --prefer speed          # caches in 8 bits too
+      slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
-    """
-    from slm.quantize.int8 import Int8Settings, quantize_int8
-    from slm.quantize.quality import measuring_text
 
-    if not int8:
-        raise click.UsageError("name the precision: --int8")
-    started = time.perf_counter()
+    docs/quantization.md compares the settings.
+    """
+    from slm.quantize.decide import CALIBRATION_TOKENS, GATES, Gate, Settings
+    from slm.quantize.make import quantize_bundle
+    from slm.quantize.quality import calibration_text, measuring_text
+
+    if int8 + int8_dynamic + int4 != 1:
+        raise click.UsageError("name one precision: --int8, --int8-dynamic or --int4")
+    precision = "int4" if int4 else "int8"
+    if target_size is not None and not int4:
+        raise SlmError(
+            "--target-size chooses between 4 and 8 bits for each layer", "slm quantize --int4 --target-size SIZE"
+        )
+    if int8_dynamic and (block_size or method):
+        raise SlmError(
+            "--int8-dynamic has a scale for each channel, no blocks and no method", "leave them out, or --int8"
+        )
     if bundle is None:
         bundle = newest_bundle(quantized=False)
         say_if_not_exported(bundle)
         say(f"no BUNDLE named: the newest, {bundle}")
     source = Bundle.open(bundle)
-    text = measuring_text(source, data, tokens)
+    text = measuring_text(source, data, tokens, window)
     if text.rows.shape[1] <= source.config.sliding_window:
         say(f"warning: {text.rows.shape[1]} tokens of text do not pass the window of {source.config.sliding_window}")
-    settings = Int8Settings(None if block_size is None else int(block_size), max_kl, kv_cache)
-    made = quantize_int8(source, out or bundle.with_name(f"{bundle.name}-int8"), text, settings, RichProgress())
-    _report(source, made, time.perf_counter() - started, as_json)
+    chosen_by = calibration_text(source, calibration, calibration_tokens or CALIBRATION_TOKENS[precision], window)
+    usual = GATES[precision]
+    settings = Settings(
+        precision="int4" if int4 else "int8",
+        prefer=prefer,
+        dynamic=int8_dynamic,
+        block_size=None if block_size is None else int(block_size),
+        method=method,
+        smooth=smooth,
+        cache=kv_cache,
+        target_bytes=target_size,
+        gate=Gate(usual.max_kl_nats if max_kl is None else max_kl, max_ppl_increase),
+    )
+    ending = "int8-dynamic" if int8_dynamic else precision
+    target = out or bundle.with_name(f"{bundle.name}-{ending}")
+    made, report = quantize_bundle(source, target, text, settings, RichProgress(), chosen_by)
+    _report(made, report, as_json)
 
 
-def _report(source: Bundle, made: Bundle, seconds: float, as_json: bool) -> None:
-    quality, quantization = made.manifest.quality, made.manifest.quantization
-    assert quality is not None and quantization is not None
+def _report(made: Bundle, report: "Report", as_json: bool) -> None:
+    from slm.quantize.report import as_dict
+
     if as_json:
-        sizes = {"bytes_before": source.bytes, "bytes": made.bytes}
-        report = {"quantization": quantization.model_dump(), "quality": quality.model_dump()}
-        print_json({"bundle": str(made.path), "seconds": round(seconds, 2)} | sizes | report)
+        print_json({"bundle": str(made.path)} | as_dict(report))
         return
+    change, speeds, quality = report.change, report.speeds, made.manifest.quality
+    assert quality is not None
+    allowed = "" if quality.max_kl_nats is None else f" (allowed {quality.max_kl_nats:g})"
+    texts = sorted(report.divergence.equal)
+    same = f"{texts[len(texts) // 2]} of {report.divergence.tokens} tokens, the middle of {len(texts)}"
     rows = [
-        ("size", f"{source.bytes / 1e6:,.1f} MB", f"{made.bytes / 1e6:,.1f} MB"),
-        ("perplexity", f"{quality.perplexity_before:.3f}", f"{quality.perplexity_after:.3f}"),
-        ("same top-1", "", f"{quality.same_top1:.1%}"),
-        ("KL divergence", "", f"{quality.kl_nats:.5f} nats (allowed {quality.max_kl_nats:g})"),
+        ("graph and weights", f"{report.bytes_before / 1e6:,.1f} MB", f"{report.bytes_after / 1e6:,.1f} MB"),
+        ("perplexity", f"{change.perplexity_before:.3f}", f"{change.perplexity_after:.3f}"),
+        ("KL divergence", "", f"{change.kl_nats:.5f} nats{allowed}"),
+        ("same top-1, top-5", "", f"{change.same_top1:.1%}, {change.same_top5:.1%}"),
+        ("greedy text the same for", "", same),
+        ("decode, tokens/s", f"{speeds.decode[0]:,.0f}", f"{speeds.decode[1]:,.0f} ({speeds.decode_ratio:.2f} ×)"),
+        ("prefill, tokens/s", f"{speeds.prefill[0]:,.0f}", f"{speeds.prefill[1]:,.0f} ({speeds.prefill_ratio:.2f} ×)"),
     ]
-    title = f"{made.path}: INT8 in blocks of {quantization.block_size}"
-    print_table(title, ("", "float32", "int8"), rows)
-    say(f"measured over {quality.tokens:,} tokens of {quality.text}; {seconds:.1f} s")
+    print_table(f"{made.path}: {report.in_words}", ("", "before", "after"), rows)
+    print_table(
+        "kept least well",
+        ("weight", "stored as", "MB", "signal over error"),
+        [
+            (each.path, each.scheme, f"{each.bytes / 1e6:,.1f}", f"{each.snr_db:.1f} dB")
+            for each in report.worst[:_WORST]
+        ],
+    )
+    say(f"measured over {change.tokens:,} tokens of {quality.text}; {report.seconds:.1f} s; {made.path}/report.html")

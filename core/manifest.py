@@ -15,9 +15,14 @@ from slm.core.tokenizer import TOKENIZER_FILE
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
 
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "int8", "int4"]
 # transformers.js's names for the precisions.
-MODEL_NAMES: dict[Precision, str] = {"float32": "model", "float16": "model_fp16", "int8": "model_quantized"}
+MODEL_NAMES: dict[Precision, str] = {
+    "float32": "model",
+    "float16": "model_fp16",
+    "int8": "model_quantized",
+    "int4": "model_q4",
+}
 
 
 class _Record(BaseModel):
@@ -63,12 +68,60 @@ class Ranges(_Record):
     float32: tuple[str, ...]
 
 
-class Quantization(_Record):
-    """How the weights are stored: symmetric integers, one float32 scale for each block of input channels."""
+class Scheme(_Record):
+    """How one weight (N, K) is stored: unsigned integers, a float32 scale for each block of input channels.
 
-    bits: int
+    An integer q of b bits stands for (q - z) * scale, z being 2^(b - 1) or, with zero points, one for each block.
+
+    Attributes:
+        bits: Bits of an integer.
+        block_size: Input channels that share a scale.
+        zero_points: Whether each block has its own z.
+        dynamic: Whether the product is one of 8-bit integers, activations being rounded to them a token at a time. Weights are
+            signed then, and a block is as long as the input, so that a scale belongs to an output channel.
+    """
+
+    bits: Literal[4, 8] = 8
     block_size: int
+    zero_points: bool = False
+    dynamic: bool = False
+
+    def bytes(self, outputs: int, inputs: int) -> int:
+        """Returns what a weight takes in the file: integers, scales and zero points."""
+        blocks = inputs // self.block_size
+        points = -(-blocks * self.bits // 8) if self.zero_points else 0
+        return outputs * (inputs * self.bits // 8 + 4 * blocks + points)
+
+    @property
+    def name(self) -> str:
+        """The scheme in a word."""
+        if self.dynamic:
+            return "int8 by channel, dynamic"
+        return f"int{self.bits} in blocks of {self.block_size}"
+
+
+class Quantization(_Record):
+    """How the weights are stored.
+
+    Attributes:
+        method: How integers were chosen: to the nearest, with scales searched for, or by GPTQ.
+        accuracy_level: What MatMulNBits rounds activations to: 4 is INT8 by block, 0 nothing.
+        smoothing: The share of the activations in smoothing's factors; None where there is none.
+        schemes: By path of each product.
+        errors: How far each weight is from the smoothed one that it was rounded from, as a share of that, both as roots of
+            sums of squares. `slm verify` finds the same.
+    """
+
+    method: Literal["nearest", "searched", "gptq"] = "nearest"
     accuracy_level: int
+    smoothing: float | None = None
+    schemes: dict[str, Scheme]
+    errors: dict[str, float] = {}
+
+    @property
+    def bits(self) -> int:
+        """The fewest bits of any layer."""
+        return min(scheme.bits for scheme in self.schemes.values())
 
 
 class Quality(_Record):
@@ -78,9 +131,10 @@ class Quality(_Record):
     tokens: int
     kl_nats: float
     same_top1: float
+    same_top5: float
     perplexity_before: float
     perplexity_after: float
-    max_kl_nats: float
+    max_kl_nats: float | None
 
 
 class Manifest(_Record):

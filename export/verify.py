@@ -1,14 +1,14 @@
 """Whether a bundle is the checkpoint it says it is: its weights one by one, and what it computes on each provider.
 
-Weights are compared with the checkpoint's: equal in float32, rounded in float16, within half a step where they are
-integers. What the bundle computes is compared with PyTorch running the bundle's own weights, so that rounding of weights
-does not hide an error in the graph. A graph of integers is run twice: with activations in floats, where it must agree as
-closely as a float graph, and as it ships, where the kernel rounds activations too.
+Weights are compared with the checkpoint's: equal in float32, rounded in float16, and where they are integers exactly as
+far off as rounding moved them. What the bundle computes is compared with PyTorch running the bundle's own weights, so that
+rounding of weights does not hide an error in the graph. A graph of integers is run twice: with activations in floats, where
+it must agree as closely as a float graph, and as it ships, where the kernel rounds activations too.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +20,23 @@ import torch
 
 from slm.core.checkpoint import read_config
 from slm.core.errors import SlmError
-from slm.core.manifest import Bundle, Parity, Precision
+from slm.core.manifest import Bundle, Manifest, Parity, Scheme
 from slm.core.nn import CausalLM
 from slm.core.progress import Progress
 from slm.core.weights import Weights
-from slm.export.graph import LazyTensors, checkpoint_tensors, float_tensors, graph_tensors, released
+from slm.export.graph import checkpoint_tensors, float_tensors, released
 from slm.export.graph.builder import Array
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
+from slm.quantize.report import relative_error
+from slm.quantize.smoothing import smoothing_between
 from slm.runtime.session import available_devices
 
 # The kernel rounds activations to 8 bits block by block, in every layer.
 INT8_TOLERANCE = 0.3
 # Keys and values rounded too, at its worst with random weights and tokens: 0.4 there, and 1.3 with a wrong window.
 INT8_CACHE_TOLERANCE = 0.6
-# A value half-way between two steps may have been rounded either way; 127 steps are themselves rounded to 24 bits.
-_HALF_STEP = 0.5 + 1e-4
+# The error of a rounded weight is computed from the same numbers in the same way as when it was written.
+_SAME_ERROR = 1e-9
 _HALF_ULP_FLOAT16 = 2.0**-11
 
 
@@ -70,13 +72,14 @@ def verify_bundle(bundle: Bundle, checkpoint: Path, progress: Progress) -> Verif
         reference = model_of(bundle)
     precision = bundle.manifest.precision
     rounded_caches = any(layer.dtype == "int8" for layer in bundle.manifest.cache)
-    tolerance = INT8_TOLERANCE if precision == "int8" else TOLERANCES[precision]
+    quantized = bundle.manifest.quantization
+    tolerance = TOLERANCES[precision] if quantized is None else INT8_TOLERANCE
     tolerance = INT8_CACHE_TOLERANCE if rounded_caches else tolerance
     found: dict[str, Parity] = {}
     for device in available_devices():
         found[device] = check_parity(bundle, reference, progress, tolerance, device)
     found["cpu, graph as written"] = check_parity(bundle, reference, progress, tolerance, optimize=False)
-    if precision == "int8":
+    if quantized is not None and not any(scheme.dynamic for scheme in quantized.schemes.values()):
         with _float_activations(bundle) as exact:
             allowed = tolerance if rounded_caches else TOLERANCE
             found["cpu, float activations"] = check_parity(exact, reference, progress, allowed)
@@ -105,7 +108,7 @@ def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
 
 def model_of(bundle: Bundle) -> CausalLM:
     """Returns PyTorch's model with a bundle's weights."""
-    tensors = float_tensors(bundle.model_path)
+    tensors = float_tensors(bundle.model_path, _schemes(bundle))
     config = bundle.config
     with torch.device("meta"):
         model = CausalLM(config)
@@ -136,15 +139,19 @@ def model_of(bundle: Bundle) -> CausalLM:
 def _compare_weights(bundle: Bundle, checkpoint: Path) -> tuple[int, float]:
     """Returns how many weights were compared, and the largest difference in units of what is allowed."""
     config = bundle.config
-    theirs, ours = checkpoint_tensors(Weights(checkpoint), config), float_tensors(bundle.model_path)
+    quantization = bundle.manifest.quantization
+    theirs = checkpoint_tensors(Weights(checkpoint), config)
+    ours = float_tensors(bundle.model_path, _schemes(bundle))
     if missing := set(theirs) ^ set(ours):
         raise SlmError(f"the bundle is not the checkpoint: it has other weights, {min(missing)} among them")
-    stored, worst = graph_tensors(bundle.model_path), 0.0
+    if quantization is not None and quantization.smoothing is not None:
+        theirs = smoothing_between(theirs, ours, config, quantization.smoothing).apply(theirs)
+    worst = 0.0
     for name in theirs:
         wanted, found = theirs[name], ours[name]
         if wanted.shape != found.shape:
             raise SlmError(f"the bundle is not the checkpoint: {name} is {found.shape}, not {wanted.shape}")
-        off = float(np.max(np.abs(found - wanted) / _allowed(stored, name, wanted, bundle.manifest.precision)))
+        off = _off(bundle.manifest, name, wanted, found)
         if not off <= 1:
             raise SlmError(
                 f"the bundle is not the checkpoint: {name} differs by {float(np.abs(found - wanted).max()):.2g}",
@@ -154,13 +161,24 @@ def _compare_weights(bundle: Bundle, checkpoint: Path) -> tuple[int, float]:
     return len(theirs), worst
 
 
-def _allowed(stored: LazyTensors, name: str, wanted: Array, precision: Precision) -> Array:
-    """Returns how far each value may be from the checkpoint's; never 0, so that it can be divided by."""
+def _schemes(bundle: Bundle) -> Mapping[str, Scheme]:
+    return {} if bundle.manifest.quantization is None else bundle.manifest.quantization.schemes
+
+
+def _off(manifest: Manifest, name: str, wanted: Array, found: Array) -> float:
+    """Returns the largest difference in units of what is allowed.
+
+    Integers are as far from the weight as the manifest says that rounding moved it: by GPTQ some move by several steps, so
+    that a bound on each would let much through. A weight that is not quantized is off by rounding to its type alone.
+    """
+    path = name.removesuffix(".weight")
+    if manifest.quantization is not None and path in manifest.quantization.schemes:
+        recorded = manifest.quantization.errors[path]
+        return abs(relative_error(wanted, found) - recorded) / max(
+            recorded * _SAME_ERROR, float(np.finfo(np.float32).tiny)
+        )
     tiny = np.float32(np.finfo(np.float32).tiny)
-    if f"{name}_scale" in stored:
-        scale = stored[f"{name}_scale"]
-        steps: Array = np.repeat(scale, wanted.shape[1] // scale.shape[1], axis=1)
-        return np.maximum(steps * np.float32(_HALF_STEP), tiny)
-    if precision == "float16":
-        return np.maximum(np.abs(wanted) * np.float32(_HALF_ULP_FLOAT16), np.float32(2.0**-25))
-    return np.full_like(wanted, tiny)
+    allowed = np.full_like(wanted, tiny)
+    if manifest.precision == "float16":
+        allowed = np.maximum(np.abs(wanted) * np.float32(_HALF_ULP_FLOAT16), np.float32(2.0**-25))
+    return float(np.max(np.abs(found - wanted) / allowed))

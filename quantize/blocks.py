@@ -1,40 +1,144 @@
-"""Symmetric block quantization: the arithmetic, in numpy.
+"""Rounding weights to integers in blocks: the arithmetic, in numpy.
 
 Dimensions: N output channels, K input channels.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
-from slm.export.graph.blocks import ZERO_POINT
+from slm.core.manifest import Scheme
+from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, pack
 from slm.export.graph.builder import Array
 
-# Of the 8-bit values only 1 to 255 are used, so that the range is symmetric.
-LEVELS = 127
-# Weights rounded at a time.
+# Weights rounded at a time: what is in between takes several times as much memory.
 _CHUNK_VALUES = 1 << 22
+# How far the ends of a block's range are drawn in, to find what rounds it best.
+_SHRINKS = np.linspace(1.0, 0.68, 17, dtype=np.float32)
 
 
-def quantize_blocks(weight: Array, block_size: int) -> tuple[Array, Array]:
-    """Rounds each weight to the nearest of 255 levels of its block.
+@dataclass(frozen=True)
+class Grid:
+    """The values that blocks can take: (q - zero) * scale for integers q from `lowest` to `highest`; both (..., blocks)."""
+
+    scale: Array
+    zero: Array
+    lowest: int
+    highest: int
+
+    def round(self, blocks: Array) -> Array:
+        """Returns the nearest integers, float32, for values (..., blocks, block); where a scale is 0, the zero."""
+        scale, zero = self.scale[..., None], self.zero[..., None]
+        steps = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0)
+        np.rint(steps, out=steps)
+        steps += zero
+        clipped: Array = np.clip(steps, self.lowest, self.highest, out=steps)
+        return clipped
+
+    def values(self, integers: Array) -> Array:
+        """Returns what integers (..., blocks, block) stand for."""
+        found: Array = (integers - self.zero[..., None]) * self.scale[..., None]
+        return found
+
+
+def fitted(blocks: Array, scheme: Scheme) -> Grid:
+    """Returns the grid that reaches from end to end of each block (..., blocks, block)."""
+    return _between(*_ends(blocks, scheme), scheme)
+
+
+def searched(blocks: Array, scheme: Scheme, importance: Array | None = None) -> Grid:
+    """Returns the grid that rounds each block best: of several, drawn in by different shares, the one of least squared error.
 
     Args:
-        weight: float32 (N, K); K is a multiple of block_size.
-        block_size: Input channels that share one scale.
+        blocks: Values (..., blocks, block).
+        scheme: How they will be stored.
+        importance: What the error of an input channel weighs, (blocks, block): the mean square of its activations.
+    """
+    low, high = _ends(blocks, scheme)
+    best, error = _between(low, high, scheme), None
+    for shrink in _SHRINKS:
+        grid = _between(low * shrink, high * shrink, scheme)
+        off = grid.values(grid.round(blocks))
+        off -= blocks
+        off *= off
+        found = off.sum(axis=-1) if importance is None else np.einsum("...i,...i->...", off, importance)
+        if error is None:
+            best, error = grid, found
+            continue
+        better = found < error
+        error = np.where(better, found, error)
+        best = Grid(
+            np.where(better, grid.scale, best.scale), np.where(better, grid.zero, best.zero), best.lowest, best.highest
+        )
+    return best
+
+
+def stored(integers: Array, grid: Grid, scheme: Scheme) -> dict[str, Array]:
+    """Returns the arrays of the graph's parameters for integers (N, blocks, block) on a grid (N, blocks), by name."""
+    if scheme.dynamic:
+        return {
+            QUANTIZED: np.ascontiguousarray(integers.reshape(len(integers), -1).T.astype(np.int8)),
+            SCALE: np.ascontiguousarray(grid.scale[:, 0]),
+        }
+    arrays = {QUANTIZED: pack(integers.astype(np.uint8), scheme.bits), SCALE: np.ascontiguousarray(grid.scale)}
+    if scheme.zero_points:
+        arrays[ZERO_POINTS] = pack(grid.zero.astype(np.uint8), scheme.bits)
+    return arrays
+
+
+def quantize_nearest(
+    weight: Array, scheme: Scheme, search: bool = False, importance: Array | None = None
+) -> dict[str, Array]:
+    """Rounds each weight to the nearest value of its block's grid.
+
+    Args:
+        weight: float32 (N, K); K is a multiple of the block size.
+        scheme: How to store it.
+        search: Whether to search for the scales.
+        importance: For the search, what the error of each input channel weighs, (K,).
 
     Returns:
-        Integers uint8 (N, K / block_size, block_size), and the scales float32 (N, K / block_size).
+        The arrays of the graph's parameters by name.
     """
-    shape = (weight.shape[0], weight.shape[1] // block_size, block_size)
-    quantized, scale = np.empty(shape, np.uint8), np.empty(shape[:2], np.float32)
+    blocks = weight.shape[1] // scheme.block_size
+    weights = None if importance is None else importance.reshape(blocks, -1).astype(np.float32)
+    make: Callable[[Array], Grid] = (
+        (lambda part: searched(part, scheme, weights)) if search else (lambda part: fitted(part, scheme))
+    )
     rows = max(1, _CHUNK_VALUES // weight.shape[1])
-    for start in range(0, shape[0], rows):  # what is in between would be twice the largest matrix
-        part = slice(start, start + rows)
-        quantized[part], scale[part] = _quantized(weight[part].reshape(-1, *shape[1:]))
-    return quantized, scale
+    parts = []
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].reshape(-1, blocks, scheme.block_size)
+        grid = make(part)
+        parts.append(stored(grid.round(part), grid, scheme))
+    return {
+        name: np.concatenate([part[name] for part in parts], axis=1 if scheme.dynamic and name == QUANTIZED else 0)
+        for name in parts[0]
+    }
 
 
-def _quantized(blocks: Array) -> tuple[Array, Array]:
-    scale = np.abs(blocks).max(axis=-1) / np.float32(LEVELS)
-    # A block of zeros has scale 0; anything stands for 0 there.
-    steps = np.divide(blocks, scale[..., None], out=np.zeros_like(blocks), where=scale[..., None] != 0)
-    return (np.rint(steps, out=steps) + ZERO_POINT).astype(np.uint8), scale
+def _ends(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:
+    if scheme.zero_points:  # 0 is always among the values
+        return np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+    if scheme.bits == 8:
+        largest = np.abs(blocks).max(axis=-1)
+        return -largest, largest
+    # Of 4-bit integers there is one more below zero than above: it goes where the largest value is.
+    low, high = blocks.min(axis=-1), blocks.max(axis=-1)
+    return np.where(-low >= high, low, -high), np.where(-low >= high, -low, high)
+
+
+def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
+    top = (1 << scheme.bits) - 1
+    middle = 1 << (scheme.bits - 1)
+    if scheme.zero_points:
+        scale = (high - low) / np.float32(top)
+        zero = np.rint(np.divide(-low, scale, out=np.zeros_like(low), where=scale != 0))
+        return Grid(scale, np.clip(zero, 0, top), 0, top)
+    if scheme.dynamic:
+        return Grid(high / np.float32(127), np.zeros_like(high), -127, 127)
+    zero = np.full_like(high, middle)
+    if scheme.bits == 8:  # 1 to 255, so that the range is symmetric
+        return Grid(high / np.float32(middle - 1), zero, 1, top)
+    return Grid(-low / np.float32(middle), zero, 0, top)

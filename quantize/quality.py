@@ -12,15 +12,20 @@ from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress
-from slm.core.sample import validation_path
+from slm.core.sample import stories_path, validation_path
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.export.graph.builder import Array
+from slm.runtime.bench import read_and_write
 from slm.runtime.decoder import OnnxDecoder, comparable_positions
 
 DEFAULT_TOKENS = 4096
 # Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
 ROW_TOKENS = 256
 PAST_THE_WINDOW = 64
+_LIKELIEST = 5
+# Greedy texts: so many, after so long a beginning, so long.
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 32, 32
+_ROUNDS, _TIMED_TOKENS = 3, 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Change:
         tokens: Positions compared.
         kl_nats: Kullback-Leibler divergence of the predictions after from those before.
         same_top1: Share of positions where the likeliest token is the same.
+        same_top5: How many of the five likeliest tokens still are, as a share, on average.
         perplexity_before: exp of the mean loss on the text, before.
         perplexity_after: The same, after.
     """
@@ -46,44 +52,62 @@ class Change:
     tokens: int
     kl_nats: float
     same_top1: float
+    same_top5: float
     perplexity_before: float
     perplexity_after: float
 
 
-def measuring_text(bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKENS) -> Text:
-    """Cuts a text into rows that pass the sliding window, each begun as the tokenizer begins a text.
+def calibration_text(
+    bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
+) -> Text:
+    """Cuts a text to choose settings by, which must not be the one that they are measured on; see `measuring_text`.
+
+    By default the stories that slm ships for training.
+    """
+    name = "the training stories that ship with slm" if path is None else str(path)
+    return Text(name, _rows(bundle, path or stories_path(), tokens, row_tokens))
+
+
+def measuring_text(
+    bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
+) -> Text:
+    """Cuts a text into rows, each begun as the tokenizer begins a text.
 
     Args:
         bundle: Whose tokenizer and window count.
         path: UTF-8 text, documents separated by "<|endoftext|>" or not; None takes the stories that ship with slm.
         tokens: How many tokens to use at most.
+        row_tokens: How long a row is; by default long enough to pass the sliding window.
 
     Raises:
         SlmError: When the text cannot be read or has fewer than two tokens.
     """
-    file = path or validation_path()
+    name = "the stories that ship with slm" if path is None else str(path)
+    return Text(name, _rows(bundle, path or validation_path(), tokens, row_tokens))
+
+
+def _rows(bundle: Bundle, file: Path, tokens: int, row_tokens: int | None) -> Array:
     tokenizer = Tokenizer.load(bundle.path)
     documents = [text.strip() for text in read_text(file, "measuring text").split(END_OF_TEXT)]
     # What the tokenizer puts before a text: models like Gemma make little of one that begins without it.
     prefix = tokenizer.encode("")
     ids = [t for document in tokenizer.encode_documents([d for d in documents if d]) for t in (*prefix, *document)]
     ids = ids[len(prefix) :]
-    longest = max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
+    longest = row_tokens or max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
     length = min(bundle.manifest.context, longest, len(prefix) + len(ids))
     new = length - len(prefix)
     if length < 2 or new < 1:
         raise SlmError(f"too little text to measure on: {file}", "give at least a few sentences")
     count = max(1, min(tokens // length, len(ids) // new))
     starts = np.tile(np.array(prefix, np.int64), (count, 1))
-    rows = np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)
-    return Text("the stories that ship with slm" if path is None else str(path), rows)
+    return np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)
 
 
 def measure(before: Bundle, after: Bundle, text: Text, progress: Progress) -> Change:
     """Reads the text with both bundles and compares what they expect at every position."""
     decoders = [OnnxDecoder(bundle) for bundle in (before, after)]
     progress.start("compare predictions", text.rows.shape[0], "rows")
-    divergence = same = 0.0
+    divergence = same = same_five = 0.0
     losses = np.zeros(2)
     step = comparable_positions(before.config.vocab_size)
     for row in text.rows:
@@ -91,19 +115,109 @@ def measure(before: Bundle, after: Bundle, text: Text, progress: Progress) -> Ch
             decoder.reset()
         for start in range(0, len(row), step):
             chunk = row[None, start : start + step]
-            old, new = (_log_softmax(decoder.step(chunk, keep=0)[0]) for decoder in decoders)  # (T, V)
+            old, new = (log_softmax(decoder.step(chunk, keep=0)[0]) for decoder in decoders)  # (T, V)
             divergence += float((np.exp(old) * (old - new)).sum(dtype=np.float64))
             same += float((old.argmax(-1) == new.argmax(-1)).sum())
+            same_five += _shared(_likeliest(old), _likeliest(new))
             targets = row[start + 1 : start + step + 1, None]
             losses -= [float(np.take_along_axis(p[: len(targets)], targets, axis=-1).sum()) for p in (old, new)]
         progress.advance()
     progress.finish()
     positions, predicted = text.rows.size, text.rows[:, 1:].size
     perplexity = np.exp(losses / predicted)
-    return Change(positions, divergence / positions, same / positions, float(perplexity[0]), float(perplexity[1]))
+    return Change(
+        tokens=positions,
+        kl_nats=divergence / positions,
+        same_top1=same / positions,
+        same_top5=same_five / positions,
+        perplexity_before=float(perplexity[0]),
+        perplexity_after=float(perplexity[1]),
+    )
 
 
-def _log_softmax(logits: Array) -> Array:
+def _likeliest(log_probabilities: Array) -> Array:
+    """Returns the five likeliest tokens (T, 5) of each position, in any order; all where there are fewer."""
+    count = min(_LIKELIEST, log_probabilities.shape[-1])
+    return np.argpartition(log_probabilities, -count, axis=-1)[:, -count:]
+
+
+def _shared(before: Array, after: Array) -> float:
+    """Returns the share of each row that both have, summed over rows."""
+    return float((before[:, :, None] == after[:, None]).any(axis=-1).mean(axis=-1).sum())
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How long a greedy text stays the same.
+
+    Attributes:
+        tokens: Length of the texts.
+        equal: Tokens until the first that differs, of each prompt.
+    """
+
+    tokens: int
+    equal: tuple[int, ...]
+
+
+def divergence(before: Bundle, after: Bundle, text: Text) -> Divergence:
+    """Continues the beginnings of some rows greedily with both bundles."""
+    decoders = [OnnxDecoder(bundle) for bundle in (before, after)]
+    prompt = min(_PROMPT_TOKENS, text.rows.shape[1], before.manifest.context // 2)
+    new = min(_NEW_TOKENS, before.manifest.context - prompt)
+    equal = []
+    for row in text.rows[:_PROMPTS]:
+        first, second = (_greedy(decoder, row[:prompt].tolist(), new) for decoder in decoders)
+        equal.append(next((i for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), new))
+    return Divergence(new, tuple(equal))
+
+
+def _greedy(decoder: OnnxDecoder, ids: list[int], new: int) -> list[int]:
+    decoder.reset()
+    tokens = [int(decoder.read(ids).argmax())]
+    while len(tokens) < new:
+        tokens.append(int(decoder.read([tokens[-1]]).argmax()))
+    return tokens
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Medians of some rounds in which both bundles took turns; tokens a second.
+
+    Attributes:
+        prompt: Tokens read before writing.
+        decode: Of the source, and of what was made.
+        prefill: The same.
+    """
+
+    prompt: int
+    decode: tuple[float, float]
+    prefill: tuple[float, float]
+
+    @property
+    def decode_ratio(self) -> float:
+        """How many times as fast."""
+        return self.decode[1] / self.decode[0]
+
+    @property
+    def prefill_ratio(self) -> float:
+        """How many times as fast."""
+        return self.prefill[1] / self.prefill[0]
+
+
+def speeds(before: Bundle, after: Bundle) -> Speeds:
+    """Reads a prompt and writes some tokens with each bundle in turn."""
+    decoders = [OnnxDecoder(bundle) for bundle in (before, after)]
+    prompt = min(_PROMPT_TOKENS * 4, before.manifest.context // 2)
+    rates: list[list[tuple[float, float]]] = [[], []]
+    for round_ in range(_ROUNDS + 1):
+        for decoder, found in zip(decoders, rates, strict=True):
+            read_s, written_s = read_and_write(decoder, prompt, _TIMED_TOKENS)
+            found += [(prompt / read_s, (_TIMED_TOKENS - 1) / written_s)] if round_ else []
+    medians = [[float(np.median([pair[i] for pair in found])) for found in rates] for i in (0, 1)]
+    return Speeds(prompt, (medians[1][0], medians[1][1]), (medians[0][0], medians[0][1]))
+
+
+def log_softmax(logits: Array) -> Array:
     """Returns log-probabilities in float32, summed in float64: a sixth of the time, the same divergence within 1e-4."""
     logits = logits - logits.max(axis=-1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)

@@ -257,12 +257,12 @@ def measure(
     timings = [Timing(case, step_bytes(case), new - 1) for case in cases]
     progress.start("benchmark", rounds * len(cases), "visits")
     try:
-        _text(decoder, min(case.prompt for case in cases), min(new, _WARM_UP))
+        read_and_write(decoder, min(case.prompt for case in cases), min(new, _WARM_UP))
         for _ in range(rounds):
             rate = None if probe is None else probe.rate()
             for timing in timings:
                 if timing.case.batch == 1:
-                    read_s, decode_s = _text(decoder, timing.case.prompt, new)
+                    read_s, decode_s = read_and_write(decoder, timing.case.prompt, new)
                     timing.read_s.append(read_s)
                 else:
                     decode_s = _steps(make_rows(timing.case, new), timing.case.batch, new - 1)
@@ -280,7 +280,7 @@ def prompt_ids(length: int, vocab_size: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(0).integers(vocab_size, size=length)]
 
 
-def _text(decoder: Decoder, prompt: int, new: int) -> tuple[float, float]:
+def read_and_write(decoder: Decoder, prompt: int, new: int) -> tuple[float, float]:
     """Reads a prompt and writes greedily; returns the seconds to the first token and from there to the last."""
     ids = prompt_ids(prompt, decoder.vocab_size)
     decoder.reset()

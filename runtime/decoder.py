@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, past_name
 from slm.core.errors import SlmError
-from slm.core.manifest import Bundle
+from slm.core.manifest import Bundle, Scheme
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
@@ -48,6 +48,11 @@ def log_probabilities(logits: Array, targets: Array) -> tuple[Array, Array]:
     of_targets = np.take_along_axis(logits, targets[..., None], axis=-1) - largest
     likely = of_targets[..., 0] - np.log(sums)
     return likely.astype(np.float32), logits.argmax(axis=-1) == targets
+
+
+def _alike(scheme: Scheme) -> bool:
+    """Whether a product adds alike for one row and for several; sums of integers do."""
+    return scheme.dynamic or scheme.block_size <= _LARGEST_ALIKE[scheme.bits]
 
 
 class Snapshot(Protocol):

@@ -139,7 +139,7 @@ class SpeculativeDecoder(DecoderAround):
     def caveat(self) -> str | None:
         """What to know before drafts are used with this model: None when they leave its text as it is."""
         inner = self.decoder
-        if not isinstance(inner, OnnxDecoder) or inner.bundle.manifest.precision != "int8" or inner.steps_alike:
+        if not isinstance(inner, OnnxDecoder) or inner.bundle.manifest.quantization is None or inner.steps_alike:
             return None
         heads = inner.bundle.config.num_attention_heads
         return (

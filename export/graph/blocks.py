@@ -5,13 +5,47 @@ Dimensions: N output channels, K input channels.
 
 import numpy as np
 
+from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
 
-# 8-bit values are stored with this added: 128 stands for 0.
-ZERO_POINT = 128
+# What a weight's data is called in a graph that stores it in integers.
+QUANTIZED, SCALE, ZERO_POINTS = "weight_quantized", "weight_scale", "weight_zero_points"
 
 
-def dequantize_blocks(quantized: Array, scale: Array) -> Array:
-    """Returns the weight float32 (N, K) that integers (N, K / block, block) and scales (N, K / block) stand for."""
-    blocks = (quantized.astype(np.float32) - ZERO_POINT) * scale[..., None]
-    return blocks.reshape(blocks.shape[0], -1)
+def pack(integers: Array, bits: int) -> Array:
+    """Packs unsigned integers uint8 (..., n) into bytes (..., n * bits / 8, rounded up), the first in the lowest bits."""
+    if bits == 8:
+        return integers
+    if integers.shape[-1] % 2:
+        integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], axis=-1)
+    packed: Array = integers[..., 0::2] | (integers[..., 1::2] << 4)
+    return packed
+
+
+def unpack(packed: Array, bits: int, count: int) -> Array:
+    """Returns the unsigned integers uint8 (..., count) of bytes that `pack` made."""
+    if bits == 8:
+        return packed
+    integers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    found: Array = integers[..., :count]
+    return found
+
+
+def dequantize(quantized: Array, scale: Array, zero_points: Array | None, scheme: Scheme) -> Array:
+    """Returns the weight float32 (N, K) that stored integers stand for.
+
+    Args:
+        quantized: uint8 (N, blocks, bytes of a block); int8 (K, N) where the scheme is dynamic.
+        scale: float32 (N, blocks); (N,) where the scheme is dynamic.
+        zero_points: uint8 (N, bytes of all blocks), where the scheme has some.
+        scheme: How they are stored.
+    """
+    if scheme.dynamic:
+        return quantized.T.astype(np.float32) * scale[:, None]
+    integers = unpack(quantized, scheme.bits, scheme.block_size).astype(np.float32)  # (N, blocks, block)
+    if zero_points is None:
+        integers -= 1 << (scheme.bits - 1)
+    else:
+        integers -= unpack(zero_points, scheme.bits, scale.shape[1])[..., None].astype(np.float32)
+    integers *= scale[..., None]
+    return integers.reshape(integers.shape[0], -1)

@@ -5,12 +5,17 @@ differently; the parameters that those declare name the tensors that `build_grap
 T positions, V vocabulary, D hidden.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
+import numpy as np
 import onnx_ir as ir
 
+from slm.core.manifest import Scheme
 from slm.export.graph.builder import Module, Op, Parameter, Value, cast, fused
+
+# A row of activations from -1 to 1 in 8 bits; no row counts as smaller than this, or zeros would be divided by zero.
+_STEP, _SMALLEST_ROW = 1 / 127, 1e-9
 
 
 class Linear(Protocol):
@@ -127,43 +132,52 @@ class GemmFormat:
 
 
 class BlockLinear(Module):
-    """y = x Wᵀ with W in unsigned integers, one scale for each block along the input (com.microsoft MatMulNBits).
+    """y = x Wᵀ with W in unsigned integers, one scale for each block along the input (com.microsoft MatMulNBits)."""
 
-    An integer q stands for (q - 2^(bits - 1)) * scale.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bits: int, block_size: int, accuracy_level: int) -> None:
+    def __init__(self, in_features: int, out_features: int, scheme: Scheme, accuracy_level: int) -> None:
         super().__init__()
-        blocks = in_features // block_size
+        blocks = in_features // scheme.block_size
         self.dtype = ir.DataType.FLOAT
-        self.weight_quantized = Parameter([out_features, blocks, block_size * bits // 8], ir.DataType.UINT8)
+        self.weight_quantized = Parameter(
+            [out_features, blocks, scheme.block_size * scheme.bits // 8], ir.DataType.UINT8
+        )
         self.weight_scale = Parameter([out_features, blocks], ir.DataType.FLOAT)
+        self._points: tuple[Parameter, ...] = ()
+        if scheme.zero_points:
+            self.weight_zero_points = Parameter([out_features, -(-blocks * scheme.bits // 8)], ir.DataType.UINT8)
+            self._points = (self.weight_zero_points,)
         self._attributes = {
             "K": in_features,
             "N": out_features,
-            "bits": bits,
-            "block_size": block_size,
+            "bits": scheme.bits,
+            "block_size": scheme.block_size,
             "accuracy_level": accuracy_level,
         }
 
     def forward(self, op: Op, x: Value) -> Value:
         """Maps (B, T, in) to (B, T, out)."""
-        return fused(op).MatMulNBits(x, self.weight_quantized, self.weight_scale, **self._attributes)
+        return fused(op).MatMulNBits(x, self.weight_quantized, self.weight_scale, *self._points, **self._attributes)
 
 
 class BlockEmbedding(BlockLinear):
-    """One 8-bit table for lookup and head: the head wants it in blocks (V, blocks, block), the lookup as (V, D)."""
+    """One table for lookup and head: the head wants it in blocks (V, blocks, bytes), the lookup as (V, bytes)."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, block_size: int, accuracy_level: int) -> None:
-        super().__init__(hidden_size, vocab_size, 8, block_size, accuracy_level)
-        self._shape = [vocab_size, hidden_size]
-        self._block_size = block_size
+    def __init__(self, vocab_size: int, hidden_size: int, scheme: Scheme, accuracy_level: int) -> None:
+        super().__init__(hidden_size, vocab_size, scheme, accuracy_level)
+        self._shape = [vocab_size, hidden_size * scheme.bits // 8]
+        self._scheme = scheme
 
     def forward(self, op: Op, input_ids: Value) -> Value:
         """Looks up ids (B, T) as (B, T, D)."""
-        table = op.Reshape(self.weight_quantized, self._shape)
         return fused(op).GatherBlockQuantized(
-            table, input_ids, self.weight_scale, bits=8, block_size=self._block_size, gather_axis=0, quantize_axis=1
+            op.Reshape(self.weight_quantized, self._shape),
+            input_ids,
+            self.weight_scale,
+            *self._points,
+            bits=self._scheme.bits,
+            block_size=self._scheme.block_size,
+            gather_axis=0,
+            quantize_axis=1,
         )
 
     def head(self, op: Op, hidden: Value) -> Value:
@@ -171,18 +185,42 @@ class BlockEmbedding(BlockLinear):
         return super().forward(op, hidden)
 
 
+class DynamicLinear(Module):
+    """y = x Wᵀ as a product of 8-bit integers: W has a scale for each output, x one for each token, found as it comes.
+
+    Rows are divided by their largest value first. onnxruntime's product takes one scale for all rows, with which one token's
+    outlier would cost every other token its precision, and a row's result would depend on those beside it.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.dtype = ir.DataType.FLOAT
+        self.weight_quantized = Parameter([in_features, out_features], ir.DataType.INT8)
+        self.weight_scale = Parameter([out_features], ir.DataType.FLOAT)
+
+    def forward(self, op: Op, x: Value) -> Value:
+        """Maps (B, T, in) to (B, T, out)."""
+        largest = op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), _SMALLEST_ROW)  # (B, T, 1)
+        middle = op.Constant(value=ir.tensor(np.array(128, np.uint8)))
+        rounded = op.QuantizeLinear(op.Div(x, largest), _STEP, middle)
+        y = fused(op).MatMulIntegerToFloat(rounded, self.weight_quantized, _STEP, self.weight_scale, middle)
+        return op.Mul(y, largest)
+
+
 class BlockFormat:
-    """Linear layers, embedding and head in blocks of integers; norms stay in float32."""
+    """Linear layers, embedding and head in integers, each by a scheme of its own; norms stay in float32."""
 
-    def __init__(self, bits: int, block_size: int, accuracy_level: int) -> None:
-        self.bits = bits
-        self.block_size = block_size
-        self.accuracy_level = accuracy_level
+    def __init__(self, schemes: Mapping[str, Scheme], accuracy_level: int) -> None:
+        """Takes the scheme of each product by its path."""
+        self._schemes, self._accuracy_level = schemes, accuracy_level
 
-    def linear(self, path: str, in_features: int, out_features: int) -> BlockLinear:
+    def linear(self, path: str, in_features: int, out_features: int) -> BlockLinear | DynamicLinear:
         """Returns a quantized linear layer."""
-        return BlockLinear(in_features, out_features, self.bits, self.block_size, self.accuracy_level)
+        scheme = self._schemes[path]
+        if scheme.dynamic:
+            return DynamicLinear(in_features, out_features)
+        return BlockLinear(in_features, out_features, scheme, self._accuracy_level)
 
     def embedding(self, path: str, vocab_size: int, hidden_size: int) -> BlockEmbedding:
-        """Returns an 8-bit embedding."""
-        return BlockEmbedding(vocab_size, hidden_size, self.block_size, self.accuracy_level)
+        """Returns a quantized embedding."""
+        return BlockEmbedding(vocab_size, hidden_size, self._schemes[path], self._accuracy_level)

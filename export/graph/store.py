@@ -13,18 +13,15 @@ import numpy as np
 import onnx_ir as ir
 
 from slm.core.config import ModelConfig
+from slm.core.manifest import Scheme
 from slm.core.weights import Weights
-from slm.export.graph.blocks import dequantize_blocks
+from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
 from slm.export.graph.builder import Array
 
 # The operating system maps files page by page; tensors that begin on a page are mapped without a copy.
 PAGE_BYTES = 4096
 # Smaller tensors stay inside the graph file.
 EXTERNAL_FROM_BYTES = 1024
-
-
-# What a format that stores integers adds to a weight's name.
-_QUANTIZED, _SCALE = "_quantized", "_scale"
 
 
 class LazyTensors(Mapping[str, Array]):
@@ -96,25 +93,27 @@ def graph_tensors(path: Path) -> LazyTensors:
     return LazyTensors({name: tensor.numpy for name, tensor in tensors.items() if tensor is not None})
 
 
-def float_tensors(path: Path) -> LazyTensors:
+def float_tensors(path: Path, schemes: Mapping[str, Scheme]) -> LazyTensors:
     """Returns the weights of a saved graph in float32, under the names that they have in the float32 graph.
 
     Args:
         path: The `.onnx` file; its external data lies beside it.
+        schemes: How integers are stored, by path of the product.
     """
     stored = graph_tensors(path)
     makers: dict[str, Callable[[], Array]] = {}
     for name in stored:
-        if name.endswith(_QUANTIZED):
-            plain = name.removesuffix(_QUANTIZED)
-            makers[plain] = partial(_dequantized, stored, plain)
-        elif name.endswith("weight"):
+        product, _, part = name.rpartition(".")
+        if part == QUANTIZED:
+            makers[f"{product}.weight"] = partial(_dequantized, stored, product, schemes[product])
+        elif part == "weight":
             makers[name] = partial(_float32, stored, name)
     return LazyTensors(makers)
 
 
-def _dequantized(stored: LazyTensors, name: str) -> Array:
-    return dequantize_blocks(stored[f"{name}{_QUANTIZED}"], stored[f"{name}{_SCALE}"])
+def _dequantized(stored: LazyTensors, product: str, scheme: Scheme) -> Array:
+    points = stored[f"{product}.{ZERO_POINTS}"] if scheme.zero_points else None
+    return dequantize(stored[f"{product}.{QUANTIZED}"], stored[f"{product}.{SCALE}"], points, scheme)
 
 
 def _float32(stored: LazyTensors, name: str) -> Array:

@@ -17,7 +17,8 @@ from slm.core.progress import Silent
 from slm.export.bundle import export_bundle
 from slm.export.parity import TOLERANCE
 from slm.export.verify import verify_bundle
-from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 
 KINDS = ("float32", "int8", "int8 caches", "portable", "cuda", "webgpu")
@@ -32,10 +33,10 @@ def bundles(
     text = Text("random", np.random.default_rng(5).integers(0, shared_bundle.config.vocab_size, (4, 60)))
     return {
         "float32": shared_bundle,
-        "int8": quantize_int8(shared_bundle, home / "int8", text, Int8Settings(max_kl_nats=1)),
-        "int8 caches": quantize_int8(
-            shared_bundle, home / "int8-caches", text, Int8Settings(max_kl_nats=1, cache="int8")
-        ),
+        "int8": quantize_bundle(shared_bundle, home / "int8", text, Settings(gate=Gate(1)))[0],
+        "int8 caches": quantize_bundle(shared_bundle, home / "int8-caches", text, Settings(gate=Gate(1), cache="int8"))[
+            0
+        ],
         "portable": export_bundle(shared_checkpoint, home / "portable", target="portable"),
         "cuda": export_bundle(shared_checkpoint, home / "cuda", device="cuda"),
         "webgpu": export_bundle(shared_checkpoint, home / "webgpu", device="webgpu"),

@@ -22,7 +22,8 @@ from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
-from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
@@ -157,12 +158,12 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
     save_checkpoint(home / "other", model, tokenizer, {})
     rng = np.random.default_rng(0)
     text = Text("random", rng.choice(readable, (4, 60)))
-    int8 = Int8Settings(max_kl_nats=1)
+    int8 = Settings(gate=Gate(1))
     float32 = export_bundle(home / "checkpoint", runs / "onnx")
     made = {
         "float32": float32,
-        "int8": quantize_int8(float32, runs / "onnx-int8", text, int8),
-        "int8 caches": quantize_int8(float32, home / "caches", text, replace(int8, cache="int8")),
+        "int8": quantize_bundle(float32, runs / "onnx-int8", text, int8)[0],
+        "int8 caches": quantize_bundle(float32, home / "caches", text, replace(int8, cache="int8"))[0],
         "portable": export_bundle(home / "checkpoint", runs / "onnx-portable", target="portable"),
         "other": export_bundle(home / "other", home / "other-onnx"),
         "other portable": export_bundle(home / "other", home / "other-portable", target="portable"),

@@ -10,7 +10,7 @@ from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.presets import preset
 from slm.export.bundle import export_bundle
-from slm.quantize.int8 import quantize_int8
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 from slm.train.data.tokenizer import gpt2
 from slm.train.run import with_special_tokens
@@ -34,6 +34,6 @@ def test_from_weights_to_int8(tmp_path: Path) -> None:
     assert parity is not None and parity.tokens == 3 * config.sliding_window
     assert 0 < parity.largest < 1e-4
     rows = np.random.default_rng(0).integers(0, config.vocab_size, (1, config.sliding_window + 64))
-    made = quantize_int8(bundle, tmp_path / "onnx-int8", Text("random tokens", rows))
+    made = quantize_bundle(bundle, tmp_path / "onnx-int8", Text("random tokens", rows))[0]
     assert made.manifest.quantization is not None and made.manifest.quantization.block_size == 128
     assert 0.25 * bundle.bytes < made.bytes <= 160 * MEGABYTE

@@ -19,7 +19,8 @@ from slm.export.bundle import export_bundle
 from slm.export.graph import LazyTensors, graph_tensors
 from slm.export.graph.blocks import dequantize_blocks
 from slm.quantize.blocks import quantize_blocks
-from slm.quantize.int8 import Int8Settings, quantize_int8, quantized_tensors
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text, measure, measuring_text
 from slm.runtime.decoder import OnnxDecoder
 
@@ -65,7 +66,7 @@ def test_zero_blocks_and_extremes() -> None:
 @pytest.fixture(scope="module")
 def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("int8") / "onnx-int8"
-    return quantize_int8(shared_bundle, out, random_text(shared_bundle), Int8Settings(max_kl_nats=1))
+    return quantize_bundle(shared_bundle, out, random_text(shared_bundle), Settings(gate=Gate(1)))[0]
 
 
 def random_text(bundle: Bundle) -> Text:
@@ -154,20 +155,30 @@ def test_the_untied_head_is_quantized_too(
     untied = config.model_copy(update={"tie_word_embeddings": False})
     save_checkpoint(tmp_path / "c", make_model(untied), tokenizer, {})
     source = export_bundle(tmp_path / "c", tmp_path / "onnx")
-    made = quantize_int8(source, tmp_path / "int8", random_text(source), Int8Settings(max_kl_nats=1))
+    made = quantize_bundle(source, tmp_path / "int8", random_text(source), Settings(gate=Gate(1)))[0]
     assert "lm_head.weight_quantized" in ir.load(made.model_path).graph.initializers
     assert made.manifest.quality is not None and made.manifest.quality.kl_nats < 0.01
 
 
 def test_smaller_blocks_are_more_exact(shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path) -> None:
-    made = quantize_int8(shared_bundle, tmp_path / "b", random_text(shared_bundle), Int8Settings(16, 1))
+    made = quantize_bundle(
+        shared_bundle,
+        tmp_path / "b",
+        random_text(shared_bundle),
+        Settings(block_size=16, gate=Gate(1)),
+    )[0]
     assert made.manifest.quality is not None and int8_bundle.manifest.quality is not None
     assert made.manifest.quality.kl_nats < int8_bundle.manifest.quality.kl_nats
 
 
 def test_the_gate_refuses_and_writes_nothing(shared_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(SlmError, match="moved by") as caught:
-        quantize_int8(shared_bundle, tmp_path / "b", random_text(shared_bundle), Int8Settings(max_kl_nats=1e-7))
+        quantize_bundle(
+            shared_bundle,
+            tmp_path / "b",
+            random_text(shared_bundle),
+            Settings(gate=Gate(1e-7)),
+        )[0]
     assert caught.value.hint is not None and "--block-size 16" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
@@ -181,19 +192,24 @@ def test_a_broken_quantizer_would_not_pass_the_default_gate(
 
     monkeypatch.setattr("slm.quantize.int8.quantize_blocks", off_by_one)
     with pytest.raises(SlmError, match="moved by"):
-        quantize_int8(shared_bundle, tmp_path / "b", random_text(shared_bundle))
+        quantize_bundle(shared_bundle, tmp_path / "b", random_text(shared_bundle))[0]
 
 
 def test_same_input_same_bytes(shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path) -> None:
-    again = quantize_int8(shared_bundle, tmp_path / "b", random_text(shared_bundle), Int8Settings(max_kl_nats=1))
+    again = quantize_bundle(shared_bundle, tmp_path / "b", random_text(shared_bundle), Settings(gate=Gate(1)))[0]
     assert again.manifest.files == int8_bundle.manifest.files
 
 
 def test_what_cannot_be_quantized_is_refused(shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(SlmError, match="int8 already"):
-        quantize_int8(int8_bundle, tmp_path / "b", random_text(shared_bundle))
+        quantize_bundle(int8_bundle, tmp_path / "b", random_text(shared_bundle))[0]
     with pytest.raises(SlmError, match="blocks of 128") as caught:
-        quantize_int8(shared_bundle, tmp_path / "b", random_text(shared_bundle), Int8Settings(128))
+        quantize_bundle(
+            shared_bundle,
+            tmp_path / "b",
+            random_text(shared_bundle),
+            Settings(block_size=128),
+        )[0]
     assert caught.value.hint == "--block-size 32 fits"
 
 
@@ -220,8 +236,8 @@ def test_measuring_text(shared_bundle: Bundle, tmp_path: Path) -> None:
 
 def test_int8_caches_take_a_quarter_and_cost_little(shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path) -> None:
     text = random_text(shared_bundle)
-    settings = Int8Settings(max_kl_nats=1, cache="int8")
-    made = quantize_int8(shared_bundle, tmp_path / "b", text, settings)
+    settings = Settings(gate=Gate(1), cache="int8")
+    made = quantize_bundle(shared_bundle, tmp_path / "b", text, settings)[0]
     assert {layer.dtype for layer in made.manifest.cache} == {"int8"}
     assert {spec.dtype for spec in made.manifest.inputs if "past" in spec.name} == {"int8"}
     decoders = [OnnxDecoder(bundle) for bundle in (int8_bundle, made)]
@@ -243,4 +259,9 @@ def test_int8_caches_with_wrong_steps_are_noticed(
         module, "cache_steps", lambda *args: {name: steps / 20 for name, steps in measured(*args).items()}
     )
     with pytest.raises(SlmError, match="the predictions moved"):
-        quantize_int8(shared_bundle, tmp_path / "b", random_text(shared_bundle), Int8Settings(cache="int8"))
+        quantize_bundle(
+            shared_bundle,
+            tmp_path / "b",
+            random_text(shared_bundle),
+            Settings(cache="int8"),
+        )[0]

@@ -13,7 +13,8 @@ from slm.core.contract import CACHE_SLACK
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.export.bundle import export_bundle
-from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 from slm.runtime.batch import Batch, Slot, generate_batch
 from slm.runtime.cache import KVBuffers
@@ -37,8 +38,8 @@ TOLERANCE = 2e-5
 def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights in blocks of 32 and INT8 caches."""
     text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-    settings = Int8Settings(max_kl_nats=1, cache="int8")
-    return quantize_int8(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)
+    settings = Settings(gate=Gate(1), cache="int8")
+    return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 
 def alone(decoder: Decoder, prompt: list[int], sampling: Sampling, new: int, stop: tuple[int, ...] = ()) -> list[int]:

@@ -17,7 +17,8 @@ from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
-from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 from slm.runtime import bench
 from slm.runtime.bench import Case, OnnxRows, ReadProbe, Spread, measure
@@ -173,7 +174,7 @@ def bundle_of(
 def test_the_weights_of_a_step(bundle_of: Callable[..., Bundle], tied: bool) -> None:
     exported = bundle_of(tie_word_embeddings=tied)
     rows = np.random.default_rng(0).integers(320, size=(2, 32))
-    quantized = quantize_int8(exported, Path("int8"), Text("random", rows), Int8Settings(32, max_kl_nats=9.0))
+    quantized = quantize_bundle(exported, Path("int8"), Text("random", rows), Settings(block_size=32, gate=Gate(9)))[0]
     for bundle in (exported, quantized):
         graph = onnx.load(bundle.model_path).graph
         read = {t.name: onnx.numpy_helper.to_array(t).nbytes for t in graph.initializer}

@@ -18,7 +18,8 @@ from slm.core.contract import CACHE_SLACK
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.export.bundle import export_bundle
-from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 from slm.runtime.batch import Batch, generate_batch
 from slm.runtime.bench import Case, OnnxRows
@@ -42,7 +43,7 @@ def bundles(
     text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
     return {
         "float32": shared_bundle,
-        "int8 caches": quantize_int8(shared_bundle, home / "int8", text, Int8Settings(max_kl_nats=1, cache="int8")),
+        "int8 caches": quantize_bundle(shared_bundle, home / "int8", text, Settings(gate=Gate(1), cache="int8"))[0],
         "cuda": export_bundle(shared_checkpoint, home / "cuda", device="cuda"),
         "portable": export_bundle(shared_checkpoint, home / "portable", target="portable"),
     }

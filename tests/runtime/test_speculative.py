@@ -13,7 +13,8 @@ from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
-from slm.quantize.int8 import Int8Settings, quantize_int8
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 from slm.runtime.decoder import Decoder, OnnxDecoder
 from slm.runtime.generate import generate
@@ -59,8 +60,8 @@ def portable_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def int8_bundle(float_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights in blocks of 32 and INT8 caches."""
     text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-    settings = Int8Settings(max_kl_nats=1, cache="int8")
-    return quantize_int8(float_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)
+    settings = Settings(gate=Gate(1), cache="int8")
+    return quantize_bundle(float_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 
 @pytest.fixture(params=["fused", "int8", "torch", "portable"])

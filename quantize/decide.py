@@ -1,0 +1,235 @@
+"""From what was asked for to what is done: settings are few, and what they leave open is measured.
+
+Dimensions: K input channels.
+"""
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from slm.core.contract import CacheType
+from slm.core.manifest import Bundle, Quantization, Scheme
+from slm.core.progress import Progress
+from slm.export.graph import graph_tensors
+from slm.export.graph.builder import Array
+from slm.quantize.blocks import quantize_nearest
+from slm.quantize.cache import cache_steps
+from slm.quantize.lab import Lab
+from slm.quantize.linears import Linear, linears_of
+from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of
+from slm.quantize.quality import Change, Text, measure
+from slm.quantize.report import model_bytes
+from slm.quantize.rounding import Arrays, Method, gptq, restored, rounded_tensors
+from slm.quantize.search import Budget, choose, sensitivities
+from slm.quantize.smoothing import NO_SMOOTHING, Smoothing, smoothing
+from slm.quantize.statistics import root_mean_squares
+from slm.quantize.write import ACCURACY_LEVEL, tried
+
+# How much text settings are chosen by: GPTQ wants more than it takes to tell how large activations are.
+CALIBRATION_TOKENS = {"int8": 2048, "int4": 8192}
+# Rows of the calibration text that it takes to tell what smoothing does, and each layer.
+_SMOOTHING_ROWS, _SENSITIVITY_ROWS = 2, 2
+# What INT4 is to move the predictions by at most when it is made for quality, nats, as the layers' harms add up.
+_FINE_KL_NATS = 0.02
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is let through; None asks for nothing.
+
+    Attributes:
+        max_kl_nats: The largest mean divergence from the source's predictions.
+        max_perplexity_increase: The largest share by which perplexity may grow.
+    """
+
+    max_kl_nats: float | None
+    max_perplexity_increase: float | None = None
+
+    def refuses(self, change: Change) -> str | None:
+        """Returns why not, or None; what is not a number is refused."""
+        if self.max_kl_nats is not None and not change.kl_nats <= self.max_kl_nats:
+            return f"the predictions moved by {change.kl_nats:.4f} nats, allowed {self.max_kl_nats:g}"
+        grown = change.perplexity_after / change.perplexity_before - 1
+        if self.max_perplexity_increase is not None and not grown <= self.max_perplexity_increase:
+            return f"perplexity grew by {grown:.1%}, allowed {self.max_perplexity_increase:.1%}"
+        return None
+
+
+# Nats. INT8 moves models by 0.001 to 0.01, INT4 by 0.02 to 0.15 (docs/quantization.md).
+GATES = {"int8": Gate(0.02), "int4": Gate(0.15)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to quantize.
+
+    Attributes:
+        precision: "int8" or "int4", where layers that need more may get eight bits.
+        prefer: What to weigh most.
+        dynamic: Products of 8-bit integers, activations rounded a token at a time, in place of blocks.
+        block_size: Input channels of a layer's weight that share one scale; None takes what `prefer` says.
+        method: How integers are chosen; None takes GPTQ for four bits and the nearest for eight.
+        smooth: Whether activations are smoothed first; None does where it measures better.
+        cache: How keys and values are cached; None takes what `prefer` says.
+        target_bytes: For INT4, the largest graph and weights together.
+        gate: What to let through.
+    """
+
+    precision: Literal["int8", "int4"] = "int8"
+    prefer: Prefer = "auto"
+    dynamic: bool = False
+    block_size: int | None = None
+    method: Method | None = None
+    smooth: bool | None = None
+    cache: CacheType | None = None
+    target_bytes: int | None = None
+    gate: Gate | None = None
+
+    def words(self) -> dict[str, object]:
+        """Returns what was asked for, without what was left open."""
+        asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
+        asked |= {"block_size": self.block_size, "target_bytes": self.target_bytes}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def finer(self) -> str | None:
+        """Returns options that round less, None where there are none."""
+        if self.precision == "int4":
+            return "--int4 --prefer quality" if self.prefer != "quality" or self.target_bytes else "--int8"
+        if self.dynamic:
+            return "--int8 without --int8-dynamic"
+        return None if self.prefer == "quality" else "--prefer quality"
+
+
+@dataclass
+class Recipe:
+    """What was decided: everything that the graph is built from.
+
+    Attributes:
+        schemes: Of each product, by path.
+        method: How integers are chosen.
+        smoothing: Factors.
+        cache: How keys and values are cached.
+        cache_steps: Their steps, by name of the parameter.
+        rms: Root mean square of each input channel (K,) of each product, by path, where it was measured; before smoothing.
+        done: Arrays of weights that are rounded already, by path.
+        harm: What few bits of each product did, nats, by path, where that was tried.
+    """
+
+    schemes: dict[str, Scheme]
+    method: Method
+    smoothing: Smoothing = NO_SMOOTHING
+    cache: CacheType = "float32"
+    cache_steps: Mapping[str, Array] = field(default_factory=dict)
+    rms: Mapping[str, Array] = field(default_factory=dict)
+    done: Mapping[str, Arrays] = field(default_factory=dict)
+    harm: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def inputs_rms(self) -> dict[str, Array]:
+        """Root mean square of each input channel as it is after smoothing, by path."""
+        return {path: self.smoothing.activations(f"{path}.weight", values) for path, values in self.rms.items()}
+
+    @property
+    def importance(self) -> dict[str, Array]:
+        """What the error of each input channel weighs: the mean square of its activations, by path."""
+        return {path: np.square(values) for path, values in self.inputs_rms.items()}
+
+    def tensors(self, source: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Returns the quantized graph's tensors from the float graph's."""
+        plain = self.smoothing.apply(source)
+        rounded = rounded_tensors(plain, self.schemes, self.method != "nearest", self.importance, self.done)
+        return ChainMap(dict(self.cache_steps), rounded)  # type: ignore[arg-type]  # only read
+
+    def words(self) -> dict[str, object]:
+        """Returns what was decided."""
+        count: dict[str, int] = {}
+        for scheme in self.schemes.values():
+            count[scheme.name] = count.get(scheme.name, 0) + 1
+        smooth = self.smoothing.exponent if self.smoothing.columns else None
+        return {"method": self.method, "smoothing": smooth, "cache": self.cache, "products": count}
+
+    def describe(self) -> Quantization:
+        """Returns the manifest's record."""
+        exponent = self.smoothing.exponent if self.smoothing.columns else None
+        return Quantization(method=self.method, accuracy_level=ACCURACY_LEVEL, smoothing=exponent, schemes=self.schemes)
+
+
+def decide(source: Bundle, calibration: Text, settings: Settings, progress: Progress, scratch: Path) -> Recipe:
+    """Chooses everything that the settings leave open, by measurement on the calibration text.
+
+    Args:
+        source: The float bundle.
+        calibration: What is read.
+        settings: What was asked for.
+        progress: Told of each step.
+        scratch: A directory for what is only tried.
+    """
+    linears = linears_of(source.config)
+    wish = INT4 if settings.precision == "int4" else INT8_DYNAMIC if settings.dynamic else INT8[settings.prefer]
+    method = settings.method or ("gptq" if settings.precision == "int4" else "nearest")
+    cache = settings.cache or ("int8" if settings.prefer == "speed" else "float32")
+    recipe = Recipe(schemes_of(linears, wish, settings.block_size), method, cache=cache)
+    if cache == "int8":
+        recipe.cache_steps = cache_steps(source, calibration, progress)
+    layers = [linear for linear in linears if linear.layer is not None]
+    lab = Lab(source, layers)
+    if settings.smooth is not False or method != "nearest":
+        recipe.rms = root_mean_squares(lab, layers, calibration, progress)
+    tensors = graph_tensors(source.model_path)
+    if settings.smooth is not False:
+        smooth = smoothing(tensors, source.config, recipe.rms)
+        if settings.smooth or _better(source, recipe, smooth, calibration, progress, scratch):
+            recipe.smoothing = smooth
+    if settings.precision == "int4":
+        _spend_bits(source, recipe, settings, lab, calibration, progress)
+    return recipe
+
+
+def _better(
+    source: Bundle, recipe: Recipe, smooth: Smoothing, calibration: Text, progress: Progress, scratch: Path
+) -> bool:
+    """Tries a recipe with and without smoothing; says whether the predictions move less with it."""
+    part = Text(calibration.name, calibration.rows[:_SMOOTHING_ROWS])
+    plain = replace(recipe, method="searched" if recipe.method == "gptq" else recipe.method)
+    moved = []
+    for each in (plain, replace(plain, smoothing=smooth)):
+        tensors = each.tensors(graph_tensors(source.model_path))
+        with tried(source, tensors, each.describe(), each.cache, scratch) as bundle:
+            moved.append(measure(source, bundle, part, progress).kl_nats)
+    progress.note(f"smoothing moves the predictions by {moved[1]:.4f} nats instead of {moved[0]:.4f}")
+    return moved[1] < moved[0]
+
+
+def _spend_bits(
+    source: Bundle, recipe: Recipe, settings: Settings, lab: Lab, calibration: Text, progress: Progress
+) -> None:
+    """Rounds to four bits, and gives eight to the layers that need them, within what the settings allow."""
+    linears = linears_of(source.config)
+    layers = [linear for linear in linears if linear.layer is not None]
+    tensors = recipe.smoothing.apply(graph_tensors(source.model_path))
+    low = recipe.schemes
+    if recipe.method == "gptq":
+        recipe.done = gptq(source, layers, low, recipe.smoothing, tensors, calibration, progress)
+    if settings.prefer == "size" and settings.target_bytes is None:
+        return
+
+    def rounded(linear: Linear) -> Array:
+        name = f"{linear.path}.weight"
+        arrays = recipe.done.get(linear.path) or quantize_nearest(
+            tensors[name], low[linear.path], recipe.method == "searched", recipe.importance.get(linear.path)
+        )
+        return recipe.smoothing.revert(name, restored(arrays, low[linear.path]))
+
+    part = Text(calibration.name, calibration.rows[:_SENSITIVITY_ROWS])
+    recipe.harm = sensitivities(lab, layers, part, rounded, progress)
+    high = low | schemes_of(layers, INT8["auto"])
+    rest = model_bytes(source) - sum(4 * linear.size for linear in linears)
+    budget = (
+        Budget(kl_nats=_FINE_KL_NATS) if settings.target_bytes is None else Budget(bytes=settings.target_bytes - rest)
+    )
+    recipe.schemes = choose(linears, low, high, recipe.harm, budget)
+    recipe.done = {path: arrays for path, arrays in recipe.done.items() if recipe.schemes[path] == low[path]}

@@ -1,0 +1,120 @@
+"""Quantizing a bundle: a float bundle in, a smaller one out, if it is good enough."""
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from slm.core.errors import SlmError
+from slm.core.files import atomic_directory
+from slm.core.manifest import Bundle, Quality, seal, sealed_files
+from slm.core.progress import Progress, Silent
+from slm.export.graph import float_tensors, graph_tensors, released
+from slm.quantize.decide import CALIBRATION_TOKENS, GATES, Recipe, Settings, decide
+from slm.quantize.linears import linears_of
+from slm.quantize.quality import Change, Text, calibration_text, divergence, measure, speeds
+from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report
+from slm.quantize.write import write_bundle
+
+# Tensors that a refusal names.
+_BLAMED = 3
+
+
+def quantize_bundle(
+    source: Bundle,
+    out: Path,
+    text: Text,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    calibration: Text | None = None,
+) -> tuple[Bundle, Report]:
+    """Quantizes a float32 bundle and measures what that changed.
+
+    Args:
+        source: The bundle to quantize.
+        out: The new bundle's directory; made or replaced once the quality is good enough.
+        text: What both bundles read for the measurement.
+        settings: How to quantize.
+        progress: Told of each step.
+        calibration: What settings are chosen by; by default stories that ship with slm, others than those measured on.
+
+    Raises:
+        SlmError: When the source is quantized already, no block size fits, a budget cannot be kept, or the gate does not let
+            it through; nothing is written then.
+    """
+    settings, progress = settings or Settings(), progress or Silent()
+    check_source(source)
+    if out.resolve() == source.path.resolve():
+        raise SlmError(f"{out} is the bundle to quantize; it is kept", "name another --out")
+    started = time.perf_counter()
+    calibration = calibration or calibration_text(source, None, CALIBRATION_TOKENS[settings.precision])
+    with atomic_directory(out, sealed_files(out)) as directory, released():
+        recipe = decide(source, calibration, settings, progress, directory.parent)
+        progress.note(f"writing {source.manifest.parameters:,} parameters: {_in_words(recipe)}")
+        tensors = recipe.tensors(graph_tensors(source.model_path))
+        made = write_bundle(source, tensors, recipe.describe(), recipe.cache, directory)
+        change = measure(source, made, text, progress)
+        report = _report(source, made, text, recipe, settings, change, progress)
+        gate = settings.gate or GATES[settings.precision]
+        if (reason := gate.refuses(change)) is not None:
+            raise _refusal(reason, change, report, settings)
+        report = replace(report, seconds=round(time.perf_counter() - started, 2))
+        write_report(directory, report)
+        quality = Quality(text=text.name, max_kl_nats=gate.max_kl_nats, **asdict(change))
+        quantization = recipe.describe().model_copy(
+            update={"errors": {each.path: each.error for each in report.tensors}}
+        )
+        seal(directory, made.manifest.model_copy(update={"quality": quality, "quantization": quantization}))
+    return Bundle.open(out), report
+
+
+def check_source(source: Bundle) -> None:
+    """Checks that a bundle can be quantized.
+
+    Raises:
+        SlmError: When it cannot.
+    """
+    if source.manifest.precision != "float32":
+        raise SlmError(f"{source.path} is {source.manifest.precision} already", "quantize the float32 bundle")
+    if source.manifest.target != "fused":
+        raise SlmError(
+            f"{source.path} is a portable bundle, and INT8 needs onnxruntime's own operators", "quantize a fused one"
+        )
+
+
+def _report(
+    source: Bundle, made: Bundle, text: Text, recipe: Recipe, settings: Settings, change: Change, progress: Progress
+) -> Report:
+    linears = linears_of(source.config)
+    progress.note("comparing texts, speeds and tensors")
+    before = recipe.smoothing.apply(graph_tensors(source.model_path))
+    after = float_tensors(made.model_path, recipe.schemes)
+    return Report(
+        bundle=source.path.name,
+        settings=settings.words() | recipe.words(),
+        bytes_before=model_bytes(source),
+        bytes_after=model_bytes(made),
+        parts=parts_of(made, linears, recipe.schemes),
+        change=change,
+        divergence=divergence(source, made, text),
+        speeds=speeds(source, made),
+        tensors=tensor_errors(linears, recipe.schemes, before, after, recipe.inputs_rms, recipe.harm),
+        seconds=0.0,
+    )
+
+
+def _refusal(reason: str, change: Change, report: Report, settings: Settings) -> SlmError:
+    blamed = ", ".join(f"{each.path} ({each.snr_db:.0f} dB)" for each in report.worst[:_BLAMED])
+    finer = settings.finer()
+    ways = [f"{finer} is more exact"] if finer else []
+    ways.append(f"--max-kl {change.kl_nats * 1.1:.2g} would let it through")
+    return SlmError(
+        f"{reason} (perplexity {change.perplexity_before:.2f} to {change.perplexity_after:.2f}); nothing was written; "
+        f"kept least well: {blamed}",
+        "; ".join(ways),
+    )
+
+
+def _in_words(recipe: Recipe) -> str:
+    counts = recipe.words()["products"]
+    assert isinstance(counts, dict)
+    return ", ".join(f"{count} × {name}" for name, count in counts.items())

@@ -1,0 +1,115 @@
+"""A model's weights as integers: each rounded by itself when it is asked for, or by GPTQ, layer after layer.
+
+Dimensions: N output channels, K input channels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import Literal
+
+from slm.core.manifest import Bundle, Scheme
+from slm.core.progress import Progress
+from slm.export.graph import LazyTensors
+from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
+from slm.export.graph.builder import Array
+from slm.quantize.blocks import quantize_nearest
+from slm.quantize.gptq import quantize_gptq
+from slm.quantize.lab import LayerLab, embedded
+from slm.quantize.linears import Linear
+from slm.quantize.quality import Text
+from slm.quantize.smoothing import Smoothing
+from slm.quantize.statistics import second_moments
+
+Method = Literal["nearest", "searched", "gptq"]
+Arrays = Mapping[str, Array]
+
+
+def rounded_tensors(
+    tensors: Mapping[str, Array],
+    schemes: Mapping[str, Scheme],
+    search: bool,
+    importance: Mapping[str, Array],
+    done: Mapping[str, Arrays],
+) -> LazyTensors:
+    """Returns the tensors of the quantized graph: integers and scales in place of each weight, the others as they are.
+
+    Args:
+        tensors: The float graph's.
+        schemes: How to store each product's weight, by path.
+        search: Whether to search for the scales of 4-bit weights.
+        importance: For the search, the mean square of each input channel (K,), by path; where it is known.
+        done: Arrays of weights that are rounded already, by path.
+    """
+
+    @lru_cache(maxsize=1)  # integers and scales of one weight are asked for one after the other
+    def rounded(path: str) -> Arrays:
+        if path in done:
+            return done[path]
+        scheme = schemes[path]
+        return quantize_nearest(tensors[f"{path}.weight"], scheme, search and scheme.bits == 4, importance.get(path))
+
+    makers: dict[str, Callable[[], Array]] = {}
+    for name in tensors:
+        path = name.removesuffix(".weight")
+        if path not in schemes:
+            makers[name] = partial(tensors.__getitem__, name)
+            continue
+        for part in (QUANTIZED, SCALE, *[ZERO_POINTS] * schemes[path].zero_points):
+            makers[f"{path}.{part}"] = partial(_part, rounded, path, part)
+    return LazyTensors(makers)
+
+
+def gptq(
+    source: Bundle,
+    linears: Sequence[Linear],
+    schemes: Mapping[str, Scheme],
+    smoothing: Smoothing,
+    tensors: Mapping[str, Array],
+    text: Text,
+    progress: Progress,
+) -> dict[str, Arrays]:
+    """Rounds the layers' weights one after the other, each on what the rounded ones before it hand on.
+
+    Args:
+        source: The float bundle, without smoothing.
+        linears: The layers' products, in order.
+        schemes: How to store each, by path.
+        smoothing: What was done to the tensors.
+        tensors: The float graph's, smoothed.
+        text: What is read for it.
+        progress: Told of each layer.
+
+    Returns:
+        The arrays of each weight, by path.
+    """
+    done: dict[str, Arrays] = {}
+    streams = embedded(source, text.rows)
+    layers = [list(group) for _, group in groupby(linears, key=lambda linear: linear.layer)]
+    progress.start("GPTQ", len(layers), "layers")
+    for group in layers:
+        assert group[0].layer is not None
+        lab = LayerLab(source, group, group[0].layer)
+        moments = second_moments(lab, group, text, streams)
+        weights: dict[str, Array] = {}
+        for linear in group:
+            path, name = linear.path, f"{linear.path}.weight"
+            seen = moments.pop(path)
+            if name in smoothing.columns:  # the inputs were divided by the factors
+                factors = smoothing.columns[name]
+                seen /= factors[:, None] * factors
+            done[path] = quantize_gptq(tensors[name], seen, schemes[path])
+            weights[path] = smoothing.revert(name, restored(done[path], schemes[path]))
+        streams = [lab.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
+        progress.advance()
+    progress.finish()
+    return done
+
+
+def restored(arrays: Arrays, scheme: Scheme) -> Array:
+    """Returns the weight float32 (N, K) that a product's arrays stand for."""
+    return dequantize(arrays[QUANTIZED], arrays[SCALE], arrays.get(ZERO_POINTS), scheme)
+
+
+def _part(rounded: Callable[[str], Arrays], path: str, part: str) -> Array:
+    return rounded(path)[part]

@@ -1,0 +1,90 @@
+"""Mixed precision: which layers get more bits, decided by what fewer bits of each do to the predictions.
+
+Harm is taken to add up: that of many layers together is about the sum of each alone while it is small.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slm.core.errors import SlmError
+from slm.core.manifest import Scheme
+from slm.core.progress import Progress
+from slm.export.graph.builder import Array
+from slm.quantize.lab import Lab
+from slm.quantize.linears import Linear
+from slm.quantize.plan import bytes_of
+from slm.quantize.quality import Text, log_softmax
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What mixed precision must keep to: bytes of all weights at most, or the harm that is expected; one of them."""
+
+    bytes: int | None = None
+    kl_nats: float | None = None
+
+
+def sensitivities(
+    lab: Lab, linears: Sequence[Linear], text: Text, rounded: Callable[[Linear], Array], progress: Progress
+) -> dict[str, float]:
+    """Returns how far the predictions move, nats, when one product alone has its rounded weight (N, K), by path."""
+    before = [log_softmax(lab.predictions(row)) for row in text.rows]
+    progress.start("try each layer alone", len(linears), "products")
+    harm: dict[str, float] = {}
+    for linear in linears:
+        weights = {linear.path: rounded(linear)}
+        moved = 0.0
+        for row, old in zip(text.rows, before, strict=True):
+            new = log_softmax(lab.predictions(row, weights))
+            np.subtract(old, new, out=new)
+            moved += float(np.einsum("tv,tv->", np.exp(old), new, dtype=np.float64))
+        harm[linear.path] = max(0.0, moved / text.rows.size)
+        progress.advance()
+    progress.finish()
+    return harm
+
+
+def choose(
+    linears: Sequence[Linear],
+    low: Mapping[str, Scheme],
+    high: Mapping[str, Scheme],
+    harm: Mapping[str, float],
+    budget: Budget,
+) -> dict[str, Scheme]:
+    """Gives more bits to the products that need them most for what they take, until the budget is used.
+
+    Args:
+        linears: The products.
+        low: The scheme of each with few bits.
+        high: The scheme of each with more; the same where there is no choice.
+        harm: What the low scheme does to the predictions, nats, of each product that has a choice.
+        budget: What to keep to.
+
+    Raises:
+        SlmError: When the budget is smaller than what everything takes with few bits.
+    """
+    schemes = dict(low)
+    if budget.bytes is not None and bytes_of(linears, schemes) > budget.bytes:
+        raise SlmError(
+            f"the weights take {bytes_of(linears, schemes) / 1e6:,.1f} MB at the fewest bits, "
+            f"more than the {budget.bytes / 1e6:,.1f} that are left for them",
+            "a larger --target-size",
+        )
+    size, left = bytes_of(linears, schemes), sum(harm.values())
+
+    def price(linear: Linear) -> int:
+        path = linear.path
+        return high[path].bytes(linear.outputs, linear.inputs) - low[path].bytes(linear.outputs, linear.inputs)
+
+    open_to_choice = [linear for linear in linears if linear.path in harm and price(linear) > 0]
+    for linear in sorted(open_to_choice, key=lambda linear: (-harm[linear.path] / price(linear), linear.path)):
+        if budget.kl_nats is not None and left <= budget.kl_nats:
+            break
+        if budget.bytes is not None and size + price(linear) > budget.bytes:
+            continue
+        schemes[linear.path] = high[linear.path]
+        size += price(linear)
+        left -= harm[linear.path]
+    return schemes

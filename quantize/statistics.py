@@ -1,0 +1,43 @@
+"""What a model's products are given to multiply with, measured on text.
+
+Dimensions: T positions, K input channels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from slm.core.progress import Progress
+from slm.export.graph.builder import Array
+from slm.quantize.lab import Lab, LayerLab, Stream
+from slm.quantize.linears import Linear
+from slm.quantize.quality import Text
+
+
+def root_mean_squares(lab: Lab, linears: Sequence[Linear], text: Text, progress: Progress) -> dict[str, Array]:
+    """Returns the root mean square of each input channel (K,) of each product, float32, by path."""
+    paths = [linear.path for linear in linears]
+    sums = {linear.path: np.zeros(linear.inputs) for linear in linears}
+    progress.start("measure activations", len(text.rows), "rows")
+    for row in text.rows:
+        for path, x in lab.products_inputs(row, paths).items():
+            sums[path] += np.einsum("tk,tk->k", x, x, dtype=np.float64)
+        progress.advance()
+    progress.finish()
+    return {path: np.sqrt(total / text.rows.size).astype(np.float32) for path, total in sums.items()}
+
+
+def second_moments(lab: LayerLab, linears: Sequence[Linear], text: Text, streams: Sequence[Stream]) -> dict[str, Array]:
+    """Returns the sum of x xᵀ (K, K) of what goes into each product of a layer, float32, by path.
+
+    Args:
+        lab: The layer.
+        linears: Its products.
+        text: The tokens.
+        streams: What comes into the layer for each row of the text.
+    """
+    moments = {linear.path: np.zeros((linear.inputs, linear.inputs), np.float32) for linear in linears}
+    for row, stream in zip(text.rows, streams, strict=True):
+        for path, x in lab.inputs(row, stream).items():
+            moments[path] += x.T @ x
+    return moments
