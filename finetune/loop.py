@@ -120,7 +120,7 @@ class Fit:
             if not self.standing.history:
                 self._measure(0)
             while self.standing.updates < self._total and not self._out_of_patience(progress):
-                row, speed = self._update()
+                row, speed = self.update()
                 self._told(progress, row, speed)
                 epoch, into = divmod(self.standing.updates, self._updates_per_epoch)
                 if into == 0:
@@ -172,7 +172,7 @@ class Fit:
             self._batches = epoch, epoch_batches(self._rows, self._settings.batch_size, order)
         return self._batches[1][place]
 
-    def _update(self) -> tuple[Row, float]:
+    def update(self) -> tuple[Row, float]:
         """Makes one update; returns its loss and learning rate, and tokens a second."""
         began = time.perf_counter()
         batch = self._batch(self.standing.updates)
