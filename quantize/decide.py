@@ -5,6 +5,7 @@ Dimensions: K input channels.
 
 from collections import ChainMap
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -28,11 +29,12 @@ from slm.quantize.search import Budget, choose, sensitivities
 from slm.quantize.smoothing import NO_SMOOTHING, Smoothing, smoothing
 from slm.quantize.statistics import root_mean_squares
 from slm.quantize.write import ACCURACY_LEVEL, tried
+from slm.runtime.decoder import OnnxDecoder
 
 # How much text settings are chosen by: GPTQ wants more than it takes to tell how large activations are.
 CALIBRATION_TOKENS = {"int8": 2048, "int4": 8192}
 # Rows of the calibration text that it takes to tell what smoothing does, and each layer.
-_SMOOTHING_ROWS, _SENSITIVITY_ROWS = 2, 2
+_SMOOTHING_ROWS, _SENSITIVITY_ROWS = 1, 2
 # What INT4 is to move the predictions by at most when it is made for quality, nats, as the layers' harms add up.
 _FINE_KL_NATS = 0.02
 
@@ -195,11 +197,13 @@ def _better(
     """Tries a recipe with and without smoothing; says whether the predictions move less with it."""
     part = Text(calibration.name, calibration.rows[:_SMOOTHING_ROWS])
     plain = replace(recipe, method="searched" if recipe.method == "gptq" else recipe.method)
-    moved = []
-    for each in (plain, replace(plain, smoothing=smooth)):
-        tensors = each.tensors(graph_tensors(source.model_path))
-        with tried(source, tensors, each.describe(), each.cache, scratch) as bundle:
-            moved.append(measure(source, bundle, part, progress).kl_nats)
+    with ExitStack() as stack:
+        decoders = []
+        for each in (plain, replace(plain, smoothing=smooth)):
+            tensors = each.tensors(graph_tensors(source.model_path))
+            bundle = stack.enter_context(tried(source, tensors, each.describe(), each.cache, scratch))
+            decoders.append(OnnxDecoder(bundle))
+        moved = [change.kl_nats for change in measure(OnnxDecoder(source), decoders, part, progress)]
     progress.note(f"smoothing moves the predictions by {moved[1]:.4f} nats instead of {moved[0]:.4f}")
     return moved[1] < moved[0]
 

@@ -14,6 +14,7 @@ from slm.quantize.linears import linears_of
 from slm.quantize.quality import Change, Text, calibration_text, divergence, measure, speeds
 from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report
 from slm.quantize.write import write_bundle
+from slm.runtime.decoder import OnnxDecoder
 
 # Tensors that a refusal names.
 _BLAMED = 3
@@ -52,8 +53,9 @@ def quantize_bundle(
         progress.note(f"writing {source.manifest.parameters:,} parameters: {_in_words(recipe)}")
         tensors = recipe.tensors(graph_tensors(source.model_path))
         made = write_bundle(source, tensors, recipe.describe(), recipe.cache, directory)
-        change = measure(source, made, text, progress)
-        report = _report(source, made, text, recipe, settings, change, progress)
+        decoders = OnnxDecoder(source), OnnxDecoder(made)
+        (change,) = measure(decoders[0], decoders[1:], text, progress)
+        report = _report(source, made, decoders, text, recipe, settings, change, progress)
         gate = settings.gate or GATES[settings.precision]
         if (reason := gate.refuses(change)) is not None:
             raise _refusal(reason, change, report, settings)
@@ -82,7 +84,14 @@ def check_source(source: Bundle) -> None:
 
 
 def _report(
-    source: Bundle, made: Bundle, text: Text, recipe: Recipe, settings: Settings, change: Change, progress: Progress
+    source: Bundle,
+    made: Bundle,
+    decoders: tuple[OnnxDecoder, OnnxDecoder],
+    text: Text,
+    recipe: Recipe,
+    settings: Settings,
+    change: Change,
+    progress: Progress,
 ) -> Report:
     linears = linears_of(source.config)
     progress.note("comparing texts, speeds and tensors")
@@ -95,8 +104,8 @@ def _report(
         bytes_after=model_bytes(made),
         parts=parts_of(made, linears, recipe.schemes),
         change=change,
-        divergence=divergence(source, made, text),
-        speeds=speeds(source, made),
+        divergence=divergence(*decoders, text),
+        speeds=speeds(*decoders),
         tensors=tensor_errors(linears, recipe.schemes, before, after, recipe.inputs_rms, recipe.harm),
         seconds=0.0,
     )

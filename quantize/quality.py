@@ -3,6 +3,7 @@
 Dimensions: T positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,36 +104,62 @@ def _rows(bundle: Bundle, file: Path, tokens: int, row_tokens: int | None) -> Ar
     return np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)
 
 
-def measure(before: Bundle, after: Bundle, text: Text, progress: Progress) -> Change:
-    """Reads the text with both bundles and compares what they expect at every position."""
-    decoders = [OnnxDecoder(bundle) for bundle in (before, after)]
+def measure(before: OnnxDecoder, after: Sequence[OnnxDecoder], text: Text, progress: Progress) -> list[Change]:
+    """Reads the text with some bundles and compares what they expect at every position with what another one does.
+
+    Args:
+        before: The bundle that the others were made from.
+        after: The others.
+        text: What all read.
+        progress: Told of each row.
+    """
     progress.start("compare predictions", text.rows.shape[0], "rows")
-    divergence = same = same_five = 0.0
-    losses = np.zeros(2)
-    step = comparable_positions(before.config.vocab_size)
+    sums = [_Sums() for _ in after]
+    own = _Sums()
+    step = comparable_positions(before.vocab_size)
     for row in text.rows:
-        for decoder in decoders:
+        for decoder in (before, *after):
             decoder.reset()
         for start in range(0, len(row), step):
-            chunk = row[None, start : start + step]
-            old, new = (log_softmax(decoder.step(chunk, keep=0)[0]) for decoder in decoders)  # (T, V)
-            divergence += float((np.exp(old) * (old - new)).sum(dtype=np.float64))
-            same += float((old.argmax(-1) == new.argmax(-1)).sum())
-            same_five += _shared(_likeliest(old), _likeliest(new))
-            targets = row[start + 1 : start + step + 1, None]
-            losses -= [float(np.take_along_axis(p[: len(targets)], targets, axis=-1).sum()) for p in (old, new)]
+            chunk, targets = row[None, start : start + step], row[start + 1 : start + step + 1]
+            old = log_softmax(before.step(chunk, keep=0)[0])  # (T, V)
+            likely = np.exp(old)
+            own.add(likely, old, old, targets)
+            for decoder, each in zip(after, sums, strict=True):
+                each.add(likely, old, log_softmax(decoder.step(chunk, keep=0)[0]), targets)
         progress.advance()
     progress.finish()
     positions, predicted = text.rows.size, text.rows[:, 1:].size
-    perplexity = np.exp(losses / predicted)
-    return Change(
-        tokens=positions,
-        kl_nats=divergence / positions,
-        same_top1=same / positions,
-        same_top5=same_five / positions,
-        perplexity_before=float(perplexity[0]),
-        perplexity_after=float(perplexity[1]),
-    )
+    return [
+        Change(
+            tokens=positions,
+            kl_nats=each.divergence / positions,
+            same_top1=each.same / positions,
+            same_top5=each.same_five / positions,
+            perplexity_before=float(np.exp(own.loss / predicted)),
+            perplexity_after=float(np.exp(each.loss / predicted)),
+        )
+        for each in sums
+    ]
+
+
+@dataclass
+class _Sums:
+    """Sums over positions."""
+
+    divergence: float = 0.0
+    same: float = 0.0
+    same_five: float = 0.0
+    loss: float = 0.0
+
+    def add(self, likely: Array, old: Array, new: Array, targets: Array) -> None:
+        """Adds positions: probabilities and log-probabilities before, log-probabilities after (T, V); the tokens that came."""
+        self.loss -= float(np.take_along_axis(new[: len(targets)], targets[:, None], axis=-1).sum())
+        if new is old:
+            return
+        self.divergence += float(np.einsum("tv,tv->", likely, old - new, dtype=np.float64))
+        self.same += float((old.argmax(-1) == new.argmax(-1)).sum())
+        self.same_five += _shared(_likeliest(old), _likeliest(new))
 
 
 def _likeliest(log_probabilities: Array) -> Array:
@@ -159,14 +186,13 @@ class Divergence:
     equal: tuple[int, ...]
 
 
-def divergence(before: Bundle, after: Bundle, text: Text) -> Divergence:
+def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergence:
     """Continues the beginnings of some rows greedily with both bundles."""
-    decoders = [OnnxDecoder(bundle) for bundle in (before, after)]
-    prompt = min(_PROMPT_TOKENS, text.rows.shape[1], before.manifest.context // 2)
-    new = min(_NEW_TOKENS, before.manifest.context - prompt)
+    prompt = min(_PROMPT_TOKENS, text.rows.shape[1], before.context // 2)
+    new = min(_NEW_TOKENS, before.context - prompt)
     equal = []
     for row in text.rows[:_PROMPTS]:
-        first, second = (_greedy(decoder, row[:prompt].tolist(), new) for decoder in decoders)
+        first, second = (_greedy(decoder, row[:prompt].tolist(), new) for decoder in (before, after))
         equal.append(next((i for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), new))
     return Divergence(new, tuple(equal))
 
@@ -204,13 +230,12 @@ class Speeds:
         return self.prefill[1] / self.prefill[0]
 
 
-def speeds(before: Bundle, after: Bundle) -> Speeds:
+def speeds(before: OnnxDecoder, after: OnnxDecoder) -> Speeds:
     """Reads a prompt and writes some tokens with each bundle in turn."""
-    decoders = [OnnxDecoder(bundle) for bundle in (before, after)]
-    prompt = min(_PROMPT_TOKENS * 4, before.manifest.context // 2)
+    prompt = min(_PROMPT_TOKENS * 4, before.context // 2)
     rates: list[list[tuple[float, float]]] = [[], []]
     for round_ in range(_ROUNDS + 1):
-        for decoder, found in zip(decoders, rates, strict=True):
+        for decoder, found in zip((before, after), rates, strict=True):
             read_s, written_s = read_and_write(decoder, prompt, _TIMED_TOKENS)
             found += [(prompt / read_s, (_TIMED_TOKENS - 1) / written_s)] if round_ else []
     medians = [[float(np.median([pair[i] for pair in found])) for found in rates] for i in (0, 1)]
