@@ -312,13 +312,13 @@ class OnnxDecoder:
         """Whether logits are the same bits however many tokens or rows a step has (docs/generation.md).
 
         Of onnxruntime's CPU kernels, the one for INT8 caches computes position by position alike, until it has more threads
-        than heads and splits positions among them; and the product with INT8 weights does up to blocks of 64.
+        than heads and splits positions among them; and products with INT8 weights do up to blocks of 64.
         """
         manifest = self.bundle.manifest
         return (
             self._device == "cpu"
             and manifest.quantization is not None
-            and manifest.quantization.block_size <= _LARGEST_ALIKE.get(manifest.quantization.bits, 0)
+            and all(_alike(scheme) for scheme in manifest.quantization.schemes.values())
             and all(layer.dtype == "int8" for layer in manifest.cache)
             and self._threads <= self.bundle.config.num_attention_heads
         )
