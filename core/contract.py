@@ -88,13 +88,14 @@ def cache_layers(config: ModelConfig, device: Device = "cpu", dtype: CacheType =
     return tuple(sorted(layers, key=lambda cache: (config.layer_types[cache.layer] != FULL, cache.layer)))
 
 
-def input_specs(caches: Sequence[CacheLayer]) -> tuple[TensorSpec, ...]:
-    """Returns the graph's inputs in order."""
+def input_specs(caches: Sequence[CacheLayer], slots: Sequence[TensorSpec] = ()) -> tuple[TensorSpec, ...]:
+    """Returns the graph's inputs in order; `slots` are those for adapters."""
     return (
         TensorSpec(name=INPUT_IDS, dtype="int64", shape=("batch_size", "sequence_length")),
         TensorSpec(name=ATTENTION_MASK, dtype="int64", shape=("batch_size", "total_sequence_length")),
         *_cache_specs(caches, "past"),
         TensorSpec(name=LOGITS_TO_KEEP, dtype="int64", shape=(), optional=True),
+        *slots,
     )
 
 
@@ -104,6 +105,42 @@ def output_specs(vocab_size: int, caches: Sequence[CacheLayer]) -> tuple[TensorS
         TensorSpec(name=LOGITS, dtype="float32", shape=("batch_size", "kept", vocab_size)),
         *_cache_specs(caches, "present"),
     )
+
+
+def slot_names(path: str) -> tuple[str, str]:
+    """Returns the inputs that take a LoRA adapter of a product: A and B of x W + x A B."""
+    return f"lora.{path}.A", f"lora.{path}.B"
+
+
+def slot_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Returns the inputs for adapters, one pair for each product of the layers.
+
+    A is (1 or batch, inputs, rank) and B (1 or batch, rank, outputs), so that rows may have adapters of their own. Left out,
+    they have rank 0, and the product is exactly the base's.
+    """
+    return tuple(
+        TensorSpec(name=name, dtype="float32", shape=shape, optional=True)
+        for path, inputs, outputs in product_sizes(config)
+        for name, shape in zip(
+            slot_names(path), (("adapters", inputs, f"{path}.rank"), ("adapters", f"{path}.rank", outputs)), strict=True
+        )
+    )
+
+
+def product_sizes(config: ModelConfig) -> list[tuple[str, int, int]]:
+    """Returns path, inputs and outputs of each product of the layers, in order; q, k, v are one and gate, up are one."""
+    hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    joint = width + 2 * config.num_key_value_heads * config.head_dim
+    return [
+        (f"model.layers.{i}.{path}", inputs, outputs)
+        for i in range(config.num_hidden_layers)
+        for path, inputs, outputs in (
+            ("self_attn.qkv_proj", hidden, joint),
+            ("self_attn.o_proj", width, hidden),
+            ("mlp.gate_up_proj", hidden, 2 * config.intermediate_size),
+            ("mlp.down_proj", config.intermediate_size, hidden),
+        )
+    ]
 
 
 def _cache_specs(caches: Sequence[CacheLayer], when: Literal["past", "present"]) -> tuple[TensorSpec, ...]:

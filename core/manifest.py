@@ -150,6 +150,7 @@ class Manifest(_Record):
     cache: tuple[CacheLayer, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    adapter_slots: bool = False
     parameters: int
     parity: Parity | None = None
     ranges: Ranges | None = None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.core.checkpoint import GENERATION_CONFIG_FILE, INFO_FILE, notices_of, read_config, read_info
-from slm.core.contract import Device, Target, input_specs, output_specs
+from slm.core.contract import Device, Target, input_specs, output_specs, slot_specs
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
@@ -20,7 +20,9 @@ from slm.export.graph import (
     Fused,
     GemmFormat,
     Portable,
+    SlotFormat,
     build_graph,
+    check_slots,
     checkpoint_tensors,
     released,
     save_graph,
@@ -41,6 +43,7 @@ def export_bundle(
     target: Target = "fused",
     device: Device = "cpu",
     text: Path | None = None,
+    adapter_slots: bool = False,
 ) -> Bundle:
     """Exports a checkpoint and proves the bundle equal to it.
 
@@ -53,6 +56,7 @@ def export_bundle(
         target: "fused" for onnxruntime, "portable" for any runtime of standard ONNX operators.
         device: Where the bundle is to run: on "cuda" and "webgpu" products and caches are float16.
         text: What the model reads to find out which products float16 would overflow; by default the stories that ship.
+        adapter_slots: Whether the graph takes LoRA adapters when it runs.
 
     Returns:
         The bundle, its manifest carrying the differences found.
@@ -76,7 +80,9 @@ def export_bundle(
         )
     precision: Precision = "float32" if device == "cpu" else "float16"
     ranges = None if device == "cpu" else _scan(checkpoint, tokenizer, text, progress)
-    operators = _operators(target, device, ranges)
+    if adapter_slots:
+        check_slots(target, device)
+    operators = _operators(target, device, ranges, adapter_slots)
     caches = operators.caches(config)
     with atomic_directory(out, sealed_files(out)) as directory:
         model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
@@ -98,8 +104,9 @@ def export_bundle(
             device=device,
             context=context,
             cache=caches,
-            inputs=input_specs(caches),
+            inputs=input_specs(caches, slot_specs(config) if adapter_slots else ()),
             outputs=output_specs(config.vocab_size, caches),
+            adapter_slots=adapter_slots,
             parameters=config.parameter_count(),
             ranges=ranges,
             provenance={
@@ -115,11 +122,11 @@ def export_bundle(
     return Bundle.open(out)
 
 
-def _operators(target: Target, device: Device, ranges: Ranges | None) -> graph.Target[Any]:
+def _operators(target: Target, device: Device, ranges: Ranges | None, adapter_slots: bool) -> graph.Target[Any]:
     if target == "portable":
         return Portable(GemmFormat())
     if ranges is None:
-        return Fused(FloatFormat())
+        return Fused(SlotFormat(FloatFormat()) if adapter_slots else FloatFormat())
     return Fused(FloatFormat(half=True, kept=ranges.float32), device, "float16")
 
 

@@ -25,10 +25,10 @@ from slm.core.nn import CausalLM
 from slm.core.progress import Progress
 from slm.core.weights import Weights
 from slm.export.graph import checkpoint_tensors, float_tensors, released
+from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
+from slm.export.graph.smoothing import smoothing_between
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
-from slm.quantize.report import relative_error
-from slm.quantize.smoothing import smoothing_between
 from slm.runtime.session import available_devices
 
 # The kernel rounds activations to 8 bits block by block, in every layer.

@@ -201,7 +201,7 @@ def _better(
         decoders = []
         for each in (plain, replace(plain, smoothing=smooth)):
             tensors = each.tensors(graph_tensors(source.model_path))
-            bundle = stack.enter_context(tried(source, tensors, each.describe(), each.cache, scratch))
+            bundle = stack.enter_context(tried(source, tensors, each.describe(), each.cache, each.smoothing, scratch))
             decoders.append(OnnxDecoder(bundle))
         moved = [change.kl_nats for change in measure(OnnxDecoder(source), decoders, part, progress)]
     progress.note(f"smoothing moves the predictions by {moved[1]:.4f} nats instead of {moved[0]:.4f}")

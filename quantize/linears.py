@@ -4,9 +4,10 @@ Dimensions: N output channels, K input channels.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from slm.core.config import ModelConfig
+from slm.core.contract import product_sizes
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -31,17 +32,10 @@ class Linear:
 
 def linears_of(config: ModelConfig) -> tuple[Linear, ...]:
     """Returns a model's products in the order in which a step meets them, the embedding first."""
-    hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
-    joint = width + 2 * config.num_key_value_heads * config.head_dim
-    found = [Linear(EMBEDDING, "embed_tokens", config.vocab_size, hidden)]
-    for i in range(config.num_hidden_layers):
-        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        found += [
-            Linear(f"{attention}.qkv_proj", "qkv_proj", joint, hidden, i),
-            Linear(f"{attention}.o_proj", "o_proj", hidden, width, i),
-            Linear(f"{mlp}.gate_up_proj", "gate_up_proj", 2 * config.intermediate_size, hidden, i),
-            Linear(f"{mlp}.down_proj", "down_proj", hidden, config.intermediate_size, i),
-        ]
+    found = [Linear(EMBEDDING, "embed_tokens", config.vocab_size, config.hidden_size)]
+    for path, inputs, outputs in product_sizes(config):
+        _, _, layer, _, kind = path.split(".")
+        found.append(Linear(path, cast("Kind", kind), outputs, inputs, int(layer)))
     if not config.tie_word_embeddings:
-        found.append(Linear(HEAD, "lm_head", config.vocab_size, hidden))
+        found.append(Linear(HEAD, "lm_head", config.vocab_size, config.hidden_size))
     return tuple(found)

@@ -13,6 +13,7 @@ import numpy as np
 
 from slm.core.files import write_text
 from slm.core.manifest import Bundle, Scheme
+from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
 from slm.quantize.linears import Linear
 from slm.quantize.quality import Change, Divergence, Speeds
@@ -119,13 +120,6 @@ def tensor_errors(
             )
         )
     return tuple(found)
-
-
-def relative_error(before: Array, after: Array) -> float:
-    """Returns the root of the sum of squares of a difference over that of what was before; 0 where that is 0."""
-    whole = float(np.einsum("nk,nk->", before, before, dtype=np.float64))
-    off = after - before
-    return (float(np.einsum("nk,nk->", off, off, dtype=np.float64)) / whole) ** 0.5 if whole else 0.0
 
 
 def parts_of(bundle: Bundle, linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> dict[str, int]:

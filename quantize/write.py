@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from slm.core.contract import CacheType, input_specs, output_specs
+from slm.core.contract import CacheType, input_specs, output_specs, slot_specs
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Precision, Quantization, seal
 from slm.export.clients import write_client_files
-from slm.export.graph import BlockFormat, Fused, build_graph, save_graph
+from slm.export.graph import BlockFormat, Fused, SlotFormat, WeightFormat, build_graph, save_graph
 from slm.export.graph.builder import Array
 from slm.quantize.report import PAGE_FILE, REPORT_FILE
+from slm.quantize.smoothing import Smoothing
 from slm.version import __version__
 
 # Activations are rounded to INT8 block by block inside the kernel: 18 times faster to decode on a CPU than floats.
@@ -23,7 +24,12 @@ ACCURACY_LEVEL = 4
 
 
 def write_bundle(
-    source: Bundle, tensors: Mapping[str, Array], quantization: Quantization, cache: CacheType, directory: Path
+    source: Bundle,
+    tensors: Mapping[str, Array],
+    quantization: Quantization,
+    cache: CacheType,
+    smoothing: Smoothing,
+    directory: Path,
 ) -> Bundle:
     """Writes everything but the report into an empty directory; returns the sealed bundle.
 
@@ -32,9 +38,10 @@ def write_bundle(
         tensors: The quantized graph's, by name; evaluated one at a time.
         quantization: How they are stored.
         cache: How keys and values are cached.
+        smoothing: What was done to the tensors, which slots do to adapters.
         directory: Where to.
     """
-    bundle = _write_graph(source, tensors, quantization, cache, directory)
+    bundle = _write_graph(source, tensors, quantization, cache, smoothing, directory)
     for name in source.manifest.files:
         if "/" not in name and name not in (MANIFEST_FILE, REPORT_FILE, PAGE_FILE):
             shutil.copy(source.path / name, directory / name)
@@ -44,7 +51,9 @@ def write_bundle(
     manifest = bundle.manifest.model_copy(
         update={
             "slm_version": __version__,
-            "inputs": input_specs(bundle.manifest.cache),
+            "inputs": input_specs(
+                bundle.manifest.cache, slot_specs(source.config) if source.manifest.adapter_slots else ()
+            ),
             "outputs": output_specs(source.config.vocab_size, bundle.manifest.cache),
             "parity": None,
             "notices": notices,
@@ -58,7 +67,12 @@ def write_bundle(
 
 @contextmanager
 def tried(
-    source: Bundle, tensors: Mapping[str, Array], quantization: Quantization, cache: CacheType, scratch: Path
+    source: Bundle,
+    tensors: Mapping[str, Array],
+    quantization: Quantization,
+    cache: CacheType,
+    smoothing: Smoothing,
+    scratch: Path,
 ) -> Iterator[Bundle]:
     """Yields a bundle that can be run, in a directory that is removed afterwards.
 
@@ -67,17 +81,26 @@ def tried(
         tensors: The quantized graph's, by name.
         quantization: How they are stored.
         cache: How keys and values are cached.
+        smoothing: What was done to the tensors.
         scratch: Where the directory is made.
     """
     with TemporaryDirectory(prefix=".trial-", dir=scratch) as directory:
-        yield _write_graph(source, tensors, quantization, cache, Path(directory))
+        yield _write_graph(source, tensors, quantization, cache, smoothing, Path(directory))
 
 
 def _write_graph(
-    source: Bundle, tensors: Mapping[str, Array], quantization: Quantization, cache: CacheType, directory: Path
+    source: Bundle,
+    tensors: Mapping[str, Array],
+    quantization: Quantization,
+    cache: CacheType,
+    smoothing: Smoothing,
+    directory: Path,
 ) -> Bundle:
     precision: Precision = "int4" if quantization.bits == 4 else "int8"
-    target = Fused(BlockFormat(quantization.schemes, quantization.accuracy_level), cache=cache)
+    weights: WeightFormat = BlockFormat(quantization.schemes, quantization.accuracy_level)
+    if source.manifest.adapter_slots:
+        weights = SlotFormat(weights, smoothing.columns, smoothing.rows)
+    target = Fused(weights, cache=cache)
     model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
     model.parent.mkdir()
     save_graph(build_graph(source.config, target, tensors, source.manifest.context), model)

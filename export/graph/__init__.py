@@ -4,6 +4,7 @@ from slm.export.graph.formats import BlockFormat, FloatFormat, GemmFormat, Weigh
 from slm.export.graph.fused import Fused
 from slm.export.graph.model import build_graph
 from slm.export.graph.portable import Portable
+from slm.export.graph.slots import SlotFormat, check_slots
 from slm.export.graph.store import LazyTensors, checkpoint_tensors, float_tensors, graph_tensors, released, save_graph
 from slm.export.graph.target import Target
 
@@ -14,9 +15,11 @@ __all__ = [
     "GemmFormat",
     "LazyTensors",
     "Portable",
+    "SlotFormat",
     "Target",
     "WeightFormat",
     "build_graph",
+    "check_slots",
     "checkpoint_tensors",
     "float_tensors",
     "graph_tensors",

@@ -49,3 +49,10 @@ def dequantize(quantized: Array, scale: Array, zero_points: Array | None, scheme
         integers -= unpack(zero_points, scheme.bits, scale.shape[1])[..., None].astype(np.float32)
     integers *= scale[..., None]
     return integers.reshape(integers.shape[0], -1)
+
+
+def relative_error(before: Array, after: Array) -> float:
+    """Returns the root of the sum of squares of a difference over that of what was before; 0 where that is 0."""
+    whole = float(np.einsum("nk,nk->", before, before, dtype=np.float64))
+    off = after - before
+    return (float(np.einsum("nk,nk->", off, off, dtype=np.float64)) / whole) ** 0.5 if whole else 0.0

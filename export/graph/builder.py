@@ -2,7 +2,6 @@
 
 from typing import Any, TypeAlias
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxscript import GraphBuilder, OpBuilder
@@ -40,7 +39,7 @@ class GraphUnderWay:
     """A graph that is being built: inputs by name, the operator builder, and outputs as they are given."""
 
     def __init__(
-        self, name: str, opsets: dict[str, int], inputs: tuple[TensorSpec, ...], defaults: dict[str, int]
+        self, name: str, opsets: dict[str, int], inputs: tuple[TensorSpec, ...], defaults: dict[str, Array]
     ) -> None:
         graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name=name)
         self._ir_version = _IR_VERSIONS[opsets[""]]
@@ -48,10 +47,11 @@ class GraphUnderWay:
         self.op: Op = self._builder.op
         self.inputs: dict[str, Value] = {}
         for spec in inputs:
-            default = ir.tensor(np.array(defaults[spec.name]), name=spec.name) if spec.optional else None
-            self.inputs[spec.name] = self._builder.input(
-                spec.name, dtype=DTYPES[spec.dtype], shape=spec.shape, const_value=default
-            )
+            default = ir.tensor(defaults[spec.name], name=spec.name) if spec.optional else None
+            shape = spec.shape if default is None else default.shape
+            value = self._builder.input(spec.name, dtype=DTYPES[spec.dtype], shape=shape, const_value=default)
+            value.shape = ir.Shape(spec.shape)  # where the default has a number others may have another
+            self.inputs[spec.name] = value
 
     def output(self, value: Value, spec: TensorSpec) -> None:
         """Makes a value an output of the graph."""

@@ -16,14 +16,17 @@ from slm.core.contract import (
     LOGITS,
     LOGITS_TO_KEEP,
     SIDES,
+    TensorSpec,
     input_specs,
     output_specs,
     past_name,
     present_name,
+    slot_specs,
 )
 from slm.core.errors import SlmError
 from slm.export.graph.builder import Array, GraphUnderWay, Module, ModuleList, Op, Value, cast
 from slm.export.graph.modules import DecoderLayer, RMSNorm
+from slm.export.graph.slots import SlotFormat, empty
 from slm.export.graph.target import Target
 from slm.version import __version__
 
@@ -92,7 +95,16 @@ def build_graph(config: ModelConfig, target: Target[Any], tensors: Mapping[str, 
     """
     caches = target.caches(config)
     # Other clients do not know this input, and expect the logits of everything they pass.
-    under_way = GraphUnderWay("slm", target.opsets, input_specs(caches), defaults={LOGITS_TO_KEEP: 0})
+    defaults: dict[str, Array] = {LOGITS_TO_KEEP: np.array(0)}
+    weights = target.weights
+    slots: tuple[TensorSpec, ...] = ()
+    if isinstance(weights, SlotFormat):
+        slots = slot_specs(config)
+        defaults |= {spec.name: empty(spec) for spec in slots}
+    under_way = GraphUnderWay("slm", target.opsets, input_specs(caches, slots), defaults)
+    if isinstance(weights, SlotFormat):
+        weights.bind(under_way.inputs)
+        tensors = ChainMap(weights.tensors, tensors)  # type: ignore[arg-type]  # only read
     model = CausalLM(config, target, context)
     outputs = model(under_way.op, under_way.inputs)
     for spec in output_specs(config.vocab_size, caches):

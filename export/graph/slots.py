@@ -1,0 +1,93 @@
+"""Room for LoRA adapters in a graph: every product takes A and B as inputs, which are empty unless somebody gives some.
+
+Dimensions: B batch, T positions.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from slm.core.contract import TensorSpec, slot_names
+from slm.core.errors import SlmError
+from slm.export.graph.builder import Array, Module, Op, Parameter, Value
+from slm.export.graph.formats import Embedding, Linear, WeightFormat
+
+
+class SlottedLinear(Module):
+    """y = x Wᵀ + x A B. Where the weight was smoothed (`slm.quantize.smoothing`), A and B are, in the same way.
+
+    An empty adapter adds zeros, which change nothing.
+    """
+
+    def __init__(self, inner: Linear, a: Value, b: Value, sizes: tuple[int, int], smoothed: tuple[bool, bool]) -> None:
+        super().__init__()
+        self.dtype = inner.dtype
+        self._inner = (inner,)  # not a child: its parameters keep the names that they have without a slot
+        self._a, self._b = a, b
+        self._columns, self._rows = smoothed
+        if self._columns:
+            self.slot_columns = Parameter([sizes[0], 1], ir.DataType.FLOAT)
+        if self._rows:
+            self.slot_rows = Parameter([sizes[1]], ir.DataType.FLOAT)
+
+    def forward(self, op: Op, x: Value) -> Value:
+        """Maps (B, T, in) to (B, T, out)."""
+        a = op.Mul(self._a, self.slot_columns) if self._columns else self._a
+        b = op.Div(self._b, self.slot_rows) if self._rows else self._b
+        return op.Add(self._inner[0](op, x), op.MatMul(op.MatMul(x, a), b))
+
+
+class SlotFormat:
+    """Another format's products with room for adapters; the embedding has none."""
+
+    def __init__(
+        self, inner: WeightFormat, columns: Mapping[str, Array] | None = None, rows: Mapping[str, Array] | None = None
+    ) -> None:
+        """Takes smoothing's factors by name of the weight, where there was some."""
+        self._inner = inner
+        self._factors = columns or {}, rows or {}
+        self._inputs: Mapping[str, Value] = {}
+
+    def bind(self, inputs: Mapping[str, Value]) -> None:
+        """Takes the graph's inputs, before its modules are made."""
+        self._inputs = inputs
+
+    def linear(self, path: str, in_features: int, out_features: int) -> Linear:
+        """Returns a linear layer with its slot; the head has none."""
+        linear = self._inner.linear(path, in_features, out_features)
+        a, b = slot_names(path)
+        if a not in self._inputs:
+            return linear
+        columns, rows = (f"{path}.weight" in factors for factors in self._factors)
+        return SlottedLinear(linear, self._inputs[a], self._inputs[b], (in_features, out_features), (columns, rows))
+
+    def embedding(self, path: str, vocab_size: int, hidden_size: int) -> Embedding:
+        """Returns the inner format's embedding."""
+        return self._inner.embedding(path, vocab_size, hidden_size)
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """Data of the parameters that slots add, by name."""
+        columns, rows = self._factors
+        found = {f"{name.removesuffix('.weight')}.slot_columns": array[:, None] for name, array in columns.items()}
+        products = {name: array for name, array in rows.items() if name in columns}  # norms have rows alone
+        return found | {f"{name.removesuffix('.weight')}.slot_rows": array for name, array in products.items()}
+
+
+def empty(spec: TensorSpec) -> Array:
+    """Returns what an adapter's input is when nobody gives one: rank 0."""
+    first, second = (size if isinstance(size, int) else 0 for size in spec.shape[1:])
+    return np.zeros((1, first, second), np.float32)
+
+
+def check_slots(target: str, device: str) -> None:
+    """Checks that a graph can have slots.
+
+    Raises:
+        SlmError: When it cannot.
+    """
+    if (target, device) != ("fused", "cpu"):
+        raise SlmError(
+            "adapter slots are for fused bundles on the CPU", "merge the adapter: slm export --onnx --adapter DIR"
+        )
