@@ -155,7 +155,7 @@ def _divided(rendered: list[list[int] | SlmError], ends: Collection[int]) -> Dia
     """Returns what a foreign template made of a conversation, divided at what it made of each question in it."""
     *questions, whole = rendered
     answers = []
-    for ids in (*questions, whole):
+    for ids in (whole, *questions):  # what is wrong with all of it says more
         if isinstance(ids, SlmError):
             return ids
     assert not isinstance(whole, SlmError)

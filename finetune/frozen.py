@@ -146,7 +146,9 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         values = x.float()
-        shrink = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        # The norm takes one pass over memory, which squares and their mean do in three.
+        length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        shrink = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, shrink)
         return (values * shrink).mul_(gain).to(dtype)
 
@@ -154,10 +156,10 @@ class _Normed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, shrink = ctx.saved_tensors
-        normed = x.float() * shrink
+        values = x.float()
         scaled = gradient.float() * gain
-        along = (scaled * normed).mean(-1, keepdim=True)
-        return scaled.addcmul_(normed, along, value=-1).mul_(shrink).to(x.dtype), None, None, None
+        along = torch.linalg.vecdot(scaled, values)[..., None].mul_(shrink**3).div_(values.shape[-1])
+        return scaled.mul_(shrink).addcmul_(values, along, value=-1).to(x.dtype), None, None, None
 
 
 def _embed_and_head(model: TunableLM, products: torch.dtype | None) -> None:

@@ -1,14 +1,17 @@
 """A fine-tuning run: it learns, tells what it drops, is the same twice, and leaves all or nothing."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from slm.core.checkpoint import read_config, read_info
 from slm.core.config import ModelConfig
@@ -17,11 +20,12 @@ from slm.core.files import sha256_file
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
+from slm.finetune import loop
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.merge import merge, merged_checkpoint
-from slm.finetune.rows import read_rows
+from slm.finetune.rows import ChatRow, read_rows
 from slm.finetune.run import FinetuneResult, finetune
 from slm.finetune.settings import FinetuneSettings, default_epochs, default_learning_rate
 
@@ -246,6 +250,32 @@ def test_interrupted_and_gone_on_with_is_uninterrupted(
     assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
 
 
+class Killed(Silent):
+    """Ends during an update as a process that is killed does: nothing is saved then."""
+
+    def __init__(self, update: int) -> None:
+        self.left = update
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        self.left -= amount if fields else 0
+        if not self.left:
+            raise SystemExit(137)
+
+
+def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
+    shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(PAIRS)
+    finetune(shared_checkpoint, data, Path("whole"), QUICK)
+    monkeypatch.setattr(loop, "_SAVE_EVERY_S", 0.0)
+    with pytest.raises(SystemExit):
+        finetune(shared_checkpoint, data, Path("parts"), QUICK, Killed(5))
+    heard = Heard()
+    finetune(shared_checkpoint, data, Path("parts"), QUICK, heard)
+    assert "going on after update 4, as saved in parts" in heard.notes
+    assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
+
+
 @pytest.mark.parametrize("lost", ["optimizer", "weights"])
 def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: WriteRows, lost: str) -> None:
     data = write_rows(PAIRS)
@@ -417,3 +447,65 @@ def test_a_rate_that_is_far_too_high_is_a_failure(shared_checkpoint: Path, write
         finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK.model_copy(update={"learning_rate": 1e30}))
     assert caught.value.hint == "try a lower --learning-rate"
     assert not Path("out").exists()
+
+
+# In the manner of Gemma's own: what the system says begins the user's first turn, and the two take turns.
+GEMMA_LIKE = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set first = messages[0]['content'] + '\n\n' -%}{%- set rest = messages[1:] -%}
+{%- else -%}{%- set first = '' -%}{%- set rest = messages -%}{%- endif -%}
+{%- for m in rest -%}
+    {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('they take turns') }}{%- endif -%}
+    {{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (first if loop.first else '') }}
+    {{- m['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
+
+
+def test_a_model_from_elsewhere_is_tuned_in_its_own_turns(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(shared_checkpoint, dtype=torch.bfloat16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared_checkpoint)
+    tokenizer.chat_template = GEMMA_LIKE
+    base = Path("from-elsewhere")
+    theirs.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "Another?"},
+        {"role": "assistant", "content": "Red."},
+    ]
+    data = write_rows([{"messages": talk}, {"messages": talk[1:]}, {"messages": talk[1:3]}])
+    result = finetune(base, data, Path("out"), QUICK)
+    assert result.loss_after < result.loss_before
+    # The rows of the turn tokens, which it knows, are no part of the adapter.
+    names = safetensors.torch.load_file(Path("out", ADAPTER_WEIGHTS_FILE)).keys()
+    assert names and all("lora_" in name for name in names)
+    renderer = Renderer(Tokenizer.load(base), read_config(base))
+    for row in read_rows(data):
+        example = renderer.example(row)
+        assert isinstance(row, ChatRow)
+        answers = [number for number, message in enumerate(row.messages) if message["role"] == "assistant"]
+        for number, (start, _) in zip(answers, example.spans, strict=True):
+            before = list(row.messages[:number])
+            asked = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=True)["input_ids"]
+            assert list(example.ids[:start]) == asked
+    on_theirs = peft.PeftModel.from_pretrained(theirs.float(), Path("out"))
+    ids = torch.tensor([renderer.example(read_rows(data)[0]).ids])
+    with torch.no_grad():
+        ours = load_adapter(load_checkpoint(base), Path("out"))(ids)
+        assert (on_theirs(ids).logits - ours).abs().max() < 1e-4
+
+
+def test_a_conversation_that_the_model_s_template_refuses_is_named(
+    shared_checkpoint: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(shared_checkpoint, base)
+    (base / "chat_template.jinja").write_text(GEMMA_LIKE)
+    answer = [{"role": "assistant", "content": "Unasked."}]
+    data = write_rows([*PAIRS[:3], {"messages": answer}])
+    with pytest.raises(SlmError, match=r"rows\.jsonl, line 4: the chat template failed: they take turns"):
+        finetune(base, data, Path("out"), QUICK)
+    assert finetune(base, data, Path("out"), QUICK, skip_bad=True).bad == 1
