@@ -124,9 +124,10 @@ def _ends(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:
     if scheme.bits == 8:
         largest = np.abs(blocks).max(axis=-1)
         return -largest, largest
-    # Of 4-bit integers there is one more below zero than above: it goes where the largest value is.
+    # Of 4-bit integers there is one more below zero than above: it goes where the largest value is, and the scale with it.
     low, high = blocks.min(axis=-1), blocks.max(axis=-1)
-    return np.where(-low >= high, low, -high), np.where(-low >= high, -low, high)
+    furthest = np.where(-low >= high, low, high)
+    return furthest, -furthest
 
 
 def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
