@@ -13,9 +13,12 @@ from slm.cli.console import print_json, say, say_error
 from slm.cli.generate import default_model, figures
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8
+from slm.core.chat import knows_turns
+from slm.core.checkpoint import INFO_FILE, read_info
 from slm.core.errors import SlmError
 from slm.core.files import read_text, write_text
 from slm.core.machine import return_freed_memory
+from slm.core.manifest import Bundle, is_bundle
 
 if TYPE_CHECKING:
     from slm.runtime.chat import Chat
@@ -48,6 +51,7 @@ def chat(
     device: str,
     threads: int | None,
     draft: int | None,
+    adapter: Path | None,
     keep: int | None,
     greedy: bool,
     **options: Any,
@@ -71,8 +75,12 @@ def chat(
 
     return_freed_memory()
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked
+    loaded = load(path, device=device, threads=threads, adapter=adapter)  # type: ignore[arg-type]  # click checked
     say(f"{path}: {loaded.decoder.description}")
+    if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):
+        say(
+            "note: it was trained on plain text, and will go on with yours rather than answer; slm finetune teaches turns"
+        )
     options |= {"keep": keep, "stop": [utf8(each, "stop text") for each in options["stop"]]}
     options |= {"temperature": 0.0} if greedy else {}
     talk = _Talk(loaded, Chat(loaded, utf8(system, "system's text"), draft_tokens=draft), options, as_json)
@@ -93,6 +101,16 @@ def chat(
                 say("interrupted; /quit or Ctrl-D ends")
     except _Quit:
         return
+
+
+def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
+    """Returns what is known of how a model, or the adapter that it answers with, was made; empty where nothing is."""
+    if adapter is not None:
+        return {"finetuned": read_info(adapter)}
+    if not is_bundle(path):
+        return read_info(path)
+    info = Bundle.open(path).manifest.provenance.get(INFO_FILE)
+    return info if isinstance(info, dict) else {}
 
 
 def _typed() -> Iterator[str]:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     help="How a GGUF file stores matrices. [default: f16]",
 )
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="Merge this LoRA adapter first.")
+@click.option("--adapter-slots", is_flag=True, help="With --onnx: a graph that takes LoRA adapters when it runs.")
+@click.option("--onnx-adapter", is_flag=True, help="Write --adapter as an .onnx_adapter file for such a graph.")
 @click.option("--context", type=click.IntRange(min=2), metavar="N", help="Longest sequence, in tokens. [default: 4096]")
 @click.option(
     "--target",
@@ -55,6 +57,8 @@ def export(
     gguf: bool,
     gguf_type: "GgufType | None",
     adapter: Path | None,
+    adapter_slots: bool,
+    onnx_adapter: bool,
     context: int | None,
     target: "Target | None",
     device: "Device | None",
@@ -75,9 +79,16 @@ def export(
       slm export --onnx --target portable      # for transformers.js, optimum, any runtime of ONNX
       slm export --onnx --device cuda
       slm export --onnx --adapter runs/tiny/adapters/data
+      slm export --onnx --adapter-slots        # one bundle, adapters when it runs: slm generate --adapter
+      slm export --onnx-adapter --adapter runs/tiny/adapters/data
     """
-    if onnx == gguf:
-        raise click.UsageError("name one format: --onnx or --gguf")
+    if onnx + gguf + onnx_adapter != 1:
+        raise click.UsageError("name one format: --onnx, --gguf or --onnx-adapter")
+    if onnx_adapter:
+        _export_adapter(checkpoint, adapter, out, as_json)
+        return
+    if adapter_slots and (gguf or adapter is not None):
+        raise click.UsageError("--adapter-slots is for --onnx without --adapter, which would be merged")
     if gguf and context is not None:
         raise click.UsageError("--context is for --onnx; llama.cpp takes its context when it loads the file")
     if gguf and (target, device, text) != (None, None, None):
@@ -102,13 +113,33 @@ def export(
         from slm.export.bundle import export_bundle
 
         target, device = target or "fused", device or "cpu"
-        kinds = [target] * (target != "fused") + [device] * (device != "cpu")
+        kinds = [target] * (target != "fused") + [device] * (device != "cpu") + ["slots"] * adapter_slots
         name = "-".join(["onnx", *kinds, *([] if adapter is None else [adapter.resolve().name])])
         origin = None if adapter is None else {"checkpoint": str(checkpoint), "adapter": str(adapter)}
         bundle = export_bundle(
-            source, out or run_of(checkpoint) / name, context, progress, origin, target, device, text
+            source, out or run_of(checkpoint) / name, context, progress, origin, target, device, text, adapter_slots
         )
     _report(bundle, time.perf_counter() - started, as_json)
+
+
+def _export_adapter(checkpoint: Path | None, adapter: Path | None, out: Path | None, as_json: bool) -> None:
+    from slm.core.checkpoint import read_config
+    from slm.core.weights import weights_sha256
+    from slm.finetune.merge import check_base
+    from slm.interchange.onnx_adapter import slot_arrays, write_onnx_adapter
+    from slm.runtime.adapters import SUFFIX, Adapter
+
+    if adapter is None:
+        raise click.UsageError("--onnx-adapter needs --adapter DIR")
+    base = checkpoint or _base_of(adapter)
+    check_base(base, adapter)
+    made = Adapter(adapter.resolve().name, slot_arrays(adapter, read_config(base)))
+    path = out or adapter.with_name(f"{made.name}{SUFFIX}")
+    write_onnx_adapter(path, made, weights_sha256(base))
+    if as_json:
+        print_json({"adapter": str(path), "bytes": path.stat().st_size, "products": len(made.arrays) // 2})
+    else:
+        say(f"{path}: {path.stat().st_size / 1e6:,.2f} MB, for {len(made.arrays) // 2} products of {base}")
 
 
 def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path | None) -> Path:

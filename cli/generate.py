@@ -44,6 +44,7 @@ def generate(
     device: str,
     threads: int | None,
     draft: int | None,
+    adapter: Path | None,
     as_json: bool,
     logprobs: int | None,
     max_new_tokens: int,
@@ -72,7 +73,7 @@ def generate(
 
     return_freed_memory()
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads, draft_tokens=draft)  # type: ignore[arg-type]  # click checked
+    loaded = load(path, device=device, threads=threads, draft_tokens=draft, adapter=adapter)  # type: ignore[arg-type]  # click checked
     say(f"{path}: {loaded.decoder.description}")
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
     if drafting is not None and drafting.caveat:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -73,6 +74,12 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         metavar="N",
         help="Read up to N tokens ahead where the text repeats: faster there, the same tokens but for rounding.",
+    ),
+    click.option(
+        "--adapter",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Answer with this LoRA adapter: PEFT's directory, or an .onnx_adapter file; a bundle needs slots for it.",
     ),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"),
     click.option(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from slm.core.errors import SlmError
+from slm.runtime.adapters import Adapter, check_slots_of, stacked
 from slm.runtime.cache import Extent, KVBuffers
 from slm.runtime.decoder import PREFILL_CHUNK, Decoder, DecoderAround, OnnxDecoder, OnnxSnapshot
 from slm.runtime.generate import generate
@@ -27,11 +28,13 @@ class Slot(DecoderAround):
 
     Attributes:
         decoder: The one that computes.
+        adapter: The adapter that this text is read and written with.
     """
 
-    def __init__(self, batch: "Batch") -> None:
+    def __init__(self, batch: "Batch", adapter: Adapter | None) -> None:
         super().__init__(batch.decoder)
         self._batch = batch
+        self.adapter = adapter
         self.extent = Extent()
 
     @property
@@ -78,11 +81,11 @@ class Slot(DecoderAround):
     def snapshot(self) -> OnnxSnapshot:
         """Returns a copy of what was read, for any slot or decoder of this model."""
         row = self._batch.slab.copy_row(self._batch.row(self), self.extent)
-        return OnnxSnapshot(self._batch.decoder.identity, row)
+        return OnnxSnapshot(self._batch.decoder.identified(self.adapter), row)
 
     def restore(self, snapshot: Any) -> None:
         """Goes back to a snapshot of any slot or decoder of this model; see `Decoder.restore`."""
-        row = self._batch.decoder.own(snapshot)
+        row = self._batch.decoder.own(snapshot, self.adapter)
         self.reset()
         self._batch.make_room([self], snapshot.length)
         self.extent = self._batch.slab.put_row(self._batch.row(self), row)
@@ -112,6 +115,7 @@ class Batch:
         self.slab = caches
         self._rows: list[Slot | None] = [None] * slots  # whose text each row holds
         self._view: tuple[int, int, KVBuffers] | None = None
+        self._stacked: tuple[tuple[Adapter | None, ...], Adapter | None] | None = None
 
     @property
     def free(self) -> int:
@@ -123,10 +127,16 @@ class Batch:
         """Memory of all slots' buffers."""
         return self.slab.bytes
 
-    def take(self) -> Slot:
-        """Returns a free slot, empty."""
+    def take(self, adapter: Adapter | None = None) -> Slot:
+        """Returns a free slot, empty, for a text with an adapter of its own; None is the base.
+
+        Raises:
+            SlmError: When there is an adapter and the bundle has no slots for any.
+        """
         assert self.free, "no slot is free"
-        slot = Slot(self)
+        if adapter is not None:
+            check_slots_of(self.decoder.bundle)
+        slot = Slot(self, adapter)
         self._rows[self._rows.index(None)] = slot
         return slot
 
@@ -200,7 +210,7 @@ class Batch:
         """Reads ids (B, T) into slots and returns the logits (B, keep or T, V)."""
         extents = [self.slab.extended(slot.extent, ids.shape[1]) for slot in slots]
         try:
-            logits = self.decoder.run(ids, mask, view, keep)
+            logits = self.decoder.run(ids, mask, view, keep, self._adapter_of(slots))
             for slot, extent in zip(slots, extents, strict=True):
                 slot.extent = extent
         except BaseException:  # Ctrl-C too: nobody knows then what the rows hold
@@ -208,6 +218,17 @@ class Batch:
                 slot.reset()
             raise
         return logits
+
+    def _adapter_of(self, slots: Sequence[Slot]) -> Adapter | None:
+        """Returns the adapters of some rows as one; the last one again while they are the same."""
+        wanted = tuple(slot.adapter for slot in slots)
+        if self._stacked is None or not _same(self._stacked[0], wanted):
+            self._stacked = (wanted, stacked(wanted))
+        return self._stacked[1]
+
+
+def _same(first: Sequence[object], second: Sequence[object]) -> bool:
+    return len(first) == len(second) and all(one is other for one, other in zip(first, second, strict=True))
 
 
 @dataclass
@@ -281,7 +302,7 @@ def generate_batch(
             if not (waiting and batch.free):
                 break
             index, prompt = waiting.popleft()
-            slot = batch.take()
+            slot = batch.take(decoder.adapter)
             texts[slot] = _Text(index, Sampler(samplings[index], prompt, decoder.vocab_size))
             found = {slot: slot.read(prompt)}
     return made

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, past_name
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, Scheme
+from slm.runtime.adapters import Adapter, check_slots_of
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
@@ -201,6 +202,16 @@ class OnnxSnapshot:
         return self.row.bytes
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A binding, and what it is of."""
+
+    buffers: Caches
+    growths: int
+    adapter: Adapter | None
+    binding: ort.IOBinding
+
+
 class OnnxDecoder:
     """A bundle, run by onnxruntime with its caches in place.
 
@@ -230,7 +241,8 @@ class OnnxDecoder:
         self._mask = np.ones((1, self.context), np.int64)
         self._many = ort.RunOptions()  # which has what it took given back, for single steps take little
         self._many.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._bound: tuple[Caches, int, ort.IOBinding] | None = None
+        self._bound: _Bound | None = None
+        self.adapter: Adapter | None = None
         self.reset()
 
     @property
@@ -299,11 +311,11 @@ class OnnxDecoder:
 
     def snapshot(self) -> OnnxSnapshot:
         """Returns a copy of what was read, of what is cached in the buffers alone."""
-        return OnnxSnapshot(self.identity, self.buffers.copy_row(0, self._extent))
+        return OnnxSnapshot(self.identified(self.adapter), self.buffers.copy_row(0, self._extent))
 
     def restore(self, snapshot: Any) -> None:
         """Goes back to a snapshot; see `Decoder.restore`."""
-        row = self.own(snapshot)
+        row = self.own(snapshot, self.adapter)
         self.make_room(self.buffers, snapshot.length)
         self._extent = self.buffers.put_row(0, row)
 
@@ -329,13 +341,17 @@ class OnnxDecoder:
         manifest = self.bundle.manifest
         return frozenset(each.sha256 for name, each in manifest.files.items() if name.startswith(manifest.model))
 
-    def own(self, snapshot: Any) -> CachedRow:
+    def identified(self, adapter: Adapter | None) -> frozenset[str]:
+        """What identifies the model with an adapter."""
+        return self.identity if adapter is None else self.identity | {adapter.digest}
+
+    def own(self, snapshot: Any, adapter: Adapter | None = None) -> CachedRow:
         """Returns the caches of a snapshot.
 
         Raises:
-            SlmError: When it is another model's, or does not fit into the context.
+            SlmError: When it is another model's or another adapter's, or does not fit into the context.
         """
-        if not isinstance(snapshot, OnnxSnapshot) or snapshot.model != self.identity:
+        if not isinstance(snapshot, OnnxSnapshot) or snapshot.model != self.identified(adapter):
             raise SlmError(f"the snapshot is not of {self.bundle.path}", "read the text with this model")
         if snapshot.length > self.context:
             raise SlmError(f"the snapshot has {snapshot.length:,} tokens and the context {self.context:,}")
@@ -346,7 +362,7 @@ class OnnxDecoder:
         extent = self.buffers.extended(self._extent, ids.shape[1])
         self.make_room(self.buffers, extent.length)
         try:
-            logits = self.run(ids, self._mask[:, : extent.length], self.buffers, keep)
+            logits = self.run(ids, self._mask[:, : extent.length], self.buffers, keep, self.adapter)
             self._extent = extent
         except BaseException:  # Ctrl-C too: nobody knows then what the buffers hold
             self.reset()
@@ -371,7 +387,7 @@ class OnnxDecoder:
         batch, length = ids.shape
         buffers = self.caches(batch)
         buffers.reserve(length)
-        return self.run(ids, np.ones((batch, length), np.int64), buffers, keep=0)
+        return self.run(ids, np.ones((batch, length), np.int64), buffers, 0, self.adapter)
 
     def score(self, ids: Array) -> tuple[Array, Array]:
         """Returns log-probabilities and whether each token was the likeliest, both (B, T - 1); see `Decoder.score`."""
@@ -395,14 +411,37 @@ class OnnxDecoder:
         scored = []
         for start in range(0, len(inputs), positions):
             chunk = inputs[None, start : start + positions]
-            logits = self.run(chunk, self._mask[:, : start + chunk.shape[1]], buffers, keep=0)
+            logits = self.run(chunk, self._mask[:, : start + chunk.shape[1]], buffers, 0, self.adapter)
             scored.append(log_probabilities(logits, targets[None, start : start + positions]))
         likely, likeliest = zip(*scored, strict=True)
         return np.concatenate(likely, axis=1), np.concatenate(likeliest, axis=1)
 
-    def run(self, ids: Array, mask: Array, buffers: Caches, keep: int) -> Array:
-        """Runs the graph once: ids (B, T), mask (B, past + T), caches in place; returns logits (B, keep or T, V)."""
-        binding = self._binding_of(buffers)
+    def use(self, adapter: Adapter | None) -> None:
+        """Answers with an adapter from now on, None being the base; what was read is forgotten if that is a change.
+
+        Raises:
+            SlmError: When the bundle has no slots.
+        """
+        if adapter is not None:
+            check_slots_of(self.bundle)
+        if adapter is not self.adapter:
+            self.reset()
+            self.adapter = adapter
+
+    def run(self, ids: Array, mask: Array, buffers: Caches, keep: int, adapter: Adapter | None = None) -> Array:
+        """Runs the graph once.
+
+        Args:
+            ids: Tokens (B, T).
+            mask: (B, past + T).
+            buffers: Caches, in place.
+            keep: Positions of which logits are wanted; 0 for all.
+            adapter: For all rows, or one for each (`slm.runtime.adapters.stacked`).
+
+        Returns:
+            Logits (B, keep or T, V).
+        """
+        binding = self._binding_of(buffers, adapter)
         binding.bind_output(LOGITS)
         binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input(ATTENTION_MASK, mask)
@@ -415,11 +454,19 @@ class OnnxDecoder:
         logits: Array = outputs[0].numpy()
         return logits
 
-    def _binding_of(self, buffers: Caches) -> ort.IOBinding:
-        """Returns a binding with the caches bound; the last one again while they are the same (3 % of a 270M step)."""
-        if self._bound is None or self._bound[0] is not buffers or self._bound[1] != buffers.growths:
+    def _binding_of(self, buffers: Caches, adapter: Adapter | None) -> ort.IOBinding:
+        """Returns a binding with caches and adapter; the last one again while they are the same (3 % of a 270M step)."""
+        bound = self._bound
+        if (
+            bound is None
+            or bound.buffers is not buffers
+            or bound.growths != buffers.growths
+            or bound.adapter is not adapter
+        ):
             binding = self.session.io_binding()
             binding.bind_output(LOGITS)  # first bound, first among the outputs
             buffers.bind(binding)
-            self._bound = (buffers, buffers.growths, binding)
-        return self._bound[2]
+            for name, value in ({} if adapter is None else adapter.values).items():
+                binding.bind_ortvalue_input(name, value)
+            bound = self._bound = _Bound(buffers, buffers.growths, adapter, binding)
+        return bound.binding

@@ -1,6 +1,7 @@
 """`slm.load`: a bundle with onnxruntime, a checkpoint with PyTorch, behind one class."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
@@ -10,9 +11,18 @@ from slm.runtime.decoder import Decoder
 from slm.runtime.model import Model
 from slm.runtime.session import Device
 
+if TYPE_CHECKING:
+    from slm.core.nn import CausalLM
+    from slm.runtime.adapters import Adapter
+
 
 def load(
-    path: str | Path, *, device: Device = "cpu", threads: int | None = None, draft_tokens: int | None = None
+    path: str | Path,
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    draft_tokens: int | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Loads a model for inference.
 
@@ -21,16 +31,20 @@ def load(
         device: "cpu" or "cuda".
         threads: Threads for one operator; by default the usable physical cores.
         draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
+        adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
 
     Raises:
-        SlmError: When there is nothing that can be run at the path, or it is damaged.
+        SlmError: When there is nothing that can be run at the path, it is damaged, or the adapter is not for it.
     """
-    path = Path(path)
+    path, adapter = Path(path), None if adapter is None else Path(adapter)
     if is_bundle(path):
         from slm.runtime.decoder import OnnxDecoder
 
         bundle = Bundle.open(path)
-        decoder = _drafting(OnnxDecoder(bundle, device, threads), draft_tokens)
+        onnx = OnnxDecoder(bundle, device, threads)
+        if adapter is not None:
+            onnx.use(load_adapter(adapter, bundle))
+        decoder = _drafting(onnx, draft_tokens)
         return Model(Tokenizer.load(path), decoder, bundle.stop_token_ids)
     if is_checkpoint(path):
         import torch
@@ -42,12 +56,33 @@ def load(
             raise SlmError("PyTorch here sees no CUDA device", "--device cpu")
         if threads:
             torch.set_num_threads(threads)
-        model = load_checkpoint(path).to(device)
+        model = (load_checkpoint(path) if adapter is None else _merged(path, adapter)).to(device)
         return Model(Tokenizer.load(path), _drafting(TorchDecoder(model), draft_tokens), model.config.stop_token_ids)
     what = "not found" if not path.exists() else "neither a checkpoint nor a bundle"
     if path.suffix == ".gguf":
         raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {path}", f"slm import {path}")
     raise SlmError(f"{what}: {path}", "slm train makes a checkpoint, slm export --onnx a bundle")
+
+
+def load_adapter(path: Path, bundle: Bundle) -> "Adapter":
+    """Reads an adapter for a bundle with slots: PEFT's directory, or an `.onnx_adapter` file.
+
+    Raises:
+        SlmError: When the bundle has no slots, or the adapter is not for it.
+    """
+    if path.is_dir():
+        from slm.interchange.onnx_adapter import adapter_from_peft
+
+        return adapter_from_peft(path, bundle)
+    from slm.runtime.adapters import read_adapter
+
+    return read_adapter(path, bundle)
+
+
+def _merged(checkpoint: Path, adapter: Path) -> "CausalLM":
+    from slm.finetune.merge import merge
+
+    return merge(checkpoint, adapter)
 
 
 def _drafting(decoder: Decoder, draft_tokens: int | None) -> Decoder:
