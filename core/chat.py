@@ -5,7 +5,7 @@ answered; before each answer stand the ids that `chat_ids` gives for the message
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -116,6 +116,23 @@ def foreign_template(tokenizer: Tokenizer) -> str | None:
     """Returns the chat template that a model from elsewhere brings; None where it is ours, or there is none."""
     template = tokenizer.config.get("chat_template")
     return template if isinstance(template, str) and template != CHAT_TEMPLATE else None
+
+
+def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
+    """Says whether a model has learned what the tokens of turns mean.
+
+    One from elsewhere with a chat template of its own has; one that slm made has where conversations were among what it was
+    fine-tuned on.
+
+    Args:
+        info: What its `slm.json` says; empty where there is none.
+        tokenizer: Its tokenizer.
+    """
+    merged = info.get("merged")
+    tuned = (info.get("finetuned"), merged.get("finetune") if isinstance(merged, dict) else None)
+    # An adapter from elsewhere does not say.
+    learned = any(isinstance(each, dict) and each.get("turns", True) for each in tuned)
+    return learned or foreign_template(tokenizer) is not None
 
 
 def _turn_tokens(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from slm.core.chat import foreign_template
+from slm.core.chat import knows_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
@@ -253,23 +253,6 @@ def _parameters(adapter: PeftModel) -> dict[str, Any]:
     # peft's state holds the parameters detached; which is which is told by where they lie.
     places = {p.data_ptr(): p for p in adapter.parameters() if p.requires_grad}
     return {name: places[tensor.data_ptr()] for name, tensor in adapter_state(adapter).items()}
-
-
-def knows_turns(info: dict[str, Any], tokenizer: Tokenizer) -> bool:
-    """Says whether a base has learned what the tokens of turns mean.
-
-    One from elsewhere with a chat template of its own has; one that slm made has where conversations were among what it was
-    fine-tuned on.
-
-    Args:
-        info: What its `slm.json` says; empty where there is none.
-        tokenizer: Its tokenizer.
-    """
-    merged = info.get("merged")
-    tuned = (info.get("finetuned"), merged.get("finetune") if isinstance(merged, dict) else None)
-    return foreign_template(tokenizer) is not None or any(
-        isinstance(each, dict) and bool(each.get("turns")) for each in tuned
-    )
 
 
 def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:

@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from slm.cli import chat as command
 from slm.cli.chat import chat
 from slm.cli.generate import generate
 from slm.core.manifest import Bundle
+from slm.export.bundle import export_bundle
 from slm.finetune.rows import ChatRow, read_rows
 from slm.loading import load
 from slm.runtime.chat import Chat
@@ -84,6 +86,18 @@ def test_every_answer_is_an_object_for_machines(piped: Slm, shared_bundle: Bundl
     found = [json.loads(line) for line in piped("Hi.", "And?", options=(*SHORT, "--json")).out.splitlines()]
     assert [each["text"] for each in found] == answers(shared_bundle, "Hi.", "And?")
     assert all(len(each["tokens"]) == 12 and each["stopped"] == "length" for each in found)
+
+
+def test_a_model_that_knows_no_turns_is_noted(piped: Slm, shared_checkpoint: Path, tmp_path: Path) -> None:
+    note = "note: it was trained on plain text"
+    assert note in piped("Hi.").err and note in piped("Hi.", model=shared_checkpoint).err
+    tuned = tmp_path / "tuned"
+    shutil.copytree(shared_checkpoint, tuned)
+    for info, noted in (({"finetuned": {"turns": True}}, False), ({"finetuned": {"turns": False}}, True), ({}, False)):
+        (tuned / "slm.json").write_text(json.dumps(info))
+        assert (note in piped("Hi.", model=tuned).err) is noted
+    (tuned / "slm.json").write_text(json.dumps({"merged": {"finetune": {"turns": True}}}))
+    assert note not in piped("Hi.", model=export_bundle(tuned, tmp_path / "onnx").path).err
 
 
 def test_nothing_piped_in_is_no_conversation(piped: Slm) -> None:
