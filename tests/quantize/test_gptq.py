@@ -1,0 +1,91 @@
+"""GPTQ: less error of what a product gives, exactly nearest rounding where nothing can be made up for, and no surprises."""
+
+import numpy as np
+import pytest
+
+from slm.core.manifest import Scheme
+from slm.quantize.blocks import quantize_nearest
+from slm.quantize.gptq import quantize_gptq
+from slm.quantize.rounding import restored
+
+SCHEMES = [
+    Scheme(bits=4, block_size=32, zero_points=True),
+    Scheme(bits=4, block_size=64),
+    Scheme(bits=8, block_size=32),
+]
+OUTPUTS, INPUTS = 48, 256  # more inputs than are handed on together
+
+
+def weight() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(OUTPUTS, INPUTS)).astype(np.float32)
+
+
+def correlated(rows: int = 600, seed: int = 1) -> np.ndarray:
+    """Activations of a few directions and a little noise, as a model's are."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(24, INPUTS)) * np.linspace(3, 0.3, 24)[:, None]
+    return (rng.normal(size=(rows, 24)) @ directions + 0.3 * rng.normal(size=(rows, INPUTS))).astype(np.float32)
+
+
+def output_error(x: np.ndarray, arrays: dict[str, np.ndarray], scheme: Scheme) -> float:
+    return float(np.square(x @ (restored(arrays, scheme) - weight()).T).mean())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_less_error_than_nearest_on_correlated_inputs(scheme: Scheme) -> None:
+    x = correlated()
+    moments = x.T @ x
+    made = quantize_gptq(weight(), moments, scheme)
+    for search in (False, True):
+        nearest = quantize_nearest(weight(), scheme, search, np.diagonal(moments))
+        assert output_error(x, made, scheme) < 0.5 * output_error(x, nearest, scheme)
+    # The control: moments of other inputs help these no more than nothing does.
+    y = correlated(seed=3)[:, ::-1]
+    other = quantize_gptq(weight(), y.T @ y, scheme)
+    assert output_error(x, other, scheme) > 2 * output_error(x, made, scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_with_nothing_to_make_up_for_it_is_nearest(scheme: Scheme) -> None:
+    """Channels that never vary together hand no errors on: grids and integers are those of the search."""
+    power = np.random.default_rng(3).lognormal(size=INPUTS).astype(np.float32)
+    made = quantize_gptq(weight(), np.diag(power), scheme)
+    nearest = quantize_nearest(weight(), scheme, True, power)
+    assert made.keys() == nearest.keys()
+    for name, array in made.items():
+        np.testing.assert_array_equal(array, nearest[name])
+    moments = np.diag(power)
+    moments[0, 1] = moments[1, 0] = 0.9 * np.sqrt(power[0] * power[1])  # the control: two that do
+    changed = restored(quantize_gptq(weight(), moments, scheme), scheme) != restored(nearest, scheme)
+    assert changed.any() and not changed[:, scheme.block_size :].any()
+
+
+def test_same_input_same_integers() -> None:
+    x = correlated()
+    first, second = (quantize_gptq(weight(), x.T @ x, SCHEMES[0]) for _ in range(2))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_moments_that_have_no_inverse(rows: int) -> None:
+    """Fewer inputs than channels, channels that were always 0, nothing at all: damping makes up for it."""
+    x = correlated(rows)
+    x[:, 7] = 0
+    for scheme in SCHEMES:
+        made = quantize_gptq(weight(), x.T @ x, scheme)
+        values = restored(made, scheme)
+        assert np.isfinite(values).all()
+        assert np.abs(values[:, 7] - weight()[:, 7]).max() < 1  # a channel nobody saw is still about itself
+        if rows:
+            nearest = quantize_nearest(weight(), scheme, True, np.diagonal(x.T @ x))
+            assert output_error(x, made, scheme) < output_error(x, nearest, scheme)
+
+
+def test_a_channel_in_other_units_changes_nothing() -> None:
+    """The moments may be large or small: only how they compare matters."""
+    x = correlated()
+    moments = (x.T @ x).astype(np.float32)
+    made, scaled = (quantize_gptq(weight(), moments * np.float32(factor), SCHEMES[0]) for factor in (1, 2.0**-40))
+    for name, array in made.items():
+        np.testing.assert_array_equal(array, scaled[name])

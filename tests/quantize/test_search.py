@@ -1,0 +1,136 @@
+"""Mixed precision: budgets are kept, the choice is the same every time, and harm is what a measurement gives."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle, Scheme
+from slm.core.progress import Silent
+from slm.export.graph import FloatFormat, Fused, LazyTensors, build_graph, graph_tensors, save_graph
+from slm.export.graph.builder import Array
+from slm.quantize.blocks import quantize_nearest
+from slm.quantize.lab import Lab
+from slm.quantize.linears import Linear, linears_of
+from slm.quantize.plan import BLOCK_SIZES, INT4, INT8, INT8_DYNAMIC, bytes_of, schemes_of
+from slm.quantize.quality import Text, measure
+from slm.quantize.rounding import restored
+from slm.quantize.search import Budget, choose, sensitivities
+from slm.runtime.decoder import OnnxDecoder
+
+LINEARS = [
+    Linear("embed", "embed_tokens", 1000, 128),
+    *[Linear(f"l{i}", "o_proj", 128 * (i + 1), 128, i) for i in range(6)],
+]
+LAYERS = LINEARS[1:]
+LOW, HIGH = schemes_of(LINEARS, INT4), schemes_of(LINEARS, INT4) | schemes_of(LAYERS, INT8["auto"])
+HARM = {linear.path: harm for linear, harm in zip(LAYERS, (0.01, 0.08, 0.001, 0.02, 0.03, 0.0), strict=True)}
+
+
+def high_ones(schemes: dict[str, Scheme]) -> set[str]:
+    return {path for path in HARM if schemes[path] == HIGH[path]}
+
+
+def test_bytes_are_kept() -> None:
+    least, most = bytes_of(LINEARS, LOW), bytes_of(LINEARS, HIGH)
+    left = []
+    for budget in range(least, most + 1, 4001):
+        schemes = choose(LINEARS, LOW, HIGH, HARM, Budget(bytes=budget))
+        assert bytes_of(LINEARS, schemes) <= budget
+        assert schemes["embed"] == LOW["embed"]  # no choice was given there
+        left.append(sum(HARM[path] for path in HARM if path not in high_ones(schemes)))
+        # what is left over would not pay for another one
+        cheapest = min(
+            (
+                bytes_of([linear], HIGH) - bytes_of([linear], LOW)
+                for linear in LAYERS
+                if linear.path not in high_ones(schemes)
+            ),
+            default=0,
+        )
+        assert not cheapest or bytes_of(LINEARS, schemes) + cheapest > budget
+    assert left[0] == sum(HARM.values()) and left[-1] < 0.02 * left[0]
+    assert high_ones(choose(LINEARS, LOW, HIGH, HARM, Budget(bytes=most))) == set(HARM)
+
+
+def test_harm_is_kept_within() -> None:
+    for budget in (0.0, 0.005, 0.02, 0.06, 0.2):
+        high = high_ones(choose(LINEARS, LOW, HIGH, HARM, Budget(kl_nats=budget)))
+        left = sum(HARM[path] for path in HARM if path not in high)
+        assert left <= budget + 1e-12
+        # the last one given was needed
+        assert not high or left + max(HARM[path] for path in high) > budget
+    assert high_ones(choose(LINEARS, LOW, HIGH, HARM, Budget(kl_nats=0.2))) == set()
+
+
+def test_most_harm_for_its_bytes_goes_first() -> None:
+    ratio = {linear.path: HARM[linear.path] / linear.size for linear in LAYERS}
+    order = sorted(ratio, key=lambda path: -ratio[path])
+    high = high_ones(choose(LINEARS, LOW, HIGH, HARM, Budget(kl_nats=0.05)))
+    assert high == set(order[: len(high)]) and high
+    # the same however the products come
+    for seed in range(5):
+        mixed = [LINEARS[i] for i in np.random.default_rng(seed).permutation(len(LINEARS))]
+        assert high_ones(choose(mixed, LOW, HIGH, HARM, Budget(kl_nats=0.05))) == high
+
+
+def test_a_budget_that_cannot_be_kept() -> None:
+    with pytest.raises(SlmError, match="at the fewest bits") as caught:
+        choose(LINEARS, LOW, HIGH, HARM, Budget(bytes=bytes_of(LINEARS, LOW) - 1))
+    assert caught.value.hint == "a larger --target-size"
+
+
+@pytest.mark.parametrize("wish", [INT8["auto"], INT8["quality"], INT4, INT8_DYNAMIC])
+def test_schemes_fit(shared_bundle: Bundle, wish: object) -> None:
+    linears = linears_of(shared_bundle.config)
+    schemes = schemes_of(linears, wish)  # type: ignore[arg-type]
+    for linear in linears:
+        scheme = schemes[linear.path]
+        assert linear.inputs % scheme.block_size == 0
+        arrays = quantize_nearest(np.ones((linear.outputs, linear.inputs), np.float32), scheme)
+        assert sum(array.nbytes for array in arrays.values()) == scheme.bytes(linear.outputs, linear.inputs)
+        assert scheme.dynamic == (wish is INT8_DYNAMIC and linear.layer is not None)
+        if not scheme.dynamic:  # the largest that fits and is not larger than wished
+            wished = (wish.vocabulary if linear.layer is None else wish.layers).block_size  # type: ignore[attr-defined]
+            assert scheme.block_size == max(
+                size for size in BLOCK_SIZES if size <= wished and linear.inputs % size == 0
+            )
+
+
+def test_blocks_that_do_not_fit() -> None:
+    odd = [Linear("odd", "o_proj", 8, 40, 0)]
+    with pytest.raises(SlmError, match="odd has 40 inputs") as caught:
+        schemes_of(odd, INT4)
+    assert caught.value.hint == "blocks need multiples of 16"
+    with pytest.raises(SlmError, match="blocks of 128") as caught:
+        schemes_of([Linear("small", "o_proj", 8, 96, 0)], INT4, 128)
+    assert caught.value.hint == "--block-size 32 fits it"
+
+
+def test_harm_is_what_a_measurement_gives(shared_bundle: Bundle, tmp_path: Path) -> None:
+    layers = [linear for linear in linears_of(shared_bundle.config) if linear.layer in (0, 2)]
+    text = Text("random", np.random.default_rng(5).integers(0, 320, (2, 40)))
+    stored = graph_tensors(shared_bundle.model_path)
+    scheme = Scheme(bits=4, block_size=32, zero_points=True)
+
+    def rounded(linear: Linear) -> Array:
+        return restored(quantize_nearest(stored[f"{linear.path}.weight"], scheme), scheme)
+
+    harm = sensitivities(Lab(shared_bundle, layers), layers, text, rounded, Silent())
+    assert list(harm) == [linear.path for linear in layers]
+    for i, linear in enumerate(layers):
+        name, out = f"{linear.path}.weight", tmp_path / str(i)
+        makers = {each: (lambda each=each: stored[each]) for each in stored}
+        makers[name] = lambda linear=linear: rounded(linear)
+        (out / "onnx").mkdir(parents=True)
+        model = build_graph(
+            shared_bundle.config, Fused(FloatFormat()), LazyTensors(makers), shared_bundle.manifest.context
+        )
+        save_graph(model, out / "onnx" / "model.onnx")
+        changed = OnnxDecoder(Bundle(out, shared_bundle.manifest, shared_bundle.config))
+        (change,) = measure(OnnxDecoder(shared_bundle), [changed], text, Silent())
+        # Differences of float32 logarithms: 1e-7 of each, against harms of 1e-4 and more.
+        assert harm[linear.path] == pytest.approx(change.kl_nats, rel=0.02, abs=1e-6)
+        assert change.kl_nats > 1e-5
+    assert max(harm.values()) > 1.5 * min(harm.values())  # the control: they can be told apart
