@@ -17,6 +17,7 @@ from slm.core.runs import newest_bundle
 
 if TYPE_CHECKING:
     from slm.core.tokenizer import Tokenizer
+    from slm.runtime.ensemble import Average
     from slm.runtime.generate import Run
     from slm.runtime.streaming import Piece
 
@@ -25,9 +26,14 @@ _INTERRUPTED = 130
 
 
 @click.command(cls=Sections)
-@click.argument("model", type=Artifact(), required=False)
+@click.argument("models", metavar="[MODEL]...", type=Artifact(), nargs=-1)
 @click.option("-p", "--prompt", default="", help='The text to continue; "-" reads standard input.')
 @click.option("--instruct", is_flag=True, help="Ask as a user's turn, for a model tuned on instructions.")
+@click.option(
+    "--ensemble",
+    type=click.Choice(["mean", "geometric"]),
+    help="Average the predictions of several models that share a tokenizer.",
+)
 @json_option
 @click.option(
     "--logprobs",
@@ -38,9 +44,10 @@ _INTERRUPTED = 130
 )
 @generation_options
 def generate(
-    model: Path | None,
+    models: tuple[Path, ...],
     prompt: str,
     instruct: bool,
+    ensemble: "Average | None",
     device: str,
     threads: int | None,
     draft: int | None,
@@ -63,17 +70,26 @@ def generate(
       slm generate runs/tiny/onnx-int8 -p "The fox" --greedy --max-new-tokens 40
       slm generate -p "One day" --stop . --repetition-penalty 1.2 --seed 7
       slm generate --json -p "One day" | jq .decode_tok_s
+      slm generate runs/a/onnx-int8 runs/b/onnx-int8 --ensemble mean -p "One day"
     """
+    if (len(models) > 1) != (ensemble is not None):
+        raise click.UsageError("--ensemble says how several models are averaged; name them all")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is shown with --json")
     if keep is not None and on_full != "slide":
         raise click.UsageError("--keep says what stays with --on-full slide")
-    from slm.loading import load
+    from slm.loading import load, load_ensemble
     from slm.runtime.speculative import SpeculativeDecoder
 
     return_freed_memory()
-    path = model or default_model()
-    loaded = load(path, device=device, threads=threads, draft_tokens=draft, adapter=adapter)  # type: ignore[arg-type]  # click checked
+    if ensemble is None:
+        path = str(models[0] if models else default_model())
+        loaded = load(path, device=device, threads=threads, draft_tokens=draft, adapter=adapter)  # type: ignore[arg-type]  # click checked
+    else:
+        if adapter is not None:
+            raise click.UsageError("--adapter is for one model")
+        path = ", ".join(map(str, models))
+        loaded = load_ensemble(models, ensemble, device=device, threads=threads, draft_tokens=draft)  # type: ignore[arg-type]
     say(f"{path}: {loaded.decoder.description}")
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
     if drafting is not None and drafting.caveat:
@@ -94,7 +110,7 @@ def generate(
         click.echo("" if instruct else text, nl=False)
     made, interrupted = listen(pieces, show=not as_json)
     if as_json:
-        answer = {"text": "".join(piece.text for piece in made), "model": str(path)}
+        answer = {"text": "".join(piece.text for piece in made), "model": path}
         scores = {} if logprobs is None else {"logprobs": _logprobs(made, loaded.tokenizer)}
         drafts = {} if drafting is None else {"drafted": drafting.drafted, "accepted": drafting.accepted}
         print_json(answer | {"backend": loaded.decoder.description} | figures(run) | drafts | scores)

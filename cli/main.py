@@ -24,6 +24,7 @@ COMMANDS = {
     "data": "Turn text into a dataset of tokens, for many runs to train on.",
     "train": "Train a model on text: tokenizer, data, checkpoint.",
     "finetune": "Fine-tune a checkpoint on rows of text, instructions or chats, with LoRA or in full.",
+    "merge": "Combine several checkpoints, or a base and adapters, into one.",
     "export": "Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.",
     "verify": "Prove that a bundle is the checkpoint that it was made from.",
     "quantize": "Quantize a bundle and measure what that changed.",

@@ -1,5 +1,6 @@
 """`slm.load`: a bundle with onnxruntime, a checkpoint with PyTorch, behind one class."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from slm.runtime.session import Device
 if TYPE_CHECKING:
     from slm.core.nn import CausalLM
     from slm.runtime.adapters import Adapter
+    from slm.runtime.ensemble import Average
 
 
 def load(
@@ -62,6 +64,38 @@ def load(
     if path.suffix == ".gguf":
         raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {path}", f"slm import {path}")
     raise SlmError(f"{what}: {path}", "slm train makes a checkpoint, slm export --onnx a bundle")
+
+
+def load_ensemble(
+    paths: Sequence[str | Path],
+    average: "Average" = "mean",
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    draft_tokens: int | None = None,
+) -> Model:
+    """Loads several models that share a tokenizer as one, whose predictions are averaged.
+
+    Args:
+        paths: Bundles and checkpoints.
+        average: "mean" of the probabilities, or "geometric".
+        device: See `load`.
+        threads: See `load`.
+        draft_tokens: See `load`.
+
+    Raises:
+        SlmError: As `load`, and when tokenizers differ.
+    """
+    from slm.runtime.ensemble import EnsembleDecoder
+
+    models = [load(path, device=device, threads=threads) for path in paths]
+    first = models[0]
+    for path, model in zip(paths, models, strict=True):
+        if model.tokenizer.sha256 != first.tokenizer.sha256:
+            raise SlmError(f"{path} and {paths[0]} have different tokenizers", "an ensemble shares one")
+    stops = dict.fromkeys(token for model in models for token in model.stop_token_ids)
+    decoder = EnsembleDecoder([model.decoder for model in models], average)
+    return Model(first.tokenizer, _drafting(decoder, draft_tokens), tuple(stops))
 
 
 def load_adapter(path: Path, bundle: Bundle) -> "Adapter":

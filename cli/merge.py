@@ -1,0 +1,110 @@
+"""`slm merge`."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slm.cli.console import RichProgress, print_json, say
+from slm.cli.options import Artifact, json_option
+from slm.core.errors import SlmError
+
+if TYPE_CHECKING:
+    from slm.finetune.combine import Method
+
+
+@click.command()
+@click.argument("checkpoints", type=Artifact(bundles=False), nargs=-1)
+@click.option(
+    "--method",
+    type=click.Choice(["linear", "slerp", "task", "ties"]),
+    help="Weighted mean; along the arc between two; sum of changes of --base; the same, trimmed and by agreed sign. "
+    "[default: linear; task with --adapter]",
+)
+@click.option("--base", type=Artifact(bundles=False), metavar="DIR", help="What changes are taken from.")
+@click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="A LoRA adapter of --base, which counts as a checkpoint; may be repeated.",
+)
+@click.option(
+    "--weights",
+    metavar="W,W",
+    help="One for each checkpoint, then for each adapter. [default: all alike; 1 for each change]",
+)
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="With ties: share of a change that is kept. [default: 0.2]",
+)
+@click.option("--scale", type=float, help="With task and ties: what the change is multiplied with. [default: 1]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The checkpoint to write.")
+@json_option
+def merge(
+    checkpoints: tuple[Path, ...],
+    method: "Method | None",
+    base: Path | None,
+    adapters: tuple[Path, ...],
+    weights: str | None,
+    density: float | None,
+    scale: float | None,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Combine several checkpoints of one shape, or a base and several adapters, into one checkpoint.
+
+    `slm export --onnx --adapter DIR` merges one adapter; this makes one model of several.
+
+    \b
+      slm merge runs/a/checkpoint/best runs/b/checkpoint/best --out runs/soup/checkpoint/best
+      slm merge A B --method slerp --weights 0.7,0.3 --out runs/ab/checkpoint/best
+      slm merge A B --method ties --base BASE --density 0.3 --out runs/ties/checkpoint/best
+      slm merge --base BASE --adapter one --adapter two --weights 1,0.5 --out runs/both/checkpoint/best
+    """
+    from slm.finetune.combine import Combination, combine
+
+    count = len(checkpoints) + len(adapters)
+    method = method or ("task" if adapters else "linear")
+    relative = method in ("task", "ties")
+    if count < (1 if relative else 2):
+        raise click.UsageError("name what to combine: checkpoints, or --base and --adapter")
+    if method == "slerp" and count != 2:
+        raise click.UsageError("slerp lies between two models")
+    if (relative or adapters) and base is None:
+        raise click.UsageError(f"{'--adapter' if adapters else method} needs --base")
+    if not relative and (base is not None and not adapters):
+        raise click.UsageError(f"{method} has no base")
+    if scale is not None and not relative:
+        raise click.UsageError("--scale is for task and ties")
+    if density is not None and method != "ties":
+        raise click.UsageError("--density is for ties")
+    if any(out.resolve() == path.resolve() for path in (*checkpoints, *adapters, *([base] if base else []))):
+        raise SlmError(f"{out} is one of those to combine; it is kept", "name another --out")
+    started = time.perf_counter()
+    shares = _weights(weights, count, relative)
+    combination = Combination(method, shares, 0.2 if density is None else density, 1.0 if scale is None else scale)
+    combine(checkpoints, out, combination, base, adapters, RichProgress())
+    seconds = time.perf_counter() - started
+    if as_json:
+        print_json({"checkpoint": str(out), "method": method, "weights": shares, "seconds": round(seconds, 2)})
+        return
+    say(f"{out}: {method} of {count} models, weights {', '.join(f'{share:g}' for share in shares)}; {seconds:.1f} s")
+    say(f"next: slm eval {out} --data FILE, or slm export --onnx {out}")
+
+
+def _weights(said: str | None, count: int, relative: bool) -> tuple[float, ...]:
+    if said is None:
+        return (1.0,) * count if relative else (1 / count,) * count
+    try:
+        weights = tuple(float(part) for part in said.split(","))
+    except ValueError:
+        raise click.UsageError(f"--weights {said}: numbers with commas between them") from None
+    if len(weights) != count:
+        raise click.UsageError(f"--weights names {len(weights)}, and there are {count} models")
+    if not all(abs(weight) < float("inf") for weight in weights) or (not relative and not sum(weights) > 0):
+        raise click.UsageError(f"--weights {said}: their sum must be above 0")
+    return weights
