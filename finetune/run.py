@@ -13,7 +13,7 @@ from slm.core.chat import knows_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, check_replaceable, sha256_file
+from slm.core.files import atomic_directory, check_replaceable, recover, sha256_file
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Progress, Silent
@@ -34,7 +34,7 @@ from slm.finetune.frozen import lighten
 from slm.finetune.loop import Fit
 from slm.finetune.rows import ChatRow, Row, read_rows
 from slm.finetune.settings import FinetuneSettings
-from slm.finetune.state import TRAINER_FILES, Standing, State, drop_state, load_state, save_state
+from slm.finetune.state import TRAINER, TRAINER_FILES, Standing, State, drop_state, load_state, save_state
 from slm.train.build import pick_device
 from slm.train.interrupt import held_back
 from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics
@@ -313,6 +313,7 @@ def check_free(out: Path, method: str, overwrite: bool) -> None:
     Raises:
         SlmError: When something else is there, or one of them that may not be replaced.
     """
+    recover(out / TRAINER)  # what a process that was killed while it saved left half written is nobody's
     check_replaceable(out.resolve(), _ADAPTER_FILES if method == "lora" else _RUN_FILES)
     there = is_adapter(out) if method == "lora" else is_checkpoint(out / CHECKPOINT)
     if there and not overwrite:

@@ -270,6 +270,9 @@ def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
     monkeypatch.setattr(loop, "_SAVE_EVERY_S", 0.0)
     with pytest.raises(SystemExit):
         finetune(shared_checkpoint, data, Path("parts"), QUICK, Killed(5))
+    half_written = Path("parts/.trainer.partial-999999999")  # of a process that is no more
+    half_written.mkdir()
+    (half_written / "weights.safetensors").write_bytes(b"half")
     heard = Heard()
     finetune(shared_checkpoint, data, Path("parts"), QUICK, heard)
     assert "going on after update 4, as saved in parts" in heard.notes
