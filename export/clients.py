@@ -18,7 +18,7 @@ from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
 GENAI_CONFIG_FILE = "genai_config.json"
 
 # transformers.js makes file names of these; core.manifest.MODEL_NAMES has what comes out.
-_JS_DTYPES: dict[Precision, str] = {"float32": "fp32", "float16": "fp16", "int8": "q8"}
+_JS_DTYPES: dict[Precision, str] = {"float32": "fp32", "float16": "fp16", "int8": "q8", "int4": "q4"}
 # Fields of generation_config.json that onnxruntime-genai has under the same names.
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
