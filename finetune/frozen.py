@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from slm.core.nn.layers import RMSNorm, ScaledEmbedding
 from slm.finetune.adapter import ADAPTER, TunableLM, trained_rows
 
+# Rows of the embedding that are compared at once.
+_PART = 4096
 # Norms whose output goes into products alone.
 _INTO_PRODUCTS = ("input_layernorm", "pre_feedforward_layernorm")
 
@@ -170,7 +172,8 @@ def _embed_and_head(model: TunableLM, products: torch.dtype | None) -> None:
     tied = head.data_ptr() == table.data_ptr()
     if products is not None:
         exact = _cast(table.data, products)
-        if torch.equal(exact.float(), table.data):  # as Gemma's own weights are: one table does for both
+        # As Gemma's own weights are: one table does for both. Compared in parts, for it is most of a small model.
+        if all(torch.equal(a.float(), b) for a, b in zip(exact.split(_PART), table.data.split(_PART), strict=True)):
             table.data = exact
             model.head_weight = table.data if tied else _cast(head.data, products)
         else:
