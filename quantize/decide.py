@@ -4,7 +4,7 @@ Dimensions: K input channels.
 """
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +23,7 @@ from slm.quantize.lab import Lab
 from slm.quantize.linears import Linear, linears_of
 from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of
 from slm.quantize.quality import Change, Text, measure
-from slm.quantize.report import model_bytes
-from slm.quantize.rounding import Arrays, Method, gptq, restored, rounded_tensors
+from slm.quantize.rounding import Arrays, Method, gptq, placeholders, restored, rounded_tensors
 from slm.quantize.search import Budget, choose, sensitivities
 from slm.quantize.smoothing import NO_SMOOTHING, Smoothing, smoothing
 from slm.quantize.statistics import root_mean_squares
@@ -73,6 +72,7 @@ class Settings:
         precision: "int8" or "int4", where layers that need more may get eight bits.
         prefer: What to weigh most.
         dynamic: Products of 8-bit integers, activations rounded a token at a time, in place of blocks.
+        reduce_range: With `dynamic`, weights in seven bits, for processors without VNNI.
         block_size: Input channels of a layer's weight that share one scale; None takes what `prefer` says.
         method: How integers are chosen; None takes GPTQ for four bits and the nearest for eight.
         smooth: Whether activations are smoothed first; None does where it measures better.
@@ -84,6 +84,7 @@ class Settings:
     precision: Literal["int8", "int4"] = "int8"
     prefer: Prefer = "auto"
     dynamic: bool = False
+    reduce_range: bool = False
     block_size: int | None = None
     method: Method | None = None
     smooth: bool | None = None
@@ -174,6 +175,8 @@ def decide(source: Bundle, calibration: Text, settings: Settings, progress: Prog
     wish = INT4 if settings.precision == "int4" else INT8_DYNAMIC if settings.dynamic else INT8[settings.prefer]
     method = settings.method or ("gptq" if settings.precision == "int4" else "nearest")
     cache = settings.cache or ("int8" if settings.prefer == "speed" else "float32")
+    if settings.reduce_range:
+        wish = replace(wish, layers=wish.layers.model_copy(update={"reduced": True}))
     recipe = Recipe(schemes_of(linears, wish, settings.block_size), method, cache=cache)
     if cache == "int8":
         recipe.cache_steps = cache_steps(source, calibration, progress)
@@ -187,7 +190,7 @@ def decide(source: Bundle, calibration: Text, settings: Settings, progress: Prog
         if settings.smooth or _better(source, recipe, smooth, calibration, progress, scratch):
             recipe.smoothing = smooth
     if settings.precision == "int4":
-        _spend_bits(source, recipe, settings, lab, calibration, progress)
+        _spend_bits(source, recipe, settings, lab, calibration, progress, scratch)
     return recipe
 
 
@@ -209,7 +212,13 @@ def _better(
 
 
 def _spend_bits(
-    source: Bundle, recipe: Recipe, settings: Settings, lab: Lab, calibration: Text, progress: Progress
+    source: Bundle,
+    recipe: Recipe,
+    settings: Settings,
+    lab: Lab,
+    calibration: Text,
+    progress: Progress,
+    scratch: Path,
 ) -> None:
     """Rounds to four bits, and gives eight to the layers that need them, within what the settings allow."""
     linears = linears_of(source.config)
@@ -231,9 +240,23 @@ def _spend_bits(
     part = Text(calibration.name, calibration.rows[:_SENSITIVITY_ROWS])
     recipe.harm = sensitivities(lab, layers, part, rounded, progress)
     high = low | schemes_of(layers, INT8["auto"])
-    rest = model_bytes(source) - sum(4 * linear.size for linear in linears)
-    budget = (
-        Budget(kl_nats=_FINE_KL_NATS) if settings.target_bytes is None else Budget(bytes=settings.target_bytes - rest)
-    )
-    recipe.schemes = choose(linears, low, high, recipe.harm, budget)
+    if settings.target_bytes is None:
+        recipe.schemes = choose(linears, low, high, recipe.harm, Budget(kl_nats=_FINE_KL_NATS))
+    else:
+        recipe.schemes = _within(source, recipe, linears, high, settings.target_bytes, scratch)
     recipe.done = {path: arrays for path, arrays in recipe.done.items() if recipe.schemes[path] == low[path]}
+
+
+def _within(
+    source: Bundle, recipe: Recipe, linears: Sequence[Linear], high: Mapping[str, Scheme], target: int, scratch: Path
+) -> dict[str, Scheme]:
+    """Chooses schemes whose graph and weights take at most `target` bytes together, tables and paddings included."""
+    tensors, budget = graph_tensors(source.model_path), target
+    while True:
+        schemes = choose(linears, recipe.schemes, high, recipe.harm, Budget(bytes=budget))
+        each = replace(recipe, schemes=schemes, done=placeholders(linears, schemes))
+        with tried(source, each.tensors(tensors), each.describe(), each.cache, each.smoothing, scratch) as bundle:
+            size = sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())
+        if size <= target:
+            return schemes
+        budget -= size - target

@@ -8,6 +8,8 @@ from functools import lru_cache, partial
 from itertools import groupby
 from typing import Literal
 
+import numpy as np
+
 from slm.core.manifest import Bundle, Scheme
 from slm.core.progress import Progress
 from slm.export.graph import LazyTensors
@@ -104,6 +106,22 @@ def gptq(
         progress.advance()
     progress.finish()
     return done
+
+
+def placeholders(linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> dict[str, Arrays]:
+    """Returns arrays of zeros in the shapes of each weight's, by path: what a file takes can be found with them."""
+    found: dict[str, Arrays] = {}
+    for linear in linears:
+        scheme, blocks = schemes[linear.path], linear.inputs // schemes[linear.path].block_size
+        shape = (linear.outputs, blocks, scheme.block_size * scheme.bits // 8)
+        arrays: dict[str, Array] = {
+            QUANTIZED: np.zeros(shape, np.uint8),
+            SCALE: np.zeros((linear.outputs, blocks), np.float32),
+        }
+        if scheme.zero_points:
+            arrays[ZERO_POINTS] = np.zeros((linear.outputs, -(-blocks * scheme.bits // 8)), np.uint8)
+        found[linear.path] = arrays
+    return found
 
 
 def restored(arrays: Arrays, scheme: Scheme) -> Array:
