@@ -12,7 +12,7 @@ import click
 from slm.cli.console import print_json, say, say_error
 from slm.cli.generate import default_model, figures
 from slm.cli.options import Artifact, json_option
-from slm.cli.sampling import Sections, generation_options, listen, utf8
+from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import INFO_FILE, read_info
 from slm.core.errors import SlmError
@@ -77,6 +77,7 @@ def chat(
     path = model or default_model()
     loaded = load(path, device=device, threads=threads, adapter=adapter)  # type: ignore[arg-type]  # click checked
     say(f"{path}: {loaded.decoder.description}")
+    warn_of_saturation(loaded.decoder)
     if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):
         say(
             "note: it was trained on plain text, and will go on with yours rather than answer; slm finetune teaches turns"

@@ -12,7 +12,7 @@ from slm.cli import probes
 from slm.cli.console import print_json, print_table, say
 from slm.cli.options import json_option
 from slm.cli.probes import Gpu, Offline, Provider, TrainingType
-from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, usable_cores
+from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, products_saturate, usable_cores
 from slm.version import __version__
 
 _T = TypeVar("_T")
@@ -197,10 +197,8 @@ def _sets_finding(sets: Mapping[str, bool]) -> Finding:
     value += f"; not {', '.join(lacks)}" if lacks else ""
     if not sets.get("AVX2", True):
         return Finding(name, value, "without AVX2 INT8 is slow: compare with the float32 bundle", "note")
-    if "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI")):
-        slower = (
-            "without VNNI INT8 products are slower; W8A8 models of other tools may saturate: quantize with reduce_range"
-        )
+    if products_saturate(sets):
+        slower = "without VNNI INT8 products are slower, and those of slm quantize --int8-dynamic saturate: add --reduce-range"
         return Finding(name, value, slower, "note")
     if not sets.get("dot product", True):
         return Finding(name, value, "without dot product INT8 products are slower", "note")

@@ -9,7 +9,7 @@ import click
 
 from slm.cli.console import print_json, say, say_if_not_exported
 from slm.cli.options import Artifact, json_option
-from slm.cli.sampling import Sections, generation_options, listen, utf8
+from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib, return_freed_memory
@@ -91,6 +91,7 @@ def generate(
         path = ", ".join(map(str, models))
         loaded = load_ensemble(models, ensemble, device=device, threads=threads, draft_tokens=draft)  # type: ignore[arg-type]
     say(f"{path}: {loaded.decoder.description}")
+    warn_of_saturation(loaded.decoder)
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)

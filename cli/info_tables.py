@@ -6,6 +6,7 @@ from typing import Any
 
 from slm.cli.console import print_table
 from slm.core.config import ModelConfig
+from slm.core.manifest import Scheme
 
 Report = Mapping[str, Any]
 Rows = list[tuple[str, ...]]
@@ -87,10 +88,21 @@ def _bundle_cache(report: Report) -> str:
 
 def _quality(report: Report) -> str:
     quality = report["quality"]
+    allowed = "" if quality["max_kl_nats"] is None else f" (allowed {quality['max_kl_nats']:g})"
     return (
-        f"{quality['kl_nats']:.5f} nats from its source (allowed {quality['max_kl_nats']:g}), same top-1 "
+        f"{quality['kl_nats']:.5f} nats from its source{allowed}, same top-1 "
         f"{quality['same_top1']:.1%}, perplexity {quality['perplexity_before']:.3f} -> {quality['perplexity_after']:.3f}; "
         f"{quality['tokens']:,} tokens of {quality['text']}"
+    )
+
+
+def _quantization(report: Report) -> str:
+    quantization = report["quantization"]
+    counts = Counter(Scheme(**scheme).name for scheme in quantization["schemes"].values())
+    smoothed = quantization["smoothing"]
+    return (
+        f"{', '.join(f'{count} × {name}' for name, count in counts.items())}; integers {_METHODS[quantization['method']]}, "
+        f"{'not smoothed' if smoothed is None else f'smoothed ({smoothed:g} of the activations)'}"
     )
 
 
@@ -112,8 +124,15 @@ def _ranges(report: Report) -> str:
     )
 
 
+_METHODS = {"nearest": "to the nearest", "searched": "with scales searched for", "gptq": "by GPTQ"}
 # What is measured or laid out, in a sentence.
-_OF_BUNDLES = {"cache": _bundle_cache, "quality": _quality, "parity": _parity, "ranges": _ranges}
+_OF_BUNDLES = {
+    "cache": _bundle_cache,
+    "quantization": _quantization,
+    "quality": _quality,
+    "parity": _parity,
+    "ranges": _ranges,
+}
 
 
 def _sizes(report: Report) -> Rows:

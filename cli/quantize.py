@@ -58,6 +58,7 @@ class Share(click.ParamType[float]):
 @click.argument("bundle", type=Artifact(checkpoints=False), required=False)
 @click.option("--int8", is_flag=True, help="Weights in 8 bits, by block.")
 @click.option("--int8-dynamic", is_flag=True, help="Weights and activations in 8 bits: long prompts are read faster.")
+@click.option("--reduce-range", is_flag=True, help="With --int8-dynamic: for processors without VNNI (slm doctor).")
 @click.option("--int4", is_flag=True, help="Weights in 4 bits, by block; in 8 for layers that need them.")
 @click.option(
     "--prefer",
@@ -103,6 +104,7 @@ def quantize(
     bundle: Path | None,
     int8: bool,
     int8_dynamic: bool,
+    reduce_range: bool,
     int4: bool,
     prefer: "Prefer",
     block_size: str | None,
@@ -144,6 +146,8 @@ def quantize(
         raise SlmError(
             "--target-size chooses between 4 and 8 bits for each layer", "slm quantize --int4 --target-size SIZE"
         )
+    if reduce_range and not int8_dynamic:
+        raise SlmError("--reduce-range is for --int8-dynamic; products by block do not saturate", "leave it out")
     if int8_dynamic and (block_size or method):
         raise SlmError(
             "--int8-dynamic has a scale for each channel, no blocks and no method", "leave them out, or --int8"
@@ -162,6 +166,7 @@ def quantize(
         precision="int4" if int4 else "int8",
         prefer=prefer,
         dynamic=int8_dynamic,
+        reduce_range=reduce_range,
         block_size=None if block_size is None else int(block_size),
         method=method,
         smooth=smooth,

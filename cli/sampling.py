@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from slm.cli.console import say
 from slm.cli.options import seed_option
 from slm.core.errors import SlmError
 
@@ -217,3 +218,16 @@ def utf8(text: str, what: str) -> str:
             f"the {what} is not UTF-8 text (character {error.start})", "convert it, for example with iconv"
         ) from None
     return text
+
+
+def warn_of_saturation(decoder: object) -> None:
+    """Says when a bundle's products come out wrong on this CPU."""
+    from slm.core.machine import instruction_sets, products_saturate
+    from slm.runtime.decoder import OnnxDecoder
+
+    if not isinstance(decoder, OnnxDecoder):
+        return
+    quantization = decoder.bundle.manifest.quantization
+    schemes = [] if quantization is None else quantization.schemes.values()
+    if any(scheme.dynamic and not scheme.reduced for scheme in schemes) and products_saturate(instruction_sets()):
+        say("warning: no VNNI here, so products of 8-bit integers saturate: slm quantize --int8-dynamic --reduce-range")

@@ -151,6 +151,14 @@ def instruction_sets(cpuinfo: Path = _CPUINFO) -> dict[str, bool]:
         return {}
 
 
+def products_saturate(sets: Mapping[str, bool]) -> bool:
+    """Whether this CPU adds products of unsigned and signed 8-bit integers in 16 bits, two of which can be more than fits.
+
+    x86 did before VNNI (vpmaddubsw); where nothing is known of the CPU, False.
+    """
+    return "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI"))
+
+
 def instruction_sets_of_linux(cpuinfo: str) -> dict[str, bool]:
     """Reads `/proc/cpuinfo`: its `flags` on x86, its `Features` on ARM."""
     lines = _colon_lines(cpuinfo)

@@ -79,12 +79,15 @@ class Scheme(_Record):
         zero_points: Whether each block has its own z.
         dynamic: Whether the product is one of 8-bit integers, activations being rounded to them a token at a time. Weights are
             signed then, and a block is as long as the input, so that a scale belongs to an output channel.
+        reduced: Of a dynamic scheme, whether weights keep to seven bits: processors without VNNI add pairs of products in 16
+            bits, and cut off what eight bits can come to.
     """
 
     bits: Literal[4, 8] = 8
     block_size: int
     zero_points: bool = False
     dynamic: bool = False
+    reduced: bool = False
 
     def bytes(self, outputs: int, inputs: int) -> int:
         """Returns what a weight takes in the file: integers, scales and zero points."""
@@ -96,7 +99,7 @@ class Scheme(_Record):
     def name(self) -> str:
         """The scheme in a word."""
         if self.dynamic:
-            return "int8 by channel, dynamic"
+            return f"int{7 if self.reduced else 8} by channel, dynamic"
         return f"int{self.bits} in blocks of {self.block_size}"
 
 

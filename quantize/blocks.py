@@ -138,7 +138,8 @@ def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
         zero = np.rint(np.divide(-low, scale, out=np.zeros_like(low), where=scale != 0))
         return Grid(scale, np.clip(zero, 0, top), 0, top)
     if scheme.dynamic:
-        return Grid(high / np.float32(127), np.zeros_like(high), -127, 127)
+        largest = 63 if scheme.reduced else 127
+        return Grid(high / np.float32(largest), np.zeros_like(high), -largest, largest)
     zero = np.full_like(high, middle)
     if scheme.bits == 8:  # 1 to 255, so that the range is symmetric
         return Grid(high / np.float32(middle - 1), zero, 1, top)

@@ -162,3 +162,15 @@ def test_freed_memory_is_returned() -> None:
         done = subprocess.run([sys.executable, "-c", KEEPS, how], capture_output=True, text=True, check=True)
         grown[how] = int(done.stdout)
     assert grown["returned"] < 5 << 20 < grown["kept"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "saturates"), [(ICE_LAKE, False), (SAPPHIRE_RAPIDS, False), (NEOVERSE_N1, False), (CORTEX_A7, False)]
+)
+def test_products_saturate_on_x86_without_vnni_alone(cpuinfo: str, saturates: bool) -> None:
+    sets = machine.instruction_sets_of_linux(cpuinfo)
+    assert machine.products_saturate(sets) == saturates
+    if sets.get("AVX2"):
+        haswell = sets | {"AVX-512 VNNI": False, "AVX-VNNI": False}
+        assert machine.products_saturate(haswell)
+    assert not machine.products_saturate({})
