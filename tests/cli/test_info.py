@@ -178,6 +178,8 @@ def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
     assert report["quantization"]["accuracy_level"] == 4
     text = shown(slm, int8.path)
     assert f"quality {quality.kl_nats:.5f} nats from its source (allowed 1), same top-1 {quality.same_top1:.1%}" in text
+    assert "quantization 9 × int8 in blocks of 64, 4 × int8 in blocks of 128, 4 × int8 in blocks of 32; integers to " in text
+    assert "model.layers.0.self_attn.qkv_proj" not in text and len(report["quantization"]["schemes"]) == 17
     assert "tokens of some text" in text and "int8, 0.0451 MB at 256 tokens" in text and "3 layers of 16 + 16" in text
 
     portable = export_bundle(shared_checkpoint, tmp_path / "portable", target="portable")
