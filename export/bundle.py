@@ -29,8 +29,8 @@ from slm.export.graph import (
 )
 from slm.version import __version__
 
-# Rotation tables are as long as the context (2 bases * 2 tables * head_dim / 2 * 4 bytes a position: 2 KiB at the 270M
-# shape), so a bundle carries no more than most uses want.
+# The file does not grow with the context, but programs like onnxruntime-genai make caches as long unless they are told
+# otherwise, so a bundle carries no more than most uses want.
 DEFAULT_CONTEXT = 4096
 
 

@@ -166,11 +166,17 @@ def weight_bytes_read(bundle: Bundle) -> int:
         entry for name, entry in manifest.files.items() if name.startswith(manifest.model) and name != manifest.model
     )
     stored = sum(entry.bytes for entry in beside)
-    if manifest.target == "fused":
+    if _has_tables(bundle):
         bases = len(set(config.layer_types))
-        stored -= bases * 2 * manifest.context * config.head_dim // 2 * FLOAT32_BYTES
+        itemsize = FLOAT32_BYTES if manifest.device == "cpu" else FLOAT32_BYTES // 2
+        stored -= bases * 2 * manifest.context * config.head_dim // 2 * itemsize
     parts = parameters(config)
     return stored - (0 if config.tie_word_embeddings else stored * parts.embedding // parts.total)
+
+
+def _has_tables(bundle: Bundle) -> bool:
+    """Says whether rotation tables are among the weights, as in bundles that slm wrote before 2026-11-23."""
+    return f"positions.{bundle.config.layer_types[0]}_cos".encode() in bundle.model_path.read_bytes()
 
 
 def float32_weight_bytes_read(config: ModelConfig) -> int:

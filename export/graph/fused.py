@@ -7,7 +7,6 @@ float16, and norms and the residual stream, which Gemma's activations would over
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from slm.core.config import Activation, LayerType, ModelConfig
@@ -23,8 +22,9 @@ class Step:
 
     Attributes:
         inputs: The graph's inputs.
-        cos: Cosine of each position's rotation by kind of layer, (positions, H / 2).
+        cos: Cosine of rotations by kind of layer, (rows, H / 2): of the new tokens, or of every position there can be.
         sin: Sine of the same.
+        rows: Which row each new token turns by, (B, T); None where rows are of every position.
         lengths: Length of each row, past included, int64 (B,).
         last_index: Index of each row's last valid position, int32 (B,).
         total: Length of the longest row, past included, int32 scalar.
@@ -33,32 +33,63 @@ class Step:
     inputs: Mapping[str, Value]
     cos: Mapping[LayerType, Value]
     sin: Mapping[LayerType, Value]
+    rows: Value | None
     lengths: Value
     last_index: Value
     total: Value
 
 
 class FusedPositions(Module):
-    """Rotation tables of every position, and lengths from the mask: rows are padded on the right."""
+    """Rotations, and lengths from the mask: rows are padded on the right.
 
-    def __init__(self, config: ModelConfig, context: int, dtype: ir.DataType) -> None:
+    Rotations are those of the new tokens, worked out at each step, which on a CPU costs nothing that can be measured. For
+    GPUs, where each operator more is a launch, they are tables of every position: these depend on no input, and onnxruntime
+    computes them once, when it opens the graph. Nothing in the file is as long as the context.
+    """
+
+    def __init__(self, config: ModelConfig, context: int | None, dtype: ir.DataType) -> None:
+        """Takes the context that tables are to reach over, None for rotations of the new tokens alone."""
         super().__init__()
+        self._context, self._dtype = context, dtype
         self._kinds: list[LayerType] = sorted(set(config.layer_types))
-        self.tensors = rope_tables(config, context)
-        for name in self.tensors:
-            setattr(self, name, Parameter([context, config.head_dim // 2], dtype))
+        self.tensors: dict[str, Array] = {}
+        for kind in self._kinds:
+            self.tensors[f"{kind}_inv_freq"] = inverse_frequencies(config, kind)
+            setattr(self, f"{kind}_inv_freq", Parameter([config.head_dim // 2], ir.DataType.FLOAT))
 
     def forward(self, op: Op, inputs: Mapping[str, Value]) -> Step:
         """Returns what the layers need to know."""
         lengths = op.ReduceSum(inputs[ATTENTION_MASK], [-1], keepdims=0)
+        rows, positions = (
+            self._new(op, inputs, lengths) if self._context is None else (None, op.Range(0, self._context, 1))
+        )
+        positions = op.Cast(op.Reshape(positions, [-1, 1]), to=ir.DataType.FLOAT)  # (rows, 1)
+        cos, sin = {}, {}
+        for kind in self._kinds:
+            angles = op.Mul(positions, getattr(self, f"{kind}_inv_freq"))  # (rows, H / 2)
+            cos[kind], sin[kind] = (
+                cast(op, x, ir.DataType.FLOAT, self._dtype) for x in (op.Cos(angles), op.Sin(angles))
+            )
         return Step(
             inputs,
-            cos={kind: getattr(self, f"{kind}_cos") for kind in self._kinds},
-            sin={kind: getattr(self, f"{kind}_sin") for kind in self._kinds},
+            cos,
+            sin,
+            rows,
             lengths=lengths,
             last_index=op.Cast(op.Sub(lengths, 1), to=ir.DataType.INT32),
             total=op.Cast(op.Squeeze(total_length(op, inputs)), to=ir.DataType.INT32),
         )
+
+    def _new(self, op: Op, inputs: Mapping[str, Value], lengths: Value) -> tuple[Value, Value]:
+        """Returns a number for each new token and its position, both (B, T).
+
+        Rows may be padded only while there is no past, as attention has it: then every row begins at 0.
+        """
+        ids = inputs[INPUT_IDS]
+        new = op.Shape(ids, start=1, end=2)  # T, (1,)
+        first = op.Where(op.Equal(total_length(op, inputs), new), 0, op.Sub(lengths, new))  # (B,)
+        positions = op.Add(op.Unsqueeze(first, [-1]), op.Range(0, op.Squeeze(new), 1))
+        return op.Reshape(op.Range(0, op.Size(ids), 1), op.Shape(ids)), positions
 
 
 class Fused:
@@ -84,7 +115,7 @@ class Fused:
 
     def positions(self, config: ModelConfig, context: int) -> FusedPositions:
         """Returns the module that reads a step's inputs."""
-        return FusedPositions(config, context, self.dtype)
+        return FusedPositions(config, None if self._device == "cpu" else context, self.dtype)
 
     def rms_norm(self, op: Op, x: Value, weight: Value, epsilon: float) -> Value:
         """Returns the root-mean-square norm of x over its last dimension."""
@@ -118,7 +149,11 @@ class Fused:
         past: tuple[Value, Value],
         scales: tuple[Value, ...],
     ) -> tuple[Value, Value, Value]:
-        """Norms each head, then rotates, caches and attends in one operator (com.microsoft GroupQueryAttention)."""
+        """Norms each head, and caches and attends in one operator (com.microsoft GroupQueryAttention).
+
+        Tables of every position are that operator's to look up; rotations of the new tokens are an operator of their own
+        before it.
+        """
         q, k, v = op.Split(qkv, shape.sizes, axis=-1, _outputs=3)
         q, k = (
             op.Reshape(norm(op, op.Reshape(x, [0, 0, heads, shape.head_dim])), [0, 0, heads * shape.head_dim])
@@ -129,13 +164,20 @@ class Fused:
             "num_heads": shape.heads,
             "kv_num_heads": shape.kv_heads,
             "scale": shape.scale,
-            "do_rotary": 1,
+            "do_rotary": int(step.rows is None),
         }
         if shape.window is not None:
             attributes["local_window_size"] = shape.window
             if self._device != "webgpu":
                 attributes["sliding_window_cache"] = 1
-        operands = [q, k, v, *past, step.last_index, step.total, step.cos[shape.kind], step.sin[shape.kind]]
+        cos, sin = step.cos[shape.kind], step.sin[shape.kind]
+        if step.rows is not None:
+            q, k = (
+                fused(op).RotaryEmbedding(x, step.rows, cos, sin, num_heads=heads)
+                for x, heads in ((q, shape.heads), (k, shape.kv_heads))
+            )
+        tables = [None, None] if step.rows is not None else [cos, sin]
+        operands = [q, k, v, *past, step.last_index, step.total, *tables]
         if scales:
             attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
             operands += [None, None, None, *scales]
@@ -157,12 +199,3 @@ class Fused:
     def logits(self, op: Op, logits: Value, step: Step, vocab_size: int) -> Value:
         """Returns the logits (B, kept, V) as they are."""
         return logits
-
-
-def rope_tables(config: ModelConfig, context: int) -> dict[str, Array]:
-    """Returns cosine and sine (positions, H / 2) of every position, in float32, for each kind of layer."""
-    tables: dict[str, Array] = {}
-    for kind in sorted(set(config.layer_types)):
-        angles = np.arange(context, dtype=np.float32)[:, None] * inverse_frequencies(config, kind)
-        tables |= {f"{kind}_cos": np.cos(angles), f"{kind}_sin": np.sin(angles)}
-    return tables

@@ -1,6 +1,6 @@
 """The whole graph: what happens before, between and after the modules.
 
-Dimensions: B batch, T new positions, D hidden, V vocabulary, P rows of the rotation tables.
+Dimensions: B batch, T new positions, D hidden, V vocabulary.
 """
 
 from collections import ChainMap
@@ -88,7 +88,7 @@ def build_graph(config: ModelConfig, target: Target[Any], tensors: Mapping[str, 
         target: The operators, and how weights are stored.
         tensors: Data of every parameter under its name; looked up when the graph is saved, one at a time, and rounded where
             the target stores it in float16.
-        context: The longest sequence, past included, in tokens; the fused target's rotation tables are as long.
+        context: The longest sequence, past included, in tokens; what a GPU's rotation tables reach over.
 
     Returns:
         The model, its initializers not yet evaluated.

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 
 from slm.core.config import FULL, SLIDING, LayerType, ModelConfig, RopeParameters
-from slm.core.contract import Target, cache_layers, input_specs, output_specs, past_name
+from slm.core.contract import CacheType, Device, Target, TensorSpec, cache_layers, input_specs, output_specs, past_name
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
@@ -19,11 +20,14 @@ from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Weights
 from slm.export.bundle import export_bundle
 from slm.export.graph import FloatFormat, Fused, build_graph, checkpoint_tensors, save_graph
+from slm.export.graph.builder import GraphUnderWay
+from slm.export.graph.fused import FusedPositions
 from slm.export.parity import TOLERANCE, check_parity
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import OnnxDecoder
 
 MakeModel = Callable[..., CausalLM]
+DEVICES: dict[Device, CacheType] = {"cpu": "float32", "cuda": "float16", "webgpu": "float16"}
 
 
 def test_the_bundle_equals_pytorch(shared_bundle: Bundle) -> None:
@@ -159,8 +163,7 @@ def test_the_contract(shared_bundle: Bundle) -> None:
 
 def test_weights_lie_beside_the_graph_once(shared_bundle: Bundle) -> None:
     data = shared_bundle.model_path.with_name("model.onnx_data")
-    tables = 4 * shared_bundle.manifest.context * shared_bundle.config.head_dim // 2
-    matrices = 4 * (shared_bundle.config.parameter_count() + tables)
+    matrices = 4 * shared_bundle.config.parameter_count()
     assert matrices * 0.95 < data.stat().st_size < matrices * 1.05 + 4096 * 40  # each tensor begins on a page
     assert shared_bundle.model_path.stat().st_size < 200_000
 
@@ -228,18 +231,71 @@ def test_the_builder_leaves_no_dead_nodes(shared_bundle: Bundle) -> None:
     assert all(any(out.uses() or out in outputs for out in node.outputs) for node in graph)
 
 
+@pytest.mark.parametrize("tables", [True, False], ids=["every position", "new tokens"])
 @pytest.mark.parametrize("factor", [1.0, 8.0])
-def test_both_sides_turn_alike(factor: float) -> None:
+def test_both_sides_turn_alike(factor: float, tables: bool) -> None:
     """At the 270M shape's head width and far beyond what the small models reach."""
     from slm.core.nn.rope import rope_angles
     from slm.core.presets import preset
-    from slm.export.graph.fused import rope_tables
 
     config = preset("gemma3-270m")
     config = config.model_copy(update=rope_with(config, FULL, rope_type="linear", factor=factor))
-    tables = rope_tables(config, 4096)
+    past, length = 3, 4096
+    turned = rotations(config, length if tables else None, past, length)
     for kind, rope in config.rope_parameters.items():
-        cos, sin = rope_angles(torch.arange(4096)[None], config.head_dim, rope)
-        # The angles are equal bit for bit; the last place of their cosines belongs to each library.
-        np.testing.assert_allclose(cos[0, 0].numpy(), tables[f"{kind}_cos"], atol=2e-7, rtol=0)
-        np.testing.assert_allclose(sin[0, 0].numpy(), tables[f"{kind}_sin"], atol=2e-7, rtol=0)
+        positions = torch.arange(0 if tables else past, length)[None]
+        for name, theirs in zip(("cos", "sin"), rope_angles(positions, config.head_dim, rope), strict=True):
+            # The angles are equal bit for bit; the last place of their cosines belongs to each library.
+            np.testing.assert_allclose(turned[f"{kind}.{name}"], theirs[0, 0].numpy(), atol=2e-7, rtol=0)
+            later = rope_angles(positions + 1, config.head_dim, rope)[name == "sin"][0, 0].numpy()
+            assert np.abs(turned[f"{kind}.{name}"] - later).max() > 0.1  # the control: a position further
+
+
+def rotations(config: ModelConfig, context: int | None, past: int, length: int) -> dict[str, np.ndarray]:
+    """What the fused graph turns by, (rows, H / 2), for `length - past` new tokens: "KIND.cos" and "KIND.sin"."""
+    inputs = input_specs(cache_layers(config))[:2]
+    under_way = GraphUnderWay("rotations", {"": 21}, inputs, {})
+    positions = FusedPositions(config, context, ir.DataType.FLOAT)
+    step = positions(under_way.op, under_way.inputs)
+    for kind in config.rope_parameters:
+        for name, values in (("cos", step.cos), ("sin", step.sin)):
+            shape = ("rows", config.head_dim // 2)
+            under_way.output(values[kind], TensorSpec(name=f"{kind}.{name}", dtype="float32", shape=shape))
+    model = under_way.finish("")
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.tensor(positions.tensors[name.rpartition(".")[2]], name=name)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    fed = {"input_ids": np.zeros((1, length - past), np.int64), "attention_mask": np.ones((1, length), np.int64)}
+    names = [output.name for output in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    found = session.run(None, {name: array for name, array in fed.items() if name in wanted})
+    return dict(zip(names, found, strict=True))
+
+
+def test_nothing_is_as_long_as_the_context(shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path) -> None:
+    """A context of 200 in place of 256 changes no byte of the weights, and of the graph only numbers in it."""
+    config, tensors = shared_bundle.config, checkpoint_tensors(Weights(shared_checkpoint), shared_bundle.config)
+    for device, cache in DEVICES.items():
+        files = []
+        for context in (200, 256):
+            path = tmp_path / f"{device}-{context}" / "model.onnx"
+            path.parent.mkdir()
+            weights = FloatFormat(half=device != "cpu")
+            save_graph(build_graph(config, Fused(weights, device, cache), tensors, context), path)
+            files.append([file.stat().st_size for file in sorted(path.parent.iterdir())])
+        assert len(files[0]) == 2 and np.abs(np.subtract(*files)).max() <= 8, device
+
+
+@pytest.mark.parametrize("device", ["cuda", "webgpu"])
+def test_onnxruntime_computes_tables_once(shared_checkpoint: Path, tmp_path: Path, device: Device) -> None:
+    """It finds that they depend on nothing: the graph that it runs has no cosine. The control has one unoptimized."""
+    bundle = export_bundle(shared_checkpoint, tmp_path / device, device=device)
+    for level, wanted in (("ORT_ENABLE_ALL", 0), ("ORT_DISABLE_ALL", 4)):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        options.optimized_model_filepath = str(tmp_path / f"{level}.onnx")
+        options.log_severity_level = 3
+        ort.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
+        nodes = [node.op_type for node in ir.load(tmp_path / f"{level}.onnx").graph]
+        assert nodes.count("Cos") + nodes.count("Sin") == wanted
