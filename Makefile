@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A strict editable install links file by file, which is what lets type checkers and import-linter see
 # `slm.*`; the list below is compared at every call, so that a new or moved file is linked again.
-FILES  := $(sort $(shell find core train export interchange quantize finetune runtime cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
+FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
 .PHONY: install demo test test-fast peers test-peers test-real check format bench bench-peers shipped-model clean FORCE

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HOMES = {"slm": "src/slm"} | {
-    f"slm/{name}": name for name in ("cli", "core", "export", "finetune", "interchange", "quantize", "runtime", "train")
+    f"slm/{name}": name
+    for name in ("cli", "core", "export", "finetune", "interchange", "quantize", "runtime", "serve", "train")
 }
 SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
 SHIPPED += ("LICENSE", "MODEL_CARD.md", "loss.png")

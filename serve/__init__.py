@@ -1,0 +1,1 @@
+"""Answers over HTTP, many at once, on one bundle."""

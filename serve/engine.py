@@ -1,0 +1,413 @@
+"""Continuous batching: texts join and leave between steps, all steps are taken together.
+
+One thread owns the model. Each turn it reads a bounded piece of one prompt, and then one token of every text under way, so that
+nobody waits longer for a long prompt of somebody else than that piece takes. Answers are what each text would be alone; see
+`slm.runtime.batch` for when that is so bit for bit.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from slm.core.errors import SlmError
+from slm.core.tokenizer import TextStream, Tokenizer
+from slm.runtime.adapters import Adapter
+from slm.runtime.batch import Batch, Slot
+from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.logprobs import logprobs_of
+from slm.runtime.memory import Array
+from slm.runtime.prefix import PrefixCache
+from slm.runtime.sampling import Sampler, Sampling
+from slm.runtime.stopping import StopTexts
+from slm.runtime.streaming import Piece
+
+Reason = Literal["end", "stop", "length", "context", "cancelled", "deadline", "error"]
+
+# A prompt shorter than this is read again sooner than its caches are copied.
+_WORTH_KEEPING = 64
+
+
+class Full(SlmError):
+    """No room for another text now."""
+
+
+class Constraint(Protocol):
+    """What a text must keep to."""
+
+    def allowed(self) -> Array:
+        """Returns which tokens may come next, bool (V,)."""
+
+    def accept(self, token: int) -> bool:
+        """Takes the token that was chosen; says whether the text is complete with it."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked for.
+
+    Attributes:
+        prompt: Token ids.
+        sampling: How tokens are chosen.
+        max_new_tokens: How many at most.
+        stop: Texts that end the text.
+        logprobs: How many of the likeliest tokens each piece names; None for none of it.
+        adapter: The adapter to answer with.
+        constraint: What the text must keep to.
+        deadline: When it is to end at the latest, in `time.monotonic`'s seconds.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 256
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    adapter: Adapter | None = None
+    constraint: Constraint | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a text.
+
+    Attributes:
+        reason: Why.
+        prompt_tokens: Tokens of the prompt.
+        reused_tokens: Those of them that had been read before, for another text.
+        new_tokens: New ones, an end token left out.
+        waited_s: From asking until the prompt was begun.
+        ttft_s: From asking to the first new token; None where there was none.
+        error: What went wrong, where something did.
+    """
+
+    reason: Reason
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    waited_s: float
+    ttft_s: float | None
+    error: str | None = None
+
+
+# Called by the engine's thread with each piece and then the end; must not block.
+Deliver = Callable[[Piece | Done], None]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A text that was asked for. `cancel` of the engine ends it."""
+
+    ask: Ask
+    deliver: Deliver
+    asked: float
+    sampler: Sampler
+    text: TextStream
+    stops: StopTexts
+    cancelled: bool = False
+    begun: float | None = None
+    first: float | None = None
+    slot: Slot | None = None
+    read: int = 0  # tokens of the prompt
+    reused: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Figures:
+    """What an engine has done since it started, and what it is doing.
+
+    Attributes:
+        asked: Texts asked for and taken.
+        refused: Texts refused because there was no room.
+        done: Texts ended, by reason.
+        prompt_tokens: Tokens of prompts read.
+        reused_tokens: Tokens of prompts that did not have to be read.
+        new_tokens: Tokens written.
+        steps: Steps taken.
+        rows: Rows of all steps together.
+        waiting: Texts waiting now.
+        running: Texts under way now.
+        cache_bytes: Memory of caches, snapshots included.
+    """
+
+    asked: int = 0
+    refused: int = 0
+    done: dict[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    rows: int = 0
+    waiting: int = 0
+    running: int = 0
+    cache_bytes: int = 0
+
+
+class Engine:
+    """Texts under way on one bundle.
+
+    Attributes:
+        figures: What it has done; read, never written, by others.
+    """
+
+    def __init__(
+        self,
+        decoder: OnnxDecoder,
+        tokenizer: Tokenizer,
+        stop_tokens: Sequence[int],
+        *,
+        slots: int = 8,
+        queue: int = 64,
+        prefill_tokens: int = 256,
+        prefix_bytes: int = 256 << 20,
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            decoder: The bundle; nobody else uses it from now on.
+            tokenizer: Its tokenizer.
+            stop_tokens: Tokens that end a text.
+            slots: Texts under way at once; caches take room for so many.
+            queue: Texts that may wait for a slot.
+            prefill_tokens: The most of a prompt that is read between two steps.
+            prefix_bytes: Memory for the beginnings of prompts, which are not read again; 0 keeps none.
+        """
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self._stop_tokens = frozenset(stop_tokens)
+        self._queue, self._prefill = queue, prefill_tokens
+        self._batch = Batch(decoder, slots)
+        self._prefixes: dict[str, PrefixCache] = {}
+        self._prefix_bytes = prefix_bytes
+        self._waiting: deque[Ticket] = deque()
+        self._running: list[Ticket] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failed: str | None = None
+        self._step_s = 0.0  # what a step takes, smoothed
+        self._until = float("inf")
+        self.figures = Figures()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def slots(self) -> int:
+        """Texts under way at once."""
+        return self._batch.slots
+
+    @property
+    def failed(self) -> str | None:
+        """What ended the engine, where something did."""
+        return self._failed
+
+    def submit(self, ask: Ask, deliver: Deliver) -> Ticket:
+        """Takes a text; pieces and the end come to `deliver`.
+
+        Raises:
+            Full: When as many wait as may.
+            SlmError: When the prompt or a value will not do, or the engine has ended.
+        """
+        self._check(ask)
+        sampler = Sampler(ask.sampling, ask.prompt, self._decoder.vocab_size)
+        ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), StopTexts(ask.stop))
+        with self._changed:
+            if self._closing or self._failed:
+                raise SlmError(self._failed or "the server is shutting down", "ask another one")
+            free = self._batch.slots - len(self._running)
+            if len(self._waiting) >= self._queue + free:
+                self.figures.refused += 1
+                raise Full(f"{len(self._waiting)} texts wait already", "try again in a while")
+            self._waiting.append(ticket)
+            self.figures.asked += 1
+            self.figures.waiting = len(self._waiting)
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a text before its next token; it is told so, unless it has ended already."""
+        with self._changed:
+            ticket.cancelled = True
+            self._changed.notify()
+
+    def expected_wait_s(self) -> float:
+        """Returns about how long a text asked for now would wait for a slot, in whole seconds, at least 1."""
+        with self._changed:
+            ahead = len(self._waiting)
+            lengths = [ticket.ask.max_new_tokens - len(ticket.tokens) for ticket in self._running]
+        step = self._step_s if self._step_s else 0.05
+        turns = 1 + ahead // self._batch.slots
+        return float(max(1, round(turns * step * (sum(lengths) / len(lengths) if lengths else 1))))
+
+    def close(self, grace_s: float = 0.0) -> None:
+        """Takes no more texts, lets those under way go on for a while, and ends the thread."""
+        with self._changed:
+            self._closing = True
+            self._until = time.monotonic() + grace_s
+            self._changed.notify()
+        self._thread.join()
+
+    def _check(self, ask: Ask) -> None:
+        prompt, decoder = ask.prompt, self._decoder
+        if not prompt:
+            raise SlmError("the prompt has no tokens", "give some text")
+        if not 0 <= min(prompt) <= max(prompt) < decoder.vocab_size:
+            raise SlmError(f"the prompt has a token that the model lacks; it has {decoder.vocab_size:,}")
+        if len(prompt) >= decoder.context:
+            raise SlmError(f"the prompt has {len(prompt):,} tokens and the context {decoder.context:,}", "shorten it")
+        if ask.max_new_tokens < 1:
+            raise SlmError(f"max_new_tokens is {ask.max_new_tokens}; it must be 1 or more")
+        if not 0 <= (ask.logprobs or 0) <= decoder.vocab_size:
+            raise SlmError(f"logprobs is {ask.logprobs}; it must be from 0 to {decoder.vocab_size:,}")
+
+    def _work(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:  # a defect: everybody is told, and nobody waits for ever
+            self._failed = f"the engine ended: {type(error).__name__}: {error}"
+        with self._changed:
+            left = [*self._running, *self._waiting]
+            self._waiting.clear()
+        for ticket in left:
+            self._end(ticket, "error" if self._failed else "cancelled")
+
+    def _turn(self) -> bool:
+        """Admits, ends, reads and steps once; waits when there is nothing to do. Says whether to go on."""
+        with self._changed:
+            while not (self._waiting or self._running or self._closing):
+                self._changed.wait()
+            if self._closing and (time.monotonic() >= self._until or not (self._waiting or self._running)):
+                return False
+            gone = [ticket for ticket in self._waiting if self._over(ticket)]
+            self._waiting = deque(ticket for ticket in self._waiting if not self._over(ticket))
+            begun: list[Ticket] = []
+            while self._waiting and len(self._running) + len(begun) < self._batch.slots:
+                begun.append(self._waiting.popleft())
+            self.figures.waiting = len(self._waiting)
+        gone += [ticket for ticket in self._running if self._over(ticket)]
+        for ticket in gone:
+            self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
+        for ticket in begun:
+            self._begin(ticket)
+        reading = next((ticket for ticket in self._running if not ticket.tokens and self._unread(ticket)), None)
+        if reading is not None:
+            self._read_on(reading)
+        self._step([ticket for ticket in self._running if ticket.tokens])
+        self.figures.running = len(self._running)
+        self.figures.cache_bytes = self._batch.bytes + sum(cache.bytes for cache in self._prefixes.values())
+        return True
+
+    def _over(self, ticket: Ticket) -> bool:
+        late = ticket.ask.deadline is not None and time.monotonic() >= ticket.ask.deadline
+        return ticket.cancelled or late
+
+    def _unread(self, ticket: Ticket) -> bool:
+        return ticket.read < len(ticket.ask.prompt)
+
+    def _begin(self, ticket: Ticket) -> None:
+        ticket.begun = time.monotonic()
+        ticket.slot = self._batch.take(ticket.ask.adapter)
+        self._running.append(ticket)
+        # At least one token is left to read: its logits are what a text begins with.
+        known = self._prefix_of(ticket).longest(list(ticket.ask.prompt[:-1]))
+        if known is not None:
+            ticket.slot.restore(known)
+            ticket.read = ticket.reused = known.length
+            self.figures.reused_tokens += known.length
+
+    def _prefix_of(self, ticket: Ticket) -> PrefixCache:
+        key = "" if ticket.ask.adapter is None else ticket.ask.adapter.digest
+        return self._prefixes.setdefault(key, PrefixCache(self._prefix_bytes))
+
+    def _read_on(self, ticket: Ticket) -> None:
+        """Reads the next piece of a prompt; with the last one comes the first token."""
+        assert ticket.slot is not None
+        prompt = ticket.ask.prompt
+        last = len(prompt) - 1
+        # The last token is read by itself where what is before it is worth keeping for others.
+        keeps = self._prefix_bytes and last >= _WORTH_KEEPING and ticket.read < last
+        stop = min(ticket.read + self._prefill, last if keeps else len(prompt))
+        logits = ticket.slot.read(list(prompt[ticket.read : stop]))
+        self.figures.prompt_tokens += stop - ticket.read
+        ticket.read = stop
+        if keeps and stop == last:
+            self._prefix_of(ticket).add(list(prompt[:last]), ticket.slot.snapshot())
+        if stop == len(prompt):
+            self._choose(ticket, logits)
+
+    def _step(self, tickets: Sequence[Ticket]) -> None:
+        """Has texts read their last tokens together and choose the next."""
+        full = [ticket for ticket in tickets if ticket.slot is not None and ticket.slot.length >= self._decoder.context]
+        for ticket in full:
+            self._end(ticket, "context")
+        rows = {ticket.slot: ticket for ticket in tickets if ticket.slot is not None}
+        if not rows:
+            return
+        started = time.monotonic()
+        found = self._batch.step({slot: ticket.tokens[-1] for slot, ticket in rows.items()})
+        took = time.monotonic() - started
+        self._step_s = took if not self._step_s else 0.9 * self._step_s + 0.1 * took
+        self.figures.steps += 1
+        self.figures.rows += len(rows)
+        for slot, logits in found.items():
+            self._choose(rows[slot], logits)
+
+    def _choose(self, ticket: Ticket, logits: Array) -> None:
+        """Chooses a text's next token and delivers it; ends the text where that ends it."""
+        ask = ticket.ask
+        chosen_from = logits
+        if ask.constraint is not None:
+            chosen_from = np.where(ask.constraint.allowed(), logits, np.float32(-np.inf))
+        token = ticket.sampler.choose(chosen_from)
+        if ticket.first is None:
+            ticket.first = time.monotonic()
+        if token in self._stop_tokens:
+            self._end(ticket, "end")
+            return
+        complete = ask.constraint is not None and ask.constraint.accept(token)
+        ticket.tokens.append(token)
+        self.figures.new_tokens += 1
+        text = ticket.stops.push(ticket.text.push(token))
+        if ask.logprobs is None:
+            piece = Piece(text, token)
+        else:
+            known = logprobs_of(logits, token, ask.logprobs)
+            piece = Piece(text, token, known.chosen, known.top)
+        self._deliver(ticket, piece)
+        if ticket.stops.found:
+            self._end(ticket, "stop")
+        elif complete:
+            self._end(ticket, "end")
+        elif len(ticket.tokens) >= ask.max_new_tokens:
+            self._end(ticket, "length")
+
+    def _deliver(self, ticket: Ticket, event: Piece | Done) -> None:
+        try:
+            ticket.deliver(event)
+        except Exception:  # whoever listened is gone; the others are not to suffer for it
+            ticket.cancelled = True
+
+    def _end(self, ticket: Ticket, reason: Reason) -> None:
+        if ticket.slot is not None:
+            self._batch.release(ticket.slot)
+            ticket.slot = None
+        if ticket in self._running:
+            self._running.remove(ticket)
+        rest = "" if ticket.stops.found else ticket.stops.push(ticket.text.finish()) + ticket.stops.finish()
+        if rest:
+            self._deliver(ticket, Piece(rest))
+        self.figures.done[reason] = self.figures.done.get(reason, 0) + 1
+        done = Done(
+            reason,
+            len(ticket.ask.prompt),
+            ticket.reused,
+            len(ticket.tokens),
+            (ticket.begun or time.monotonic()) - ticket.asked,
+            None if ticket.first is None else ticket.first - ticket.asked,
+            self._failed if reason == "error" else None,
+        )
+        self._deliver(ticket, done)

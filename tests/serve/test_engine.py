@@ -1,0 +1,282 @@
+"""Continuous batching: every text is what it would be alone, whoever comes and goes meanwhile."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle
+from slm.core.tokenizer import Tokenizer
+from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.generate import generate
+from slm.runtime.sampling import Sampling
+from slm.runtime.streaming import Piece
+from slm.serve.engine import Ask, Done, Engine, Full, Ticket
+
+GREEDY = Sampling(temperature=0)
+PATIENCE_S = 60
+
+
+class Listener:
+    """Collects what comes of a text."""
+
+    def __init__(self) -> None:
+        self.events: Queue[Piece | Done] = Queue()
+        self.pieces: list[Piece] = []
+
+    def __call__(self, event: Piece | Done) -> None:
+        self.events.put(event)
+
+    def done(self) -> Done:
+        while True:
+            event = self.events.get(timeout=PATIENCE_S)
+            if isinstance(event, Done):
+                return event
+            self.pieces.append(event)
+
+    def next(self) -> Piece:
+        event = self.events.get(timeout=PATIENCE_S)
+        assert isinstance(event, Piece)
+        self.pieces.append(event)
+        return event
+
+    @property
+    def tokens(self) -> list[int]:
+        return [piece.token for piece in self.pieces if piece.token is not None]
+
+
+@pytest.fixture
+def start(shared_bundle: Bundle) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def make(stop: Sequence[int] = (), **options: Any) -> Engine:
+        engine = Engine(OnnxDecoder(shared_bundle), Tokenizer.load(shared_bundle.path), stop, **options)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def ask(engine: Engine, prompt: Sequence[int], **fields: Any) -> tuple[Ticket, Listener]:
+    listener = Listener()
+    return engine.submit(Ask(prompt, **{"sampling": GREEDY, "max_new_tokens": 12} | fields), listener), listener
+
+
+def alone(
+    bundle: Bundle, prompt: Sequence[int], sampling: Sampling = GREEDY, new: int = 12, stop: Sequence[int] = ()
+) -> list[int]:
+    run, tokens = generate(OnnxDecoder(bundle), prompt, sampling, new, stop)
+    list(tokens)
+    return run.tokens
+
+
+def prompts(bundle: Bundle, lengths: Sequence[int]) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(5, bundle.config.vocab_size, length).tolist() for length in lengths]
+
+
+def test_texts_that_come_and_go_are_what_they_are_alone(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    engine = start(slots=3, prefill_tokens=8)
+    lengths = [5, 30, 1, 17, 9, 40, 3, 22]
+    asked = prompts(shared_bundle, lengths)
+    samplings = [GREEDY if i % 2 else Sampling(seed=i, temperature=0.9) for i in range(len(asked))]
+    listeners = []
+    for i, (prompt, sampling) in enumerate(zip(asked, samplings, strict=True)):
+        listeners.append(ask(engine, prompt, sampling=sampling, max_new_tokens=6 + i)[1])
+        time.sleep(0.002 * (i % 3))
+    for i, (prompt, sampling, listener) in enumerate(zip(asked, samplings, listeners, strict=True)):
+        done = listener.done()
+        assert (done.reason, done.prompt_tokens, done.new_tokens) == ("length", len(prompt), 6 + i)
+        assert listener.tokens == alone(shared_bundle, prompt, sampling, 6 + i)
+    figures = engine.figures
+    assert figures.asked == len(asked) and figures.done == {"length": len(asked)}
+    assert figures.rows > figures.steps  # some were taken together
+
+
+def test_a_long_prompt_does_not_hold_others_up(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    """While one is read in pieces, the other goes on: a token for every piece at most waits for it."""
+    engine = start(slots=2, prefill_tokens=4, prefix_bytes=0)
+    short, long = prompts(shared_bundle, [2, 48])
+    _, first = ask(engine, short, max_new_tokens=40)
+    first.next()
+    order: list[str] = []
+    read = engine._read_on
+    step = engine._step
+
+    def reading(ticket: Ticket) -> None:
+        order.append("read")
+        read(ticket)
+
+    def stepping(tickets: Sequence[Ticket]) -> None:
+        order.append("step" if tickets else "idle")
+        step(tickets)
+
+    engine._read_on, engine._step = reading, stepping  # type: ignore[method-assign]
+    _, second = ask(engine, long, max_new_tokens=2)
+    second.done()
+    first.done()
+    reads = [i for i, what in enumerate(order) if what == "read"]
+    assert len(reads) >= 10  # 48 tokens, at most four at a time; the first may have gone before
+    assert all(order[i + 1] == "step" for i in reads)
+    assert first.tokens == alone(shared_bundle, short, new=40)
+
+
+def test_stop_tokens_stop_texts_and_contexts_end_a_text(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    (prompt,) = prompts(shared_bundle, [6])
+    tokens = alone(shared_bundle, prompt)
+    tokenizer = Tokenizer.load(shared_bundle.path)
+    _, listener = ask(start([tokens[4]]), prompt)
+    assert listener.done().reason == "end" and listener.tokens == alone(shared_bundle, prompt, stop=[tokens[4]])
+    text = tokenizer.decode(alone(shared_bundle, prompt, new=40))
+    cut = next(text[i : i + 2] for i in range(3, len(text) - 2) if "�" not in text[i : i + 2])
+    _, listener = ask(start(), prompt, stop=(cut,), max_new_tokens=40)
+    assert listener.done().reason == "stop"
+    assert "".join(piece.text for piece in listener.pieces) == text[: text.index(cut)]
+    context = shared_bundle.manifest.context
+    _, listener = ask(start(), prompt, max_new_tokens=10 * context)
+    done = listener.done()
+    assert done.reason == "context" and done.new_tokens == context - len(prompt) + 1
+
+
+def test_a_text_nobody_wants_any_more_frees_its_slot(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    engine = start(slots=1)
+    first, second = prompts(shared_bundle, [4, 5])
+    ticket, listener = ask(engine, first, max_new_tokens=shared_bundle.manifest.context)
+    listener.next()
+    _, other = ask(engine, second)
+    engine.cancel(ticket)
+    assert listener.done().reason == "cancelled"
+    assert other.done().reason == "length" and other.tokens == alone(shared_bundle, second)
+
+
+def test_a_listener_that_fails_harms_nobody_else(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    engine = start(slots=2)
+    first, second = prompts(shared_bundle, [4, 5])
+
+    def gone(event: Piece | Done) -> None:
+        raise ConnectionResetError
+
+    engine.submit(Ask(first, GREEDY, 50), gone)
+    _, other = ask(engine, second)
+    assert other.done().reason == "length" and other.tokens == alone(shared_bundle, second)
+    assert engine.failed is None
+
+
+def test_deadlines_end_those_that_wait_and_those_under_way(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    engine = start(slots=1)
+    first, second = prompts(shared_bundle, [4, 5])
+    ticket, running = ask(engine, first, max_new_tokens=shared_bundle.manifest.context)
+    running.next()
+    _, waiting = ask(engine, second, deadline=time.monotonic())
+    assert waiting.done().reason == "deadline" and not waiting.pieces
+    engine.cancel(ticket)
+    _, late = ask(engine, first, max_new_tokens=shared_bundle.manifest.context, deadline=time.monotonic() + 0.02)
+    assert late.done().reason in ("deadline", "context")
+
+
+def test_when_the_queue_is_full_more_are_refused(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    engine = start(slots=1, queue=2)
+    (prompt,) = prompts(shared_bundle, [4])
+    hold = threading.Event()
+    first = Listener()
+
+    def slow(event: Piece | Done) -> None:
+        first(event)
+        hold.wait(PATIENCE_S)
+
+    engine.submit(Ask(prompt, GREEDY, 3), slow)
+    first.next()  # under way, and held up
+    others = [ask(engine, prompt)[1] for _ in range(2)]
+    with pytest.raises(Full):
+        ask(engine, prompt)
+    assert engine.expected_wait_s() >= 1
+    hold.set()
+    for other in others:
+        assert other.done().reason == "length"
+    assert engine.figures.refused == 1
+
+
+def test_prompts_that_begin_alike_are_not_read_again(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    engine = start(prefill_tokens=32)
+    length = min(90, shared_bundle.manifest.context - 20)
+    beginning, end = prompts(shared_bundle, [length, 6])
+    _, first = ask(engine, beginning)
+    assert first.done().reused_tokens == 0
+    for prompt, reused in (([*beginning, *end], length - 1), (beginning, length - 1), (beginning[: length // 2], 0)):
+        _, listener = ask(engine, prompt)
+        assert listener.done().reused_tokens == reused
+        assert listener.tokens == alone(shared_bundle, prompt)
+    assert engine.figures.reused_tokens == 2 * (length - 1) and engine.figures.cache_bytes > 0
+
+
+def test_a_constraint_decides_what_may_come(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    class Only:
+        """Three tokens of a kind, and no other."""
+
+        def __init__(self) -> None:
+            self.left = 3
+
+        def allowed(self) -> np.ndarray:
+            return np.arange(shared_bundle.config.vocab_size) == 42 + self.left
+
+        def accept(self, token: int) -> bool:
+            self.left -= 1
+            return not self.left
+
+    (prompt,) = prompts(shared_bundle, [4])
+    _, listener = ask(start(), prompt, constraint=Only())
+    assert listener.done().reason == "end" and listener.tokens == [45, 44, 43]
+
+
+def test_what_will_not_do_is_refused_at_once(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    engine = start()
+    for prompt, fields in (
+        ([], {}),
+        ([shared_bundle.config.vocab_size], {}),
+        ([1] * shared_bundle.manifest.context, {}),
+        ([1], {"max_new_tokens": 0}),
+        ([1], {"logprobs": -1}),
+        ([1], {"stop": ("",)}),
+    ):
+        with pytest.raises(SlmError):
+            ask(engine, prompt, **fields)
+    assert engine.figures.asked == 0
+
+
+def test_closing_lets_texts_finish_or_cuts_them_off(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    (prompt,) = prompts(shared_bundle, [4])
+    engine = start()
+    _, listener = ask(engine, prompt)
+    engine.close(grace_s=PATIENCE_S)
+    assert listener.done().reason == "length"
+    with pytest.raises(SlmError, match="shutting down"):
+        ask(engine, prompt)
+    engine = start()
+    _, listener = ask(engine, prompt, max_new_tokens=shared_bundle.manifest.context)
+    listener.next()
+    engine.close()
+    assert listener.done().reason in ("cancelled", "context")
+
+
+def test_a_defect_is_told_to_everybody(
+    start: Callable[..., Engine], shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    (prompt,) = prompts(shared_bundle, [4])
+
+    def broken(tickets: Sequence[Ticket]) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(engine, "_step", broken)
+    _, listener = ask(engine, prompt)
+    done = listener.done()
+    assert done.reason == "error" and done.error is not None and "broken" in done.error
+    with pytest.raises(SlmError, match="broken"):
+        ask(engine, prompt)
