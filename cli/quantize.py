@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slm.quantize.plan import Prefer
     from slm.quantize.report import Report
     from slm.quantize.rounding import Method
+    from slm.quantize.sweep import Sweep
 
 _BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 # Tensors in the table.
@@ -60,6 +61,7 @@ class Share(click.ParamType[float]):
 @click.option("--int8-dynamic", is_flag=True, help="Weights and activations in 8 bits: long prompts are read faster.")
 @click.option("--reduce-range", is_flag=True, help="With --int8-dynamic: for processors without VNNI (slm doctor).")
 @click.option("--int4", is_flag=True, help="Weights in 4 bits, by block; in 8 for layers that need them.")
+@click.option("--sweep", is_flag=True, help="Try all sensible settings; write what each comes to, and no bundle.")
 @click.option(
     "--prefer",
     type=click.Choice(["auto", "speed", "size", "quality"]),
@@ -106,6 +108,7 @@ def quantize(
     int8_dynamic: bool,
     reduce_range: bool,
     int4: bool,
+    sweep: bool,
     prefer: "Prefer",
     block_size: str | None,
     method: "Method | None",
@@ -132,6 +135,7 @@ def quantize(
       slm quantize --int8 --prefer speed          # caches in 8 bits too
       slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
+      slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
 
     docs/quantization.md compares the settings.
     """
@@ -139,8 +143,11 @@ def quantize(
     from slm.quantize.make import quantize_bundle
     from slm.quantize.quality import calibration_text, measuring_text
 
-    if int8 + int8_dynamic + int4 != 1:
-        raise click.UsageError("name one precision: --int8, --int8-dynamic or --int4")
+    if int8 + int8_dynamic + int4 + sweep != 1:
+        raise click.UsageError("name one: --int8, --int8-dynamic, --int4 or --sweep")
+    chosen = [block_size, method, smooth, target_size, kv_cache, max_kl, max_ppl_increase]
+    if sweep and (prefer != "auto" or any(value is not None for value in chosen)):
+        raise SlmError("--sweep tries the settings itself, and lets everything through", "leave the other settings out")
     precision = "int4" if int4 else "int8"
     if target_size is not None and not int4:
         raise SlmError(
@@ -160,7 +167,17 @@ def quantize(
     text = measuring_text(source, data, tokens, window)
     if text.rows.shape[1] <= source.config.sliding_window:
         say(f"warning: {text.rows.shape[1]} tokens of text do not pass the window of {source.config.sliding_window}")
-    chosen_by = calibration_text(source, calibration, calibration_tokens or CALIBRATION_TOKENS[precision], window)
+    chosen_by = {
+        name: calibration_text(source, calibration, calibration_tokens or usual, window)
+        for name, usual in CALIBRATION_TOKENS.items()
+        if sweep or name == precision
+    }
+    if sweep:
+        from slm.quantize.sweep import run_sweep
+
+        directory = out or bundle.with_name(f"{bundle.name}-sweep")
+        _report_sweep(run_sweep(source, directory, text, chosen_by, RichProgress()), directory, as_json)
+        return
     usual = GATES[precision]
     settings = Settings(
         precision="int4" if int4 else "int8",
@@ -176,31 +193,38 @@ def quantize(
     )
     ending = "int8-dynamic" if int8_dynamic else precision
     target = out or bundle.with_name(f"{bundle.name}-{ending}")
-    made, report = quantize_bundle(source, target, text, settings, RichProgress(), chosen_by)
+    made, report = quantize_bundle(source, target, text, settings, RichProgress(), chosen_by[precision])
     _report(made, report, as_json)
 
 
+def _report_sweep(sweep: "Sweep", directory: Path, as_json: bool) -> None:
+    from slm.quantize.page import SWEEP_COLUMNS, sweep_rows
+    from slm.quantize.sweep import SWEEP_PAGE, as_dict
+
+    if as_json:
+        print_json({"out": str(directory)} | as_dict(sweep))
+        return
+    # Enough for a narrow terminal; the page has the rest.
+    kept = [SWEEP_COLUMNS.index(name) for name in ("slm quantize", "MB", "KL, nats", "decode ×", "frontier")]
+    rows = [[row[i] for i in kept] for row in sweep_rows(sweep)]
+    print_table(
+        f"{sweep.bundle}: {sweep.bytes_before / 1e6:,.1f} MB in float32", [SWEEP_COLUMNS[i] for i in kept], rows
+    )
+    say(f"measured over {sweep.tokens:,} tokens of {sweep.text}; {directory / SWEEP_PAGE}")
+
+
 def _report(made: Bundle, report: "Report", as_json: bool) -> None:
-    from slm.quantize.report import as_dict
+    from slm.quantize.page import figures
+    from slm.quantize.report import PAGE_FILE, as_dict
 
     if as_json:
         print_json({"bundle": str(made.path)} | as_dict(report))
         return
-    change, speeds, quality = report.change, report.speeds, made.manifest.quality
+    change, quality = report.change, made.manifest.quality
     assert quality is not None
-    allowed = "" if quality.max_kl_nats is None else f" (allowed {quality.max_kl_nats:g})"
-    texts = sorted(report.divergence.equal)
-    same = f"{texts[len(texts) // 2]} of {report.divergence.tokens} tokens, the middle of {len(texts)}"
-    rows = [
-        ("graph and weights", f"{report.bytes_before / 1e6:,.1f} MB", f"{report.bytes_after / 1e6:,.1f} MB"),
-        ("perplexity", f"{change.perplexity_before:.3f}", f"{change.perplexity_after:.3f}"),
-        ("KL divergence", "", f"{change.kl_nats:.5f} nats{allowed}"),
-        ("same top-1, top-5", "", f"{change.same_top1:.1%}, {change.same_top5:.1%}"),
-        ("greedy text the same for", "", same),
-        ("decode, tokens/s", f"{speeds.decode[0]:,.0f}", f"{speeds.decode[1]:,.0f} ({speeds.decode_ratio:.2f} ×)"),
-        ("prefill, tokens/s", f"{speeds.prefill[0]:,.0f}", f"{speeds.prefill[1]:,.0f} ({speeds.prefill_ratio:.2f} ×)"),
-    ]
-    print_table(f"{made.path}: {report.in_words}", ("", "before", "after"), rows)
+    if quality.max_kl_nats is not None:
+        say(f"the predictions moved by {change.kl_nats:.5f} nats; {quality.max_kl_nats:g} were allowed")
+    print_table(f"{made.path}: {report.in_words}", ("", "before", "after"), figures(report))
     print_table(
         "kept least well",
         ("weight", "stored as", "MB", "signal over error"),
@@ -209,4 +233,4 @@ def _report(made: Bundle, report: "Report", as_json: bool) -> None:
             for each in report.worst[:_WORST]
         ],
     )
-    say(f"measured over {change.tokens:,} tokens of {quality.text}; {report.seconds:.1f} s; {made.path}/report.html")
+    say(f"measured over {change.tokens:,} tokens of {quality.text}; {report.seconds:.1f} s; {made.path / PAGE_FILE}")

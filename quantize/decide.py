@@ -101,7 +101,9 @@ class Settings:
     def finer(self) -> str | None:
         """Returns options that round less, None where there are none."""
         if self.precision == "int4":
-            return "--int4 --prefer quality" if self.prefer != "quality" or self.target_bytes else "--int8"
+            if self.target_bytes:
+                return "a larger --target-size"
+            return "--int4 --prefer quality" if self.prefer == "size" else "--int8"
         if self.dynamic:
             return "--int8 without --int8-dynamic"
         return None if self.prefer == "quality" else "--prefer quality"

@@ -1,4 +1,4 @@
-"""What a quantization did: every figure of it, as `report.json` in the bundle.
+"""What a quantization did: every figure of it, as `report.json` and `report.html` in the bundle.
 
 Dimensions: N output channels, K input channels.
 """
@@ -16,6 +16,7 @@ from slm.core.manifest import Bundle, Scheme
 from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
 from slm.quantize.linears import Linear
+from slm.quantize.page import report_page
 from slm.quantize.quality import Change, Divergence, Speeds
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
@@ -142,5 +143,6 @@ def as_dict(report: Report) -> dict[str, Any]:
 
 
 def write_report(directory: Path, report: Report) -> None:
-    """Writes `report.json`."""
+    """Writes `report.json` for programs, and `report.html` for people."""
     write_text(directory / REPORT_FILE, json.dumps(as_dict(report), indent=1) + "\n")
+    write_text(directory / PAGE_FILE, report_page(report))

@@ -1,0 +1,218 @@
+"""What was measured as one page that needs nothing else: readable on a telephone, in the dark, and without a network."""
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from slm.quantize.plots import Bar, Point, bars, lying_bars, points
+
+if TYPE_CHECKING:
+    from slm.quantize.report import Report, TensorError
+    from slm.quantize.sweep import Sweep, Trial
+
+Rows = Sequence[Sequence[str]]
+
+# What the four products of a layer are.
+_KINDS = {
+    "qkv_proj": "queries, keys, values",
+    "o_proj": "attention's output",
+    "gate_up_proj": "MLP: gate and up",
+    "down_proj": "MLP: down",
+}
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --faint: #d8d8d8; --paper: #fff; --bar: #2f6fb0; --mark: #c8501e; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --faint: #444; --paper: #161616; --bar: #6aa5e0; --mark: #ff9b66; }
+}
+body { font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+  max-width: 44rem; padding: 1rem; }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--faint); padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--ink); } .bar { fill: var(--bar); } .level { stroke: var(--faint); }
+.frontier { fill: none; stroke: var(--mark); } .marked { fill: var(--mark); }
+.other { fill: var(--paper); stroke: var(--bar); stroke-width: 1.5; }
+"""
+
+
+def report_page(report: "Report") -> str:
+    """Returns the page of one quantization."""
+    stored = (
+        f"<p>{escape(report.in_words)}. Measured over {report.change.tokens:,} tokens; {report.seconds:,.1f} s.</p>"
+    )
+    parts = [
+        f"<h1>{escape(report.bundle)}, quantized</h1>",
+        stored,
+        table(("", "before", "after"), figures(report)),
+        "<h2>What was asked for and decided</h2>",
+        table(("", ""), [(_words(name), _said(value)) for name, value in report.settings.items()]),
+        "<h2>Where the bytes are</h2>",
+        lying_bars(
+            [Bar(name, size, f"{_mb(size)} ({size / report.bytes_after:.0%})") for name, size in report.parts.items()],
+            "bytes by part of the model",
+        ),
+        "<h2>Signal over error, by layer</h2>",
+        "<p>How much of what each product gives for average inputs is left, in decibels: 6 more are one bit more.</p>",
+        *_by_layer(report.tensors, "snr_db", "dB"),
+    ]
+    if any(each.harm_nats is not None for each in report.tensors):
+        parts += [
+            "<h2>Harm, by layer</h2>",
+            "<p>How far the predictions move when this product alone has four bits, in thousandths of a nat.</p>",
+            *_by_layer(report.tensors, "harm_nats", "millinats"),
+        ]
+    every = [
+        (each.path, each.scheme, _mb(each.bytes), _or_dash(each.snr_db, ".1f"), f"{each.error:.2%}", _harm(each))
+        for each in report.tensors
+    ]
+    columns = ("weight", "stored as", "size", "signal over error, dB", "error", "harm, nats")
+    parts += ["<h2>Every weight</h2>", f"<details><summary>all {len(every)}</summary>{table(columns, every)}</details>"]
+    return _page(f"{report.bundle}, quantized", parts)
+
+
+def figures(report: "Report") -> list[tuple[str, str, str]]:
+    """Returns what changed: what it is, before, after."""
+    change, speeds, texts = report.change, report.speeds, sorted(report.divergence.equal)
+    same = f"{texts[len(texts) // 2]} of {report.divergence.tokens} tokens, the middle of {len(texts)}"
+    return [
+        ("graph and weights", _mb(report.bytes_before), _mb(report.bytes_after)),
+        ("perplexity", f"{change.perplexity_before:.3f}", f"{change.perplexity_after:.3f}"),
+        ("KL divergence", "", f"{change.kl_nats:.5f} nats"),
+        ("same top-1, top-5", "", f"{change.same_top1:.1%}, {change.same_top5:.1%}"),
+        ("greedy text the same for", "", same),
+        ("decode, tokens/s", f"{speeds.decode[0]:,.0f}", f"{speeds.decode[1]:,.0f} ({speeds.decode_ratio:.2f} ×)"),
+        ("prefill, tokens/s", f"{speeds.prefill[0]:,.0f}", f"{speeds.prefill[1]:,.0f} ({speeds.prefill_ratio:.2f} ×)"),
+    ]
+
+
+def sweep_page(sweep: "Sweep") -> str:
+    """Returns the page of everything that was tried."""
+    trials = sweep.trials
+    smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
+    parts = [
+        f"<h1>{escape(sweep.bundle)}, quantized in {len(trials)} ways</h1>",
+        f"<p>{_mb(sweep.bytes_before)} in float32. Divergence over {sweep.tokens:,} tokens of {escape(sweep.text)}.</p>",
+        "<h2>Quality against size</h2>",
+        points(_points(trials, smaller, lambda trial: trial.bytes / 1e6), "MB", "KL divergence, nats", "quality, size"),
+        "<h2>Quality against the speed of writing</h2>",
+        points(
+            _points(trials, faster, lambda trial: trial.decode_ratio),
+            "decode, times float32",
+            "KL divergence, nats",
+            "quality, speed",
+        ),
+        "<p>Filled points are on the frontier: nothing that was tried is better in one and no worse in the other.</p>",
+        "<h2>Everything tried</h2>",
+        table(SWEEP_COLUMNS, sweep_rows(sweep)),
+    ]
+    if sweep.skipped:
+        parts += [
+            "<h2>Not for this model</h2>",
+            table(("", ""), [(f"slm quantize {k}", v) for k, v in sweep.skipped.items()]),
+        ]
+    return _page(f"{sweep.bundle}, quantized in {len(trials)} ways", parts)
+
+
+SWEEP_COLUMNS = ("", "slm quantize", "MB", "KL, nats", "same top-1", "perplexity", "decode ×", "prefill ×", "frontier")
+
+
+def sweep_rows(sweep: "Sweep") -> list[tuple[str, ...]]:
+    """Returns a row for each trial, under `SWEEP_COLUMNS`."""
+    smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
+    return [
+        (
+            str(i),
+            trial.options,
+            f"{trial.bytes / 1e6:,.1f}",
+            f"{trial.change.kl_nats:.5f}",
+            f"{trial.change.same_top1:.1%}",
+            f"{trial.change.perplexity_after:.3f}",
+            f"{trial.decode_ratio:.2f}",
+            f"{trial.prefill_ratio:.2f}",
+            ", ".join(word for word, front in (("size", smaller), ("speed", faster)) if trial.options in front),
+        )
+        for i, trial in enumerate(sweep.trials, start=1)
+    ]
+
+
+def table(columns: Sequence[str], rows: Rows) -> str:
+    """Returns a table; without a head where no column has a name."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in ([head] if any(columns) else []) + lines)
+    return f'<div class="wide"><table>\n{body}\n</table></div>'
+
+
+def _points(trials: Sequence["Trial"], front: set[str], x: Callable[["Trial"], float]) -> list[Point]:
+    return [
+        Point(
+            str(i),
+            x(trial),
+            trial.change.kl_nats,
+            trial.options in front,
+            f"{trial.options}: {trial.change.kl_nats:.5f} nats, {_mb(trial.bytes)}, decode {trial.decode_ratio:.2f} ×",
+        )
+        for i, trial in enumerate(trials, start=1)
+    ]
+
+
+def _by_layer(tensors: Sequence["TensorError"], field: str, unit: str) -> list[str]:
+    """Returns a plot for each kind of product, and the embedding's and the head's in words."""
+    scale = 1000 if unit == "millinats" else 1
+    parts, outside = [], []
+    for each in tensors:
+        value = getattr(each, field)
+        if each.path.rpartition(".")[2] not in _KINDS and value is not None:
+            outside.append(f"{each.path}: {scale * value:.3g} {unit}")
+    for kind, words in _KINDS.items():
+        found = [each for each in tensors if each.path.endswith(f".{kind}")]
+        row = [
+            Bar(
+                each.path.split(".")[2],
+                None if (value := getattr(each, field)) is None else max(0.0, scale * value),
+                f"layer {each.path.split('.')[2]}, {each.scheme}: {_or_dash(value, '.3g', scale)} {unit}",
+            )
+            for each in found
+        ]
+        parts += [f"<h3>{words}</h3>", bars(row, f"{words}, {unit} by layer")]
+    return [*parts, *[f"<p>{escape(text)}</p>" for text in outside]]
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">'
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n'
+        f"</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _words(name: str) -> str:
+    return {"products": "weights", "target_bytes": "largest size"}.get(name, name.replace("_", " "))
+
+
+def _said(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{count} × {name}" for name, count in value.items())
+    return (
+        "none"
+        if value is None
+        else f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+def _or_dash(value: float | None, form: str, scale: float = 1) -> str:
+    return "—" if value is None else f"{scale * value:{form}}"
+
+
+def _harm(each: "TensorError") -> str:
+    return _or_dash(each.harm_nats, ".5f")

@@ -1,0 +1,198 @@
+"""Trying everything that is sensible: which settings are worth having for a model, of its size, its speed and its quality."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from slm.core.errors import SlmError
+from slm.core.files import check_replaceable, read_json, write_text
+from slm.core.manifest import Bundle
+from slm.core.progress import Progress
+from slm.export.graph import graph_tensors, released
+from slm.quantize.decide import Settings, decide
+from slm.quantize.make import check_source
+from slm.quantize.page import sweep_page
+from slm.quantize.quality import Change, Text, measure, speeds
+from slm.quantize.report import model_bytes
+from slm.quantize.write import tried
+from slm.runtime.decoder import OnnxDecoder
+from slm.version import __version__
+
+SWEEP_FILE, SWEEP_PAGE = "sweep.json", "sweep.html"
+
+# What is tried, by the options that make it.
+TRIALS: Mapping[str, Settings] = {
+    "--int8 --block-size 128 --no-smooth": Settings(block_size=128, smooth=False),
+    "--int8 --block-size 128 --smooth": Settings(block_size=128, smooth=True),
+    "--int8 --block-size 64 --no-smooth": Settings(block_size=64, smooth=False),
+    "--int8 --block-size 64 --smooth": Settings(block_size=64, smooth=True),
+    "--int8 --block-size 32 --no-smooth": Settings(block_size=32, smooth=False),
+    "--int8 --block-size 32 --smooth": Settings(block_size=32, smooth=True),
+    "--int8-dynamic": Settings(dynamic=True),
+    "--int8 --kv-cache int8": Settings(cache="int8"),
+    "--int4": Settings(precision="int4"),
+    "--int4 --prefer size": Settings(precision="int4", prefer="size"),
+    "--int4 --prefer size --method searched": Settings(precision="int4", prefer="size", method="searched"),
+    "--int4 --prefer size --method nearest --no-smooth": Settings(
+        precision="int4", prefer="size", method="nearest", smooth=False
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to quantize, and what it came to.
+
+    Attributes:
+        options: Of `slm quantize`.
+        decided: What the settings left open (`Recipe.words`).
+        bytes: Graph and weights.
+        change: The predictions before and after.
+        decode_ratio: How many times as fast as the source tokens are written.
+        prefill_ratio: How many times as fast a prompt is read.
+    """
+
+    options: str
+    decided: dict[str, Any]
+    bytes: int
+    change: Change
+    decode_ratio: float
+    prefill_ratio: float
+
+
+@dataclass
+class Sweep:
+    """Everything that was tried with one bundle.
+
+    Attributes:
+        bundle: The name of the source.
+        bytes_before: Its graph and weights.
+        text: What the predictions were compared on.
+        tokens: How much of it.
+        key: What trials depend on; those of another are not reused.
+        trials: In the order in which they were tried.
+        skipped: Options that this model cannot have, and why.
+    """
+
+    bundle: str
+    bytes_before: int
+    text: str
+    tokens: int
+    key: str
+    trials: list[Trial] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def frontier(self, cost: Callable[[Trial], float]) -> set[str]:
+        """Returns the options of trials that no other is better than in divergence or cost without being worse in the other."""
+
+        def beaten(trial: Trial) -> bool:
+            mine = trial.change.kl_nats, cost(trial)
+            others = [(other.change.kl_nats, cost(other)) for other in self.trials]
+            return any(kl <= mine[0] and paid <= mine[1] and (kl, paid) != mine for kl, paid in others)
+
+        return {trial.options for trial in self.trials if not beaten(trial)}
+
+
+def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, Text], progress: Progress) -> Sweep:
+    """Tries all settings; writes `sweep.json` and `sweep.html` anew after each, so that a run that was ended goes on.
+
+    Args:
+        source: The float bundle.
+        out: The directory of the two files.
+        text: What bundles read for the measurement.
+        calibration: What settings are chosen by, by precision.
+        progress: Told of each step.
+
+    Raises:
+        SlmError: When the source cannot be quantized, or something else is in `out`.
+    """
+    check_source(source, Settings())
+    check_replaceable(out.resolve(), {SWEEP_FILE, SWEEP_PAGE})
+    sweep = Sweep(source.path.name, model_bytes(source), text.name, text.rows.size, _key(source, text, calibration))
+    earlier = _earlier(out / SWEEP_FILE, sweep.key)
+    if earlier:
+        progress.note(f"{len(earlier)} of {len(TRIALS)} were tried before, and are kept: {out / SWEEP_FILE}")
+    out.mkdir(parents=True, exist_ok=True)
+    before = OnnxDecoder(source)
+    for number, (options, settings) in enumerate(TRIALS.items(), start=1):
+        if options in earlier:
+            sweep.trials.append(earlier[options])
+            continue
+        progress.note(f"{number} of {len(TRIALS)}: slm quantize {options}")
+        try:
+            check_source(source, settings)
+            with released():
+                trial = _try(source, before, options, settings, text, calibration[settings.precision], progress, out)
+            sweep.trials.append(trial)
+        except SlmError as error:
+            sweep.skipped[options] = error.message
+            progress.note(f"left out: {error.message}")
+        rest = [trial for name, trial in earlier.items() if name not in {each.options for each in sweep.trials}]
+        _write(out, replace(sweep, trials=[*sweep.trials, *rest]))
+    _write(out, sweep)
+    return sweep
+
+
+def as_dict(sweep: Sweep) -> dict[str, Any]:
+    """Returns what goes into `sweep.json`."""
+    smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
+    return asdict(sweep) | {
+        "frontier": {
+            "size": [trial.options for trial in sweep.trials if trial.options in smaller],
+            "decode": [trial.options for trial in sweep.trials if trial.options in faster],
+        }
+    }
+
+
+def _try(
+    source: Bundle,
+    before: OnnxDecoder,
+    options: str,
+    settings: Settings,
+    text: Text,
+    calibration: Text,
+    progress: Progress,
+    out: Path,
+) -> Trial:
+    scratch = out.resolve().parent
+    recipe = decide(source, calibration, settings, progress, scratch)
+    tensors = recipe.tensors(graph_tensors(source.model_path))
+    with tried(source, tensors, recipe.describe(), recipe.cache, recipe.smoothing, scratch) as bundle:
+        after = OnnxDecoder(bundle)
+        (change,) = measure(before, [after], text, progress)
+        speed = speeds(before, after)
+        size = sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())
+    return Trial(options, recipe.words(), size, change, round(speed.decode_ratio, 4), round(speed.prefill_ratio, 4))
+
+
+def _key(source: Bundle, text: Text, calibration: Mapping[str, Text]) -> str:
+    """Returns a hash of everything that a trial's figures depend on but its settings."""
+    found = hashlib.sha256(__version__.encode())
+    for name, entry in sorted(source.manifest.files.items()):
+        if name.startswith(source.manifest.model):
+            found.update(entry.sha256.encode())
+    for each in (text, *[calibration[precision] for precision in sorted(calibration)]):
+        found.update(f"{each.name} {each.rows.shape}".encode() + each.rows.astype("<i8").tobytes())
+    return found.hexdigest()
+
+
+def _earlier(path: Path, key: str) -> dict[str, Trial]:
+    """Returns the trials of an earlier run of the same, by their options."""
+    if not path.is_file():
+        return {}
+    fields = read_json(path, "sweep")
+    if fields.get("key") != key:
+        return {}
+    try:
+        trials = [Trial(**each | {"change": Change(**each["change"])}) for each in fields["trials"]]
+    except (KeyError, TypeError):
+        raise SlmError(f"{path} is not what slm wrote", "remove it, or name another --out") from None
+    return {trial.options: trial for trial in trials if trial.options in TRIALS}
+
+
+def _write(out: Path, sweep: Sweep) -> None:
+    write_text(out / SWEEP_FILE, json.dumps(as_dict(sweep), indent=1) + "\n")
+    write_text(out / SWEEP_PAGE, sweep_page(sweep))
