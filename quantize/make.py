@@ -43,7 +43,9 @@ def quantize_bundle(
             it through; nothing is written then.
     """
     settings, progress = settings or Settings(), progress or Silent()
-    check_source(source)
+    check_source(source, settings)
+    if source.manifest.target == "portable":
+        settings = replace(settings, cache="float32")
     if out.resolve() == source.path.resolve():
         raise SlmError(f"{out} is the bundle to quantize; it is kept", "name another --out")
     started = time.perf_counter()
@@ -62,25 +64,29 @@ def quantize_bundle(
         report = replace(report, seconds=round(time.perf_counter() - started, 2))
         write_report(directory, report)
         quality = Quality(text=text.name, max_kl_nats=gate.max_kl_nats, **asdict(change))
-        quantization = recipe.describe().model_copy(
+        assert made.manifest.quantization is not None
+        quantization = made.manifest.quantization.model_copy(
             update={"errors": {each.path: each.error for each in report.tensors}}
         )
         seal(directory, made.manifest.model_copy(update={"quality": quality, "quantization": quantization}))
     return Bundle.open(out), report
 
 
-def check_source(source: Bundle) -> None:
-    """Checks that a bundle can be quantized.
+def check_source(source: Bundle, settings: Settings) -> None:
+    """Checks that a bundle can be quantized so.
 
     Raises:
         SlmError: When it cannot.
     """
     if source.manifest.precision != "float32":
         raise SlmError(f"{source.path} is {source.manifest.precision} already", "quantize the float32 bundle")
-    if source.manifest.target != "fused":
-        raise SlmError(
-            f"{source.path} is a portable bundle, and INT8 needs onnxruntime's own operators", "quantize a fused one"
-        )
+    if source.manifest.target == "portable":
+        what = "products of 8-bit integers" if settings.dynamic else "INT8 caches" if settings.cache == "int8" else None
+        if what is not None:
+            raise SlmError(
+                f"{source.path} is a portable bundle, and {what} need onnxruntime's own operators",
+                "quantize a fused one (slm export --onnx)",
+            )
 
 
 def _report(
@@ -98,7 +104,7 @@ def _report(
     before = recipe.smoothing.apply(graph_tensors(source.model_path))
     after = float_tensors(made.model_path, recipe.schemes)
     return Report(
-        bundle=source.path.name,
+        source=source.path.name,
         settings=settings.words() | recipe.words(),
         bytes_before=model_bytes(source),
         bytes_after=model_bytes(made),

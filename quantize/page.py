@@ -44,7 +44,7 @@ def report_page(report: "Report") -> str:
         f"<p>{escape(report.in_words)}. Measured over {report.change.tokens:,} tokens; {report.seconds:,.1f} s.</p>"
     )
     parts = [
-        f"<h1>{escape(report.bundle)}, quantized</h1>",
+        f"<h1>{escape(report.source)}, quantized</h1>",
         stored,
         table(("", "before", "after"), figures(report)),
         "<h2>What was asked for and decided</h2>",
@@ -70,7 +70,7 @@ def report_page(report: "Report") -> str:
     ]
     columns = ("weight", "stored as", "size", "signal over error, dB", "error", "harm, nats")
     parts += ["<h2>Every weight</h2>", f"<details><summary>all {len(every)}</summary>{table(columns, every)}</details>"]
-    return _page(f"{report.bundle}, quantized", parts)
+    return _page(f"{report.source}, quantized", parts)
 
 
 def figures(report: "Report") -> list[tuple[str, str, str]]:

@@ -115,11 +115,17 @@ def points(values: Sequence[Point], x_title: str, y_title: str, title: str, heig
     if len(marked) > 1:
         path = " ".join(f"{x_of(point.x):.1f},{y_of(point.y):.1f}" for point in marked)
         parts.append(f'<polyline points="{path}" class="frontier"/>')
-    for point in values:
+    labels: list[tuple[float, float, list[str]]] = []
+    for point in sorted(values, key=lambda point: point.marked):  # marked ones are drawn over the others
         x, y = x_of(point.x), y_of(point.y)
         kind = "marked" if point.marked else "other"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{kind}">{_told(point.told)}</circle>')
-        parts.append(_text(x + 6, y - 5, point.label, "start"))
+        near = next((label for label in labels if math.hypot(label[0] - x, label[1] - y) < _FONT), None)
+        if near is None:
+            labels.append((x, y, [point.label]))
+        else:
+            near[2].append(point.label)
+    parts += [_beside(x, y, ", ".join(names)) for x, y, names in labels]
     return _svg(parts, height, title)
 
 
@@ -136,6 +142,12 @@ def _level(y: float, label: str) -> str:
     return line + _text(_LEFT - 4, y + 4, label, "end")
 
 
+def _beside(x: float, y: float, label: str) -> str:
+    """Returns a label to the right of a point, or to the left where it would not fit."""
+    fits = x + 6 + len(label) * _FONT * 0.6 < _WIDTH
+    return _text(x + 6, y - 5, label, "start") if fits else _text(x - 6, y - 5, label, "end")
+
+
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
@@ -145,7 +157,7 @@ def _told(text: str) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _svg(parts: Sequence[str], height: int, title: str) -> str:

@@ -49,7 +49,7 @@ class Report:
     """Everything that was measured.
 
     Attributes:
-        bundle: The name of the source.
+        source: The name of the bundle that was quantized.
         settings: What was asked for and what that came to.
         bytes_before: Graph and weights of the source.
         bytes_after: The same of what was made.
@@ -61,7 +61,7 @@ class Report:
         seconds: What everything took.
     """
 
-    bundle: str
+    source: str
     settings: dict[str, Any]
     bytes_before: int
     bytes_after: int

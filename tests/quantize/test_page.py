@@ -1,0 +1,165 @@
+"""The pages: complete, self-contained, nothing outside its plot, and what they show is what was measured."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from slm.core.manifest import Bundle
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
+from slm.quantize.page import report_page
+from slm.quantize.plots import Bar, Point, bars, points
+from slm.quantize.quality import Text
+from slm.quantize.report import PAGE_FILE, Report
+
+_EMPTY = {"meta", "br"}
+
+
+class Checker(HTMLParser):
+    """Notes tags that are not closed, and everything that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.fetched += [f"{name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in _EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+def checked(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == [] and checker.fetched == []
+    assert not checker.tags & {"script", "link", "img", "iframe", "object"}
+    assert "url(" not in page and "@import" not in page and "http" not in page
+    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
+    return checker
+
+
+def drawn(svg: str) -> ElementTree.Element:
+    """The plot, everything of it within its frame."""
+    root = ElementTree.fromstring(svg)
+    _, _, width, height = (float(value) for value in root.attrib["viewBox"].split())
+    for each in root.iter():
+        at = each.attrib
+        if each.tag == "rect":
+            assert 0 <= float(at["x"]) <= float(at["x"]) + float(at["width"]) <= width + 0.1
+            assert 0 <= float(at["y"]) <= float(at["y"]) + float(at["height"]) <= height
+        elif each.tag == "text":
+            letters = len(each.text or "") * 6
+            left = float(at["x"]) - {"start": 0, "middle": letters / 2, "end": letters}[at["text-anchor"]]
+            assert left >= -1 and left + letters <= width + 1 and 0 < float(at["y"]) <= height, each.text
+        elif each.tag == "circle":
+            assert 4 <= float(at["cx"]) <= width - 4 and 4 <= float(at["cy"]) <= height - 4
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Report]:
+    text, calibration = (Text("random", np.random.default_rng(seed).integers(0, 320, (4, 60))) for seed in (5, 6))
+    settings = Settings(precision="int4", smooth=True, gate=Gate(None))
+    return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("page") / "int4", text, settings, None, calibration)
+
+
+def test_the_page_of_a_quantization(made: tuple[Bundle, Report]) -> None:
+    bundle, report = made
+    assert PAGE_FILE in bundle.manifest.files  # sealed like everything else
+    page = (bundle.path / PAGE_FILE).read_text(encoding="utf-8")
+    assert page == report_page(report)
+    text = checked(page).text
+    for figure in (
+        f"{report.change.kl_nats:.5f} nats",
+        f"{report.change.perplexity_after:.3f}",
+        f"{report.speeds.decode_ratio:.2f} ×",
+        report.in_words,
+        *report.parts,
+        *[each.path for each in report.tensors],
+        "Harm, by layer",
+    ):
+        assert figure in text, figure
+    plots = [drawn(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+    assert len(plots) == 1 + 4 + 4  # bytes; signal over error and harm of each kind of product
+    layers = bundle.config.num_hidden_layers
+    assert [len(plot.findall("rect")) for plot in plots] == [4, *[layers] * 8]
+    # The height of a bar is the value, from a common 0.
+    for kind, plot in zip(("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), plots[1:5], strict=True):
+        values = [each.snr_db for each in report.tensors if each.path.endswith(f".{kind}")]
+        heights = [float(bar.attrib["height"]) for bar in plot.findall("rect")]
+        np.testing.assert_allclose(np.array(heights) / heights[0], np.array(values) / values[0], rtol=0.01)  # type: ignore[operator]
+
+
+def test_without_harm_there_is_no_such_part(made: tuple[Bundle, Report]) -> None:
+    report = made[1]
+    plain = replace(report, tensors=tuple(replace(each, harm_nats=None) for each in report.tensors))
+    page = report_page(plain)
+    assert "Harm, by layer" not in checked(page).text and len(re.findall("<svg", page)) == 5
+
+
+def test_names_do_no_harm(made: tuple[Bundle, Report]) -> None:
+    page = report_page(replace(made[1], source='<script>alert("x")</script>'))
+    assert "<script>" not in checked(page).text.replace("<script>alert", "") or "script" not in checked(page).tags
+    assert "&lt;script&gt;" in page
+
+
+def test_bars() -> None:
+    root = drawn(bars([Bar("0", 10.0, "ten"), Bar("1", None, "nothing"), Bar("2", 5.0, "five")], "some"))
+    first, second = root.findall("rect")
+    assert float(first.attrib["height"]) == pytest.approx(2 * float(second.attrib["height"]), abs=0.2)
+    assert float(second.attrib["x"]) > float(first.attrib["x"]) + 2 * float(first.attrib["width"])  # the gap
+    drawn(bars([Bar(str(i), 0.0, "") for i in range(96)], "many, all of them 0"))
+    drawn(bars([], "none"))
+
+
+def test_points() -> None:
+    given = [
+        Point("1", 3.0, 0.1, True, "a"),
+        Point("2", 4.0, 0.001, True, "b"),
+        Point("3", 3.001, 0.1, False, "beside the first"),
+        Point("4", 5.0, 0.0, False, "no divergence at all"),
+    ]
+    root = drawn(points(given, "MB", "nats", "some"))
+    at = {each[0].text: (float(each.attrib["cx"]), float(each.attrib["cy"])) for each in root.findall("circle")}
+    assert at["a"][0] < at["b"][0] < at["no divergence at all"][0] and at["a"][1] < at["b"][1]
+    assert at["no divergence at all"][1] >= at["b"][1]
+    labels = [each.text for each in root.findall("text")]
+    assert "3, 1" in labels and "2" in labels  # what lies together is named together
+    assert len(root.findall("polyline")) == 1
+    drawn(points([Point("1", 3.0, 0.1, True, "alone")], "MB", "nats", "one"))
+    drawn(points([], "MB", "nats", "none"))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_axes_at_any_scale(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    for spread in (1e-3, 1.0, 10.0):
+        ys = scale * np.exp(spread * rng.normal(size=20))
+        given = [
+            Point(str(i), scale * (1 + spread * float(rng.random())), float(y), False, "") for i, y in enumerate(ys)
+        ]
+        drawn(points(given, "x", "y", "some"))
+        drawn(bars([Bar(str(i), float(y), "") for i, y in enumerate(ys)], "some"))
+
+
+def test_a_page_can_be_copied_away(made: tuple[Bundle, Report], tmp_path: Path) -> None:
+    page = (made[0].path / PAGE_FILE).read_text(encoding="utf-8")
+    assert str(made[0].path) not in page and str(tmp_path.parent) not in page
