@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": "Measure a model on text: loss, perplexity, bits per byte; or on tasks.",
     "generate": "Continue a text with a bundle or a checkpoint.",
     "chat": "Talk with a bundle or a checkpoint that was tuned on conversations.",
+    "serve": "Answer over HTTP as OpenAI's API does.",
     "bench": "Measure how fast a model answers, and in how much memory.",
     "info": "Say what an artifact is and how it was made.",
     "doctor": "Say what this machine has and what is missing.",
@@ -57,6 +58,10 @@ _INTERRUPTED = {
 
 # Which extra brings a package, for the hint when it is missing.
 _EXTRAS = {
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "llguidance": "serve",
+    "prometheus_client": "serve",
     "onnxruntime": "cpu",
     "onnx": "convert",
     "onnxscript": "convert",

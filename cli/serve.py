@@ -1,0 +1,156 @@
+"""`slm serve`."""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slm.cli.console import say
+from slm.cli.generate import default_model
+from slm.cli.options import Artifact
+from slm.cli.sampling import warn_of_saturation
+from slm.core.errors import SlmError
+from slm.core.files import read_text
+from slm.core.machine import return_freed_memory
+
+if TYPE_CHECKING:
+    import socket
+
+    import uvicorn
+
+_KEYS = "SLM_API_KEYS"
+
+
+@click.command()
+@click.argument("model", type=Artifact(checkpoints=False), required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="What requests call the model. [default: its directory's name]")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=PATH",
+    help="A LoRA adapter that requests may name as their model; may be repeated.",
+)  # fmt: skip
+@click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Answers under way at once.")
+@click.option("--queue", type=click.IntRange(min=0), default=64, show_default=True, help="Answers that may wait.")
+@click.option("--prefill-tokens", type=click.IntRange(min=1), default=256, show_default=True,
+              help="The most of a prompt that is read between two steps.")  # fmt: skip
+@click.option("--prefix-mib", type=click.IntRange(min=0), default=256, show_default=True,
+              help="Memory for beginnings of prompts, which are not read again.")  # fmt: skip
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="New tokens of an answer."
+)
+@click.option("--max-prompt-tokens", type=click.IntRange(min=1), help="Tokens of a prompt. [default: the context]")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=300.0, show_default=True, metavar="S",
+              help="When an answer is cut off.")  # fmt: skip
+@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
+              help=f"API keys, one a line; or {_KEYS} in the environment, with commas. [default: none asked for]")  # fmt: skip
+@click.option("--grace", type=click.FloatRange(min=0), default=30.0, show_default=True, metavar="S",
+              help="How long answers may go on when the server is stopped.")  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+def serve(
+    model: Path | None,
+    host: str,
+    port: int,
+    name: str | None,
+    adapters: tuple[str, ...],
+    slots: int,
+    queue: int,
+    prefill_tokens: int,
+    prefix_mib: int,
+    max_tokens: int,
+    max_prompt_tokens: int | None,
+    timeout: float,
+    api_key_file: Path | None,
+    grace: float,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Answer over HTTP as OpenAI's API does: chats, completions, streams, JSON schemas.
+
+    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. New requests join between steps;
+    when all slots and the queue are taken, the answer is 429 with Retry-After. Logs are JSON lines without what was asked or
+    answered. It listens on this machine alone unless --host says otherwise.
+
+    \b
+      slm serve
+      slm serve runs/tiny/onnx-int8 --port 8080 --slots 16
+      slm serve runs/tiny/onnx-slots --adapter pirate=pirate.onnx_adapter
+      curl localhost:8000/v1/completions -H 'content-type: application/json' \\
+           -d '{"model": "model", "prompt": "One day", "max_tokens": 20}'
+
+    docs/serve.md says what is served.
+    """
+    import uvicorn
+
+    from slm.loading import load, load_adapter
+    from slm.runtime.decoder import OnnxDecoder
+    from slm.serve.app import Limits, Service, make_app
+    from slm.serve.engine import Engine
+
+    return_freed_memory()
+    keys = _api_keys(api_key_file)
+    path = model or default_model()
+    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked
+    decoder = loaded.decoder
+    if not isinstance(decoder, OnnxDecoder):
+        raise SlmError(f"{path} is a checkpoint", "slm export --onnx makes a bundle of it, which can be served")
+    warn_of_saturation(decoder)
+    known = {}
+    for each in adapters:
+        called, _, where = each.partition("=")
+        if not called or not where:
+            raise click.UsageError(f"--adapter {each}: NAME=PATH")
+        known[called] = load_adapter(Path(where), decoder.bundle)
+    engine = Engine(
+        decoder,
+        loaded.tokenizer,
+        loaded.stop_token_ids,
+        slots=slots,
+        queue=queue,
+        prefill_tokens=prefill_tokens,
+        prefix_bytes=prefix_mib << 20,
+    )
+    limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_tokens, seconds=timeout)
+    service = Service(loaded, name or path.resolve().name, engine, known, limits, keys, grace)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = uvicorn.Config(
+        make_app(service),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=max(1, round(grace)),
+    )
+    say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
+    if host not in ("127.0.0.1", "::1", "localhost") and not keys:
+        say("warning: everybody who reaches this address may ask; --api-key-file keeps others out")
+    if not _run(config):
+        raise SlmError(f"cannot listen on {host}:{port}", "another --port")
+
+
+def _api_keys(file: Path | None) -> list[str]:
+    said = os.environ.get(_KEYS, "").split(",") if file is None else read_text(file, "API keys").splitlines()
+    keys = [key.strip() for key in said if key.strip()]
+    if file is not None and not keys:
+        raise SlmError(f"no API key in {file}", "one a line")
+    return keys
+
+
+def _run(config: "uvicorn.Config") -> bool:
+    """Serves until it is stopped; says whether it could listen at all."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: "list[socket.socket] | None" = None) -> None:
+            await super().startup(sockets)
+            for each in (each for server in self.servers for each in server.sockets):
+                address, port = each.getsockname()[:2]
+                say(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}/v1")
+
+    server = Server(config)
+    server.run()
+    return server.started

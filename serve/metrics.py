@@ -1,0 +1,73 @@
+"""What Prometheus asks for."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from slm.serve.engine import Done, Engine
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+class Metrics:
+    """Counters of an engine, and how its texts went."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Figures(engine))
+        self._ttft = Histogram(
+            "slm_time_to_first_token_seconds",
+            "From asking to the first token.",
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+        self._waited = Histogram(
+            "slm_queue_seconds", "From asking until the prompt is begun.", registry=self._registry, buckets=_SECONDS
+        )
+        self._rate = Histogram(
+            "slm_text_tokens_per_second", "New tokens of a text.", registry=self._registry, buckets=_RATES
+        )
+
+    def ended(self, done: Done, seconds: float) -> None:
+        """Takes a text that ended, and what it took from asking to its end."""
+        self._waited.observe(done.waited_s)
+        if done.ttft_s is not None:
+            self._ttft.observe(done.ttft_s)
+            if done.new_tokens > 1 and seconds > done.ttft_s:
+                self._rate.observe((done.new_tokens - 1) / (seconds - done.ttft_s))
+
+    def text(self) -> bytes:
+        """Returns all of it in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class _Figures(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        figures = self._engine.figures
+        for name, text, value in (
+            ("slm_requests", "Texts taken.", figures.asked),
+            ("slm_refused", "Texts refused because there was no room.", figures.refused),
+            ("slm_prompt_tokens", "Tokens of prompts read.", figures.prompt_tokens),
+            ("slm_reused_tokens", "Tokens of prompts that were known already.", figures.reused_tokens),
+            ("slm_new_tokens", "Tokens written.", figures.new_tokens),
+            ("slm_steps", "Steps taken.", figures.steps),
+            ("slm_step_rows", "Rows of all steps; over steps, the mean batch.", figures.rows),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
+        ended = CounterMetricFamily("slm_ended", "Texts ended.", labels=["reason"])
+        for reason, count in sorted(figures.done.items()):
+            ended.add_metric([reason], count)
+        yield ended
+        for name, text, size in (
+            ("slm_waiting", "Texts that wait for a slot.", figures.waiting),
+            ("slm_running", "Texts under way.", figures.running),
+            ("slm_slots", "Texts that can be under way.", self._engine.slots),
+            ("slm_cache_bytes", "Memory of caches, snapshots included.", figures.cache_bytes),
+        ):
+            yield GaugeMetricFamily(name, text, value=size)
