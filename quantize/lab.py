@@ -11,7 +11,17 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, SIDES, CacheLayer, past_name
+from slm.core.contract import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    SIDES,
+    CacheLayer,
+    Target,
+    past_name,
+    present_name,
+)
 from slm.core.manifest import Bundle
 from slm.export.graph.builder import Array
 from slm.quantize.linears import EMBEDDING, HEAD, Linear
@@ -25,7 +35,7 @@ class Lab:
     """Runs whole rows through the graph, with weights of its own where some are given."""
 
     def __init__(self, bundle: Bundle, linears: Sequence[Linear]) -> None:
-        self._caches = bundle.manifest.cache
+        self._caches, self._target = bundle.manifest.cache, bundle.manifest.target
         model = ir.load(bundle.model_path)
         inputs = {linear.path: _product(model.graph, linear.path) for linear in linears}
         self._names = {path: _named(value) for path, value in inputs.items()}
@@ -45,7 +55,7 @@ class Lab:
         return {path: array.reshape(-1, array.shape[-1]) for path, array in zip(paths, found, strict=True)}
 
     def _run(self, row: Array, outputs: Sequence[str], keep: int, weights: Mapping[str, Array] | None) -> list[Array]:
-        feeds = _tokens(row) | _empty(self._caches, len(row)) | _by_name(weights)
+        feeds = _tokens(row) | _empty(self._caches, self._target, len(row)) | _by_name(weights)
         feeds[LOGITS_TO_KEEP] = np.array(keep, np.int64)
         found: list[Array] = self._session.run(list(outputs), feeds)
         return found
@@ -53,7 +63,10 @@ class Lab:
 
 @dataclass(frozen=True)
 class Stream:
-    """What runs between two layers, float32 (1, T, D): the residual stream, and the update that is not yet added to it."""
+    """What runs between two layers, float32 (1, T, D): the residual stream, and the update that is not yet added to it.
+
+    In the portable graph (T, D), the update always added: an operator of its own does it.
+    """
 
     x: Array
     update: Array | None = None
@@ -67,7 +80,10 @@ class LayerLab:
 
     def __init__(self, bundle: Bundle, linears: Sequence[Linear], layer: int) -> None:
         """Takes the products of the layer."""
-        self._caches = [cache for cache in bundle.manifest.cache if cache.layer == layer]
+        self._target = bundle.manifest.target
+        # The portable graph sees by the length of some sliding layer's cache what of the past is left in all of them.
+        everything = self._target == "portable"
+        self._caches = [cache for cache in bundle.manifest.cache if everything or cache.layer == layer]
         model = ir.load(bundle.model_path)
         graph = model.graph
         inputs = {linear.path: _product(graph, linear.path) for linear in linears}
@@ -75,7 +91,10 @@ class LayerLab:
         after = after or _stream(graph, "model.norm.weight")
         self._after = [_named(value) for value in after]
         self._names = {path: _named(value) for path, value in inputs.items()}
+        # The portable graph's attention takes no past where nobody wants what it becomes.
+        present = [value for value in graph.outputs if value.name in {present_name(layer, side) for side in SIDES}]
         del graph.outputs[:]
+        graph.outputs.extend(present)
         _show(graph, [*inputs.values(), *after])
         self._before: list[str] = []
         for value in _stream(graph, f"model.layers.{layer}.input_layernorm.weight"):
@@ -100,7 +119,7 @@ class LayerLab:
     def _run(
         self, row: Array, stream: Stream, outputs: Sequence[str], weights: Mapping[str, Array] | None
     ) -> list[Array]:
-        feeds = _tokens(row) | _empty(self._caches, len(row)) | _by_name(weights)
+        feeds = _tokens(row) | _empty(self._caches, self._target, len(row)) | _by_name(weights)
         values = [value for value in (stream.x, stream.update) if value is not None]
         feeds |= {f"{name}.fed": value for name, value in zip(self._before, values, strict=True)}
         found: list[Array] = self._session.run(
@@ -175,10 +194,12 @@ def _tokens(row: Array) -> dict[str, Array]:
     return {INPUT_IDS: row[None].astype(np.int64), ATTENTION_MASK: np.ones((1, len(row)), np.int64)}
 
 
-def _empty(caches: Sequence[CacheLayer], length: int) -> dict[str, Array]:
+def _empty(caches: Sequence[CacheLayer], target: Target, length: int) -> dict[str, Array]:
+    """Returns caches with nothing in them: of the fused graph with room for a row, of the portable without."""
     feeds: dict[str, Array] = {}
     for layer in caches:
-        buffer = np.zeros((1, layer.kv_heads, layer.capacity(length), layer.head_dim), layer.dtype)
+        capacity = layer.capacity(length) if target == "fused" else 0
+        buffer = np.zeros((1, layer.kv_heads, capacity, layer.head_dim), layer.dtype)
         feeds |= {past_name(layer.layer, side): buffer for side in SIDES}
     return feeds
 

@@ -8,12 +8,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from slm.core.contract import CacheType, input_specs, output_specs, slot_specs
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Precision, Quantization, seal
 from slm.export.clients import write_client_files
-from slm.export.graph import BlockFormat, Fused, SlotFormat, WeightFormat, build_graph, save_graph
+from slm.export.graph import (
+    BlockFormat,
+    DequantizedFormat,
+    Fused,
+    Portable,
+    SlotFormat,
+    Target,
+    WeightFormat,
+    build_graph,
+    portable_tensors,
+    save_graph,
+)
 from slm.export.graph.builder import Array
 from slm.quantize.report import PAGE_FILE, REPORT_FILE
 from slm.quantize.smoothing import Smoothing
@@ -97,10 +109,16 @@ def _write_graph(
     directory: Path,
 ) -> Bundle:
     precision: Precision = "int4" if quantization.bits == 4 else "int8"
-    weights: WeightFormat = BlockFormat(quantization.schemes, quantization.accuracy_level)
-    if source.manifest.adapter_slots:
-        weights = SlotFormat(weights, smoothing.columns, smoothing.rows)
-    target = Fused(weights, cache=cache)
+    target: Target[Any]
+    if source.manifest.target == "portable":  # which computes in floats; what a runtime makes of that is its own matter
+        quantization = quantization.model_copy(update={"accuracy_level": 0})
+        tensors = portable_tensors(tensors, quantization.schemes)
+        target = Portable(DequantizedFormat(quantization.schemes))
+    else:
+        weights: WeightFormat = BlockFormat(quantization.schemes, quantization.accuracy_level)
+        if source.manifest.adapter_slots:
+            weights = SlotFormat(weights, smoothing.columns, smoothing.rows)
+        target = Fused(weights, cache=cache)
     model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
     model.parent.mkdir()
     save_graph(build_graph(source.config, target, tensors, source.manifest.context), model)

@@ -1,5 +1,6 @@
 """The model as an ONNX graph, built module by module from a description; needs neither torch nor tracing."""
 
+from slm.export.graph.dequantized import DequantizedFormat, portable_tensors
 from slm.export.graph.formats import BlockFormat, FloatFormat, GemmFormat, WeightFormat
 from slm.export.graph.fused import Fused
 from slm.export.graph.model import build_graph
@@ -10,6 +11,7 @@ from slm.export.graph.target import Target
 
 __all__ = [
     "BlockFormat",
+    "DequantizedFormat",
     "FloatFormat",
     "Fused",
     "GemmFormat",
@@ -23,6 +25,7 @@ __all__ = [
     "checkpoint_tensors",
     "float_tensors",
     "graph_tensors",
+    "portable_tensors",
     "released",
     "save_graph",
 ]

@@ -35,13 +35,16 @@ def dequantize(quantized: Array, scale: Array, zero_points: Array | None, scheme
     """Returns the weight float32 (N, K) that stored integers stand for.
 
     Args:
-        quantized: uint8 (N, blocks, bytes of a block); int8 (K, N) where the scheme is dynamic.
-        scale: float32 (N, blocks); (N,) where the scheme is dynamic.
-        zero_points: uint8 (N, bytes of all blocks), where the scheme has some.
+        quantized: uint8 (N, blocks, bytes of a block); int8 (K, N) where the scheme is dynamic; of a portable graph, 4- or
+            8-bit integers by columns, (K, N), or by rows, (N, K).
+        scale: float32 (N, blocks); (N,) where the scheme is dynamic; of a portable graph by columns or rows too.
+        zero_points: uint8 (N, bytes of all blocks), where the scheme has some; of a portable graph integers, as scales are.
         scheme: How they are stored.
     """
     if scheme.dynamic:
         return quantized.T.astype(np.float32) * scale[:, None]
+    if quantized.ndim == 2:
+        return _of_portable(quantized, scale, zero_points)
     integers = unpack(quantized, scheme.bits, scheme.block_size).astype(np.float32)  # (N, blocks, block)
     if zero_points is None:
         integers -= 1 << (scheme.bits - 1)
@@ -49,6 +52,18 @@ def dequantize(quantized: Array, scale: Array, zero_points: Array | None, scheme
         integers -= unpack(zero_points, scheme.bits, scale.shape[1])[..., None].astype(np.float32)
     integers *= scale[..., None]
     return integers.reshape(integers.shape[0], -1)
+
+
+def _of_portable(quantized: Array, scale: Array, zero_points: Array | None) -> Array:
+    if len(quantized) != len(scale):  # by columns
+        quantized, scale = quantized.T, scale.T
+        zero_points = None if zero_points is None else zero_points.T
+    integers = quantized.astype(np.float32).reshape(*scale.shape, -1)  # (N, blocks, block)
+    if zero_points is not None:
+        integers -= zero_points.astype(np.float32)[..., None]
+    integers *= scale[..., None]
+    found: Array = integers.reshape(len(integers), -1)
+    return found
 
 
 def relative_error(before: Array, after: Array) -> float:
