@@ -31,6 +31,7 @@ _PROBE_BYTES = 2 << 30
 _LARGEST_PROBE = 1 << 30
 _SMALLEST_PROBE = 256 << 10
 _TIMES = 3
+_EMBEDDING = "model.embed_tokens"
 
 Array = NDArray[Any]
 
@@ -159,7 +160,7 @@ def weight_bytes_read(bundle: Bundle) -> int:
     """Returns the bytes of weights that one step of a bundle reads, whatever the number of rows.
 
     All that is stored beside the graph, but of rotation tables and of an embedding that is not the head only a row is
-    read. Such an embedding is taken to be stored as the other matrices are.
+    read.
     """
     manifest, config = bundle.manifest, bundle.config
     beside = (
@@ -170,8 +171,12 @@ def weight_bytes_read(bundle: Bundle) -> int:
         bases = len(set(config.layer_types))
         itemsize = FLOAT32_BYTES if manifest.device == "cpu" else FLOAT32_BYTES // 2
         stored -= bases * 2 * manifest.context * config.head_dim // 2 * itemsize
+    if config.tie_word_embeddings:
+        return stored
+    if manifest.quantization is not None:
+        return stored - manifest.quantization.schemes[_EMBEDDING].bytes(config.vocab_size, config.hidden_size)
     parts = parameters(config)
-    return stored - (0 if config.tie_word_embeddings else stored * parts.embedding // parts.total)
+    return stored - stored * parts.embedding // parts.total
 
 
 def _has_tables(bundle: Bundle) -> bool:

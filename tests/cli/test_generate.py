@@ -236,7 +236,7 @@ def test_drafts_that_may_change_the_text_are_said_to(slm: Slm, shared_bundle: Bu
     for cache, said in (("float32", True), ("int8", False)):
         out = tmp_path / cache
         text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-        quantize_bundle(shared_bundle, out, text, Settings(gate=Gate(1), cache=cache))[0]  # type: ignore[arg-type]
+        quantize_bundle(shared_bundle, out, text, Settings(gate=Gate(1), cache=cache, block_size=32))[0]  # type: ignore[arg-type]
         for threads, alike in (("1", not said), ("5", False)):  # the model has four heads
             result = slm("generate", out, "-p", "The", "--draft", "6", "--threads", threads, "--max-new-tokens", "3")
             assert ("almost as likely" not in result.err) == alike, result.err

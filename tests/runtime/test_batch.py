@@ -38,7 +38,7 @@ TOLERANCE = 2e-5
 def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights in blocks of 32 and INT8 caches."""
     text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-    settings = Settings(gate=Gate(1), cache="int8")
+    settings = Settings(gate=Gate(1), cache="int8", block_size=32)
     return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 
@@ -163,9 +163,9 @@ def test_only_rows_that_step_are_computed(shared_bundle: Bundle, monkeypatch: py
     rows: list[tuple[int, int]] = []
     run = OnnxDecoder.run
 
-    def spy(self: OnnxDecoder, ids: np.ndarray, mask: np.ndarray, buffers: KVBuffers, keep: int) -> Any:
+    def spy(self: OnnxDecoder, ids: np.ndarray, mask: np.ndarray, buffers: KVBuffers, *rest: Any) -> Any:
         rows.append((len(ids), buffers._buffers[0, "key"].shape[0]))
-        return run(self, ids, mask, buffers, keep)
+        return run(self, ids, mask, buffers, *rest)
 
     monkeypatch.setattr(OnnxDecoder, "run", spy)
     batch = Batch(OnnxDecoder(shared_bundle, threads=1), 8)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,14 +176,21 @@ def bundle_of(
 def test_the_weights_of_a_step(bundle_of: Callable[..., Bundle], tied: bool) -> None:
     exported = bundle_of(tie_word_embeddings=tied)
     rows = np.random.default_rng(0).integers(320, size=(2, 32))
-    quantized = quantize_bundle(exported, Path("int8"), Text("random", rows), Settings(block_size=32, gate=Gate(9)))[0]
-    for bundle in (exported, quantized):
+    text = Text("random", rows)
+    quantized = [
+        quantize_bundle(exported, Path(f"made-{i}"), text, replace(settings, gate=Gate(None)), None, text)[0]
+        for i, settings in enumerate((Settings(block_size=32), Settings(precision="int4", prefer="size")))
+    ]
+    for bundle in (exported, *quantized):
         graph = onnx.load(bundle.model_path).graph
         read = {t.name: onnx.numpy_helper.to_array(t).nbytes for t in graph.initializer}
         rows_only = [] if tied else [name for name in read if name.startswith("model.embed_tokens.")]
         assert bool(rows_only) != tied  # the control: with these the sum is another
         wanted = sum(size for name, size in read.items() if name not in rows_only)
         assert bench.weight_bytes_read(bundle) == pytest.approx(wanted, abs=len(read) * PADDING, rel=0.02)
+        if bundle is not exported:  # of integers to the byte, whatever the schemes
+            beside = bundle.manifest.files[f"{bundle.manifest.model}_data"].bytes
+            assert beside - bench.weight_bytes_read(bundle) == sum(read[name] for name in rows_only)
 
 
 def test_the_weights_of_a_step_beside_stored_tables(shared_bundle: Bundle, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def portable_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights and INT8 caches."""
     text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-    settings = Settings(gate=Gate(1), cache="int8")
+    settings = Settings(gate=Gate(1), cache="int8", block_size=32)
     return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 

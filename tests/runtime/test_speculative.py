@@ -60,7 +60,7 @@ def portable_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def int8_bundle(float_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights in blocks of 32 and INT8 caches."""
     text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-    settings = Settings(gate=Gate(1), cache="int8")
+    settings = Settings(gate=Gate(1), cache="int8", block_size=32)
     return quantize_bundle(float_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 
