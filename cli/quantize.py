@@ -77,7 +77,7 @@ class Share(click.ParamType[float]):
 @click.option(
     "--method",
     type=click.Choice(["nearest", "searched", "gptq"]),
-    help="How integers are chosen. [default: gptq for 4 bits, nearest for 8]",
+    help="How 4-bit integers are chosen; those of 8 bits are the nearest. [default: gptq]",
 )
 @click.option(
     "--smooth/--no-smooth", default=None, help="Smooth activations first. [default: where it measures better]"

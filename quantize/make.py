@@ -80,6 +80,11 @@ def check_source(source: Bundle, settings: Settings) -> None:
     """
     if source.manifest.precision != "float32":
         raise SlmError(f"{source.path} is {source.manifest.precision} already", "quantize the float32 bundle")
+    if settings.precision == "int8" and settings.method not in (None, "nearest"):
+        raise SlmError(
+            f"8-bit integers are the nearest ones, not {settings.method}",
+            f"slm quantize --int4 --method {settings.method}",
+        )
     if source.manifest.target == "portable":
         what = "products of 8-bit integers" if settings.dynamic else "INT8 caches" if settings.cache == "int8" else None
         if what is not None:

@@ -70,6 +70,7 @@ def test_a_target_size(slm: Slm, shared_bundle: Bundle, tmp_path: Path) -> None:
         (("--int8", "--target-size", "1MB"), 1, "--target-size chooses"),
         (("--int8-dynamic", "--block-size", "32"), 1, "no blocks"),
         (("--int8-dynamic", "--method", "gptq"), 1, "no method"),
+        (("--int8", "--method", "gptq"), 1, "are the nearest ones, not gptq"),
         (("--int8", "--block-size", "128"), 1, "do not divide into blocks of 128"),
         (("--sweep", "--prefer", "size"), 1, "--sweep tries"),
         (("--sweep", "--max-kl", "0.1"), 1, "--sweep tries"),
