@@ -159,12 +159,16 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
     rng = np.random.default_rng(0)
     text = Text("random", rng.choice(readable, (4, 60)))
     int8 = Settings(gate=Gate(1))
+    int4 = Settings(gate=Gate(None), precision="int4", prefer="size")
     float32 = export_bundle(home / "checkpoint", runs / "onnx")
+    portable = export_bundle(home / "checkpoint", runs / "onnx-portable", target="portable")
     made = {
         "float32": float32,
         "int8": quantize_bundle(float32, runs / "onnx-int8", text, int8)[0],
         "int8 caches": quantize_bundle(float32, home / "caches", text, replace(int8, cache="int8"))[0],
-        "portable": export_bundle(home / "checkpoint", runs / "onnx-portable", target="portable"),
+        "portable": portable,
+        "portable int8": quantize_bundle(portable, runs / "onnx-portable-int8", text, int8)[0],
+        "portable int4": quantize_bundle(portable, home / "portable-int4", text, int4, None, text)[0],
         "other": export_bundle(home / "other", home / "other-onnx"),
         "other portable": export_bundle(home / "other", home / "other-portable", target="portable"),
     }

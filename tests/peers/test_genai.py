@@ -84,12 +84,13 @@ def test_what_it_refuses(genai: Ask, bundles: Any) -> None:
     assert "KV cache capacity (0) must be at least local_window_size (16)" in found[2]
 
 
-def test_a_portable_bundle_up_to_the_window(genai: Ask, bundles: Any) -> None:
+@pytest.mark.parametrize("name", ["portable", "portable int8", "portable int4"])
+def test_a_portable_bundle_up_to_the_window(genai: Ask, bundles: Any, name: str) -> None:
     prompt = bundles.prompts[0]
     request = {"prompts": [prompt], "count": 60}
-    found = ask(genai, bundles.path("portable"), request, request | {"options": {"max_length": 40}})["answers"]
+    found = ask(genai, bundles.path(name), request, request | {"options": {"max_length": 40}})["answers"]
     assert len(found[0][0]) == 16
-    assert found[0][0][len(prompt) :] == bundles.greedy("float32", [prompt])[0][: 16 - len(prompt)]
+    assert found[0][0][len(prompt) :] == bundles.greedy(name, [prompt])[0][: 16 - len(prompt)]
     assert "has shape {1,2,16,32} but the computed output shape for this run is {1,2,15,32}" in found[1]
 
 

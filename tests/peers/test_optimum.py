@@ -9,21 +9,23 @@ import pytest
 pytestmark = pytest.mark.peer
 
 Ask = Callable[..., Any]
+PORTABLE = ("portable", "portable int8", "portable int4")
 
 
 @pytest.fixture(scope="module")
 def answers(optimum: Ask, bundles: Any) -> dict[str, Any]:
     """Greedy tokens by bundle, one by one and last as a batch whose shorter rows are padded on the left."""
     batches = [*([prompt] for prompt in bundles.prompts), bundles.prompts]
-    names = ("portable", "other portable", "float32")
+    names = (*PORTABLE, "other portable", "float32")
     found = optimum(bundles.count, json.dumps({str(bundles.path(name)): batches for name in names}))
     assert found["versions"] == ["0.1.0", "2.1.0", "4.57.6"]
     return {name: found["answers"][str(bundles.path(name))] for name in names}
 
 
-def test_the_same_greedy_tokens(answers: dict[str, Any], bundles: Any) -> None:
-    texts = [bundles.cut(answer) for answer in answers["portable"]]
-    assert texts[-1] == bundles.greedy("portable")
+@pytest.mark.parametrize("name", PORTABLE)
+def test_the_same_greedy_tokens(answers: dict[str, Any], bundles: Any, name: str) -> None:
+    texts = [bundles.cut(answer) for answer in answers[name]]
+    assert texts[-1] == bundles.greedy(name)
     assert [answer[0] for answer in texts[:-1]] == texts[-1]
 
 

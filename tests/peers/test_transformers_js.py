@@ -22,7 +22,16 @@ def greedy(
 
 
 @pytest.mark.parametrize(
-    ("name", "positions"), [("portable", 0), ("float32", 16), ("float32", 32), ("int8", 16), ("int8 caches", 32)]
+    ("name", "positions"),
+    [
+        ("portable", 0),
+        ("portable int8", 0),
+        ("portable int4", 0),
+        ("float32", 16),
+        ("float32", 32),
+        ("int8", 16),
+        ("int8 caches", 32),
+    ],
 )
 def test_the_same_greedy_tokens(in_node: Callable[..., str], bundles: Any, name: str, positions: int) -> None:
     found = greedy(in_node, bundles, name, [[prompt] for prompt in bundles.prompts], positions)

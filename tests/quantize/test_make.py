@@ -332,7 +332,7 @@ def test_what_cannot_be_quantized_is_refused(
     with pytest.raises(SlmError, match="is the bundle to quantize"):
         make(shared_bundle, shared_bundle.path)
     with pytest.raises(SlmError, match="portable bundle"):
-        make(export_bundle(shared_checkpoint, tmp_path / "portable", target="portable"), tmp_path / "b")
+        make(export_bundle(shared_checkpoint, tmp_path / "portable", target="portable"), tmp_path / "b", dynamic=True)
     assert not (tmp_path / "b").exists()
 
 
