@@ -36,5 +36,6 @@ def test_from_weights_to_int8(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).integers(0, config.vocab_size, (1, config.sliding_window + 64))
     made = quantize_bundle(bundle, tmp_path / "onnx-int8", Text("random tokens", rows))[0]
     assert made.manifest.quantization is not None
-    assert {scheme.block_size for path, scheme in made.manifest.quantization.schemes.items() if "layers" in path} == {128}
+    schemes = made.manifest.quantization.schemes
+    assert {scheme.block_size for path, scheme in schemes.items() if "layers" in path} == {128}
     assert 0.25 * bundle.bytes < made.bytes <= 160 * MEGABYTE
