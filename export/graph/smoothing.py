@@ -64,7 +64,8 @@ def smoothing_between(
 ) -> Smoothing:
     """Returns the factors that were used, told from the tensors before and after, which may have been rounded since.
 
-    Factors are a ninth apart and rounding moves a row by less than a hundredth, so each is found exactly.
+    Factors are a ninth apart. What rounding to 4 bits does to a short row can be half of that, so a factor between two products
+    is told from both: the first's row was divided by it, the second's columns were multiplied.
     """
     columns: dict[str, Array] = {}
     rows: dict[str, Array] = {}
@@ -74,19 +75,38 @@ def smoothing_between(
         qkv, o = f"{layer}.self_attn.qkv_proj.weight", f"{layer}.self_attn.o_proj.weight"
         gate_up, down = f"{layer}.mlp.gate_up_proj.weight", f"{layer}.mlp.down_proj.weight"
         found: dict[str, Array] = {}
-        for product, norm, untouched in (
-            (qkv, "input_layernorm", (heads + kv_heads) * size),
-            (gate_up, "pre_feedforward_layernorm", config.intermediate_size),
+        for product, norm, untouched, following, groups in (
+            (qkv, "input_layernorm", (heads + kv_heads) * size, o, kv_heads),
+            (gate_up, "pre_feedforward_layernorm", config.intermediate_size, down, 1),
         ):
             name = f"{layer}.{norm}.weight"
             columns[product] = rows[name] = nearest_factors(_ratios(before[name][:, None], after[name][:, None]))
             ratios = _ratios(before[product] * columns[product], after[product])
             ratios[:untouched] = 1
+            ratios[untouched:] = _of_both(ratios[untouched:], before[following], after[following], groups)
             rows[product] = nearest_factors(ratios)
             found[product] = rows[product][untouched:]
         columns[down] = found[gate_up]
         columns[o] = np.repeat(found[qkv].reshape(kv_heads, 1, size), heads // kv_heads, axis=1).reshape(-1)
     return Smoothing(exponent, columns, rows)
+
+
+def _of_both(ratios: Array, before: Array, after: Array, groups: int) -> Array:
+    """Returns ratios of rows joined with what columns (N, K) of the product after them were multiplied by.
+
+    Each of the groups of channels may go to several runs of columns, as each head's values go to several queries.
+    """
+
+    def channels(columns: Array) -> Array:
+        whole: Array = columns.reshape(groups, -1, len(ratios) // groups).sum(axis=1).reshape(-1)
+        return whole
+
+    along = channels(np.einsum("nk,nk->k", before, after))
+    whole = channels(np.einsum("nk,nk->k", before, before))
+    told = (whole > 0) & (along > 0)
+    multiplied = np.divide(along, whole, out=ratios.copy(), where=told)
+    joined: Array = np.sqrt(ratios * multiplied)
+    return joined
 
 
 def _ratios(before: Array, after: Array) -> Array:

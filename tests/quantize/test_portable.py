@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int8, smoothed": {"smooth": True, "prefer": "quality"},
     "int4": {"precision": "int4", "prefer": "size"},
+    "int4, smoothed": {"precision": "int4", "prefer": "size", "smooth": True},
     "int4, mixed": {"precision": "int4"},
 }
 
