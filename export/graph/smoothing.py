@@ -15,6 +15,8 @@ from slm.export.graph.store import LazyTensors
 
 # Factors are rounded to eighths of a power of two, so that they can be told from tensors that were rounded since.
 _STEPS_A_DOUBLING = 8
+# Where nothing was rounded: what float32 leaves of two equal rows.
+_SUREST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -69,44 +71,60 @@ def smoothing_between(
     """
     columns: dict[str, Array] = {}
     rows: dict[str, Array] = {}
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         qkv, o = f"{layer}.self_attn.qkv_proj.weight", f"{layer}.self_attn.o_proj.weight"
         gate_up, down = f"{layer}.mlp.gate_up_proj.weight", f"{layer}.mlp.down_proj.weight"
         found: dict[str, Array] = {}
-        for product, norm, untouched, following, groups in (
-            (qkv, "input_layernorm", (heads + kv_heads) * size, o, kv_heads),
-            (gate_up, "pre_feedforward_layernorm", config.intermediate_size, down, 1),
+        for product, norm, untouched, following, (groups, size) in (
+            (qkv, "input_layernorm", (heads + kv_heads) * head_dim, o, (kv_heads, head_dim)),
+            (gate_up, "pre_feedforward_layernorm", config.intermediate_size, down, (1, config.intermediate_size)),
         ):
             name = f"{layer}.{norm}.weight"
             columns[product] = rows[name] = nearest_factors(_ratios(before[name][:, None], after[name][:, None]))
-            ratios = _ratios(before[product] * columns[product], after[product])
-            ratios[:untouched] = 1
-            ratios[untouched:] = _of_both(ratios[untouched:], before[following], after[following], groups)
+            ratios = np.ones(len(before[product]))
+            ratios[untouched:] = _of_both(
+                (before[product][untouched:] * columns[product], after[product][untouched:]),
+                (_channels(before[following], groups, size), _channels(after[following], groups, size)),
+            )
             rows[product] = nearest_factors(ratios)
             found[product] = rows[product][untouched:]
         columns[down] = found[gate_up]
-        columns[o] = np.repeat(found[qkv].reshape(kv_heads, 1, size), heads // kv_heads, axis=1).reshape(-1)
+        columns[o] = np.repeat(found[qkv].reshape(kv_heads, 1, head_dim), heads // kv_heads, axis=1).reshape(-1)
     return Smoothing(exponent, columns, rows)
 
 
-def _of_both(ratios: Array, before: Array, after: Array, groups: int) -> Array:
-    """Returns ratios of rows joined with what columns (N, K) of the product after them were multiplied by.
+def _of_both(rows: tuple[Array, Array], columns: tuple[Array, Array]) -> Array:
+    """Returns what channels of a product (N, K) were divided by and of the next, (N, M), multiplied with.
 
-    Each of the groups of channels may go to several runs of columns, as each head's values go to several queries.
+    Each is told from before and after; the surer counts more.
     """
+    divided, first = _log_changes(*rows)
+    multiplied, second = _log_changes(*columns)
+    factors: Array = np.exp2((multiplied * second - divided * first) / (first + second))
+    return factors
 
-    def channels(columns: Array) -> Array:
-        whole: Array = columns.reshape(groups, -1, len(ratios) // groups).sum(axis=1).reshape(-1)
-        return whole
 
-    along = channels(np.einsum("nk,nk->k", before, after))
-    whole = channels(np.einsum("nk,nk->k", before, before))
+def _log_changes(before: Array, after: Array) -> tuple[Array, Array]:
+    """Returns log2 of how many times as large each row is after, and how sure that is: one over the variance."""
+    tiny = np.finfo(np.float64).tiny
+    along, whole, changed = (
+        np.einsum("nk,nk->n", *pair, dtype=np.float64) for pair in ((before, after), (before, before), (after, after))
+    )
     told = (whole > 0) & (along > 0)
-    multiplied = np.divide(along, whole, out=ratios.copy(), where=told)
-    joined: Array = np.sqrt(ratios * multiplied)
-    return joined
+    share = np.divide(along, whole, out=np.ones_like(whole), where=told)
+    rest = (
+        np.divide(whole * changed, along * along, out=np.ones_like(whole), where=told) - 1
+    )  # tan² of what they enclose
+    sure = np.where(told, before.shape[1] / np.maximum(rest, _SUREST), tiny)
+    return np.log2(share), sure
+
+
+def _channels(weight: Array, groups: int, size: int) -> Array:
+    """Returns columns of a weight (M, K) by channel, (groups * size, n): a group's channels go to several runs of columns."""
+    runs = weight.reshape(len(weight), groups, -1, size).transpose(1, 3, 2, 0)  # (groups, size, runs, M)
+    return runs.reshape(groups * size, -1)
 
 
 def _ratios(before: Array, after: Array) -> Array:
