@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
@@ -128,7 +130,7 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     _envelopes(app)
-    app.middleware("http")(_guard(service))
+    app.add_middleware(_Guard, service=service)
 
     @app.get("/health")
     async def health() -> Response:
@@ -177,27 +179,34 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def _guard(
-    service: Service,
-) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Checks keys and sizes before anything is read, and logs what became of each request."""
+class _Guard:
+    """Checks keys and sizes before anything is read, and logs what became of each request.
 
-    async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = time.monotonic()
-        name = uuid.uuid4().hex
-        response = _refusal_of(service, request) or await go_on(request)
-        response.headers["x-request-id"] = name
-        fields = {
-            "request": name,
-            "method": request.method,
-            "path": request.url.path,
-            "status": response.status_code,
-            "ms": round(1e3 * (time.monotonic() - started), 1),
-        }
-        log.info(json.dumps(fields))
-        return response
+    It stands around the application itself: what FastAPI calls a middleware would hide that a client has gone.
+    """
 
-    return guard
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, name, status = time.monotonic(), uuid.uuid4().hex, 0
+
+        async def told(message: AsgiMessage) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            refusal = _refusal_of(self._service, Request(scope))
+            await (refusal or self._app)(scope, receive, told)
+        finally:
+            fields = {"request": name, "method": scope["method"], "path": scope["path"], "status": status}
+            log.info(json.dumps(fields | {"ms": round(1e3 * (time.monotonic() - started), 1)}))
 
 
 def _refusal_of(service: Service, request: Request) -> Response | None:

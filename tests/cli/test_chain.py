@@ -34,7 +34,7 @@ def test_each_step_finds_the_one_before(slm: Slm, run: Path) -> None:
     assert "runs/tiny/onnx: equal to PyTorch" in result.out
     result = slm("quantize", "--int8", "--tokens", "200", "--max-kl", "1")
     assert result.code == 0, result.err
-    assert "the newest, runs/tiny/onnx" in result.err and "INT8 in blocks of 32" in result.out
+    assert "the newest, runs/tiny/onnx" in result.err and "int8 in blocks of 64" in result.out
     result = slm("generate", "-p", "Once", "--max-new-tokens", "5", "--greedy")
     assert result.code == 0, result.err
     assert "runs/tiny/onnx-int8: onnxruntime" in result.err and result.out.startswith("Once")
@@ -52,7 +52,7 @@ def test_json_of_every_step(slm: Slm, exported: Path) -> None:
     made = json.loads(slm("export", "--onnx", "--json", "--out", "elsewhere/onnx").out)
     assert made["bundle"] == "elsewhere/onnx" and made["parity"]["logits"]["steps"] < 1e-4
     made = json.loads(slm("quantize", "--int8", "--json", "--tokens", "200", "--max-kl", "1", exported / "onnx").out)
-    assert made["bytes"] < made["bytes_before"] and made["quality"]["kl_nats"] > 0
+    assert made["bytes_after"] < made["bytes_before"] and made["change"]["kl_nats"] > 0
     told = json.loads(
         slm("generate", "--json", "-p", "One day", "--greedy", "--max-new-tokens", "9", exported / "onnx").out
     )
@@ -116,14 +116,14 @@ def test_an_export_that_is_interrupted_leaves_what_was_there(
     before = sorted(exported.rglob("*"))
     monkeypatch.setattr("slm.export.bundle.prove", interrupt)
     assert slm("export", "--onnx").code == 130
-    monkeypatch.setattr("slm.quantize.int8.measure", interrupt)
+    monkeypatch.setattr("slm.quantize.make.measure", interrupt)
     assert slm("quantize", "--int8").code == 130
     assert sorted(exported.rglob("*")) == before
 
 
 def test_a_gate_that_does_not_pass(slm: Slm, exported: Path) -> None:
     result = slm("quantize", "--int8", "--tokens", "100", "--max-kl", "0")
-    assert result.code == 1 and "nothing was written" in result.err and "--block-size 16" in result.err
+    assert result.code == 1 and "nothing was written" in result.err and "--prefer quality" in result.err
     assert not (exported / "onnx-int8").exists()
 
 

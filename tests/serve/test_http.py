@@ -229,8 +229,8 @@ def test_keys_are_asked_for(serve: Callable[..., Running]) -> None:
     assert httpx.get(f"{running.url}/health").status_code == 200  # probes have no key
 
 
-def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Running]) -> None:
-    running = serve(slots=1, queue=0)
+def slow_down(running: Running) -> None:
+    """Has every step take a tenth of a second."""
     step = running.service.engine._step
 
     def slow(tickets: Sequence[Ticket]) -> None:
@@ -238,6 +238,11 @@ def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Running
         step(tickets)
 
     running.service.engine._step = slow  # type: ignore[method-assign]
+
+
+def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Running]) -> None:
+    running = serve(slots=1, queue=0)
+    slow_down(running)
     stream = running.client().completions.create(model=NAME, prompt="One day", max_tokens=40, stream=True)
     next(iter(stream))
     with pytest.raises(openai.RateLimitError) as caught:
@@ -248,13 +253,14 @@ def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Running
 
 def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Running]) -> None:
     running = serve(slots=1, limits=Limits(new_tokens=10_000))
+    slow_down(running)
     stream = running.client().completions.create(model=NAME, prompt="One day", max_tokens=10_000, stream=True)
     next(iter(stream))
     stream.close()
     answer = running.client().completions.create(model=NAME, prompt="One day", max_tokens=2, timeout=30)
     assert answer.choices[0].finish_reason == "length"
     with pytest.raises(openai.APITimeoutError):  # one that waits for the whole answer, and gives up
-        running.client().with_options(timeout=0.05).completions.create(model=NAME, prompt="One day", max_tokens=10_000)
+        running.client().with_options(timeout=0.5).completions.create(model=NAME, prompt="One day", max_tokens=10_000)
     for _ in range(100):
         if not running.service.engine.figures.running:
             break
