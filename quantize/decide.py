@@ -27,7 +27,7 @@ from slm.quantize.rounding import Arrays, Method, gptq, placeholders, restored, 
 from slm.quantize.search import Budget, choose, sensitivities
 from slm.quantize.smoothing import NO_SMOOTHING, Smoothing, smoothing
 from slm.quantize.statistics import root_mean_squares
-from slm.quantize.write import ACCURACY_LEVEL, tried
+from slm.quantize.write import ACCURACY_LEVEL, Contents, tried
 from slm.runtime.decoder import OnnxDecoder
 
 # How much text settings are chosen by: GPTQ wants more than it takes to tell how large activations are.
@@ -144,11 +144,12 @@ class Recipe:
         """What the error of each input channel weighs: the mean square of its activations, by path."""
         return {path: np.square(values) for path, values in self.inputs_rms.items()}
 
-    def tensors(self, source: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Returns the quantized graph's tensors from the float graph's."""
-        plain = self.smoothing.apply(source)
+    def contents(self, source: Bundle) -> Contents:
+        """Returns what a bundle made of a float one is to hold."""
+        plain = self.smoothing.apply(graph_tensors(source.model_path))
         rounded = rounded_tensors(plain, self.schemes, self.method != "nearest", self.importance, self.done)
-        return ChainMap(dict(self.cache_steps), rounded)  # type: ignore[arg-type]  # only read
+        tensors = ChainMap(dict(self.cache_steps), rounded)  # type: ignore[arg-type]  # only read
+        return Contents(tensors, self.describe(), self.cache, self.smoothing)
 
     def words(self) -> dict[str, object]:
         """Returns what was decided."""
@@ -184,16 +185,15 @@ def decide(source: Bundle, calibration: Text, settings: Settings, progress: Prog
     if cache == "int8":
         recipe.cache_steps = cache_steps(source, calibration, progress)
     layers = [linear for linear in linears if linear.layer is not None]
-    lab = Lab(source, layers)
     if settings.smooth is not False or method != "nearest":
-        recipe.rms = root_mean_squares(lab, layers, calibration, progress)
+        recipe.rms = root_mean_squares(Lab(source, layers), layers, calibration, progress)
     tensors = graph_tensors(source.model_path)
     if settings.smooth is not False:
         smooth = smoothing(tensors, source.config, recipe.rms)
         if settings.smooth or _better(source, recipe, smooth, calibration, progress, scratch):
             recipe.smoothing = smooth
     if settings.precision == "int4":
-        _spend_bits(source, recipe, settings, lab, calibration, progress, scratch)
+        _spend_bits(source, recipe, settings, calibration, progress, scratch)
     return recipe
 
 
@@ -206,8 +206,7 @@ def _better(
     with ExitStack() as stack:
         decoders = []
         for each in (plain, replace(plain, smoothing=smooth)):
-            tensors = each.tensors(graph_tensors(source.model_path))
-            bundle = stack.enter_context(tried(source, tensors, each.describe(), each.cache, each.smoothing, scratch))
+            bundle = stack.enter_context(tried(source, each.contents(source), scratch))
             decoders.append(OnnxDecoder(bundle))
         moved = [change.kl_nats for change in measure(OnnxDecoder(source), decoders, part, progress)]
     progress.note(f"smoothing moves the predictions by {moved[1]:.4f} nats instead of {moved[0]:.4f}")
@@ -218,7 +217,6 @@ def _spend_bits(
     source: Bundle,
     recipe: Recipe,
     settings: Settings,
-    lab: Lab,
     calibration: Text,
     progress: Progress,
     scratch: Path,
@@ -241,7 +239,7 @@ def _spend_bits(
         return recipe.smoothing.revert(name, restored(arrays, low[linear.path]))
 
     part = Text(calibration.name, calibration.rows[:_SENSITIVITY_ROWS])
-    recipe.harm = sensitivities(lab, layers, part, rounded, progress)
+    recipe.harm = sensitivities(Lab(source, layers), layers, part, rounded, progress)
     high = low | schemes_of(layers, INT8["auto"])
     if settings.target_bytes is None:
         recipe.schemes = choose(linears, low, high, recipe.harm, Budget(kl_nats=_FINE_KL_NATS[settings.prefer]))
@@ -254,11 +252,11 @@ def _within(
     source: Bundle, recipe: Recipe, linears: Sequence[Linear], high: Mapping[str, Scheme], target: int, scratch: Path
 ) -> dict[str, Scheme]:
     """Chooses schemes whose graph and weights take at most `target` bytes together, tables and paddings included."""
-    tensors, budget = graph_tensors(source.model_path), target
+    budget = target
     while True:
         schemes = choose(linears, recipe.schemes, high, recipe.harm, Budget(bytes=budget))
         each = replace(recipe, schemes=schemes, done=placeholders(linears, schemes))
-        with tried(source, each.tensors(tensors), each.describe(), each.cache, each.smoothing, scratch) as bundle:
+        with tried(source, each.contents(source), scratch) as bundle:
             size = sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())
         if size <= target:
             return schemes

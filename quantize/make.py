@@ -53,8 +53,7 @@ def quantize_bundle(
     with atomic_directory(out, sealed_files(out)) as directory, released():
         recipe = decide(source, calibration, settings, progress, directory.parent)
         progress.note(f"writing {source.manifest.parameters:,} parameters: {_in_words(recipe)}")
-        tensors = recipe.tensors(graph_tensors(source.model_path))
-        made = write_bundle(source, tensors, recipe.describe(), recipe.cache, recipe.smoothing, directory)
+        made = write_bundle(source, recipe.contents(source), directory)
         decoders = OnnxDecoder(source), OnnxDecoder(made)
         (change,) = measure(decoders[0], decoders[1:], text, progress)
         report = _report(source, made, decoders, text, recipe, settings, change, progress)

@@ -15,7 +15,8 @@ from slm.export.graph.builder import Array
 from slm.quantize.lab import Lab
 from slm.quantize.linears import Linear
 from slm.quantize.plan import bytes_of
-from slm.quantize.quality import Text, log_softmax
+from slm.quantize.quality import Text
+from slm.runtime.logprobs import log_softmax
 
 
 @dataclass(frozen=True)

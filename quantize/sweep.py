@@ -11,7 +11,7 @@ from slm.core.errors import SlmError
 from slm.core.files import check_replaceable, read_json, write_text
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress
-from slm.export.graph import graph_tensors, released
+from slm.export.graph import released
 from slm.quantize.decide import Settings, decide
 from slm.quantize.make import check_source
 from slm.quantize.page import sweep_page
@@ -159,8 +159,7 @@ def _try(
 ) -> Trial:
     scratch = out.resolve().parent
     recipe = decide(source, calibration, settings, progress, scratch)
-    tensors = recipe.tensors(graph_tensors(source.model_path))
-    with tried(source, tensors, recipe.describe(), recipe.cache, recipe.smoothing, scratch) as bundle:
+    with tried(source, recipe.contents(source), scratch) as bundle:
         after = OnnxDecoder(bundle)
         (change,) = measure(before, [after], text, progress)
         speed = speeds(before, after)

@@ -6,6 +6,7 @@ Nothing is searched for in the finished graph.
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,25 +36,32 @@ from slm.version import __version__
 ACCURACY_LEVEL = 4
 
 
-def write_bundle(
-    source: Bundle,
-    tensors: Mapping[str, Array],
-    quantization: Quantization,
-    cache: CacheType,
-    smoothing: Smoothing,
-    directory: Path,
-) -> Bundle:
+@dataclass(frozen=True)
+class Contents:
+    """What a quantized bundle is made from.
+
+    Attributes:
+        tensors: The graph's, by name; evaluated one at a time.
+        quantization: How they are stored.
+        cache: How keys and values are cached.
+        smoothing: What was done to the tensors, which slots do to adapters.
+    """
+
+    tensors: Mapping[str, Array]
+    quantization: Quantization
+    cache: CacheType
+    smoothing: Smoothing
+
+
+def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     """Writes everything but the report into an empty directory; returns the sealed bundle.
 
     Args:
         source: The float bundle.
-        tensors: The quantized graph's, by name; evaluated one at a time.
-        quantization: How they are stored.
-        cache: How keys and values are cached.
-        smoothing: What was done to the tensors, which slots do to adapters.
+        contents: What it is made from.
         directory: Where to.
     """
-    bundle = _write_graph(source, tensors, quantization, cache, smoothing, directory)
+    bundle = _write_graph(source, contents, directory)
     for name in source.manifest.files:
         if "/" not in name and name not in (MANIFEST_FILE, REPORT_FILE, PAGE_FILE):
             shutil.copy(source.path / name, directory / name)
@@ -78,36 +86,20 @@ def write_bundle(
 
 
 @contextmanager
-def tried(
-    source: Bundle,
-    tensors: Mapping[str, Array],
-    quantization: Quantization,
-    cache: CacheType,
-    smoothing: Smoothing,
-    scratch: Path,
-) -> Iterator[Bundle]:
+def tried(source: Bundle, contents: Contents, scratch: Path) -> Iterator[Bundle]:
     """Yields a bundle that can be run, in a directory that is removed afterwards.
 
     Args:
         source: The float bundle.
-        tensors: The quantized graph's, by name.
-        quantization: How they are stored.
-        cache: How keys and values are cached.
-        smoothing: What was done to the tensors.
+        contents: What it is made from.
         scratch: Where the directory is made.
     """
     with TemporaryDirectory(prefix=".trial-", dir=scratch) as directory:
-        yield _write_graph(source, tensors, quantization, cache, smoothing, Path(directory))
+        yield _write_graph(source, contents, Path(directory))
 
 
-def _write_graph(
-    source: Bundle,
-    tensors: Mapping[str, Array],
-    quantization: Quantization,
-    cache: CacheType,
-    smoothing: Smoothing,
-    directory: Path,
-) -> Bundle:
+def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
+    tensors, quantization = contents.tensors, contents.quantization
     precision: Precision = "int4" if quantization.bits == 4 else "int8"
     target: Target[Any]
     if source.manifest.target == "portable":  # which computes in floats; what a runtime makes of that is its own matter
@@ -117,8 +109,8 @@ def _write_graph(
     else:
         weights: WeightFormat = BlockFormat(quantization.schemes, quantization.accuracy_level)
         if source.manifest.adapter_slots:
-            weights = SlotFormat(weights, smoothing.columns, smoothing.rows)
-        target = Fused(weights, cache=cache)
+            weights = SlotFormat(weights, contents.smoothing.columns, contents.smoothing.rows)
+        target = Fused(weights, cache=contents.cache)
     model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
     model.parent.mkdir()
     save_graph(build_graph(source.config, target, tensors, source.manifest.context), model)

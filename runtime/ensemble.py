@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
 from slm.runtime.decoder import Decoder, Snapshot, log_probabilities
+from slm.runtime.logprobs import log_softmax
 
 Average = Literal["mean", "geometric"]
 
@@ -130,7 +131,7 @@ class EnsembleDecoder:
             raise
 
     def _averaged(self, logits: Sequence[Array]) -> Array:
-        logs = [_log_softmax(each) for each in logits]
+        logs = [log_softmax(each) for each in logits]
         if self.average == "geometric":
             mean: Array = np.asarray(np.mean(logs, axis=0, dtype=np.float32))
             return mean
@@ -139,9 +140,3 @@ class EnsembleDecoder:
             total = np.logaddexp(total, each)
         averaged: Array = total - np.float32(np.log(len(logs)))
         return averaged
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    found: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-    return found

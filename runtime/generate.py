@@ -83,6 +83,22 @@ def generate(
     Raises:
         SlmError: When the prompt is empty or fills the whole context, or a value will not do.
     """
+    check_request(decoder, prompt, max_new_tokens, logprobs)
+    if on_full not in ("stop", "slide"):
+        raise SlmError(f'on_full is {on_full!r}; it must be "stop" or "slide"')
+    if not 0 <= keep <= decoder.context - 2:  # one of the others must stay, and there must be room for another
+        raise SlmError(f"keep is {keep:,}; it must be from 0 to {decoder.context - 2:,}, the context less two")
+    run = Run(prompt_tokens=len(prompt), tokens=[])
+    sampler = Sampler(sampling, prompt, decoder.vocab_size)
+    return run, _tokens(run, decoder, prompt, sampler, max_new_tokens, frozenset(stop), logprobs, on_full, keep)
+
+
+def check_request(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, logprobs: int | None) -> None:
+    """Checks what a text is to be made from, before anything is read.
+
+    Raises:
+        SlmError: When the prompt is empty, has tokens that the model lacks or fills the context, or a number will not do.
+    """
     if not prompt:
         raise SlmError("the prompt has no tokens", "give some text")
     if not 0 <= min(prompt) <= max(prompt) < decoder.vocab_size:
@@ -98,13 +114,6 @@ def generate(
         raise SlmError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
     if not 0 <= (logprobs or 0) <= decoder.vocab_size:
         raise SlmError(f"logprobs is {logprobs}; it must be from 0 to {decoder.vocab_size:,}, the tokens of the model")
-    if on_full not in ("stop", "slide"):
-        raise SlmError(f'on_full is {on_full!r}; it must be "stop" or "slide"')
-    if not 0 <= keep <= decoder.context - 2:  # one of the others must stay, and there must be room for another
-        raise SlmError(f"keep is {keep:,}; it must be from 0 to {decoder.context - 2:,}, the context less two")
-    run = Run(prompt_tokens=len(prompt), tokens=[])
-    sampler = Sampler(sampling, prompt, decoder.vocab_size)
-    return run, _tokens(run, decoder, prompt, sampler, max_new_tokens, frozenset(stop), logprobs, on_full, keep)
 
 
 def what_stays(read: Sequence[int], keep: int) -> list[int]:

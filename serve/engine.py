@@ -19,6 +19,7 @@ from slm.core.tokenizer import TextStream, Tokenizer
 from slm.runtime.adapters import Adapter
 from slm.runtime.batch import Batch, Slot
 from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.generate import check_request
 from slm.runtime.logprobs import logprobs_of
 from slm.runtime.memory import Array
 from slm.runtime.prefix import PrefixCache
@@ -211,7 +212,7 @@ class Engine:
             Full: When as many wait as may.
             SlmError: When the prompt or a value will not do, or the engine has ended.
         """
-        self._check(ask)
+        check_request(self._decoder, ask.prompt, ask.max_new_tokens, ask.logprobs)
         sampler = Sampler(ask.sampling, ask.prompt, self._decoder.vocab_size)
         ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), StopTexts(ask.stop))
         with self._changed:
@@ -249,19 +250,6 @@ class Engine:
             self._until = time.monotonic() + grace_s
             self._changed.notify()
         self._thread.join()
-
-    def _check(self, ask: Ask) -> None:
-        prompt, decoder = ask.prompt, self._decoder
-        if not prompt:
-            raise SlmError("the prompt has no tokens", "give some text")
-        if not 0 <= min(prompt) <= max(prompt) < decoder.vocab_size:
-            raise SlmError(f"the prompt has a token that the model lacks; it has {decoder.vocab_size:,}")
-        if len(prompt) >= decoder.context:
-            raise SlmError(f"the prompt has {len(prompt):,} tokens and the context {decoder.context:,}", "shorten it")
-        if ask.max_new_tokens < 1:
-            raise SlmError(f"max_new_tokens is {ask.max_new_tokens}; it must be 1 or more")
-        if not 0 <= (ask.logprobs or 0) <= decoder.vocab_size:
-            raise SlmError(f"logprobs is {ask.logprobs}; it must be from 0 to {decoder.vocab_size:,}")
 
     def _work(self) -> None:
         try:
