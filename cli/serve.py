@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,6 @@ from slm.core.files import read_text
 from slm.core.machine import return_freed_memory
 
 if TYPE_CHECKING:
-    import socket
-
     import uvicorn
 
 _KEYS = "SLM_API_KEYS"
@@ -92,6 +91,7 @@ def serve(
 
     return_freed_memory()
     keys = _api_keys(api_key_file)
+    listening = _listen(host, port)  # before anything is loaded, which may take a while
     path = model or default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked
     decoder = loaded.decoder
@@ -118,8 +118,6 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = uvicorn.Config(
         make_app(service),
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         log_level="warning",
@@ -128,8 +126,20 @@ def serve(
     say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
     if host not in ("127.0.0.1", "::1", "localhost") and not keys:
         say("warning: everybody who reaches this address may ask; --api-key-file keeps others out")
-    if not _run(config):
-        raise SlmError(f"cannot listen on {host}:{port}", "another --port")
+    _run(config, listening)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that connections can come to.
+
+    Raises:
+        SlmError: When the address is taken or not this machine's.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "another --port, or another --host") from None
 
 
 def _api_keys(file: Path | None) -> list[str]:
@@ -140,17 +150,14 @@ def _api_keys(file: Path | None) -> list[str]:
     return keys
 
 
-def _run(config: "uvicorn.Config") -> bool:
-    """Serves until it is stopped; says whether it could listen at all."""
+def _run(config: "uvicorn.Config", listening: socket.socket) -> None:
+    """Serves until it is stopped, and says where once it does."""
     import uvicorn
 
     class Server(uvicorn.Server):
-        async def startup(self, sockets: "list[socket.socket] | None" = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            for each in (each for server in self.servers for each in server.sockets):
-                address, port = each.getsockname()[:2]
-                say(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}/v1")
+            address, port = listening.getsockname()[:2]
+            say(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}/v1")
 
-    server = Server(config)
-    server.run()
-    return server.started
+    Server(config).run(sockets=[listening])

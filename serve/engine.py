@@ -191,7 +191,7 @@ class Engine:
         self._failed: str | None = None
         self._step_s = 0.0  # what a step takes, smoothed
         self._until = float("inf")
-        self.figures = Figures()
+        self.figures = Figures(cache_bytes=self._batch.bytes)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 

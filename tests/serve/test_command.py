@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,8 +62,12 @@ def test_it_serves_until_it_is_stopped(process: Any) -> None:
 
 
 def test_what_cannot_be_served_is_refused(slm: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path) -> None:
-    assert slm("serve", shared_checkpoint).code == 1
+    assert slm("serve", shared_checkpoint, "--port", 0).code == 1
     (tmp_path / "keys").write_text("\n")
-    result = slm("serve", "--api-key-file", tmp_path / "keys")
+    result = slm("serve", "--api-key-file", tmp_path / "keys", "--port", 0)
     assert result.code == 1 and "no API key" in result.err
-    assert slm("serve", "--adapter", "nameless").code == 2
+    assert slm("serve", "--adapter", "nameless", "--port", 0).code == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = slm("serve", "--port", taken.getsockname()[1])
+    error, hint = result.err.strip().splitlines()
+    assert result.code == 1 and "in use" in error and hint.startswith("hint: another --port")
