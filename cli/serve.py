@@ -86,8 +86,9 @@ def serve(
 
     from slm.loading import load, load_adapter
     from slm.runtime.decoder import OnnxDecoder
-    from slm.serve.app import Limits, Service, make_app
+    from slm.serve.app import make_app
     from slm.serve.engine import Engine
+    from slm.serve.service import Limits, Service
 
     return_freed_memory()
     keys = _api_keys(api_key_file)

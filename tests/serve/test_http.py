@@ -18,8 +18,9 @@ from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generate import generate
 from slm.runtime.model import Model
 from slm.runtime.sampling import Sampling
-from slm.serve.app import Limits, Service, make_app
+from slm.serve.app import make_app
 from slm.serve.engine import Engine, Ticket
+from slm.serve.service import Limits, Service
 
 NAME = "random"
 

@@ -1,0 +1,58 @@
+"""What is served, and what one request may take."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from slm.runtime.adapters import Adapter
+from slm.runtime.model import Model
+from slm.serve.constraint import Grammars
+from slm.serve.engine import Engine
+from slm.serve.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take.
+
+    Attributes:
+        body_bytes: Of its body.
+        prompt_tokens: Of its prompt; None leaves it to the context.
+        new_tokens: Of each answer; also what it gets when it does not say.
+        seconds: Until its answers are cut off.
+        texts: Answers it may ask for at once.
+    """
+
+    body_bytes: int = 1 << 20
+    prompt_tokens: int | None = None
+    new_tokens: int = 1024
+    seconds: float = 300.0
+    texts: int = 16
+
+
+@dataclass
+class Service:
+    """What the interface serves.
+
+    Attributes:
+        model: The base.
+        name: What requests call it.
+        engine: Runs it.
+        adapters: Others, by what requests call them.
+        limits: What one request may take.
+        keys: API keys, one of which a request must have; none, and everybody may ask.
+        grace_s: How long answers under way may go on when the server is stopped.
+    """
+
+    model: Model
+    name: str
+    engine: Engine
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    limits: Limits = Limits()
+    keys: Sequence[str] = ()
+    grace_s: float = 30.0
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.engine)
+        self.grammars = Grammars(self.model.tokenizer, self.model.decoder.vocab_size, self.model.stop_token_ids)
