@@ -123,19 +123,20 @@ def export(
 
 
 def _export_adapter(checkpoint: Path | None, adapter: Path | None, out: Path | None, as_json: bool) -> None:
+    from slm.core.adapter_base import check_base
     from slm.core.checkpoint import read_config
     from slm.core.weights import weights_sha256
-    from slm.finetune.merge import check_base
     from slm.interchange.onnx_adapter import slot_arrays, write_onnx_adapter
     from slm.runtime.adapters import SUFFIX, Adapter
 
     if adapter is None:
         raise click.UsageError("--onnx-adapter needs --adapter DIR")
     base = checkpoint or _base_of(adapter)
-    check_base(base, adapter)
-    made = Adapter(adapter.resolve().name, slot_arrays(adapter, read_config(base)))
+    config, weights = read_config(base), weights_sha256(base)
+    check_base(adapter, base, weights)
+    made = Adapter(adapter.resolve().name, slot_arrays(adapter, config))
     path = out or adapter.with_name(f"{made.name}{SUFFIX}")
-    write_onnx_adapter(path, made, weights_sha256(base))
+    write_onnx_adapter(path, made, weights)
     if as_json:
         print_json({"adapter": str(path), "bytes": path.stat().st_size, "products": len(made.arrays) // 2})
     else:

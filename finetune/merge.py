@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from slm.core.adapter_base import check_base
 from slm.core.checkpoint import notices_of, read_info
-from slm.core.errors import SlmError
 from slm.core.files import sha256_file
 from slm.core.licence import modified, recorded_notices
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
@@ -18,9 +18,9 @@ def merge(base: Path, adapter: Path) -> CausalLM:
     The arithmetic is float32. A tied head stays tied: a trained row is the embedding's and the head's.
 
     Raises:
-        SlmError: When the adapter is damaged, does not fit, or was trained on other weights than the base's.
+        SlmError: When the adapter is damaged, does not fit, or was trained on another base.
     """
-    check_base(base, adapter)
+    check_base(adapter, base, weights_sha256(base) if has_weights(base) else None)
     model = load_checkpoint(base)
     # peft puts plain modules back where it had wrapped them, inside the model itself.
     load_adapter(model, adapter).merge_and_unload()
@@ -46,21 +46,3 @@ def merged_checkpoint(base: Path, adapter: Path, out: Path) -> None:
         "notices": modified(notices, "merged with a LoRA adapter"),
     }
     save_checkpoint(out, model, Tokenizer.load(base), info)
-
-
-def check_base(base: Path, adapter: Path) -> None:
-    """Compares the base with the one that an adapter says it was trained on; an adapter made elsewhere may not say.
-
-    Raises:
-        SlmError: When the weights are others; both are named.
-    """
-    recorded = read_info(adapter).get("base")
-    if not isinstance(recorded, dict) or not has_weights(base):
-        return
-    wanted, found = recorded.get("weights_sha256"), weights_sha256(base)
-    if wanted != found:
-        other = f"{recorded.get('path')} (weights {str(wanted)[:12]})"
-        raise SlmError(
-            f"{adapter} was trained on {other}, not on {base} ({found[:12]})",
-            "name the checkpoint that it was trained on, or fine-tune again on this one",
-        )

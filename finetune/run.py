@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from slm.core.adapter_base import base_record
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.config import ModelConfig
@@ -18,7 +19,6 @@ from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_noti
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
-from slm.core.weights import weights_sha256
 from slm.finetune.adapter import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -152,7 +152,7 @@ def finetune(
     precision = choose_precision("auto", capability(device), config.hidden_size)
     course = {
         "settings": settings.model_dump(mode="json"),
-        "base": {"path": str(base.resolve()), "weights_sha256": weights_sha256(base)},
+        "base": base_record(base, tokenizer),
         "data": _provenance(data),
         "validation": None if validation is None else _provenance(validation),
         "skip_bad": skip_bad,

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from slm.core.checkpoint import read_info
+from slm.core.adapter_base import check_base
 from slm.core.config import ModelConfig
 from slm.core.contract import product_sizes, slot_names
 from slm.core.errors import SlmError
@@ -40,13 +40,7 @@ def adapter_from_peft(path: Path, bundle: Bundle) -> Adapter:
             magnitudes, rows of the embedding.
     """
     check_slots_of(bundle)
-    recorded = read_info(path).get("base")
-    base = bundle.manifest.provenance.get("weights_sha256")
-    if isinstance(recorded, dict) and base and recorded.get("weights_sha256") not in (None, base):
-        raise SlmError(
-            f"{path} was trained on other weights than {bundle.path} was exported from ({recorded.get('path')})",
-            "name the bundle of its own base",
-        )
+    check_base(path, bundle.path, bundle.manifest.provenance.get("weights_sha256"))
     return checked(Adapter(path.resolve().name, slot_arrays(path, bundle.config)), bundle, path)
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 
 import slm as package
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint
 from slm.export.bundle import export_bundle
-from slm.finetune.adapter import adapter_state, attach, save_adapter
+from slm.finetune.adapter import adapter_state, attach, load_adapter, save_adapter
 from slm.finetune.merge import merge
 from slm.finetune.settings import FinetuneSettings
 from slm.interchange.onnx_adapter import adapter_from_peft, write_onnx_adapter
@@ -81,6 +83,29 @@ def test_an_adapter_in_slots_is_the_merged_model(
     name = next(name for name in adapter.arrays if name.endswith("qkv_proj.B"))
     shifted = Adapter("wrong", adapter.arrays | {name: np.roll(adapter.arrays[name], 1, axis=2)})
     assert np.abs(answer(slotted, shifted, ids) - wanted).max() > 10 * TOLERANCE
+
+
+def test_every_way_to_deploy_an_adapter_gives_the_same_logits(
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path
+) -> None:
+    """PyTorch with the adapter beside the weights and merged into them, PEFT on transformers, a file in onnxruntime."""
+    path = make_adapter(tmp_path / "a", shared_checkpoint)
+    file = tmp_path / "a.onnx_adapter"
+    write_onnx_adapter(file, adapter_from_peft(path, slotted), slotted.manifest.provenance["weights_sha256"])
+    ids = rows(slotted)
+    tokens = torch.from_numpy(ids)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(shared_checkpoint, attn_implementation="eager")
+    with torch.inference_mode():
+        ways = {
+            "unmerged": load_adapter(load_checkpoint(shared_checkpoint), path)(tokens).numpy(),
+            "merged": merged_logits(shared_checkpoint, path, ids),
+            "PEFT": peft.PeftModel.from_pretrained(theirs, path)(tokens).logits.numpy(),
+            "onnxruntime": answer(slotted, read_adapter(file, slotted), ids),
+        }
+    far = {name: float(np.abs(logits - ways["unmerged"]).max()) for name, logits in ways.items()}
+    assert max(far.values()) < TOLERANCE, far
+    other = make_adapter(tmp_path / "b", shared_checkpoint, seed=2)
+    assert np.abs(merged_logits(shared_checkpoint, other, ids) - ways["unmerged"]).max() > 100 * TOLERANCE
 
 
 def test_without_an_adapter_it_is_the_base_bit_for_bit(
@@ -204,9 +229,12 @@ def test_what_slots_do_not_hold_is_refused(
         adapter_from_peft(make_adapter(tmp_path / "dora", shared_checkpoint, dora=True), slotted)
     with refused(match="more than the slots' products"):
         adapter_from_peft(make_adapter(tmp_path / "turns", shared_checkpoint, token_ids=(1, 2)), slotted)
-    (plain / "slm.json").write_text(json.dumps({"base": {"path": "elsewhere", "weights_sha256": "0" * 64}}))
-    with refused(match="other weights"):
-        adapter_from_peft(plain, slotted)
+    for key, words in (("weights_sha256", "trained on elsewhere"), ("tokenizer_sha256", "another tokenizer")):
+        (plain / "slm.json").write_text(json.dumps({"base": {"path": "elsewhere", key: "0" * 64}}))
+        with refused(match=words):
+            adapter_from_peft(plain, slotted)
+        with refused(match=words):
+            merge(shared_checkpoint, plain)
     good = adapter_from_peft(make_adapter(tmp_path / "good", shared_checkpoint), slotted)
     name, array = next(iter(good.arrays.items()))
     for wrong, words in (
