@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse
 
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
-from slm.serve.answers import adapter_of, answer, prompts_of
+from slm.serve.answers import adapter_of, answer, aside, prompts_of
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
+from slm.serve.replies import Card, Cards, ChatCompletion, Status, TextCompletion, answered_or_refused, refused
 from slm.serve.schema import ChatRequest, CompletionRequest
 from slm.serve.service import Service
 from slm.serve.shapes import Chat, Completion, card
@@ -30,49 +31,70 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_envelopes(app)
     app.add_middleware(Guard, service=service)
+    unwell: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "the engine has ended"}}
 
-    @app.get("/health")
+    @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> Response:
         failed = service.engine.failed
         return JSONResponse({"status": failed or "ok"}, 503 if failed else 200)
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> Response:
-        busy = service.engine.failed is not None
-        return JSONResponse({"status": "not ready" if busy else "ready"}, 503 if busy else 200)
+        takes = service.engine.open
+        return JSONResponse({"status": "ready" if takes else "not ready"}, 200 if takes else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(service, name) for name in (service.name, *service.adapters)]}
+    @app.get("/v1/models", response_model=Cards, responses=refused(401))
+    async def models() -> Response:
+        names = (service.name, *service.adapters)
+        return JSONResponse({"object": "list", "data": [card(service, name) for name in names]})
 
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name}", response_model=Card, responses=refused(401, 404))
+    async def model(name: str) -> Response:
         adapter_of(service, name)
-        return card(service, name)
+        return JSONResponse(card(service, name))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answered_or_refused())
     async def chat(request: ChatRequest, connection: Request) -> Response:
         messages = [
             Message(role="system" if each.role == "developer" else each.role, content=each.text)
             for each in request.messages
         ]
         try:
-            ids = chat_ids(service.model.tokenizer, messages)
+            size = sum(len(message["content"]) for message in messages)
+            ids = await aside(size, lambda: chat_ids(service.model.tokenizer, messages))
         except SlmError as error:
             raise Refused(400, said(error), param="messages") from None
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens or request.max_tokens
         return await answer(service, request, connection, [ids], limit, top, Chat())
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=TextCompletion, responses=answered_or_refused())
     async def completions(request: CompletionRequest, connection: Request) -> Response:
         if request.echo:
             raise Refused(400, "echo is not done here", param="echo")
-        prompts = prompts_of(service, request.prompt)
+        prompts = await prompts_of(service, request.prompt)
         return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
 
+    described = app.openapi
+
+    def description() -> dict[str, Any]:
+        """What FastAPI says, but for what it would answer itself to a field that will not do: here that is a 400."""
+        whole = described()
+        for path in whole["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            whole["components"]["schemas"].pop(unused, None)
+        if service.keys:
+            whole["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for name, path in whole["paths"].items():
+                for operation in path.values() if name.startswith("/v1/") else ():
+                    operation["security"] = [{"key": []}]
+        return whole
+
+    app.openapi = description  # type: ignore[method-assign]  # as FastAPI's documentation has it
     return app

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
@@ -16,6 +16,10 @@ from slm.runtime.memory import Array
 
 # Schemas that were compiled already.
 _KEPT = 64
+# Characters of what the library says that are passed on.
+_QUOTED = 200
+# What one schema may take: some 20 ms a token and 50 MB, by the library's figures. Its verbose errors would quote the text.
+_LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
 
 
 class Grammars:
@@ -27,27 +31,45 @@ class Grammars:
         self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(stop_tokens))
         self._compiled = lru_cache(_KEPT)(self._compile)
 
-    def json(self, schema: dict[str, Any] | None) -> "JsonConstraint":
-        """Returns what keeps an answer to a schema; to any object where there is none.
+    def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "list[JsonConstraint]":
+        """Returns what keeps each of several answers to a schema; to any object where there is none.
+
+        Takes up to seconds for a large one.
 
         Raises:
             SlmError: When the schema is none, or asks for what cannot be kept to.
         """
-        grammar = self._compiled(json.dumps({"type": "object"} if schema is None else schema))
-        matcher = LLMatcher(self._tokenizer, grammar)
-        if matcher.is_error():
-            raise SlmError(f"the schema cannot be kept to: {matcher.get_error()}", "a simpler one")
-        return JsonConstraint(matcher, self._vocab_size)
+        grammar = self._compiled(_dumped({"type": "object"} if schema is None else schema))
+        first = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        first.compute_bitmask()  # what is too much shows here mostly, and before anything has been read
+        _check(first)
+        return [JsonConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
 
     def _compile(self, schema: str) -> str:
         try:
             grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
         except ValueError as error:
-            raise SlmError(f"the schema cannot be kept to: {str(error).splitlines()[0]}", "a simpler one") from None
-        problem = LLMatcher.validate_grammar(grammar, self._tokenizer)
+            raise _impossible(str(error)) from None
+        problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=_LIMITS)
         if problem:
-            raise SlmError(f"the schema cannot be kept to: {problem.splitlines()[0]}", "a simpler one")
+            raise _impossible(problem)
         return grammar
+
+
+def _dumped(schema: dict[str, Any]) -> str:
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise _impossible("it is nested too deeply") from None
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        raise _impossible(matcher.get_error())
+
+
+def _impossible(why: str) -> SlmError:
+    return SlmError(f"the schema cannot be kept to: {why.splitlines()[0][:_QUOTED]}", "a simpler one")
 
 
 class JsonConstraint:
@@ -57,13 +79,22 @@ class JsonConstraint:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def allowed(self) -> Array:
-        """Returns which tokens may come next, bool (V,)."""
+        """Returns which tokens may come next, bool (V,).
+
+        Raises:
+            SlmError: When it would take too long to find out.
+        """
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        _check(self._matcher)
         allowed: Array = np.unpackbits(words, bitorder="little")[: self._vocab_size].astype(bool)
         return allowed
 
     def accept(self, token: int) -> bool:
-        """Takes the token that was chosen; says whether the answer is complete with it."""
-        if not self._matcher.consume_token(token):
-            raise SlmError(f"token {token} does not keep to the schema: {self._matcher.get_error()}")
+        """Takes the token that was chosen; says whether the answer is complete with it.
+
+        Raises:
+            SlmError: When it would take too long to find out.
+        """
+        self._matcher.consume_token(token)
+        _check(self._matcher)
         return bool(self._matcher.is_stopped())

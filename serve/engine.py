@@ -37,6 +37,10 @@ class Full(SlmError):
     """No room for another text now."""
 
 
+class Closed(SlmError):
+    """No more texts are taken."""
+
+
 class Constraint(Protocol):
     """What a text must keep to."""
 
@@ -59,6 +63,7 @@ class Ask:
         logprobs: How many of the likeliest tokens each piece names; None for none of it.
         adapter: The adapter to answer with.
         constraint: What the text must keep to.
+        ignore_end: Whether tokens that end a text do not end this one.
         deadline: When it is to end at the latest, in `time.monotonic`'s seconds.
     """
 
@@ -69,6 +74,7 @@ class Ask:
     logprobs: int | None = None
     adapter: Adapter | None = None
     constraint: Constraint | None = None
+    ignore_end: bool = False
     deadline: float | None = None
 
 
@@ -83,7 +89,8 @@ class Done:
         new_tokens: New ones, an end token left out.
         waited_s: From asking until the prompt was begun.
         ttft_s: From asking to the first new token; None where there was none.
-        error: What went wrong, where something did.
+        took_s: From asking to the end.
+        error: What went wrong, where something did: with this text alone, unless the engine has failed.
     """
 
     reason: Reason
@@ -92,6 +99,7 @@ class Done:
     new_tokens: int
     waited_s: float
     ttft_s: float | None
+    took_s: float
     error: str | None = None
 
 
@@ -154,6 +162,8 @@ class Engine:
 
     Attributes:
         figures: What it has done; read, never written, by others.
+        delivered: Called by its thread when everything that there is now has been delivered, which is about once a step.
+        ended: Called by its thread with the end of each text.
     """
 
     def __init__(
@@ -192,6 +202,8 @@ class Engine:
         self._step_s = 0.0  # what a step takes, smoothed
         self._until = float("inf")
         self.figures = Figures(cache_bytes=self._batch.bytes)
+        self.delivered: Callable[[], None] = lambda: None
+        self.ended: Callable[[Done], None] = lambda done: None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -205,19 +217,25 @@ class Engine:
         """What ended the engine, where something did."""
         return self._failed
 
+    @property
+    def open(self) -> bool:
+        """Whether it takes texts, room being left."""
+        return not self._closing and self._failed is None
+
     def submit(self, ask: Ask, deliver: Deliver) -> Ticket:
         """Takes a text; pieces and the end come to `deliver`.
 
         Raises:
             Full: When as many wait as may.
-            SlmError: When the prompt or a value will not do, or the engine has ended.
+            Closed: When the engine is closing, or has ended.
+            SlmError: When the prompt or a value will not do.
         """
         check_request(self._decoder, ask.prompt, ask.max_new_tokens, ask.logprobs)
         sampler = Sampler(ask.sampling, ask.prompt, self._decoder.vocab_size)
         ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), StopTexts(ask.stop))
         with self._changed:
-            if self._closing or self._failed:
-                raise SlmError(self._failed or "the server is shutting down", "ask another one")
+            if not self.open:
+                raise Closed(self._failed or "the server is shutting down", "ask another one")
             free = self._batch.slots - len(self._running)
             if len(self._waiting) >= self._queue + free:
                 self.figures.refused += 1
@@ -261,7 +279,8 @@ class Engine:
             left = [*self._running, *self._waiting]
             self._waiting.clear()
         for ticket in left:
-            self._end(ticket, "error" if self._failed else "cancelled")
+            self._end(ticket, "error" if self._failed else "cancelled", self._failed)
+        self.delivered()
 
     def _turn(self) -> bool:
         """Admits, ends, reads and steps once; waits when there is nothing to do. Says whether to go on."""
@@ -284,9 +303,11 @@ class Engine:
         reading = next((ticket for ticket in self._running if not ticket.tokens and self._unread(ticket)), None)
         if reading is not None:
             self._read_on(reading)
+            self.delivered()
         self._step([ticket for ticket in self._running if ticket.tokens])
         self.figures.running = len(self._running)
         self.figures.cache_bytes = self._batch.bytes + sum(cache.bytes for cache in self._prefixes.values())
+        self.delivered()
         return True
 
     def _over(self, ticket: Ticket) -> bool:
@@ -345,7 +366,13 @@ class Engine:
             self._choose(rows[slot], logits)
 
     def _choose(self, ticket: Ticket, logits: Array) -> None:
-        """Chooses a text's next token and delivers it; ends the text where that ends it."""
+        """Chooses a text's next token and delivers it; ends the text where that ends it, or where none can be chosen."""
+        try:
+            self._choose_of(ticket, logits)
+        except SlmError as error:  # with a schema or a bias of its own, which is nobody else's affair
+            self._end(ticket, "error", error.message)
+
+    def _choose_of(self, ticket: Ticket, logits: Array) -> None:
         ask = ticket.ask
         chosen_from = logits
         if ask.constraint is not None:
@@ -353,7 +380,7 @@ class Engine:
         token = ticket.sampler.choose(chosen_from)
         if ticket.first is None:
             ticket.first = time.monotonic()
-        if token in self._stop_tokens:
+        if token in self._stop_tokens and not ask.ignore_end:
             self._end(ticket, "end")
             return
         complete = ask.constraint is not None and ask.constraint.accept(token)
@@ -379,7 +406,7 @@ class Engine:
         except Exception:  # whoever listened is gone; the others are not to suffer for it
             ticket.cancelled = True
 
-    def _end(self, ticket: Ticket, reason: Reason) -> None:
+    def _end(self, ticket: Ticket, reason: Reason, error: str | None = None) -> None:
         if ticket.slot is not None:
             self._batch.release(ticket.slot)
             ticket.slot = None
@@ -396,6 +423,8 @@ class Engine:
             len(ticket.tokens),
             (ticket.begun or time.monotonic()) - ticket.asked,
             None if ticket.first is None else ticket.first - ticket.asked,
-            self._failed if reason == "error" else None,
+            time.monotonic() - ticket.asked,
+            error,
         )
+        self.ended(done)
         self._deliver(ticket, done)

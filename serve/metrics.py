@@ -13,11 +13,12 @@ _RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """Counters of an engine, and how its texts went."""
+    """Counters of an engine, and how its texts went, those too whose clients have gone."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Figures(engine))
+        engine.ended = self.ended
         self._ttft = Histogram(
             "slm_time_to_first_token_seconds",
             "From asking to the first token.",
@@ -31,13 +32,13 @@ class Metrics:
             "slm_text_tokens_per_second", "New tokens of a text.", registry=self._registry, buckets=_RATES
         )
 
-    def ended(self, done: Done, seconds: float) -> None:
-        """Takes a text that ended, and what it took from asking to its end."""
+    def ended(self, done: Done) -> None:
+        """Takes a text that ended."""
         self._waited.observe(done.waited_s)
         if done.ttft_s is not None:
             self._ttft.observe(done.ttft_s)
-            if done.new_tokens > 1 and seconds > done.ttft_s:
-                self._rate.observe((done.new_tokens - 1) / (seconds - done.ttft_s))
+            if done.new_tokens > 1 and done.took_s > done.ttft_s:
+                self._rate.observe((done.new_tokens - 1) / (done.took_s - done.ttft_s))
 
     def text(self) -> bytes:
         """Returns all of it in Prometheus's text format."""

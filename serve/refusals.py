@@ -2,16 +2,19 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from slm.core.errors import SlmError
 
 log = logging.getLogger("slm.serve")
+
+# Of what somebody sent, no more than this comes back in a message.
+_QUOTED = 200
 
 
 class Refused(Exception):
@@ -28,7 +31,7 @@ class Refused(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = {"error": {"message": _short(message), "type": kind, "param": param, "code": code}}
 
 
 def add_envelopes(app: FastAPI) -> None:
@@ -40,17 +43,15 @@ def add_envelopes(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return sent(Refused(400, f"{where}: {message}" if where else message, param=where))
+        return sent(_invalid(error.errors()))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return sent(Refused(error.status_code, str(error.detail), headers=error.headers))
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        log.error(json.dumps({"path": request.url.path, "error": f"{type(error).__name__}: {error}"}))
+        # Not what it says: that may quote the text.
+        log.error(json.dumps({"path": request.url.path, "error": type(error).__name__}))
         return sent(Refused(500, "something went wrong here", "server_error"))
 
     app.add_exception_handler(Refused, refused)
@@ -59,11 +60,36 @@ def add_envelopes(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def sent(refused: Refused) -> JSONResponse:
+def sent(refused: Refused) -> Response:
     """Returns the response that says so."""
-    return JSONResponse(refused.body, refused.status, refused.headers)
+    # In ASCII: what is quoted may have halves of characters, which UTF-8 has no bytes for.
+    return Response(json.dumps(refused.body), refused.status, refused.headers, "application/json")
 
 
 def said(error: SlmError) -> str:
     """Returns what is wrong and what to do about it, in one line."""
     return error.message if error.hint is None else f"{error.message}; {error.hint}"
+
+
+def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refused:
+    """Returns what is wrong with the first field that is; where it may be one of several things, all of them."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return Refused(400, "the body is not JSON")
+    where = _where(first)
+    same = [each for each in errors if f"{_where(each)}.".startswith(f"{where}.")]
+    wrongs = [str(each["msg"]).removeprefix("Value error, ") for each in same]
+    wrong = "; or: ".join(dict.fromkeys(wrongs))
+    return Refused(400, f"{_short(where)}: {wrong}" if where else wrong, param=_short(where) if where else None)
+
+
+def _where(error: Mapping[str, Any]) -> str:
+    """Returns the path of a field, without what pydantic adds for the kinds it may be of."""
+    parts = [part for part in error["loc"] if part != "body"]
+    if error["type"] != "extra_forbidden":
+        parts = [part for part in parts if not isinstance(part, str) or (part != "str" and "[" not in part)]
+    return ".".join(map(str, parts))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…"

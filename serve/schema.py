@@ -2,10 +2,26 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
+
+
+def _whole(text: str) -> str:
+    """JSON can spell halves of characters (a surrogate alone), of which no UTF-8 can be made."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half a character, a surrogate without the other one") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+StopText = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class _Strict(BaseModel):
@@ -16,15 +32,15 @@ class TextPart(_Strict):
     """Text in a message of several parts."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Strict):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    name: Text | None = None
 
     @property
     def text(self) -> str:
@@ -35,9 +51,9 @@ class ChatMessage(_Strict):
 class JsonSchema(_Strict):
     """A schema and its name."""
 
-    name: str
+    name: Text
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    description: str | None = None
+    description: Text | None = None
     strict: bool | None = None
 
 
@@ -63,34 +79,29 @@ class StreamOptions(_Strict):
 class Request(_Strict):
     """What chats and completions have in common; fields of ours begin at top_k."""
 
-    model: str
-    stream: bool = False
+    model: Text
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
-    user: str | None = None
+    logit_bias: dict[Digits, Bias] | None = None
+    user: Text | None = None
     response_format: ResponseFormat | None = None
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
+    ignore_eos: bool | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> "Request":
-        stops = self.stops
-        if len(stops) > MOST_STOPS or not all(stops):
-            raise ValueError(f"stop has at most {MOST_STOPS} texts, none of them empty")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream")
-        for token, bias in (self.logit_bias or {}).items():
-            if not (token.isascii() and token.isdecimal() and len(token) < 10 and -100 <= bias <= 100):
-                raise ValueError("logit_bias has token ids with numbers from -100 to 100")
         return self
 
     @property
@@ -118,7 +129,12 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """A text to continue, or several."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
     max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None

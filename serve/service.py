@@ -1,5 +1,6 @@
 """What is served, and what one request may take."""
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from slm.runtime.adapters import Adapter
 from slm.runtime.model import Model
 from slm.serve.constraint import Grammars
 from slm.serve.engine import Engine
+from slm.serve.inbox import Post
 from slm.serve.metrics import Metrics
 
 
@@ -21,6 +23,7 @@ class Limits:
         new_tokens: Of each answer; also what it gets when it does not say.
         seconds: Until its answers are cut off.
         texts: Answers it may ask for at once.
+        patience_s: How long a client may take to send a piece of its body, or to read what it is sent.
     """
 
     body_bytes: int = 1 << 20
@@ -28,6 +31,7 @@ class Limits:
     new_tokens: int = 1024
     seconds: float = 300.0
     texts: int = 16
+    patience_s: float = 60.0
 
 
 @dataclass
@@ -56,3 +60,11 @@ class Service:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
         self.grammars = Grammars(self.model.tokenizer, self.model.decoder.vocab_size, self.model.stop_token_ids)
+        self._post: Post | None = None
+
+    def post(self, loop: asyncio.AbstractEventLoop) -> Post:
+        """Returns what brings the engine's events to an event loop: to one, all the time."""
+        if self._post is None or self._post.loop is not loop:
+            self._post = Post(loop)
+            self.engine.delivered = self._post.deliver
+        return self._post

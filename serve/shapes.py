@@ -1,6 +1,7 @@
 """How answers are put into OpenAI's JSON."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from slm.runtime.model import Model
@@ -35,8 +36,8 @@ class Chat:
         """Returns a stream's piece; None is that of the end."""
         return {"delta": {} if text is None else {"content": text}}
 
-    def logprobs(self, model: Model, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Returns how likely the tokens were."""
+    def logprobs(self, model: Model, pieces: Sequence[Piece], start: int = 0) -> tuple[dict[str, Any], int]:
+        """Returns how likely the tokens were, which begin after so many characters, and after how many they end."""
 
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
             text = model.tokenizer.text_of(token)
@@ -47,7 +48,7 @@ class Chat:
             entry(piece.token or 0, piece.logprob) | {"top_logprobs": [entry(*likely) for likely in piece.top]}
             for piece in known
         ]
-        return {"content": content, "refusal": None}
+        return {"content": content, "refusal": None}, 0
 
 
 class Completion:
@@ -67,20 +68,21 @@ class Completion:
         """Returns a stream's piece; None is that of the end."""
         return {"text": text or ""}
 
-    def logprobs(self, model: Model, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Returns how likely the tokens were."""
+    def logprobs(self, model: Model, pieces: Sequence[Piece], start: int = 0) -> tuple[dict[str, Any], int]:
+        """Returns how likely the tokens were, which begin after so many characters, and after how many they end."""
         known = [piece for piece in pieces if piece.token is not None]
         texts = [model.tokenizer.text_of(piece.token or 0) for piece in known]
-        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
-        return {
+        offsets = list(accumulate(map(len, texts), initial=start))
+        told = {
             "tokens": texts,
             "token_logprobs": [piece.logprob for piece in known],
             "top_logprobs": [
                 {model.tokenizer.text_of(token): value for token, value in piece.top} if piece.top else None
                 for piece in known
             ],
-            "text_offset": offsets,
+            "text_offset": offsets[:-1],
         }
+        return told, offsets[-1]
 
 
 Shape = Chat | Completion

@@ -1,73 +1,24 @@
 """The HTTP interface, asked by OpenAI's own client and by hand."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
 
 import slm
 from slm.core.chat import chat_ids
 from slm.core.manifest import Bundle
-from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generate import generate
 from slm.runtime.model import Model
 from slm.runtime.sampling import Sampling
-from slm.serve.app import make_app
-from slm.serve.engine import Engine, Ticket
-from slm.serve.service import Limits, Service
+from slm.serve.engine import Ticket
+from slm.serve.service import Limits
 
 NAME = "random"
-
-
-class Running:
-    """A server on a free port."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-        self._server = uvicorn.Server(
-            uvicorn.Config(make_app(service), port=0, log_config=None, timeout_graceful_shutdown=2)
-        )
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        for _ in range(1000):
-            if self._server.started:
-                break
-            time.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-
-    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(30)
-
-
-@pytest.fixture
-def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
-    running: list[Running] = []
-
-    def start(limits: Limits | None = None, keys: tuple[str, ...] = (), **options: Any) -> Running:
-        model = slm.load(shared_bundle.path)
-        assert isinstance(model.decoder, OnnxDecoder)
-        engine = Engine(model.decoder, model.tokenizer, model.stop_token_ids, **options)
-        service = Service(model, NAME, engine, limits=limits or Limits(new_tokens=64), keys=keys, grace_s=1)
-        running.append(Running(service))
-        return running[-1]
-
-    yield start
-    for each in running:
-        each.stop()
 
 
 def alone(bundle: Bundle, ids: list[int], new: int, **sampling: Any) -> str:
@@ -80,7 +31,7 @@ def alone(bundle: Bundle, ids: list[int], new: int, **sampling: Any) -> str:
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
 
-def test_completions_are_what_generating_gives(serve: Callable[..., Running], shared_bundle: Bundle) -> None:
+def test_completions_are_what_generating_gives(serve: Callable[..., Any], shared_bundle: Bundle) -> None:
     running = serve()
     client = running.client()
     ids = slm.load(shared_bundle.path).tokenizer.encode("The fox")
@@ -99,7 +50,7 @@ def test_completions_are_what_generating_gives(serve: Callable[..., Running], sh
     assert [choice.text for choice in again.choices] == [choice.text for choice in seeded.choices]
 
 
-def test_chats_are_asked_in_the_turns_that_were_trained(serve: Callable[..., Running], shared_bundle: Bundle) -> None:
+def test_chats_are_asked_in_the_turns_that_were_trained(serve: Callable[..., Any], shared_bundle: Bundle) -> None:
     client = serve().client()
     model = slm.load(shared_bundle.path)
     ids = chat_ids(model.tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}])
@@ -116,7 +67,7 @@ def test_chats_are_asked_in_the_turns_that_were_trained(serve: Callable[..., Run
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_stream_is_the_whole_answer(serve: Callable[..., Running], n: int) -> None:
+def test_a_stream_is_the_whole_answer(serve: Callable[..., Any], n: int) -> None:
     client = serve().client()
     messages: Any = [{"role": "user", "content": "Hi."}]
     options: Any = {"model": NAME, "messages": messages, "max_tokens": 12, "seed": 3, "n": n}
@@ -132,7 +83,7 @@ def test_a_stream_is_the_whole_answer(serve: Callable[..., Running], n: int) -> 
     assert usage is not None and whole.usage is not None and usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_stop_texts_and_completions_in_streams(serve: Callable[..., Running]) -> None:
+def test_stop_texts_and_completions_in_streams(serve: Callable[..., Any]) -> None:
     client = serve().client()
     whole = client.completions.create(model=NAME, prompt="The fox", temperature=0, max_tokens=40).choices[0].text
     stop = next(whole[i : i + 2] for i in range(3, len(whole)) if "�" not in whole[i : i + 2])
@@ -144,7 +95,7 @@ def test_stop_texts_and_completions_in_streams(serve: Callable[..., Running]) ->
     assert "".join(chunk.choices[0].text for chunk in stream) == cut.choices[0].text
 
 
-def test_answers_keep_to_a_schema(serve: Callable[..., Running]) -> None:
+def test_answers_keep_to_a_schema(serve: Callable[..., Any]) -> None:
     client = serve().client()
     schema = {
         "type": "object",
@@ -177,8 +128,8 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_to
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
-        ({"stop": [""]}, None),
-        ({"stop": ["a"] * 17}, None),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 65}, "max_tokens"),
         ({"messages": []}, "messages"),
@@ -187,14 +138,14 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_to
         ({"tools": []}, "tools"),
         ({"top_logprobs": 2}, None),
         ({"stream_options": {"include_usage": True}}, None),
-        ({"logit_bias": {"x": 1}}, None),
-        ({"logit_bias": {"1": 101}}, None),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"seed": 2**63}, "seed"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_field_is_named(serve: Callable[..., Running], change: dict[str, Any], param: str | None) -> None:
+def test_a_wrong_field_is_named(serve: Callable[..., Any], change: dict[str, Any], param: str | None) -> None:
     response = serve().post("/v1/chat/completions", CHAT | change)
     assert response.status_code == 400
     error = response.json()["error"]
@@ -202,15 +153,13 @@ def test_a_wrong_field_is_named(serve: Callable[..., Running], change: dict[str,
     assert error["param"] == param
 
 
-def test_what_is_no_request_is_refused_in_the_envelope(serve: Callable[..., Running]) -> None:
+def test_what_is_no_request_is_refused_in_the_envelope(serve: Callable[..., Any]) -> None:
     running = serve(Limits(body_bytes=1000, new_tokens=64, prompt_tokens=20))
     for body, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b" " * 1001, 413)):
         response = httpx.post(
             f"{running.url}/v1/completions", content=body, headers={"content-type": "application/json"}
         )
         assert response.status_code == status and response.json()["error"]["message"]
-    response = httpx.post(f"{running.url}/v1/completions", content=iter([b"{}"]))
-    assert response.status_code == 411
     assert running.post("/v1/nothing", {}).status_code == 404
     response = running.post("/v1/chat/completions", CHAT | {"model": "other"})
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
@@ -222,7 +171,7 @@ def test_what_is_no_request_is_refused_in_the_envelope(serve: Callable[..., Runn
     assert response.status_code in (200, 400)
 
 
-def test_keys_are_asked_for(serve: Callable[..., Running]) -> None:
+def test_keys_are_asked_for(serve: Callable[..., Any]) -> None:
     running = serve(keys=("first", "second"))
     assert [model.id for model in running.client("second").models.list()] == [NAME]
     with pytest.raises(openai.AuthenticationError):
@@ -230,7 +179,7 @@ def test_keys_are_asked_for(serve: Callable[..., Running]) -> None:
     assert httpx.get(f"{running.url}/health").status_code == 200  # probes have no key
 
 
-def slow_down(running: Running) -> None:
+def slow_down(running: Any) -> None:
     """Has every step take a tenth of a second."""
     step = running.service.engine._step
 
@@ -241,7 +190,7 @@ def slow_down(running: Running) -> None:
     running.service.engine._step = slow  # type: ignore[method-assign]
 
 
-def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Running]) -> None:
+def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Any]) -> None:
     running = serve(slots=1, queue=0)
     slow_down(running)
     stream = running.client().completions.create(model=NAME, prompt="One day", max_tokens=40, stream=True)
@@ -252,7 +201,7 @@ def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Running
     stream.close()
 
 
-def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Running]) -> None:
+def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Any]) -> None:
     running = serve(slots=1, limits=Limits(new_tokens=10_000))
     slow_down(running)
     stream = running.client().completions.create(model=NAME, prompt="One day", max_tokens=10_000, stream=True)
@@ -270,7 +219,7 @@ def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Running]) -
     assert sum(done.values()) == running.service.engine.figures.asked == 3
 
 
-def test_metrics_and_health(serve: Callable[..., Running]) -> None:
+def test_metrics_and_health(serve: Callable[..., Any]) -> None:
     running = serve()
     running.client().completions.create(model=NAME, prompt="One day", max_tokens=5, temperature=0)
     text = httpx.get(f"{running.url}/metrics").text
@@ -289,7 +238,7 @@ def test_metrics_and_health(serve: Callable[..., Running]) -> None:
     running.service.engine._failed = None
 
 
-def test_logs_say_nothing_of_the_text(serve: Callable[..., Running], caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_say_nothing_of_the_text(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="slm.serve")
     serve().client().completions.create(model=NAME, prompt="a secret", max_tokens=2)
     lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "slm.serve"]

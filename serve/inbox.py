@@ -1,0 +1,66 @@
+"""How what the engine's thread writes comes to the event loop: everything that a step made with one call.
+
+A call into the loop wakes it, and whatever it does then it does while the next step is computed, holding the lock that Python
+code needs: the fewer calls the better.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from slm.runtime.streaming import Piece
+from slm.serve.engine import Done
+
+Event = Piece | Done
+
+
+class Inbox:
+    """Events of one request's texts, by their index, until they are taken. For the event loop alone."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[int, Event]] = []
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, index: int, event: Event) -> None:
+        """Adds an event."""
+        self._events.append((index, event))
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def take(self) -> list[tuple[int, Event]]:
+        """Returns all events there are, in the order in which they came; waits for one. Whoever stops waiting loses none."""
+        while not self._events:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        taken, self._events = self._events, []
+        return taken
+
+
+class Post:
+    """Carries events to their inboxes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._underway: deque[tuple[Inbox, int, Event]] = deque()
+
+    def to(self, inbox: Inbox, index: int) -> Callable[[Event], None]:
+        """Returns what takes the events of one text, on any thread; they arrive after the next `deliver`."""
+
+        def take(event: Event) -> None:
+            self._underway.append((inbox, index, event))
+
+        return take
+
+    def deliver(self) -> None:
+        """Has the loop put everything into the inboxes; on any thread."""
+        if not self._underway:
+            return
+        try:
+            self.loop.call_soon_threadsafe(self._arrive)
+        except RuntimeError:  # the loop has ended, and with it everybody who waited
+            self._underway.clear()
+
+    def _arrive(self) -> None:
+        while self._underway:
+            inbox, index, event = self._underway.popleft()
+            inbox.put(index, event)
