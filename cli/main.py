@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": "Continue a text with a bundle or a checkpoint.",
     "chat": "Talk with a bundle or a checkpoint that was tuned on conversations.",
     "serve": "Answer over HTTP as OpenAI's API does.",
+    "web": "Serve or write a page that runs a bundle in the browser.",
     "bench": "Measure how fast a model answers, and in how much memory.",
     "info": "Say what an artifact is and how it was made.",
     "doctor": "Say what this machine has and what is missing.",

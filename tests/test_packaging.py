@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOMES = {"slm": "src/slm"} | {
     f"slm/{name}": name
-    for name in ("cli", "core", "export", "finetune", "interchange", "quantize", "runtime", "serve", "train")
+    for name in ("cli", "core", "export", "finetune", "interchange", "quantize", "runtime", "serve", "train", "web")
 }
 SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
-SHIPPED += ("LICENSE", "MODEL_CARD.md", "loss.png")
+SHIPPED += ("LICENSE", "MODEL_CARD.md", "loss.png", "*.html", "*.css", "*.js", "*.svg")
 
 
 def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -91,7 +91,7 @@ def test_the_edge_installation_answers(edge: Path, tmp_path: Path) -> None:
 def test_every_edge_module_imports_without_the_extras(edge: Path) -> None:
     modules = [
         f"slm.{home.name}.{path.stem}"
-        for home in (ROOT / "runtime", ROOT / "cli", ROOT / "core")
+        for home in (ROOT / "runtime", ROOT / "cli", ROOT / "core", ROOT / "web")
         for path in home.glob("*.py")
     ]
     run(edge / "python", "-c", ";".join(f"import {module}" for module in modules if "__init__" not in module))

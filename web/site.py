@@ -1,0 +1,288 @@
+"""The files of the site: the page, what it needs from npm, a bundle, and `site.json`, which says what there is.
+
+The same page has two modes. In `local` the browser fetches the bundle and runs it; in `server` it asks the server that the page
+came from, and nothing but the page is fetched.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slm.core.chat import Message, chat_ids, foreign_template, knows_turns
+from slm.core.checkpoint import INFO_FILE
+from slm.core.errors import SlmError
+from slm.core.files import atomic_directory, read_json, read_text, sha256_file
+from slm.core.licence import NOTICE_FILE
+from slm.core.manifest import MANIFEST_FILE, Bundle, FileEntry
+from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.version import __version__
+from slm.web.npm import HOME, packages, vendored
+
+SITE_FILE = "site.json"
+WORKER_FILE = "sw.js"
+HEADERS_FILE = "_headers"
+LICENCES_FILE = "licences.txt"
+VENDOR = "vendor"
+MODEL = "model"
+
+# The page itself; what talks to a server is no more than the first line of these.
+_SHELL = ("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js")
+_ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js")
+_TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
+# onnxruntime-web's programming interface, what starts WebAssembly, and WebAssembly itself; a build with WebGPU beside it.
+_RUNTIMES = {
+    "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
+    "webgpu": ("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm"),
+}
+
+# What every answer of a server has. The first lets the page run WebAssembly and ask its own server, and nothing else.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",  # asked again every time, and answered by what has not changed
+}
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+    ".wasm": "application/wasm",
+    ".txt": "text/plain; charset=utf-8",
+    ".LICENSE": "text/plain; charset=utf-8",
+}
+
+Content = Path | bytes
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site: its files by the paths that they have there.
+
+    Attributes:
+        fields: What `site.json` says; the files and the version are added.
+        contents: Every file but `site.json`, `sw.js` and `_headers`, where it lies or what is in it.
+    """
+
+    fields: Mapping[str, Any]
+    contents: Mapping[str, Content]
+
+    @cached_property
+    def entries(self) -> dict[str, FileEntry]:
+        """Size and hash of every file, as `site.json` has them."""
+        return {name: _entry(content) for name, content in sorted(self.contents.items())}
+
+    @cached_property
+    def files(self) -> dict[str, Content]:
+        """Every file."""
+        fields = {**self.fields, "slm": __version__}
+        files = {name: entry.model_dump() for name, entry in self.entries.items()}
+        version = hashlib.sha256(json.dumps([fields, files], sort_keys=True).encode()).hexdigest()[:16]
+        told = _json({**fields, "version": version, "files": files})
+        small = {name: entry.sha256 for name, entry in self.entries.items() if _small(name)}
+        known = {"version": version, "files": _integrities({**small, SITE_FILE: hashlib.sha256(told).hexdigest()})}
+        first = json.dumps(known if self.fields["mode"] == "local" else None)
+        worker = f"const SITE = {first};\n".encode() + (HOME / "static" / WORKER_FILE).read_bytes()
+        headers = "/*\n" + "".join(f"  {name}: {value}\n" for name, value in HEADERS.items())
+        return {**self.contents, SITE_FILE: told, WORKER_FILE: worker, HEADERS_FILE: headers.encode()}
+
+    @property
+    def version(self) -> str:
+        """What changes whenever a file does."""
+        version: str = json.loads(self.read(SITE_FILE))["version"]
+        return version
+
+    @property
+    def size(self) -> int:
+        """Size of all files."""
+        return sum(_entry(content).bytes for content in self.files.values())
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's contents."""
+        content = self.files[name]
+        return content if isinstance(content, bytes) else content.read_bytes()
+
+    def write(self, out: Path) -> None:
+        """Writes the site to a directory, whole or not at all; an older site there is replaced.
+
+        Raises:
+            SlmError: When something else stands there.
+        """
+        with atomic_directory(out, _ours(out)) as partial:
+            for name in self.files:
+                path = partial / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(self.read(name))
+
+
+def local_site(bundle: Bundle, name: str) -> Site:
+    """Returns the site of a bundle that the browser runs.
+
+    Args:
+        bundle: Opened, and so as it was sealed.
+        name: What the page calls it.
+
+    Raises:
+        SlmError: When no browser can run the bundle, or a file from npm is missing.
+    """
+    manifest = bundle.manifest
+    if manifest.device == "cuda":
+        raise SlmError(f"{bundle.path} was exported for CUDA, which no browser has", "slm export --onnx --device cpu")
+    runtimes = {kind: _RUNTIMES[kind] for kind in ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))}
+    needed = {*_TOKENIZERS, *(file for files in runtimes.values() for file in files)}
+    tokenizer = Tokenizer.load(bundle.path)
+    model = {f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle)}
+    contents: dict[str, Content] = {
+        **_page(_SHELL + _ENGINE),
+        **{f"{VENDOR}/{file}": path for file, path in vendored(sorted(needed)).items()},
+        **model,
+        LICENCES_FILE: _licences(bundle, needed).encode(),
+    }
+    turns = _turns(tokenizer)
+    parts = ("api", "glue", "wasm")
+    fields = {
+        "mode": "local",
+        "name": name,
+        "runtime": {
+            kind: {part: f"{VENDOR}/{file}" for part, file in zip(parts, files, strict=True)}
+            for kind, files in runtimes.items()
+        },
+        "model": {
+            "files": sorted(model),
+            "device": manifest.device,
+            "precision": manifest.precision,
+            "parameters": manifest.parameters,
+            "stop_token_ids": list(bundle.stop_token_ids),
+            "chat": turns is not None,
+            "system": turns == "system",
+            "tuned": knows_turns(_info(bundle), tokenizer),
+        },
+    }
+    return Site(fields, contents)
+
+
+def server_site(name: str, *, key: bool, chat: bool, tuned: bool) -> Site:
+    """Returns the site of a server that answers itself.
+
+    Args:
+        name: What the page calls it.
+        key: Whether requests need an API key.
+        chat: Whether the model knows turns.
+        tuned: Whether it was tuned on conversations.
+    """
+    model = {"chat": chat, "system": chat, "tuned": tuned}
+    return Site({"mode": "server", "name": name, "key": key, "model": model}, _page(_SHELL))
+
+
+def tuned_on_turns(bundle: Bundle, tokenizer: Tokenizer) -> bool:
+    """Says whether a bundle's model was tuned on conversations, as `slm chat` has it."""
+    return knows_turns(_info(bundle), tokenizer)
+
+
+def content_type(name: str) -> str:
+    """Returns the MIME type of a file."""
+    return _TYPES.get(Path(name).suffix, "application/octet-stream")
+
+
+def _page(names: tuple[str, ...]) -> dict[str, Content]:
+    return {name: HOME / "static" / name for name in names}
+
+
+def _needed(bundle: Bundle) -> list[str]:
+    """Returns the files of a bundle that the page reads, with the notices that must go along."""
+    manifest = bundle.manifest
+    graph = [name for name in manifest.files if name.startswith(manifest.model)]
+    optional = [name for name in (TOKENIZER_CONFIG_FILE, NOTICE_FILE) if name in manifest.files]
+    return [MANIFEST_FILE, TOKENIZER_FILE, *graph, *optional]
+
+
+def _info(bundle: Bundle) -> dict[str, Any]:
+    info = bundle.manifest.provenance.get(INFO_FILE)
+    return info if isinstance(info, dict) else {}
+
+
+def _turns(tokenizer: Tokenizer) -> str | None:
+    """Returns "system" where the page's turns are the model's, "plain" where that is so but for a system's, else None.
+
+    The page writes Gemma's turns and renders no templates: one that a model from elsewhere brings must come to the same ids.
+    """
+    asked: list[Message] = [{"role": "user", "content": "Who is there?"}]
+    answered: list[Message] = [*asked, {"role": "assistant", "content": "An owl, 3 years old."}, *asked]
+    told: list[Message] = [{"role": "system", "content": "Be brief."}, *asked]
+    config = {key: value for key, value in tokenizer.config.items() if key != "chat_template"}
+    ours = Tokenizer(tokenizer.backend, config)
+    try:
+        if foreign_template(tokenizer) is None:
+            chat_ids(ours, asked)
+            return "system"
+        same = [_ids(tokenizer, each) == chat_ids(ours, each) for each in (asked, answered, told)]
+    except SlmError:  # no turns, or a template that does not do
+        return None
+    return ("system" if same[2] else "plain") if all(same[:2]) else None
+
+
+def _ids(tokenizer: Tokenizer, messages: Any) -> list[int] | None:
+    try:
+        return chat_ids(tokenizer, messages)
+    except SlmError:
+        return None
+
+
+def _licences(bundle: Bundle, names: set[str]) -> str:
+    """Returns the licences of what the site consists of."""
+    mit = read_text(HOME / "mit.txt", "a licence")
+    parts = [
+        "This page and the program that made it: slm, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0"
+    ]
+    for name, package in packages().items():
+        files = sorted(names & package.files.keys())
+        parts.append(f"{name} {package.version}, {package.licence}: {', '.join(files)}")
+    parts.append(f"The licence of onnxruntime-web, whose further notices are in its repository:\n\n{mit}")
+    notices = bundle.manifest.notices
+    parts.append("The model:\n\n" + ("\n".join(notices) if notices else "as its bundle and its card say"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(content: Content) -> FileEntry:
+    if isinstance(content, Path):
+        return FileEntry(sha256=sha256_file(content), bytes=content.stat().st_size)
+    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+
+def _small(name: str) -> bool:
+    """Whether the service worker keeps a file; the others are the store's."""
+    return not name.startswith(f"{MODEL}/") and not name.endswith(".wasm")
+
+
+def _integrities(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Returns hashes as a browser's `integrity` has them."""
+    return {name: f"sha256-{base64.b64encode(bytes.fromhex(each)).decode()}" for name, each in hashes.items()}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _ours(out: Path) -> set[str]:
+    """Returns the files of an older site in a directory."""
+    if not (out / SITE_FILE).is_file() or not (out / WORKER_FILE).is_file():
+        return set()
+    try:
+        files = read_json(out / SITE_FILE, SITE_FILE).get("files")
+    except SlmError:
+        return set()
+    return {SITE_FILE, WORKER_FILE, HEADERS_FILE, *(files if isinstance(files, dict) else ())}

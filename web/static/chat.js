@@ -1,0 +1,40 @@
+// The one way a conversation becomes tokens: Gemma's turns, as in slm.core.chat. What is said stays what it is:
+// "<end_of_turn>" in a message is only characters.
+
+const START = "<start_of_turn>";
+const END = "<end_of_turn>";
+// Of the context, what is kept free for the answer when more is allowed than that.
+const LEAST_ROOM = 4;
+
+// The ids that ask for the next answer. messages: [{role: "system" | "user" | "assistant", content}].
+export function chatIds(text, messages) {
+  const [start, end] = [text.id(START), text.id(END)];
+  const ids = [...text.encode("")];
+  const line = text.encodeLiteral("\n");
+  const model = text.encodeLiteral("model\n");
+  for (const { role, content } of messages) {
+    const said = content.trim();
+    if (role === "assistant") ids.push(start, ...model, ...text.encodeLiteral(said), end, ...line);
+    else ids.push(start, ...text.encodeLiteral(`${role}\n${said}`), end, ...line);
+  }
+  return [...ids, start, ...model];
+}
+
+// The same of as much of a conversation as leaves room for an answer: the oldest exchanges are forgotten.
+export function fittingIds(text, messages, context, newTokens) {
+  const room = Math.min(newTokens, Math.floor(context / LEAST_ROOM));
+  const first = messages[0]?.role === "system" ? 1 : 0;
+  let kept = messages;
+  let forgotten = 0;
+  for (;;) {
+    const ids = chatIds(text, kept);
+    if (ids.length + room <= context || kept.length <= first + 2) return { ids, forgotten };
+    kept = [...kept.slice(0, first), ...kept.slice(first + 2)];
+    forgotten += 1;
+  }
+}
+
+// The token that ends a turn, which ends an answer too.
+export function endOfTurn(text) {
+  return text.id(END);
+}

@@ -1,0 +1,57 @@
+// The generation loop, as in slm.runtime.generate.
+import { PIECE } from "./decoder.js";
+import { Problem } from "./problem.js";
+import { Sampler } from "./sampling.js";
+import { TextStream } from "./text.js";
+
+// Lets messages in, the one that says stop among them: a step of onnxruntime gives way to none.
+const { port1, port2 } = new MessageChannel();
+const breath = () =>
+  new Promise((resolve) => {
+    port1.onmessage = resolve;
+    port2.postMessage(null);
+  });
+if (typeof port1.unref === "function") [port1, port2].forEach((port) => port.unref()); // Node would wait for them
+
+// Writes a text: pieces go to `told` as {text} and while a long prompt is read as {read, of}; returns how it went.
+// options: those of Sampler and newTokens; stops: ids that end a text; resume: go on from what was read before if ids do.
+export async function generate(decoder, text, ids, options, { stops, resume = false, told, stopped }) {
+  if (!ids.length) throw new Problem("there is nothing to continue", "type something");
+  if (ids.length >= decoder.context) {
+    throw new Problem(`the text has ${ids.length} tokens and the model's context ${decoder.context}`, "shorten the text");
+  }
+  const sampler = new Sampler(options);
+  const stream = new TextStream(text);
+  const run = { promptTokens: ids.length, tokens: [], ttftMs: null, tokensPerSecond: null, reason: "stopped" };
+  const started = performance.now();
+  if (!resume) decoder.reset();
+  let logits = null;
+  for (let read = decoder.resume(ids); read < ids.length; read += PIECE) {
+    await breath();
+    if (stopped()) return run;
+    logits = await decoder.step(ids.slice(read, read + PIECE));
+    if (ids.length > PIECE) told({ read: Math.min(read + PIECE, ids.length), of: ids.length });
+  }
+  if (resume) decoder.keep();
+  let token = sampler.choose(logits);
+  run.ttftMs = performance.now() - started;
+  let decodeMs = 0;
+  while (!stops.has(token)) {
+    run.tokens.push(token);
+    const piece = stream.push(token);
+    if (piece) told({ text: piece });
+    if (run.tokens.length === options.newTokens) run.reason = "length";
+    else if (decoder.ids.length === decoder.context) run.reason = "context";
+    if (run.reason !== "stopped") break;
+    await breath();
+    if (stopped()) break;
+    const before = performance.now();
+    token = sampler.choose(await decoder.step([token]));
+    decodeMs += performance.now() - before; // the time that it takes to show a piece is not the model's
+    run.tokensPerSecond = (1e3 * run.tokens.length) / decodeMs;
+  }
+  if (stops.has(token)) run.reason = "end";
+  const rest = stream.finish();
+  if (rest) told({ text: rest });
+  return run;
+}

@@ -1,0 +1,106 @@
+// Answers from the server that the page came from, over OpenAI's interface.
+import { Problem } from "./problem.js";
+
+const at = (path) => new URL(path, import.meta.url);
+
+export class Remote {
+  key = "";
+  model = "";
+
+  // The models that the server has.
+  async models() {
+    const { data } = await (await this.#fetch("v1/models")).json();
+    return data.map(({ id }) => id);
+  }
+
+  // Asks; told of pieces. Returns how it went. signal: an AbortSignal that stops it.
+  async answer(ask, options, { told, signal }) {
+    const started = performance.now();
+    const run = { promptTokens: null, tokens: 0, ttftMs: null, tokensPerSecond: null, reason: "stopped" };
+    const body = {
+      model: this.model,
+      stream: true,
+      stream_options: { include_usage: true },
+      ...ask,
+      max_tokens: options.newTokens,
+      temperature: options.temperature,
+      top_k: options.topK,
+      top_p: options.topP,
+      min_p: options.minP,
+      seed: options.seed,
+    };
+    let first = null;
+    let reason = null;
+    try {
+      const path = ask.messages ? "v1/chat/completions" : "v1/completions";
+      const response = await this.#fetch(path, { method: "POST", body: JSON.stringify(body), signal });
+      for await (const event of events(response.body)) {
+        if (event.error) throw new Problem(event.error.message, "try again");
+        const choice = event.choices?.[0];
+        const piece = choice?.delta?.content ?? choice?.text;
+        if (piece) {
+          first ??= performance.now();
+          told({ text: piece });
+        }
+        reason = choice?.finish_reason ?? reason;
+        if (event.usage) [run.promptTokens, run.tokens] = [event.usage.prompt_tokens, event.usage.completion_tokens];
+      }
+    } catch (error) {
+      if (signal.aborted) return run;
+      throw error;
+    }
+    run.reason = { length: "length", stop: "end" }[reason] ?? "stopped";
+    if (first !== null) {
+      run.ttftMs = first - started;
+      if (run.tokens > 1) run.tokensPerSecond = (1e3 * (run.tokens - 1)) / (performance.now() - first);
+    }
+    return run;
+  }
+
+  async #fetch(path, options = {}) {
+    const headers = { "content-type": "application/json", ...(this.key ? { authorization: `Bearer ${this.key}` } : {}) };
+    let response;
+    try {
+      response = await fetch(at(path), { ...options, headers });
+    } catch (error) {
+      if (options.signal?.aborted) throw error;
+      throw new Problem("the server does not answer", "is slm serve still running?");
+    }
+    if (response.ok) return response;
+    const said = await response.json().catch(() => null);
+    const message = said?.error?.message ?? `the server answered ${response.status}`;
+    const after = response.headers.get("retry-after");
+    const hints = { 401: "put the API key into the settings", 429: `try again in ${after ?? "some"} seconds` };
+    throw new Problem(message, hints[response.status] ?? "");
+  }
+}
+
+// The JSON of server-sent events, as bytes come: a character may be cut anywhere.
+export async function* events(body) {
+  const decoder = new TextDecoder();
+  let held = "";
+  for await (const bytes of chunks(body)) {
+    held += decoder.decode(bytes, { stream: true });
+    const parts = held.split("\n\n");
+    held = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+// Not every browser can go through a stream with `for await`.
+async function* chunks(body) {
+  const reader = body.getReader();
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      yield value;
+    }
+  } finally {
+    await reader.cancel().catch(() => {});
+  }
+}

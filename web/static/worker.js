@@ -1,0 +1,116 @@
+// Runs the model beside the page. Messages in: {load: site}, {ask, options, id}, {stop: true}, {reset: true}.
+import { endOfTurn, fittingIds } from "./chat.js";
+import { Decoder, keepOneLogit, outputLocations } from "./decoder.js";
+import { generate } from "./generate.js";
+import { Problem, asProblem } from "./problem.js";
+import { fetchAll, forget } from "./store.js";
+import { Text } from "./text.js";
+
+// onnxruntime's memory, to be measured: it makes one and tells nobody.
+const memories = [];
+WebAssembly.Memory = class extends WebAssembly.Memory {
+  constructor(descriptor) {
+    super(descriptor);
+    memories.push(this);
+  }
+};
+
+const MOST_THREADS = 8;
+let model = null;
+let stopping = false;
+
+self.onmessage = async ({ data }) => {
+  try {
+    if (data.stop) stopping = true;
+    else if (data.reset) model?.decoder.reset();
+    else if (data.load) self.postMessage({ ready: await load(data.load) });
+    else if (data.ask) self.postMessage({ id: data.id, done: await answer(data) });
+  } catch (error) {
+    const { message, hint } = asProblem(error);
+    self.postMessage({ id: data.id, problem: { message, hint } });
+  }
+};
+
+// Loads the site's model; returns what runs it.
+async function load(site) {
+  const gpu = site.model.device === "webgpu" && (await usableGpu());
+  const names = gpu ? site.runtime.webgpu : site.runtime.wasm;
+  const wanted = { [names.wasm]: site.files[names.wasm] };
+  for (const name of site.model.files) wanted[name] = site.files[name];
+  const { contents, kept } = await fetchAll(wanted, (loading) => self.postMessage({ loading }));
+  await forget(site.files);
+  self.postMessage({ loading: { starting: true } });
+  const json = (name) => (name in contents ? JSON.parse(new TextDecoder().decode(contents[name])) : {});
+  const manifest = json("model/manifest.json");
+  const text = new Text(json("model/tokenizer.json"), json("model/tokenizer_config.json"));
+  const ort = await import(new URL(names.api, import.meta.url).href);
+  ort.env.wasm.wasmPaths = { mjs: new URL(names.glue, import.meta.url).href };
+  ort.env.wasm.wasmBinary = contents[names.wasm].buffer;
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? threads() : 1;
+  ort.env.logLevel = "error";
+  const graph = contents[`model/${manifest.model}`];
+  keepOneLogit(graph);
+  const session = await ort.InferenceSession.create(graph, {
+    logSeverityLevel: 3,
+    executionProviders: [gpu ? "webgpu" : "wasm"],
+    externalData: weights(manifest, contents),
+    ...(gpu ? { preferredOutputLocation: outputLocations(manifest, "gpu-buffer") } : {}),
+  });
+  model = { text, decoder: new Decoder(ort, session, manifest), site };
+  model.stops = new Set(site.model.stop_token_ids);
+  return {
+    device: gpu ? "WebGPU" : "WebAssembly",
+    threads: ort.env.wasm.numThreads,
+    isolated: self.crossOriginIsolated,
+    precision: manifest.precision,
+    context: manifest.context,
+    kept,
+    memory: memory(),
+  };
+}
+
+async function answer({ ask, options, id }) {
+  if (model === null) throw new Problem("the model is not loaded", "load it first");
+  stopping = false;
+  const { text, decoder, stops, site } = model;
+  const told = (piece) => self.postMessage({ id, ...piece });
+  const control = { told, stopped: () => stopping };
+  if (ask.prompt !== undefined) {
+    return figures(await generate(decoder, text, text.encode(ask.prompt), options, { stops, ...control }));
+  }
+  if (!site.model.chat) throw new Problem("this model cannot be talked with", "let it go on with a text");
+  const { ids, forgotten } = fittingIds(text, ask.messages, decoder.context, options.newTokens);
+  const ends = new Set([...stops, endOfTurn(text)]);
+  return { ...figures(await generate(decoder, text, ids, options, { stops: ends, resume: true, ...control })), forgotten };
+}
+
+function figures(run) {
+  return { ...run, tokens: run.tokens.length, ids: run.tokens, memory: memory() };
+}
+
+// Bytes of onnxruntime's memory, weights and caches included, and of the caches.
+function memory() {
+  const runtime = memories.reduce((sum, each) => sum + each.buffer.byteLength, 0);
+  return { runtime, caches: model?.decoder.cacheBytes ?? 0 };
+}
+
+// As many threads as there are cores; processors with two threads a core tell twice as many.
+function threads() {
+  const said = navigator.hardwareConcurrency || 1;
+  return Math.min(MOST_THREADS, said > 4 ? Math.ceil(said / 2) : said);
+}
+
+// Whether there is a GPU with numbers of 16 bits, and what onnxruntime needs to wait for one.
+async function usableGpu() {
+  if (!("Suspending" in WebAssembly)) return false;
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  return adapter?.features.has("shader-f16") ?? false;
+}
+
+// The weights, by the name that the graph has for their file.
+function weights(manifest, contents) {
+  const folder = `model/${manifest.model}`.replace(/[^/]*$/, "");
+  return Object.keys(contents)
+    .filter((name) => name.startsWith(`model/${manifest.model}_data`))
+    .map((name) => ({ path: name.slice(folder.length), data: contents[name] }));
+}
