@@ -18,6 +18,8 @@ from slm.runtime.memory import Array
 _KEPT = 64
 # Characters of what the library says that are passed on.
 _QUOTED = 200
+# Characters of a schema: a megabyte would take the library seconds.
+_LONGEST = 1 << 16
 # What one schema may take: some 20 ms a token and 50 MB, by the library's figures. Its verbose errors would quote the text.
 _LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
 
@@ -58,9 +60,12 @@ class Grammars:
 
 def _dumped(schema: dict[str, Any]) -> str:
     try:
-        return json.dumps(schema)
+        dumped = json.dumps(schema)
     except RecursionError:
         raise _impossible("it is nested too deeply") from None
+    if len(dumped) > _LONGEST:
+        raise _impossible(f"it has {len(dumped):,} characters, and {_LONGEST:,} are possible")
+    return dumped
 
 
 def _check(matcher: LLMatcher) -> None:
