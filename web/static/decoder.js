@@ -81,7 +81,7 @@ export class Decoder {
   }
 
   // A sliding layer's cache has all of its positions from the beginning, others grow with the text.
-  #empty({ kv_heads, head_dim, window, slack, dtype }) {
+  #empty({ kv_heads, head_dim, window, slack = 16, dtype = "float32" }) {
     const positions = this.#manifest.target === "fused" && window !== null ? window + slack : 0;
     const size = kv_heads * positions * head_dim;
     const data = { float32: () => new Float32Array(size), float16: () => halves(size), int8: () => new Int8Array(size) };

@@ -11,7 +11,6 @@ const breath = () =>
     port1.onmessage = resolve;
     port2.postMessage(null);
   });
-if (typeof port1.unref === "function") [port1, port2].forEach((port) => port.unref()); // Node would wait for them
 
 // Writes a text: pieces go to `told` as {text} and while a long prompt is read as {read, of}; returns how it went.
 // options: those of Sampler and newTokens; stops: ids that end a text; resume: go on from what was read before if ids do.

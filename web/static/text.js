@@ -1,7 +1,32 @@
 // Text to token ids and back, and text as it streams; the same as slm.core.tokenizer.
-import { Tokenizer } from "./vendor/tokenizers.min.mjs";
+import { ByteFallbackDecoder, Tokenizer } from "./vendor/tokenizers.min.mjs";
 
 const REPLACEMENT = "\ufffd"; // stands in a text for bytes that are no character
+
+// Bytes in a row that are no whole characters are one REPLACEMENT each, as the Rust library has it; this one would show what it can.
+ByteFallbackDecoder.prototype.decode_chain = (tokens) => {
+  const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+  const found = [];
+  let bytes = [];
+  const flush = () => {
+    try {
+      if (bytes.length) found.push(utf8.decode(Uint8Array.from(bytes)));
+    } catch {
+      found.push(...bytes.map(() => REPLACEMENT));
+    }
+    bytes = [];
+  };
+  for (const token of tokens) {
+    const byte = /^<0x([0-9A-F]{2})>$/i.exec(token);
+    if (byte) bytes.push(parseInt(byte[1], 16));
+    else {
+      flush();
+      found.push(token);
+    }
+  }
+  flush();
+  return found;
+};
 
 export class Text {
   #json;
@@ -34,7 +59,7 @@ export class Text {
   }
 
   decode(ids) {
-    return this.#tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+    return ids.length === 0 ? "" : this.#tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
   }
 
   // The tokenizer, or where a text spells a special token another of the same vocabulary that knows none.
@@ -69,14 +94,13 @@ export class TextStream {
 
   // Returns the rest: the text ended within a character.
   finish() {
-    if (!this.#held.length) return "";
     const piece = this.#piece();
     this.#held = [];
     return piece;
   }
 
   #piece() {
-    const before = this.#before.length ? this.#text.decode(this.#before) : "";
+    const before = this.#text.decode(this.#before);
     const both = this.#text.decode([...this.#before, ...this.#held]);
     return both.startsWith(before) ? both.slice(before.length) : this.#text.decode(this.#held);
   }
