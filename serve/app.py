@@ -18,6 +18,8 @@ from slm.serve.schema import ChatRequest, CompletionRequest
 from slm.serve.service import Service
 from slm.serve.shapes import Chat, Completion, card
 from slm.version import __version__
+from slm.web.mount import mount
+from slm.web.site import server_site
 
 
 def make_app(service: Service) -> FastAPI:
@@ -79,6 +81,9 @@ def make_app(service: Service) -> FastAPI:
         prompts = await prompts_of(service, request.prompt)
         return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
 
+    bundle, keys = service.engine.bundle, bool(service.keys)
+    new_tokens = service.limits.new_tokens
+    mount(app, server_site(bundle, service.model.tokenizer, service.name, key=keys, new_tokens=new_tokens))
     described = app.openapi
 
     def description() -> dict[str, Any]:

@@ -165,7 +165,7 @@ def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def answered_or_refused() -> dict[int | str, dict[str, Any]]:
     """Returns the description of what may come of a request for answers, besides the whole answer."""
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    events: dict[str, Any] = {"text/event-stream": {}}
     return {
         200: {"description": "the answers, or events that end with [DONE]", "content": events},
         **refused(400, 401, 404, 408, 413, 429, 500, 503),
