@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
+from slm.runtime.decoder import OnnxDecoder
 from slm.serve.answers import adapter_of, answer, aside, prompts_of
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
@@ -19,7 +20,7 @@ from slm.serve.service import Service
 from slm.serve.shapes import Chat, Completion, card
 from slm.version import __version__
 from slm.web.mount import mount
-from slm.web.site import server_site
+from slm.web.site import Site, server_site
 
 
 def make_app(service: Service) -> FastAPI:
@@ -81,9 +82,7 @@ def make_app(service: Service) -> FastAPI:
         prompts = await prompts_of(service, request.prompt)
         return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
 
-    bundle, keys = service.engine.bundle, bool(service.keys)
-    new_tokens = service.limits.new_tokens
-    mount(app, server_site(bundle, service.model.tokenizer, service.name, key=keys, new_tokens=new_tokens))
+    mount(app, _page(service))
     described = app.openapi
 
     def description() -> dict[str, Any]:
@@ -103,3 +102,11 @@ def make_app(service: Service) -> FastAPI:
 
     app.openapi = description  # type: ignore[method-assign]  # as FastAPI's documentation has it
     return app
+
+
+def _page(service: Service) -> Site:
+    """Returns the page that talks to this server."""
+    decoder = service.model.decoder
+    assert isinstance(decoder, OnnxDecoder)  # the engine runs no other
+    limit, keys = service.limits.new_tokens, bool(service.keys)
+    return server_site(decoder.bundle, service.model.tokenizer, service.name, key=keys, new_tokens=limit)

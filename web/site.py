@@ -175,22 +175,19 @@ def local_site(bundle: Bundle, name: str) -> Site:
     return Site(fields, contents)
 
 
-def server_site(name: str, *, key: bool, chat: bool, tuned: bool) -> Site:
+def server_site(bundle: Bundle, tokenizer: Tokenizer, name: str, *, key: bool, new_tokens: int) -> Site:
     """Returns the site of a server that answers itself.
 
     Args:
-        name: What the page calls it.
+        bundle: What it serves.
+        tokenizer: The bundle's.
+        name: What requests call it.
         key: Whether requests need an API key.
-        chat: Whether the model knows turns.
-        tuned: Whether it was tuned on conversations.
+        new_tokens: How many an answer may have.
     """
-    model = {"chat": chat, "system": chat, "tuned": tuned}
-    return Site({"mode": "server", "name": name, "key": key, "model": model}, _page(_SHELL))
-
-
-def tuned_on_turns(bundle: Bundle, tokenizer: Tokenizer) -> bool:
-    """Says whether a bundle's model was tuned on conversations, as `slm chat` has it."""
-    return knows_turns(_info(bundle), tokenizer)
+    chat = foreign_template(tokenizer) is not None or _turns(tokenizer) is not None
+    model = {"chat": chat, "system": chat, "tuned": knows_turns(_info(bundle), tokenizer)}
+    return Site({"mode": "server", "name": name, "key": key, "new_tokens": new_tokens, "model": model}, _page(_SHELL))
 
 
 def content_type(name: str) -> str:

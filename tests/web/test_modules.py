@@ -92,7 +92,10 @@ def test_the_same_text_piece_by_piece(in_node: Node, any_tokenizer: Tokenizer) -
     rows = [rng.integers(any_tokenizer.vocab_size, size=60).tolist() for _ in range(60)]
     rows += [any_tokenizer.encode(each) for each in AWKWARD]
     program = """
-    const pieces = (ids) => { const stream = new TextStream(text); return [...ids.map((id) => stream.push(id)), stream.finish()]; };
+    function pieces(ids) {
+      const stream = new TextStream(text);
+      return [...ids.map((id) => stream.push(id)), stream.finish()];
+    }
     console.log(JSON.stringify(given.map((ids) => [pieces(ids), text.decode(ids)])));
     """
     for ids, (pieces, whole) in zip(rows, in_node(TEXT + program, rows), strict=True):
@@ -180,7 +183,10 @@ def test_chance(in_node: Node) -> None:
     program = """
     import { Sampler, draw, randomNumbers } from "page/sampling.js";
     const logits = Float32Array.from([0, 1, 2, -1, 0.5]);
-    const text = (seed) => { const s = new Sampler({ temperature: 1, topK: 0, topP: 1, seed }); return given.map(() => s.choose(logits)); };
+    function text(seed) {
+      const sampler = new Sampler({ temperature: 1, topK: 0, topP: 1, seed });
+      return given.map(() => sampler.choose(logits));
+    }
     const random = randomNumbers(3);
     const numbers = given.map(() => random());
     const seeds = [0, 1, 2 ** 32, 2 ** 53 - 1].map((seed) => text(seed).slice(0, 40).join(""));

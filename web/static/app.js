@@ -261,6 +261,8 @@ async function start() {
   refresh();
   if (site.mode === "server") {
     backend = new Remote();
+    $("new-tokens").max = site.new_tokens;
+    if ($("new-tokens").valueAsNumber > site.new_tokens) $("new-tokens").value = site.new_tokens;
     await register(); // which removes what another site left at this address
     await connect();
     return;
