@@ -240,7 +240,9 @@ def _rope_parameters(fields: Mapping[str, Any]) -> Any:
                 "config.json has rope_parameters that name no kind of layer", f"Gemma 3's name {FULL} and {SLIDING}"
             )
         spelt = found.get(FULL) or {}
-        if any(spelt.get(name) != value for name, value in scaling.items() if name != "type"):
+        if isinstance(spelt, dict) and any(
+            spelt.get(name) != value for name, value in scaling.items() if name != "type"
+        ):
             raise SlmError("config.json has rope_parameters and a rope_scaling that says something else")
         return found
     if "type" in scaling:  # a still older spelling

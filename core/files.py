@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,8 @@ _REPLACED = ".replaced-"
 # Between the two renames that replace a directory lie milliseconds. Whoever has the number of their process for longer than
 # this got it later, as happens in containers, where numbers are few.
 _RENAMING_S = 2.0
+# Of a file that is read as one JSON object. The longest there are list every tensor of a large model, in some MiB.
+_LONGEST_JSON = 64 << 20
 
 
 @contextmanager
@@ -212,8 +215,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        SlmError: When the file is missing, unreadable, not JSON, or not an object.
+        SlmError: When the file is missing, unreadable, longer than any of its kind, not JSON, or not an object.
     """
+    with suppress(OSError):  # which is told of when it is read
+        about = path.stat()
+        if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+            raise SlmError(f"{what} is not a file: {path}")  # to open a pipe is to wait for who writes into it
+        if about.st_size > _LONGEST_JSON:
+            raise SlmError(f"{what} has more than {_LONGEST_JSON >> 20} MiB: {path}")
     try:
         value = json.loads(read_text(path, what))
     except json.JSONDecodeError as error:
@@ -229,9 +238,11 @@ def check_readable(path: Path, what: str) -> None:
     """Makes sure that a file can be opened, for libraries that say "no such file" of one they may not read.
 
     Raises:
-        SlmError: When it is missing or may not be read.
+        SlmError: When it is missing, is not a file or may not be read.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait for who writes into it
+            raise SlmError(f"{what} is not a file: {path}", "name a file")
         path.open("rb").close()
     except OSError as error:
         raise SlmError(f"cannot read {what}: {path} ({error.strerror})", "check the path and its permissions") from None
@@ -257,6 +268,12 @@ def member(directory: Path, name: str, *, links: bool = False) -> Path:
     pure = PurePosixPath(name)
     path = directory / pure
     inside = "\0" not in name and not pure.is_absolute() and ".." not in pure.parts
-    if not inside or not (links or path.resolve().is_relative_to(directory.resolve())):
+    try:
+        whole = path.resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError):
+        whole = path.resolve()
+    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, half of a surrogate pair
+        raise SlmError(f"{directory}: the name {name!r} is no file's", "do not trust this artifact") from None
+    if not inside or not (links or whole.is_relative_to(directory.resolve())):
         raise SlmError(f"{directory}: the name {name!r} leads out of the directory", "do not trust this artifact")
     return path

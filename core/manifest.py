@@ -1,19 +1,31 @@
 """A bundle: the directory that is deployed, described and sealed by its `manifest.json`."""
 
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slm.core.checkpoint import CONFIG_FILE
 from slm.core.config import ModelConfig, first_mistake
-from slm.core.contract import CacheLayer, Device, Target, TensorSpec
+from slm.core.contract import (
+    CacheLayer,
+    Device,
+    Target,
+    TensorSpec,
+    cache_layers,
+    input_specs,
+    output_specs,
+    slot_specs,
+)
 from slm.core.errors import SlmError
-from slm.core.files import member, read_json, sha256_file
-from slm.core.tokenizer import TOKENIZER_FILE
+from slm.core.files import check_readable, member, read_json, sha256_file
+from slm.core.graph_file import external_files
+from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
+_AGAIN = "copy or export the bundle again"
 
 Precision = Literal["float32", "float16", "int8", "int4"]
 # transformers.js's names for the precisions.
@@ -149,7 +161,7 @@ class Manifest(_Record):
     precision: Precision
     target: Target = "fused"
     device: Device = "cpu"
-    context: int
+    context: int = Field(gt=0)
     cache: tuple[CacheLayer, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -199,11 +211,11 @@ class Bundle:
         Raises:
             SlmError: When the directory is not a bundle, or a file is missing, truncated or altered; it is named.
         """
-        if not (path / MANIFEST_FILE).is_file():
+        if not is_bundle(path):
             raise SlmError(
                 f"not a bundle: {path} has no {MANIFEST_FILE}", "slm export --onnx makes one from a checkpoint"
             )
-        fields = read_json(path / MANIFEST_FILE, "manifest")
+        fields = read_json(member(path, MANIFEST_FILE), "manifest")
         if fields.get("schema_version") != SCHEMA_VERSION:
             raise SlmError(
                 f"{path}: manifest schema {fields.get('schema_version')!r} is not {SCHEMA_VERSION}",
@@ -215,10 +227,16 @@ class Bundle:
             raise SlmError(f"{path / MANIFEST_FILE} is wrong: {first_mistake(error)}") from None
         for name, entry in manifest.files.items():
             _check_file(path, name, entry)
+        for name in (TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):  # which are read where they lie
+            if os.path.lexists(path / name) and name not in manifest.files:
+                raise SlmError(f"{path}: {name} is not among the files that the manifest seals", _AGAIN)
         for name in (manifest.model, CONFIG_FILE, TOKENIZER_FILE):
             if name not in manifest.files:
                 raise SlmError(f"{path}: {name} is not among the files that the manifest seals")
-        return cls(path, manifest, ModelConfig.from_hf(read_json(member(path, CONFIG_FILE), CONFIG_FILE)))
+        _check_weights(path, manifest)
+        config = ModelConfig.from_hf(read_json(member(path, CONFIG_FILE), CONFIG_FILE))
+        _check_contract(path, manifest, config)
+        return cls(path, manifest, config)
 
 
 def sealed_files(path: Path) -> set[str]:
@@ -234,14 +252,40 @@ def sealed_files(path: Path) -> set[str]:
 
 def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
     file = member(directory, name)
-    again = "copy or export the bundle again"
     if not file.is_file():
-        raise SlmError(f"{directory}: {name} is missing", again)
+        raise SlmError(f"{directory}: {name} is missing", _AGAIN)
+    check_readable(file, name)
     size = file.stat().st_size
     if size != entry.bytes:
-        raise SlmError(f"{directory}: {name} has {size:,} bytes instead of {entry.bytes:,}", again)
+        raise SlmError(f"{directory}: {name} has {size:,} bytes instead of {entry.bytes:,}", _AGAIN)
     if sha256_file(file) != entry.sha256:
-        raise SlmError(f"{directory}: {name} was altered after it was sealed (SHA-256 differs)", again)
+        raise SlmError(f"{directory}: {name} was altered after it was sealed (SHA-256 differs)", _AGAIN)
+
+
+def _check_weights(directory: Path, manifest: Manifest) -> None:
+    """Makes sure that the graph takes its weights from sealed files: onnxruntime before 1.29 follows any path."""
+    graph = PurePosixPath(manifest.model)
+    for name in sorted(external_files(member(directory, manifest.model))):
+        if (graph.parent / name).as_posix() not in manifest.files:
+            raise SlmError(
+                f"{directory}: the graph reads {name!r}, which is not among the files that the manifest seals",
+                "do not trust this artifact",
+            )
+
+
+def _check_contract(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """Makes sure that what the manifest says of the graph is what such a graph of this configuration has."""
+    caches = cache_layers(config, manifest.device, manifest.cache[0].dtype if manifest.cache else "float32")
+    slots = slot_specs(config) if manifest.adapter_slots else ()
+    for name, found, wanted in (
+        ("cache", manifest.cache, caches),
+        ("inputs", manifest.inputs, input_specs(caches, slots)),
+        ("outputs", manifest.outputs, output_specs(config.vocab_size, caches)),
+        ("context", manifest.context, min(manifest.context, config.max_position_embeddings)),
+        ("parameters", manifest.parameters, config.parameter_count()),
+    ):
+        if found != wanted:
+            raise SlmError(f"{directory / MANIFEST_FILE} is wrong: {name} does not fit {CONFIG_FILE}", _AGAIN)
 
 
 def seal(directory: Path, manifest: Manifest) -> Bundle:

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as _Tokenizer
 
@@ -21,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 PAD = "<pad>"
+_T = TypeVar("_T")
+
 # What stands in a text for bytes that are no character.
 _REPLACEMENT = "\ufffd"
 # In the order in which they get ids when a vocabulary has none of them.
@@ -65,7 +67,8 @@ class Tokenizer:
         if not file.is_file():
             raise SlmError(f"tokenizer not found: {file}", "a checkpoint or bundle carries its tokenizer.json")
         try:
-            backend = _Tokenizer.from_file(str(file))
+            backend = _asked(_Tokenizer.from_file, str(file))
+            _asked(backend.encode, "")  # of what is put before a text, too, something may be missing
         except Exception as error:  # the library raises a bare Exception for any malformed file
             raise SlmError(f"not a tokenizer.json: {file} ({error})") from None
         beside, template = file.parent / TOKENIZER_CONFIG_FILE, file.parent / CHAT_TEMPLATE_FILE
@@ -97,28 +100,29 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelt."""
-        return self.backend.encode(text).ids
+        return _asked(self.backend.encode, text).ids
 
     def encode_literal(self, text: str) -> list[int]:
         """Returns the ids of a text as it stands: nothing put before it, no special token read out of it."""
-        return self._literal.encode(text, add_special_tokens=False).ids
+        return _asked(self._literal.encode, text, add_special_tokens=False).ids
 
     def encode_rendered(self, text: str) -> list[int]:
         """Returns the ids of a rendered chat template: special tokens where they are spelt, and nothing put before it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return _asked(self.backend.encode, text, add_special_tokens=False).ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""
-        return [encoding.ids for encoding in self._literal.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = _asked(self._literal.encode_batch_fast, list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of the ids, special tokens left out."""
-        return self.backend.decode(list(ids))
+        return _asked(self.backend.decode, list(ids))
 
     def text_of(self, token: int) -> str:
         """Returns what a token adds to a text, special tokens as they are spelt; U+FFFD for parts of characters."""
         # Beside another one: at the beginning of a text some decoders drop a space.
-        once, twice = (self.backend.decode([token] * times, skip_special_tokens=False) for times in (1, 2))
+        once, twice = (_asked(self.backend.decode, [token] * times, skip_special_tokens=False) for times in (1, 2))
         return twice[len(once) :]
 
     @cached_property
@@ -160,13 +164,31 @@ class TextStream:
         return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._held)
 
 
+def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+    """Calls the library, which panics over some files and calls a text no text over others.
+
+    Raises:
+        SlmError: When it does.
+    """
+    try:
+        return function(*arguments, **options)
+    except TypeError:
+        if all(isinstance(each, str) for each in arguments):
+            raise SlmError("the text holds half of a surrogate pair", "write the character itself") from None
+        raise
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of no module that could be imported
+            raise SlmError(f"the tokenizer failed: {error}", "its tokenizer.json is damaged") from None
+        raise
+
+
 def _one_template(config: dict[str, Any]) -> dict[str, str]:
     """Returns the default of several chat templates, which transformers also allows as a list of names and templates."""
     templates = config.get("chat_template")
     if not isinstance(templates, list):
         return {}
-    named = {each.get("name"): each.get("template") for each in templates if isinstance(each, dict)}
-    default = named.get("default")
+    found = (each.get("template") for each in templates if isinstance(each, dict) and each.get("name") == "default")
+    default = next(found, None)
     if not isinstance(default, str):
         raise SlmError("tokenizer_config.json has several chat templates and none is the default", "keep one of them")
     return {"chat_template": default}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         SlmError: When there are none, or one that the index names is missing.
     """
-    if (path / WEIGHTS_FILE).exists():
+    if os.path.lexists(path / WEIGHTS_FILE):
+        check_readable(path / WEIGHTS_FILE, "the weights")
         return [path / WEIGHTS_FILE]
     if not (path / INDEX_FILE).is_file():
         raise SlmError(f"no weights: {path}", f"a checkpoint has {WEIGHTS_FILE}, or {INDEX_FILE} with its files")

@@ -19,7 +19,7 @@ from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import Standing, State
 from slm.train.interrupt import Interruption
 from slm.train.metrics import Row
-from slm.train.precision import Precision
+from slm.train.precision import Precision, restore_scaler
 from slm.train.schedule import learning_rate
 
 # Share of the updates in which the rate rises to its peak; it then falls to 0 along a cosine.
@@ -29,6 +29,8 @@ _BETAS = (0.9, 0.999)
 _WEIGHT_DECAY = 0.0
 # Saving takes time and disk; a killed run loses this much at most. Ctrl-C and SIGTERM save first.
 _SAVE_EVERY_S = 300.0
+# What AdamW remembers of a parameter.
+_MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"
 
 
 class Fit:
@@ -82,7 +84,23 @@ class Fit:
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        """Goes back to where a run of the same course stood."""
+        """Goes back to where a run of the same course stood.
+
+        Raises:
+            SlmError: When what was saved is of other parameters.
+        """
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        moments = {f"{name}.{field}": shape for name, shape in shapes.items() for field in _MOMENTS}
+        moments |= {f"{name}.{_STEP}": torch.Size() for name in shapes}
+        for saved, wanted, may_lack in (
+            (state.weights, shapes, False),
+            (state.best, shapes, True),
+            (state.optimizer, moments, True),
+        ):
+            found = {name: tensor.shape for name, tensor in saved.items()}
+            odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            if odd and (found or not may_lack):
+                raise SlmError(f"the saved state does not fit the model: {odd[0]}", "--overwrite begins anew")
         self.standing, self.best = state.standing, state.best
         for name, parameter in self._parameters.items():
             parameter.copy_(state.weights[name])
@@ -97,8 +115,7 @@ class Fit:
                     field: tensor.to(parameter.device)
                     for field, tensor in fields.items()
                 }
-        if state.standing.scaler:
-            self._scaler.load_state_dict(state.standing.scaler)
+        restore_scaler(self._scaler, state.standing.scaler)
 
     def run(self, progress: Progress, interruption: Interruption, save: Callable[[State], None]) -> None:
         """Trains to the end, or until the rows held out have no more to gain.

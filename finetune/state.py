@@ -3,16 +3,18 @@
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
+from slm.core.config import first_mistake
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, read_text, recover
-from slm.train.metrics import Kind, Row
+from slm.core.files import atomic_directory, read_json, recover
+from slm.train.metrics import Kind, Row, check_row
+from slm.train.state import load_tensors
 
 TRAINER = "trainer"
 _STATE, _WEIGHTS, _OPTIMIZER, _BEST = "state.json", "weights.safetensors", "optimizer.safetensors", "best.safetensors"
@@ -38,14 +40,22 @@ class Standing(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     course: dict[str, Any]
-    updates: int = 0
-    tokens: int = 0
+    updates: int = Field(default=0, ge=0)
+    tokens: int = Field(default=0, ge=0)
     loss_before: float = float("nan")
     loss: float | None = None
-    best_epoch: int = 0
+    best_epoch: int = Field(default=0, ge=0)
     history: list[tuple[Kind, Row]] = []
-    scaler: dict[str, Any] = {}
-    seconds: float = 0.0
+    scaler: dict[str, int | float] = {}
+    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not isinstance(self.course.get("settings"), dict):
+            raise ValueError("course: no settings")
+        for kind, row in self.history:
+            check_row({"type": kind, **row})
+        return self
 
 
 @dataclass
@@ -84,11 +94,13 @@ def load_state(out: Path) -> State | None:
     if not directory.is_dir():
         return None
     try:
-        standing = Standing.model_validate_json(read_text(directory / _STATE, "the state of the run"))
-        weights, optimizer, best = (
-            safetensors.torch.load_file(directory / name) for name in (_WEIGHTS, _OPTIMIZER, _BEST)
-        )
-    except (ValidationError, SafetensorError, OSError) as error:
+        standing = Standing.model_validate(read_json(directory / _STATE, "the state of the run"))
+        weights, optimizer, best = (load_tensors(directory / name) for name in (_WEIGHTS, _OPTIMIZER, _BEST))
+    except ValidationError as error:
+        raise SlmError(
+            f"the saved state is damaged: {directory / _STATE} ({first_mistake(error)})", "--overwrite begins anew"
+        ) from None
+    except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise SlmError(f"the saved state is damaged: {directory} ({reason})", "--overwrite begins anew") from None
     return State(standing, weights, optimizer, best)

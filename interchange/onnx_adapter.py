@@ -5,16 +5,16 @@ their B on a diagonal. Dimensions: K inputs, N outputs, r rank.
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.core.adapter_base import check_base
-from slm.core.config import ModelConfig
+from slm.core.config import ModelConfig, first_mistake
 from slm.core.contract import product_sizes, slot_names
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file, check_readable, read_json
@@ -66,9 +66,12 @@ def slot_arrays(path: Path, config: ModelConfig) -> dict[str, Array]:
     Raises:
         SlmError: When it holds what slots do not.
     """
-    fields = read_json(path / CONFIG_FILE, CONFIG_FILE)
+    try:
+        fields = _Fields.model_validate(read_json(path / CONFIG_FILE, CONFIG_FILE))
+    except ValidationError as error:
+        raise SlmError(f"{path / CONFIG_FILE} is wrong: {first_mistake(error)}") from None
     tensors = _tensors(path)
-    if fields.get("use_dora"):
+    if fields.use_dora:
         raise SlmError(f"{path} is DoRA, whose magnitudes depend on the weights", _MERGE)
     widths = _widths(config)
     arrays: dict[str, Array] = {}
@@ -129,12 +132,22 @@ def _tensors(path: Path) -> dict[str, Array]:
         raise SlmError(f"cannot read the adapter: {path / WEIGHTS_FILE} ({error})", "copy or train it again") from None
 
 
-def _scale(fields: Mapping[str, Any], path: str, rank: int) -> float:
-    patterns = fields.get("alpha_pattern") or {}
-    alpha = next((value for end, value in patterns.items() if path.endswith(end)), fields.get("lora_alpha", rank))
-    if not isinstance(alpha, int | float):
-        raise SlmError(f"lora_alpha is {alpha!r}, no number")
-    return float(alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank))
+class _Fields(BaseModel):
+    """The fields of adapter_config.json that change what an adapter computes here; null is as if it were left out."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    lora_alpha: float | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+
+
+def _scale(fields: _Fields, path: str, rank: int) -> float:
+    patterns = fields.alpha_pattern or {}
+    default = rank if fields.lora_alpha is None else fields.lora_alpha
+    alpha = next((value for end, value in patterns.items() if path.endswith(end)), default)
+    return float(alpha / (math.sqrt(rank) if fields.use_rslora else rank))
 
 
 def _check(path: Path, name: str, low: Array, high: Array, inputs: int, outputs: int) -> None:

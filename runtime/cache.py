@@ -3,6 +3,7 @@
 Dimensions: B batch, K kv heads, C capacity, H head dim.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from slm.core.contract import SIDES, CacheLayer, Side, past_name, present_name
+from slm.core.errors import SlmError
 from slm.core.rewind import check_rewind
 from slm.runtime.memory import Array, Buffer, HostBuffer, Place
 
@@ -94,7 +96,13 @@ class KVBuffers:
         old = self._buffers.get((layer.layer, side))
         if old is not None and old.shape == shape:
             return
-        array = np.zeros(shape, layer.dtype)  # memory that is taken page by page as it is written
+        try:
+            array = np.zeros(shape, layer.dtype)  # memory that is taken page by page as it is written
+        except (MemoryError, ValueError):  # the latter of more than an address can say
+            size = math.prod(shape) * np.dtype(layer.dtype).itemsize / 2**30
+            raise SlmError(
+                f"no memory for caches: {size:,.1f} GiB for a layer's keys alone", "fewer slots, or a shorter context"
+            ) from None
         if old is not None:
             array[:rows, :, : old.shape[2]] = old.read(slice(rows), 0, old.shape[2])
         self._buffers[layer.layer, side] = self._place(array)

@@ -19,7 +19,7 @@ from slm.runtime.adapters import Adapter, check_slots_of
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
-from slm.runtime.session import Device, open_session, takes_from
+from slm.runtime.session import Device, first_line, open_session, takes_from
 
 # Tokens read in one step. Attention's scores are (heads, chunk, length): this bounds them.
 PREFILL_CHUNK = 512
@@ -238,7 +238,7 @@ class OnnxDecoder:
         if self.cache_device == "cuda":
             self.place = partial(DeviceBuffer, session=self.session, device=self.cache_device)
         self._threads = self.session.get_session_options().intra_op_num_threads
-        self._mask = np.ones((1, self.context), np.int64)
+        self._mask = np.ones((1, 0), np.int64)
         self._many = ort.RunOptions()  # which has what it took given back, for single steps take little
         self._many.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._bound: _Bound | None = None
@@ -362,12 +362,18 @@ class OnnxDecoder:
         extent = self.buffers.extended(self._extent, ids.shape[1])
         self.make_room(self.buffers, extent.length)
         try:
-            logits = self.run(ids, self._mask[:, : extent.length], self.buffers, keep, self.adapter)
+            logits = self.run(ids, self._attended(extent.length), self.buffers, keep, self.adapter)
             self._extent = extent
         except BaseException:  # Ctrl-C too: nobody knows then what the buffers hold
             self.reset()
             raise
         return logits
+
+    def _attended(self, length: int) -> Array:
+        """Returns the mask (1, length) of a row that is whole; one that grows, for a context may be stated of any length."""
+        if length > self._mask.shape[1]:
+            self._mask = np.ones((1, min(self.context, 2 * length)), np.int64)
+        return self._mask[:, :length]
 
     def make_room(self, buffers: Caches, length: int, rows: int | None = None) -> None:
         """Makes room for sequences of that length; what was cached in the first rows stays, by default in all."""
@@ -411,7 +417,7 @@ class OnnxDecoder:
         scored = []
         for start in range(0, len(inputs), positions):
             chunk = inputs[None, start : start + positions]
-            logits = self.run(chunk, self._mask[:, : start + chunk.shape[1]], buffers, 0, self.adapter)
+            logits = self.run(chunk, self._attended(start + chunk.shape[1]), buffers, 0, self.adapter)
             scored.append(log_probabilities(logits, targets[None, start : start + positions]))
         likely, likeliest = zip(*scored, strict=True)
         return np.concatenate(likely, axis=1), np.concatenate(likeliest, axis=1)
@@ -448,10 +454,15 @@ class OnnxDecoder:
         # An optional input can only be bound as a value: by name, onnxruntime looks among the others alone.
         kept = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
-        self.session.run_with_iobinding(binding, self._many if ids.size >= _MANY else None)
-        outputs = binding.get_outputs()
+        try:
+            self.session.run_with_iobinding(binding, self._many if ids.size >= _MANY else None)
+            outputs = binding.get_outputs()
+            logits: Array = outputs[0].numpy()
+        except Exception as error:  # onnxruntime's exceptions share no base but this
+            raise SlmError(f"onnxruntime cannot run {self.bundle.model_path} ({first_line(error)})") from error
+        if logits.shape[::2] != (len(ids), self.vocab_size):
+            raise SlmError(f"{self.bundle.model_path} answers with logits of the shape {logits.shape}")
         buffers.written(outputs[1:])
-        logits: Array = outputs[0].numpy()
         return logits
 
     def _binding_of(self, buffers: Caches, adapter: Adapter | None) -> ort.IOBinding:

@@ -7,7 +7,7 @@ import onnxruntime as ort
 
 from slm.core.errors import SlmError
 from slm.core.machine import usable_cores
-from slm.core.manifest import Bundle
+from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.runtime.hugepages import use_huge_pages
 
 Device = Literal["cpu", "cuda"]
@@ -16,6 +16,9 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # What onnxruntime calls a GPU's own memory; "CudaPinned" is the host's.
 _CUDA_MEMORY = "Cuda"
 _SEVERITY_ERROR = 3
+# What onnxruntime calls the types of tensors.
+_TYPES = {name: f"tensor({ort_name})" for name, ort_name in
+          (("int64", "int64"), ("float32", "float"), ("float16", "float16"), ("int8", "int8"))}  # fmt: skip
 
 
 def available_devices() -> list[Device]:
@@ -61,12 +64,34 @@ def open_session(
     try:
         session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base but this
-        raise SlmError(f"onnxruntime cannot open {bundle.model_path} ({_first_line(error)})") from None
+        raise SlmError(f"onnxruntime cannot open {bundle.model_path} ({first_line(error)})") from None
+    _check_signature(session, bundle)
     if device == "cuda" and _PROVIDERS["cuda"] not in session.get_providers():
         raise SlmError("the CUDA provider could not start", "slm doctor says what it misses; or --device cpu")
     if device == "cpu":
         use_huge_pages()
     return session
+
+
+def _check_signature(session: ort.InferenceSession, bundle: Bundle) -> None:
+    """Makes sure that the graph takes and gives what the manifest says: buffers are made by that.
+
+    Raises:
+        SlmError: When it does not; the first of them is named.
+    """
+    taken = [*session.get_inputs(), *session.get_overridable_initializers()]
+    for said, there in ((bundle.manifest.inputs, taken), (bundle.manifest.outputs, session.get_outputs())):
+        found = {each.name: (each.type, each.shape) for each in there}
+        for spec in said:
+            kind, shape = found.get(spec.name, ("", []))
+            fixed = len(shape) == len(spec.shape) and all(
+                size == wanted for size, wanted in zip(shape, spec.shape, strict=True) if isinstance(wanted, int)
+            )
+            if kind != _TYPES[spec.dtype] or not fixed:
+                raise SlmError(
+                    f"{bundle.model_path}: {spec.name} is not what {bundle.path / MANIFEST_FILE} says",
+                    "copy or export the bundle again",
+                )
 
 
 def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
@@ -85,5 +110,6 @@ def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
     return found.pop()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns what onnxruntime says of a failure in a line."""
     return str(error).strip().partition("\n")[0]

@@ -17,7 +17,7 @@ from slm.train.data.windows import SAMPLERS, gather
 from slm.train.learner import Learner, Objective
 from slm.train.optimizer import make_optimizers
 from slm.train.parallel import Processes, launched, local_rank, share_of
-from slm.train.precision import Precision
+from slm.train.precision import Precision, restore_scaler
 from slm.train.recipe import Recipe
 from slm.train.schedule import learning_rate
 from slm.train.state import SavedState
@@ -139,8 +139,7 @@ def build_learner(
     )
     if saved is not None:
         optimizers.load_state_tensors(model, saved.optimizer)
-        if saved.counters.scaler:  # none was needed where the state comes from
-            learner.scaler.load_state_dict(saved.counters.scaler)
+        restore_scaler(learner.scaler, saved.counters.scaler)
     return learner
 
 

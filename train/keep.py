@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from slm.core.checkpoint import CHECKPOINT_FILES, read_info, write_checkpoint
+from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, read_info, write_checkpoint
 from slm.core.config import ModelConfig
+from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, recover
 from slm.core.nn import CausalLM
 from slm.core.weights import WEIGHTS_FILE
 from slm.train.average import MovingAverage
 from slm.train.data.dataset import Dataset
-from slm.train.metrics import Row
+from slm.train.metrics import Row, is_number
 from slm.train.optimizer import Optimizers
 from slm.train.parallel import Processes, collect
 from slm.train.recipe import Recipe
@@ -22,6 +23,20 @@ from slm.version import __version__
 
 METRICS = ("loss", "perplexity", "bits_per_byte")
 _NUMBERED = "update-"
+
+
+def check_measured(info: dict[str, Any]) -> None:
+    """Makes sure that a checkpoint's `slm.json` says how the checkpoint was measured, as this module writes it.
+
+    Raises:
+        ValueError: When it does not; the field is named.
+    """
+    measured = info["metrics"]
+    for name in ("micro_steps", *METRICS):
+        if not isinstance(measured, dict) or not is_number(measured.get(name)):
+            raise ValueError(f"metrics: no number as {name!r}")
+    if not is_number(info.get("updates")):
+        raise ValueError("no number as 'updates'")
 
 
 class Keeper:
@@ -75,7 +90,15 @@ class Keeper:
             recover(self.best)
         info = read_info(self.best)
         measured = info.get("metrics")
-        return None if measured is None else {"updates": info["updates"], **measured}
+        if measured is None:
+            return None
+        try:
+            check_measured(info)
+        except ValueError as error:
+            raise SlmError(
+                f"{self.best / INFO_FILE} is damaged: {error}", "start a new run with another --out"
+            ) from None
+        return {"updates": info["updates"], **measured}
 
     def save(self, counters: Counters, optimizers: Optimizers, measured: Row | None, number: int | None = None) -> None:
         """Writes the last checkpoint, the same under a number where one is given, and everything that going on needs.

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slm.core.files import atomic_file, write_text
+from slm.core.errors import SlmError
+from slm.core.files import atomic_file, read_text, write_text
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -16,6 +17,8 @@ CURVE_FILE = "loss.png"
 TENSORBOARD = "tensorboard"
 # TensorBoard's files are written by a thread of their own, at least this often.
 _FLUSH_S = 5
+# No count or loss is beyond it; NaN is not below it either.
+_LARGEST = 2.0**63
 
 Kind = Literal["train", "eval", "sample"]
 Row = Mapping[str, Any]
@@ -130,12 +133,45 @@ def _line(row: Row) -> str:
     return json.dumps(row) + "\n"
 
 
+def check_row(row: object) -> None:
+    """Makes sure that something is a row with what is counted on here: kind, position and loss.
+
+    Raises:
+        ValueError: When it is not; the field is named.
+    """
+    if not isinstance(row, dict) or row.get("type") not in _SCALARS:
+        raise ValueError("is no row of metrics")
+    kind: Kind = row["type"]
+    for name in ("updates", "tokens", *(() if kind == "sample" else ("loss",))):
+        if not is_number(row.get(name)):
+            raise ValueError(f"has no number as {name!r}")
+    for name in _SCALARS[kind]:
+        if row.get(name) is not None and not is_number(row[name]):
+            raise ValueError(f"has no number as {name!r}")
+    if kind == "sample" and not all(isinstance(row.get(name), str) for name in ("prompt", "text")):
+        raise ValueError("has no text as 'prompt' and 'text'")
+
+
+def is_number(value: object) -> bool:
+    """Says whether something read from JSON is a number that counts or measures."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+
+
 def _read(file: Path) -> list[Row]:
-    """Returns the rows up to the first that a killed process left half written."""
+    """Returns the rows up to the first that a killed process left half written.
+
+    Raises:
+        SlmError: When the file is damaged otherwise.
+    """
     rows: list[Row] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for number, line in enumerate(read_text(file, METRICS_FILE).splitlines() if file.exists() else (), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        try:
+            check_row(row)
+        except ValueError as error:
+            raise SlmError(f"{file}, line {number}: {error}", "remove the line, or start a new run") from None
+        rows.append(row)
     return rows

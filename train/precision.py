@@ -1,9 +1,12 @@
 """What the products of a forward pass are computed in. Weights, gradients and the optimizer's moments are always float32."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from slm.core.errors import SlmError
 
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -71,3 +74,17 @@ def choose_precision(wanted: PrecisionName, able: Capability, hidden_size: int) 
             wanted = "bfloat16" if able.bf16 and hidden_size >= _CPU_BF16_HIDDEN_SIZE else "float32"
     dtype = None if wanted == "float32" else getattr(torch, wanted)
     return Precision(dtype, scale_loss=wanted == "float16")
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, int | float]) -> None:
+    """Puts back the state of the loss scale; nothing where none was saved, as where none was needed.
+
+    Raises:
+        SlmError: When what was saved is no such state.
+    """
+    if not saved or not scaler.is_enabled():
+        return
+    wanted = scaler.state_dict()
+    if saved.keys() != wanted.keys() or any(type(saved[name]) is not type(value) for name, value in wanted.items()):
+        raise SlmError("the saved state of the loss scale is damaged", "start a new run with another --out")
+    scaler.load_state_dict(dict(saved))

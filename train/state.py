@@ -9,15 +9,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
+from slm.core.config import first_mistake
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, read_text, recover
+from slm.core.files import atomic_directory, check_readable, read_json, recover
 from slm.core.weights import WEIGHTS_FILE
 
 TRAINER = "trainer"
@@ -37,12 +38,19 @@ class Counters(BaseModel):
         scaler: State of the float16 loss scale; empty without one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    micro_steps: int
+    micro_steps: int = Field(ge=0)
     course: dict[str, Any]
-    elapsed_s: float = 0.0
-    scaler: dict[str, Any] = {}
+    elapsed_s: float = Field(default=0.0, ge=0)
+    scaler: dict[str, int | float] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        accumulation = self.course.get("batch.accumulation")
+        if type(accumulation) is not int or accumulation < 1:
+            raise ValueError(f"course: batch.accumulation is {accumulation!r}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,18 @@ def save_state(
             shutil.copyfile(weights, directory / WEIGHTS_FILE)
 
 
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file of a saved state.
+
+    Raises:
+        SlmError: When there is no such file.
+        SafetensorError: When it is damaged.
+    """
+    check_readable(file, "the state of the run")
+    tensors: dict[str, Tensor] = safetensors.torch.load_file(file)
+    return tensors
+
+
 def load_state(run: Path) -> SavedState | None:
     """Returns what was saved last; None for a run that was killed before it saved anything.
 
@@ -103,11 +123,16 @@ def load_state(run: Path) -> SavedState | None:
     if not directory.is_dir():
         return None
     try:
-        counters = Counters.model_validate_json(read_text(directory / _COUNTERS_FILE, "the state of the run"))
-        weights, optimizer = (safetensors.torch.load_file(directory / name) for name in (WEIGHTS_FILE, _OPTIMIZER_FILE))
+        counters = Counters.model_validate(read_json(directory / _COUNTERS_FILE, "the state of the run"))
+        weights, optimizer = (load_tensors(directory / name) for name in (WEIGHTS_FILE, _OPTIMIZER_FILE))
         averaged = directory / _AVERAGE_FILE
-        average = safetensors.torch.load_file(averaged) if averaged.is_file() else {}
-    except (ValidationError, SafetensorError, OSError) as error:
+        average = load_tensors(averaged) if averaged.is_file() else {}
+    except ValidationError as error:
+        raise SlmError(
+            f"the saved state is damaged: {directory / _COUNTERS_FILE} ({first_mistake(error)})",
+            "start a new run with another --out",
+        ) from None
+    except (SafetensorError, OSError) as error:
         raise SlmError(
             f"the saved state is damaged: {directory} ({error})", "start a new run with another --out"
         ) from None

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from slm.core.checkpoint import check_tensors, read_config, write_checkpoint
+from slm.core.checkpoint import check_tensors, read_config, tensor_shapes, write_checkpoint
 from slm.core.nn.model import CausalLM
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Weights
@@ -20,10 +20,10 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     """
     config = read_config(path)
     weights = Weights(path)
+    wanted = tensor_shapes(config)
+    check_tensors(weights.untied(config), wanted, path)  # first, for a configuration may state sizes beyond PyTorch's
     with torch.device("meta"):
         model = CausalLM(config)
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    check_tensors(weights.untied(config), wanted, path)
     state = {name: torch.from_numpy(weights.float32(name)).to(dtype) for name in wanted}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()

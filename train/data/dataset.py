@@ -191,7 +191,7 @@ def open_dataset(path: Path) -> Dataset:
     if not is_dataset(path):
         raise SlmError(f"not a prepared dataset: {path} has no {DATASET_FILE}", _AGAIN)
     tokenizer = Tokenizer.load(path)
-    if "dataset" in read_json(path / DATASET_FILE, DATASET_FILE):
+    if "dataset" in read_json(member(path, DATASET_FILE), DATASET_FILE):
         path = _followed(_parse(DatasetReference, path))
     manifest = read_manifest(path)
     if manifest.tokenizer_sha256 != tokenizer.sha256:
@@ -222,7 +222,7 @@ def _totals(shards: tuple[Shard, ...]) -> tuple[int, int, int]:
 
 
 def _parse(kind: type[_RecordT], path: Path) -> _RecordT:
-    file = path / DATASET_FILE
+    file = member(path, DATASET_FILE)
     fields = read_json(file, DATASET_FILE)
     if fields.get("format_version") != FORMAT_VERSION:
         raise SlmError(
