@@ -89,7 +89,7 @@ class Share(click.ParamType[float]):
     help="How keys and values are cached; int8 writes faster and reads prompts slower. [default: by --prefer]",
 )
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure the quality on.")
-@click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="How much of it to read.")
+@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="How much of it to read.")
 @click.option("--window", type=click.IntRange(min=2), metavar="N",
               help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
@@ -97,7 +97,8 @@ class Share(click.ParamType[float]):
 @click.option("--calibration-tokens", type=click.IntRange(min=2), metavar="N",
               help="How much of it. [default: 2048; 8192 for --int4]")  # fmt: skip
 @click.option("--max-kl", type=click.FloatRange(min=0), metavar="NATS",
-              help="Refuse a bundle whose predictions moved by more, on average. [default: 0.02; 0.15 for --int4]")  # fmt: skip
+              help="Refuse a bundle whose predictions moved by more, on average; --int4 spends bits to stay below. "
+                   "[default: 0.02; 0.15 for --int4]")  # fmt: skip
 @click.option("--max-ppl-increase", type=Share(), metavar="SHARE",
               help="Refuse a bundle whose perplexity grew by more, such as 2%.")  # fmt: skip
 @out_option
@@ -189,6 +190,7 @@ def quantize(
         smooth=smooth,
         cache=kv_cache,
         target_bytes=target_size,
+        target_kl_nats=max_kl if int4 and target_size is None and prefer != "size" else None,
         gate=Gate(usual.max_kl_nats if max_kl is None else max_kl, max_ppl_increase),
     )
     ending = "int8-dynamic" if int8_dynamic else precision

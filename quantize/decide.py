@@ -4,9 +4,9 @@ Dimensions: K input channels.
 """
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,16 +24,16 @@ from slm.quantize.linears import Linear, linears_of
 from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of
 from slm.quantize.quality import Change, Text, measure
 from slm.quantize.rounding import Arrays, Method, gptq, placeholders, restored, rounded_tensors
-from slm.quantize.search import Budget, choose, sensitivities
+from slm.quantize.search import Budget, Schemes, choose, sensitivities, within_bytes, within_kl
 from slm.quantize.smoothing import NO_SMOOTHING, Smoothing, smoothing
 from slm.quantize.statistics import root_mean_squares
 from slm.quantize.write import ACCURACY_LEVEL, Contents, tried
 from slm.runtime.decoder import OnnxDecoder
 
 # How much text settings are chosen by: GPTQ wants more than it takes to tell how large activations are.
-CALIBRATION_TOKENS = {"int8": 2048, "int4": 8192}
-# Rows of the calibration text that it takes to tell what smoothing does, and each layer.
-_SMOOTHING_ROWS, _SENSITIVITY_ROWS = 1, 2
+CALIBRATION_TOKENS = {"int8": 1024, "int4": 8192}
+# How much of it it takes to tell what smoothing does, and each layer.
+_SMOOTHING_TOKENS, _SENSITIVITY_ROWS = 256, 2
 # What INT4 is to move the predictions by at most, nats, as the layers' harms add up; measured afterwards it is more
 # (docs/quantization.md).
 _FINE_KL_NATS: Mapping[Prefer, float] = {"auto": 0.02, "speed": 0.02, "quality": 0.012}
@@ -79,6 +79,7 @@ class Settings:
         smooth: Whether activations are smoothed first; None does where it measures better.
         cache: How keys and values are cached; None takes what `prefer` says.
         target_bytes: For INT4, the largest graph and weights together.
+        target_kl_nats: For INT4, how far the predictions may move: as many layers get eight bits as that takes.
         gate: What to let through.
     """
 
@@ -91,12 +92,14 @@ class Settings:
     smooth: bool | None = None
     cache: CacheType | None = None
     target_bytes: int | None = None
+    target_kl_nats: float | None = None
     gate: Gate | None = None
 
     def words(self) -> dict[str, object]:
         """Returns what was asked for, without what was left open."""
         asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
-        asked |= {"block_size": self.block_size, "target_bytes": self.target_bytes}
+        asked |= {"block_size": self.block_size}
+        asked |= {"target_bytes": self.target_bytes, "target_kl_nats": self.target_kl_nats}
         return {name: value for name, value in asked.items() if value is not None}
 
     def finer(self) -> str | None:
@@ -165,11 +168,19 @@ class Recipe:
         return Quantization(method=self.method, accuracy_level=ACCURACY_LEVEL, smoothing=exponent, schemes=self.schemes)
 
 
-def decide(source: Bundle, calibration: Text, settings: Settings, progress: Progress, scratch: Path) -> Recipe:
+def decide(
+    source: Bundle,
+    before: Callable[[], OnnxDecoder],
+    calibration: Text,
+    settings: Settings,
+    progress: Progress,
+    scratch: Path,
+) -> Recipe:
     """Chooses everything that the settings leave open, by measurement on the calibration text.
 
     Args:
         source: The float bundle.
+        before: Runs it.
         calibration: What is read.
         settings: What was asked for.
         progress: Told of each step.
@@ -190,31 +201,43 @@ def decide(source: Bundle, calibration: Text, settings: Settings, progress: Prog
     tensors = graph_tensors(source.model_path)
     if settings.smooth is not False:
         smooth = smoothing(tensors, source.config, recipe.rms)
-        if settings.smooth or _better(source, recipe, smooth, calibration, progress, scratch):
+        if settings.smooth or _better(source, before, recipe, smooth, calibration, progress, scratch):
             recipe.smoothing = smooth
     if settings.precision == "int4":
-        _spend_bits(source, recipe, settings, calibration, progress, scratch)
+        _spend_bits(source, before, recipe, settings, calibration, progress, scratch)
     return recipe
 
 
 def _better(
-    source: Bundle, recipe: Recipe, smooth: Smoothing, calibration: Text, progress: Progress, scratch: Path
+    source: Bundle,
+    before: Callable[[], OnnxDecoder],
+    recipe: Recipe,
+    smooth: Smoothing,
+    calibration: Text,
+    progress: Progress,
+    scratch: Path,
 ) -> bool:
     """Tries a recipe with and without smoothing; says whether the predictions move less with it."""
-    part = Text(calibration.name, calibration.rows[:_SMOOTHING_ROWS])
+    part = Text(calibration.name, calibration.rows[:1, :_SMOOTHING_TOKENS])
     plain = replace(recipe, method="searched" if recipe.method == "gptq" else recipe.method)
-    with ExitStack() as stack:
-        decoders = []
-        for each in (plain, replace(plain, smoothing=smooth)):
-            bundle = stack.enter_context(tried(source, each.contents(source), scratch))
-            decoders.append(OnnxDecoder(bundle))
-        moved = [change.kl_nats for change in measure(OnnxDecoder(source), decoders, part, progress)]
+    moved = [
+        _moved(source, before, each, part, progress, scratch) for each in (plain, replace(plain, smoothing=smooth))
+    ]
     progress.note(f"smoothing moves the predictions by {moved[1]:.4f} nats instead of {moved[0]:.4f}")
     return moved[1] < moved[0]
 
 
+def _moved(
+    source: Bundle, before: Callable[[], OnnxDecoder], recipe: Recipe, text: Text, progress: Progress, scratch: Path
+) -> float:
+    """Returns how far a recipe moves the predictions, nats."""
+    with tried(source, recipe.contents(source), scratch) as bundle:
+        return measure(before(), OnnxDecoder(bundle), text, progress).kl_nats
+
+
 def _spend_bits(
     source: Bundle,
+    before: Callable[[], OnnxDecoder],
     recipe: Recipe,
     settings: Settings,
     calibration: Text,
@@ -228,7 +251,7 @@ def _spend_bits(
     low = recipe.schemes
     if recipe.method == "gptq":
         recipe.done = gptq(source, layers, low, recipe.smoothing, tensors, calibration, progress)
-    if settings.prefer == "size" and settings.target_bytes is None:
+    if settings.prefer == "size" and settings.target_bytes is None and settings.target_kl_nats is None:
         return
 
     def rounded(linear: Linear) -> Array:
@@ -241,23 +264,32 @@ def _spend_bits(
     part = Text(calibration.name, calibration.rows[:_SENSITIVITY_ROWS])
     recipe.harm = sensitivities(Lab(source, layers), layers, part, rounded, progress)
     high = low | schemes_of(layers, INT8["auto"])
-    if settings.target_bytes is None:
-        recipe.schemes = choose(linears, low, high, recipe.harm, Budget(kl_nats=_FINE_KL_NATS[settings.prefer]))
+    picked = partial(choose, linears, low, high, recipe.harm)
+
+    def with_schemes(schemes: Schemes) -> Recipe:
+        done = {path: arrays for path, arrays in recipe.done.items() if schemes[path] == low[path]}
+        return replace(recipe, schemes=schemes, done=done)
+
+    if settings.target_bytes is not None:
+        sized = partial(_bytes_of_files, source, recipe, linears, scratch)
+        schemes = within_bytes(picked, sized, settings.target_bytes)
+    elif settings.target_kl_nats is not None:
+
+        def moved(schemes: Schemes) -> float:
+            found = _moved(source, before, with_schemes(schemes), part, progress, scratch)
+            eight = sum(scheme.bits == 8 for scheme in schemes.values())
+            progress.note(f"{eight} of {len(schemes)} products in 8 bits: the predictions move by {found:.4f} nats")
+            return found
+
+        schemes = within_kl(linears, low, high, recipe.harm, settings.target_kl_nats, moved)
     else:
-        recipe.schemes = _within(source, recipe, linears, high, settings.target_bytes, scratch)
-    recipe.done = {path: arrays for path, arrays in recipe.done.items() if recipe.schemes[path] == low[path]}
+        schemes = picked(Budget(kl_nats=_FINE_KL_NATS[settings.prefer]))
+    recipe.done = with_schemes(schemes).done
+    recipe.schemes = schemes
 
 
-def _within(
-    source: Bundle, recipe: Recipe, linears: Sequence[Linear], high: Mapping[str, Scheme], target: int, scratch: Path
-) -> dict[str, Scheme]:
-    """Chooses schemes whose graph and weights take at most `target` bytes together, tables and paddings included."""
-    budget = target
-    while True:
-        schemes = choose(linears, recipe.schemes, high, recipe.harm, Budget(bytes=budget))
-        each = replace(recipe, schemes=schemes, done=placeholders(linears, schemes))
-        with tried(source, each.contents(source), scratch) as bundle:
-            size = sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())
-        if size <= target:
-            return schemes
-        budget -= size - target
+def _bytes_of_files(source: Bundle, recipe: Recipe, linears: Sequence[Linear], scratch: Path, schemes: Schemes) -> int:
+    """Returns what graph and weights take with these schemes, tables and paddings included."""
+    each = replace(recipe, schemes=schemes, done=placeholders(linears, schemes))
+    with tried(source, each.contents(source), scratch) as bundle:
+        return sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from slm.core.errors import SlmError
@@ -11,7 +12,7 @@ from slm.core.progress import Progress, Silent
 from slm.export.graph import float_tensors, graph_tensors, released
 from slm.quantize.decide import CALIBRATION_TOKENS, GATES, Recipe, Settings, decide
 from slm.quantize.linears import linears_of
-from slm.quantize.quality import Change, Text, calibration_text, divergence, measure, speeds
+from slm.quantize.quality import Change, Divergence, Speeds, Text, calibration_text, divergence, measure, speeds
 from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report
 from slm.quantize.write import write_bundle
 from slm.runtime.decoder import OnnxDecoder
@@ -51,12 +52,16 @@ def quantize_bundle(
     started = time.perf_counter()
     calibration = calibration or calibration_text(source, None, CALIBRATION_TOKENS[settings.precision])
     with atomic_directory(out, sealed_files(out)) as directory, released():
-        recipe = decide(source, calibration, settings, progress, directory.parent)
+        before = cache(lambda: OnnxDecoder(source))
+        recipe = decide(source, before, calibration, settings, progress, directory.parent)
         progress.note(f"writing {source.manifest.parameters:,} parameters: {_in_words(recipe)}")
         made = write_bundle(source, recipe.contents(source), directory)
-        decoders = OnnxDecoder(source), OnnxDecoder(made)
-        (change,) = measure(decoders[0], decoders[1:], text, progress)
-        report = _report(source, made, decoders, text, recipe, settings, change, progress)
+        after = OnnxDecoder(made)
+        change = measure(before(), after, text, progress)
+        progress.note("comparing texts, speeds and tensors")
+        texts, speed = divergence(before(), after, text), speeds(before(), after)
+        before.cache_clear()  # before tensors are read: memory
+        report = _report(source, made, recipe, settings, change, texts, speed)
         gate = settings.gate or GATES[settings.precision]
         if (reason := gate.refuses(change)) is not None:
             raise _refusal(reason, change, report, settings)
@@ -96,15 +101,13 @@ def check_source(source: Bundle, settings: Settings) -> None:
 def _report(
     source: Bundle,
     made: Bundle,
-    decoders: tuple[OnnxDecoder, OnnxDecoder],
-    text: Text,
     recipe: Recipe,
     settings: Settings,
     change: Change,
-    progress: Progress,
+    texts: Divergence,
+    speed: Speeds,
 ) -> Report:
     linears = linears_of(source.config)
-    progress.note("comparing texts, speeds and tensors")
     before = recipe.smoothing.apply(graph_tensors(source.model_path))
     after = float_tensors(made.model_path, recipe.schemes)
     return Report(
@@ -114,8 +117,8 @@ def _report(
         bytes_after=model_bytes(made),
         parts=parts_of(made, linears, recipe.schemes),
         change=change,
-        divergence=divergence(*decoders, text),
-        speeds=speeds(*decoders),
+        divergence=texts,
+        speeds=speed,
         tensors=tensor_errors(linears, recipe.schemes, before, after, recipe.inputs_rms, recipe.harm),
         seconds=0.0,
     )

@@ -3,7 +3,6 @@
 Dimensions: T positions, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from slm.runtime.bench import read_and_write
 from slm.runtime.decoder import OnnxDecoder, comparable_positions
 from slm.runtime.logprobs import log_softmax
 
-DEFAULT_TOKENS = 4096
+DEFAULT_TOKENS = 2048
 # Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
 ROW_TOKENS = 256
 PAST_THE_WINDOW = 64
@@ -105,43 +104,36 @@ def _rows(bundle: Bundle, file: Path, tokens: int, row_tokens: int | None) -> Ar
     return np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)
 
 
-def measure(before: OnnxDecoder, after: Sequence[OnnxDecoder], text: Text, progress: Progress) -> list[Change]:
-    """Reads the text with some bundles and compares what they expect at every position with what another one does.
+def measure(before: OnnxDecoder, after: OnnxDecoder, text: Text, progress: Progress) -> Change:
+    """Reads the text with two bundles and compares what they expect at every position.
 
     Args:
-        before: The bundle that the others were made from.
-        after: The others.
-        text: What all read.
+        before: The bundle that the other was made from.
+        after: The other.
+        text: What both read.
         progress: Told of each row.
     """
     progress.start("compare predictions", text.rows.shape[0], "rows")
-    sums = [_Sums() for _ in after]
-    own = _Sums()
-    step = comparable_positions(before.vocab_size)
+    sums = _Sums()
+    step = max(1, comparable_positions(before.vocab_size) // 2)  # of two bundles
     for row in text.rows:
-        for decoder in (before, *after):
-            decoder.reset()
+        before.reset()
+        after.reset()
         for start in range(0, len(row), step):
             chunk, targets = row[None, start : start + step], row[start + 1 : start + step + 1]
-            old = log_softmax(before.step(chunk, keep=0)[0])  # (T, V)
-            likely = np.exp(old)
-            own.add(likely, old, old, targets)
-            for decoder, each in zip(after, sums, strict=True):
-                each.add(likely, old, log_softmax(decoder.step(chunk, keep=0)[0]), targets)
+            old, new = (log_softmax(decoder.step(chunk, keep=0)[0]) for decoder in (before, after))  # (T, V)
+            sums.add(old, new, targets)
         progress.advance()
     progress.finish()
     positions, predicted = text.rows.size, text.rows[:, 1:].size
-    return [
-        Change(
-            tokens=positions,
-            kl_nats=each.divergence / positions,
-            same_top1=each.same / positions,
-            same_top5=each.same_five / positions,
-            perplexity_before=float(np.exp(own.loss / predicted)),
-            perplexity_after=float(np.exp(each.loss / predicted)),
-        )
-        for each in sums
-    ]
+    return Change(
+        tokens=positions,
+        kl_nats=sums.divergence / positions,
+        same_top1=sums.same / positions,
+        same_top5=sums.same_five / positions,
+        perplexity_before=float(np.exp(sums.loss_before / predicted)),
+        perplexity_after=float(np.exp(sums.loss_after / predicted)),
+    )
 
 
 @dataclass
@@ -151,16 +143,21 @@ class _Sums:
     divergence: float = 0.0
     same: float = 0.0
     same_five: float = 0.0
-    loss: float = 0.0
+    loss_before: float = 0.0
+    loss_after: float = 0.0
 
-    def add(self, likely: Array, old: Array, new: Array, targets: Array) -> None:
-        """Adds positions: probabilities and log-probabilities before, log-probabilities after (T, V); the tokens that came."""
-        self.loss -= float(np.take_along_axis(new[: len(targets)], targets[:, None], axis=-1).sum())
-        if new is old:
-            return
-        self.divergence += float(np.einsum("tv,tv->", likely, old - new, dtype=np.float64))
+    def add(self, old: Array, new: Array, targets: Array) -> None:
+        """Adds positions: log-probabilities before and after (T, V), and the tokens that came."""
+        self.loss_before -= _of_targets(old, targets)
+        self.loss_after -= _of_targets(new, targets)
         self.same += float((old.argmax(-1) == new.argmax(-1)).sum())
         self.same_five += _shared(_likeliest(old), _likeliest(new))
+        np.subtract(old, new, out=new)
+        self.divergence += float(np.einsum("tv,tv->", np.exp(old, out=old), new, dtype=np.float64))
+
+
+def _of_targets(log_probabilities: Array, targets: Array) -> float:
+    return float(np.take_along_axis(log_probabilities[: len(targets)], targets[:, None], axis=-1).sum())
 
 
 def _likeliest(log_probabilities: Array) -> Array:
@@ -188,13 +185,19 @@ class Divergence:
 
 
 def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergence:
-    """Continues the beginnings of some rows greedily with both bundles."""
+    """Continues the beginnings of some rows greedily.
+
+    One bundle writes, the other reads that at once: until the first token that it would not have chosen, both write the same.
+    """
     prompt = min(_PROMPT_TOKENS, text.rows.shape[1], before.context // 2)
     new = min(_NEW_TOKENS, before.context - prompt)
     equal = []
-    for row in text.rows[:_PROMPTS]:
-        first, second = (_greedy(decoder, row[:prompt].tolist(), new) for decoder in (before, after))
-        equal.append(next((i for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), new))
+    for row in text.rows[:_PROMPTS, :prompt]:
+        written = _greedy(after, row.tolist(), new)
+        before.reset()
+        read = np.array([[*row, *written[:-1]]], np.int64)
+        chosen = before.step(read, keep=0)[0, prompt - 1 :].argmax(axis=-1)  # (new,)
+        equal.append(next((i for i, pair in enumerate(zip(chosen, written, strict=True)) if pair[0] != pair[1]), new))
     return Divergence(new, tuple(equal))
 
 
@@ -232,12 +235,12 @@ class Speeds:
 
 
 def speeds(before: OnnxDecoder, after: OnnxDecoder) -> Speeds:
-    """Reads a prompt and writes some tokens with each bundle in turn."""
+    """Reads a prompt and writes some tokens with each bundle in turn; both have run before, so that nothing is cold."""
     prompt = min(_PROMPT_TOKENS * 4, before.context // 2)
     rates: list[list[tuple[float, float]]] = [[], []]
-    for round_ in range(_ROUNDS + 1):
+    for _ in range(_ROUNDS):
         for decoder, found in zip((before, after), rates, strict=True):
             read_s, written_s = read_and_write(decoder, prompt, _TIMED_TOKENS)
-            found += [(prompt / read_s, (_TIMED_TOKENS - 1) / written_s)] if round_ else []
+            found.append((prompt / read_s, (_TIMED_TOKENS - 1) / written_s))
     medians = [[float(np.median([pair[i] for pair in found])) for found in rates] for i in (0, 1)]
     return Speeds(prompt, (medians[1][0], medians[1][1]), (medians[0][0], medians[0][1]))

@@ -3,6 +3,7 @@
 Harm is taken to add up: that of many layers together is about the sum of each alone while it is small.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,14 @@ from slm.quantize.linears import Linear
 from slm.quantize.plan import bytes_of
 from slm.quantize.quality import Text
 from slm.runtime.logprobs import log_softmax
+
+Schemes = dict[str, Scheme]
+
+# To stay within a divergence on other text too, this share of it is aimed for; what uses so much of that is small enough.
+_SAFELY, _ENOUGH = 0.9, 0.85
+# So many assignments are measured at most.
+_TRIALS = 5
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def choose(
     high: Mapping[str, Scheme],
     harm: Mapping[str, float],
     budget: Budget,
-) -> dict[str, Scheme]:
+) -> Schemes:
     """Gives more bits to the products that need them most for what they take, until the budget is used.
 
     Args:
@@ -89,3 +98,67 @@ def choose(
         size += price(linear)
         left -= harm[linear.path]
     return schemes
+
+
+def within_bytes(picked: Callable[[Budget], Schemes], sized: Callable[[Schemes], int], target: int) -> Schemes:
+    """Chooses schemes whose files take at most `target` bytes.
+
+    Args:
+        picked: Chooses within a budget; what it counts may be less than the files take.
+        sized: Bytes of the files.
+        target: The most.
+
+    Raises:
+        SlmError: When not even the fewest bits are that few.
+    """
+    budget = target
+    while True:
+        schemes = picked(Budget(bytes=budget))
+        size = sized(schemes)
+        if size <= target:
+            return schemes
+        budget -= size - target
+
+
+def within_kl(
+    linears: Sequence[Linear],
+    low: Mapping[str, Scheme],
+    high: Mapping[str, Scheme],
+    harm: Mapping[str, float],
+    target: float,
+    moved: Callable[[Schemes], float],
+) -> Schemes:
+    """Chooses the fewest bits found that move the predictions by at most a little less than `target` nats.
+
+    What products do together is only about the sum of what each does alone, so the budget is corrected by what is measured.
+
+    Args:
+        linears: As for `choose`, like the next three.
+        low: The schemes with few bits.
+        high: The schemes with more.
+        harm: What the low ones do.
+        target: The most.
+        moved: Measures how far schemes move the predictions.
+
+    Returns:
+        The schemes; those with the most bits where nothing measured was good enough.
+    """
+    aim = target * _SAFELY
+    # Of budgets: the largest that was good enough, and the smallest that was not.
+    good, bad = 0.0, math.inf
+    best = choose(linears, low, high, harm, Budget(kl_nats=0.0))
+    budget = aim
+    for _ in range(_TRIALS):
+        schemes = choose(linears, low, high, harm, Budget(kl_nats=budget))
+        found = moved(schemes)
+        expected = sum(each for path, each in harm.items() if schemes[path] == low[path])
+        if found <= aim:
+            best, good = schemes, budget
+            if found >= _ENOUGH * aim or schemes == low:
+                break
+        else:
+            bad = expected  # any budget from here on picks these or worse
+        budget = expected * aim / max(found, _TINY)
+        if not good < budget < bad:
+            budget = (good + min(bad, 2 * good + aim)) / 2
+    return best

@@ -158,10 +158,10 @@ def _try(
     out: Path,
 ) -> Trial:
     scratch = out.resolve().parent
-    recipe = decide(source, calibration, settings, progress, scratch)
+    recipe = decide(source, lambda: before, calibration, settings, progress, scratch)
     with tried(source, recipe.contents(source), scratch) as bundle:
         after = OnnxDecoder(bundle)
-        (change,) = measure(before, [after], text, progress)
+        change = measure(before, after, text, progress)
         speed = speeds(before, after)
         size = sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())
     return Trial(options, recipe.words(), size, change, round(speed.decode_ratio, 4), round(speed.prefill_ratio, 4))

@@ -71,10 +71,6 @@ def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     manifest = bundle.manifest.model_copy(
         update={
             "slm_version": __version__,
-            "inputs": input_specs(
-                bundle.manifest.cache, slot_specs(source.config) if source.manifest.adapter_slots else ()
-            ),
-            "outputs": output_specs(source.config.vocab_size, bundle.manifest.cache),
             "parity": None,
             "notices": notices,
             "provenance": source.manifest.provenance
@@ -114,11 +110,14 @@ def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
     model.parent.mkdir()
     save_graph(build_graph(source.config, target, tensors, source.manifest.context), model)
+    caches = target.caches(source.config)
     manifest = source.manifest.model_copy(
         update={
             "model": model.relative_to(directory).as_posix(),
             "precision": precision,
-            "cache": target.caches(source.config),
+            "inputs": input_specs(caches, slot_specs(source.config) if source.manifest.adapter_slots else ()),
+            "outputs": output_specs(source.config.vocab_size, caches),
+            "cache": caches,
             "quantization": quantization,
         }
     )

@@ -83,14 +83,23 @@ def checkpoint_tensors(weights: Weights, config: ModelConfig) -> LazyTensors:
 
 
 def graph_tensors(path: Path) -> LazyTensors:
-    """Returns the tensors of a saved graph under their names, mapped from its file.
+    """Returns the tensors of a saved graph under their names, each mapped from its file for as long as it is used.
 
     Args:
         path: The `.onnx` file; its external data lies beside it.
     """
     model = ir.load(path)
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-    return LazyTensors({name: tensor.numpy for name, tensor in tensors.items() if tensor is not None})
+    return LazyTensors({name: partial(_mapped, tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def _mapped(tensor: ir.TensorProtocol) -> Array:
+    """Returns a tensor's array; of one in a file from a mapping of its own, since the tensor would keep that open."""
+    if isinstance(tensor, ir.ExternalTensor):
+        place = tensor.location, tensor.offset, tensor.length, tensor.dtype
+        tensor = ir.ExternalTensor(*place, shape=tensor.shape, name=tensor.name, base_dir=tensor.base_dir)
+    array: Array = tensor.numpy()
+    return array
 
 
 def float_tensors(path: Path, schemes: Mapping[str, Scheme]) -> LazyTensors:

@@ -140,7 +140,7 @@ def test_gptq_is_better_than_nearest(made: dict[str, tuple[Bundle, Report]]) -> 
 
 def test_the_change_is_what_the_definitions_give(shared_bundle: Bundle, int8_bundle: Bundle) -> None:
     text = random_text(shared_bundle)
-    (change,) = measure(OnnxDecoder(shared_bundle), [OnnxDecoder(int8_bundle)], text, Silent())
+    change = measure(OnnxDecoder(shared_bundle), OnnxDecoder(int8_bundle), text, Silent())
     p, q = (
         np.exp(x) / np.exp(x).sum(-1, keepdims=True)
         for x in (OnnxDecoder(b).logits(text.rows).astype(np.float64) for b in (shared_bundle, int8_bundle))
@@ -157,7 +157,7 @@ def test_the_change_is_what_the_definitions_give(shared_bundle: Bundle, int8_bun
 
 def test_a_bundle_against_itself_does_not_change(shared_bundle: Bundle) -> None:
     decoders = OnnxDecoder(shared_bundle), OnnxDecoder(shared_bundle)
-    (change,) = measure(decoders[0], decoders[1:], random_text(shared_bundle), Silent())
+    change = measure(*decoders, random_text(shared_bundle), Silent())
     assert change.kl_nats == 0 and change.same_top1 == change.same_top5 == 1
     assert change.perplexity_before == change.perplexity_after
 
@@ -319,6 +319,19 @@ def test_mixed_precision_keeps_a_target_size(
     with pytest.raises(SlmError, match="at the fewest bits"):
         make(shared_bundle, tmp_path / "c", precision="int4", target_bytes=least // 2)
     assert not (tmp_path / "c").exists()
+
+
+def test_mixed_precision_keeps_a_divergence(
+    shared_bundle: Bundle, made: dict[str, tuple[Bundle, Report]], tmp_path: Path
+) -> None:
+    coarse = made["int4-size"][1]
+    target = coarse.change.kl_nats / 2
+    bundle, report = make(shared_bundle, tmp_path / "b", precision="int4", target_kl_nats=target)
+    assert report.change.kl_nats <= target
+    bits = {scheme.bits for path, scheme in bundle.manifest.quantization.schemes.items() if "layers" in path}  # type: ignore[union-attr]
+    assert bits == {4, 8}
+    _, loose = make(shared_bundle, tmp_path / "c", precision="int4", target_kl_nats=9.0)
+    assert loose.bytes_after == coarse.bytes_after < report.bytes_after
 
 
 def test_what_cannot_be_quantized_is_refused(

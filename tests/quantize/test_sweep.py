@@ -89,7 +89,7 @@ def test_ctrl_c_keeps_what_was_finished(shared_bundle: Bundle, tmp_path: Path, m
     measure = module.measure
     calls: list[int] = []
 
-    def interrupted(*given: Any) -> list[Change]:
+    def interrupted(*given: Any) -> Change:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
