@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -52,8 +53,10 @@ class Running:
 def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
-    def start(limits: Limits | None = None, keys: tuple[str, ...] = (), **options: Any) -> Running:
-        model = slm.load(shared_bundle.path)
+    def start(
+        limits: Limits | None = None, keys: tuple[str, ...] = (), bundle: Path | None = None, **options: Any
+    ) -> Running:
+        model = slm.load(bundle or shared_bundle.path)
         assert isinstance(model.decoder, OnnxDecoder)
         engine = Engine(model.decoder, model.tokenizer, model.stop_token_ids, **options)
         service = Service(model, NAME, engine, limits=limits or Limits(new_tokens=64), keys=keys, grace_s=1)
