@@ -101,11 +101,9 @@ async function write() {
     paragraph("text", "").className = "given";
     $("log").lastChild.lastChild.textContent = prompt;
   }
-  const into = talking() ? paragraph("new", site.name) : document.createElement("span");
-  if (!talking()) {
-    into.className = "new";
-    $("log").lastChild.append(into);
-  }
+  const into = talking() ? paragraph("model", site.name) : document.createElement("span");
+  into.className = "new";
+  if (!talking()) $("log").lastChild.append(into);
   running = new AbortController();
   refresh();
   $("figures").textContent = "Reading …";
@@ -244,6 +242,7 @@ async function register() {
     registration.waiting?.postMessage("now");
   };
   told();
+  registration.update().catch(() => {}); // without a network there is none
 }
 
 async function start() {

@@ -1,6 +1,6 @@
 // Answers from the model in this browser, which runs in a worker.
 import { Problem } from "./problem.js";
-import { forget, stored } from "./store.js";
+import { remove, stored } from "./store.js";
 
 export class Local {
   #worker;
@@ -61,7 +61,7 @@ export class Local {
 
   // Removes what the browser keeps of the site.
   async remove() {
-    await forget();
+    await remove();
     const registration = await navigator.serviceWorker?.getRegistration();
     await registration?.unregister();
     const root = new URL("./", import.meta.url).pathname;

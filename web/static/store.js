@@ -38,8 +38,13 @@ export async function fetchAll(files, told) {
   return { contents, kept };
 }
 
-// Removes what no longer belongs to the site, or everything; of this site alone.
-export async function forget(files = {}) {
+// Removes the store of this site.
+export async function remove() {
+  await globalThis.caches?.delete(STORE);
+}
+
+// Removes what no longer belongs to the site.
+export async function forget(files) {
   const wanted = new Set(Object.values(files).map((file) => key(file.sha256)));
   const store = await open();
   for (const request of (await store?.keys()) ?? []) if (!wanted.has(request.url)) await store.delete(request);
