@@ -64,6 +64,7 @@ _TYPES = {
     ".wasm": "application/wasm",
     ".txt": "text/plain; charset=utf-8",
     ".LICENSE": "text/plain; charset=utf-8",
+    "": "text/plain; charset=utf-8",
 }
 
 Content = Path | bytes
