@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import click
@@ -172,11 +171,12 @@ def source_checkpoint(checkpoint: Path, adapter: Path | None) -> Iterator[Path]:
     if adapter is None:
         yield checkpoint
         return
+    from slm.core.files import scratch_directory
     from slm.finetune.merge import merged_checkpoint
 
     say(f"merging {adapter} into {checkpoint}")
-    with TemporaryDirectory(prefix=".merged-", dir=run_of(checkpoint)) as directory:
-        merged = Path(directory) / "checkpoint"
+    with scratch_directory(run_of(checkpoint), "merged") as directory:
+        merged = directory / "checkpoint"
         merged_checkpoint(checkpoint, adapter, merged)
         yield merged
 

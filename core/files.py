@@ -1,15 +1,18 @@
 """Files and directories that appear whole or not at all, and paths that stay where they belong."""
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
+import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,9 +20,12 @@ from slm.core.errors import SlmError
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
-# Between the two renames that replace a directory lie milliseconds. Whoever has the number of their process for longer than
-# this got it later, as happens in containers, where numbers are few.
+_LOCK = ".lock"
+# Between the two renames that replace a directory lie milliseconds: who reads it waits for so long.
 _RENAMING_S = 2.0
+# How long to wait for another process that writes the same file.
+_WRITING_S = 10.0
+_LOOK_AGAIN_S = 0.02
 # Of a file that is read as one JSON object. The longest there are list every tensor of a large model, in some MiB.
 _LONGEST_JSON = 64 << 20
 
@@ -38,26 +44,107 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
             else's, and the target is left alone.
 
     Raises:
-        SlmError: When something else stands there.
+        SlmError: When something else stands there, or another process is at work on it.
         OSError: When the disk is full, whatever the library that wrote says then.
     """
     target = target.resolve()  # a link stays a link, to what is made
-    recover(target)
     check_replaceable(target, ours)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
-    partial.mkdir()
+    with sole(target) as certain:
+        _put_right(target, certain)
+        check_replaceable(target, ours)
+        partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
+        partial.mkdir()
+        try:
+            yield partial
+            _give_usual_modes(partial)
+            for path in (*partial.rglob("*"), partial):
+                _to_disk(path)
+            replace_directory(partial, target)
+        except Exception as error:
+            _complain_of_full_disk(error)
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def sole(target: Path, wait_s: float = 0.0) -> Iterator[bool]:
+    """Makes this process the only one at work on an artifact; the system lets go of it however the process ends.
+
+    Yields whether that is certain: not where the file system knows no locks. What this thread holds, it can take again.
+    Directories above the artifact are made, and removed again where nothing came into them.
+
+    Args:
+        target: The file or directory that is to be made.
+        wait_s: How long to wait for another process.
+
+    Raises:
+        SlmError: When another process is at work on it; it is named where the system says which.
+        OSError: When nothing can be written there.
+    """
+    lock = target.parent.resolve() / f".{target.name}{_LOCK}"
+    held = (lock, threading.get_ident())
+    if held in _locks:
+        yield _locks[held]
+        return
+    made = [parent for parent in lock.parents if not parent.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, certain = _locked(lock, target, wait_s)
+    _locks[held] = certain
     try:
-        yield partial
-        _give_usual_modes(partial)
-        for path in (*partial.rglob("*"), partial):
-            _to_disk(path)
-        replace_directory(partial, target)
-    except Exception as error:
-        _complain_of_full_disk(error)
-        raise
+        yield certain
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        del _locks[held]
+        lock.unlink(missing_ok=True)  # before it is let go of: who opens it later makes another
+        os.close(descriptor)
+        with suppress(OSError):  # one that is no longer empty
+            for parent in made:
+                parent.rmdir()
+
+
+# What this process holds, by thread, and whether that is certain.
+_locks: dict[tuple[Path, int], bool] = {}
+
+
+def _locked(lock: Path, target: Path, wait_s: float) -> tuple[int, bool]:
+    end = time.monotonic() + wait_s
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(lock, descriptor):
+                return descriptor, True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                holder = at_work(descriptor)
+                os.close(descriptor)
+                raise SlmError(
+                    f"{holder} is at work on {target}", "wait for it or stop it, or name another --out"
+                ) from None
+            time.sleep(_LOOK_AGAIN_S)
+        except OSError:
+            return descriptor, False
+        os.close(descriptor)
+
+
+def _is_still(lock: Path, descriptor: int) -> bool:
+    """Says whether a lock file is the one that was opened: whoever held it has removed it since."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def at_work(descriptor: int) -> str:
+    """Returns what to call the process that holds the lock of an open file or directory."""
+    about = os.fstat(descriptor)
+    place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+    with suppress(OSError):  # Linux lists them; across containers without a number that means anything here
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and place in fields and fields[fields.index(place) - 1] not in ("0", "-1"):
+                return f"another process ({fields[fields.index(place) - 1]})"
+    return "another process"
 
 
 def check_replaceable(target: Path, ours: Collection[str]) -> None:
@@ -127,31 +214,51 @@ def _give_usual_modes(directory: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Puts right what a killed process left beside `target`.
+    """Puts right what a killed process left beside `target`; nothing where another process is at work on it.
 
     Directories it had not finished are removed; one it had moved away, and whose successor never came, is put back.
     """
+    target = target.parent.resolve() / target.name
+    if not target.parent.is_dir():
+        return
+    # A directory that may not be written to has nothing that could be put right.
+    with suppress(SlmError, OSError), sole(target, _RENAMING_S) as certain:
+        _put_right(target, certain)
+
+
+def _put_right(target: Path, certain: bool) -> None:
+    """Does what `recover` says, for the only process at work on the target if that is certain."""
     for kind in (_REPLACED, _PARTIAL):
         for left in target.parent.glob(f"{glob.escape(f'.{target.name}{kind}')}*"):
             pid = left.name.rpartition("-")[2]
-            if pid.isdigit() and int(pid) != os.getpid() and _at_work(int(pid), left if kind == _REPLACED else None):
+            if not certain and pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
                 continue
             if kind == _REPLACED and not target.exists():
                 left.rename(target)
-            else:
+            elif left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
-def _at_work(pid: int, replaced: Path | None) -> bool:
-    """Returns whether a process is alive, and still about to remove what it replaced: that takes no time, once renamed."""
-    end = time.monotonic() + _RENAMING_S
-    while _alive(pid):
-        if replaced is None or not replaced.exists():
-            return True
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return False
+@contextmanager
+def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
+    """Yields an empty directory that is removed when the block ends; those that killed processes left are removed first.
+
+    Args:
+        parent: Where to make it.
+        name: What it is for; its own name begins with ".NAME-".
+    """
+    for left in parent.glob(f".{glob.escape(name)}-*{_LOCK}"):
+        lock_of = left.name[1:].removesuffix(_LOCK)
+        with suppress(SlmError, OSError), sole(parent / lock_of) as certain:
+            if certain:
+                shutil.rmtree(parent / f".{lock_of}", ignore_errors=True)
+    with ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        stack.enter_context(sole(parent / directory.name[1:]))
+        yield directory
 
 
 def _alive(pid: int) -> bool:
@@ -166,19 +273,27 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yields a sibling path to write; it takes the place of `target` when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
-    try:
-        yield partial
-        _to_disk(partial)
-        partial.replace(target)
-        _to_disk(target.parent)
-    except Exception as error:
-        _complain_of_full_disk(error)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+    """Yields a sibling path to write; it takes the place of `target` when the block ends well.
+
+    What a killed process left beside the target is removed first.
+
+    Raises:
+        SlmError: When another process writes it, and goes on for long.
+        OSError: When the disk is full, whatever the library that wrote says then.
+    """
+    with sole(target, _WRITING_S) as certain:
+        _put_right(target, certain)
+        partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
+        try:
+            yield partial
+            _to_disk(partial)
+            partial.replace(target)
+            _to_disk(target.parent)
+        except Exception as error:
+            _complain_of_full_disk(error)
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +20,7 @@ import torch
 
 from slm.core.checkpoint import read_config
 from slm.core.errors import SlmError
+from slm.core.files import scratch_directory
 from slm.core.manifest import Bundle, Manifest, Parity, Scheme
 from slm.core.nn import CausalLM
 from slm.core.progress import Progress
@@ -96,9 +96,9 @@ def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
     for node in model.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    with TemporaryDirectory(prefix=".verify-", dir=bundle.path.parent) as directory:
-        changed = Bundle(Path(directory), bundle.manifest, bundle.config)
-        path = Path(directory) / bundle.manifest.model
+    with scratch_directory(bundle.path.parent, "verify") as directory:
+        changed = Bundle(directory, bundle.manifest, bundle.config)
+        path = directory / bundle.manifest.model
         path.parent.mkdir(parents=True, exist_ok=True)
         ir.save(model, path)  # the weights stay where they are, beside it
         data = bundle.model_path.with_name(f"{path.name}_data")

@@ -5,6 +5,7 @@ gives them on transformers' Gemma 3, so that `peft.PeftModel.from_pretrained` pu
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from slm.finetune.settings import FinetuneSettings
 ADAPTER = "default"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+
+# In a regular expression: matching so many with a name as long as modules have takes a tenth of a second at most.
+_MOST_REPETITIONS = 5
 
 # Fields of adapter_config.json that do not change what the adapter computes.
 _INERT = {
@@ -181,6 +185,23 @@ def load_adapter(model: CausalLM, path: Path) -> PeftModel:
     return adapter.eval()
 
 
+def _check_pattern(pattern: str, file: Path) -> None:
+    """Makes sure that a regular expression, which peft matches with every module's name, is one and takes no time.
+
+    Time grows without bound where what is repeated holds a repetition, and with the number of repetitions.
+
+    Raises:
+        SlmError: When it is none, or may take long.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise SlmError(f"{file} is wrong: {pattern!r} is no regular expression ({error})") from None
+    repetitions = re.findall(r"[*+{]|(?<![*+}(])[?]", pattern)
+    if len(repetitions) > _MOST_REPETITIONS or re.search(r"[)][*+{]", pattern):
+        raise SlmError(f"{file}: the regular expression {pattern!r} may take very long", "list the modules instead")
+
+
 def _read_config(path: Path) -> LoraConfig:
     if not is_adapter(path):
         kind = "not found" if not path.exists() else "not an adapter"
@@ -200,4 +221,9 @@ def _read_config(path: Path) -> LoraConfig:
         followed_fields = _AdapterFields.model_validate(fields)
     except ValidationError as error:
         raise SlmError(f"{path / ADAPTER_CONFIG_FILE} is wrong: {first_mistake(error)}") from None
+    patterns = [*followed_fields.rank_pattern, *followed_fields.alpha_pattern]
+    if isinstance(followed_fields.target_modules, str):
+        patterns.append(followed_fields.target_modules)
+    for pattern in patterns:
+        _check_pattern(pattern, path / ADAPTER_CONFIG_FILE)
     return LoraConfig(**followed_fields.model_dump(), inference_mode=True, task_type=TaskType.CAUSAL_LM)

@@ -101,7 +101,11 @@ class Fit:
             odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             if odd and (found or not may_lack):
                 raise SlmError(f"the saved state does not fit the model: {odd[0]}", "--overwrite begins anew")
-        self.standing, self.best = state.standing, state.best
+        where = state.standing
+        whole_epochs = where.updates >= self._updates_per_epoch
+        if where.updates > self._total or whole_epochs != (where.loss is not None) or whole_epochs != bool(state.best):
+            raise SlmError("the saved state says what cannot be of its updates and epochs", "--overwrite begins anew")
+        self.standing, self.best = where, state.best
         for name, parameter in self._parameters.items():
             parameter.copy_(state.weights[name])
             fields = {

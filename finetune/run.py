@@ -14,7 +14,7 @@ from slm.core.chat import knows_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, check_replaceable, recover, sha256_file
+from slm.core.files import atomic_directory, check_replaceable, recover, sha256_file, sole
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Progress, Silent
@@ -144,6 +144,20 @@ def finetune(
         KeyboardInterrupt: After saving where the run stands, when Ctrl-C asked for it.
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
+    with sole(out.resolve()):
+        return _finetune(base, data, out, settings, progress, validation, overwrite, skip_bad)
+
+
+def _finetune(
+    base: Path,
+    data: Path,
+    out: Path,
+    settings: FinetuneSettings,
+    progress: Progress,
+    validation: Path | None,
+    overwrite: bool,
+    skip_bad: bool,
+) -> FinetuneResult:
     check_free(out, settings.method, overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     found = _prepare(data, validation, settings, config, Renderer(tokenizer, config), skip_bad, progress)

@@ -122,6 +122,6 @@ def _parquet(path: Path, expected: str) -> Iterator[Value]:
                     number += 1
                     # A table has every column in every row: what is null is not there.
                     yield Value(f"row {number}", {name: value for name, value in row.items() if value is not None})
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise SlmError(f"{path}: not Parquet that can be read: {reason[:200]}", expected) from None

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from slm.core.contract import CacheType, input_specs, output_specs, slot_specs
+from slm.core.files import scratch_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Precision, Quantization, seal
 from slm.export.clients import write_client_files
@@ -90,8 +90,8 @@ def tried(source: Bundle, contents: Contents, scratch: Path) -> Iterator[Bundle]
         contents: What it is made from.
         scratch: Where the directory is made.
     """
-    with TemporaryDirectory(prefix=".trial-", dir=scratch) as directory:
-        yield _write_graph(source, contents, Path(directory))
+    with scratch_directory(scratch, "trial") as directory:
+        yield _write_graph(source, contents, directory)
 
 
 def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:

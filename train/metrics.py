@@ -1,13 +1,14 @@
 """`metrics.jsonl`, one object a line; the curve drawn from it; and the same for TensorBoard."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm.core.errors import SlmError
-from slm.core.files import atomic_file, read_text, write_text
+from slm.core.files import atomic_file, check_readable, read_text, write_text
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -163,8 +164,11 @@ def _read(file: Path) -> list[Row]:
     Raises:
         SlmError: When the file is damaged otherwise.
     """
+    if not os.path.lexists(file):
+        return []
+    check_readable(file, METRICS_FILE)
     rows: list[Row] = []
-    for number, line in enumerate(read_text(file, METRICS_FILE).splitlines() if file.exists() else (), 1):
+    for number, line in enumerate(read_text(file, METRICS_FILE).splitlines(), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from slm.core.chat import tokenizer_config
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, write_text
+from slm.core.files import at_work, atomic_directory, write_text
 from slm.core.machine import usable_cores
 from slm.core.progress import Progress
 from slm.core.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ _MOST_WORKERS = 8
 _BYTES_ENOUGH = 64
 
 # What a run leaves that ends before it saved anything, and what it leaves half written when it is killed.
-_PARTIAL = r"(checkpoint/)?\.[^/]+\.partial-\d+(/.*)?"
+_PARTIAL = r"(checkpoint/)?\.[^/]+\.(partial-\d+(/.*)?|lock)"
 _UNSAVED = re.compile(
     r"config\.yaml|metrics\.jsonl|loss\.png|checkpoint|data|tensorboard|tensorboard/events\.out\.tfevents\.[^/]+"
     rf"|data/(dataset|tokenizer|tokenizer_config)\.json|data/(train|validation)\.bin|{_PARTIAL}"
@@ -203,7 +203,7 @@ def held(run: Path) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SlmError(
-                f"another process is at work in {run}", "wait for it or stop it, or name another with --out"
+                f"{at_work(descriptor)} is at work in {run}", "wait for it or stop it, or name another with --out"
             ) from None
         except OSError:
             alone = False

@@ -1,14 +1,29 @@
 """Files and directories appear whole or not at all, and no name leads out of an artifact."""
 
+import errno
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from slm.core import files
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, atomic_file, check_readable, member, read_json, read_text
+from slm.core.files import (
+    atomic_directory,
+    atomic_file,
+    check_readable,
+    member,
+    read_json,
+    read_text,
+    recover,
+    scratch_directory,
+    sole,
+    write_text,
+)
 
 
 def names(directory: Path) -> list[str]:
@@ -35,10 +50,99 @@ def test_an_interruption_leaves_what_was_there(tmp_path: Path, interruption: typ
 
 
 def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    pid = gone.stdout.strip()
-    (tmp_path / f".made.partial-{pid}").mkdir()
-    (tmp_path / f".made.partial-{os.getppid()}").mkdir()  # somebody else at work: not ours to sweep
+    """Whatever number the process had: another one may have it now, as in containers, where numbers are few."""
+    for pid in (os.getppid(), 999_999_999, os.getpid()):
+        (tmp_path / f".made.partial-{pid}").mkdir()
+    (tmp_path / ".made.lock").touch()
+    with atomic_directory(tmp_path / "made", ["file"]):
+        pass
+    assert names(tmp_path) == ["made"]
+    for left in (".text.partial-1", ".text.lock"):
+        (tmp_path / left).touch()
+    write_text(tmp_path / "text", "x")
+    assert names(tmp_path) == ["made", "text"]
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts another process that holds what an expression gives, until it is killed."""
+    started = []
+
+    def hold(expression: str) -> subprocess.Popen[str]:
+        program = (
+            "import time\nfrom pathlib import Path\nfrom slm.core.files import *\n"
+            f"with {expression} as held:\n    print(held, flush=True)\n    time.sleep(100)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline()
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_two_processes_do_not_write_one_artifact(tmp_path: Path, other: Callable[[str], subprocess.Popen[str]]) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file").write_text("old")
+    first = other("atomic_directory(Path('made'), ['file'])")
+    with (
+        pytest.raises(SlmError, match=rf"^another process \({first.pid}\) is at work on {tmp_path}/made$"),
+        atomic_directory(tmp_path / "made", ["file"]),
+    ):
+        raise AssertionError("the block must not begin")
+    recover(tmp_path / "made")  # leaves it alone
+    assert (tmp_path / f".made.partial-{first.pid}").is_dir()
+    first.kill()
+    first.wait()
+    with atomic_directory(tmp_path / "made", ["file"]) as partial:
+        (partial / "file").write_text("new")
+    assert (tmp_path / "made" / "file").read_text() == "new" and names(tmp_path) == ["made"]
+
+
+def test_who_writes_a_file_waits_for_who_writes_it_already(
+    tmp_path: Path, other: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = other("atomic_file(Path('text'))")
+    monkeypatch.setattr(files, "_WRITING_S", 0.1)
+    with pytest.raises(SlmError, match="is at work on"):
+        write_text(tmp_path / "text", "x")
+    monkeypatch.setattr(files, "_WRITING_S", 20.0)
+    threading.Timer(0.3, first.kill).start()
+    write_text(tmp_path / "text", "x")
+    assert names(tmp_path) == ["text"]
+
+
+def test_what_one_holds_one_can_take_again(tmp_path: Path) -> None:
+    with sole(tmp_path / "made"):
+        with sole(tmp_path / "made"), atomic_directory(tmp_path / "made", ()) as partial:
+            (partial / "file").write_text("new")
+        assert (tmp_path / ".made.lock").exists()
+    assert names(tmp_path) == ["made"]
+
+
+def test_scratch_of_killed_processes_is_removed(tmp_path: Path, other: Callable[[str], subprocess.Popen[str]]) -> None:
+    killed, alive = (other("scratch_directory(Path(), 'trial')") for _ in range(2))
+    killed.kill()
+    killed.wait()
+    assert len([name for name in names(tmp_path) if not name.endswith(".lock")]) == 2
+    with scratch_directory(tmp_path, "trial") as mine:
+        assert len([name for name in names(tmp_path) if not name.endswith(".lock")]) == 2 and mine.is_dir()
+    assert len(names(tmp_path)) == 2  # the other's, with its lock
+    alive.kill()
+
+
+def test_without_locks_only_the_dead_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    for pid in (os.getppid(), 999_999_999):
+        (tmp_path / f".made.partial-{pid}").mkdir()
     with atomic_directory(tmp_path / "made", ["file"]):
         pass
     assert names(tmp_path) == [f".made.partial-{os.getppid()}", "made"]
@@ -58,7 +162,7 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), atomic_file(target) as partial:
         partial.write_text("half")
         raise RuntimeError
-    assert names(tmp_path / "deep") == []
+    assert names(tmp_path) == []  # nor are directories made for nothing
     with atomic_file(target) as partial:
         partial.write_text("whole")
     assert target.read_text() == "whole"

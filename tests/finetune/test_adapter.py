@@ -241,3 +241,28 @@ def test_what_is_no_adapter_is_said(shared_checkpoint: Path, tmp_path: Path) -> 
         merge(shared_checkpoint, tmp_path / "none")
     with pytest.raises(SlmError, match="not found"):
         merge(tmp_path / "none", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r"(.*_proj)", None),
+        (r".*\.(q_proj|v_proj)$", None),
+        ("[", "no regular expression"),
+        (r"(.+)+!", "may take very long"),
+        (r".*.*.*.*.*.*!", "may take very long"),
+        (r"\w?\w?\w?\w?\w?\w?!", "may take very long"),
+    ],
+)
+def test_regular_expressions_take_no_time(
+    shared_checkpoint: Path, random_adapter: Callable[..., Path], pattern: str, said: str | None
+) -> None:
+    path = random_adapter(shared_checkpoint, [], rank=2)
+    file = path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"alpha_pattern": {pattern: 4.0}}))
+    if said is None:
+        load_adapter(load_checkpoint(shared_checkpoint), path)
+    else:
+        with pytest.raises(SlmError, match=said):
+            load_adapter(load_checkpoint(shared_checkpoint), path)

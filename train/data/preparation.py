@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.core.errors import SlmError
-from slm.core.files import check_replaceable, read_json, replace_directory, write_text
+from slm.core.files import at_work, check_replaceable, read_json, replace_directory, write_text
 from slm.core.progress import Progress
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.train.data import dedup
@@ -208,7 +208,7 @@ def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SlmError(f"another process prepares {out}", "wait for it, or name another --out") from None
+            raise SlmError(f"{at_work(lock.fileno())} prepares {out}", "wait for it, or name another --out") from None
         try:
             yield work
         except BaseException:
