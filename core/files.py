@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -26,6 +27,8 @@ _RENAMING_S = 2.0
 # How long to wait for another process that writes the same file.
 _WRITING_S = 10.0
 _LOOK_AGAIN_S = 0.02
+# Numpy's words, and onnxruntime's of an adapter.
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Failed to write :?\d+ bytes")
 # Of a file that is read as one JSON object. The longest there are list every tensor of a large model, in some MiB.
 _LONGEST_JSON = 64 << 20
 
@@ -198,7 +201,12 @@ def _to_disk(path: Path) -> None:
 
 
 def _complain_of_full_disk(error: Exception) -> None:
-    """Raises what the system says of a full disk in place of an error that only quotes it, as safetensors' does."""
+    """Raises what the system says of a full disk in place of an error that only quotes it, as safetensors' does.
+
+    Numpy and onnxruntime say how much they could not write, and not why; there is no other reason that is met.
+    """
+    if getattr(error, "errno", None) is None and _SHORT_WRITE.search(str(error)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     for number in (errno.ENOSPC, errno.EDQUOT):
         if not isinstance(error, OSError) and f"(os error {number})" in str(error):
             raise OSError(number, os.strerror(number)) from error

@@ -80,7 +80,8 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` into a directory."""
-        self.backend.save(str(directory / TOKENIZER_FILE))
+        # The library's own writing says in words alone what went wrong.
+        (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
 

@@ -1,0 +1,165 @@
+"""Processes that are killed or meet each other, and clocks that jump."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import slm
+from slm.core.files import sole
+from slm.core.manifest import Bundle
+from slm.core.progress import Silent
+from slm.train.recipe import Recipe
+from slm.train.run import train
+
+SECONDS = 100
+# What a wall clock may be asked for: dates, in an answer's "created", in a report, in a template that asks for today.
+WALL_CLOCKS = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "today")}
+DATES = {"serve/answers.py", "serve/service.py", "core/template.py", "cli/bench.py"}
+
+
+@pytest.fixture
+def text(tmp_path: Path, stories: list[str]) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n<|endoftext|>\n".join(stories[:40]), encoding="utf-8")
+    return file
+
+
+def hidden(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob(".*"))
+
+
+def quantizing(bundle: Bundle, text: Path) -> list[str]:
+    measured = ("--data", str(text), "--tokens", "256", "--calibration", str(text), "--calibration-tokens", "256")
+    loose = ("--max-kl", "9", "--max-ppl-increase", "9")
+    return ["quantize", "--int8", str(bundle.path), "--out", "made/int8", *measured, *loose]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", [".int8.partial-*", ".trial-*", ".int8.partial-*/onnx/*_data"])
+def test_a_command_that_is_stopped_while_it_writes(
+    shared_bundle: Bundle, text: Path, tmp_path: Path, signum: signal.Signals, moment: str
+) -> None:
+    """What a killed process leaves, the next one removes; others leave nothing."""
+    command = [sys.executable, "-m", "slm", *quantizing(shared_bundle, text)]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + SECONDS
+    while not any(tmp_path.glob(f"made/{moment}")):
+        assert started.poll() is None, f"it ended before there was a {moment}"
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    started.send_signal(signum)
+    _, said = started.communicate(timeout=SECONDS)
+    assert started.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[signum]
+    assert "Traceback" not in said and not (tmp_path / "made/int8").exists()
+    assert bool(hidden(tmp_path)) is (signum == signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Bundle.open(tmp_path / "made/int8") and hidden(tmp_path) == []
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Callable[[Path], int]]:
+    """Has another process be at work on an artifact; returns its number."""
+    started = []
+
+    def hold(target: Path) -> int:
+        program = (
+            "import sys, time; from pathlib import Path; from slm.core.files import sole\n"
+            "with sole(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(100)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", program, str(target)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        return process.pid
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("command", ["export", "quantize", "finetune", "import", "merge"])
+def test_the_second_of_two_is_refused(
+    slm: Callable[..., Any], held: Callable[[Path], int], shared_checkpoint: Path, shared_bundle: Bundle, text: Path,
+    tmp_path: Path, command: str,
+) -> None:  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "One day", "completion": " a fox"}\n' * 20)
+    made = tmp_path / "made"
+    arguments: dict[str, tuple[object, ...]] = {
+        "export": ("export", "--onnx", shared_checkpoint),
+        "quantize": ("quantize", "--int8", shared_bundle.path, "--data", text, "--tokens", 256),
+        "finetune": ("finetune", "--lora", "rows.jsonl", "--base", shared_checkpoint, "--epochs", 1),
+        "import": ("import", shared_checkpoint),
+        "merge": ("merge", shared_checkpoint, shared_checkpoint),
+    }
+    pid = held(made)
+    result = slm(*arguments[command], "--out", made)
+    assert result.code == 1, result.err
+    assert f"error: another process ({pid}) is at work on {made}\n" in result.err
+    assert not made.exists()
+
+
+def test_what_is_held_is_let_go_of(tmp_path: Path) -> None:
+    with sole(tmp_path / "deep" / "made"):
+        assert (tmp_path / "deep" / ".made.lock").exists()
+    assert not (tmp_path / "deep").exists()
+
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "model": {
+        "preset": "tiny", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 2, "head_dim": 16,
+        "query_pre_attn_scalar": 16, "sliding_window": 8, "max_position_embeddings": 64,
+    },
+    "batch": {"batch_size": 4, "context": 24},
+    "schedule": {"micro_steps": 6, "warmup_micro_steps": 1, "learning_rate": 3e-3, "final_learning_rate": 3e-4},
+    "evaluation": {"every_micro_steps": 2, "windows": 8},
+    "checkpoints": {"every_updates": 1, "keep": 2},
+    "machine": {"device": "cpu", "precision": "float32"},
+}  # fmt: skip
+
+
+def test_a_clock_that_jumps(text: Path, shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock goes back an hour whenever it is asked, and what is written is dated in the past."""
+    now = time.time()
+    asked = []
+
+    def back() -> float:
+        asked.append(1)
+        return now - 3600 * len(asked)
+
+    monkeypatch.setattr(time, "time", back)
+    started = time.perf_counter()
+    result = train(Recipe.model_validate({**SMALL, "data": {"train": [str(text)]}}), Path("run"), Silent())
+    assert 0 < result.elapsed_s <= time.perf_counter() - started and result.tokens_s > 0
+    kept = sorted(path.name for path in Path("run/checkpoint").glob("update-*"))
+    assert kept == ["update-0000005", "update-0000006"]
+    model = slm.load(shared_bundle.path)
+    model.generate("One day", max_new_tokens=4, temperature=0)
+    assert model.last_run is not None and model.last_run.ttft_ms > 0
+    assert model.last_run.decode_s > 0
+
+
+def test_only_dates_come_from_the_wall_clock() -> None:
+    """Durations and deadlines are taken from clocks that cannot be set."""
+    root = Path(__file__).parents[2]
+    found = set()
+    for package in ("core", "runtime", "train", "finetune", "export", "quantize", "interchange", "serve", "web", "cli"):
+        for file in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                name = node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
+                if name and (name, getattr(node, "attr", "")) in WALL_CLOCKS:
+                    found.add(file.relative_to(root).as_posix())
+    assert found == DATES
