@@ -4,7 +4,7 @@ Dimensions: K input channels.
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from slm.quantize.cache import cache_steps
 from slm.quantize.lab import Lab
 from slm.quantize.linears import Linear, linears_of
 from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of
-from slm.quantize.quality import Change, Text, measure
+from slm.quantize.quality import Change, Opened, Text, measure
 from slm.quantize.rounding import Arrays, Method, gptq, placeholders, restored, rounded_tensors
 from slm.quantize.search import Budget, Schemes, choose, sensitivities, within_bytes, within_kl
 from slm.quantize.smoothing import NO_SMOOTHING, Smoothing, smoothing
@@ -32,8 +32,8 @@ from slm.runtime.decoder import OnnxDecoder
 
 # How much text settings are chosen by: GPTQ wants more than it takes to tell how large activations are.
 CALIBRATION_TOKENS = {"int8": 1024, "int4": 8192}
-# How much of it it takes to tell what smoothing does, and each layer.
-_SMOOTHING_TOKENS, _SENSITIVITY_ROWS = 256, 2
+# How many rows of it, cut off at so many tokens, it takes to tell what smoothing does, each layer, and several together.
+_SMOOTHING_ROWS, _SENSITIVITY_ROWS, _TOGETHER_ROWS, _ROW_TOKENS = 1, 2, 4, 256
 # What INT4 is to move the predictions by at most, nats, as the layers' harms add up; measured afterwards it is more
 # (docs/quantization.md).
 _FINE_KL_NATS: Mapping[Prefer, float] = {"auto": 0.02, "speed": 0.02, "quality": 0.012}
@@ -170,7 +170,7 @@ class Recipe:
 
 def decide(
     source: Bundle,
-    before: Callable[[], OnnxDecoder],
+    before: Opened,
     calibration: Text,
     settings: Settings,
     progress: Progress,
@@ -180,7 +180,7 @@ def decide(
 
     Args:
         source: The float bundle.
-        before: Runs it.
+        before: Runs it; closed while memory is wanted for something else.
         calibration: What is read.
         settings: What was asked for.
         progress: Told of each step.
@@ -204,13 +204,14 @@ def decide(
         if settings.smooth or _better(source, before, recipe, smooth, calibration, progress, scratch):
             recipe.smoothing = smooth
     if settings.precision == "int4":
+        before.close()
         _spend_bits(source, before, recipe, settings, calibration, progress, scratch)
     return recipe
 
 
 def _better(
     source: Bundle,
-    before: Callable[[], OnnxDecoder],
+    before: Opened,
     recipe: Recipe,
     smooth: Smoothing,
     calibration: Text,
@@ -218,7 +219,7 @@ def _better(
     scratch: Path,
 ) -> bool:
     """Tries a recipe with and without smoothing; says whether the predictions move less with it."""
-    part = Text(calibration.name, calibration.rows[:1, :_SMOOTHING_TOKENS])
+    part = _part(calibration, _SMOOTHING_ROWS)
     plain = replace(recipe, method="searched" if recipe.method == "gptq" else recipe.method)
     moved = [
         _moved(source, before, each, part, progress, scratch) for each in (plain, replace(plain, smoothing=smooth))
@@ -227,9 +228,11 @@ def _better(
     return moved[1] < moved[0]
 
 
-def _moved(
-    source: Bundle, before: Callable[[], OnnxDecoder], recipe: Recipe, text: Text, progress: Progress, scratch: Path
-) -> float:
+def _part(text: Text, rows: int) -> Text:
+    return Text(text.name, text.rows[:rows, :_ROW_TOKENS])
+
+
+def _moved(source: Bundle, before: Opened, recipe: Recipe, text: Text, progress: Progress, scratch: Path) -> float:
     """Returns how far a recipe moves the predictions, nats."""
     with tried(source, recipe.contents(source), scratch) as bundle:
         return measure(before(), OnnxDecoder(bundle), text, progress).kl_nats
@@ -237,7 +240,7 @@ def _moved(
 
 def _spend_bits(
     source: Bundle,
-    before: Callable[[], OnnxDecoder],
+    before: Opened,
     recipe: Recipe,
     settings: Settings,
     calibration: Text,
@@ -261,8 +264,7 @@ def _spend_bits(
         )
         return recipe.smoothing.revert(name, restored(arrays, low[linear.path]))
 
-    part = Text(calibration.name, calibration.rows[:_SENSITIVITY_ROWS])
-    recipe.harm = sensitivities(Lab(source, layers), layers, part, rounded, progress)
+    recipe.harm = sensitivities(Lab(source, layers), layers, _part(calibration, _SENSITIVITY_ROWS), rounded, progress)
     high = low | schemes_of(layers, INT8["auto"])
     picked = partial(choose, linears, low, high, recipe.harm)
 
@@ -274,6 +276,7 @@ def _spend_bits(
         sized = partial(_bytes_of_files, source, recipe, linears, scratch)
         schemes = within_bytes(picked, sized, settings.target_bytes)
     elif settings.target_kl_nats is not None:
+        part = _part(calibration, _TOGETHER_ROWS)
 
         def moved(schemes: Schemes) -> float:
             found = _moved(source, before, with_schemes(schemes), part, progress, scratch)

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 
 from slm.core.errors import SlmError
@@ -12,7 +11,7 @@ from slm.core.progress import Progress, Silent
 from slm.export.graph import float_tensors, graph_tensors, released
 from slm.quantize.decide import CALIBRATION_TOKENS, GATES, Recipe, Settings, decide
 from slm.quantize.linears import linears_of
-from slm.quantize.quality import Change, Divergence, Speeds, Text, calibration_text, divergence, measure, speeds
+from slm.quantize.quality import Change, Divergence, Opened, Speeds, Text, calibration_text, divergence, measure, speeds
 from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report
 from slm.quantize.write import write_bundle
 from slm.runtime.decoder import OnnxDecoder
@@ -52,7 +51,7 @@ def quantize_bundle(
     started = time.perf_counter()
     calibration = calibration or calibration_text(source, None, CALIBRATION_TOKENS[settings.precision])
     with atomic_directory(out, sealed_files(out)) as directory, released():
-        before = cache(lambda: OnnxDecoder(source))
+        before = Opened(source)
         recipe = decide(source, before, calibration, settings, progress, directory.parent)
         progress.note(f"writing {source.manifest.parameters:,} parameters: {_in_words(recipe)}")
         made = write_bundle(source, recipe.contents(source), directory)
@@ -60,7 +59,7 @@ def quantize_bundle(
         change = measure(before(), after, text, progress)
         progress.note("comparing texts, speeds and tensors")
         texts, speed = divergence(before(), after, text), speeds(before(), after)
-        before.cache_clear()  # before tensors are read: memory
+        before.close()
         report = _report(source, made, recipe, settings, change, texts, speed)
         gate = settings.gate or GATES[settings.precision]
         if (reason := gate.refuses(change)) is not None:

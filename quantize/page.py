@@ -26,7 +26,7 @@ _STYLE = """
   :root { --ink: #e6e6e6; --faint: #444; --paper: #161616; --bar: #6aa5e0; --mark: #ff9b66; }
 }
 body { font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 44rem; padding: 1rem; }
+  max-width: 54rem; padding: 1rem; }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

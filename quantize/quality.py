@@ -24,6 +24,7 @@ DEFAULT_TOKENS = 2048
 ROW_TOKENS = 256
 PAST_THE_WINDOW = 64
 _LIKELIEST = 5
+_TOGETHER = 32
 # Greedy texts: so many, after so long a beginning, so long.
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 32, 32
 _ROUNDS, _TIMED_TOKENS = 3, 16
@@ -35,6 +36,23 @@ class Text:
 
     name: str
     rows: Array
+
+
+class Opened:
+    """The source's decoder, opened when it is first asked for, and again after it was closed to make room."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._decoder: OnnxDecoder | None = None
+
+    def __call__(self) -> OnnxDecoder:
+        """Returns it."""
+        self._decoder = self._decoder or OnnxDecoder(self._bundle)
+        return self._decoder
+
+    def close(self) -> None:
+        """Lets go of its memory."""
+        self._decoder = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +172,16 @@ class _Sums:
         self.same_five += _shared(_likeliest(old), _likeliest(new))
         np.subtract(old, new, out=new)
         self.divergence += float(np.einsum("tv,tv->", np.exp(old, out=old), new, dtype=np.float64))
+
+
+def kl_sum(before: Array, after: Array) -> float:
+    """Returns the Kullback-Leibler divergence of predictions from others, nats, by logits (T, V), summed over positions."""
+    total = 0.0
+    for start in range(0, len(before), _TOGETHER):  # few positions at a time: memory
+        old, new = (log_softmax(logits[start : start + _TOGETHER]) for logits in (before, after))
+        np.subtract(old, new, out=new)
+        total += float(np.einsum("tv,tv->", np.exp(old, out=old), new, dtype=np.float64))
+    return total
 
 
 def _of_targets(log_probabilities: Array, targets: Array) -> float:

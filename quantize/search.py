@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from slm.core.errors import SlmError
 from slm.core.manifest import Scheme
 from slm.core.progress import Progress
@@ -16,8 +14,7 @@ from slm.export.graph.builder import Array
 from slm.quantize.lab import Lab
 from slm.quantize.linears import Linear
 from slm.quantize.plan import bytes_of
-from slm.quantize.quality import Text
-from slm.runtime.logprobs import log_softmax
+from slm.quantize.quality import Text, kl_sum
 
 Schemes = dict[str, Scheme]
 
@@ -40,16 +37,12 @@ def sensitivities(
     lab: Lab, linears: Sequence[Linear], text: Text, rounded: Callable[[Linear], Array], progress: Progress
 ) -> dict[str, float]:
     """Returns how far the predictions move, nats, when one product alone has its rounded weight (N, K), by path."""
-    before = [log_softmax(lab.predictions(row)) for row in text.rows]
+    before = [lab.predictions(row) for row in text.rows]
     progress.start("try each layer alone", len(linears), "products")
     harm: dict[str, float] = {}
     for linear in linears:
         weights = {linear.path: rounded(linear)}
-        moved = 0.0
-        for row, old in zip(text.rows, before, strict=True):
-            new = log_softmax(lab.predictions(row, weights))
-            np.subtract(old, new, out=new)
-            moved += float(np.einsum("tv,tv->", np.exp(old), new, dtype=np.float64))
+        moved = sum(kl_sum(old, lab.predictions(row, weights)) for row, old in zip(text.rows, before, strict=True))
         harm[linear.path] = max(0.0, moved / text.rows.size)
         progress.advance()
     progress.finish()

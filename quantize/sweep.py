@@ -15,7 +15,7 @@ from slm.export.graph import released
 from slm.quantize.decide import Settings, decide
 from slm.quantize.make import check_source
 from slm.quantize.page import sweep_page
-from slm.quantize.quality import Change, Text, measure, speeds
+from slm.quantize.quality import Change, Opened, Text, measure, speeds
 from slm.quantize.report import model_bytes
 from slm.quantize.write import tried
 from slm.runtime.decoder import OnnxDecoder
@@ -116,7 +116,7 @@ def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, T
     if earlier:
         progress.note(f"{len(earlier)} of {len(TRIALS)} were tried before, and are kept: {out / SWEEP_FILE}")
     out.mkdir(parents=True, exist_ok=True)
-    before = OnnxDecoder(source)
+    before = Opened(source)
     for number, (options, settings) in enumerate(TRIALS.items(), start=1):
         if options in earlier:
             sweep.trials.append(earlier[options])
@@ -149,7 +149,7 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
 
 def _try(
     source: Bundle,
-    before: OnnxDecoder,
+    before: Opened,
     options: str,
     settings: Settings,
     text: Text,
@@ -158,11 +158,11 @@ def _try(
     out: Path,
 ) -> Trial:
     scratch = out.resolve().parent
-    recipe = decide(source, lambda: before, calibration, settings, progress, scratch)
+    recipe = decide(source, before, calibration, settings, progress, scratch)
     with tried(source, recipe.contents(source), scratch) as bundle:
         after = OnnxDecoder(bundle)
-        change = measure(before, after, text, progress)
-        speed = speeds(before, after)
+        change = measure(before(), after, text, progress)
+        speed = speeds(before(), after)
         size = sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())
     return Trial(options, recipe.words(), size, change, round(speed.decode_ratio, 4), round(speed.prefill_ratio, 4))
 
