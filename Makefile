@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install web demo test test-fast peers test-peers test-real check format bench bench-peers shipped-model clean FORCE
+.PHONY: install web demo test test-fast peers test-peers test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -106,6 +106,19 @@ build/peers/.openvino-2026.4.1: | install
 build/peers/.genai-0.18.0: | install
 	$(TO)/genai onnxruntime_genai==0.18.0
 	@touch $@
+
+# llama.cpp's own server, from the source that llama-cpp-python has on PyPI, for the same instructions.
+build/peers/llama-server: | install
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest build/peers/llama-source llama-cpp-python==$(LLAMA_CPP)
+	tar -xzf build/peers/llama-source/llama_cpp_python-$(LLAMA_CPP).tar.gz -C build/peers/llama-source
+	cmake -S build/peers/llama-source/llama_cpp_python-$(LLAMA_CPP)/vendor/llama.cpp -B build/peers/llama-source/build \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF $(AS_HERE) -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build build/peers/llama-source/build --target llama-server --parallel 2
+	mkdir $@ && cp build/peers/llama-source/build/bin/llama-server $@/
+
+bench-serve: build/peers/llama-server peers
+	$(BIN)/python benchmarks/serve.py
 
 bench-peers: build/peers/.llama-cpp-python-$(LLAMA_CPP) build/peers/.openvino-2026.4.1 build/peers/.genai-0.18.0
 	$(BIN)/python benchmarks/peers.py
