@@ -1,6 +1,6 @@
 """Streams over HTTP, side by side: `slm serve` and llama.cpp's server, with 1, 4, 8 and 16 clients at once.
 
-    make build/peers/llama-server     llama.cpp's server, from the source that llama-cpp-python has on PyPI; minutes
+    make bench-serve        builds llama.cpp's server from the source that llama-cpp-python has on PyPI (minutes) and runs this
     python benchmarks/serve.py [--rounds 5] [--streams 1,4,8,16] [--only "slm INT8,llama.cpp Q8_0"] [--bundle NAME=DIR]
     python benchmarks/serve.py --quick
 
@@ -131,7 +131,7 @@ def start(name: str, entry: Entry, args: argparse.Namespace, slots: int) -> Serv
         command += ["-np", str(slots), "-c", str(slots * each), "--no-kv-unified", "-cram", "0", "--no-ui", "--offline"]
         packages = None
         if not LLAMA_SERVER.exists():
-            raise RuntimeError(f"no {LLAMA_SERVER}; make {LLAMA_SERVER.parent} builds it")
+            raise RuntimeError(f"no {LLAMA_SERVER}; make bench-serve builds it")
     else:
         command = [sys.executable, "-c", WHEEL, str(entry.model), port, threads, str(slots), str(slots * each)]
         packages = "llamacpp"
