@@ -252,8 +252,11 @@ def _spend_bits(
     layers = [linear for linear in linears if linear.layer is not None]
     tensors = recipe.smoothing.apply(graph_tensors(source.model_path))
     low = recipe.schemes
+    # GPTQ fits what it reads, so what it comes to is judged on rows that it has not read.
+    kept_back = 0 if settings.target_kl_nats is None else min(_TOGETHER_ROWS, len(calibration.rows) // 2)
+    fitted = Text(calibration.name, calibration.rows[kept_back:])
     if recipe.method == "gptq":
-        recipe.done = gptq(source, layers, low, recipe.smoothing, tensors, calibration, progress)
+        recipe.done = gptq(source, layers, low, recipe.smoothing, tensors, fitted, progress)
     if settings.prefer == "size" and settings.target_bytes is None and settings.target_kl_nats is None:
         return
 
@@ -276,7 +279,7 @@ def _spend_bits(
         sized = partial(_bytes_of_files, source, recipe, linears, scratch)
         schemes = within_bytes(picked, sized, settings.target_bytes)
     elif settings.target_kl_nats is not None:
-        part = _part(calibration, _TOGETHER_ROWS)
+        part = _part(calibration, max(1, kept_back))
 
         def moved(schemes: Schemes) -> float:
             found = _moved(source, before, with_schemes(schemes), part, progress, scratch)
