@@ -5,7 +5,9 @@ import hmac
 import json
 import logging
 import time
+import traceback
 import uuid
+from pathlib import Path
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -70,12 +72,20 @@ class Guard:
                 await self._app(scope, counted, told)
             else:
                 await sent(refusal)(scope, receive, told)
-        except Exception:
+        except Exception as error:
             if not stalled:
-                raise
+                log.error(json.dumps({"request": name, **_defect(error)}))
+            if not status:
+                await sent(Refused(500, "something went wrong here", "server_error"))(scope, receive, told)
         finally:
             fields = {"request": name, "method": scope["method"], "path": scope["path"], "status": status}
             log.info(json.dumps(fields | {"ms": round(1e3 * (time.monotonic() - started), 1)}))
+
+
+def _defect(error: Exception) -> dict[str, object]:
+    """Returns what and where, but not what the error says: that may quote the text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {"error": type(error).__name__, "at": [f"{Path(each.filename).name}:{each.lineno}" for each in frames]}
 
 
 def _refusal_of(service: Service, request: Request) -> Refused | None:

@@ -1,7 +1,6 @@
 """Requests that are not answered: every one of them ends in OpenAI's envelope."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from slm.core.errors import SlmError
-
-log = logging.getLogger("slm.serve")
 
 # Of what somebody sent, no more than this comes back in a message.
 _QUOTED = 200
@@ -49,15 +46,9 @@ def add_envelopes(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return sent(Refused(error.status_code, str(error.detail), headers=error.headers))
 
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # Not what it says: that may quote the text.
-        log.error(json.dumps({"path": request.url.path, "error": type(error).__name__}))
-        return sent(Refused(500, "something went wrong here", "server_error"))
-
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)
 
 
 def sent(refused: Refused) -> Response:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import uvicorn
 
 import slm
 from slm.core.manifest import Bundle
+from slm.loading import load_adapter
 from slm.runtime.decoder import OnnxDecoder
 from slm.serve.app import make_app
 from slm.serve.engine import Engine
@@ -54,12 +55,17 @@ def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
     def start(
-        limits: Limits | None = None, keys: tuple[str, ...] = (), bundle: Path | None = None, **options: Any
+        limits: Limits | None = None,
+        keys: tuple[str, ...] = (),
+        bundle: Path | None = None,
+        adapters: Mapping[str, Path] | None = None,
+        **options: Any,
     ) -> Running:
         model = slm.load(bundle or shared_bundle.path)
         assert isinstance(model.decoder, OnnxDecoder)
         engine = Engine(model.decoder, model.tokenizer, model.stop_token_ids, **options)
-        service = Service(model, NAME, engine, limits=limits or Limits(new_tokens=64), keys=keys, grace_s=1)
+        known = {name: load_adapter(path, model.decoder.bundle) for name, path in (adapters or {}).items()}
+        service = Service(model, NAME, engine, known, limits or Limits(new_tokens=64), keys, grace_s=1)
         running.append(Running(service))
         return running[-1]
 

@@ -42,7 +42,8 @@ def process(shared_bundle: Bundle, tmp_path: Path) -> Any:
     started.wait()
 
 
-def test_it_serves_until_it_is_stopped(process: Any) -> None:
+def listening(process: Any) -> str:
+    """Waits until it serves and returns where."""
     said = ""
     while "listening" not in said:
         line = process.stderr.readline()
@@ -50,7 +51,11 @@ def test_it_serves_until_it_is_stopped(process: Any) -> None:
         said += line
     found = re.search(r"http://127.0.0.1:\d+/v1", said)
     assert found is not None
-    client = openai.OpenAI(base_url=found[0], api_key="secret", max_retries=0)
+    return found[0]
+
+
+def test_it_serves_until_it_is_stopped(process: Any) -> None:
+    client = openai.OpenAI(base_url=listening(process), api_key="secret", max_retries=0)
     assert client.completions.create(model="m", prompt="One", max_tokens=3).choices[0].finish_reason == "length"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="other").models.list()
@@ -59,6 +64,23 @@ def test_it_serves_until_it_is_stopped(process: Any) -> None:
     assert process.wait(30) == 128 + signal.SIGTERM and "Traceback" not in rest
     logged = [json.loads(line) for line in rest.splitlines() if line.startswith("{")]
     assert [line["status"] for line in logged] == [200, 401]
+
+
+def test_what_is_under_way_is_finished_before_it_ends(process: Any) -> None:
+    url = listening(process)
+    client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
+    options: Any = {"model": "m", "prompt": "One", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**options, temperature=0).choices[0].text
+    stream = iter(client.completions.create(**options, temperature=0, stream=True))
+    chunks = [next(stream)]
+    process.send_signal(signal.SIGTERM)
+    chunks += stream
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+    assert chunks[-1].choices[0].finish_reason == "length"
+    rest = process.stderr.read()
+    assert process.wait(30) == 128 + signal.SIGTERM and "Traceback" not in rest
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
 
 
 def test_what_cannot_be_served_is_refused(slm: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path) -> None:

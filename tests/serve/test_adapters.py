@@ -1,0 +1,57 @@
+"""Adapters as models: each request is answered with the one that it names, whoever is answered beside it."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+import slm
+from slm.core.nn import load_checkpoint
+from slm.export.bundle import export_bundle
+from slm.finetune.adapter import adapter_state, attach, save_adapter
+from slm.finetune.settings import FinetuneSettings
+
+NAME = "random"
+PROMPT = "The fox"
+
+
+def make_adapter(path: Path, base: Path, seed: int) -> Path:
+    adapter = attach(load_checkpoint(base), FinetuneSettings(), base, ())
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1, generator=generator)
+    path.mkdir()
+    save_adapter(path, adapter, adapter_state(adapter))
+    return path
+
+
+def test_a_request_names_its_adapter(serve: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(shared_checkpoint, tmp_path / "onnx", adapter_slots=True)
+    adapters = {
+        name: make_adapter(tmp_path / name, shared_checkpoint, seed) for seed, name in enumerate(("one", "two"))
+    }
+    wanted = {
+        name: slm.load(bundle.path, adapter=adapters.get(name)).generate(PROMPT, max_new_tokens=12, temperature=0)
+        for name in (NAME, "one", "two")
+    }
+    assert len(set(wanted.values())) == 3
+    running = serve(bundle=bundle.path, adapters=adapters)
+    client = running.client()
+    listed = {model.id: model for model in client.models.list()}
+    assert list(listed) == [NAME, "one", "two"] and listed["one"].model_extra == {"parent": NAME}
+
+    def ask(name: str) -> str:
+        return client.completions.create(model=name, prompt=PROMPT, max_tokens=12, temperature=0).choices[0].text
+
+    names = [NAME, "one", "two", "two", "one", NAME] * 3
+    with ThreadPoolExecutor(6) as pool:
+        for name, text in zip(names, pool.map(ask, names), strict=True):
+            assert wanted[name].endswith(text) and text, name
+    assert running.service.engine.figures.rows > running.service.engine.figures.steps  # some were stepped together
+    with pytest.raises(openai.NotFoundError, match="'three'"):
+        ask("three")

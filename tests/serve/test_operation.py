@@ -1,0 +1,137 @@
+"""What whoever runs a server relies on: cut-off answers, clients that do not read, prefixes, logs without text."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from slm.serve.service import Limits
+
+NAME = "random"
+SECRET = "the fox is a secret"
+
+
+def wait_until(true: Callable[[], bool], patience_s: float = 20) -> bool:
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until and not true():
+        time.sleep(0.02)
+    return true()
+
+
+def test_an_answer_is_cut_off_at_its_deadline(serve: Callable[..., Any]) -> None:
+    running = serve(Limits(new_tokens=10_000, seconds=0.1))
+    began = time.monotonic()
+    choice = running.client().completions.create(
+        model=NAME, prompt="One", max_tokens=10_000, extra_body={"ignore_eos": True}
+    )
+    assert choice.choices[0].finish_reason == "length" and time.monotonic() - began < 20
+    # The context ends it too, where the machine is quick.
+    assert set(running.service.engine.figures.done) <= {"deadline", "context"}
+
+
+def test_an_end_that_is_to_be_ignored_is(serve: Callable[..., Any]) -> None:
+    running = serve()
+    client = running.client()
+    bias: Any = {"2": 100}  # a token that ends texts
+    ended = client.completions.create(model=NAME, prompt="One", max_tokens=5, temperature=0, logit_bias=bias)
+    assert ended.usage.completion_tokens == 0 and ended.choices[0].finish_reason == "stop"
+    on = client.completions.create(
+        model=NAME, prompt="One", max_tokens=5, temperature=0, logit_bias=bias, extra_body={"ignore_eos": True}
+    )
+    assert on.usage.completion_tokens == 5 and on.choices[0].finish_reason == "length"
+
+
+def test_what_is_known_of_a_prompt_is_told(serve: Callable[..., Any]) -> None:
+    running = serve()
+    ids = [5 + i % 300 for i in range(100)]
+    usages = [
+        running.client().completions.create(model=NAME, prompt=ids, max_tokens=2, temperature=0).usage for _ in range(2)
+    ]
+    assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, 99]
+    assert b"slm_reused_tokens_total 99.0" in running.service.metrics.text()
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(serve: Callable[..., Any]) -> None:
+    """Its texts are made all the same, what it does not take waits in bounded memory, and after a while it is let go."""
+    running = serve(Limits(new_tokens=10_000, patience_s=1), slots=4)
+    host, port = running.url.removeprefix("http://").split(":")
+    body = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Hi."}],
+        "stream": True,
+        "n": 12,
+        "ignore_eos": True,
+    }
+    sent = json.dumps(body | {"logprobs": True, "top_logprobs": 20, "max_tokens": 10_000}).encode()
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect((host, int(port)))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    slow.sendall(head + b"content-length: %d\r\n\r\n" % len(sent) + sent)
+    slow.recv(100)  # it is being answered
+    for _ in range(3):
+        answer = running.client().completions.create(model=NAME, prompt="One", max_tokens=5, timeout=20)
+        assert answer.choices[0].finish_reason in ("length", "stop")
+    engine = running.service.engine
+    assert wait_until(lambda: engine.figures.running == 0)
+    assert engine.figures.done["context"] == 12  # all of its texts, to the end
+    time.sleep(1.5)  # longer than the patience
+    received = b""
+    slow.settimeout(20)
+    while more := slow.recv(1 << 20):
+        received += more
+    slow.close()
+    assert len(received) > 1 << 16 and b"[DONE]" not in received  # it was cut off
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_logs_say_nothing_of_the_text(
+    serve: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Not of what is asked or answered; not of what is refused, nor of what a defect quotes."""
+    from slm.serve import answers
+
+    caplog.set_level("DEBUG")
+    running = serve()
+    client = running.client()
+    text = client.completions.create(model=NAME, prompt=SECRET, max_tokens=8, n=n).choices[0].text
+    list(client.completions.create(model=NAME, prompt=SECRET, max_tokens=8, n=n, stream=True))
+    running.post("/v1/completions", {"model": NAME, "prompt": SECRET, "n": SECRET})
+    running.post("/v1/completions", {"model": NAME, "prompt": SECRET, SECRET: n})
+    running.post("/v1/completions", {"model": SECRET, "prompt": SECRET})
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": SECRET}}}
+    running.post("/v1/completions", {"model": NAME, "prompt": SECRET, "response_format": schema})
+
+    def broken(request: Any, index: int) -> Any:
+        raise RuntimeError(f"a defect with {SECRET}")
+
+    monkeypatch.setattr(answers, "_sampling", broken)
+    response = running.post("/v1/completions", {"model": NAME, "prompt": SECRET})
+    assert response.status_code == 500 and SECRET not in response.text
+    assert response.json()["error"]["type"] == "server_error"
+    ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "openai"))]
+    lines = [json.loads(record.getMessage()) for record in ours if record.name == "slm.serve"]
+    assert [line["status"] for line in lines if "status" in line] == [200, 200, 400, 400, 404, 400, 500]
+    assert all(line["path"] == "/v1/completions" and line["ms"] > 0 for line in lines if "status" in line)
+    defects = [line for line in lines if "error" in line]
+    assert len(defects) == 1 and defects[0]["error"] == "RuntimeError" and "answers.py" in str(defects[0]["at"])
+    logged = "".join(f"{record.getMessage()}{record.exc_info}" for record in ours)
+    assert SECRET not in logged and len(text) > 4 and text not in logged
+
+
+def test_a_defect_harms_nobody_else(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from slm.serve import answers
+
+    running = serve()
+
+    def broken(request: Any, index: int) -> Any:
+        raise RuntimeError
+
+    with monkeypatch.context() as patch, pytest.raises(openai.InternalServerError):
+        patch.setattr(answers, "_sampling", broken)
+        running.client().completions.create(model=NAME, prompt="x", max_tokens=1)
+    assert running.client().completions.create(model=NAME, prompt="x", max_tokens=1).choices
