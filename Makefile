@@ -57,7 +57,7 @@ build/peers/.installed: Makefile | install
 	$(TO)/genai onnxruntime_genai==0.18.0
 	$(TO)/optimum optimum-onnx==0.1.0 optimum==2.1.0
 	$(TO)/ray ray==2.60.0 $(RAY)
-	$(TO)/kubernetes kubernetes-validate==1.37.0
+	$(TO)/kubernetes kubernetes-validate==1.37.0 importlib_resources==7.1.0
 	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1
 	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0
 	$(TO)/playwright playwright==1.65.2 greenlet==3.5.6
