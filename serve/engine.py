@@ -26,6 +26,7 @@ from slm.runtime.prefix import PrefixCache
 from slm.runtime.sampling import Sampler, Sampling
 from slm.runtime.stopping import StopTexts
 from slm.runtime.streaming import Piece
+from slm.serve.defects import named
 
 Reason = Literal["end", "stop", "length", "context", "cancelled", "deadline", "error"]
 
@@ -274,7 +275,7 @@ class Engine:
             while self._turn():
                 pass
         except Exception as error:  # a defect: everybody is told, and nobody waits for ever
-            self._failed = f"the engine ended: {type(error).__name__}: {error}"
+            self._failed = f"the engine ended: {named(error)}"
         with self._changed:
             left = [*self._running, *self._waiting]
             self._waiting.clear()

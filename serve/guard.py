@@ -5,15 +5,14 @@ import hmac
 import json
 import logging
 import time
-import traceback
 import uuid
-from pathlib import Path
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
+from slm.serve.defects import frames_of
 from slm.serve.refusals import Refused, sent
 from slm.serve.service import Service
 
@@ -74,18 +73,12 @@ class Guard:
                 await sent(refusal)(scope, receive, told)
         except Exception as error:
             if not stalled:
-                log.error(json.dumps({"request": name, **_defect(error)}))
+                log.error(json.dumps({"request": name, "error": type(error).__name__, "at": frames_of(error)}))
             if not status:
                 await sent(Refused(500, "something went wrong here", "server_error"))(scope, receive, told)
         finally:
             fields = {"request": name, "method": scope["method"], "path": scope["path"], "status": status}
             log.info(json.dumps(fields | {"ms": round(1e3 * (time.monotonic() - started), 1)}))
-
-
-def _defect(error: Exception) -> dict[str, object]:
-    """Returns what and where, but not what the error says: that may quote the text."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return {"error": type(error).__name__, "at": [f"{Path(each.filename).name}:{each.lineno}" for each in frames]}
 
 
 def _refusal_of(service: Service, request: Request) -> Refused | None:

@@ -13,6 +13,8 @@ from slm.core.errors import SlmError
 from slm.serve.service import Limits
 
 NAME = "random"
+# One for all: to make a client takes longer than to answer.
+CLIENT = httpx.Client(timeout=60)
 COMPLETION = {"model": NAME, "prompt": "The fox", "max_tokens": 2}
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 2}
 # One value of each JSON type, and numbers that are none or too large.
@@ -30,7 +32,7 @@ FIELDS = {
 
 def post(running: Any, path: str, body: bytes | str) -> httpx.Response:
     content = body.encode() if isinstance(body, str) else body
-    return httpx.post(running.url + path, content=content, headers={"content-type": "application/json"}, timeout=60)
+    return CLIENT.post(running.url + path, content=content, headers={"content-type": "application/json"})
 
 
 def with_field(body: dict[str, Any], name: str, value: str) -> str:
