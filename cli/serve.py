@@ -36,7 +36,7 @@ _KEYS = "SLM_API_KEYS"
 @click.option("--prefill-tokens", type=click.IntRange(min=1), default=256, show_default=True,
               help="The most of a prompt that is read between two steps.")  # fmt: skip
 @click.option("--prefix-mib", type=click.IntRange(min=0), default=256, show_default=True,
-              help="Memory for beginnings of prompts, which are not read again.")  # fmt: skip
+              help="Memory for beginnings of prompts, which are not read again; as much for each adapter.")  # fmt: skip
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="New tokens of an answer."
 )

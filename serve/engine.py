@@ -123,6 +123,7 @@ class Ticket:
     first: float | None = None
     slot: Slot | None = None
     read: int = 0  # tokens of the prompt
+    read_at: float = 0.0
     reused: int = 0
     tokens: list[int] = field(default_factory=list)
 
@@ -301,9 +302,10 @@ class Engine:
             self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
         for ticket in begun:
             self._begin(ticket)
-        reading = next((ticket for ticket in self._running if not ticket.tokens and self._unread(ticket)), None)
-        if reading is not None:
-            self._read_on(reading)
+        reading = [ticket for ticket in self._running if not ticket.tokens and self._unread(ticket)]
+        if reading:
+            # In turn, a piece of each: no prompt waits for all of a long one.
+            self._read_on(min(reading, key=lambda ticket: ticket.read_at))
             self.delivered()
         self._step([ticket for ticket in self._running if ticket.tokens])
         self.figures.running = len(self._running)
@@ -343,7 +345,7 @@ class Engine:
         stop = min(ticket.read + self._prefill, last if keeps else len(prompt))
         logits = ticket.slot.read(list(prompt[ticket.read : stop]))
         self.figures.prompt_tokens += stop - ticket.read
-        ticket.read = stop
+        ticket.read, ticket.read_at = stop, time.monotonic()
         if keeps and stop == last:
             self._prefix_of(ticket).add(list(prompt[:last]), ticket.slot.snapshot())
         if stop == len(prompt):

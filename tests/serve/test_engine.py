@@ -128,6 +128,31 @@ def test_a_long_prompt_does_not_hold_others_up(start: Callable[..., Engine], sha
     assert first.tokens == alone(shared_bundle, short, new=40)
 
 
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(
+    start: Callable[..., Engine], shared_bundle: Bundle
+) -> None:
+    engine = start(slots=2, prefill_tokens=4, prefix_bytes=0)
+    first, long, short = prompts(shared_bundle, [3, 60, 3])
+    hold = threading.Event()
+    engine.submit(Ask(first, GREEDY, 1), lambda event: hold.wait(PATIENCE_S) and None)  # until the others are there
+    order: list[str] = []
+    listeners = []
+    for name, prompt in (("long", long), ("short", short)):
+        listener = Listener()
+
+        def told(event: Piece | Done, name: str = name, listener: Listener = listener) -> None:
+            order.append(name)
+            listener(event)
+
+        engine.submit(Ask(prompt, GREEDY, 3), told)
+        listeners.append((prompt, listener))
+    hold.set()
+    for prompt, listener in listeners:
+        listener.done()
+        assert listener.tokens == alone(shared_bundle, prompt, new=3)
+    assert order == sorted(order, reverse=True)  # all of the short one first
+
+
 def test_stop_tokens_stop_texts_and_contexts_end_a_text(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
     (prompt,) = prompts(shared_bundle, [6])
     tokens = alone(shared_bundle, prompt)

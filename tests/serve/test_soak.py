@@ -13,7 +13,7 @@ import pytest
 from slm.core.manifest import Bundle
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SECONDS = 15
+SECONDS = 12
 
 
 @pytest.fixture(scope="module")
