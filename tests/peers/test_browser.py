@@ -11,16 +11,26 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 import slm
 from slm.core import sample
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
+from slm.export import bundle as bundle_module
+from slm.export.graph.formats import FloatFormat
+from slm.export.graph.fused import Fused
+from slm.quantize.decide import Gate, Settings
+from slm.quantize.make import quantize_bundle
+from slm.quantize.quality import Text
 from slm.runtime import shipped
 from slm.runtime.decoder import OnnxDecoder
 from slm.web.npm import packages, vendored
@@ -33,6 +43,7 @@ PEERS = Path(__file__).parents[2] / "build" / "peers"
 SHORT = "Once upon a time there was a little owl"
 # Chromium runs in a container without its own sandbox.
 FLAGS = ["--no-sandbox"]
+SWIFTSHADER = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,22 @@ class Tab:
         self.page.fill("#prompt", prompt)
         self.page.click("#write")
 
+    def stopped(self, prompt: str, how: str) -> dict[str, Any]:
+        """Begins a text and stops it, by a statement, as soon as there is some of it; returns how it went."""
+        self.page.evaluate(f"""(() => {{
+            const log = document.getElementById("log");
+            const seen = new MutationObserver(() => {{
+                if (!log.querySelector(".new")?.textContent) return;
+                seen.disconnect();
+                if (!(log.getAttribute("aria-busy") === "true" && document.getElementById("write").disabled)) throw new Error("not busy");
+                {how};
+            }});
+            seen.observe(log, {{ childList: true, subtree: true, characterData: true }});
+        }})()""")
+        self.begin(prompt)
+        self.page.locator("#write:enabled").wait_for(timeout=30_000)
+        return self.run
+
     def text(self, prompt: str) -> str:
         """Writes a text and returns what came after the prompt."""
         self.begin(prompt)
@@ -117,13 +144,21 @@ class Tab:
         assert elsewhere == [] and self.errors == []
 
 
+@pytest.fixture(scope="module")
+def gpu(chromium: Any) -> Iterator[Any]:
+    """Chromium with a GPU that is a program."""
+    browser = chromium.browser_type.launch(executable_path=shutil.which("chromium"), args=[*FLAGS, *SWIFTSHADER])
+    yield browser
+    browser.close()
+
+
 @pytest.fixture
 def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
     """Opens pages; afterwards none of them has asked anybody else or failed unseen."""
     tabs: list[Tab] = []
 
-    def open_one(url: str, **options: Any) -> Tab:
-        tabs.append(Tab(chromium, url, **options))
+    def open_one(url: str, browser: Any = None, **options: Any) -> Tab:
+        tabs.append(Tab(browser or chromium, url, **options))
         return tabs[-1]
 
     yield open_one
@@ -235,17 +270,19 @@ def test_without_a_network(open_tab: Callable[..., Tab]) -> None:
         tab.page.reload()
 
 
+CLICK = "document.getElementById('stop').click()"
+ESCAPE = "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape' }))"
+
+
 def test_the_stop_button_and_the_keys(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
-    tab = open_tab(story_site.url).ready().set(temperature=1, seed=1, top_k=0, new_tokens=900)
-    for stop in (lambda: tab.page.click("#stop"), lambda: tab.page.keyboard.press("Escape")):
-        tab.page.fill("#prompt", SHORT)
-        tab.page.press("#prompt", "Control+Enter")
-        tab.page.locator("#log .new", has_text=re.compile(r"\w{3}")).wait_for()
-        assert tab.page.get_attribute("#log", "aria-busy") == "true" and tab.page.locator("#write").is_disabled()
-        stop()
-        tab.page.locator("#write:enabled").wait_for(timeout=5000)
-        assert tab.run["reason"] == "stopped" and 0 < tab.run["tokens"] < 600
-    assert tab.text(long_prompt()) != ""  # and it goes on writing afterwards
+    tab = open_tab(story_site.url).ready().set(temperature=2, seed=1, top_k=0, top_p=1, new_tokens=900)
+    for how in (CLICK, ESCAPE):
+        run = tab.stopped(SHORT, how)
+        assert run["reason"] == "stopped" and 0 < run["tokens"] < 100
+    tab.page.fill("#prompt", long_prompt())
+    tab.page.press("#prompt", "Control+Enter")  # and it goes on writing afterwards
+    tab.page.locator("#log .new", has_text=re.compile(r"\w{3}")).wait_for()
+    tab.page.keyboard.press("Escape")
 
 
 def test_a_phone(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
@@ -312,36 +349,84 @@ def test_a_newer_site_is_offered(open_tab: Callable[..., Tab], tmp_path: Path) -
         assert len(tab.page.evaluate("caches.keys()")) == 2  # the page's and the files'
 
 
-def test_a_host_without_headers(
-    open_tab: Callable[..., Tab], monkeypatch: pytest.MonkeyPatch, story_site: SiteServer
-) -> None:
-    """One thread at first, and it says so; from the second time on the service worker gives the page what it lacks."""
-    from slm.web import server as module
+def test_a_host_without_headers(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
+    """What --out writes, in a directory of a plain file server: one thread at first, and it says so.
 
+    From the second time on the service worker gives the page the headers that it lacks.
+    """
     expected = generated(SHORT, "--greedy").decode()
-    monkeypatch.setattr(module, "HEADERS", {})
-    with served(site_of(shipped.model_path())) as server:
-        tab = open_tab(server.url).ready()
-        assert not tab.found["isolated"] and tab.found["threads"] == 1
-        assert "one thread is all there is" in str(tab.page.text_content("#where"))
-        assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
-        tab.page.reload()
-        assert tab.ready().found["isolated"]
+    site_of(shipped.model_path()).write(tmp_path / "some" / "site")
+    plain = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), plain) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            tab = open_tab(f"http://127.0.0.1:{server.server_address[1]}/some/site/").ready()
+            assert not tab.found["isolated"] and tab.found["threads"] == 1
+            assert "one thread is all there is" in str(tab.page.text_content("#where"))
+            assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
+            assert set(tab.page.evaluate("caches.keys()")) >= {"slm files /some/site/"}
+            tab.page.reload()
+            assert tab.ready().found["isolated"]
+            assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
+        finally:
+            server.shutdown()
+            thread.join()
 
 
-@pytest.mark.parametrize("name", ["float32", "int8", "int8 caches", "portable", "portable int8"])
+@pytest.mark.parametrize(
+    "name", ["float32", "int8", "int8 caches", "int4", "portable", "portable int8", "portable int4"]
+)
 def test_other_bundles(open_tab: Callable[..., Tab], bundles: Any, name: str, tmp_path: Path) -> None:
     """Of quantized ones as they are with activations in floats, which WebAssembly's products take: random weights tell."""
-    path = bundles.path(name)
+    if name == "int4":
+        text = Text("random", np.random.default_rng(0).choice(np.arange(32, 127), (4, 60)))
+        settings = Settings(gate=Gate(None), precision="int4", prefer="size")
+        path = quantize_bundle(bundles.bundles["float32"], tmp_path / "int4", text, settings, None, text)[0].path
+    else:
+        path = bundles.path(name)
     model = slm.load(path)
-    if name.startswith("int8"):
+    if name.startswith("int"):
         model = slm.load(float_activations(path, tmp_path / "exact"))
-    elif name == "portable int8":
+    elif name.startswith("portable int"):
         model.decoder = OnnxDecoder(Bundle.open(path), optimize=False)
     with served(site_of(path)) as server:
         tab = open_tab(server.url).ready().set(greedy=True, new_tokens=60)
         for prompt in ("Once", "Once upon a time there was a dog and it was"):
             assert tab.text(prompt) == model.generate(prompt, max_new_tokens=60, temperature=0)
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_a_bundle_for_webgpu(
+    open_tab: Callable[..., Tab],
+    bundles: Any,
+    tmp_path: Path,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: Any,
+) -> None:
+    """In float32, on a GPU that is a program (SwiftShader), with caches that stay there; it has no numbers of 16 bits.
+
+    So in float16, as such bundles are written, the processor does it.
+    """
+    if precision == "float32":
+
+        def operators(*_: Any) -> Fused:
+            made = Fused(FloatFormat(), "webgpu", "float32")
+            made.dtype = ir.DataType.FLOAT
+            return made
+
+        monkeypatch.setattr(bundle_module, "_operators", operators)
+        monkeypatch.setattr(bundle_module, "prove", lambda *_: None)
+    exported = bundle_module.export_bundle(bundles.home / "checkpoint", tmp_path / "webgpu", device="webgpu")
+    if precision == "float32":
+        seal(exported.path, exported.manifest.model_copy(update={"precision": "float32"}))
+    with served(site_of(exported.path)) as server:
+        tab = open_tab(server.url, browser=gpu).ready().set(greedy=True, new_tokens=40)
+        assert tab.found["device"] == {"float32": "WebGPU", "float16": "WebAssembly"}[precision]
+        model = slm.load(bundles.path("float32") if precision == "float32" else exported.path)
+        for prompt in ("Once", "Once upon a time there was a dog and it was"):
+            assert tab.text(prompt) == model.generate(prompt, max_new_tokens=40, temperature=0)
 
 
 def float_activations(path: Path, copy: Path) -> Path:
@@ -382,10 +467,9 @@ def test_the_page_of_slm_serve(open_tab: Callable[..., Tab], key: str | None) ->
         tab.page.check("input[value=talk]")
         assert tab.set(greedy=True, new_tokens=20).text("Who is there?") != ""
         tab.page.check("input[value=continue]")
-        tab.set(temperature=2, top_k=0, top_p=1, seed=3, new_tokens=900).begin(SHORT)
-        tab.page.locator("#log .new", has_text=re.compile(r"\w{3}")).wait_for()
-        tab.page.click("#stop")
-        tab.page.locator("#write:enabled").wait_for(timeout=5000)
+        tab.set(temperature=2, top_k=0, top_p=1, seed=3, new_tokens=900)
+        run = tab.stopped(SHORT, CLICK)
+        assert run["reason"] == "stopped" and len(str(tab.page.text_content("#log .new"))) < 2000
         assert not any("/model/" in each or "/vendor/" in each for each in tab.requests)
         process.send_signal(signal.SIGTERM)
         process.wait(30)

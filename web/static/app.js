@@ -93,17 +93,19 @@ async function write() {
   if (talking() && !prompt.trim()) throw new Problem("nothing is said", "type something");
   if (!talking() && !prompt) throw new Problem("there is nothing to go on with", "type the beginning of a text");
   const ask = talking() ? { messages: begin(prompt) } : { prompt };
+  let into;
   if (talking()) {
     paragraph("user", "you", prompt);
+    into = paragraph("model", site.name);
     $("prompt").value = "";
   } else {
     $("log").replaceChildren();
-    paragraph("text", "").className = "given";
-    $("log").lastChild.lastChild.textContent = prompt;
+    const given = paragraph("text", "", prompt);
+    given.className = "given";
+    into = document.createElement("span");
+    given.after(into);
   }
-  const into = talking() ? paragraph("model", site.name) : document.createElement("span");
   into.className = "new";
-  if (!talking()) $("log").lastChild.append(into);
   running = new AbortController();
   refresh();
   $("figures").textContent = "Reading …";
@@ -146,7 +148,7 @@ function end(asked, text, failed, into) {
 }
 
 function report(run, chosen) {
-  const parts = [`${run.tokens.toLocaleString()} tokens`];
+  const parts = run.tokens === null ? [] : [`${run.tokens.toLocaleString()} tokens`];
   if (run.tokensPerSecond) parts.push(`${run.tokensPerSecond.toFixed(1)} tokens/s`);
   if (run.ttftMs !== null) parts.push(`first token after ${run.ttftMs.toFixed(0)} ms`);
   parts.push(`stopped at ${WORDS[run.reason]}`);
@@ -206,10 +208,17 @@ function describe(found, milliseconds) {
   $("where").textContent = `Runs in this browser: ${found.device}${gpu}, ${found.precision}. What you type stays here.`;
   $("where").dataset.found = JSON.stringify({ ...found, loadMs: milliseconds });
   $("figures").textContent = `loaded in ${(milliseconds / 1e3).toFixed(1)} s · ${memory(found.memory)}`;
-  $("kept").textContent = found.kept
-    ? "Page and model are stored in this browser and work without a network."
-    : "The model is not stored in this browser: it is fetched again next time.";
   $("remove").hidden = !found.kept;
+  void keep(found.kept);
+}
+
+// Says whether there is everything that it takes without a network.
+async function keep(model) {
+  const late = new Promise((resolve) => setTimeout(resolve, 10_000, null));
+  const page = model && navigator.serviceWorker ? await Promise.race([navigator.serviceWorker.ready, late]) : null;
+  $("kept").textContent = page
+    ? "Page and model are stored in this browser and work without a network."
+    : "This page needs the network next time: the browser does not store all of it.";
 }
 
 async function connect() {

@@ -8,5 +8,9 @@ export class Problem extends Error {
 
 export function asProblem(error) {
   if (error instanceof Problem) return error;
-  return new Problem(String(error?.message ?? error).split("\n")[0], "reload the page; if that does not help, please report it");
+  const message = String(error?.message ?? error).split("\n")[0];
+  if (/bad_alloc|out of memory|allocat/i.test(message)) {
+    return new Problem("there is not enough memory for the model", "close other pages, or take a smaller model");
+  }
+  return new Problem(message, "reload the page; if that does not help, please report it");
 }

@@ -16,7 +16,7 @@ export class Remote {
   // Asks; told of pieces. Returns how it went. signal: an AbortSignal that stops it.
   async answer(ask, options, { told, signal }) {
     const started = performance.now();
-    const run = { promptTokens: null, tokens: 0, ttftMs: null, tokensPerSecond: null, reason: "stopped" };
+    const run = { promptTokens: null, tokens: null, ttftMs: null, tokensPerSecond: null, reason: "stopped" };
     const body = {
       model: this.model,
       stream: true,

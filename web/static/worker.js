@@ -33,7 +33,7 @@ self.onmessage = async ({ data }) => {
 
 // Loads the site's model; returns what runs it.
 async function load(site) {
-  const gpu = site.model.device === "webgpu" && (await usableGpu());
+  const gpu = site.model.device === "webgpu" && (await usableGpu(site.model.precision));
   const names = gpu ? site.runtime.webgpu : site.runtime.wasm;
   const wanted = { [names.wasm]: site.files[names.wasm] };
   for (const name of site.model.files) wanted[name] = site.files[name];
@@ -100,11 +100,12 @@ function threads() {
   return Math.min(MOST_THREADS, said > 4 ? Math.ceil(said / 2) : said);
 }
 
-// Whether there is a GPU with numbers of 16 bits, and what onnxruntime needs to wait for one.
-async function usableGpu() {
+// Whether there is a GPU that knows the model's numbers, and what onnxruntime needs to wait for it.
+async function usableGpu(precision) {
   if (!("Suspending" in WebAssembly)) return false;
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  return adapter?.features.has("shader-f16") ?? false;
+  if (!adapter) return false;
+  return precision !== "float16" || adapter.features.has("shader-f16");
 }
 
 // The weights, by the name that the graph has for their file.
