@@ -109,7 +109,8 @@ class Tab:
             const seen = new MutationObserver(() => {{
                 if (!log.querySelector(".new")?.textContent) return;
                 seen.disconnect();
-                if (!(log.getAttribute("aria-busy") === "true" && document.getElementById("write").disabled)) throw new Error("not busy");
+                const busy = log.getAttribute("aria-busy") === "true" && document.getElementById("write").disabled;
+                if (!busy) throw new Error("not busy");
                 {how};
             }});
             seen.observe(log, {{ childList: true, subtree: true, characterData: true }});
