@@ -261,6 +261,8 @@ def _check(service: Service, done: Done) -> None:
         raise Refused(500, "something went wrong here", "server_error")
     if done.reason == "cancelled":
         raise Refused(503, "the server is shutting down", "server_error")
+    if done.reason == "deadline" and done.ttft_s is None:
+        raise Refused(503, f"nothing was answered within {service.limits.seconds:g} seconds", "server_error")
 
 
 async def _stream(

@@ -55,7 +55,7 @@ def make_app(service: Service) -> FastAPI:
         names = (service.name, *service.adapters)
         return JSONResponse({"object": "list", "data": [card(service, name) for name in names]})
 
-    @app.get("/v1/models/{name}", response_model=Card, responses=refused(401, 404))
+    @app.get("/v1/models/{name:path}", response_model=Card, responses=refused(401, 404))
     async def model(name: str) -> Response:
         adapter_of(service, name)
         return JSONResponse(card(service, name))

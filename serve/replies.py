@@ -154,7 +154,7 @@ _WHY = {
     413: "the body is too large",
     429: "all slots and the queue are taken; Retry-After says when to ask again",
     500: "a defect",
-    503: "the server is shutting down, or its engine has ended",
+    503: "the server is shutting down, its engine has ended, or nothing was answered in time",
 }
 
 

@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -31,6 +32,24 @@ def test_an_answer_is_cut_off_at_its_deadline(serve: Callable[..., Any]) -> None
     assert choice.choices[0].finish_reason == "length" and time.monotonic() - began < 20
     # The context ends it too, where the machine is quick.
     assert set(running.service.engine.figures.done) <= {"deadline", "context"}
+
+
+def test_what_only_waited_until_its_deadline_is_no_answer(serve: Callable[..., Any]) -> None:
+    running = serve(Limits(new_tokens=10_000, seconds=0.5), slots=1)
+    engine, body = running.service.engine, {"model": NAME, "prompt": "One", "max_tokens": 10_000, "ignore_eos": True}
+    step = engine._step
+
+    def slow(tickets: Any) -> None:
+        time.sleep(0.1)
+        step(tickets)
+
+    engine._step = slow
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: running.post("/v1/completions", body), range(2))
+    cut, none = sorted((first, second), key=lambda response: response.status_code)
+    assert cut.status_code == 200 and cut.json()["choices"][0]["finish_reason"] == "length"
+    assert none.status_code == 503 and "0.5 seconds" in none.json()["error"]["message"]
+    assert engine.figures.done == {"deadline": 2}
 
 
 def test_an_end_that_is_to_be_ignored_is(serve: Callable[..., Any]) -> None:
@@ -113,6 +132,7 @@ def test_logs_say_nothing_of_the_text(
     response = running.post("/v1/completions", {"model": NAME, "prompt": SECRET})
     assert response.status_code == 500 and SECRET not in response.text
     assert response.json()["error"]["type"] == "server_error"
+    assert wait_until(lambda: '"status": 500' in caplog.text)  # a line comes when its answer is gone
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore", "openai"))]
     lines = [json.loads(record.getMessage()) for record in ours if record.name == "slm.serve"]
     assert [line["status"] for line in lines if "status" in line] == [200, 200, 400, 400, 404, 400, 500]
