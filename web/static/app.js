@@ -6,10 +6,10 @@ import { Remote } from "./remote.js";
 const $ = (id) => document.getElementById(id);
 const SAMPLING = { temperature: "temperature", topK: "top-k", topP: "top-p", minP: "min-p", newTokens: "new-tokens" };
 const WORDS = {
-  end: "the end of the text",
-  length: "as many tokens as were allowed",
-  context: "a full context",
-  stopped: "your wish",
+  end: "the text is at its end",
+  length: "cut at the limit of new tokens",
+  context: "cut because the context is full",
+  stopped: "stopped",
 };
 // What is loaded without being asked: somebody may pay for every byte.
 const UNASKED_BYTES = 32 << 20;
@@ -151,7 +151,7 @@ function report(run, chosen) {
   const parts = run.tokens === null ? [] : [`${run.tokens.toLocaleString()} tokens`];
   if (run.tokensPerSecond) parts.push(`${run.tokensPerSecond.toFixed(1)} tokens/s`);
   if (run.ttftMs !== null) parts.push(`first token after ${run.ttftMs.toFixed(0)} ms`);
-  parts.push(`stopped at ${WORDS[run.reason]}`);
+  parts.push(WORDS[run.reason]);
   if (chosen.temperature > 0) parts.push(`seed ${chosen.seed}`);
   if (run.forgotten) parts.push(`exchanges forgotten, the context being full: ${run.forgotten}`);
   if (run.memory) parts.push(memory(run.memory));
