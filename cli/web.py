@@ -52,6 +52,8 @@ def web(model: Path | None, out: Path | None, name: str | None, host: str, port:
         if as_json:
             print_json({"url": server.url} | found)
             sys.stdout.flush()
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            say("note: browsers give pages of other machines threads and a store over https alone")
         say(f"{path}: {site.size / 1e6:.1f} MB on {server.url} until Ctrl-C")
         try:
             server.serve_forever()

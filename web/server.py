@@ -1,5 +1,6 @@
 """A small server of a site's files: what it does not know by its exact name is not there."""
 
+import socket
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ class SiteServer(ThreadingHTTPServer):
         Raises:
             OSError: When the address is taken or not this machine's.
         """
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.site = site
         self.tags = {name: f'"{entry.sha256[:32]}"' for name, entry in site.entries.items()}
         super().__init__((host, port), _Handler)
@@ -31,7 +33,7 @@ class SiteServer(ThreadingHTTPServer):
     def url(self) -> str:
         """Where it is reached."""
         host, port = self.server_address[:2]
-        return f"http://{host!s}:{port}/"
+        return f"http://{f'[{host!s}]' if ':' in str(host) else host}:{port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing of clients that have gone."""

@@ -300,21 +300,23 @@ def test_the_command_refuses_what_it_cannot_serve(
     assert result.code == 1 and "in use" in error and hint.startswith("hint: another --port")
 
 
-def test_it_serves_until_it_is_stopped(vendor: None) -> None:
-    command = [sys.executable, "-m", "slm", "web", "--port", "0", "--json"]
+@pytest.mark.parametrize(("host", "spelt"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("0.0.0.0", "0.0.0.0")])
+def test_it_serves_until_it_is_stopped(vendor: None, host: str, spelt: str) -> None:
+    command = [sys.executable, "-m", "slm", "web", "--port", "0", "--host", host, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
-        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url)
+        found = re.fullmatch(rf"http://{re.escape(spelt)}:(\d+)/", url)
         assert found is not None
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
+        connection = http.client.HTTPConnection(host, int(found[1]), timeout=20)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
         connection.close()
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest
+        assert ("over https alone" in rest) == (host == "0.0.0.0")
     finally:
         process.kill()
         process.wait()
