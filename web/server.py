@@ -32,8 +32,8 @@ class SiteServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where it is reached."""
-        host, port = self.server_address[:2]
-        return f"http://{f'[{host!s}]' if ':' in str(host) else host}:{port}/"
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing of clients that have gone."""
