@@ -34,7 +34,7 @@ _KEYS = "SLM_API_KEYS"
 @click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Answers under way at once.")
 @click.option("--queue", type=click.IntRange(min=0), default=64, show_default=True, help="Answers that may wait.")
 @click.option("--prefill-tokens", type=click.IntRange(min=1), default=256, show_default=True,
-              help="The most of a prompt that is read between two steps.")  # fmt: skip
+              help="The most of prompts that is read between two steps.")  # fmt: skip
 @click.option("--prefix-mib", type=click.IntRange(min=0), default=256, show_default=True,
               help="Memory for beginnings of prompts, which are not read again; as much for each adapter.")  # fmt: skip
 @click.option(

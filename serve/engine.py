@@ -1,6 +1,6 @@
 """Continuous batching: texts join and leave between steps, all steps are taken together.
 
-One thread owns the model. Each turn it reads a bounded piece of one prompt, and then one token of every text under way, so that
+One thread owns the model. Each turn it reads a bounded piece of a prompt, and then one token of every text under way, so that
 nobody waits longer for a long prompt of somebody else than that piece takes. Answers are what each text would be alone; see
 `slm.runtime.batch` for when that is so bit for bit.
 """
@@ -302,11 +302,7 @@ class Engine:
             self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
         for ticket in begun:
             self._begin(ticket)
-        reading = [ticket for ticket in self._running if not ticket.tokens and self._unread(ticket)]
-        if reading:
-            # In turn, a piece of each: no prompt waits for all of a long one.
-            self._read_on(min(reading, key=lambda ticket: ticket.read_at))
-            self.delivered()
+        self._read_some()
         self._step([ticket for ticket in self._running if ticket.tokens])
         self.figures.running = len(self._running)
         self.figures.cache_bytes = self._batch.bytes + sum(cache.bytes for cache in self._prefixes.values())
@@ -335,18 +331,40 @@ class Engine:
         key = "" if ticket.ask.adapter is None else ticket.ask.adapter.digest
         return self._prefixes.setdefault(key, PrefixCache(self._prefix_bytes))
 
+    def _read_some(self) -> None:
+        """Reads pieces of prompts: one, and others while all together are no more than one may be.
+
+        Prompts take turns, so that none waits for all of a long one. Where a prompt is cut does not depend on the others: its
+        sums are added up as if it were alone.
+        """
+        left = self._prefill
+        while reading := [ticket for ticket in self._running if not ticket.tokens and self._unread(ticket)]:
+            ticket = min(reading, key=lambda each: each.read_at)
+            size = self._piece(ticket) - ticket.read
+            if size > left and left < self._prefill:
+                break
+            self._read_on(ticket)
+            self.delivered()
+            left -= size
+
+    def _piece(self, ticket: Ticket) -> int:
+        """Returns where the next piece of a prompt ends."""
+        last = len(ticket.ask.prompt) - 1
+        # The last token is read by itself where what is before it is kept for others.
+        return min(ticket.read + self._prefill, last if self._keeps(last) and ticket.read < last else last + 1)
+
+    def _keeps(self, tokens: int) -> bool:
+        return self._prefix_bytes > 0 and tokens >= _WORTH_KEEPING
+
     def _read_on(self, ticket: Ticket) -> None:
         """Reads the next piece of a prompt; with the last one comes the first token."""
         assert ticket.slot is not None
-        prompt = ticket.ask.prompt
+        prompt, stop = ticket.ask.prompt, self._piece(ticket)
         last = len(prompt) - 1
-        # The last token is read by itself where what is before it is worth keeping for others.
-        keeps = self._prefix_bytes and last >= _WORTH_KEEPING and ticket.read < last
-        stop = min(ticket.read + self._prefill, last if keeps else len(prompt))
         logits = ticket.slot.read(list(prompt[ticket.read : stop]))
         self.figures.prompt_tokens += stop - ticket.read
         ticket.read, ticket.read_at = stop, time.monotonic()
-        if keeps and stop == last:
+        if stop == last and self._keeps(last):
             self._prefix_of(ticket).add(list(prompt[:last]), ticket.slot.snapshot())
         if stop == len(prompt):
             self._choose(ticket, logits)

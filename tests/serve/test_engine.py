@@ -128,6 +128,36 @@ def test_a_long_prompt_does_not_hold_others_up(start: Callable[..., Engine], sha
     assert first.tokens == alone(shared_bundle, short, new=40)
 
 
+def test_short_prompts_are_read_between_the_same_steps(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
+    """As many as one piece may have tokens: those that come together take their first step together."""
+    engine = start(slots=5, prefill_tokens=10, prefix_bytes=0)
+    order: list[int] = []
+    step = engine._step
+
+    def stepping(tickets: Sequence[Ticket]) -> None:
+        order.append(len(tickets))
+        step(tickets)
+
+    hold, begun = threading.Event(), threading.Event()
+    engine._step = stepping  # type: ignore[method-assign]
+    first, *short = prompts(shared_bundle, [3, 4, 4, 4, 4])
+
+    def held(event: Piece | Done) -> None:
+        begun.set()
+        hold.wait(PATIENCE_S)
+
+    engine.submit(Ask(first, GREEDY, 1), held)
+    begun.wait(PATIENCE_S)
+    listeners = [ask(engine, prompt, max_new_tokens=3)[1] for prompt in short]
+    hold.set()
+    for prompt, listener in zip(short, listeners, strict=True):
+        listener.done()
+        assert listener.tokens == alone(shared_bundle, prompt, new=3)
+    while 0 in order:
+        order.remove(0)
+    assert order == [2, 4, 2]  # two prompts, a step of theirs; two more, a step of all; the last of the later two
+
+
 def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(
     start: Callable[..., Engine], shared_bundle: Bundle
 ) -> None:
