@@ -16,6 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import slm.web
 from slm.cli.main import main
 
 BALLAST = "ballast"
@@ -71,6 +72,8 @@ def commands(
         "import": ("import", checkpoint, "--out", disk / "imported"),
         "merge": ("merge", checkpoint, checkpoint, "--out", disk / "merged"),
     }  # fmt: skip
+    if (Path(slm.web.__file__).resolve().parent / "static" / "vendor").is_dir():  # what `make web` fetches
+        same["web"] = ("web", bundle, "--out", disk / "site")
     found = {name: (arguments, arguments) for name, arguments in same.items()}
     found["finetune"] = (tune, (*tune, "--overwrite"))
     export = ("export", "--onnx-adapter", "--adapter", adapter, checkpoint, "--out", disk / "small.onnx_adapter")
@@ -116,7 +119,7 @@ def tried(
 
 def _main() -> None:
     disk, checkpoint, text, rows = map(Path, sys.argv[1:])
-    mount(disk, "size=64m")
+    mount(disk, "size=160m")
     for name, (make, again) in commands(disk, checkpoint, text, rows).items():
         before = used(disk)
         code, said = run(*make)
