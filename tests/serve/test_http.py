@@ -177,6 +177,10 @@ def test_keys_are_asked_for(serve: Callable[..., Any]) -> None:
     with pytest.raises(openai.AuthenticationError):
         running.client("third").models.list()
     assert httpx.get(f"{running.url}/health").status_code == 200  # probes have no key
+    described = httpx.get(f"{running.url}/openapi.json").json()
+    asked_for = {path: "security" in each[method] for path, each in described["paths"].items() for method in each}
+    assert asked_for["/v1/models"] and asked_for["/v1/completions"] and not asked_for["/health"]
+    assert "422" not in json.dumps(described)
 
 
 def slow_down(running: Any) -> None:
