@@ -14,7 +14,7 @@ from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, read_json, recover
 from slm.train.metrics import Kind, Row, check_row
-from slm.train.state import load_tensors
+from slm.train.state import MOST, load_tensors
 
 TRAINER = "trainer"
 _STATE, _WEIGHTS, _OPTIMIZER, _BEST = "state.json", "weights.safetensors", "optimizer.safetensors", "best.safetensors"
@@ -40,8 +40,8 @@ class Standing(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     course: dict[str, Any]
-    updates: int = Field(default=0, ge=0)
-    tokens: int = Field(default=0, ge=0)
+    updates: int = Field(default=0, ge=0, le=MOST)
+    tokens: int = Field(default=0, ge=0, le=MOST)
     loss_before: float = float("nan")
     loss: float | None = None
     best_epoch: int = Field(default=0, ge=0)

@@ -25,6 +25,8 @@ TRAINER = "trainer"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _COUNTERS_FILE = "state.json"
 _AVERAGE_FILE = "average.safetensors"
+# More steps or tokens than any run has, and few enough for products of them to be written down.
+MOST = 2**48
 _FILES = frozenset((WEIGHTS_FILE, _OPTIMIZER_FILE, _COUNTERS_FILE, _AVERAGE_FILE))
 
 
@@ -40,7 +42,7 @@ class Counters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    micro_steps: int = Field(ge=0)
+    micro_steps: int = Field(ge=0, le=MOST)
     course: dict[str, Any]
     elapsed_s: float = Field(default=0.0, ge=0)
     scaler: dict[str, int | float] = {}
