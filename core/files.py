@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -262,11 +262,14 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
         with suppress(SlmError, OSError), sole(parent / lock_of) as certain:
             if certain:
                 shutil.rmtree(parent / f".{lock_of}", ignore_errors=True)
-    with ExitStack() as stack:
-        directory = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        stack.enter_context(sole(parent / directory.name[1:]))
-        yield directory
+    label = f"{name}-{secrets.token_hex(4)}"
+    with sole(parent / label):  # first, so that what is there without a process to hold it was left
+        directory = parent / f".{label}"
+        try:
+            directory.mkdir()
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -76,6 +76,10 @@ class Tokenizer:
         if template.is_file():
             config["chat_template"] = read_text(template, "the chat template")
         config |= _one_template(config)
+        try:
+            json.dumps(config, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise SlmError(f"{beside} is wrong: a text in it holds half of a surrogate pair") from None
         return cls(backend, config)
 
     def save(self, directory: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from slm.core.config import ModelConfig
+from slm.core.errors import SlmError
 from slm.core.manifest import Scheme
 from slm.core.weights import Weights
 from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
@@ -98,7 +99,10 @@ def _mapped(tensor: ir.TensorProtocol) -> Array:
     if isinstance(tensor, ir.ExternalTensor):
         place = tensor.location, tensor.offset, tensor.length, tensor.dtype
         tensor = ir.ExternalTensor(*place, shape=tensor.shape, name=tensor.name, base_dir=tensor.base_dir)
-    array: Array = tensor.numpy()
+    try:
+        array: Array = tensor.numpy()
+    except ValueError as error:  # a file with several names, which onnx_ir does not follow
+        raise SlmError(f"cannot read the weights: {str(error).splitlines()[0]}", "copy the bundle") from None
     return array
 
 

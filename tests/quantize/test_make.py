@@ -1,5 +1,7 @@
 """From a float bundle to a smaller one: the gate, the figures, and what is refused."""
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -346,6 +348,16 @@ def test_what_cannot_be_quantized_is_refused(
         make(shared_bundle, shared_bundle.path)
     with pytest.raises(SlmError, match="portable bundle"):
         make(export_bundle(shared_checkpoint, tmp_path / "portable", target="portable"), tmp_path / "b", dynamic=True)
+    assert not (tmp_path / "b").exists()
+
+
+def test_files_with_several_names_are_refused_in_a_line(shared_bundle: Bundle, tmp_path: Path) -> None:
+    """onnx_ir reads none: another name may lead where a bundle's owner may not write."""
+    shutil.copytree(shared_bundle.path, tmp_path / "copy")
+    (data,) = (tmp_path / "copy").rglob("*_data")
+    os.link(data, tmp_path / "other")
+    with pytest.raises(SlmError, match=r"cannot read the weights.*hard links"):
+        make(Bundle.open(tmp_path / "copy"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

@@ -256,6 +256,14 @@ class Fuzz:
     worker: Worker
     root: Path
     number: int = 0
+    copies: dict[Path, Path] = field(default_factory=dict)
+
+    def copy(self, source: Path) -> Path:
+        """Returns a copy to link to: the artifact is others' too, and some libraries refuse a file that has several names."""
+        if source not in self.copies:
+            self.copies[source] = self.root / f"whole-{len(self.copies)}" / source.name
+            shutil.copytree(source, self.copies[source])
+        return self.copies[source]
 
     def directory(self, source: Path, damage: Damage, finish: Callable[[Path], None] | None = None) -> Path:
         """Returns a copy of an artifact (links where nothing changes) with the damage done."""
@@ -268,7 +276,7 @@ class Fuzz:
             assert damage.content is not None
             case.write_bytes(damage.content)
             return case
-        shutil.copytree(source, case, copy_function=os.link)
+        shutil.copytree(self.copy(source), case, copy_function=os.link)
         file = case / damage.file
         file.unlink()
         if damage.content is not None:
