@@ -24,6 +24,8 @@ DEFAULT_TOKENS = 2048
 ROW_TOKENS = 256
 PAST_THE_WINDOW = 64
 _LIKELIEST = 5
+# Encoded at a time, until there are enough tokens.
+_DOCUMENTS = 64
 _TOGETHER = 32
 # Greedy texts: so many, after so long a beginning, so long.
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 32, 32
@@ -110,9 +112,14 @@ def _rows(bundle: Bundle, file: Path, tokens: int, row_tokens: int | None) -> Ar
     documents = [text.strip() for text in read_text(file, "measuring text").split(END_OF_TEXT)]
     # What the tokenizer puts before a text: models like Gemma make little of one that begins without it.
     prefix = tokenizer.encode("")
-    ids = [t for document in tokenizer.encode_documents([d for d in documents if d]) for t in (*prefix, *document)]
-    ids = ids[len(prefix) :]
     longest = row_tokens or max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
+    ids: list[int] = []
+    documents = [document for document in documents if document]
+    for start in range(0, len(documents), _DOCUMENTS):
+        for document in tokenizer.encode_documents(documents[start : start + _DOCUMENTS]):
+            ids += [*prefix, *document] if ids else document
+        if len(ids) >= max(tokens, longest):
+            break
     length = min(bundle.manifest.context, longest, len(prefix) + len(ids))
     new = length - len(prefix)
     if length < 2 or new < 1:
