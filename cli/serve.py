@@ -161,4 +161,12 @@ def _run(config: "uvicorn.Config", listening: socket.socket) -> None:
             address, port = listening.getsockname()[:2]
             say(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}/v1")
 
-    Server(config).run(sockets=[listening])
+    server = Server(config)
+    try:
+        server.run(sockets=[listening])
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Told to end, it has ended as it should: that is no error, though the exit code says by which signal.
+        if server.started:
+            say("stopped")
+            raise SystemExit(130 if isinstance(end, KeyboardInterrupt) else end.code) from None
+        raise

@@ -62,6 +62,7 @@ def test_it_serves_until_it_is_stopped(process: Any) -> None:
     process.send_signal(signal.SIGTERM)
     rest = process.stderr.read()
     assert process.wait(30) == 128 + signal.SIGTERM and "Traceback" not in rest
+    assert rest.splitlines()[-1] == "stopped" and "error" not in rest
     logged = [json.loads(line) for line in rest.splitlines() if line.startswith("{")]
     assert [line["status"] for line in logged] == [200, 401]
 
