@@ -30,14 +30,14 @@ class Reply:
 
     @property
     def texts(self) -> list[str]:
-        """The text of every choice, whole or streamed, of a chat or not."""
+        """The text of every choice, whole or streamed, of a chat or not; empty where none of it has come."""
         found: dict[int, str] = {}
         for event in self.events or [json.loads(self.body)]:
             for choice in event["choices"]:
                 part = choice.get("message") or choice.get("delta")
                 text = choice.get("text") if part is None else part.get("content")
                 found[choice["index"]] = found.get(choice["index"], "") + (text or "")
-        return [found[index] for index in sorted(found)]
+        return [found.get(index, "") for index in range(max(found, default=-1) + 1)]
 
 
 async def post(
