@@ -177,8 +177,7 @@ class _Sums:
         self.loss_after -= _of_targets(new, targets)
         self.same += float((old.argmax(-1) == new.argmax(-1)).sum())
         self.same_five += _shared(_likeliest(old), _likeliest(new))
-        np.subtract(old, new, out=new)
-        self.divergence += float(np.einsum("tv,tv->", np.exp(old, out=old), new, dtype=np.float64))
+        self.divergence += _kl_in_place(old, new)
 
 
 def kl_sum(before: Array, after: Array) -> float:
@@ -186,9 +185,14 @@ def kl_sum(before: Array, after: Array) -> float:
     total = 0.0
     for start in range(0, len(before), _TOGETHER):  # few positions at a time: memory
         old, new = (log_softmax(logits[start : start + _TOGETHER]) for logits in (before, after))
-        np.subtract(old, new, out=new)
-        total += float(np.einsum("tv,tv->", np.exp(old, out=old), new, dtype=np.float64))
+        total += _kl_in_place(old, new)
     return total
+
+
+def _kl_in_place(old: Array, new: Array) -> float:
+    """Returns the divergence of log-probabilities (T, V), summed over positions; both arrays are used up."""
+    np.subtract(old, new, out=new)
+    return float(np.einsum("tv,tv->", np.exp(old, out=old), new, dtype=np.float64))
 
 
 def _of_targets(log_probabilities: Array, targets: Array) -> float:

@@ -1,10 +1,11 @@
 """What tests share: a config that is small and awkward on purpose, models with varied weights, an isolated home."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from slm.cli.console import STDERR, STDOUT
 from slm.cli.main import main
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.manifest import Bundle
-from slm.core.nn import CausalLM, save_checkpoint
+from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.train.data.tokenizer import train_bpe
@@ -84,6 +85,25 @@ def random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
 def make_model() -> Callable[..., CausalLM]:
     """The factory of random models."""
     return random_model
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Path]:
+    """Makes an adapter in PEFT's format whose every tensor matters: (path, base, seed=1, token_ids=(), **settings)."""
+    from slm.finetune.adapter import adapter_state, attach, save_adapter
+    from slm.finetune.settings import FinetuneSettings
+
+    def make(path: Path, base: Path, seed: int = 1, token_ids: Sequence[int] = (), **settings: Any) -> Path:
+        adapter = attach(load_checkpoint(base), FinetuneSettings(**settings), base, token_ids)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.1, generator=generator)
+        path.mkdir()
+        save_adapter(path, adapter, adapter_state(adapter))
+        return path
+
+    return make
 
 
 @pytest.fixture

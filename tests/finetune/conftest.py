@@ -6,11 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from slm.core.nn import load_checkpoint
-from slm.finetune.adapter import adapter_state, attach, save_adapter
-from slm.finetune.settings import FinetuneSettings
 
 TURN_TOKEN_IDS = [1, 2]  # where train_bpe puts <start_of_turn> and <end_of_turn>
 
@@ -28,18 +23,10 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def random_adapter(tmp_path: Path) -> Callable[..., Path]:
-    """Makes an adapter with random weights for a base, so that each of its tensors matters."""
+def random_adapter(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callable[..., Path]:
+    """Makes an adapter for a base in a place of its own."""
 
     def make(base: Path, token_ids: list[int], **settings: Any) -> Path:
-        adapter = attach(load_checkpoint(base), FinetuneSettings(**settings), base, token_ids)
-        generator = torch.Generator().manual_seed(1)
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(std=0.1, generator=generator)
-        path = tmp_path / "adapter"
-        path.mkdir()
-        save_adapter(path, adapter, adapter_state(adapter))
-        return path
+        return make_adapter(tmp_path / "adapter", base, token_ids=token_ids, **settings)
 
     return make

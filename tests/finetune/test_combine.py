@@ -14,10 +14,10 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.finetune.adapter import adapter_state, attach, save_adapter
 from slm.finetune.combine import Combination, combine
 from slm.finetune.merge import merge
-from slm.finetune.settings import FinetuneSettings
+
+MakeAdapter = Callable[..., Path]
 
 # Sums of a few float32 values in another order.
 TOLERANCE = 1e-6
@@ -81,17 +81,6 @@ def models(
     return paths
 
 
-def adapter_of(base: Path, path: Path, seed: int) -> Path:
-    adapter = attach(load_checkpoint(base), FinetuneSettings(), base)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=generator)
-    path.mkdir()
-    save_adapter(path, adapter, adapter_state(adapter))
-    return path
-
-
 def test_checkpoints_combine_tensor_by_tensor(models: list[Path], tmp_path: Path) -> None:
     base, one, two = models
     combine([one, two], tmp_path / "out", Combination("task", (1, 1)), base)
@@ -105,9 +94,9 @@ def test_checkpoints_combine_tensor_by_tensor(models: list[Path], tmp_path: Path
     assert info["method"] == "task" and len(info["models"]) == 2 and info["base"]["path"] == str(base)
 
 
-def test_one_adapter_alone_is_its_merged_model(models: list[Path], tmp_path: Path) -> None:
+def test_one_adapter_alone_is_its_merged_model(models: list[Path], tmp_path: Path, make_adapter: MakeAdapter) -> None:
     base = models[0]
-    first, second = (adapter_of(base, tmp_path / f"a{seed}", seed) for seed in (1, 2))
+    first, second = (make_adapter(tmp_path / f"a{seed}", base, seed) for seed in (1, 2))
     combine([], tmp_path / "out", Combination("task", (1,)), base, [first])
     wanted = dict(merge(base, first).named_parameters())
     for name, parameter in load_checkpoint(tmp_path / "out").named_parameters():

@@ -17,9 +17,8 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint
 from slm.export.bundle import export_bundle
-from slm.finetune.adapter import adapter_state, attach, load_adapter, save_adapter
+from slm.finetune.adapter import load_adapter
 from slm.finetune.merge import merge
-from slm.finetune.settings import FinetuneSettings
 from slm.interchange.onnx_adapter import adapter_from_peft, write_onnx_adapter
 from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
@@ -27,6 +26,8 @@ from slm.quantize.quality import Text
 from slm.runtime.adapters import Adapter, checked, read_adapter, stacked
 from slm.runtime.batch import Batch
 from slm.runtime.decoder import OnnxDecoder
+
+MakeAdapter = Callable[..., Path]
 
 # Float32 sums in another order, at logits of magnitude 50.
 TOLERANCE = 1e-4
@@ -37,18 +38,6 @@ INT8_TOLERANCE = 0.3
 @pytest.fixture(scope="module")
 def slotted(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", adapter_slots=True)
-
-
-def make_adapter(path: Path, base: Path, seed: int = 1, token_ids: tuple[int, ...] = (), **settings: Any) -> Path:
-    """An adapter whose every tensor matters, in PEFT's format."""
-    adapter = attach(load_checkpoint(base), FinetuneSettings(**settings), base, token_ids)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=generator)
-    path.mkdir()
-    save_adapter(path, adapter, adapter_state(adapter))
-    return path
 
 
 def rows(bundle: Bundle) -> np.ndarray:
@@ -72,7 +61,7 @@ def answer(bundle: Bundle, adapter: Adapter | None, ids: np.ndarray) -> np.ndarr
     ids=["all", "rslora", "some"],
 )
 def test_an_adapter_in_slots_is_the_merged_model(
-    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, settings: dict[str, Any]
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, settings: dict[str, Any], make_adapter: MakeAdapter
 ) -> None:
     path = make_adapter(tmp_path / "a", shared_checkpoint, **settings)
     ids = rows(slotted)
@@ -86,7 +75,7 @@ def test_an_adapter_in_slots_is_the_merged_model(
 
 
 def test_every_way_to_deploy_an_adapter_gives_the_same_logits(
-    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
 ) -> None:
     """PyTorch with the adapter beside the weights and merged into them, PEFT on transformers, a file in onnxruntime."""
     path = make_adapter(tmp_path / "a", shared_checkpoint)
@@ -109,7 +98,7 @@ def test_every_way_to_deploy_an_adapter_gives_the_same_logits(
 
 
 def test_without_an_adapter_it_is_the_base_bit_for_bit(
-    slotted: Bundle, shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path
+    slotted: Bundle, shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
 ) -> None:
     ids = rows(slotted)
     wanted = OnnxDecoder(shared_bundle).logits(ids)
@@ -122,7 +111,9 @@ def test_without_an_adapter_it_is_the_base_bit_for_bit(
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-def test_on_an_int8_base(slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, smooth: bool) -> None:
+def test_on_an_int8_base(
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, smooth: bool, make_adapter: MakeAdapter
+) -> None:
     """Smoothing changes what slots see; they do the same to the adapter."""
     ids = rows(slotted)
     settings = Settings(smooth=smooth, gate=Gate(1))
@@ -143,7 +134,9 @@ def test_on_an_int8_base(slotted: Bundle, shared_checkpoint: Path, tmp_path: Pat
         assert np.abs(answer(made, ignorant, ids) - wanted).mean() > found.mean()
 
 
-def test_rows_of_a_batch_have_adapters_of_their_own(slotted: Bundle, shared_checkpoint: Path, tmp_path: Path) -> None:
+def test_rows_of_a_batch_have_adapters_of_their_own(
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
     first = adapter_from_peft(make_adapter(tmp_path / "a", shared_checkpoint, seed=1), slotted)
     second = adapter_from_peft(
         make_adapter(tmp_path / "b", shared_checkpoint, seed=2, rank=2, target_modules=("o_proj", "q_proj")), slotted
@@ -186,7 +179,7 @@ def test_stacking_fills_up_with_zeros() -> None:
 
 
 def test_what_was_read_with_one_adapter_is_not_taken_for_another(
-    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
 ) -> None:
     adapter = adapter_from_peft(make_adapter(tmp_path / "a", shared_checkpoint), slotted)
     decoder = OnnxDecoder(slotted)
@@ -202,7 +195,9 @@ def test_what_was_read_with_one_adapter_is_not_taken_for_another(
     assert decoder.length == 3
 
 
-def test_a_file_is_the_adapter(slotted: Bundle, shared_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_is_the_adapter(
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
     adapter = adapter_from_peft(make_adapter(tmp_path / "a", shared_checkpoint), slotted)
     file = tmp_path / "a.onnx_adapter"
     write_onnx_adapter(file, adapter, slotted.manifest.provenance["weights_sha256"])
@@ -219,7 +214,7 @@ def test_a_file_is_the_adapter(slotted: Bundle, shared_checkpoint: Path, tmp_pat
 
 
 def test_what_slots_do_not_hold_is_refused(
-    slotted: Bundle, shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path
+    slotted: Bundle, shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
 ) -> None:
     plain = make_adapter(tmp_path / "plain", shared_checkpoint)
     refused = partial(pytest.raises, SlmError)
@@ -250,7 +245,9 @@ def test_what_slots_do_not_hold_is_refused(
         export_bundle(shared_checkpoint, tmp_path / "portable", target="portable", adapter_slots=True)
 
 
-def test_the_commands(slm: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_commands(
+    slm: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
     peft = make_adapter(tmp_path / "pirate", shared_checkpoint)
     assert slm("export", "--onnx", "--adapter-slots", shared_checkpoint, "--out", "slots").code == 0
     result = slm("export", "--onnx-adapter", shared_checkpoint, "--adapter", peft, "--json")

@@ -17,6 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from slm.train.recipe import Recipe
+
 _LOADER = Path(__file__).parent / "scripts" / "loader.py"
 # The longest that a case may take; most take a tenth of a second.
 _SECONDS = 40
@@ -395,3 +397,30 @@ class Damaging:
     nasty = NASTY
     pointers = staticmethod(pointers)
     replaced = staticmethod(replaced)
+
+
+_SMALL: dict[str, Any] = {
+    "name": "small",
+    "model": {
+        "preset": "tiny", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 2, "head_dim": 16,
+        "query_pre_attn_scalar": 16, "sliding_window": 8, "max_position_embeddings": 64,
+    },
+    "batch": {"batch_size": 4, "context": 24},
+    "schedule": {"micro_steps": 4, "warmup_micro_steps": 1, "learning_rate": 3e-3, "final_learning_rate": 3e-4},
+    "evaluation": {"every_micro_steps": 2, "windows": 8},
+    "machine": {"device": "cpu", "precision": "float32"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_recipe() -> Callable[..., Recipe]:
+    """Returns the recipe of a run that takes a second: (text, changes to its sections)."""
+
+    def make(text: Path, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
+        sections = {"data": {"train": [str(text)]}, **(changes or {})}
+        return Recipe.model_validate(
+            {**_SMALL, **{name: {**_SMALL.get(name, {}), **more} for name, more in sections.items()}}
+        )
+
+    return make

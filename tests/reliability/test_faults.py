@@ -116,22 +116,9 @@ def test_what_is_held_is_let_go_of(tmp_path: Path) -> None:
     assert not (tmp_path / "deep").exists()
 
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "preset": "tiny", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 2, "head_dim": 16,
-        "query_pre_attn_scalar": 16, "sliding_window": 8, "max_position_embeddings": 64,
-    },
-    "batch": {"batch_size": 4, "context": 24},
-    "schedule": {"micro_steps": 6, "warmup_micro_steps": 1, "learning_rate": 3e-3, "final_learning_rate": 3e-4},
-    "evaluation": {"every_micro_steps": 2, "windows": 8},
-    "checkpoints": {"every_updates": 1, "keep": 2},
-    "machine": {"device": "cpu", "precision": "float32"},
-}  # fmt: skip
-
-
-def test_a_clock_that_jumps(text: Path, shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps(
+    text: Path, shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, small_recipe: Callable[..., Recipe]
+) -> None:
     """The wall clock goes back an hour whenever it is asked, and what is written is dated in the past."""
     now = time.time()
     asked = []
@@ -142,7 +129,8 @@ def test_a_clock_that_jumps(text: Path, shared_bundle: Bundle, monkeypatch: pyte
 
     monkeypatch.setattr(time, "time", back)
     started = time.perf_counter()
-    result = train(Recipe.model_validate({**SMALL, "data": {"train": [str(text)]}}), Path("run"), Silent())
+    recipe = small_recipe(text, {"schedule": {"micro_steps": 6}, "checkpoints": {"every_updates": 1, "keep": 2}})
+    result = train(recipe, Path("run"), Silent())
     assert 0 < result.elapsed_s <= time.perf_counter() - started and result.tokens_s > 0
     kept = sorted(path.name for path in Path("run/checkpoint").glob("update-*"))
     assert kept == ["update-0000005", "update-0000006"]

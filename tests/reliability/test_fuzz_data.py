@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,25 +132,13 @@ def test_datasets(fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples:
     assert seen["refused"]
 
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "preset": "tiny", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"], "num_attention_heads": 2, "head_dim": 16,
-        "query_pre_attn_scalar": 16, "sliding_window": 8, "max_position_embeddings": 64,
-    },
-    "batch": {"batch_size": 4, "context": 24},
-    "schedule": {"micro_steps": 4, "warmup_micro_steps": 1, "learning_rate": 3e-3, "final_learning_rate": 3e-4},
-    "evaluation": {"every_micro_steps": 2, "windows": 8},
-    "machine": {"device": "cpu", "precision": "float32"},
-}  # fmt: skip
-
-
 @amounts
-def test_runs_that_go_on(fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples: int) -> None:
+def test_runs_that_go_on(
+    fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples: int, small_recipe: Callable[..., Recipe]
+) -> None:
     source = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        train(Recipe.model_validate({**SMALL, "data": {"train": [str(texts)]}}), source, Stopper(3))
+        train(small_recipe(texts), source, Stopper(3))
     names = [
         "config.yaml", "metrics.jsonl", "checkpoint/best/slm.json", "data/dataset.json", "data/train.bin",
         *(f"trainer/{file.name}" for file in (source / "trainer").iterdir()),

@@ -7,30 +7,19 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 
 import slm
-from slm.core.nn import load_checkpoint
 from slm.export.bundle import export_bundle
-from slm.finetune.adapter import adapter_state, attach, save_adapter
-from slm.finetune.settings import FinetuneSettings
+
+MakeAdapter = Callable[..., Path]
 
 NAME = "random"
 PROMPT = "The fox"
 
 
-def make_adapter(path: Path, base: Path, seed: int) -> Path:
-    adapter = attach(load_checkpoint(base), FinetuneSettings(), base, ())
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1, generator=generator)
-    path.mkdir()
-    save_adapter(path, adapter, adapter_state(adapter))
-    return path
-
-
-def test_a_request_names_its_adapter(serve: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_request_names_its_adapter(
+    serve: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
     bundle = export_bundle(shared_checkpoint, tmp_path / "onnx", adapter_slots=True)
     adapters = {
         name: make_adapter(tmp_path / name, shared_checkpoint, seed) for seed, name in enumerate(("one", "two"))
