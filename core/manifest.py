@@ -212,9 +212,8 @@ class Bundle:
             SlmError: When the directory is not a bundle, or a file is missing, truncated or altered; it is named.
         """
         if not is_bundle(path):
-            raise SlmError(
-                f"not a bundle: {path} has no {MANIFEST_FILE}", "slm export --onnx makes one from a checkpoint"
-            )
+            why = f"not a bundle: {path} has no {MANIFEST_FILE}" if path.exists() else f"not found: {path}"
+            raise SlmError(why, "slm export --onnx makes one from a checkpoint")
         fields = read_json(member(path, MANIFEST_FILE), "manifest")
         if fields.get("schema_version") != SCHEMA_VERSION:
             raise SlmError(
