@@ -81,15 +81,19 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
         ("run", f"{est.updates:,} updates of {per_update:,} tokens ({est.micro_steps:,} micro-steps)"),
         ("tokens", f"{est.tokens:,}" + (f", {about}{passes:.1f} passes over the text" if passes else "")),
         ("device", f"{est.device}, {est.precision}"),
-        (
-            "memory",
-            f"about {est.memory.total / _MIB:,.0f} MiB ({parts}) beside what Python and PyTorch take themselves",
-        ),
-        ("time", f"about {duration(est.seconds)} ({est.basis})"),
+        ("attention", ", ".join(f"{kernel} in {layers} layers" for kernel, layers in est.kernels.items())),
+        ("memory", f"about {est.memory.total / _MIB:,.0f} MiB: {parts} (MiB), beside Python and PyTorch themselves"),
+        *([] if est.memory_available is None else [("fits", _fit(est.memory.total, est.memory_available))]),
+        ("time", f"about {duration(est.seconds)}, {duration(est.update_seconds)} of it updates ({est.basis})"),
     ]
     print_table("what it would take: estimates", ("", ""), rows)
     for sentence in odd:
         say(f"warning: {sentence}")
+
+
+def _fit(needed: int, available: int) -> str:
+    verdict = "yes" if needed < available else "no"
+    return f"{verdict}: {needed / _MIB:,.0f} of {available / _MIB:,.0f} MiB, {100 * needed / available:.0f} %"
 
 
 def _text_tokens(recipe: "Recipe") -> tuple[int | None, bool]:

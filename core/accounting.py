@@ -150,7 +150,7 @@ def prefill_flops(
     keys = 0
     for layer in range(config.num_hidden_layers):
         window = config.window(layer) if windows else None
-        keys += _keys_seen(length, window) - _keys_seen(start, window)
+        keys += keys_seen(length, window) - keys_seen(start, window)
     return Flops(
         body=2 * (parts.attention + parts.mlp) * (length - start),
         # One product of head_dim numbers for the score of a key and one for its value, in each query head.
@@ -159,7 +159,7 @@ def prefill_flops(
     )
 
 
-def _keys_seen(length: int, window: int | None) -> int:
+def keys_seen(length: int, window: int | None) -> int:
     """Returns how many keys the first `length` queries see together: min(position + 1, window) each."""
     growing = length if window is None else min(length, window)
     return growing * (growing + 1) // 2 + (length - growing) * growing

@@ -77,10 +77,20 @@ def build_model(
     device: torch.device,
     saved: SavedState | None,
     processes: Processes | None = None,
+    *,
+    flex: bool = False,
 ) -> CausalLM:
     """Returns the model, from the seed or from what was saved, set up for the machine.
 
     On its device, but for a model that several processes will split: it goes there share by share.
+
+    Args:
+        recipe: What is trained, and how.
+        config: The model's shape.
+        device: Where.
+        saved: What to go on from.
+        processes: Those that share the batches.
+        flex: Whether windows go through FlexAttention; see `slm.train.attention`.
 
     Raises:
         SlmError: When what was saved is of another model.
@@ -97,7 +107,7 @@ def build_model(
         model.load_state_dict(saved.weights, strict=False)
     body = model.model
     body.gradient_checkpointing = recipe.machine.gradient_checkpointing
-    body.flex = device.type == "cuda" and recipe.machine.attention != "sdpa"
+    body.flex = flex
     for module in (body, *body.layers):
         module.dropout = recipe.regularization.dropout
     split = processes is not None and processes.size > 1 and recipe.machine.parallel == "fsdp"

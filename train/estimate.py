@@ -1,18 +1,23 @@
 """What a recipe would take: tokens, memory and time, on this machine or on a GPU that is not here. Estimates, all of them."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slm.core.accounting import prefill_flops
+from slm.core.accounting import keys_seen, prefill_flops
+from slm.core.checkpoint import tensor_shapes
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
+from slm.train.attention import training_kernels
 from slm.train.learner import Objective
 from slm.train.memory import TrainingBytes, advise, training_bytes
-from slm.train.precision import Capability, Precision, capability, choose_precision
+from slm.train.muon import orthogonalization_flops
+from slm.train.optimizer import make_optimizers
+from slm.train.precision import CPU, FLOAT32, Capability, Precision, capability, choose_precision
 from slm.train.recipe import Recipe
 
 # Enough for the products to run at their full speed and for the embedding's gradient, as large as the table however few the
@@ -37,26 +42,36 @@ class Gpu:
 
     Attributes:
         tflops: Dense products in 16 bits, accumulated in float32, 10^12 operations a second.
-        memory_gib: Of the card.
-        bf16: Whether it multiplies bfloat16 in hardware.
+        gb_s: Memory bandwidth, 10^9 bytes a second.
+        memory_gib: What a process can have of the card's memory; a T4's 16 GB are 14.6 GiB with error correction on.
+        compute: Compute capability.
     """
 
     tflops: float
+    gb_s: float
     memory_gib: float
-    bf16: bool
+    compute: tuple[int, int]
+
+    @property
+    def able(self) -> Capability:
+        """What it can do; bfloat16 is in hardware from compute capability 8.0 on."""
+        return Capability("cuda", self.compute >= (8, 0), self.compute)
 
 
+# For training. A V100 needs a PyTorch built for CUDA 12: CUDA 13 and onnxruntime-gpu 1.31 have no kernels for 7.0.
 GPUS = {
-    "t4": Gpu(65, 15, False),
-    "v100": Gpu(125, 16, False),
-    "l4": Gpu(121, 22, True),
-    "a10": Gpu(125, 22, True),
-    "a100": Gpu(312, 80, True),
-    "h100": Gpu(989, 80, True),
-    "h200": Gpu(989, 141, True),
-    "rtx3090": Gpu(71, 24, True),
-    "rtx4090": Gpu(165, 24, True),
+    "t4": Gpu(65, 320, 14.6, (7, 5)),
+    "v100": Gpu(125, 900, 15.8, (7, 0)),
+    "l4": Gpu(121, 300, 22, (8, 9)),
+    "a10": Gpu(125, 600, 22, (8, 6)),
+    "a100": Gpu(312, 2039, 79, (8, 0)),
+    "h100": Gpu(989, 3350, 79, (9, 0)),
+    "h200": Gpu(989, 4800, 139, (9, 0)),
+    "rtx3090": Gpu(71, 936, 23.6, (8, 6)),
+    "rtx4090": Gpu(165, 1008, 23.6, (8, 9)),
 }
+# What an update reads and writes of a parameter: AdamW its value, two moments and the gradient, Muon one moment.
+_ADAMW_BYTES, _MUON_BYTES = 28, 20
 
 
 @dataclass(frozen=True)
@@ -70,8 +85,11 @@ class Estimate:
         updates: Of the run.
         micro_steps: Of the run.
         tokens: Learned from.
+        kernels: What attention is computed with, by kernel: in how many layers.
         memory: Of one process.
+        memory_available: Bytes that a process may take; None where that is not known.
         seconds: Of the run.
+        update_seconds: Of that, what the optimizer takes.
         basis: How the time was arrived at, in a few words.
         advice: What to lower when the memory is not there.
     """
@@ -82,8 +100,11 @@ class Estimate:
     updates: int
     micro_steps: int
     tokens: int
+    kernels: dict[str, int]
     memory: TrainingBytes
+    memory_available: int | None
     seconds: float
+    update_seconds: float
     basis: str
     advice: str | None
 
@@ -102,20 +123,21 @@ def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processe
     available: int | None
     if gpu is not None:
         card = GPUS[gpu]
-        able, available = Capability("cuda", card.bf16), round(card.memory_gib * _GIB)
+        able, available = card.able, round(card.memory_gib * _GIB)
     else:
         able = capability(here)
         available = torch.cuda.get_device_properties(here).total_memory if here.type == "cuda" else memory_bytes
     precision = choose_precision(recipe.machine.precision, able, config.hidden_size)
-    memory = training_bytes(recipe, config, precision, processes)
+    memory = training_bytes(recipe, config, precision, processes, able)
     tokens = recipe.updates * recipe.batch.accumulation * recipe.tokens_per_micro_step
     if gpu is not None:
         speed = card.tflops * 1e12 * _UTILIZATION / (1 if precision.autocast is not None else 8)
         at_least = recipe.micro_steps * config.num_hidden_layers * _LAYER_S
-        seconds = max(tokens * training_flops(recipe, config) / speed, at_least)
+        updating = recipe.updates * _update_seconds(recipe, config, card)
+        learning = max(tokens * training_flops(recipe, config, able, precision) / speed, at_least)
         name, basis = gpu.upper(), f"{_UTILIZATION:.0%} of its {card.tflops:g} TFLOP/s, not run on that hardware"
     else:
-        seconds = _timed_seconds(recipe, config, precision, here)
+        learning, updating = _timed_seconds(recipe, config, precision, here)
         name, basis = here.type.upper(), "one layer and the head, timed now"
     return Estimate(
         device=name,
@@ -124,31 +146,60 @@ def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processe
         updates=recipe.updates,
         micro_steps=recipe.micro_steps,
         tokens=tokens,
+        kernels=dict(Counter(training_kernels(recipe, config, able, precision))),
         memory=memory,
-        seconds=seconds / processes,
+        memory_available=available,
+        seconds=learning / processes + updating,  # every process makes every update
+        update_seconds=updating,
         basis=basis,
         advice=None
         if available is None or memory.total < available
-        else advise(recipe, config, precision, processes, available),
+        else advise(recipe, config, precision, processes, available, able),
     )
 
 
-def training_flops(recipe: Recipe, config: ModelConfig) -> float:
-    """Returns the floating-point operations of training on one token, updates not counted."""
+def training_flops(
+    recipe: Recipe, config: ModelConfig, able: Capability = CPU, precision: Precision = FLOAT32
+) -> float:
+    """Returns the floating-point operations of training on one token, updates not counted.
+
+    Where a kernel masks a window's scores instead of skipping them, it computes all of them.
+    """
     context = recipe.batch.context
-    forward = prefill_flops(config, context, head_positions=context).total / context
-    return forward * (_PASSES_ANEW if recipe.machine.gradient_checkpointing else _PASSES)
+    forward = prefill_flops(config, context, head_positions=context)
+    operations: float = forward.total
+    for layer, kernel in enumerate(training_kernels(recipe, config, able, precision)):
+        window = config.window(layer)
+        if kernel == "efficient" and window is not None and context > window:
+            operations += 4 * config.num_attention_heads * config.head_dim * (context**2 - keys_seen(context, window))
+    return operations / context * (_PASSES_ANEW if recipe.machine.gradient_checkpointing else _PASSES)
 
 
 def estimate_seconds(recipe: Recipe) -> float:
     """Estimates the seconds of a run on the CPU; see `estimate`."""
     config, cpu = recipe.model.config(), torch.device("cpu")
     precision = choose_precision(recipe.machine.precision, capability(cpu), config.hidden_size)
-    return _timed_seconds(recipe, config, precision, cpu)
+    return sum(_timed_seconds(recipe, config, precision, cpu))
 
 
-def _timed_seconds(recipe: Recipe, config: ModelConfig, precision: Precision, device: torch.device) -> float:
-    """Times a model of one layer, forward and backward, and a layer alone; updates and evaluations come on top."""
+def _update_seconds(recipe: Recipe, config: ModelConfig, card: Gpu) -> float:
+    """Returns what an update takes on a GPU: every number is read and written once, and Muon orthogonalizes matrices."""
+    matrices = [shape for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1]
+    muon = recipe.optimizer.name == "muon"
+    by_muon = sum(rows * columns for rows, columns in matrices) if muon else 0
+    moved = _ADAMW_BYTES * (config.parameter_count() - by_muon) + _MUON_BYTES * by_muon
+    operations = sum(orthogonalization_flops(*shape) for shape in matrices) if muon else 0
+    return moved / (card.gb_s * 1e9) + operations / (card.tflops * 1e12 * _UTILIZATION)
+
+
+def _timed_seconds(
+    recipe: Recipe, config: ModelConfig, precision: Precision, device: torch.device
+) -> tuple[float, float]:
+    """Times a model of one layer, forward and backward, a layer alone, and updates; evaluations come on top.
+
+    Returns:
+        The seconds of all micro-steps, and of all updates.
+    """
     one = config.model_copy(update={"num_hidden_layers": 1, "layer_types": config.layer_types[:1]})
     model = CausalLM(one).to(device)
     objective = Objective(model)
@@ -177,6 +228,21 @@ def _timed_seconds(recipe: Recipe, config: ModelConfig, precision: Precision, de
 
         return min(once() for _ in range(_GOES))
 
+    def step() -> float:
+        began = time.perf_counter()
+        for optimizer in optimizers.members:
+            optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
     total = seconds(whole) + (config.num_hidden_layers - 1) * seconds(layer)
     passes = _PASSES_ANEW / _PASSES if recipe.machine.gradient_checkpointing else 1
-    return passes * total / ids.numel() * recipe.micro_steps * recipe.tokens_per_micro_step
+    learning = passes * total / ids.numel() * recipe.micro_steps * recipe.tokens_per_micro_step
+    optimizers = make_optimizers(model, recipe.optimizer)
+    with_layer = min(step() for _ in range(_GOES))
+    for parameter in model.model.layers.parameters():
+        parameter.grad = None  # such are passed over
+    without = min(step() for _ in range(_GOES))
+    update = without + config.num_hidden_layers * max(0.0, with_layer - without)
+    return learning, update * recipe.updates

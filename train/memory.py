@@ -9,8 +9,11 @@ from math import prod
 
 from slm.core.checkpoint import tensor_shapes
 from slm.core.config import ModelConfig
+from slm.core.nn.attention import SHORT
+from slm.core.nn.kernels import AttentionKernel
+from slm.train.attention import training_kernels
 from slm.train.loss import CHUNK_BYTES
-from slm.train.precision import Precision
+from slm.train.precision import CPU, Capability, Precision
 from slm.train.recipe import Recipe
 
 _FLOAT32 = 4
@@ -44,7 +47,9 @@ class TrainingBytes:
         return self.weights + self.gradients + self.moments + self.average + self.activations + self.loss
 
 
-def training_bytes(recipe: Recipe, config: ModelConfig, precision: Precision, processes: int = 1) -> TrainingBytes:
+def training_bytes(
+    recipe: Recipe, config: ModelConfig, precision: Precision, processes: int = 1, able: Capability = CPU
+) -> TrainingBytes:
     """Estimates the memory of training; libraries, data and fragmentation come on top.
 
     Args:
@@ -52,6 +57,7 @@ def training_bytes(recipe: Recipe, config: ModelConfig, precision: Precision, pr
         config: The model's shape.
         precision: What the products are computed in.
         processes: How many share the batch, and with FSDP everything.
+        able: What the device can do, on which the attention kernel depends.
     """
     shared = processes if recipe.machine.parallel == "fsdp" else 1
     weights = config.parameter_count() * _FLOAT32
@@ -72,13 +78,18 @@ def training_bytes(recipe: Recipe, config: ModelConfig, precision: Precision, pr
         gradients=weights // shared,
         moments=moments // shared,
         average=weights // shared if recipe.optimizer.ema else 0,
-        activations=tokens * _bytes_per_token(recipe, config, precision) + cast,
+        activations=tokens * _bytes_per_token(recipe, config, precision, able) + cast,
         loss=rows * config.vocab_size * product + 2 * table,
     )
 
 
 def advise(
-    recipe: Recipe, config: ModelConfig, precision: Precision, processes: int, available: int | None = None
+    recipe: Recipe,
+    config: ModelConfig,
+    precision: Precision,
+    processes: int,
+    available: int | None = None,
+    able: Capability = CPU,
 ) -> str:
     """Says which settings to lower, how far, and what that saves.
 
@@ -88,10 +99,11 @@ def advise(
         precision: What the products are computed in.
         processes: How many share the batch.
         available: Bytes that a process may take: settings are lowered until it takes less. None lowers them by one step.
+        able: What the device can do.
     """
 
     def total(chosen: Recipe) -> int:
-        return training_bytes(chosen, config, precision, processes).total
+        return training_bytes(chosen, config, precision, processes, able).total
 
     def first_to_fit(ways: Sequence[Recipe]) -> Recipe | None:
         return next((way for way in ways if available is None or total(way) < available), None)
@@ -152,14 +164,18 @@ def _with(recipe: Recipe, section: str, **values: object) -> Recipe:
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
 
 
-def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision) -> int:
+def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, able: Capability) -> int:
     """Returns what a position leaves for the backward pass, in all layers."""
-    layer = _layer_bytes(config, precision.autocast is not None)
+    autocast = precision.autocast is not None
+    layers = [
+        _layer_bytes(config, autocast) + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
+        for layer, kernel in enumerate(training_kernels(recipe, config, able, precision))
+    ]
     stream = config.hidden_size * _FLOAT32
     ends = 3 * stream  # the last norm's, and the gradient that the loss makes beside itself
     if recipe.machine.gradient_checkpointing:
-        return config.num_hidden_layers * stream + layer + ends  # what goes in, and all of one layer at a time
-    return config.num_hidden_layers * layer + ends
+        return config.num_hidden_layers * stream + max(layers) + ends  # what goes in, and all of one layer at a time
+    return sum(layers) + ends
 
 
 def _layer_bytes(config: ModelConfig, autocast: bool) -> int:
@@ -173,3 +189,14 @@ def _layer_bytes(config: ModelConfig, autocast: bool) -> int:
     # Queries and keys are kept around their norm too, and rotated; beside them values, and what attention puts out, twice.
     attention = (queries + keys) * 2 * _FLOAT32 + (3 * queries + 2 * keys) * product
     return norms + attention + 4 * config.intermediate_size * product
+
+
+def _attention_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int) -> int:
+    """Returns what a position leaves in the attention of a layer beside queries, keys, values and what comes out."""
+    product = _PRODUCT if autocast else _FLOAT32
+    heads, window = config.num_attention_heads, config.window(layer)
+    if kernel == "efficient":  # keys and values repeated for each query head, in place of those that are shared
+        return 2 * (heads - config.num_key_value_heads) * config.head_dim * product
+    if kernel == "cpu" and context <= SHORT and (window is None or context <= window):  # attend_in_products
+        return heads * context * (_FLOAT32 + (product if autocast else 0))
+    return 0

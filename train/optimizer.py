@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from slm.core.errors import SlmError
+from slm.train.muon import Muon
 from slm.train.parallel import collect, shared_like
+from slm.train.precision import capability
 
 if TYPE_CHECKING:
     from slm.train.sections import OptimizerRecipe
@@ -17,6 +19,7 @@ _COUNT = "step"
 _STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: (_COUNT, "exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
+    Muon: ("momentum_buffer",),
 }
 
 
@@ -115,18 +118,22 @@ def make_optimizers(model: nn.Module, recipe: "OptimizerRecipe") -> Optimizers:
     by_adamw = [_group(embeddings, decay, recipe.embedding_rate), _group(others, decay_others, 1.0)]
     members: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
-        members.append(
-            torch.optim.Muon(
-                [_group(matrices, decay, recipe.matrix_rate)],
-                momentum=recipe.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        group = [_group(matrices, decay, recipe.matrix_rate)]
+        if _emulates_bfloat16(matrices[0].device):
+            members.append(Muon(group, momentum=recipe.momentum, dtype=torch.float16))
+        else:
+            members.append(torch.optim.Muon(group, momentum=recipe.momentum, adjust_lr_fn="match_rms_adamw"))
     else:
         by_adamw.append(_group(matrices, decay, recipe.matrix_rate))
     groups = [group for group in by_adamw if group["params"]]
     members.append(torch.optim.AdamW(groups, betas=recipe.betas, eps=recipe.eps, fused=True))
     return Optimizers(members)
+
+
+def _emulates_bfloat16(device: torch.device) -> bool:
+    """Says whether a device is a GPU without bfloat16 in hardware; CPUs without it are quick enough at emulating it."""
+    able = capability(device)
+    return able.device == "cuda" and not able.bf16
 
 
 def _group(parameters: list[nn.Parameter], decay: float, rate: float) -> dict[str, object]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from slm.core.errors import SlmError
+from slm.core.nn.kernels import ComputeCapability, compute_capability
 
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -22,10 +23,16 @@ class Capability:
     Attributes:
         device: "cpu" or "cuda".
         bf16: Whether it multiplies bfloat16 in hardware, not by emulation.
+        compute: Compute capability of a CUDA device.
     """
 
     device: Literal["cpu", "cuda"]
     bf16: bool
+    compute: ComputeCapability = None
+
+
+# What a CPU can do at least.
+CPU = Capability("cpu", bf16=False)
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,15 @@ class Precision:
         return f"{str(self.autocast).removeprefix('torch.')} autocast{', loss scaled' if self.scale_loss else ''}"
 
 
+FLOAT32 = Precision(None, scale_loss=False)
+
+
 def capability(device: torch.device) -> Capability:
     """Asks a device what it can do."""
     if device.type == "cuda":
         # A T4 emulates bfloat16 and says that it supports it unless asked so.
-        return Capability("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Capability("cuda", native, compute_capability(device))
     return Capability("cpu", torch.cpu._is_amx_tile_supported())
 
 

@@ -12,6 +12,7 @@ import torch
 from slm.core.errors import SlmError
 from slm.core.machine import memory, peak_rss_mib
 from slm.core.progress import Progress, Silent
+from slm.train.attention import choose_flex
 from slm.train.average import MovingAverage
 from slm.train.build import build_learner, build_model, check_machine, pick_device, with_special_tokens
 from slm.train.data.dataset import open_dataset
@@ -124,12 +125,14 @@ class _Run:
         self.device = pick_device(recipe.machine.device)
         self.memory = memory_of(self.device)
         self.config = with_special_tokens(recipe.model.config(), self.dataset.tokenizer)
-        self.precision = choose_precision(recipe.machine.precision, capability(self.device), self.config.hidden_size)
+        self.able = capability(self.device)
+        self.precision = choose_precision(recipe.machine.precision, self.able, self.config.hidden_size)
         saved = load_state(path) if processes.rank == 0 else None  # which also puts right what a killed run left
         processes.from_first(None)
         saved = saved if processes.rank == 0 else load_state(path)
         self.counters = _gone_on(saved, recipe, path)
-        self.model = build_model(recipe, self.config, self.device, saved, processes)
+        flex = choose_flex(recipe, self.config, self.able, self.precision, self.device, progress.note)
+        self.model = build_model(recipe, self.config, self.device, saved, processes, flex=flex)
         self.learner = build_learner(
             recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes
         )
@@ -232,7 +235,7 @@ class _Run:
 
     def less_memory(self) -> str:
         """Advises what to lower."""
-        return advise(self.recipe, self.config, self.precision, self.processes.size, self.memory)
+        return advise(self.recipe, self.config, self.precision, self.processes.size, self.memory, self.able)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
@@ -240,7 +243,7 @@ class _Run:
     def _describe(self) -> None:
         """Says what is about to run, and where."""
         recipe, note = self.recipe, self.progress.note
-        needed = training_bytes(recipe, self.config, self.precision, self.processes.size)
+        needed = training_bytes(recipe, self.config, self.precision, self.processes.size, self.able)
         note(
             f"model: {self.config.parameter_count():,} parameters; context {recipe.batch.context}, vocabulary "
             f"{self.config.vocab_size:,}; training takes about {needed.total / _MIB:,.0f} MiB beside what Python and PyTorch "

@@ -200,8 +200,8 @@ class MachineRecipe(Section):
         compile: Whether torch.compile fuses what lies between the products; takes a C++ compiler on a CPU.
         gradient_checkpointing: Whether the backward pass computes each layer anew instead of keeping it
             (arXiv:1604.06174): a third more work, much less memory.
-        attention: Of windows shorter than the context: "sdpa" masks scores, "flex" skips them and needs CUDA;
-            "auto" takes flex there.
+        attention: Of windows shorter than the context: "sdpa" masks scores, "flex" skips them and needs CUDA; "auto"
+            takes flex on GPUs whose shared memory holds its tiles (`slm.core.nn.kernels.fits_flex`).
         parallel: With several processes: "ddp", or "fsdp" for a model that does not fit into one device.
         loss_chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
     """

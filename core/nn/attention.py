@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slm.core.config import ModelConfig
 from slm.core.nn.cache import LayerCache
 from slm.core.nn.flex import BlockMask, attend_in_blocks
+from slm.core.nn.kernels import AttentionKernel, shares_heads
 from slm.core.nn.layers import RMSNorm
 from slm.core.nn.rope import apply_rope
 
@@ -28,11 +29,13 @@ class Positions:
         cos: Cosine of the rotation, (B, 1, T, H/2).
         sin: Sine of the rotation, (B, 1, T, H/2).
         mask: True where a query may look, (B, 1, T, S); None for plain causal attention; blocks for FlexAttention.
+        kernel: What attention is computed with (`slm.core.nn.kernels`).
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | BlockMask | None
+    kernel: AttentionKernel = "cpu"
 
     def apart(self, segments: Tensor) -> "Positions":
         """Returns the same for rows of several texts, numbered (B, T), which do not see each other.
@@ -41,10 +44,16 @@ class Positions:
         """
         length = segments.shape[1]
         same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
+        kernel: AttentionKernel = "efficient" if segments.is_cuda else "cpu"  # flash takes no mask
         if self.mask is None:
-            return Positions(self.cos, self.sin, same.tril())
+            return Positions(self.cos, self.sin, same.tril(), kernel)
         assert isinstance(self.mask, Tensor) and self.mask.shape[-1] == length, "texts of a row are kept apart by masks"
-        return Positions(self.cos, self.sin, same & self.mask)
+        return Positions(self.cos, self.sin, same & self.mask, kernel)
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Maps keys or values (B, K, T, H) to (B, heads, T, H), each repeated for the query heads that share it."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def attend_in_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -91,8 +100,11 @@ class Attention(nn.Module):
         elif mask is None and self.training and q.shape[2] <= SHORT and not q.is_cuda:
             attended = attend_in_products(q, k, v, self.scale)
         else:
+            shared = shares_heads(positions.kernel)
+            if not shared:
+                k, v = (expand_heads(each, q.shape[1]) for each in (k, v))  # (B, N, S, H)
             attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=shared
             )
         out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return out

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-__all__ = ["BlockMask", "attend_in_blocks", "window_mask"]
+from slm.core.config import ModelConfig
+
+__all__ = ["BlockMask", "attend_in_blocks", "flex_failure", "window_mask"]
+
+# Of a compiler's message.
+_MAX_REASON = 160
 
 
 @lru_cache(maxsize=8)
@@ -30,6 +35,31 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: fl
     attend: Any = _compiled() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     out: Tensor = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
     return out
+
+
+def flex_failure(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Compiles the forward and the backward kernel for a model's heads and runs them once.
+
+    Args:
+        config: The model's shape.
+        length: T.
+        device: Where.
+        dtype: Type of queries, keys and values.
+
+    Returns:
+        Why they do not work here, in one line; None where they do.
+    """
+    q, k, v = (
+        torch.randn(1, heads, length, config.head_dim, device=device, dtype=dtype, requires_grad=True)
+        for heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    )
+    try:
+        attend_in_blocks(q, k, v, window_mask(length, config.sliding_window, device), 1.0).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # of the compiler, of Triton and of the driver, which share no base but this
+        return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -12,6 +12,7 @@ from slm.core.config import LayerType, ModelConfig
 from slm.core.nn.attention import Attention, Positions
 from slm.core.nn.cache import KVCache, LayerCache
 from slm.core.nn.flex import BlockMask, window_mask
+from slm.core.nn.kernels import attention_kernel, compute_capability, products_dtype
 from slm.core.nn.layers import MLP, RMSNorm, ScaledEmbedding
 from slm.core.nn.rope import rope_angles
 
@@ -49,7 +50,8 @@ class TextModel(nn.Module):
     Attributes:
         dropout: Share of the embeddings that training zeroes.
         gradient_checkpointing: Whether a backward pass computes each block anew instead of keeping what it computed.
-        flex: Whether windows shorter than the text go through FlexAttention, which skips what lies outside of them.
+        flex: Whether training computes windows shorter than the text by FlexAttention, which skips what lies outside of
+            them. Evaluation masks scores instead: its float32 tiles would not fit into shared memory.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -106,6 +108,7 @@ class TextModel(nn.Module):
         else:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
 
+        compute, dtype = compute_capability(device), products_dtype(self.norm.weight)
         kinds: dict[LayerType, Positions] = {}
         for kind in set(self.config.layer_types):
             window = self.config.window(self.config.layer_types.index(kind))
@@ -114,7 +117,7 @@ class TextModel(nn.Module):
             mask: Tensor | BlockMask | None
             if past == 0 and attention_mask is None and (window is None or length <= window):
                 mask = None  # plain causal attention, which has the fastest kernels
-            elif self.flex and past == 0 and attention_mask is None and window is not None:
+            elif self.flex and self.training and past == 0 and attention_mask is None and window is not None:
                 mask = window_mask(length, window, device)
             else:
                 key, query = torch.arange(total - visible, total, device=device), query_slot[:, None]
@@ -126,7 +129,10 @@ class TextModel(nn.Module):
                     valid = attention_mask[:, None, None, -visible:].bool()
                     # A padded query looks at itself: a softmax over nothing would be NaN.
                     mask = (mask & valid) | (query == key)
-            kinds[kind] = Positions(cos, sin, mask)
+            kernel = attention_kernel(
+                compute, dtype, self.config.head_dim, masked=mask is not None, flex=isinstance(mask, BlockMask)
+            )
+            kinds[kind] = Positions(cos, sin, mask, kernel)
         return kinds
 
 

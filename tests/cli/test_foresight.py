@@ -22,7 +22,16 @@ def test_it_prints_a_recipe_that_can_be_run_and_makes_nothing(slm: Slm) -> None:
     shown = result.out[: result.out.index("what it would take")]
     wanted = load_recipe("tiny", ["schedule.warmup_micro_steps=600"])
     assert Recipe.model_validate(yaml.safe_load(shown)) == wanted
-    for part in ("1,511,296 parameters", "560 updates of 1,024 tokens", "573,440", "T4", "MiB", "not run on that"):
+    for part in (
+        "1,511,296 parameters",
+        "560 updates of 1,024 tokens",
+        "573,440",
+        "T4",
+        "MiB",
+        "fits",
+        "yes: ",
+        "not run on that",
+    ):
         assert part in result.out
     assert "warning: the warm-up of 600 micro-steps is as long as the training of 560" in result.err
     assert not Path("runs").exists()
@@ -32,6 +41,8 @@ def test_for_machines(slm: Slm) -> None:
     result = slm("train", "--recipe", "documented", "--dry-run", "--on", "T4", "--json")
     fields = json.loads(result.out)
     assert fields["updates"] == 4687 and fields["device"] == "T4"
+    assert fields["kernels"] == {"efficient": 18}
+    assert fields["memory"]["total"] < fields["memory_available"] == round(14.6 * 2**30)
     assert fields["memory"]["total"] == sum(size for part, size in fields["memory"].items() if part != "total")
     assert len(fields["warnings"]) == 2
     assert Recipe.model_validate(fields["recipe"]) == load_recipe("documented")

@@ -132,6 +132,9 @@ def test_flex_is_attention_with_a_mask(
     assert masks == []
     for each in (model, wider):
         each.model.flex = True
+    assert torch.equal(model(ids), wanted) and masks == []  # evaluation masks scores
+    for each in (model, wider):
+        each.train()
     assert (model(ids) - wanted).abs().max() < FLEX_TOLERANCE
     slides = length > WINDOW
     assert masks == ([(length, WINDOW)] if slides else [])  # no longer than the window it is plain causal attention
@@ -148,7 +151,7 @@ def test_flex_leaves_caches_and_padding_to_the_mask(
     padding = torch.ones_like(ids)
     padding[0, :5] = 0
     wanted = model(ids), model(ids, attention_mask=padding)
-    model.model.flex = True
+    model.train().model.flex = True
     cache = KVCache(config)
     in_two = torch.cat([model(ids[:, :20], cache=cache), model(ids[:, 20:], cache=cache)], 1)
     assert masks == [(20, WINDOW)]

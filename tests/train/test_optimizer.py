@@ -13,6 +13,8 @@ from torch import Tensor
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
+from slm.train import optimizer as optimizer_module
+from slm.train.muon import Muon, orthogonalization_flops, orthogonalize
 from slm.train.optimizer import Optimizers, make_optimizers
 from slm.train.sections import OptimizerRecipe
 
@@ -177,6 +179,40 @@ def test_muons_steps_are_those_of_a_plain_reference(model: CausalLM, name: str, 
         assert difference > 3 * MUON_TOLERANCE
     else:
         assert difference < MUON_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_without_native_bfloat16_muon_takes_the_same_steps(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """On such a GPU Muon orthogonalizes in another type; nothing else differs, the size of the gradient included."""
+    name = SOME[0]
+    monkeypatch.setattr(optimizer_module, "_emulates_bfloat16", lambda device: True)
+    optimizers = make_optimizers(model, SETTINGS)
+    (muon, _) = optimizers.members
+    assert isinstance(muon, Muon) and muon.dtype == torch.float16
+    muon.dtype = dtype
+    start, seen = model.get_parameter(name).detach().clone(), []
+    for seed in range(3):
+        gradients(model, seed)
+        for parameter in model.parameters():
+            parameter.grad.mul_(1e6)  # beyond float16's largest number when squared and summed
+        seen.append(model.get_parameter(name).grad.clone())
+        optimizers.set_learning_rate(RATE)
+        optimizers.members[0].step()
+    moved = model.get_parameter(name).detach() - start
+    difference = (muon_reference(start, seen) - start - moved).norm() / moved.norm()
+    assert difference < MUON_TOLERANCE
+    assert (muon_reference(start, seen, momentum=0.8) - start - moved).norm() / moved.norm() > 3 * MUON_TOLERANCE
+
+
+def test_the_operations_of_muon_are_those_that_pytorch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for shape in ((24, 64), (64, 24), (32, 32)):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize(torch.randn(shape), torch.float32)
+        assert counter.get_total_flops() == orthogonalization_flops(*shape)
 
 
 def test_a_step_of_muon_is_as_large_as_one_of_adamw(model: CausalLM) -> None:

@@ -9,8 +9,8 @@ from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
 from slm.train.precision import Capability, Precision, capability, choose_precision
 
-T4 = Capability("cuda", bf16=False)
-A100 = Capability("cuda", bf16=True)
+T4 = Capability("cuda", bf16=False, compute=(7, 5))
+A100 = Capability("cuda", bf16=True, compute=(8, 0))
 AMX = Capability("cpu", bf16=True)
 LAPTOP = Capability("cpu", bf16=False)
 
@@ -44,6 +44,7 @@ def test_a_choice_is_obeyed(wanted: str, expected: Precision) -> None:
 def test_an_emulating_gpu_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     # A T4 answers True unless asked without emulation.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert capability(torch.device("cuda")) == T4
 
 

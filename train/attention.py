@@ -1,0 +1,77 @@
+"""Which attention a training run takes: the recipe's `machine.attention` on the device at hand."""
+
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch.utils._triton import has_triton
+
+from slm.core.config import ModelConfig
+from slm.core.nn.flex import flex_failure
+from slm.core.nn.kernels import AttentionKernel, attention_kernel, fits_flex
+from slm.train.precision import Capability, Precision
+from slm.train.recipe import Recipe
+
+
+def wants_flex(recipe: Recipe, config: ModelConfig, able: Capability, precision: Precision) -> bool:
+    """Says whether a run computes its windows by FlexAttention, as far as that follows from settings and device.
+
+    "auto" takes it on CUDA where some window is shorter than the context, products are computed in 16 bits and the
+    kernel's tiles fit into shared memory (`slm.core.nn.kernels.fits_flex`). Elsewhere scores are masked.
+    """
+    if able.device != "cuda" or recipe.machine.attention == "sdpa" or not _slides(recipe, config):
+        return False
+    if recipe.machine.attention == "flex":
+        return True
+    return precision.autocast is not None and fits_flex(able.compute, config.head_dim)
+
+
+def choose_flex(
+    recipe: Recipe,
+    config: ModelConfig,
+    able: Capability,
+    precision: Precision,
+    device: torch.device,
+    note: Callable[[str], None],
+) -> bool:
+    """Says whether a run computes its windows by FlexAttention; compiles it once to see that it works here.
+
+    Args:
+        recipe: What is trained, and how.
+        config: The model's shape.
+        able: What the device can do.
+        precision: What the products are computed in.
+        device: Where.
+        note: Is told why masked attention is taken instead, where FlexAttention would be and fails.
+    """
+    if not wants_flex(recipe, config, able, precision):
+        return False
+    if not has_triton() or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        failure: str | None = "it needs Triton and a C compiler"
+    else:
+        failure = flex_failure(config, recipe.batch.context, device, precision.autocast or torch.float32)
+    if failure is not None:
+        note(f"warning: FlexAttention is not available here ({failure}); training masks attention scores instead")
+    return failure is None
+
+
+def training_kernels(
+    recipe: Recipe, config: ModelConfig, able: Capability, precision: Precision
+) -> tuple[AttentionKernel, ...]:
+    """Returns the kernel that training computes the attention of each layer with."""
+    flex = wants_flex(recipe, config, able, precision)
+    dtype = precision.autocast or torch.float32
+    return tuple(
+        attention_kernel(able.compute, dtype, config.head_dim, masked=_masked(recipe, config, layer), flex=flex)
+        for layer in range(config.num_hidden_layers)
+    )
+
+
+def _masked(recipe: Recipe, config: ModelConfig, layer: int) -> bool:
+    """Says whether a layer's window is shorter than what is learned from at once, so that it needs a mask."""
+    window = config.window(layer)
+    return window is not None and recipe.batch.context > window
+
+
+def _slides(recipe: Recipe, config: ModelConfig) -> bool:
+    return any(_masked(recipe, config, layer) for layer in range(config.num_hidden_layers))
