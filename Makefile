@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install web demo test test-fast peers test-peers test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install web demo test test-fast peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -60,6 +60,9 @@ build/peers/.installed: Makefile | install
 	$(TO)/kubernetes kubernetes-validate==1.37.0 importlib_resources==7.1.0
 	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1
 	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0
+	@# For the fake CUDA: without cuDNN, which slm's graphs do not use, and with the headers that it is compiled with.
+	$(TO)/onnxruntime-gpu --constraint constraints-cuda.txt onnxruntime-gpu nvidia-cublas nvidia-cuda-nvrtc \
+		nvidia-cuda-runtime nvidia-cufft nvidia-curand nvidia-nvjitlink nvidia-cuda-crt==13.5.37
 	$(TO)/playwright playwright==1.65.2 greenlet==3.5.6
 	@# Debian's Chromium for the page; without it those tests are skipped. Never with sudo.
 	if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && test "$$(id -u)" = 0; \
@@ -70,6 +73,10 @@ build/peers/.installed: Makefile | install
 	then npm install --prefix build/peers/transformersjs --ignore-scripts --no-audit --no-fund --loglevel=error $(JS); \
 	else echo 'no npm: the tests with transformers.js will be skipped'; fi
 	@touch $@
+
+# onnxruntime-gpu in front of a CUDA that computes nothing: part of test-peers, needs gcc and no GPU.
+test-fake-cuda: peers
+	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py
 
 test-peers: peers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers

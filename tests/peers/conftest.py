@@ -28,6 +28,7 @@ from slm.quantize.quality import Text
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 SCRIPTS = Path(__file__).parent / "scripts"
+FAKE_CUDA = Path(__file__).parents[1] / "fake_cuda"
 CLIENTS = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
 
 Ask = Callable[..., Any]
@@ -210,3 +211,40 @@ def optimum() -> Ask:
 def lm_eval_onnx() -> Ask:
     """lm-evaluation-harness with its own backends for onnxruntime."""
     return asker("lm_eval_onnx.py", "lmeval", "genai")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a script did in front of the fake CUDA.
+
+    Attributes:
+        output: What it printed.
+        log: The lines of the device and of onnxruntime.
+    """
+
+    output: str
+    log: list[str]
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path, str], Ran]:
+    """Runs a script on a bundle with onnxruntime-gpu and a CUDA that computes nothing: (script, bundle, capability)."""
+    packages = environment("onnxruntime-gpu")
+    if shutil.which("gcc") is None or shutil.which("nm") is None:
+        pytest.skip("the fake CUDA is compiled, and there is no gcc or no nm")
+    built = tmp_path_factory.mktemp("fake-cuda")
+    output([sys.executable, FAKE_CUDA / "build.py", PEERS / "onnxruntime-gpu", built], dict(os.environ))
+
+    def run(script: str, bundle: Path, capability: str) -> Ran:
+        fake = {
+            "LD_LIBRARY_PATH": str(built),
+            "LD_PRELOAD": str(built / "libfakecuda.so"),
+            "FAKE_CUDA_CC": capability.replace(".", ""),
+            "FAKE_CUDA_LOG": "1",
+        }
+        command = [sys.executable, str(SCRIPTS / script), str(bundle)]
+        done = subprocess.run(command, env=packages | fake, capture_output=True, encoding="utf-8", timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return Ran(done.stdout, done.stderr.splitlines())
+
+    return run
