@@ -180,7 +180,7 @@ class ModelConfig(BaseModel):
             )
         understood = (*cls.model_fields, *_OLD_SPELLINGS)
         if unread := cls.unread(fields):
-            _LOG.debug("config.json: fields that change nothing: %s", ", ".join(unread))
+            _LOG.debug("config.json: fields that change nothing: %r", unread)
         # null is the same as a field that is left out, except for a token, which it switches off.
         given = {k: fields[k] for k in understood if fields.get(k) is not None or (k in fields and k in _TOKENS)}
         known = HF_DEFAULTS | given

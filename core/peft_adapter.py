@@ -118,7 +118,9 @@ def read_peft_adapter(path: Path, config: ModelConfig) -> PeftAdapter:
     for module in sorted(tensors, key=lambda name: order.get(name, len(order))):
         shape = shapes.get(f"{module}.weight", ())
         if len(shape) != 2:
-            raise SlmError(f"{path} does not fit the model: it has no product {module}", "it was trained on another base")
+            raise SlmError(
+                f"{path} does not fit the model: it has no product {module}", "it was trained on another base"
+            )
         parts, spelt = tensors[module], as_spelt[module]
         if _ROWS in parts:
             adapter.rows[module] = _checked_rows(adapter, module, parts.pop(_ROWS), shape[1])
@@ -167,7 +169,9 @@ def _tensors(path: Path) -> dict[str, Array]:
     return found
 
 
-def _by_module(adapter: PeftAdapter, tensors: Mapping[str, Array]) -> tuple[dict[str, dict[str, Array]], dict[str, str]]:
+def _by_module(
+    adapter: PeftAdapter, tensors: Mapping[str, Array]
+) -> tuple[dict[str, dict[str, Array]], dict[str, str]]:
     """Returns the tensors by the text model's module and by kind, and each module's name as the file spells it."""
     modules: dict[str, dict[str, Array]] = {}
     as_spelt: dict[str, str] = {}

@@ -115,7 +115,9 @@ def read_adapter_fields(path: Path) -> AdapterFields:
         if name == "init_lora_weights":
             _check_initialisation(path, value)
             continue
-        reason = _REFUSED.get(name, "slm does not know this field, and PEFT's new fields change what an adapter computes")
+        reason = _REFUSED.get(
+            name, "slm does not know this field, and PEFT's new fields change what an adapter computes"
+        )
         raise SlmError(f"{path}: the adapter asks for {name}={_short(value)}: {reason}", _MERGE_WITH_PEFT)
     # null is the same as a field that is left out.
     given = {name: fields[name] for name in AdapterFields.model_fields if fields.get(name) is not None}

@@ -150,7 +150,9 @@ def _lora_config(read: PeftAdapter) -> LoraConfig:
         use_dora=fields.use_dora,
         target_modules=list(updates),
         rank_pattern={re.escape(name): each.rank for name, each in updates.items() if each.rank != fields.r},
-        alpha_pattern={re.escape(name): each.alpha for name, each in updates.items() if each.alpha != fields.lora_alpha},
+        alpha_pattern={
+            re.escape(name): each.alpha for name, each in updates.items() if each.alpha != fields.lora_alpha
+        },
         trainable_token_indices=fields.trainable_token_indices,
         inference_mode=True,
         task_type=TaskType.CAUSAL_LM,

@@ -90,7 +90,9 @@ def combine(
     assert first is not None
     _check_alike([*models, *([] if base is None else [base])])
     config = read_config(first)
-    readers = [_stored(path, config) for path in models] + [_merged(base, path) for path in adapters if base is not None]
+    readers = [_stored(path, config) for path in models] + [
+        _merged(base, path) for path in adapters if base is not None
+    ]
     of_base = None if base is None or combination.method in ("linear", "slerp") else _stored(base, config)
     shapes = tensor_shapes(config)
     progress.start("combine", len(shapes), "tensors")

@@ -115,7 +115,9 @@ class HuggingFaceModel:
         """Decides what a head is that lies in the files of a model whose configuration ties it, as transformers 5 does."""
         if EMBEDDING not in self._names:
             self._names[EMBEDDING] = self._names.pop(HEAD)
-            self.notes.append(f"the weights hold the head and no embedding: the embedding is {HEAD}, as config.json ties both")
+            self.notes.append(
+                f"the weights hold the head and no embedding: the embedding is {HEAD}, as config.json ties both"
+            )
         elif self._weights.same(self._names[EMBEDDING], self._names[HEAD]):
             del self._names[HEAD]
         else:

@@ -4,6 +4,7 @@ transformers 5 is the reference: where it settles a contradiction without an err
 versions of transformers would run different models, `ModelConfig.from_hf` or `Weights` refuse the directory.
 """
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,7 @@ from slm.core.weights import INDEX_FILE, WEIGHTS_FILE
 _MOST_NAMES = 8
 
 
-def statement_notes(
-    path: Path, fields: Mapping[str, Any], config: ModelConfig, types: Mapping[str, int]
-) -> list[str]:
+def statement_notes(path: Path, fields: Mapping[str, Any], config: ModelConfig, types: Mapping[str, int]) -> list[str]:
     """Returns a line for each contradiction, which says what is followed, and one for fields that are not read.
 
     Args:
@@ -32,14 +31,16 @@ def statement_notes(
     unread = ModelConfig.unread(fields)
     if unread:
         more = f" and {len(unread) - _MOST_NAMES} more" if len(unread) > _MOST_NAMES else ""
-        notes.append(f"config.json: fields that change nothing: {', '.join(unread[:_MOST_NAMES])}{more}")
+        # A name may be any text, and a terminal obeys some.
+        names = [name if name.isprintable() else ascii(name) for name in unread[:_MOST_NAMES]]
+        notes.append(f"config.json: fields that change nothing: {', '.join(names)}{more}")
     original = read_json(path / CONFIG_FILE, CONFIG_FILE)
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         notes += _token_note(path, name, original)
     every = fields.get("sliding_window_pattern")
-    if fields.get("layer_types") and isinstance(every, int) and every > 0:
-        if config.layer_types != layer_pattern(config.num_hidden_layers, every):
-            notes.append(f"config.json: layer_types is followed; sliding_window_pattern={every} says something else")
+    stated_twice = fields.get("layer_types") and isinstance(every, int) and every > 0
+    if stated_twice and config.layer_types != layer_pattern(config.num_hidden_layers, every or 1):
+        notes.append(f"config.json: layer_types is followed; sliding_window_pattern={every} says something else")
     stated = fields.get("dtype") or fields.get("torch_dtype")
     if isinstance(stated, str) and stated in ("float32", "float16", "bfloat16") and set(types) - {stated}:
         notes.append(f"config.json says dtype {stated}; the weights are read as they are stored: {', '.join(types)}")
@@ -61,4 +62,5 @@ def _token_note(path: Path, name: str, original: Mapping[str, Any]) -> list[str]
     if theirs is None or ours is None or theirs == ours or (isinstance(theirs, list) and ours in theirs):
         return []  # a tuned model adds the end of a turn
     followed = GENERATION_CONFIG_FILE if name == "eos_token_id" else CONFIG_FILE
-    return [f"{name}: {CONFIG_FILE} says {ours}, {GENERATION_CONFIG_FILE} {theirs}; {followed} is followed"]
+    said, said_there = reprlib.repr(ours), reprlib.repr(theirs)
+    return [f"{name}: {CONFIG_FILE} says {said}, {GENERATION_CONFIG_FILE} {said_there}; {followed} is followed"]

@@ -100,9 +100,7 @@ def quantize_nearest(
 
 def _of_rows(chosen: Array, grid: Grid, other: Grid) -> Grid:
     """Returns one grid for the chosen output channels (N,) and another for the rest."""
-    scale, zero = (
-        np.where(chosen[:, None], a, b) for a, b in ((grid.scale, other.scale), (grid.zero, other.zero))
-    )
+    scale, zero = (np.where(chosen[:, None], a, b) for a, b in ((grid.scale, other.scale), (grid.zero, other.zero)))
     return Grid(scale, zero, grid.lowest, grid.highest)
 
 

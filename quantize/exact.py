@@ -50,7 +50,7 @@ def share_on_grid(weight: Array, scheme: Scheme) -> float:
 
 
 def exact_grid(blocks: Array, fallback: Grid, scheme: Scheme) -> Grid:
-    """Returns the grids that blocks (N, blocks, block) lie on; another grid where a block lies on none, or where it is as near."""
+    """Returns the grids that blocks (N, blocks, block) lie on, and the fallback's where that is as near."""
     scale, zero, exact = (found.reshape(blocks.shape[:-1]) for found in _fitted(_flat(blocks), scheme))
     grid = Grid(scale, zero, fallback.lowest, fallback.highest)
     better = exact & (_squared_error(blocks, grid) < _squared_error(blocks, fallback))

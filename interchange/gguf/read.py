@@ -167,7 +167,9 @@ class GgufModel:
             raise SlmError(f"{self.path}: {_EMBEDDING} is missing or not a matrix")
         stated = int(self._setting("vocab_size", embedding[1]))
         if stated != embedding[1]:
-            raise SlmError(f"{self.path}: {ARCHITECTURE}.vocab_size is {stated:,}, and {_EMBEDDING} has {embedding[1]:,} rows")
+            raise SlmError(
+                f"{self.path}: {ARCHITECTURE}.vocab_size is {stated:,}, and {_EMBEDDING} has {embedding[1]:,} rows"
+            )
         layers, hidden = int(self._setting("block_count")), int(self._setting("embedding_length"))
         if layers > MAX_LAYERS:
             raise SlmError(f"{self.path}: gemma3.block_count is {layers:,}, at most {MAX_LAYERS:,}")

@@ -102,7 +102,10 @@ def test_reads_the_old_spelling(config: ModelConfig) -> None:
         ({"hidden_activation": "mish"}, "hidden_activation"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}, "rope_parameters": None}, "rope_type"),
         ({"rope_parameters": {k: LINEAR for k in (SLIDING, FULL)}} | NEW_ALONE, "scales sliding layers"),
-        ({"rope_parameters": {SLIDING: BASE, FULL: BASE | {"factor": 2.0}}} | NEW_ALONE, "needs the rope_type 'linear'"),
+        (
+            {"rope_parameters": {SLIDING: BASE, FULL: BASE | {"factor": 2.0}}} | NEW_ALONE,
+            "needs the rope_type 'linear'",
+        ),
         ({"rope_theta": 5e5}, "rope_theta=10000.0 for full_attention layers, and the older fields have 500000.0"),
         ({"rope_local_base_freq": 5e5}, "rope_theta=100.0 for sliding_attention layers"),
         ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "contradicts itself"),
@@ -183,7 +186,7 @@ def test_what_is_accepted_unread_is_listed(config: ModelConfig, caplog: pytest.L
     )
     with caplog.at_level("DEBUG"):
         ModelConfig.from_hf(fields)
-    assert "unsloth_fixed, surprise" in caplog.text
+    assert "'unsloth_fixed', 'surprise'" in caplog.text
 
 
 def test_rope_parameters_that_leave_something_out(config: ModelConfig) -> None:

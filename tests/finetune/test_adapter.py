@@ -295,8 +295,18 @@ def test_regular_expressions_take_no_time(
 
 @pytest.mark.parametrize(
     "pattern",
-    ["q_proj", "mlp.down_proj", r"layers\.[0-2]\.self_attn\.q_proj", r"^model\.layers\.(0|3)\..*", r".*\.mlp\..*", "proj"]
-    + [r"model.layers.1.self_attn.k_proj|up_proj", r"(?!.*mlp).*", r"(?i:Q_PROJ)", r"\Amodel\.layers\.\d+\.mlp\.up_proj\Z"],
+    [
+        "q_proj",
+        "mlp.down_proj",
+        r"layers\.[0-2]\.self_attn\.q_proj",
+        r"^model\.layers\.(0|3)\..*",
+        r".*\.mlp\..*",
+        "proj",
+        r"model.layers.1.self_attn.k_proj|up_proj",
+        r"(?!.*mlp).*",
+        r"(?i:Q_PROJ)",
+        r"\Amodel\.layers\.\d+\.mlp\.up_proj\Z",
+    ],
 )
 def test_patterns_match_as_in_peft(config: ModelConfig, pattern: str) -> None:
     names = [name.removesuffix(".weight") for name in tensor_shapes(config)]

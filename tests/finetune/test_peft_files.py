@@ -47,8 +47,14 @@ case("plain")
 case("bfloat16", dtype=torch.bfloat16)
 case("float16", dtype=torch.float16)
 case("float64", dtype=torch.float64)
-case("alpha by a regular expression", fields={"alpha_pattern": {r"layers\.[0-2]\.self_attn\.q_proj": 64, "mlp.down_proj": 2}})
-case("the first pattern counts", fields={"alpha_pattern": {r".*\.mlp\..*": 3, "up_proj": 99, r"self_attn\.(q|k)_proj": 30}})
+case(
+    "alpha by a regular expression",
+    fields={"alpha_pattern": {r"layers\.[0-2]\.self_attn\.q_proj": 64, "mlp.down_proj": 2}},
+)
+case(
+    "the first pattern counts",
+    fields={"alpha_pattern": {r".*\.mlp\..*": 3, "up_proj": 99, r"self_attn\.(q|k)_proj": 30}},
+)
 case("an end that is no name", fields={"alpha_pattern": {"proj": 99}})  # PEFT matches whole names
 case("alpha with rslora", {"rank": 3, "rslora": True}, {"alpha_pattern": {"k_proj": 1}})
 case("Unsloth's expression", QVO, {"target_modules": UNSLOTH, "unsloth_version": "2026.1"})
@@ -153,15 +159,23 @@ Tensors = dict[str, torch.Tensor]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "half of a pair": (lambda t: t.pop(f"{Q}.lora_B.weight"), "missing: model.layers.0.self_attn.q_proj.lora_B"),
-    "a module missing": (lambda t: [t.pop(f"{Q}.lora_{s}.weight") for s in "AB"], "missing: model.layers.0.self_attn.q_proj"),
-    "magnitudes without DoRA": (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(128)}), "use_dora is false"),
+    "a module missing": (
+        lambda t: [t.pop(f"{Q}.lora_{s}.weight") for s in "AB"],
+        "missing: model.layers.0.self_attn.q_proj",
+    ),
+    "magnitudes without DoRA": (
+        lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(128)}),
+        "use_dora is false",
+    ),
     "a bias": (lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(128)}), "holds a bias"),
     "a whole matrix": (
         lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(320, 64)}),
         "holds more than low-rank updates: base_model.model.lm_head.weight",
     ),
     "rows that are not named": (
-        lambda t: t.update({"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 64)}),
+        lambda t: t.update(
+            {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 64)}
+        ),
         "trainable_token_indices names 0 rows of model.embed_tokens; the file holds 2",
     ),
     "a layer too many": (

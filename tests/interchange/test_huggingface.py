@@ -422,6 +422,7 @@ def test_statements_that_differ_are_said_and_one_is_followed(directory: Path) ->
         layer_types=["full_attention"] + ["sliding_attention"] * 3,
         dtype="bfloat16",
         unsloth_fixed=True,
+        **{"\x1b[2Jx": 1},
         eos_token_id=0,
         bos_token_id=0,
     )
@@ -432,7 +433,7 @@ def test_statements_that_differ_are_said_and_one_is_followed(directory: Path) ->
     (directory / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
     said = "\n".join(keep_notes(directory))
     for part in (
-        "fields that change nothing: unsloth_fixed",
+        r"fields that change nothing: unsloth_fixed, '\x1b[2Jx'",
         "layer_types is followed; sliding_window_pattern=3",
         "eos_token_id: config.json says 0, generation_config.json [2]; generation_config.json is followed",
         "bos_token_id: config.json says 0, generation_config.json 1; config.json is followed",

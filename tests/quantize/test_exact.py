@@ -1,4 +1,4 @@
-"""Weights that lie on a grid of few bits keep it: no error in the products, whatever the method, and ordinary weights as before."""
+"""Weights that lie on a grid of few bits keep it with every method, and ordinary weights are rounded as before."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -189,9 +189,7 @@ def qat(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     [{}, {"smooth": True}, {"method": "nearest"}, {"prefer": "size"}, {"precision": "int8", "block_size": 32}],
     ids=["defaults", "smooth", "nearest", "size", "int8"],
 )
-def test_from_q4_0_to_four_bits_and_nothing_lost(
-    qat: tuple[Path, Bundle], settings: dict[str, object]
-) -> None:
+def test_from_q4_0_to_four_bits_and_nothing_lost(qat: tuple[Path, Bundle], settings: dict[str, object]) -> None:
     """GGUF to float to INT4, with GPTQ, the search for scales and smoothing: every layer's weight is what it was."""
     imported, bundle = qat
     text = Text("random", np.random.default_rng(3).integers(0, 320, (2, 40)))
