@@ -76,6 +76,8 @@ class PeftAdapter:
         updates: By path of the product ("model.layers.0.self_attn.q_proj"), in the model's order.
         embedding: Of the embedding ("model.embed_tokens"), likewise; an untied model's alone.
         rows: Trained rows (R, D) float32 by path of the matrix: "model.embed_tokens", "lm_head".
+        copies: Copies (V, D) of the base's embedding and head, which PEFT writes beside what changes them; a base with other
+            values would be another model.
         vision: How many tensors belong to the vision part of a multimodal model; they are left out.
     """
 
@@ -84,6 +86,7 @@ class PeftAdapter:
     updates: dict[str, Update] = field(default_factory=dict)
     embedding: dict[str, Update] = field(default_factory=dict)
     rows: dict[str, Array] = field(default_factory=dict)
+    copies: dict[str, Array] = field(default_factory=dict)
     vision: int = 0
 
 
@@ -183,6 +186,10 @@ def _by_module(
             adapter.vision += 1
             continue
         match = _KIND.fullmatch(inner)
+        copied = _TEXT_PREFIX.sub(_text_part, inner).removesuffix(".weight").removesuffix(".base_layer")
+        if match is None and inner.endswith(".weight") and copied in _TIED:
+            adapter.copies[copied] = array
+            continue
         if match is None:
             what = "a bias" if inner.endswith(".bias") else "more than low-rank updates"
             raise SlmError(
@@ -190,11 +197,15 @@ def _by_module(
                 "merge it with PEFT (merge_and_unload, save_pretrained), then slm import",
             )
         module, kind = match["module"], match["kind"]
-        as_text = _TEXT_PREFIX.sub(lambda m: m[1] or m[2] or "", module)
+        as_text = _TEXT_PREFIX.sub(_text_part, module)
         if as_spelt.setdefault(as_text, module) != module or kind in modules.get(as_text, {}):
             raise SlmError(f"{adapter.path}: two tensors are {kind} of {as_text}", _AGAIN)
         modules.setdefault(as_text, {})[kind.replace("lora_embedding_", "lora_")] = array
     return modules, as_spelt
+
+
+def _text_part(match: re.Match[str]) -> str:
+    return match[1] or match[2] or ""
 
 
 def _check_complete(adapter: PeftAdapter, config: ModelConfig, tensors: Mapping[str, Mapping[str, Array]]) -> None:

@@ -50,6 +50,8 @@ _REFUSED = {
 # Initialisations that leave the base's weights as they are. The others subtract what they put into the adapter from the
 # base, so that an adapter that was saved as trained belongs to another base than the one it names.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# More than the largest model has modules, or anybody trains rows.
+_MOST_NAMES = 4_000
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 
@@ -119,6 +121,9 @@ def read_adapter_fields(path: Path) -> AdapterFields:
             name, "slm does not know this field, and PEFT's new fields change what an adapter computes"
         )
         raise SlmError(f"{path}: the adapter asks for {name}={_short(value)}: {reason}", _MERGE_WITH_PEFT)
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "trainable_token_indices"):
+        if isinstance(fields.get(name), list) and len(fields[name]) > _MOST_NAMES:
+            raise SlmError(f"{path}: {name} has {len(fields[name]):,} entries, at most {_MOST_NAMES:,}")
     # null is the same as a field that is left out.
     given = {name: fields[name] for name in AdapterFields.model_fields if fields.get(name) is not None}
     try:

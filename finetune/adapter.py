@@ -17,6 +17,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from slm.core.checkpoint import check_tensors
+from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
 from slm.core.peft_adapter import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from slm.core.peft_adapter import PeftAdapter, read_peft_adapter
@@ -126,9 +127,16 @@ def load_adapter(model: CausalLM, path: Path) -> PeftModel:
     """Puts a saved LoRA adapter on a model, from safetensors only.
 
     Raises:
-        SlmError: As `slm.core.peft_adapter.read_peft_adapter`.
+        SlmError: As `slm.core.peft_adapter.read_peft_adapter`, and when the adapter replaces the embedding or the head.
     """
     read = read_peft_adapter(path, model.config)
+    matrices = {"model.embed_tokens": model.model.embed_tokens.weight, "lm_head": model.lm_head.weight}
+    for name, copy in read.copies.items():
+        if not torch.equal(matrices[name].detach(), torch.from_numpy(copy)):
+            raise SlmError(
+                f"{path} replaces the matrix of {name}, which is not the base's",
+                "merge it with PEFT (merge_and_unload, save_pretrained), then slm import",
+            )
     adapter = PeftModel(TunableLM(model.requires_grad_(False)), _lora_config(read))
     state = _state(read)
     wanted = adapter_state(adapter)

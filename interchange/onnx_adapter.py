@@ -60,7 +60,7 @@ def slot_arrays(path: Path, config: ModelConfig) -> dict[str, Array]:
     adapter = read_peft_adapter(path, config)
     if adapter.fields.use_dora:
         raise SlmError(f"{path} is DoRA, whose magnitudes depend on the weights", _MERGE)
-    if more := [*adapter.embedding, *adapter.rows]:
+    if more := [*adapter.embedding, *adapter.rows, *adapter.copies]:
         raise SlmError(f"{path} changes more than the slots' products: {more[0]}", _MERGE)
     widths = _widths(config)
     arrays: dict[str, Array] = {}

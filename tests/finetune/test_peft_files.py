@@ -12,11 +12,15 @@ import safetensors.torch
 import torch
 import transformers
 
+from slm.core.checkpoint import read_config
+from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
+from slm.core.nn import CausalLM, save_checkpoint
+from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.finetune.merge import merge
-from slm.interchange.onnx_adapter import adapter_from_peft
+from slm.interchange.onnx_adapter import adapter_from_peft, slot_arrays
 from slm.runtime.decoder import OnnxDecoder
 
 # Float32 sums in another order, at logits of magnitude 50.
@@ -170,7 +174,11 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "a bias": (lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(128)}), "holds a bias"),
     "a whole matrix": (
         lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(320, 64)}),
-        "holds more than low-rank updates: base_model.model.lm_head.weight",
+        "replaces the matrix of lm_head|more than the slots' products: lm_head",
+    ),
+    "a norm": (
+        lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}),
+        "holds more than low-rank updates: base_model.model.model.norm.weight",
     ),
     "rows that are not named": (
         lambda t: t.update(
@@ -205,3 +213,25 @@ def test_tensors_that_contradict_the_configuration(
             merge(shared_checkpoint, adapter)
         else:
             adapter_from_peft(adapter, slotted)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_an_adapter_of_embedding_and_head_with_copies_of_both(
+    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """PEFT writes what it adapts of an embedding beside the update; a copy that equals the base's changes nothing."""
+    save_checkpoint(
+        tmp_path / "base", make_model(config.model_copy(update={"tie_word_embeddings": False})), tokenizer, {}
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    modules = ["q_proj", "embed_tokens", "lm_head"]
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "a")
+    names = safetensors.torch.load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    assert any(name.endswith("base_layer.weight") for name in names)
+    ids = np.random.default_rng(3).integers(0, 320, (2, 40))
+    wanted = theirs.eval()(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(merged(tmp_path / "base", tmp_path / "a", ids), wanted, atol=TOLERANCE)
+    with pytest.raises(SlmError, match="more than the slots' products"):
+        slot_arrays(tmp_path / "a", read_config(tmp_path / "base"))

@@ -284,6 +284,18 @@ def test_a_vocabulary_of_another_size_than_the_embedding(shared_checkpoint: Path
         import_model(str(FILE), Path("back"))
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"), (b"ggml.bos_token_id", b"ggml.eos_token_id")]
+)
+def test_a_key_or_a_tensor_twice(shared_checkpoint: Path, one: bytes, other: bytes) -> None:
+    write(shared_checkpoint)
+    content = FILE.read_bytes()
+    assert one in content and other in content
+    FILE.write_bytes(content.replace(one, other))
+    with pytest.raises(SlmError, match=r"cannot read the GGUF file.*[Dd]uplicate"):
+        import_model(str(FILE), Path("back"))
+
+
 def sentencepiece() -> Tokenizer:
     """A small vocabulary of SentencePiece's kind: merges by rank, runs of spaces by the user, bytes for the rest."""
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
