@@ -130,6 +130,7 @@ class Recipe:
         rms: Root mean square of each input channel (K,) of each product, by path, where it was measured; before smoothing.
         done: Arrays of weights that are rounded already, by path.
         harm: What few bits of each product did, nats, by path, where that was tried.
+        kept: Paths of the products whose weights lie on grids that their schemes store.
     """
 
     schemes: dict[str, Scheme]
@@ -140,6 +141,7 @@ class Recipe:
     rms: Mapping[str, Array] = field(default_factory=dict)
     done: Mapping[str, Arrays] = field(default_factory=dict)
     harm: Mapping[str, float] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
     @property
     def inputs_rms(self) -> dict[str, Array]:
@@ -203,9 +205,9 @@ def decide(
     if settings.smooth is not False or method != "nearest":
         recipe.rms = root_mean_squares(Lab(source, layers), layers, calibration, progress)
     tensors = graph_tensors(source.model_path)
-    kept = kept_products(tensors, layers, recipe.schemes, progress)
-    if settings.smooth is not False and len(kept) < len(layers):
-        smooth = smoothing(tensors, source.config, recipe.rms, kept=kept)
+    recipe.kept = kept_products(tensors, layers, recipe.schemes, progress)
+    if settings.smooth is not False and len(recipe.kept) < len(layers):
+        smooth = smoothing(tensors, source.config, recipe.rms, kept=recipe.kept)
         if settings.smooth or _better(source, before, recipe, smooth, calibration, progress, scratch):
             recipe.smoothing = smooth
     if settings.precision == "int4":
@@ -303,7 +305,8 @@ def _spend_bits(
         return recipe.smoothing.revert(name, restored(arrays, low[linear.path]))
 
     recipe.harm = sensitivities(Lab(source, layers), layers, _part(calibration, _SENSITIVITY_ROWS), rounded, progress)
-    high = low | schemes_of(layers, INT8["auto"])
+    # A product that four bits store exactly would lose by more.
+    high = low | schemes_of([linear for linear in layers if linear.path not in recipe.kept], INT8["auto"])
     picked = partial(choose, linears, low, high, recipe.harm)
 
     def with_schemes(schemes: Schemes) -> Recipe:

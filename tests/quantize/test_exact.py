@@ -186,8 +186,14 @@ def qat(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"smooth": True}, {"method": "nearest"}, {"prefer": "size"}, {"precision": "int8", "block_size": 32}],
-    ids=["defaults", "smooth", "nearest", "size", "int8"],
+    [
+        {},
+        {"smooth": True},
+        {"method": "nearest"},
+        {"target_bytes": 1 << 20},  # more than eight bits take, which would be less exact
+        {"precision": "int8", "block_size": 32},
+    ],
+    ids=["defaults", "smooth", "nearest", "target size", "int8"],
 )
 def test_from_q4_0_to_four_bits_and_nothing_lost(qat: tuple[Path, Bundle], settings: dict[str, object]) -> None:
     """GGUF to float to INT4, with GPTQ, the search for scales and smoothing: every layer's weight is what it was."""
