@@ -78,7 +78,6 @@ class PeftAdapter:
         rows: Trained rows (R, D) float32 by path of the matrix: "model.embed_tokens", "lm_head".
         copies: Copies (V, D) of the base's embedding and head, which PEFT writes beside what changes them; a base with other
             values would be another model.
-        vision: How many tensors belong to the vision part of a multimodal model; they are left out.
     """
 
     path: Path
@@ -87,7 +86,6 @@ class PeftAdapter:
     embedding: dict[str, Update] = field(default_factory=dict)
     rows: dict[str, Array] = field(default_factory=dict)
     copies: dict[str, Array] = field(default_factory=dict)
-    vision: int = 0
 
 
 def read_peft_adapter(path: Path, config: ModelConfig) -> PeftAdapter:
@@ -183,8 +181,7 @@ def _by_module(
             raise SlmError(f"{adapter.path}: {name} is no tensor of PEFT's: its names begin with {_PREFIX}")
         inner = name.removeprefix(_PREFIX)
         if _VISION.match(inner):
-            adapter.vision += 1
-            continue
+            continue  # slm runs the text part
         match = _KIND.fullmatch(inner)
         copied = _TEXT_PREFIX.sub(_text_part, inner).removesuffix(".weight").removesuffix(".base_layer")
         if match is None and inner.endswith(".weight") and copied in _TIED:

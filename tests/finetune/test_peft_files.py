@@ -23,9 +23,9 @@ from slm.finetune.merge import merge
 from slm.interchange.onnx_adapter import adapter_from_peft, slot_arrays
 from slm.runtime.decoder import OnnxDecoder
 
-# Float32 sums in another order, at logits of magnitude 50.
+# Float32 sums in another order and merged weights rounded once more, at logits of magnitude 50.
 TOLERANCE = 1e-4
-# A merged weight is rounded once more.
+# What newer versions of Unsloth write; it has a look-ahead.
 UNSLOTH = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mixer|mlp|feed_forward|ffn|dense|mixer).*?"
     r"\.(?:q_proj|v_proj|o_proj))|(?:\bmodel\.layers\.[\d]{1,}(?!.*\.experts\.\d)\..*?"
@@ -33,8 +33,8 @@ UNSLOTH = (
 )
 QVO = {"target_modules": ("q_proj", "v_proj", "o_proj")}
 
-# What the adapter is made with, and what its files are changed to: fields, tensors' type, tensors' names.
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any], torch.dtype, Callable[[str], str]]] = {}
+# What the adapter is made with, and what its files are changed to: fields, tensors' type.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], torch.dtype]] = {}
 
 
 def case(
@@ -42,9 +42,8 @@ def case(
     made: dict[str, Any] | None = None,
     fields: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
-    rename: Callable[[str], str] = str,
 ) -> None:
-    CASES[name] = (made or {}, fields or {}, dtype, rename)
+    CASES[name] = (made or {}, fields or {}, dtype)
 
 
 case("plain")
@@ -101,9 +100,9 @@ def merged(base: Path, adapter: Path, ids: np.ndarray) -> np.ndarray:
 def test_merged_in_slots_and_on_transformers(
     slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: Callable[..., Path], name: str
 ) -> None:
-    made, fields, dtype, rename = CASES[name]
+    made, fields, dtype = CASES[name]
     path = make_adapter(tmp_path / "a", shared_checkpoint, **({"rank": 4} | made))
-    rewrite(path, fields, dtype, rename)
+    rewrite(path, fields, dtype)
     ids = np.random.default_rng(3).integers(0, 320, (2, 40))
     # PEFT rejects a null where it expects a pattern or a flag; what it means to it is a field that is left out.
     nulls = {key: value for key, value in fields.items() if value is None}
