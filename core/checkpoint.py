@@ -146,4 +146,7 @@ def check_tensors(found: Shapes, wanted: Shapes, path: Path) -> None:
         if names
     ]
     if parts:
-        raise SlmError(f"{path}: the weights do not fit the configuration; {'; '.join(parts)}")
+        hint = None
+        if complaints["missing"] == [HEAD]:
+            hint = "config.json says tie_word_embeddings false; set it to true if the head is the embedding"
+        raise SlmError(f"{path}: the weights do not fit the configuration; {'; '.join(parts)}", hint)

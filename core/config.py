@@ -4,53 +4,22 @@ Hugging Face's `config.json` has had two spellings of the rotary bases (`rope_th
 transformers 4.57, `rope_parameters` from 5.0) and lets `layer_types` be implied by a pattern. Both are read; what is
 written carries both spellings and the explicit list, so that either version sees the same model. What a file leaves out
 is what transformers' `Gemma3TextConfig` takes for it: the text part of a multimodal configuration names little more than
-its sizes.
+its sizes. `slm.core.hf_fields` says which other fields are accepted.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slm.core.errors import SlmError
+from slm.core.hf_fields import unread_fields
 
 LayerType = Literal["sliding_attention", "full_attention"]
 SLIDING: LayerType = "sliding_attention"
 FULL: LayerType = "full_attention"
 
-# Fields of config.json that do not change what the model computes at inference.
-_INERT = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "cache_implementation",
-        "attention_dropout",
-        "sliding_window_pattern",
-        "_sliding_window_pattern",
-        "_name_or_path",
-        "transformers.js_config",
-        # of every model's configuration, for some programs write those that stand at their defaults too
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-    ]
-)
-# Fields that would change it, with the only value that this implementation computes.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "final_logit_softcapping": (None,),
-    "attn_logit_softcapping": (None,),
-    "use_bidirectional_attention": (False, None),
-}
 # What transformers' Gemma3TextConfig takes for a field that a config.json leaves out; 4.57 and 5.x agree.
 HF_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_208,
@@ -74,6 +43,11 @@ HF_DEFAULTS: dict[str, Any] = {
 # Beyond what any model has, and within what every format of it can say.
 MAX_SIZE, MAX_LAYERS = 2**31 - 1, 1024
 _GLOBAL_BASE, _LOCAL_BASE = 1_000_000.0, 10_000.0
+# Fields that are read beside those of `ModelConfig`: what they say becomes layer_types and rope_parameters.
+_OLD_SPELLINGS = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
+_ROPE_UNREAD = ("original_max_position_embeddings", "type")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LOG = logging.getLogger(__name__)
 
 Activation = Literal["gelu_pytorch_tanh", "gelu", "silu", "relu"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -196,28 +170,42 @@ class ModelConfig(BaseModel):
         """Reads the contents of a `config.json`.
 
         Raises:
-            SlmError: When it is not a Gemma 3 text model, or names something that would be computed wrongly.
+            SlmError: When it is not a Gemma 3 text model, asks for something that slm would compute wrongly, or says two
+                different things.
         """
         if fields.get("model_type") != "gemma3_text":
             raise SlmError(
                 f"config.json describes {fields.get('model_type')!r}, not 'gemma3_text'",
                 "slm runs Gemma 3 text models; slm import takes the text part of a multimodal one",
             )
-        for name, allowed in _FIXED.items():
-            if fields.get(name) not in allowed:
-                raise SlmError(f"config.json asks for {name}={fields[name]!r}, which slm does not compute")
-        known = HF_DEFAULTS | {k: v for k, v in fields.items() if k not in _INERT and k not in _FIXED}
+        understood = (*cls.model_fields, *_OLD_SPELLINGS)
+        if unread := cls.unread(fields):
+            _LOG.debug("config.json: fields that change nothing: %r", unread)
+        # null is the same as a field that is left out, except for a token, which it switches off.
+        given = {k: fields[k] for k in understood if fields.get(k) is not None or (k in fields and k in _TOKENS)}
+        known = HF_DEFAULTS | given
         known["rope_parameters"] = _rope_parameters(known)
-        for name in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
-            known.pop(name, None)
         if known.get("layer_types") is None:
-            every = fields.get("sliding_window_pattern") or 6  # transformers looks at this name alone
+            every = given.get("sliding_window_pattern") or 6  # transformers looks at this name alone
             if not isinstance(every, int) or every < 1:
                 raise SlmError(f"config.json has the sliding_window_pattern {every!r}, which is no number of layers")
             layers = known["num_hidden_layers"]
             possible = isinstance(layers, int) and layers <= MAX_LAYERS
             known["layer_types"] = layer_pattern(layers, every) if possible else ()
+        if "sliding_window" in fields and fields["sliding_window"] is None and SLIDING in known["layer_types"]:
+            raise SlmError("config.json has sliding layers and no sliding_window", "transformers cannot run it either")
+        for name in _OLD_SPELLINGS:
+            known.pop(name, None)
         return cls.checked(known)
+
+    @classmethod
+    def unread(cls, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the names of a `config.json`'s fields that change nothing, without those that transformers writes.
+
+        Raises:
+            SlmError: When a field would change what is computed.
+        """
+        return unread_fields(fields, (*cls.model_fields, *_OLD_SPELLINGS))
 
     @classmethod
     def checked(cls, fields: Mapping[str, Any]) -> Self:
@@ -229,26 +217,44 @@ class ModelConfig(BaseModel):
 
 
 def _rope_parameters(fields: Mapping[str, Any]) -> Any:
-    """Returns the rotary embedding of both kinds of layer from either of transformers' spellings."""
-    found, scaling = fields.get("rope_parameters"), fields.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", found or {}), ("rope_scaling", scaling)):
-        if not isinstance(value, dict):
-            raise SlmError(f"config.json has {name}={value!r}, which is no object")
-    if found:
-        if not found.keys() & {FULL, SLIDING}:
-            raise SlmError(
-                "config.json has rope_parameters that name no kind of layer", f"Gemma 3's name {FULL} and {SLIDING}"
-            )
-        spelt = found.get(FULL) or {}
-        if isinstance(spelt, dict) and any(
-            spelt.get(name) != value for name, value in scaling.items() if name != "type"
-        ):
-            raise SlmError("config.json has rope_parameters and a rope_scaling that says something else")
-        return found
+    """Returns the rotary embedding of both kinds of layer from either of transformers' spellings.
+
+    Raises:
+        SlmError: When the two spellings differ: 4.57 reads the older and 5.x the newer one.
+    """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(fields.get(name, {}), dict):
+            raise SlmError(f"config.json has {name}={fields[name]!r}, which is no object")
+    found: dict[str, Any] = fields.get("rope_parameters", {})
+    scaling = dict(fields.get("rope_scaling", {}))
     if "type" in scaling:  # a still older spelling
-        scaling = {"rope_type": scaling["type"]} | {k: v for k, v in scaling.items() if k != "type"}
-    full = {"rope_theta": fields.get("rope_theta", _GLOBAL_BASE)} | scaling
-    return {FULL: full, SLIDING: {"rope_theta": fields.get("rope_local_base_freq", _LOCAL_BASE)}}
+        scaling = {"rope_type": scaling.pop("type")} | scaling
+    if found and not found.keys() & {FULL, SLIDING}:
+        raise SlmError(
+            "config.json has rope_parameters that name no kind of layer", f"Gemma 3's name {FULL} and {SLIDING}"
+        )
+    old = {
+        FULL: {name: fields[name] for name in ("rope_theta",) if name in fields} | scaling,
+        SLIDING: {"rope_theta": fields["rope_local_base_freq"]} if "rope_local_base_freq" in fields else {},
+    }
+    ropes: dict[str, Any] = {}
+    for kind, base in ((FULL, _GLOBAL_BASE), (SLIDING, _LOCAL_BASE)):
+        new = found.get(kind) or {}
+        if not isinstance(new, dict):
+            ropes[kind] = new  # refused by its name later
+            continue
+        older = old[kind]
+        differing = [name for name, value in older.items() if new.get(name, value) != value]
+        if differing:
+            raise SlmError(
+                f"config.json contradicts itself: rope_parameters has {differing[0]}={new[differing[0]]!r} for {kind}"
+                f" layers, and the older fields have {older[differing[0]]!r}",
+                "transformers 4.57 reads rope_theta, rope_local_base_freq and rope_scaling, 5.x rope_parameters; keep one",
+            )
+        known = {"rope_theta": base} | older | {name: value for name, value in new.items() if value is not None}
+        # Names that these two types of scaling do not read.
+        ropes[kind] = {name: value for name, value in known.items() if name not in _ROPE_UNREAD}
+    return ropes
 
 
 # Pydantic's words that are Python's, and what a file calls the same.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
+_CONVERT = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
 _AGAIN = "copy, download or train it again"
+# Values of a tensor that are compared at a time.
+_COMPARED_VALUES = 1 << 22
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -39,7 +43,8 @@ class Weights:
         """Opens the files; no tensor is read yet.
 
         Raises:
-            SlmError: When there are no weights, one of several files is missing, or a file is damaged; it is named.
+            SlmError: When there are no weights, one of several files is missing, a file is damaged, or two files hold
+                different tensors of one name.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -57,6 +62,8 @@ class Weights:
                 raise SlmError(f"cannot read the weights: {file} ({error})", _AGAIN) from None
             for name in opened.keys():  # noqa: SIM118  not a mapping
                 view = opened.get_slice(name)
+                if name in self._homes:
+                    self._check_copy(name, view)
                 self.shapes[name] = tuple(view.get_shape())
                 self.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
                 self._homes[name] = opened
@@ -64,8 +71,30 @@ class Weights:
             import ml_dtypes  # noqa: F401  teaches numpy the type
 
     def untied(self, config: ModelConfig) -> dict[str, Shape]:
-        """Returns the shapes, a tied head's left out where a file holds it beside the embedding."""
-        return {name: shape for name, shape in self.shapes.items() if name != HEAD or not config.tie_word_embeddings}
+        """Returns the shapes, a tied head's left out where a file holds it beside the embedding.
+
+        Raises:
+            SlmError: When that head is not the embedding.
+        """
+        if not config.tie_word_embeddings or HEAD not in self.shapes:
+            return dict(self.shapes)
+        if EMBEDDING in self.shapes and not self.same(EMBEDDING, HEAD):
+            raise SlmError(
+                f"{self.path}: config.json ties the head to the embedding, and {HEAD} is another matrix",
+                f"slm import {self.path} makes a checkpoint with a head of its own, which is how transformers 5 reads it",
+            )
+        return {name: shape for name, shape in self.shapes.items() if name != HEAD}
+
+    def same(self, first: str, second: str) -> bool:
+        """Says whether two tensors hold the same values, whatever their float types."""
+        return self.shapes[first] == self.shapes[second] and _equal(
+            self._homes[first].get_slice(first), self._homes[second].get_slice(second), self.shapes[first]
+        )
+
+    def _check_copy(self, name: str, view: Any) -> None:
+        shape = tuple(view.get_shape())
+        if shape != self.shapes[name] or not _equal(self._homes[name].get_slice(name), view, shape):
+            raise SlmError(f"{self.path}: two files hold different tensors called {name}", _AGAIN)
 
     def read(self, name: str) -> Array:
         """Returns a tensor as it is stored.
@@ -88,6 +117,20 @@ class Weights:
         return self.read(name).astype(np.float32, copy=False)
 
 
+def _equal(first: Any, second: Any, shape: Shape) -> bool:
+    """Compares two safetensors slices some rows at a time: a large vocabulary's matrices take gigabytes."""
+    import ml_dtypes  # noqa: F401  teaches numpy bfloat16
+
+    if not shape or any(view.get_dtype() not in _FLOATS for view in (first, second)):
+        return False
+    rows = max(1, _COMPARED_VALUES * shape[0] // max(1, math.prod(shape)))
+    for start in range(0, shape[0], rows):
+        part = slice(start, min(start + rows, shape[0]))  # safetensors refuses an end beyond the last row
+        if not np.array_equal(first[part].astype(np.float64), second[part].astype(np.float64)):
+            return False
+    return True
+
+
 def has_weights(path: Path) -> bool:
     """Says whether a directory holds weights."""
     return (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
@@ -103,7 +146,10 @@ def weight_files(path: Path) -> list[Path]:
         check_readable(path / WEIGHTS_FILE, "the weights")
         return [path / WEIGHTS_FILE]
     if not (path / INDEX_FILE).is_file():
-        raise SlmError(f"no weights: {path}", f"a checkpoint has {WEIGHTS_FILE}, or {INDEX_FILE} with its files")
+        hint = f"a checkpoint has {WEIGHTS_FILE}, or {INDEX_FILE} with its files"
+        if any(path.glob("*.bin")):
+            hint = f"slm does not open pickles; {_CONVERT} writes {WEIGHTS_FILE}"
+        raise SlmError(f"no weights: {path}", hint)
     index = read_json(path / INDEX_FILE, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise SlmError(f"{path / INDEX_FILE} has no weight_map of names to files")

@@ -8,55 +8,27 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from slm.core.checkpoint import check_tensors
-from slm.core.config import first_mistake
 from slm.core.errors import SlmError
-from slm.core.files import check_readable, read_json
 from slm.core.nn import CausalLM
+from slm.core.peft_adapter import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
+from slm.core.peft_adapter import PeftAdapter, read_peft_adapter
+from slm.core.peft_fields import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG_FILE
+from slm.core.peft_fields import is_adapter as is_adapter
 from slm.finetune.settings import FinetuneSettings
 
 # What peft calls an adapter that nobody names.
 ADAPTER = "default"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-
-# In a regular expression: matching so many with a name as long as modules have takes a tenth of a second at most.
-_MOST_REPETITIONS = 5
-
-# Fields of adapter_config.json that do not change what the adapter computes.
-_INERT = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
-}
-
-
-class _AdapterFields(BaseModel):
-    """The fields of adapter_config.json that are followed.
-
-    Every other one must be at peft's default: some change the arithmetic in ways that no test here covers, and one names
-    a module to import.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    r: int = Field(ge=1)
-    lora_alpha: float
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-    target_modules: list[str] | str
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+_PREFIX = "base_model.model."
+_PRODUCT_KINDS = ("lora_A.weight", "lora_B.weight")
 
 
 class TunableLM(nn.Module):
@@ -151,79 +123,62 @@ def save_adapter(directory: Path, adapter: PeftModel, state: dict[str, Tensor]) 
     (directory / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def is_adapter(path: Path) -> bool:
-    """Says whether a directory looks like an adapter."""
-    return (path / ADAPTER_CONFIG_FILE).is_file()
-
-
 def load_adapter(model: CausalLM, path: Path) -> PeftModel:
     """Puts a saved LoRA adapter on a model, from safetensors only.
 
     Raises:
-        SlmError: When the directory is not a LoRA adapter, its file is damaged, its tensors do not fit the model, or
-            its configuration asks for something that slm does not compute; it is named.
+        SlmError: As `slm.core.peft_adapter.read_peft_adapter`, and when the adapter replaces the embedding or the head.
     """
-    config = _read_config(path)
-    check_readable(path / ADAPTER_WEIGHTS_FILE, "the adapter")
-    try:
-        tensors = safetensors.torch.load_file(path / ADAPTER_WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise SlmError(
-            f"cannot read the adapter: {path / ADAPTER_WEIGHTS_FILE} ({error})", "copy or train it again"
-        ) from None
-    try:
-        adapter = PeftModel(TunableLM(model.requires_grad_(False)), config)
-    except (ValueError, TypeError, KeyError, IndexError) as error:  # target modules or token rows that the model lacks
-        raise SlmError(f"the adapter does not fit the model: {path} ({error})") from None
-    head = adapter.get_base_model().lm_head
-    if model.config.tie_word_embeddings and any(isinstance(m, LoraLayer) for m in (model.model.embed_tokens, head)):
-        # The two would get different updates, which one shared matrix cannot hold.
-        raise SlmError(f"{path}: the adapter changes the embedding or the head, and the base ties the two")
+    read = read_peft_adapter(path, model.config)
+    matrices = {"model.embed_tokens": model.model.embed_tokens.weight, "lm_head": model.lm_head.weight}
+    for name, copy in read.copies.items():
+        if not torch.equal(matrices[name].detach(), torch.from_numpy(copy)):
+            raise SlmError(
+                f"{path} replaces the matrix of {name}, which is not the base's",
+                "merge it with PEFT (merge_and_unload, save_pretrained), then slm import",
+            )
+    adapter = PeftModel(TunableLM(model.requires_grad_(False)), _lora_config(read))
+    state = _state(read)
     wanted = adapter_state(adapter)
-    check_tensors({n: tuple(t.shape) for n, t in tensors.items()}, {n: tuple(t.shape) for n, t in wanted.items()}, path)
-    load_state(adapter, {name: tensor.float() for name, tensor in tensors.items()})
+    check_tensors({n: tuple(t.shape) for n, t in state.items()}, {n: tuple(t.shape) for n, t in wanted.items()}, path)
+    load_state(adapter, state)
     return adapter.eval()
 
 
-def _check_pattern(pattern: str, file: Path) -> None:
-    """Makes sure that a regular expression, which peft matches with every module's name, is one and takes no time.
+def _lora_config(read: PeftAdapter) -> LoraConfig:
+    """Returns the configuration that puts modules of the same ranks and scales on a model.
 
-    Time grows without bound where what is repeated holds a repetition, and with the number of repetitions.
-
-    Raises:
-        SlmError: When it is none, or may take long.
+    It names each module: peft matches no regular expression of the file's.
     """
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise SlmError(f"{file} is wrong: {pattern!r} is no regular expression ({error})") from None
-    repetitions = re.findall(r"[*+{]|(?<![*+}(])[?]", pattern)
-    if len(repetitions) > _MOST_REPETITIONS or re.search(r"[)][*+{]", pattern):
-        raise SlmError(f"{file}: the regular expression {pattern!r} may take very long", "list the modules instead")
+    fields, updates = read.fields, read.updates | read.embedding
+    return LoraConfig(
+        r=fields.r,
+        lora_alpha=fields.lora_alpha,
+        use_rslora=fields.use_rslora,
+        use_dora=fields.use_dora,
+        target_modules=list(updates),
+        rank_pattern={re.escape(name): each.rank for name, each in updates.items() if each.rank != fields.r},
+        alpha_pattern={
+            re.escape(name): each.alpha for name, each in updates.items() if each.alpha != fields.lora_alpha
+        },
+        trainable_token_indices=fields.trainable_token_indices,
+        inference_mode=True,
+        task_type=TaskType.CAUSAL_LM,
+    )
 
 
-def _read_config(path: Path) -> LoraConfig:
-    if not is_adapter(path):
-        kind = "not found" if not path.exists() else "not an adapter"
-        hint = (
-            f"an adapter is a directory with {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}; slm finetune makes one"
-        )
-        raise SlmError(f"{kind}: {path}", hint)
-    fields = read_json(path / ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_FILE)
-    if fields.get("peft_type") != "LORA":
-        raise SlmError(f"{path}: an adapter of type {fields.get('peft_type')!r}, not 'LORA'")
-    default = LoraConfig().to_dict()
-    for name, value in fields.items():
-        followed = name in _AdapterFields.model_fields or name in _INERT
-        if not followed and value != default.get(name) and value not in (None, False, [], {}):
-            raise SlmError(f"{path}: the adapter asks for {name}={value!r}, which slm does not compute")
-    try:
-        followed_fields = _AdapterFields.model_validate(fields)
-    except ValidationError as error:
-        raise SlmError(f"{path / ADAPTER_CONFIG_FILE} is wrong: {first_mistake(error)}") from None
-    patterns = [*followed_fields.rank_pattern, *followed_fields.alpha_pattern]
-    if isinstance(followed_fields.target_modules, str):
-        patterns.append(followed_fields.target_modules)
-    for pattern in patterns:
-        _check_pattern(pattern, path / ADAPTER_CONFIG_FILE)
-    return LoraConfig(**followed_fields.model_dump(), inference_mode=True, task_type=TaskType.CAUSAL_LM)
+def _state(read: PeftAdapter) -> dict[str, Tensor]:
+    """Returns the tensors under the names that peft gives them."""
+    arrays: dict[str, Any] = {}
+    for name, each in read.updates.items():
+        arrays |= {f"{name}.lora_A.weight": each.low, f"{name}.lora_B.weight": each.high}
+        if each.magnitude is not None:
+            arrays[f"{name}.lora_magnitude_vector"] = each.magnitude
+    for name, each in read.embedding.items():
+        # An embedding's matrices are parameters of the layer itself; a head is a product like the others.
+        kinds = ("lora_embedding_A", "lora_embedding_B") if name == "model.embed_tokens" else _PRODUCT_KINDS
+        arrays |= {f"{name}.{kind}": array for kind, array in zip(kinds, (each.low, each.high), strict=True)}
+        if each.magnitude is not None:
+            arrays[f"{name}.lora_magnitude_vector"] = each.magnitude
+    arrays |= {f"{name}.token_adapter.trainable_tokens_delta": rows for name, rows in read.rows.items()}
+    return {f"{_PREFIX}{name}": torch.from_numpy(array) for name, array in arrays.items()}

@@ -9,7 +9,8 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import read_json
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
-from slm.core.weights import Array, Shape, Weights
+from slm.core.weights import EMBEDDING, HEAD, Array, Shape, Weights
+from slm.interchange.statements import statement_notes
 
 _MULTIMODAL = "gemma3"
 # Where the text model's tensors lie in a multimodal checkpoint: as Google published them, and as transformers holds them
@@ -20,6 +21,7 @@ _TEXT_PREFIXES = {
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
+_SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 _PICTURE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
@@ -31,23 +33,29 @@ class HuggingFaceModel:
         config: The text model's shape, `eos_token_id` being what its `generation_config.json` says.
         shapes: Shapes of the text model's tensors under the names that a text checkpoint has.
         left_out: How many tensors of a multimodal model's vision part are not taken.
+        notes: Where the directory's files contradict each other, and which statement is followed.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads the configuration and opens the weights.
 
         Raises:
-            SlmError: When a file is missing or damaged, or the model is not Gemma 3.
+            SlmError: When a file is missing or damaged, the model is not Gemma 3, or files contradict each other in a way
+                that transformers does not settle.
         """
         self.path = path
         self._fields = read_json(path / CONFIG_FILE, CONFIG_FILE)
         self._multimodal = self._fields.get("model_type") == _MULTIMODAL
         generation = path / GENERATION_CONFIG_FILE
         self.generation = read_json(generation, GENERATION_CONFIG_FILE) if generation.is_file() else {}
-        self.config = self._config()
+        text = self._text_fields()
+        self.config = ModelConfig.from_hf(text)
         self._weights = Weights(path)
-        self._names = {self._text_name(name): name for name in self._weights.shapes if not self._of_pictures(name)}
-        self.left_out = len(self._weights.shapes) - len(self._names)
+        self.left_out = sum(self._of_pictures(name) for name in self._weights.shapes)
+        self._names = self._text_names()
+        self.notes = statement_notes(path, text, self.config, self.types)
+        if self.config.tie_word_embeddings and HEAD in self._names:
+            self._settle_head()
         self.shapes: Mapping[str, Shape] = {text: self._weights.shapes[name] for text, name in self._names.items()}
 
     @property
@@ -73,17 +81,51 @@ class HuggingFaceModel:
         if not (self.path / TOKENIZER_FILE).is_file():
             hint = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes one from a tokenizer.model"
             raise SlmError(f"{self.path} has no {TOKENIZER_FILE}", hint)
-        return Tokenizer.load(self.path)
+        tokenizer = Tokenizer.load(self.path)
+        file = self.path / _SPECIAL_TOKENS_FILE
+        if file.is_file() and "added_tokens_decoder" not in tokenizer.config:
+            # As transformers: older tokenizers keep the names of their special tokens here, and they win.
+            tokenizer.config |= special_token_names(read_json(file, _SPECIAL_TOKENS_FILE))
+        return tokenizer
 
-    def _config(self) -> ModelConfig:
+    def _text_fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = dict(self._fields)
         if self._multimodal:
             text = fields.get("text_config")
             if not isinstance(text, dict):
                 raise SlmError(f"{self.path / CONFIG_FILE} has no text_config")
-            whole = {name: fields[name] for name in ("eos_token_id", "tie_word_embeddings") if name in fields}
+            names = ("eos_token_id", "tie_word_embeddings", "quantization_config")
+            whole = {name: fields[name] for name in names if name in fields}
             fields = {"model_type": "gemma3_text"} | text | whole
-        return ModelConfig.from_hf(with_stop_tokens(fields, self.path))
+        return with_stop_tokens(fields, self.path)
+
+    def _text_names(self) -> dict[str, str]:
+        """Returns the name in the file for each of the text model's tensors."""
+        names: dict[str, str] = {}
+        for name in self._weights.shapes:
+            if self._of_pictures(name):
+                continue
+            text = self._text_name(name)
+            if text in names and not self._weights.same(names[text], name):
+                raise SlmError(f"{self.path}: {names[text]} and {name} are the same tensor with different values")
+            names[text] = name
+        return names
+
+    def _settle_head(self) -> None:
+        """Decides what a head is that lies in the files of a model whose configuration ties it, as transformers 5 does."""
+        if EMBEDDING not in self._names:
+            self._names[EMBEDDING] = self._names.pop(HEAD)
+            self.notes.append(
+                f"the weights hold the head and no embedding: the embedding is {HEAD}, as config.json ties both"
+            )
+        elif self._weights.same(self._names[EMBEDDING], self._names[HEAD]):
+            del self._names[HEAD]
+        else:
+            self.config = self.config.model_copy(update={"tie_word_embeddings": False})
+            self.notes.append(
+                f"config.json ties the head to the embedding, but {self._names[HEAD]} is another matrix: imported with a"
+                " head of its own, as transformers 5 reads it"
+            )
 
     def _text_name(self, name: str) -> str:
         if self._multimodal:
@@ -94,3 +136,9 @@ class HuggingFaceModel:
 
     def _of_pictures(self, name: str) -> bool:
         return self._multimodal and name.startswith(_PICTURE_PREFIXES)
+
+
+def special_token_names(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the special tokens of a `special_tokens_map.json` by name ("bos_token"), as they are spelt."""
+    found = {name: value.get("content") if isinstance(value, dict) else value for name, value in fields.items()}
+    return {name: value for name, value in found.items() if name.endswith("_token") and isinstance(value, str)}

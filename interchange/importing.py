@@ -22,7 +22,7 @@ from slm.core.files import check_replaceable, sha256_file
 from slm.core.licence import Notices, modified
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
-from slm.core.weights import HEAD, INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite, weights_sha256
+from slm.core.weights import INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite, weights_sha256
 from slm.interchange.gguf.read import GgufModel, is_gguf
 from slm.interchange.hub import download, is_hub_id
 from slm.interchange.huggingface import HuggingFaceModel
@@ -88,12 +88,13 @@ def import_model(
         raise SlmError(f"{out} is what is to be imported; it is kept", "name another --out")
     check_replaceable(out.resolve(), CHECKPOINT_FILES)
     wanted = tensor_shapes(model.config)
-    tied = {HEAD} if model.config.tie_word_embeddings else set()
-    check_tensors({n: s for n, s in model.shapes.items() if n not in tied}, wanted, model.path)
+    check_tensors(model.shapes, wanted, model.path)
     tokenizer = _fitting(model)
     stored = _storage(model.types, dtype)
     if isinstance(model, HuggingFaceModel) and model.left_out:
         progress.note(f"the text part alone: {model.left_out} tensors of the vision part are left out")
+    for note in model.notes:
+        progress.note(note)
     progress.note(f"importing {model.config.parameter_count():,} parameters as {stored}")
     tensors = _read(model, wanted, stored, progress)
     how = f"weights of {sum(model.types.values())} tensors ({', '.join(model.types)}) stored as {stored}"
@@ -119,6 +120,7 @@ def _open(
     if is_gguf(path):
         progress.note(f"reading {path}")
         gguf = GgufModel(path)
+        gguf.tie_equal_head()
         return gguf, "gguf", gguf.notices, {}
     if is_hub_id(source):
         progress.note(f"{source} is not a path: looking on the Hugging Face hub")

@@ -4,32 +4,23 @@ A slot is one for each product of the graph: q, k and v are one, gate and up are
 their B on a diagonal. Dimensions: K inputs, N outputs, r rank.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.core.adapter_base import check_base
-from slm.core.config import ModelConfig, first_mistake
+from slm.core.config import ModelConfig
 from slm.core.contract import product_sizes, slot_names
 from slm.core.errors import SlmError
-from slm.core.files import atomic_file, check_readable, read_json
+from slm.core.files import atomic_file
 from slm.core.manifest import Bundle
+from slm.core.peft_adapter import read_peft_adapter
 from slm.runtime.adapters import Adapter, check_slots_of, checked, model_version
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-
 Array = NDArray[Any]
-
-
-def is_peft(path: Path) -> bool:
-    """Says whether a directory looks like PEFT's."""
-    return (path / CONFIG_FILE).is_file()
 
 
 def adapter_from_peft(path: Path, bundle: Bundle) -> Adapter:
@@ -64,37 +55,30 @@ def slot_arrays(path: Path, config: ModelConfig) -> dict[str, Array]:
     """Returns A (1, K, r) and B (1, r, N), scale included, of each product that an adapter changes, by input.
 
     Raises:
-        SlmError: When it holds what slots do not.
+        SlmError: As `slm.core.peft_adapter.read_peft_adapter`, and when the adapter holds what slots do not.
     """
-    try:
-        fields = _Fields.model_validate(read_json(path / CONFIG_FILE, CONFIG_FILE))
-    except ValidationError as error:
-        raise SlmError(f"{path / CONFIG_FILE} is wrong: {first_mistake(error)}") from None
-    tensors = _tensors(path)
-    if fields.use_dora:
+    adapter = read_peft_adapter(path, config)
+    if adapter.fields.use_dora:
         raise SlmError(f"{path} is DoRA, whose magnitudes depend on the weights", _MERGE)
+    if more := [*adapter.embedding, *adapter.rows, *adapter.copies]:
+        raise SlmError(f"{path} changes more than the slots' products: {more[0]}", _MERGE)
     widths = _widths(config)
     arrays: dict[str, Array] = {}
-    for product, inputs, outputs in product_sizes(config):
+    for product, _, outputs in product_sizes(config):
         parent, _, name = product.rpartition(".")
         parts: list[tuple[Array, Array]] = []  # A (K, r) and B (r, N) of each projection
         start = 0
         for projection in _PARTS[name]:
             width = widths[projection]
-            full = f"{parent}.{projection}"
-            low, high = (tensors.pop(f"{_PREFIX}{full}.lora_{side}.weight", None) for side in "AB")
-            if low is not None and high is not None:
-                _check(path, full, low, high, inputs, width)
-                spread = np.zeros((low.shape[0], outputs), np.float32)
-                spread[:, start : start + width] = high.T * np.float32(_scale(fields, full, low.shape[0]))
-                parts.append((low.T, spread))
+            if update := adapter.updates.get(f"{parent}.{projection}"):
+                spread = np.zeros((update.rank, outputs), np.float32)
+                spread[:, start : start + width] = update.high.T * np.float32(update.scale)
+                parts.append((update.low.T, spread))
             start += width
         if parts:
             a, b = slot_names(product)
             arrays[a] = np.ascontiguousarray(np.concatenate([low for low, _ in parts], axis=1)[None])
             arrays[b] = np.ascontiguousarray(np.concatenate([high for _, high in parts], axis=0)[None])
-    if tensors:
-        raise SlmError(f"{path} changes more than the slots' products: {min(tensors)}", _MERGE)
     return arrays
 
 
@@ -115,45 +99,3 @@ def _widths(config: ModelConfig) -> dict[str, int]:
         "up_proj": inner,
         "down_proj": hidden,
     }
-
-
-def _tensors(path: Path) -> dict[str, Array]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise SlmError(
-            "reading PEFT's adapters needs safetensors", "pip install safetensors, or name an .onnx_adapter file"
-        ) from None
-    check_readable(path / WEIGHTS_FILE, "the adapter")
-    try:
-        return {name: array.astype(np.float32) for name, array in load_file(path / WEIGHTS_FILE).items()}
-    except (SafetensorError, OSError, TypeError, KeyError) as error:  # bfloat16, which numpy does not have, too
-        raise SlmError(f"cannot read the adapter: {path / WEIGHTS_FILE} ({error})", "copy or train it again") from None
-
-
-class _Fields(BaseModel):
-    """The fields of adapter_config.json that change what an adapter computes here; null is as if it were left out."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    lora_alpha: float | None = None
-    alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-
-
-def _scale(fields: _Fields, path: str, rank: int) -> float:
-    patterns = fields.alpha_pattern or {}
-    default = rank if fields.lora_alpha is None else fields.lora_alpha
-    alpha = next((value for end, value in patterns.items() if path.endswith(end)), default)
-    return float(alpha / (math.sqrt(rank) if fields.use_rslora else rank))
-
-
-def _check(path: Path, name: str, low: Array, high: Array, inputs: int, outputs: int) -> None:
-    fits = low.ndim == high.ndim == 2 and low.shape == (high.shape[1], inputs) and high.shape[0] == outputs
-    if not fits:
-        raise SlmError(
-            f"{path} does not fit the model: {name} is {low.shape} and {high.shape}, for {inputs} inputs and {outputs} outputs",
-            "it was trained on another base",
-        )

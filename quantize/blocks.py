@@ -4,42 +4,19 @@ Dimensions: N output channels, K input channels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from slm.core.manifest import Scheme
 from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, pack
 from slm.export.graph.builder import Array
+from slm.quantize.exact import exact_grid, rows_on_grid
+from slm.quantize.grid import Grid
 
 # Weights rounded at a time: what is in between takes several times as much memory.
 _CHUNK_VALUES = 1 << 22
 # How far the ends of a block's range are drawn in, to find what rounds it best.
 _SHRINKS = np.linspace(1.0, 0.68, 17, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The values that blocks can take: (q - zero) * scale for integers q from `lowest` to `highest`; both (..., blocks)."""
-
-    scale: Array
-    zero: Array
-    lowest: int
-    highest: int
-
-    def round(self, blocks: Array) -> Array:
-        """Returns the nearest integers, float32, for values (..., blocks, block); where a scale is 0, the zero."""
-        scale, zero = self.scale[..., None], self.zero[..., None]
-        steps = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0)
-        np.rint(steps, out=steps)
-        steps += zero
-        clipped: Array = np.clip(steps, self.lowest, self.highest, out=steps)
-        return clipped
-
-    def values(self, integers: Array) -> Array:
-        """Returns what integers (..., blocks, block) stand for."""
-        found: Array = (integers - self.zero[..., None]) * self.scale[..., None]
-        return found
 
 
 def fitted(blocks: Array, scheme: Scheme) -> Grid:
@@ -90,7 +67,7 @@ def stored(integers: Array, grid: Grid, scheme: Scheme) -> dict[str, Array]:
 def quantize_nearest(
     weight: Array, scheme: Scheme, search: bool = False, importance: Array | None = None
 ) -> dict[str, Array]:
-    """Rounds each weight to the nearest value of its block's grid.
+    """Rounds each weight to the nearest value of its block's grid; an output channel that lies on a grid keeps it.
 
     Args:
         weight: float32 (N, K); K is a multiple of the block size.
@@ -107,15 +84,24 @@ def quantize_nearest(
         (lambda part: searched(part, scheme, weights)) if search else (lambda part: fitted(part, scheme))
     )
     rows = max(1, _CHUNK_VALUES // weight.shape[1])
+    kept = rows_on_grid(weight, scheme)
     parts = []
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows].reshape(-1, blocks, scheme.block_size)
         grid = make(part)
+        if kept is not None:
+            grid = _of_rows(kept[start : start + rows], exact_grid(part, grid, scheme), grid)
         parts.append(stored(grid.round(part), grid, scheme))
     return {
         name: np.concatenate([part[name] for part in parts], axis=1 if scheme.dynamic and name == QUANTIZED else 0)
         for name in parts[0]
     }
+
+
+def _of_rows(chosen: Array, grid: Grid, other: Grid) -> Grid:
+    """Returns one grid for the chosen output channels (N,) and another for the rest."""
+    scale, zero = (np.where(chosen[:, None], a, b) for a, b in ((grid.scale, other.scale), (grid.zero, other.zero)))
+    return Grid(scale, zero, grid.lowest, grid.highest)
 
 
 def _ends(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:

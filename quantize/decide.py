@@ -19,6 +19,8 @@ from slm.export.graph import graph_tensors
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
 from slm.quantize.cache import cache_steps
+from slm.quantize.exact import BLOCK_SIZE as GRID_BLOCK_SIZE
+from slm.quantize.exact import share_on_grid
 from slm.quantize.lab import Lab
 from slm.quantize.linears import Linear, linears_of
 from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of
@@ -34,6 +36,8 @@ from slm.runtime.decoder import OnnxDecoder
 CALIBRATION_TOKENS = {"int8": 1024, "int4": 8192}
 # How many rows of it, cut off at so many tokens, it takes to tell what smoothing does, each layer, and several together.
 _SMOOTHING_ROWS, _SENSITIVITY_ROWS, _TOGETHER_ROWS, _ROW_TOKENS = 1, 2, 4, 256
+# A product counts as one that lies on a grid if so many of its output channels do.
+_KEPT_SHARE = 0.5
 # What INT4 is to move the predictions by at most, nats, as the layers' harms add up; measured afterwards it is more
 # (docs/quantization.md).
 _FINE_KL_NATS: Mapping[Prefer, float] = {"auto": 0.02, "speed": 0.02, "quality": 0.012}
@@ -126,6 +130,7 @@ class Recipe:
         rms: Root mean square of each input channel (K,) of each product, by path, where it was measured; before smoothing.
         done: Arrays of weights that are rounded already, by path.
         harm: What few bits of each product did, nats, by path, where that was tried.
+        kept: Paths of the products whose weights lie on grids that their schemes store.
     """
 
     schemes: dict[str, Scheme]
@@ -136,6 +141,7 @@ class Recipe:
     rms: Mapping[str, Array] = field(default_factory=dict)
     done: Mapping[str, Arrays] = field(default_factory=dict)
     harm: Mapping[str, float] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
     @property
     def inputs_rms(self) -> dict[str, Array]:
@@ -199,14 +205,45 @@ def decide(
     if settings.smooth is not False or method != "nearest":
         recipe.rms = root_mean_squares(Lab(source, layers), layers, calibration, progress)
     tensors = graph_tensors(source.model_path)
-    if settings.smooth is not False:
-        smooth = smoothing(tensors, source.config, recipe.rms)
+    recipe.kept = kept_products(tensors, layers, recipe.schemes, progress)
+    if settings.smooth is not False and len(recipe.kept) < len(layers):
+        smooth = smoothing(tensors, source.config, recipe.rms, kept=recipe.kept)
         if settings.smooth or _better(source, before, recipe, smooth, calibration, progress, scratch):
             recipe.smoothing = smooth
     if settings.precision == "int4":
         before.close()
         _spend_bits(source, before, recipe, settings, calibration, progress, scratch)
     return recipe
+
+
+def kept_products(
+    tensors: Mapping[str, Array], layers: Sequence[Linear], schemes: Schemes, progress: Progress
+) -> frozenset[str]:
+    """Returns the paths of the products whose weights lie on grids that their schemes store; notes say what that means."""
+    kept = frozenset(
+        linear.path
+        for linear in layers
+        if share_on_grid(tensors[f"{linear.path}.weight"], schemes[linear.path]) >= _KEPT_SHARE
+    )
+    if kept:
+        progress.note(
+            f"{len(kept)} of {len(layers)} products lie on a grid that {schemes[min(kept)].name} stores: their weights are"
+            " kept exactly and not smoothed"
+        )
+    four_bits = Scheme(bits=4, block_size=GRID_BLOCK_SIZE, zero_points=True)
+    missed = [
+        linear
+        for linear in layers
+        if linear.path not in kept
+        and linear.inputs % GRID_BLOCK_SIZE == 0
+        and share_on_grid(tensors[f"{linear.path}.weight"], four_bits) >= _KEPT_SHARE
+    ]
+    if missed:
+        progress.note(
+            f"{len(missed)} of {len(layers)} products lie on a 4-bit grid in blocks of {GRID_BLOCK_SIZE}, as Q4_0 has:"
+            f" --int4 --block-size {GRID_BLOCK_SIZE} keeps their weights exactly"
+        )
+    return kept
 
 
 def _better(
@@ -268,7 +305,8 @@ def _spend_bits(
         return recipe.smoothing.revert(name, restored(arrays, low[linear.path]))
 
     recipe.harm = sensitivities(Lab(source, layers), layers, _part(calibration, _SENSITIVITY_ROWS), rounded, progress)
-    high = low | schemes_of(layers, INT8["auto"])
+    # A product that four bits store exactly would lose by more.
+    high = low | schemes_of([linear for linear in layers if linear.path not in recipe.kept], INT8["auto"])
     picked = partial(choose, linears, low, high, recipe.harm)
 
     def with_schemes(schemes: Schemes) -> Recipe:

@@ -7,7 +7,9 @@ import numpy as np
 
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
-from slm.quantize.blocks import Grid, searched, stored
+from slm.quantize.blocks import quantize_nearest, searched, stored
+from slm.quantize.exact import rows_on_grid
+from slm.quantize.grid import Grid
 
 # Added to the diagonal, as a share of its mean: a channel that hardly varied would be divided by nearly nothing.
 DAMPING = 0.01
@@ -16,7 +18,7 @@ _TOGETHER = 128
 
 
 def quantize_gptq(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Array]:
-    """Rounds a weight so that the product changes least.
+    """Rounds a weight so that the product changes least; an output channel that lies on a grid keeps it.
 
     Args:
         weight: float32 (N, K); K is a multiple of the block size.
@@ -26,6 +28,18 @@ def quantize_gptq(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Ar
     Returns:
         The arrays of the graph's parameters by name.
     """
+    kept = rows_on_grid(weight, scheme)
+    if kept is None:
+        return _compensated(weight, moments, scheme)
+    # Output channels do not depend on each other.
+    exact = quantize_nearest(weight, scheme, search=True, importance=np.diagonal(moments))
+    if not kept.all():
+        for name, array in _compensated(weight[~kept], moments, scheme).items():
+            exact[name][~kept] = array
+    return exact
+
+
+def _compensated(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Array]:
     outputs, inputs = weight.shape
     size = scheme.block_size
     factor = _inverse_factor(moments)  # (K, K), upper

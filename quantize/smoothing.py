@@ -10,7 +10,7 @@ two, so that `slm verify` can tell them from the weights.
 Dimensions: N output channels, K input channels, H head dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -25,7 +25,11 @@ EXPONENT = 0.6
 
 
 def smoothing(
-    tensors: Mapping[str, Array], config: ModelConfig, rms: Mapping[str, Array], exponent: float = EXPONENT
+    tensors: Mapping[str, Array],
+    config: ModelConfig,
+    rms: Mapping[str, Array],
+    exponent: float = EXPONENT,
+    kept: Collection[str] = (),
 ) -> Smoothing:
     """Returns the factors for a model.
 
@@ -34,6 +38,7 @@ def smoothing(
         config: The model's shape.
         rms: Root mean square of each input channel (K,), by path of the product.
         exponent: The share of the activations in the factors.
+        kept: Paths of products whose columns keep their values, because they lie on a grid; their factors are 1.
     """
     columns: dict[str, Array] = {}
     rows: dict[str, Array] = {}
@@ -44,10 +49,14 @@ def smoothing(
         qkv, o = f"{layer}.self_attn.qkv_proj", f"{layer}.self_attn.o_proj"
         gate_up, down = f"{layer}.mlp.gate_up_proj", f"{layer}.mlp.down_proj"
         within = _factors(rms[down], _widest(tensors[f"{down}.weight"]), exponent)
+        if down in kept:
+            within = np.ones_like(within)
         # One head of values feeds all query heads of its group.
         grouped = np.sqrt((rms[o].reshape(kv_heads, group, size) ** 2).mean(axis=1)).reshape(-1)
         widest = _widest(tensors[f"{o}.weight"]).reshape(kv_heads, group, size).max(axis=1).reshape(-1)
         values = _factors(grouped, widest, exponent)
+        if o in kept:
+            values = np.ones_like(values)
         columns[f"{down}.weight"] = within
         columns[f"{o}.weight"] = np.repeat(values.reshape(kv_heads, 1, size), group, axis=1).reshape(-1)
         rows[f"{qkv}.weight"] = np.concatenate([np.ones((heads + kv_heads) * size, np.float32), values])
@@ -55,6 +64,8 @@ def smoothing(
         for product, norm in ((qkv, "input_layernorm"), (gate_up, "pre_feedforward_layernorm")):
             name = f"{product}.weight"
             factors = _factors(rms[product], _widest(tensors[name] / rows[name][:, None]), exponent)
+            if product in kept:
+                factors = np.ones_like(factors)
             columns[name] = rows[f"{layer}.{norm}.weight"] = factors
     return Smoothing(exponent, columns, rows)
 

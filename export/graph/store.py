@@ -49,7 +49,11 @@ def checkpoint_tensors(weights: Weights, config: ModelConfig) -> LazyTensors:
     Args:
         weights: The checkpoint's tensors under Hugging Face's names.
         config: The model's shape.
+
+    Raises:
+        SlmError: When the configuration ties a head that the weights do not.
     """
+    weights.untied(config)
 
     def read(name: str) -> Array:
         return weights.float32(f"{name}.weight")

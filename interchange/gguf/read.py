@@ -11,10 +11,14 @@ from slm.core.errors import SlmError
 from slm.core.files import check_readable
 from slm.core.licence import Notices, licence_notices
 from slm.core.tokenizer import END_OF_TURN, Tokenizer
-from slm.core.weights import Array, Shape, check_finite
+from slm.core.weights import EMBEDDING, HEAD, Array, Shape, check_finite
 from slm.interchange.gguf import tokenizer as vocabulary
 from slm.interchange.gguf.lengths import MAGIC, check_lengths
 from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, is_norm, query_scalar, tensor_names
+
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+# Bytes of two tensors that are compared at a time.
+_COMPARED_BYTES = 16 << 20
 
 
 def is_gguf(path: Path) -> bool:
@@ -33,7 +37,7 @@ class GgufModel:
         path: The file.
         config: The model's shape.
         shapes: Every tensor's shape, under Hugging Face's names; names that Gemma 3 does not have stay GGUF's.
-        types: How many tensors are stored as what ("Q4_K").
+        notes: Where the file contradicts itself, and which statement is followed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,13 +69,26 @@ class GgufModel:
             self.config = self._config(shapes)
         except (ArithmeticError, TypeError, ValueError) as error:  # text for a number, zero heads
             raise SlmError(f"{path}: a setting has an impossible value ({error})") from None
+        self.notes: list[str] = []
         names = tensor_names(self.config.num_hidden_layers)
         self._tensors = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
-        self.shapes: Mapping[str, Shape] = {
+        self.shapes: dict[str, Shape] = {
             name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()
         }
-        kinds = [tensor.tensor_type.name for tensor in reader.tensors]
-        self.types = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+    @property
+    def types(self) -> dict[str, int]:
+        """How many tensors are stored as what ("Q4_K")."""
+        kinds = [tensor.tensor_type.name for tensor in self._tensors.values()]
+        return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+    def tie_equal_head(self) -> None:
+        """Ties a head that is stored beside the embedding and is the same matrix, byte by byte; a note says so."""
+        if self.config.tie_word_embeddings or not _equal(self._tensors[EMBEDDING], self._tensors[HEAD]):
+            return
+        self.config = self.config.model_copy(update={"tie_word_embeddings": True})
+        del self._tensors[HEAD], self.shapes[HEAD]
+        self.notes.append(f"{_HEAD} is {_EMBEDDING} once more: imported with a tied head")
 
     @property
     def name(self) -> str:
@@ -145,9 +162,14 @@ class GgufModel:
         return value
 
     def _config(self, gguf_shapes: Mapping[str, Shape]) -> ModelConfig:
-        embedding = gguf_shapes.get("token_embd.weight")
+        embedding = gguf_shapes.get(_EMBEDDING)
         if embedding is None or len(embedding) != 2:
-            raise SlmError(f"{self.path}: token_embd.weight is missing or not a matrix")
+            raise SlmError(f"{self.path}: {_EMBEDDING} is missing or not a matrix")
+        stated = int(self._setting("vocab_size", embedding[1]))
+        if stated != embedding[1]:
+            raise SlmError(
+                f"{self.path}: {ARCHITECTURE}.vocab_size is {stated:,}, and {_EMBEDDING} has {embedding[1]:,} rows"
+            )
         layers, hidden = int(self._setting("block_count")), int(self._setting("embedding_length"))
         if layers > MAX_LAYERS:
             raise SlmError(f"{self.path}: gemma3.block_count is {layers:,}, at most {MAX_LAYERS:,}")
@@ -185,7 +207,7 @@ class GgufModel:
                 "query_pre_attn_scalar": query_scalar(layers, hidden, heads, head_dim),
                 "max_position_embeddings": context,
                 "rms_norm_eps": decimal(self._setting("attention.layer_norm_rms_epsilon")),
-                "tie_word_embeddings": "output.weight" not in gguf_shapes,
+                "tie_word_embeddings": _HEAD not in gguf_shapes,
                 "bos_token_id": bos,
                 "eos_token_id": self._stop_tokens(eos),
                 "pad_token_id": pad,
@@ -211,6 +233,17 @@ class GgufModel:
             found += [tokens.index(token) for token in ("<eos>", END_OF_TURN) if token in tokens]
         stops = tuple(dict.fromkeys(token for token in found if token is not None))
         return stops[0] if len(stops) == 1 else stops or None
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Says whether two tensors are stored alike, byte by byte; read some at a time, for both are mapped from the file."""
+    if first.tensor_type != second.tensor_type or first.data.shape != second.data.shape:
+        return False
+    ours, theirs = (tensor.data.reshape(-1).view(np.uint8) for tensor in (first, second))
+    return all(
+        np.array_equal(ours[start : start + _COMPARED_BYTES], theirs[start : start + _COMPARED_BYTES])
+        for start in range(0, len(ours), _COMPARED_BYTES)
+    )
 
 
 def decimal(value: Any) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,20 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from slm.core.checkpoint import read_info
+from slm.core.checkpoint import read_config, read_info, tensor_shapes
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
+from slm.core.name_patterns import by_pattern
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.peft_adapter import read_peft_adapter
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, adapter_state, attach, load_adapter
 from slm.finetune.merge import merge, merged_checkpoint
 from slm.finetune.settings import PROJECTIONS, FinetuneSettings
+from slm.interchange.onnx_adapter import slot_arrays
 from tests.finetune.conftest import TURN_TOKEN_IDS
 
 # Float32 matrix products added in another order, at logits of magnitude 50.
@@ -175,30 +180,49 @@ def edit(adapter: Path, **fields: Any) -> None:
     [
         ({"peft_type": "IA3"}, "an adapter of type 'IA3'"),
         ({"use_qalora": True}, "asks for use_qalora=True"),
-        ({"use_dora": True}, "do not fit the configuration; missing"),
+        ({"use_dora": True}, "missing: model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "asks for megatron_config"),
-        ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save"),
-        ({"bias": "all"}, "asks for bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "asks for modules_to_save=['lm_head']: it replaces whole modules"),
+        ({"lora_bias": True}, "asks for lora_bias=True"),
+        ({"layer_replication": [[0, 4], [2, 4]]}, "asks for layer_replication"),
+        ({"target_parameters": ["mlp.experts"]}, "asks for target_parameters"),
+        ({"alora_invocation_tokens": [1]}, "asks for alora_invocation_tokens"),
         ({"invented_later": 2}, "asks for invented_later=2"),
         ({"init_lora_weights": "pissa"}, "asks for init_lora_weights='pissa'"),
-        ({"r": 4}, "do not fit the configuration; wrong shape"),
-        ({"target_modules": ["q_proj"]}, "do not fit the configuration; left over"),
-        ({"target_modules": ["c_attn"]}, "does not fit the model"),
+        ({"init_lora_weights": "pissa_niter_16"}, "asks for init_lora_weights='pissa_niter_16'"),
+        ({"init_lora_weights": "olora"}, "a base from which that initialisation was subtracted"),
+        ({"init_lora_weights": "invented"}, "asks for init_lora_weights='invented'"),
+        ({"r": 4}, "says rank 4 for model.layers.0.self_attn.q_proj, and its tensors have 8"),
+        ({"rank_pattern": {"q_proj": 4}}, "says rank 4 for model.layers.0.self_attn.q_proj"),
+        ({"target_modules": ["q_proj"]}, "has tensors for model.layers.0.mlp.down_proj"),
+        ({"exclude_modules": ["q_proj"]}, "has tensors for model.layers.0.self_attn.q_proj"),
+        ({"layers_to_transform": [0, 1]}, "has tensors for model.layers.2"),
+        ({"target_modules": ["c_attn"]}, "which has none of the target modules: c_attn"),
         ({"target_modules": [*PROJECTIONS, "lm_head"]}, "the base ties the two"),
-        ({"trainable_token_indices": [5000]}, "does not fit the model"),
-        ({"trainable_token_indices": [1]}, "do not fit the configuration; missing"),
+        ({"trainable_token_indices": [5000]}, "trainable_token_indices names 1 rows of model.embed_tokens"),
+        ({"alpha_pattern": {"[": 1.0}}, "no regular expression"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "adapter_config.json is wrong: alpha_pattern"),
+        ({"alpha_pattern": {f"q{{{i}}}": 1.0 for i in range(1, 30)}}, "29 patterns with counts, at most 20"),
+        ({"alpha_pattern": {f"(?!{i}).": 1.0 for i in range(9)}}, "more than 8 patterns with look-around"),
+        ({"alpha_pattern": {str(i): 1.0 for i in range(2001)}}, "has 2,001 patterns"),
+        ({"target_modules": ["q_proj"] * 4001}, "target_modules has 4,001 entries"),
         ({"r": 0}, "adapter_config.json is wrong: r:"),
         ({"r": "8"}, "adapter_config.json is wrong: r:"),
         ({"target_modules": None}, "adapter_config.json is wrong: target_modules"),
     ],
 )
+@pytest.mark.parametrize("path", ["merged", "slots"])
 def test_what_is_not_understood_is_refused(
-    shared_checkpoint: Path, random_adapter: MakeAdapter, fields: dict[str, Any], said: str
+    shared_checkpoint: Path, random_adapter: MakeAdapter, fields: dict[str, Any], said: str, path: str
 ) -> None:
+    """By the merged model and by slots alike: there is one reader."""
     adapter = random_adapter(shared_checkpoint, [])
     edit(adapter, **fields)
     with pytest.raises(SlmError) as error:
-        merge(shared_checkpoint, adapter)
+        if path == "merged":
+            merge(shared_checkpoint, adapter)
+        else:
+            slot_arrays(adapter, read_config(shared_checkpoint))
     assert said in error.value.message and "\n" not in error.value.message
 
 
@@ -248,21 +272,47 @@ def test_what_is_no_adapter_is_said(shared_checkpoint: Path, tmp_path: Path) -> 
     [
         (r"(.*_proj)", None),
         (r".*\.(q_proj|v_proj)$", None),
+        (r"(?!.*mlp).*q_proj", None),  # look-around, and simple enough
+        (r"(.+)+!", None),  # the engine takes linear time
+        (r".*.*.*.*.*.*.*.*.*!", None),
         ("[", "no regular expression"),
-        (r"(.+)+!", "may take very long"),
-        (r".*.*.*.*.*.*!", "may take very long"),
-        (r"\w?\w?\w?\w?\w?\w?!", "may take very long"),
+        (r"(.+)+!(?=x)", "may take very long"),
+        (r".*.*.*.*!(?=x)", "may take very long"),
+        (r"\w?\w?\w?\w?\w?\w?!(?=x)", "may take very long"),
+        (r"((((a{99}){99}){99}){99})", "may take very long"),  # which would take gigabytes to compile
+        ("a" * 5000, "at most 2,000"),
     ],
 )
 def test_regular_expressions_take_no_time(
     shared_checkpoint: Path, random_adapter: Callable[..., Path], pattern: str, said: str | None
 ) -> None:
     path = random_adapter(shared_checkpoint, [], rank=2)
-    file = path / "adapter_config.json"
-    fields = json.loads(file.read_text())
-    file.write_text(json.dumps(fields | {"alpha_pattern": {pattern: 4.0}}))
+    edit(path, alpha_pattern={pattern: 4.0})
+    started = time.perf_counter()
     if said is None:
-        load_adapter(load_checkpoint(shared_checkpoint), path)
+        read_peft_adapter(path, read_config(shared_checkpoint))
     else:
         with pytest.raises(SlmError, match=said):
-            load_adapter(load_checkpoint(shared_checkpoint), path)
+            read_peft_adapter(path, read_config(shared_checkpoint))
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "mlp.down_proj",
+        r"layers\.[0-2]\.self_attn\.q_proj",
+        r"^model\.layers\.(0|3)\..*",
+        r".*\.mlp\..*",
+        "proj",
+        r"model.layers.1.self_attn.k_proj|up_proj",
+        r"(?!.*mlp).*",
+        r"(?i:Q_PROJ)",
+        r"\Amodel\.layers\.\d+\.mlp\.up_proj\Z",
+    ],
+)
+def test_patterns_match_as_in_peft(config: ModelConfig, pattern: str) -> None:
+    names = [name.removesuffix(".weight") for name in tensor_shapes(config)]
+    found = by_pattern({pattern: 1}, names, "alpha_pattern")
+    assert set(found) == {name for name in names if get_pattern_key([pattern], name) == pattern != name}

@@ -260,6 +260,42 @@ def test_quantized_types_are_read(shared_checkpoint: Path, kind: str) -> None:
         assert np.abs(read - values).max() < 0.5
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_head_beside_the_embedding(
+    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, tied: bool
+) -> None:
+    """Some converters write the embedding twice: that is a tied head. Another matrix is a head of its own, as in llama.cpp."""
+    model = make_model(config.model_copy(update={"tie_word_embeddings": False}))
+    if tied:
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    save_checkpoint(Path("c"), model, tokenizer, {})
+    assert write(Path("c")).types["F32"] == 55
+    done = import_model(str(FILE), Path("back"))
+    assert read_config(Path("back")).tie_word_embeddings == tied
+    assert sum(done.stored_as.values()) == (54 if tied else 55)
+    torch.testing.assert_close(load_checkpoint(Path("back"))(IDS), load_checkpoint(Path("c"))(IDS), atol=3e-5, rtol=0)
+
+
+def test_a_vocabulary_of_another_size_than_the_embedding(shared_checkpoint: Path) -> None:
+    write(shared_checkpoint)
+    rewrite(FILE, **{"gemma3.vocab_size": 321})
+    with pytest.raises(SlmError, match=r"gemma3\.vocab_size is 321, and token_embd\.weight has 320 rows"):
+        import_model(str(FILE), Path("back"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"), (b"ggml.bos_token_id", b"ggml.eos_token_id")]
+)
+def test_a_key_or_a_tensor_twice(shared_checkpoint: Path, one: bytes, other: bytes) -> None:
+    write(shared_checkpoint)
+    content = FILE.read_bytes()
+    assert one in content and other in content
+    FILE.write_bytes(content.replace(one, other))
+    with pytest.raises(SlmError, match=r"cannot read the GGUF file.*[Dd]uplicate"):
+        import_model(str(FILE), Path("back"))
+
+
 def sentencepiece() -> Tokenizer:
     """A small vocabulary of SentencePiece's kind: merges by rank, runs of spaces by the user, bytes for the rest."""
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]

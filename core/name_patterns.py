@@ -1,0 +1,95 @@
+"""Regular expressions from an adapter's file, matched with the names of modules in bounded time.
+
+PEFT matches them with Python's `re`, which takes exponential time for some. Here the Rust engine that pydantic ships matches
+them, in time linear in the name. It has no look-around: an expression that needs some goes to Python's `re`, if it is simple
+enough to be quick. Repetitions with a count are bounded too, because each is compiled into as many copies.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from slm.core.errors import SlmError
+
+# More than an adapter of the largest model has modules, and longer than an expression that people write.
+MAX_PATTERNS, MAX_PATTERN_CHARACTERS, MAX_CHARACTERS = 2_000, 2_000, 200_000
+# How many may have a count ("{3}"), which takes up to 50 ms to compile, or look-around, which takes 2 ms for each name.
+_MOST_COUNTED, _MOST_IN_PYTHON = 20, 8
+# Repetitions of an expression with look-around: time grows with the length of a name to this power.
+_MOST_REPETITIONS = 3
+
+_T = TypeVar("_T")
+
+
+def by_pattern(patterns: Mapping[str, _T], names: Iterable[str], where: str) -> dict[str, _T]:
+    """Returns the value of the first pattern that matches each name, for the names that one matches.
+
+    As PEFT's `get_pattern_key`: a pattern matches a whole name, or what follows some "." in it.
+
+    Args:
+        patterns: Values by regular expression.
+        names: The names.
+        where: The field that has the patterns, for messages.
+
+    Raises:
+        SlmError: When a pattern is no regular expression, may take very long, or there are too many.
+    """
+    _check_amount(patterns, where)
+    left, in_python = list(names), 0
+    found: dict[str, _T] = {}
+    for pattern, value in patterns.items():
+        matches = _linear_matcher(pattern, where)
+        if matches is None:
+            in_python += 1
+            if in_python > _MOST_IN_PYTHON:
+                raise SlmError(f"{where} has more than {_MOST_IN_PYTHON} patterns with look-around", _SIMPLER)
+            matches = _python_matcher(pattern, where)
+        hits = {name for name in left if matches(name)}
+        found |= dict.fromkeys(hits, value)
+        left = [name for name in left if name not in hits]
+    return found
+
+
+_SIMPLER = "name the modules, or leave look-around and back-references out"
+
+
+def _check_amount(patterns: Iterable[str], where: str) -> None:
+    lengths = [len(pattern) for pattern in patterns]
+    longest = max(lengths, default=0)
+    if longest > MAX_PATTERN_CHARACTERS:
+        raise SlmError(f"{where}: a pattern has {longest:,} characters, at most {MAX_PATTERN_CHARACTERS:,}")
+    if len(lengths) > MAX_PATTERNS or sum(lengths) > MAX_CHARACTERS:
+        raise SlmError(
+            f"{where} has {len(lengths):,} patterns of {sum(lengths):,} characters, at most {MAX_PATTERNS:,} of"
+            f" {MAX_CHARACTERS:,}"
+        )
+    counted = sum("{" in pattern for pattern in patterns)
+    if counted > _MOST_COUNTED:
+        raise SlmError(f"{where} has {counted:,} patterns with counts, at most {_MOST_COUNTED}")
+
+
+def _linear_matcher(pattern: str, where: str) -> Callable[[str], bool] | None:
+    """Returns what says whether a name matches, in linear time; None for a pattern that the engine does not take."""
+    try:
+        re.compile(_whole(pattern))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise SlmError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+    try:
+        schema = core_schema.str_schema(pattern=rf"\A(?:{_whole(pattern)})", regex_engine="rust-regex")
+        return SchemaValidator(schema).isinstance_python
+    except SchemaError:
+        return None
+
+
+def _python_matcher(pattern: str, where: str) -> Callable[[str], bool]:
+    repetitions = re.findall(r"[*+{]|(?<![*+}(])[?]", pattern)
+    if len(repetitions) > _MOST_REPETITIONS or re.search(r"[)][*+{]", pattern):
+        raise SlmError(f"{where}: the regular expression {pattern!r} may take very long", _SIMPLER)
+    compiled = re.compile(_whole(pattern))
+    return lambda name: compiled.match(name) is not None
+
+
+def _whole(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"

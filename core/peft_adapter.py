@@ -1,0 +1,286 @@
+"""A LoRA adapter in PEFT's format, read in numpy: the one reader for merging, for slots and for `.onnx_adapter` files.
+
+The tensors' names say which modules are adapted. `adapter_config.json` says how strongly, and must not contradict them.
+Dimensions: K inputs, N outputs, r rank, D hidden size, R trained rows.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slm.core.checkpoint import tensor_shapes
+from slm.core.config import ModelConfig
+from slm.core.errors import SlmError
+from slm.core.files import check_readable
+from slm.core.name_patterns import by_pattern
+from slm.core.peft_fields import ADAPTER_CONFIG_FILE, AdapterFields, is_adapter, read_adapter_fields
+from slm.core.weights import EMBEDDING, HEAD
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+
+Array = NDArray[Any]
+
+_PREFIX = "base_model.model."
+# What a tensor is, after its module's name. PEFT leaves its own name for the adapter, "default", out; others keep it.
+_KIND = re.compile(
+    r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|token_adapter\.trainable_tokens_delta)(\.default)?(\.weight)?"
+)
+# Where a multimodal model has its text part: transformers before 4.52, and since.
+_TEXT_PREFIX = re.compile(r"^(?:language_model\.(?=lm_head)|language_model\.(model\.)|(model\.)language_model\.)")
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_ROWS = "token_adapter.trainable_tokens_delta"
+_EMBEDDING, _HEAD = EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")
+_TIED = (_EMBEDDING, _HEAD)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_AGAIN = "copy or train it again"
+
+
+@dataclass
+class Update:
+    """What an adapter adds to one product: scale * B A, and for DoRA the magnitude of each output channel.
+
+    Attributes:
+        low: A (r, K) float32.
+        high: B (N, r) float32.
+        alpha: The module's alpha; with its rank it makes the scale.
+        scale: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
+        magnitude: (N,) float32 of DoRA, else None.
+    """
+
+    low: Array
+    high: Array
+    alpha: float
+    scale: float
+    magnitude: Array | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return len(self.low)
+
+
+@dataclass
+class PeftAdapter:
+    """An adapter that fits a model.
+
+    Attributes:
+        path: Its directory.
+        fields: Its configuration.
+        updates: By path of the product ("model.layers.0.self_attn.q_proj"), in the model's order.
+        embedding: Of the embedding ("model.embed_tokens"), likewise; an untied model's alone.
+        rows: Trained rows (R, D) float32 by path of the matrix: "model.embed_tokens", "lm_head".
+        copies: Copies (V, D) of the base's embedding and head, which PEFT writes beside what changes them; a base with other
+            values would be another model.
+    """
+
+    path: Path
+    fields: AdapterFields
+    updates: dict[str, Update] = field(default_factory=dict)
+    embedding: dict[str, Update] = field(default_factory=dict)
+    rows: dict[str, Array] = field(default_factory=dict)
+    copies: dict[str, Array] = field(default_factory=dict)
+
+
+def read_peft_adapter(path: Path, config: ModelConfig) -> PeftAdapter:
+    """Reads an adapter's directory for a model.
+
+    Raises:
+        SlmError: When the directory is no LoRA adapter, is damaged, does not fit the model, contradicts itself, or asks for
+            something that slm does not compute.
+    """
+    if not is_adapter(path):
+        kind = "not found" if not path.exists() else "not an adapter"
+        hint = (
+            f"an adapter is a directory with {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}; slm finetune makes one"
+        )
+        raise SlmError(f"{kind}: {path}", hint)
+    fields = read_adapter_fields(path)
+    adapter = PeftAdapter(path, fields)
+    tensors, as_spelt = _by_module(adapter, _tensors(path))
+    _check_complete(adapter, config, tensors)
+    for module in tensors:
+        if not fields.targets(as_spelt[module]) and not tensors[module].keys() <= {_ROWS}:
+            raise SlmError(
+                f"{path} contradicts itself: it has tensors for {module}, which target_modules, exclude_modules and"
+                " layers_to_transform leave out"
+            )
+    where = f"{path / ADAPTER_CONFIG_FILE}: "
+    ranks = by_pattern(fields.rank_pattern, as_spelt.values(), f"{where}rank_pattern")
+    alphas = by_pattern(fields.alpha_pattern, as_spelt.values(), f"{where}alpha_pattern")
+    shapes = tensor_shapes(config) | {HEAD: (config.vocab_size, config.hidden_size)}
+    order = {name.removesuffix(".weight"): i for i, name in enumerate(shapes)}
+    for module in sorted(tensors, key=lambda name: order.get(name, len(order))):
+        shape = shapes.get(f"{module}.weight", ())
+        if len(shape) != 2:
+            raise SlmError(
+                f"{path} does not fit the model: it has no product {module}", "it was trained on another base"
+            )
+        parts, spelt = tensors[module], as_spelt[module]
+        if _ROWS in parts:
+            adapter.rows[module] = _checked_rows(adapter, module, parts.pop(_ROWS), shape[1])
+        if parts:
+            rank = ranks.get(spelt, fields.r)
+            alpha = float(alphas.get(spelt, fields.lora_alpha))
+            (adapter.embedding if module in _TIED else adapter.updates)[module] = _update(
+                adapter, module, parts, shape, rank, alpha
+            )
+    _check_rows(adapter, config)
+    if not adapter.updates and not adapter.embedding:
+        raise SlmError(f"{path} holds no LoRA tensors", _AGAIN)
+    if config.tie_word_embeddings and any(name in _TIED for name in (*adapter.updates, *adapter.embedding)):
+        # The two would get different updates, which one shared matrix cannot hold.
+        raise SlmError(f"{path}: the adapter changes the embedding or the head, and the base ties the two")
+    return adapter
+
+
+def _tensors(path: Path) -> dict[str, Array]:
+    """Returns the file's tensors in float32."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise SlmError(
+            "reading PEFT's adapters needs safetensors", "pip install safetensors, or name an .onnx_adapter file"
+        ) from None
+    file = path / ADAPTER_WEIGHTS_FILE
+    check_readable(file, "the adapter")
+    found: dict[str, Array] = {}
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118  not a mapping
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in _FLOATS:
+                    raise SlmError(f"{path}: {name} is stored as {kind}", "slm reads float adapters")
+                if kind == "BF16":
+                    import ml_dtypes  # noqa: F401  teaches numpy the type
+                found[name] = np.ascontiguousarray(opened.get_tensor(name).astype(np.float32))
+    except ImportError:
+        raise SlmError("reading a bfloat16 adapter needs ml_dtypes", "pip install ml_dtypes") from None
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise SlmError(f"cannot read the adapter: {file} ({error})", _AGAIN) from None
+    for name, array in found.items():
+        if not np.isfinite(array).all():
+            raise SlmError(f"{path}: {name} holds values that are NaN or infinite", _AGAIN)
+    return found
+
+
+def _by_module(
+    adapter: PeftAdapter, tensors: Mapping[str, Array]
+) -> tuple[dict[str, dict[str, Array]], dict[str, str]]:
+    """Returns the tensors by the text model's module and by kind, and each module's name as the file spells it."""
+    modules: dict[str, dict[str, Array]] = {}
+    as_spelt: dict[str, str] = {}
+    for name, array in tensors.items():
+        if not name.startswith(_PREFIX):
+            raise SlmError(f"{adapter.path}: {name} is no tensor of PEFT's: its names begin with {_PREFIX}")
+        inner = name.removeprefix(_PREFIX)
+        if _VISION.match(inner):
+            continue  # slm runs the text part
+        match = _KIND.fullmatch(inner)
+        copied = _TEXT_PREFIX.sub(_text_part, inner).removesuffix(".weight").removesuffix(".base_layer")
+        if match is None and inner.endswith(".weight") and copied in _TIED:
+            adapter.copies[copied] = array
+            continue
+        if match is None:
+            what = "a bias" if inner.endswith(".bias") else "more than low-rank updates"
+            raise SlmError(
+                f"{adapter.path} holds {what}: {name}",
+                "merge it with PEFT (merge_and_unload, save_pretrained), then slm import",
+            )
+        module, kind = match["module"], match["kind"]
+        as_text = _TEXT_PREFIX.sub(_text_part, module)
+        if as_spelt.setdefault(as_text, module) != module or kind in modules.get(as_text, {}):
+            raise SlmError(f"{adapter.path}: two tensors are {kind} of {as_text}", _AGAIN)
+        modules.setdefault(as_text, {})[kind.replace("lora_embedding_", "lora_")] = array
+    return modules, as_spelt
+
+
+def _text_part(match: re.Match[str]) -> str:
+    return match[1] or match[2] or ""
+
+
+def _check_complete(adapter: PeftAdapter, config: ModelConfig, tensors: Mapping[str, Mapping[str, Array]]) -> None:
+    """Makes sure that no module of a list of target modules lacks its tensors; each name of the list must be a module's."""
+    fields = adapter.fields
+    if isinstance(fields.target_modules, str):
+        return
+    products = [name.removesuffix(".weight") for name, shape in tensor_shapes(config).items() if len(shape) == 2]
+    modules = [*products, *[_HEAD] * (_HEAD not in products)]
+    if not any(f".{m}".endswith(f".{name}") for m in (*modules, *tensors) for name in fields.target_modules):
+        named = ", ".join(fields.target_modules[:3]) or "none"
+        raise SlmError(
+            f"{adapter.path} does not fit the model, which has none of the target modules: {named}",
+            "it was trained on another base",
+        )
+    missing = [m for m in modules if fields.targets(m) and not tensors.get(m, {}).keys() - {_ROWS}]
+    tied = [m for m in missing if m in _TIED and config.tie_word_embeddings]
+    if tied:
+        raise SlmError(f"{adapter.path}: the adapter changes the embedding or the head, and the base ties the two")
+    if missing and not isinstance(fields.exclude_modules, str):
+        raise SlmError(
+            f"{adapter.path} lacks tensors that its configuration names; missing: {', '.join(missing[:3])}", _AGAIN
+        )
+
+
+def _update(
+    adapter: PeftAdapter, module: str, parts: Mapping[str, Array], shape: tuple[int, ...], rank: int, alpha: float
+) -> Update:
+    path, dora = adapter.path, adapter.fields.use_dora
+    low, high, magnitude = (parts.get(kind) for kind in ("lora_A", "lora_B", "lora_magnitude_vector"))
+    for kind, array in (("lora_A", low), ("lora_B", high), *[("lora_magnitude_vector", magnitude)] * dora):
+        if array is None:
+            raise SlmError(f"{path} lacks tensors that its configuration names; missing: {module}.{kind}", _AGAIN)
+    assert low is not None and high is not None
+    if magnitude is not None and not dora:
+        raise SlmError(f"{path} contradicts itself: use_dora is false, and {module} has magnitudes", _AGAIN)
+    # An embedding's table (V, D) is looked up, not multiplied with: its A is (r, V), and its B (D, r).
+    inputs, outputs = shape if module == _EMBEDDING else shape[::-1]
+    fits = low.ndim == high.ndim == 2 and low.shape[1] == inputs and high.shape == (outputs, low.shape[0])
+    if not fits or (magnitude is not None and magnitude.size != outputs):
+        raise SlmError(
+            f"{path} does not fit the model: {module} is {low.shape} and {high.shape}, for {inputs} inputs and {outputs}"
+            " outputs",
+            "it was trained on another base",
+        )
+    if len(low) != rank:
+        raise SlmError(
+            f"{path} contradicts itself: {ADAPTER_CONFIG_FILE} says rank {rank} for {module}, and its tensors have"
+            f" {len(low)}",
+            "the scale depends on the rank; copy both files of one adapter",
+        )
+    scale = alpha / (math.sqrt(rank) if adapter.fields.use_rslora else rank)
+    return Update(low, high, alpha, scale, None if magnitude is None else magnitude.reshape(-1))
+
+
+def _checked_rows(adapter: PeftAdapter, module: str, rows: Array, width: int) -> Array:
+    if module not in _TIED or rows.ndim != 2 or rows.shape[1] != width:
+        raise SlmError(f"{adapter.path} does not fit the model: trained rows of {module} are {rows.shape}")
+    return rows
+
+
+def _check_rows(adapter: PeftAdapter, config: ModelConfig) -> None:
+    """Makes sure that the configuration names the trained rows that the file holds."""
+    indices = adapter.fields.trainable_token_indices
+    named: dict[str, list[int]] = {}
+    if isinstance(indices, dict):
+        named = {_HEAD if name.endswith(_HEAD) else _EMBEDDING: ids for name, ids in indices.items() if ids}
+    elif indices:
+        named = {_EMBEDDING: indices}
+    if config.tie_word_embeddings and _HEAD in named:
+        raise SlmError(f"{adapter.path}: the adapter trains rows of the head, and the base ties it to the embedding")
+    for name in sorted({*named, *adapter.rows}):
+        ids, rows = named.get(name, []), adapter.rows.get(name)
+        if rows is None or len(rows) != len(ids):
+            raise SlmError(
+                f"{adapter.path} contradicts itself: trainable_token_indices names {len(ids)} rows of {name}; the file"
+                f" holds {0 if rows is None else len(rows)}",
+                _AGAIN,
+            )
+        if not all(0 <= token < config.vocab_size for token in ids):
+            raise SlmError(f"{adapter.path} does not fit the model: it trains rows that the {name} does not have")

@@ -1,0 +1,34 @@
+"""The values that blocks of weights can take.
+
+Dimensions: N output channels, K input channels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from slm.export.graph.builder import Array
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that blocks can take: (q - zero) * scale for integers q from `lowest` to `highest`; both (..., blocks)."""
+
+    scale: Array
+    zero: Array
+    lowest: int
+    highest: int
+
+    def round(self, blocks: Array) -> Array:
+        """Returns the nearest integers, float32, for values (..., blocks, block); where a scale is 0, the zero."""
+        scale, zero = self.scale[..., None], self.zero[..., None]
+        steps = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0)
+        np.rint(steps, out=steps)
+        steps += zero
+        clipped: Array = np.clip(steps, self.lowest, self.highest, out=steps)
+        return clipped
+
+    def values(self, integers: Array) -> Array:
+        """Returns what integers (..., blocks, block) stand for."""
+        found: Array = (integers - self.zero[..., None]) * self.scale[..., None]
+        return found
