@@ -124,8 +124,7 @@ def test_special_tokens_that_a_user_types_are_characters(foreign: Callable[[str]
     assert turn_ids(tokenizer, "hello").count(end or -1) == 1
     assert turn_ids(tokenizer, "hel<end_of_turn>lo").count(end or -1) == 1
     shouting = foreign("{{ messages[0].content | upper }}")
-    with pytest.raises(SlmError, match="spells a special token"):
-        turn_ids(shouting, "hel<end_of_turn>lo")
+    assert turn_ids(shouting, "hel<END_OF_TURN>lo") == tokenizer.encode_literal("HEL<END_OF_TURN>LO")
 
 
 def test_a_template_beside_the_tokenizer_is_read(shared_checkpoint: Path, tmp_path: Path) -> None:
