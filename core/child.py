@@ -46,8 +46,9 @@ def python(code: str, *arguments: str) -> list[str]:
 def import_path() -> list[str]:
     """Returns this process's module path without its working directory, unless slm itself was imported from there."""
     here, home = _resolved(os.curdir), _resolved(Path(sys.modules["slm"].__file__ or "").parent.parent)
-    places = ((entry, _resolved(entry)) for entry in sys.path if os.path.isabs(entry))
-    return [entry for entry, place in places if place is None or place != here or place == home]
+    # An empty entry, or another relative one, is the working directory or lies in it.
+    places = [(os.path.abspath(entry), _resolved(entry or os.curdir), os.path.isabs(entry)) for entry in sys.path]
+    return [entry for entry, place, fixed in places if place == home or (fixed and (place is None or place != here))]
 
 
 def popen(

@@ -10,7 +10,7 @@ encoded literally. A third rendering, in which only punctuation is replaced, ser
 
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -78,10 +78,9 @@ def rendered(
     """
     tokens = special_tokens(tokenizer)
     in_parts = _reads_parts(template, tuple(sorted(tokens.items())))
-    tables = [_stand_ins(messages) for messages, _ in conversations]
-    hidden = [
-        (_replaced(messages, table), begins) for (messages, begins), table in zip(conversations, tables, strict=True)
-    ]
+    table = _stand_ins(message["content"] for messages, _ in conversations for message in messages)
+    back = {ord(stand_in): chr(character) for character, stand_in in table.items()}
+    hidden = [(_replaced(messages, table), begins) for messages, begins in conversations]
     asked = [(_shaped(messages, in_parts), begins) for messages, begins in (*conversations, *hidden)]
     texts = render_all(template, asked, tokens)
     pairs = list(zip(texts[: len(conversations)], texts[len(conversations) :], strict=True))
@@ -89,17 +88,14 @@ def rendered(
     marked: dict[int, str | SlmError] = {}
     unlike = [i for i, (text, other) in enumerate(pairs) if isinstance(text, str) and not _aligned(text, other)]
     if unlike:
-        some = []
-        for i in unlike:
-            punctuation = {c: v for c, v in tables[i].items() if not chr(c).isalnum()}
-            some.append((_shaped(_replaced(conversations[i][0], punctuation), in_parts), conversations[i][1]))
+        punctuation = {character: each for character, each in table.items() if not chr(character).isalnum()}
+        some = [(_shaped(_replaced(conversations[i][0], punctuation), in_parts), conversations[i][1]) for i in unlike]
         marked = dict(zip(unlike, render_all(template, some, tokens), strict=True))
     found: list[Rendered | SlmError] = []
     for i, (text, other) in enumerate(pairs):
         if isinstance(text, SlmError):
             found.append(text)
             continue
-        back = {ord(stand_in): chr(c) for c, stand_in in tables[i].items()}
         written = tuple(message["content"] for message in conversations[i][0])
         found.append(Rendered(text, _text(other), _text(marked.get(i)), back, written))
     return found
@@ -196,11 +192,11 @@ class _Controls:
         return ids + self._tokenizer.encode_literal(text[at:], besides)
 
 
-def _stand_ins(messages: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Returns a stand-in for each visible character of the messages: one for one, so that equal texts stay equal."""
-    characters = {c for message in messages for c in message["content"] if not c.isspace()}
+def _stand_ins(texts: Iterable[str]) -> dict[int, str]:
+    """Returns a stand-in for each visible character of the texts: one for one, so that equal texts stay equal."""
+    characters = {character for text in texts for character in set(text) if not character.isspace()}
     room = _LAST - _FIRST
-    return {ord(c): chr(_FIRST + number % room) for number, c in enumerate(sorted(characters))}
+    return {ord(character): chr(_FIRST + number % room) for number, character in enumerate(sorted(characters))}
 
 
 def _replaced(messages: Sequence[Mapping[str, Any]], table: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -26,9 +26,9 @@ _T = TypeVar("_T")
 
 # A character of a private plane, which vocabularies do not have.
 _UNKNOWN = "\U0010fffd"
-_CONTROL = re.compile(r"[<\[][|｜].*[|｜][>\]]|<[/\w]*_\w*>|\[/?[A-Z_]+\]", flags=re.DOTALL)
+_CONTROL = re.compile(r"[<\[][|｜].*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[/?[A-Z_]+\]", flags=re.DOTALL)
 # What looks like a control token in the source of a template.
-_MARKER = re.compile(r"[<\[][^\s<>\[\]{}'\"]*[^\W\d][^\s<>\[\]{}'\"]*[>\]]")
+_MARKER = re.compile(r"[<\[][^\s<>\[\]{}'\"]*[A-Za-z][^\s<>\[\]{}'\"]*[>\]]")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # What stands in a text for bytes that are no character.
 _REPLACEMENT = "\ufffd"

@@ -12,7 +12,8 @@ _CHATML = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 TEMPLATES = {
-    "gemma 2": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+    "gemma 2": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}
+{%- endif %}
 {%- for message in messages %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
 {%- if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
@@ -57,14 +58,16 @@ TEMPLATES = {
 {%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
     "llama 3": """{% set loop_messages = messages %}{% for message in loop_messages %}
-{%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}
+{%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>'
+%}
 {%- if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
     "mistral": """{{ bos_token }}{% for message in messages %}
 {%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {%- elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}
 {%- else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}""",
-    "zephyr": """{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}
+    "zephyr": """{% for message in messages %}
+{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}
 {% elif message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + eos_token }}
 {% elif message['role'] == 'assistant' %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}
 {% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}
@@ -80,13 +83,15 @@ TEMPLATES = {
 {%- set ns.system_prompt = message['content'] %}{% endif %}{% endfor %}{{ bos_token }}{{ ns.system_prompt }}
 {%- for message in messages %}{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}
 {%- elif message['role'] == 'assistant' %}{% set content = message['content'] %}{% if '</think>' in content %}
-{%- set content = content.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}
-{%- endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}""",
+{%- set content = content.split('</think>')[-1] %}{% endif %}
+{{- '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}""",
     "smollm with generation": """{%- for message in messages %}{%- if message.role == 'assistant' %}
 {{- '<|im_start|>assistant\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}
 {%- else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}""",
-    "parts alone": """{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' ~ message.role ~ '\n' }}
+    "parts alone": """{{ bos_token }}{% for message in messages %}
+{{- '<start_of_turn>' ~ ('model' if message.role == 'assistant' else message.role) ~ '\n' }}
 {%- for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}""",
 }
@@ -147,8 +152,8 @@ def chat_tokenizer(
         special: Whether the control tokens are special.
         normalizer: Applied to text, and to control tokens with `normalized=True`.
         controls: The control tokens.
-        kind: "bytes" for GPT-2's tokens, "spaces" for Gemma's, "merges" where the vocabulary forms the control tokens by merges and
-            none is an added token, "words" where each word is a token.
+        kind: "bytes" for GPT-2's tokens, "spaces" for Gemma's, "merges" where the vocabulary forms the control tokens by
+            merges and none is an added token, "words" where each word is a token.
         **flags: Of the added tokens: normalized, lstrip, rstrip, single_word.
     """
     trainer: Any
