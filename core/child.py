@@ -35,7 +35,7 @@ def python(code: str, *arguments: str) -> list[str]:
             "the Python interpreter is unknown, so no process can be started", "run slm with a regular python"
         )
     lines = ["import sys"]
-    if site.ENABLE_USER_SITE and os.path.isdir(site.USER_SITE or ""):
+    if site.ENABLE_USER_SITE and site.USER_SITE and Path(site.USER_SITE).is_dir():
         # -I leaves it out, and with it the hooks of packages that are installed there in development mode.
         lines.append(f"import site; site.addsitedir({site.USER_SITE!a})")
     lines += [f"path = {import_path()!a}", "sys.path[:] = path + [each for each in sys.path if each not in path]", code]
@@ -47,8 +47,9 @@ def import_path() -> list[str]:
     """Returns this process's module path without its working directory, unless slm itself was imported from there."""
     here, home = _resolved(os.curdir), _resolved(Path(sys.modules["slm"].__file__ or "").parent.parent)
     # An empty entry, or another relative one, is the working directory or lies in it.
-    places = [(os.path.abspath(entry), _resolved(entry or os.curdir), os.path.isabs(entry)) for entry in sys.path]
-    return [entry for entry, place, fixed in places if place == home or (fixed and (place is None or place != here))]
+    places = [(entry, _resolved(entry or os.curdir)) for entry in sys.path]
+    kept = [(entry, place) for entry, place in places if place == home or Path(entry).is_absolute()]
+    return [str(Path(entry).absolute()) for entry, place in kept if place in (home, None) or place != here]
 
 
 def popen(
@@ -87,7 +88,7 @@ def run(code: str, *arguments: str, timeout: float | None = None) -> "subprocess
 
 def program(name: str) -> str | None:
     """Returns where a program lies, looked for in the absolute directories of PATH alone; None when it is not there."""
-    directories = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(part)]
+    directories = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if Path(part).is_absolute()]
     return shutil.which(name, path=os.pathsep.join(directories)) if directories else None
 
 
@@ -105,7 +106,7 @@ def run_program(
         subprocess.TimeoutExpired: When it takes longer.
         OSError: When it cannot be started.
     """
-    assert os.path.isabs(command[0]), command
+    assert Path(command[0]).is_absolute(), command
     return _captured(command, directory or _DIRECTORY, timeout)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -11,7 +12,7 @@ def new_figure(width: float, height: float) -> Any:
     When matplotlib is first imported it reads `matplotlibrc` in the working directory before the user's own. That file may be a
     stranger's, so it is left out.
     """
-    elsewhere = contextlib.chdir(os.sep) if os.path.exists("matplotlibrc") else contextlib.nullcontext()
+    elsewhere = contextlib.chdir(os.sep) if Path("matplotlibrc").exists() else contextlib.nullcontext()
     with elsewhere:
         from matplotlib.figure import Figure
 

@@ -28,8 +28,9 @@ _MAX_WAIT_SECONDS = 2 * MAX_SECONDS
 _START_SECONDS = 60
 # A rendered text in JSON: six bytes for each UTF-16 unit at most.
 _MAX_REPLY_BYTES = 12 * MAX_TEXT_CHARACTERS + 1024
-# Rendering takes about a millisecond. Where callers wait and no process has finished anything for this long, another is started, so
-# that one slow conversation does not hold up the rest; more than a few would take memory and processors from other work.
+# Rendering takes about a millisecond. Where callers wait and no process has finished anything for this long, another is
+# started, so that one slow conversation does not hold up the rest; more than a few would take memory and processors from
+# other work.
 _PATIENCE_SECONDS = 0.05
 _MAX_PROCESSES = 4
 _LENGTH = struct.Struct("<Q")
@@ -215,16 +216,16 @@ class _Processes:
                     break
                 self._changed.wait(left if room else None)
             self._starting = True
-        process: _Process | None = None
+        started: _Process | None = None
         try:
-            process = _Process()
-            return process
+            started = _Process()
+            return started
         finally:
             with self._changed:
                 self._starting = False
                 self._progress = time.monotonic()
-                if process is not None:
-                    self._all.add(process)
+                if started is not None:
+                    self._all.add(started)
                 self._changed.notify_all()
 
     def _give_back(self, process: _Process) -> None:

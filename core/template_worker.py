@@ -85,7 +85,7 @@ def _compiled(template: str) -> Any:
     class Generation(Extension):
         """`{% generation %}` marks what the model says, for transformers' masks; the text within it stays as it is."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  # as Jinja's own extensions have it
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -78,8 +78,8 @@ class Tokenizer:
         """Ids that mean something besides their characters, which text from elsewhere must not form.
 
         Special tokens, those that `tokenizer_config.json` names, those that begin and end turns and texts, and the added tokens
-        that the chat template spells or that are spelled as control tokens are: <|user|>, <tool_call>, [INST]. Such a token that the
-        template spells is one too where the vocabulary has it without its being an added token.
+        that the chat template spells or that are spelled as control tokens are: <|user|>, <tool_call>, [INST]. Such a token is
+        one too where the template spells it and it is an entry of the vocabulary.
         """
         template = self.config.get("chat_template")
         spelled = template if isinstance(template, str) else ""

@@ -14,7 +14,7 @@ def leave_working_directory() -> None:
     """
     if not _runs_slm(sys.orig_argv) or not sys.path:
         return
-    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    home = __file__.rsplit(os.sep, 2)[0]
     if os.path.realpath(sys.path[0]) == os.path.realpath(os.curdir) != os.path.realpath(home):
         del sys.path[0]
 

@@ -42,7 +42,8 @@ TEMPLATES = {
 {%- generation -%} {% set x = 1 %}{{ x }}{%- endgeneration -%}{{ x }}
 {%- for m in messages %}{% generation %}{% endgeneration %}{% break %}{% endfor %}""",
     "what is defined": """{{ tools is none }}{{ documents is none }}{{ date_string is defined }}
-{{- add_generation_prompt }}{{ eos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string | length }}
+{{- add_generation_prompt }}{{ eos_token }}
+{%- if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string | length }}
 {{- {'b': '<é>', 'a': [1]} | tojson(indent=1, sort_keys=true, separators=(',', ' : ')) }}{{ 'é' | tojson(ensure_ascii=true) }}
 {%- set ns = namespace(a=1) %}{% set ns.a = 2 %}{{ ns.a }}{{ dict(a=1) }}
 {{- messages | selectattr('role', 'equalto', 'user') | list | length }}
