@@ -26,8 +26,10 @@ MAX_TEMPLATE_CHARACTERS = 64 << 10
 _MAX_WAIT_SECONDS = 2 * MAX_SECONDS
 # Until the process has started; a fifth of a second on an idle machine.
 _START_SECONDS = 60
-# A rendered text in JSON: six bytes for each UTF-16 unit at most.
-_MAX_REPLY_BYTES = 12 * MAX_TEXT_CHARACTERS + 1024
+# A rendered text in JSON: six bytes for each character at most.
+_MAX_REPLY_BYTES = 6 * MAX_TEXT_CHARACTERS + 1024
+# Of the conversations that are sent at a time; both sides hold them as JSON too.
+_CHARACTERS_AT_ONCE = 1 << 20
 # Rendering takes about a millisecond. Where callers wait and no process has finished anything for this long, another is
 # started, so that one slow conversation does not hold up the rest; more than a few would take memory and processors from
 # other work.
@@ -76,12 +78,13 @@ def render_all(template: str, conversations: Sequence[Conversation], tokens: Map
         raise SlmError(
             f"the chat template has {len(template):,} characters; the limit is {MAX_TEMPLATE_CHARACTERS:,}", _HINT
         )
-    asked = [(list(messages), begins) for messages, begins in conversations]
-    request = json.dumps({"template": template, "conversations": asked, "tokens": dict(tokens)}).encode()
+    answers: list[dict[str, Any]] = []
     with _PROCESSES.one() as process:
         try:
-            process.send(request)
-            answers = [json.loads(process.receive(_MAX_WAIT_SECONDS)) for _ in asked]
+            for some in _portions(conversations):
+                request = {"template": template, "conversations": some, "tokens": dict(tokens)}
+                process.send(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                answers += [json.loads(process.receive(_MAX_WAIT_SECONDS)) for _ in some]
         except TimeoutError:
             process.end()
             raise _failed(f"it takes longer than {_MAX_WAIT_SECONDS} s") from None
@@ -91,6 +94,21 @@ def render_all(template: str, conversations: Sequence[Conversation], tokens: Map
         if answers and answers[-1]["large"]:
             process.end()
     return [answer["text"] if "text" in answer else _failed(answer["reason"]) for answer in answers]
+
+
+def _portions(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+    """Yields the conversations a few at a time, or a long one by itself."""
+    some: list[Conversation] = []
+    characters = 0
+    for messages, begins in conversations:
+        size = sum(len(str(message)) for message in messages)
+        if some and characters + size > _CHARACTERS_AT_ONCE:
+            yield some
+            some, characters = [], 0
+        some.append((list(messages), begins))
+        characters += size
+    if some:
+        yield some
 
 
 def _failed(reason: str) -> SlmError:

@@ -123,7 +123,7 @@ def _tojson(
 
 
 def _send(message: Mapping[str, Any]) -> None:
-    content = json.dumps(message).encode()
+    content = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     left = memoryview(_LENGTH.pack(len(content)) + content)
     while left:
         left = left[os.write(1, left) :]

@@ -16,11 +16,15 @@ from functools import lru_cache
 from typing import Any
 
 from slm.core.errors import SlmError
-from slm.core.template import render_all
 from slm.core.tokenizer import Tokenizer
 
 # Planes 15 and 16 of Unicode, which are for private use.
 _FIRST, _LAST = 0xF0000, 0x10FFFD
+_STAND_IN = f"[{chr(_FIRST)}-{chr(_LAST)}]"
+_WRITTEN = re.compile(_STAND_IN)
+# Words of stand-ins, which need not be tokenized one by one to see what stands around them.
+_RUN = re.compile(f"{_STAND_IN}(?:(?:{_STAND_IN}|\\s)*{_STAND_IN})?")
+_BETWEEN = re.compile(f"[^{_STAND_IN[1:-1]}]+")
 # A token of a model's vocabulary that looks like a marker and is no added token.
 _MARKER = re.compile(r"[<\[{|].*\w.*[>\]}|]", flags=re.DOTALL)
 _PROBE = "\U0010fffd\U0010fffc\U0010fffd"
@@ -76,6 +80,8 @@ def rendered(
     Raises:
         SlmError: When the template passes a limit of time or memory.
     """
+    from slm.core.template import render_all
+
     tokens = special_tokens(tokenizer)
     in_parts = _reads_parts(template, tuple(sorted(tokens.items())))
     table = _stand_ins(message["content"] for messages, _ in conversations for message in messages)
@@ -120,10 +126,10 @@ def encoded(tokenizer: Tokenizer, conversation: Rendered, stops: Collection[int]
     # The template makes something else of other text.
     views = [view for view in (conversation.hidden, conversation.marked) if view is not None]
     orders = [[token for token, _, _ in controls.placed(view)] for view in views]
-    spans = tokenizer.encode_spans(text)
-    harmless = not any(controls.among(each, tokenizer.encode_spans(each)) for each in conversation.written)
-    if harmless and [token for token, _, _ in controls.among(text, spans)] in orders:
-        return [token for token, _, _ in spans]
+    ids, found = controls.read(text)
+    harmless = not any(controls.read(each)[1] for each in conversation.written)
+    if harmless and [token for token, _, _ in found] in orders:
+        return ids
     if conversation.marked is not None and orders[0] == orders[-1]:
         return controls.encode(conversation.marked.translate(conversation.back), controls.placed(conversation.marked))
     return SlmError(
@@ -144,29 +150,53 @@ class _Controls:
 
     def __init__(self, tokenizer: Tokenizer, conversation: Rendered, stops: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self._back = conversation.back
-        self._spans: dict[str, list[Placed]] = {}  # of each view
+        self._views: dict[str, list[Placed]] = {}
         ids = tokenizer.control_ids | tokenizer.lengthy(set(stops) - tokenizer.control_ids)
         view = conversation.hidden or conversation.marked or ""
-        for token, start, end in self._encoded(view):
+        for token, start, end in self._around(view):
             spelled = view[start:end].strip()
-            if token in ids or len(spelled) < 2 or self._is_written(spelled):
+            if token in ids or len(spelled) < 2 or _WRITTEN.search(spelled):
                 continue
             if token in tokenizer.added_ids or _MARKER.fullmatch(spelled):
                 ids |= {token}
         self._ids = ids
 
-    def _encoded(self, view: str) -> list[Placed]:
-        if view not in self._spans:
-            self._spans[view] = self._tokenizer.encode_spans(view)
-        return self._spans[view]
+    def _around(self, view: str) -> list[Placed]:
+        """Returns the tokens of a view, in which each run of stand-ins is tokenized as one."""
+        if view in self._views:
+            return self._views[view]
+        short, at = [], 0
+        places: list[int] = []  # of the characters of the shortened view, and where it ends
+        for run in _RUN.finditer(view):
+            short.append(view[at : run.start() + 1])
+            places.extend(range(at, run.start() + 1))
+            at = run.end()
+        places.extend(range(at, len(view) + 1))
+        short.append(view[at:])
+        encoding = self._tokenizer.encode_with_places("".join(short))
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        # A token ends where its last character does: the next one may come after the rest of a run.
+        found = [
+            (token, places[start], places[end - 1] + 1 if end > start else places[end]) for token, (start, end) in spans
+        ]
+        self._views[view] = found
+        return found
 
-    def _is_written(self, text: str) -> bool:
-        return any(ord(character) in self._back for character in text)
+    def read(self, text: str) -> tuple[list[int], list[Placed]]:
+        """Returns the ids of a text and the control tokens among them."""
+        encoding = self._tokenizer.encode_with_places(text)
+        ids: list[int] = encoding.ids
+        if self._ids.isdisjoint(ids):
+            return ids, []
+        return ids, self._among(text, [(token, *span) for token, span in zip(ids, encoding.offsets, strict=True)])
 
-    def among(self, text: str, spans: Sequence[Placed]) -> list[Placed]:
-        """Returns the control tokens among the tokens of a text."""
-        found = [placed for placed in spans if placed[0] in self._ids]
+    def placed(self, view: str) -> list[Placed]:
+        """Returns the control tokens that the template itself places."""
+        found = self._among(view, self._around(view))
+        return [placed for placed in found if not _WRITTEN.search(view[placed[1] : placed[2]])]
+
+    def _among(self, text: str, tokens: Sequence[Placed]) -> list[Placed]:
+        found = [placed for placed in tokens if placed[0] in self._ids]
         unknown = self._tokenizer.unknown_ids
         if unknown.isdisjoint(token for token, _, _ in found):
             return found
@@ -174,18 +204,14 @@ class _Controls:
         spelled = {_plain(self._tokenizer.text_of(token)) for token in unknown}
         return [(t, start, end) for t, start, end in found if t not in unknown or _plain(text[start:end]) in spelled]
 
-    def placed(self, view: str) -> list[Placed]:
-        """Returns the control tokens that the template itself places."""
-        spans = self.among(view, self._encoded(view))
-        return [placed for placed in spans if not self._is_written(view[placed[1] : placed[2]])]
-
     def encode(self, text: str, placed: Sequence[Placed]) -> list[int]:
         """Returns the ids of a text whose control tokens are known."""
-        spans = self._tokenizer.encode_spans(text)
-        if self.among(text, spans) == placed:
-            return [token for token, _, _ in spans]
+        whole, found = self.read(text)
+        if found == placed:
+            return whole
         besides = self._ids - self._tokenizer.control_ids
-        ids, at = [], 0
+        ids: list[int] = []
+        at = 0
         for token, start, end in placed:
             ids += [*self._tokenizer.encode_literal(text[at:start], besides), token]
             at = end
@@ -213,6 +239,8 @@ def _shaped(messages: Sequence[Mapping[str, Any]], in_parts: bool) -> list[dict[
 @lru_cache(32)
 def _reads_parts(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
     """Says whether a template loses contents that are texts and writes those that are lists of parts."""
+    from slm.core.template import render_all
+
     probe = [{"role": "user", "content": _PROBE}]
     asked = [(_shaped(probe, in_parts), True) for in_parts in (False, True)]
     plain, parts = (_text(each) or "" for each in render_all(template, asked, dict(tokens)))
@@ -223,7 +251,7 @@ def _aligned(text: str, view: str | SlmError | None) -> bool:
     """Says whether a view is the text but for stand-ins, so that their places are those of what people wrote."""
     if not isinstance(view, str) or len(view) != len(text):
         return False
-    return all(a == b or _FIRST <= ord(b) <= _LAST for a, b in zip(text, view, strict=True))
+    return all(text.startswith(each.group(), each.start()) for each in _BETWEEN.finditer(view))
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as _Tokenizer
 
 from slm.core.errors import SlmError
@@ -98,7 +99,10 @@ class Tokenizer:
     @cached_property
     def unknown_ids(self) -> frozenset[int]:
         """Control ids that any text may come to: that of the unknown token, unless it also means something else."""
-        unknown = self.control_ids & set(_asked(self._literal.encode, _UNKNOWN, add_special_tokens=False).ids)
+        stated = getattr(self.backend.model, "unk_token", None)  # which a Unigram model does not state
+        found = {self.backend.token_to_id(stated)} if isinstance(stated, str) else set()
+        found.update(_asked(self._literal.encode, _UNKNOWN, add_special_tokens=False).ids)
+        unknown = self.control_ids & found
         others = {name: value for name, value in self.config.items() if name != "unk_token"}
         named = {self.backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *_named(others, decoder=False))}
         return frozenset(unknown - named)
@@ -175,10 +179,9 @@ class Tokenizer:
         """Returns the ids of a rendered chat template: special tokens where they are spelled, and nothing put before it."""
         return _asked(self.backend.encode, text, add_special_tokens=False).ids
 
-    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
-        """Returns the ids of `encode_rendered`, each with the characters that it stands for, from where to where."""
-        encoding = _asked(self.backend.encode, text, add_special_tokens=False)
-        return [(token, start, end) for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+    def encode_with_places(self, text: str) -> Encoding:
+        """Returns what `encode_rendered` does, with the characters for which each token stands (`ids` and `offsets`)."""
+        return _asked(self.backend.encode, text, add_special_tokens=False)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""

@@ -119,6 +119,7 @@ export class Text {
     const { unk_token: _, added_tokens_decoder: __, ...others } = this.#config;
     const meant = new Set([...SPECIAL_TOKENS, ...named(others)].map((token) => this.id(token)));
     const unknown = new Set(this.#literal.encode(UNKNOWN, { add_special_tokens: false }).ids);
+    if (typeof this.#json.model.unk_token === "string") unknown.add(this.id(this.#json.model.unk_token));
     return new Set([...this.#controls].filter((id) => !unknown.has(id) || meant.has(id)));
   }
 }
