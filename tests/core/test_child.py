@@ -246,6 +246,18 @@ def test_processes_of_commands_start_in_a_strangers_directory(
     assert stranger() == ""
 
 
+def test_libraries_are_told_not_to_import_from_the_working_directory(
+    stranger: Callable[[], str], tmp_path: Path
+) -> None:
+    """multiprocessing's tracker of resources is started with `-c`, torch.compile's workers with `-m`."""
+    (tmp_path / "bin").mkdir()
+    start = "from multiprocessing import resource_tracker as r\nr.ensure_running()\nr._resource_tracker._stop()\n"
+    for name, source in (("guarded", "import slm.cli.main\n" + start), ("plain", start)):
+        (tmp_path / "bin" / name).write_text(source)
+        subprocess.run([sys.executable, str(tmp_path / "bin" / name)], check=False, stderr=subprocess.DEVNULL)
+        assert (stranger() == "") is (name == "guarded")
+
+
 def test_other_modules_keep_their_working_directory(tmp_path: Path) -> None:
     """`python -m` of another program that imports slm finds its modules beside it, as it should."""
     (tmp_path / "program").mkdir()
