@@ -27,6 +27,9 @@ _RUN = re.compile(f"{_STAND_IN}(?:(?:{_STAND_IN}|\\s)*{_STAND_IN})?")
 _BETWEEN = re.compile(f"[^{_STAND_IN[1:-1]}]+")
 # A token of a model's vocabulary that looks like a marker and is no added token.
 _MARKER = re.compile(r"[<\[{|].*\w.*[>\]}|]", flags=re.DOTALL)
+_LONGEST_MARKER = 128
+# Characters that are translated at a time: other threads of Python wait meanwhile.
+_AT_ONCE = 1 << 16
 _PROBE = "\U0010fffd\U0010fffc\U0010fffd"
 
 Placed = tuple[int, int, int]  # a token id, and the characters for which it stands: from where to where
@@ -131,7 +134,9 @@ def encoded(tokenizer: Tokenizer, conversation: Rendered, stops: Collection[int]
     if harmless and [token for token, _, _ in found] in orders:
         return ids
     if conversation.marked is not None and orders[0] == orders[-1]:
-        return controls.encode(conversation.marked.translate(conversation.back), controls.placed(conversation.marked))
+        return controls.encode(
+            _translated(conversation.marked, conversation.back), controls.placed(conversation.marked)
+        )
     return SlmError(
         "the messages spell a control token, and the model's chat template alters them",
         "leave out text such as <end_of_turn>",
@@ -155,7 +160,7 @@ class _Controls:
         view = conversation.hidden or conversation.marked or ""
         for token, start, end in self._around(view):
             spelled = view[start:end].strip()
-            if token in ids or len(spelled) < 2 or _WRITTEN.search(spelled):
+            if token in ids or not 1 < len(spelled) <= _LONGEST_MARKER or _WRITTEN.search(spelled):
                 continue
             if token in tokenizer.added_ids or _MARKER.fullmatch(spelled):
                 ids |= {token}
@@ -174,10 +179,10 @@ class _Controls:
         places.extend(range(at, len(view) + 1))
         short.append(view[at:])
         encoding = self._tokenizer.encode_with_places("".join(short))
-        spans = zip(encoding.ids, encoding.offsets, strict=True)
         # A token ends where its last character does: the next one may come after the rest of a run.
         found = [
-            (token, places[start], places[end - 1] + 1 if end > start else places[end]) for token, (start, end) in spans
+            (token, places[start], places[end - 1] + 1 if end > start else places[end])
+            for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
         self._views[view] = found
         return found
@@ -188,7 +193,8 @@ class _Controls:
         ids: list[int] = encoding.ids
         if self._ids.isdisjoint(ids):
             return ids, []
-        return ids, self._among(text, [(token, *span) for token, span in zip(ids, encoding.offsets, strict=True)])
+        found = [(token, *encoding.token_to_chars(place)) for place, token in enumerate(ids) if token in self._ids]
+        return ids, self._among(text, found)
 
     def placed(self, view: str) -> list[Placed]:
         """Returns the control tokens that the template itself places."""
@@ -226,7 +232,11 @@ def _stand_ins(texts: Iterable[str]) -> dict[int, str]:
 
 
 def _replaced(messages: Sequence[Mapping[str, Any]], table: Mapping[int, str]) -> list[dict[str, Any]]:
-    return [{**message, "content": message["content"].translate(table)} for message in messages]
+    return [{**message, "content": _translated(message["content"], table)} for message in messages]
+
+
+def _translated(text: str, table: Mapping[int, str]) -> str:
+    return "".join(text[at : at + _AT_ONCE].translate(table) for at in range(0, len(text), _AT_ONCE))
 
 
 def _shaped(messages: Sequence[Mapping[str, Any]], in_parts: bool) -> list[dict[str, Any]]:

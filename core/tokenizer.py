@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +28,12 @@ _T = TypeVar("_T")
 # A character of a private plane, which vocabularies do not have.
 _UNKNOWN = "\U0010fffd"
 _CONTROL = re.compile(r"[<\[][|｜].*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[/?[A-Z_]+\]", flags=re.DOTALL)
+# Characters of a text that takes about a millisecond.
+_LONG = 4096
+# Characters of a template that are searched for control tokens; a longer one is refused when it is rendered.
+_SEARCHED = 64 << 10
 # What looks like a control token in the source of a template.
-_MARKER = re.compile(r"[<\[][^\s<>\[\]{}'\"]*[A-Za-z][^\s<>\[\]{}'\"]*[>\]]")
+_MARKER = re.compile(r"[<\[](?=[^<>\[\]]{0,64}[A-Za-z])[^\s<>\[\]{}'\"]{1,64}[>\]]")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # What stands in a text for bytes that are no character.
 _REPLACEMENT = "\ufffd"
@@ -83,7 +87,7 @@ class Tokenizer:
         one too where the template spells it and it is an entry of the vocabulary.
         """
         template = self.config.get("chat_template")
-        spelled = template if isinstance(template, str) else ""
+        spelled = template[:_SEARCHED] if isinstance(template, str) else ""
         added = self.backend.get_added_tokens_decoder()
         named = (self.backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *_named(self.config)))
         controls = {i for i, token in added.items() if token.special or _controls(token.content, spelled)}
@@ -103,9 +107,8 @@ class Tokenizer:
         found = {self.backend.token_to_id(stated)} if isinstance(stated, str) else set()
         found.update(_asked(self._literal.encode, _UNKNOWN, add_special_tokens=False).ids)
         unknown = self.control_ids & found
-        others = {name: value for name, value in self.config.items() if name != "unk_token"}
-        named = {self.backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *_named(others, decoder=False))}
-        return frozenset(unknown - named)
+        ends = {name: self.config.get(name) for name in ("bos_token", "eos_token")}
+        return frozenset(unknown - {self.backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *_named(ends))})
 
     @cached_property
     def _forbidden(self) -> frozenset[int]:
@@ -154,8 +157,9 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelt."""
-        return _asked(self.backend.encode, text).ids
+        """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelled."""
+        ids: list[int] = _encoded(self.backend, text, add_special_tokens=True).ids
+        return ids
 
     def encode_literal(self, text: str, besides: frozenset[int] = frozenset()) -> list[int]:
         """Returns the ids of a text as it stands: nothing put before it, and no control token, however it is spelled.
@@ -166,7 +170,7 @@ class Tokenizer:
             text: The text.
             besides: Control tokens besides `control_ids`.
         """
-        ids = _asked(self._literal.encode, text, add_special_tokens=False).ids
+        ids: list[int] = _encoded(self._literal, text).ids
         forbidden = self._forbidden | besides if besides else self._forbidden
         if forbidden.isdisjoint(ids):
             return ids
@@ -177,11 +181,12 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Returns the ids of a rendered chat template: special tokens where they are spelled, and nothing put before it."""
-        return _asked(self.backend.encode, text, add_special_tokens=False).ids
+        ids: list[int] = _encoded(self.backend, text).ids
+        return ids
 
     def encode_with_places(self, text: str) -> Encoding:
-        """Returns what `encode_rendered` does, with the characters for which each token stands (`ids` and `offsets`)."""
-        return _asked(self.backend.encode, text, add_special_tokens=False)
+        """Returns what `encode_rendered` does, with the characters for which each token stands (`ids`, `token_to_chars`)."""
+        return _encoded(self.backend, text)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""
@@ -240,6 +245,18 @@ class TextStream:
         return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._held)
 
 
+def _encoded(backend: _Tokenizer, text: str, add_special_tokens: bool = False) -> Encoding:
+    """Encodes a text; a long one so that other threads of Python run meanwhile, as an event loop."""
+    if len(text) < _LONG:
+        return _asked(backend.encode, text, add_special_tokens=add_special_tokens)
+    return _asked(partial(_only, backend), text, add_special_tokens=add_special_tokens)
+
+
+def _only(backend: _Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
+    # Unlike `encode`, the library's `encode_batch` lets go of Python's lock.
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
 def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """Calls the library, which panics over some files and calls a text no text over others.
 
@@ -258,14 +275,14 @@ def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
         raise
 
 
-def _named(config: dict[str, Any], decoder: bool = True) -> set[str]:
+def _named(config: dict[str, Any]) -> set[str]:
     """Returns the special tokens that a `tokenizer_config.json` names, plainly or in objects, by whatever key."""
     values = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         several = config.get(key)
         values += several.values() if isinstance(several, dict) else several if isinstance(several, list) else []
     added = config.get("added_tokens_decoder")
-    if decoder and isinstance(added, dict):
+    if isinstance(added, dict):
         values += [token for token in added.values() if isinstance(token, dict) and token.get("special") is True]
     spelled = (value.get("content") if isinstance(value, dict) else value for value in values)
     return {each for each in spelled if isinstance(each, str)}

@@ -1,6 +1,8 @@
 """Conversations in chat templates of other models: the ids of transformers, and no control token from what people write."""
 
 import random
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -302,3 +304,29 @@ def test_texts_of_every_length_take_bounded_time() -> None:
     attack = "".join(rng.choice(CONTROLS) + rng.choice([" ", "", "x"]) for _ in range(3000))
     ids = chat_ids(tokenizer, [{"role": "user", "content": attack}])
     assert count(tokenizer, "merged", "chatml", ids) == 3
+
+
+def test_long_texts_are_tokenized_beside_other_threads(tokenizer: Tokenizer) -> None:
+    """An event loop goes on meanwhile: the tokenizers library would hold Python's lock."""
+    text = "Once upon a time a cat said hello to a dog. " * 20_000
+    assert tokenizer.encode(text) == tokenizer.backend.encode(text).ids
+    shares = []
+    for function in (tokenizer.encode, tokenizer.encode_literal, tokenizer.encode_rendered, tokenizer.backend.encode):
+        gaps, done = [0.0], threading.Event()
+
+        def tick(gaps: list[float] = gaps, done: threading.Event = done) -> None:
+            last = time.perf_counter()
+            while not done.is_set():
+                time.sleep(0.001)
+                gaps.append(time.perf_counter() - last)
+                last += gaps[-1]
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        time.sleep(0.01)
+        began = time.perf_counter()
+        function(text)
+        shares.append(max(gaps) / (time.perf_counter() - began))
+        done.set()
+        thread.join()
+    assert max(shares[:3]) < 0.6 < shares[3]  # the last is the negative control

@@ -4,7 +4,7 @@ import { ByteFallbackDecoder, Tokenizer } from "./vendor/tokenizers.min.mjs";
 // Tokens that slm's own models have besides those that tokenizer_config.json names.
 const SPECIAL_TOKENS = ["<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<pad>"];
 const CONTROL = /^(?:[<[][|｜][^]*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[\/?[A-Z_]+\])$/;
-const MARKER = /[<[][^\s<>[\]{}'"]*[A-Za-z][^\s<>[\]{}'"]*[>\]]/g;
+const MARKER = /[<[](?=[^<>[\]]{0,64}[A-Za-z])[^\s<>[\]{}'"]{1,64}[>\]]/g;
 const BYTE = /^<0x[0-9A-Fa-f]{2}>$/;
 const UNKNOWN = "\u{10fffd}"; // a character that vocabularies do not have
 
@@ -116,8 +116,8 @@ export class Text {
   }
 
   #forbiddenIds() {
-    const { unk_token: _, added_tokens_decoder: __, ...others } = this.#config;
-    const meant = new Set([...SPECIAL_TOKENS, ...named(others)].map((token) => this.id(token)));
+    const { bos_token, eos_token } = this.#config;
+    const meant = new Set([...SPECIAL_TOKENS, ...named({ bos_token, eos_token })].map((token) => this.id(token)));
     const unknown = new Set(this.#literal.encode(UNKNOWN, { add_special_tokens: false }).ids);
     if (typeof this.#json.model.unk_token === "string") unknown.add(this.id(this.#json.model.unk_token));
     return new Set([...this.#controls].filter((id) => !unknown.has(id) || meant.has(id)));
