@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from slm.cli import bench_report
 from slm.cli.console import RichProgress, print_json, say
 from slm.cli.generate import default_model
 from slm.cli.options import Artifact, json_option
+from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_freed_memory
 from slm.version import __version__
@@ -291,9 +291,8 @@ def fresh_process(
     Raises:
         SlmError: When the process fails, with the last line that it said.
     """
-    arguments = json.dumps([str(path), device, threads, prompt, new])
-    command = [sys.executable, "-P", "-c", "from slm.cli.bench import in_fresh_process as run; run()", arguments]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    arguments = json.dumps([str(path.resolve()), device, threads, prompt, new])
+    done = child.run("from slm.cli.bench import in_fresh_process; in_fresh_process()", arguments)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise SlmError(f"a process that loads {path} failed: {said[-1]}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from slm.cli.console import print_table
 from slm.core.errors import SlmError
+from slm.core.figures import new_figure
 from slm.core.files import atomic_file
 
 Report = Mapping[str, Any]
@@ -155,9 +156,7 @@ def _percent(spread: Report | None) -> str:
 
 def plot(report: Report, old: Report | None, path: Path) -> None:
     """Draws prefill and decode speeds over the prompt's length, an earlier report's dashed."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = new_figure(10, 4.5)
     panels = dict(zip(("prefill_tok_s", "decode_tok_s"), figure.subplots(1, 2), strict=True))
     for shown, style, when in ((report, "o-", ""), (old, "o--", " before")):
         for name, axes in panels.items():

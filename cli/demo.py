@@ -206,7 +206,7 @@ def _answer(path: Path, tuned: bool) -> tuple[str, float]:
     from slm.loading import load
 
     model = load(path)
-    prompt = turn_ids(model.tokenizer, REQUEST) if tuned else PROMPT
+    prompt = turn_ids(model.tokenizer, REQUEST, model.stop_token_ids) if tuned else PROMPT
     text = model.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
     run = model.last_run
     assert run is not None

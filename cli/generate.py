@@ -97,7 +97,7 @@ def generate(
         say(drafting.caveat)
     text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
     pieces = loaded.pieces(
-        turn_ids(loaded.tokenizer, text) if instruct else text,
+        turn_ids(loaded.tokenizer, text, loaded.stop_token_ids) if instruct else text,
         max_new_tokens=max_new_tokens,
         stop=[utf8(each, "stop text") for each in stop],
         logprobs=logprobs,

@@ -44,6 +44,9 @@ COMMANDS = {
 # (docs/LOG.md). GNU's OpenMP reads it when PyTorch is first imported; what the user sets is kept.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+# Libraries start interpreters too (torch.compile's workers, multiprocessing's tracker): none imports from the directory where
+# the command is run.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 # PyTorch counts cores and does not know of a container's quota.
 if cpu_quota() is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))

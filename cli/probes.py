@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from slm.core import child
 from slm.core.manifest import Bundle
 from slm.core.presets import PRESETS
 from slm.runtime.shipped import model_path
@@ -101,8 +100,8 @@ def providers() -> dict[str, Provider]:
 def open_with(provider: str) -> tuple[list[str], Provider]:
     """Opens the model that ships with one provider and the CPU's; returns the providers that there are, and how it went."""
     try:
-        command = [sys.executable, "-P", "-c", _OPEN, str(Bundle.open(model_path()).model_path), provider, _CPU]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_LOADING_SECONDS)
+        model = Bundle.open(model_path()).model_path.resolve()
+        done = child.run(_OPEN, str(model), provider, _CPU, timeout=_LOADING_SECONDS)
         if done.returncode:
             return [], Provider(False, _reason(done.stderr) or f"the process ended with {done.returncode}")
         *noise, answer = done.stdout.splitlines()

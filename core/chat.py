@@ -4,12 +4,12 @@ Training and answering take their ids from here. `dialogues` divides a whole con
 answered; before each answer stand the ids that `chat_ids` gives for the messages up to it.
 """
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from slm.core.errors import SlmError
+from slm.core.templated import Rendered, encoded, rendered
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN, Tokenizer
 
 # Stored in tokenizer_config.json; transformers and transformers.js render it. `turn_prompt` below says the same.
@@ -45,9 +45,7 @@ class Dialogue:
     answers: tuple[tuple[int, int], ...]
 
 
-# Stand for what was said while a template is rendered around it; of a plane of Unicode that no text uses.
-_OPEN, _CLOSE = "\U0010fffd", "\U0010fffc"
-# Conversations that a foreign template renders in one process, which takes a fifth of a second to start.
+# Conversations that are held as text at a time.
 _AT_ONCE = 50
 
 
@@ -56,28 +54,34 @@ def turn_prompt(request: str) -> str:
     return f"{START_OF_TURN}user\n{request.strip()}{END_OF_TURN}\n{START_OF_TURN}model\n"
 
 
-def turn_ids(tokenizer: Tokenizer, request: str) -> list[int]:
+def turn_ids(tokenizer: Tokenizer, request: str, stops: Collection[int] = ()) -> list[int]:
     """Returns the ids that ask for one answer; see `chat_ids`."""
-    return chat_ids(tokenizer, [{"role": "user", "content": request}])
+    return chat_ids(tokenizer, [{"role": "user", "content": request}], stops)
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Returns the ids that ask for the next answer of a conversation, the turns real and what was said literal.
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], stops: Collection[int] = ()) -> list[int]:
+    """Returns the ids that ask for the next answer of a conversation, in which only the template places control tokens.
 
-    What a user types stays what it is: "<end_of_turn>" in a request is only characters. A model from elsewhere that brings
-    a chat template of its own is asked in that.
+    "<end_of_turn>" in a message is only characters, however it is spelled. A model from elsewhere that brings a chat template
+    of its own is asked in that. Not for an event loop: a template may take seconds.
+
+    Args:
+        tokenizer: The model's.
+        messages: The conversation.
+        stops: The model's stop tokens, which a message must not form either.
 
     Raises:
-        SlmError: When the tokenizer has no turn tokens, or the model's own template does not do.
+        SlmError: When the tokenizer has no turn tokens, or the model's own template fails or refuses the conversation.
     """
     template = foreign_template(tokenizer)
     if template is not None:
-        (ids,) = _templated(tokenizer, template, [(messages, True)])
+        (found,) = rendered(tokenizer, template, [(messages, True)])
+        ids = found if isinstance(found, SlmError) else encoded(tokenizer, found, stops)
         if isinstance(ids, SlmError):
             raise ids
         return ids
     start, _ = _turn_tokens(tokenizer)
-    return [*_turns(tokenizer, messages)[0], start, *tokenizer.encode_literal("model\n")]
+    return [*_turns(tokenizer, messages, stops)[0], start, *tokenizer.encode_literal("model\n")]
 
 
 def dialogues(
@@ -97,7 +101,7 @@ def dialogues(
     trimmed = [_up_to_last_answer(messages) for messages in conversations]
     if template is None:
         for messages in trimmed:
-            ids, answers = _turns(tokenizer, messages)
+            ids, answers = _turns(tokenizer, messages, ends)
             yield Dialogue(tuple(ids[: answers[-1][1]]), tuple(answers))
         return
     for first in range(0, len(trimmed), _AT_ONCE):
@@ -107,9 +111,9 @@ def dialogues(
             for messages in some
             for request in (*((messages[:i], True) for i in _answers(messages)), (messages, False))
         ]
-        rendered = iter(_templated(tokenizer, template, asked))
+        found = iter(rendered(tokenizer, template, asked))
         for messages in some:
-            yield _divided([next(rendered) for _ in range(len(_answers(messages)) + 1)], ends)
+            yield _divided(tokenizer, [next(found) for _ in range(len(_answers(messages)) + 1)], ends)
 
 
 def foreign_template(tokenizer: Tokenizer) -> str | None:
@@ -142,9 +146,12 @@ def _turn_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
     return start, end
 
 
-def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+def _turns(
+    tokenizer: Tokenizer, messages: Sequence[Message], stops: Collection[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Returns the ids of whole turns, and where the answers among them stand."""
     start, end = _turn_tokens(tokenizer)
+    besides = tokenizer.lengthy(stops) - tokenizer.control_ids
     line, model = (tokenizer.encode_literal(text) for text in ("\n", "model\n"))
     ids, answers = tokenizer.encode(""), []
     for message in messages:
@@ -152,10 +159,10 @@ def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
         if message["role"] == "assistant":
             ids += [start, *model]
             begins = len(ids)
-            ids += [*tokenizer.encode_literal(said), end]
+            ids += [*tokenizer.encode_literal(said, besides), end]
             answers.append((begins, len(ids)))
         else:
-            ids += [start, *tokenizer.encode_literal(f"{message['role']}\n{said}"), end]
+            ids += [start, *tokenizer.encode_literal(f"{message['role']}\n{said}", besides), end]
         ids += line
     return ids, answers
 
@@ -168,72 +175,55 @@ def _up_to_last_answer(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[: _answers(messages)[-1] + 1]
 
 
-def _divided(rendered: list[list[int] | SlmError], ends: Collection[int]) -> Dialogue | SlmError:
+def _divided(tokenizer: Tokenizer, found: list[Rendered | SlmError], ends: Collection[int]) -> Dialogue | SlmError:
     """Returns what a foreign template made of a conversation, divided at what it made of each question in it."""
-    *questions, whole = rendered
+    *asked, last = found
+    questions = [question for question in asked if isinstance(question, Rendered)]
+    for each in (last, *asked):  # what is wrong with the whole conversation says more
+        if isinstance(each, SlmError):
+            return each
+    assert isinstance(last, Rendered)
+    ids = _divided_ids(tokenizer, last, questions, ends)
+    if isinstance(ids, SlmError):
+        return ids
+    whole, begins = ids
     answers = []
-    for ids in (whole, *questions):  # what is wrong with all of it says more
-        if isinstance(ids, SlmError):
-            return ids
-    assert not isinstance(whole, SlmError)
-    for question in questions:
-        assert not isinstance(question, SlmError)
-        begins = len(question)
-        if whole[:begins] != question:
-            return SlmError("the model's chat template writes the conversation otherwise than it asks for the answer")
-        stop = next((place for place in range(begins, len(whole)) if whole[place] in ends), None)
+    for begin, limit in zip(begins, (*begins[1:], len(whole)), strict=True):
+        stop = next((place for place in range(begin, limit) if whole[place] in ends), None)
         if stop is None:
             return SlmError("the model's chat template ends an answer with none of the model's stop tokens")
-        answers.append((begins, stop + 1))
+        answers.append((begin, stop + 1))
     return Dialogue(tuple(whole[: answers[-1][1]]), tuple(answers))
 
 
-def _templated(
-    tokenizer: Tokenizer, template: str, asked: Sequence[tuple[Sequence[Message], bool]]
-) -> list[list[int] | SlmError]:
-    """Returns the ids of conversations in a template of the model's own, or why there are none.
-
-    Where something said spells a special token, the template is rendered around stand-ins and what was said encoded
-    literally; elsewhere the text is encoded in one, as transformers does.
-    """
-    from slm.core.template import render_all
-
-    tokens = {name: _spelling(value) for name, value in tokenizer.config.items() if name.endswith("_token")}
-    spelt = [
-        any(token in m["content"] for m in messages for token in tokenizer.special_tokens) for messages, _ in asked
-    ]
-    plain = [([m | {"content": m["content"].strip()} for m in messages], begins) for messages, begins in asked]
-    stood_in = [
-        ([m | {"content": f"{_OPEN}{number}{_CLOSE}"} for number, m in enumerate(messages)], begins)
-        for (messages, begins), literal in zip(plain, spelt, strict=True)
-        if literal
-    ]
-    texts = render_all(template, [*plain, *stood_in], tokens)
-    around = iter(texts[len(plain) :])
-    found: list[list[int] | SlmError] = []
-    for (messages, _), text, literal in zip(plain, texts, spelt, strict=False):
-        if isinstance(text, SlmError) or not literal:
-            found.append(text if isinstance(text, SlmError) else tokenizer.encode_rendered(text))
-        else:
-            found.append(_literal_ids(tokenizer, text, next(around), [m["content"] for m in messages]))
-    return found
-
-
-def _literal_ids(tokenizer: Tokenizer, text: str, around: str | SlmError, said: Sequence[str]) -> list[int] | SlmError:
-    """Returns the ids of a text whose template was rendered around stand-ins, what was said encoded literally."""
-    if isinstance(around, SlmError):
-        return around
-    parts = re.split(f"{_OPEN}(\\d+){_CLOSE}", around)  # what the template wrote, and numbers of messages between
-    contents = [said[int(part)] if odd % 2 else part for odd, part in enumerate(parts)]
-    if text != "".join(contents):
-        return SlmError("the request spells a special token and the chat template changes it", "leave the token out")
-    encode = (tokenizer.encode_rendered, tokenizer.encode_literal)
-    return [token for odd, content in enumerate(contents) for token in encode[odd % 2](content)]
-
-
-def _spelling(token: object) -> object:
-    """Returns how a special token is spelt, which tokenizer_config.json says plainly or in an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def _divided_ids(
+    tokenizer: Tokenizer, last: Rendered, questions: Sequence[Rendered], ends: Collection[int]
+) -> tuple[list[int], list[int]] | SlmError:
+    """Returns the ids of a conversation, and where each answer in it begins."""
+    whole = encoded(tokenizer, last, ends)
+    asked = [encoded(tokenizer, question, ends) for question in questions]
+    for each in (whole, *asked):
+        if isinstance(each, SlmError):
+            return each
+    assert not isinstance(whole, SlmError)
+    prompts = [prompt for prompt in asked if not isinstance(prompt, SlmError)]
+    if all(whole[: len(prompt)] == prompt for prompt in prompts):
+        return whole, [len(prompt) for prompt in prompts]
+    # Tokens that would span the beginning of an answer are cut there, as they are when the model answers.
+    ids: list[int] = []
+    begins: list[int] = []
+    before: Rendered | None = None
+    for view in (*questions, last):
+        part = view.after(before)
+        if part is None or last.after(view) is None:
+            return SlmError("the model's chat template writes the conversation otherwise than it asks for the answer")
+        tokens = encoded(tokenizer, part, ends)
+        if isinstance(tokens, SlmError):
+            return tokens
+        ids += tokens
+        begins.append(len(ids))
+        before = view
+    return ids, begins[:-1]
 
 
 def instruction_request(instruction: str, context: str = "") -> str:

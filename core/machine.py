@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm.core import child
+
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _MEMORY_V2 = Path("/sys/fs/cgroup/memory.max")
@@ -212,6 +214,5 @@ def _total_memory() -> int | None:
 
 
 def _sysctl() -> str:
-    # No check: it fails as a whole when one of the names is not of this kind of machine.
-    done = subprocess.run(["sysctl", "hw.optional", _MAC_FEATURES], capture_output=True, text=True, timeout=10)
-    return done.stdout
+    # Its exit status is not looked at: it fails when one of the names is not of this kind of machine, and prints the others.
+    return child.run_program(["/usr/sbin/sysctl", "hw.optional", _MAC_FEATURES], timeout=10).stdout

@@ -1,33 +1,44 @@
-"""Other people's chat templates, rendered so that a bad one costs no more than its own answer.
+"""Chat templates of other models, rendered by a kept process that a bad template cannot harm.
 
-A template is a program in Jinja that comes with a model. It runs in Jinja's sandbox, which keeps it from Python's insides,
-and in a process of its own, which the system stops when it takes too long or too much memory: nothing inside one process
-can interrupt a single long call, and Jinja offers many. `python -m slm.core.template` is that process.
+A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, which keeps it from Python's internals, and
+in a process of its own, which the system stops when it takes too long or too much memory: nothing inside one process can
+interrupt a single long call, and Jinja offers many. This module is the caller's side; `template_worker` is that process.
 """
 
+import atexit
 import json
-import resource
+import os
+import socket
+import struct
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
+from slm.core import child
 from slm.core.errors import SlmError
+from slm.core.template_worker import MAX_SECONDS, MAX_TEXT_CHARACTERS
 
 MAX_TEMPLATE_CHARACTERS = 64 << 10
-# Of what it makes; a conversation that long fits into no context.
-MAX_TEXT_CHARACTERS = 4 << 20
-MAX_SECONDS = 4
-# Of address space, of which Python and Jinja take a tenth.
-MAX_BYTES = 512 << 20
-# Of what a template says when it refuses.
-_MAX_REASON = 200
+# Wall clock time of one rendering, on a machine that has other work too.
+_MAX_WAIT_SECONDS = 2 * MAX_SECONDS
+# Until the process has started; a fifth of a second on an idle machine.
+_START_SECONDS = 60
+# A rendered text in JSON: six bytes for each character at most.
+_MAX_REPLY_BYTES = 6 * MAX_TEXT_CHARACTERS + 1024
+# Of the conversations that are sent at a time; both sides hold them as JSON too.
+_CHARACTERS_AT_ONCE = 1 << 20
+# Rendering takes about a millisecond. Where callers wait and no process has finished anything for this long, another is
+# started, so that one slow conversation does not hold up the rest; more than a few would take memory and processors from
+# other work.
+_PATIENCE_SECONDS = 0.05
+_MAX_PROCESSES = 4
+_LENGTH = struct.Struct("<Q")
 _HINT = "the chat template came with the model; without --instruct it is not used"
 
-
-class _Refused(Exception):
-    """What a template says of a conversation that it does not take."""
+Conversation = tuple[Sequence[Mapping[str, Any]], bool]
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any]) -> str:
@@ -35,7 +46,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
 
     Args:
         template: The template, as transformers understands it.
-        messages: What was said: "role" and "content".
+        messages: Objects with "role" and "content".
         tokens: Special tokens by the names that templates use, such as "bos_token".
 
     Raises:
@@ -47,108 +58,219 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
     return text
 
 
-def render_all(
-    template: str, conversations: Sequence[tuple[Sequence[Mapping[str, Any]], bool]], tokens: Mapping[str, Any]
-) -> list[str | SlmError]:
-    """Renders several conversations in one process; what the template makes of one costs the others nothing.
+def render_all(template: str, conversations: Sequence[Conversation], tokens: Mapping[str, Any]) -> list[str | SlmError]:
+    """Renders several conversations; a conversation that the template refuses costs the others nothing.
+
+    Safe to call from several threads at once.
 
     Args:
         template: The template.
-        conversations: What was said in each, and whether the model's turn is begun after it.
+        conversations: The messages of each, and whether the model's turn begins after them.
         tokens: As for `render`.
 
     Returns:
-        A text for each, or why there is none.
+        A text for each, or the reason why there is none.
 
     Raises:
-        SlmError: When all of them together pass a limit.
+        SlmError: When one of them passes a limit of time or memory.
     """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise SlmError(
-            f"the chat template has {len(template):,} characters, at most {MAX_TEMPLATE_CHARACTERS:,}", _HINT
+            f"the chat template has {len(template):,} characters; the limit is {MAX_TEMPLATE_CHARACTERS:,}", _HINT
         )
-    asked = [(list(messages), begins) for messages, begins in conversations]
-    request = json.dumps({"template": template, "conversations": asked, "tokens": dict(tokens)})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=request,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=2 * MAX_SECONDS,  # of the clock; the process itself is bounded in time of the processor
-            check=False,
-        )
-        answers = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        raise SlmError(f"the chat template failed: it takes longer than {2 * MAX_SECONDS} s", _HINT) from None
-    except json.JSONDecodeError:
-        raise SlmError(
-            f"the chat template failed: it takes more than {MAX_SECONDS} s or too much memory", _HINT
-        ) from None
-    return [
-        answer["text"] if "text" in answer else SlmError(f"the chat template failed: {answer['reason']}", _HINT)
-        for answer in answers
-    ]
-
-
-def _rendered(template: Any, messages: Sequence[Mapping[str, Any]], begins: bool, tokens: Mapping[str, Any]) -> str:
-    text: str = template.render(messages=messages, add_generation_prompt=begins, tools=None, documents=None, **tokens)
-    if len(text) > MAX_TEXT_CHARACTERS:
-        raise _Refused(f"it makes a text of more than {MAX_TEXT_CHARACTERS:,} characters")
-    return text
-
-
-def _compiled(template: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
-    return environment.from_string(template)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise _Refused(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Writes JSON as transformers' templates have it, where Jinja would escape what HTML needs escaped."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _main() -> None:
-    for what, limit in (
-        (resource.RLIMIT_CPU, MAX_SECONDS),
-        (resource.RLIMIT_AS, MAX_BYTES),
-        (resource.RLIMIT_FSIZE, 0),
-    ):
+    answers: list[dict[str, Any]] = []
+    with _PROCESSES.one() as process:
         try:
-            resource.setrlimit(what, (limit, limit))
-        except (ValueError, OSError):  # macOS has no limit of address space
-            continue
-    request = json.loads(sys.stdin.buffer.read())
-    compiled: Any = None
-    answers = []
-    for messages, begins in request["conversations"]:
+            for some in _portions(conversations):
+                request = {"template": template, "conversations": some, "tokens": dict(tokens)}
+                process.send(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                answers += [json.loads(process.receive(_MAX_WAIT_SECONDS)) for _ in some]
+        except TimeoutError:
+            process.end()
+            raise _failed(f"it takes longer than {_MAX_WAIT_SECONDS} s") from None
+        except (OSError, ValueError):
+            process.end()
+            raise _failed(f"it takes more than {MAX_SECONDS} s or too much memory") from None
+        if answers and answers[-1]["large"]:
+            process.end()
+    return [answer["text"] if "text" in answer else _failed(answer["reason"]) for answer in answers]
+
+
+def _portions(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+    """Yields the conversations a few at a time, or a long one by itself."""
+    some: list[Conversation] = []
+    characters = 0
+    for messages, begins in conversations:
+        size = sum(len(str(message)) for message in messages)
+        if some and characters + size > _CHARACTERS_AT_ONCE:
+            yield some
+            some, characters = [], 0
+        some.append((list(messages), begins))
+        characters += size
+    if some:
+        yield some
+
+
+def _failed(reason: str) -> SlmError:
+    return SlmError(f"the chat template failed: {reason}", _HINT)
+
+
+class _Process:
+    """A process that renders, and the socket that connects to it."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
         try:
-            compiled = compiled or _compiled(request["template"])
-            answers.append({"text": _rendered(compiled, messages, begins, request["tokens"])})
-        except Exception as error:  # a template can provoke any
-            reason = " ".join(str(error).split()) or type(error).__name__
-            answers.append({"reason": reason[:_MAX_REASON]})
-    sys.stdout.buffer.write(json.dumps(answers).encode())
+            with theirs:
+                self._process = child.popen(
+                    "from slm.core.template_worker import work; work()",
+                    stdin=theirs,
+                    stdout=theirs,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for the caller
+                )
+        except BaseException:
+            self._socket.close()
+            raise
+        self.usable = True
+        try:
+            self.receive(_START_SECONDS)
+        except OSError as error:
+            self.end()
+            raise _failed(f"its process does not start ({' '.join(str(error).split())})") from None
+        except BaseException:
+            self.end()
+            raise
+
+    def send(self, message: bytes) -> None:
+        """Sends a message.
+
+        Raises:
+            OSError: When the process has ended or does not read.
+        """
+        self._socket.settimeout(_MAX_WAIT_SECONDS)
+        self._socket.sendall(_LENGTH.pack(len(message)) + message)
+
+    def receive(self, seconds: float) -> bytes:
+        """Receives a message.
+
+        Raises:
+            TimeoutError: When it does not come in time.
+            OSError: When the process has ended, or sends more than a rendered text can be.
+        """
+        until = time.monotonic() + seconds
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size, until))
+        if length > _MAX_REPLY_BYTES:
+            raise OSError("the message is too long")
+        return self._exactly(length, until)
+
+    def _exactly(self, count: int, until: float) -> bytes:
+        found = bytearray()
+        while len(found) < count:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            part = self._socket.recv(min(count - len(found), 1 << 20))
+            if not part:
+                raise OSError("the process has ended")
+            found += part
+        return bytes(found)
+
+    def alive(self) -> bool:
+        """Says whether the process still runs."""
+        return self.usable and self._process.poll() is None
+
+    def end(self) -> None:
+        """Ends the process."""
+        self.usable = False
+        self._socket.close()
+        with suppress(OSError):
+            self._process.kill()
+        self._process.wait()
+
+    def forget(self) -> None:
+        """Lets go of a process that belongs to the parent of this one."""
+        self.usable = False
+        self._socket.close()
+        self._process.returncode = 0  # so that Popen neither waits for it nor warns
 
 
-if __name__ == "__main__":
-    _main()
+class _Processes:
+    """One process that is kept, and for as long as it is busy with something slow a few more."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._idle: list[_Process] = []
+        self._all: set[_Process] = set()
+        self._starting = False
+        self._progress = 0.0  # when a process was last lent, given back or started
+
+    @contextmanager
+    def one(self) -> Iterator[_Process]:
+        """Lends a process to one caller at a time."""
+        process = self._take()
+        try:
+            yield process
+        except BaseException:  # an answer may be on its way
+            process.end()
+            raise
+        finally:
+            self._give_back(process)
+
+    def _take(self) -> _Process:
+        with self._changed:
+            while True:
+                while self._idle:
+                    process = self._idle.pop()
+                    if process.alive():
+                        self._progress = time.monotonic()
+                        return process
+                    process.end()
+                    self._all.discard(process)
+                left = self._progress + _PATIENCE_SECONDS - time.monotonic()
+                room = len(self._all) < _MAX_PROCESSES and not self._starting
+                if not self._starting and (not self._all or (room and left <= 0)):
+                    break
+                self._changed.wait(left if room else None)
+            self._starting = True
+        started: _Process | None = None
+        try:
+            started = _Process()
+            return started
+        finally:
+            with self._changed:
+                self._starting = False
+                self._progress = time.monotonic()
+                if started is not None:
+                    self._all.add(started)
+                self._changed.notify_all()
+
+    def _give_back(self, process: _Process) -> None:
+        with self._changed:
+            self._progress = time.monotonic()
+            if process.usable and not self._idle and process in self._all:
+                self._idle.append(process)
+            else:
+                process.end()
+                self._all.discard(process)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends all processes."""
+        with self._changed:
+            for process in self._all:
+                process.end()
+            self._all.clear()
+            self._idle.clear()
+
+    def after_fork(self) -> None:
+        """Leaves the processes to the parent."""
+        for process in self._all:
+            process.forget()
+        self.__init__()  # type: ignore[misc]  # a thread that the child does not have may hold the lock
+
+
+_PROCESSES = _Processes()
+atexit.register(_PROCESSES.close)
+os.register_at_fork(after_in_child=_PROCESSES.after_fork)

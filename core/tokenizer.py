@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from functools import cached_property
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as _Tokenizer
 
 from slm.core.errors import SlmError
@@ -23,6 +25,16 @@ END_OF_TURN = "<end_of_turn>"
 PAD = "<pad>"
 _T = TypeVar("_T")
 
+# A character of a private plane, which vocabularies do not have.
+_UNKNOWN = "\U0010fffd"
+_CONTROL = re.compile(r"[<\[][|｜].*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[/?[A-Z_]+\]", flags=re.DOTALL)
+# Characters of a text that takes about a millisecond.
+_LONG = 4096
+# Characters of a template that are searched for control tokens; a longer one is refused when it is rendered.
+_SEARCHED = 64 << 10
+# What looks like a control token in the source of a template.
+_MARKER = re.compile(r"[<\[](?=[^<>\[\]]{0,64}[A-Za-z])[^\s<>\[\]{}'\"]{1,64}[>\]]")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # What stands in a text for bytes that are no character.
 _REPLACEMENT = "\ufffd"
 # In the order in which they get ids when a vocabulary has none of them.
@@ -48,13 +60,59 @@ class Tokenizer:
 
     @cached_property
     def _literal(self) -> _Tokenizer:
-        """A second view of the same vocabulary in which "<|endoftext|>" inside a text is only those characters.
+        """A second view of the same vocabulary, in which a control token spelled inside a text is only its characters.
 
         Made when it is needed: a vocabulary of 262,144 tokens takes seconds.
         """
         literal = _Tokenizer.from_str(self.backend.to_str())
+        added = literal.get_added_tokens_decoder()
+        controls = [token for i, token in added.items() if i in self.control_ids and not token.special]
+        for token in controls:
+            token.special = True
+        literal.add_special_tokens(controls)  # which are there already: only their being special is new
         literal.encode_special_tokens = True
         return literal
+
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are found in a text before it is tokenized."""
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that mean something besides their characters, which text from elsewhere must not form.
+
+        Special tokens, those that `tokenizer_config.json` names, those that begin and end turns and texts, and the added tokens
+        that the chat template spells or that are spelled as control tokens are: <|user|>, <tool_call>, [INST]. Such a token is
+        one too where the template spells it and it is an entry of the vocabulary.
+        """
+        template = self.config.get("chat_template")
+        spelled = template[:_SEARCHED] if isinstance(template, str) else ""
+        added = self.backend.get_added_tokens_decoder()
+        named = (self.backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *_named(self.config)))
+        controls = {i for i, token in added.items() if token.special or _controls(token.content, spelled)}
+        bytes_ = {i for i in controls if _BYTE.fullmatch(added[i].content)}  # parts of characters, in any text
+        whole = (self.encode_rendered(each) for each in set(_MARKER.findall(spelled)))
+        markers = {ids[0] for ids in whole if len(ids) == 1}
+        return frozenset((controls - bytes_) | self.lengthy(i for i in markers.union(named) if i is not None))
+
+    def lengthy(self, ids: Iterable[int]) -> frozenset[int]:
+        """Returns those ids that can be control tokens: neither white space nor a single character, which any text has."""
+        return frozenset(i for i in ids if len(self.text_of(i).strip()) > 1)
+
+    @cached_property
+    def unknown_ids(self) -> frozenset[int]:
+        """Control ids that any text may come to: that of the unknown token, unless it also means something else."""
+        stated = getattr(self.backend.model, "unk_token", None)  # which a Unigram model does not state
+        found = {self.backend.token_to_id(stated)} if isinstance(stated, str) else set()
+        found.update(_asked(self._literal.encode, _UNKNOWN, add_special_tokens=False).ids)
+        unknown = self.control_ids & found
+        ends = {name: self.config.get(name) for name in ("bos_token", "eos_token")}
+        return frozenset(unknown - {self.backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *_named(ends))})
+
+    @cached_property
+    def _forbidden(self) -> frozenset[int]:
+        return self.control_ids - self.unknown_ids
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -94,31 +152,49 @@ class Tokenizer:
         """Number of ids, special tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    @cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The tokens that mean something besides their characters, as they are spelt."""
-        return tuple(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
-
     def token_id(self, token: str) -> int | None:
         """Returns the id of a token spelt exactly so, None when there is none."""
         return self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelt."""
-        return _asked(self.backend.encode, text).ids
+        """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelled."""
+        ids: list[int] = _encoded(self.backend, text, add_special_tokens=True).ids
+        return ids
 
-    def encode_literal(self, text: str) -> list[int]:
-        """Returns the ids of a text as it stands: nothing put before it, no special token read out of it."""
-        return _asked(self._literal.encode, text, add_special_tokens=False).ids
+    def encode_literal(self, text: str, besides: frozenset[int] = frozenset()) -> list[int]:
+        """Returns the ids of a text as it stands: nothing put before it, and no control token, however it is spelled.
+
+        A control token that the vocabulary forms from plain characters is avoided by cutting the text within it.
+
+        Args:
+            text: The text.
+            besides: Control tokens besides `control_ids`.
+        """
+        ids: list[int] = _encoded(self._literal, text).ids
+        forbidden = self._forbidden | besides if besides else self._forbidden
+        if forbidden.isdisjoint(ids):
+            return ids
+        if len(text) <= 1:
+            return [token for token in ids if token not in forbidden]
+        middle = len(text) // 2
+        return self.encode_literal(text[:middle], besides) + self.encode_literal(text[middle:], besides)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Returns the ids of a rendered chat template: special tokens where they are spelt, and nothing put before it."""
-        return _asked(self.backend.encode, text, add_special_tokens=False).ids
+        """Returns the ids of a rendered chat template: special tokens where they are spelled, and nothing put before it."""
+        ids: list[int] = _encoded(self.backend, text).ids
+        return ids
+
+    def encode_with_places(self, text: str) -> Encoding:
+        """Returns what `encode_rendered` does, with the characters for which each token stands (`ids`, `token_to_chars`)."""
+        return _encoded(self.backend, text)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""
         encodings = _asked(self._literal.encode_batch_fast, list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [
+            encoding.ids if self._forbidden.isdisjoint(encoding.ids) else self.encode_literal(text)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of the ids, special tokens left out."""
@@ -169,6 +245,18 @@ class TextStream:
         return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._held)
 
 
+def _encoded(backend: _Tokenizer, text: str, add_special_tokens: bool = False) -> Encoding:
+    """Encodes a text; a long one so that other threads of Python run meanwhile, as an event loop."""
+    if len(text) < _LONG:
+        return _asked(backend.encode, text, add_special_tokens=add_special_tokens)
+    return _asked(partial(_only, backend), text, add_special_tokens=add_special_tokens)
+
+
+def _only(backend: _Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
+    # Unlike `encode`, the library's `encode_batch` lets go of Python's lock.
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
 def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """Calls the library, which panics over some files and calls a text no text over others.
 
@@ -185,6 +273,25 @@ def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
         if type(error).__name__ == "PanicException":  # of no module that could be imported
             raise SlmError(f"the tokenizer failed: {error}", "its tokenizer.json is damaged") from None
         raise
+
+
+def _named(config: dict[str, Any]) -> set[str]:
+    """Returns the special tokens that a `tokenizer_config.json` names, plainly or in objects, by whatever key."""
+    values = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        several = config.get(key)
+        values += several.values() if isinstance(several, dict) else several if isinstance(several, list) else []
+    added = config.get("added_tokens_decoder")
+    if isinstance(added, dict):
+        values += [token for token in added.values() if isinstance(token, dict) and token.get("special") is True]
+    spelled = (value.get("content") if isinstance(value, dict) else value for value in values)
+    return {each for each in spelled if isinstance(each, str)}
+
+
+def _controls(token: str, template: str) -> bool:
+    """Says whether an added token that is not called special is a control token; Gemma has thousands that are not, as <b>."""
+    token = token.strip()
+    return len(token) > 1 and (token in template or _CONTROL.fullmatch(token) is not None)
 
 
 def _one_template(config: dict[str, Any]) -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Rows as token ids, divided into the parts that are only read and the parts that are learned.
 
 What the tokenizer puts before a prompt begins every row, so that the model sees the same ids here as when it answers.
-What the user wrote is encoded literally: "<end_of_turn>" typed in a row is only characters, and real turns come from
-the template alone.
+What a row says is encoded literally: "<end_of_turn>" typed in a row is only characters, and turns come from the template
+alone.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from slm.core.chat import Dialogue, dialogues
 from slm.core.config import ModelConfig
@@ -98,6 +99,8 @@ class Renderer:
         self.end_of_text: int = end
         self._ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
 
+        self._besides = tokenizer.lengthy(self._ends) - tokenizer.control_ids
+
     def turn_token_ids(self) -> list[int]:
         """Returns the ids of the tokens that begin and end a turn, those that the tokenizer has."""
         ids = (self.tokenizer.token_id(token) for token in TURN_TOKENS)
@@ -143,7 +146,7 @@ class Renderer:
         return Examples(tuple(kept), truncated, skipped)
 
     def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
-        literal = self.tokenizer.encode_literal
+        literal = partial(self.tokenizer.encode_literal, besides=self._besides)
         conversations = [row.messages for row in rows if isinstance(row, ChatRow)]
         in_turns = dialogues(self.tokenizer, conversations, self._ends)
         for row in rows:

@@ -122,7 +122,7 @@ class Chat:
         room = min(max_new_tokens, context // _LEAST_ROOM)
         first = 1 if self.system else 0
         while True:
-            ids = chat_ids(self._model.tokenizer, self.messages)
+            ids = chat_ids(self._model.tokenizer, self.messages, self._model.stop_token_ids)
             if len(ids) + room <= context or len(self.messages) <= first + 2:
                 return ids
             del self.messages[first : first + 2]

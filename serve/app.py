@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,7 +13,7 @@ from fastapi.responses import JSONResponse
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
-from slm.serve.answers import adapter_of, answer, aside, prompts_of
+from slm.serve.answers import adapter_of, answer, prompts_of
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
 from slm.serve.replies import Card, Cards, ChatCompletion, Status, TextCompletion, answered_or_refused, refused
@@ -22,13 +24,21 @@ from slm.version import __version__
 from slm.web.mount import mount
 from slm.web.site import Site, server_site
 
+# Chats that are rendered and tokenized at a time; more wait.
+_CHATS = 8
+
 
 def make_app(service: Service) -> FastAPI:
     """Returns the application; stopping it stops the engine."""
 
+    # A model's own chat template may take seconds: beside the event loop, and not in the threads that other requests need.
+    chats = ThreadPoolExecutor(_CHATS, "slm-chat")
+    service.model.tokenizer.encode_literal("")  # which takes seconds the first time, with a large vocabulary
+
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
+        chats.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(service.engine.close, service.grace_s)
 
     app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
@@ -66,9 +76,9 @@ def make_app(service: Service) -> FastAPI:
             Message(role="system" if each.role == "developer" else each.role, content=each.text)
             for each in request.messages
         ]
+        tokenize = partial(chat_ids, service.model.tokenizer, messages, service.model.stop_token_ids)
         try:
-            size = sum(len(message["content"]) for message in messages)
-            ids = await aside(size, lambda: chat_ids(service.model.tokenizer, messages))
+            ids = await asyncio.get_running_loop().run_in_executor(chats, tokenize)
         except SlmError as error:
             raise Refused(400, said(error), param="messages") from None
         top = (request.top_logprobs or 0) if request.logprobs else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm.core.errors import SlmError
+from slm.core.figures import new_figure
 from slm.core.files import atomic_file, check_readable, read_text, write_text
 
 if TYPE_CHECKING:
@@ -89,9 +90,7 @@ class Metrics:
         """Draws the losses of training and validation over the tokens seen."""
         if not self._write:
             return
-        from matplotlib.figure import Figure  # not pyplot: no global state, no window system
-
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure(8, 5)
         axes = figure.subplots()
         curves: tuple[tuple[Kind, str, str], ...] = (("train", "training", "-"), ("eval", "validation", "o-"))
         for kind, label, style in curves:

@@ -7,7 +7,6 @@ an archive without what it depends on and runs no scripts; whatever registry and
 import base64
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file, read_text, sha256_file
 
@@ -105,12 +105,13 @@ def _there(name: str) -> bool:
 def _pack(name: str, package: Package, directory: Path) -> Path:
     """Returns a package's archive, which is the one that was pinned."""
     wanted = f"{name}@{package.version}"
-    npm = shutil.which("npm")
+    npm = child.program("npm")
     if npm is None:
         raise SlmError(f"no npm to fetch {wanted} with", "install Node.js; only who builds the page needs it")
     command = [npm, "pack", wanted, "--ignore-scripts", "--loglevel=error", "--pack-destination", str(directory)]
     try:
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=_SECONDS)
+        (directory / "package.json").write_text("{}", encoding="utf-8")  # npm looks for its settings no further up
+        done = child.run_program(command, directory=directory, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         raise SlmError(f"npm could not fetch {wanted} in {_SECONDS} s", "check the network") from None
     archives = list(directory.glob("*.tgz"))

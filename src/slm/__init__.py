@@ -3,6 +3,15 @@
 The public API is loaded on first use, so that `import slm` stays quick and needs neither torch nor onnx.
 """
 
+import sys
+
+if (
+    sys.argv[:1] == ["-m"] and not sys.flags.safe_path
+):  # which holds only while Python looks for the module of `python -m`
+    from slm.isolation import leave_working_directory
+
+    leave_working_directory()
+
 from typing import TYPE_CHECKING, Any
 
 from slm.version import __version__

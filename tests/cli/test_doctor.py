@@ -167,7 +167,7 @@ FELL_BACK = f'{{"available": ["{CUDA}", "{CPU}"], "loaded": ["{CPU}"]}}\n'
     ],
 )
 def test_the_reason_is_found_in_what_onnxruntime_says(monkeypatch: pytest.MonkeyPatch, done: _Done, error: str) -> None:
-    monkeypatch.setattr(probes.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(probes.child, "run", lambda *_, **__: done)
     assert probes.open_with(CUDA)[1] == Provider(False, error)
 
 

@@ -1,6 +1,6 @@
 """Tokenizing on several cores: processes that read text and write ids through pipes, in the order of the text.
 
-A worker is `python -m slm.train.data.workers TOKENIZER`. It ends when its input does, so that none outlives the command,
+A worker runs `work`, below. It ends when its input does, so that none outlives the command,
 however that ends. Both directions carry the same frames: the number of parts, the length of each, the parts.
 """
 
@@ -19,6 +19,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
 from slm.train.data.encoder import Encoder, cuts_at_spaces, end_of_text, pieces
@@ -118,16 +119,15 @@ class _Pool:
         self._threads = ThreadPoolExecutor(workers)
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._processes: list[subprocess.Popen[bytes]] = []
-        # -P: a directory called slm where the command runs is not the package.
-        command = [sys.executable, "-P", "-m", "slm.train.data.workers", str(file.resolve())]
         one_core = {name: "1" for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         try:
             for _ in range(workers):
-                process = subprocess.Popen(
-                    command,
+                process = child.popen(
+                    "from slm.train.data.workers import work; work()",
+                    str(file.resolve()),
+                    variables=one_core | {"TOKENIZERS_PARALLELISM": "false"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    env=os.environ | one_core | {"TOKENIZERS_PARALLELISM": "false"},
                     pipesize=_PIPE_BYTES,
                     start_new_session=True,  # Ctrl-C is for the command, which ends its workers
                 )
@@ -204,15 +204,12 @@ def _receive(stream: IO[bytes]) -> list[bytes] | None:
     return [data[start:end] for start, end in pairwise(ends)]
 
 
-def _work(tokenizer: Path) -> None:
-    encoder = Encoder(Tokenizer.load(tokenizer))
+def work() -> None:
+    """Is a worker: encodes with the tokenizer that its argument names until its input ends."""
+    encoder = Encoder(Tokenizer.load(Path(sys.argv[1])))
     while (texts := _receive(sys.stdin.buffer)) is not None:
         try:
             _send(sys.stdout.buffer, encoder.encode([text.decode() for text in texts]))
         except BrokenPipeError:  # the command is gone
             break
     os._exit(0)  # without flushing into a closed pipe
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]))

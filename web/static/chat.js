@@ -6,28 +6,30 @@ const END = "<end_of_turn>";
 // Of the context, what is kept free for the answer when more is allowed than that.
 const LEAST_ROOM = 4;
 
-// The ids that ask for the next answer. messages: [{role: "system" | "user" | "assistant", content}].
-export function chatIds(text, messages) {
+// The ids that ask for the next answer. messages: [{role: "system" | "user" | "assistant", content}]. stops: ids of the model's stop
+// tokens, which a message must not form either.
+export function chatIds(text, messages, stops = []) {
+  const besides = text.lengthy(stops);
   const [start, end] = [text.id(START), text.id(END)];
   const ids = [...text.encode("")];
   const line = text.encodeLiteral("\n");
   const model = text.encodeLiteral("model\n");
   for (const { role, content } of messages) {
     const said = content.trim();
-    if (role === "assistant") ids.push(start, ...model, ...text.encodeLiteral(said), end, ...line);
-    else ids.push(start, ...text.encodeLiteral(`${role}\n${said}`), end, ...line);
+    if (role === "assistant") ids.push(start, ...model, ...text.encodeLiteral(said, besides), end, ...line);
+    else ids.push(start, ...text.encodeLiteral(`${role}\n${said}`, besides), end, ...line);
   }
   return [...ids, start, ...model];
 }
 
 // The same of as much of a conversation as leaves room for an answer: the oldest exchanges are forgotten.
-export function fittingIds(text, messages, context, newTokens) {
+export function fittingIds(text, messages, context, newTokens, stops = []) {
   const room = Math.min(newTokens, Math.floor(context / LEAST_ROOM));
   const first = messages[0]?.role === "system" ? 1 : 0;
   let kept = messages;
   let forgotten = 0;
   for (;;) {
-    const ids = chatIds(text, kept);
+    const ids = chatIds(text, kept, stops);
     if (ids.length + room <= context || kept.length <= first + 2) return { ids, forgotten };
     kept = [...kept.slice(0, first), ...kept.slice(first + 2)];
     forgotten += 1;

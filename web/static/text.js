@@ -1,6 +1,13 @@
 // Text to token ids and back, and text as it streams; the same as slm.core.tokenizer.
 import { ByteFallbackDecoder, Tokenizer } from "./vendor/tokenizers.min.mjs";
 
+// Tokens that slm's own models have besides those that tokenizer_config.json names.
+const SPECIAL_TOKENS = ["<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<pad>"];
+const CONTROL = /^(?:[<[][|｜][^]*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[\/?[A-Z_]+\])$/;
+const MARKER = /[<[](?=[^<>[\]]{0,64}[A-Za-z])[^\s<>[\]{}'"]{1,64}[>\]]/g;
+const BYTE = /^<0x[0-9A-Fa-f]{2}>$/;
+const UNKNOWN = "\u{10fffd}"; // a character that vocabularies do not have
+
 const REPLACEMENT = "\ufffd"; // stands in a text for bytes that are no character
 
 // Bytes in a row that are no whole characters are one REPLACEMENT each, as the Rust library has it; this one would show what it can.
@@ -33,15 +40,16 @@ export class Text {
   #config;
   #tokenizer;
   #literal = null;
-  #special;
+  #controls; // ids that mean something besides their characters: Tokenizer.control_ids in Python
+  #forbidden = null; // those that no text may come to
 
   // json: the contents of tokenizer.json; config: those of tokenizer_config.json.
   constructor(json, config) {
     this.#json = json;
     this.#config = config;
     this.#tokenizer = new Tokenizer(json, config);
-    this.#special = json.added_tokens.filter((token) => token.special);
-    this.specialIds = new Set(this.#special.map((token) => token.id));
+    this.specialIds = new Set(json.added_tokens.filter((token) => token.special).map((token) => token.id));
+    this.#controls = this.#controlIds();
   }
 
   // The ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelt.
@@ -49,9 +57,14 @@ export class Text {
     return this.#tokenizer.encode(text).ids;
   }
 
-  // The ids of a text as it stands: nothing put before it, no special token read out of it.
-  encodeLiteral(text) {
-    return this.#literally(text).encode(text, { add_special_tokens: false }).ids;
+  // The ids of a text as it stands: nothing put before it, and no control token, however it is spelled.
+  // besides: ids of further control tokens.
+  encodeLiteral(text, besides = new Set()) {
+    const plain = this.#plain(text);
+    if (!plain.some((id) => this.#controls.has(id) || besides.has(id))) return plain;
+    this.#literal ??= this.#withoutControls();
+    this.#forbidden ??= this.#forbiddenIds();
+    return this.#avoiding(text, besides);
   }
 
   id(token) {
@@ -62,16 +75,63 @@ export class Text {
     return ids.length === 0 ? "" : this.#tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
   }
 
-  // The tokenizer, or where a text spells a special token another of the same vocabulary that knows none.
-  #literally(text) {
-    if (!this.#special.some((token) => text.includes(token.content))) return this.#tokenizer;
-    const added_tokens = this.#json.added_tokens.filter((token) => !token.special);
-    this.#literal ??= new Tokenizer({ ...this.#json, added_tokens, post_processor: null }, this.#config);
-    return this.#literal;
+  // Those of some ids that can be control tokens: neither white space nor a single character, which any text has.
+  lengthy(ids) {
+    return new Set([...ids].filter((id) => this.#spelled(id).trim().length > 1));
+  }
+
+  #spelled(id) {
+    return this.#tokenizer.decode([id, id], { skip_special_tokens: false, clean_up_tokenization_spaces: false }).slice(
+      this.#tokenizer.decode([id], { skip_special_tokens: false, clean_up_tokenization_spaces: false }).length,
+    );
+  }
+
+  #plain(text) {
+    return this.#tokenizer.encode(text, { add_special_tokens: false }).ids;
+  }
+
+  // Cuts a text within a control token that the vocabulary forms from plain characters.
+  #avoiding(text, besides) {
+    const ids = this.#literal.encode(text, { add_special_tokens: false }).ids;
+    const avoided = (id) => this.#forbidden.has(id) || besides.has(id);
+    if (!ids.some(avoided)) return ids;
+    const characters = Array.from(text);
+    if (characters.length <= 1) return ids.filter((id) => !avoided(id));
+    const middle = characters.length >> 1;
+    return [characters.slice(0, middle), characters.slice(middle)].flatMap((half) => this.#avoiding(half.join(""), besides));
+  }
+
+  #withoutControls() {
+    const added_tokens = this.#json.added_tokens.filter((token) => !this.#controls.has(token.id));
+    return new Tokenizer({ ...this.#json, added_tokens, post_processor: null }, this.#config);
+  }
+
+  #controlIds() {
+    const template = typeof this.#config.chat_template === "string" ? this.#config.chat_template : "";
+    const isControl = (token) => token.trim().length > 1 && (template.includes(token.trim()) || CONTROL.test(token.trim()));
+    const controls = this.#json.added_tokens.filter((token) => (token.special || isControl(token.content)) && !BYTE.test(token.content));
+    const markers = [...new Set(template.match(MARKER))].map((each) => this.#plain(each)).filter((ids) => ids.length === 1);
+    const tokens = [...SPECIAL_TOKENS, ...named(this.#config)].map((token) => this.id(token)).filter((id) => id != null);
+    return new Set([...controls.map((token) => token.id), ...this.lengthy([...markers.flat(), ...tokens])]);
+  }
+
+  #forbiddenIds() {
+    const { bos_token, eos_token } = this.#config;
+    const meant = new Set([...SPECIAL_TOKENS, ...named({ bos_token, eos_token })].map((token) => this.id(token)));
+    const unknown = new Set(this.#literal.encode(UNKNOWN, { add_special_tokens: false }).ids);
+    if (typeof this.#json.model.unk_token === "string") unknown.add(this.id(this.#json.model.unk_token));
+    return new Set([...this.#controls].filter((id) => !unknown.has(id) || meant.has(id)));
   }
 }
 
-// The text of tokens as they come, never half a character. The pieces make up what `decode` returns for all of them.
+// The special tokens that a tokenizer_config.json names, plainly or in objects.
+function named(config) {
+  const values = Object.entries(config).filter(([key]) => key.endsWith("_token")).map(([, value]) => value);
+  for (const key of ["additional_special_tokens", "extra_special_tokens"]) values.push(...Object.values(config[key] ?? {}));
+  values.push(...Object.values(config.added_tokens_decoder ?? {}).filter((token) => token?.special === true));
+  return values.map((value) => (typeof value === "string" ? value : value?.content)).filter((each) => typeof each === "string");
+}
+
 export class TextStream {
   #text;
   #before = []; // the tokens of the last piece: decoders join and strip at the beginning of a text

@@ -79,7 +79,7 @@ async function answer({ ask, options, id }) {
     return figures(await generate(decoder, text, text.encode(ask.prompt), options, { stops, ...control }));
   }
   if (!site.model.chat) throw new Problem("this model cannot be talked with", "let it go on with a text");
-  const { ids, forgotten } = fittingIds(text, ask.messages, decoder.context, options.newTokens);
+  const { ids, forgotten } = fittingIds(text, ask.messages, decoder.context, options.newTokens, stops);
   const ends = new Set([...stops, endOfTurn(text)]);
   return { ...figures(await generate(decoder, text, ids, options, { stops: ends, resume: true, ...control })), forgotten };
 }

@@ -59,7 +59,7 @@ def chat(path: Path, about: dict[str, str]) -> None:
     said: Any = [{"role": "user", "content": "<end_of_turn> hi"}, {"role": "assistant", "content": "ho"}]
     chat_ids(tokenizer, said[:1])
     list(dialogues(tokenizer, [said], {0, 2}))
-    tokenizer.encode("One day"), tokenizer.special_tokens, tokenizer.sha256
+    tokenizer.encode("One day"), tokenizer.control_ids, tokenizer.sha256
 
 
 def peft(path: Path, about: dict[str, str]) -> None:

@@ -1,0 +1,145 @@
+"""The process that renders chat templates for `slm.core.template`, within limits that the system enforces.
+
+Its standard input and output are one socket. A request holds a template and conversations; each conversation is answered by
+itself. The process ends when its input does, so that it does not outlive the command, however that ends.
+"""
+
+import json
+import os
+import resource
+import signal
+import struct
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+from slm.core.machine import peak_rss_mib
+
+# Processor time of one rendering.
+MAX_SECONDS = 4
+# Address space of the process, of which Python and Jinja take a tenth.
+MAX_BYTES = 512 << 20
+# Of a rendered text; a conversation that long fits into no context.
+MAX_TEXT_CHARACTERS = 4 << 20
+# Of the message with which a template refuses a conversation.
+_MAX_REASON = 200
+# Compiled templates that are kept; a process serves one model, or a few.
+_COMPILED = 8
+# Resident memory after which the process is replaced: it keeps what a large rendering took.
+_LARGE_MIB = 192
+_LENGTH = struct.Struct("<Q")
+
+
+class _Refused(Exception):
+    """A template's refusal of a conversation."""
+
+
+def work() -> None:
+    """Is that process: renders until its input ends."""
+    for what, limit in ((resource.RLIMIT_AS, MAX_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        try:
+            resource.setrlimit(what, (limit, limit))
+        except (ValueError, OSError):  # macOS has no limit of address space
+            continue
+    # The timer's signal ends the process by default, whatever Python is busy with; a parent may have had it ignored.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+    import jinja2.sandbox  # noqa: F401  # before the first request, whose time it would take
+
+    _send({})
+    while (request := _receive()) is not None:
+        for messages, begins in request["conversations"]:
+            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+            answer = _answer(request["template"], messages, begins, request["tokens"])
+            _send(answer | {"large": peak_rss_mib() > _LARGE_MIB})
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    os._exit(0)
+
+
+def _answer(
+    template: str, messages: Sequence[Mapping[str, Any]], begins: bool, tokens: Mapping[str, Any]
+) -> dict[str, str]:
+    try:
+        return {"text": _rendered(_compiled(template), messages, begins, tokens)}
+    except Exception as error:  # a template can provoke any
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return {"reason": reason[:_MAX_REASON]}
+
+
+def _rendered(template: Any, messages: Sequence[Mapping[str, Any]], begins: bool, tokens: Mapping[str, Any]) -> str:
+    text: str = template.render(messages=messages, add_generation_prompt=begins, tools=None, documents=None, **tokens)
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise _Refused(f"its text has more than {MAX_TEXT_CHARACTERS:,} characters")
+    return text
+
+
+@lru_cache(_COMPILED)
+def _compiled(template: str) -> Any:
+    """Compiles a template in the environment in which transformers renders it."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the model says, for transformers' masks; the text within it stays as it is."""
+
+        tags = {"generation"}  # noqa: RUF012  # as Jinja's own extensions have it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+
+        def _same(self, caller: Any) -> str:
+            text: str = caller()
+            return text
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+    }
+    return environment.from_string(template)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise _Refused(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Writes JSON as transformers' templates have it, where Jinja would escape HTML's special characters."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _send(message: Mapping[str, Any]) -> None:
+    content = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    left = memoryview(_LENGTH.pack(len(content)) + content)
+    while left:
+        left = left[os.write(1, left) :]
+
+
+def _receive() -> Any:
+    head = _exactly(_LENGTH.size)
+    content = None if head is None else _exactly(_LENGTH.unpack(head)[0])
+    return None if content is None else json.loads(content)
+
+
+def _exactly(count: int) -> bytes | None:
+    found = bytearray()
+    while len(found) < count:
+        part = os.read(0, min(count - len(found), 1 << 20))
+        if not part:
+            return None
+        found += part
+    return bytes(found)

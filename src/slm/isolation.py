@@ -1,0 +1,29 @@
+"""What keeps `python -m slm` from importing what lies in the directory where it is run.
+
+Only modules that Python has loaded by itself are imported here: any other would be looked for in that directory first.
+"""
+
+import os
+import sys
+
+
+def leave_working_directory() -> None:
+    """Takes the working directory off the module path, where `python -m slm` put it; `slm` has it not there.
+
+    Does nothing when another module is run, or when the package itself lies in that directory.
+    """
+    if not _runs_slm(sys.orig_argv) or not sys.path:
+        return
+    home = __file__.rsplit(os.sep, 2)[0]
+    if os.path.realpath(sys.path[0]) == os.path.realpath(os.curdir) != os.path.realpath(home):
+        del sys.path[0]
+
+
+def _runs_slm(command: list[str]) -> bool:
+    """Says whether a command line of Python, such as `python -u -m slm chat`, runs this package or a module in it."""
+    for place, argument in enumerate(command[1:], 1):
+        option, m, rest = argument.partition("m")
+        if m and option.startswith("-") and not option.startswith("--"):
+            module = rest or "".join(command[place + 1 : place + 2])
+            return module.partition(".")[0] == "slm"
+    return False
