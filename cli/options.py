@@ -69,7 +69,7 @@ def _refuse_run(path: Path, checkpoints: bool, bundles: bool) -> None:
         )
 
 
-class HostName(click.ParamType):
+class HostName(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A name in a Host header, without a port."""
 
     name = "host"

@@ -41,7 +41,7 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-class _Origin(click.ParamType):
+class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     name = "origin"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -187,7 +187,7 @@ def _api_keys(file: Path | None) -> list[str]:
     """Returns the API keys; none where neither a file nor the environment names any.
 
     Raises:
-        SlmError: When a file or the variable is there but holds no key: a server that was to ask for one does not start without.
+        SlmError: When the file or the variable is there but holds no key, so that a typing error makes no open server.
     """
     if file is not None:
         given, where = read_text(file, "API keys").removeprefix("\ufeff").split("\n"), str(file)

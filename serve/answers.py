@@ -83,7 +83,7 @@ async def answer(
     texts = await _texts(service, request, prompts, new_tokens, logprobs)
     head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": request.model}
     asked = _submit(service, prompts, texts)
-    record_answers(connection.scope, head["model"], prompts, asked.tickets, asked.ended)
+    record_answers(connection.scope, request.model, prompts, asked.tickets, asked.ended)
     if request.stream:
         options = request.stream_options
         events = _stream(service, asked, shape, head, options is not None and options.include_usage)

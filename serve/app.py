@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
-from slm.serve.answers import adapter_of, answer, aside, prompts_of
 from slm.serve.access import Access
+from slm.serve.answers import adapter_of, answer, aside, prompts_of
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
 from slm.serve.replies import Card, Cards, ChatCompletion, Status, TextCompletion, answered_or_refused, refused

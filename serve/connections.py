@@ -43,16 +43,21 @@ class Connections:
         room = min(_ENOUGH, free_files() - _RESERVED)
         self.most = max(_FEWEST, room if most is None else most)
         self.headers_s = headers_s
-        self._open: dict[Connection, None] = {}  # the oldest first
+        self._open: dict[Connection, None] = {}
 
     def add(self, connection: "Connection") -> bool:
-        """Takes in a connection, in the place of an idle one where there are as many as may be. Returns whether it has a place."""
+        """Takes a connection in, if need be in place of the one that has been idle longest.
+
+        Where none is idle, one whose request has not come completely makes room.
+
+        Returns:
+            Whether it has a place.
+        """
         if len(self._open) >= self.most:
-            rank = {True: 0, False: 1}
-            idle = [each for each in self._open if each.idle or each.unfinished]
-            if not idle:
+            waiting = [each for each in self._open if each.idle or each.unfinished]
+            if not waiting:
                 return False
-            min(idle, key=lambda each: (rank[each.idle], each.since)).abort()
+            min(waiting, key=lambda each: (not each.idle, each.since)).abort()
         self._open[connection] = None
         return True
 
