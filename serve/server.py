@@ -44,10 +44,15 @@ class Server(uvicorn.Server):
         stopped_by: The signal that stopped it.
     """
 
-    def __init__(self, service: Service, on_start: Callable[[], None] = lambda: None) -> None:
-        """Takes what is served, and what to call once connections are accepted."""
+    def __init__(
+        self,
+        service: Service,
+        on_start: Callable[[], None] = lambda: None,
+        connections: Connections | None = None,
+    ) -> None:
+        """Takes what is served, what to call once connections are accepted, and limits other than the default ones."""
         self._service, self._on_start = service, on_start
-        self._connections = Connections()
+        self._connections = Connections() if connections is None else connections
         self.stopped_by: int | None = None
         super().__init__(
             uvicorn.Config(
