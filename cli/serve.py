@@ -159,13 +159,14 @@ def serve(
         step_timeout_s=step_timeout or min(_STEP_S * max(1.0, prefill_tokens / _PIECE), max(1.0, timeout)),
     )
     limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_tokens, seconds=timeout)
-    allowed = hosts_of(host, hosts, keys=bool(keys))
+    address = listening.getsockname()[0]
+    allowed = hosts_of(address, hosts, keys=bool(keys), host=host)
     service = Service(
         loaded, name or path.resolve().name, engine, known, limits, keys, grace, hosts=allowed, origins=origins
     )
     log.configure()
     say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
-    for warning in _warnings(host, keys, origins):
+    for warning in _warnings(address, keys, origins):
         say(f"warning: {warning}")
     _run(service, listening)
 
@@ -206,10 +207,10 @@ def _api_keys(file: Path | None) -> list[str]:
     return keys
 
 
-def _warnings(host: str, keys: Sequence[str], origins: Sequence[str]) -> list[str]:
+def _warnings(address: str, keys: Sequence[str], origins: Sequence[str]) -> list[str]:
     """Returns what is unsafe about how the server is started."""
     found = []
-    if not keys and not is_loopback(host):
+    if not keys and not is_loopback(address):
         found.append("everybody who reaches this address may ask; --api-key-file keeps others out")
     if not keys and "*" in origins:
         found.append("every page that is opened in a browser on this machine may ask; name origins, or use keys")

@@ -10,7 +10,6 @@ from slm.cli.generate import default_model
 from slm.cli.options import Artifact, HostName, json_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.web.hosts import hosts_of, is_loopback
 
 
 @click.command()
@@ -50,7 +49,7 @@ def web(
             print_json({"out": str(out)} | found)
         return
     try:
-        server = SiteServer(site, host, port, hosts_of(host, hosts, keys=False))
+        server = SiteServer(site, host, port, hosts)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise SlmError(f"cannot listen on {host}:{port} ({reason})", "another --port, or another --host") from None
@@ -58,7 +57,7 @@ def web(
         if as_json:
             print_json({"url": server.url} | found)
             sys.stdout.flush()
-        if not is_loopback(host):
+        if not server.local:
             say("note: browsers give pages of other machines threads and a store over https alone")
         say(f"{path}: {site.size / 1e6:.1f} MB on {server.url} until Ctrl-C")
         try:

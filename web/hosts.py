@@ -21,13 +21,13 @@ def name_of(host: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach a server that listens on an address."""
-    if address.lower() == "localhost":
-        return True
+    """Whether only this machine can reach a server that listens on an IP address."""
     try:
-        return ipaddress.ip_address(address).is_loopback
+        found = ipaddress.ip_address(address)
     except ValueError:
         return False
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,20 @@ class Hosts:
         return name in self.names or (self.any_address and _is_address(name))
 
 
-def hosts_of(address: str, allowed: Collection[str], *, keys: bool) -> Hosts | None:
+def hosts_of(address: str, allowed: Collection[str], *, keys: bool, host: str | None = None) -> Hosts | None:
     """Returns the Host names that a server answers to, or None for all.
 
     Args:
-        address: What it listens on.
+        address: The IP address that it listens on.
         allowed: Names that the user allows.
         keys: Whether it asks for a key, which a page of somebody else does not have.
+        host: What the user calls the address.
     """
     loopback = is_loopback(address)
     if not allowed and (keys or not loopback):
         return None
-    own = f"[{address}]" if ":" in address else address.lower()
-    return Hosts(LOCAL_NAMES | {own, *(name.lower() for name in allowed)}, any_address=not loopback)
+    own = (f"[{name}]" if ":" in name else name for name in (address, host or address))
+    return Hosts(LOCAL_NAMES | {name.lower() for name in (*own, *allowed)}, any_address=not loopback)
 
 
 def _is_address(name: str) -> bool:

@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from slm.core.machine import free_files
-from slm.web.hosts import Hosts
+from slm.web.hosts import hosts_of, is_loopback
 from slm.web.site import HEADERS, Site, content_type
 
 # How long a client may take to read a piece of what it is sent, and for the headers of a request, from when its connection
@@ -40,7 +41,7 @@ class SiteServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, site: Site, host: str, port: int, hosts: Hosts | None = None, headers_s: float = HEADERS_S
+        self, site: Site, host: str, port: int, hosts: Collection[str] = (), headers_s: float = HEADERS_S
     ) -> None:
         """Listens.
 
@@ -48,20 +49,27 @@ class SiteServer(ThreadingHTTPServer):
             site: Its files.
             host: Address to listen on.
             port: 0 takes a free one.
-            hosts: Host names that are answered; None for all.
+            hosts: Host names that are answered beside those of this machine. On an address that others can reach, without any,
+                all are.
             headers_s: How long the headers of a request may take, in seconds.
 
         Raises:
             OSError: When the address is taken or not this machine's.
         """
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.site, self.hosts = site, hosts
+        self.site = site
         self.tags = {name: f'"{entry.sha256[:32]}"' for name, entry in site.entries.items()}
         self.most = max(_FEWEST, min(_ENOUGH, free_files() - _RESERVED))
         self._headers_s = headers_s
         self._open: dict[socket.socket, _Connection] = {}
         self._lock = threading.Lock()
         super().__init__((host, port), _Handler)
+        self.hosts = hosts_of(str(self.server_address[0]), hosts, keys=False, host=host)
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return is_loopback(str(self.server_address[0]))
 
     @property
     def url(self) -> str:

@@ -114,8 +114,14 @@ def test_which_names_a_server_answers_to() -> None:
     assert named is not None
     accepted = ["slm.example:80", "10.0.0.7:8000", "[fd00::7]", "localhost"]  # probes ask by address
     assert all(map(named.accept, accepted)) and not named.accept("other.example")
-    bound = hosts_of("127.0.0.2", (), keys=False)
-    assert bound is not None and bound.accept("127.0.0.2:8000") and not bound.accept("127.0.0.3")
+    bound = hosts_of("127.0.0.2", (), keys=False, host="my-box")
+    assert (
+        bound is not None
+        and bound.accept("127.0.0.2:8000")
+        and bound.accept("My-Box:1")
+        and not bound.accept("127.0.0.3")
+    )
+    assert hosts_of("::ffff:127.0.0.1", (), keys=False) is not None
     six = hosts_of("::1", (), keys=False)
     assert six is not None and six.accept("[::1]:8000")
 

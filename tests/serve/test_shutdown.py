@@ -237,6 +237,29 @@ def test_a_request_that_waits_for_something_else_ends_too(serve: Callable[..., A
     assert response.status_code == 503 and "shutting down" in response.json()["error"]["message"]
 
 
+def test_a_stream_that_nobody_ends_is_ended(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should the engine not end its texts, the server ends their requests."""
+    running = serve(Limits(new_tokens=10_000), grace_s=0.3)
+    service, engine = running.service, running.service.engine
+    monkeypatch.setattr(service, "stop", lambda: setattr(service, "stopping", True))
+    step = engine._step
+
+    def slow(tickets: Any) -> None:
+        time.sleep(0.05)
+        step(tickets)
+
+    monkeypatch.setattr(engine, "_step", slow)
+    body = {"model": NAME, "prompt": "One", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(running.post, "/v1/completions", body)
+        time.sleep(0.5)
+        running.ask_to_stop()
+        response = asked.result(timeout=15)
+    *pieces, last = response.text.removesuffix("\n\n").split("\n\n")
+    assert response.status_code == 200 and len(pieces) > 3
+    assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
 def test_closed_standard_streams(shared_bundle: Bundle) -> None:
     """No socket and no file takes their place."""
     program = (
