@@ -64,6 +64,9 @@ def web(
             server.serve_forever()
         except KeyboardInterrupt:
             say("stopped")
+        except SystemExit as end:  # told to end by a signal, which the exit code names
+            say("stopped")
+            raise SystemExit(end.code) from None
 
 
 def _name(path: Path) -> str:

@@ -21,6 +21,7 @@ from slm.web.site import HEADERS, Site, content_type
 _TIMEOUT_S = 30
 HEADERS_S = 15.0
 _PIECE = 1 << 20
+_TRY_AGAIN_S = 0.05
 # Connections, each of which has a thread: enough for browsers, and files are kept for everything else.
 _ENOUGH = 256
 _FEWEST = 4
@@ -76,6 +77,14 @@ class SiteServer(ThreadingHTTPServer):
         """Where it is reached."""
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accepts a connection; waits a moment where that fails for want of files, so as not to try without end."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_TRY_AGAIN_S)
+            raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Takes a connection in, if need be in place of the one that has been idle longest."""
