@@ -236,7 +236,12 @@ def _run(service: "Service", listening: socket.socket) -> None:
         say(f"page: {page}/")
         say(f"listening on {page}/v1")
 
-    server = Server(service, say_where)
+    def say_what_is_left(requests: int) -> None:
+        if requests:
+            under_way = "1 request has" if requests == 1 else f"{requests} requests have"
+            say(f"stopping: {under_way} up to {service.grace_s:g} s; Ctrl-C again ends them at once")
+
+    server = Server(service, say_where, on_stop=say_what_is_left)
     server.run(sockets=[listening])
     if server.stopped_by is None:
         return

@@ -4,9 +4,10 @@ A URL is put together from the Host header and parsed again, by rules that the r
 every path into a query, and a check of the URL's path let the request through without a key.
 """
 
+import contextlib
 import hashlib
 import hmac
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from starlette.types import Scope
@@ -40,8 +41,8 @@ class Access:
             public: Paths that ask for no key. Every other path does, whether it exists or not.
         """
         # Clients send what is beyond ASCII in UTF-8 or, as old ones do, in Latin-1.
-        spelt = {key.encode(code, "ignore") for key in keys for code in ("utf-8", "latin-1") if _fits(key, code)}
-        self._keys = [hashlib.sha256(key).digest() for key in spelt]
+        spelt = {spelling for key in keys if key for spelling in _spellings(key)}
+        self._locked, self._keys = bool(keys), [hashlib.sha256(each).digest() for each in spelt]
         self._hosts, self._public = hosts, frozenset(public)
         self._origins = frozenset(origin.lower() for origin in origins)
 
@@ -50,7 +51,7 @@ class Access:
         headers: Headers = scope["headers"]
         if (wrong := self._wrong_host(headers)) is not None:
             return wrong
-        if not self._keys:
+        if not self._locked:
             return self._foreign(headers)
         if _public_path(scope) in self._public or self._has_key(headers):
             return None
@@ -174,9 +175,7 @@ def _only(headers: Headers, name: bytes) -> bytes | None:
     return found[0] if len(found) == 1 else None
 
 
-def _fits(text: str, code: str) -> bool:
-    try:
-        text.encode(code)
-    except UnicodeEncodeError:
-        return False
-    return True
+def _spellings(key: str) -> Iterator[bytes]:
+    for code in ("utf-8", "latin-1"):
+        with contextlib.suppress(UnicodeEncodeError):
+            yield key.encode(code)

@@ -75,6 +75,7 @@ class _Request:
                 await self._respond(sent(Refused(500, "something went wrong here", "server_error")))
         finally:
             self._service.requests.discard(task)
+            self._service.bodies_bytes -= self._size
             log.write(
                 request=self._name,
                 method=self._scope["method"][:20],
@@ -117,10 +118,14 @@ class _Request:
                 message = await self._receive()
         except TimeoutError:
             raise HTTPException(408, f"the body did not come within {limits.patience_s:g} seconds") from None
-        self._size += len(message.get("body", b""))
+        new = len(message.get("body", b""))
+        self._size += new
+        self._service.bodies_bytes += new
         self._complete = not message.get("more_body", False)
         if self._size > limits.body_bytes:
             raise HTTPException(413, f"the body may have {limits.body_bytes:,} bytes")
+        if self._service.bodies_bytes > limits.bodies_bytes:
+            raise HTTPException(503, "too many large requests are under way", {"Retry-After": "1"})
         return message
 
     async def _send_part(self, message: AsgiMessage) -> None:

@@ -49,10 +49,19 @@ class Server(uvicorn.Server):
         service: Service,
         on_start: Callable[[], None] = lambda: None,
         connections: Connections | None = None,
+        on_stop: Callable[[int], None] = lambda requests: None,
     ) -> None:
-        """Takes what is served, what to call once connections are accepted, and limits other than the default ones."""
-        self._service, self._on_start = service, on_start
+        """Prepares a server.
+
+        Args:
+            service: What is served.
+            on_start: Called once connections are accepted.
+            connections: Limits other than the default ones.
+            on_stop: Called when the server is stopped, with the number of requests under way.
+        """
+        self._service, self._on_start, self._on_stop = service, on_start, on_stop
         self._connections = Connections() if connections is None else connections
+        self._signals: int | None = None
         self.stopped_by: int | None = None
         super().__init__(
             uvicorn.Config(
@@ -70,6 +79,14 @@ class Server(uvicorn.Server):
             )
         )
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until a signal stops it, and all work that it began has ended."""
+        try:
+            super().run(sockets)
+        finally:
+            if self._signals is not None:
+                os.close(self._signals)  # which ends `_exit_in_time`
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to accept connections."""
         await super().startup(sockets)
@@ -81,6 +98,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops accepting, waits for answers under way, and ends those that take too long."""
         self._service.stop()
+        self._on_stop(len(self._service.requests))
         ending = asyncio.get_running_loop().call_later(self._service.grace_s + _END_S, self._service.end_requests)
         await super().shutdown(sockets)
         ending.cancel()
@@ -94,17 +112,17 @@ class Server(uvicorn.Server):
             return
         ours = [each for each in _SIGNALS if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN]
         before = {each: signal.signal(each, self.handle_exit) for each in ours}
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
+        reading, self._signals = os.pipe()
+        os.set_blocking(self._signals, False)
         # Written to by the interpreter's handler in C, even while Python code of the main thread does not come to run.
-        wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        wakeup = signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
         threading.Thread(target=_exit_in_time, args=(reading, ours, self._service.grace_s), daemon=True).start()
         try:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
             for each, handler in before.items():
-                signal.signal(each, handler)
+                signal.signal(each, signal.SIG_DFL if handler is None else handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stops the server at the first signal; `_exit_in_time` sees to the others."""
@@ -124,7 +142,7 @@ def _exit_in_time(reading: int, signals: Sequence[int], grace_s: float) -> None:
     """Waits for signals; ends the process at a second Ctrl-C, or some time after the grace period.
 
     Args:
-        reading: Where the numbers of signals come.
+        reading: Where the numbers of signals come. Once it is closed, nothing is left to end.
         signals: Those that stop the server.
         grace_s: How long answers may go on after the first, in seconds.
     """
@@ -136,7 +154,11 @@ def _exit_in_time(reading: int, signals: Sequence[int], grace_s: float) -> None:
             exit_now(first, b"stopped: the server did not end in time\n")
         if not select.select([reading], [], [], None if first is None else left)[0]:
             continue
-        for number in os.read(reading, 64):
+        numbers = os.read(reading, 64)
+        if not numbers:
+            os.close(reading)
+            return
+        for number in numbers:
             now = time.monotonic()
             if number not in signals:
                 continue

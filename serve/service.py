@@ -25,6 +25,7 @@ class Limits:
         new_tokens: Of each answer; also what it gets when it does not say.
         seconds: Until its answers are cut off.
         texts: Answers it may ask for at once.
+        bodies_bytes: Of the bodies of all requests under way.
         patience_s: How long a client may take to send its whole body, or to read a piece of what it is sent.
     """
 
@@ -33,6 +34,7 @@ class Limits:
     new_tokens: int = 1024
     seconds: float = 300.0
     texts: int = 16
+    bodies_bytes: int = 128 << 20
     patience_s: float = 60.0
 
 
@@ -52,6 +54,7 @@ class Service:
         hosts: Host names that are answered; None for all.
         origins: Of pages elsewhere that may ask; "*" for every one.
         requests: Tasks of the requests under way.
+        bodies_bytes: What the bodies of the requests under way take together.
         stopping: Whether the server is being stopped.
     """
 
@@ -66,6 +69,7 @@ class Service:
     hosts: Hosts | None = None
     origins: Collection[str] = ()
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    bodies_bytes: int = 0
     stopping: bool = False
 
     def __post_init__(self) -> None:

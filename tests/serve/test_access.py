@@ -84,6 +84,13 @@ def test_a_key_in_latin_1_is_the_same_key() -> None:
     assert access.refusal({"path": "/v1/models", "headers": [(b"authorization", b"Bearer k")]}) is not None
 
 
+@pytest.mark.parametrize("keys", [[""], ["\udc80"]])
+def test_keys_that_nobody_can_send_open_nothing(keys: list[str]) -> None:
+    access = Access(keys)
+    for header in ([], [(b"authorization", b"Bearer ")], [(b"authorization", b"Bearer")]):
+        assert access.refusal({"path": "/v1/models", "headers": header}) is not None
+
+
 def test_a_mounted_application_hides_no_path() -> None:
     access = Access([KEY], public=["/health"])
     for root, path, public in (

@@ -134,6 +134,24 @@ def test_a_whole_body_has_a_deadline(serve: Callable[..., Any]) -> None:
     assert time.monotonic() - began < 5  # closed as well, while the body still came
 
 
+def test_bodies_together_have_a_limit(serve: Callable[..., Any]) -> None:
+    running = serve(Limits(new_tokens=64, bodies_bytes=150_000, patience_s=20))
+    head = HALF_BODY.replace(b"length: 90", b"length: 100000")
+    first = connect(running, head + b" " * 90_000)
+    until = time.monotonic() + 10
+    while running.service.bodies_bytes < 90_000 and time.monotonic() < until:
+        time.sleep(0.01)
+    second = connect(running, head + b" " * 90_000)
+    received = second.recv(65536)
+    assert received.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1\r\n" in received.lower()
+    first.close()
+    second.close()
+    while running.service.bodies_bytes and time.monotonic() < until:
+        time.sleep(0.01)
+    assert running.service.bodies_bytes == 0
+    assert running.post("/v1/completions", {"model": NAME, "prompt": "One", "max_tokens": 1}).status_code == 200
+
+
 def test_what_is_no_http_is_answered_in_the_envelope(serve: Callable[..., Any]) -> None:
     running = serve()
     connection = connect(running, b"\x16\x03\x01 nonsense\r\n\r\n")

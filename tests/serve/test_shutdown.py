@@ -172,6 +172,7 @@ def test_answers_that_can_be_finished_are(start: Callable[..., Process]) -> None
         assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 60
         assert stream.result()[1].endswith(b"data: [DONE]\n\n")
     assert code == 128 + signal.SIGTERM and took < 15  # not the whole of the grace period
+    assert "\nstopping: 2 requests have up to 20 s; Ctrl-C again ends them at once\n" in server.said
 
 
 def cut_off(server: Process) -> None:
