@@ -1,5 +1,6 @@
 """Who may ask: keys, Host names and origins, whatever a request says of itself."""
 
+import asyncio
 import json
 import socket
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from slm.serve.access import Access, origin_of
+from slm.serve.guard import Guard
 from slm.web.hosts import Hosts, hosts_of
 
 NAME = "random"
@@ -199,3 +201,22 @@ def test_no_host_header_is_no_browser() -> None:
     twice = [(b"host", b"localhost"), (b"host", b"evil.example")]
     refused = access.refusal({"path": "/v1/models", "headers": twice})
     assert refused is not None and refused.status == 421
+
+
+def test_websockets_are_refused_before_they_are_accepted() -> None:
+    """Whatever server stands around the application: `slm serve` itself never offers them."""
+    reached, sent = [], []
+
+    async def application(*_: Any) -> None:
+        reached.append(1)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    service: Any = None
+    guard = Guard(application, service, Access())
+    asyncio.run(guard({"type": "websocket", "path": "/v1/completions", "headers": []}, receive, send))
+    assert sent == ["websocket.close"] and not reached

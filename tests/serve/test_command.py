@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,16 @@ def process(shared_bundle: Bundle, tmp_path: Path) -> Any:
     started.wait()
 
 
-def listening(process: Any) -> str:
-    """Waits until it serves and returns where."""
+@dataclass(frozen=True)
+class Said:
+    """What a server printed at its start, and its address."""
+
+    url: str
+    text: str
+
+
+def listening(process: Any) -> Said:
+    """Waits until it serves."""
     said = ""
     while "listening" not in said:
         line = process.stderr.readline()
@@ -51,11 +60,14 @@ def listening(process: Any) -> str:
         said += line
     found = re.search(r"http://127.0.0.1:\d+/v1", said)
     assert found is not None
-    return found[0]
+    return Said(found[0], said)
 
 
 def test_it_serves_until_it_is_stopped(process: Any) -> None:
-    client = openai.OpenAI(base_url=listening(process), api_key="secret", max_retries=0)
+    said = listening(process)
+    client = openai.OpenAI(base_url=said.url, api_key="secret", max_retries=0)
+    assert f"page: {said.url.removesuffix('v1')}\n" in said.text and "fewer than 16 characters" in said.text
+    assert "model m: prompts up to 256 tokens, answers up to 1,024 in 300 s\n" in said.text
     assert client.completions.create(model="m", prompt="One", max_tokens=3).choices[0].finish_reason == "length"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="other").models.list()
@@ -68,7 +80,7 @@ def test_it_serves_until_it_is_stopped(process: Any) -> None:
 
 
 def test_what_is_under_way_is_finished_before_it_ends(process: Any) -> None:
-    url = listening(process)
+    url = listening(process).url
     client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
     options: Any = {"model": "m", "prompt": "One", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
     whole = client.completions.create(**options, temperature=0).choices[0].text
