@@ -20,6 +20,8 @@ from slm.serve.service import Service
 
 # How long a client may take to read the error that ends its answer when the server stops, in seconds.
 _FAREWELL_S = 1.0
+# Of a request's headers, path and query.
+_HEAD_BYTES = 1 << 14
 
 
 class Guard:
@@ -95,8 +97,8 @@ class _Request:
             response.raw_headers = []  # `send` adds those that allow the origin
             response.raw_headers.extend(header for header in preflight if header not in self._cors)
             await self._respond(response)
-        elif (too_large := _too_large(self._scope, self._service.limits.body_bytes)) is not None:
-            await self._respond(sent(too_large))
+        elif (malformed := _malformed(self._scope, self._service.limits.body_bytes)) is not None:
+            await self._respond(sent(malformed))
         else:
             await self._app(self._scope, self._receive_body, self._send_part)
 
@@ -157,8 +159,16 @@ class _Request:
                     await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 
-def _too_large(scope: Scope, most: int) -> Refused | None:
-    for name, value in scope["headers"]:
-        if name == b"content-length" and (not value.isdigit() or len(value) > 18 or int(value) > most):
-            return Refused(413, f"the body may have {most:,} bytes")
+def _malformed(scope: Scope, body_bytes: int) -> Refused | None:
+    """Refuses headers or a body that are too large, and a body of which two headers tell two lengths."""
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers) + len(scope.get("raw_path", b""))
+    if size + len(scope.get("query_string", b"")) > _HEAD_BYTES:
+        return Refused(431, f"the headers may have {_HEAD_BYTES:,} bytes")
+    lengths = [value for name, value in headers if name == b"content-length"]
+    if any(not value.isdigit() or len(value) > 18 or int(value) > body_bytes for value in lengths):
+        return Refused(413, f"the body may have {body_bytes:,} bytes")
+    if lengths and any(name == b"transfer-encoding" for name, _ in headers):
+        # A proxy may see another end of this request than we do: nothing after it is read as a request of its own.
+        return Refused(400, "Content-Length and Transfer-Encoding are both given", headers={"connection": "close"})
     return None

@@ -152,6 +152,25 @@ def test_bodies_together_have_a_limit(serve: Callable[..., Any]) -> None:
     assert running.post("/v1/completions", {"model": NAME, "prompt": "One", "max_tokens": 1}).status_code == 200
 
 
+def test_headers_have_a_size_and_a_body_one_length(serve: Callable[..., Any]) -> None:
+    running = serve()
+
+    def answer(head: bytes) -> bytes:
+        connection = connect(running, head)
+        received = connection.recv(65536)
+        if b"connection: close" in received.lower():
+            assert connection.recv(65536) == b""
+        return received
+
+    host = b"host: localhost\r\n"
+    assert answer(b"GET /health HTTP/1.1\r\n" + host + b"x: " + b"a" * 15_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+    assert b" 431 " in answer(b"GET /health HTTP/1.1\r\n" + host + b"x: " + b"a" * 40_000 + b"\r\n\r\n")[:20]
+    assert b" 431 " in answer(b"GET /health?" + b"a" * 40_000 + b" HTTP/1.1\r\n" + host + b"\r\n")[:20]
+    both = b"POST /v1/completions HTTP/1.1\r\n" + host + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
+    received = answer(both + b"0\r\n\r\nGET /metrics HTTP/1.1\r\n" + host + b"\r\n")
+    assert b" 400 " in received[:20] and b"connection: close" in received and b"slm_" not in received
+
+
 def test_what_is_no_http_is_answered_in_the_envelope(serve: Callable[..., Any]) -> None:
     running = serve()
     connection = connect(running, b"\x16\x03\x01 nonsense\r\n\r\n")
