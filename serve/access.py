@@ -58,17 +58,13 @@ class Access:
         return Refused(401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key")
 
     def preflight(self, scope: Scope) -> list[tuple[bytes, bytes]] | None:
-        """Returns the headers that answer a browser's question whether a page elsewhere may ask; None for another request."""
+        """Returns the headers that tell a browser that a page elsewhere may ask, beside `cors`; None for another request."""
         headers: Headers = scope["headers"]
         wanted = _only(headers, b"access-control-request-method")
-        if scope["method"] != "OPTIONS" or wanted is None:
-            return None
-        allowed = self.cors(headers)
-        if not allowed:
+        if scope["method"] != "OPTIONS" or wanted is None or not self.cors(headers):
             return None
         asked = _only(headers, b"access-control-request-headers") or b"authorization, content-type"
         answer = [
-            *allowed,
             (b"access-control-allow-methods", b"GET, HEAD, POST, OPTIONS"),
             (b"access-control-allow-headers", asked[:_MOST_HEADERS]),
             (b"access-control-max-age", b"%d" % _PREFLIGHT_S),

@@ -65,9 +65,6 @@ class Connections:
         """Forgets a connection that is closed."""
         self._open.pop(connection, None)
 
-    def __len__(self) -> int:
-        return len(self._open)
-
     async def watch(self) -> None:
         """Closes connections whose time is up, until it is cancelled."""
         while True:

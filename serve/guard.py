@@ -94,8 +94,7 @@ class _Request:
             await self._respond(sent(refusal))
         elif preflight is not None:  # browsers send no key with it
             response = Response(status_code=204)
-            response.raw_headers = []  # `send` adds those that allow the origin
-            response.raw_headers.extend(header for header in preflight if header not in self._cors)
+            response.raw_headers = preflight
             await self._respond(response)
         elif (malformed := _malformed(self._scope, self._service.limits.body_bytes)) is not None:
             await self._respond(sent(malformed))
