@@ -38,8 +38,8 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_envelopes(app)
-    page = _page(service)
-    access = Access(service.keys, service.hosts, service.origins, public={*_PUBLIC, *paths_of(page)})
+    site = _page(service)
+    access = Access(service.keys, service.hosts, service.origins, public={*_PUBLIC, *paths_of(site)})
     app.add_middleware(Guard, service=service, access=access)
     unwell: dict[int | str, dict[str, Any]] = {
         503: {"model": Status, "description": "the engine has ended or is stuck"}
@@ -91,7 +91,7 @@ def make_app(service: Service) -> FastAPI:
         prompts = await prompts_of(service, request.prompt)
         return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
 
-    mount(app, page)
+    mount(app, site)
     described = app.openapi
 
     def description() -> dict[str, Any]:
