@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install web demo test test-fast peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,33 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer'
+
+# The server with the oldest versions that pyproject.toml permits. What tests need beside them comes from the environment; PEFT
+# and the maker of requests do not run with versions as old.
+UV := build/uv/bin/uv
+
+$(UV): | install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/uv uv==0.13.9
+
+build/oldest/.installed: pyproject.toml | install $(UV)
+	rm -rf build/oldest
+	$(BIN)/python -m venv --without-pip build/oldest
+	$(UV) pip compile --quiet --python $(BIN)/python --resolution lowest-direct --extra cpu --extra serve \
+		--no-header --no-annotate pyproject.toml --output-file build/oldest/requirements.txt
+	$(UV) pip install --quiet --python build/oldest/bin/python --no-deps --requirement build/oldest/requirements.txt
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$(build/oldest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/environment.pth"
+	@touch $@
+
+test-oldest: build/oldest/.installed
+	SLM_TEST_OLDEST=1 build/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer' -p no:schemathesis \
+		--ignore tests/serve/test_adapters.py --ignore tests/serve/test_openapi.py tests/serve tests/deploy/test_bounds.py
+
+# What a container installs, each file by its hash, with the versions of constraints.txt; setuptools builds the package itself.
+hashes: $(UV)
+	echo 'setuptools>=77' | $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--custom-compile-command 'make hashes' --constraint constraints.txt --extra cpu --extra serve pyproject.toml - \
+		--output-file constraints-hashes.txt
 
 # Other people's tools, each with its packages in a directory of its own: the tests run them beside ours.
 TO := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers

@@ -12,7 +12,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Aside(Console):
+    """What is written to standard error, which stops no command where nobody reads it or it cannot be written."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints, if that can be."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        """Prints nothing from now on."""
+        self.quiet = True
+
+
+STDERR = _Aside(stderr=True, highlight=False, soft_wrap=True)
 STDOUT = Console(highlight=False, soft_wrap=True)
 
 

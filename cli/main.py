@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from slm.cli.console import say_error
+from slm.cli.streams import open_closed_streams, settle_streams
 from slm.core.errors import SlmError
 from slm.core.machine import cpu_quota, usable_cores
 from slm.version import __version__
@@ -110,13 +111,16 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 failed, 2 used wrongly, 130 or 143 interrupted."""
+    """Runs the command line and exits: 0 done, 1 failed, 2 used wrongly, 129, 130 or 143 interrupted."""
+    open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments or os.environ.get("SLM_DEBUG", "") not in ("", "0")
     arguments = [
         argument for argument in arguments if argument != "--debug"
     ]  # after the command is as good as before it
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup has ignored
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         cli.main(args=list(arguments), prog_name="slm", standalone_mode=False)
         sys.stdout.flush()
@@ -128,10 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except _Terminated as terminated:
         say_error("terminated", _after_stopping(arguments))
         sys.exit(terminated.code)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nobody listens: end quietly, as tools in a pipe do
+    except BrokenPipeError:  # nobody reads on: end quietly, as tools in a pipe do
         sys.exit(1)
     except Exception as error:
         if debug:
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         message, hint, code = _explain(error)
         say_error(message, hint)
         sys.exit(code)
+    finally:
+        settle_streams()
     sys.exit(0)
 
 
@@ -149,7 +152,7 @@ def _after_stopping(arguments: Sequence[str]) -> str:
 
 
 class _Terminated(SystemExit):
-    """SIGTERM, on its way out through whatever has something to tidy up."""
+    """SIGTERM or SIGHUP, on its way out through whatever has something to tidy up."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -67,3 +67,19 @@ def _refuse_run(path: Path, checkpoints: bool, bundles: bool) -> None:
         raise SlmError(
             f"{what}: {path}", f"the run has saved none yet: slm train --resume --out {path} goes on with it"
         )
+
+
+class HostName(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
+    """A name in a Host header, without a port."""
+
+    name = "host"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the name."""
+        from slm.web.hosts import name_of
+
+        text = str(value)
+        name = name_of(f"[{text}]" if text.count(":") > 1 and not text.startswith("[") else text)
+        if name is None or (":" in text and not name.startswith("[")):
+            self.fail(f"{value!r} is not a host name; leave out scheme and port.", param, ctx)
+        return name

@@ -1,25 +1,59 @@
 """`slm serve`."""
 
-import logging
+import math
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slm.cli.console import say
 from slm.cli.generate import default_model
-from slm.cli.options import Artifact
+from slm.cli.options import Artifact, HostName
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.machine import return_freed_memory
+from slm.web.hosts import hosts_of, is_loopback
 
 if TYPE_CHECKING:
-    import uvicorn
+    from slm.serve.service import Service
 
 _KEYS = "SLM_API_KEYS"
+# A key shorter than this, in characters, can be guessed.
+_SHORT_KEY = 16
+# By default: when a step counts as stuck, in seconds, for pieces of a prompt of up to so many tokens.
+_STEP_S = 30.0
+_PIECE = 1024
+_DAY_S = 86_400.0
+
+
+class _Seconds(click.FloatRange):
+    """A time in seconds: a number, of which NaN is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the time."""
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
+    name = "origin"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the origin as browsers spell it."""
+        from slm.serve.access import origin_of
+
+        origin = origin_of(str(value))
+        if origin is None:
+            self.fail(
+                f"{value!r} is not an origin such as https://example.org or http://localhost:3000, or *.", param, ctx
+            )
+        return origin
 
 
 @click.command()
@@ -32,23 +66,31 @@ _KEYS = "SLM_API_KEYS"
     help="A LoRA adapter that requests may name as their model; may be repeated.",
 )  # fmt: skip
 @click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Answers under way at once.")
-@click.option("--queue", type=click.IntRange(min=0), default=64, show_default=True, help="Answers that may wait.")
-@click.option("--prefill-tokens", type=click.IntRange(min=1), default=256, show_default=True,
+@click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Answers that may wait.")
+@click.option("--prefill-tokens", type=click.IntRange(1, 1 << 20), default=256, show_default=True,
               help="The most of prompts that is read between two steps.")  # fmt: skip
-@click.option("--prefix-mib", type=click.IntRange(min=0), default=256, show_default=True,
+@click.option("--prefix-mib", type=click.IntRange(0, 1 << 20), default=256, show_default=True,
               help="Memory for beginnings of prompts, which are not read again; as much for each adapter.")  # fmt: skip
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="New tokens of an answer."
+    "--max-tokens", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="New tokens of an answer."
 )
-@click.option("--max-prompt-tokens", type=click.IntRange(min=1), help="Tokens of a prompt. [default: the context]")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=300.0, show_default=True, metavar="S",
+@click.option("--max-prompt-tokens", type=click.IntRange(1, 1 << 20), help="Tokens of a prompt. [default: the context]")
+@click.option("--timeout", type=_Seconds(0, _DAY_S, min_open=True), default=300.0, show_default=True, metavar="S",
               help="When an answer is cut off.")  # fmt: skip
+@click.option("--step-timeout", type=_Seconds(0, _DAY_S, min_open=True), metavar="S",
+              help="When a step counts as stuck: /health and /ready are 503 until it returns. "
+                   "[default: 30, or --timeout where that is shorter]")  # fmt: skip
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
               help=f"API keys, one a line; or {_KEYS} in the environment, with commas. [default: none asked for]")  # fmt: skip
-@click.option("--grace", type=click.FloatRange(min=0), default=30.0, show_default=True, metavar="S",
+@click.option("--allow-host", "hosts", type=HostName(), multiple=True, metavar="NAME",
+              help="A Host name that requests may use; may be repeated. [default: localhost, 127.0.0.1 and [::1] for a server "
+                   "on this machine without keys, any name otherwise]")  # fmt: skip
+@click.option("--cors-origin", "origins", type=_Origin(), multiple=True, metavar="ORIGIN",
+              help="Origin of a web page that may use the API from a browser; may be repeated; * is every one.")  # fmt: skip
+@click.option("--grace", type=_Seconds(0, _DAY_S), default=30.0, show_default=True, metavar="S",
               help="How long answers may go on when the server is stopped.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads. [default: usable physical cores]")
 def serve(
     model: Path | None,
     host: str,
@@ -62,7 +104,10 @@ def serve(
     max_tokens: int,
     max_prompt_tokens: int | None,
     timeout: float,
+    step_timeout: float | None,
     api_key_file: Path | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
     grace: float,
     device: str,
     threads: int | None,
@@ -82,11 +127,9 @@ def serve(
 
     docs/serve.md says what is served.
     """
-    import uvicorn
-
     from slm.loading import load, load_adapter
     from slm.runtime.decoder import OnnxDecoder
-    from slm.serve.app import make_app
+    from slm.serve import log
     from slm.serve.engine import Engine
     from slm.serve.service import Limits, Service
 
@@ -113,21 +156,19 @@ def serve(
         queue=queue,
         prefill_tokens=prefill_tokens,
         prefix_bytes=prefix_mib << 20,
+        step_timeout_s=step_timeout or min(_STEP_S * max(1.0, prefill_tokens / _PIECE), max(1.0, timeout)),
     )
     limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_tokens, seconds=timeout)
-    service = Service(loaded, name or path.resolve().name, engine, known, limits, keys, grace)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = uvicorn.Config(
-        make_app(service),
-        log_config=None,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=max(1, round(grace)),
+    address = listening.getsockname()[0]
+    allowed = hosts_of(address, hosts, keys=bool(keys), host=host)
+    service = Service(
+        loaded, name or path.resolve().name, engine, known, limits, keys, grace, hosts=allowed, origins=origins
     )
+    log.configure()
     say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
-    if host not in ("127.0.0.1", "::1", "localhost") and not keys:
-        say("warning: everybody who reaches this address may ask; --api-key-file keeps others out")
-    _run(config, listening)
+    for warning in _warnings(address, keys, origins):
+        say(f"warning: {warning}")
+    _run(service, listening)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -144,29 +185,68 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _api_keys(file: Path | None) -> list[str]:
-    said = os.environ.get(_KEYS, "").split(",") if file is None else read_text(file, "API keys").splitlines()
-    keys = [key.strip() for key in said if key.strip()]
-    if file is not None and not keys:
-        raise SlmError(f"no API key in {file}", "one a line")
+    """Returns the API keys; none where neither a file nor the environment names any.
+
+    Raises:
+        SlmError: When the file or the variable is there but holds no key, so that a typing error makes no open server.
+    """
+    if file is not None:
+        given, where = read_text(file, "API keys").removeprefix("\ufeff").split("\n"), str(file)
+    elif _KEYS in os.environ:
+        given, where = os.environ[_KEYS].split(","), _KEYS
+    else:
+        return []
+    keys = [key.strip() for key in given if key.strip()]
+    if not keys:
+        raise SlmError(
+            f"no API key in {where}",
+            "write one on each line" if file else f"separate keys with commas, or unset {_KEYS} to serve without keys",
+        )
+    if any(not key.isprintable() for key in keys):
+        raise SlmError(f"an API key in {where} has a character that no header can carry", "use letters and digits")
     return keys
 
 
-def _run(config: "uvicorn.Config", listening: socket.socket) -> None:
-    """Serves until it is stopped, and says where once it does."""
-    import uvicorn
+def _warnings(address: str, keys: Sequence[str], origins: Sequence[str]) -> list[str]:
+    """Returns what is unsafe about how the server is started."""
+    found = []
+    if not keys and not is_loopback(address):
+        found.append("everybody who reaches this address may ask; --api-key-file keeps others out")
+    if not keys and "*" in origins:
+        found.append("every page that is opened in a browser on this machine may ask; name origins, or use keys")
+    if any(len(key) < _SHORT_KEY for key in keys):
+        found.append(f"an API key has fewer than {_SHORT_KEY} characters and may be guessed")
+    return found
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            address, port = listening.getsockname()[:2]
-            say(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}/v1")
 
-    server = Server(config)
-    try:
-        server.run(sockets=[listening])
-    except (KeyboardInterrupt, SystemExit) as end:
-        # Told to end, it has ended as it should: that is no error, though the exit code says by which signal.
-        if server.started:
-            say("stopped")
-            raise SystemExit(130 if isinstance(end, KeyboardInterrupt) else end.code) from None
-        raise
+def _run(service: "Service", listening: socket.socket) -> None:
+    """Serves until it is stopped, and prints where once it does."""
+    from slm.serve.server import Server, exit_now
+
+    address, port = listening.getsockname()[:2]
+    page = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    limits = service.limits
+    prompt = limits.prompt_tokens or service.model.decoder.context
+
+    def say_where() -> None:
+        names = ", ".join((service.name, *service.adapters))
+        say(
+            f"model {names}: prompts up to {prompt:,} tokens, answers up to {limits.new_tokens:,} in {limits.seconds:g} s"
+        )
+        say(f"page: {page}/")
+        say(f"listening on {page}/v1")
+
+    def say_what_is_left(requests: int) -> None:
+        if requests:
+            under_way = "1 request has" if requests == 1 else f"{requests} requests have"
+            say(f"stopping: {under_way} up to {service.grace_s:g} s; Ctrl-C again ends them at once")
+
+    server = Server(service, say_where, on_stop=say_what_is_left)
+    server.run(sockets=[listening])
+    if server.stopped_by is None:
+        return
+    if service.engine.alive:  # stuck in a step, so that threads of onnxruntime would be waited for
+        exit_now(server.stopped_by, b"stopped: the engine was stuck\n")
+    say("stopped")
+    # Told to end, it has ended as it should: that is no error, though the exit code says by which signal.
+    raise SystemExit(128 + server.stopped_by)

@@ -7,7 +7,7 @@ import click
 
 from slm.cli.console import print_json, say
 from slm.cli.generate import default_model
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import Artifact, HostName, json_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
@@ -20,8 +20,13 @@ from slm.core.manifest import Bundle
 @click.option("--name", help="What the page calls the model. [default: its directory's name]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--allow-host", "hosts", type=HostName(), multiple=True, metavar="NAME",
+              help="A Host name that requests may use; may be repeated. [default: localhost, 127.0.0.1 and [::1] on this "
+                   "machine, any name with another --host]")  # fmt: skip
 @json_option
-def web(model: Path | None, out: Path | None, name: str | None, host: str, port: int, as_json: bool) -> None:
+def web(
+    model: Path | None, out: Path | None, name: str | None, host: str, port: int, hosts: tuple[str, ...], as_json: bool
+) -> None:
     """Serve a page, or write one, that runs a bundle in the browser: nothing typed leaves it.
 
     Without MODEL, the newest bundle under ./runs, or the small model that ships inside. The page works without a network once
@@ -44,7 +49,7 @@ def web(model: Path | None, out: Path | None, name: str | None, host: str, port:
             print_json({"out": str(out)} | found)
         return
     try:
-        server = SiteServer(site, host, port)
+        server = SiteServer(site, host, port, hosts)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise SlmError(f"cannot listen on {host}:{port} ({reason})", "another --port, or another --host") from None
@@ -52,13 +57,16 @@ def web(model: Path | None, out: Path | None, name: str | None, host: str, port:
         if as_json:
             print_json({"url": server.url} | found)
             sys.stdout.flush()
-        if host not in ("127.0.0.1", "::1", "localhost"):
+        if not server.local:
             say("note: browsers give pages of other machines threads and a store over https alone")
         say(f"{path}: {site.size / 1e6:.1f} MB on {server.url} until Ctrl-C")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             say("stopped")
+        except SystemExit as end:  # told to end by a signal, which the exit code names
+            say("stopped")
+            raise SystemExit(end.code) from None
 
 
 def _name(path: Path) -> str:

@@ -106,6 +106,20 @@ def peak_rss_mib() -> float:
         return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes on macOS, KiB elsewhere
 
 
+def free_files() -> int:
+    """Returns how many files this process may open beside those that it has open."""
+    import resource  # which not every system has
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        limit = 1 << 20
+    try:
+        used = len(os.listdir("/dev/fd"))  # noqa: PTH208  # a directory of numbers
+    except OSError:
+        used = 32
+    return max(0, limit - used)
+
+
 def return_freed_memory() -> None:
     """Has glibc give blocks of a megabyte and more back to the system when they are freed; elsewhere does nothing.
 

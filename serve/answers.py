@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from slm.runtime.streaming import Piece
 from slm.serve.constraint import JsonConstraint
 from slm.serve.engine import Ask, Closed, Done, Full, Ticket
 from slm.serve.inbox import Inbox
+from slm.serve.log import record_answers
 from slm.serve.refusals import Refused, said
 from slm.serve.schema import Request as AnyRequest
 from slm.serve.service import Service
@@ -41,12 +42,14 @@ class _Asked:
         texts: What was asked, in the order of the answers.
         tickets: And what the engine gave for it.
         inbox: Where the answers come.
+        ended: How each text ended, by its index.
     """
 
     prompts: Sequence[Sequence[int]]
     texts: Sequence[Ask]
     tickets: list[Ticket]
     inbox: Inbox
+    ended: dict[int, Done] = field(default_factory=dict)
 
     @property
     def logprobs(self) -> bool:
@@ -80,6 +83,7 @@ async def answer(
     texts = await _texts(service, request, prompts, new_tokens, logprobs)
     head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": request.model}
     asked = _submit(service, prompts, texts)
+    record_answers(connection.scope, request.model, prompts, asked.tickets, asked.ended)
     if request.stream:
         options = request.stream_options
         events = _stream(service, asked, shape, head, options is not None and options.include_usage)
@@ -233,7 +237,7 @@ def _cancel(service: Service, tickets: Sequence[Ticket]) -> None:
 async def _whole(asked: _Asked, connection: Request) -> tuple[list[list[Piece]], list[Done]]:
     """Returns all pieces of each text, and how it ended. Somebody who has gone is not answered."""
     pieces: list[list[Piece]] = [[] for _ in asked.texts]
-    done: dict[int, Done] = {}
+    done = asked.ended
     clock = asyncio.get_running_loop().time
     look = clock() + _LOOK_S
     while len(done) < len(asked.texts):
@@ -259,6 +263,8 @@ def _check(service: Service, done: Done) -> None:
         if service.engine.failed is None and done.error is not None:
             raise Refused(400, done.error)
         raise Refused(500, "something went wrong here", "server_error")
+    if done.reason == "stalled":
+        raise Refused(503, done.error or "the engine is stuck", "server_error")
     if done.reason == "cancelled":
         raise Refused(503, "the server is shutting down", "server_error")
     if done.reason == "deadline" and done.ttft_s is None:
@@ -287,7 +293,7 @@ async def _stream(
             return b""
         return event([choice(index, shape.part(text), None, scores)])
 
-    ended: dict[int, Done] = {}
+    ended = asked.ended
     try:
         opening = shape.opening()
         if opening is not None:
@@ -301,6 +307,7 @@ async def _stream(
                 else:
                     pieces.setdefault(index, []).append(found)
             parts = [written(index, some) for index, some in pieces.items()]
+            ended |= ends
             for index, end in ends.items():
                 try:
                     _check(service, end)
@@ -308,7 +315,6 @@ async def _stream(
                     yield b"".join(parts) + b"data: %s\n\n" % json.dumps(refused.body).encode()
                     return
                 parts.append(event([choice(index, shape.part(None), FINISH[end.reason])]))
-            ended |= ends
             if chunk := b"".join(parts):
                 yield chunk
         if usage_too:

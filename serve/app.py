@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
+from slm.serve.access import Access
 from slm.serve.answers import adapter_of, answer, prompts_of
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
@@ -21,11 +22,13 @@ from slm.serve.schema import ChatRequest, CompletionRequest
 from slm.serve.service import Service
 from slm.serve.shapes import Chat, Completion, card
 from slm.version import __version__
-from slm.web.mount import mount
+from slm.web.mount import mount, paths_of
 from slm.web.site import Site, server_site
 
 # Chats that are rendered and tokenized at a time; more wait.
 _CHATS = 8
+# Paths that ask for no key, beside those of the page.
+_PUBLIC = ("/health", "/ready", "/metrics", "/openapi.json", "/docs")
 
 
 def make_app(service: Service) -> FastAPI:
@@ -38,23 +41,28 @@ def make_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
+        service.stop()
         chats.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(service.engine.close, service.grace_s)
 
     app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_envelopes(app)
-    app.add_middleware(Guard, service=service)
-    unwell: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "the engine has ended"}}
+    site = _page(service)
+    access = Access(service.keys, service.hosts, service.origins, public={*_PUBLIC, *paths_of(site)})
+    app.add_middleware(Guard, service=service, access=access)
+    unwell: dict[int | str, dict[str, Any]] = {
+        503: {"model": Status, "description": "the engine has ended or is stuck"}
+    }
 
     @app.get("/health", response_model=Status, responses=unwell)
     async def health() -> Response:
-        failed = service.engine.failed
+        failed = service.engine.failed or service.engine.stalled
         return JSONResponse({"status": failed or "ok"}, 503 if failed else 200)
 
     @app.get("/ready", response_model=Status, responses=unwell)
     async def ready() -> Response:
-        takes = service.engine.open
-        return JSONResponse({"status": "ready" if takes else "not ready"}, 200 if takes else 503)
+        reason = service.engine.unavailable
+        return JSONResponse({"status": f"not ready: {reason}" if reason else "ready"}, 503 if reason else 200)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics() -> Response:
@@ -92,7 +100,7 @@ def make_app(service: Service) -> FastAPI:
         prompts = await prompts_of(service, request.prompt)
         return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
 
-    mount(app, _page(service))
+    mount(app, site)
     described = app.openapi
 
     def description() -> dict[str, Any]:

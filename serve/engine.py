@@ -27,11 +27,18 @@ from slm.runtime.sampling import Sampler, Sampling
 from slm.runtime.stopping import StopTexts
 from slm.runtime.streaming import Piece
 from slm.serve.defects import named
+from slm.serve.heartbeat import Heartbeat
 
-Reason = Literal["end", "stop", "length", "context", "cancelled", "deadline", "error"]
+Reason = Literal["end", "stop", "length", "context", "cancelled", "deadline", "error", "stalled"]
 
 # A prompt shorter than this is read again sooner than its caches are copied.
 _WORTH_KEEPING = 64
+# How often the watchdog looks at the engine's thread, and how long one piece of work may take before the watchdog ends texts
+# that are due in its place, in seconds.
+_LOOK_S = 0.1
+_LATE_S = 0.3
+# How long closing waits for the engine's thread after the grace period, in seconds.
+_JOIN_S = 1.0
 
 
 class Full(SlmError):
@@ -119,6 +126,7 @@ class Ticket:
     text: TextStream
     stops: StopTexts
     cancelled: bool = False
+    over: bool = False  # its end has been delivered
     begun: float | None = None
     first: float | None = None
     slot: Slot | None = None
@@ -178,8 +186,9 @@ class Engine:
         queue: int = 64,
         prefill_tokens: int = 256,
         prefix_bytes: int = 256 << 20,
+        step_timeout_s: float = 30.0,
     ) -> None:
-        """Starts the thread.
+        """Starts the thread, and another one that watches it.
 
         Args:
             decoder: The bundle; nobody else uses it from now on.
@@ -189,6 +198,8 @@ class Engine:
             queue: Texts that may wait for a slot.
             prefill_tokens: The most of a prompt that is read between two steps.
             prefix_bytes: Memory for the beginnings of prompts, which are not read again; 0 keeps none.
+            step_timeout_s: When one step, or one piece of a prompt, counts as stuck: every text ends with an error, and
+                `stalled` gives the reason until the step returns.
         """
         self._decoder, self._tokenizer = decoder, tokenizer
         self._stop_tokens = frozenset(stop_tokens)
@@ -198,7 +209,10 @@ class Engine:
         self._prefix_bytes = prefix_bytes
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
+        self._unfinished: set[Ticket] = set()
+        self._delivering = threading.Lock()
         self._changed = threading.Condition()
+        self._heartbeat = Heartbeat(step_timeout_s)
         self._closing = False
         self._failed: str | None = None
         self._step_s = 0.0  # what a step takes, smoothed
@@ -208,6 +222,7 @@ class Engine:
         self.ended: Callable[[Done], None] = lambda done: None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @property
     def slots(self) -> int:
@@ -220,9 +235,24 @@ class Engine:
         return self._failed
 
     @property
-    def open(self) -> bool:
-        """Whether it takes texts, room being left."""
-        return not self._closing and self._failed is None
+    def stalled(self) -> str | None:
+        """Why the engine counts as stuck; None while its steps return in time."""
+        return self._heartbeat.stalled
+
+    @property
+    def step_age_s(self) -> float:
+        """How long the present step has been running, in seconds; 0 where there is none."""
+        return self._heartbeat.age_s
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread has not ended, stuck or not."""
+        return self._thread.is_alive()
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why no text is accepted; None where one is, room being left."""
+        return self._failed or self.stalled or ("the server is shutting down" if self._closing else None)
 
     def submit(self, ask: Ask, deliver: Deliver) -> Ticket:
         """Takes a text; pieces and the end come to `deliver`.
@@ -236,13 +266,15 @@ class Engine:
         sampler = Sampler(ask.sampling, ask.prompt, self._decoder.vocab_size)
         ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), StopTexts(ask.stop))
         with self._changed:
-            if not self.open:
-                raise Closed(self._failed or "the server is shutting down", "ask another one")
+            reason = self.unavailable
+            if reason is not None:
+                raise Closed(reason, "ask another one")
             free = self._batch.slots - len(self._running)
             if len(self._waiting) >= self._queue + free:
                 self.figures.refused += 1
                 raise Full(f"{len(self._waiting)} texts wait already", "try again in a while")
             self._waiting.append(ticket)
+            self._unfinished.add(ticket)
             self.figures.asked += 1
             self.figures.waiting = len(self._waiting)
             self._changed.notify()
@@ -263,13 +295,24 @@ class Engine:
         turns = 1 + ahead // self._batch.slots
         return float(max(1, round(turns * step * (sum(lengths) / len(lengths) if lengths else 1))))
 
-    def close(self, grace_s: float = 0.0) -> None:
-        """Takes no more texts, lets those under way go on for a while, and ends the thread."""
+    def stop(self, grace_s: float = 0.0) -> None:
+        """Accepts no more texts; those under way end after a while at the latest. Does not wait for them."""
         with self._changed:
             self._closing = True
-            self._until = time.monotonic() + grace_s
+            self._until = min(self._until, time.monotonic() + grace_s)
             self._changed.notify()
-        self._thread.join()
+
+    def close(self, grace_s: float = 0.0) -> bool:
+        """Stops, and waits for the thread to end.
+
+        Returns:
+            Whether it has ended. A thread that is stuck in a step has not; its texts have, all the same.
+        """
+        self.stop(grace_s)
+        self._thread.join(max(0.0, self._until - time.monotonic()) + _JOIN_S)
+        if self._thread.is_alive():
+            self._end_unfinished("cancelled")
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         try:
@@ -277,18 +320,56 @@ class Engine:
                 pass
         except Exception as error:  # a defect: everybody is told, and nobody waits for ever
             self._failed = f"the engine ended: {named(error)}"
+        self._heartbeat.rest()
         with self._changed:
-            left = [*self._running, *self._waiting]
             self._waiting.clear()
+            left = list(self._unfinished)
         for ticket in left:
             self._end(ticket, "error" if self._failed else "cancelled", self._failed)
         self.delivered()
 
+    def _watch(self) -> None:
+        """Ends texts that are due while the engine's thread is held up in a step."""
+        while self._thread.is_alive():
+            time.sleep(_LOOK_S)
+            if self._heartbeat.age_s < _LATE_S:
+                continue
+            stalled, now = self.stalled, time.monotonic()
+            if stalled is not None:
+                self._end_unfinished("stalled", error=stalled)
+            elif now >= self._until + _LATE_S:
+                self._end_unfinished("cancelled")
+            else:
+                self._end_unfinished("deadline", due=now)
+
+    def _end_unfinished(self, reason: Reason, error: str | None = None, due: float | None = None) -> None:
+        """Ends texts from another thread than the engine's, which frees their slots when it comes back.
+
+        Args:
+            reason: Why.
+            error: What went wrong.
+            due: Only those whose deadline lies before this time; None for all.
+        """
+        with self._changed:
+            tickets = [
+                ticket
+                for ticket in self._unfinished
+                if due is None or (ticket.ask.deadline is not None and due >= ticket.ask.deadline)
+            ]
+            self._waiting = deque(ticket for ticket in self._waiting if ticket not in tickets)
+            self.figures.waiting = len(self._waiting)
+        for ticket in tickets:
+            self._finish(ticket, reason, error)
+        if tickets:
+            self.delivered()
+
     def _turn(self) -> bool:
         """Admits, ends, reads and steps once; waits when there is nothing to do. Says whether to go on."""
         with self._changed:
+            self._heartbeat.rest()
             while not (self._waiting or self._running or self._closing):
                 self._changed.wait()
+            self._heartbeat.beat()
             if self._closing and (time.monotonic() >= self._until or not (self._waiting or self._running)):
                 return False
             gone = [ticket for ticket in self._waiting if self._over(ticket)]
@@ -311,12 +392,13 @@ class Engine:
 
     def _over(self, ticket: Ticket) -> bool:
         late = ticket.ask.deadline is not None and time.monotonic() >= ticket.ask.deadline
-        return ticket.cancelled or late
+        return ticket.cancelled or ticket.over or late
 
     def _unread(self, ticket: Ticket) -> bool:
         return ticket.read < len(ticket.ask.prompt)
 
     def _begin(self, ticket: Ticket) -> None:
+        self._heartbeat.beat()
         ticket.begun = time.monotonic()
         ticket.slot = self._batch.take(ticket.ask.adapter)
         self._running.append(ticket)
@@ -359,6 +441,7 @@ class Engine:
     def _read_on(self, ticket: Ticket) -> None:
         """Reads the next piece of a prompt; with the last one comes the first token."""
         assert ticket.slot is not None
+        self._heartbeat.beat()
         prompt, stop = ticket.ask.prompt, self._piece(ticket)
         last = len(prompt) - 1
         logits = ticket.slot.read(list(prompt[ticket.read : stop]))
@@ -377,6 +460,7 @@ class Engine:
         rows = {ticket.slot: ticket for ticket in tickets if ticket.slot is not None}
         if not rows:
             return
+        self._heartbeat.beat()
         started = time.monotonic()
         found = self._batch.step({slot: ticket.tokens[-1] for slot, ticket in rows.items()})
         took = time.monotonic() - started
@@ -422,10 +506,15 @@ class Engine:
             self._end(ticket, "length")
 
     def _deliver(self, ticket: Ticket, event: Piece | Done) -> None:
-        try:
-            ticket.deliver(event)
-        except Exception:  # whoever listened is gone; the others are not to suffer for it
-            ticket.cancelled = True
+        """Delivers an event; nothing comes after the end, which the watchdog may have delivered already."""
+        with self._delivering:
+            if ticket.over:
+                return
+            ticket.over = isinstance(event, Done)
+            try:
+                ticket.deliver(event)
+            except Exception:  # whoever listened is gone; the others are not to suffer for it
+                ticket.cancelled = True
 
     def _end(self, ticket: Ticket, reason: Reason, error: str | None = None) -> None:
         if ticket.slot is not None:
@@ -436,7 +525,15 @@ class Engine:
         rest = "" if ticket.stops.found else ticket.stops.push(ticket.text.finish()) + ticket.stops.finish()
         if rest:
             self._deliver(ticket, Piece(rest))
-        self.figures.done[reason] = self.figures.done.get(reason, 0) + 1
+        self._finish(ticket, reason, error)
+
+    def _finish(self, ticket: Ticket, reason: Reason, error: str | None) -> None:
+        """Delivers the end of a text, once."""
+        with self._changed:
+            if ticket not in self._unfinished:
+                return
+            self._unfinished.remove(ticket)
+            self.figures.done[reason] = self.figures.done.get(reason, 0) + 1
         done = Done(
             reason,
             len(ticket.ask.prompt),

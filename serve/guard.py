@@ -1,93 +1,173 @@
-"""What stands around the application: keys, sizes, patience, and one line of log for each request, with nothing of its text."""
+"""What stands around the application: who may ask, sizes, deadlines, and one line of log for each request."""
 
 import asyncio
-import hmac
+import contextlib
 import json
 import logging
 import time
 import uuid
 
-from fastapi import Request
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
+from slm.serve import log
+from slm.serve.access import Access
 from slm.serve.defects import frames_of
 from slm.serve.refusals import Refused, sent
 from slm.serve.service import Service
 
-log = logging.getLogger("slm.serve")
+# How long a client may take to read the error that ends its answer when the server stops, in seconds.
+_FAREWELL_S = 1.0
+# Of a request's headers, path and query.
+_HEAD_BYTES = 1 << 14
 
 
 class Guard:
-    """Checks keys and sizes before anything is read, and logs what became of each request.
+    """Checks who asks and how much before anything is read, and logs what became of each request.
 
     It stands around the application itself: what FastAPI calls a middleware would hide that a client has gone.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, service: Service, access: Access) -> None:
+        self._app, self._service, self._access = app, service, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
-        limits = self._service.limits
-        started, name, status, size, stalled = time.monotonic(), uuid.uuid4().hex, 0, 0, False
-        complete = False
+        elif scope["type"] == "http":
+            await _Request(self._app, self._service, self._access, scope, receive, send).serve()
+        else:  # nothing here speaks WebSocket: refused before it is accepted, which is a 403
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
 
-        async def counted() -> AsgiMessage:
-            """Receives the body, whatever it says about its length; then only that the client is gone."""
-            nonlocal size, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout(limits.patience_s):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"the body did not come within {limits.patience_s:g} seconds") from None
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if size > limits.body_bytes:
-                raise HTTPException(413, f"the body may have {limits.body_bytes:,} bytes")
-            return message
 
-        async def told(message: AsgiMessage) -> None:
-            nonlocal status, stalled
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
-            try:
-                async with asyncio.timeout(limits.patience_s):
-                    await send(message)
-            except TimeoutError:  # nobody reads what is sent
-                stalled = True
-                raise
+class _Request:
+    """One request, from its headers to its line in the log."""
 
+    def __init__(
+        self, app: ASGIApp, service: Service, access: Access, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._app, self._service, self._access = app, service, access
+        self._scope, self._receive, self._send = scope, receive, send
+        self._name = uuid.uuid4().hex
+        self._status = 0
+        self._size, self._complete = 0, False  # of the body
+        self._began = time.monotonic()
+        self._events = self._ended = self._stalled = False  # of the answer
+
+    async def serve(self) -> None:
+        """Answers it, one way or another."""
+        record = log.open_record(self._scope)
+        task = asyncio.current_task()
+        assert task is not None
+        self._service.requests.add(task)
         try:
-            refusal = _refusal_of(self._service, Request(scope))
-            if refusal is None:
-                await self._app(scope, counted, told)
-            else:
-                await sent(refusal)(scope, receive, told)
+            await self._answer()
+        except asyncio.CancelledError:
+            if not self._service.stopping:
+                raise
+            await self._say_farewell()
         except Exception as error:
-            if not stalled:
-                log.error(json.dumps({"request": name, "error": type(error).__name__, "at": frames_of(error)}))
-            if not status:
-                await sent(Refused(500, "something went wrong here", "server_error"))(scope, receive, told)
+            if not self._stalled:
+                log.write(logging.ERROR, request=self._name, error=type(error).__name__, at=frames_of(error))
+            if not self._status:
+                await self._respond(sent(Refused(500, "something went wrong here", "server_error")))
         finally:
-            fields = {"request": name, "method": scope["method"], "path": scope["path"], "status": status}
-            log.info(json.dumps(fields | {"ms": round(1e3 * (time.monotonic() - started), 1)}))
+            self._service.requests.discard(task)
+            self._service.bodies_bytes -= self._size
+            log.write(
+                request=self._name,
+                method=self._scope["method"][:20],
+                path=log.path_of(self._scope),
+                status=self._status,
+                ms=round(1e3 * (time.monotonic() - self._began), 1),
+                **record.fields(),
+            )
+
+    async def _answer(self) -> None:
+        preflight = self._access.preflight(self._scope)
+        refusal = self._access.refusal(self._scope)
+        if refusal is not None and (preflight is None or refusal.status != 401):
+            await self._respond(sent(refusal))
+        elif preflight is not None:  # browsers send no key with it
+            response = Response(status_code=204)
+            response.raw_headers = preflight
+            await self._respond(response)
+        elif (malformed := _malformed(self._scope, self._service.limits.body_bytes)) is not None:
+            await self._respond(sent(malformed))
+        else:
+            await self._app(self._scope, self._receive_body, self._send_part)
+
+    @property
+    def _cors(self) -> list[tuple[bytes, bytes]]:
+        return self._access.cors(self._scope["headers"])
+
+    async def _respond(self, response: Response) -> None:
+        await response(self._scope, self._receive, self._send_part)
+
+    async def _receive_body(self) -> AsgiMessage:
+        """Receives the body, whatever it says about its length, until its deadline; then only that the client is gone."""
+        if self._complete:
+            return await self._receive()
+        limits = self._service.limits
+        left = self._began + limits.patience_s - time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not come within {limits.patience_s:g} seconds") from None
+        new = len(message.get("body", b""))
+        self._size += new
+        self._service.bodies_bytes += new
+        self._complete = not message.get("more_body", False)
+        if self._size > limits.body_bytes:
+            raise HTTPException(413, f"the body may have {limits.body_bytes:,} bytes")
+        if self._service.bodies_bytes > limits.bodies_bytes:
+            raise HTTPException(503, "too many large requests are under way", {"Retry-After": "1"})
+        return message
+
+    async def _send_part(self, message: AsgiMessage) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = [*message.get("headers", ()), (b"x-request-id", self._name.encode()), *self._cors]
+            self._events = any(
+                value.startswith(b"text/event-stream") for name, value in headers if name == b"content-type"
+            )
+            message["headers"] = headers
+        elif message["type"] == "http.response.body":
+            self._ended = not message.get("more_body", False)
+        try:
+            async with asyncio.timeout(self._service.limits.patience_s):
+                await self._send(message)
+        except TimeoutError:  # nobody reads what is sent
+            self._stalled = True
+            raise
+
+    async def _say_farewell(self) -> None:
+        """Ends an answer that the server has no more time for, unless its client does not read."""
+        refused = Refused(503, "the server is shutting down", "server_error")
+        with contextlib.suppress(TimeoutError, OSError, RuntimeError):
+            async with asyncio.timeout(_FAREWELL_S):
+                if not self._status:
+                    await self._respond(sent(refused))
+                elif self._events and not self._ended:
+                    event = b"data: %s\n\n" % json.dumps(refused.body).encode()
+                    await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 
-def _refusal_of(service: Service, request: Request) -> Refused | None:
-    if service.keys and request.url.path.startswith("/v1/"):
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        # Every key is compared, so that how long it takes says nothing.
-        if not sum(hmac.compare_digest(given, key.encode()) for key in service.keys):
-            return Refused(401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or len(length) > 18 or int(length) > service.limits.body_bytes:
-        return Refused(413, f"the body may have {service.limits.body_bytes:,} bytes")
+def _malformed(scope: Scope, body_bytes: int) -> Refused | None:
+    """Refuses headers or a body that are too large, and a body of which two headers tell two lengths."""
+    headers = scope["headers"]
+    size = sum(len(name) + len(value) for name, value in headers) + len(scope.get("raw_path", b""))
+    if size + len(scope.get("query_string", b"")) > _HEAD_BYTES:
+        return Refused(431, f"the headers may have {_HEAD_BYTES:,} bytes")
+    lengths = [value for name, value in headers if name == b"content-length"]
+    if any(not value.isdigit() or len(value) > 18 or int(value) > body_bytes for value in lengths):
+        return Refused(413, f"the body may have {body_bytes:,} bytes")
+    if lengths and any(name == b"transfer-encoding" for name, _ in headers):
+        # A proxy may see another end of this request than we do: nothing after it is read as a request of its own.
+        return Refused(400, "Content-Length and Transfer-Encoding are both given", headers={"connection": "close"})
     return None

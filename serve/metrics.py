@@ -69,6 +69,7 @@ class _Figures(Collector):
             ("slm_waiting", "Texts that wait for a slot.", figures.waiting),
             ("slm_running", "Texts under way.", figures.running),
             ("slm_slots", "Texts that can be under way.", self._engine.slots),
+            ("slm_step_age_seconds", "How long the present step has been running.", self._engine.step_age_s),
             ("slm_cache_bytes", "Memory of caches, snapshots included.", figures.cache_bytes),
         ):
             yield GaugeMetricFamily(name, text, value=size)

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from slm.runtime.adapters import Adapter
 from slm.runtime.model import Model
@@ -11,6 +12,7 @@ from slm.serve.constraint import Grammars
 from slm.serve.engine import Engine
 from slm.serve.inbox import Post
 from slm.serve.metrics import Metrics
+from slm.web.hosts import Hosts
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Limits:
         new_tokens: Of each answer; also what it gets when it does not say.
         seconds: Until its answers are cut off.
         texts: Answers it may ask for at once.
-        patience_s: How long a client may take to send a piece of its body, or to read what it is sent.
+        bodies_bytes: Of the bodies of all requests under way.
+        patience_s: How long a client may take to send its whole body, or to read a piece of what it is sent.
     """
 
     body_bytes: int = 1 << 20
@@ -31,6 +34,7 @@ class Limits:
     new_tokens: int = 1024
     seconds: float = 300.0
     texts: int = 16
+    bodies_bytes: int = 128 << 20
     patience_s: float = 60.0
 
 
@@ -46,6 +50,12 @@ class Service:
         limits: What one request may take.
         keys: API keys, one of which a request must have; none, and everybody may ask.
         grace_s: How long answers under way may go on when the server is stopped.
+        started: When the server was started, in seconds since 1970.
+        hosts: Host names that are answered; None for all.
+        origins: Of pages elsewhere that may ask; "*" for every one.
+        requests: Tasks of the requests under way.
+        bodies_bytes: What the bodies of the requests under way take together.
+        stopping: Whether the server is being stopped.
     """
 
     model: Model
@@ -56,6 +66,11 @@ class Service:
     keys: Sequence[str] = ()
     grace_s: float = 30.0
     started: int = field(default_factory=lambda: int(time.time()))
+    hosts: Hosts | None = None
+    origins: Collection[str] = ()
+    requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    bodies_bytes: int = 0
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
@@ -68,3 +83,13 @@ class Service:
             self._post = Post(loop)
             self.engine.delivered = self._post.deliver
         return self._post
+
+    def stop(self) -> None:
+        """Accepts no more requests for answers; those under way have the grace period."""
+        self.stopping = True
+        self.engine.stop(self.grace_s)
+
+    def end_requests(self) -> None:
+        """Ends every request under way, each with an error that its client can read."""
+        for task in list(self.requests):
+            task.cancel()

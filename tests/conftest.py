@@ -168,6 +168,7 @@ def slm(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
         captured = capsys.readouterr()
         return Result(int(done.value.code or 0), captured.out, captured.err)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -20,7 +20,11 @@ def mount(app: Any, site: Site) -> None:
 
         return send
 
-    for name in site.files:
-        if name != HEADERS_FILE:
-            for path in {f"/{name}", "/" if name == "index.html" else f"/{name}"}:
-                app.add_route(path, answer(name, site.read(name)), methods=["GET"], include_in_schema=False)
+    for path, name in paths_of(site).items():
+        app.add_route(path, answer(name, site.read(name)), methods=["GET"], include_in_schema=False)
+
+
+def paths_of(site: Site) -> dict[str, str]:
+    """Returns the files of a site by the paths that they are served at."""
+    paths = {f"/{name}": name for name in site.files if name != HEADERS_FILE}
+    return paths | ({"/": "index.html"} if "index.html" in site.files else {})

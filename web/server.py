@@ -1,16 +1,39 @@
 """A small server of a site's files: what it does not know by its exact name is not there."""
 
+import contextlib
 import socket
 import sys
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from slm.core.machine import free_files
+from slm.web.hosts import hosts_of, is_loopback
 from slm.web.site import HEADERS, Site, content_type
 
-# Of a request's headers, how long each may let the server wait.
+# How long a client may take to read a piece of what it is sent, and for the headers of a request, from when its connection
+# opens or the file before was sent; in seconds. Files are sent in pieces of so many bytes.
 _TIMEOUT_S = 30
+HEADERS_S = 15.0
+_PIECE = 1 << 20
+_TRY_AGAIN_S = 0.05
+# Connections, each of which has a thread: enough for browsers, and files are kept for everything else.
+_ENOUGH = 256
+_FEWEST = 4
+_RESERVED = 64
+
+
+@dataclass
+class _Connection:
+    """A connection: since when it has waited for a request, None while one is answered."""
+
+    socket: socket.socket
+    idle_since: float | None
 
 
 class SiteServer(ThreadingHTTPServer):
@@ -18,8 +41,18 @@ class SiteServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, site: Site, host: str, port: int) -> None:
-        """Listens; port 0 takes a free one.
+    def __init__(
+        self, site: Site, host: str, port: int, hosts: Collection[str] = (), headers_s: float = HEADERS_S
+    ) -> None:
+        """Listens.
+
+        Args:
+            site: Its files.
+            host: Address to listen on.
+            port: 0 takes a free one.
+            hosts: Host names that are answered beside those of this machine. On an address that others can reach, without any,
+                all are.
+            headers_s: How long the headers of a request may take, in seconds.
 
         Raises:
             OSError: When the address is taken or not this machine's.
@@ -27,7 +60,17 @@ class SiteServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.site = site
         self.tags = {name: f'"{entry.sha256[:32]}"' for name, entry in site.entries.items()}
+        self.most = max(_FEWEST, min(_ENOUGH, free_files() - _RESERVED))
+        self._headers_s = headers_s
+        self._open: dict[socket.socket, _Connection] = {}
+        self._lock = threading.Lock()
         super().__init__((host, port), _Handler)
+        self.hosts = hosts_of(str(self.server_address[0]), hosts, keys=False, host=host)
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return is_loopback(str(self.server_address[0]))
 
     @property
     def url(self) -> str:
@@ -35,10 +78,57 @@ class SiteServer(ThreadingHTTPServer):
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accepts a connection; waits a moment where that fails for want of files, so as not to try without end."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(_TRY_AGAIN_S)
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Takes a connection in, if need be in place of the one that has been idle longest."""
+        with self._lock:
+            if len(self._open) >= self.most:
+                idle = [each for each in self._open.values() if each.idle_since is not None]
+                if not idle:
+                    return False
+                _end(min(idle, key=lambda each: each.idle_since or 0.0))
+            self._open[request] = _Connection(request, time.monotonic())
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """Closes a connection."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Ends connections whose headers do not come; called twice a second."""
+        super().service_actions()
+        now = time.monotonic()
+        with self._lock:
+            for each in self._open.values():
+                if each.idle_since is not None and now - each.idle_since > self._headers_s:
+                    _end(each)
+
+    def busy(self, request: Any, busy: bool) -> None:
+        """Notes whether a connection has a request that is answered."""
+        with self._lock:
+            if request in self._open:
+                self._open[request].idle_since = None if busy else time.monotonic()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of clients that have gone."""
-        if not isinstance(sys.exception(), ConnectionError):
+        """Says nothing of clients that have gone or do not read."""
+        if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
+
+
+def _end(connection: _Connection) -> None:
+    """Ends a connection, whose thread then finds that nothing more comes, and closes it."""
+    connection.idle_since = None
+    with contextlib.suppress(OSError):  # the client was quicker
+        connection.socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -57,6 +147,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=False)
 
     def _answer(self, *, body: bool) -> None:
+        self.server.busy(self.connection, True)
+        try:
+            self._answer_one(body)
+        finally:
+            self.server.busy(self.connection, False)
+
+    def _answer_one(self, body: bool) -> None:
+        hosts = self.headers.get_all("Host", [])
+        allowed = self.server.hosts
+        if allowed is not None and hosts and not (len(hosts) == 1 and allowed.accept(hosts[0])):
+            text = b"this server does not answer to that Host name; slm web --allow-host NAME allows one\n"
+            self._begin(HTTPStatus.MISDIRECTED_REQUEST, "text/plain; charset=utf-8", len(text))
+            self.wfile.write(text if body else b"")
+            return
         name = unquote(urlsplit(self.path).path).removeprefix("/") or "index.html"
         site = self.server.site
         if name not in site.files:
@@ -70,7 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = site.read(name)
         self._begin(HTTPStatus.OK, content_type(name), len(content), tag)
         if body:
-            self.wfile.write(content)
+            for start in range(0, len(content), _PIECE):
+                self.wfile.write(content[start : start + _PIECE])
 
     def _begin(self, status: HTTPStatus, kind: str, length: int | None, tag: str | None = None) -> None:
         self.send_response(status)

@@ -112,7 +112,8 @@ def test_what_an_interruption_leaves_is_said_of_the_command(
     assert ("slm train" in result.err.partition("error:")[2]) is (arguments[0] == "train")
 
 
-def test_sigterm_ends_a_command_and_its_half_written_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_and_its_half_written_files(tmp_path: Path, number: signal.Signals) -> None:
     program = (
         "import sys, time; from pathlib import Path; import slm.cli.doctor as d; from slm.core.files import atomic_directory\n"
         "def slow():\n"
@@ -124,9 +125,9 @@ def test_sigterm_ends_a_command_and_its_half_written_files(tmp_path: Path) -> No
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 143 and said.startswith("error: terminated\nhint: ")
+    assert process.returncode == 128 + number and said.startswith("error: terminated\nhint: ")
     assert list(tmp_path.iterdir()) == []
 
 

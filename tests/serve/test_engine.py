@@ -335,3 +335,82 @@ def test_a_defect_is_told_to_everybody(
     assert done.reason == "error" and done.error is not None and "broken" not in done.error
     with pytest.raises(SlmError, match=r"RuntimeError at test_engine.py:\d+"):
         ask(engine, prompt)
+
+
+def hold_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Has steps wait for an event, as if onnxruntime did not return."""
+    go_on, step = threading.Event(), engine._batch.step
+
+    def held_up(tokens: Any) -> Any:
+        assert go_on.wait(PATIENCE_S)
+        return step(tokens)
+
+    monkeypatch.setattr(engine._batch, "step", held_up)
+    return go_on
+
+
+def test_a_step_that_does_not_return_is_noticed(start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody hears of it, nothing comes after that, and once the step returns the engine goes on."""
+    engine = start(slots=1, step_timeout_s=0.4)
+    go_on = hold_up(engine, monkeypatch)
+    (ticket, running), (_, waiting) = ask(engine, [5, 6, 7]), ask(engine, [8, 9])
+    for listener in (running, waiting):
+        done = listener.done()
+        assert done.reason == "stalled" and done.error is not None and "stuck" in done.error
+        assert 0.3 < done.took_s < 5
+    assert engine.stalled is not None and engine.unavailable == engine.stalled
+    with pytest.raises(SlmError, match="stuck"):
+        ask(engine, [5])
+    assert engine.figures.done == {"stalled": 2}
+    go_on.set()
+    until = time.monotonic() + PATIENCE_S
+    while engine.unavailable and time.monotonic() < until:
+        time.sleep(0.01)
+    _, after = ask(engine, [5, 6, 7])
+    assert after.done().reason == "length" and len(after.tokens) == 12
+    assert running.events.empty() and ticket.slot is None  # its slot is free again
+
+
+def test_a_slow_prompt_of_many_pieces_is_not_stuck(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit holds for one piece, not for a whole prompt."""
+    engine = start(step_timeout_s=0.5, prefill_tokens=16)
+    read = engine._batch.read
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.15)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(engine._batch, "read", slow)
+    _, listener = ask(engine, [5 + i % 300 for i in range(120)], max_new_tokens=2)
+    done = listener.done()
+    assert done.reason == "length" and done.took_s > 1
+
+
+def test_deadlines_hold_while_a_step_does_not_return(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(slots=1, step_timeout_s=PATIENCE_S)
+    go_on = hold_up(engine, monkeypatch)
+    _, running = ask(engine, [5, 6, 7], deadline=time.monotonic() + 0.5)
+    _, waiting = ask(engine, [8, 9], deadline=time.monotonic() + 0.5)
+    _, patient = ask(engine, [8, 9])
+    for listener in (running, waiting):
+        assert listener.done().reason == "deadline"
+    assert engine.unavailable is None and patient.events.empty()
+    go_on.set()
+    assert patient.done().reason == "length"
+
+
+def test_closing_ends_texts_though_a_step_does_not_return(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(slots=1, step_timeout_s=PATIENCE_S)
+    go_on = hold_up(engine, monkeypatch)
+    listeners = [ask(engine, [5, 6, 7])[1] for _ in range(3)]
+    began = time.monotonic()
+    assert engine.close(0.2) is False and time.monotonic() - began < 5
+    assert [listener.done().reason for listener in listeners] == ["cancelled"] * 3
+    go_on.set()
+    assert engine.close() is True

@@ -5,8 +5,10 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -141,6 +143,33 @@ def test_logs_say_nothing_of_the_text(
     assert len(defects) == 1 and defects[0]["error"] == "RuntimeError" and "answers.py" in str(defects[0]["at"])
     logged = "".join(f"{record.getMessage()}{record.exc_info}" for record in ours)
     assert SECRET not in logged and len(text) > 4 and text not in logged
+
+
+def test_a_line_says_when_who_and_how_much(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    running = serve()
+    client = running.client()
+    options: Any = {"model": NAME, "prompt": [5, 6, 7], "max_tokens": 4, "extra_body": {"ignore_eos": True}}
+    client.completions.create(**options, n=2)
+    list(client.completions.create(**options, stream=True))
+    gone = iter(client.completions.create(**options | {"max_tokens": 60}, stream=True))
+    next(gone)
+    gone.close()  # type: ignore[attr-defined]  # a stream of the client's
+    running.post("/v1/completions", options | {"model": "<script>", "extra_body": None})
+    httpx.get(f"{running.url}/{'x' * 5000}\u2028%0a")
+    assert wait_until(lambda: caplog.text.count('"ms"') == 5)
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "slm.serve"]
+    for line in lines:
+        assert abs(datetime.fromisoformat(line["time"]).timestamp() - time.time()) < 60 and line["time"].endswith("Z")
+        assert len(line["request"]) == 32 and len(line["path"]) <= 201
+    by_status = {status: [line for line in lines if line["status"] == status] for status in (200, 400, 404)}
+    whole, stream, cut = by_status[200]
+    assert (whole["model"], whole["prompt_tokens"], whole["completion_tokens"], whole["finish_reason"]) == (
+        NAME, 3, 8, "length",
+    )  # fmt: skip
+    assert (stream["completion_tokens"], stream["finish_reason"]) == (4, "length")
+    assert cut["completion_tokens"] <= 60 and set(cut["finish_reason"].split(",")) <= {"cancelled", "length"}
+    assert all("model" not in line and "prompt_tokens" not in line for line in by_status[400] + by_status[404])
 
 
 def test_a_defect_harms_nobody_else(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

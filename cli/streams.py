@@ -1,0 +1,43 @@
+"""Standard input, output and error of a command that was started with some of them closed, or whose reader has gone."""
+
+import os
+import sys
+
+_STREAMS = (("stdin", 0, os.O_RDONLY, "r"), ("stdout", 1, os.O_WRONLY, "w"), ("stderr", 2, os.O_WRONLY, "w"))
+
+
+def open_closed_streams() -> None:
+    """Opens those that are closed on nothing, before a socket or a file of the model takes their numbers and is written to."""
+    for name, number, flags, mode in _STREAMS:
+        free = not _is_open(number)
+        if free:
+            opened = os.open(os.devnull, flags)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:  # as the interpreter has it where the descriptor was closed
+            where = number if free else os.devnull
+            setattr(sys, name, open(where, mode, encoding="utf-8", errors="replace", closefd=not free))  # noqa: SIM115
+
+
+def settle_streams() -> None:
+    """Flushes them; drops what nobody reads any longer, of which the interpreter would complain as it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nothing, stream.fileno())
+            except (OSError, ValueError):  # a stream without a descriptor
+                pass
+            finally:
+                os.close(nothing)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True

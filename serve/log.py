@@ -1,0 +1,134 @@
+"""The log: one JSON object a line with the time, never what was asked or answered."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.types import Scope
+
+from slm.serve.defects import frames_of
+from slm.serve.engine import Done, Ticket
+
+log = logging.getLogger("slm.serve")
+
+# What libraries log is cut off after so many characters, and the same line comes once in so many seconds.
+_MESSAGE = 200
+_AGAIN_S = 10.0
+
+# Of a path that somebody sent, this many characters are logged.
+_PATH = 200
+# Where in the scope of a request its record is.
+_KEY = "slm.record"
+
+
+@dataclass
+class Record:
+    """The answers of a request, for its line in the log.
+
+    Attributes:
+        model: The name of the model that answers, as the server knows it.
+        prompt_tokens: Of all prompts.
+        tickets: What the engine gave for the answers.
+        ended: How they ended, by their index; filled in as they do.
+    """
+
+    model: str | None = None
+    prompt_tokens: int | None = None
+    tickets: Sequence[Ticket] = ()
+    ended: Mapping[int, Done] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """Returns what the log says: tokens as far as they came, and each reason for an end once."""
+        if self.model is None:
+            return {}
+        reasons = {done.reason for done in self.ended.values()}
+        if len(self.ended) < len(self.tickets):
+            reasons.add("cancelled")
+        return {
+            "model": self.model,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": sum(len(ticket.tokens) for ticket in self.tickets),
+            "finish_reason": ",".join(sorted(reasons)),
+        }
+
+
+class JsonLines(logging.Formatter):
+    """Makes a line of each record: ours as they are, those of libraries without their tracebacks, which may quote a text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line."""
+        if record.name == log.name:
+            return record.getMessage()
+        fields: dict[str, Any] = {"logger": record.name, "message": _one_line(record.getMessage())}
+        if record.exc_info and record.exc_info[1] is not None:
+            fields |= {"error": type(record.exc_info[1]).__name__, "at": frames_of(record.exc_info[1])}
+        return _line(fields)
+
+
+class Seldom(logging.Filter):
+    """Lets a library say the same thing once in a while only: failures of accept() come thousands a second."""
+
+    def __init__(self, every_s: float = _AGAIN_S) -> None:
+        super().__init__()
+        self._every_s = every_s
+        self._last: dict[tuple[str, object, int], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is logged."""
+        if record.name == log.name:
+            return True
+        key, now = (record.name, record.pathname, record.lineno), time.monotonic()
+        if now - self._last.get(key, -self._every_s) < self._every_s:
+            return False
+        self._last[key] = now
+        return True
+
+
+def configure() -> None:
+    """Has every log line of this process go to standard error as JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    handler.addFilter(Seldom())
+    logging.raiseExceptions = False  # a log that nobody reads any longer stops no server
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def write(level: int = logging.INFO, **fields: Any) -> None:
+    """Logs a line with the time in UTC, as RFC 3339 has it. Fields that are None are left out."""
+    log.log(level, _line({name: value for name, value in fields.items() if value is not None}))
+
+
+def open_record(scope: Scope) -> Record:
+    """Returns the record of a request, which whoever answers it fills in."""
+    record = scope[_KEY] = Record()
+    return record
+
+
+def record_answers(
+    scope: Scope, model: str, prompts: Sequence[Sequence[int]], tickets: Sequence[Ticket], ended: Mapping[int, Done]
+) -> None:
+    """Fills in a request's record, once its answers are asked for."""
+    record = scope.get(_KEY)
+    if isinstance(record, Record):
+        record.model, record.tickets, record.ended = model, tickets, ended
+        record.prompt_tokens = sum(map(len, prompts))
+
+
+def path_of(scope: Scope) -> str:
+    """Returns the path of a request, cut off where it is long."""
+    path = str(scope["path"])
+    return path if len(path) <= _PATH else f"{path[:_PATH]}…"
+
+
+def _line(fields: Mapping[str, Any]) -> str:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return json.dumps({"time": now, **fields})
+
+
+def _one_line(message: str) -> str:
+    line = (message.splitlines() or [""])[0]
+    return line if len(line) <= _MESSAGE else f"{line[:_MESSAGE]}…"

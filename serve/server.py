@@ -1,0 +1,168 @@
+"""The server around the application: signals, the end of a server within a bounded time, and its connections."""
+
+import asyncio
+import contextlib
+import math
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+
+from slm.serve.app import make_app
+from slm.serve.connections import ACCEPTED, Connection, Connections
+from slm.serve.service import Service
+
+# What stops a server. A closed terminal is one of them, unless the server was started with nohup.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# After the grace period, in seconds: when requests still under way are ended, when connections are, and when the process ends
+# whatever it is doing.
+_END_S = 0.5
+_CLOSE_S = 2
+_EXIT_S = 4.0
+# Two Ctrl-C closer than this are one that a wrapper passed on a second time.
+_TWICE_S = 0.3
+# Connections that the system keeps until they are accepted.
+_BACKLOG = 1024
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal stops it.
+
+    The first signal lets answers under way go on for the grace period; those that are not done then end with an error. A second
+    Ctrl-C ends the process at once, and so does a thread of its own a few seconds after the grace period, even where a step of
+    the engine or the event loop does not return.
+
+    Attributes:
+        stopped_by: The signal that stopped it.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        on_start: Callable[[], None] = lambda: None,
+        connections: Connections | None = None,
+        on_stop: Callable[[int], None] = lambda requests: None,
+    ) -> None:
+        """Prepares a server.
+
+        Args:
+            service: What is served.
+            on_start: Called once connections are accepted.
+            connections: Limits other than the default ones.
+            on_stop: Called when the server is stopped, with the number of requests under way.
+        """
+        self._service, self._on_start, self._on_stop = service, on_start, on_stop
+        self._connections = Connections() if connections is None else connections
+        self._signals: int | None = None
+        self.stopped_by: int | None = None
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                http=partial(Connection, connections=self._connections),  # type: ignore[arg-type]  # called as the class is
+                ws="none",
+                loop="asyncio",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                log_level="error",
+                proxy_headers=False,
+                backlog=ACCEPTED,
+                timeout_graceful_shutdown=math.ceil(service.grace_s) + _CLOSE_S,
+            )
+        )
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until a signal stops it, and all work that it began has ended."""
+        try:
+            super().run(sockets)
+        finally:
+            if self._signals is not None:
+                os.close(self._signals)  # which ends `_exit_in_time`
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to accept connections."""
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(_BACKLOG)  # what uvicorn takes for this number is also how many are accepted in one go
+        self._watch = asyncio.create_task(self._connections.watch())
+        self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops accepting, waits for answers under way, and ends those that take too long."""
+        self._service.stop()
+        self._on_stop(len(self._service.requests))
+        ending = asyncio.get_running_loop().call_later(self._service.grace_s + _END_S, self._service.end_requests)
+        await super().shutdown(sockets)
+        ending.cancel()
+        self._watch.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Has signals stop the server; gives them back afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        ours = [each for each in _SIGNALS if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN]
+        before = {each: signal.signal(each, self.handle_exit) for each in ours}
+        reading, self._signals = os.pipe()
+        os.set_blocking(self._signals, False)
+        # Written to by the interpreter's handler in C, even while Python code of the main thread does not come to run.
+        wakeup = signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
+        threading.Thread(target=_exit_in_time, args=(reading, ours, self._service.grace_s), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for each, handler in before.items():
+                signal.signal(each, signal.SIG_DFL if handler is None else handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stops the server at the first signal; `_exit_in_time` sees to the others."""
+        if self.stopped_by is None:
+            self.stopped_by = sig
+        self.should_exit = True
+
+
+def exit_now(number: int, message: bytes) -> NoReturn:
+    """Ends the process whatever its threads are doing, with the exit code of a signal."""
+    with contextlib.suppress(OSError):
+        os.write(2, message)
+    os._exit(128 + number)
+
+
+def _exit_in_time(reading: int, signals: Sequence[int], grace_s: float) -> None:
+    """Waits for signals; ends the process at a second Ctrl-C, or some time after the grace period.
+
+    Args:
+        reading: Where the numbers of signals come. Once it is closed, nothing is left to end.
+        signals: Those that stop the server.
+        grace_s: How long answers may go on after the first, in seconds.
+    """
+    first: int | None = None
+    until, again = math.inf, 0.0
+    while True:
+        left = until - time.monotonic()
+        if left <= 0 and first is not None:
+            exit_now(first, b"stopped: the server did not end in time\n")
+        if not select.select([reading], [], [], None if first is None else left)[0]:
+            continue
+        numbers = os.read(reading, 64)
+        if not numbers:
+            os.close(reading)
+            return
+        for number in numbers:
+            now = time.monotonic()
+            if number not in signals:
+                continue
+            if first is None:
+                first, until, again = number, now + grace_s + _EXIT_S, now + _TWICE_S
+            elif number == signal.SIGINT and now >= again:
+                exit_now(number, b"stopped at once: answers under way were cut off\n")
