@@ -16,7 +16,7 @@ from slm.core.progress import Silent
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.train.data.corpus import open_corpus
 from slm.train.data.dataset import DatasetManifest, check_files, open_dataset, read_manifest, refer_to
-from slm.train.data.documents import read_documents
+from slm.core.text.documents import read_documents
 from slm.train.data.preparation import prepare_dataset
 from slm.train.data.tokenizer import gpt2, is_gpt2, train_bpe
 from slm.train.prepare import prepare

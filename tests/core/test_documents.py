@@ -11,7 +11,8 @@ import pytest
 from pyarrow import parquet as pq
 
 from slm.core.errors import SlmError
-from slm.train.data.documents import find_files, read_documents
+from slm.core.text.documents import read_documents
+from slm.core.text.files import find_files
 
 if sys.version_info >= (3, 14):
     from compression import zstd
