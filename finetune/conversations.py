@@ -1,12 +1,13 @@
 """Conversations in rows: whose turns they are, what is learned of them, and what is refused."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from slm.core.chat import Message, Role
 from slm.core.errors import SlmError
+from slm.core.text.json_rows import parse
+from slm.core.text.streams import DOCUMENT_BYTES
 from slm.finetune.fields import ROLES, TOOL_ROLES, absent, is_learned, known_in_message, refuse_in_message
 
 _FORM = 'a conversation is [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
@@ -39,14 +40,15 @@ def text_of(value: Any, name: str, where: str, *, empty: bool = False) -> str:
     return value
 
 
-def parsed(value: Any) -> Any:
+def _parsed(value: Any, where: str) -> Any:
     """Returns a list that a cell or a field spells as JSON; anything else as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = parse(value, DOCUMENT_BYTES)
+    except SlmError as error:
+        raise SlmError(f"{where}: {error.message}", error.hint) from None
+    return value if isinstance(found, SlmError) else found
 
 
 def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) -> list[Turn]:
@@ -61,7 +63,7 @@ def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) ->
     Raises:
         SlmError: When it is no conversation, or holds what is not supported.
     """
-    value = parsed(value)
+    value = _parsed(value, where)
     if not isinstance(value, list):
         raise SlmError(f"{where}: {name!r} is {kind_of(value)} instead of an array of messages", _FORM)
     found: list[Turn] = []
@@ -78,7 +80,7 @@ def history(value: Any, where: str) -> list[Turn]:
     Raises:
         SlmError: When they are not pairs of texts.
     """
-    value = parsed(value)
+    value = _parsed(value, where)
     if absent(value):
         return []
     if not isinstance(value, list):
@@ -157,9 +159,7 @@ def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | Non
     if said_by not in ROLES:
         raise SlmError(f"{where}: unknown role {said_by!r:.60}", f"{role_name!r} is one of {', '.join(ROLES)}")
     role = ROLES[said_by]
-    content = text_of(
-        _content(message[content_name], where), content_name, where, empty=role == "system"
-    )
+    content = text_of(_content(message[content_name], where), content_name, where, empty=role == "system")
     try:
         learned = is_learned(message, role)
     except SlmError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from slm.core.chat import Dialogue, dialogues
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
-from slm.core.text.cuts import Literal
+from slm.core.text.cuts import PieceEncoder
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
 from slm.finetune.rows import ChatRow, CompletionRow, Row, TextRow
 
@@ -144,7 +144,7 @@ class Renderer:
         return Examples(tuple(kept), truncated, skipped)
 
     def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
-        literal = Literal(self.tokenizer).encode
+        literal = PieceEncoder(self.tokenizer).encode
         conversations = [row.messages for row in rows if isinstance(row, ChatRow)]
         in_turns = dialogues(self.tokenizer, conversations, self._ends)
         for row in rows:

@@ -48,7 +48,8 @@ _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), (_NO_TOOLS, _REMOVE)),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
     **dict.fromkeys(
-        ("reasoning_content", "reasoning", "thinking"), (_NO_REASONING, "write it into the content, or remove the field")
+        ("reasoning_content", "reasoning", "thinking"),
+        (_NO_REASONING, "write it into the content, or remove the field"),
     ),
     "refusal": ("a refusal beside the content is not supported", "write it into the content, or remove the row"),
     "train_detail": ("an answer is learned whole or not at all", "remove the field, or split the answer"),
@@ -144,9 +145,7 @@ def renaming(row: Mapping[str, Any]) -> str | None:
     """Returns how to rename the columns of a row of no known kind; None where that is not clear."""
     for question, answer in _RENAMED:
         if question in row and answer in row:
-            return (
-                f"rename {question} and {answer} to instruction and output (a chat) or to prompt and completion (plain text)"
-            )
+            return f"rename {question} and {answer} to instruction and output (a chat) or to prompt and completion (plain text)"
     return None
 
 

@@ -49,6 +49,24 @@ _MOST_LEFT_OUT = 50
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How much is read.
+
+    Attributes:
+        row: Bytes of UTF-8 that a row may have.
+        data: Bytes of memory that all rows of a file may take.
+    """
+
+    row: int = DOCUMENT_BYTES
+    data: int = DATA_BYTES
+
+    @classmethod
+    def checked(cls, row: int | None, data: int | None) -> "Limits":
+        """Returns limits, the defaults for None."""
+        return cls(DOCUMENT_BYTES if row is None else row, DATA_BYTES if data is None else data)
+
+
+@dataclass(frozen=True)
 class CompletionRow:
     """A beginning, and the continuation to learn; neither is wrapped in anything."""
 
@@ -96,8 +114,7 @@ def read_rows(
     bad: list[SlmError] | None = None,
     *,
     left_out: set[str] | None = None,
-    limit: int = DOCUMENT_BYTES,
-    most: int = DATA_BYTES,
+    limits: Limits | None = None,
 ) -> list[Row]:
     """Reads the rows of a file, or of all files below a directory; `slm.core.text` says what is read.
 
@@ -105,14 +122,14 @@ def read_rows(
         path: The file or directory.
         bad: Takes what is wrong with rows, which are then left out; None makes the first of them an error.
         left_out: Takes the names of fields that mean nothing to fine-tuning.
-        limit: Bytes of UTF-8 that a row may have.
-        most: Bytes that all rows may take together.
+        limits: How much is read; the defaults when None.
 
     Raises:
         SlmError: When a file cannot be read, holds no row, or a row is not what is expected, too long or holds what is
             not supported; it names the line, or the number of the row in an array or a Parquet file.
     """
     rows: list[Row] = []
+    limits = limits or Limits()
     taken = 0
     names: set[str] = set() if left_out is None else left_out
 
@@ -122,7 +139,7 @@ def read_rows(
 
     for file in find_files(path.expanduser()):
         unread: set[str] = set()
-        for value in _values(file, limit, unread):
+        for value in _values(file, limits.row, unread):
             where = f"{file}, {value.place}"
             try:
                 if isinstance(value.content, SlmError):
@@ -134,12 +151,14 @@ def read_rows(
                     raise wrong from None
                 bad.append(wrong)
                 if len(bad) > _MOST_BAD:
-                    raise SlmError(f"more than {_MOST_BAD:,} rows are wrong; the first: {bad[0].message}", EXPECTED) from None
+                    raise SlmError(
+                        f"more than {_MOST_BAD:,} rows are wrong; the first: {bad[0].message}", EXPECTED
+                    ) from None
                 continue
             taken += _bytes(row)
-            if taken > most:
+            if taken > limits.data:
                 raise SlmError(
-                    f"{where}: the rows take more than {size(most)}, and all are held in memory",
+                    f"{where}: the rows take more than {size(limits.data)}, and all are held in memory",
                     "--max-data-bytes raises the limit; or give fewer rows",
                 )
             rows.append(row)
@@ -190,16 +209,16 @@ def _row(value: Any, where: str, left_out: _Names) -> Row:
         if name not in (*fields, *SYSTEM, HISTORY) and not known_column(name):
             left_out(name)
     match fields:
-        case (("prompt"), _):
+        case ("prompt", _):
             return _prompt(row, where, left_out)
         case ("text",):
             _refuse_before(row, "text", where)
             return TextRow(text_of(row[TEXT], TEXT, where), where)
-    if fields[0] == INSTRUCTION:
-        conversation = _instruction(row, where)
-    else:
-        conversation = turns(row[fields[0]], fields[0], where, left_out)
-    return _chat(row, conversation, where)
+        case ("instruction", *_):
+            return _chat(row, _instruction(row, where), where)
+        case (name, *_):
+            return _chat(row, turns(row[name], name, where, left_out), where)
+    raise AssertionError(fields)
 
 
 def _fields(row: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from slm.core.errors import SlmError
 from slm.core.files import at_work, atomic_directory, write_text
 from slm.core.machine import usable_cores
 from slm.core.progress import Progress
-from slm.core.text.cuts import Literal
+from slm.core.text.cuts import PieceEncoder
 from slm.core.text.files import DATASET_FILE, find_files, is_dataset
 from slm.core.tokenizer import Tokenizer
 from slm.train.data.corpus import SAMPLE, Corpus, Documents, Reading, is_named, open_corpus
@@ -254,7 +254,7 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
 
 def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:
     """Returns how many tokens a text has, or that it has enough."""
-    tokens, literal = 0, Literal(tokenizer)
+    tokens, literal = 0, PieceEncoder(tokenizer)
     for document in documents():
         tokens += len(literal.encode(document)) + 1  # the end of the text
         if tokens >= enough:

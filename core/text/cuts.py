@@ -52,7 +52,7 @@ def pieces(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-class Literal:
+class PieceEncoder:
     """Encodes texts as they stand, special tokens in them as characters, in memory that does not grow with their length.
 
     Args:

@@ -135,4 +135,4 @@ def _below(directory: Path) -> list[Path]:
     if not found:
         hint = f"name the files themselves: {named}" if named else ACCEPTED
         raise SlmError(f"no .txt, .jsonl or .parquet file in {directory}", hint)
-    return [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
+    return [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]  # noqa: PTH206

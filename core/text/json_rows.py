@@ -168,7 +168,9 @@ def _array(source: TextFile) -> Iterator[Value]:
                 if found == "]":
                     break
                 if found != ",":
-                    raise buffer.error("not JSON: Expecting ',' delimiter" if found else "not JSON: the array has no end")
+                    raise buffer.error(
+                        "not JSON: Expecting ',' delimiter" if found else "not JSON: the array has no end"
+                    )
                 buffer.take()
                 buffer.next()
             number += 1

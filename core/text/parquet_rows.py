@@ -17,6 +17,7 @@ from slm.core.text.value import Value
 _ROWS = 1024
 # What decoding may take beyond what the process has, since no field of the file need be true.
 _DECODING_BYTES = 1 << 30
+_DECODING_LIMITS = 4  # at least so many times what a row may have
 _DAMAGED = "copy or download it again"
 
 
@@ -38,12 +39,16 @@ def read_parquet(
 
     check_regular(file)
     row = 0
+    memory = max(_DECODING_BYTES, _DECODING_LIMITS * limit)
     try:
-        with file.open("rb") as stream, _opened(stream, file, columns) as (table, wanted, names):
+        with file.open("rb") as stream, _opened(stream, file, columns, memory) as (table, wanted, names):
             if unread is not None:
                 unread.update(set(names) - set(wanted))
             for group in range(table.num_row_groups):
-                for batch in _batches(table, group, wanted, limit):
+                together = _rows_together(table, group, wanted, limit)
+                if not together:
+                    raise SlmError(f"{file}{after('row', row)}: rows are longer than {size(limit)}", RAISE_LIMIT)
+                for batch in _batches(table, group, wanted, together, memory):
                     for content in _rows(batch, limit):
                         row += 1
                         if content is None:
@@ -53,7 +58,7 @@ def read_parquet(
         raise SlmError(f"{file}{after('row', row)}: is not UTF-8 text", "write the file again") from None
     except MemoryError:
         raise SlmError(
-            f"{file}{after('row', row)}: takes more than {size(_DECODING_BYTES)} of memory to read",
+            f"{file}{after('row', row)}: takes more than {size(memory)} of memory to read",
             "write it again with smaller row groups and rows",
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
@@ -71,7 +76,7 @@ def column_names(file: Path) -> list[str]:
 
     check_regular(file)
     try:
-        with file.open("rb") as stream, _opened(stream, file, ()) as (_, _, names):
+        with file.open("rb") as stream, _opened(stream, file, (), _DECODING_BYTES) as (_, _, names):
             return names
     except (pyarrow.ArrowException, MemoryError, OSError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
@@ -80,11 +85,11 @@ def column_names(file: Path) -> list[str]:
 
 @contextmanager
 def _opened(
-    stream: io.BufferedReader, file: Path, columns: Collection[str] | None
+    stream: io.BufferedReader, file: Path, columns: Collection[str] | None, memory: int
 ) -> Iterator[tuple[Any, list[str], list[str]]]:
     from pyarrow import parquet
 
-    with _bounded():
+    with _bounded(memory):
         opened = parquet.ParquetFile(stream, pre_buffer=False)
         metadata = opened.metadata
         if metadata.num_columns > MOST_COLUMNS:
@@ -114,18 +119,23 @@ def _with_dictionaries(table: Any, wanted: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def _batches(table: Any, group: int, wanted: list[str], limit: int) -> Iterator[Any]:
+def _rows_together(table: Any, group: int, wanted: list[str], limit: int) -> int:
+    """Returns how many rows of a group to decode at once; 0 where they are longer than the limit on average."""
     chunks = table.metadata.row_group(group)
     stored = sum(
         chunk.total_uncompressed_size
         for chunk in map(chunks.column, range(chunks.num_columns))
         if chunk.path_in_schema.split(".")[0] in wanted
     )
-    longest = max(1, stored // max(1, chunks.num_rows))
-    together = max(1, min(_ROWS, limit // longest))
+    average = max(1, stored // max(1, chunks.num_rows))
+    # A short column has more headers than values.
+    return max(min(_ROWS, limit // average), int(average < _DECODING_BYTES // _ROWS))
+
+
+def _batches(table: Any, group: int, wanted: list[str], together: int, memory: int) -> Iterator[Any]:
     batches = table.iter_batches(together, row_groups=[group], columns=wanted, use_threads=False)
     while True:
-        with _bounded():
+        with _bounded(memory):
             batch = next(batches, None)
         if batch is None:
             return
@@ -168,15 +178,19 @@ def _cost(array: Any) -> int:
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
+def _bounded(memory: int) -> Iterator[None]:
     """Limits the memory of the process while a library decodes; where the system cannot, nothing is limited."""
+    import pyarrow
+
+    # Arrow's allocator reserves a gigabyte of addresses at first use, which the limit would count.
+    pyarrow.allocate_buffer(1)
     previous = None
     with suppress(ImportError, OSError, ValueError):
         import resource
 
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        now = pages * os.sysconf("SC_PAGE_SIZE") + _DECODING_BYTES
+        now = pages * os.sysconf("SC_PAGE_SIZE") + memory
         if soft == resource.RLIM_INFINITY or now < soft:
             resource.setrlimit(resource.RLIMIT_AS, (now, hard))
             previous = (soft, hard)

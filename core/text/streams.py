@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from slm.core.errors import SlmError
 from slm.core.text.files import check_regular, compression
@@ -141,15 +141,15 @@ def after(unit: str, number: int) -> str:
 def _open(file: Path) -> io.BufferedReader:
     match compression(file):
         case ".gz":
-            stream: Any = gzip.open(file, "rb")
+            stream: Any = gzip.GzipFile(file, "rb")
         case ".bz2":
-            stream = bz2.open(file, "rb")
+            stream = bz2.BZ2File(file, "rb")
         case ".xz":
             stream = _Xz(file.open("rb"))
         case ".zst":
             stream = _open_zst(file)
         case _:
-            return cast(io.BufferedReader, file.open("rb"))
+            return file.open("rb")
     return io.BufferedReader(stream, _CHUNK)
 
 

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as Backend
 
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
-from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.core.text import cuts
-from slm.train.data import encoder as module
 from slm.core.text.cuts import cuts_at_spaces, pieces
+from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.train.data import encoder as module
 from slm.train.data.encoder import Encoder
 from slm.train.data.shards import write_shards
 from slm.train.data.tokenizer import gpt2, train_bpe

@@ -291,7 +291,11 @@ def _from_hub(name: str, reading: Reading) -> Corpus:
     if Path(identifier).expanduser().is_dir():
         identifier = str(Path(identifier).expanduser())
     rows = HubDataset(
-        identifier, config=reading.config, split=reading.split, column=reading.column, streaming=reading.streaming,
+        identifier,
+        config=reading.config,
+        split=reading.split,
+        column=reading.column,
+        streaming=reading.streaming,
         limit=reading.limit,
     )
     train, validation = rows.rows
