@@ -59,18 +59,18 @@ _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
 _LEARNED = ("weight", "train", "train_on_turn", "loss")
 _ROW_WEIGHTS = ("weight", "sample_weight")
 
-# Everything that is looked at in a row; other columns of a Parquet file are not decoded.
-COLUMNS = frozenset(
-    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
-     *_ROW_WEIGHTS, "label")
-)  # fmt: skip
-
 # Columns that mean what prompt and completion do, but may also mean something else.
 _RENAMED = (
     ("question", "answer"), ("query", "response"), ("query", "answer"), ("question", "response"), ("prompt", "response"),
     ("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("inputs", "targets"), ("user", "assistant"),
     ("human", "assistant"), ("source", "target"), ("problem", "solution"), ("instruction", "completion"),
     ("instruction", "answer"),
+)  # fmt: skip
+
+# Everything that is looked at in a row; other columns of a Parquet file are not decoded.
+COLUMNS = frozenset(
+    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
+     *_ROW_WEIGHTS, "label", *(name for names in _RENAMED for name in names))
 )  # fmt: skip
 
 

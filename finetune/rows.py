@@ -1,7 +1,7 @@
 """Rows to fine-tune on: kinds of object that other tools write, which a file may mix."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def read_rows(
             try:
                 if isinstance(value.content, SlmError):
                     raise SlmError(f"{where}: {value.content.message}", value.content.hint or EXPECTED)
-                row = _row(value.content, where, leave_out)
+                row = _row(value.content, where, leave_out, unread)
             except SlmError as error:
                 wrong = SlmError(error.message, error.hint or EXPECTED)
                 if bad is None:
@@ -196,7 +196,7 @@ def _bytes(row: Row) -> int:
             return _OVERHEAD + len(row.text)
 
 
-def _row(value: Any, where: str, left_out: _Names) -> Row:
+def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> Row:
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: {kind_of(value)} instead of an object")
     row = {name: each for name, each in value.items() if each is not None}  # null means absent
@@ -204,7 +204,7 @@ def _row(value: Any, where: str, left_out: _Names) -> Row:
         refuse_columns(row)
     except SlmError as error:
         raise SlmError(f"{where}: {error.message}", error.hint) from None
-    fields = _fields(row, where)
+    fields = _fields(row, where, unread)
     for name in row:
         if name not in (*fields, *SYSTEM, HISTORY) and not known_column(name):
             left_out(name)
@@ -221,7 +221,7 @@ def _row(value: Any, where: str, left_out: _Names) -> Row:
     raise AssertionError(fields)
 
 
-def _fields(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _fields(row: Mapping[str, Any], where: str, unread: Collection[str]) -> tuple[str, ...]:
     """Returns the fields of the kind that a row is."""
     kinds: list[tuple[str, ...]] = [(name,) for name in CONVERSATIONS if name in row]
     output = _one_of(row, OUTPUT, where)
@@ -237,7 +237,7 @@ def _fields(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         names = " and ".join(" + ".join(map(repr, each)) for each in kinds)
         raise SlmError(f"{where}: has {names}, which are {len(kinds)} kinds of row", "keep the fields of one kind")
     if not kinds:
-        names = ", ".join(map(str, list(row)[:20])) or "none"
+        names = ", ".join([*row, *sorted(unread)][:20]) or "none"
         raise SlmError(f"{where}: unknown kind of row (fields: {names})", renaming(row))
     return kinds[0]
 

@@ -55,6 +55,7 @@ def find_files(path: Path) -> list[Path]:
         SlmError: When the path does not exist or is not of a kind that is read, or a directory holds nothing to read or
             cannot be read.
     """
+    _check_exists(path)
     if is_dataset(path):
         raise SlmError(
             f"a prepared dataset holds tokens, not text: {path}",
@@ -62,7 +63,6 @@ def find_files(path: Path) -> list[Path]:
         )
     if path.is_dir():
         return _below(path)
-    _check_exists(path)
     if not _is_read(path):
         raise SlmError(f"unknown kind of file: {path}", ACCEPTED)
     check_regular(path)

@@ -135,7 +135,7 @@ def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:
     [
         (["--data", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--data", "sample"], 1, "error: --data sample stands alone"),
-        (["--data", "done"], 1, "error: a prepared dataset is no text: done"),
+        (["--data", "done"], 1, "error: a prepared dataset holds tokens, not text: done"),
         (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--tokenizer", "missing.json"], 2, "error: --vocab-size is for --tokenizer bpe"),
         (["--split", "train"], 2, "error: --split is for Hugging Face datasets"),

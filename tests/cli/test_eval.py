@@ -176,7 +176,7 @@ def test_wrong_usage(slm: Slm, options: tuple[str, ...], said: str) -> None:
         (("--data", "empty.txt"), "no text in empty.txt"),
         (("--data", "latin.txt"), "error: latin.txt: is not UTF-8 text"),
         (("--data", "later.txt"), "error: later.txt, after line 1: is not UTF-8 text"),
-        (("--data", "dataset"), "a prepared dataset is no text: dataset"),
+        (("--data", "dataset"), "a prepared dataset holds tokens, not text: dataset"),
         (("runs/tiny",), "name what it holds: runs/tiny/checkpoint/best, runs/tiny/onnx"),
         (("runs/tiny/checkpoint",), "name what it holds: runs/tiny/checkpoint/best"),
         (("--data", "rows.jsonl"), 'rows.jsonl, line 1: is not a row with a "text"'),

@@ -217,7 +217,7 @@ def test_a_run_refers_to_a_prepared_dataset(dataset: Path, small_recipe: MakeRec
     ("data", "message"),
     [
         ({"validation": "stories.txt"}, "with its own validation text"),
-        ({"train": ["dataset", "stories.txt"]}, "a prepared dataset is no text"),
+        ({"train": ["dataset", "stories.txt"]}, "a prepared dataset holds tokens, not text"),
         ({"tokenizer": "other/tokenizer.json"}, "was made with another tokenizer than"),
     ],
 )

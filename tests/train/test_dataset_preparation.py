@@ -105,7 +105,7 @@ def test_long_documents_and_any_tokenizer_with_workers(
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("slm.train.data.encoder._PIECE_CHARACTERS", 101)
+    monkeypatch.setattr("slm.core.text.cuts._PIECE_CHARACTERS", 101)
     documents = ["\n\n".join(stories[:30]), "short", "x" * 5000]
     for cuts in (True, False):
         monkeypatch.setattr(workers, "cuts_at_spaces", lambda tokenizer, cuts=cuts: cuts)
