@@ -117,9 +117,10 @@ def _text(source: TextFile, in_parts: bool) -> Iterator[str]:
         at_start = True
         while text := stream.readline(_CHUNK):
             source.number += at_start
-            source.check_text(text)
+            if "\0" in text:
+                source.check_text(text)
             # U+FEFF: a byte order mark that was in the middle of joined files.
-            if at_start and text.strip().lstrip("\ufeff").lstrip() == END_OF_TEXT:
+            if at_start and END_OF_TEXT in text and text.strip().lstrip("\ufeff").lstrip() == END_OF_TEXT:
                 yield from ended()
                 parts, length, begun, split = [], 0, source.number + 1, False
                 at_start = text.endswith("\n")
@@ -155,7 +156,7 @@ def _last_cut(text: str) -> int | None:
 
 
 def _column(file: Path, column: str, limit: int) -> Iterator[str]:
-    other = "slm data prepare --column NAME reads another column"
+    other = "--column NAME reads another column"
     if kind(file) == PARQUET and column not in (names := column_names(file)):
         shown = ", ".join(names[:20]) or "none"
         raise SlmError(f'{file} has no column "{column}"', f"{other}; there is {shown}")

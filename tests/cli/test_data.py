@@ -111,8 +111,21 @@ def test_a_column(slm: Callable) -> None:
     arguments = ("data", "prepare", "--data", "rows.jsonl", "--vocab-size", "300")
     for result in (slm(*arguments), slm("train", "--recipe", "small.yaml", "--data", "rows.jsonl")):
         assert 'is not a row with a "text"' in result.err
-        assert "slm data prepare --column NAME reads another one" in result.err
+        assert "--column NAME reads another column" in result.err
     assert slm(*arguments, "--column", "content").code == 0
+
+
+def test_long_rows_are_refused_unless_told(slm: Callable) -> None:
+    Path("rows.jsonl").write_text('{"text": "A fox ran."}\n{"text": "A moon rose."}\n', encoding="utf-8")
+    arguments = ("data", "prepare", "--data", "rows.jsonl", "--vocab-size", "300", "--max-document-bytes")
+    refused = slm(*arguments, "22")
+    assert refused.code == 1 and "rows.jsonl, line 2: is longer than 22 bytes" in refused.err
+    assert "hint: --max-document-bytes raises the limit" in refused.err
+    training = slm("train", "--recipe", "small.yaml", "--data", "rows.jsonl", "--max-document-bytes", "22")
+    assert "rows.jsonl, line 2: is longer than 22 bytes" in training.err
+    assert slm(*arguments, "1KiB").code == 0
+    for wrong in ("0", "many", "nan", "1e99"):
+        assert slm(*arguments, wrong).code == 2
 
 
 def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:

@@ -239,5 +239,5 @@ def test_what_is_held_in_memory_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SlmError, match="line 1: is longer than 50 bytes"):
         read_rows(path, limits=Limits(row=50))
     monkeypatch.setattr(module, "_MOST_BAD", 3)
-    with pytest.raises(SlmError, match="more than 3 rows are wrong; the first: .*line 1"):
+    with pytest.raises(SlmError, match=r"more than 3 rows are wrong; the first: .*line 1"):
         read_rows(write([{}] * 5, "jsonl"), [])

@@ -125,7 +125,7 @@ def test_a_file_without_rows_is_refused(content: str | bytes, said: str) -> None
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SlmError, match="not found"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(SlmError, match="no .txt, .jsonl or .parquet file"):
+    with pytest.raises(SlmError, match=r"no \.txt, \.jsonl or \.parquet file"):
         read_rows(tmp_path)
 
 

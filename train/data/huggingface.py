@@ -14,7 +14,7 @@ _ROWS = 1024
 # Rows of a table that has more bytes are turned into texts one by one.
 _AT_ONCE_BYTES = 16 << 20
 
-_OTHER_COLUMN = "slm data prepare --column NAME reads another column"
+_OTHER_COLUMN = "--column NAME reads another column"
 
 
 class HubDataset:

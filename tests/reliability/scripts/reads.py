@@ -52,4 +52,4 @@ try:
 except SlmError as error:
     said, hint = error.message, error.hint or ""
 after = _peak_kib()
-print(json.dumps({"mib": (after - before) / 1024, "said": said, "hint": hint}))
+sys.stdout.write(json.dumps({"mib": (after - before) / 1024, "said": said, "hint": hint}) + "\n")
