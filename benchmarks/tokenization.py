@@ -32,8 +32,8 @@ from slm.core import sample
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib, usable_cores
 from slm.core.progress import Silent
+from slm.core.text.documents import read_documents
 from slm.core.tokenizer import Tokenizer
-from slm.train.data.documents import read_documents
 from slm.train.data.shards import write_shards
 from slm.train.data.tokenizer import gpt2, train_bpe
 from slm.train.data.tokens import open_tokens

@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import json_option
+from slm.cli.options import document_option, json_option
+from slm.core.text.streams import DOCUMENT_BYTES
 
 _OUT = Path("datasets")
 
@@ -68,6 +69,7 @@ def data() -> None:
 @click.option("--split", metavar="NAME", help="Of a Hugging Face dataset, to train on. [default: train]")
 @click.option("--config", metavar="NAME", help="Of a Hugging Face dataset that has several.")
 @click.option("--column", default="text", show_default=True, metavar="NAME", help="What the text is called in rows.")
+@document_option
 @click.option("--licence", metavar="TEXT", help="Licence of the text. [default: what the dataset's card states]")
 @json_option
 def prepare(
@@ -83,6 +85,7 @@ def prepare(
     split: str | None,
     config: str | None,
     column: str,
+    max_document_bytes: int | None,
     licence: str | None,
     as_json: bool,
 ) -> None:
@@ -109,7 +112,13 @@ def prepare(
     progress = RichProgress()
     path = out or _OUT / _name(train[0])
     check_out(path)  # before all of the text is read
-    reading = Reading(column=column, config=config, split=split or "train", streaming=streaming)
+    reading = Reading(
+        column=column,
+        config=config,
+        split=split or "train",
+        streaming=streaming,
+        limit=max_document_bytes or DOCUMENT_BYTES,
+    )
     corpus = open_corpus(train, val, reading)
     say(f"data: {corpus.about}")
     prepare_dataset(

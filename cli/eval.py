@@ -10,9 +10,11 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.generate import default_model
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import Artifact, column_option, document_option, json_option
 from slm.core.errors import SlmError
 from slm.core.sample import validation_path
+from slm.core.text.documents import TEXT_COLUMN, read_documents, text_files
+from slm.core.text.streams import DOCUMENT_BYTES
 
 if TYPE_CHECKING:
     from slm.runtime.evaluate import Measurement
@@ -28,8 +30,11 @@ _SHIPPED = "the held-out stories that ship with slm"
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Text: .txt, .jsonl, a directory; may be repeated. [default: the held-out stories that ship with slm]",
+    help="Text: .txt, .jsonl, .parquet, .csv, a directory; may be repeated. [default: the held-out stories that ship "
+    "with slm]",
 )
+@column_option
+@document_option
 @click.option(
     "--protocol",
     type=click.Choice(["documents", "windows"]),
@@ -68,6 +73,8 @@ _SHIPPED = "the held-out stories that ship with slm"
 def eval(
     model: Path | None,
     data: tuple[Path, ...],
+    column: str | None,
+    max_document_bytes: int | None,
     protocol: str,
     context: int | None,
     stride: int | None,
@@ -95,7 +102,7 @@ def eval(
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     _check(protocol, stride, tasks, names, limit)
-    text = None if names and not data else _Text(data)
+    text = None if names and not data else _Text(data, column, max_document_bytes)
     path = model or default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
     say(f"{path}: {loaded.decoder.description}")
@@ -131,19 +138,16 @@ def _check(protocol: str, stride: int | None, tasks: str | None, names: list[str
 class _Text:
     """What is measured on: files of documents, looked for before a model is loaded."""
 
-    def __init__(self, paths: tuple[Path, ...]) -> None:
-        from slm.train.data.documents import find_files
-
-        self.files = [file for path in paths or (validation_path(),) for file in find_files(path.expanduser())]
+    def __init__(self, paths: tuple[Path, ...], column: str | None, limit: int | None) -> None:
+        self._column, self._limit = column or TEXT_COLUMN, limit or DOCUMENT_BYTES
+        self.files = text_files(paths or (validation_path(),))
         self.about = ", ".join(map(str, paths)) if paths else _SHIPPED
 
     def read(self) -> Iterator[str]:
         """Yields the documents."""
-        from slm.train.data.documents import read_documents
-
         for file in self.files:
             empty = True
-            for document in read_documents(file):
+            for document in read_documents(file, self._column, self._limit):
                 empty = False
                 yield document
             if empty:

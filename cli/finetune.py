@@ -9,9 +9,10 @@ import click
 from click.core import ParameterSource
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import Artifact, json_option, out_option, seed_option
+from slm.cli.options import Artifact, ByteCount, document_option, json_option, out_option, seed_option
 from slm.core.errors import SlmError
 from slm.core.runs import RUNS, newest_checkpoint, run_of
+from slm.core.text.files import bare_name
 
 _FILE = click.Path(path_type=Path)
 # What only an adapter has.
@@ -76,6 +77,13 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     type=click.IntRange(2),
     help="Tokens of a row; 512 or the context when left out.",
 )
+@document_option
+@click.option(
+    "--max-data-bytes",
+    type=ByteCount(),
+    metavar="SIZE",
+    help="Refuse more rows than take so much memory. [default: 512MiB]",
+)
 @seed_option
 @json_option
 def finetune(
@@ -89,12 +97,14 @@ def finetune(
     overwrite: bool,
     targets: str | None,
     patience: int,
+    max_document_bytes: int | None,
+    max_data_bytes: int | None,
     as_json: bool,
     **values: Any,
 ) -> None:
     """Fine-tune a checkpoint: with LoRA a small adapter beside it, in full another checkpoint; itself unchanged.
 
-    FILE has JSON lines, one JSON array, CSV with a line of names, or Parquet.
+    FILE has JSON lines, one JSON array, CSV with a line of names, Parquet or text, compressed or not; or is a directory.
 
     \b
     A row is one of
@@ -104,9 +114,9 @@ def finetune(
       {"prompt": "The sky is", "completion": " blue."}
       {"text": "Once upon a time there was a blue sky."}
 
-    Only the answers are learned: every turn of the assistant's, the output, the completion or the whole text, and always
-    the token that ends it. Conversations and instructions are put into the turns in which a chat will ask. A run that was
-    interrupted goes on when the same command is given again.
+    Only the answers are learned: every turn of the assistant's (unless its "weight" is 0), the output, the completion or
+    the whole text, and always the token that ends it. Conversations and instructions are put into the turns in which a
+    chat will ask. A run that was interrupted goes on when the same command is given again.
 
     \b
       slm finetune --lora pairs.jsonl                      -> RUN/adapters/pairs
@@ -127,8 +137,9 @@ def finetune(
         base = newest_checkpoint()
         say(f"no --base named: the newest, {base}")
     if out is None:
-        out = _place(base, _checked(data.stem if name is None else name), full=full is not None)
+        out = _place(base, _checked(bare_name(data) if name is None else name), full=full is not None)
 
+    from slm.finetune.rows import Limits
     from slm.finetune.run import finetune as run
     from slm.finetune.settings import FinetuneSettings
 
@@ -137,7 +148,15 @@ def finetune(
         method="lora" if full is None else "full", patience=patience or None, **chosen, **values
     )
     result = run(
-        base, data, out, settings, RichProgress(), validation=validation, overwrite=overwrite, skip_bad=skip_bad
+        base,
+        data,
+        out,
+        settings,
+        RichProgress(),
+        validation=validation,
+        overwrite=overwrite,
+        skip_bad=skip_bad,
+        limits=Limits.checked(max_document_bytes, max_data_bytes),
     )
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}

@@ -1,7 +1,7 @@
 """Options that several commands share, so that the same thing has the same name everywhere."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -18,6 +18,46 @@ out_option = click.option(
     help="Where to write. [default: in the run under ./runs, else beside the input]",
 )
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same output.")
+
+
+class ByteCount(click.ParamType[int]):
+    """Bytes: "64MiB", "1GB", or a bare number of them."""
+
+    name = "size"
+    _UNITS: ClassVar = {
+        "": 1,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "KIB": 1 << 10,
+        "MIB": 1 << 20,
+        "GIB": 1 << 30,
+    }
+    _MOST = 1 << 40
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Returns bytes, at least 1."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().upper()
+        number = text.rstrip("KMGIB ")
+        try:
+            found = int(float(number) * self._UNITS[text[len(number) :].strip()])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is not a size in bytes such as 64MiB", param, ctx)
+        if not 1 <= found <= self._MOST:
+            self.fail(f"{value!r} is not between 1 byte and 1 TiB", param, ctx)
+        return found
+
+
+document_option = click.option(
+    "--max-document-bytes",
+    type=ByteCount(),
+    metavar="SIZE",
+    help="Refuse rows and documents that are longer, such as 64MiB. [default: 16MiB]",
+)
+column_option = click.option("--column", metavar="NAME", help="What the text is called in rows. [default: text]")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )

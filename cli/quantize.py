@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say, say_if_not_exported
-from slm.cli.options import Artifact, json_option, out_option
+from slm.cli.options import Artifact, column_option, document_option, json_option, out_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_bundle
+from slm.core.text.documents import TEXT_COLUMN
+from slm.core.text.streams import DOCUMENT_BYTES
+from slm.core.text.tokens import TextSource
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
@@ -88,11 +91,13 @@ class Share(click.ParamType[float]):
     type=click.Choice(["float32", "int8"]),
     help="How keys and values are cached; int8 writes faster and reads prompts slower. [default: by --prefer]",
 )
-@click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="Text to measure the quality on.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="PATH", help="Text to measure the quality on.")
+@column_option
+@document_option
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="How much of it to read.")
 @click.option("--window", type=click.IntRange(min=2), metavar="N",
               help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
-@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="PATH",
               help="Text to choose settings by; another than --data.")  # fmt: skip
 @click.option("--calibration-tokens", type=click.IntRange(min=2), metavar="N",
               help="How much of it. [default: 2048; 8192 for --int4]")  # fmt: skip
@@ -117,6 +122,8 @@ def quantize(
     target_size: int | None,
     kv_cache: "CacheType | None",
     data: Path | None,
+    column: str | None,
+    max_document_bytes: int | None,
     tokens: int,
     window: int | None,
     calibration: Path | None,
@@ -165,11 +172,17 @@ def quantize(
         say_if_not_exported(bundle)
         say(f"no BUNDLE named: the newest, {bundle}")
     source = Bundle.open(bundle)
-    text = measuring_text(source, data, tokens, window)
+
+    def given(path: Path | None) -> TextSource | None:
+        if path is None:
+            return None
+        return TextSource(path.expanduser(), column or TEXT_COLUMN, max_document_bytes or DOCUMENT_BYTES)
+
+    text = measuring_text(source, given(data), tokens, window)
     if text.rows.shape[1] <= source.config.sliding_window:
         say(f"warning: {text.rows.shape[1]} tokens of text do not pass the window of {source.config.sliding_window}")
     chosen_by = {
-        name: calibration_text(source, calibration, calibration_tokens or usual, window)
+        name: calibration_text(source, given(calibration), calibration_tokens or usual, window)
         for name, usual in CALIBRATION_TOKENS.items()
         if sweep or name == precision
     }

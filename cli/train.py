@@ -8,7 +8,7 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.foresight import foresee
-from slm.cli.options import json_option, set_option
+from slm.cli.options import column_option, document_option, json_option, set_option
 from slm.core.errors import SlmError
 from slm.core.runs import free_run, newest_run
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     metavar="PATH",
     help="Text to measure on. [default: the data's own, or the last of its documents, which are held out]",
 )
+@column_option
+@document_option
 @click.option(
     "--tokenizer",
     metavar="gpt2|bpe|FILE",
@@ -54,6 +56,8 @@ def train(
     recipe_name: str | None,
     data: tuple[str, ...],
     val: str | None,
+    column: str | None,
+    max_document_bytes: int | None,
     tokenizer: str | None,
     out: Path | None,
     resume: bool,
@@ -91,6 +95,8 @@ def train(
                 "--recipe": recipe_name,
                 "--data": data,
                 "--val": val,
+                "--column": column,
+                "--max-document-bytes": max_document_bytes,
                 "--tokenizer": tokenizer,
                 "--seed": seed,
                 "--set": overrides,
@@ -107,7 +113,8 @@ def train(
         else:
             if gpu is not None and not dry_run:
                 raise click.UsageError("--on goes with --dry-run")
-            options = (recipe_name, data, val, tokenizer, seed, overrides)
+            reading = {"column": column, "max_document_bytes": max_document_bytes}
+            options = (recipe_name, data, val, reading, tokenizer, seed, overrides)
             recipe = Recipe.model_validate(by_first(processes, lambda: _recipe(*options).model_dump(mode="json")))
             if dry_run:
                 foresee(recipe, out, gpu, as_json, processes)
@@ -122,6 +129,7 @@ def _recipe(
     name: str | None,
     data: tuple[str, ...],
     val: str | None,
+    reading: dict[str, str | int | None],
     tokenizer: str | None,
     seed: int | None,
     overrides: tuple[str, ...],
@@ -130,7 +138,7 @@ def _recipe(
     from slm.train.recipe import load_recipe
 
     recipe = load_recipe(name or _chosen_recipe(), overrides)
-    options = {"train": data or None, "validation": val, "tokenizer": tokenizer}
+    options = {"train": data or None, "validation": val, "tokenizer": tokenizer} | reading
     chosen = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
     if not data:
         say(f"no --data: training on {', '.join(chosen.train)}, as the recipe {recipe.name} has it")

@@ -314,7 +314,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """Reads a UTF-8 file.
+    """Reads a UTF-8 file, without the byte order mark that editors of Windows put first.
 
     Args:
         path: The file.
@@ -324,7 +324,7 @@ def read_text(path: Path, what: str) -> str:
         SlmError: When it is missing, a directory, unreadable or not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise SlmError(f"{what} not found: {path}", "check the path") from None
     except IsADirectoryError:

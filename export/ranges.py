@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from slm.core.errors import SlmError
-from slm.core.files import read_text
 from slm.core.manifest import Ranges
 from slm.core.nn import CausalLM
 from slm.core.sample import validation_path
-from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.core.text.tokens import TextSource
+from slm.core.tokenizer import Tokenizer
 
 LARGEST_FLOAT16 = 65_504.0
 # Other text reaches further than the one that was read: 8 times leaves three of float16's sixteen powers of two.
@@ -49,8 +49,7 @@ def scan_ranges(model: CausalLM, tokenizer: Tokenizer, text: Path | None = None)
         SlmError: When the text is too short, or values are too large for float16 caches.
     """
     file = text or validation_path()
-    documents = [part.strip() for part in read_text(file, "measuring activations").split(END_OF_TEXT)]
-    ids = [id for document in tokenizer.encode_documents([d for d in documents if d]) for id in document][:TOKENS]
+    ids = [id for document in TextSource(file).first_tokens(tokenizer, TOKENS) for id in document][:TOKENS]
     length = min(len(ids), _ROW, model.config.max_position_embeddings)
     if length < 2:
         raise SlmError(f"too little text to measure activations on: {file}", "give at least a few sentences")

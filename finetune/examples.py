@@ -7,11 +7,11 @@ alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from slm.core.chat import Dialogue, dialogues
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
+from slm.core.text.cuts import PieceEncoder
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
 from slm.finetune.rows import ChatRow, CompletionRow, Row, TextRow
 
@@ -146,14 +146,14 @@ class Renderer:
         return Examples(tuple(kept), truncated, skipped)
 
     def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
-        literal = partial(self.tokenizer.encode_literal, besides=self._besides)
+        literal = PieceEncoder(self.tokenizer, self._besides).encode
         conversations = [row.messages for row in rows if isinstance(row, ChatRow)]
         in_turns = dialogues(self.tokenizer, conversations, self._ends)
         for row in rows:
             match row:
                 case ChatRow():
                     dialogue = next(in_turns)
-                    yield dialogue if isinstance(dialogue, SlmError) else self._answered(dialogue)
+                    yield dialogue if isinstance(dialogue, SlmError) else self._answered(dialogue, _learned(row))
                 case CompletionRow():
                     read = self._before + literal(row.prompt)
                     yield self._ended(read, literal(row.completion))
@@ -164,11 +164,17 @@ class Renderer:
         # Without anything before it the first token of all cannot be predicted.
         return Example.ending((*read, *learned, self.end_of_text), max(1, len(read)))
 
-    def _answered(self, dialogue: Dialogue) -> Example:
-        """Returns a conversation; the end of the last answer is followed by the end of the text, learned too."""
+    def _answered(self, dialogue: Dialogue, learned: Sequence[bool]) -> Example:
+        """Returns a conversation; the end of the last answer is followed by the end of the text, learned too.
+
+        Args:
+            dialogue: Up to its last answer, which is learned.
+            learned: Of each answer, whether it is.
+        """
+        answers = [span for span, learn in zip(dialogue.answers, learned, strict=True) if learn]
         if dialogue.ids[-1] == self.end_of_text:
-            return Example(dialogue.ids, dialogue.answers)
-        *answers, (start, end) = dialogue.answers
+            return Example(dialogue.ids, tuple(answers))
+        *answers, (start, end) = answers
         return Example((*dialogue.ids, self.end_of_text), (*answers, (start, end + 1)))
 
     def preview(self, example: Example) -> list[tuple[bool, str]]:
@@ -190,3 +196,10 @@ class Renderer:
         if len(texts) > 2 * _SHOWN:
             texts = [*texts[:_SHOWN], f"({len(texts) - 2 * _SHOWN} more)", *texts[-_SHOWN:]]
         return "|".join(texts)
+
+
+def _learned(row: ChatRow) -> list[bool]:
+    """Returns of each of a conversation's answers whether it is learned."""
+    return [
+        number not in row.only_read for number, message in enumerate(row.messages) if message["role"] == "assistant"
+    ]

@@ -1,14 +1,36 @@
-"""Rows to fine-tune on: five kinds of object, which a file may mix."""
+"""Rows to fine-tune on: kinds of object that other tools write, which a file may mix."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from slm.core.chat import Message, Role, instruction_request
+from slm.core.chat import Message, instruction_request
 from slm.core.errors import SlmError
-from slm.finetune.tables import read_values
+from slm.core.text.documents import read_documents
+from slm.core.text.files import TEXT as TEXT_FILE
+from slm.core.text.files import find_files, kind
+from slm.core.text.rows import read_rows as read_values
+from slm.core.text.streams import DOCUMENT_BYTES, size
+from slm.core.text.value import Value
+from slm.finetune.conversations import checked, history, kind_of, text_of, turns, with_system
+from slm.finetune.fields import (
+    COLUMNS,
+    COMPLETION,
+    CONTEXT,
+    CONVERSATIONS,
+    HISTORY,
+    INSTRUCTION,
+    OUTPUT,
+    PROMPT,
+    SYSTEM,
+    TEXT,
+    absent,
+    known_column,
+    refuse_columns,
+    renaming,
+)
 
 EXPECTED = (
     'each row is {"messages": [{"role": "user", "content": ...}, ...]}, '
@@ -16,6 +38,32 @@ EXPECTED = (
     '{"instruction": ..., "output": ...} with an optional "input", '
     '{"prompt": ..., "completion": ...} or {"text": ...}'
 )
+
+# Rows are held in memory, and as tokens they take about ten times their text.
+DATA_BYTES = 512 << 20
+# What a row and a message take beside their text.
+_OVERHEAD = 200
+# Wrong rows that are left out before a file counts as wrong as a whole, and names of fields that are told of.
+_MOST_BAD = 10_000
+_MOST_LEFT_OUT = 50
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is read.
+
+    Attributes:
+        row: Bytes of UTF-8 that a row may have.
+        data: Bytes of memory that all rows of a file may take.
+    """
+
+    row: int = DOCUMENT_BYTES
+    data: int = DATA_BYTES
+
+    @classmethod
+    def checked(cls, row: int | None, data: int | None) -> "Limits":
+        """Returns limits, the defaults for None."""
+        return cls(DOCUMENT_BYTES if row is None else row, DATA_BYTES if data is None else data)
 
 
 @dataclass(frozen=True)
@@ -37,28 +85,22 @@ class TextRow:
 
 @dataclass(frozen=True)
 class ChatRow:
-    """A conversation, of which the assistant's turns are learned: every one of them."""
+    """A conversation, of which the assistant's messages are learned.
+
+    Attributes:
+        messages: What was said.
+        place: Where the row stands.
+        only_read: Numbers, from 0, of the assistant's messages that are not learned.
+    """
 
     messages: tuple[Message, ...]
     place: str = field(default="", compare=False)
+    only_read: frozenset[int] = frozenset()
 
 
 Row = ChatRow | CompletionRow | TextRow
 
-# Required fields of each kind.
-_KINDS: tuple[tuple[str, ...], ...] = (
-    ("messages",),
-    ("conversations",),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("text",),
-)
-# What other people call those who speak.
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
-}
+_Names = Callable[[str], None]
 
 
 def instruction_row(instruction: str, context: str, output: str, place: str = "") -> ChatRow:
@@ -67,102 +109,183 @@ def instruction_row(instruction: str, context: str, output: str, place: str = ""
     return ChatRow(({"role": "user", "content": request}, {"role": "assistant", "content": output}), place)
 
 
-def read_rows(path: Path, bad: list[SlmError] | None = None) -> list[Row]:
-    """Reads the rows of a file: JSON lines or one JSON array, CSV or TSV with a line of names, or Parquet.
+def read_rows(
+    path: Path,
+    bad: list[SlmError] | None = None,
+    *,
+    left_out: set[str] | None = None,
+    limits: Limits | None = None,
+) -> list[Row]:
+    """Reads the rows of a file, or of all files below a directory; `slm.core.text` says what is read.
 
     Args:
-        path: The file.
+        path: The file or directory.
         bad: Takes what is wrong with rows, which are then left out; None makes the first of them an error.
+        left_out: Takes the names of fields that mean nothing to fine-tuning.
+        limits: How much is read; the defaults when None.
 
     Raises:
-        SlmError: When the file cannot be read, holds no row, or a row is not what is expected; it names the line, or
-            the number of the row in an array or a Parquet file.
+        SlmError: When a file cannot be read, holds no row, or a row is not what is expected, too long or holds what is
+            not supported; it names the line, or the number of the row in an array or a Parquet file.
     """
     rows: list[Row] = []
-    for value in read_values(path, EXPECTED):
-        where = f"{path}, {value.place}"
-        try:
-            if isinstance(value.content, SlmError):
-                raise SlmError(f"{where}{value.content.message}", value.content.hint)
-            rows.append(_row(value.content, where))
-        except SlmError as error:
-            if bad is None:
-                raise
-            bad.append(error)
+    limits = limits or Limits()
+    taken = 0
+    names: set[str] = set() if left_out is None else left_out
+
+    def leave_out(name: str) -> None:
+        if len(names) < _MOST_LEFT_OUT:
+            names.add(name)
+
+    for file in find_files(path.expanduser()):
+        unread: set[str] = set()
+        for value in _values(file, limits.row, unread):
+            where = f"{file}, {value.place}"
+            try:
+                if isinstance(value.content, SlmError):
+                    raise SlmError(f"{where}: {value.content.message}", value.content.hint or EXPECTED)
+                row = _row(value.content, where, leave_out, unread)
+            except SlmError as error:
+                wrong = SlmError(error.message, error.hint or EXPECTED)
+                if bad is None:
+                    raise wrong from None
+                bad.append(wrong)
+                if len(bad) > _MOST_BAD:
+                    raise SlmError(
+                        f"more than {_MOST_BAD:,} rows are wrong; the first: {bad[0].message}", EXPECTED
+                    ) from None
+                continue
+            taken += _bytes(row)
+            if taken > limits.data:
+                raise SlmError(
+                    f"{where}: the rows take more than {size(limits.data)}, and all are held in memory",
+                    "--max-data-bytes raises the limit; or give fewer rows",
+                )
+            rows.append(row)
+        for name in sorted(unread):
+            leave_out(name)
     if not rows:
-        raise SlmError(f"there is no row in {path}" if not bad else f"there is no good row in {path}", EXPECTED)
+        raise SlmError(f"there is no {'good ' if bad else ''}row in {path}", EXPECTED)
     return rows
 
 
-def _row(value: Any, where: str) -> Row:
-    if not isinstance(value, Mapping):
-        raise SlmError(f"{where}: {_kind(value)} instead of an object", EXPECTED)
-    fitting = [required for required in _KINDS if all(name in value for name in required)]
-    if not fitting:
-        names = ", ".join(map(repr, value)) or "no field"
-        raise SlmError(f"{where}: has {names}, which is no kind of row", EXPECTED)
-    if len(fitting) > 1:
-        names = " and ".join(" + ".join(map(repr, required)) for required in fitting)
-        raise SlmError(f"{where}: has {names}, which are {len(fitting)} kinds of row", "keep the fields of one kind")
-
-    def text(name: str, *, empty: bool = False) -> str:
-        return _text(value[name], name, where, empty=empty)
-
-    match fitting[0]:
-        case ("instruction", _):
-            # An optional field may be null, as tables exported to JSON have it.
-            context = text("input", empty=True) if value.get("input") is not None else ""
-            return instruction_row(text("instruction"), context, text("output"), where)
-        case ("prompt", _):
-            return CompletionRow(text("prompt", empty=True), text("completion"), where)
-        case ("text",):
-            return TextRow(text("text"), where)
-        case (name,):
-            return ChatRow(tuple(_messages(value[name], name, where)), where)
-    raise AssertionError(fitting)
+def _values(file: Path, limit: int, unread: set[str]) -> Iterator[Value]:
+    if kind(file) != TEXT_FILE:
+        yield from read_values(file, limit, columns=COLUMNS, unread=unread)
+        return
+    for number, document in enumerate(read_documents(file, limit=limit), 1):
+        if number == 1 and _is_object(document.partition("\n")[0]):
+            raise SlmError(f"{file}: a .txt file is read as text, and this one holds JSON", "name it .jsonl")
+        yield Value(f"document {number}", {TEXT: document})
 
 
-def _messages(value: Any, name: str, where: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise SlmError(f"{where}: {name!r} is {_kind(value)} instead of an array of messages", EXPECTED)
-    messages = [_message(each, f"{where}, message {number}") for number, each in enumerate(value, 1)]
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise SlmError(f"{where}: nobody answers in {name!r}, so there is nothing to learn", EXPECTED)
-    if "system" in roles[1:]:
-        raise SlmError(f"{where}: a message of the system's comes after the first", "a conversation begins with it")
-    for number, (before, after) in enumerate(pairwise(roles), 2):
-        if before == after:
-            raise SlmError(f"{where}, message {number}: {after} again", "user and assistant take turns")
-    return messages
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise SlmError(f"{where}: {_kind(value)} instead of an object", EXPECTED)
-    keys = next(((who, said) for who, said in (("role", "content"), ("from", "value")) if who in value), None)
-    if keys is None or keys[1] not in value:
-        names = ", ".join(map(repr, value)) or "no field"
-        raise SlmError(f"{where}: has {names} instead of 'role' and 'content' (or 'from' and 'value')", EXPECTED)
-    who = _text(value[keys[0]], keys[0], where)
-    if who not in _ROLES:
-        raise SlmError(f"{where}: nobody is called {who!r}", f"{keys[0]!r} is one of {', '.join(_ROLES)}")
-    return {"role": _ROLES[who], "content": _text(value[keys[1]], keys[1], where)}
-
-
-def _text(value: Any, name: str, where: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise SlmError(f"{where}: {name!r} is {_kind(value)} instead of text", EXPECTED)
+def _is_object(line: str) -> bool:
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise SlmError(f"{where}: {name!r} holds half of a surrogate pair", "write the character itself") from None
-    if not empty and not value.strip():
-        raise SlmError(f"{where}: {name!r} is empty", "remove the row or fill the field")
-    return value
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def _kind(value: Any) -> str:
-    """Returns what JSON calls a value."""
-    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def _bytes(row: Row) -> int:
+    match row:
+        case ChatRow():
+            return _OVERHEAD + sum(_OVERHEAD + len(message["content"]) for message in row.messages)
+        case CompletionRow():
+            return _OVERHEAD + len(row.prompt) + len(row.completion)
+        case TextRow():
+            return _OVERHEAD + len(row.text)
+
+
+def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> Row:
+    if not isinstance(value, Mapping):
+        raise SlmError(f"{where}: {kind_of(value)} instead of an object")
+    row = {name: each for name, each in value.items() if each is not None}  # null means absent
+    try:
+        refuse_columns(row)
+    except SlmError as error:
+        raise SlmError(f"{where}: {error.message}", error.hint) from None
+    fields = _fields(row, where, unread)
+    for name in row:
+        if name not in (*fields, *SYSTEM, HISTORY) and not known_column(name):
+            left_out(name)
+    match fields:
+        case ("prompt", _):
+            return _prompt(row, where, left_out)
+        case ("text",):
+            _refuse_before(row, "text", where)
+            return TextRow(text_of(row[TEXT], TEXT, where), where)
+        case ("instruction", *_):
+            return _chat(row, _instruction(row, where), where)
+        case (name, *_):
+            return _chat(row, turns(row[name], name, where, left_out), where)
+    raise AssertionError(fields)
+
+
+def _fields(row: Mapping[str, Any], where: str, unread: Collection[str]) -> tuple[str, ...]:
+    """Returns the fields of the kind that a row is."""
+    kinds: list[tuple[str, ...]] = [(name,) for name in CONVERSATIONS if name in row]
+    output = _one_of(row, OUTPUT, where)
+    if INSTRUCTION in row and output in row:
+        context = _one_of(row, CONTEXT, where)
+        kinds.append((INSTRUCTION, output, *((context,) if context in row else ())))
+    if PROMPT in row and COMPLETION in row:
+        kinds.append((PROMPT, COMPLETION))
+    # A text beside other fields is made of them, as Alpaca's is.
+    if not kinds and TEXT in row:
+        kinds.append((TEXT,))
+    if len(kinds) > 1:
+        names = " and ".join(" + ".join(map(repr, each)) for each in kinds)
+        raise SlmError(f"{where}: has {names}, which are {len(kinds)} kinds of row", "keep the fields of one kind")
+    if not kinds:
+        names = ", ".join([*row, *sorted(unread)][:20]) or "none"
+        raise SlmError(f"{where}: unknown kind of row (fields: {names})", renaming(row))
+    return kinds[0]
+
+
+def _one_of(row: Mapping[str, Any], names: tuple[str, str], where: str) -> str:
+    """Returns which of two names for the same a row has."""
+    first, second = names
+    if INSTRUCTION in row and not absent(row.get(first)) and not absent(row.get(second)):
+        raise SlmError(f"{where}: has {first!r} and {second!r}, which mean the same", "keep one of them")
+    return second if second in row and (first not in row or absent(row[first])) else first
+
+
+def _instruction(row: Mapping[str, Any], where: str) -> list[tuple[Message, bool]]:
+    context, output = _one_of(row, CONTEXT, where), _one_of(row, OUTPUT, where)
+    about = text_of(row[context], context, where, empty=True) if context in row else ""
+    request, answer = text_of(row[INSTRUCTION], INSTRUCTION, where), text_of(row[output], output, where)
+    asked, answered = instruction_row(request, about, answer).messages
+    return [(asked, False), (answered, True)]
+
+
+def _prompt(row: Mapping[str, Any], where: str, left_out: _Names) -> Row:
+    prompt, completion = row[PROMPT], row[COMPLETION]
+    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversations
+        read = turns(prompt, PROMPT, where, left_out)
+        conversation = [(message, False) for message, _ in read] + turns(completion, COMPLETION, where, left_out)
+        return _chat(row, conversation, where)
+    _refuse_before(row, "prompt and completion", where)
+    return CompletionRow(text_of(prompt, PROMPT, where, empty=True), text_of(completion, COMPLETION, where), where)
+
+
+def _chat(row: Mapping[str, Any], conversation: list[tuple[Message, bool]], where: str) -> ChatRow:
+    before = history(row.get(HISTORY), where)
+    if before and conversation and conversation[0][0]["role"] == "system":
+        conversation = [conversation[0], *before, *conversation[1:]]
+    else:
+        conversation = before + conversation
+    for name in SYSTEM:
+        if name in row:
+            conversation = with_system(text_of(row[name], name, where, empty=True), conversation, where)
+    messages, only_read = checked(conversation, where)
+    return ChatRow(messages, where, only_read)
+
+
+def _refuse_before(row: Mapping[str, Any], fields: str, where: str) -> None:
+    """Makes sure that nothing comes before a text that is not put into turns."""
+    for name in (*SYSTEM, HISTORY):
+        if not absent(row.get(name)):
+            raise SlmError(
+                f"{where}: column {name!r} is not supported beside {fields}, which have no turns",
+                "write it into the text, or use messages",
+            )

@@ -1,5 +1,6 @@
 """`finetune`: from a checkpoint and a file of rows to a LoRA adapter, or to another checkpoint, kept at its best epoch."""
 
+import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from slm.core.files import atomic_directory, check_replaceable, recover, sha256_
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Progress, Silent
+from slm.core.text.files import find_files
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import (
     ADAPTER_CONFIG_FILE,
@@ -32,7 +34,7 @@ from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.frozen import lighten
 from slm.finetune.loop import Fit
-from slm.finetune.rows import ChatRow, Row, read_rows
+from slm.finetune.rows import ChatRow, Limits, Row, read_rows
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import TRAINER, TRAINER_FILES, Standing, State, drop_state, load_state, save_state
 from slm.train.build import pick_device
@@ -123,6 +125,7 @@ def finetune(
     validation: Path | None = None,
     overwrite: bool = False,
     skip_bad: bool = False,
+    limits: Limits | None = None,
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
 
@@ -138,6 +141,7 @@ def finetune(
         validation: Rows to measure the loss on; the last tenth of `data` when None.
         overwrite: Whether what is already there may be replaced.
         skip_bad: Whether rows that are not as they should be are left out and counted, not refused.
+        limits: How much is read; the defaults when None.
 
     Raises:
         SlmError: When an input is missing or wrong, the result exists, or there is nothing to learn.
@@ -145,7 +149,7 @@ def finetune(
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
     with sole(out.resolve()):
-        return _finetune(base, data, out, settings, progress, validation, overwrite, skip_bad)
+        return _finetune(base, data, out, settings, progress, validation, overwrite, skip_bad, limits)
 
 
 def _finetune(
@@ -157,10 +161,11 @@ def _finetune(
     validation: Path | None,
     overwrite: bool,
     skip_bad: bool,
+    limits: Limits | None,
 ) -> FinetuneResult:
     check_free(out, settings.method, overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
-    found = _prepare(data, validation, settings, config, Renderer(tokenizer, config), skip_bad, progress)
+    found = _prepare(data, validation, settings, config, Renderer(tokenizer, config), skip_bad, limits, progress)
     settings = found.settings
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
@@ -241,12 +246,17 @@ def _prepare(
     config: ModelConfig,
     renderer: Renderer,
     skip_bad: bool,
+    limits: Limits | None,
     progress: Progress,
 ) -> _Data:
     """Reads rows and makes examples of them, and says what will be learned, before time is spent on it."""
     bad: list[SlmError] | None = [] if skip_bad else None
-    rows = read_rows(data, bad)
-    rows, held_out = _split(rows, None if validation is None else read_rows(validation, bad))
+    left_out: set[str] = set()
+    rows = read_rows(data, bad, left_out=left_out, limits=limits)
+    measured = None if validation is None else read_rows(validation, bad, left_out=left_out, limits=limits)
+    if left_out:
+        progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
+    rows, held_out = _split(rows, measured)
     max_length = settings.context(config)
     if max_length > config.max_position_embeddings:
         raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
@@ -369,5 +379,13 @@ def _tell(train: Examples, valid: Examples, renderer: Renderer, max_length: int,
         progress.note(f"warning: rows left out, whose prompt alone has {max_length} tokens or more: {skipped}")
 
 
+def _printable(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 60 else f"{ascii(name)[1:-1]:.60}"
+
+
 def _provenance(data: Path) -> dict[str, str]:
-    return {"path": str(data), "sha256": sha256_file(data)}
+    """Returns which rows were read: of a directory, the hash of its files' names and hashes."""
+    if not data.is_dir():
+        return {"path": str(data), "sha256": sha256_file(data)}
+    listed = "".join(f"{sha256_file(file)}  {file.relative_to(data)}\n" for file in find_files(data))
+    return {"path": str(data), "sha256": hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()}

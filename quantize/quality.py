@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from slm.core.errors import SlmError
-from slm.core.files import read_text
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress
 from slm.core.sample import stories_path, validation_path
-from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.core.text.tokens import TextSource
+from slm.core.tokenizer import Tokenizer
 from slm.export.graph.builder import Array
 from slm.runtime.bench import read_and_write
 from slm.runtime.decoder import OnnxDecoder, comparable_positions
@@ -24,8 +24,6 @@ DEFAULT_TOKENS = 2048
 ROW_TOKENS = 256
 PAST_THE_WINDOW = 64
 _LIKELIEST = 5
-# Encoded at a time, until there are enough tokens.
-_DOCUMENTS = 64
 _TOGETHER = 32
 # Greedy texts: so many, after so long a beginning, so long.
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 32, 32
@@ -79,51 +77,50 @@ class Change:
 
 
 def calibration_text(
-    bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
+    bundle: Bundle, path: Path | TextSource | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
 ) -> Text:
     """Cuts a text to choose settings by, which must not be the one that they are measured on; see `measuring_text`.
 
     By default the stories that slm ships for training.
     """
-    name = "the training stories that ship with slm" if path is None else str(path)
-    return Text(name, _rows(bundle, path or stories_path(), tokens, row_tokens))
+    name = "the training stories that ship with slm" if path is None else str(_source(path).path)
+    return Text(name, _rows(bundle, _source(path or stories_path()), tokens, row_tokens))
 
 
 def measuring_text(
-    bundle: Bundle, path: Path | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
+    bundle: Bundle, path: Path | TextSource | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
 ) -> Text:
     """Cuts a text into rows, each begun as the tokenizer begins a text.
 
     Args:
         bundle: Whose tokenizer and window count.
-        path: UTF-8 text, documents separated by "<|endoftext|>" or not; None takes the stories that ship with slm.
+        path: Text of any kind that slm reads; None takes the stories that ship with slm.
         tokens: How many tokens to use at most.
         row_tokens: How long a row is; by default long enough to pass the sliding window.
 
     Raises:
         SlmError: When the text cannot be read or has fewer than two tokens.
     """
-    name = "the stories that ship with slm" if path is None else str(path)
-    return Text(name, _rows(bundle, path or validation_path(), tokens, row_tokens))
+    name = "the stories that ship with slm" if path is None else str(_source(path).path)
+    return Text(name, _rows(bundle, _source(path or validation_path()), tokens, row_tokens))
 
 
-def _rows(bundle: Bundle, file: Path, tokens: int, row_tokens: int | None) -> Array:
+def _source(text: Path | TextSource) -> TextSource:
+    return text if isinstance(text, TextSource) else TextSource(text)
+
+
+def _rows(bundle: Bundle, source: TextSource, tokens: int, row_tokens: int | None) -> Array:
     tokenizer = Tokenizer.load(bundle.path)
-    documents = [text.strip() for text in read_text(file, "measuring text").split(END_OF_TEXT)]
     # What the tokenizer puts before a text: models like Gemma make little of one that begins without it.
     prefix = tokenizer.encode("")
     longest = row_tokens or max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
     ids: list[int] = []
-    documents = [document for document in documents if document]
-    for start in range(0, len(documents), _DOCUMENTS):
-        for document in tokenizer.encode_documents(documents[start : start + _DOCUMENTS]):
-            ids += [*prefix, *document] if ids else document
-        if len(ids) >= max(tokens, longest):
-            break
+    for document in source.first_tokens(tokenizer, max(tokens, longest)):
+        ids += [*prefix, *document] if ids else document
     length = min(bundle.manifest.context, longest, len(prefix) + len(ids))
     new = length - len(prefix)
     if length < 2 or new < 1:
-        raise SlmError(f"too little text to measure on: {file}", "give at least a few sentences")
+        raise SlmError(f"too little text to measure on: {source.path}", "give at least a few sentences")
     count = max(1, min(tokens // length, len(ids) // new))
     starts = np.tile(np.array(prefix, np.int64), (count, 1))
     return np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
 from slm.core.progress import Progress
+from slm.core.text.cuts import PieceEncoder
+from slm.core.text.documents import batches
 from slm.core.tokenizer import END_OF_TEXT
 from slm.core.windows import fixed_starts
 from slm.runtime.decoder import Decoder
@@ -29,8 +30,8 @@ _DEFAULT_CONTEXT = 4096
 # Tokens of the rows that are read together, padding included; and of those that are sorted by length to need little of it.
 _BATCH_TOKENS = 2048
 _POOL_TOKENS = 32 * _BATCH_TOKENS
-# Documents that are tokenized together.
-_DOCUMENTS = 256
+# Tokens of a stream that windows are cut out of, four bytes each.
+_MOST_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,16 @@ def evaluate_windows(
     measured = Measurement("windows", context, end_of_text=end)
     started = time.perf_counter()
     pieces: list[Array] = []
+    count = 0
     own = _bytes_by_token(model, end)
     for text, ids in _tokenized(model, documents):
         pieces.append(np.array([*ids, end], np.int32))
+        count += len(pieces[-1])
+        if count > _MOST_TOKENS:
+            raise SlmError(
+                f"the text has more than {_MOST_TOKENS:,} tokens, and windows are cut out of all of them in memory",
+                "--protocol documents reads text of any length",
+            )
         measured.documents += 1
         own = own if _spelt(own, ids, text) else None
     stream = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
@@ -277,9 +285,9 @@ def _tokenized(model: Model, documents: Iterable[str]) -> Iterator[tuple[str, li
     Raises:
         SlmError: When the tokenizer has tokens that the model does not.
     """
-    remaining = iter(documents)
-    while texts := list(islice(remaining, _DOCUMENTS)):
-        for text, ids in zip(texts, model.tokenizer.encode_documents(texts), strict=True):
+    literal = PieceEncoder(model.tokenizer)
+    for texts in batches(documents):
+        for text, ids in zip(texts, literal.encode_documents(texts), strict=True):
             if ids and max(ids) >= model.decoder.vocab_size:
                 raise SlmError(
                     f"the text has a token of id {max(ids):,}, and the model {model.decoder.vocab_size:,} of them",

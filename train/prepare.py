@@ -14,10 +14,11 @@ from slm.core.errors import SlmError
 from slm.core.files import at_work, atomic_directory, write_text
 from slm.core.machine import usable_cores
 from slm.core.progress import Progress
+from slm.core.text.cuts import PieceEncoder
+from slm.core.text.files import DATASET_FILE, find_files, is_dataset
 from slm.core.tokenizer import Tokenizer
-from slm.train.data.corpus import SAMPLE, Corpus, Documents, is_named, open_corpus
-from slm.train.data.dataset import DATASET_FILE, Dataset, DatasetManifest, is_dataset, open_dataset, refer_to
-from slm.train.data.documents import find_files
+from slm.train.data.corpus import SAMPLE, Corpus, Documents, Reading, is_named, open_corpus
+from slm.train.data.dataset import Dataset, DatasetManifest, open_dataset, refer_to
 from slm.train.data.preparation import beginning, write_dataset
 from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
 from slm.train.recipe import Recipe
@@ -62,7 +63,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
             _refer(dataset, run)
             _write_recipe(recipe, dataset.manifest, run)
         return
-    corpus = open_corpus(recipe.data.train, recipe.data.validation)
+    corpus = open_corpus(recipe.data.train, recipe.data.validation, _reading(recipe))
     progress.note(f"data: {corpus.about}")
     tokenizer = _tokenizer(recipe, corpus)
     with _new_directory(run, progress):
@@ -114,7 +115,7 @@ def check_text(recipe: Recipe) -> int | None:
         if data.tokenizer not in ("gpt2", "bpe"):
             resolve_tokenizer(data.tokenizer, (), config.vocab_size, config.max_position_embeddings)
         return None
-    corpus = open_corpus(data.train, data.validation)
+    corpus = open_corpus(data.train, data.validation, _reading(recipe))
     texts = (corpus.train, corpus.validation)
     sizes = [sum(len(document.encode()) for document in documents()) for documents in texts]
     needed = _needed_tokens(recipe)
@@ -127,6 +128,10 @@ def check_text(recipe: Recipe) -> int | None:
         )
         check_lengths(recipe, *counts)
     return sizes[0]
+
+
+def _reading(recipe: Recipe) -> Reading:
+    return Reading(column=recipe.data.column, limit=recipe.data.max_document_bytes)
 
 
 def _needed_tokens(recipe: Recipe) -> tuple[int, int]:
@@ -249,9 +254,9 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
 
 def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:
     """Returns how many tokens a text has, or that it has enough."""
-    tokens = 0
+    tokens, literal = 0, PieceEncoder(tokenizer)
     for document in documents():
-        tokens += len(tokenizer.encode_literal(document)) + 1  # the end of the text
+        tokens += len(literal.encode(document)) + 1  # the end of the text
         if tokens >= enough:
             break
     return tokens

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from slm.core.config import ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.presets import preset
+from slm.core.text.documents import TEXT_COLUMN
+from slm.core.text.streams import DOCUMENT_BYTES
 from slm.train.data.corpus import SAMPLE
 from slm.train.data.windows import Sampler
 from slm.train.parallel import ParallelName
@@ -33,12 +35,16 @@ class DataRecipe(Section):
         tokenizer: "gpt2", "bpe" to learn one from the training text, or the path of a `tokenizer.json`.
         sampler: How rows are drawn from the stream of tokens: "random" windows anywhere in it, or "packed", where every
             epoch cuts the stream into rows anew and goes through them once in another order.
+        column: What the text is called in rows.
+        max_document_bytes: Bytes of UTF-8 that a row may have, and a document of a tokenizer that takes them whole.
     """
 
     train: tuple[str, ...] = Field(default=(SAMPLE,), min_length=1)
     validation: str | None = None
     tokenizer: str = "bpe"
     sampler: Sampler = "random"
+    column: str = Field(default=TEXT_COLUMN, min_length=1)
+    max_document_bytes: int = Field(default=DOCUMENT_BYTES, ge=1)
 
     @field_validator("train", mode="before")
     @classmethod

@@ -102,7 +102,7 @@ def test_what_is_next_goes_with_the_recipe(slm: Callable) -> None:
 
 def test_the_place_is_looked_at_before_the_text_is_read(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slm(*PREPARE, "--out", "out").code == 0
-    monkeypatch.setattr("slm.train.data.corpus.read_documents", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr("slm.train.data.corpus.read_parts", lambda *_: pytest.fail("it was read"))
     assert "there is a prepared dataset already" in slm(*PREPARE, "--out", "out").err
 
 
@@ -111,8 +111,21 @@ def test_a_column(slm: Callable) -> None:
     arguments = ("data", "prepare", "--data", "rows.jsonl", "--vocab-size", "300")
     for result in (slm(*arguments), slm("train", "--recipe", "small.yaml", "--data", "rows.jsonl")):
         assert 'is not a row with a "text"' in result.err
-        assert "slm data prepare --column NAME reads another one" in result.err
+        assert "--column NAME reads another column" in result.err
     assert slm(*arguments, "--column", "content").code == 0
+
+
+def test_long_rows_are_refused_unless_told(slm: Callable) -> None:
+    Path("rows.jsonl").write_text('{"text": "A fox ran."}\n{"text": "A moon rose."}\n', encoding="utf-8")
+    arguments = ("data", "prepare", "--data", "rows.jsonl", "--vocab-size", "300", "--max-document-bytes")
+    refused = slm(*arguments, "22")
+    assert refused.code == 1 and "rows.jsonl, line 2: is longer than 22 bytes" in refused.err
+    assert "hint: --max-document-bytes raises the limit" in refused.err
+    training = slm("train", "--recipe", "small.yaml", "--data", "rows.jsonl", "--max-document-bytes", "22")
+    assert "rows.jsonl, line 2: is longer than 22 bytes" in training.err
+    assert slm(*arguments, "1KiB").code == 0
+    for wrong in ("0", "many", "nan", "1e99"):
+        assert slm(*arguments, wrong).code == 2
 
 
 def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:
@@ -135,7 +148,7 @@ def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:
     [
         (["--data", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--data", "sample"], 1, "error: --data sample stands alone"),
-        (["--data", "done"], 1, "error: a prepared dataset is no text: done"),
+        (["--data", "done"], 1, "error: a prepared dataset holds tokens, not text: done"),
         (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--tokenizer", "missing.json"], 2, "error: --vocab-size is for --tokenizer bpe"),
         (["--split", "train"], 2, "error: --split is for Hugging Face datasets"),

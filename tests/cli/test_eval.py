@@ -176,7 +176,7 @@ def test_wrong_usage(slm: Slm, options: tuple[str, ...], said: str) -> None:
         (("--data", "empty.txt"), "no text in empty.txt"),
         (("--data", "latin.txt"), "error: latin.txt: is not UTF-8 text"),
         (("--data", "later.txt"), "error: later.txt, after line 1: is not UTF-8 text"),
-        (("--data", "dataset"), "a prepared dataset is no text: dataset"),
+        (("--data", "dataset"), "a prepared dataset holds tokens, not text: dataset"),
         (("runs/tiny",), "name what it holds: runs/tiny/checkpoint/best, runs/tiny/onnx"),
         (("runs/tiny/checkpoint",), "name what it holds: runs/tiny/checkpoint/best"),
         (("--data", "rows.jsonl"), 'rows.jsonl, line 1: is not a row with a "text"'),
@@ -218,3 +218,17 @@ def test_a_bundle_is_measured_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 50
+
+
+def test_every_kind_of_file_measures_the_same(slm: Slm, exported: Path) -> None:
+    rows = "".join(json.dumps({"id": 1, "story": story}) + "\n" for story in STORIES)
+    Path("two.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + rows.encode()))
+    Path("two.TXT").write_bytes(b"\xef\xbb\xbf" + Path("two.txt").read_bytes().replace(b"\n", b"\r\n"))
+    model = exported / "onnx"
+    plain = measured(slm, model, "--data", "two.txt")
+    for arguments in (("two.TXT",), ("two.jsonl.gz", "--column", "story")):
+        found = measured(slm, model, "--data", *arguments)
+        for figure in ("tokens", "bytes", "documents", "loss"):
+            assert found[figure] == plain[figure], (arguments, figure)
+    refused = slm("eval", model, "--data", "two.txt", "--max-document-bytes", "20")
+    assert refused.code == 1 and "two.txt, line 1: the document that begins here is longer than 20 bytes" in refused.err

@@ -44,7 +44,7 @@ def test_what_is_blocked() -> None:
 
 def test_every_module_of_an_edge_device_imports() -> None:
     assert len(modules()) > 40
-    done = edge(*(f"import {module}" for module in (*modules(), "slm.train.data.documents")))
+    done = edge(*(f"import {module}" for module in (*modules(), "slm.core.text.documents")))
     assert done.returncode == 0, done.stderr
 
 
@@ -52,7 +52,7 @@ def test_every_module_of_an_edge_device_imports() -> None:
 def test_text_is_read(name: str) -> None:
     write = "import gzip, json; from pathlib import Path; Path('text.txt').write_text('Once.'); "
     write += "Path('text.jsonl.gz').write_bytes(gzip.compress(json.dumps({'text': 'Once.'}).encode()))"
-    read = f"from slm.train.data.documents import read_documents; print(list(read_documents(Path({name!r}))))"
+    read = f"from slm.core.text.documents import read_documents; print(list(read_documents(Path({name!r}))))"
     done = edge(write, read)
     assert done.stdout == "['Once.']\n", done.stderr
 

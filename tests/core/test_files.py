@@ -30,6 +30,11 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfkey\n\xef\xbb\xbf")
+    assert read_text(tmp_path / "keys.txt", "API keys") == "key\n\ufeff"
+
+
 def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "made", ["file"]) as partial:
         (partial / "file").write_text("new")

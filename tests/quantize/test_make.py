@@ -18,6 +18,7 @@ from slm.core.files import read_json
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
+from slm.core.text.tokens import TextSource
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.export.graph import (
@@ -33,7 +34,7 @@ from slm.export.graph import (
 from slm.export.graph.builder import Array
 from slm.quantize.decide import GATES, Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Change, Text, measure, measuring_text
+from slm.quantize.quality import Change, Text, calibration_text, measure, measuring_text
 from slm.quantize.report import REPORT_FILE, Report, model_bytes
 from slm.runtime.decoder import OnnxDecoder
 
@@ -381,6 +382,16 @@ def test_measuring_text(shared_bundle: Bundle, tmp_path: Path) -> None:
     file.write_text("  ")
     with pytest.raises(SlmError, match="too little text"):
         measuring_text(shared_bundle, file)
+
+
+def test_measuring_text_is_the_same_in_every_kind_of_file(shared_bundle: Bundle) -> None:
+    Path("a.txt").write_text("One day.\n<|endoftext|>\nThe end.\n")
+    Path("a.jsonl").write_text('\ufeff{"text": "One day."}\n{"text": "The end.", "id": 2}\n')
+    Path("a.csv").write_text("id,story\n1,One day.\n2,The end.\n")
+    plain = measuring_text(shared_bundle, Path("a.txt")).rows
+    for cut in (measuring_text, calibration_text):
+        assert np.array_equal(cut(shared_bundle, Path("a.jsonl")).rows, plain)
+        assert np.array_equal(cut(shared_bundle, TextSource(Path("a.csv"), "story")).rows, plain)
 
 
 def test_int8_caches_take_a_quarter_and_cost_little(shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.train.data.corpus import open_corpus
+from slm.core.text.documents import Beginning
+from slm.train.data.corpus import Reading, open_corpus
 
 
 def dump(path: Path, documents: list[str]) -> str:
@@ -48,6 +49,29 @@ def test_a_single_document_is_cut_at_a_space(tmp_path: Path) -> None:
     assert head + tail == text
     assert tail[0] == " "
     assert 150 < len(tail) < 250
+
+
+def test_a_long_document_comes_in_parts_and_is_cut_at_the_same_place(tmp_path: Path) -> None:
+    text = "to be or not to be\n" * 300
+    file = tmp_path / "a.txt"
+    file.write_text(text, encoding="utf-8")
+    whole, parts = (open_corpus([str(file)], None, Reading(limit=limit)) for limit in (1 << 20, 700))
+    for split in ("train", "validation"):
+        (wanted,) = getattr(whole, split)()
+        found = list(getattr(parts, split)())
+        assert "".join(found) == wanted
+        assert not isinstance(found[-1], Beginning) and all(isinstance(part, Beginning) for part in found[:-1])
+    assert len(list(parts.train())) > 3
+    assert whole.about == parts.about
+
+
+def test_long_documents_among_others_are_held_out_the_same(tmp_path: Path) -> None:
+    documents = ["short one", "a long one " * 300, "short two", "another long one " * 200, "last"]
+    data = [dump(tmp_path / "a.txt", documents)]
+    whole, parts = (open_corpus(data, None, Reading(limit=limit)) for limit in (1 << 20, 700))
+    assert whole.counts == parts.counts and whole.about == parts.about
+    for split in ("train", "validation"):
+        assert "".join(getattr(parts, split)()) == "".join(getattr(whole, split)())
 
 
 def test_the_sample_brings_its_validation() -> None:

@@ -13,10 +13,10 @@ import pytest
 from slm.core import machine
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
+from slm.core.text.documents import read_documents
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.train.data.corpus import open_corpus
 from slm.train.data.dataset import DatasetManifest, check_files, open_dataset, read_manifest, refer_to
-from slm.train.data.documents import read_documents
 from slm.train.data.preparation import prepare_dataset
 from slm.train.data.tokenizer import gpt2, is_gpt2, train_bpe
 from slm.train.prepare import prepare
@@ -217,7 +217,7 @@ def test_a_run_refers_to_a_prepared_dataset(dataset: Path, small_recipe: MakeRec
     ("data", "message"),
     [
         ({"validation": "stories.txt"}, "with its own validation text"),
-        ({"train": ["dataset", "stories.txt"]}, "a prepared dataset is no text"),
+        ({"train": ["dataset", "stories.txt"]}, "a prepared dataset holds tokens, not text"),
         ({"tokenizer": "other/tokenizer.json"}, "was made with another tokenizer than"),
     ],
 )

@@ -105,7 +105,7 @@ def test_long_documents_and_any_tokenizer_with_workers(
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("slm.train.data.encoder._PIECE_CHARACTERS", 101)
+    monkeypatch.setattr("slm.core.text.cuts._PIECE_CHARACTERS", 101)
     documents = ["\n\n".join(stories[:30]), "short", "x" * 5000]
     for cuts in (True, False):
         monkeypatch.setattr(workers, "cuts_at_spaces", lambda tokenizer, cuts=cuts: cuts)
@@ -467,3 +467,19 @@ def test_the_state_file_is_small(small_batches: None) -> None:
     state = work_of("cut") / preparation._STATE_FILE
     assert state.stat().st_size < 200
     assert json.loads(state.read_text(encoding="utf-8")).keys() == {"settings_sha256"}
+
+
+def test_documents_in_parts_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch, stories: list[str]) -> None:
+    Path("validation.txt").write_text(stories[70])
+    Path("long.txt").write_text(
+        END.join([stories[0], "\n\n".join(stories[:30]), stories[1], "\n ".join(stories[30:60])])
+    )
+    whole = make("whole", "long.txt", val="validation.txt")
+    parts = make("parts", "long.txt", val="validation.txt", reading={"limit": 1500})
+    assert whole == parts
+    assert contents("whole") == contents("parts")
+    with pytest.raises(SlmError, match="--dedup compares whole documents, and one is longer"):
+        make("dedup", "long.txt", val="validation.txt", reading={"limit": 1500}, deduplicate=True)
+    monkeypatch.setattr(workers, "cuts_at_spaces", lambda tokenizer: False)
+    with pytest.raises(SlmError, match="takes whole documents"):
+        make("other", "long.txt", val="validation.txt", reading={"limit": 1500})

@@ -12,9 +12,11 @@ from tokenizers import Tokenizer as Backend
 
 from slm.core.errors import SlmError
 from slm.core.progress import Silent
+from slm.core.text import cuts
+from slm.core.text.cuts import cuts_at_spaces, pieces
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.train.data import encoder as module
-from slm.train.data.encoder import Encoder, cuts_at_spaces, pieces
+from slm.train.data.encoder import Encoder
 from slm.train.data.shards import write_shards
 from slm.train.data.tokenizer import gpt2, train_bpe
 from slm.train.data.tokens import TokenIds, open_tokens
@@ -69,7 +71,7 @@ def test_pieces_of_a_long_document_are_encoded_like_the_whole(
     tmp_path: Path, tokenizer: Tokenizer, stories: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "\n\n".join(stories[:20]) + "   \n\t x" + "y" * 300
-    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 101)
+    monkeypatch.setattr(cuts, "_PIECE_CHARACTERS", 101)
     assert len(list(pieces(text))) > 50
     path = write(tmp_path / "long.bin", [text], tokenizer)
     assert open_tokens(path, tokenizer).ids[:].tolist()[:-1] == tokenizer.encode_literal(text)

@@ -4,14 +4,15 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from slm.core import sample
 from slm.core.errors import SlmError
+from slm.core.text.documents import TEXT_COLUMN, Beginning, first_documents, read_parts, text_files
+from slm.core.text.streams import DOCUMENT_BYTES
 from slm.train.data.dataset import Source
-from slm.train.data.documents import TEXT_COLUMN, find_files, read_documents
 from slm.train.data.huggingface import HubDataset
 
 SAMPLE = "sample"
@@ -42,17 +43,21 @@ class Reading:
         config: Of a Hugging Face dataset; None takes its only one.
         split: Of a Hugging Face dataset, to train on.
         streaming: Whether to read a Hugging Face dataset over the network instead of downloading it.
+        limit: Bytes of UTF-8 that a row may have. A longer document of a text file comes in parts.
     """
 
     column: str = TEXT_COLUMN
     config: str | None = None
     split: str = "train"
     streaming: bool = False
+    limit: int = DOCUMENT_BYTES
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents to train on and documents to measure on; each call reads them anew, in the same order.
+
+    A document that is longer than the limit comes in parts, of which all but the last are `Beginning`.
 
     Attributes:
         train: The documents trained on.
@@ -63,6 +68,7 @@ class Corpus:
         licence: Of the text, where the source states one.
         counts: Number of documents to train on and to measure on, where known.
         fingerprint: What changes with the text, as far as that is known before it is read.
+        limit: Bytes of the longest document that comes whole.
     """
 
     train: Documents
@@ -73,6 +79,7 @@ class Corpus:
     licence: str | None = None
     counts: tuple[int | None, int | None] = (None, None)
     fingerprint: tuple[object, ...] = ()
+    limit: int = DOCUMENT_BYTES
 
 
 def open_corpus(train: Sequence[str], validation: str | None, reading: Reading | None = None) -> Corpus:
@@ -105,36 +112,44 @@ def is_named(name: str) -> bool:
 
 
 def _all_files(paths: Sequence[str]) -> list[Path]:
-    return [file for path in paths for file in find_files(Path(path).expanduser())]
+    return text_files(map(Path, paths))
 
 
 class _Files:
     """Files of documents, read once to check and to measure them."""
 
     def __init__(self, files: Sequence[Path], split: Literal["train", "validation"], reading: Reading) -> None:
-        self._column = reading.column
+        self._reading = reading
         self._split = split
         self.files = files
-        self.documents = self.bytes = 0
+        self.documents = self.bytes = self.characters = 0
         # Sizes of the last documents, so many that their sum reaches what is held out. What is wanted grows by less than a
         # document's size with each, so what has fallen out at the front is never missed.
         tail: deque[int] = deque()
         tail_bytes = 0
         for file in files:
             before = self.documents
-            for document in read_documents(file, self._column):
-                size = len(document.encode())
+            size = 0
+            for part in self._parts(file):
+                size += len(part.encode())
+                self.characters += len(part)
+                if isinstance(part, Beginning):
+                    continue
                 tail.append(size)
                 tail_bytes, self.bytes, self.documents = tail_bytes + size, self.bytes + size, self.documents + 1
                 while tail_bytes - tail[0] >= _held_out_bytes(self.bytes):
                     tail_bytes -= tail.popleft()
+                size = 0
             if self.documents == before:
                 raise SlmError(f"no text in {file}", "leave it out, or check that it is the right file")
         # How many documents at the end to hold out: at least one, and all but one at most.
         self.tail = min(len(tail), self.documents - 1)
 
     def read(self) -> Iterator[str]:
-        return chain.from_iterable(read_documents(file, self._column) for file in self.files)
+        return chain.from_iterable(map(self._parts, self.files))
+
+    def _parts(self, file: Path) -> Iterator[str]:
+        return read_parts(file, self._reading.column, self._reading.limit)
 
     @property
     def about(self) -> str:
@@ -157,7 +172,15 @@ def _from_files(files: Sequence[Path], validation: str | None, reading: Reading)
     text = _Files(files, "train", reading)
     held_out = "the last documents"
     whole = Corpus(
-        text.read, text.read, text.about, held_out, text.sources, None, (text.documents, None), text.fingerprint
+        text.read,
+        text.read,
+        text.about,
+        held_out,
+        text.sources,
+        None,
+        (text.documents, None),
+        text.fingerprint,
+        reading.limit,
     )
     if validation is not None:
         return _measured_on(whole, _Files(_all_files([validation]), "validation", reading))
@@ -166,8 +189,8 @@ def _from_files(files: Sequence[Path], validation: str | None, reading: Reading)
     kept = text.documents - text.tail
     return replace(
         whole,
-        train=lambda: islice(text.read(), kept),
-        validation=lambda: islice(text.read(), kept, None),
+        train=lambda: first_documents(text.read(), kept),
+        validation=lambda: _after_documents(text.read(), kept),
         about=f"{text.about}; validation: the last {_count(text.tail)} of it",
         counts=(kept, text.tail),
     )
@@ -190,21 +213,57 @@ def _held_out_bytes(size: int) -> float:
     return max(_HELD_OUT * size, min(_HELD_OUT_BYTES, _HELD_OUT_MOST * size))
 
 
+def _after_documents(parts: Iterator[str], count: int) -> Iterator[str]:
+    for _ in first_documents(parts, count):
+        pass
+    yield from parts
+
+
 def _split_document(whole: Corpus, text: _Files) -> Corpus:
     """Holds out the end of a single document, from a white space on."""
-    (document,) = text.read()
     share = _held_out_bytes(text.bytes) / text.bytes
-    cut = next((i for i in range(int(len(document) * (1 - share)), 0, -1) if document[i].isspace()), 0)
+    cut = _space_before(text.read(), int(text.characters * (1 - share)))
     if not cut:
         raise SlmError(f"too little text in {text.files[0]} to hold some out", "name validation text with --val")
     return replace(
         whole,
-        train=lambda: iter([document[:cut]]),
-        validation=lambda: iter([document[cut:]]),
-        about=f"{text.about}; validation: the last {len(document) - cut:,} characters of it",
+        train=lambda: _up_to(text.read(), cut),
+        validation=lambda: _from(text.read(), cut),
+        about=f"{text.about}; validation: the last {text.characters - cut:,} characters of it",
         held_out="the end of the one document",
         counts=(1, 1),
     )
+
+
+def _space_before(parts: Iterator[str], place: int) -> int:
+    """Returns where the last white space at or before a place of a document is; 0 where there is none after its start."""
+    start = 0
+    for part in parts:
+        if start + len(part) > place:
+            first = 0 if start else 1  # a later part begins with white space
+            return next((start + i for i in range(place - start, first - 1, -1) if part[i].isspace()), start)
+        start += len(part)
+    return 0
+
+
+def _up_to(parts: Iterator[str], cut: int) -> Iterator[str]:
+    """Yields the parts of a document's first characters."""
+    for part in parts:
+        if len(part) >= cut:
+            yield str(part[:cut])
+            return
+        yield part
+        cut -= len(part)
+
+
+def _from(parts: Iterator[str], cut: int) -> Iterator[str]:
+    """Yields the parts of a document without its first characters."""
+    for part in parts:
+        if cut < len(part):
+            yield Beginning(part[cut:]) if isinstance(part, Beginning) else part[cut:]
+            cut = 0
+        else:
+            cut -= len(part)
 
 
 def _sample() -> Corpus:
@@ -232,7 +291,12 @@ def _from_hub(name: str, reading: Reading) -> Corpus:
     if Path(identifier).expanduser().is_dir():
         identifier = str(Path(identifier).expanduser())
     rows = HubDataset(
-        identifier, config=reading.config, split=reading.split, column=reading.column, streaming=reading.streaming
+        identifier,
+        config=reading.config,
+        split=reading.split,
+        column=reading.column,
+        streaming=reading.streaming,
+        limit=reading.limit,
     )
     train, validation = rows.rows
     about = identifier if train is None else f"{identifier}, {_count(train)}"

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
+from slm.core.text.files import DATASET_FILE, is_dataset
 from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.train.data.shards import Shard
 from slm.train.data.tokens import DtypeName, TokenHeader, TokenIds, Tokens, map_ids, read_header
 
-DATASET_FILE = "dataset.json"
 FORMAT_VERSION: Literal[1] = 1
 
 _AGAIN = "slm data prepare makes datasets"
@@ -157,11 +157,6 @@ class Dataset:
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
-
-
-def is_dataset(path: Path) -> bool:
-    """Says whether a directory looks like a prepared dataset."""
-    return (path / DATASET_FILE).is_file()
 
 
 def refer_to(path: Path) -> DatasetReference:

@@ -8,31 +8,23 @@ puts the space before it, and before white space that something else precedes. T
 other tokenizer whole documents go through the library.
 """
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from slm.core.text.cuts import cuts_at_spaces
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.train.data.tokens import dtype_name, little_endian
 
-# A longer document is encoded in pieces of so many characters, so that no batch grows with it.
-_PIECE_CHARACTERS = 256 << 10
 # Words remembered, by their characters: with Python's objects around them about ten times as many bytes.
 _MEMORY_CHARACTERS = 4 << 20
 
-# GPT-2's pattern (Radford et al. 2019) as the tokenizers library has it built in, and as tiktoken spells it.
-_GPT2_PATTERNS = (
-    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
-)
 # White space and what follows it, up to the next white space of ASCII. Python's \s holds all of the pattern's and four
 # control characters more, which here only make words longer.
 _WORD = re.compile(r"\s*\S+(?:[^\S \t\n\r]\s*\S*)*|\s+")
 # A space that nothing but white space follows: looking words up by the spaces between them would be wrong there.
 _UNEVEN = re.compile(r" (?:\s|\Z)")
-_CUT = re.compile(r"(?<=\S)[ \t\n\r]")
 
 
 class Encoder:
@@ -106,36 +98,3 @@ class Encoder:
 def end_of_text(tokenizer: Tokenizer) -> bytes:
     """Returns the end of a document as it is stored."""
     return np.array(tokenizer.token_id(END_OF_TEXT), dtype=little_endian(dtype_name(tokenizer))).tobytes()
-
-
-def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Says whether a tokenizer never joins across white space that follows something else."""
-    rules = json.loads(tokenizer.backend.to_str())
-    splitter = rules["pre_tokenizer"] or {}
-    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
-    *before, last = steps
-    by_pattern = [step.get("pattern") for step in before]
-    ours = [{"Regex": pattern} for pattern in _GPT2_PATTERNS]
-    return (
-        rules["model"]["type"] == "BPE"
-        and not rules["model"].get("dropout")
-        and rules["normalizer"] is None
-        and all(token["special"] for token in rules["added_tokens"])  # others are found before anything is cut
-        and last.get("type") == "ByteLevel"
-        and not last["add_prefix_space"]
-        and (last["use_regex"] or bool(before))
-        and all(step.get("type") == "Split" and step["behavior"] == "Isolated" for step in before)
-        and all(pattern in ours for pattern in by_pattern)
-    )
-
-
-def pieces(document: str) -> Iterator[str]:
-    """Cuts a long document, for tokenizers of which `cuts_at_spaces` holds: the pieces' ids are the document's."""
-    start = 0
-    while len(document) - start > _PIECE_CHARACTERS:
-        cut = _CUT.search(document, start + _PIECE_CHARACTERS)
-        if cut is None:
-            break
-        yield document[start : cut.start()]
-        start = cut.start()
-    yield document[start:]

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from slm.core.errors import SlmError
-from slm.train.data.documents import OTHER_COLUMN
+from slm.core.text.streams import DOCUMENT_BYTES, RAISE_LIMIT, size
 
 # What datasets call the split that they mean to be measured on.
 _VALIDATION = ("validation", "valid", "val", "dev")
 _ROWS = 1024
+# Rows of a table that has more bytes are turned into texts one by one.
+_AT_ONCE_BYTES = 16 << 20
+
+_OTHER_COLUMN = "--column NAME reads another column"
 
 
 class HubDataset:
@@ -22,6 +26,7 @@ class HubDataset:
         split: Which split to train on.
         column: What the text is called.
         streaming: Whether to read it over the network each time instead of downloading it.
+        limit: Bytes of UTF-8 that a document may have.
 
     Raises:
         SlmError: When it cannot be loaded, or has no such split or column.
@@ -35,11 +40,13 @@ class HubDataset:
         split: str = "train",
         column: str = "text",
         streaming: bool = False,
+        limit: int = DOCUMENT_BYTES,
     ) -> None:
         import datasets
 
         self.name = name
         self._column = column
+        self._limit = limit
         # Its five warnings about five retries say no more than the one error below.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         arguments: dict[str, Any] = ({} if config is None else {"name": config}) | (
@@ -59,7 +66,7 @@ class HubDataset:
         for rows in (self._train, self._validation):
             names = None if rows is None else rows.column_names  # None also of a stream that was not looked into
             if names is not None and column not in names:
-                raise SlmError(f"{name} has no column {column!r}", f"{OTHER_COLUMN}; there is {', '.join(names)}")
+                raise SlmError(f"{name} has no column {column!r}", f"{_OTHER_COLUMN}; there is {', '.join(names)}")
 
     @property
     def has_validation(self) -> bool:
@@ -93,7 +100,9 @@ class HubDataset:
         try:
             for row, document in enumerate(_texts(rows, self._column), 1):
                 if not isinstance(document, str):
-                    raise SlmError(f"{self.name}, row {row}: {self._column!r} is not text", OTHER_COLUMN)
+                    raise SlmError(f"{self.name}, row {row}: {self._column!r} is not text", _OTHER_COLUMN)
+                if len(document) * 4 > self._limit and len(document.encode()) > self._limit:
+                    raise SlmError(f"{self.name}, row {row}: is longer than {size(self._limit)}", RAISE_LIMIT)
                 if document.strip():
                     yield document.strip("\r\n")
         except (SlmError, GeneratorExit):
@@ -112,7 +121,8 @@ def _texts(rows: Any, column: str) -> Iterator[object]:
         return
     # A table at a time: rows one by one take longer than their tokens.
     for table in rows.select_columns([column]).with_format("arrow").iter(_ROWS):
-        yield from table.column(0).to_pylist()
+        texts = table.column(0)
+        yield from texts.to_pylist() if texts.nbytes <= _AT_ONCE_BYTES else (text.as_py() for text in texts)
 
 
 def _not_loaded(name: str, error: Exception) -> SlmError:

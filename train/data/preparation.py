@@ -14,10 +14,12 @@ from typing import Any
 from slm.core.errors import SlmError
 from slm.core.files import at_work, check_replaceable, read_json, replace_directory, write_text
 from slm.core.progress import Progress
+from slm.core.text.documents import whole
+from slm.core.text.files import DATASET_FILE, is_dataset
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.train.data import dedup
 from slm.train.data.corpus import Corpus, Documents
-from slm.train.data.dataset import DATASET_FILE, FORMAT_VERSION, DatasetManifest, Split, is_dataset
+from slm.train.data.dataset import FORMAT_VERSION, DatasetManifest, Split
 from slm.train.data.shards import ChangedTextError, finished_shards, write_shards
 from slm.train.data.tokenizer import resolve_tokenizer
 from slm.train.data.tokens import dtype_name
@@ -84,7 +86,9 @@ def write_dataset(
             shards, text_sha256 = write_shards(
                 directory,
                 name,
-                documents() if seen is None else seen.first(documents(), name),
+                documents()
+                if seen is None
+                else seen.first(whole(documents(), corpus.limit, "--dedup compares whole documents"), name),
                 tokenizer,
                 progress,
                 shard_tokens=shard_tokens,

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from itertools import islice
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from slm.core.errors import SlmError
 from slm.core.files import sha256_file
 from slm.core.progress import Progress
+from slm.core.text.documents import Beginning, first_documents
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.train.data.tokens import TokenFileWriter, TokenHeader, dtype_name, little_endian, read_header
 from slm.train.data.workers import Piece, encoded
@@ -138,12 +138,13 @@ class _Writer:
     def keep(self, header: TokenHeader, documents: Iterator[str], progress: Progress) -> None:
         """Passes over the documents of a finished shard, if they are still the same."""
         text, count = hashlib.sha256(), 0
-        for document in islice(documents, header.documents):
-            data = document.encode() + b"\0"
+        for part in first_documents(documents, header.documents):
+            ends = not isinstance(part, Beginning)
+            data = part.encode() + (b"\0" if ends else b"")
             text.update(data)
             self.text.update(data)
-            count += 1
-            if count % _KEPT_AT_ONCE == 0:
+            count += ends
+            if ends and count % _KEPT_AT_ONCE == 0:
                 progress.advance(_KEPT_AT_ONCE)
         progress.advance(count % _KEPT_AT_ONCE)
         if text.hexdigest() != header.text_sha256:

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as Backend
 
 from slm.core.chat import tokenizer_config
 from slm.core.errors import SlmError
+from slm.core.text.cuts import cuts_at_spaces
 from slm.core.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
-from slm.train.data.encoder import cuts_at_spaces
 
 # Of GPT-2's tokens in their order, spelt as byte-level vocabularies spell them, with line breaks between.
 _GPT2_TOKENS_SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"

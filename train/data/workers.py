@@ -21,8 +21,11 @@ import numpy as np
 
 from slm.core import child
 from slm.core.errors import SlmError
-from slm.core.tokenizer import Tokenizer
-from slm.train.data.encoder import Encoder, cuts_at_spaces, end_of_text, pieces
+from slm.core.text.cuts import cuts_at_spaces, pieces
+from slm.core.text.documents import Beginning
+from slm.core.text.streams import RAISE_LIMIT
+from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.train.data.encoder import Encoder, end_of_text
 
 # Text that one worker encodes at once: enough that the pipes do not matter.
 _BATCH_CHARACTERS = 1 << 20
@@ -96,6 +99,12 @@ def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     characters = 0
     for document in documents:
+        goes_on = isinstance(document, Beginning)
+        if goes_on and not cut:
+            raise SlmError(
+                "this tokenizer takes whole documents, and one is too long to be read whole",
+                f"a line {END_OF_TEXT} ends a document in a .txt file; {RAISE_LIMIT}",
+            )
         *before, last = pieces(document) if cut else (document,)
         for text in before:
             batch.append(Piece(text.encode(), False))
@@ -103,7 +112,7 @@ def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[Piece]]:
             if characters >= _BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
-        batch.append(Piece(last.encode(), True))
+        batch.append(Piece(last.encode(), not goes_on))
         characters += len(last)
         if characters >= _BATCH_CHARACTERS:
             yield batch

@@ -97,7 +97,8 @@ def rows(path: Path, about: dict[str, str]) -> None:
 
 
 def documents(path: Path, about: dict[str, str]) -> None:
-    from slm.train.data.documents import find_files, read_documents
+    from slm.core.text.documents import read_documents
+    from slm.core.text.files import find_files
 
     for file in find_files(path):
         for document in read_documents(file):

@@ -11,7 +11,8 @@ import pytest
 from pyarrow import parquet as pq
 
 from slm.core.errors import SlmError
-from slm.train.data.documents import find_files, read_documents
+from slm.core.text.documents import read_documents
+from slm.core.text.files import find_files
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -65,10 +66,16 @@ def test_a_directory_is_read_in_order(tmp_path: Path) -> None:
     [
         ("a.txt", b"fine\n\xff\xfe", "not UTF-8"),
         ("a.txt", b"\x7fELF\x00\x00", "line 1: is not text"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", b'{"story": "x"}\n', 'line 1: is not a row with a "text"'),
-        ("a.jsonl", b'{"text": 3}\n', 'line 1: is not a row with a "text"'),
-        ("a.jsonl", b'["x"]\n', 'line 1: is not a row with a "text"'),
+        ("a.jsonl", b'{"text": 3}\n', 'line 1: "text" is not text'),
+        ("a.jsonl", b'["x"]\n', 'row 1: is not a row with a "text"'),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', 'line 2: is not a row with a "text"'),
+        ("a.csv", b"text,id\nx,1\ny\n", "line 3: 1 cell under 2 names"),
+        ("a.json", b'[{"text": "x"}, {"text" 1}]', "line 1: not JSON"),
+        ("a.json", b'[{"text": "x"}', "the array has no end"),
+        ("a.json", b'[{"text": "x"}] {}', "something after the array"),
+        ("a.txt.bz2", b"no bz2 at all", "cannot decompress"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1: holds half of a surrogate pair"),
         ("a.txt.gz", b"no gzip at all", "cannot decompress"),
         ("a.txt.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "cannot decompress"),
@@ -87,7 +94,7 @@ def test_nothing_to_find(tmp_path: Path) -> None:
         find_files(tmp_path / "none.txt")
     with pytest.raises(SlmError, match=r"no .txt, .jsonl or .parquet file"):
         find_files(tmp_path)
-    with pytest.raises(SlmError, match="not a kind of file"):
+    with pytest.raises(SlmError, match="unknown kind of file"):
         find_files(write(tmp_path / "book.pdf", "%PDF"))
 
 
@@ -123,7 +130,7 @@ def test_rows_have_the_column_that_is_named(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"story": ["x"]}, r'has no column "text"'),
-        ({"text": ["x", "y", None, "z"]}, r'row 3: "text" is not text'),
+        ({"text": ["x", "y", None, "z"]}, r'row 3: is not a row with a "text"'),
         ({"text": [1, 2]}, r'row 1: "text" is not text'),
     ],
 )

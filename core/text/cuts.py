@@ -1,0 +1,80 @@
+"""Encoding long texts in pieces whose ids are those of the whole."""
+
+import json
+import re
+from collections.abc import Iterator
+
+from slm.core.tokenizer import Tokenizer
+
+# A longer text is encoded in pieces of so many characters: the tokenizers library takes up to 130 bytes for each of a
+# text's characters.
+_PIECE_CHARACTERS = 256 << 10
+
+# GPT-2's pattern (Radford et al. 2019) as the tokenizers library has it built in, and as tiktoken spells it.
+_GPT2_PATTERNS = (
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+)
+# Before white space that something else precedes, where that pattern always cuts.
+CUT = re.compile(r"(?<=\S)[ \t\n\r]")
+
+
+def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Says whether a tokenizer never joins across white space that follows something else."""
+    rules = json.loads(tokenizer.backend.to_str())
+    splitter = rules["pre_tokenizer"] or {}
+    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    *before, last = steps
+    by_pattern = [step.get("pattern") for step in before]
+    ours = [{"Regex": pattern} for pattern in _GPT2_PATTERNS]
+    return (
+        rules["model"]["type"] == "BPE"
+        and not rules["model"].get("dropout")
+        and rules["normalizer"] is None
+        and all(token["special"] for token in rules["added_tokens"])  # others are found before anything is cut
+        and last.get("type") == "ByteLevel"
+        and not last["add_prefix_space"]
+        and (last["use_regex"] or bool(before))
+        and all(step.get("type") == "Split" and step["behavior"] == "Isolated" for step in before)
+        and all(pattern in ours for pattern in by_pattern)
+    )
+
+
+def pieces(document: str) -> Iterator[str]:
+    """Cuts a long text, for tokenizers of which `cuts_at_spaces` holds: the pieces' ids are the text's."""
+    start = 0
+    while len(document) - start > _PIECE_CHARACTERS:
+        cut = CUT.search(document, start + _PIECE_CHARACTERS)
+        if cut is None:
+            break
+        yield document[start : cut.start()]
+        start = cut.start()
+    yield document[start:]
+
+
+class PieceEncoder:
+    """Encodes texts as they stand, special tokens in them as characters, in memory that does not grow with their length.
+
+    Args:
+        tokenizer: Of one that does not cut at spaces, texts are encoded whole.
+        besides: Control tokens besides the tokenizer's own, which `encode` avoids too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, besides: frozenset[int] = frozenset()) -> None:
+        self._tokenizer, self._besides = tokenizer, besides
+        self._cuts: bool | None = None  # not known before a long text comes
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, those of `Tokenizer.encode_literal`."""
+        if len(text) <= _PIECE_CHARACTERS:
+            return self._tokenizer.encode_literal(text, self._besides)
+        if self._cuts is None:
+            self._cuts = cuts_at_spaces(self._tokenizer)
+        parts = pieces(text) if self._cuts else (text,)
+        return [token for part in parts for token in self._tokenizer.encode_literal(part, self._besides)]
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text; short ones are encoded together, on all cores."""
+        if any(len(text) > _PIECE_CHARACTERS for text in texts):
+            return [self.encode(text) for text in texts]
+        return self._tokenizer.encode_documents(texts)

@@ -1,0 +1,187 @@
+"""Conversations in rows: whose turns they are, what is learned of them, and what is refused."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from slm.core.chat import Message, Role
+from slm.core.errors import SlmError
+from slm.core.text.json_rows import parse
+from slm.core.text.streams import DOCUMENT_BYTES
+from slm.finetune.fields import ROLES, TOOL_ROLES, absent, is_learned, known_in_message, refuse_in_message
+
+_FORM = 'a conversation is [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
+_PAIR_FORM = 'history is [["a question", "its answer"], ...]'
+
+# A message, and whether it is learned.
+Turn = tuple[Message, bool]
+
+
+def kind_of(value: Any) -> str:
+    """Returns what JSON calls a value."""
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def text_of(value: Any, name: str, where: str, *, empty: bool = False) -> str:
+    """Returns a field that is text.
+
+    Raises:
+        SlmError: When it is something else, empty where it may not be, or holds half a character.
+    """
+    if not isinstance(value, str):
+        raise SlmError(f"{where}: {name!r} is {kind_of(value)} instead of text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SlmError(f"{where}: {name!r} holds half of a surrogate pair", "write the character itself") from None
+    if not empty and not value.strip():
+        raise SlmError(f"{where}: {name!r} is empty", "remove the row or fill the field")
+    return value
+
+
+def _parsed(value: Any, where: str) -> Any:
+    """Returns a list that a cell or a field spells as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = parse(value, DOCUMENT_BYTES)
+    except SlmError as error:
+        raise SlmError(f"{where}: {error.message}", error.hint) from None
+    return value if isinstance(found, SlmError) else found
+
+
+def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) -> list[Turn]:
+    """Returns the messages of a field, each with whether it is learned; empty system messages are left out.
+
+    Args:
+        value: The field: an array, or one spelt as JSON.
+        name: What the field is called.
+        where: The row, for messages.
+        left_out: Takes the names of fields that are not looked at.
+
+    Raises:
+        SlmError: When it is no conversation, or holds what is not supported.
+    """
+    value = _parsed(value, where)
+    if not isinstance(value, list):
+        raise SlmError(f"{where}: {name!r} is {kind_of(value)} instead of an array of messages", _FORM)
+    found: list[Turn] = []
+    for number, each in enumerate(value, 1):
+        turn = _turn(each, f"{where}, message {number}", left_out)
+        if turn is not None:
+            found.append(turn)
+    return found
+
+
+def history(value: Any, where: str) -> list[Turn]:
+    """Returns the earlier turns that LLaMA-Factory keeps beside an instruction, learned like every answer.
+
+    Raises:
+        SlmError: When they are not pairs of texts.
+    """
+    value = _parsed(value, where)
+    if absent(value):
+        return []
+    if not isinstance(value, list):
+        raise SlmError(f"{where}: 'history' is {kind_of(value)} instead of an array of pairs", _PAIR_FORM)
+    found: list[Turn] = []
+    for number, pair in enumerate(value, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise SlmError(f"{where}: pair {number} of 'history' is not a question and an answer", _PAIR_FORM)
+        place = f"{where}, history {number}"
+        found.append(({"role": "user", "content": text_of(pair[0], "question", place)}, False))
+        found.append(({"role": "assistant", "content": text_of(pair[1], "answer", place)}, True))
+    return found
+
+
+def with_system(system: str, conversation: list[Turn], where: str) -> list[Turn]:
+    """Returns a conversation that begins with a system text.
+
+    Raises:
+        SlmError: When it begins with another one already.
+    """
+    if not system.strip():
+        return conversation
+    if conversation and conversation[0][0]["role"] == "system":
+        if conversation[0][0]["content"].strip() == system.strip():
+            return conversation
+        raise SlmError(
+            f"{where}: the column 'system' and the first message are different system texts", "keep one of them"
+        )
+    return [({"role": "system", "content": system}, False), *conversation]
+
+
+def checked(conversation: Sequence[Turn], where: str) -> tuple[tuple[Message, ...], frozenset[int]]:
+    """Returns the messages up to the last answer that is learned, and the numbers of answers that are only read.
+
+    Raises:
+        SlmError: When speakers do not take turns, or nothing is learned.
+    """
+    roles = [message["role"] for message, _ in conversation]
+    if "assistant" not in roles:
+        raise SlmError(f"{where}: no message of the assistant's, so there is nothing to learn", _FORM)
+    if "system" in roles[1:]:
+        raise SlmError(f"{where}: a system message comes after the first message", "move it to the beginning")
+    for number, (before, following) in enumerate(pairwise(roles), 2):
+        if before == following:
+            raise SlmError(
+                f"{where}, message {number}: two {before} messages in a row", "join them: user and assistant take turns"
+            )
+    learned = [number for number, (_, learn) in enumerate(conversation) if learn]
+    if not learned:
+        raise SlmError(f"{where}: nothing to learn: every answer has weight 0", "remove the row")
+    kept = conversation[: learned[-1] + 1]
+    messages = tuple(message for message, _ in kept)
+    return messages, frozenset(
+        number for number, (message, learn) in enumerate(kept) if message["role"] == "assistant" and not learn
+    )
+
+
+def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | None:
+    if not isinstance(value, Mapping):
+        raise SlmError(f"{where}: {kind_of(value)} instead of an object", _FORM)
+    message = {name: each for name, each in value.items() if each is not None}
+    role_name, content_name = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    try:
+        if message.get(role_name) in TOOL_ROLES:
+            raise SlmError(
+                f"role {message[role_name]!r} is not supported: the chat template has no tools",
+                "remove the rows that use tools",
+            )
+        refuse_in_message(message)
+    except SlmError as error:
+        raise SlmError(f"{where}: {error.message}", error.hint) from None
+    if role_name not in message or content_name not in message:
+        names = ", ".join(map(repr, list(message)[:8])) or "no field"
+        raise SlmError(f"{where}: has {names} instead of 'role' and 'content' (or 'from' and 'value')", _FORM)
+    said_by = text_of(message[role_name], role_name, where)
+    if said_by not in ROLES:
+        raise SlmError(f"{where}: unknown role {said_by!r:.60}", f"{role_name!r} is one of {', '.join(ROLES)}")
+    role = ROLES[said_by]
+    content = text_of(_content(message[content_name], where), content_name, where, empty=role == "system")
+    try:
+        learned = is_learned(message, role)
+    except SlmError as error:
+        raise SlmError(f"{where}: {error.message}", error.hint) from None
+    for name in message:
+        if not known_in_message(name):
+            left_out(f"{name} of messages")
+    if role == "system" and not content.strip():
+        return None
+    return _said(role, content), learned
+
+
+def _said(role: Role, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _content(value: Any, where: str) -> Any:
+    """Returns the text of content that comes in parts, as OpenAI has it; anything else as it is."""
+    if not isinstance(value, list) or not value:
+        return value
+    for part in value:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            what = part.get("type") if isinstance(part, Mapping) else kind_of(part)
+            raise SlmError(f"{where}: a part of the content is {what!r:.40}, and slm reads text only", "remove the row")
+    return "".join(part["text"] for part in value)

@@ -1,0 +1,158 @@
+"""What other people's rows hold: the fields that are understood, and those that are refused by name.
+
+Any other field is harmless: it is left out, and named once.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from slm.core.chat import Role
+from slm.core.errors import SlmError
+
+# Conversations, as OpenAI, TRL, LLaMA-Factory, ShareGPT and Axolotl call them.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+# Alpaca's names, and Dolly's for the same.
+INSTRUCTION, CONTEXT, OUTPUT = "instruction", ("input", "context"), ("output", "response")
+PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"
+# What comes before a conversation.
+SYSTEM, HISTORY = ("system", "system_prompt"), "history"
+
+# What other people call the speakers.
+ROLES: dict[str, Role] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
+}
+
+_NO_TOOLS = "the chat template has no tools"
+_TEXT_ONLY = "slm reads text only"
+_PAIRS = "preference pairs are not supported"
+_KEEP_CHOSEN = "keep the preferred answer as an assistant's message or as completion, and remove the other"
+_REMOVE = "remove the field, or the rows that need it"
+
+TOOL_ROLES = (
+    "tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_calls", "tool_response",
+    "tool_result",
+)  # fmt: skip
+
+# Columns that would change what is learned, with the reason and what to do. Empty ones are absent.
+_REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("tools", "functions"), (_NO_TOOLS, _REMOVE)),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
+    **dict.fromkeys(("chosen", "rejected"), (_PAIRS, _KEEP_CHOSEN)),
+    "kto_tag": (_PAIRS, _KEEP_CHOSEN),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs"), ("the model's own chat template is used", _REMOVE)),
+}
+_NO_REASONING = "reasoning beside an answer is not supported"
+_REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), (_NO_TOOLS, _REMOVE)),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        (_NO_REASONING, "write it into the content, or remove the field"),
+    ),
+    "refusal": ("a refusal beside the content is not supported", "write it into the content, or remove the row"),
+    "train_detail": ("an answer is learned whole or not at all", "remove the field, or split the answer"),
+    "prefix": ("an answer is learned from its beginning", "remove the field"),
+}
+# Whether an answer is learned: OpenAI's weight, Axolotl's train, ms-swift's loss.
+_LEARNED = ("weight", "train", "train_on_turn", "loss")
+_ROW_WEIGHTS = ("weight", "sample_weight")
+
+# Columns that mean what prompt and completion do, but may also mean something else.
+_RENAMED = (
+    ("question", "answer"), ("query", "response"), ("query", "answer"), ("question", "response"), ("prompt", "response"),
+    ("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("inputs", "targets"), ("user", "assistant"),
+    ("human", "assistant"), ("source", "target"), ("problem", "solution"), ("instruction", "completion"),
+    ("instruction", "answer"),
+)  # fmt: skip
+
+# Everything that is looked at in a row; other columns of a Parquet file are not decoded.
+COLUMNS = frozenset(
+    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
+     *_ROW_WEIGHTS, "label", *(name for names in _RENAMED for name in names))
+)  # fmt: skip
+
+
+def absent(value: Any) -> bool:
+    """Says whether a field holds nothing: null, empty, or an empty list or object spelt in text."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or value is False or (isinstance(value, (list, dict)) and not value)
+
+
+def refuse_columns(row: Mapping[str, Any]) -> None:
+    """Makes sure that a row has no column that would change what is learned and is not supported.
+
+    Raises:
+        SlmError: When it does; the message names the column and the reason, but no place.
+    """
+    for name, (reason, hint) in _REFUSED_COLUMNS.items():
+        if name in row and not absent(row[name]):
+            raise SlmError(f"column {name!r} is not supported: {reason}", hint)
+    for name in _ROW_WEIGHTS:
+        weight = _number(row.get(name))
+        if weight is not None and weight != 1:
+            raise SlmError(
+                f"column {name!r} is {weight:g}: rows cannot be weighted", "remove the column, or rows of weight 0"
+            )
+    if COMPLETION in row and str(row.get("label")).lower() == "false":
+        raise SlmError("column 'label' is false, which marks an answer not to learn", "remove the row")
+
+
+def refuse_in_message(message: Mapping[str, Any]) -> None:
+    """Makes sure that a message has no field that would change what is learned and is not supported.
+
+    Raises:
+        SlmError: When it does; the message names the field and the reason, but no place.
+    """
+    for name, (reason, hint) in _REFUSED_IN_MESSAGES.items():
+        if name in message and not absent(message[name]):
+            raise SlmError(f"{name!r} is not supported: {reason}", hint)
+
+
+def is_learned(message: Mapping[str, Any], role: Role) -> bool:
+    """Says whether a message is learned: an answer, unless its weight is 0.
+
+    Raises:
+        SlmError: When it has another weight than 0 and 1, or one that is not an answer is to be learned.
+    """
+    given = {name: message[name] for name in _LEARNED if name in message}
+    for name, value in given.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise SlmError(f"{name!r} is {value!r:.40}: only 0 and 1 are supported", "write 0, 1, false or true")
+    if role != "assistant":
+        for name, value in given.items():
+            if value:
+                raise SlmError(f"{name!r} is {value} in a {role} message: only answers are learned", f"remove {name!r}")
+        return False
+    if len(set(map(bool, given.values()))) > 1:
+        raise SlmError(f"{' and '.join(map(repr, given))} contradict each other", "keep one of them")
+    return all(given.values())
+
+
+def known_in_message(name: str) -> bool:
+    """Says whether a message's field is looked at."""
+    return name in ("role", "content", "from", "value", *_LEARNED, *_REFUSED_IN_MESSAGES)
+
+
+def known_column(name: str) -> bool:
+    """Says whether a column is one of those that are refused unless they are empty, or of weights."""
+    return name in _REFUSED_COLUMNS or name in _ROW_WEIGHTS
+
+
+def renaming(row: Mapping[str, Any]) -> str | None:
+    """Returns how to rename the columns of a row of no known kind; None where that is not clear."""
+    for question, answer in _RENAMED:
+        if question in row and answer in row:
+            return f"rename {question} and {answer} to instruction and output (a chat) or to prompt and completion (plain text)"
+    return None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,132 @@
+"""Small files that expand: read in bounded memory, or refused with the place, the limit and the option that raises it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet as pq
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+SCRIPT = Path(__file__).parent / "scripts" / "reads.py"
+# Beside what the imports take: some multiples of a row of 16 MiB.
+MOST_MIB = 320
+MIB = 1 << 20
+# Decompressed to some hundreds of MiB: far above the bound, and quick to make.
+COPIES = 450
+
+
+def squeezed(name: str, parts: Callable[[], Iterator[bytes]]) -> None:
+    with zstd.open(name, "wb", level=1) as file:
+        for part in parts():
+            file.write(part)
+
+
+def line_of_text() -> Iterator[bytes]:
+    yield from [b"a" * MIB] * COPIES
+
+
+def row_of_json() -> Iterator[bytes]:
+    yield b'{"text": "'
+    yield from [b"a" * MIB] * COPIES
+    yield b'"}\n'
+
+
+def message() -> Iterator[bytes]:
+    yield b'{"messages": [{"role": "user", "content": "'
+    yield from [b"a" * MIB] * COPIES
+    yield b'"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+def element() -> Iterator[bytes]:
+    yield b'[{"text": "b"}, {"text": "'
+    yield from [b"a" * MIB] * COPIES
+    yield b'"}]'
+
+
+def values() -> Iterator[bytes]:
+    yield b'{"text": "b", "ids": ['
+    yield from [b"[]," * (MIB // 3)] * 14
+    yield b"[]]}\n"
+
+
+def brackets() -> Iterator[bytes]:
+    yield b"[" * 5 * MIB
+
+
+def cell() -> Iterator[bytes]:
+    yield b'text\n"'
+    yield from [b"a line\n" * (MIB // 7)] * COPIES
+    yield b'"\n'
+
+
+def dictionary(name: str) -> None:
+    text = pa.array(["a" * (20 * MIB)]).dictionary_encode()
+    pq.write_table(pa.table({"text": text.take(pa.array([0] * 100))}), name, compression="zstd")
+
+
+def one_value(name: str) -> None:
+    pq.write_table(pa.table({"text": ["a" * (300 * MIB)]}), name, compression="zstd", use_dictionary=False)
+
+
+def long_list(name: str) -> None:
+    each = pa.DictionaryArray.from_arrays(pa.array([0] * 2_000_000, pa.int32()), ["x" * 500])
+    lists = pa.ListArray.from_arrays(pa.array([0, len(each)], pa.int32()), each)
+    pq.write_table(pa.table({"text": ["a"], "messages": lists}), name, compression="zstd")
+
+
+BOMBS: dict[str, Callable[..., Iterator[bytes] | None]] = {
+    "line.txt.zst": line_of_text,
+    "row.jsonl.zst": row_of_json,
+    "message.jsonl.zst": message,
+    "element.json.zst": element,
+    "values.jsonl.zst": values,
+    "brackets.jsonl.zst": brackets,
+    "cell.csv.zst": cell,
+    "dictionary.parquet": dictionary,
+    "value.parquet": one_value,
+    "list.parquet": long_list,
+}
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bombs")
+    for name, make in BOMBS.items():
+        file = str(directory / name)
+        if name.endswith(".parquet"):
+            make(file)
+        else:
+            squeezed(file, make)  # type: ignore[arg-type]
+        assert Path(file).stat().st_size < MIB
+    return directory
+
+
+def read(how: str, file: Path) -> dict[str, str | float]:
+    done = subprocess.run([sys.executable, str(SCRIPT), how, str(file)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("how", ["documents", "parts", "rows"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_expands_takes_little_memory(bombs: Path, name: str, how: str) -> None:
+    found = read(how, bombs / name)
+    assert found["mib"] < MOST_MIB, found
+    if name == "list.parquet" and how != "rows":  # another column is never decoded
+        assert not found["said"]
+        return
+    assert name in str(found["said"]), found
+    if name != "brackets.jsonl.zst":
+        assert "--max-document-bytes" in str(found["hint"]), found
+
+
+def test_the_test_notices_memory(bombs: Path) -> None:
+    assert read("careless", bombs / "line.txt.zst")["mib"] > COPIES - 50
