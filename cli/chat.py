@@ -1,6 +1,7 @@
 """`slm chat`."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slm.cli.console import print_json, say, say_error
+from slm.cli.console import next_step, print_json, say, say_error
 from slm.cli.generate import default_model, figures
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
@@ -30,7 +31,7 @@ _COMMANDS = {
     "/reset": "forget what was said",
     "/system TEXT": "tell the model TEXT before anything else, and begin anew; nothing takes it back",
     "/retry": "answer the last question again",
-    "/save FILE": "append the conversation to FILE, as a row that slm finetune takes",
+    "/save FILE": "append the conversation to FILE, as a row that slm finetune takes; interrupted answers have the weight 0",
     "/quit": "end, as Ctrl-D does",
 }
 
@@ -54,14 +55,15 @@ def chat(
     adapter: Path | None,
     keep: int | None,
     greedy: bool,
+    seed: int | None,
     **options: Any,
 ) -> None:
     """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
 
     Without MODEL, the newest bundle under ./runs, or the small model that ships inside. All that was said is asked with every
     turn; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands, and
-    /help shows them; // begins a line with a slash. Ctrl-C ends an answer. From a pipe every line is a turn; with --json every
-    answer is one object.
+    /help shows them; // begins a line with a slash. Ctrl-C ends an answer and keeps the conversation; twice at the prompt it ends
+    the conversation, as Ctrl-D does. From a pipe every line is a turn; with --json every answer is one object.
 
     \b
       slm chat runs/tiny/onnx-int8
@@ -84,11 +86,14 @@ def chat(
         )
     options |= {"keep": keep, "stop": [utf8(each, "stop text") for each in options["stop"]]}
     options |= {"temperature": 0.0} if greedy else {}
-    talk = _Talk(loaded, Chat(loaded, utf8(system, "system's text"), draft_tokens=draft), options, as_json)
+    conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=draft)
+    if options["temperature"] > 0:
+        say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
+    talk = _Talk(loaded, conversation, options, as_json)
     typed = sys.stdin.isatty()
     if typed:
         say("/help shows the commands; Ctrl-D ends")
-    try:
+    with suppress(_Quit):
         for line in _typed() if typed else _piped():
             try:
                 talk.hear(utf8(line, "line"))
@@ -96,12 +101,11 @@ def chat(
                 if not typed:
                     raise
                 say_error(error.message, error.hint)
-            except KeyboardInterrupt:  # before the first word of an answer
+            except KeyboardInterrupt:  # of a pipe, Ctrl-C ends all of it
                 if not typed:
                     raise
-                say("interrupted; /quit or Ctrl-D ends")
-    except _Quit:
-        return
+                say("interrupted; the conversation goes on, /quit or Ctrl-D ends it")
+    next_step(shlex.join(["slm", "serve", *([] if model is None else [str(model)])]))
 
 
 def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
@@ -115,15 +119,25 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
 
 
 def _typed() -> Iterator[str]:
-    """Yields the lines that somebody types, who can edit them and call earlier ones back."""
+    """Yields the lines that are typed, which can be edited and called back; ends at Ctrl-D, or at Ctrl-C twice."""
     with suppress(ImportError):
         import readline  # noqa: F401  # which `input` uses when it is there
+    again = False
     while True:
         try:
-            yield input("> ")
+            line = input("> ")
         except EOFError:
             click.echo()
             return
+        except KeyboardInterrupt:  # leaves the line that was begun
+            click.echo()
+            if again:
+                return
+            again = True
+            say("Ctrl-C again, Ctrl-D or /quit ends the conversation")
+            continue
+        again = False
+        yield line
 
 
 def _piped() -> Iterator[str]:
@@ -137,7 +151,7 @@ def _piped() -> Iterator[str]:
 
 
 class _Talk:
-    """Hears lines and shows what comes of them."""
+    """Takes lines and shows the answers."""
 
     def __init__(self, model: "Model", chat: "Chat", options: dict[str, Any], as_json: bool) -> None:
         self._model, self._chat, self._options, self._as_json = model, chat, options, as_json
@@ -147,7 +161,7 @@ class _Talk:
 
         Raises:
             SlmError: When the command is none, or there is no answer.
-            KeyboardInterrupt: When Ctrl-C came before the first word of the answer.
+            KeyboardInterrupt: When Ctrl-C ended the answer; what was said of it is part of the conversation by then.
         """
         if not line.strip():
             return
@@ -157,7 +171,7 @@ class _Talk:
             name, _, rest = line.strip().partition(" ")
             self._command(name, rest.strip())
             return
-        self._answer(lambda: self._chat.ask(line, **self._options))
+        self._answer(lambda: self._chat.pieces(line, **self._options))
 
     def _command(self, name: str, rest: str) -> None:
         match name:
@@ -171,7 +185,7 @@ class _Talk:
                 self._chat.reset(rest)
                 say("a new conversation" + (f", and before it: {rest}" if rest else ""))
             case "/retry":
-                self._answer(lambda: self._chat.retry(**self._options))
+                self._answer(lambda: self._chat.retry_pieces(**self._options))
             case "/save":
                 self._save(rest)
             case "/quit" | "/exit":
@@ -190,11 +204,14 @@ class _Talk:
         if not self._as_json:
             click.echo()
         elif run is not None:
-            print_json({"text": text} | figures(run))
+            shown = {} if run.seed is None else {"seed": self._chat.seed}  # which repeats the conversation
+            print_json({"text": text} | figures(run) | shown)
             sys.stdout.flush()
         if not text.strip():
             say("the model said nothing, and the question is forgotten")
-        elif not interrupted and run is not None and run.stopped in ("length", "context"):
+        if interrupted:
+            raise KeyboardInterrupt
+        if text.strip() and run is not None and run.stopped in ("length", "context"):
             say(
                 f"cut after {len(run.tokens)} tokens: "
                 + ("--max-new-tokens" if run.stopped == "length" else "the context is full")
@@ -207,6 +224,8 @@ class _Talk:
             raise SlmError("nothing was said yet", "type something")
         path = Path(name).expanduser()
         before = read_text(path, "the file to append to") if path.exists() else ""
-        row = json.dumps({"messages": self._chat.messages}, ensure_ascii=False)
+        # A weight of 0, as in OpenAI's format: half an answer is read, and not learned.
+        messages = [m | ({"weight": 0} if self._chat.was_interrupted(m) else {}) for m in self._chat.messages]
+        row = json.dumps({"messages": messages}, ensure_ascii=False)
         write_text(path, before + ("\n" if before and not before.endswith("\n") else "") + row + "\n")
         say(f"appended to {path}")

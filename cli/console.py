@@ -21,6 +21,11 @@ def say(text: str) -> None:
     STDERR.print(escape(text))
 
 
+def next_step(command: str) -> None:
+    """Says which command is likely to come next."""
+    say(f"next: {command}")
+
+
 def say_if_not_exported(bundle: Path) -> None:
     """Says so when a checkpoint is newer than the bundle that a command takes because nothing was named."""
     from slm.core.runs import not_exported  # here, so that `slm --help` does not wait for numpy

@@ -252,7 +252,9 @@ def _prepare(
         raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
     train, valid = (renderer.examples(part, max_length, bad) for part in (rows, held_out))
     if bad:
-        progress.note(f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0]}")
+        progress.note(
+            f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
+        )
     _check(train, valid, renderer, max_length)
     packed = pack(train.kept, max_length, random.Random(settings.seed)) if settings.pack else alone(train.kept)
     _tell(train, valid, renderer, max_length, progress)
