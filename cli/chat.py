@@ -60,10 +60,10 @@ def chat(
 ) -> None:
     """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. All that was said is asked with every
-    turn; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands, and
-    /help shows them; // begins a line with a slash. Ctrl-C ends an answer and keeps the conversation; twice at the prompt it ends
-    the conversation, as Ctrl-D does. From a pipe every line is a turn; with --json every answer is one object.
+    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. Every turn is asked with the whole
+    conversation; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands,
+    and /help shows them; // begins a line with a slash. Ctrl-C ends an answer and keeps the conversation; pressed twice at the
+    prompt it ends the conversation, as Ctrl-D does. From a pipe every line is a turn; with --json every answer is one object.
 
     \b
       slm chat runs/tiny/onnx-int8

@@ -47,6 +47,12 @@ def print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def print_lines(*lines: str) -> None:
+    """Prints lines of a result for people."""
+    for line in lines:
+        STDOUT.print(escape(line))
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints the result for people."""
     STDOUT.print(f"[bold]{escape(title)}[/]")

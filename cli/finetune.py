@@ -1,19 +1,25 @@
 """`slm finetune`: an adapter, or all weights, on a file of rows."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.console import RichProgress, next_step, print_json, print_lines, print_table, say
 from slm.cli.options import Artifact, json_option, out_option, seed_option
 from slm.core.errors import SlmError
 from slm.core.runs import RUNS, newest_checkpoint, run_of
 
+if TYPE_CHECKING:
+    from slm.finetune.samples import Sample
+
 _FILE = click.Path(path_type=Path)
+# Characters of a text that a report shows.
+_WIDTH = 200
 # What only an adapter has.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 
@@ -32,7 +38,7 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     "validation",
     type=_FILE,
     metavar="FILE",
-    help="Rows to measure the loss on; the last tenth of FILE when left out.",
+    help="Rows to measure the loss on. [default: a tenth of FILE's rows, drawn with the seed]",
 )
 @click.option("--skip-bad", is_flag=True, help="Leave rows out that are not as they should be, and count them.")
 @out_option
@@ -67,7 +73,14 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="End after so many passes without a new best; 0 goes on to the end.",
+    help="End after so many passes without a new best; 0 goes on to the end, as --keep last does.",
+)
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Keep the epoch with the lowest held-out loss, or the last one.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows in an update.")
 @click.option("--pack", is_flag=True, help="Fill every row up to --max-length with several examples, kept apart.")
@@ -75,6 +88,14 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     "--max-length",
     type=click.IntRange(2),
     help="Tokens of a row; 512 or the context when left out.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(0, 100),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Answer N held-out rows at the end and show the answers; 0 shows none.",
 )
 @seed_option
 @json_option
@@ -89,6 +110,7 @@ def finetune(
     overwrite: bool,
     targets: str | None,
     patience: int,
+    samples: int,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -118,8 +140,10 @@ def finetune(
         raise click.UsageError("give --lora FILE or --full FILE")
     if out is not None and name is not None:
         raise click.UsageError("--out is the directory and --name a name in the run: give one of them")
+    source = click.get_current_context().get_parameter_source
+    if values["keep"] == "last" and patience and source("patience") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--patience goes with --keep best: --keep last trains all epochs")
     if full is not None:
-        source = click.get_current_context().get_parameter_source
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
             raise click.UsageError(f"--{given[0]} is an adapter's, and --full trains none")
@@ -137,16 +161,45 @@ def finetune(
         method="lora" if full is None else "full", patience=patience or None, **chosen, **values
     )
     result = run(
-        base, data, out, settings, RichProgress(), validation=validation, overwrite=overwrite, skip_bad=skip_bad
+        base,
+        data,
+        out,
+        settings,
+        RichProgress(),
+        validation=validation,
+        overwrite=overwrite,
+        skip_bad=skip_bad,
+        samples=samples,
     )
+    made = "adapter" if full is None else "checkpoint"
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
-        print_json({"adapter" if full is None else "checkpoint": report.pop("made"), **report})
+        print_json({made: report.pop("made"), **report})
+    else:
+        print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), settings.keep))
+        _show(result.samples)
+    exported = ["--adapter", str(result.made)] if full is None else [str(result.made)]
+    next_step(shlex.join(["slm", "export", "--onnx", *exported]))
+
+
+def _show(samples: "Sequence[Sample]") -> None:
+    """Prints what the result answers."""
+    if not samples:
         return
-    print_table(f"{'adapter' if full is None else 'checkpoint'} {result.made}", ("", ""), _lines(asdict(result)))
+    which = "held-out rows" if samples[0].held_out else "rows that were trained on"
+    print_lines(f"greedy answers to {len(samples)} {which}")
+    for sample in samples:
+        texts = (("prompt", sample.prompt), ("wanted", sample.wanted), ("answered", sample.answered))
+        print_lines("", *(f"  {name + ':':9} {_clipped(text)}" for name, text in texts))
 
 
-def _lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _clipped(text: str) -> str:
+    """Returns a text in one line of bounded length."""
+    line = "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+    return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}…"
+
+
+def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     held_out = result["validation_rows"]
     measured = f"on {held_out} rows held out" if held_out else "on the training rows"
     bad = f", {result['bad']} bad" if result["bad"] else ""
@@ -154,10 +207,20 @@ def _lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a token {measured}"),
         ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),
         ("learned tokens", f"{result['trained_tokens']:,} an epoch"),
-        ("kept", f"epoch {result['best_epoch']} of {result['epochs']}"),
+        ("kept", f"epoch {result['kept_epoch']} of {result['epochs']}, {_why(result, keep)}"),
         ("parameters", f"{result['trainable_parameters']:,}"),
         ("time", f"{result['seconds']:.1f} s"),
     ]
+
+
+def _why(result: Mapping[str, Any], keep: str) -> str:
+    """Says why an epoch is kept."""
+    which = "held-out" if result["validation_rows"] else "training rows'"
+    if keep == "best":
+        return f"the one with the lowest {which} loss"
+    return "the last" + (
+        "" if result["best_epoch"] == result["kept_epoch"] else f" (the best was {result['best_epoch']})"
+    )
 
 
 def _place(base: Path, name: str, *, full: bool) -> Path:

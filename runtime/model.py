@@ -148,7 +148,7 @@ class Model:
         """Returns the continuation of a prompt, or a list with that of each of several.
 
         The i-th of several is the text of `generate(prompts[i], seed=seed + i)`. A fused bundle takes the steps of all
-        together (`slm.runtime.batch`); other models, drafts, `on_full="slide"` and `logprobs` go through the prompts one by one.
+        together (`slm.runtime.batch`); other models, drafts, `on_full="slide"` and `logprobs` take the prompts one by one.
 
         Args:
             prompt: The text to continue, or its token ids; or a list of texts or of lists of ids.

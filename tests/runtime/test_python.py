@@ -33,7 +33,7 @@ def test_an_error_says_its_hint_wherever_it_is_printed() -> None:
         "name another",
     )
     assert str(slm.SlmError("no such file: a")) == "no such file: a"
-    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):  # noqa: S301  # what was just made
         assert (type(again), again.message, again.hint) == (slm.SlmError, error.message, error.hint)
 
 
