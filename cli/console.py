@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+# Characters of a sample text that a report shows.
+_WIDTH = 200
+
 STDERR = Console(stderr=True, highlight=False, soft_wrap=True)
 STDOUT = Console(highlight=False, soft_wrap=True)
 
@@ -45,6 +48,12 @@ def say_error(message: str, hint: str | None = None) -> None:
 def print_json(value: Mapping[str, Any]) -> None:
     """Prints the result for machines: one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def one_line(text: str) -> str:
+    """Returns a text of a model's or a user's in one line of bounded length, without control characters."""
+    line = "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+    return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}…"
 
 
 def print_lines(*lines: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from slm.cli.console import RichProgress, next_step, print_json, print_lines, print_table, say
+from slm.cli.console import RichProgress, next_step, one_line, print_json, print_lines, print_table, say
 from slm.cli.options import Artifact, json_option, out_option, seed_option
 from slm.core.errors import SlmError
 from slm.core.runs import RUNS, newest_checkpoint, run_of
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from slm.finetune.samples import Sample
 
 _FILE = click.Path(path_type=Path)
-# Characters of a text that a report shows.
-_WIDTH = 200
 # What only an adapter has.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 
@@ -190,13 +188,7 @@ def _show(samples: "Sequence[Sample]") -> None:
     print_lines(f"greedy answers to {len(samples)} {which}")
     for sample in samples:
         texts = (("prompt", sample.prompt), ("wanted", sample.wanted), ("answered", sample.answered))
-        print_lines("", *(f"  {name + ':':9} {_clipped(text)}" for name, text in texts))
-
-
-def _clipped(text: str) -> str:
-    """Returns a text in one line of bounded length."""
-    line = "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
-    return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}…"
+        print_lines("", *(f"  {name + ':':9} {one_line(text)}" for name, text in texts))
 
 
 def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:

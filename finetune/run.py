@@ -32,7 +32,7 @@ from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.frozen import lighten
 from slm.finetune.loop import Fit
-from slm.finetune.rows import ChatRow, Row, read_rows
+from slm.finetune.rows import ChatRow, read_rows
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows

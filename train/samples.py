@@ -11,8 +11,7 @@ from slm.core.tokenizer import Tokenizer
 from slm.train.parallel import Alone, Processes
 
 # Hot enough not to run in circles, cold enough to show what was learned rather than what was not.
-_TEMPERATURE = 0.7
-
+TEMPERATURE = 0.7
 
 
 def continued(
@@ -70,7 +69,7 @@ def continue_prompts(
             return row
 
         def choose(row: Tensor, dice: torch.Generator = dice) -> int:
-            shares = torch.softmax(row.float().cpu() / _TEMPERATURE, -1)
+            shares = torch.softmax(row.float().cpu() / TEMPERATURE, -1)
             # Rank 0 samples for all ranks: a last-bit difference in the logits would make them diverge.
             token: int = processes.from_first(int(torch.multinomial(shares, 1, generator=dice)))
             return token
