@@ -90,21 +90,12 @@ def chat(
     if options["temperature"] > 0:
         say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
     talk = _Talk(loaded, conversation, options, as_json)
-    typed = sys.stdin.isatty()
-    if typed:
-        say("/help shows the commands; Ctrl-D ends")
     with suppress(_Quit):
-        for line in _typed() if typed else _piped():
-            try:
-                talk.hear(utf8(line, "line"))
-            except SlmError as error:
-                if not typed:
-                    raise
-                say_error(error.message, error.hint)
-            except KeyboardInterrupt:  # of a pipe, Ctrl-C ends all of it
-                if not typed:
-                    raise
-                say("interrupted; the conversation goes on, /quit or Ctrl-D ends it")
+        if sys.stdin.isatty():
+            _converse(talk)
+        else:
+            for line in _piped():
+                talk.hear(line)
     next_step(shlex.join(["slm", "serve", *([] if model is None else [str(model)])]))
 
 
@@ -118,26 +109,36 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _typed() -> Iterator[str]:
-    """Yields the lines that are typed, which can be edited and called back; ends at Ctrl-D, or at Ctrl-C twice."""
+def _converse(talk: "_Talk") -> None:
+    """Takes lines from a keyboard until Ctrl-D, /quit, or Ctrl-C twice at the prompt; lines can be edited and called back.
+
+    Raises:
+        _Quit: When /quit is typed.
+    """
     with suppress(ImportError):
         import readline  # noqa: F401  # which `input` uses when it is there
-    again = False
+    say("/help shows the commands; Ctrl-D ends")
+    again = answering = False
     while True:
         try:
+            answering = False
             line = input("> ")
+            answering, again = True, False
+            talk.hear(line)
         except EOFError:
             click.echo()
             return
-        except KeyboardInterrupt:  # leaves the line that was begun
-            click.echo()
+        except SlmError as error:
+            say_error(error.message, error.hint)
+        except KeyboardInterrupt:
+            if answering:
+                say("interrupted; the conversation goes on, /quit or Ctrl-D ends it")
+                continue
+            click.echo()  # leaves the line that was begun
             if again:
                 return
             again = True
             say("Ctrl-C again, Ctrl-D or /quit ends the conversation")
-            continue
-        again = False
-        yield line
 
 
 def _piped() -> Iterator[str]:
@@ -163,7 +164,7 @@ class _Talk:
             SlmError: When the command is none, or there is no answer.
             KeyboardInterrupt: When Ctrl-C ended the answer; what was said of it is part of the conversation by then.
         """
-        if not line.strip():
+        if not utf8(line, "line").strip():
             return
         if line.startswith("//"):
             line = line[1:]
