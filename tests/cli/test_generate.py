@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -253,3 +254,24 @@ def test_drafts_that_may_change_the_text_are_said_to(slm: Slm, shared_bundle: Bu
         for threads, alike in (("1", not said), ("5", False)):  # the model has four heads
             result = slm("generate", out, "-p", "The", "--draft", "6", "--threads", threads, "--max-new-tokens", "3")
             assert ("almost as likely" not in result.err) == alike, result.err
+
+
+def test_a_seed_is_drawn_and_printed_and_repeats_the_text(slm: Slm, shared_bundle: Bundle) -> None:
+    command = ("generate", shared_bundle.path, "-p", "The", "--max-new-tokens", "20", "--temperature", "1.5")
+    first, second = slm(*command), slm(*command)
+    (seed,) = re.findall(r"^seed: (\d+) \(--seed \1 writes the same text again\)$", first.err, flags=re.MULTILINE)
+    assert (
+        first.out != second.out == slm(*command, "--seed", re.findall(r"^seed: (\d+)", second.err, re.MULTILINE)[0]).out
+    )
+    assert slm(*command, "--seed", seed).out == first.out
+    told = json.loads(slm(*command, "--json").out)
+    assert json.loads(slm(*command, "--json", "--seed", told["seed"]).out)["tokens"] == told["tokens"]
+    greedy = slm(*command, "--greedy")
+    assert "seed" not in greedy.err and json.loads(slm(*command, "--greedy", "--json").out)["seed"] is None
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "1.5", "nan"])
+def test_a_seed_that_cannot_be_is_wrong_usage(slm: Slm, shared_bundle: Bundle, seed: str) -> None:
+    result = slm("generate", shared_bundle.path, "-p", "The", "--seed", seed)
+    assert result.code == 2 and "--seed" in result.err
+    assert slm("generate", shared_bundle.path, "-p", "The", "--max-new-tokens", "1", "--seed", 2**63 - 1).code == 0
