@@ -185,7 +185,7 @@ def _show(samples: "Sequence[Sample]") -> None:
     if not samples:
         return
     which = "held-out rows" if samples[0].held_out else "rows that were trained on"
-    print_lines(f"greedy answers to {len(samples)} {which}")
+    print_lines(f"greedy answers to {which}")
     for sample in samples:
         texts = (("prompt", sample.prompt), ("wanted", sample.wanted), ("answered", sample.answered))
         print_lines("", *(f"  {name + ':':9} {one_line(text)}" for name, text in texts))

@@ -22,16 +22,16 @@ _LEAST_ROOM = 4
 
 
 class Chat:
-    """A model and what was said: what `Model.chat` returns.
+    """A conversation with a model: what `Model.chat` returns.
 
         chat = model.chat(system="Be brief.")
         print(chat.ask("Name a colour.", max_new_tokens=20))
         for text in chat.stream("Another?"): print(text, end="")
 
     Attributes:
-        messages: What was said, oldest first, what the system says among it.
+        messages: All messages, oldest first, a system message at the beginning.
         forgotten: Exchanges at the beginning that no longer fit into the context, since the start or the last reset.
-        seed: Of all answers, each of which draws with another one that follows from it.
+        seed: Seed of the conversation; the n-th answer is sampled with seed + n, counted from 0.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Chat:
 
         Args:
             model: Answers; its decoder keeps what it read from one turn to the next from now on.
-            system: What the model is told before anything else; nothing when empty.
-            messages: What was said before, oldest first; a system message among it, at its beginning, stands for `system`.
-            seed: Of all answers; None draws one.
+            system: The system message; none when empty.
+            messages: Earlier messages, oldest first; a system message at their beginning takes the place of `system`.
+            seed: Seed of the conversation; None draws one.
             draft_tokens: Read up to this many tokens ahead where the text repeats; None never does.
 
         Raises:

@@ -172,9 +172,9 @@ class Model:
         From now on the model keeps what it has read, so that a turn is not read again with the next one.
 
         Args:
-            system: What the model is told before anything else; nothing when empty.
-            messages: What was said before, oldest first, each {"role": "user" or "assistant", "content": text}.
-            seed: Of all answers: the same seed, the same conversation. None draws one; `chat.seed` has it.
+            system: The system message; none when empty.
+            messages: Earlier messages, oldest first, each {"role": "user" or "assistant", "content": text}.
+            seed: The same seed gives the same answers to the same requests. None draws one; `chat.seed` has it.
 
         Raises:
             SlmError: When the model knows no turns, or the messages are not a conversation.
