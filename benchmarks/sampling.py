@@ -32,12 +32,12 @@ VOCABULARIES = (50_304, 262_144)
 HISTORY = 1000
 SETTINGS: dict[str, Sampling] = {
     "greedy": GREEDY,
-    "default (temperature 0.8, top-k 40, top-p 0.95)": Sampling(),
-    "default and repetition penalty 1.1": Sampling(repetition_penalty=1.1),
-    "temperature 1 alone": Sampling(1.0, 0, 1.0),
-    "top-p 0.95 alone": Sampling(1.0, 0, 0.95),
-    "min-p 0.05 alone": Sampling(1.0, 0, 1.0, min_p=0.05),
-    "typical 0.9 alone": Sampling(1.0, 0, 1.0, typical_p=0.9),
+    "default (temperature 0.8, top-k 40, top-p 0.95)": Sampling(seed=0),
+    "default and repetition penalty 1.1": Sampling(seed=0, repetition_penalty=1.1),
+    "temperature 1 alone": Sampling(1.0, 0, 1.0, seed=0),
+    "top-p 0.95 alone": Sampling(1.0, 0, 0.95, seed=0),
+    "min-p 0.05 alone": Sampling(1.0, 0, 1.0, seed=0, min_p=0.05),
+    "typical 0.9 alone": Sampling(1.0, 0, 1.0, seed=0, typical_p=0.9),
 }
 
 

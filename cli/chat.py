@@ -1,6 +1,7 @@
 """`slm chat`."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slm.cli.console import print_json, say, say_error
+from slm.cli.console import next_step, print_json, say, say_error
 from slm.cli.generate import default_model, figures
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
@@ -30,7 +31,7 @@ _COMMANDS = {
     "/reset": "forget what was said",
     "/system TEXT": "tell the model TEXT before anything else, and begin anew; nothing takes it back",
     "/retry": "answer the last question again",
-    "/save FILE": "append the conversation to FILE, as a row that slm finetune takes",
+    "/save FILE": "append the conversation to FILE, as a row that slm finetune takes; interrupted answers have the weight 0",
     "/quit": "end, as Ctrl-D does",
 }
 
@@ -54,14 +55,15 @@ def chat(
     adapter: Path | None,
     keep: int | None,
     greedy: bool,
+    seed: int | None,
     **options: Any,
 ) -> None:
     """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. All that was said is asked with every
-    turn; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands, and
-    /help shows them; // begins a line with a slash. Ctrl-C ends an answer. From a pipe every line is a turn; with --json every
-    answer is one object.
+    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. Every turn is asked with the whole
+    conversation; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands,
+    and /help shows them; // begins a line with a slash. Ctrl-C ends an answer and keeps the conversation; pressed twice at the
+    prompt it ends the conversation, as Ctrl-D does. From a pipe every line is a turn; with --json every answer is one object.
 
     \b
       slm chat runs/tiny/onnx-int8
@@ -84,24 +86,17 @@ def chat(
         )
     options |= {"keep": keep, "stop": [utf8(each, "stop text") for each in options["stop"]]}
     options |= {"temperature": 0.0} if greedy else {}
-    talk = _Talk(loaded, Chat(loaded, utf8(system, "system's text"), draft_tokens=draft), options, as_json)
-    typed = sys.stdin.isatty()
-    if typed:
-        say("/help shows the commands; Ctrl-D ends")
-    try:
-        for line in _typed() if typed else _piped():
-            try:
-                talk.hear(utf8(line, "line"))
-            except SlmError as error:
-                if not typed:
-                    raise
-                say_error(error.message, error.hint)
-            except KeyboardInterrupt:  # before the first word of an answer
-                if not typed:
-                    raise
-                say("interrupted; /quit or Ctrl-D ends")
-    except _Quit:
-        return
+    conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=draft)
+    if options["temperature"] > 0:
+        say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
+    talk = _Talk(loaded, conversation, options, as_json)
+    with suppress(_Quit):
+        if sys.stdin.isatty():
+            _converse(talk)
+        else:
+            for line in _piped():
+                talk.hear(line)
+    next_step(shlex.join(["slm", "serve", *([] if model is None else [str(model)])]))
 
 
 def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
@@ -114,16 +109,36 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _typed() -> Iterator[str]:
-    """Yields the lines that somebody types, who can edit them and call earlier ones back."""
+def _converse(talk: "_Talk") -> None:
+    """Takes lines from a keyboard until Ctrl-D, /quit, or Ctrl-C twice at the prompt; lines can be edited and called back.
+
+    Raises:
+        _Quit: When /quit is typed.
+    """
     with suppress(ImportError):
         import readline  # noqa: F401  # which `input` uses when it is there
+    say("/help shows the commands; Ctrl-D ends")
+    again = answering = False
     while True:
         try:
-            yield input("> ")
+            answering = False
+            line = input("> ")
+            answering, again = True, False
+            talk.hear(line)
         except EOFError:
             click.echo()
             return
+        except SlmError as error:
+            say_error(error.message, error.hint)
+        except KeyboardInterrupt:
+            if answering:
+                say("interrupted; the conversation goes on, /quit or Ctrl-D ends it")
+                continue
+            click.echo()  # leaves the line that was begun
+            if again:
+                return
+            again = True
+            say("Ctrl-C again, Ctrl-D or /quit ends the conversation")
 
 
 def _piped() -> Iterator[str]:
@@ -137,7 +152,7 @@ def _piped() -> Iterator[str]:
 
 
 class _Talk:
-    """Hears lines and shows what comes of them."""
+    """Takes lines and shows the answers."""
 
     def __init__(self, model: "Model", chat: "Chat", options: dict[str, Any], as_json: bool) -> None:
         self._model, self._chat, self._options, self._as_json = model, chat, options, as_json
@@ -147,9 +162,9 @@ class _Talk:
 
         Raises:
             SlmError: When the command is none, or there is no answer.
-            KeyboardInterrupt: When Ctrl-C came before the first word of the answer.
+            KeyboardInterrupt: When Ctrl-C ended the answer; what was said of it is part of the conversation by then.
         """
-        if not line.strip():
+        if not utf8(line, "line").strip():
             return
         if line.startswith("//"):
             line = line[1:]
@@ -157,7 +172,7 @@ class _Talk:
             name, _, rest = line.strip().partition(" ")
             self._command(name, rest.strip())
             return
-        self._answer(lambda: self._chat.ask(line, **self._options))
+        self._answer(lambda: self._chat.pieces(line, **self._options))
 
     def _command(self, name: str, rest: str) -> None:
         match name:
@@ -171,7 +186,7 @@ class _Talk:
                 self._chat.reset(rest)
                 say("a new conversation" + (f", and before it: {rest}" if rest else ""))
             case "/retry":
-                self._answer(lambda: self._chat.retry(**self._options))
+                self._answer(lambda: self._chat.retry_pieces(**self._options))
             case "/save":
                 self._save(rest)
             case "/quit" | "/exit":
@@ -190,11 +205,14 @@ class _Talk:
         if not self._as_json:
             click.echo()
         elif run is not None:
-            print_json({"text": text} | figures(run))
+            shown = {} if run.seed is None else {"seed": self._chat.seed}  # which repeats the conversation
+            print_json({"text": text} | figures(run) | shown)
             sys.stdout.flush()
         if not text.strip():
             say("the model said nothing, and the question is forgotten")
-        elif not interrupted and run is not None and run.stopped in ("length", "context"):
+        if interrupted:
+            raise KeyboardInterrupt
+        if text.strip() and run is not None and run.stopped in ("length", "context"):
             say(
                 f"cut after {len(run.tokens)} tokens: "
                 + ("--max-new-tokens" if run.stopped == "length" else "the context is full")
@@ -207,6 +225,8 @@ class _Talk:
             raise SlmError("nothing was said yet", "type something")
         path = Path(name).expanduser()
         before = read_text(path, "the file to append to") if path.exists() else ""
-        row = json.dumps({"messages": self._chat.messages}, ensure_ascii=False)
+        # A weight of 0, as in OpenAI's format: half an answer is read, and not learned.
+        messages = [m | ({"weight": 0} if self._chat.was_interrupted(m) else {}) for m in self._chat.messages]
+        row = json.dumps({"messages": messages}, ensure_ascii=False)
         write_text(path, before + ("\n" if before and not before.endswith("\n") else "") + row + "\n")
         say(f"appended to {path}")

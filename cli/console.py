@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+# Characters of a sample text that a report shows.
+_WIDTH = 200
+
 
 class _Aside(Console):
     """What is written to standard error, which stops no command where nobody reads it or it cannot be written."""
@@ -37,6 +40,11 @@ def say(text: str) -> None:
     STDERR.print(escape(text))
 
 
+def next_step(command: str) -> None:
+    """Says which command is likely to come next."""
+    say(f"next: {command}")
+
+
 def say_if_not_exported(bundle: Path) -> None:
     """Says so when a checkpoint is newer than the bundle that a command takes because nothing was named."""
     from slm.core.runs import not_exported  # here, so that `slm --help` does not wait for numpy
@@ -56,6 +64,18 @@ def say_error(message: str, hint: str | None = None) -> None:
 def print_json(value: Mapping[str, Any]) -> None:
     """Prints the result for machines: one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def one_line(text: str) -> str:
+    """Returns a text of a model's or a user's in one line of bounded length, without control characters."""
+    line = "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+    return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}…"
+
+
+def print_lines(*lines: str) -> None:
+    """Prints lines of a result for people."""
+    for line in lines:
+        STDOUT.print(escape(line))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

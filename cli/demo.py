@@ -107,7 +107,7 @@ class _Chain:
         from slm.finetune.run import finetune
 
         self.adapter = self.out / "adapters" / "pairs"
-        result = finetune(self.checkpoint, sample.pairs_path(), self.adapter, progress=self.progress)
+        result = finetune(self.checkpoint, sample.pairs_path(), self.adapter, progress=self.progress, samples=0)
         self._row(
             "finetune",
             f"LoRA adapter of {result.trainable_parameters:,} parameters from {result.rows} instructions",

@@ -1,18 +1,22 @@
 """`slm finetune`: an adapter, or all weights, on a file of rows."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.console import RichProgress, next_step, one_line, print_json, print_lines, print_table, say
 from slm.cli.options import Artifact, ByteCount, document_option, json_option, out_option, seed_option
 from slm.core.errors import SlmError
 from slm.core.runs import RUNS, newest_checkpoint, run_of
 from slm.core.text.files import bare_name
+
+if TYPE_CHECKING:
+    from slm.finetune.samples import Sample
 
 _FILE = click.Path(path_type=Path)
 # What only an adapter has.
@@ -33,7 +37,7 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     "validation",
     type=_FILE,
     metavar="FILE",
-    help="Rows to measure the loss on; the last tenth of FILE when left out.",
+    help="Rows to measure the loss on. [default: a tenth of FILE's rows, drawn with the seed]",
 )
 @click.option("--skip-bad", is_flag=True, help="Leave rows out that are not as they should be, and count them.")
 @out_option
@@ -68,7 +72,14 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="End after so many passes without a new best; 0 goes on to the end.",
+    help="End after so many passes without a new best; 0 goes on to the end, as --keep last does.",
+)
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Keep the epoch with the lowest held-out loss, or the last one.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows in an update.")
 @click.option("--pack", is_flag=True, help="Fill every row up to --max-length with several examples, kept apart.")
@@ -83,6 +94,14 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     type=ByteCount(),
     metavar="SIZE",
     help="Refuse more rows than take so much memory. [default: 512MiB]",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(0, 100),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Answer N held-out rows at the end and show the answers; 0 shows none.",
 )
 @seed_option
 @json_option
@@ -99,6 +118,7 @@ def finetune(
     patience: int,
     max_document_bytes: int | None,
     max_data_bytes: int | None,
+    samples: int,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -128,8 +148,10 @@ def finetune(
         raise click.UsageError("give --lora FILE or --full FILE")
     if out is not None and name is not None:
         raise click.UsageError("--out is the directory and --name a name in the run: give one of them")
+    source = click.get_current_context().get_parameter_source
+    if values["keep"] == "last" and patience and source("patience") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--patience goes with --keep best: --keep last trains all epochs")
     if full is not None:
-        source = click.get_current_context().get_parameter_source
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
             raise click.UsageError(f"--{given[0]} is an adapter's, and --full trains none")
@@ -157,15 +179,31 @@ def finetune(
         overwrite=overwrite,
         skip_bad=skip_bad,
         limits=Limits.checked(max_document_bytes, max_data_bytes),
+        samples=samples,
     )
+    made = "adapter" if full is None else "checkpoint"
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
-        print_json({"adapter" if full is None else "checkpoint": report.pop("made"), **report})
+        print_json({made: report.pop("made"), **report})
+    else:
+        print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), settings.keep))
+        _show(result.samples)
+    exported = ["--adapter", str(result.made)] if full is None else [str(result.made)]
+    next_step(shlex.join(["slm", "export", "--onnx", *exported]))
+
+
+def _show(samples: "Sequence[Sample]") -> None:
+    """Prints what the result answers."""
+    if not samples:
         return
-    print_table(f"{'adapter' if full is None else 'checkpoint'} {result.made}", ("", ""), _lines(asdict(result)))
+    which = "held-out rows" if samples[0].held_out else "rows that were trained on"
+    print_lines(f"greedy answers to {which}")
+    for sample in samples:
+        texts = (("prompt", sample.prompt), ("wanted", sample.wanted), ("answered", sample.answered))
+        print_lines("", *(f"  {name + ':':9} {one_line(text)}" for name, text in texts))
 
 
-def _lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     held_out = result["validation_rows"]
     measured = f"on {held_out} rows held out" if held_out else "on the training rows"
     bad = f", {result['bad']} bad" if result["bad"] else ""
@@ -173,10 +211,20 @@ def _lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a token {measured}"),
         ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),
         ("learned tokens", f"{result['trained_tokens']:,} an epoch"),
-        ("kept", f"epoch {result['best_epoch']} of {result['epochs']}"),
+        ("kept", f"epoch {result['kept_epoch']} of {result['epochs']}, {_why(result, keep)}"),
         ("parameters", f"{result['trainable_parameters']:,}"),
         ("time", f"{result['seconds']:.1f} s"),
     ]
+
+
+def _why(result: Mapping[str, Any], keep: str) -> str:
+    """Says why an epoch is kept."""
+    which = "held-out" if result["validation_rows"] else "training rows'"
+    if keep == "best":
+        return f"the one with the lowest {which} loss"
+    return "the last" + (
+        "" if result["best_epoch"] == result["kept_epoch"] else f" (the best was {result['best_epoch']})"
+    )
 
 
 def _place(base: Path, name: str, *, full: bool) -> Path:

@@ -131,6 +131,7 @@ def figures(run: "Run") -> dict[str, Any]:
         "prompt_tokens": run.prompt_tokens,
         "stopped": run.stopped,
         "slides": run.slides,
+        "seed": run.seed,
         "ttft_ms": round(run.ttft_ms, 2),
         "prefill_tok_s": round(run.prefill_tok_s, 1),
         "decode_tok_s": None if run.decode_tok_s is None else round(run.decode_tok_s, 1),
@@ -163,6 +164,8 @@ def _summarize(run: "Run") -> None:
     slid = f", the context full and its older half forgotten {times}" if run.slides else ""
     rate = f", {run.decode_tok_s:.0f} tokens/s" if run.decode_tok_s else ""
     say(f"stopped at {reasons[run.stopped]}{slid}; first token after {run.ttft_ms:.0f} ms{rate}")
+    if run.seed is not None:
+        say(f"seed: {run.seed} (--seed {run.seed} writes the same text again)")
 
 
 def default_model() -> Path:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slm.cli.console import say
-from slm.cli.options import seed_option
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
@@ -174,7 +173,12 @@ _OPTIONS = (
         metavar="P",
         help="Keep those that surprise about as much as expected, until they reach P together.",
     ),
-    seed_option,
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0, max=2**63 - 1),
+        metavar="N",
+        help="Same seed, same output. [default: one is drawn and printed]",
+    ),
 )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.console import RichProgress, next_step, one_line, print_json, print_lines, print_table, say
 from slm.cli.foresight import foresee
 from slm.cli.options import column_option, document_option, json_option, set_option
 from slm.core.errors import SlmError
@@ -173,9 +173,12 @@ def _chosen_recipe() -> str:
 
 
 def _report(result: "TrainResult", as_json: bool) -> None:
+    from slm.train.closing import closing_samples
+
+    samples = closing_samples(result.run, result.checkpoint)
     fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
     if as_json:
-        print_json(fields)
+        print_json(fields | {"samples": [asdict(sample) for sample in samples]})
         return
     rows = [
         ("checkpoint", str(result.checkpoint)),
@@ -187,4 +190,13 @@ def _report(result: "TrainResult", as_json: bool) -> None:
         ("peak memory", f"{result.peak_rss_mib:,.0f} MiB"),
     ]
     print_table("trained", ("", ""), rows)
-    say(f"next: slm export --onnx {result.checkpoint}")
+    if samples:
+        first = samples[0]
+        print_lines(
+            f"sample text of the best checkpoint (prompt | text, temperature {first.temperature}, seed {first.seed})"
+        )
+        for sample in samples:
+            print_lines(f"  {one_line(sample.prompt)} | {one_line(sample.text.removeprefix(sample.prompt))}")
+    else:
+        say("no sample text: another copy of the model takes too much memory or time here")
+    next_step(f"slm export --onnx {result.checkpoint}")

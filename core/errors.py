@@ -5,17 +5,26 @@ _LONGEST = 2000
 
 
 class SlmError(Exception):
-    """Something the user can act on. The command line prints it without a traceback and exits with 1.
+    """A failure that the user can act on. The command line prints it without a traceback and exits with 1.
 
-    Args:
+    `str(error)` is the message with the hint behind it; where the two are printed apart, use `message` and `hint`.
+
+    Attributes:
         message: One line, in lower case, that names the file or the value at fault.
-        hint: What to do about it, in one line.
+        hint: What to do about it, in one line; None where there is nothing to say.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         self.message = _one_line(message)
         self.hint = None if hint is None else _one_line(hint)
-        super().__init__(self.message)
+        super().__init__(self.message, self.hint)  # both, so that a copy and a pickle keep the hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
+
+
+class ArgumentError(SlmError, TypeError):
+    """A call from Python with an unknown keyword or a value of the wrong type; a `TypeError` as well."""
 
 
 def _one_line(text: str) -> str:

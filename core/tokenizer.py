@@ -128,7 +128,8 @@ class Tokenizer:
             backend = _asked(_Tokenizer.from_file, str(file))
             _asked(backend.encode, "")  # of what is put before a text, too, something may be missing
         except Exception as error:  # the library raises a bare Exception for any malformed file
-            raise SlmError(f"not a tokenizer.json: {file} ({error})") from None
+            reason = error.message if isinstance(error, SlmError) else error
+            raise SlmError(f"not a tokenizer.json: {file} ({reason})") from None
         beside, template = file.parent / TOKENIZER_CONFIG_FILE, file.parent / CHAT_TEMPLATE_FILE
         config = read_json(beside, TOKENIZER_CONFIG_FILE) if beside.is_file() else {}
         if template.is_file():

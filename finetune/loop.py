@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up and decay, the best epoch kept, and stopping where the run can be gone on from."""
+"""The training loop: AdamW, warm-up and decay, one epoch kept, and stopping where the run can be gone on from."""
 
 import hashlib
 import math
@@ -18,6 +18,7 @@ from slm.finetune.examples import Example
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import Standing, State
 from slm.train.interrupt import Interruption
+from slm.train.loop import duration
 from slm.train.metrics import Row
 from slm.train.precision import Precision, restore_scaler
 from slm.train.schedule import learning_rate
@@ -29,6 +30,8 @@ _BETAS = (0.9, 0.999)
 _WEIGHT_DECAY = 0.0
 # Saving takes time and disk; a killed run loses this much at most. Ctrl-C and SIGTERM save first.
 _SAVE_EVERY_S = 300.0
+# After so long without a line about an epoch there is one about the updates since.
+_LINE_EVERY_S = 60.0
 # What AdamW remembers of a parameter.
 _MOMENTS, _STEP = ("exp_avg", "exp_avg_sq"), "step"
 
@@ -45,6 +48,7 @@ class Fit:
         settings: FinetuneSettings,
         precision: Precision,
         standing: Standing,
+        measured_on: str = "held-out loss",
     ) -> None:
         """Puts together what a run needs.
 
@@ -56,10 +60,12 @@ class Fit:
             settings: With nothing left open.
             precision: What the products are computed in.
             standing: Of a run that has not begun.
+            measured_on: What the measured loss is called in the line about an epoch.
         """
         assert settings.epochs is not None and settings.learning_rate is not None
         self.standing = standing
-        self.best: dict[str, Tensor] = {}
+        self._measured_on = measured_on
+        self.kept: dict[str, Tensor] = {}
         self._model, self._parameters, self._rows, self._measured = model, dict(parameters), rows, measured
         self._settings, self._autocast, self._peak = settings, precision.autocast, settings.learning_rate
         self._updates_per_epoch = math.ceil(len(rows) / settings.batch_size)
@@ -70,6 +76,21 @@ class Fit:
         self._device = model.model.norm.weight.device.type
         self._scaler = torch.amp.GradScaler(self._device, enabled=precision.scale_loss)
         self._batches: tuple[int, list[Batch]] = (0, [])
+        self._said = time.perf_counter(), 0  # when there was a line, and how many rows of history it was about
+
+    @property
+    def kept_epoch(self) -> int:
+        """The pass over the rows whose weights are kept, from 1; 0 before the first."""
+        return self.standing.best_epoch if self._settings.keep == "best" else self._measured_epochs[-1][0]
+
+    @property
+    def kept_loss(self) -> float:
+        """The measured loss of the weights that are kept; of the base before the first pass."""
+        return dict(self._measured_epochs)[self.kept_epoch]
+
+    @property
+    def _measured_epochs(self) -> list[tuple[int, float]]:
+        return [(row["epoch"], row["loss"]) for kind, row in self.standing.history if kind == "eval"]
 
     def state(self) -> State:
         """Returns where the run stands, with copies of nothing."""
@@ -80,7 +101,7 @@ class Fit:
             for field, tensor in values.items()
         }
         standing = self.standing.model_copy(update={"scaler": self._scaler.state_dict()})
-        return State(standing, {name: p.detach() for name, p in self._parameters.items()}, moments, self.best)
+        return State(standing, {name: p.detach() for name, p in self._parameters.items()}, moments, self.kept)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
@@ -94,7 +115,7 @@ class Fit:
         moments |= {f"{name}.{_STEP}": torch.Size() for name in shapes}
         for saved, wanted, may_lack in (
             (state.weights, shapes, False),
-            (state.best, shapes, True),
+            (state.kept, shapes, True),
             (state.optimizer, moments, True),
         ):
             found = {name: tensor.shape for name, tensor in saved.items()}
@@ -103,9 +124,9 @@ class Fit:
                 raise SlmError(f"the saved state does not fit the model: {odd[0]}", "--overwrite begins anew")
         where = state.standing
         whole_epochs = where.updates >= self._updates_per_epoch
-        if where.updates > self._total or whole_epochs != (where.loss is not None) or whole_epochs != bool(state.best):
+        if where.updates > self._total or whole_epochs != (where.loss is not None) or whole_epochs != bool(state.kept):
             raise SlmError("the saved state says what cannot be of its updates and epochs", "--overwrite begins anew")
-        self.standing, self.best = where, state.best
+        self.standing, self.kept = where, state.kept
         for name, parameter in self._parameters.items():
             parameter.copy_(state.weights[name])
             fields = {
@@ -122,7 +143,7 @@ class Fit:
         restore_scaler(self._scaler, state.standing.scaler)
 
     def run(self, progress: Progress, interruption: Interruption, save: Callable[[State], None]) -> None:
-        """Trains to the end, or until the rows held out have no more to gain.
+        """Trains to the end, or until the held-out loss falls no more.
 
         Args:
             progress: Is told how it goes.
@@ -139,13 +160,15 @@ class Fit:
         progress.advance(self.standing.updates)
         try:
             if not self.standing.history:
-                self._measure(0)
+                self._measure(0, progress)
             while self.standing.updates < self._total and not self._out_of_patience(progress):
                 row, speed = self.update()
                 self._told(progress, row, speed)
                 epoch, into = divmod(self.standing.updates, self._updates_per_epoch)
                 if into == 0:
-                    self._measure(epoch)
+                    self._measure(epoch, progress)
+                elif time.perf_counter() - self._said[0] > _LINE_EVERY_S:
+                    self._say_updates(progress, speed, time.perf_counter() - began)
                 self.standing.seconds = time.perf_counter() - began
                 stop = interruption.pending is not None and self.standing.updates < self._total
                 if stop or time.perf_counter() - saved_at > _SAVE_EVERY_S:
@@ -165,7 +188,40 @@ class Fit:
     def _position(self) -> Row:
         return {"updates": self.standing.updates, "tokens": self.standing.tokens}
 
-    def _measure(self, epoch: int) -> None:
+    def _train_loss(self, first: int) -> float:
+        """Returns the mean loss of the updates in the history from a row on, in nats a learned token."""
+        before = next((row["tokens"] for _, row in reversed(self.standing.history[:first])), 0)
+        total, tokens = 0.0, before
+        for kind, row in self.standing.history[first:]:
+            if kind == "train":
+                total += row["loss"] * (row["tokens"] - tokens)
+                tokens = row["tokens"]
+        return total / max(1, tokens - before)
+
+    def _say_updates(self, progress: Progress, speed: float, seconds: float) -> None:
+        """Says how it goes within a long epoch."""
+        done, now = self.standing.updates, time.perf_counter()
+        left = duration(seconds / done * (self._total - done))
+        progress.note(
+            f"update {done:,} of {self._total:,}, epoch {done // self._updates_per_epoch + 1}/{self._epochs}: "
+            f"train loss {self._train_loss(self._said[1]):.3f}, {speed:,.0f} tokens/s, about {left} left"
+        )
+        self._said = now, len(self.standing.history)
+
+    def _say_epoch(self, progress: Progress, epoch: int, loss: float) -> None:
+        """Says what an epoch came to."""
+        if epoch == 0:
+            progress.note(f"before training: {self._measured_on} {loss:.3f}")
+            return
+        rows = self.standing.history
+        first = next(number for number, (_, row) in enumerate(rows) if row["epoch"] == epoch)
+        best = " (best so far)" * (self.standing.best_epoch == epoch)
+        progress.note(
+            f"epoch {epoch}/{self._epochs}: train loss {self._train_loss(first):.3f}, {self._measured_on} {loss:.3f}{best}"
+        )
+        self._said = time.perf_counter(), len(rows)
+
+    def _measure(self, epoch: int, progress: Progress) -> None:
         loss = mean_loss(self._model, self._measured, self._settings.batch_size, self._autocast)
         if not math.isfinite(loss):
             hint = "try a lower --learning-rate" if epoch else "slm eval measures the base"
@@ -175,11 +231,20 @@ class Fit:
             self.standing.loss_before = loss
         elif self.standing.loss is None or loss < self.standing.loss:
             self.standing.loss, self.standing.best_epoch = loss, epoch
-            self.best = {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
+        if epoch and (self._settings.keep == "last" or self.standing.best_epoch == epoch):
+            self.kept = {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
+        self._say_epoch(progress, epoch, loss)
+
+    @torch.no_grad()
+    def put_kept(self) -> None:
+        """Puts the weights that are kept into the model."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.kept[name])
 
     def _out_of_patience(self, progress: Progress) -> bool:
         epoch, into = divmod(self.standing.updates, self._updates_per_epoch)
-        since, patience = epoch - self.standing.best_epoch, self._settings.patience
+        since = epoch - self.standing.best_epoch
+        patience = self._settings.patience if self._settings.keep == "best" else None
         out = into == 0 and patience is not None and self.standing.loss is not None and since >= patience
         if out:
             progress.note(f"stopping early: no new best in {since} epochs")

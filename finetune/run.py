@@ -34,8 +34,10 @@ from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.frozen import lighten
 from slm.finetune.loop import Fit
-from slm.finetune.rows import ChatRow, Limits, Row, read_rows
+from slm.finetune.rows import ChatRow, Limits, read_rows
+from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
+from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
 from slm.finetune.state import TRAINER, TRAINER_FILES, Standing, State, drop_state, load_state, save_state
 from slm.train.build import pick_device
 from slm.train.interrupt import held_back
@@ -57,10 +59,10 @@ _RUN_FILES = frozenset(
     )
 )
 
-# One row in this many, the last ones, is held out when no validation file is given.
-_HELD_OUT = 10
 # Rows that are shown before they are learned.
 _SHOWN = 2
+# Rows that are answered at the end.
+SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ class FinetuneResult:
         bad: Rows left out because they could not be read.
         loss_before: Nats a learned token, of the base.
         loss_after: The same of what was made.
-        best_epoch: The pass over the rows that was kept, from 1.
-        epochs: Passes in all.
+        kept_epoch: The pass over the rows that was kept, from 1.
+        best_epoch: The one with the lowest loss.
+        epochs: Passes in all, of a run that does not end early.
         updates: Steps of the optimizer.
         trainable_parameters: Those that were trained.
         seconds: Wall time of training, that of the runs that it goes on from included.
+        samples: What the result answers to some of the held-out rows.
     """
 
     made: Path
@@ -96,11 +100,17 @@ class FinetuneResult:
     bad: int
     loss_before: float
     loss_after: float
+    kept_epoch: int
     best_epoch: int
     epochs: int
     updates: int
     trainable_parameters: int
     seconds: float
+    samples: tuple[Sample, ...] = ()
+
+
+# Fields of the result that stand elsewhere in `slm.json`.
+_NO_METRICS = ("made", "base", "samples")
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ class _Data:
     train: Examples
     valid: Examples
     rows: tuple[Packed, ...]
+    split: Split
     settings: FinetuneSettings
     chats: bool
     bad: int
@@ -126,6 +137,7 @@ def finetune(
     overwrite: bool = False,
     skip_bad: bool = False,
     limits: Limits | None = None,
+    samples: int = SAMPLES,
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
 
@@ -138,10 +150,11 @@ def finetune(
         out: The adapter's directory, to be made; of full fine-tuning a run's, whose `checkpoint/best` will be made.
         settings: Hyperparameters; the defaults when None.
         progress: Who is told how it goes.
-        validation: Rows to measure the loss on; the last tenth of `data` when None.
+        validation: Rows to measure the loss on; a tenth of `data`, drawn with the seed, when None.
         overwrite: Whether what is already there may be replaced.
         skip_bad: Whether rows that are not as they should be are left out and counted, not refused.
         limits: How much is read; the defaults when None.
+        samples: How many held-out rows the result answers at the end, to be read; 0 answers none.
 
     Raises:
         SlmError: When an input is missing or wrong, the result exists, or there is nothing to learn.
@@ -149,7 +162,7 @@ def finetune(
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
     with sole(out.resolve()):
-        return _finetune(base, data, out, settings, progress, validation, overwrite, skip_bad, limits)
+        return _finetune(base, data, out, settings, progress, validation, overwrite, skip_bad, limits, samples)
 
 
 def _finetune(
@@ -162,10 +175,12 @@ def _finetune(
     overwrite: bool,
     skip_bad: bool,
     limits: Limits | None,
+    samples: int,
 ) -> FinetuneResult:
     check_free(out, settings.method, overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
-    found = _prepare(data, validation, settings, config, Renderer(tokenizer, config), skip_bad, limits, progress)
+    renderer = Renderer(tokenizer, config)
+    found = _prepare(data, validation, settings, config, renderer, skip_bad, limits, progress)
     settings = found.settings
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
@@ -175,12 +190,13 @@ def _finetune(
         "data": _provenance(data),
         "validation": None if validation is None else _provenance(validation),
         "skip_bad": skip_bad,
+        "held_out": found.split.record,
         "precision": f"{precision.name} on {device.type}",
     }
     state = _saved(out, course, overwrite)
     model = load_checkpoint(base).to(device)
     # A base trained on plain text has never seen a turn token: its rows of the embedding are still random.
-    turns = [] if not found.chats or knows_turns(base_info, tokenizer) else Renderer(tokenizer, config).turn_token_ids()
+    turns = [] if not found.chats or knows_turns(base_info, tokenizer) else renderer.turn_token_ids()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         adapter = attach(model, settings, base, turns) if settings.method == "lora" else None
@@ -191,9 +207,13 @@ def _finetune(
         with held_back() as interruption:
             fit.run(progress, interruption, lambda now: save_state(out, now))
             standing = fit.standing
-            assert standing.loss is not None and settings.epochs is not None
-            if standing.loss >= standing.loss_before:
+            assert settings.epochs is not None
+            if fit.kept_loss >= standing.loss_before:
                 progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
+            fit.put_kept()
+            answers = _answers(
+                model if adapter is None else adapter.get_base_model(), renderer, found, samples, precision
+            )
             result = FinetuneResult(
                 made=out if adapter is not None else out / CHECKPOINT,
                 base=base,
@@ -204,12 +224,14 @@ def _finetune(
                 skipped=found.train.skipped + found.valid.skipped,
                 bad=found.bad,
                 loss_before=standing.loss_before,
-                loss_after=standing.loss,
+                loss_after=fit.kept_loss,
+                kept_epoch=fit.kept_epoch,
                 best_epoch=standing.best_epoch,
                 epochs=settings.epochs,
                 updates=standing.updates,
-                trainable_parameters=sum(tensor.numel() for tensor in fit.best.values()),
+                trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
                 seconds=round(standing.seconds, 2),
+                samples=answers,
             )
             info = {
                 "made_by": "slm finetune",
@@ -218,7 +240,9 @@ def _finetune(
                 "precision": precision.name,
                 "turns": found.chats,
                 "notices": modified(notices_of(base), "fine-tuned with LoRA" if adapter else "fine-tuned"),
-                "metrics": {name: value for name, value in asdict(result).items() if name not in ("made", "base")},
+                "held_out_rows": list(found.split.numbers),
+                "metrics": {name: value for name, value in asdict(result).items() if name not in _NO_METRICS},
+                "samples": [asdict(answer) for answer in answers],
             }
             if adapter is not None:
                 _write_adapter(out, adapter, fit, info)
@@ -231,12 +255,32 @@ def _finetune(
 
 def _fit(model: CausalLM, adapter: PeftModel | None, found: _Data, precision: Precision, standing: Standing) -> Fit:
     measured = found.valid.kept or found.train.kept
+    called = "held-out loss" if found.valid.kept else "loss on the training rows"
     if adapter is None:
         parameters = dict(model.named_parameters())
-        return Fit(model, parameters, found.rows, measured, found.settings, precision, standing)
+        return Fit(model, parameters, found.rows, measured, found.settings, precision, standing, called)
     tunable: TunableLM = adapter.get_base_model()
     lighten(tunable, precision.autocast)
-    return Fit(tunable, _parameters(adapter), found.rows, measured, found.settings, precision, standing)
+    return Fit(tunable, _parameters(adapter), found.rows, measured, found.settings, precision, standing, called)
+
+
+def _answers(
+    model: TunableLM | CausalLM, renderer: Renderer, found: _Data, count: int, precision: Precision
+) -> tuple[Sample, ...]:
+    """Returns what the tuned model answers to some of the held-out rows; of the training rows where none are held out."""
+    settings, held_out = found.settings, bool(found.valid.kept)
+    assert settings.max_length is not None
+    answers = sample_answers(
+        model,
+        renderer,
+        found.split.held_out if held_out else found.split.train,
+        count,
+        max_length=settings.max_length,
+        seed=settings.seed,
+        held_out=held_out,
+        autocast=precision.autocast,
+    )
+    return tuple(answers)
 
 
 def _prepare(
@@ -256,20 +300,23 @@ def _prepare(
     measured = None if validation is None else read_rows(validation, bad, left_out=left_out, limits=limits)
     if left_out:
         progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
-    rows, held_out = _split(rows, measured)
+    split = split_rows(rows, settings.seed) if measured is None else Split(rows, measured)
     max_length = settings.context(config)
     if max_length > config.max_position_embeddings:
         raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
-    train, valid = (renderer.examples(part, max_length, bad) for part in (rows, held_out))
+    train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
     if bad:
-        progress.note(f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0]}")
+        progress.note(
+            f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
+        )
     _check(train, valid, renderer, max_length)
     packed = pack(train.kept, max_length, random.Random(settings.seed)) if settings.pack else alone(train.kept)
     _tell(train, valid, renderer, max_length, progress)
+    _judge(split, len(valid.kept), settings.keep, progress)
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
     chats = any(isinstance(row, ChatRow) for row in rows)
-    return _Data(train, valid, tuple(packed), settings.resolved(config, len(packed)), chats, len(bad or ()))
+    return _Data(train, valid, tuple(packed), split, settings.resolved(config, len(packed)), chats, len(bad or ()))
 
 
 def _parameters(adapter: PeftModel) -> dict[str, Any]:
@@ -294,11 +341,11 @@ def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
         drop_state(out)
         return None
     was = state.standing.course
-    changed = [name for name in course if name != "settings" and was.get(name) != course[name]]
+    changed = [name for name in course if name not in ("settings", "held_out") and was.get(name) != course[name]]
     settings = was.get("settings", {})
     changed += [name for name, value in course["settings"].items() if settings.get(name) != value]
-    raise SlmError(
-        f"{out} holds an interrupted run that differs in {', '.join(changed)}",
+    raise SlmError(  # which rows are held out follows from the others, unless another version of slm drew them
+        f"{out} holds an interrupted run that differs in {', '.join(changed or ['held_out'])}",
         "give the same values to go on with it; --overwrite begins anew",
     )
 
@@ -312,18 +359,15 @@ def _write_metrics(directory: Path, fit: Fit) -> None:
 
 def _write_adapter(out: Path, adapter: PeftModel, fit: Fit, info: dict[str, Any]) -> None:
     with atomic_directory(out, _ADAPTER_FILES) as directory:
-        save_adapter(directory, adapter, fit.best)
+        save_adapter(directory, adapter, fit.kept)
         _write_metrics(directory, fit)
         write_notice(directory, recorded_notices(info))
         (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
 def _write_checkpoint(
     out: Path, model: CausalLM, tokenizer: Tokenizer, fit: Fit, info: dict[str, Any], base_info: dict[str, Any]
 ) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(fit.best[name])
     with atomic_directory(out, _RUN_FILES) as directory:
         (directory / _METRICS).mkdir()
         _write_metrics(directory / _METRICS, fit)
@@ -345,12 +389,25 @@ def check_free(out: Path, method: str, overwrite: bool) -> None:
         raise SlmError(f"there is already {what}: {out}", "--overwrite replaces it, --name names another")
 
 
-def _split(rows: list[Row], validation: list[Row] | None) -> tuple[list[Row], list[Row]]:
-    """Returns the rows to train on and those to hold out, the last tenth when none were given."""
-    if validation is not None:
-        return rows, validation
-    held_out = len(rows) // _HELD_OUT
-    return rows[: len(rows) - held_out], rows[len(rows) - held_out :]
+def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
+    """Warns where the rows held out say little about which epoch is the best."""
+    if split.numbers == () and (both := learned_before(split.train, split.held_out)):
+        progress.note(
+            f"warning: of the {held_out} validation rows {both} are training rows too: their loss says little"
+        )
+    if keep == "last" or held_out >= FEW_ROWS:
+        return
+    instead = "--val FILE measures on more rows, --keep last keeps the last epoch"
+    if held_out:
+        progress.note(
+            f"warning: {held_out} held-out rows are too few to choose an epoch by (fewer than {FEW_ROWS}); the epoch with the "
+            f"lowest loss on them is kept all the same; {instead}"
+        )
+    else:
+        progress.note(
+            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all alike), so the epoch with the "
+            f"lowest loss on the training rows is kept; {instead}"
+        )
 
 
 def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:
@@ -369,8 +426,7 @@ def _tell(train: Examples, valid: Examples, renderer: Renderer, max_length: int,
         for learned, tokens in renderer.preview(example):
             progress.note(f"row {number}, {'learned:  ' if learned else 'read only:'} {tokens}")
     progress.note(
-        f"{len(train.kept)} rows with {train.trained:,} learned tokens, "
-        + (f"{len(valid.kept)} rows held out" if valid.kept else "none held out: the losses are the training rows'")
+        f"{len(train.kept)} rows with {train.trained:,} learned tokens, " + f"{len(valid.kept) or 'no'} rows held out"
     )
     truncated, skipped = train.truncated + valid.truncated, train.skipped + valid.skipped
     if truncated:

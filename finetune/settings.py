@@ -33,13 +33,14 @@ class FinetuneSettings(BaseModel):
         target_modules: The projections that get an adapter. All seven: attention alone learns less for the same number
             of parameters (arXiv:2305.14314, section 4).
         learning_rate: Peak of AdamW's rate.
-        epochs: Passes over the rows; the best one is kept.
-        patience: Passes without a new best after which training ends; None goes on to the end.
+        epochs: Passes over the rows.
+        keep: Which epoch is kept: "best", the one with the lowest loss on the held-out rows, or "last".
+        patience: Passes without a new best after which training ends; None goes on to the end, as keep="last" does.
         batch_size: Rows in an update.
         pack: Put several examples into a row, as many as fit into `max_length`; they do not see each other.
         max_length: Tokens of a row, special tokens included.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
-        seed: Of the adapter's first weights, the dropout and the order of the rows.
+        seed: Of the adapter's first weights, the dropout, the order of the rows, and which of them are held out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -53,6 +54,7 @@ class FinetuneSettings(BaseModel):
     target_modules: tuple[Projection, ...] = Field(default=PROJECTIONS, min_length=1)
     learning_rate: float | None = Field(default=None, gt=0)
     epochs: int | None = Field(default=None, ge=1)
+    keep: Literal["best", "last"] = "best"
     patience: int | None = Field(default=3, ge=1)
     batch_size: int = Field(default=8, ge=1)
     pack: bool = False

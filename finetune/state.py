@@ -17,8 +17,8 @@ from slm.train.metrics import Kind, Row, check_row
 from slm.train.state import MOST, load_tensors
 
 TRAINER = "trainer"
-_STATE, _WEIGHTS, _OPTIMIZER, _BEST = "state.json", "weights.safetensors", "optimizer.safetensors", "best.safetensors"
-_FILES = frozenset((_STATE, _WEIGHTS, _OPTIMIZER, _BEST))
+_STATE, _WEIGHTS, _OPTIMIZER, _KEPT = "state.json", "weights.safetensors", "optimizer.safetensors", "kept.safetensors"
+_FILES = frozenset((_STATE, _WEIGHTS, _OPTIMIZER, _KEPT))
 TRAINER_FILES = frozenset(f"{TRAINER}/{name}" for name in _FILES)
 
 
@@ -66,19 +66,19 @@ class State:
         standing: How far it is.
         weights: What is trained, by name.
         optimizer: Moments and steps by "NAME.FIELD".
-        best: What was trained, as it was after the best epoch; empty before the first.
+        kept: What was trained, as it was after the epoch that is kept; empty before the first.
     """
 
     standing: Standing
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    best: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_state(out: Path, state: State) -> None:
     """Writes where a run stands, whole or not at all."""
     with atomic_directory(out / TRAINER, _FILES) as directory:
-        for name, tensors in ((_WEIGHTS, state.weights), (_OPTIMIZER, state.optimizer), (_BEST, state.best)):
+        for name, tensors in ((_WEIGHTS, state.weights), (_OPTIMIZER, state.optimizer), (_KEPT, state.kept)):
             safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / name)
         (directory / _STATE).write_text(state.standing.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -95,7 +95,7 @@ def load_state(out: Path) -> State | None:
         return None
     try:
         standing = Standing.model_validate(read_json(directory / _STATE, "the state of the run"))
-        weights, optimizer, best = (load_tensors(directory / name) for name in (_WEIGHTS, _OPTIMIZER, _BEST))
+        weights, optimizer, kept = (load_tensors(directory / name) for name in (_WEIGHTS, _OPTIMIZER, _KEPT))
     except ValidationError as error:
         raise SlmError(
             f"the saved state is damaged: {directory / _STATE} ({first_mistake(error)})", "--overwrite begins anew"
@@ -103,7 +103,7 @@ def load_state(out: Path) -> State | None:
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise SlmError(f"the saved state is damaged: {directory} ({reason})", "--overwrite begins anew") from None
-    return State(standing, weights, optimizer, best)
+    return State(standing, weights, optimizer, kept)
 
 
 def drop_state(out: Path) -> None:

@@ -5,7 +5,7 @@ V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter, check_slots_of, stacked
 from slm.runtime.cache import Extent, KVBuffers
 from slm.runtime.decoder import PREFILL_CHUNK, Decoder, DecoderAround, OnnxDecoder, OnnxSnapshot
-from slm.runtime.generate import generate
+from slm.runtime.generate import Generated, generate
 from slm.runtime.memory import Array
+from slm.runtime.prefix import PrefixDecoder
 from slm.runtime.sampling import Sampler, Sampling
 
 # Rows that `generate_batch` steps together by default.
@@ -240,6 +241,18 @@ class _Text:
     tokens: list[int] = field(default_factory=list)
 
 
+def batched(decoder: Decoder) -> OnnxDecoder | None:
+    """Returns what takes the steps of several texts together; None where a decoder reads one text at a time.
+
+    A chat's decoder does as well: a batch has caches of its own and leaves what was read of the chat alone.
+    """
+    if isinstance(decoder, PrefixDecoder):
+        decoder = decoder.decoder
+    if not isinstance(decoder, OnnxDecoder) or decoder.bundle.manifest.target == "portable":
+        return None
+    return decoder
+
+
 def generate_batch(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -247,6 +260,7 @@ def generate_batch(
     max_new_tokens: int,
     stop: Sequence[int],
     slots: int = SLOTS,
+    ended: Callable[[int, int], bool] | None = None,
 ) -> list[list[int]]:
     """Continues several prompts, each as it would be continued alone, a text's slot being free for the next as it ends.
 
@@ -261,6 +275,7 @@ def generate_batch(
         max_new_tokens: How many at most, for each.
         stop: Tokens that end a text.
         slots: How many texts are under way at once.
+        ended: Is called with the number of a prompt and each of its new tokens, and says whether the text ends with it.
 
     Returns:
         The new tokens of each prompt, in the order of the prompts, the one that ended a text left out.
@@ -273,9 +288,10 @@ def generate_batch(
         generate(decoder, prompt, sampling, max_new_tokens, stop)
         for prompt, sampling in zip(prompts, samplings, strict=True)
     ]
-    if not isinstance(decoder, OnnxDecoder) or decoder.bundle.manifest.target == "portable":
-        return [list(tokens) for _, tokens in alone]
-    batch = Batch(decoder, max(1, min(slots, len(prompts))))
+    together = batched(decoder)
+    if together is None:
+        return [_taken(tokens, index, ended) for index, (_, tokens) in enumerate(alone)]
+    batch = Batch(together, max(1, min(slots, len(prompts))))
     waiting = deque(enumerate(prompts))
     texts: dict[Slot, _Text] = {}
     made: list[list[int]] = [[] for _ in prompts]
@@ -287,6 +303,8 @@ def generate_batch(
         if token in stop:
             return False
         text.tokens.append(token)
+        if ended is not None and ended(text.index, token):
+            return False
         return len(text.tokens) < max_new_tokens and slot.length < decoder.context
 
     while waiting or texts:
@@ -302,7 +320,17 @@ def generate_batch(
             if not (waiting and batch.free):
                 break
             index, prompt = waiting.popleft()
-            slot = batch.take(decoder.adapter)
+            slot = batch.take(together.adapter)
             texts[slot] = _Text(index, Sampler(samplings[index], prompt, decoder.vocab_size))
             found = {slot: slot.read(prompt)}
     return made
+
+
+def _taken(tokens: Generated, index: int, ended: Callable[[int, int], bool] | None) -> list[int]:
+    """Returns the tokens of a text that is generated alone, up to the one that ends it."""
+    taken = []
+    for token in tokens:
+        taken.append(token)
+        if ended is not None and ended(index, token):
+            break
+    return taken

@@ -1,13 +1,17 @@
 """A conversation with a model: what was said is asked anew with every turn, in the turns that the model was trained on."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Unpack, cast
 
+from slm.core.arguments import check_type
 from slm.core.chat import Message, chat_ids, foreign_template
-from slm.core.errors import SlmError
+from slm.core.errors import ArgumentError, SlmError
 from slm.core.tokenizer import END_OF_TURN
 from slm.runtime.model import Model
+from slm.runtime.options import MAX_NEW_TOKENS, GenerationOptions, check_options
 from slm.runtime.prefix import PrefixCache, PrefixDecoder
+from slm.runtime.sampling import Sampling
 from slm.runtime.speculative import SpeculativeDecoder
 from slm.runtime.streaming import Piece
 
@@ -18,102 +22,168 @@ _LEAST_ROOM = 4
 
 
 class Chat:
-    """A model and what was said.
+    """A conversation with a model: what `Model.chat` returns.
+
+        chat = model.chat(system="Be brief.")
+        print(chat.ask("Name a colour.", max_new_tokens=20))
+        for text in chat.stream("Another?"): print(text, end="")
 
     Attributes:
-        messages: What was said, oldest first, what the system says among it.
+        messages: All messages, oldest first, a system message at the beginning.
         forgotten: Exchanges at the beginning that no longer fit into the context, since the start or the last reset.
+        seed: Seed of the conversation; the n-th answer is sampled with seed + n, counted from 0.
     """
 
-    def __init__(self, model: Model, system: str = "", *, draft_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        system: str = "",
+        *,
+        messages: Sequence[Message] = (),
+        seed: int | None = None,
+        draft_tokens: int | None = None,
+    ) -> None:
         """Begins a conversation.
 
         Args:
             model: Answers; its decoder keeps what it read from one turn to the next from now on.
-            system: What the model is told before anything else; nothing when empty.
+            system: The system message; none when empty.
+            messages: Earlier messages, oldest first; a system message at their beginning takes the place of `system`.
+            seed: Seed of the conversation; None draws one.
             draft_tokens: Read up to this many tokens ahead where the text repeats; None never does.
 
         Raises:
-            SlmError: When the model knows no turns.
+            SlmError: When the model knows no turns, or the messages are not a conversation that a question may follow.
         """
+        check_type("system", system, str, "a str")
+        drawn = Sampling(seed=seed).seed  # which is checked so
+        assert drawn is not None
         self._model = model
+        self.seed = drawn
         self._asked = 0
-        prefix = PrefixDecoder(model.decoder, PrefixCache(_SNAPSHOT_BYTES))
-        model.decoder = prefix if draft_tokens is None else SpeculativeDecoder(prefix, draft_tokens)
+        self._answering: Generator[Piece, None, None] | None = None
+        self._cut: list[Message] = []
+        self.messages: list[Message] = []
+        decoder = model.decoder
+        if not isinstance(decoder, PrefixDecoder):  # as another conversation left it
+            decoder = PrefixDecoder(decoder, PrefixCache(_SNAPSHOT_BYTES))
+        model.decoder = decoder if draft_tokens is None else SpeculativeDecoder(decoder, draft_tokens)
         end_of_turn = model.tokenizer.token_id(END_OF_TURN)
         if end_of_turn is not None and end_of_turn not in model.stop_token_ids:
             model.stop_token_ids = (*model.stop_token_ids, end_of_turn)
         if foreign_template(model.tokenizer) is None:
             chat_ids(model.tokenizer, [])  # which says so when there are no turns
+        before = _checked(messages)
+        if before and before[0]["role"] == "system":
+            system = before.pop(0)["content"]
         self.reset(system)
+        self.messages += before
+
+    def __repr__(self) -> str:
+        return f"<slm.Chat of {len(self.messages)} messages with {self._model!r}>"
 
     def reset(self, system: str | None = None) -> None:
         """Forgets what was said; what the system says stays unless something else is given, even nothing."""
         if system is None:
             system = self.system
-        self.messages: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
+        self._settle()
+        self.messages = [{"role": "system", "content": system}] if system.strip() else []
         self.forgotten = 0
 
     @property
     def system(self) -> str:
         """What the model is told before anything else."""
-        messages = getattr(self, "messages", [])
-        return messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+        begins = self.messages[:1]
+        return begins[0]["content"] if begins and begins[0]["role"] == "system" else ""
 
-    def ask(self, request: str, *, seed: int = 0, max_new_tokens: int = 256, **options: Any) -> Iterator[Piece]:
-        """Returns the answer piece by piece; it joins the conversation when the iterator ends or is closed.
+    def ask(self, request: str, **options: Unpack[GenerationOptions]) -> str:
+        """Returns the answer to what the user says; see `pieces`."""
+        check_options("ask", options)
+        return "".join(piece.text for piece in self.pieces(request, **options)).strip()
+
+    def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
+        """Returns the answer to what the user says in pieces of text; see `pieces`."""
+        check_options("stream", options)
+        return (piece.text for piece in self.pieces(request, **options) if piece.text)
+
+    def retry(self, **options: Unpack[GenerationOptions]) -> str:
+        """Returns another answer to what was asked last, in place of the one before; see `pieces`."""
+        check_options("retry", options)
+        return "".join(piece.text for piece in self.retry_pieces(**options)).strip()
+
+    def pieces(self, request: str, **options: Unpack[GenerationOptions]) -> Iterator[Piece]:
+        """Returns the answer token by token; it joins the conversation when the iterator ends or is closed.
 
         Where the context is too short for all that was said and an answer, the oldest exchanges are forgotten.
 
         Args:
             request: What the user says.
-            seed: Of the conversation: every answer draws anew.
-            max_new_tokens: Of the answer, at most.
-            **options: As for `Model.pieces`.
+            **options: See `slm.GenerationOptions`; a `seed` takes the place of the conversation's.
 
         Raises:
-            SlmError: When the request is empty or too long, or an option will not do; it is as if nothing was said.
+            SlmError: When the request is empty or too long, or an option is wrong; it is as if nothing was said.
         """
+        check_options("pieces", options)
+        check_type("the request", request, str, "a str")
         if not request.strip():
             raise SlmError("nothing is asked", "type something")
-        before = list(self.messages)
+        self._settle()
+        before, forgotten = list(self.messages), self.forgotten
         self.messages.append({"role": "user", "content": request})
         try:
-            ids = self._ids(max_new_tokens)
-            pieces = self._model.pieces(ids, max_new_tokens=max_new_tokens, seed=seed + self._asked, **options)
+            ids = self._ids(options.get("max_new_tokens", MAX_NEW_TOKENS))
+            seed = options.get("seed")
+            drawn: GenerationOptions = {**options, "seed": (self.seed if seed is None else seed) + self._asked}
+            pieces = self._model.pieces(ids, **drawn)
         except BaseException:
-            self.messages = before
+            self.messages, self.forgotten = before, forgotten
             raise
         self._asked += 1
-        return self._told(pieces)
+        self._answering = self._told(pieces)
+        return self._answering
 
-    def retry(self, **options: Any) -> Iterator[Piece]:
-        """Returns another answer to what was asked last, in place of the one before; see `ask`.
+    def retry_pieces(self, **options: Unpack[GenerationOptions]) -> Iterator[Piece]:
+        """Returns another answer to what was asked last, in place of the one before, token by token; see `pieces`.
 
         Raises:
             SlmError: When nothing was asked yet.
         """
+        self._settle()
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise SlmError("nothing was asked yet", "type something")
         before = list(self.messages)
         del self.messages[-1]
         request = self.messages.pop()["content"]
         try:
-            return self.ask(request, **options)
+            return self.pieces(request, **options)
         except BaseException:
             self.messages = before
             raise
 
-    def _told(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        said = []
+    def was_interrupted(self, message: Message) -> bool:
+        """Says whether a message of `messages` is an answer that was broken off."""
+        return any(message is each for each in self._cut)
+
+    def _settle(self) -> None:
+        """Ends an answer that was not read to its end; a question whose answer was not begun is forgotten."""
+        if self._answering is not None:
+            self._answering.close()
+            self._answering = None
+        if self.messages and self.messages[-1]["role"] == "user":
+            del self.messages[-1]
+
+    def _told(self, pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
+        said, whole = [], False
         try:
             for piece in pieces:
                 said.append(piece.text)
                 yield piece
+            whole = True
         finally:
             answer = "".join(said).strip()
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})
+                self._cut += [] if whole else self.messages[-1:]
             else:
                 del self.messages[-1]  # a question that nobody answered: turns alternate
 
@@ -127,3 +197,30 @@ class Chat:
                 return ids
             del self.messages[first : first + 2]
             self.forgotten += 1
+
+
+def _checked(messages: Sequence[Message]) -> list[Message]:
+    """Returns messages that a question may follow.
+
+    Raises:
+        SlmError: When they are not a conversation that ends with an answer.
+    """
+    check_type("messages", messages, (list, tuple), 'a list of {"role": ..., "content": ...}')
+    found: list[Message] = []
+    for number, each in enumerate(cast("Sequence[Any]", messages), 1):
+        if not isinstance(each, Mapping) or not isinstance(each.get("content"), str):
+            raise ArgumentError(f"message {number} is not an object with text as 'content'", _MESSAGE)
+        if each.get("role") not in ("system", "user", "assistant"):
+            raise ArgumentError(f"message {number} has the role {each.get('role')!r}", _MESSAGE)
+        found.append({"role": each["role"], "content": each["content"]})
+    roles = [message["role"] for message in found if message["role"] != "system"]
+    if "system" in [message["role"] for message in found[1:]]:
+        raise SlmError("a system message comes after the first message", "it begins a conversation")
+    if any(before == after for before, after in pairwise(roles)) or (roles and roles[0] != "user"):
+        raise SlmError("user and assistant do not take turns in messages", "begin with the user's")
+    if roles and roles[-1] != "assistant":
+        raise SlmError("messages end with the user's", "leave the last one out and ask it: chat.ask(...)")
+    return found
+
+
+_MESSAGE = '{"role": "user" or "assistant", "content": text}'

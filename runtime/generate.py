@@ -29,6 +29,7 @@ class Run:
         decode_s: From the first new token to the last, reading again what stays of a full context included.
         steps: New tokens chosen in `decode_s`.
         slides: How often the context was full and its older part forgotten.
+        seed: What the tokens were drawn with; None where nothing is drawn (greedy).
         stopped: Why it ended: an end token, a stop text, `max_new_tokens`, the context was full; interrupted until then, by
             Ctrl-C or because nobody listened any longer.
     """
@@ -40,6 +41,7 @@ class Run:
     decode_s: float = 0.0
     steps: int = 0
     slides: int = 0
+    seed: int | None = None
     stopped: StopReason = "interrupted"
 
     @property
@@ -88,7 +90,7 @@ def generate(
         raise SlmError(f'on_full is {on_full!r}; it must be "stop" or "slide"')
     if not 0 <= keep <= decoder.context - 2:  # one of the others must stay, and there must be room for another
         raise SlmError(f"keep is {keep:,}; it must be from 0 to {decoder.context - 2:,}, the context less two")
-    run = Run(prompt_tokens=len(prompt), tokens=[])
+    run = Run(prompt_tokens=len(prompt), tokens=[], seed=sampling.seed)
     sampler = Sampler(sampling, prompt, decoder.vocab_size)
     return run, _tokens(run, decoder, prompt, sampler, max_new_tokens, frozenset(stop), logprobs, on_full, keep)
 
@@ -101,7 +103,9 @@ def check_request(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, 
     """
     if not prompt:
         raise SlmError("the prompt has no tokens", "give some text")
-    if not 0 <= min(prompt) <= max(prompt) < decoder.vocab_size:
+    if min(prompt) < 0:
+        raise SlmError(f"the prompt has a token of id {min(prompt):,}", f"ids are from 0 to {decoder.vocab_size - 1:,}")
+    if max(prompt) >= decoder.vocab_size:
         raise SlmError(
             f"the prompt has a token of id {max(prompt):,}, and the model {decoder.vocab_size:,} of them",
             "a token for pictures, perhaps, which this model does not see; leave it out",

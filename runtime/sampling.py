@@ -3,13 +3,16 @@
 Each `keep_...` returns the indices that stay, in ascending order; what follows works on these few alone. V is the vocabulary.
 """
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slm.core.arguments import check_type
 from slm.core.errors import SlmError
 from slm.runtime.penalties import History, add_bias, penalize_repetition, penalize_use
 
@@ -21,6 +24,17 @@ _STRIDES = 64
 _BLOCK = 512
 # Below it float32 would divide 0 by 0; the likeliest token has everything long before.
 _COLDEST = 1e-30
+# A drawn seed is below it, short enough to be typed again.
+_SEEDS = 1 << 32
+# A seed is below it. Callers accept 63 bits and count on from there for one text after the other.
+_SEED_LIMIT = 2**64
+# Fields of `Sampling` that are real numbers.
+_REAL = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def draw_seed() -> int:
+    """Returns a random seed of 32 bits from the operating system."""
+    return secrets.randbelow(_SEEDS)
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Sampling:
         temperature: Divides the logits; 0 takes the likeliest token, penalties and bias included.
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
         top_p: Keep the fewest likeliest tokens whose probability reaches this (arXiv:1904.09751); 1 keeps all.
-        seed: Same seed, same choices.
+        seed: Same seed, same choices; None draws one, which is then the value here. Greedy choice needs none.
         min_p: Keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082); 0 keeps all.
         typical_p: Keep the fewest tokens closest to the expected surprise whose probability reaches this
             (arXiv:2202.00666); 1 keeps all.
@@ -49,7 +63,7 @@ class Sampling:
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
-    seed: int = 0
+    seed: int | None = None
     min_p: float = 0.0
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
@@ -58,13 +72,14 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_types()
         infinity = float("inf")
         share = "above 0 and at most 1"
         for name, value, wanted, good in (
             ("temperature", self.temperature, "0 or more", 0 <= self.temperature < infinity),
             ("top_k", self.top_k, "0 or more", self.top_k >= 0),
             ("top_p", self.top_p, share, 0 < self.top_p <= 1),
-            ("seed", self.seed, "0 or more", self.seed >= 0),
+            ("seed", self.seed, "from 0 to 2**64 - 1", self.seed is None or 0 <= self.seed < _SEED_LIMIT),
             ("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1),
             ("typical_p", self.typical_p, share, 0 < self.typical_p <= 1),
             ("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < infinity),
@@ -77,10 +92,29 @@ class Sampling:
         ):
             if not good:
                 raise SlmError(f"{name} is {value}; it must be {wanted}")
+        if self.temperature == 0:
+            object.__setattr__(self, "seed", None)  # it chooses nothing
+        elif self.seed is None:
+            object.__setattr__(self, "seed", draw_seed())
+
+    def _check_types(self) -> None:
+        """Makes sure that numbers are numbers.
+
+        Raises:
+            ArgumentError: When one is not; it is named.
+        """
+        for name in _REAL:
+            check_type(name, getattr(self, name), Real, "a number")
+        check_type("top_k", self.top_k, Integral, "a whole number")
+        check_type("seed", self.seed, (Integral, type(None)), "a whole number or None")
+        check_type("logit_bias", self.logit_bias, Mapping, "a mapping from token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            check_type("a key of logit_bias", token, Integral, "a token id")
+            check_type(f"logit_bias of token {token}", bias, Real, "a number or -inf")
 
     def generator(self) -> np.random.Generator:
         """Returns the source of chance for one text."""
-        return np.random.default_rng(self.seed)
+        return np.random.default_rng(self.seed or 0)
 
     @property
     def adjusts(self) -> bool:

@@ -1,6 +1,19 @@
-"""slm: small language models from raw text to a verified, quantized model answering on a CPU or a GPU.
+"""slm: small language models from raw text to a verified, quantized model that answers on a CPU or a GPU.
 
-The public API is loaded on first use, so that `import slm` stays quick and needs neither torch nor onnx.
+    import slm
+
+    model = slm.load()                                  # the newest model under ./runs, or slm.load("runs/tiny/onnx-int8")
+    text = model.generate("Once upon a time", max_new_tokens=50)
+    texts = model.generate(["Once", "One day"], temperature=0)
+    for piece in model.stream("The fox"):
+        print(piece, end="")
+    chat = model.chat(system="Be brief.")
+    print(chat.ask("Name a colour."))
+
+Errors are `slm.SlmError`, with a `message` and a `hint`; `slm.ArgumentError`, for wrong calls, is a `TypeError` as well.
+Training, fine-tuning, export and quantization are commands: `slm --help`.
+
+The public names are imported on first use, so that `import slm` is quick and needs neither torch nor onnx.
 """
 
 import sys
@@ -18,23 +31,54 @@ from slm.version import __version__
 
 if TYPE_CHECKING:
     from slm.core.config import ModelConfig
-    from slm.core.errors import SlmError
-    from slm.loading import load
+    from slm.core.errors import ArgumentError, SlmError
+    from slm.loading import load, load_ensemble
+    from slm.runtime.chat import Chat
+    from slm.runtime.generate import Run
     from slm.runtime.model import Model
+    from slm.runtime.options import GenerationOptions
+    from slm.runtime.streaming import Piece
 
-__all__ = ["Model", "ModelConfig", "SlmError", "__version__", "load"]
+__all__ = [
+    "ArgumentError",
+    "Chat",
+    "GenerationOptions",
+    "Model",
+    "ModelConfig",
+    "Piece",
+    "Run",
+    "SlmError",
+    "__version__",
+    "load",
+    "load_ensemble",
+]
 
 _HOMES = {
+    "ArgumentError": "slm.core.errors",
+    "Chat": "slm.runtime.chat",
+    "GenerationOptions": "slm.runtime.options",
     "Model": "slm.runtime.model",
     "ModelConfig": "slm.core.config",
+    "Piece": "slm.runtime.streaming",
+    "Run": "slm.runtime.generate",
     "SlmError": "slm.core.errors",
     "load": "slm.loading",
+    "load_ensemble": "slm.loading",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'slm' has no attribute {name!r}")
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, _HOMES, 1)
+        raise AttributeError(
+            f"module 'slm' has no attribute {name!r}" + (f"; did you mean {close[0]}?" if close else "")
+        )
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

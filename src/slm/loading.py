@@ -1,15 +1,20 @@
 """`slm.load`: a bundle with onnxruntime, a checkpoint with PyTorch, behind one class."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
+from slm.core.arguments import check_type, keywords_checked
 from slm.core.checkpoint import is_checkpoint
-from slm.core.errors import SlmError
+from slm.core.errors import ArgumentError, SlmError
 from slm.core.manifest import Bundle, is_bundle
+from slm.core.runs import RUNS, newest_bundle, newest_checkpoint
 from slm.core.tokenizer import Tokenizer
+from slm.runtime import shipped
 from slm.runtime.decoder import Decoder
-from slm.runtime.model import Model
+from slm.runtime.model import About, Model
 from slm.runtime.session import Device
 
 if TYPE_CHECKING:
@@ -18,27 +23,38 @@ if TYPE_CHECKING:
     from slm.runtime.ensemble import Average
 
 
+@keywords_checked
 def load(
-    path: str | Path,
+    path: str | PathLike[str] | None = None,
     *,
     device: Device = "cpu",
     threads: int | None = None,
     draft_tokens: int | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | PathLike[str] | None = None,
 ) -> Model:
     """Loads a model for inference.
 
+        model = slm.load()                       # the newest under ./runs
+        model = slm.load("runs/tiny/onnx-int8")  # a bundle, which onnxruntime runs
+        model = slm.load("tiny/checkpoint/best") # a checkpoint, which PyTorch runs; ./runs need not be named
+
     Args:
-        path: A bundle, which onnxruntime runs, or a checkpoint, which PyTorch runs.
+        path: A bundle or a checkpoint; None takes the newest under ./runs, as commands do, or the model that ships with slm
+            where there is none. `model.about.path` says which.
         device: "cpu" or "cuda".
         threads: Threads for one operator; by default the usable physical cores.
         draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
         adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
 
     Raises:
-        SlmError: When there is nothing that can be run at the path, it is damaged, or the adapter is not for it.
+        SlmError: When there is nothing that can be run at the path, it is damaged, or the adapter is not for it; an
+            `ArgumentError`, which is a `TypeError` too, for a wrong keyword or type.
     """
-    path, adapter = Path(path), None if adapter is None else Path(adapter)
+    _check(path, device, threads, draft_tokens, adapter)
+    return _load(_resolved(path), device, threads, draft_tokens, None if adapter is None else Path(adapter))
+
+
+def _load(path: Path, device: Device, threads: int | None, draft_tokens: int | None, adapter: Path | None) -> Model:
     if is_bundle(path):
         from slm.runtime.decoder import OnnxDecoder
 
@@ -46,8 +62,8 @@ def load(
         onnx = OnnxDecoder(bundle, device, threads)
         if adapter is not None:
             onnx.use(load_adapter(adapter, bundle))
-        decoder = _drafting(onnx, draft_tokens)
-        return Model(Tokenizer.load(path), decoder, bundle.stop_token_ids)
+        about = About(path, bundle.manifest.precision, device, bundle.config.parameter_count())
+        return Model(Tokenizer.load(path), _drafting(onnx, draft_tokens), bundle.stop_token_ids, about)
     if is_checkpoint(path):
         import torch
 
@@ -59,15 +75,51 @@ def load(
         if threads:
             torch.set_num_threads(threads)
         model = (load_checkpoint(path) if adapter is None else _merged(path, adapter)).to(device)
-        return Model(Tokenizer.load(path), _drafting(TorchDecoder(model), draft_tokens), model.config.stop_token_ids)
+        precision = str(model.model.norm.weight.dtype).removeprefix("torch.")
+        about = About(path, precision, device, model.config.parameter_count())
+        decoder = _drafting(TorchDecoder(model), draft_tokens)
+        return Model(Tokenizer.load(path), decoder, model.config.stop_token_ids, about)
     what = "not found" if not path.exists() else "neither a checkpoint nor a bundle"
     if path.suffix == ".gguf":
         raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {path}", f"slm import {path}")
     raise SlmError(f"{what}: {path}", "slm train makes a checkpoint, slm export --onnx a bundle")
 
 
+def _check(*arguments: object) -> None:
+    """Makes sure that the arguments of `load` have their types.
+
+    Raises:
+        SlmError: When one does not, or is out of range.
+    """
+    path, device, threads, draft_tokens, adapter = arguments
+    for name, value in (("path", path), ("adapter", adapter)):
+        check_type(name, value, (str, PathLike, type(None)), "a path, as a str or a pathlib.Path")
+        if isinstance(value, str) and not value.strip():
+            raise SlmError(f"{name} is empty", "name a bundle or a checkpoint, or leave it out for the newest")
+    if device not in get_args(Device):
+        raise ArgumentError(f"device is {device!r}", f"one of {', '.join(map(repr, get_args(Device)))}")
+    for name, value in (("threads", threads), ("draft_tokens", draft_tokens)):
+        check_type(name, value, (Integral, type(None)), "a whole number or None")
+        if isinstance(value, int) and value < 1:
+            raise SlmError(f"{name} is {value}; it must be 1 or more")
+
+
+def _resolved(path: str | PathLike[str] | None) -> Path:
+    """Returns the artifact that a name stands for; the newest for none."""
+    if path is not None:
+        named = Path(path)
+        return RUNS / named if not named.exists() and (RUNS / named).exists() else named
+    for newest in (newest_bundle, newest_checkpoint):
+        try:
+            return newest()
+        except SlmError:
+            pass
+    return shipped.model_path()
+
+
+@keywords_checked
 def load_ensemble(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | PathLike[str]],
     average: "Average" = "mean",
     *,
     device: Device = "cpu",
@@ -88,6 +140,9 @@ def load_ensemble(
     """
     from slm.runtime.ensemble import EnsembleDecoder
 
+    check_type("paths", paths, (list, tuple), "a list of paths")
+    if not paths:
+        raise SlmError("there is no model in paths", "name two or more")
     models = [load(path, device=device, threads=threads) for path in paths]
     first = models[0]
     for path, model in zip(paths, models, strict=True):

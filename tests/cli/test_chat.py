@@ -23,7 +23,20 @@ from slm.runtime.chat import Chat
 Slm = Callable[..., Any]
 
 # Bold, for the likeliest tokens of a random model are bytes that make up no text.
-SHORT = ("--max-new-tokens", "12", "--temperature", "1.5", "--top-p", "1", "--top-k", "0", "--threads", "1")
+SHORT = (
+    "--seed",
+    "0",
+    "--max-new-tokens",
+    "12",
+    "--temperature",
+    "1.5",
+    "--top-p",
+    "1",
+    "--top-k",
+    "0",
+    "--threads",
+    "1",
+)
 BOLD: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 1.0, "top_k": 0}
 
 
@@ -65,7 +78,7 @@ def typed(slm: Slm, shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> S
 
 def answers(bundle: Bundle, *requests: str, system: str = "", seed: int = 0) -> list[str]:
     talk = Chat(load(bundle.path, threads=1), system)
-    return ["".join(piece.text for piece in talk.ask(request, seed=seed, **BOLD)) for request in requests]
+    return ["".join(piece.text for piece in talk.pieces(request, seed=seed, **BOLD)) for request in requests]
 
 
 def test_every_line_of_a_pipe_is_a_turn(piped: Slm, shared_bundle: Bundle) -> None:
@@ -113,7 +126,7 @@ def test_the_options_are_those_of_generate(piped: Slm) -> None:
         if option.name not in theirs:
             assert options.pop(option.name).to_info_dict() == option.to_info_dict()
     assert not options
-    bold = ("--max-new-tokens", "20", "--temperature", "1.5", "--top-p", "1")
+    bold = ("--seed", "0", "--max-new-tokens", "20", "--temperature", "1.5", "--top-p", "1")
     drawn = [
         piped("Hi.", options=(*bold, *more)).out for more in ((), ("--seed", "4"), ("--top-k", "1"), ("--stop", "e"))
     ]
@@ -206,7 +219,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     monkeypatch.setattr(Chat, "_told", interrupted)
     result = typed("Never heard.", "Hi.", "/save talk.jsonl")
     assert result.code == 0, result.err
-    assert "interrupted; /quit or Ctrl-D ends" in result.err
+    assert result.err.count("interrupted; the conversation goes on, /quit or Ctrl-D ends it") == 2
     (row,) = [json.loads(line) for line in Path("talk.jsonl").read_text().splitlines()]
     (whole,) = answers(shared_bundle, "Hi.", seed=1)  # the second that is asked
     said = [message["content"] for message in row["messages"]]

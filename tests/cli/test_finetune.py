@@ -56,6 +56,7 @@ def test_every_option_reaches_the_run(slm: Slm, run: Path) -> None:
         "rank": 3,
         "alpha": 5,
         "patience": 7,
+        "keep": "best",
         "dropout": 0.25,
         "learning_rate": 0.001,
         "epochs": 2,
@@ -198,3 +199,44 @@ def test_an_adapter_s_options_are_not_of_full_training(slm: Slm, run: Path, opti
 def test_an_unknown_projection_is_one_error(slm: Slm, run: Path) -> None:
     result = slm("finetune", "--lora", "pairs.jsonl", "--targets", "c_attn")
     assert result.code == 1 and "the fine-tuning settings are wrong: target_modules" in result.err
+
+
+def test_a_log_has_a_line_for_each_epoch_and_no_bar(slm: Slm, run: Path) -> None:
+    result = slm("finetune", "--lora", "pairs.jsonl", "--epochs", "3", "--rank", "2")
+    lines = result.err.splitlines()
+    assert [line.partition(":")[0] for line in lines if line.startswith("epoch ")] == [
+        "epoch 1/3",
+        "epoch 2/3",
+        "epoch 3/3",
+    ]
+    assert "before training: loss on the training rows " in result.err
+    assert "\r" not in result.err and "\x1b" not in result.err and "fine-tuning" not in result.err
+    assert lines[-1] == "next: slm export --onnx --adapter runs/tiny/adapters/pairs"
+
+
+def test_answers_are_shown_at_the_end(slm: Slm, run: Path) -> None:
+    command = ("finetune", "--lora", "pairs.jsonl", "--overwrite", *QUICK)
+    shown = slm(*command).out
+    assert "greedy answers to rows that were trained on" in shown
+    assert [shown.count(f"  {name}") for name in ("prompt:", "wanted:", "answered:")] == [3, 3, 3]
+    samples = json.loads(slm(*command, "--json", "--samples", "2").out)["samples"]
+    assert len(samples) == 2 and all(each.keys() == {"prompt", "wanted", "answered", "held_out"} for each in samples)
+    assert samples == read_info(run / "adapters" / "pairs")["samples"]
+    assert "greedy answers" not in slm(*command, "--samples", "0").out
+    assert slm(*command, "--samples", "-1").code == 2
+
+
+def test_what_is_shown_of_an_answer_is_one_line(slm: Slm, run: Path) -> None:
+    write("long.jsonl", [{"prompt": "Say\n\x1b[31m this [bold]", "completion": "the\n " * 60}])
+    shown = slm("finetune", "--lora", "long.jsonl", *QUICK).out
+    assert "prompt:   Say  [31m this [bold]\n" in shown and "\x1b" not in shown
+    (wanted,) = (line for line in shown.splitlines() if line.startswith("  wanted:"))
+    assert wanted.endswith("…") and len(wanted) < 230
+
+
+def test_the_last_epoch_is_kept_when_asked_for(slm: Slm, run: Path) -> None:
+    result = slm("finetune", "--lora", "pairs.jsonl", "--keep", "last", "--epochs", "2", "--rank", "2")
+    assert result.code == 0 and "epoch 2 of 2, the last" in result.out
+    assert read_info(run / "adapters" / "pairs")["settings"]["keep"] == "last"
+    refused = slm("finetune", "--lora", "pairs.jsonl", "--keep", "last", "--patience", "2")
+    assert refused.code == 2 and "--patience goes with --keep best" in refused.err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def ask(slm: Slm, shared_bundle: Bundle) -> Callable[..., Any]:
     """Generates with --json on a random model, bold enough for every option to matter."""
 
     def run(*options: object) -> Any:
-        bold = ("-p", "The", "--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "1", "--json")
+        bold = ("-p", "The", "--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "1", "--seed", "0", "--json")
         result = slm("generate", shared_bundle.path, *bold, *options)
         assert result.code == 0, result.err
         return json.loads(result.out)
@@ -79,7 +80,20 @@ def test_a_stop_text_ends_the_answer(ask: Callable[..., Any]) -> None:
 def test_a_stop_text_is_not_shown_as_it_streams(slm: Slm, shared_bundle: Bundle, ask: Callable[..., Any]) -> None:
     free = ask()["text"]
     stop = free[len(free) // 2 :][:2]
-    options = ("-p", "The", "--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "1", "--stop", stop)
+    options = (
+        "-p",
+        "The",
+        "--max-new-tokens",
+        "30",
+        "--temperature",
+        "1.5",
+        "--top-p",
+        "1",
+        "--seed",
+        "0",
+        "--stop",
+        stop,
+    )
     result = slm("generate", shared_bundle.path, *options)
     assert result.out == f"The{free[: free.index(stop)]}\n" and "stopped at a stop text" in result.err
 
@@ -159,7 +173,7 @@ def test_the_defaults_are_those_of_python() -> None:
     """Written twice, so that the help waits for no numpy."""
     defaults = {parameter.name: parameter.default for parameter in generate.params}
     for field in fields(Sampling):
-        if field.name != "logit_bias":
+        if field.name not in ("logit_bias", "seed"):  # neither has one
             assert defaults[field.name] == field.default
 
 
@@ -240,3 +254,24 @@ def test_drafts_that_may_change_the_text_are_said_to(slm: Slm, shared_bundle: Bu
         for threads, alike in (("1", not said), ("5", False)):  # the model has four heads
             result = slm("generate", out, "-p", "The", "--draft", "6", "--threads", threads, "--max-new-tokens", "3")
             assert ("almost as likely" not in result.err) == alike, result.err
+
+
+def test_a_seed_is_drawn_and_printed_and_repeats_the_text(slm: Slm, shared_bundle: Bundle) -> None:
+    command = ("generate", shared_bundle.path, "-p", "The", "--max-new-tokens", "20", "--temperature", "1.5")
+    first, second = slm(*command), slm(*command)
+    (seed,) = re.findall(r"^seed: (\d+) \(--seed \1 writes the same text again\)$", first.err, flags=re.MULTILINE)
+    assert (
+        first.out != second.out == slm(*command, "--seed", re.findall(r"^seed: (\d+)", second.err, re.MULTILINE)[0]).out
+    )
+    assert slm(*command, "--seed", seed).out == first.out
+    told = json.loads(slm(*command, "--json").out)
+    assert json.loads(slm(*command, "--json", "--seed", told["seed"]).out)["tokens"] == told["tokens"]
+    greedy = slm(*command, "--greedy")
+    assert "seed" not in greedy.err and json.loads(slm(*command, "--greedy", "--json").out)["seed"] is None
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "1.5", "nan"])
+def test_a_seed_that_cannot_be_is_wrong_usage(slm: Slm, shared_bundle: Bundle, seed: str) -> None:
+    result = slm("generate", shared_bundle.path, "-p", "The", "--seed", seed)
+    assert result.code == 2 and "--seed" in result.err
+    assert slm("generate", shared_bundle.path, "-p", "The", "--max-new-tokens", "1", "--seed", 2**63 - 1).code == 0

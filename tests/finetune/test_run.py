@@ -95,6 +95,8 @@ def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_row
     assert info["base"]["weights_sha256"] == sha256_file(shared_checkpoint / "model.safetensors")
     assert info["data"] == {"path": str(data), "sha256": sha256_file(data)}
     assert info["metrics"]["loss_after"] == result.loss_after
+    (number,) = info["held_out_rows"]
+    assert info["held_out"]["rows"] == 1
     assert FinetuneSettings.model_validate(info["settings"]) == QUICK.resolved(
         load_checkpoint(shared_checkpoint).config, 9
     )
@@ -102,9 +104,9 @@ def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_row
     assert [row["type"] for row in rows] == ["eval", *["train"] * 3, "eval", *["train"] * 3, "eval"]
     assert rows[-1]["tokens"] == 2 * result.trained_tokens
 
-    # The reported loss is that of the file, read again, on the last row.
+    # The reported loss is that of the file, read again, on the row that is named.
     again = load_adapter(load_checkpoint(shared_checkpoint), out).get_base_model()
-    held_out = held_out_examples(shared_checkpoint, data)[-1:]
+    held_out = held_out_examples(shared_checkpoint, data)[number - 1 : number]
     assert mean_loss(again, held_out, 1) == pytest.approx(result.loss_after, abs=1e-5)
     merge(shared_checkpoint, out)
 
@@ -324,9 +326,10 @@ def test_every_weight_is_trained_in_full(shared_checkpoint: Path, write_rows: Wr
     changed = {n: not torch.equal(p, after.state_dict()[n]) for n, p in before.state_dict().items()}
     assert all(changed.values())
     # The reported loss is that of the file, read again.
-    held_out = held_out_examples(shared_checkpoint, Path("rows.jsonl"))[-1:]
-    assert mean_loss(after, held_out, 1) == pytest.approx(result.loss_after, abs=1e-5)
     info = read_info(result.made)
+    (number,) = info["finetuned"]["held_out_rows"]
+    held_out = held_out_examples(shared_checkpoint, Path("rows.jsonl"))[number - 1 : number]
+    assert mean_loss(after, held_out, 1) == pytest.approx(result.loss_after, abs=1e-5)
     assert info["made_by"] == "tests" and info["finetuned"]["turns"] is True
     with pytest.raises(SlmError, match="there is already a fine-tuned checkpoint"):
         finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings)

@@ -49,7 +49,9 @@ def test_every_turn_asks_with_all_that_was_said_as_it_is_trained(
     model: Model, asked: list[list[int]], shared_checkpoint: Path
 ) -> None:
     chat = Chat(model, "Be <end_of_turn> brief.")
-    answers = [said(chat.ask(request, **SHORT)).strip() for request in ("Tell me of the sea.", "More <start_of_turn>?")]
+    answers = [
+        said(chat.pieces(request, **SHORT)).strip() for request in ("Tell me of the sea.", "More <start_of_turn>?")
+    ]
     assert all(answers)
     assert [message["role"] for message in chat.messages] == ["system", *("user", "assistant") * 2]
     assert [message["content"] for message in chat.messages[2::2]] == answers
@@ -63,53 +65,53 @@ def test_what_was_read_is_not_read_again(model: Model) -> None:
     chat = Chat(model)
     decoder = model.decoder
     assert isinstance(decoder, PrefixDecoder)
-    said(chat.ask("Tell me of the sea.", **SHORT))
+    said(chat.pieces("Tell me of the sea.", **SHORT))
     first = len(chat_ids(model.tokenizer, chat.messages[:1]))
-    said(chat.ask("And then?", **SHORT))
+    said(chat.pieces("And then?", **SHORT))
     assert decoder.reused >= first
-    said(chat.retry(**SHORT))
+    said(chat.retry_pieces(**SHORT))
     assert decoder.reused >= first
 
 
 def test_it_is_as_if_everything_was_read_anew(shared_bundle: Bundle) -> None:
     chat = Chat(load(shared_bundle.path, threads=1))
-    said(chat.ask("Tell me of the sea.", **SHORT))
+    said(chat.pieces("Tell me of the sea.", **SHORT))
     messages: list[Message] = [*chat.messages, {"role": "user", "content": "And then?"}]
     fresh = load(shared_bundle.path, threads=1)
     wanted = fresh.generate(chat_ids(fresh.tokenizer, messages), **SHORT)
-    assert said(chat.ask("And then?", **SHORT)) == wanted
-    assert wanted != said(Chat(fresh).ask("And then?", **SHORT))  # the control: without what was said before
+    assert said(chat.pieces("And then?", **SHORT)) == wanted
+    assert wanted != said(Chat(fresh).pieces("And then?", **SHORT))  # the control: without what was said before
 
 
 def test_the_oldest_exchanges_are_forgotten_when_the_context_is_full(model: Model, asked: list[list[int]]) -> None:
     chat = Chat(model, "Be brief.")
     for number in range(12):
-        said(chat.ask(f"This is question number {number}.", max_new_tokens=20, temperature=0.0))
+        said(chat.pieces(f"This is question number {number}.", max_new_tokens=20, temperature=0.0))
     assert chat.forgotten > 0
     assert chat.messages[0]["role"] == "system" and chat.messages[1]["role"] == "user"
     assert chat.messages[-2]["content"] == "This is question number 11."
     assert all(len(ids) + 20 <= model.decoder.context for ids in asked)
     with pytest.raises(SlmError, match="context"):
-        chat.ask("word " * 500, **SHORT)
+        chat.pieces("word " * 500, **SHORT)
     assert chat.messages[-2]["content"] == "This is question number 11."  # as if nothing was said
 
 
 def test_answers_draw_anew_and_the_same_seed_is_the_same_conversation(shared_bundle: Bundle) -> None:
-    bold = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 1.0}
+    bold: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 1.0}
 
     def talk(seed: int) -> list[str]:
         chat = Chat(load(shared_bundle.path, threads=1))
-        return [said(chat.ask("Tell me of the sea.", seed=seed, **bold)), said(chat.retry(seed=seed, **bold))]
+        return [said(chat.pieces("Tell me of the sea.", seed=seed, **bold)), said(chat.retry_pieces(seed=seed, **bold))]
 
     first = talk(0)
     assert first[0] != first[1] and first == talk(0) != talk(7)
 
 
 def test_an_answer_that_is_broken_off_is_remembered_as_far_as_it_came(model: Model) -> None:
-    bold: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.5, "top_p": 1.0, "top_k": 0}
+    bold: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.5, "top_p": 1.0, "top_k": 0, "seed": 0}
     whole = model.generate(chat_ids(model.tokenizer, [{"role": "user", "content": "Hi."}]), **bold)
     chat = Chat(model)
-    with closing(chat.ask("Hi.", **bold)) as pieces:  # type: ignore[type-var]
+    with closing(chat.pieces("Hi.", **bold)) as pieces:  # type: ignore[type-var]
         some = "".join(next(pieces).text for _ in range(12))
     assert some.strip() and whole.startswith(some) and len(some) < len(whole)
     assert chat.messages[-1] == {"role": "assistant", "content": some.strip()}
@@ -117,20 +119,20 @@ def test_an_answer_that_is_broken_off_is_remembered_as_far_as_it_came(model: Mod
 
 def test_a_question_without_an_answer_is_forgotten(model: Model) -> None:
     chat = Chat(model)
-    assert said(chat.ask("Tell me of the sea.", max_new_tokens=1, logit_bias={model.stop_token_ids[0]: 1e9})) == ""
+    assert said(chat.pieces("Tell me of the sea.", max_new_tokens=1, logit_bias={model.stop_token_ids[0]: 1e9})) == ""
     assert chat.messages == []
 
 
 def test_what_is_told_first_can_be_changed(model: Model) -> None:
     chat = Chat(model, "a")
-    said(chat.ask("Tell me of the sea.", **SHORT))
+    said(chat.pieces("Tell me of the sea.", **SHORT))
     chat.reset()
     assert chat.messages == [{"role": "system", "content": "a"}] and chat.system == "a"
     chat.reset("b")
     assert chat.system == "b"
     chat.reset("")
     assert chat.messages == []
-    for wrong in (lambda: chat.ask(" \n"), chat.retry):
+    for wrong in (lambda: chat.pieces(" \n"), chat.retry_pieces):
         with pytest.raises(SlmError):
             wrong()
 
@@ -138,7 +140,7 @@ def test_what_is_told_first_can_be_changed(model: Model) -> None:
 def test_drafts_change_nothing(shared_bundle: Bundle) -> None:
     def talk(draft: int | None) -> list[str]:
         chat = Chat(load(shared_bundle.path, threads=1), draft_tokens=draft)
-        return [said(chat.ask("Tell me of the sea.", max_new_tokens=40, temperature=0.0)) for _ in range(2)]
+        return [said(chat.pieces("Tell me of the sea.", max_new_tokens=40, temperature=0.0)) for _ in range(2)]
 
     assert talk(8) == talk(None)
 

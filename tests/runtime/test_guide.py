@@ -22,7 +22,7 @@ def run() -> None:
 
 def test_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     printed = []
     for block in blocks:
@@ -32,10 +32,13 @@ def test_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
     model, decode = names["model"], names["model"].tokenizer.decode
     alone = [model.generate(prompt, max_new_tokens=20, temperature=0) for prompt in names["prompts"]]
     assert [decode(tokens) for tokens in names["made"]] == alone
-    assert printed[1].strip() in blocks[1]
-    assert printed[2] == "18 0\n18 16\n" and "# 18 0, then 18 16" in blocks[2]
-    assert printed[3] == "5 15360\n" and "# 5 15360" in blocks[3]
-    drafted, accepted, steps = map(int, printed[4].split())
+    roles = printed[1].splitlines()[-1][printed[1].splitlines()[-1].index("[") :]
+    assert roles in blocks[1] and names["again"].messages == names["chat"].messages
+    assert names["answer"] == names["chat"].messages[2]["content"]
+    assert printed[2].strip() in blocks[2]
+    assert printed[3] == "18 0\n18 16\n" and "# 18 0, then 18 16" in blocks[3]
+    assert printed[4] == "5 15360\n" and "# 5 15360" in blocks[4]
+    drafted, accepted, steps = map(int, printed[5].split())
     assert 0 < accepted <= drafted and steps > 0
 
 

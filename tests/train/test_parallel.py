@@ -158,7 +158,7 @@ def tell(processes: Processes) -> None:
     assert processes.from_first(said) == said | {"rank": 0}
     assert processes.from_first("" if processes.rank == 0 else "longer") == ""
     assert by_first(processes, lambda: [processes.rank]) == [0]
-    with pytest.raises(SlmError, match=r"^no: 0$") as error:
+    with pytest.raises(SlmError, match=r"^no: 0 \(hint: why\)$") as error:
         by_first(processes, lambda: (_ for _ in ()).throw(SlmError(f"no: {processes.rank}", "why")))
     assert error.value.hint == "why"
 

@@ -1,0 +1,132 @@
+"""What a tuned model answers to rows that it did not learn, beside what they say."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slm.core.errors import SlmError
+from slm.core.nn import CausalLM, KVCache
+from slm.finetune.adapter import TunableLM
+from slm.finetune.batches import casting
+from slm.finetune.examples import Example, Renderer
+from slm.finetune.rows import ChatRow, CompletionRow, Row
+from slm.train.samples import continued
+
+# Of an answer, at most.
+TOKENS = 64
+# Of a row that is only text, as many begin the answer.
+_OPENING = 12
+# After so many seconds no further sample is begun, and one that is under way ends: large models on a CPU take long.
+_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row and what the model made of it.
+
+    Attributes:
+        prompt: What the model was asked with: the last request of a conversation, a prompt, or the beginning of a text.
+        wanted: What the row says.
+        answered: What the model said, greedily, in at most `TOKENS` tokens.
+        held_out: Whether the row was held out; otherwise it was trained on.
+    """
+
+    prompt: str
+    wanted: str
+    answered: str
+    held_out: bool
+
+
+@torch.no_grad()
+def sample_answers(
+    model: TunableLM | CausalLM,
+    renderer: Renderer,
+    rows: Sequence[Row],
+    count: int,
+    *,
+    max_length: int,
+    seed: int,
+    held_out: bool,
+    autocast: torch.dtype | None,
+) -> list[Sample]:
+    """Answers some rows.
+
+    Args:
+        model: The tuned one.
+        renderer: Makes token ids of rows.
+        rows: Of which some are drawn.
+        count: How many at most; fewer where rows are too long, or time runs out.
+        max_length: Tokens of a row.
+        seed: Which rows are drawn; answers are greedy.
+        held_out: Whether the rows are held out.
+        autocast: What products are computed in; None for float32.
+    """
+    model.eval()
+    until = time.perf_counter() + _SECONDS
+    found: list[Sample] = []
+    order = random.Random(f"{seed} samples").sample(range(len(rows)), len(rows))
+    for number in order:
+        if len(found) == count or time.perf_counter() > until:
+            break
+        question = _question(rows[number], renderer, max_length)
+        if question is None:
+            continue
+        prompt, ids, wanted = question
+        with casting(model, autocast):
+            answered = _answer(model, renderer, ids, until)
+        found.append(Sample(prompt, wanted, answered, held_out))
+    return found
+
+
+def _question(row: Row, renderer: Renderer, max_length: int) -> tuple[str, list[int], str] | None:
+    """Returns what is asked, as text and as ids, and what the row answers; None where it is too long or has no answer."""
+    try:
+        example = renderer.example(row)
+    except SlmError:  # which was counted among the bad rows before
+        return None
+    if not example.spans:
+        return None
+    start, end = example.spans[-1]
+    text = renderer.tokenizer.decode
+    if not isinstance(row, ChatRow | CompletionRow):
+        start = min(start - 1 + _OPENING, (start + end) // 2)
+    if start >= max_length:
+        return None
+    wanted = text(example.ids[start:end]).strip()
+    return _asked(row, example, start, wanted, renderer), list(example.ids[:start]), wanted
+
+
+def _asked(row: Row, example: Example, start: int, wanted: str, renderer: Renderer) -> str:
+    match row:
+        case CompletionRow():
+            return row.prompt
+        case ChatRow():
+            answers = [n for n, message in enumerate(row.messages) if message["role"] == "assistant"]
+            of_it = (n for n in reversed(answers) if str(row.messages[n]["content"]).strip() == wanted)
+            place = next(of_it, answers[-1])
+            return str(row.messages[place - 1]["content"]) if place else ""
+    return renderer.tokenizer.decode(example.ids[:start])
+
+
+def _answer(model: TunableLM | CausalLM, renderer: Renderer, ids: list[int], until: float) -> str:
+    config, device = model.model.config, model.model.norm.weight.device
+    ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids()}
+    cache = KVCache(config)
+
+    def logits(new: Sequence[int]) -> Tensor:
+        hidden = model.model(torch.tensor([new], device=device), cache=cache)  # (1, T, D)
+        row: Tensor = model.lm_head(hidden[:, -1:])[0, -1]
+        return row
+
+    def tokens() -> Iterator[int]:
+        room = config.max_position_embeddings - len(ids)
+        for token in continued(logits, ids, min(TOKENS, room), lambda row: int(row.argmax())):
+            if token in ends or time.perf_counter() > until:
+                return
+            yield token
+
+    return renderer.tokenizer.decode(list(tokens())).strip()

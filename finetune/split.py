@@ -1,0 +1,98 @@
+"""Which rows are held out to measure the loss on."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from slm.finetune.rows import ChatRow, CompletionRow, Row
+
+# One row in this many is held out when no validation file is given.
+HELD_OUT = 10
+# With fewer held-out rows the loss on them differs from epoch to epoch by chance about as much as by learning.
+FEW_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on, and rows to measure on.
+
+    Attributes:
+        train: In the order of the file.
+        held_out: In the order of the file.
+        numbers: Of the held-out rows in the file, from 1; empty where they come from a file of their own.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def record(self) -> dict[str, object] | None:
+        """What tells one split of a file from another; None where nothing was split off."""
+        if not self.numbers:
+            return None
+        digest = hashlib.sha256(json.dumps(self.numbers).encode()).hexdigest()
+        return {"rows": len(self.numbers), "sha256": digest}
+
+
+def split_rows(rows: Sequence[Row], seed: int) -> Split:
+    """Holds out a tenth of the rows, drawn with the seed.
+
+    Rows with the same prompt go to the same side: otherwise the loss would be measured on what was learned. Where most rows
+    share their prompts with many others, as in a file of stories that all begin alike, only equal rows are kept together.
+
+    Args:
+        rows: All of them.
+        seed: Same seed, same rows.
+    """
+    wanted = len(rows) // HELD_OUT
+    groups = _groups(rows, _prompt)
+    if sum(len(group) for group in groups if len(group) > wanted) > len(rows) / 2:
+        groups = _groups(rows, _whole)
+    random.Random(f"{seed} held out").shuffle(groups)
+    drawn: set[int] = set()
+    for group in groups:
+        if len(drawn) + len(group) <= wanted:
+            drawn.update(group)
+    return Split(
+        [row for number, row in enumerate(rows) if number not in drawn],
+        [row for number, row in enumerate(rows) if number in drawn],
+        tuple(sorted(number + 1 for number in drawn)),
+    )
+
+
+def learned_before(train: Sequence[Row], held_out: Sequence[Row]) -> int:
+    """Returns how many of the held-out rows are training rows too."""
+    known = Counter(map(_whole, train))
+    return sum(_whole(row) in known for row in held_out)
+
+
+def _groups(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[int]]:
+    groups: dict[Hashable, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(key(row), []).append(number)
+    return list(groups.values())
+
+
+def _prompt(row: Row) -> Hashable:
+    """Returns what an answer is asked with: all before the first answer, or all of a row that has nothing before it."""
+    match row:
+        case ChatRow():
+            asked = list(takewhile(lambda message: message["role"] != "assistant", row.messages))
+            return ("chat", json.dumps(asked, sort_keys=True, default=str)) if asked else _whole(row)
+        case CompletionRow() if row.prompt.strip():
+            return "prompt", row.prompt.strip()
+    return _whole(row)
+
+
+def _whole(row: Row) -> Hashable:
+    match row:
+        case ChatRow():
+            return "chat", json.dumps(row.messages, sort_keys=True, default=str)
+        case CompletionRow():
+            return "completion", row.prompt.strip(), row.completion.strip()
+    return "text", row.text.strip()

@@ -1,0 +1,60 @@
+"""Type checkers see the public API: a script that is right passes mypy, and each mistake in another is found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RIGHT = """
+from pathlib import Path
+
+import slm
+
+model = slm.load("runs/tiny/onnx", device="cpu", threads=2)
+text: str = model.generate("The", temperature=0.5, max_new_tokens=3, stop="x")
+of_ids: str = model.generate([1, 2], seed=None)
+texts: list[str] = model.generate(["The", "A"], seed=3)
+for piece in model.pieces("The", logprobs=3):
+    print(piece.text, piece.token, piece.logprob)
+for part in model.stream("The", on_full="slide", keep=3):
+    print(part.upper())
+chat: slm.Chat = model.chat(system="a", messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+answer: str = chat.ask("Hi.", top_k=3)
+options: slm.GenerationOptions = {"temperature": 0, "max_new_tokens": 8}
+answer = chat.retry(**options)
+run = model.last_run
+if run is not None:
+    print(run.seed, run.stopped)
+try:
+    slm.load(Path("x"), adapter=Path("y"))
+except slm.SlmError as error:
+    print(error.message, error.hint)
+"""
+WRONG = """
+import slm
+
+model = slm.load()
+model.generate("The", max_tokens=3)
+model.generate("The", temperature="hot")
+text: str = model.generate(["The"])
+slm.load(devise="cuda")
+slm.load(device="gpu")
+model.chat().ask("Hi.", topk=3)
+"""
+
+
+def test_types_are_seen() -> None:
+    Path("right.py").write_text(RIGHT)
+    Path("wrong.py").write_text(WRONG)
+    found = {}
+    for name in ("right.py", "wrong.py"):
+        command = [sys.executable, "-m", "mypy", "--strict", "--no-pretty", "--config-file", os.devnull, name]
+        found[name] = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found["right.py"].returncode == 0, found["right.py"].stdout
+    lines = {int(line.split(":")[1]) for line in found["wrong.py"].stdout.splitlines() if ": error:" in line}
+    assert lines == set(range(5, 11)), found["wrong.py"].stdout
+    assert 'did you mean "max_new_tokens"' in found["wrong.py"].stdout
