@@ -146,7 +146,7 @@ def _turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int]
     """Returns the ids of whole turns, and where the answers among them stand."""
     start, end = _turn_tokens(tokenizer)
     line, model = (tokenizer.encode_literal(text) for text in ("\n", "model\n"))
-    ids, answers = tokenizer.encode(""), []
+    ids, answers = list(tokenizer.prefix_ids), []
     for message in messages:
         said = message["content"].strip()
         if message["role"] == "assistant":

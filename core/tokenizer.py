@@ -186,7 +186,9 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""
-        encodings = _asked(self._literal.encode_batch_fast, [self._checked(text) for text in texts], add_special_tokens=False)
+        encodings = _asked(
+            self._literal.encode_batch_fast, [self._checked(text) for text in texts], add_special_tokens=False
+        )
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -111,7 +111,7 @@ def _rows(bundle: Bundle, file: Path, tokens: int, row_tokens: int | None) -> Ar
     tokenizer = Tokenizer.load(bundle.path)
     documents = [text.strip() for text in read_text(file, "measuring text").split(END_OF_TEXT)]
     # What the tokenizer puts before a text: models like Gemma make little of one that begins without it.
-    prefix = tokenizer.encode("")
+    prefix = tokenizer.prefix_ids
     longest = row_tokens or max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
     ids: list[int] = []
     documents = [document for document in documents if document]

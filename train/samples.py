@@ -38,7 +38,7 @@ def continue_prompts(
     texts = []
     for prompt in prompts:
         dice = torch.Generator().manual_seed(seed)
-        ids = tokenizer.encode(prompt)
+        ids = [*tokenizer.prefix_ids, *tokenizer.encode_rendered(prompt)]  # training adds nothing after a text
         cache, new = KVCache(model.config), ids
         room = model.config.max_position_embeddings - len(ids)
         written: list[int] = []
