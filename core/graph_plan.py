@@ -125,18 +125,19 @@ def _value(given: Any) -> Value | None:
     return Constant(given) if isinstance(given, int | float) else given
 
 
-def plan_graph(config: ModelConfig, kind: Kind, smoothed: Collection[str] = ()) -> Plan:
+def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> Plan:
     """Returns the graph of a bundle.
 
     Args:
         config: The model's shape.
         kind: What else decides.
-        smoothed: Names of slots' factors that the graph has; whether it has some is not in the manifest.
+        names: Tensors that the graph has. The manifest does not say whether slots have smoothing's factors, nor whether rotations
+            are stored: earlier versions wrote a table of every position.
     """
     portable = kind.target == "portable"
     plan = Plan({"": 23} if portable else {"": 21, MICROSOFT: 1})
-    step = _portable_positions(plan, config) if portable else _fused_positions(plan, config, kind)
-    model = _Model(plan, config, kind, smoothed)
+    step = _portable_positions(plan, config) if portable else _fused_positions(plan, config, kind, names)
+    model = _Model(plan, config, kind, names)
     hidden = model.layers(step, plan("Reshape", Input(INPUT_IDS), [-1]) if portable else Input(INPUT_IDS))
     if portable:
         batch_new = plan("Shape", Input(INPUT_IDS))
@@ -174,9 +175,14 @@ def _frequencies(config: ModelConfig) -> Iterator[tuple[LayerType, Weight]]:
         yield kind, Weight(f"positions.{kind}_inv_freq", FLOAT, (config.head_dim // 2,))
 
 
-def _fused_positions(op: Plan, config: ModelConfig, kind: Kind) -> _Step:
+def _fused_positions(op: Plan, config: ModelConfig, kind: Kind, names: Collection[str]) -> _Step:
     ids, mask, step = Input(INPUT_IDS), Input(ATTENTION_MASK), _Step()
     step.lengths = op("ReduceSum", mask, [-1], keepdims=0)
+    stored = _tables(config, kind) if kind.device == "cpu" else []
+    if stored and stored[0].name in names:
+        for index, layers in enumerate(sorted(set(config.layer_types))):
+            step.cos[layers], step.sin[layers] = stored[2 * index : 2 * index + 2]
+        return _with_lengths(op, step)
     if kind.device == "cpu":
         new = op("Shape", ids, start=1, end=2)
         alone = op("Equal", op("Shape", mask, start=1, end=2), new)
@@ -192,8 +198,18 @@ def _fused_positions(op: Plan, config: ModelConfig, kind: Kind) -> _Step:
         if kind.device != "cpu":
             cos, sin = op("Cast", cos, to=FLOAT16), op("Cast", sin, to=FLOAT16)
         step.cos[layers], step.sin[layers] = cos, sin
+    return _with_lengths(op, step)
+
+
+def _tables(config: ModelConfig, kind: Kind) -> list[Weight]:
+    shape = (kind.context, config.head_dim // 2)
+    kinds = sorted(set(config.layer_types))
+    return [Weight(f"positions.{layers}_{part}", FLOAT, shape) for layers in kinds for part in ("cos", "sin")]
+
+
+def _with_lengths(op: Plan, step: _Step) -> _Step:
     step.last_index = op("Cast", op("Sub", step.lengths, 1), to=INT32)
-    step.total = op("Cast", op("Squeeze", op("Shape", mask, start=1, end=2)), to=INT32)
+    step.total = op("Cast", op("Squeeze", op("Shape", Input(ATTENTION_MASK), start=1, end=2)), to=INT32)
     return step
 
 
@@ -238,8 +254,8 @@ def _last_rows(op: Plan, hidden: Any, ends: Any) -> Any:
 class _Model:
     """Embedding, layers and head; see `slm.export.graph.modules`."""
 
-    def __init__(self, op: Plan, config: ModelConfig, kind: Kind, smoothed: Collection[str]) -> None:
-        self._op, self._config, self._kind, self._smoothed = op, config, kind, smoothed
+    def __init__(self, op: Plan, config: ModelConfig, kind: Kind, names: Collection[str]) -> None:
+        self._op, self._config, self._kind, self._names = op, config, kind, names
         self._portable = kind.target == "portable"
         self._dtype = FLOAT if kind.device == "cpu" else FLOAT16
 
@@ -317,19 +333,19 @@ class _Model:
             normed = self._norm(op("Reshape", x, [0, 0, count, size]), f"{path}.{name}_norm", size, dtype)
             made.append(op("Reshape", normed, [0, 0, count * size]))
         q, k, v = (self._cast(x, dtype, self._dtype) for x in (*made, qkv[2]))
-        on_cpu, window = self._kind.device == "cpu", config.window(layer)
+        rotates, window = step.rows is not None, config.window(layer)
         attributes: dict[str, Any] = {
             "num_heads": heads,
             "kv_num_heads": kv_heads,
             "scale": config.query_pre_attn_scalar**-0.5,
-            "do_rotary": int(not on_cpu),
+            "do_rotary": int(not rotates),
         }
         if window is not None:
             attributes["local_window_size"] = window
             if self._kind.device != "webgpu":
                 attributes["sliding_window_cache"] = 1
         tables: list[Any] = [step.cos[kind], step.sin[kind]]
-        if on_cpu:
+        if rotates:
             q, k = (
                 op("RotaryEmbedding", x, step.rows, *tables, domain=MICROSOFT, num_heads=count)
                 for x, count in ((q, heads), (k, kv_heads))
@@ -374,8 +390,8 @@ class _Model:
         op = self._op
         a, b = (Input(name) for name in slot_names(path))
         columns, rows = f"{path}.slot_columns", f"{path}.slot_rows"
-        left: Any = op("Mul", a, Weight(columns, FLOAT, (inputs, 1))) if columns in self._smoothed else a
-        right: Any = op("Div", b, Weight(rows, FLOAT, (outputs,))) if rows in self._smoothed else b
+        left: Any = op("Mul", a, Weight(columns, FLOAT, (inputs, 1))) if columns in self._names else a
+        right: Any = op("Div", b, Weight(rows, FLOAT, (outputs,))) if rows in self._names else b
         product = self._product(x, path, inputs, outputs)
         return op("Add", product, op("MatMul", op("MatMul", x, left), right))
 
