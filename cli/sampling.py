@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slm.cli.console import say
-from slm.cli.options import seed_option
+from slm.cli.options import Real, Whole, seed_option, threads_option, trust_option
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
@@ -63,16 +63,16 @@ def _biases(ctx: click.Context, parameter: click.Parameter, values: Sequence[str
     return biases
 
 
-_SHARE = click.FloatRange(min=0, min_open=True, max=1)
+_SHARE = Real(0, 1, min_open=True)
 
 
 # In the order of `slm generate --help`.
 _OPTIONS = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
-    click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]"),
+    threads_option,
     click.option(
         "--draft",
-        type=click.IntRange(min=1),
+        type=Whole(1, 1024),
         metavar="N",
         help="Read up to N tokens ahead where the text repeats: faster there, the same tokens but for rounding.",
     ),
@@ -82,7 +82,8 @@ _OPTIONS = (
         metavar="PATH",
         help="Answer with this LoRA adapter: PEFT's directory, or an .onnx_adapter file; a bundle needs slots for it.",
     ),
-    click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"),
+    trust_option,
+    click.option("--max-new-tokens", type=Whole(1), default=256, show_default=True, metavar="N"),
     click.option(
         "--stop",
         multiple=True,
@@ -98,7 +99,7 @@ _OPTIONS = (
     ),
     click.option(
         "--keep",
-        type=click.IntRange(min=0),
+        type=Whole(0),
         metavar="N",
         help="With --on-full slide: never forget the first N tokens. [default: what begins a text, such as <bos>]",
     ),
@@ -111,7 +112,7 @@ _OPTIONS = (
     ),
     click.option(
         "--repetition-penalty",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Real(0, 100, min_open=True),
         default=1.0,
         show_default=True,
         metavar="R",
@@ -119,7 +120,7 @@ _OPTIONS = (
     ),
     click.option(
         "--presence-penalty",
-        type=float,
+        type=Real(-100, 100),
         default=0.0,
         show_default=True,
         metavar="A",
@@ -127,7 +128,7 @@ _OPTIONS = (
     ),
     click.option(
         "--frequency-penalty",
-        type=float,
+        type=Real(-100, 100),
         default=0.0,
         show_default=True,
         metavar="A",
@@ -136,7 +137,7 @@ _OPTIONS = (
     click.option("--greedy", is_flag=True, help="Take the likeliest token; what follows has no effect then."),
     click.option(
         "--temperature",
-        type=click.FloatRange(min=0),
+        type=Real(0, 100),
         default=0.8,
         show_default=True,
         metavar="T",
@@ -144,7 +145,7 @@ _OPTIONS = (
     ),
     click.option(
         "--top-k",
-        type=click.IntRange(min=0),
+        type=Whole(0),
         default=40,
         show_default=True,
         metavar="K",
@@ -160,7 +161,7 @@ _OPTIONS = (
     ),
     click.option(
         "--min-p",
-        type=click.FloatRange(min=0, max=1),
+        type=Real(0, 1),
         default=0.0,
         show_default=True,
         metavar="P",

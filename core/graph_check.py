@@ -16,7 +16,9 @@ _LONGEST_CONSTANT = 16
 _RELATIVE = 1e-3
 # Of a table of rotations, in bytes: 131,072 positions of Gemma's heads take 67 MB.
 _LARGEST_TABLE = 512 << 20
-_HINT = "export the bundle again with this version of slm; --trust runs a graph that slm did not write"
+_HINT = (
+    "export the bundle again with this version of slm; commands that run a bundle take --trust if you trust its author"
+)
 
 
 class _Foreign(Exception):
@@ -97,7 +99,11 @@ class _Comparison:
         if constant is None and node.inputs[0] in self._graph.tensors:
             constant = self._constant(self._graph.tensors[node.inputs[0]], node)
             self._used.add(node.inputs[0])
-        if not isinstance(constant, Constant) or node.attributes or not isinstance(self._known.get(node.inputs[1]), Output):
+        if (
+            not isinstance(constant, Constant)
+            or node.attributes
+            or not isinstance(self._known.get(node.inputs[1]), Output)
+        ):
             return False
         self._know(node.outputs[0], constant)
         return True

@@ -1,8 +1,8 @@
 """What stands in an `.onnx` file, read without the onnx package, which a device does not have.
 
-Onnxruntime before 1.29 follows a graph's `external_data` wherever it points, and any version runs any operator. `external_files`
-finds every such place; `read_graph` returns nodes and tensors for `slm.core.graph_check`. Layout: onnx/onnx.proto of onnx 1.19, and
-https://protobuf.dev/programming-guides/encoding/.
+Onnxruntime before 1.29 follows a graph's `external_data` wherever it points, and any version runs any operator.
+`external_files` finds every such place; `read_graph` returns nodes and tensors for `slm.core.graph_check`. Layout:
+onnx/onnx.proto of onnx 1.19, and https://protobuf.dev/programming-guides/encoding/.
 """
 
 import math
@@ -38,7 +38,17 @@ _MAX_ENTRIES = 200_000
 # Of a tensor's data that is read: that of constants, of which slm writes shapes.
 _MAX_RAW = 1 << 20
 # Bits of an element and struct's letter for it, by ONNX's number of the type.
-_ELEMENTS = {1: (32, "f"), 2: (8, "B"), 3: (8, "b"), 6: (32, "i"), 7: (64, "q"), 9: (8, "?"), 10: (16, "e"), 21: (4, ""), 22: (4, "")}
+_ELEMENTS = {
+    1: (32, "f"),
+    2: (8, "B"),
+    3: (8, "b"),
+    6: (32, "i"),
+    7: (64, "q"),
+    9: (8, "?"),
+    10: (16, "e"),
+    21: (4, ""),
+    22: (4, ""),
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def _read_model(data: mmap, found: FileGraph) -> None:
     for number, form, value in _all_fields(data, 0, len(data)):
         if number == 7 and form == _BYTES:
             graphs += 1
-            _read_graph(data, *value, found)
+            _read_graph(data, value[0], value[1], found)
         elif number == 8 and form == _BYTES:
             fields = {n: v for n, _, v in _all_fields(data, *value)}
             domain = _words(data, fields.get(1, (0, 0)))
@@ -156,7 +166,7 @@ def _read_node(data: mmap, start: int, stop: int) -> FileNode:
         elif number in _NODE_TEXTS:
             setattr(node, _NODE_TEXTS[number], _words(data, value))
         elif number == 5:
-            name, attribute = _read_attribute(data, *value, node)
+            name, attribute = _read_attribute(data, value[0], value[1], node)
             if name in node.attributes:
                 raise ValueError(f"a node has the attribute {name!r} twice")
             node.attributes[name] = attribute

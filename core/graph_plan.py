@@ -1,8 +1,8 @@
 """The graph that a bundle must have, node by node: its manifest and configuration determine all of it but the weights.
 
-`slm.export.graph` writes these graphs; the nodes stand here a second time because a device has no onnx package, and because a list
-of permitted operators would not do: a chain of additions can double a tensor forty times. The tests compare the two for
-every kind of bundle. Values are `Node` outputs, names of inputs, `Weight`s and constants.
+`slm.export.graph` writes these graphs. The nodes stand here a second time because a device has no onnx package, and because a
+list of permitted operators is not enough: a chain of concatenations can double a tensor forty times. The tests compare the two
+for every kind of bundle. Values are `Node` outputs, names of inputs, `Weight`s and constants.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -131,8 +131,8 @@ def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> 
     Args:
         config: The model's shape.
         kind: What else decides.
-        names: Tensors that the graph has. The manifest does not say whether slots have smoothing's factors, nor whether rotations
-            are stored: earlier versions wrote a table of every position.
+        names: Tensors that the graph has. The manifest does not say whether slots have smoothing's factors, nor whether
+            rotations are stored: earlier versions wrote a table of every position.
     """
     portable = kind.target == "portable"
     plan = Plan({"": 23} if portable else {"": 21, MICROSOFT: 1})

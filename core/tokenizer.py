@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 # Of tokenizer_config.json; Gemma's has 1.2 MB.
 _MAX_CONFIG_BYTES = 16 << 20
-# Where the rules can make a text much longer, the most bytes that it may become. Rules of ordinary models multiply by 12 at most.
+# Where the rules can make a text much longer, the most bytes that it may become. Ordinary rules multiply by 12 at most.
 _ORDINARY_GROWTH, _MAX_GROWN_BYTES = 16, 128 << 20
 
 # What stands in a text for bytes that are no character.

@@ -1,7 +1,7 @@
 """Which regular expressions of a `tokenizer.json` run in linear time; the others are rejected.
 
-The tokenizers library runs them with Oniguruma, which backtracks and cannot be interrupted: `(a+)+$` takes exponential time, and
-`a+b` takes quadratic time on a text of a's. An expression passes when three things can be read off it:
+The tokenizers library runs them with Oniguruma, which backtracks and cannot be interrupted: `(a+)+$` takes exponential time,
+and `a+[bc]` takes quadratic time on a text of a's. An expression passes when three things hold:
 
 - An unbounded repeat covers one character class, or a group of fixed length. Nothing unbounded is nested.
 - An alternative gives up at most one unbounded repeat, that is, at most one is followed by something that can fail. Such an
@@ -47,6 +47,7 @@ class _Part:
         optional: Whether it always matches, if only the empty string.
         repeats: What is repeated without bound; empty where nothing is.
         kept: Whether a repeat is never given up again (possessive).
+        lazy: Whether a repeat takes as little as it can.
         run: Of a class repeated by a plain "+", outside of all flags, the class.
     """
 
@@ -57,6 +58,7 @@ class _Part:
     optional: bool = False
     repeats: str = ""
     kept: bool = False
+    lazy: bool = False
     run: str = ""
 
 
@@ -81,8 +83,8 @@ class Linear:
 def linear_regex(expression: str) -> Linear:
     """Returns an expression that finds the same matches in linear time.
 
-    It is the expression itself, except for the form `\\s+$` (DeepSeek has it): a class repeated, and something that may fail. Only
-    at the beginning of a run can that match, so `(?<!\\s)` is put before it, and a run is scanned once.
+    It is the expression itself, except for the form `\\s+$` (DeepSeek has it): a class repeated, and something that may fail.
+    That can only match from the beginning of a run, so `(?<!\\s)` is put before it, and each run is scanned once.
 
     Raises:
         Slow: When the expression may take longer, or uses syntax that is not supported.
@@ -127,9 +129,9 @@ def _may_fail(parts: _Route) -> bool:
 
 
 def _is_kept_by(route: _Route, place: int, later: list[_Route]) -> bool:
-    """Says whether one of the next alternatives keeps the run that this one gives up, with others of that run between at most."""
+    """Says whether an alternative keeps the run that this one gives up; those between must be of the same run."""
     for other in later:
-        places = [i for i, part in enumerate(other) if part.repeats == route[place].repeats]
+        places = [i for i, part in enumerate(other) if part.repeats == route[place].repeats and not part.lazy]
         if not places:
             return False
         first = places[0]
@@ -298,8 +300,9 @@ def _repeated(routes: list[_Route], least: int, most: int | None, kept: bool, qu
         if unbounded or not fixed:
             raise Slow(f"the unbounded repeat ({text}){quantifier} covers more than a class or a fixed group")
         length = len(route)
+        lazy = len(quantifier) > 1 and quantifier.endswith("?")
         run = text.removeprefix("(?)") if length == 1 and quantifier == "+" and text.startswith("(?)") else ""
-        return [(_Part(f"({text}){quantifier}", 1, least * length, least * length, least == 0, text, kept, run),)]
+        return [(_Part(f"({text}){quantifier}", 1, least * length, least * length, least == 0, text, kept, lazy, run),)]
     if unbounded:
         if (least, most) == (0, 1):
             return [*routes, ()]

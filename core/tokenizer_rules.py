@@ -1,9 +1,9 @@
 """What a `tokenizer.json` may contain. The tokenizers library checks neither time nor memory, and cannot be interrupted.
 
-A file is rebuilt from the fields below: components of known types, with bounds on how much text they add (`MAX_GROWTH`) and on how
-long they take. What is not listed is dropped, so the library only sees what was checked. `truncation` and `padding` are state of
-the program that wrote the file, as transformers treats them: it resets both at each call. BPE's `dropout`, which makes encoding
-random for training, is left out too.
+A file is rebuilt from the fields below: components of known types, with bounds on how much text they add (`MAX_GROWTH`) and on
+how long they take. What is not listed is dropped, so the library only sees what was checked. `truncation` and `padding` are
+state of the program that wrote the file, as transformers treats them: it resets both at each call. BPE's `dropout`, which
+makes encoding random for training, is left out too.
 """
 
 import base64
@@ -323,8 +323,8 @@ def _normalizer(value: Any, budget: _Budget, depth: int = 0) -> dict[str, Any]:
 def charsmap_growth(packed: str) -> float:
     """Returns how many bytes a SentencePiece map of characters makes of one byte.
 
-    The map is a double array (https://github.com/s-yata/darts-clone) of what is replaced, and the texts put there, each of which
-    ends with a zero byte.
+    The map is a double array (https://github.com/s-yata/darts-clone) of what is replaced, and the texts put there, each of
+    which ends with a zero byte.
     """
     try:
         data = base64.b64decode(packed, validate=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
+from slm.core.machine import check_threads
 from slm.core.manifest import Bundle, is_bundle
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.decoder import Decoder
@@ -25,6 +26,7 @@ def load(
     threads: int | None = None,
     draft_tokens: int | None = None,
     adapter: str | Path | None = None,
+    trust: bool = False,
 ) -> Model:
     """Loads a model for inference.
 
@@ -34,6 +36,7 @@ def load(
         threads: Threads for one operator; by default the usable physical cores.
         draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
         adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
+        trust: Whether to run a bundle whose graph slm did not write; such a graph can take any time and memory.
 
     Raises:
         SlmError: When there is nothing that can be run at the path, it is damaged, or the adapter is not for it.
@@ -42,7 +45,7 @@ def load(
     if is_bundle(path):
         from slm.runtime.decoder import OnnxDecoder
 
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trust)
         onnx = OnnxDecoder(bundle, device, threads)
         if adapter is not None:
             onnx.use(load_adapter(adapter, bundle))
@@ -56,8 +59,8 @@ def load(
 
         if device == "cuda" and not torch.cuda.is_available():
             raise SlmError("PyTorch here sees no CUDA device", "--device cpu")
-        if threads:
-            torch.set_num_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(check_threads(threads))
         model = (load_checkpoint(path) if adapter is None else _merged(path, adapter)).to(device)
         return Model(Tokenizer.load(path), _drafting(TorchDecoder(model), draft_tokens), model.config.stop_token_ids)
     what = "not found" if not path.exists() else "neither a checkpoint nor a bundle"
@@ -73,6 +76,7 @@ def load_ensemble(
     device: Device = "cpu",
     threads: int | None = None,
     draft_tokens: int | None = None,
+    trust: bool = False,
 ) -> Model:
     """Loads several models that share a tokenizer as one, whose predictions are averaged.
 
@@ -82,13 +86,14 @@ def load_ensemble(
         device: See `load`.
         threads: See `load`.
         draft_tokens: See `load`.
+        trust: See `load`.
 
     Raises:
         SlmError: As `load`, and when tokenizers differ.
     """
     from slm.runtime.ensemble import EnsembleDecoder
 
-    models = [load(path, device=device, threads=threads) for path in paths]
+    models = [load(path, device=device, threads=threads, trust=trust) for path in paths]
     first = models[0]
     for path, model in zip(paths, models, strict=True):
         if model.tokenizer.sha256 != first.tokenizer.sha256:
