@@ -147,16 +147,13 @@ def test_what_comes_before_a_text_is_told_from_what_comes_after(
     assert found.encode("fox") == [*before, *found.encode_rendered("fox"), *after]
 
 
-def test_several_processors_each_put_theirs_around(tmp_path: Path) -> None:
+def test_two_templates_are_rejected(tmp_path: Path) -> None:
+    """The library panics over them."""
     backend = real("gemma")
-    backend.post_processor = processors.Sequence(
-        [
-            processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)]),
-            processors.TemplateProcessing("</s> $A", None, [("</s>", 1)]),
-        ]
-    )
-    found = load(tmp_path, backend.to_str())
-    assert (found.prefix_ids, found.suffix_ids) == ((1, 0), (1,))
+    template = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
+    backend.post_processor = processors.Sequence([template, template])
+    with pytest.raises(SlmError, match="not a tokenizer"):
+        load(tmp_path, backend.to_str())
 
 
 def test_state_is_reset_as_transformers_resets_it(tmp_path: Path) -> None:
