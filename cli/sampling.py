@@ -1,5 +1,6 @@
 """What a command that generates text has in common with another: its options, under the same names and headings."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slm.cli.console import say
-from slm.cli.options import Real, Whole, seed_option, threads_option, trust_option
+from slm.cli.options import MAX_COUNT, Real, Whole, seed_option, threads_option, trust_option
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
@@ -55,11 +56,12 @@ def _biases(ctx: click.Context, parameter: click.Parameter, values: Sequence[str
     for value in values:
         token, _, bias = value.partition("=")
         try:
-            biases[int(token)] = float(bias)
+            number, added = int(token), float(bias)
         except ValueError:
-            raise click.BadParameter(
-                f"{value!r} is not ID=VALUE, such as 42=-1.5, or 42=-inf to rule a token out"
-            ) from None
+            number, added = -1, math.nan
+        if not 0 <= number <= MAX_COUNT or not added < math.inf:  # NaN is not
+            raise click.BadParameter(f"{value!r} is not ID=VALUE, such as 42=-1.5, or 42=-inf to rule a token out")
+        biases[number] = added
     return biases
 
 

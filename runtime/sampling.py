@@ -21,6 +21,12 @@ _STRIDES = 64
 _BLOCK = 512
 # Below it float32 would divide 0 by 0; the likeliest token has everything long before.
 _COLDEST = 1e-30
+# What 32 bits hold, and what NumPy takes for a seed.
+MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1
+
+
+def _is_whole(value: object, most: int) -> bool:
+    return isinstance(value, int | np.integer) and 0 <= value <= most
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,9 @@ class Sampling:
         share = "above 0 and at most 1"
         for name, value, wanted, good in (
             ("temperature", self.temperature, "0 or more", 0 <= self.temperature < infinity),
-            ("top_k", self.top_k, "0 or more", self.top_k >= 0),
+            ("top_k", self.top_k, f"from 0 to {MAX_COUNT:,}", _is_whole(self.top_k, MAX_COUNT)),
             ("top_p", self.top_p, share, 0 < self.top_p <= 1),
-            ("seed", self.seed, "0 or more", self.seed >= 0),
+            ("seed", self.seed, "from 0 to 2^63 - 1", _is_whole(self.seed, MAX_SEED)),
             ("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1),
             ("typical_p", self.typical_p, share, 0 < self.typical_p <= 1),
             ("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < infinity),
