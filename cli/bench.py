@@ -17,7 +17,7 @@ import click
 from slm.cli import bench_report
 from slm.cli.console import RichProgress, print_json, say
 from slm.cli.generate import default_model
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import MAX_COUNT, Artifact, Whole, json_option, threads_option, trust_option
 from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_freed_memory
@@ -37,7 +37,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
         numbers = [int(part) for part in value.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
+    if not numbers or min(numbers) < 1 or max(numbers) > MAX_COUNT or len(numbers) > 100:
         raise click.BadParameter(f"{value!r} is not a list of numbers such as {_PROMPTS}")
     return sorted(set(numbers))
 
@@ -56,14 +56,15 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--batch", "batches", default="1,8", callback=_numbers, show_default=True, metavar="B,B", help="Rows at a time."
 )
-@click.option("--new", type=click.IntRange(min=2), default=32, show_default=True, metavar="N", help="New tokens a row.")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns of each case.")
+@click.option("--new", type=Whole(2), default=32, show_default=True, metavar="N", help="New tokens a row.")
+@click.option("--rounds", type=Whole(1, 10_000), default=5, show_default=True, help="Turns of each case.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+@threads_option
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the speeds.")
 @click.option(
     "--compare", type=click.Path(path_type=Path, dir_okay=False), metavar="OLD.json", help="Beside an earlier --json."
 )
+@trust_option
 @json_option
 def bench(
     model: Path | None,
@@ -75,6 +76,7 @@ def bench(
     threads: int | None,
     plot: Path | None,
     compare: Path | None,
+    trust: bool,
     as_json: bool,
 ) -> None:
     """Measure how fast a bundle (onnxruntime) or a checkpoint (PyTorch) answers, and in how much memory.
@@ -96,14 +98,14 @@ def bench(
         raise SlmError("--plot needs matplotlib, which is not installed", "pip install matplotlib")
     old = None if compare is None else bench_report.read(compare)
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
+    loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked the choice
     decoder = loaded.decoder
     say(f"{path}: {decoder.description}")
     prompts = _fitting(prompts, new, decoder.context)
     report = _about(path, decoder) | {"device": device, "rounds": rounds, "new_tokens": new}
     timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], device)
     del loaded, decoder  # what follows has the memory for itself
-    fresh = _fresh_processes(path, device, threads, prompts, new)
+    fresh = _fresh_processes(path, device, threads, prompts, new, trust)
     report |= {
         "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
         "memory": [{"prompt": prompt} | figures for prompt, figures in zip(prompts, fresh, strict=True)],
@@ -258,14 +260,15 @@ def _torch_rows(decoder: Any) -> "MakeRows":
 
 
 def _fresh_processes(
-    path: Path, device: str, threads: int | None, prompts: Sequence[int], new: int
+    path: Path, device: str, threads: int | None, prompts: Sequence[int], new: int, trust: bool
 ) -> list[dict[str, float]]:
     progress = RichProgress()
     progress.start("loading and memory", len(prompts), "processes")
     try:
         found = []
         for prompt in prompts:
-            found.append(fresh_process(path, prompt, device=device, threads=threads, new=min(new, _FRESH_TOKENS)))
+            count = min(new, _FRESH_TOKENS)
+            found.append(fresh_process(path, prompt, device=device, threads=threads, new=count, trust=trust))
             progress.advance()
         return found
     finally:
@@ -273,7 +276,13 @@ def _fresh_processes(
 
 
 def fresh_process(
-    path: Path, prompt: int, *, new: int = _FRESH_TOKENS, device: str = "cpu", threads: int | None = None
+    path: Path,
+    prompt: int,
+    *,
+    new: int = _FRESH_TOKENS,
+    device: str = "cpu",
+    threads: int | None = None,
+    trust: bool = False,
 ) -> dict[str, float]:
     """Loads a model in a new process, which reads a prompt and writes a few tokens.
 
@@ -283,6 +292,7 @@ def fresh_process(
         new: Tokens to write.
         device: "cpu" or "cuda".
         threads: Threads for one operator; by default the usable physical cores.
+        trust: Whether to run a bundle whose graph slm did not write.
 
     Returns:
         `load_ms`, packages imported and files checked included; `ttft_ms` of the first prompt; `rss_mib`, resident while
@@ -291,7 +301,7 @@ def fresh_process(
     Raises:
         SlmError: When the process fails, with the last line that it said.
     """
-    arguments = json.dumps([str(path.resolve()), device, threads, prompt, new])
+    arguments = json.dumps([str(path.resolve()), device, threads, prompt, new, trust])
     done = child.run("from slm.cli.bench import in_fresh_process; in_fresh_process()", arguments)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
@@ -302,13 +312,13 @@ def fresh_process(
 
 def in_fresh_process() -> None:
     """Is that process."""
-    path, device, threads, prompt, new = json.loads(sys.argv[1])
+    path, device, threads, prompt, new, trust = json.loads(sys.argv[1])
     return_freed_memory()  # as slm generate does
     started = time.perf_counter()
     from slm.loading import load
     from slm.runtime.bench import prompt_ids, resident_mib
 
-    decoder = load(path, device=device, threads=threads).decoder
+    decoder = load(path, device=device, threads=threads, trust=trust).decoder
     loaded = time.perf_counter()
     token = int(decoder.read(prompt_ids(prompt, decoder.vocab_size)).argmax())
     first = time.perf_counter()

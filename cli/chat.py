@@ -53,6 +53,7 @@ def chat(
     threads: int | None,
     draft: int | None,
     adapter: Path | None,
+    trust: bool,
     keep: int | None,
     greedy: bool,
     seed: int | None,
@@ -77,7 +78,7 @@ def chat(
 
     return_freed_memory()
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads, adapter=adapter)  # type: ignore[arg-type]  # click checked
+    loaded = load(path, device=device, threads=threads, adapter=adapter, trust=trust)  # type: ignore[arg-type]  # click checked
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
     if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):
@@ -105,7 +106,7 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
         return {"finetuned": read_info(adapter)}
     if not is_bundle(path):
         return read_info(path)
-    info = Bundle.open(path).manifest.provenance.get(INFO_FILE)
+    info = Bundle.open(path, trust=True).manifest.provenance.get(INFO_FILE)
     return info if isinstance(info, dict) else {}
 
 

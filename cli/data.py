@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import document_option, json_option
+from slm.cli.options import Whole, document_option, json_option
+from slm.core.machine import MAX_THREADS
 from slm.core.text.streams import DOCUMENT_BYTES
 
 _OUT = Path("datasets")
@@ -46,15 +47,15 @@ def data() -> None:
 )
 @click.option(
     "--vocab-size",
-    type=click.IntRange(min=260),
+    type=Whole(260, 1_000_000),
     metavar="N",
     help="Tokens that bpe learns, special ones included. [default: 4096]",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: datasets/NAME]")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes. [default: one a core]")
+@click.option("--workers", type=Whole(1, MAX_THREADS), metavar="N", help="Processes. [default: one a core]")
 @click.option(
     "--shard-tokens",
-    type=click.IntRange(min=1),
+    type=Whole(1),
     default=100_000_000,
     show_default=True,
     metavar="N",

@@ -10,7 +10,7 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.generate import default_model
-from slm.cli.options import Artifact, column_option, document_option, json_option
+from slm.cli.options import Artifact, Whole, column_option, document_option, json_option, threads_option, trust_option
 from slm.core.errors import SlmError
 from slm.core.sample import validation_path
 from slm.core.text.documents import TEXT_COLUMN, read_documents, text_files
@@ -44,19 +44,19 @@ _SHIPPED = "the held-out stories that ship with slm"
 )
 @click.option(
     "--context",
-    type=click.IntRange(min=2),
+    type=Whole(2),
     metavar="N",
     help="Tokens that are read at most. [default: what the model takes, up to 4,096; for windows what training took]",
 )
 @click.option(
     "--stride",
-    type=click.IntRange(min=1),
+    type=Whole(1),
     metavar="N",
     help="New tokens of each further row of a longer document. [default: half of the context]",
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(min=1),
+    type=Whole(1),
     metavar="N",
     help="Predict no more than about N. [default: all; for windows what training took]",
 )
@@ -66,9 +66,10 @@ _SHIPPED = "the held-out stories that ship with slm"
     help="Tasks of lm-evaluation-harness, or YAML files that describe one. Such a file can run Python: name none that you "
     "do not trust.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Examples of each task. [default: all]")
+@click.option("--limit", type=Whole(1), metavar="N", help="Examples of each task. [default: all]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]")
+@threads_option
+@trust_option
 @json_option
 def eval(
     model: Path | None,
@@ -83,6 +84,7 @@ def eval(
     limit: int | None,
     device: str,
     threads: int | None,
+    trust: bool,
     as_json: bool,
 ) -> None:
     """Measure how well a checkpoint (PyTorch) or a bundle (onnxruntime) predicts text.
@@ -104,7 +106,7 @@ def eval(
     _check(protocol, stride, tasks, names, limit)
     text = None if names and not data else _Text(data, column, max_document_bytes)
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice
+    loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked the choice
     say(f"{path}: {loaded.decoder.description}")
     report: dict[str, Any] = {"model": str(path), "backend": loaded.decoder.description}
     if text is not None:
@@ -179,7 +181,9 @@ def _as_trained(path: Path) -> tuple[int | None, int | None]:
     from slm.core.checkpoint import INFO_FILE, read_info
     from slm.core.manifest import Bundle, is_bundle
 
-    recorded: Any = Bundle.open(path).manifest.provenance.get(INFO_FILE) if is_bundle(path) else read_info(path)
+    recorded: Any = (
+        Bundle.open(path, trust=True).manifest.provenance.get(INFO_FILE) if is_bundle(path) else read_info(path)
+    )
     try:
         recipe = recorded["recipe"]
         evaluation = recipe["evaluation"]

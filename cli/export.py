@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import Artifact, json_option, out_option
+from slm.cli.options import Artifact, Whole, json_option, out_option
 from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_checkpoint, run_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="Merge this LoRA adapter first.")
 @click.option("--adapter-slots", is_flag=True, help="With --onnx: a graph that takes LoRA adapters when it runs.")
 @click.option("--onnx-adapter", is_flag=True, help="Write --adapter as an .onnx_adapter file for such a graph.")
-@click.option("--context", type=click.IntRange(min=2), metavar="N", help="Longest sequence, in tokens. [default: 4096]")
+@click.option("--context", type=Whole(2), metavar="N", help="Longest sequence, in tokens. [default: 4096]")
 @click.option(
     "--target",
     type=click.Choice(["fused", "portable"]),

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from slm.cli.console import RichProgress, next_step, one_line, print_json, print_lines, print_table, say
-from slm.cli.options import Artifact, ByteCount, document_option, json_option, out_option, seed_option
+from slm.cli.options import Artifact, ByteCount, Real, Whole, document_option, json_option, out_option, seed_option
 from slm.core.errors import SlmError
 from slm.core.runs import RUNS, newest_checkpoint, run_of
 from slm.core.text.files import bare_name
@@ -45,13 +45,13 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 @click.option(
     "--overwrite", is_flag=True, help="Replace what is already there; drop an interrupted run of other values."
 )
-@click.option("--rank", type=click.IntRange(1), default=8, show_default=True, help="Rank of the adapter's matrices.")
-@click.option("--alpha", type=click.IntRange(1), default=16, show_default=True, help="Scale: alpha / rank.")
+@click.option("--rank", type=Whole(1, 4096), default=8, show_default=True, help="Rank of the adapter's matrices.")
+@click.option("--alpha", type=Whole(1, 1_000_000), default=16, show_default=True, help="Scale: alpha / rank.")
 @click.option("--rslora", is_flag=True, help="Scale: alpha / sqrt(rank), for high ranks.")
 @click.option("--dora", is_flag=True, help="Learn magnitudes beside directions (DoRA).")
 @click.option(
     "--dropout",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Real(0, 1, max_open=True),
     default=0.0,
     show_default=True,
     help="On the adapter's inputs.",
@@ -63,13 +63,13 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Real(0, 100, min_open=True),
     help="Peak rate; chosen by the model's width when left out.",
 )
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the rows; chosen by their number when left out.")
+@click.option("--epochs", type=Whole(1, 1_000_000), help="Passes over the rows; chosen by their number when left out.")
 @click.option(
     "--patience",
-    type=click.IntRange(0),
+    type=Whole(0, 1_000_000),
     default=3,
     show_default=True,
     help="End after so many passes without a new best; 0 goes on to the end, as --keep last does.",
@@ -81,11 +81,11 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     show_default=True,
     help="Keep the epoch with the lowest held-out loss, or the last one.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Rows in an update.")
+@click.option("--batch-size", type=Whole(1, 65_536), default=8, show_default=True, help="Rows in an update.")
 @click.option("--pack", is_flag=True, help="Fill every row up to --max-length with several examples, kept apart.")
 @click.option(
     "--max-length",
-    type=click.IntRange(2),
+    type=Whole(2),
     help="Tokens of a row; 512 or the context when left out.",
 )
 @document_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slm.cli.console import print_json, say, say_if_not_exported
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import Artifact, Whole, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
@@ -37,7 +37,7 @@ _INTERRUPTED = 130
 @json_option
 @click.option(
     "--logprobs",
-    type=click.IntRange(min=0),
+    type=Whole(0, 1_000_000),
     metavar="N",
     help="With --json: each token's log-probability and the N likeliest there, as the model has them, before any option "
     "changes them.",
@@ -57,6 +57,7 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...],
     on_full: str,
+    trust: bool,
     keep: int | None,
     greedy: bool,
     **sampling: Any,
@@ -84,12 +85,12 @@ def generate(
     return_freed_memory()
     if ensemble is None:
         path = str(models[0] if models else default_model())
-        loaded = load(path, device=device, threads=threads, draft_tokens=draft, adapter=adapter)  # type: ignore[arg-type]  # click checked
+        loaded = load(path, device=device, threads=threads, draft_tokens=draft, adapter=adapter, trust=trust)  # type: ignore[arg-type]  # click checked
     else:
         if adapter is not None:
             raise click.UsageError("--adapter is for one model")
         path = ", ".join(map(str, models))
-        loaded = load_ensemble(models, ensemble, device=device, threads=threads, draft_tokens=draft)  # type: ignore[arg-type]
+        loaded = load_ensemble(models, ensemble, device=device, threads=threads, draft_tokens=draft, trust=trust)  # type: ignore[arg-type]
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None

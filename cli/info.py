@@ -9,7 +9,7 @@ import click
 
 from slm.cli.console import print_json
 from slm.cli.info_tables import print_info
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import Artifact, Whole, json_option
 from slm.core import accounting
 from slm.core.accounting import FLOAT32_BYTES, HALF_BYTES, INT8_BLOCK, saved_percent
 from slm.core.checkpoint import INFO_FILE, is_checkpoint, notices_of, read_config, read_info
@@ -56,16 +56,10 @@ class _Subject:
 
 @click.command()
 @click.argument("artifact", type=Artifact(), metavar="CHECKPOINT|BUNDLE|PRESET")
-@click.option(
-    "--context", type=click.IntRange(min=1), metavar="N", help="Tokens to count with; 4,096 or what it takes."
-)
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="B", help="Rows of the cache."
-)
-@click.option(
-    "--position", type=click.IntRange(min=0), metavar="P", help="Where a token is decoded, from 0; the context's last."
-)
-@click.option("--vocab-size", type=click.IntRange(min=1), metavar="N", help="Another vocabulary for a preset.")
+@click.option("--context", type=Whole(1), metavar="N", help="Tokens to count with; 4,096 or what it takes.")
+@click.option("--batch", type=Whole(1, 1_000_000), default=1, show_default=True, metavar="B", help="Rows of the cache.")
+@click.option("--position", type=Whole(0), metavar="P", help="Where a token is decoded, from 0; the context's last.")
+@click.option("--vocab-size", type=Whole(1), metavar="N", help="Another vocabulary for a preset.")
 @json_option
 def info(
     artifact: Path, context: int | None, batch: int, position: int | None, vocab_size: int | None, as_json: bool
@@ -192,7 +186,7 @@ def _in_memory(config: ModelConfig) -> dict[str, int]:
 
 
 def _bundle(path: Path) -> _Subject:
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, trust=True)  # nothing is run
     manifest = bundle.manifest
     details: Details = {
         "kind": "bundle",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, say
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import Artifact, Real, json_option
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--density",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Real(0, 1, min_open=True),
     help="With ties: share of a change that is kept. [default: 0.2]",
 )
-@click.option("--scale", type=float, help="With task and ties: what the change is multiplied with. [default: 1]")
+@click.option(
+    "--scale", type=Real(-100, 100), help="With task and ties: what the change is multiplied with. [default: 1]"
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The checkpoint to write.")
 @json_option
 def merge(

@@ -1,14 +1,46 @@
 """Options that several commands share, so that the same thing has the same name everywhere."""
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
 from slm.core.errors import SlmError
+from slm.core.machine import MAX_THREADS
 
 # The checkpoints that a run may hold, the one that is mostly meant first.
 _CHECKPOINTS = ("best", "last", "imported")
+
+# What numbers of 32 bits hold: lengths in tokens and rows have no smaller limit that is the same for every model.
+MAX_COUNT = 2**31 - 1
+# What NumPy, PyTorch and a recipe take.
+MAX_SEED = 2**63 - 1
+
+
+class Whole(click.IntRange):
+    """A whole number with both bounds. The help leaves `MAX_COUNT` and `MAX_SEED` out."""
+
+    def __init__(self, min: int, max: int = MAX_COUNT) -> None:
+        super().__init__(min, max)
+
+    def _describe_range(self) -> str:
+        return f"x>={self.min}" if self.max in (MAX_COUNT, MAX_SEED) else super()._describe_range()
+
+
+class Real(click.FloatRange):
+    """A number with both bounds. NaN is rejected, which no comparison does."""
+
+    def __init__(self, min: float, max: float, min_open: bool = False, max_open: bool = False) -> None:
+        super().__init__(min, max, min_open, max_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the number."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 out_option = click.option(
@@ -17,7 +49,9 @@ out_option = click.option(
     metavar="DIR",
     help="Where to write. [default: in the run under ./runs, else beside the input]",
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same output.")
+seed_option = click.option(
+    "--seed", type=Whole(0, MAX_SEED), default=0, show_default=True, help="Same seed, same output."
+)
 
 
 class ByteCount(click.ParamType[int]):
@@ -58,6 +92,24 @@ document_option = click.option(
     help="Refuse rows and documents that are longer, such as 64MiB. [default: 16MiB]",
 )
 column_option = click.option("--column", metavar="NAME", help="What the text is called in rows. [default: text]")
+
+threads_option = click.option("--threads", type=Whole(1, MAX_THREADS), help="Threads. [default: usable physical cores]")
+
+
+def _warn_of_trust(context: click.Context, parameter: click.Parameter, trust: bool) -> bool:
+    if trust:
+        from slm.cli.console import say
+
+        say("warning: --trust: the graph is not checked; it can take any time and memory")
+    return trust
+
+
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    callback=_warn_of_trust,
+    help="Run a bundle whose graph slm did not write; such a graph can take any time and memory.",
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say, say_if_not_exported
-from slm.cli.options import Artifact, column_option, document_option, json_option, out_option
+from slm.cli.options import Artifact, Real, Whole, column_option, document_option, json_option, out_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.runs import newest_bundle
@@ -26,6 +26,10 @@ _BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 2
 _WORST = 5
 
 
+_MAX_SIZE = 10**12
+_MAX_SHARE = 1000.0
+
+
 class Size(click.ParamType[int]):
     """Bytes: "110MB", "0.2 GiB"; a bare number is megabytes."""
 
@@ -36,9 +40,12 @@ class Size(click.ParamType[int]):
         text = str(value).strip().upper()
         number = text.rstrip("BKMGI ")
         try:
-            return int(float(number) * _BYTES[text[len(number) :].strip() or "MB"])
-        except (ValueError, KeyError, OverflowError):
-            self.fail(f"{value!r} is no size; 110MB or 0.1GiB is", param, ctx)
+            size = float(number) * _BYTES[text[len(number) :].strip() or "MB"]
+        except (ValueError, KeyError):
+            size = 0.0
+        if not 1 <= size <= _MAX_SIZE:
+            self.fail(f"{value!r} is not a size; 110MB and 0.1GiB are, and 1 TB is the largest", param, ctx)
+        return int(size)
 
 
 class Share(click.ParamType[float]):
@@ -53,8 +60,8 @@ class Share(click.ParamType[float]):
             share = float(text.rstrip("% ")) / (100 if text.endswith("%") else 1)
         except ValueError:
             share = -1.0
-        if not 0 <= share < float("inf"):
-            self.fail(f"{value!r} is no share; 2% or 0.02 is", param, ctx)
+        if not 0 <= share <= _MAX_SHARE:
+            self.fail(f"{value!r} is not a share; 2% and 0.02 are, and 100,000% is the largest", param, ctx)
         return share
 
 
@@ -94,14 +101,14 @@ class Share(click.ParamType[float]):
 @click.option("--data", type=click.Path(path_type=Path), metavar="PATH", help="Text to measure the quality on.")
 @column_option
 @document_option
-@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="How much of it to read.")
-@click.option("--window", type=click.IntRange(min=2), metavar="N",
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="How much of it to read.")
+@click.option("--window", type=Whole(2), metavar="N",
               help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="PATH",
               help="Text to choose settings by; another than --data.")  # fmt: skip
-@click.option("--calibration-tokens", type=click.IntRange(min=2), metavar="N",
+@click.option("--calibration-tokens", type=Whole(2), metavar="N",
               help="How much of it. [default: 2048; 8192 for --int4]")  # fmt: skip
-@click.option("--max-kl", type=click.FloatRange(min=0), metavar="NATS",
+@click.option("--max-kl", type=Real(0, 1000), metavar="NATS",
               help="Refuse a bundle whose predictions moved by more, on average; --int4 spends bits to stay below. "
                    "[default: 0.02; 0.15 for --int4]")  # fmt: skip
 @click.option("--max-ppl-increase", type=Share(), metavar="SHARE",

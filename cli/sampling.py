@@ -1,5 +1,6 @@
 """What a command that generates text has in common with another: its options, under the same names and headings."""
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slm.cli.console import say
+from slm.cli.options import MAX_COUNT, MAX_SEED, Real, Whole, threads_option, trust_option
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
@@ -54,24 +56,25 @@ def _biases(ctx: click.Context, parameter: click.Parameter, values: Sequence[str
     for value in values:
         token, _, bias = value.partition("=")
         try:
-            biases[int(token)] = float(bias)
+            number, added = int(token), float(bias)
         except ValueError:
-            raise click.BadParameter(
-                f"{value!r} is not ID=VALUE, such as 42=-1.5, or 42=-inf to rule a token out"
-            ) from None
+            number, added = -1, math.nan
+        if not 0 <= number <= MAX_COUNT or not added < math.inf:  # NaN is not
+            raise click.BadParameter(f"{value!r} is not ID=VALUE, such as 42=-1.5, or 42=-inf to rule a token out")
+        biases[number] = added
     return biases
 
 
-_SHARE = click.FloatRange(min=0, min_open=True, max=1)
+_SHARE = Real(0, 1, min_open=True)
 
 
 # In the order of `slm generate --help`.
 _OPTIONS = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
-    click.option("--threads", type=click.IntRange(min=1), help="Threads. [default: usable physical cores]"),
+    threads_option,
     click.option(
         "--draft",
-        type=click.IntRange(min=1),
+        type=Whole(1, 1024),
         metavar="N",
         help="Read up to N tokens ahead where the text repeats: faster there, the same tokens but for rounding.",
     ),
@@ -81,7 +84,8 @@ _OPTIONS = (
         metavar="PATH",
         help="Answer with this LoRA adapter: PEFT's directory, or an .onnx_adapter file; a bundle needs slots for it.",
     ),
-    click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"),
+    trust_option,
+    click.option("--max-new-tokens", type=Whole(1), default=256, show_default=True, metavar="N"),
     click.option(
         "--stop",
         multiple=True,
@@ -97,7 +101,7 @@ _OPTIONS = (
     ),
     click.option(
         "--keep",
-        type=click.IntRange(min=0),
+        type=Whole(0),
         metavar="N",
         help="With --on-full slide: never forget the first N tokens. [default: what begins a text, such as <bos>]",
     ),
@@ -110,7 +114,7 @@ _OPTIONS = (
     ),
     click.option(
         "--repetition-penalty",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Real(0, 100, min_open=True),
         default=1.0,
         show_default=True,
         metavar="R",
@@ -118,7 +122,7 @@ _OPTIONS = (
     ),
     click.option(
         "--presence-penalty",
-        type=float,
+        type=Real(-100, 100),
         default=0.0,
         show_default=True,
         metavar="A",
@@ -126,7 +130,7 @@ _OPTIONS = (
     ),
     click.option(
         "--frequency-penalty",
-        type=float,
+        type=Real(-100, 100),
         default=0.0,
         show_default=True,
         metavar="A",
@@ -135,7 +139,7 @@ _OPTIONS = (
     click.option("--greedy", is_flag=True, help="Take the likeliest token; what follows has no effect then."),
     click.option(
         "--temperature",
-        type=click.FloatRange(min=0),
+        type=Real(0, 100),
         default=0.8,
         show_default=True,
         metavar="T",
@@ -143,7 +147,7 @@ _OPTIONS = (
     ),
     click.option(
         "--top-k",
-        type=click.IntRange(min=0),
+        type=Whole(0),
         default=40,
         show_default=True,
         metavar="K",
@@ -159,7 +163,7 @@ _OPTIONS = (
     ),
     click.option(
         "--min-p",
-        type=click.FloatRange(min=0, max=1),
+        type=Real(0, 1),
         default=0.0,
         show_default=True,
         metavar="P",
@@ -175,7 +179,7 @@ _OPTIONS = (
     ),
     click.option(
         "--seed",
-        type=click.IntRange(min=0, max=2**63 - 1),
+        type=Whole(0, MAX_SEED),
         metavar="N",
         help="Same seed, same output. [default: one is drawn and printed]",
     ),

@@ -11,7 +11,7 @@ import click
 
 from slm.cli.console import say
 from slm.cli.generate import default_model
-from slm.cli.options import Artifact, HostName
+from slm.cli.options import Artifact, HostName, threads_option, trust_option
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
@@ -90,7 +90,8 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @click.option("--grace", type=_Seconds(0, _DAY_S), default=30.0, show_default=True, metavar="S",
               help="How long answers may go on when the server is stopped.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads. [default: usable physical cores]")
+@threads_option
+@trust_option
 def serve(
     model: Path | None,
     host: str,
@@ -111,6 +112,7 @@ def serve(
     grace: float,
     device: str,
     threads: int | None,
+    trust: bool,
 ) -> None:
     """Answer over HTTP as OpenAI's API does: chats, completions, streams, JSON schemas.
 
@@ -137,7 +139,7 @@ def serve(
     keys = _api_keys(api_key_file)
     listening = _listen(host, port)  # before anything is loaded, which may take a while
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked
+    loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked
     decoder = loaded.decoder
     if not isinstance(decoder, OnnxDecoder):
         raise SlmError(f"{path} is a checkpoint", "slm export --onnx makes a bundle of it, which can be served")

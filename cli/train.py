@@ -8,7 +8,7 @@ import click
 
 from slm.cli.console import RichProgress, next_step, one_line, print_json, print_lines, print_table, say
 from slm.cli.foresight import foresee
-from slm.cli.options import column_option, document_option, json_option, set_option
+from slm.cli.options import MAX_SEED, Whole, column_option, document_option, json_option, set_option
 from slm.core.errors import SlmError
 from slm.core.runs import free_run, newest_run
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]"
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
-@click.option("--seed", type=int, help="Same seed, same model. [default: the recipe's]")
+@click.option("--seed", type=Whole(0, MAX_SEED), help="Same seed, same model. [default: the recipe's]")
 @click.option("--dry-run", is_flag=True, help="Only check everything, and show the recipe and what it would take.")
 @click.option("--on", "gpu", metavar="GPU", help="With --dry-run: what it would take on a t4, l4, a100, h100, …")
 @set_option

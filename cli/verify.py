@@ -7,7 +7,7 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.export import source_checkpoint
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import Artifact, json_option, trust_option
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
@@ -23,8 +23,9 @@ from slm.core.runs import newest_bundle
     help="The checkpoint that it must be. [default: the one that it was exported from]",
 )
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="LoRA adapter that was merged into it.")
+@trust_option
 @json_option
-def verify(bundle: Path | None, against: Path | None, adapter: Path | None, as_json: bool) -> None:
+def verify(bundle: Path | None, against: Path | None, adapter: Path | None, trust: bool, as_json: bool) -> None:
     """Prove that a bundle is the checkpoint that it was made from.
 
     Every weight is compared with the checkpoint's: equal in float32, rounded in float16, within half a step in INT8. Then
@@ -42,7 +43,7 @@ def verify(bundle: Path | None, against: Path | None, adapter: Path | None, as_j
     if bundle is None:
         bundle = newest_bundle()
         say(f"no BUNDLE named: the newest, {bundle}")
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, trust)
     origin = opened.manifest.provenance
     if against is None:
         against = Path(str(origin.get("checkpoint", "")))

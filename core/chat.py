@@ -153,7 +153,7 @@ def _turns(
     start, end = _turn_tokens(tokenizer)
     besides = tokenizer.lengthy(stops) - tokenizer.control_ids
     line, model = (tokenizer.encode_literal(text) for text in ("\n", "model\n"))
-    ids, answers = tokenizer.encode(""), []
+    ids, answers = list(tokenizer.prefix_ids), []
     for message in messages:
         said = message["content"].strip()
         if message["role"] == "assistant":

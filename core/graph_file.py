@@ -1,13 +1,17 @@
-"""Which files a graph reads its weights from, told without the onnx package.
+"""What stands in an `.onnx` file, read without the onnx package, which a device does not have.
 
-An answering machine has no onnx package, and onnxruntime before 1.29 follows a graph wherever it points. Only the fields on the
-way to a tensor's `external_data` are looked at; the rest is passed over. Layout: onnx/onnx.proto of onnx 1.19, and
-https://protobuf.dev/programming-guides/encoding/.
+Onnxruntime before 1.29 follows a graph's `external_data` wherever it points, and any version runs any operator.
+`external_files` finds every such place; `read_graph` returns nodes and tensors for `slm.core.graph_check`. Layout:
+onnx/onnx.proto of onnx 1.19, and https://protobuf.dev/programming-guides/encoding/.
 """
 
+import math
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import Any
 
 from slm.core.errors import SlmError
 
@@ -25,8 +29,224 @@ _WAYS: dict[str, dict[int, str]] = {
 }
 _KEY, _VALUE = 1, 2
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
+# Of protobuf's numbers of fixed length, those that ONNX has; an attribute's float is one.
+_FIXED = {_EIGHT_BYTES: "<d", _FOUR_BYTES: "<f"}
 # protobuf's own limit.
 _DEEPEST = 100
+# Nodes and tensors that are read; a model of 1,024 layers has some 60,000.
+_MAX_ENTRIES = 200_000
+# Of a tensor's data that is read: that of constants, of which slm writes shapes.
+_MAX_RAW = 1 << 20
+# Bits of an element and struct's letter for it, by ONNX's number of the type.
+_ELEMENTS = {
+    1: (32, "f"),
+    2: (8, "B"),
+    3: (8, "b"),
+    6: (32, "i"),
+    7: (64, "q"),
+    9: (8, "?"),
+    10: (16, "e"),
+    21: (4, ""),
+    22: (4, ""),
+}
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor: its data is `raw`, or `external`: a file's name, where it begins there, and its length where that is stated."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    raw: bytes = b""
+    external: tuple[str, int, int | None] | None = None
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes that the shape needs; None where the type is none that slm writes."""
+        if self.dtype not in _ELEMENTS or min(self.shape, default=0) < 0:
+            return None
+        return -(-math.prod(self.shape) * _ELEMENTS[self.dtype][0] // 8)
+
+    def numbers(self) -> tuple[Any, ...] | None:
+        """Returns the elements of a small tensor; None where they are not in the graph."""
+        if self.external is not None or not self.raw or self.bytes != len(self.raw) or not _ELEMENTS[self.dtype][1]:
+            return None
+        return struct.unpack(f"<{math.prod(self.shape)}{_ELEMENTS[self.dtype][1]}", self.raw)
+
+
+@dataclass
+class FileNode:
+    """A node; attributes are numbers, texts, lists of whole numbers or tensors. `extras` names what else it has."""
+
+    type: str = ""
+    domain: str = ""
+    name: str = ""
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    extras: list[str] = field(default_factory=list)
+
+
+@dataclass
+class FileGraph:
+    """A graph; `extras` names what it has besides nodes, tensors, inputs and outputs."""
+
+    opsets: dict[str, int] = field(default_factory=dict)
+    nodes: list[FileNode] = field(default_factory=list)
+    tensors: dict[str, FileTensor] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    extras: list[str] = field(default_factory=list)
+
+
+def read_graph(path: Path) -> FileGraph:
+    """Returns what stands in a graph; tensors' data only where it is small.
+
+    Raises:
+        SlmError: When it is no ONNX file, or has more nodes and tensors than any that slm writes.
+    """
+    found = FileGraph()
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            _read_model(data, found)
+    except (ValueError, OSError, struct.error) as error:
+        raise SlmError(f"not an ONNX file: {path} ({error})", "copy or export the bundle again") from None
+    return found
+
+
+def _read_model(data: mmap, found: FileGraph) -> None:
+    graphs = 0
+    for number, form, value in _all_fields(data, 0, len(data)):
+        if number == 7 and form == _BYTES:
+            graphs += 1
+            _read_graph(data, value[0], value[1], found)
+        elif number == 8 and form == _BYTES:
+            fields = {n: v for n, _, v in _all_fields(data, *value)}
+            domain = _words(data, fields.get(1, (0, 0)))
+            found.opsets["" if domain == "ai.onnx" else domain] = _signed(fields.get(2, 0))
+        elif number in (20, 25):
+            found.extras.append("training information" if number == 20 else "a function")
+    if graphs != 1:
+        raise ValueError(f"it has {graphs} graphs")
+
+
+def _read_graph(data: mmap, start: int, stop: int, found: FileGraph) -> None:
+    entries = 0
+    for number, form, value in _all_fields(data, start, stop):
+        if form != _BYTES:
+            continue
+        entries += 1
+        if entries > _MAX_ENTRIES:
+            raise ValueError(f"it has more than {_MAX_ENTRIES:,} parts")
+        if number == 1:
+            found.nodes.append(_read_node(data, *value))
+        elif number == 5:
+            tensor = _read_tensor(data, *value)
+            if tensor.name in found.tensors:
+                raise ValueError(f"it has two tensors {tensor.name!r}")
+            found.tensors[tensor.name] = tensor
+        elif number in (11, 12):
+            names = [_words(data, v) for n, f, v in _all_fields(data, *value) if n == 1 and f == _BYTES]
+            (found.inputs if number == 11 else found.outputs).append(names[-1] if names else "")
+        elif number in (14, 15):
+            found.extras.append("quantization annotations" if number == 14 else "sparse tensors")
+
+
+_NODE_TEXTS = {3: "name", 4: "type", 7: "domain"}
+
+
+def _read_node(data: mmap, start: int, stop: int) -> FileNode:
+    node = FileNode()
+    for number, form, value in _all_fields(data, start, stop):
+        if form != _BYTES:
+            continue
+        if number in (1, 2):
+            (node.inputs if number == 1 else node.outputs).append(_words(data, value))
+        elif number in _NODE_TEXTS:
+            setattr(node, _NODE_TEXTS[number], _words(data, value))
+        elif number == 5:
+            name, attribute = _read_attribute(data, value[0], value[1], node)
+            if name in node.attributes:
+                raise ValueError(f"a node has the attribute {name!r} twice")
+            node.attributes[name] = attribute
+        elif number in (8, 10) and value[0] != value[1]:
+            node.extras.append("an overload" if number == 8 else "a device configuration")
+    node.domain = "" if node.domain == "ai.onnx" else node.domain
+    return node
+
+
+def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[str, Any]:
+    name, kind, values, whole = "", 0, {}, []
+    for number, form, value in _all_fields(data, start, stop):
+        if number == 1 and form == _BYTES:
+            name = _words(data, value)
+        elif number == 20 and form == _VARINT:
+            kind = value
+        elif number == 8:  # whole numbers, packed or one by one
+            whole += _packed(data, *value) if form == _BYTES else [_signed(value)]
+        elif (number, form) in ((2, _FOUR_BYTES), (3, _VARINT), (4, _BYTES), (5, _BYTES)):
+            values[number] = value
+        elif number != 13:  # what describes it
+            node.extras.append("a subgraph" if number in (6, 11) else "an attribute of a kind")
+    match kind:
+        case 1:
+            return name, float(values.get(2, 0.0))
+        case 2:
+            return name, _signed(values.get(3, 0))
+        case 3:
+            return name, _words(data, values.get(4, (0, 0)))
+        case 4:
+            return name, _read_tensor(data, *values.get(5, (0, 0)))
+        case 7:
+            return name, whole
+    node.extras.append("a subgraph" if kind in (5, 10) else "an attribute of a kind")
+    return name, None
+
+
+def _read_tensor(data: mmap, start: int, stop: int) -> FileTensor:
+    name, dtype, shape, raw, entries = "", 0, [], b"", {}
+    for number, form, value in _all_fields(data, start, stop):
+        if number == 1:
+            shape += _packed(data, *value) if form == _BYTES else [_signed(value)]
+        elif number == 2 and form == _VARINT:
+            dtype = value
+        elif number == 8 and form == _BYTES:
+            name = _words(data, value)
+        elif number == 9 and form == _BYTES:
+            if value[1] - value[0] > _MAX_RAW:
+                raise ValueError("a tensor in the graph is larger than any that slm puts there")
+            raw = data[value[0] : value[1]]
+        elif number == 13 and form == _BYTES:
+            fields = {n: _words(data, v) for n, f, v in _all_fields(data, *value) if f == _BYTES}
+            entries[fields.get(_KEY, "")] = fields.get(_VALUE, "")
+        elif number == 14 and form == _VARINT:
+            entries |= {"location": entries.get("location", "")} if value == 1 else {}
+    external = None
+    if entries:
+        length = int(entries["length"]) if "length" in entries else None
+        external = entries.get("location", ""), int(entries.get("offset", 0)), length
+    return FileTensor(name, dtype, tuple(shape), raw, external)
+
+
+def _words(data: mmap, place: tuple[int, int]) -> str:
+    return data[place[0] : place[1]].decode()
+
+
+def _packed(data: mmap, at: int, stop: int) -> list[int]:
+    numbers = []
+    while at < stop:
+        number, at = _varint(data, at, stop)
+        numbers.append(_signed(number))
+        if len(numbers) > _MAX_ENTRIES:
+            raise ValueError("a list of numbers is too long")
+    return numbers
+
+
+def _signed(number: int) -> int:
+    """Returns the whole number of 64 bits that protobuf's unsigned one stands for."""
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
 
 
 def external_files(path: Path) -> set[str]:
@@ -59,6 +279,13 @@ def _locations(data: mmap, start: int, stop: int, kind: str, depth: int) -> Iter
 
 def _fields(data: mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Yields number, beginning and end of each field whose length is stated."""
+    for number, form, value in _all_fields(data, at, stop):
+        if form == _BYTES:
+            yield number, *value
+
+
+def _all_fields(data: mmap, at: int, stop: int) -> Iterator[tuple[int, int, Any]]:
+    """Yields number, form and value of each field: beginning and end where the length is stated, else the number."""
     while at < stop:
         tag, at = _varint(data, at, stop)
         number, form = tag >> 3, tag & 7
@@ -66,12 +293,17 @@ def _fields(data: mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
             size, at = _varint(data, at, stop)
             if size > stop - at:
                 raise ValueError("it ends before what it states")
-            yield number, at, at + size
+            yield number, form, (at, at + size)
             at += size
         elif form == _VARINT:
-            _, at = _varint(data, at, stop)
-        elif form in (_EIGHT_BYTES, _FOUR_BYTES):
-            at += 8 if form == _EIGHT_BYTES else 4
+            value, at = _varint(data, at, stop)
+            yield number, form, value
+        elif form in _FIXED:
+            size = struct.calcsize(_FIXED[form])
+            if size > stop - at:
+                raise ValueError("it ends before what it states")
+            yield number, form, struct.unpack(_FIXED[form], data[at : at + size])[0]
+            at += size
         else:
             raise ValueError(f"a field of form {form}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm.core import child
+from slm.core.errors import SlmError
 
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
@@ -41,6 +42,20 @@ _MAC_ARM = {
 }
 _MAC_X86 = {"AVX2": ("AVX2",), "AVX-512F": ("AVX512F",), "AVX-512 VNNI": ("AVX512VNNI",)}
 _MAC_FEATURES = "machdep.cpu.leaf7_features"
+
+# Of one operator; the largest machines have fewer cores.
+MAX_THREADS = 512
+
+
+def check_threads(threads: int) -> int:
+    """Returns a number of threads.
+
+    Raises:
+        SlmError: When it is out of range: each thread takes memory, and a process cannot start a hundred thousand.
+    """
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise SlmError(f"threads is {threads}; it must be from 1 to {MAX_THREADS}")
+    return threads
 
 
 @dataclass(frozen=True)

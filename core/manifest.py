@@ -20,7 +20,9 @@ from slm.core.contract import (
 )
 from slm.core.errors import SlmError
 from slm.core.files import check_readable, member, read_json, sha256_file
+from slm.core.graph_check import check_graph
 from slm.core.graph_file import external_files
+from slm.core.graph_plan import Kind, Stored
 from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 MANIFEST_FILE = "manifest.json"
@@ -96,7 +98,7 @@ class Scheme(_Record):
     """
 
     bits: Literal[4, 8] = 8
-    block_size: int
+    block_size: int = Field(gt=0)
     zero_points: bool = False
     dynamic: bool = False
     reduced: bool = False
@@ -205,11 +207,16 @@ class Bundle:
         return sum(entry.bytes for entry in self.manifest.files.values())
 
     @classmethod
-    def open(cls, path: Path) -> "Bundle":
+    def open(cls, path: Path, trust: bool = False) -> "Bundle":
         """Opens a bundle and checks every file against the manifest.
 
+        Args:
+            path: The directory.
+            trust: Whether a graph may have other nodes than slm writes. Such a graph can take any time and memory.
+
         Raises:
-            SlmError: When the directory is not a bundle, or a file is missing, truncated or altered; it is named.
+            SlmError: When the directory is not a bundle, a file is missing, truncated or altered, or the graph is not one that
+                slm writes; it is named.
         """
         if not is_bundle(path):
             why = f"not a bundle: {path} has no {MANIFEST_FILE}" if path.exists() else f"not found: {path}"
@@ -235,6 +242,8 @@ class Bundle:
         _check_weights(path, manifest)
         config = ModelConfig.from_hf(read_json(member(path, CONFIG_FILE), CONFIG_FILE))
         _check_contract(path, manifest, config)
+        if not trust:
+            _check_graph(path, manifest, config)
         return cls(path, manifest, config)
 
 
@@ -285,6 +294,35 @@ def _check_contract(directory: Path, manifest: Manifest, config: ModelConfig) ->
     ):
         if found != wanted:
             raise SlmError(f"{directory / MANIFEST_FILE} is wrong: {name} does not fit {CONFIG_FILE}", _AGAIN)
+
+
+def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """Makes sure that the graph is the one that slm writes for such a manifest and configuration."""
+    schemes = manifest.quantization.schemes if manifest.quantization else {}
+    kept = frozenset(manifest.ranges.float32 if manifest.ranges else ())
+    half = manifest.device != "cpu"
+
+    def stored(path: str) -> Stored:
+        if manifest.quantization is None:
+            return Stored(half=half and path not in kept)
+        if path not in schemes:
+            raise SlmError(f"{directory / MANIFEST_FILE} is wrong: it does not say how {path} is stored", _AGAIN)
+        scheme = schemes[path]
+        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic)
+
+    kind = Kind(
+        manifest.target,
+        manifest.device,
+        manifest.context,
+        manifest.quantization.accuracy_level if manifest.quantization else 0,
+        stored,
+        manifest.adapter_slots,
+        any(cache.dtype == "int8" for cache in manifest.cache),
+    )
+    folder = PurePosixPath(manifest.model).parent
+    inside = {name: entry.bytes for name, entry in manifest.files.items() if PurePosixPath(name).is_relative_to(folder)}
+    sizes = {PurePosixPath(name).relative_to(folder).as_posix(): size for name, size in inside.items()}
+    check_graph(member(directory, manifest.model), config, kind, sizes)
 
 
 def seal(directory: Path, manifest: Manifest) -> Bundle:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as _Tokenizer
 
 from slm.core.errors import SlmError
-from slm.core.files import read_json, read_text
+from slm.core.files import check_readable, read_json, read_text
+from slm.core.tokenizer_rules import MAX_BYTES, MAX_TOKEN, Rules, Unsupported
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -35,6 +37,11 @@ _SEARCHED = 64 << 10
 # What looks like a control token in the source of a template.
 _MARKER = re.compile(r"[<\[](?=[^<>\[\]]{0,64}[A-Za-z])[^\s<>\[\]{}'\"]{1,64}[>\]]")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Of tokenizer_config.json; Gemma's has 1.2 MB.
+_MAX_CONFIG_BYTES = 16 << 20
+# Where the rules can make a text much longer, the most bytes that it may become. Ordinary rules multiply by 12 at most.
+_ORDINARY_GROWTH, _MAX_GROWN_BYTES = 16, 128 << 20
+
 # What stands in a text for bytes that are no character.
 _REPLACEMENT = "\ufffd"
 # In the order in which they get ids when a vocabulary has none of them.
@@ -47,11 +54,14 @@ class Tokenizer:
     Attributes:
         backend: The tokenizers library's object.
         config: What `tokenizer_config.json` says beside it: names of special tokens, chat template.
+        dropped: Fields of the file that are state and were reset: "truncation", "padding", "dropout".
     """
 
     def __init__(self, backend: _Tokenizer, config: dict[str, Any]) -> None:
         self.backend = backend
         self.config = config
+        self.dropped: tuple[str, ...] = ()
+        self._growth = 1
 
     @cached_property
     def sha256(self) -> str:
@@ -118,20 +128,34 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Loads a `tokenizer.json`, or the one in an artifact's directory.
 
+        Truncation and padding are reset, as transformers resets them at each call, and so is BPE-dropout.
+
         Raises:
-            SlmError: When it is missing or not a tokenizer.
+            SlmError: When it is missing, not a tokenizer, or beyond the limits of `slm.core.tokenizer_rules`.
         """
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             raise SlmError(f"tokenizer not found: {file}", "a checkpoint or bundle carries its tokenizer.json")
+        check_readable(file, TOKENIZER_FILE)
+        if file.stat().st_size > MAX_BYTES:
+            raise SlmError(f"{file} has more than {MAX_BYTES >> 20} MiB")
         try:
-            backend = _asked(_Tokenizer.from_file, str(file))
-            _asked(backend.encode, "")  # of what is put before a text, too, something may be missing
+            rules = Rules(read_text(file, TOKENIZER_FILE))
+        except (Unsupported, ValueError, MemoryError) as error:
+            raise SlmError(
+                f"not a tokenizer.json that slm supports: {file} ({error or 'it takes too much memory'})",
+                "docs/limits.md lists what is supported",
+            ) from None
+        try:
+            backend = _asked(_Tokenizer.from_str, rules.text)
+            if "dropout" in rules.state:
+                backend.model.dropout = None
+            _asked(backend.encode, "")  # the post-processor may name a token that does not exist
         except Exception as error:  # the library raises a bare Exception for any malformed file
             reason = error.message if isinstance(error, SlmError) else error
             raise SlmError(f"not a tokenizer.json: {file} ({reason})") from None
         beside, template = file.parent / TOKENIZER_CONFIG_FILE, file.parent / CHAT_TEMPLATE_FILE
-        config = read_json(beside, TOKENIZER_CONFIG_FILE) if beside.is_file() else {}
+        config = _read_config(beside) if beside.is_file() else {}
         if template.is_file():
             config["chat_template"] = read_text(template, "the chat template")
         config |= _one_template(config)
@@ -139,7 +163,9 @@ class Tokenizer:
             json.dumps(config, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise SlmError(f"{beside} is wrong: a text in it holds half of a surrogate pair") from None
-        return cls(backend, config)
+        tokenizer = cls(backend, config)
+        tokenizer.dropped, tokenizer._growth = rules.state, rules.growth
+        return tokenizer
 
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` into a directory."""
@@ -147,6 +173,13 @@ class Tokenizer:
         (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    def copy(self, source: Path, directory: Path) -> None:
+        """Puts the `tokenizer.json` it was loaded from into another directory: the file itself, unless that carries state."""
+        if self.dropped:
+            (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        else:
+            shutil.copy(source / TOKENIZER_FILE, directory / TOKENIZER_FILE)
 
     @property
     def vocab_size(self) -> int:
@@ -157,9 +190,45 @@ class Tokenizer:
         """Returns the id of a token spelt exactly so, None when there is none."""
         return self.backend.token_to_id(token)
 
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer puts before a text."""
+        return self._around[0]
+
+    @cached_property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer puts after a text."""
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        processor = self.backend.post_processor
+        if processor is None:
+            return (), ()
+        before, after = _around(json.loads(processor.__getstate__()))
+        assert [*before, *after] == _asked(self.backend.encode, "").ids
+        return tuple(before), tuple(after)
+
+    def _checked(self, text: str) -> str:
+        """Returns a text that the rules do not make too long for memory.
+
+        Raises:
+            SlmError: When they may.
+        """
+        if self._growth > _ORDINARY_GROWTH and len(text) * self._growth > _MAX_GROWN_BYTES:
+            longest = _MAX_GROWN_BYTES // self._growth
+            raise SlmError(
+                f"the text has {len(text):,} characters; this tokenizer can make it {self._growth} times as long",
+                f"split it into texts of at most {longest:,} characters",
+            )
+        return text
+
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelled."""
-        ids: list[int] = _encoded(self.backend, text, add_special_tokens=True).ids
+        """Returns the ids of a prompt, as transformers makes them.
+
+        Special tokens count where they are spelled; `prefix_ids` come before the text and `suffix_ids` after it.
+        """
+        ids: list[int] = _encoded(self.backend, self._checked(text), add_special_tokens=True).ids
         return ids
 
     def encode_literal(self, text: str, besides: frozenset[int] = frozenset()) -> list[int]:
@@ -171,7 +240,7 @@ class Tokenizer:
             text: The text.
             besides: Control tokens besides `control_ids`.
         """
-        ids: list[int] = _encoded(self._literal, text).ids
+        ids: list[int] = _encoded(self._literal, self._checked(text)).ids
         forbidden = self._forbidden | besides if besides else self._forbidden
         if forbidden.isdisjoint(ids):
             return ids
@@ -182,16 +251,18 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Returns the ids of a rendered chat template: special tokens where they are spelled, and nothing put before it."""
-        ids: list[int] = _encoded(self.backend, text).ids
+        ids: list[int] = _encoded(self.backend, self._checked(text)).ids
         return ids
 
     def encode_with_places(self, text: str) -> Encoding:
         """Returns what `encode_rendered` does, with the characters for which each token stands (`ids`, `token_to_chars`)."""
-        return _encoded(self.backend, text)
+        return _encoded(self.backend, self._checked(text))
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""
-        encodings = _asked(self._literal.encode_batch_fast, list(texts), add_special_tokens=False)
+        encodings = _asked(
+            self._literal.encode_batch_fast, [self._checked(text) for text in texts], add_special_tokens=False
+        )
         return [
             encoding.ids if self._forbidden.isdisjoint(encoding.ids) else self.encode_literal(text)
             for text, encoding in zip(texts, encodings, strict=True)
@@ -293,6 +364,46 @@ def _controls(token: str, template: str) -> bool:
     """Says whether an added token that is not called special is a control token; Gemma has thousands that are not, as <b>."""
     token = token.strip()
     return len(token) > 1 and (token in template or _CONTROL.fullmatch(token) is not None)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Returns the contents of `tokenizer_config.json`.
+
+    Raises:
+        SlmError: When it is not a JSON object, or larger than any real one.
+    """
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise SlmError(f"{path} has more than {_MAX_CONFIG_BYTES >> 20} MiB")
+    config = read_json(path, TOKENIZER_CONFIG_FILE)
+    for name, value in config.items():
+        spelt = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(spelt, str) and len(spelt) > MAX_TOKEN:
+            raise SlmError(f"{path}: {name} has more than {MAX_TOKEN:,} characters")
+    return config
+
+
+def _around(processor: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Returns the ids that a post-processor puts before a text and after it."""
+    match processor["type"]:
+        case "Sequence":
+            before: list[int] = []
+            after: list[int] = []
+            for each in processor["processors"]:  # each puts its own around what the one before it made
+                first, last = _around(each)
+                before, after = [*first, *before], [*after, *last]
+            return before, after
+        case "TemplateProcessing":
+            parts: tuple[list[int], list[int]] = [], []
+            behind = 0
+            for piece in processor["single"]:
+                if "Sequence" in piece:
+                    behind = 1
+                else:
+                    parts[behind].extend(processor["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+            return parts
+        case "BertProcessing" | "RobertaProcessing":
+            return [processor["cls"][1]], [processor["sep"][1]]
+    return [], []
 
 
 def _one_template(config: dict[str, Any]) -> dict[str, str]:

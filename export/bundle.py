@@ -11,7 +11,7 @@ from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, Precision, Ranges, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
-from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, Tokenizer
 from slm.core.weights import Weights, weights_sha256
 from slm.export import graph
 from slm.export.clients import write_client_files
@@ -91,7 +91,8 @@ def export_bundle(
         with released():
             tensors = checkpoint_tensors(Weights(checkpoint), config)
             save_graph(build_graph(config, operators, tensors, context), model)
-        for name in (GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):
+        tokenizer.copy(checkpoint, directory)
+        for name in (GENERATION_CONFIG_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):
             if (checkpoint / name).is_file():
                 shutil.copy(checkpoint / name, directory / name)
         notices = modified(notices_of(checkpoint), "exported to ONNX")

@@ -4,7 +4,6 @@ docs/clients.md says which of them opens which bundle, and what they ask of a us
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +36,22 @@ def write_client_files(directory: Path, config: ModelConfig, manifest: Manifest)
     _write(directory / GENAI_CONFIG_FILE, _genai(config, manifest, generation))
     file = directory / TOKENIZER_CONFIG_FILE
     if file.is_file():
-        begins = Tokenizer.load(directory).encode("")
-        _write(file, read_json(file, TOKENIZER_CONFIG_FILE) | _tokenizer(manifest.target, begins))
+        tokenizer = Tokenizer.load(directory)
+        _write(file, read_json(file, TOKENIZER_CONFIG_FILE) | _tokenizer(manifest.target, tokenizer))
 
 
-def _tokenizer(target: Target, begins: Sequence[int]) -> dict[str, Any]:
+def _tokenizer(target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns what tokenizer_config.json has to say besides.
 
     Args:
         target: The bundle's.
-        begins: What the tokenizer puts before a text.
+        tokenizer: The bundle's.
     """
     # transformers makes token types as well, if it is not told, and refuses to generate from them.
     fields: dict[str, Any] = {"model_input_names": [INPUT_IDS, ATTENTION_MASK]}
+    begins, ends = tokenizer.prefix_ids, tokenizer.suffix_ids
     if len(begins) <= 1:  # onnxruntime-genai does not look into tokenizer.json for it, and takes an end for granted
-        fields |= {"add_bos_token": bool(begins), "add_eos_token": False}
+        fields |= {"add_bos_token": bool(begins), "add_eos_token": bool(ends)}
     if target == "portable":  # rows that go on must end together
         fields["padding_side"] = "left"
     return fields

@@ -89,7 +89,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.tokenizer = tokenizer
-        self._before = tokenizer.encode("")
+        self._before = list(tokenizer.prefix_ids)
         end_of_turn = tokenizer.token_id(END_OF_TURN)
         # Gemma lists the end of a turn among its stop tokens; the end of a text is the other one.
         ends = [token for token in config.stop_token_ids if token != end_of_turn]

@@ -41,7 +41,7 @@ class HarnessModel(TemplateLM):
         self.model = model
         self.progress = progress or Silent()
         end = end_of_text(model)
-        marks = [*model.tokenizer.encode("")[-1:], *([] if end is None else [end])]
+        marks = [*model.tokenizer.prefix_ids[-1:], *([] if end is None else [end])]
         if not marks:
             raise SlmError("tasks need a token that begins or ends a text, and the model has none")
         self._prefix, self._end = marks[0], marks[-1]
@@ -70,7 +70,7 @@ class HarnessModel(TemplateLM):
         """Returns ids: what begins a text before them unless told otherwise or spelt already, special tokens where spelt."""
         tokenizer = self.model.tokenizer
         ids = tokenizer.encode_rendered(string)
-        begins = tokenizer.encode("")
+        begins = list(tokenizer.prefix_ids)
         spelt = add_special_tokens is None and ids[: len(begins)] == begins
         return ids if add_special_tokens is False or spelt else begins + ids
 

@@ -146,7 +146,7 @@ def _fitting(model: Source) -> Tokenizer:
         )
     before = tokenizer.encode("")
     if before and max(before) >= model.config.vocab_size:
-        raise SlmError(f"{model.path}: the tokenizer puts a token before a text that the embedding has no row for")
+        raise SlmError(f"{model.path}: the tokenizer adds a token to each text that the embedding has no row for")
     return tokenizer
 
 

@@ -112,7 +112,7 @@ def _source(text: Path | TextSource) -> TextSource:
 def _rows(bundle: Bundle, source: TextSource, tokens: int, row_tokens: int | None) -> Array:
     tokenizer = Tokenizer.load(bundle.path)
     # What the tokenizer puts before a text: models like Gemma make little of one that begins without it.
-    prefix = tokenizer.encode("")
+    prefix = tokenizer.prefix_ids
     longest = row_tokens or max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
     ids: list[int] = []
     for document in source.first_tokens(tokenizer, max(tokens, longest)):

@@ -14,6 +14,7 @@ from slm.core.contract import CacheType, input_specs, output_specs, slot_specs
 from slm.core.files import scratch_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Precision, Quantization, seal
+from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.export.clients import write_client_files
 from slm.export.graph import (
     BlockFormat,
@@ -63,8 +64,9 @@ def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     """
     bundle = _write_graph(source, contents, directory)
     for name in source.manifest.files:
-        if "/" not in name and name not in (MANIFEST_FILE, REPORT_FILE, PAGE_FILE):
+        if "/" not in name and name not in (MANIFEST_FILE, REPORT_FILE, PAGE_FILE, TOKENIZER_FILE):
             shutil.copy(source.path / name, directory / name)
+    Tokenizer.load(source.path).copy(source.path, directory)
     parity = source.manifest.parity
     notices = modified(source.manifest.notices, f"quantized to {bundle.manifest.precision.upper()}")
     write_notice(directory, notices)

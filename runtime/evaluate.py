@@ -120,7 +120,7 @@ def evaluate_documents(
         SlmError: When the context or stride do not fit, or there is nothing to predict.
     """
     context = _context(model.decoder, context)
-    prefix = model.tokenizer.encode("")
+    prefix = list(model.tokenizer.prefix_ids)
     stride = max(1, context // 2) if stride is None else stride
     room = context + 1 - max(1, len(prefix))  # what the first row predicts; a further one at most
     if not 1 <= stride <= room:

@@ -8,7 +8,7 @@ from typing import Literal
 from slm.core.errors import SlmError
 from slm.runtime.decoder import Decoder
 from slm.runtime.logprobs import Logprobs, logprobs_of
-from slm.runtime.sampling import Sampler, Sampling
+from slm.runtime.sampling import MAX_COUNT, Sampler, Sampling
 
 StopReason = Literal["end", "stop", "length", "context", "interrupted"]
 OnFull = Literal["stop", "slide"]
@@ -114,8 +114,8 @@ def check_request(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, 
         raise SlmError(
             f"the prompt has {len(prompt):,} tokens and the context {decoder.context:,}", "shorten the prompt"
         )
-    if max_new_tokens < 1:
-        raise SlmError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MAX_COUNT:
+        raise SlmError(f"max_new_tokens is {max_new_tokens}; it must be from 1 to {MAX_COUNT:,}")
     if not 0 <= (logprobs or 0) <= decoder.vocab_size:
         raise SlmError(f"logprobs is {logprobs}; it must be from 0 to {decoder.vocab_size:,}, the tokens of the model")
 

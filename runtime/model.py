@@ -264,8 +264,8 @@ class Model:
 
     def _begins_with(self, ids: Sequence[int]) -> int:
         """Returns how many of the ids are what the tokenizer puts before a text."""
-        begins = self.tokenizer.encode("")
-        return len(begins) if list(ids[: len(begins)]) == begins else 0
+        begins = self.tokenizer.prefix_ids
+        return len(begins) if tuple(ids[: len(begins)]) == begins else 0
 
 
 def _is_one(prompt: object) -> bool:

@@ -28,6 +28,8 @@ _COLDEST = 1e-30
 _SEEDS = 1 << 32
 # A seed is below it. Callers accept 63 bits and count on from there for one text after the other.
 _SEED_LIMIT = 2**64
+# What 32 bits hold.
+MAX_COUNT = 2**31 - 1
 # Fields of `Sampling` that are real numbers.
 _REAL = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -35,6 +37,10 @@ _REAL = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "pr
 def draw_seed() -> int:
     """Returns a random seed of 32 bits from the operating system."""
     return secrets.randbelow(_SEEDS)
+
+
+def _is_whole(value: object, most: int) -> bool:
+    return isinstance(value, int | np.integer) and bool(0 <= value <= most)
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ class Sampling:
         share = "above 0 and at most 1"
         for name, value, wanted, good in (
             ("temperature", self.temperature, "0 or more", 0 <= self.temperature < infinity),
-            ("top_k", self.top_k, "0 or more", self.top_k >= 0),
+            ("top_k", self.top_k, f"from 0 to {MAX_COUNT:,}", _is_whole(self.top_k, MAX_COUNT)),
             ("top_p", self.top_p, share, 0 < self.top_p <= 1),
-            ("seed", self.seed, "from 0 to 2**64 - 1", self.seed is None or 0 <= self.seed < _SEED_LIMIT),
+            ("seed", self.seed, "from 0 to 2**64 - 1", self.seed is None or _is_whole(self.seed, _SEED_LIMIT - 1)),
             ("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1),
             ("typical_p", self.typical_p, share, 0 < self.typical_p <= 1),
             ("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < infinity),

@@ -9,7 +9,7 @@ from typing import Literal
 import onnxruntime as ort
 
 from slm.core.errors import SlmError
-from slm.core.machine import usable_cores
+from slm.core.machine import check_threads, usable_cores
 from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.runtime.hugepages import use_huge_pages
 
@@ -49,9 +49,13 @@ def load_cuda_libraries() -> str:
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:
-    """Returns the options that ship; by default one thread for each usable physical core."""
+    """Returns the options that ship; by default one thread for each usable physical core.
+
+    Raises:
+        SlmError: When the number of threads is out of range.
+    """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()
+    options.intra_op_num_threads = usable_cores() if threads is None else check_threads(threads)
     options.inter_op_num_threads = 1
     options.log_severity_level = _SEVERITY_ERROR
     return options

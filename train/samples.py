@@ -61,7 +61,7 @@ def continue_prompts(
     texts = []
     for prompt in prompts:
         dice = torch.Generator().manual_seed(seed)
-        ids = tokenizer.encode(prompt)
+        ids = [*tokenizer.prefix_ids, *tokenizer.encode_rendered(prompt)]  # training adds nothing after a text
         cache = KVCache(model.config)
 
         def logits(new: Sequence[int], cache: KVCache = cache) -> Tensor:

@@ -210,7 +210,7 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     return fields | {
         "tokens": tokens,
         "token_type": [int(kind) for kind in types],
-        "add_bos_token": len(tokenizer.encode("")) > 0,
+        "add_bos_token": len(tokenizer.prefix_ids) > 0,
         "add_eos_token": False,
     }
 

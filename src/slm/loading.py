@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from slm.core.arguments import check_type, keywords_checked
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import ArgumentError, SlmError
+from slm.core.machine import check_threads
 from slm.core.manifest import Bundle, is_bundle
 from slm.core.runs import RUNS, newest_bundle, newest_checkpoint
 from slm.core.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ def load(
     threads: int | None = None,
     draft_tokens: int | None = None,
     adapter: str | PathLike[str] | None = None,
+    trust: bool = False,
 ) -> Model:
     """Loads a model for inference.
 
@@ -45,20 +47,23 @@ def load(
         threads: Threads for one operator; by default the usable physical cores.
         draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
         adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
+        trust: Whether to run a bundle whose graph slm did not write; such a graph can take any time and memory.
 
     Raises:
         SlmError: When there is nothing that can be run at the path, it is damaged, or the adapter is not for it; an
             `ArgumentError`, which is a `TypeError` too, for a wrong keyword or type.
     """
     _check(path, device, threads, draft_tokens, adapter)
-    return _load(_resolved(path), device, threads, draft_tokens, None if adapter is None else Path(adapter))
+    return _load(_resolved(path), device, threads, draft_tokens, None if adapter is None else Path(adapter), trust)
 
 
-def _load(path: Path, device: Device, threads: int | None, draft_tokens: int | None, adapter: Path | None) -> Model:
+def _load(
+    path: Path, device: Device, threads: int | None, draft_tokens: int | None, adapter: Path | None, trust: bool
+) -> Model:
     if is_bundle(path):
         from slm.runtime.decoder import OnnxDecoder
 
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, trust)
         onnx = OnnxDecoder(bundle, device, threads)
         if adapter is not None:
             onnx.use(load_adapter(adapter, bundle))
@@ -72,8 +77,8 @@ def _load(path: Path, device: Device, threads: int | None, draft_tokens: int | N
 
         if device == "cuda" and not torch.cuda.is_available():
             raise SlmError("PyTorch here sees no CUDA device", "--device cpu")
-        if threads:
-            torch.set_num_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(check_threads(threads))
         model = (load_checkpoint(path) if adapter is None else _merged(path, adapter)).to(device)
         precision = str(model.model.norm.weight.dtype).removeprefix("torch.")
         about = About(path, precision, device, model.config.parameter_count())
@@ -125,6 +130,7 @@ def load_ensemble(
     device: Device = "cpu",
     threads: int | None = None,
     draft_tokens: int | None = None,
+    trust: bool = False,
 ) -> Model:
     """Loads several models that share a tokenizer as one, whose predictions are averaged.
 
@@ -134,6 +140,7 @@ def load_ensemble(
         device: See `load`.
         threads: See `load`.
         draft_tokens: See `load`.
+        trust: See `load`.
 
     Raises:
         SlmError: As `load`, and when tokenizers differ.
@@ -143,7 +150,7 @@ def load_ensemble(
     check_type("paths", paths, (list, tuple), "a list of paths")
     if not paths:
         raise SlmError("there is no model in paths", "name two or more")
-    models = [load(path, device=device, threads=threads) for path in paths]
+    models = [load(path, device=device, threads=threads, trust=trust) for path in paths]
     first = models[0]
     for path, model in zip(paths, models, strict=True):
         if model.tokenizer.sha256 != first.tokenizer.sha256:

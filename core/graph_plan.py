@@ -1,0 +1,469 @@
+"""The graph that a bundle must have, node by node: its manifest and configuration determine all of it but the weights.
+
+`slm.export.graph` writes these graphs. The nodes stand here a second time because a device has no onnx package, and because a
+list of permitted operators is not enough: a chain of concatenations can double a tensor forty times. The tests compare the two
+for every kind of bundle. Values are `Node` outputs, names of inputs, `Weight`s and constants.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from slm.core.config import FULL, SLIDING, LayerType, ModelConfig
+from slm.core.contract import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    SIDES,
+    Device,
+    Target,
+    past_name,
+    present_name,
+    slot_names,
+)
+
+MICROSOFT = "com.microsoft"
+# ONNX's numbers of types (onnx.proto, TensorProto.DataType).
+FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 9, 10, 21, 22
+_TO_THE_END = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a product's weight is stored; fields as in the manifest's `Scheme`. `bits` is 0 for floats."""
+
+    bits: int = 0
+    block_size: int = 1
+    zero_points: bool = False
+    dynamic: bool = False
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What decides about a graph besides the configuration.
+
+    Attributes:
+        stored: How each product is stored, by its path.
+        slots: Whether there are inputs for adapters.
+        quantized_cache: Whether keys and values are cached in INT8.
+    """
+
+    target: Target
+    device: Device
+    context: int
+    accuracy_level: int
+    stored: Callable[[str], Stored]
+    slots: bool
+    quantized_cache: bool
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a node, by the node's number."""
+
+    node: int
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the graph."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the file: ONNX's number of its type, and its shape."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number, or a short list of them."""
+
+    value: float | tuple[float, ...]
+
+
+Value: TypeAlias = Output | Input | Weight | Constant
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node: its operator, inputs (None where one is left out), number of outputs and attributes."""
+
+    type: str
+    domain: str
+    inputs: tuple[Value | None, ...]
+    outputs: int
+    attributes: dict[str, Any]
+
+
+@dataclass
+class Plan:
+    """The nodes in order, and the graph's outputs by name."""
+
+    opsets: dict[str, int]
+    nodes: list[Node] = field(default_factory=list)
+    outputs: dict[str, Value] = field(default_factory=dict)
+
+    def __call__(self, type: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """Adds a node; returns its output, or a tuple of several. Numbers and lists become constants."""
+        self.nodes.append(Node(type, domain, tuple(map(_value, inputs)), outputs, attributes))
+        made = tuple(Output(len(self.nodes) - 1, index) for index in range(outputs))
+        return made if outputs > 1 else made[0]
+
+
+def _value(given: Any) -> Value | None:
+    if isinstance(given, list):
+        return Constant(tuple(given))
+    return Constant(given) if isinstance(given, int | float) else given
+
+
+def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> Plan:
+    """Returns the graph of a bundle.
+
+    Args:
+        config: The model's shape.
+        kind: What else decides.
+        names: Tensors that the graph has. The manifest does not say whether slots have smoothing's factors, nor whether
+            rotations are stored: earlier versions wrote a table of every position.
+    """
+    portable = kind.target == "portable"
+    plan = Plan({"": 23} if portable else {"": 21, MICROSOFT: 1})
+    step = _portable_positions(plan, config) if portable else _fused_positions(plan, config, kind, names)
+    model = _Model(plan, config, kind, names)
+    hidden = model.layers(step, plan("Reshape", Input(INPUT_IDS), [-1]) if portable else Input(INPUT_IDS))
+    if portable:
+        batch_new = plan("Shape", Input(INPUT_IDS))
+        rows = _last_rows(plan, plan("Reshape", hidden, plan("Concat", batch_new, [-1], axis=0)), step.ends)
+        hidden = plan("Reshape", rows, plan("Concat", [-1], plan("Shape", rows, start=2, end=3), axis=0))
+    else:
+        new = plan("Squeeze", plan("Shape", Input(INPUT_IDS), start=1, end=2))
+        hidden = _last_rows(plan, hidden, plan("Min", step.lengths, new))
+    logits = model.head(hidden)
+    if portable:
+        batch = plan("Shape", Input(INPUT_IDS), start=0, end=1)
+        logits = plan("Reshape", logits, plan("Concat", batch, [-1, config.vocab_size], axis=0))
+    plan.outputs[LOGITS] = logits
+    return plan
+
+
+@dataclass
+class _Step:
+    """What the layers share; see `slm.export.graph.fused.Step` and `portable.Step`."""
+
+    cos: dict[LayerType, Any] = field(default_factory=dict)
+    sin: dict[LayerType, Any] = field(default_factory=dict)
+    mask: dict[LayerType, Any] = field(default_factory=dict)
+    rows: Any = None
+    lengths: Any = None
+    last_index: Any = None
+    total: Any = None
+    heads: Any = None
+    kv_heads: Any = None
+    ends: Any = None
+
+
+def _frequencies(config: ModelConfig) -> Iterator[tuple[LayerType, Weight]]:
+    for kind in sorted(set(config.layer_types)):
+        yield kind, Weight(f"positions.{kind}_inv_freq", FLOAT, (config.head_dim // 2,))
+
+
+def _fused_positions(op: Plan, config: ModelConfig, kind: Kind, names: Collection[str]) -> _Step:
+    ids, mask, step = Input(INPUT_IDS), Input(ATTENTION_MASK), _Step()
+    step.lengths = op("ReduceSum", mask, [-1], keepdims=0)
+    stored = _tables(config, kind) if kind.device == "cpu" else []
+    if stored and stored[0].name in names:
+        for index, layers in enumerate(sorted(set(config.layer_types))):
+            step.cos[layers], step.sin[layers] = stored[2 * index : 2 * index + 2]
+        return _with_lengths(op, step)
+    if kind.device == "cpu":
+        new = op("Shape", ids, start=1, end=2)
+        alone = op("Equal", op("Shape", mask, start=1, end=2), new)
+        first = op("Unsqueeze", op("Where", alone, 0, op("Sub", step.lengths, new)), [-1])
+        positions = op("Add", first, op("Range", 0, op("Squeeze", new), 1))
+        step.rows = op("Reshape", op("Range", 0, op("Size", ids), 1), op("Shape", ids))
+    else:
+        positions = op("Range", 0, kind.context, 1)
+    positions = op("Cast", op("Reshape", positions, [-1, 1]), to=FLOAT)
+    for layers, frequencies in _frequencies(config):
+        angles = op("Mul", positions, frequencies)
+        cos, sin = op("Cos", angles), op("Sin", angles)
+        if kind.device != "cpu":
+            cos, sin = op("Cast", cos, to=FLOAT16), op("Cast", sin, to=FLOAT16)
+        step.cos[layers], step.sin[layers] = cos, sin
+    return _with_lengths(op, step)
+
+
+def _tables(config: ModelConfig, kind: Kind) -> list[Weight]:
+    shape = (kind.context, config.head_dim // 2)
+    kinds = sorted(set(config.layer_types))
+    return [Weight(f"positions.{layers}_{part}", FLOAT, shape) for layers in kinds for part in ("cos", "sin")]
+
+
+def _with_lengths(op: Plan, step: _Step) -> _Step:
+    step.last_index = op("Cast", op("Sub", step.lengths, 1), to=INT32)
+    step.total = op("Cast", op("Squeeze", op("Shape", Input(ATTENTION_MASK), start=1, end=2)), to=INT32)
+    return step
+
+
+def _portable_positions(op: Plan, config: ModelConfig) -> _Step:
+    ids, mask, step = Input(INPUT_IDS), Input(ATTENTION_MASK), _Step()
+    batch_new = op("Shape", ids)
+    total = op("Shape", mask, start=1, end=2)
+    past = op("Sub", total, op("Shape", ids, start=1, end=2))
+    counted = op("Max", op("Sub", op("CumSum", mask, 1), 1), 0)
+    positions = op("Cast", op("Slice", counted, past, total, [1]), to=FLOAT)
+    for layers, frequencies in _frequencies(config):
+        angles = op("Mul", op("Unsqueeze", positions, [-1]), frequencies)
+        step.cos[layers], step.sin[layers] = op("Cos", angles), op("Sin", angles)
+    new_mask = op("Slice", mask, past, total, [1])
+    slots = op("Range", 0, op("Squeeze", total), 1)
+    back = op("Sub", op("Unsqueeze", op("Slice", slots, past, total, [0]), [-1]), slots)
+    valid = op("Cast", op("Unsqueeze", mask, [1, 2]), to=BOOL)
+    seen = op("And", op("GreaterOrEqual", back, 0), valid)
+    seen = op("Or", seen, op("Equal", back, 0))
+    if FULL in config.layer_types:
+        step.mask[FULL] = seen
+    if SLIDING in config.layer_types:
+        near = op("And", seen, op("Less", back, config.sliding_window))
+        cached = op("Shape", Input(past_name(config.layer_types.index(SLIDING), "key")), start=2, end=3)
+        step.mask[SLIDING] = op("Slice", near, op("Sub", past, cached), total, [3])
+    step.heads = op("Concat", batch_new, [config.num_attention_heads, config.head_dim], axis=0)
+    step.kv_heads = op("Concat", batch_new, [config.num_key_value_heads, config.head_dim], axis=0)
+    step.ends = op("Add", op("ArgMax", new_mask, axis=1, keepdims=0, select_last_index=1), 1)
+    return step
+
+
+def _last_rows(op: Plan, hidden: Any, ends: Any) -> Any:
+    keep = Input(LOGITS_TO_KEEP)
+    new = op("Squeeze", op("Shape", Input(INPUT_IDS), start=1, end=2))
+    everything = op("Equal", keep, 0)
+    kept = op("Where", everything, new, op("Min", keep, new))
+    first = op("Where", everything, 0, op("Max", op("Sub", ends, kept), 0))
+    rows = op("Add", op("Unsqueeze", first, [-1]), op("Range", 0, kept, 1))
+    return op("GatherND", hidden, op("Unsqueeze", rows, [-1]), batch_dims=1)
+
+
+class _Model:
+    """Embedding, layers and head; see `slm.export.graph.modules`."""
+
+    def __init__(self, op: Plan, config: ModelConfig, kind: Kind, names: Collection[str]) -> None:
+        self._op, self._config, self._kind, self._names = op, config, kind, names
+        self._portable = kind.target == "portable"
+        self._dtype = FLOAT if kind.device == "cpu" else FLOAT16
+
+    def layers(self, step: _Step, ids: Any) -> Any:
+        op, config = self._op, self._config
+        x, update = op("Mul", self._embedding(ids), config.hidden_size**0.5), None
+        for layer in range(config.num_hidden_layers):
+            path = f"model.layers.{layer}"
+            normed, x = self._add_norm(x, update, f"{path}.input_layernorm")
+            update = self._norm(self._attention(normed, step, layer), f"{path}.post_attention_layernorm")
+            normed, x = self._add_norm(x, update, f"{path}.pre_feedforward_layernorm")
+            update = self._norm(self._mlp(normed, f"{path}.mlp"), f"{path}.post_feedforward_layernorm")
+        return self._add_norm(x, update, "model.norm")[0]
+
+    def _norm(self, x: Any, path: str, dim: int = 0, dtype: int = FLOAT) -> Any:
+        weight = Weight(f"{path}.weight", dtype, (dim or self._config.hidden_size,))
+        name = "RMSNormalization" if self._portable else "SimplifiedLayerNormalization"
+        return self._op(name, x, weight, axis=-1, epsilon=self._config.rms_norm_eps, stash_type=1)
+
+    def _add_norm(self, x: Any, update: Any, path: str) -> tuple[Any, Any]:
+        if update is None:
+            return self._norm(x, path), x
+        if self._portable:
+            total = self._op("Add", x, update)
+            return self._norm(total, path), total
+        weight = Weight(f"{path}.weight", FLOAT, (self._config.hidden_size,))
+        epsilon = self._config.rms_norm_eps
+        name = "SkipSimplifiedLayerNormalization"
+        normed, _, _, total = self._op(name, x, update, weight, domain=MICROSOFT, epsilon=epsilon, outputs=4)
+        return normed, total
+
+    def _cast(self, x: Any, have: int, want: int) -> Any:
+        return x if have == want else self._op("Cast", x, to=want)
+
+    def _type(self, path: str) -> int:
+        return FLOAT16 if self._kind.stored(path).half else FLOAT
+
+    def _attention(self, x: Any, step: _Step, layer: int) -> Any:
+        op, config, path = self._op, self._config, f"model.layers.{layer}.self_attn"
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        sizes = [heads * size, kv_heads * size, kv_heads * size]
+        dtype, out = self._type(f"{path}.qkv_proj"), self._type(f"{path}.o_proj")
+        past = [Input(past_name(layer, side)) for side in SIDES]
+        qkv = self._linear(self._cast(x, FLOAT, dtype), f"{path}.qkv_proj", config.hidden_size, sum(sizes))
+        q, k, v = op("Split", qkv, sizes, axis=-1, outputs=3)
+        attend = self._attend_portable if self._portable else self._attend_fused
+        attended, key, value = attend(step, layer, (q, k, v), past, dtype, path)
+        for side, present in zip(SIDES, (key, value), strict=True):
+            op.outputs[present_name(layer, side)] = present
+        attended = self._cast(attended, self._dtype, out)
+        return self._cast(self._linear(attended, f"{path}.o_proj", sizes[0], config.hidden_size), out, FLOAT)
+
+    def _attend_portable(
+        self, step: _Step, layer: int, qkv: tuple[Any, Any, Any], past: list[Input], dtype: int, path: str
+    ) -> tuple[Any, Any, Any]:
+        op, config, kind = self._op, self._config, self._config.layer_types[layer]
+        q, k, v = (op("Reshape", x, to) for x, to in zip(qkv, (step.heads, step.kv_heads, step.kv_heads), strict=True))
+        q, k = (self._norm(x, f"{path}.{name}_norm", config.head_dim, dtype) for x, name in ((q, "q"), (k, "k")))
+        q, k, v = (op("Transpose", x, perm=[0, 2, 1, 3]) for x in (q, k, v))
+        q, k = (op("RotaryEmbedding", x, step.cos[kind], step.sin[kind]) for x in (q, k))
+        scale, window = config.query_pre_attn_scalar**-0.5, config.window(layer)
+        attended, key, value = op("Attention", q, k, v, step.mask[kind], *past, scale=scale, outputs=3)
+        if window is not None:
+            key, value = (op("Slice", x, [1 - window or _TO_THE_END], [_TO_THE_END], [2]) for x in (key, value))
+        width = config.num_attention_heads * config.head_dim
+        return op("Reshape", op("Transpose", attended, perm=[0, 2, 1, 3]), [-1, width]), key, value
+
+    def _attend_fused(
+        self, step: _Step, layer: int, qkv: tuple[Any, Any, Any], past: list[Input], dtype: int, path: str
+    ) -> tuple[Any, Any, Any]:
+        op, config, kind = self._op, self._config, self._config.layer_types[layer]
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        made = []
+        for x, name, count in ((qkv[0], "q", heads), (qkv[1], "k", kv_heads)):
+            normed = self._norm(op("Reshape", x, [0, 0, count, size]), f"{path}.{name}_norm", size, dtype)
+            made.append(op("Reshape", normed, [0, 0, count * size]))
+        q, k, v = (self._cast(x, dtype, self._dtype) for x in (*made, qkv[2]))
+        rotates, window = step.rows is not None, config.window(layer)
+        attributes: dict[str, Any] = {
+            "num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "scale": config.query_pre_attn_scalar**-0.5,
+            "do_rotary": int(not rotates),
+        }
+        if window is not None:
+            attributes["local_window_size"] = window
+            if self._kind.device != "webgpu":
+                attributes["sliding_window_cache"] = 1
+        tables: list[Any] = [step.cos[kind], step.sin[kind]]
+        if rotates:
+            q, k = (
+                op("RotaryEmbedding", x, step.rows, *tables, domain=MICROSOFT, num_heads=count)
+                for x, count in ((q, heads), (k, kv_heads))
+            )
+            tables = [None, None]
+        operands = [q, k, v, *past, step.last_index, step.total, *tables]
+        if self._kind.quantized_cache:
+            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+            scales = (Weight(f"{path}.{side}_scale", FLOAT, (1, kv_heads, 1, size)) for side in ("k", "v"))
+            operands += [None, None, None, *scales]
+        found: tuple[Any, Any, Any] = op("GroupQueryAttention", *operands, domain=MICROSOFT, outputs=3, **attributes)
+        return found
+
+    def _mlp(self, x: Any, path: str) -> Any:
+        op, size, hidden = self._op, self._config.intermediate_size, self._config.hidden_size
+        up_type, down_type = self._type(f"{path}.gate_up_proj"), self._type(f"{path}.down_proj")
+        gate_up = self._linear(self._cast(x, FLOAT, up_type), f"{path}.gate_up_proj", hidden, 2 * size)
+        gate, up = op("Split", gate_up, [size, size], axis=-1, outputs=2)
+        product = self._cast(op("Mul", self._activate(gate), up), up_type, down_type)
+        return self._cast(self._linear(product, f"{path}.down_proj", size, hidden), down_type, FLOAT)
+
+    def _activate(self, x: Any) -> Any:
+        op, name = self._op, self._config.hidden_activation
+        match name, self._portable:
+            case "relu", _:
+                return op("Relu", x)
+            case "gelu_pytorch_tanh", True:
+                return op("Gelu", x, approximate="tanh")
+            case "gelu", True:
+                return op("Gelu", x)
+            case "silu", True:
+                return op("Mul", x, op("Sigmoid", x))
+            case "silu", False:
+                return op("QuickGelu", x, domain=MICROSOFT, alpha=1.0)
+        return op("FastGelu" if name == "gelu_pytorch_tanh" else "Gelu", x, domain=MICROSOFT)
+
+    # Weights: see `slm.export.graph.formats`, `slots` and `dequantized`.
+
+    def _linear(self, x: Any, path: str, inputs: int, outputs: int) -> Any:
+        if not self._kind.slots or not path.startswith("model.layers."):
+            return self._product(x, path, inputs, outputs)
+        op = self._op
+        a, b = (Input(name) for name in slot_names(path))
+        columns, rows = f"{path}.slot_columns", f"{path}.slot_rows"
+        left: Any = op("Mul", a, Weight(columns, FLOAT, (inputs, 1))) if columns in self._names else a
+        right: Any = op("Div", b, Weight(rows, FLOAT, (outputs,))) if rows in self._names else b
+        product = self._product(x, path, inputs, outputs)
+        return op("Add", product, op("MatMul", op("MatMul", x, left), right))
+
+    def _product(self, x: Any, path: str, inputs: int, outputs: int) -> Any:
+        op, stored = self._op, self._kind.stored(path)
+        if not stored.bits:
+            weight = Weight(f"{path}.weight", self._type(path), (outputs, inputs))
+            return op("Gemm", x, weight, transB=1) if self._portable else self._matmul(x, weight)
+        if stored.dynamic:
+            largest = op("Max", op("ReduceMax", op("Abs", x), [-1], keepdims=1), 1e-9)
+            rounded = op("QuantizeLinear", op("Div", x, largest), 1 / 127, 128)
+            weights = Weight(f"{path}.weight_quantized", INT8, (inputs, outputs))
+            scales = Weight(f"{path}.weight_scale", FLOAT, (outputs,))
+            operands = (rounded, weights, 1 / 127, scales, 128)
+            return op("Mul", op("MatMulIntegerToFloat", *operands, domain=MICROSOFT), largest)
+        if self._portable:
+            tensors = self._integers(path, inputs, outputs, by_columns=True)
+            return op("MatMul", x, op("DequantizeLinear", *tensors, axis=0, block_size=stored.block_size))
+        attributes = {"K": inputs, "N": outputs, "bits": stored.bits, "block_size": stored.block_size}
+        level = self._kind.accuracy_level
+        tensors = self._blocks(path, inputs, outputs)
+        return op("MatMulNBits", x, *tensors, domain=MICROSOFT, accuracy_level=level, **attributes)
+
+    def _matmul(self, x: Any, weight: Weight) -> Any:
+        return self._op("FusedMatMul", x, weight, domain=MICROSOFT, transB=1)
+
+    def _blocks(self, path: str, inputs: int, outputs: int) -> list[Weight]:
+        stored = self._kind.stored(path)
+        blocks = inputs // stored.block_size
+        tensors = [
+            Weight(f"{path}.weight_quantized", UINT8, (outputs, blocks, stored.block_size * stored.bits // 8)),
+            Weight(f"{path}.weight_scale", FLOAT, (outputs, blocks)),
+        ]
+        points = Weight(f"{path}.weight_zero_points", UINT8, (outputs, -(-blocks * stored.bits // 8)))
+        return [*tensors, points] if stored.zero_points else tensors
+
+    def _integers(self, path: str, inputs: int, outputs: int, by_columns: bool) -> list[Weight]:
+        stored = self._kind.stored(path)
+        dtype = (UINT4 if stored.bits == 4 else UINT8) if stored.zero_points else (INT4 if stored.bits == 4 else INT8)
+        whole, scales = (outputs, inputs), (outputs, inputs // stored.block_size)
+        if by_columns:
+            whole, scales = whole[::-1], scales[::-1]
+        tensors = [Weight(f"{path}.weight_quantized", dtype, whole), Weight(f"{path}.weight_scale", FLOAT, scales)]
+        points = Weight(f"{path}.weight_zero_points", dtype, scales)
+        return [*tensors, points] if stored.zero_points else tensors
+
+    def _embedding(self, ids: Any) -> Any:
+        op, config, path = self._op, self._config, "model.embed_tokens"
+        stored, rows = self._kind.stored(path), config.vocab_size
+        if not stored.bits:
+            weight = Weight(f"{path}.weight", self._type(path), (rows, config.hidden_size))
+            return self._cast(op("Gather", weight, ids, axis=0), self._type(path), FLOAT)
+        if self._portable:
+            tensors = self._integers(path, config.hidden_size, rows, by_columns=False)
+            taken = [op("Gather", each, ids, axis=0) for each in tensors]
+            return op("DequantizeLinear", *taken, axis=1, block_size=stored.block_size)
+        whole, *others = self._blocks(path, config.hidden_size, rows)
+        table = op("Reshape", whole, [rows, config.hidden_size * stored.bits // 8])
+        sizes = {"bits": stored.bits, "block_size": stored.block_size, "gather_axis": 0, "quantize_axis": 1}
+        return op("GatherBlockQuantized", table, ids, *others, domain=MICROSOFT, **sizes)
+
+    def head(self, hidden: Any) -> Any:
+        """Adds the product that makes logits."""
+        op, config = self._op, self._config
+        tied = config.tie_word_embeddings
+        path = "model.embed_tokens" if tied else "lm_head"
+        if tied and self._portable and self._kind.stored(path).bits:
+            tensors = self._integers(path, config.hidden_size, config.vocab_size, by_columns=False)
+            columns = [op("Transpose", each, perm=[1, 0]) for each in tensors]
+            block_size = self._kind.stored(path).block_size
+            return op("MatMul", hidden, op("DequantizeLinear", *columns, axis=0, block_size=block_size))
+        dtype = self._type(path)
+        hidden = self._cast(hidden, FLOAT, dtype)
+        product = self._product if tied else self._linear
+        return self._cast(product(hidden, path, config.hidden_size, config.vocab_size), dtype, FLOAT)

@@ -1,0 +1,395 @@
+"""A bundle's graph is the one that slm writes, node by node: every kind passes, whatever else stands in it is rejected."""
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import slm as package
+from slm.core.config import FULL, ModelConfig
+from slm.core.contract import product_sizes
+from slm.core.errors import SlmError
+from slm.core.graph_check import check_graph
+from slm.core.graph_plan import Kind, Stored
+from slm.core.manifest import Bundle, Scheme, seal
+from slm.export.graph import (
+    BlockFormat,
+    DequantizedFormat,
+    FloatFormat,
+    Fused,
+    GemmFormat,
+    Portable,
+    SlotFormat,
+    build_graph,
+    save_graph,
+)
+
+CONTEXT = 64
+
+
+def paths_of(config: ModelConfig) -> list[str]:
+    return ["model.embed_tokens", *(path for path, _, _ in product_sizes(config)), "lm_head"]
+
+
+def schemes_of(config: ModelConfig, bits: int, zero_points: bool, dynamic: bool = False) -> dict[str, Scheme]:
+    """Schemes of which every other product's differs; the embedding is never dynamic."""
+    plain = Scheme(bits=8, block_size=16)
+    special = Scheme(bits=bits, block_size=32, zero_points=zero_points)
+    by_channel = Scheme(bits=8, block_size=32, dynamic=True)
+    schemes = {path: special if number % 2 == 0 else plain for number, path in enumerate(paths_of(config))}
+    return schemes | ({path: by_channel for path, _, _ in product_sizes(config)} if dynamic else {})
+
+
+def stored_as(schemes: dict[str, Scheme]) -> Callable[[str], Stored]:
+    fields = ("bits", "block_size", "zero_points", "dynamic")
+    return lambda path: Stored(**{name: getattr(schemes[path], name) for name in fields})
+
+
+def kind_of(**changes: Any) -> Kind:
+    fields = {"target": "fused", "device": "cpu", "context": CONTEXT, "accuracy_level": 4, "stored": lambda path: Stored(),
+              "slots": False, "quantized_cache": False}  # fmt: skip
+    return Kind(**fields | changes)
+
+
+def written(path: Path, config: ModelConfig, target: Any) -> dict[str, int]:
+    """Writes a graph with zeros for weights; returns the sizes of the files beside it."""
+    model = build_graph(config, target, {}, CONTEXT)
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.LazyTensor):
+            assert value.shape is not None and value.dtype is not None
+            array = np.zeros(tuple(value.shape), value.dtype.numpy())
+            value.const_value = ir.tensor(array, dtype=value.dtype, name=name)
+    path.parent.mkdir(exist_ok=True)
+    save_graph(model, path)
+    return {file.name: file.stat().st_size for file in path.parent.iterdir()}
+
+
+KEPT = ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.qkv_proj", "model.embed_tokens")
+# What smoothing multiplied and divided, by weight: not in every slot.
+COLUMNS = {
+    f"model.layers.{path}_proj.weight": np.ones(size) for path, size in (("0.mlp.down", 96), ("1.mlp.gate_up", 64))
+}
+ROWS = {"model.layers.0.mlp.down_proj.weight": np.ones(64)}
+
+
+def kinds(config: ModelConfig) -> dict[str, tuple[Any, Kind]]:
+    half = {"stored": lambda path: Stored(half=path not in KEPT)}
+    found: dict[str, tuple[Any, Kind]] = {
+        "fused": (Fused(FloatFormat()), kind_of()),
+        "slots": (Fused(SlotFormat(FloatFormat())), kind_of(slots=True)),
+        "smoothed slots": (Fused(SlotFormat(FloatFormat(), COLUMNS, ROWS)), kind_of(slots=True)),
+        "cuda": (Fused(FloatFormat(half=True, kept=KEPT), "cuda", "float16"), kind_of(device="cuda", **half)),
+        "webgpu": (Fused(FloatFormat(half=True, kept=KEPT), "webgpu", "float16"), kind_of(device="webgpu", **half)),
+        "portable": (Portable(GemmFormat()), kind_of(target="portable")),
+    }  # fmt: skip
+    for bits, points in itertools.product((4, 8), (False, True)):
+        schemes = schemes_of(config, bits, points)
+        stored = stored_as(schemes)
+        name = f"int{bits}{', zero points' if points else ''}"
+        found[name] = (Fused(BlockFormat(schemes, 4), cache="int8"), kind_of(stored=stored, quantized_cache=True))
+        found[f"portable {name}"] = (
+            Portable(DequantizedFormat(schemes)),
+            kind_of(target="portable", stored=stored, accuracy_level=0),
+        )
+    schemes = schemes_of(config, 8, False, dynamic=True)
+    found["dynamic"] = (Fused(BlockFormat(schemes, 4)), kind_of(stored=stored_as(schemes)))
+    found["dynamic slots"] = (
+        Fused(SlotFormat(BlockFormat(schemes, 4))),
+        kind_of(stored=stored_as(schemes), slots=True),
+    )
+    return found
+
+
+NAMES = ("fused", "slots", "smoothed slots", "cuda", "webgpu", "portable", "int4", "portable int4", "int4, zero points",
+         "portable int4, zero points", "int8", "portable int8", "int8, zero points", "portable int8, zero points", "dynamic",
+         "dynamic slots")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_slm_writes_is_what_it_runs(tmp_path: Path, config: ModelConfig, name: str, tied: bool) -> None:
+    config = config.model_copy(update={"tie_word_embeddings": tied})
+    target, kind = kinds(config)[name]
+    sizes = written(tmp_path / "onnx" / "model.onnx", config, target)
+    check_graph(tmp_path / "onnx" / "model.onnx", config, kind, sizes)
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu", "silu", "relu"])
+@pytest.mark.parametrize("name", ["fused", "portable"])
+def test_with_every_activation_and_kind_of_layer(
+    tmp_path: Path, config: ModelConfig, name: str, activation: str
+) -> None:
+    layers = {"layer_types": (FULL,) * 4, "hidden_activation": activation}
+    config = config.model_copy(update=layers)
+    target, kind = kinds(config)[name]
+    sizes = written(tmp_path / "onnx" / "model.onnx", config, target)
+    check_graph(tmp_path / "onnx" / "model.onnx", config, kind, sizes)
+
+
+def test_the_model_that_ships_opens() -> None:
+    """Its graph is of an earlier version, with tables of rotations."""
+    from slm.runtime.shipped import model_path
+
+    Bundle.open(model_path())
+
+
+# Attacks ------------------------------------------------------------------------------------------------------------------
+
+
+def at_the_end(model: onnx.ModelProto, *nodes: onnx.NodeProto) -> None:
+    """Puts nodes between what the graph computes for its logits and the output; the last one gives "bomb"."""
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name == "logits":
+                node.output[index] = "before"
+    model.graph.node.extend([*nodes, helper.make_node("Add", ["before", "bomb"], ["logits"], name="end")])
+
+
+def constant(model: onnx.ModelProto, name: str, array: Any) -> str:
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    return name
+
+
+def zeros_of_4_gib(model: onnx.ModelProto) -> None:
+    shape = constant(model, "shape", np.array([1 << 30], np.int64))
+    made = helper.make_node("ConstantOfShape", [shape], ["zeros"], name="zeros")
+    summed = helper.make_node("ReduceSum", ["zeros"], ["bomb"], name="sum", keepdims=0)
+    at_the_end(model, made, summed)
+
+
+def endless_loop(model: onnx.ModelProto) -> None:
+    identity = helper.make_node("Identity", ["go"], ["on"])
+    inside = [
+        helper.make_tensor_value_info("i", TensorProto.INT64, []),
+        helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+    ]
+    body = helper.make_graph([identity], "body", inside, [helper.make_tensor_value_info("on", TensorProto.BOOL, [])])
+    go = constant(model, "go on", np.array(True))
+    model.graph.node.insert(0, helper.make_node("Loop", ["", go], [], name="endless", body=body))
+
+
+def doubling_chain(kind: str) -> Callable[[onnx.ModelProto], None]:
+    """Nodes of permitted operators whose outputs double: what amplifies is the composition."""
+
+    def change(model: onnx.ModelProto) -> None:
+        constant(model, "x0", np.zeros((1, 1024), np.float32))
+        nodes = []
+        for number in range(22):
+            inputs, output = [f"x{number}"] * 2, f"x{number + 1}"
+            if kind == "Add":  # by broadcasting: (n, 1) and (n)
+                nodes.append(
+                    helper.make_node("Unsqueeze", [inputs[0], constant(model, f"axis{number}", [0])], [f"u{number}"])
+                )
+                inputs = [f"u{number}", inputs[1]]
+            attributes = {"axis": 0} if kind == "Concat" else {}
+            nodes.append(helper.make_node(kind, inputs, [output], name=f"double{number}", **attributes))
+        at_the_end(model, *nodes, helper.make_node("ReduceMax", ["x22"], ["bomb"], keepdims=0))
+
+    return change
+
+
+def long_range(model: onnx.ModelProto) -> None:
+    """A permitted operator on another constant."""
+    for node in model.graph.node:
+        if node.op_type == "Range":
+            node.input[1] = constant(model, "many", np.array(1 << 33, np.int64))
+            return
+
+
+def branch(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "Reshape":
+            empty = helper.make_graph([], "sub", [], [])
+            node.attribute.append(helper.make_attribute("body", empty))
+            return
+
+
+def function(model: onnx.ModelProto) -> None:
+    model.functions.append(
+        helper.make_function("mine", "f", ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], [])
+    )
+
+
+def another(type: str, field: str, value: Any) -> Callable[[onnx.ModelProto], None]:
+    """Gives the first node of a type another attribute."""
+
+    def change(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if node.op_type == type)
+        kept = [each for each in node.attribute if each.name != field]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute(field, value)])
+
+    return change
+
+
+def renamed(field: str, type: str, value: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        setattr(next(node for node in model.graph.node if node.op_type == type), field, value)
+
+    return change
+
+
+def swapped(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Sub")
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+def tensor(name: str, change: Callable[[onnx.TensorProto], None]) -> Callable[[onnx.ModelProto], None]:
+    return lambda model: change(next(each for each in model.graph.initializer if each.name == name))
+
+
+def shaped(*dims: int) -> Callable[[onnx.TensorProto], None]:
+    def change(tensor: onnx.TensorProto) -> None:
+        del tensor.dims[:]
+        tensor.dims.extend(dims)
+
+    return change
+
+
+def placed(key: str, value: int) -> Callable[[onnx.TensorProto], None]:
+    def change(tensor: onnx.TensorProto) -> None:
+        for entry in tensor.external_data:
+            if entry.key == key:
+                entry.value = str(value)
+
+    return change
+
+
+def sparse(model: onnx.ModelProto) -> None:
+    values = helper.make_tensor("s", TensorProto.FLOAT, [1], [1.0])
+    indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [1 << 32]))
+
+
+def unused(model: onnx.ModelProto) -> None:
+    constant(model, "unused", np.zeros(100, np.float32))
+
+
+def default(model: onnx.ModelProto) -> None:
+    tensor("num_logits_to_keep", lambda each: each.CopyFrom(numpy_helper.from_array(np.zeros(9, np.int64), each.name)))(
+        model
+    )
+
+
+def dropped(model: onnx.ModelProto) -> None:
+    del model.graph.node[-1]
+
+
+def doubled_output(model: onnx.ModelProto) -> None:
+    model.graph.output.append(helper.make_tensor_value_info("v_positions.Cos_17", TensorProto.FLOAT, None))
+
+
+def swapped_outputs(model: onnx.ModelProto) -> None:
+    attend = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    attend[0].output[1], attend[1].output[1] = attend[1].output[1], attend[0].output[1]
+
+
+EMBEDDING = "model.embed_tokens.weight"
+ATTACKS: dict[str, Callable[[onnx.ModelProto], None]] = {
+    "a constant of 4 GiB": zeros_of_4_gib,
+    "an endless loop": endless_loop,
+    "concatenations that double": doubling_chain("Concat"),
+    "additions that double": doubling_chain("Add"),
+    "products that double": doubling_chain("Mul"),
+    "a long range": long_range,
+    "a subgraph in an attribute": branch,
+    "a function": function,
+    "another domain": renamed("domain", "Split", "com.microsoft"),
+    "an unknown domain": renamed("domain", "Split", "mine"),
+    "an overload": renamed("overload", "Split", "x"),
+    "another operator": renamed("op_type", "Cos", "Sin"),
+    "another attribute": another("GroupQueryAttention", "smooth_softmax", 1),
+    "another value of an attribute": another("GroupQueryAttention", "num_heads", 1 << 20),
+    "another type of an attribute": another("Cast", "to", 10),
+    "swapped inputs": swapped,
+    "swapped outputs": swapped_outputs,
+    "no logits": dropped,
+    "another output": doubled_output,
+    "a sparse tensor": sparse,
+    "an unused tensor": unused,
+    "another default of an input": default,
+    "a tensor of another shape": tensor(EMBEDDING, shaped(1 << 30, 64)),
+    "a tensor with negative sizes": tensor(EMBEDDING, shaped(-320, -64)),
+    "a tensor of another type": tensor(EMBEDDING, lambda each: setattr(each, "data_type", TensorProto.DOUBLE)),
+    "a tensor beyond the file": tensor(EMBEDDING, placed("offset", 1 << 40)),
+    "a tensor before the file": tensor(EMBEDDING, placed("offset", -4096)),
+    "a tensor of another length": tensor(EMBEDDING, placed("length", 4)),
+    "a constant outside of the graph": tensor("const_1_i64", lambda each: each.ClearField("raw_data")),
+    "a constant of many": tensor("const_1_i64", shaped(1 << 40)),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_another_graph_is_rejected(tmp_path: Path, config: ModelConfig, name: str) -> None:
+    path = tmp_path / "onnx" / "model.onnx"
+    sizes = written(path, config, Fused(FloatFormat()))
+    model = onnx.load(path, load_external_data=False)
+    ATTACKS[name](model)
+    path.write_bytes(model.SerializeToString())
+    before = time.process_time()
+    with pytest.raises(SlmError) as caught:
+        check_graph(path, config, kind_of(), sizes)
+    assert time.process_time() - before < 1
+    assert caught.value.message.isprintable() and caught.value.hint
+
+
+def test_a_graph_of_another_configuration_is_rejected(tmp_path: Path, config: ModelConfig) -> None:
+    """The negative control for what the plan takes from the configuration and the manifest."""
+    path = tmp_path / "onnx" / "model.onnx"
+    sizes = written(path, config, Fused(FloatFormat()))
+    changed = [
+        {"query_pre_attn_scalar": 25}, {"sliding_window": 15}, {"rms_norm_eps": 1e-5}, {"hidden_activation": "gelu"},
+        {"layer_types": config.layer_types[::-1]}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"head_dim": 16},
+        {"vocab_size": 321}, {"intermediate_size": 95}, {"num_hidden_layers": 3, "layer_types": config.layer_types[:3]},
+    ]  # fmt: skip
+    for changes in changed:
+        with pytest.raises(SlmError):
+            check_graph(path, config.model_copy(update=changes), kind_of(), sizes)
+    for kind in (
+        kind_of(slots=True),
+        kind_of(target="portable"),
+        kind_of(device="cuda"),
+        kind_of(quantized_cache=True),
+    ):
+        with pytest.raises(SlmError):
+            check_graph(path, config, kind, sizes)
+
+
+def test_a_table_of_rotations_has_a_largest_size(tmp_path: Path, config: ModelConfig) -> None:
+    target, kind = kinds(config)["cuda"]
+    sizes = written(tmp_path / "onnx" / "model.onnx", config, target)
+    with pytest.raises(SlmError, match="context of 2,147,483,647"):
+        longest = {**kind.__dict__, "context": 2**31 - 1}
+        check_graph(tmp_path / "onnx" / "model.onnx", config, Kind(**longest), sizes)
+
+
+def test_a_foreign_graph_runs_when_it_is_trusted(
+    tmp_path: Path, shared_bundle: Bundle, slm: Callable[..., Any]
+) -> None:
+    import shutil
+
+    path = tmp_path / "foreign"
+    shutil.copytree(shared_bundle.path, path)
+    file = path / shared_bundle.manifest.model
+    model = onnx.load(file, load_external_data=False)
+    constant(model, "bomb", np.array(0, np.float32))
+    at_the_end(model)
+    model.graph.node[-1].name = "mine"
+    file.write_bytes(model.SerializeToString())
+    seal(path, shared_bundle.manifest)
+    with pytest.raises(SlmError, match="'mine'"):
+        package.load(path)
+    refused = slm("generate", path, "-p", "One", "--greedy", "--max-new-tokens", 4)
+    assert refused.code == 1 and "'mine'" in refused.err and "--trust" in refused.err
+    trusted = slm("generate", path, "-p", "One", "--greedy", "--max-new-tokens", 4, "--trust")
+    plain = slm("generate", shared_bundle.path, "-p", "One", "--greedy", "--max-new-tokens", 4)
+    assert trusted.code == 0 and "warning: --trust" in trusted.err and trusted.out == plain.out
+    assert package.load(path, trust=True).generate("One", max_new_tokens=4, temperature=0)
+    assert slm("info", path).code == 0
