@@ -193,7 +193,8 @@ class _Controls:
         ids: list[int] = encoding.ids
         if self._ids.isdisjoint(ids):
             return ids, []
-        found = [(token, *encoding.token_to_chars(place)) for place, token in enumerate(ids) if token in self._ids]
+        places = [place for place, token in enumerate(ids) if token in self._ids]
+        found = [(ids[place], *(encoding.token_to_chars(place) or (0, 0))) for place in places]
         return ids, self._among(text, found)
 
     def placed(self, view: str) -> list[Placed]:
