@@ -131,8 +131,18 @@ class Tokenizer:
         return twice[len(once) :]
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def special_tokens_in(self, text: str) -> list[tuple[int, int, int]]:
+        """Returns the special tokens that a text spells: id, and where in the text (half-open, in characters)."""
+        encoding = _asked(self.backend.encode, text, add_special_tokens=False)
+        return [
+            (token, *where)
+            for token, where in zip(encoding.ids, encoding.offsets, strict=True)
+            if token in self.special_ids and where[0] < where[1]
+        ]
 
 
 class TextStream:
@@ -144,13 +154,13 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._before: list[int] = []  # the tokens of the last piece: decoders join and strip at the beginning of a text
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
         """Takes a token and returns the whole characters that are complete with it, often none."""
-        if token in self._tokenizer._special_ids:
+        if token in self.tokenizer.special_ids:
             return ""
         self._held.append(token)
         text = self._text()
@@ -165,8 +175,8 @@ class TextStream:
         return text
 
     def _text(self) -> str:
-        before, text = (self._tokenizer.decode(ids) for ids in (self._before, self._before + self._held))
-        return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._held)
+        before, text = (self.tokenizer.decode(ids) for ids in (self._before, self._before + self._held))
+        return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(self._held)
 
 
 def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:

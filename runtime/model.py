@@ -73,7 +73,7 @@ class Model:
             SlmError: Before anything is generated, when the prompt or the sampling will not do.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        stops = StopTexts([stop] if isinstance(stop, str) else stop)
+        stops = StopTexts([stop] if isinstance(stop, str) else stop, self.tokenizer)
         self.last_run, tokens = generate(
             self.decoder,
             ids,

@@ -26,6 +26,7 @@ from slm.runtime.prefix import PrefixCache
 from slm.runtime.sampling import Sampler, Sampling
 from slm.runtime.stopping import StopTexts
 from slm.runtime.streaming import Piece
+from slm.runtime.token_bytes import token_bytes
 from slm.serve.defects import named
 
 Reason = Literal["end", "stop", "length", "context", "cancelled", "deadline", "error"]
@@ -191,6 +192,7 @@ class Engine:
             prefix_bytes: Memory for the beginnings of prompts, which are not read again; 0 keeps none.
         """
         self._decoder, self._tokenizer = decoder, tokenizer
+        self._own_bytes = token_bytes(tokenizer)
         self._stop_tokens = frozenset(stop_tokens)
         self._queue, self._prefill = queue, prefill_tokens
         self._batch = Batch(decoder, slots)
@@ -234,7 +236,8 @@ class Engine:
         """
         check_request(self._decoder, ask.prompt, ask.max_new_tokens, ask.logprobs)
         sampler = Sampler(ask.sampling, ask.prompt, self._decoder.vocab_size)
-        ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), StopTexts(ask.stop))
+        stops = StopTexts(ask.stop, self._tokenizer)
+        ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), stops)
         with self._changed:
             if not self.open:
                 raise Closed(self._failed or "the server is shutting down", "ask another one")
@@ -407,12 +410,12 @@ class Engine:
         complete = ask.constraint is not None and ask.constraint.accept(token)
         ticket.tokens.append(token)
         self.figures.new_tokens += 1
-        text = ticket.stops.push(ticket.text.push(token))
+        text, raw = ticket.stops.push(ticket.text.push(token), token), self._own_bytes[token]
         if ask.logprobs is None:
-            piece = Piece(text, token)
+            piece = Piece(text, token, raw=raw)
         else:
             known = logprobs_of(logits, token, ask.logprobs)
-            piece = Piece(text, token, known.chosen, known.top)
+            piece = Piece(text, token, known.chosen, known.top, raw)
         self._deliver(ticket, piece)
         if ticket.stops.found:
             self._end(ticket, "stop")
