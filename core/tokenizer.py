@@ -23,6 +23,8 @@ END_OF_TURN = "<end_of_turn>"
 PAD = "<pad>"
 _T = TypeVar("_T")
 
+# Characters of a text that takes the library milliseconds.
+_LONG = 2048
 # What stands in a text for bytes that are no character.
 _REPLACEMENT = "\ufffd"
 # In the order in which they get ids when a vocabulary has none of them.
@@ -105,15 +107,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelt."""
-        return _asked(self.backend.encode, text).ids
+        return _ids(self.backend, text)
 
     def encode_literal(self, text: str) -> list[int]:
         """Returns the ids of a text as it stands: nothing put before it, no special token read out of it."""
-        return _asked(self._literal.encode, text, add_special_tokens=False).ids
+        return _ids(self._literal, text, add_special_tokens=False)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Returns the ids of a rendered chat template: special tokens where they are spelt, and nothing put before it."""
-        return _asked(self.backend.encode, text, add_special_tokens=False).ids
+        return _ids(self.backend, text, add_special_tokens=False)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""
@@ -179,6 +181,14 @@ class TextStream:
         return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(self._held)
 
 
+def _ids(backend: _Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Returns the ids of a text. For a long one other threads can run meanwhile: only the library's batches release Python's lock."""
+    if len(text) < _LONG:
+        return _asked(backend.encode, text, add_special_tokens=add_special_tokens).ids
+    (encoding,) = _asked(backend.encode_batch_fast, [text], add_special_tokens=add_special_tokens)
+    return encoding.ids
+
+
 def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """Calls the library, which panics over some files and calls a text no text over others.
 
@@ -188,7 +198,7 @@ def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     try:
         return function(*arguments, **options)
     except TypeError:
-        if all(isinstance(each, str) for each in arguments):
+        if all(isinstance(each, str | list) for each in arguments):
             raise SlmError("the text holds half of a surrogate pair", "write the character itself") from None
         raise
     except BaseException as error:

@@ -48,6 +48,10 @@ class TokenBytes:
             found = self._known[token] = self._bytes_of(token)
         return found
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token is not part of the text."""
+        return token in self._special
+
     def _bytes_of(self, token: int) -> bytes:
         spelling = self._tokenizer.backend.id_to_token(token)
         if spelling is None:

@@ -1,4 +1,8 @@
-"""From a request to its answer: asked of the engine, then whole or as a stream of events."""
+"""From a request to its answer: asked of the engine, then whole or as a stream of events.
+
+The event loop serves everybody, so that nothing here holds it for long: what takes a time that a request decides goes to a thread, or
+into pieces.
+"""
 
 import asyncio
 import json
@@ -16,20 +20,23 @@ from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter
 from slm.runtime.sampling import Sampling
 from slm.runtime.streaming import Piece
+from slm.runtime.token_bytes import token_bytes
 from slm.serve.constraint import JsonConstraint
 from slm.serve.engine import Ask, Closed, Done, Full, Ticket
-from slm.serve.inbox import Inbox
+from slm.serve.inbox import Inbox, Post
 from slm.serve.refusals import Refused, said
 from slm.serve.schema import Request as AnyRequest
 from slm.serve.service import Service
-from slm.serve.shapes import FINISH, Shape, usage_of
+from slm.serve.shapes import FINISH, Shape, answer_of, choice, usage_of
 
 Value = TypeVar("Value")
 
-# How often it is looked whether somebody who waits for a whole answer is still there.
+# How often to check for a disconnected client while a whole answer is made, in seconds.
 _LOOK_S = 0.5
-# Texts longer than this, in characters, are cut into tokens beside the event loop, which has others to serve.
+# Texts longer than this, in characters or tokens, are worked on in a thread.
 _LONG = 4096
+# Pieces that one event has at most; 20 log-probabilities with each of them take 5 ms to write.
+_PIECES = 64
 
 
 @dataclass
@@ -78,37 +85,41 @@ async def answer(
         Refused: When it cannot be answered, or not now.
     """
     texts = await _texts(service, request, prompts, new_tokens, logprobs)
-    head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": request.model}
-    asked = _submit(service, prompts, texts)
+    name = service.name if request.model is None else request.model
+    head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
+    post = service.post(asyncio.get_running_loop())
+    asked = await aside(sum(map(len, prompts)), lambda: _submit(service, post, prompts, texts))
     if request.stream:
         options = request.stream_options
-        events = _stream(service, asked, shape, head, options is not None and options.include_usage)
+        events = _stream(service, asked, shape, head, options is not None and bool(options.include_usage))
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     try:
-        pieces, done = await _whole(asked, connection)
+        choices, done = await _whole(service, asked, shape, connection)
     finally:
         _cancel(service, asked.tickets)
-    choices = []
-    for index, (parts, end) in enumerate(zip(pieces, done, strict=True)):
-        _check(service, end)
-        scores = shape.logprobs(service.model, parts)[0] if asked.logprobs else None
-        text = "".join(piece.text for piece in parts)
-        choices.append({"index": index, **shape.whole(text), "logprobs": scores, "finish_reason": FINISH[end.reason]})
-    body = {**head, "object": shape.kind, "choices": choices, "usage": usage_of(prompts, done)}
-    return Response(json.dumps(body), media_type="application/json")
+    body = answer_of({**head, "object": shape.kind}, choices, usage=usage_of(prompts, done))
+    return Response(body, media_type="application/json")
 
 
-def adapter_of(service: Service, name: str) -> Adapter | None:
-    """Returns the adapter that a request calls its model; None for the base.
+def adapter_of(service: Service, name: str | None) -> Adapter | None:
+    """Returns the adapter that a request names as its model; None for the base.
+
+    Args:
+        service: Has the models.
+        name: What the request says; without a name it is the only model.
 
     Raises:
-        Refused: When there is no such model.
+        Refused: When there is no such model, or no name and several models.
     """
-    if name == service.name:
+    known = ", ".join((service.name, *service.adapters))
+    if name is None and service.adapters:
+        raise Refused(400, f"model is required: this server has {known}", param="model")
+    if name is None or name == service.name:
         return None
     if name not in service.adapters:
-        known = ", ".join((service.name, *service.adapters))
-        raise Refused(404, f"there is no model {name[:100]!r}; there is {known}", param="model", code="model_not_found")
+        raise Refused(
+            404, f"the model {name[:100]!r} does not exist; this server has {known}", param="model", code="model_not_found"
+        )
     return service.adapters[name]
 
 
@@ -144,13 +155,7 @@ async def _texts(
     limits, adapter = service.limits, adapter_of(service, request.model)
     count = request.n or 1
     _check_count(service, len(prompts) * count, "n")
-    if new_tokens is not None and new_tokens > limits.new_tokens:
-        raise Refused(400, f"at most {limits.new_tokens:,} new tokens", param="max_tokens")
-    for ids in prompts:
-        if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
-            raise Refused(
-                400, f"the prompt has {len(ids):,} tokens; {limits.prompt_tokens:,} are possible", param="prompt"
-            )
+    _check_lengths(service, prompts)
     constraints: Sequence[JsonConstraint | None] = [None] * (len(prompts) * count)
     form = request.response_format
     if form is not None and form.type != "text":
@@ -164,9 +169,9 @@ async def _texts(
     try:
         return [
             Ask(
-                prompt=tuple(ids),
+                prompt=ids,
                 sampling=_sampling(request, index),
-                max_new_tokens=new_tokens or limits.new_tokens,
+                max_new_tokens=min(new_tokens or limits.new_tokens, limits.new_tokens),
                 stop=tuple(request.stops),
                 logprobs=logprobs,
                 adapter=adapter,
@@ -181,9 +186,22 @@ async def _texts(
         raise Refused(400, said(error)) from None
 
 
+def _check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:
+    context = service.model.decoder.context
+    most = context - 1 if service.limits.prompt_tokens is None else min(context - 1, service.limits.prompt_tokens)
+    for ids in prompts:
+        if len(ids) > most:
+            raise Refused(
+                400,
+                f"the prompt has {len(ids):,} tokens; the most is {most:,}, of a context of {context:,}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+
 def _check_count(service: Service, answers: int, param: str) -> None:
     if answers > service.limits.texts:
-        raise Refused(400, f"{answers:,} answers at once; {service.limits.texts} are possible", param=param)
+        raise Refused(400, f"{answers:,} answers in one request; the most is {service.limits.texts}", param=param)
 
 
 def _sampling(request: AnyRequest, index: int) -> Sampling:
@@ -203,10 +221,9 @@ def _sampling(request: AnyRequest, index: int) -> Sampling:
     )
 
 
-def _submit(service: Service, prompts: Sequence[Sequence[int]], texts: Sequence[Ask]) -> _Asked:
+def _submit(service: Service, post: Post, prompts: Sequence[Sequence[int]], texts: Sequence[Ask]) -> _Asked:
     """Asks for all of them, or for none."""
     inbox, tickets = Inbox(), []
-    post = service.post(asyncio.get_running_loop())
     try:
         for index, text in enumerate(texts):
             tickets.append(service.engine.submit(text, post.to(inbox, index)))
@@ -230,9 +247,13 @@ def _cancel(service: Service, tickets: Sequence[Ticket]) -> None:
         service.engine.cancel(ticket)
 
 
-async def _whole(asked: _Asked, connection: Request) -> tuple[list[list[Piece]], list[Done]]:
-    """Returns all pieces of each text, and how it ended. Somebody who has gone is not answered."""
-    pieces: list[list[Piece]] = [[] for _ in asked.texts]
+async def _whole(
+    service: Service, asked: _Asked, shape: Shape, connection: Request
+) -> tuple[list[str], list[Done]]:
+    """Returns the JSON of each text's choice, and how it ended. A client that has gone is not answered."""
+    own = token_bytes(service.model.tokenizer)
+    texts: list[list[str]] = [[] for _ in asked.texts]
+    scores = [shape.scores(own) for _ in asked.texts]
     done: dict[int, Done] = {}
     clock = asyncio.get_running_loop().time
     look = clock() + _LOOK_S
@@ -243,15 +264,24 @@ async def _whole(asked: _Asked, connection: Request) -> tuple[list[list[Piece]],
             look = clock() + _LOOK_S
         try:
             async with asyncio.timeout_at(look):
-                events = await asked.inbox.take()
+                events = await asked.inbox.take(_PIECES)
         except TimeoutError:
             continue
         for index, event in events:
             if isinstance(event, Done):
                 done[index] = event
             else:
-                pieces[index].append(event)
-    return pieces, [done[index] for index in range(len(pieces))]
+                texts[index].append(event.text)
+                if asked.logprobs:
+                    scores[index].add(event)
+        await asyncio.sleep(0)
+    choices = []
+    for index, text in enumerate(texts):
+        _check(service, done[index])
+        content = shape.whole("".join(text))
+        told = scores[index].taken() if asked.logprobs else None
+        choices.append(choice(index, content, FINISH[done[index].reason], told))
+    return choices, [done[index] for index in range(len(texts))]
 
 
 def _check(service: Service, done: Done) -> None:
@@ -268,24 +298,23 @@ def _check(service: Service, done: Done) -> None:
 async def _stream(
     service: Service, asked: _Asked, shape: Shape, head: Mapping[str, Any], usage_too: bool
 ) -> AsyncIterator[bytes]:
-    """Yields server-sent events: for each text what has come of it since the last ones, several tokens where there are."""
+    """Yields server-sent events: for each text what has come of it since the last one, often several tokens."""
 
-    def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
-        body = {**head, "object": shape.chunk, "choices": choices} | ({"usage": None} if usage_too else {}) | more
-        return b"data: %s\n\n" % json.dumps(body).encode()
+    def event(choices: list[str], **more: Any) -> bytes:
+        usage = {"usage": None} if usage_too else {}
+        return b"data: %s\n\n" % answer_of({**head, "object": shape.chunk}, choices, **(usage | more)).encode()
 
-    def choice(index: int, content: dict[str, Any], reason: str | None = None, scores: Any = None) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": scores, "finish_reason": reason}
-
-    lengths = [0] * len(asked.texts)  # of the tokens that were told with how likely they were, in characters
+    own = token_bytes(service.model.tokenizer)
+    scores = [shape.scores(own) for _ in asked.texts]
 
     def written(index: int, pieces: Sequence[Piece]) -> bytes:
-        text, scores = "".join(piece.text for piece in pieces), None
+        text = "".join(piece.text for piece in pieces)
         if asked.logprobs:
-            scores, lengths[index] = shape.logprobs(service.model, pieces, lengths[index])
+            for piece in pieces:
+                scores[index].add(piece)
         elif not text:
             return b""
-        return event([choice(index, shape.part(text), None, scores)])
+        return event([choice(index, shape.part(text), None, scores[index].taken() if asked.logprobs else None)])
 
     ended: dict[int, Done] = {}
     try:
@@ -295,7 +324,7 @@ async def _stream(
         while len(ended) < len(asked.texts):
             pieces: dict[int, list[Piece]] = {}
             ends: dict[int, Done] = {}
-            for index, found in await asked.inbox.take():
+            for index, found in await asked.inbox.take(_PIECES):
                 if isinstance(found, Done):
                     ends[index] = found
                 else:
@@ -311,6 +340,7 @@ async def _stream(
             ended |= ends
             if chunk := b"".join(parts):
                 yield chunk
+            await asyncio.sleep(0)
         if usage_too:
             yield event([], usage=usage_of(asked.prompts, [ended[index] for index in range(len(ended))]))
         yield b"data: [DONE]\n\n"

@@ -6,12 +6,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
-from slm.serve.answers import adapter_of, answer, aside, prompts_of
+from slm.serve.answers import adapter_of, answer, prompts_of
+from slm.serve.body import read
+from slm.serve.described import body_of, describe
+from slm.serve.docs_page import HEADERS, docs_page
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
 from slm.serve.replies import Card, Cards, ChatCompletion, Status, TextCompletion, answered_or_refused, refused
@@ -60,47 +63,46 @@ def make_app(service: Service) -> FastAPI:
         adapter_of(service, name)
         return JSONResponse(card(service, name))
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answered_or_refused())
-    async def chat(request: ChatRequest, connection: Request) -> Response:
+    @app.get("/docs", response_class=HTMLResponse, responses={200: {"content": {"text/html": {}}}})
+    async def docs() -> Response:
+        return Response(page, headers=dict(HEADERS), media_type="text/html")
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=answered_or_refused(),
+        openapi_extra=body_of(ChatRequest),
+    )
+    async def chat(connection: Request) -> Response:
+        request = await read(connection, ChatRequest)
         messages = [
             Message(role="system" if each.role == "developer" else each.role, content=each.text)
             for each in request.messages
         ]
         try:
-            size = sum(len(message["content"]) for message in messages)
-            ids = await aside(size, lambda: chat_ids(service.model.tokenizer, messages))
+            ids = await asyncio.to_thread(chat_ids, service.model.tokenizer, messages)
         except SlmError as error:
             raise Refused(400, said(error), param="messages") from None
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens or request.max_tokens
         return await answer(service, request, connection, [ids], limit, top, Chat())
 
-    @app.post("/v1/completions", response_model=TextCompletion, responses=answered_or_refused())
-    async def completions(request: CompletionRequest, connection: Request) -> Response:
-        if request.echo:
-            raise Refused(400, "echo is not done here", param="echo")
+    @app.post(
+        "/v1/completions",
+        response_model=TextCompletion,
+        responses=answered_or_refused(),
+        openapi_extra=body_of(CompletionRequest),
+    )
+    async def completions(connection: Request) -> Response:
+        request = await read(connection, CompletionRequest)
         prompts = await prompts_of(service, request.prompt)
         return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
 
     mount(app, _page(service))
-    described = app.openapi
-
-    def description() -> dict[str, Any]:
-        """What FastAPI says, but for what it would answer itself to a field that will not do: here that is a 400."""
-        whole = described()
-        for path in whole["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        for unused in ("HTTPValidationError", "ValidationError"):
-            whole["components"]["schemas"].pop(unused, None)
-        if service.keys:
-            whole["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for name, path in whole["paths"].items():
-                for operation in path.values() if name.startswith("/v1/") else ():
-                    operation["security"] = [{"key": []}]
-        return whole
-
-    app.openapi = description  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    description = describe(app.openapi(), keys=bool(service.keys))
+    page = docs_page(description)
+    # Made once, before anybody is served: it takes longer than a request may hold the event loop.
+    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
     return app
 
 
