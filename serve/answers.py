@@ -21,7 +21,7 @@ from slm.runtime.adapters import Adapter
 from slm.runtime.sampling import Sampling
 from slm.runtime.streaming import Piece
 from slm.runtime.token_bytes import token_bytes
-from slm.serve.constraint import JsonConstraint
+from slm.serve.constraint import Busy, JsonConstraint
 from slm.serve.engine import Ask, Closed, Done, Full, Ticket
 from slm.serve.inbox import Inbox, Post
 from slm.serve.refusals import Refused, said
@@ -160,10 +160,12 @@ async def _texts(
     form = request.response_format
     if form is not None and form.type != "text":
         if request.ignore_eos:
-            raise Refused(400, "an answer that keeps to a schema ends where it is complete", param="ignore_eos")
+            raise Refused(400, "an answer that follows a schema ends where it is complete", param="ignore_eos")
         schema = None if form.json_schema is None else form.json_schema.schema_
         try:
-            constraints = await asyncio.to_thread(service.grammars.json, schema, len(constraints))
+            constraints = await asyncio.wrap_future(service.grammars.submit(schema, len(constraints)))
+        except Busy as error:
+            raise _too_many(said(error), 2) from None
         except SlmError as error:
             raise Refused(400, said(error), param="response_format") from None
     try:
@@ -235,11 +237,15 @@ def _submit(service: Service, post: Post, prompts: Sequence[Sequence[int]], text
 
 def _not_now(service: Service, error: SlmError) -> Refused:
     if isinstance(error, Full):
-        after = {"Retry-After": str(int(service.engine.expected_wait_s()))}
-        return Refused(429, said(error), "rate_limit_error", code="rate_limit_exceeded", headers=after)
+        return _too_many(said(error), int(service.engine.expected_wait_s()))
     if isinstance(error, Closed):
         return Refused(503, said(error), "server_error")
     return Refused(400, said(error))
+
+
+def _too_many(why: str, after_s: int) -> Refused:
+    after = {"Retry-After": str(after_s)}
+    return Refused(429, why, "rate_limit_error", code="rate_limit_exceeded", headers=after)
 
 
 def _cancel(service: Service, tickets: Sequence[Ticket]) -> None:

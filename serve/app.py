@@ -33,6 +33,7 @@ def make_app(service: Service) -> FastAPI:
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.engine.close, service.grace_s)
+        service.grammars.close()
 
     app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_envelopes(app)
