@@ -1,5 +1,6 @@
 """`slm serve`."""
 
+import gc
 import logging
 import os
 import socket
@@ -127,6 +128,9 @@ def serve(
     say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
     if host not in ("127.0.0.1", "::1", "localhost") and not keys:
         say("warning: everybody who reaches this address may ask; --api-key-file keeps others out")
+    # Collections of garbage hold every thread; they need not go through what is loaded, which stays.
+    gc.collect()
+    gc.freeze()
     _run(config, listening)
 
 

@@ -160,6 +160,11 @@ class TextStream:
         self._before: list[int] = []  # the tokens of the last piece: decoders join and strip at the beginning of a text
         self._held: list[int] = []
 
+    @property
+    def begun(self) -> bool:
+        """Whether a token has come that is part of the text."""
+        return bool(self._before or self._held)
+
     def push(self, token: int) -> str:
         """Takes a token and returns the whole characters that are complete with it, often none."""
         if token in self.tokenizer.special_ids:
@@ -182,7 +187,7 @@ class TextStream:
 
 
 def _ids(backend: _Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Returns the ids of a text. For a long one other threads can run meanwhile: only the library's batches release Python's lock."""
+    """Returns the ids of a text. Other threads can run during a long one: only the library's batches release Python's lock."""
     if len(text) < _LONG:
         return _asked(backend.encode, text, add_special_tokens=add_special_tokens).ids
     (encoding,) = _asked(backend.encode_batch_fast, [text], add_special_tokens=add_special_tokens)

@@ -45,13 +45,14 @@ def stream_pieces(run: Run, tokens: Generated, text: TextStream, stops: StopText
     with closing(tokens):
         try:
             for token in tokens:
+                raw = own.at(token, first=not text.begun)
                 piece = stops.push(text.push(token), token)
                 if stops.found:
                     run.stopped = "stop"
                 if run.logprobs:
-                    yield Piece(piece, token, run.logprobs[-1].chosen, run.logprobs[-1].top, own[token])
+                    yield Piece(piece, token, run.logprobs[-1].chosen, run.logprobs[-1].top, raw)
                 else:
-                    yield Piece(piece, token, raw=own[token])
+                    yield Piece(piece, token, raw=raw)
                 if stops.found:
                     return
         except KeyboardInterrupt:

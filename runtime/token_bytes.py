@@ -31,14 +31,15 @@ _ALPHABET = _byte_level_alphabet()
 class TokenBytes:
     """The bytes that each token of one vocabulary adds to a text.
 
-    Covers byte-level, byte-fallback and metaspace vocabularies exactly. Other decoders do not work token by token: there a token's
-    bytes are those of the text that it decodes to.
+    Covers byte-level, byte-fallback and metaspace vocabularies exactly. Other decoders do not work token by token: there a
+    token's bytes are those of the text that it decodes to.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = tokenizer.special_ids
         self._steps = _steps_of(tokenizer)
+        self._drops_space = tokenizer.backend.decoder is not None and _drops_space(tokenizer.backend.decoder)
         self._known: dict[int, bytes] = {}
 
     def __getitem__(self, token: int) -> bytes:
@@ -47,6 +48,11 @@ class TokenBytes:
         if found is None:
             found = self._known[token] = self._bytes_of(token)
         return found
+
+    def at(self, token: int, first: bool) -> bytes:
+        """Returns a token's bytes where it stands: some decoders drop the space of the first token of a text."""
+        spelt = self[token]
+        return spelt.removeprefix(b" ") if first and self._drops_space and not self.is_special(token) else spelt
 
     def is_special(self, token: int) -> bool:
         """Whether a token is not part of the text."""
@@ -95,6 +101,10 @@ def _steps_of(tokenizer: Tokenizer) -> list[_Step] | None:
     return steps
 
 
+def _drops_space(decoder: Any) -> bool:
+    return bool(decoder.decode(["▁x"]) == "x")
+
+
 def _flat(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if decoder["type"] == "Sequence":
         for each in decoder["decoders"]:
@@ -135,8 +145,8 @@ def _replacing(old: str, new: str) -> _Step:
 def bytes_of_tokens(tokenizer: Tokenizer) -> NDArray[np.int64] | None:
     """Returns how many UTF-8 bytes of text stand behind each token id, 0 for special tokens.
 
-    None where tokens have none of their own: a byte-level vocabulary spells every byte of a text. Others (SentencePiece's, with a
-    mark for spaces), and one that changes text first, do not preserve it.
+    None where tokens have none of their own: a byte-level vocabulary spells every byte of a text. Others (SentencePiece's,
+    with a mark for spaces), and one that changes text first, do not preserve it.
     """
     backend = tokenizer.backend
     if not isinstance(backend.decoder, decoders.ByteLevel):

@@ -1,7 +1,7 @@
 """From a request to its answer: asked of the engine, then whole or as a stream of events.
 
-The event loop serves everybody, so that nothing here holds it for long: what takes a time that a request decides goes to a thread, or
-into pieces.
+The event loop serves everybody, so that nothing here holds it for long: what takes a time that a request decides goes to a
+thread, or into pieces.
 """
 
 import asyncio
@@ -118,7 +118,10 @@ def adapter_of(service: Service, name: str | None) -> Adapter | None:
         return None
     if name not in service.adapters:
         raise Refused(
-            404, f"the model {name[:100]!r} does not exist; this server has {known}", param="model", code="model_not_found"
+            404,
+            f"the model {name[:100]!r} does not exist; this server has {known}",
+            param="model",
+            code="model_not_found",
         )
     return service.adapters[name]
 
@@ -163,7 +166,7 @@ async def _texts(
             raise Refused(400, "an answer that follows a schema ends where it is complete", param="ignore_eos")
         schema = None if form.json_schema is None else form.json_schema.schema_
         try:
-            constraints = await asyncio.wrap_future(service.grammars.submit(schema, len(constraints)))
+            constraints = [*await asyncio.wrap_future(service.grammars.submit(schema, len(constraints)))]
         except Busy as error:
             raise _too_many(said(error), 2) from None
         except SlmError as error:
@@ -253,9 +256,7 @@ def _cancel(service: Service, tickets: Sequence[Ticket]) -> None:
         service.engine.cancel(ticket)
 
 
-async def _whole(
-    service: Service, asked: _Asked, shape: Shape, connection: Request
-) -> tuple[list[str], list[Done]]:
+async def _whole(service: Service, asked: _Asked, shape: Shape, connection: Request) -> tuple[list[str], list[Done]]:
     """Returns the JSON of each text's choice, and how it ended. A client that has gone is not answered."""
     own = token_bytes(service.model.tokenizer)
     texts: list[list[str]] = [[] for _ in asked.texts]

@@ -1,7 +1,7 @@
 """How a request's body is read: beside the event loop when it is large, and never at a cost out of proportion to its size.
 
-The parser and the validator hold Python's lock, which stalls the event loop from any thread. So what one call of them may take is
-bounded: by the number of values of each kind, and by stopping at the first error.
+The parser and the validator hold Python's lock, which stalls the event loop from any thread. So what one call of them may
+take is bounded: by the number of values of each kind, and by stopping at the first error.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ _SMALL = 1 << 14
 # A megabyte of empty objects would take 60 ms and 50 MiB. Within these limits it is 10 ms and 10 MiB.
 MOST_CONTAINERS = 20_000
 MOST_STRINGS = 50_000
-MOST_VALUES = 1 << 18
+MOST_VALUES = 150_000  # the ids of a context of 131,072 tokens are among them
 # Of a body beyond the limits, what is read to name its first error.
 _HEAD = 1 << 15
 # One large body at a time, so that memory is bounded too.

@@ -4,6 +4,7 @@ Dimensions: V vocabulary.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ _LONGEST = 1 << 16
 # Regular expressions are compared in pairs, so that their number counts squared.
 _MOST_PATTERNS = 64
 # Of the processor, what the masks of one text may take: at the beginning, and for each of its tokens.
-_FIRST_S, _TOKEN_S = 0.25, 0.02
+_FIRST_S, _TOKEN_S = 0.25, 0.01
 _HINT = "use a simpler schema"
 
 
@@ -50,15 +52,15 @@ class Grammars:
         self._tokenizer = tokenizer_of(self._vocabulary)
         self._known: OrderedDict[str, str | Impossible] = OrderedDict()
         self._checker: subprocess.Popen[bytes] | None = None
-        self._compiling = ThreadPoolExecutor(1, "slm-schema")
+        self._compiling = ThreadPoolExecutor(1, "slm-schema", initializer=_yield_to_others)
         self._counting = threading.Lock()
         self._waiting = 0
 
     def submit(self, schema: dict[str, Any] | None, texts: int = 1) -> "Future[list[JsonConstraint]]":
         """Begins to compile a schema; returns what keeps each of several answers to it, or to any object where there is none.
 
-        The result takes up to seconds for a schema that is made to be expensive. It raises `SlmError` when the schema is invalid,
-        too expensive, or uses what is not supported.
+        The result takes up to seconds for a schema that is made to be expensive. It raises `SlmError` when the schema is
+        invalid, too expensive, or uses what is not supported.
 
         Raises:
             Busy: When too many others wait.
@@ -137,6 +139,12 @@ class Grammars:
             self._checker.stdin.flush()
         except BrokenPipeError:
             raise Impossible("the process that tries schemas has ended") from None
+
+
+def _yield_to_others() -> None:
+    """Gives this thread a low priority, so that answers under way come first; only Linux has priorities of threads."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _dumped(schema: dict[str, Any]) -> str:

@@ -419,7 +419,8 @@ class Engine:
             guide.advance(token)
         ticket.tokens.append(token)
         self.figures.new_tokens += 1
-        text, raw = ticket.stops.push(ticket.text.push(token), token), self._own_bytes[token]
+        raw = self._own_bytes.at(token, first=not ticket.text.begun)
+        text = ticket.stops.push(ticket.text.push(token), token)
         if ask.logprobs is None:
             piece = Piece(text, token, raw=raw)
         else:

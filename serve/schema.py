@@ -1,8 +1,8 @@
 """The requests: OpenAI's fields, and slm's own beside them.
 
-Each object has three lists. Fields that are understood are pydantic's. Fields that cannot change the answer are accepted, and named in
-a debug line of the log. Fields that would change it are rejected with the reason, unless their value asks for nothing. `null` means
-that a field is absent, everywhere.
+Each object has three lists. Fields that are understood are pydantic's. Fields that cannot change the answer are accepted, and
+named in a debug line of the log. Fields that would change it are rejected with the reason, unless their value asks for
+nothing. `null` means that a field is absent, everywhere.
 """
 
 import json
@@ -49,7 +49,7 @@ class Unsupported:
 
 def wrong(why: str, field: str | None = None, kind: str = "unsupported") -> PydanticCustomError:
     """Returns the error for a field of the object that is being read; `slm.serve.refusals` puts its name into the path."""
-    return PydanticCustomError(kind, "{why}", {"why": why, "field": field})  # type: ignore[arg-type]  # LiteralString
+    return PydanticCustomError(kind, "{why}", {"why": why, "field": field})
 
 
 def _whole(text: str) -> str:
@@ -100,7 +100,7 @@ def _listed(schema: dict[str, Any], kind: "type[_Object]") -> None:
 
 
 class _Object(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_listed)  # type: ignore[typeddict-item]
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_listed)
 
     harmless: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}

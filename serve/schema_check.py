@@ -1,10 +1,12 @@
 """Tries JSON schemas in a process of its own: `python -I -m slm.serve.schema_check`.
 
-llguidance takes a schema's word for how large its grammar becomes: a few hundred characters can cost minutes and gigabytes, and a call
-into the library cannot be interrupted. Here each schema is tried in a forked process, which the system stops at a limit of processor
-time or memory; what passes may then be compiled in the server. The process imports no more than it needs, so that forks are cheap.
+llguidance takes a schema's word for how large its grammar becomes: a few hundred characters can cost minutes and gigabytes,
+and a call into the library cannot be interrupted. Here each schema is tried in a forked process, which the system stops at a
+limit of processor time or memory; what passes may then be compiled in the server. The process imports no more than it needs,
+so that forks are cheap.
 
-Input: a line with the vocabulary, then a line for each schema. Output: a line for each schema, with what is wrong or null. All are JSON.
+Input: a line with the vocabulary, then a line for each schema. Output: a line for each schema, with what is wrong or null.
+All are JSON.
 """
 
 import json
@@ -12,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -21,9 +24,7 @@ MAX_SECONDS = 0.5
 # Of address space, on top of what the process has.
 MAX_BYTES = 128 << 20
 # Each mask of a text may take this: some 20 ms with 262,144 tokens. Verbose errors would quote the text.
-LIMITS = LLParserLimits(
-    max_lexer_states=25_000, step_lexer_fuel=50_000, step_max_items=20_000, verbose_errors=False
-)
+LIMITS = LLParserLimits(max_lexer_states=25_000, step_lexer_fuel=50_000, step_max_items=20_000, verbose_errors=False)
 _TOO_MUCH = f"it takes more than {MAX_SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile"
 
 
@@ -95,8 +96,7 @@ def _limit() -> None:
     # The library reports a failed allocation to standard error before it ends the process.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            now = int(statm.read().split()[0]) * resource.getpagesize()
+        now = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + MAX_BYTES, now + MAX_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError):  # macOS has neither
@@ -106,7 +106,7 @@ def _limit() -> None:
 def main() -> None:
     """Answers until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, and that ends the input
-    os.nice(5)  # answers under way come first
+    os.nice(10)  # answers under way come first
     lines = iter(sys.stdin.buffer.readline, b"")
     tokenizer = tokenizer_of(json.loads(next(lines)))
     for line in lines:

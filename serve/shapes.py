@@ -1,7 +1,7 @@
 """How answers are put into OpenAI's JSON.
 
-Log-probabilities are written as JSON token by token, as they come: those of a long answer are megabytes, and the event loop has others
-to serve.
+Log-probabilities are written as JSON token by token, as they come: those of a long answer are megabytes, and the event loop
+has others to serve.
 """
 
 import codecs
@@ -46,6 +46,7 @@ class ChatScores:
     def __init__(self, own: TokenBytes) -> None:
         self._own = own
         self._content: list[str] = []
+        self._first = True
 
     def add(self, piece: Piece) -> None:
         """Takes a piece."""
@@ -53,6 +54,7 @@ class ChatScores:
             return
         likeliest = ", ".join(f"{{{self._entry(*likely)}}}" for likely in piece.top)
         self._content.append(f'{{{self._entry(piece.token, piece.logprob)}, "top_logprobs": [{likeliest}]}}')
+        self._first = self._first and self._own.is_special(piece.token)
 
     def taken(self) -> str:
         """Returns the JSON for the pieces since the last call."""
@@ -60,7 +62,7 @@ class ChatScores:
         return f'{{"content": [{content}], "refusal": null}}'
 
     def _entry(self, token: int, logprob: float | None) -> str:
-        return f'{_identity(self._own, token)}, "logprob": {_number(logprob)}'
+        return f'{_identity(self._own, token, self._first)}, "logprob": {_number(logprob)}'
 
 
 class CompletionScores:
@@ -72,6 +74,7 @@ class CompletionScores:
         # Counts the characters of the text, of which tokens may be parts.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0
+        self._first = True
 
     def add(self, piece: Piece) -> None:
         """Takes a piece."""
@@ -79,9 +82,10 @@ class CompletionScores:
             return
         likeliest: dict[str, str] = {}
         for token, logprob in piece.top:
-            name = _spelt(self._own[token])
+            spelling = self._own.at(token, self._first)
+            name = _spelt(spelling)
             if name in likeliest:  # several tokens may have one spelling
-                name = _escaped(self._own[token])
+                name = _escaped(spelling)
             likeliest.setdefault(name, _number(logprob))
         top = ", ".join(f"{json.dumps(name)}: {logprob}" for name, logprob in likeliest.items())
         values = (
@@ -93,6 +97,7 @@ class CompletionScores:
         for column, value in zip(self._columns, values, strict=True):
             column.append(value)
         if not self._own.is_special(piece.token):
+            self._first = False
             self._length += len(self._decoder.decode(piece.raw))
 
     def taken(self) -> str:
@@ -117,9 +122,9 @@ def _escaped(own: bytes) -> str:
 
 
 @lru_cache(_KEPT)
-def _identity(own: TokenBytes, token: int) -> str:
+def _identity(own: TokenBytes, token: int, first: bool) -> str:
     """Returns the members that name a token in a chat; bytes that are part of a character are escaped in its text."""
-    spelling = own[token]
+    spelling = own.at(token, first)
     return f'"token": {json.dumps(spelling.decode(errors="backslashreplace"))}, "bytes": {list(spelling)}'
 
 
