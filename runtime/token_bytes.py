@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,6 +54,11 @@ class TokenBytes:
         """Returns a token's bytes where it stands: some decoders drop the space of the first token of a text."""
         spelt = self[token]
         return spelt.removeprefix(b" ") if first and self._drops_space and not self.is_special(token) else spelt
+
+    @cached_property
+    def longest(self) -> int:
+        """The most characters of a token."""
+        return max(map(len, self._tokenizer.backend.get_vocab(with_added_tokens=True)))
 
     def is_special(self, token: int) -> bool:
         """Whether a token is not part of the text."""

@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -35,6 +36,12 @@ Value = TypeVar("Value")
 _LOOK_S = 0.5
 # Texts longer than this, in characters or tokens, are worked on in a thread.
 _LONG = 4096
+# Threads for long texts: each takes hundreds of megabytes for a megabyte of text while it is cut into tokens.
+_ASIDE = ThreadPoolExecutor(2, "slm-aside")
+# Answers beyond this many bytes are sent in pieces of this size.
+_LARGE = 1 << 18
+# Normalization makes a text shorter by no more than this factor, but for whitespace that it strips.
+_SHRINKS = 4
 # Pieces that one event has at most; 20 log-probabilities with each of them take 5 ms to write.
 _PIECES = 64
 
@@ -88,7 +95,8 @@ async def answer(
     name = service.name if request.model is None else request.model
     head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
     post = service.post(asyncio.get_running_loop())
-    asked = await aside(sum(map(len, prompts)), lambda: _submit(service, post, prompts, texts))
+    tokens, submit = sum(map(len, prompts)), partial(_submit, service, post, prompts, texts)
+    asked = await aside(tokens, submit) if tokens > _LONG else submit()
     if request.stream:
         options = request.stream_options
         events = _stream(service, asked, shape, head, options is not None and bool(options.include_usage))
@@ -97,8 +105,17 @@ async def answer(
         choices, done = await _whole(service, asked, shape, connection)
     finally:
         _cancel(service, asked.tickets)
-    body = answer_of({**head, "object": shape.kind}, choices, usage=usage_of(prompts, done))
-    return Response(body, media_type="application/json")
+    body = answer_of({**head, "object": shape.kind}, choices, usage=usage_of(prompts, done)).encode()
+    if len(body) <= _LARGE:
+        return Response(body, media_type="application/json")
+    sizes = {"content-length": str(len(body))}
+    return StreamingResponse(_cut(body), headers=sizes, media_type="application/json")
+
+
+async def _cut(body: bytes) -> AsyncIterator[bytes]:
+    """Yields a large answer in pieces, between which the event loop serves others."""
+    for start in range(0, len(body), _LARGE):
+        yield body[start : start + _LARGE]
 
 
 def adapter_of(service: Service, name: str | None) -> Adapter | None:
@@ -139,13 +156,38 @@ async def prompts_of(
     if not several or [] in several:
         raise Refused(400, "the prompt is empty", param="prompt")
     _check_count(service, len(several), "prompt")
-    encode = service.model.tokenizer.encode
-    return [await aside(len(each), partial(encode, each)) if isinstance(each, str) else each for each in several]
+    check_size(service, several, "prompt")
+    found: list[list[int]] = []
+    for each in several:
+        if isinstance(each, str):
+            encode = partial(service.model.tokenizer.encode, each)
+            each = await aside(len(each), encode) if len(each) > _LONG else encode()
+        found.append(each)
+    return found
 
 
 async def aside(size: int, function: Callable[[], Value]) -> Value:
-    """Calls what works on so many characters: beside the event loop where there are many."""
-    return await asyncio.to_thread(function) if size > _LONG else function()
+    """Calls, in a thread, what works on so many characters or tokens: in one of a few threads where there are many."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_ASIDE if size > _LONG else None, function)
+
+
+def check_size(service: Service, texts: Sequence[object], param: str) -> None:
+    """Rejects a text that cannot fit into the context, whatever its tokens are, before it is cut into tokens.
+
+    Raises:
+        Refused: When it cannot.
+    """
+    longest = token_bytes(service.model.tokenizer).longest
+    most = _SHRINKS * longest * service.model.decoder.context
+    for text in texts:
+        if isinstance(text, str) and len(text) > most:
+            raise Refused(
+                400,
+                f"a text of {len(text):,} characters is longer than the context of {service.model.decoder.context:,} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
 
 
 async def _texts(

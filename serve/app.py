@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,7 +12,8 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
-from slm.serve.answers import adapter_of, answer, prompts_of
+from slm.runtime.token_bytes import token_bytes
+from slm.serve.answers import adapter_of, answer, aside, check_size, prompts_of
 from slm.serve.body import read
 from slm.serve.described import body_of, describe
 from slm.serve.docs_page import HEADERS, docs_page
@@ -28,6 +30,7 @@ from slm.web.site import Site, server_site
 
 def make_app(service: Service) -> FastAPI:
     """Returns the application; stopping it stops the engine."""
+    _warm(service)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -81,7 +84,10 @@ def make_app(service: Service) -> FastAPI:
             for each in request.messages
         ]
         try:
-            ids = await asyncio.to_thread(chat_ids, service.model.tokenizer, messages)
+            texts = [message["content"] for message in messages]
+            check_size(service, texts, "messages")
+            size = sum(map(len, texts))
+            ids = await aside(size, partial(chat_ids, service.model.tokenizer, messages))
         except SlmError as error:
             raise Refused(400, said(error), param="messages") from None
         top = (request.top_logprobs or 0) if request.logprobs else None
@@ -105,6 +111,12 @@ def make_app(service: Service) -> FastAPI:
     # Made once, before anybody is served: it takes longer than a request may hold the event loop.
     app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
     return app
+
+
+def _warm(service: Service) -> None:
+    """Makes now what takes a large vocabulary seconds: the first request would hold the event loop for them."""
+    service.model.tokenizer.encode_literal("")
+    _ = token_bytes(service.model.tokenizer).longest
 
 
 def _page(service: Service) -> Site:

@@ -74,7 +74,11 @@ def test_byte_level(tokenizer: Tokenizer) -> None:
 def test_single_tokens() -> None:
     tokenizer = gemma()
     own = token_bytes(tokenizer)
-    assert own[0xF0] == b"\xf0" and own[256 + WORDS.index("▁the")] == b" the" and own[tokenizer.token_id("<end>") or 0] == b"<end>"
+    assert (
+        own[0xF0] == b"\xf0"
+        and own[256 + WORDS.index("▁the")] == b" the"
+        and own[tokenizer.token_id("<end>") or 0] == b"<end>"
+    )
     assert own[tokenizer.token_id("東京") or 0] == "東京".encode()
     assert own is token_bytes(tokenizer)
 

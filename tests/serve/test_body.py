@@ -1,4 +1,4 @@
-"""Bodies that are made to be expensive: each is refused for its first error, in little time and memory, beside the event loop."""
+"""Bodies made to be expensive: each is refused for its first error, in little time and memory, beside the event loop."""
 
 import asyncio
 import gc
@@ -13,6 +13,7 @@ import pytest
 from slm.serve.body import MOST_CONTAINERS, parsed, read
 from slm.serve.refusals import Refused
 from slm.serve.schema import ChatRequest, CompletionRequest
+from slm.serve.service import Limits
 
 MOST = 1 << 20
 # The machine of the tests is shared: 5 to 20 ms alone.
@@ -155,3 +156,28 @@ def test_compressed_bodies_are_refused() -> None:
     with pytest.raises(Refused) as caught:
         asyncio.run(read(connection, TEXT))
     assert caught.value.status == 415
+
+
+def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve()
+    story = "Once upon a time. " * 50_000
+    assert running.post("/v1/completions", {"prompt": "One day"}).status_code == 200
+    monkeypatch.setattr(running.service.model.tokenizer.__class__, "encode", lambda *given: 1 / 0)
+    for path, body in (
+        ("/v1/completions", {"prompt": story}),
+        ("/v1/completions", {"prompt": ["One day", story]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": story}]}),
+    ):
+        response = running.post(path, body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_large_answer_is_whole(serve: Callable[..., Any]) -> None:
+    running = serve(Limits(new_tokens=200))
+    body = {"prompt": "One day", "n": 8, "max_tokens": 100, "ignore_eos": True, "logprobs": 20}
+    response = running.post("/v1/completions", body)
+    assert int(response.headers["content-length"]) == len(response.content) > 1 << 18
+    assert [len(choice["logprobs"]["tokens"]) for choice in response.json()["choices"]] == [100] * 8

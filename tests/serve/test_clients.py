@@ -71,7 +71,8 @@ def test_every_answer_is_of_the_type_that_the_client_says(running: Any) -> None:
 
 
 HARMLESS: dict[str, Any] = {
-    "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me", "safety_identifier": "x", "prompt_cache_key": "x",
+    "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me", "prompt_cache_key": "x",
+    "safety_identifier": "x",
     "logit_bias": {}, "stop": [], "seed": 5.0, "n": 1, "temperature": 1, "max_tokens": 2.0, "response_format": {"type": "text"},
 }  # fmt: skip
 CHAT_ONLY: dict[str, Any] = {
@@ -148,7 +149,14 @@ def test_a_near_miss_is_suggested(running: Any) -> None:
 
 def test_messages_that_have_no_text(running: Any) -> None:
     for message in (
-        {"role": "assistant", "content": None, "refusal": "No.", "tool_calls": None, "function_call": None, "audio": None},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": "No.",
+            "tool_calls": None,
+            "function_call": None,
+            "audio": None,
+        },
         {"role": "assistant", "content": "", "tool_calls": [], "annotations": []},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
         {"role": "user", "content": ""},
@@ -180,7 +188,13 @@ def test_one_of_several_models_needs_a_name(running: Any) -> None:
 
 def test_any_content_type(running: Any) -> None:
     body = json.dumps(TEXT).encode()
-    for kind in (None, "application/json; charset=utf-8", "text/json", "text/plain", "application/x-www-form-urlencoded"):
+    for kind in (
+        None,
+        "application/json; charset=utf-8",
+        "text/json",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+    ):
         headers = {} if kind is None else {"content-type": kind}
         assert httpx.post(f"{running.url}/v1/completions", content=body, headers=headers).status_code == 200, kind
 

@@ -56,6 +56,9 @@ ORDINARY: dict[str, Any] = {
         "patternProperties": {"^x-[a-z]+$": {"type": "string"}},
     },
 }  # fmt: skip
+NESTED: list[Any] = []
+for _ in range(150):
+    NESTED = [NESTED]
 EXPENSIVE: dict[str, Any] = {
     "optional characters": {"type": "string", "pattern": "^" + ".?" * 10_000 + "$"},
     "multiples": {"allOf": [{"type": "integer", "multipleOf": m} for m in (7, 11, 13, 17, 19, 23)]},
@@ -63,7 +66,7 @@ EXPENSIVE: dict[str, Any] = {
     "products": {"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(40)]},
     "ref to itself": {"$ref": "#"},
     "long": {"enum": ["x" * 70_000]},
-    "deep": {"items": {"items": {"items": {"const": eval("[" * 150 + "]" * 150)}}}},
+    "deep": {"items": {"items": {"items": {"const": NESTED}}}},
     "look-ahead": {"type": "string", "pattern": "^(?=.*a)(?=.*b).*$"},
     "infinite": {"type": "number", "maximum": float("inf")},
 }
