@@ -263,7 +263,7 @@ def _sampling(request: AnyRequest, index: int) -> Sampling:
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        logit_bias={int(token): bias or 0.0 for token, bias in (request.logit_bias or {}).items()},
         seed=seed + index,
     )
 

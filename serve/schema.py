@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
@@ -52,6 +62,11 @@ def wrong(why: str, field: str | None = None, kind: str = "unsupported") -> Pyda
     return PydanticCustomError(kind, "{why}", {"why": why, "field": field})
 
 
+def _quoted(name: str) -> str:
+    """Returns a field's name as a message can have it."""
+    return name[:_QUOTED].encode(errors="replace").decode()
+
+
 def _whole(text: str) -> str:
     """Rejects half a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
@@ -75,7 +90,7 @@ def _biases(value: Any) -> Any:
         raise wrong(f"at most {MOST_BIASES:,} tokens can have a bias, not {len(value):,}")
     for token, bias in value.items():
         if not (token.isascii() and token.isdecimal() and len(token) <= 9):
-            raise wrong("the name must be a token id", token[:_QUOTED])
+            raise wrong("the name must be a token id", _quoted(token))
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
             raise wrong("the bias must be a number from -100 to 100", token)
     return value
@@ -91,8 +106,11 @@ Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 def _listed(schema: dict[str, Any], kind: "type[_Object]") -> None:
-    """Adds the fields of the other two lists to an object's description."""
+    """Adds to an object's description the fields of the other two lists, and that null is absent."""
     properties = schema.setdefault("properties", {})
+    schema["additionalProperties"] = {"type": "null"}
+    if kind.forms:
+        schema["anyOf"] = list(kind.forms)
     for name in sorted(kind.harmless):
         properties[name] = {"description": "Accepted and ignored: it does not change the answer."}
     for name, field in kind.unsupported.items():
@@ -104,6 +122,8 @@ class _Object(BaseModel):
 
     harmless: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+    # JSON schemas, of which one at least must be met: for the description alone.
+    forms: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -120,7 +140,7 @@ class _Object(BaseModel):
             elif name in cls.harmless:
                 ignored.append(name)
             elif name not in cls.unsupported:
-                raise wrong(_unknown(name, cls), name[:_QUOTED])
+                raise wrong(_unknown(name, cls), _quoted(name))
             elif not cls.unsupported[name].accepts(value):
                 raise wrong(cls.unsupported[name].why, name)
         if ignored:
@@ -152,6 +172,10 @@ class Part(_Object):
     """A part of a message: text."""
 
     harmless = frozenset({"annotations", "cache_control", "prompt_cache_breakpoint"})
+    forms = tuple(
+        {"properties": {"type": {"const": kind}, kind: {"type": "string"}}, "required": ["type", kind]}
+        for kind in ("text", "refusal")
+    )
 
     type: Literal["text", "refusal"]
     text: Text | None = None
@@ -205,6 +229,10 @@ class ChatMessage(_Object):
         "images": Unsupported(_TEXT_ONLY, ([],)),
         "prefix": Unsupported("an answer cannot be continued", (False,)),
     }
+    forms = (
+        {"properties": {"role": {"const": "assistant"}}},
+        {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+    )
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = Field(None, description="Required, but for an assistant's message without text.")
@@ -302,7 +330,7 @@ class Request(_Object):
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: Annotated[dict[Digits, Bias] | None, BeforeValidator(_biases)] = Field(
+    logit_bias: Annotated[dict[Digits, Bias | None] | None, BeforeValidator(_biases)] = Field(
         None, description="Added to the logits of tokens, by id.", json_schema_extra={"maxProperties": MOST_BIASES}
     )
     response_format: ResponseFormat | None = None
@@ -394,10 +422,12 @@ class CompletionRequest(Request):
     prompt: Prompt
     max_tokens: Integer | None = Field(None, ge=1, description="New tokens; the server's limit where it is lower.")
     logprobs: Integer | None = Field(None, ge=0, le=20)
-    best_of: Integer | None = Field(None, ge=1, le=MOST_CHOICES, description="Not supported: it must equal n.")
+    best_of: Annotated[Integer | None, WithJsonSchema({"enum": [1, None], "title": "Best Of"})] = Field(
+        None, description="Not supported: 1, or the same as n."
+    )
 
     @model_validator(mode="after")
     def _best_of(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise wrong("not supported unless it equals n", "best_of")
+        if self.best_of not in (None, 1, self.n):
+            raise wrong("not supported unless it is 1 or equals n", "best_of")
         return self
