@@ -69,7 +69,9 @@ class Grammars:
             if self._waiting >= _WAITING:
                 raise Busy("too many JSON schemas wait to be compiled", "try again in a few seconds")
             self._waiting += 1
-        return self._compiling.submit(self._constraints, schema, texts)
+        future = self._compiling.submit(self._constraints, schema, texts)
+        future.add_done_callback(self._waited)  # also of one that is cancelled before it begins
+        return future
 
     def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "list[JsonConstraint]":
         """Returns the result of `submit`."""
@@ -88,10 +90,11 @@ class Grammars:
             first = self._compiled(_dumped({"type": "object"} if schema is None else schema))
         except Impossible as error:
             raise _impossible(str(error)) from None
-        finally:
-            with self._counting:
-                self._waiting -= 1
         return [JsonConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
+
+    def _waited(self, future: "Future[list[JsonConstraint]]") -> None:
+        with self._counting:
+            self._waiting -= 1
 
     def _compiled(self, schema: str) -> LLMatcher:
         found = self._known.get(schema)

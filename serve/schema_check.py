@@ -22,7 +22,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 # Of the processor, for one schema. Schemas that people write take 1 to 50 ms.
 MAX_SECONDS = 0.5
 # Of address space, on top of what the process has.
-MAX_BYTES = 128 << 20
+MAX_BYTES = 64 << 20
 # Each mask of a text may take this: some 20 ms with 262,144 tokens. Verbose errors would quote the text.
 LIMITS = LLParserLimits(max_lexer_states=25_000, step_lexer_fuel=50_000, step_max_items=20_000, verbose_errors=False)
 _TOO_MUCH = f"it takes more than {MAX_SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile"
