@@ -141,10 +141,13 @@ def figures(run: "Run") -> dict[str, Any]:
 
 
 def _logprobs(pieces: "Sequence[Piece]", tokenizer: "Tokenizer") -> list[dict[str, Any]]:
-    """Returns what is known of each token: its id, its text, its log-probability, and the same of the likeliest."""
+    """Returns each token's id, text, own bytes and log-probability, and the same of the likeliest."""
+    from slm.runtime.token_bytes import token_bytes
+
+    own = token_bytes(tokenizer)
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": token, "text": tokenizer.text_of(token), "logprob": logprob}
+        return {"token": token, "text": tokenizer.text_of(token), "bytes": list(own[token]), "logprob": logprob}
 
     return [
         entry(piece.token, piece.logprob) | {"top": [entry(*likely) for likely in piece.top]}

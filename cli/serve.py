@@ -1,5 +1,6 @@
 """`slm serve`."""
 
+import gc
 import math
 import os
 import socket
@@ -170,6 +171,9 @@ def serve(
     say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
     for warning in _warnings(address, keys, origins):
         say(f"warning: {warning}")
+    # Collections of garbage hold every thread; they need not go through what is loaded, which stays.
+    gc.collect()
+    gc.freeze()
     _run(service, listening)
 
 

@@ -30,8 +30,8 @@ _T = TypeVar("_T")
 # A character of a private plane, which vocabularies do not have.
 _UNKNOWN = "\U0010fffd"
 _CONTROL = re.compile(r"[<\[][|｜].*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[/?[A-Z_]+\]", flags=re.DOTALL)
-# Characters of a text that takes about a millisecond.
-_LONG = 4096
+# Characters of a text that takes the library milliseconds.
+_LONG = 2048
 # Characters of a template that are searched for control tokens; a longer one is refused when it is rendered.
 _SEARCHED = 64 << 10
 # What looks like a control token in the source of a template.
@@ -279,8 +279,18 @@ class Tokenizer:
         return twice[len(once) :]
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def special_tokens_in(self, text: str) -> list[tuple[int, int, int]]:
+        """Returns the special tokens that a text spells: id, and where in the text (half-open, in characters)."""
+        encoding = _asked(self.backend.encode, text, add_special_tokens=False)
+        return [
+            (token, *where)
+            for token, where in zip(encoding.ids, encoding.offsets, strict=True)
+            if token in self.special_ids and where[0] < where[1]
+        ]
 
 
 class TextStream:
@@ -292,13 +302,18 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._before: list[int] = []  # the tokens of the last piece: decoders join and strip at the beginning of a text
         self._held: list[int] = []
 
+    @property
+    def begun(self) -> bool:
+        """Whether a token has come that is part of the text."""
+        return bool(self._before or self._held)
+
     def push(self, token: int) -> str:
         """Takes a token and returns the whole characters that are complete with it, often none."""
-        if token in self._tokenizer._special_ids:
+        if token in self.tokenizer.special_ids:
             return ""
         self._held.append(token)
         text = self._text()
@@ -313,8 +328,8 @@ class TextStream:
         return text
 
     def _text(self) -> str:
-        before, text = (self._tokenizer.decode(ids) for ids in (self._before, self._before + self._held))
-        return text[len(before) :] if text.startswith(before) else self._tokenizer.decode(self._held)
+        before, text = (self.tokenizer.decode(ids) for ids in (self._before, self._before + self._held))
+        return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(self._held)
 
 
 def _encoded(backend: _Tokenizer, text: str, add_special_tokens: bool = False) -> Encoding:
@@ -338,7 +353,7 @@ def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     try:
         return function(*arguments, **options)
     except TypeError:
-        if all(isinstance(each, str) for each in arguments):
+        if all(isinstance(each, str | list) for each in arguments):
             raise SlmError("the text holds half of a surrogate pair", "write the character itself") from None
         raise
     except BaseException as error:

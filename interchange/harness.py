@@ -161,7 +161,7 @@ class HarnessModel(TemplateLM):
         ids = self.tok_encode(context)[-room:]
         stops = {self.eot_token_id, *model.stop_token_ids}
         run, tokens = generate(model.decoder, ids, sampling, limit, tuple(stops))
-        pieces = stream_pieces(run, tokens, TextStream(model.tokenizer), StopTexts(until))
+        pieces = stream_pieces(run, tokens, TextStream(model.tokenizer), StopTexts(until, model.tokenizer))
         return "".join(piece.text for piece in pieces)
 
 

@@ -200,7 +200,7 @@ class Model:
         return self._pieces(run, self._alone(tokens), options)
 
     def _pieces(self, run: Run, tokens: Generated, options: GenerationOptions) -> Iterator[Piece]:
-        return stream_pieces(run, tokens, TextStream(self.tokenizer), StopTexts(stop_texts(options)))
+        return stream_pieces(run, tokens, TextStream(self.tokenizer), StopTexts(stop_texts(options), self.tokenizer))
 
     def _alone(self, tokens: Generated) -> Generated:
         """Yields tokens as long as no other text is begun, which would be read into the same decoder."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from slm.core.tokenizer import TextStream
 from slm.runtime.generate import Generated, Run
 from slm.runtime.stopping import StopTexts
+from slm.runtime.token_bytes import token_bytes
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Piece:
         logprob: The natural logarithm of its probability in the model's own distribution, before bias, penalties,
             temperature and all else in `Sampling`; None unless asked for.
         top: The likeliest tokens there, with theirs, likeliest first; as many as were asked for.
+        raw: The token's own bytes, also where it is part of a character; of a special token, those of its spelling.
     """
 
     text: str
     token: int | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    raw: bytes = b""
 
 
 def stream_pieces(run: Run, tokens: Generated, text: TextStream, stops: StopTexts) -> Iterator[Piece]:
@@ -38,16 +41,18 @@ def stream_pieces(run: Run, tokens: Generated, text: TextStream, stops: StopText
         text: Makes text of them.
         stops: Texts that end the text and are not part of it.
     """
+    own = token_bytes(text.tokenizer)
     with closing(tokens):
         try:
             for token in tokens:
-                piece = stops.push(text.push(token))
+                raw = own.at(token, first=not text.begun)
+                piece = stops.push(text.push(token), token)
                 if stops.found:
                     run.stopped = "stop"
                 if run.logprobs:
-                    yield Piece(piece, token, run.logprobs[-1].chosen, run.logprobs[-1].top)
+                    yield Piece(piece, token, run.logprobs[-1].chosen, run.logprobs[-1].top, raw)
                 else:
-                    yield Piece(piece, token)
+                    yield Piece(piece, token, raw=raw)
                 if stops.found:
                     return
         except KeyboardInterrupt:

@@ -1,10 +1,15 @@
-"""From a request to its answer: asked of the engine, then whole or as a stream of events."""
+"""From a request to its answer: asked of the engine, then whole or as a stream of events.
+
+The event loop serves everybody, so that nothing here holds it for long: what takes a time that a request decides goes to a
+thread, or into pieces.
+"""
 
 import asyncio
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -16,21 +21,30 @@ from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter
 from slm.runtime.sampling import Sampling
 from slm.runtime.streaming import Piece
-from slm.serve.constraint import JsonConstraint
+from slm.runtime.token_bytes import token_bytes
+from slm.serve.constraint import Busy, JsonConstraint
 from slm.serve.engine import Ask, Closed, Done, Full, Ticket
-from slm.serve.inbox import Inbox
+from slm.serve.inbox import Inbox, Post
 from slm.serve.log import record_answers
 from slm.serve.refusals import Refused, said
 from slm.serve.schema import Request as AnyRequest
 from slm.serve.service import Service
-from slm.serve.shapes import FINISH, Shape, usage_of
+from slm.serve.shapes import FINISH, Shape, answer_of, choice, usage_of
 
 Value = TypeVar("Value")
 
-# How often it is looked whether somebody who waits for a whole answer is still there.
+# How often to check for a disconnected client while a whole answer is made, in seconds.
 _LOOK_S = 0.5
-# Texts longer than this, in characters, are cut into tokens beside the event loop, which has others to serve.
+# Texts longer than this, in characters or tokens, are worked on in a thread.
 _LONG = 4096
+# Threads for long texts: each takes hundreds of megabytes for a megabyte of text while it is cut into tokens.
+_ASIDE = ThreadPoolExecutor(2, "slm-aside")
+# Answers beyond this many bytes are sent in pieces of this size.
+_LARGE = 1 << 18
+# Normalization makes a text shorter by no more than this factor, but for whitespace that it strips.
+_SHRINKS = 4
+# Pieces that one event has at most; 20 log-probabilities with each of them take 5 ms to write.
+_PIECES = 64
 
 
 @dataclass
@@ -81,38 +95,55 @@ async def answer(
         Refused: When it cannot be answered, or not now.
     """
     texts = await _texts(service, request, prompts, new_tokens, logprobs)
-    head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": request.model}
-    asked = _submit(service, prompts, texts)
-    record_answers(connection.scope, request.model, prompts, asked.tickets, asked.ended)
+    name = service.name if request.model is None else request.model
+    head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
+    post = service.post(asyncio.get_running_loop())
+    tokens, submit = sum(map(len, prompts)), partial(_submit, service, post, prompts, texts)
+    asked = await aside(tokens, submit) if tokens > _LONG else submit()
+    record_answers(connection.scope, name, prompts, asked.tickets, asked.ended)
     if request.stream:
         options = request.stream_options
-        events = _stream(service, asked, shape, head, options is not None and options.include_usage)
+        events = _stream(service, asked, shape, head, options is not None and bool(options.include_usage))
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     try:
-        pieces, done = await _whole(asked, connection)
+        choices, done = await _whole(service, asked, shape, connection)
     finally:
         _cancel(service, asked.tickets)
-    choices = []
-    for index, (parts, end) in enumerate(zip(pieces, done, strict=True)):
-        _check(service, end)
-        scores = shape.logprobs(service.model, parts)[0] if asked.logprobs else None
-        text = "".join(piece.text for piece in parts)
-        choices.append({"index": index, **shape.whole(text), "logprobs": scores, "finish_reason": FINISH[end.reason]})
-    body = {**head, "object": shape.kind, "choices": choices, "usage": usage_of(prompts, done)}
-    return Response(json.dumps(body), media_type="application/json")
+    body = answer_of({**head, "object": shape.kind}, choices, usage=usage_of(prompts, done)).encode()
+    if len(body) <= _LARGE:
+        return Response(body, media_type="application/json")
+    sizes = {"content-length": str(len(body))}
+    return StreamingResponse(_cut(body), headers=sizes, media_type="application/json")
 
 
-def adapter_of(service: Service, name: str) -> Adapter | None:
-    """Returns the adapter that a request calls its model; None for the base.
+async def _cut(body: bytes) -> AsyncIterator[bytes]:
+    """Yields a large answer in pieces, between which the event loop serves others."""
+    for start in range(0, len(body), _LARGE):
+        yield body[start : start + _LARGE]
+
+
+def adapter_of(service: Service, name: str | None) -> Adapter | None:
+    """Returns the adapter that a request names as its model; None for the base.
+
+    Args:
+        service: Has the models.
+        name: What the request says; without a name it is the only model.
 
     Raises:
-        Refused: When there is no such model.
+        Refused: When there is no such model, or no name and several models.
     """
-    if name == service.name:
+    known = ", ".join((service.name, *service.adapters))
+    if name is None and service.adapters:
+        raise Refused(400, f"model is required: this server has {known}", param="model")
+    if name is None or name == service.name:
         return None
     if name not in service.adapters:
-        known = ", ".join((service.name, *service.adapters))
-        raise Refused(404, f"there is no model {name[:100]!r}; there is {known}", param="model", code="model_not_found")
+        raise Refused(
+            404,
+            f"the model {name[:100]!r} does not exist; this server has {known}",
+            param="model",
+            code="model_not_found",
+        )
     return service.adapters[name]
 
 
@@ -129,13 +160,38 @@ async def prompts_of(
     if not several or [] in several:
         raise Refused(400, "the prompt is empty", param="prompt")
     _check_count(service, len(several), "prompt")
-    encode = service.model.tokenizer.encode
-    return [await aside(len(each), partial(encode, each)) if isinstance(each, str) else each for each in several]
+    check_size(service, several, "prompt")
+    found: list[list[int]] = []
+    for each in several:
+        if isinstance(each, str):
+            encode = partial(service.model.tokenizer.encode, each)
+            each = await aside(len(each), encode) if len(each) > _LONG else encode()
+        found.append(each)
+    return found
 
 
 async def aside(size: int, function: Callable[[], Value]) -> Value:
-    """Calls what works on so many characters: beside the event loop where there are many."""
-    return await asyncio.to_thread(function) if size > _LONG else function()
+    """Calls, in a thread, what works on so many characters or tokens: in one of a few threads where there are many."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_ASIDE if size > _LONG else None, function)
+
+
+def check_size(service: Service, texts: Sequence[object], param: str) -> None:
+    """Rejects a text that cannot fit into the context, whatever its tokens are, before it is cut into tokens.
+
+    Raises:
+        Refused: When it cannot.
+    """
+    longest = token_bytes(service.model.tokenizer).longest
+    most = _SHRINKS * longest * service.model.decoder.context
+    for text in texts:
+        if isinstance(text, str) and len(text) > most:
+            raise Refused(
+                400,
+                f"a text of {len(text):,} characters is longer than the context of {service.model.decoder.context:,} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
 
 
 async def _texts(
@@ -148,29 +204,25 @@ async def _texts(
     limits, adapter = service.limits, adapter_of(service, request.model)
     count = request.n or 1
     _check_count(service, len(prompts) * count, "n")
-    if new_tokens is not None and new_tokens > limits.new_tokens:
-        raise Refused(400, f"at most {limits.new_tokens:,} new tokens", param="max_tokens")
-    for ids in prompts:
-        if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
-            raise Refused(
-                400, f"the prompt has {len(ids):,} tokens; {limits.prompt_tokens:,} are possible", param="prompt"
-            )
+    _check_lengths(service, prompts)
     constraints: Sequence[JsonConstraint | None] = [None] * (len(prompts) * count)
     form = request.response_format
     if form is not None and form.type != "text":
         if request.ignore_eos:
-            raise Refused(400, "an answer that keeps to a schema ends where it is complete", param="ignore_eos")
+            raise Refused(400, "an answer that follows a schema ends where it is complete", param="ignore_eos")
         schema = None if form.json_schema is None else form.json_schema.schema_
         try:
-            constraints = await asyncio.to_thread(service.grammars.json, schema, len(constraints))
+            constraints = [*await asyncio.wrap_future(service.grammars.submit(schema, len(constraints)))]
+        except Busy as error:
+            raise _too_many(said(error), 2) from None
         except SlmError as error:
             raise Refused(400, said(error), param="response_format") from None
     try:
         return [
             Ask(
-                prompt=tuple(ids),
+                prompt=ids,
                 sampling=_sampling(request, index),
-                max_new_tokens=new_tokens or limits.new_tokens,
+                max_new_tokens=min(new_tokens or limits.new_tokens, limits.new_tokens),
                 stop=tuple(request.stops),
                 logprobs=logprobs,
                 adapter=adapter,
@@ -185,9 +237,22 @@ async def _texts(
         raise Refused(400, said(error)) from None
 
 
+def _check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:
+    context = service.model.decoder.context
+    most = context - 1 if service.limits.prompt_tokens is None else min(context - 1, service.limits.prompt_tokens)
+    for ids in prompts:
+        if len(ids) > most:
+            raise Refused(
+                400,
+                f"the prompt has {len(ids):,} tokens; the most is {most:,}, of a context of {context:,}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+
 def _check_count(service: Service, answers: int, param: str) -> None:
     if answers > service.limits.texts:
-        raise Refused(400, f"{answers:,} answers at once; {service.limits.texts} are possible", param=param)
+        raise Refused(400, f"{answers:,} answers in one request; the most is {service.limits.texts}", param=param)
 
 
 def _sampling(request: AnyRequest, index: int) -> Sampling:
@@ -202,15 +267,14 @@ def _sampling(request: AnyRequest, index: int) -> Sampling:
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        logit_bias={int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        logit_bias={int(token): bias or 0.0 for token, bias in (request.logit_bias or {}).items()},
         seed=seed + index,
     )
 
 
-def _submit(service: Service, prompts: Sequence[Sequence[int]], texts: Sequence[Ask]) -> _Asked:
+def _submit(service: Service, post: Post, prompts: Sequence[Sequence[int]], texts: Sequence[Ask]) -> _Asked:
     """Asks for all of them, or for none."""
     inbox, tickets = Inbox(), []
-    post = service.post(asyncio.get_running_loop())
     try:
         for index, text in enumerate(texts):
             tickets.append(service.engine.submit(text, post.to(inbox, index)))
@@ -222,11 +286,15 @@ def _submit(service: Service, prompts: Sequence[Sequence[int]], texts: Sequence[
 
 def _not_now(service: Service, error: SlmError) -> Refused:
     if isinstance(error, Full):
-        after = {"Retry-After": str(int(service.engine.expected_wait_s()))}
-        return Refused(429, said(error), "rate_limit_error", code="rate_limit_exceeded", headers=after)
+        return _too_many(said(error), int(service.engine.expected_wait_s()))
     if isinstance(error, Closed):
         return Refused(503, said(error), "server_error")
     return Refused(400, said(error))
+
+
+def _too_many(why: str, after_s: int) -> Refused:
+    after = {"Retry-After": str(after_s)}
+    return Refused(429, why, "rate_limit_error", code="rate_limit_exceeded", headers=after)
 
 
 def _cancel(service: Service, tickets: Sequence[Ticket]) -> None:
@@ -234,9 +302,11 @@ def _cancel(service: Service, tickets: Sequence[Ticket]) -> None:
         service.engine.cancel(ticket)
 
 
-async def _whole(asked: _Asked, connection: Request) -> tuple[list[list[Piece]], list[Done]]:
-    """Returns all pieces of each text, and how it ended. Somebody who has gone is not answered."""
-    pieces: list[list[Piece]] = [[] for _ in asked.texts]
+async def _whole(service: Service, asked: _Asked, shape: Shape, connection: Request) -> tuple[list[str], list[Done]]:
+    """Returns the JSON of each text's choice, and how it ended. A client that has gone is not answered."""
+    own = token_bytes(service.model.tokenizer)
+    texts: list[list[str]] = [[] for _ in asked.texts]
+    scores = [shape.scores(own) for _ in asked.texts]
     done = asked.ended
     clock = asyncio.get_running_loop().time
     look = clock() + _LOOK_S
@@ -247,15 +317,24 @@ async def _whole(asked: _Asked, connection: Request) -> tuple[list[list[Piece]],
             look = clock() + _LOOK_S
         try:
             async with asyncio.timeout_at(look):
-                events = await asked.inbox.take()
+                events = await asked.inbox.take(_PIECES)
         except TimeoutError:
             continue
         for index, event in events:
             if isinstance(event, Done):
                 done[index] = event
             else:
-                pieces[index].append(event)
-    return pieces, [done[index] for index in range(len(pieces))]
+                texts[index].append(event.text)
+                if asked.logprobs:
+                    scores[index].add(event)
+        await asyncio.sleep(0)
+    choices = []
+    for index, text in enumerate(texts):
+        _check(service, done[index])
+        content = shape.whole("".join(text))
+        told = scores[index].taken() if asked.logprobs else None
+        choices.append(choice(index, content, FINISH[done[index].reason], told))
+    return choices, [done[index] for index in range(len(texts))]
 
 
 def _check(service: Service, done: Done) -> None:
@@ -274,24 +353,23 @@ def _check(service: Service, done: Done) -> None:
 async def _stream(
     service: Service, asked: _Asked, shape: Shape, head: Mapping[str, Any], usage_too: bool
 ) -> AsyncIterator[bytes]:
-    """Yields server-sent events: for each text what has come of it since the last ones, several tokens where there are."""
+    """Yields server-sent events: for each text what has come of it since the last one, often several tokens."""
 
-    def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
-        body = {**head, "object": shape.chunk, "choices": choices} | ({"usage": None} if usage_too else {}) | more
-        return b"data: %s\n\n" % json.dumps(body).encode()
+    def event(choices: list[str], **more: Any) -> bytes:
+        usage = {"usage": None} if usage_too else {}
+        return b"data: %s\n\n" % answer_of({**head, "object": shape.chunk}, choices, **(usage | more)).encode()
 
-    def choice(index: int, content: dict[str, Any], reason: str | None = None, scores: Any = None) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": scores, "finish_reason": reason}
-
-    lengths = [0] * len(asked.texts)  # of the tokens that were told with how likely they were, in characters
+    own = token_bytes(service.model.tokenizer)
+    scores = [shape.scores(own) for _ in asked.texts]
 
     def written(index: int, pieces: Sequence[Piece]) -> bytes:
-        text, scores = "".join(piece.text for piece in pieces), None
+        text = "".join(piece.text for piece in pieces)
         if asked.logprobs:
-            scores, lengths[index] = shape.logprobs(service.model, pieces, lengths[index])
+            for piece in pieces:
+                scores[index].add(piece)
         elif not text:
             return b""
-        return event([choice(index, shape.part(text), None, scores)])
+        return event([choice(index, shape.part(text), None, scores[index].taken() if asked.logprobs else None)])
 
     ended = asked.ended
     try:
@@ -301,7 +379,7 @@ async def _stream(
         while len(ended) < len(asked.texts):
             pieces: dict[int, list[Piece]] = {}
             ends: dict[int, Done] = {}
-            for index, found in await asked.inbox.take():
+            for index, found in await asked.inbox.take(_PIECES):
                 if isinstance(found, Done):
                     ends[index] = found
                 else:
@@ -317,6 +395,7 @@ async def _stream(
                 parts.append(event([choice(index, shape.part(None), FINISH[end.reason])]))
             if chunk := b"".join(parts):
                 yield chunk
+            await asyncio.sleep(0)
         if usage_too:
             yield event([], usage=usage_of(asked.prompts, [ended[index] for index in range(len(ended))]))
         yield b"data: [DONE]\n\n"

@@ -8,13 +8,17 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.token_bytes import token_bytes
 from slm.serve.access import Access
-from slm.serve.answers import adapter_of, answer, prompts_of
+from slm.serve.answers import adapter_of, answer, check_size, prompts_of
+from slm.serve.body import read
+from slm.serve.described import body_of, describe
+from slm.serve.docs_page import HEADERS, docs_page
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
 from slm.serve.replies import Card, Cards, ChatCompletion, Status, TextCompletion, answered_or_refused, refused
@@ -33,6 +37,7 @@ _PUBLIC = ("/health", "/ready", "/metrics", "/openapi.json", "/docs")
 
 def make_app(service: Service) -> FastAPI:
     """Returns the application; stopping it stops the engine."""
+    _warm(service)
 
     # A model's own chat template may take seconds: beside the event loop, and not in the threads that other requests need.
     chats = ThreadPoolExecutor(_CHATS, "slm-chat")
@@ -44,6 +49,7 @@ def make_app(service: Service) -> FastAPI:
         service.stop()
         chats.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(service.engine.close, service.grace_s)
+        service.grammars.close()
 
     app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_envelopes(app)
@@ -78,14 +84,25 @@ def make_app(service: Service) -> FastAPI:
         adapter_of(service, name)
         return JSONResponse(card(service, name))
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answered_or_refused())
-    async def chat(request: ChatRequest, connection: Request) -> Response:
+    @app.get("/docs", response_class=HTMLResponse, responses={200: {"content": {"text/html": {}}}})
+    async def docs() -> Response:
+        return Response(page, headers=dict(HEADERS), media_type="text/html")
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=answered_or_refused(),
+        openapi_extra=body_of(ChatRequest),
+    )
+    async def chat(connection: Request) -> Response:
+        request = await read(connection, ChatRequest)
         messages = [
             Message(role="system" if each.role == "developer" else each.role, content=each.text)
             for each in request.messages
         ]
         tokenize = partial(chat_ids, service.model.tokenizer, messages, service.model.stop_token_ids)
         try:
+            check_size(service, [message["content"] for message in messages], "messages")
             ids = await asyncio.get_running_loop().run_in_executor(chats, tokenize)
         except SlmError as error:
             raise Refused(400, said(error), param="messages") from None
@@ -93,33 +110,29 @@ def make_app(service: Service) -> FastAPI:
         limit = request.max_completion_tokens or request.max_tokens
         return await answer(service, request, connection, [ids], limit, top, Chat())
 
-    @app.post("/v1/completions", response_model=TextCompletion, responses=answered_or_refused())
-    async def completions(request: CompletionRequest, connection: Request) -> Response:
-        if request.echo:
-            raise Refused(400, "echo is not done here", param="echo")
+    @app.post(
+        "/v1/completions",
+        response_model=TextCompletion,
+        responses=answered_or_refused(),
+        openapi_extra=body_of(CompletionRequest),
+    )
+    async def completions(connection: Request) -> Response:
+        request = await read(connection, CompletionRequest)
         prompts = await prompts_of(service, request.prompt)
         return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
 
     mount(app, site)
-    described = app.openapi
-
-    def description() -> dict[str, Any]:
-        """What FastAPI says, but for what it would answer itself to a field that will not do: here that is a 400."""
-        whole = described()
-        for path in whole["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        for unused in ("HTTPValidationError", "ValidationError"):
-            whole["components"]["schemas"].pop(unused, None)
-        if service.keys:
-            whole["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for name, path in whole["paths"].items():
-                for operation in path.values() if name.startswith("/v1/") else ():
-                    operation["security"] = [{"key": []}]
-        return whole
-
-    app.openapi = description  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    description = describe(app.openapi(), keys=bool(service.keys))
+    page = docs_page(description)
+    # Made once, before anybody is served: it takes longer than a request may hold the event loop.
+    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
     return app
+
+
+def _warm(service: Service) -> None:
+    """Makes now what takes a large vocabulary seconds: the first request would hold the event loop for them."""
+    service.model.tokenizer.encode_literal("")
+    _ = token_bytes(service.model.tokenizer).longest
 
 
 def _page(service: Service) -> Site:

@@ -1,96 +1,204 @@
-"""Answers that keep to a JSON schema, by llguidance: before each token it says which may come.
+"""Answers that follow a JSON schema, by llguidance: before each token it gives the tokens that may come next.
 
 Dimensions: V vocabulary.
 """
 
 import json
-from functools import lru_cache
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.memory import Array
+from slm.serve.schema_check import Impossible, grammar_of, matcher_of, tokenizer_of
 
-# Schemas that were compiled already.
+# Schemas whose grammar, or the reason for whose rejection, is kept.
 _KEPT = 64
-# Characters of what the library says that are passed on.
+# Schemas that may wait to be compiled, one after the other, each a few seconds at most.
+_WAITING = 16
+# Characters of the library's reason that are passed on.
 _QUOTED = 200
 # Characters of a schema: a megabyte would take the library seconds.
 _LONGEST = 1 << 16
-# What one schema may take: some 20 ms a token and 50 MB, by the library's figures. Its verbose errors would quote the text.
-_LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
+# Regular expressions are compared in pairs, so that their number counts squared.
+_MOST_PATTERNS = 64
+# Of the processor, what the masks of one text may take: at the beginning, and for each of its tokens.
+_FIRST_S, _TOKEN_S = 0.25, 0.01
+_HINT = "use a simpler schema"
+
+
+class Busy(SlmError):
+    """Too many schemas wait to be compiled."""
 
 
 class Grammars:
-    """Makes constraints for one vocabulary."""
+    """Makes constraints for one vocabulary. For any number of threads, which are served one after the other."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...]) -> None:
         """Takes the tokenizer; the model may have more tokens than it."""
         self._vocab_size = vocab_size
-        self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(stop_tokens))
-        self._compiled = lru_cache(_KEPT)(self._compile)
+        self._vocabulary = {"tokenizer": tokenizer.backend.to_str(), "size": vocab_size, "stops": list(stop_tokens)}
+        self._tokenizer = tokenizer_of(self._vocabulary)
+        self._known: OrderedDict[str, str | Impossible] = OrderedDict()
+        self._checker: subprocess.Popen[bytes] | None = None
+        self._compiling = ThreadPoolExecutor(1, "slm-schema", initializer=_yield_to_others)
+        self._counting = threading.Lock()
+        self._waiting = 0
 
-    def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "list[JsonConstraint]":
-        """Returns what keeps each of several answers to a schema; to any object where there is none.
+    def submit(self, schema: dict[str, Any] | None, texts: int = 1) -> "Future[list[JsonConstraint]]":
+        """Begins to compile a schema; returns what keeps each of several answers to it, or to any object where there is none.
 
-        Takes up to seconds for a large one.
+        The result takes up to seconds for a schema that is made to be expensive. It raises `SlmError` when the schema is
+        invalid, too expensive, or uses what is not supported.
 
         Raises:
-            SlmError: When the schema is none, or asks for what cannot be kept to.
+            Busy: When too many others wait.
         """
-        grammar = self._compiled(_dumped({"type": "object"} if schema is None else schema))
-        first = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
-        first.compute_bitmask()  # what is too much shows here mostly, and before anything has been read
-        _check(first)
+        with self._counting:
+            if self._waiting >= _WAITING:
+                raise Busy("too many JSON schemas wait to be compiled", "try again in a few seconds")
+            self._waiting += 1
+        future = self._compiling.submit(self._constraints, schema, texts)
+        future.add_done_callback(self._waited)  # also of one that is cancelled before it begins
+        return future
+
+    def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "list[JsonConstraint]":
+        """Returns the result of `submit`."""
+        return self.submit(schema, texts).result()
+
+    def close(self) -> None:
+        """Ends the process that tries schemas."""
+        self._compiling.shutdown(wait=False, cancel_futures=True)
+        checker, self._checker = self._checker, None
+        if checker is not None:
+            checker.kill()
+            checker.wait()
+
+    def _constraints(self, schema: dict[str, Any] | None, texts: int) -> "list[JsonConstraint]":
+        try:
+            first = self._compiled(_dumped({"type": "object"} if schema is None else schema))
+        except Impossible as error:
+            raise _impossible(str(error)) from None
         return [JsonConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
 
-    def _compile(self, schema: str) -> str:
+    def _waited(self, future: "Future[list[JsonConstraint]]") -> None:
+        with self._counting:
+            self._waiting -= 1
+
+    def _compiled(self, schema: str) -> LLMatcher:
+        found = self._known.get(schema)
+        if found is None:
+            try:
+                self._check(schema)
+                found = grammar_of(schema)
+            except Impossible as error:
+                found = error
+            self._known[schema] = found
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(schema)
+        if isinstance(found, Impossible):
+            raise Impossible(str(found))
+        return matcher_of(found, self._tokenizer)
+
+    def _check(self, schema: str) -> None:
+        """Has a schema tried in another process, where it can be stopped.
+
+        Raises:
+            Impossible: When it cannot be followed.
+        """
+        if self._checker is None or self._checker.poll() is not None:
+            self._checker = subprocess.Popen(
+                [sys.executable, "-I", "-m", "slm.serve.schema_check"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=tempfile.gettempdir(),
+            )
+            self._ask(self._vocabulary)
+        self._ask(schema)
+        assert self._checker.stdout is not None
+        line = self._checker.stdout.readline()
+        if not line:
+            raise Impossible("the process that tries schemas has ended")
+        wrong = json.loads(line)
+        if wrong is not None:
+            raise Impossible(wrong)
+
+    def _ask(self, said: Any) -> None:
+        assert self._checker is not None and self._checker.stdin is not None
         try:
-            grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-        except ValueError as error:
-            raise _impossible(str(error)) from None
-        problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=_LIMITS)
-        if problem:
-            raise _impossible(problem)
-        return grammar
+            self._checker.stdin.write(json.dumps(said).encode() + b"\n")
+            self._checker.stdin.flush()
+        except BrokenPipeError:
+            raise Impossible("the process that tries schemas has ended") from None
+
+
+def _yield_to_others() -> None:
+    """Gives this thread a low priority, so that answers under way come first; only Linux has priorities of threads."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _dumped(schema: dict[str, Any]) -> str:
     try:
-        dumped = json.dumps(schema)
+        dumped = json.dumps(schema, allow_nan=False)
     except RecursionError:
         raise _impossible("it is nested too deeply") from None
+    except ValueError:
+        raise _impossible("it has a number that is not finite") from None
     if len(dumped) > _LONGEST:
-        raise _impossible(f"it has {len(dumped):,} characters, and {_LONGEST:,} are possible")
+        raise _impossible(f"it has {len(dumped):,} characters; the most is {_LONGEST:,}")
+    patterns = dumped.count('"patternProperties"')
+    if patterns and (most := _most_patterns(schema)) > _MOST_PATTERNS:
+        raise _impossible(f"an object has {most:,} patternProperties; the most is {_MOST_PATTERNS}")
     return dumped
 
 
-def _check(matcher: LLMatcher) -> None:
-    if matcher.is_error():
-        raise _impossible(matcher.get_error())
+def _most_patterns(schema: Any) -> int:
+    """Returns the largest number of patternProperties of any object in a schema."""
+    most, left = 0, [schema]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            patterns = each.get("patternProperties")
+            most = max(most, len(patterns) if isinstance(patterns, dict) else 0)
+            left += each.values()
+        elif isinstance(each, list):
+            left += each
+    return most
 
 
 def _impossible(why: str) -> SlmError:
-    return SlmError(f"the schema cannot be kept to: {why.splitlines()[0][:_QUOTED]}", "a simpler one")
+    return SlmError(f"the schema is not supported: {(why.splitlines() or [''])[0][:_QUOTED]}", _HINT)
 
 
 class JsonConstraint:
-    """One answer under way."""
+    """One answer under way. For one thread at a time, but not always the same one."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
+        self._left_s = _FIRST_S
 
     def allowed(self) -> Array:
         """Returns which tokens may come next, bool (V,).
 
         Raises:
-            SlmError: When it would take too long to find out.
+            SlmError: When it takes too long.
         """
+        started = time.thread_time()
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        _check(self._matcher)
+        self._spend(started)
         allowed: Array = np.unpackbits(words, bitorder="little")[: self._vocab_size].astype(bool)
         return allowed
 
@@ -98,8 +206,18 @@ class JsonConstraint:
         """Takes the token that was chosen; says whether the answer is complete with it.
 
         Raises:
-            SlmError: When it would take too long to find out.
+            SlmError: When it takes too long.
         """
+        started = time.thread_time()
         self._matcher.consume_token(token)
-        _check(self._matcher)
+        self._left_s += _TOKEN_S
+        self._spend(started)
         return bool(self._matcher.is_stopped())
+
+    def _spend(self, started: float) -> None:
+        """Takes the processor's time since then off the budget."""
+        if self._matcher.is_error():
+            raise _impossible(self._matcher.get_error())
+        self._left_s -= time.thread_time() - started
+        if self._left_s < 0:
+            raise _impossible("it takes too long to find the tokens that may come next")

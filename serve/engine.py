@@ -5,14 +5,14 @@ nobody waits longer for a long prompt of somebody else than that piece takes. An
 `slm.runtime.batch` for when that is so bit for bit.
 """
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-import numpy as np
+from typing import Literal
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import TextStream, Tokenizer
@@ -26,7 +26,9 @@ from slm.runtime.prefix import PrefixCache
 from slm.runtime.sampling import Sampler, Sampling
 from slm.runtime.stopping import StopTexts
 from slm.runtime.streaming import Piece
+from slm.runtime.token_bytes import token_bytes
 from slm.serve.defects import named
+from slm.serve.guide import Constraint, Guide
 from slm.serve.heartbeat import Heartbeat
 
 Reason = Literal["end", "stop", "length", "context", "cancelled", "deadline", "error", "stalled"]
@@ -39,6 +41,9 @@ _LOOK_S = 0.1
 _LATE_S = 0.3
 # How long closing waits for the engine's thread after the grace period, in seconds.
 _JOIN_S = 1.0
+# How long a step waits for the masks of constrained texts, and how long a thread that has nothing else to do does, in seconds.
+_MASK_S = 0.002
+_IDLE_S = 0.005
 
 
 class Full(SlmError):
@@ -47,16 +52,6 @@ class Full(SlmError):
 
 class Closed(SlmError):
     """No more texts are taken."""
-
-
-class Constraint(Protocol):
-    """What a text must keep to."""
-
-    def allowed(self) -> Array:
-        """Returns which tokens may come next, bool (V,)."""
-
-    def accept(self, token: int) -> bool:
-        """Takes the token that was chosen; says whether the text is complete with it."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,7 @@ class Ticket:
     begun: float | None = None
     first: float | None = None
     slot: Slot | None = None
+    guide: Guide | None = None
     read: int = 0  # tokens of the prompt
     read_at: float = 0.0
     reused: int = 0
@@ -202,6 +198,7 @@ class Engine:
                 `stalled` gives the reason until the step returns.
         """
         self._decoder, self._tokenizer = decoder, tokenizer
+        self._own_bytes = token_bytes(tokenizer)
         self._stop_tokens = frozenset(stop_tokens)
         self._queue, self._prefill = queue, prefill_tokens
         self._batch = Batch(decoder, slots)
@@ -216,6 +213,8 @@ class Engine:
         self._closing = False
         self._failed: str | None = None
         self._step_s = 0.0  # what a step takes, smoothed
+        self._masks = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2)), "slm-masks")
+        self._mask_until = 0.0
         self._until = float("inf")
         self.figures = Figures(cache_bytes=self._batch.bytes)
         self.delivered: Callable[[], None] = lambda: None
@@ -264,7 +263,8 @@ class Engine:
         """
         check_request(self._decoder, ask.prompt, ask.max_new_tokens, ask.logprobs)
         sampler = Sampler(ask.sampling, ask.prompt, self._decoder.vocab_size)
-        ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), StopTexts(ask.stop))
+        stops = StopTexts(ask.stop, self._tokenizer)
+        ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), stops)
         with self._changed:
             reason = self.unavailable
             if reason is not None:
@@ -324,6 +324,7 @@ class Engine:
         with self._changed:
             self._waiting.clear()
             left = list(self._unfinished)
+        self._masks.shutdown(wait=False, cancel_futures=True)
         for ticket in left:
             self._end(ticket, "error" if self._failed else "cancelled", self._failed)
         self.delivered()
@@ -383,8 +384,10 @@ class Engine:
             self._end(ticket, "cancelled" if ticket.cancelled else "deadline")
         for ticket in begun:
             self._begin(ticket)
+        self._mask_until = time.monotonic() + _MASK_S
         self._read_some()
-        self._step([ticket for ticket in self._running if ticket.tokens])
+        self._take_up()
+        self._step([ticket for ticket in self._running if ticket.tokens and not self._held(ticket)])
         self.figures.running = len(self._running)
         self.figures.cache_bytes = self._batch.bytes + sum(cache.bytes for cache in self._prefixes.values())
         self.delivered()
@@ -402,6 +405,8 @@ class Engine:
         ticket.begun = time.monotonic()
         ticket.slot = self._batch.take(ticket.ask.adapter)
         self._running.append(ticket)
+        if ticket.ask.constraint is not None:
+            ticket.guide = Guide(ticket.ask.constraint, self._masks)
         # At least one token is left to read: its logits are what a text begins with.
         known = self._prefix_of(ticket).longest(list(ticket.ask.prompt[:-1]))
         if known is not None:
@@ -467,6 +472,7 @@ class Engine:
         self._step_s = took if not self._step_s else 0.9 * self._step_s + 0.1 * took
         self.figures.steps += 1
         self.figures.rows += len(rows)
+        self._mask_until = time.monotonic() + _MASK_S
         for slot, logits in found.items():
             self._choose(rows[slot], logits)
 
@@ -478,32 +484,64 @@ class Engine:
             self._end(ticket, "error", error.message)
 
     def _choose_of(self, ticket: Ticket, logits: Array) -> None:
-        ask = ticket.ask
-        chosen_from = logits
-        if ask.constraint is not None:
-            chosen_from = np.where(ask.constraint.allowed(), logits, np.float32(-np.inf))
+        ask, guide, chosen_from = ticket.ask, ticket.guide, logits
+        if guide is not None:
+            if not guide.ready(max(0.0, self._mask_until - time.monotonic())):
+                guide.logits = logits.copy()
+                return
+            if guide.complete:
+                self._end(ticket, "end")
+                return
+            chosen_from = guide.masked(logits)
         token = ticket.sampler.choose(chosen_from)
         if ticket.first is None:
             ticket.first = time.monotonic()
         if token in self._stop_tokens and not ask.ignore_end:
             self._end(ticket, "end")
             return
-        complete = ask.constraint is not None and ask.constraint.accept(token)
+        if guide is not None:
+            guide.advance(token)
         ticket.tokens.append(token)
         self.figures.new_tokens += 1
-        text = ticket.stops.push(ticket.text.push(token))
+        raw = self._own_bytes.at(token, first=not ticket.text.begun)
+        text = ticket.stops.push(ticket.text.push(token), token)
         if ask.logprobs is None:
-            piece = Piece(text, token)
+            piece = Piece(text, token, raw=raw)
         else:
             known = logprobs_of(logits, token, ask.logprobs)
-            piece = Piece(text, token, known.chosen, known.top)
+            piece = Piece(text, token, known.chosen, known.top, raw)
         self._deliver(ticket, piece)
         if ticket.stops.found:
             self._end(ticket, "stop")
-        elif complete:
-            self._end(ticket, "end")
-        elif len(ticket.tokens) >= ask.max_new_tokens:
+        elif guide is None and len(ticket.tokens) >= ask.max_new_tokens:
             self._end(ticket, "length")
+
+    def _held(self, ticket: Ticket) -> bool:
+        """Whether a text waits for its constraint: to choose its next token, or to see whether its last token completes it."""
+        guide = ticket.guide
+        return guide is not None and (guide.logits is not None or self._full_of(ticket) is not None)
+
+    def _full_of(self, ticket: Ticket) -> Reason | None:
+        """Returns why a text can have no further token, if so."""
+        if len(ticket.tokens) >= ticket.ask.max_new_tokens:
+            return "length"
+        return "context" if ticket.slot is not None and ticket.slot.length >= self._decoder.context else None
+
+    def _take_up(self) -> None:
+        """Continues texts whose constraint was late, and ends those that can have no further token."""
+        held = [(ticket, ticket.guide) for ticket in self._running if ticket.guide is not None and self._held(ticket)]
+        patience = _IDLE_S / len(held) if held and len(held) == len(self._running) else 0.0
+        for ticket, guide in held:
+            if not guide.ready(patience):
+                continue
+            logits, guide.logits = guide.logits, None
+            if logits is not None:
+                self._choose(ticket, logits)
+                continue
+            try:
+                self._end(ticket, "end" if guide.complete else self._full_of(ticket) or "length")
+            except SlmError as error:
+                self._end(ticket, "error", error.message)
 
     def _deliver(self, ticket: Ticket, event: Piece | Done) -> None:
         """Delivers an event; nothing comes after the end, which the watchdog may have delivered already."""

@@ -27,12 +27,15 @@ class Inbox:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    async def take(self) -> list[tuple[int, Event]]:
-        """Returns all events there are, in the order in which they came; waits for one. Whoever stops waiting loses none."""
+    async def take(self, most: int) -> list[tuple[int, Event]]:
+        """Returns the events there are, at most so many, in the order in which they came; waits for one.
+
+        A caller that stops waiting loses none.
+        """
         while not self._events:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        taken, self._events = self._events, []
+        taken, self._events = self._events[:most], self._events[most:]
         return taken
 
 

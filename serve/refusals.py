@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from slm.core.errors import SlmError
@@ -38,16 +37,11 @@ def add_envelopes(app: FastAPI) -> None:
         assert isinstance(error, Refused)
         return sent(error)
 
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return sent(_invalid(error.errors()))
-
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return sent(Refused(error.status_code, str(error.detail), headers=error.headers))
 
     app.add_exception_handler(Refused, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
 
 
@@ -62,11 +56,9 @@ def said(error: SlmError) -> str:
     return error.message if error.hint is None else f"{error.message}; {error.hint}"
 
 
-def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refused:
-    """Returns what is wrong with the first field that is; where it may be one of several things, all of them."""
+def invalid(errors: Sequence[Mapping[str, Any]]) -> Refused:
+    """Returns the refusal for pydantic's errors: it names the first field that is wrong, and all that it may be."""
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return Refused(400, "the body is not JSON")
     where = _where(first)
     same = [each for each in errors if f"{_where(each)}.".startswith(f"{where}.")]
     wrongs = [str(each["msg"]).removeprefix("Value error, ") for each in same]
@@ -76,10 +68,9 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> Refused:
 
 def _where(error: Mapping[str, Any]) -> str:
     """Returns the path of a field, without what pydantic adds for the kinds it may be of."""
-    parts = [part for part in error["loc"] if part != "body"]
-    if error["type"] != "extra_forbidden":
-        parts = [part for part in parts if not isinstance(part, str) or (part != "str" and "[" not in part)]
-    return ".".join(map(str, parts))
+    parts = [part for part in error["loc"] if not isinstance(part, str) or (part != "str" and "[" not in part)]
+    field = error.get("ctx", {}).get("field")
+    return ".".join(map(str, [*parts, *([] if field is None else [field])]))
 
 
 def _short(text: str) -> str:

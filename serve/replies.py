@@ -22,7 +22,7 @@ class Problem(_Reply):
 
 
 class ErrorReply(_Reply):
-    """OpenAI's envelope around everything that is refused."""
+    """OpenAI's envelope around every refusal."""
 
     error: Problem
 
@@ -147,11 +147,12 @@ class TextCompletion(_Reply):
 
 
 _WHY = {
-    400: "a field will not do",
+    400: "a field is invalid or not supported",
     401: "the API key is missing or wrong",
-    404: "there is no such model",
-    408: "the body did not come",
+    404: "the model does not exist",
+    408: "the body did not come in time",
     413: "the body is too large",
+    415: "the body is compressed",
     429: "all slots and the queue are taken; Retry-After says when to ask again",
     500: "a defect",
     503: "the server is shutting down, its engine has ended, or nothing was answered in time",
@@ -168,5 +169,5 @@ def answered_or_refused() -> dict[int | str, dict[str, Any]]:
     events: dict[str, Any] = {"text/event-stream": {}}
     return {
         200: {"description": "the answers, or events that end with [DONE]", "content": events},
-        **refused(400, 401, 404, 408, 413, 429, 500, 503),
+        **refused(400, 401, 404, 408, 413, 415, 429, 500, 503),
     }

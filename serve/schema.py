@@ -1,64 +1,279 @@
-"""What is asked over HTTP: OpenAI's fields, and some of ours beside them. What is not known, or not done here, is refused."""
+"""The requests: OpenAI's fields, and slm's own beside them.
 
-from typing import Annotated, Any, Literal
+Each object has three lists. Fields that are understood are pydantic's. Fields that cannot change the answer are accepted, and
+named in a debug line of the log. Fields that would change it are rejected with the reason, unless their value asks for
+nothing. `null` means that a field is absent, everywhere.
+"""
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
+# A stop text longer than most answers matches nothing.
+LONGEST_STOP = 1024
+MOST_BIASES = 1024
+MOST_MESSAGES = 4096
+MOST_PARTS = 1024
+# The longest context of any Gemma 3.
+MOST_IDS = 1 << 17
+# Of an unknown field's name, what a message quotes.
+_QUOTED = 100
+
+log = logging.getLogger("slm.serve")
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A field that would change the answer.
+
+    Attributes:
+        why: The reason for rejection.
+        neutral: Values that ask for nothing, which are accepted.
+    """
+
+    why: str
+    neutral: tuple[Any, ...] = ()
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value asks for nothing."""
+        return any(type(value) is type(each) and value == each for each in self.neutral)
+
+
+def wrong(why: str, field: str | None = None, kind: str = "unsupported") -> PydanticCustomError:
+    """Returns the error for a field of the object that is being read; `slm.serve.refusals` puts its name into the path."""
+    return PydanticCustomError(kind, "{why}", {"why": why, "field": field})
+
+
+def _quoted(name: str) -> str:
+    """Returns a field's name as a message can have it."""
+    return name[:_QUOTED].encode(errors="replace").decode()
 
 
 def _whole(text: str) -> str:
-    """JSON can spell halves of characters (a surrogate alone), of which no UTF-8 can be made."""
+    """Rejects half a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("it has half a character, a surrogate without the other one") from None
+        raise ValueError("the text has half of a surrogate pair") from None
     return text
 
 
+def _integral(value: Any) -> Any:
+    """Takes 16.0 for 16: JSON has one kind of number, and some clients write all of them as floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _biases(value: Any) -> Any:
+    """Checks a bias by token, up to the first that is wrong; null is none."""
+    if not isinstance(value, dict):
+        return value
+    value = {token: bias for token, bias in value.items() if bias is not None}
+    if len(value) > MOST_BIASES:
+        raise wrong(f"at most {MOST_BIASES:,} tokens can have a bias, not {len(value):,}")
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) <= 9):
+            raise wrong("the name must be a token id", _quoted(token))
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise wrong("the bias must be a number from -100 to 100", token)
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
-StopText = Annotated[Text, Field(min_length=1)]
+StopText = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
+Integer = Annotated[int, BeforeValidator(_integral)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+def _listed(schema: dict[str, Any], kind: "type[_Object]") -> None:
+    """Adds to an object's description the fields of the other two lists, and that null is absent."""
+    properties = schema.setdefault("properties", {})
+    schema["additionalProperties"] = {"type": "null"}
+    if kind.forms:
+        schema["anyOf"] = list(kind.forms)
+    for name in sorted(kind.harmless):
+        properties[name] = {"description": "Accepted and ignored: it does not change the answer."}
+    for name, field in kind.unsupported.items():
+        properties[name] = {"description": f"Not supported: {field.why}.", "enum": [*field.neutral, None]}
 
 
-class TextPart(_Strict):
-    """Text in a message of several parts."""
+class _Object(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_listed)
 
-    type: Literal["text"]
-    text: Text
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+    # JSON schemas, of which one at least must be met: for the description alone.
+    forms: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sorted_out(cls, data: Any) -> Any:
+        """Leaves the fields that are understood, up to the first that must be rejected."""
+        if not isinstance(data, dict):
+            return data
+        understood, ignored = {}, []
+        for name, value in data.items():
+            if value is None:
+                continue
+            if name in _names(cls):
+                understood[name] = value
+            elif name in cls.harmless:
+                ignored.append(name)
+            elif name not in cls.unsupported:
+                raise wrong(_unknown(name, cls), _quoted(name))
+            elif not cls.unsupported[name].accepts(value):
+                raise wrong(cls.unsupported[name].why, name)
+        if ignored:
+            log.debug(json.dumps({"object": cls.__name__, "ignored": ignored}))
+        return understood
 
 
-class ChatMessage(_Strict):
-    """What somebody said."""
+def _names(kind: type[BaseModel]) -> frozenset[str]:
+    """Returns the names of the fields that an object understands, as JSON has them."""
+    found = _NAMES.get(kind)
+    if found is None:
+        found = frozenset(field.alias or name for name, field in kind.model_fields.items())
+        _NAMES[kind] = found
+    return found
+
+
+def _unknown(name: str, kind: "type[_Object]") -> str:
+    meant = get_close_matches(name[:_QUOTED], [*_names(kind), *kind.harmless], 1, 0.8)
+    return f"unknown field; did you mean {meant[0]}?" if meant else "unknown field"
+
+
+_NAMES: dict[type[BaseModel], frozenset[str]] = {}
+
+_TEXT_ONLY = "the model reads and writes text only"
+_TOOLS = "tools and functions are not supported"
+
+
+class Part(_Object):
+    """A part of a message: text."""
+
+    harmless = frozenset({"annotations", "cache_control", "prompt_cache_breakpoint"})
+    forms = tuple(
+        {"properties": {"type": {"const": kind}, kind: {"type": "string"}}, "required": ["type", kind]}
+        for kind in ("text", "refusal")
+    )
+
+    type: Literal["text", "refusal"]
+    text: Text | None = None
+    refusal: Text | None = Field(None, description="The text of a part of type refusal, as an earlier answer had it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if isinstance(kind, str) and kind in ("image_url", "input_audio", "file", "video_url", "audio_url", "image"):
+            raise wrong(_TEXT_ONLY, "type")
+        return data
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "Part":
+        if getattr(self, self.type) is None:
+            raise wrong("Field required", self.type, "missing_text")
+        return self
+
+    @property
+    def content(self) -> str:
+        """Its text."""
+        return (self.text if self.type == "text" else self.refusal) or ""
+
+
+def _kind_of_content(value: Any) -> str | None:
+    return "[text]" if isinstance(value, str) else "[parts]" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[Text, Tag("[text]")]
+    | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True), Tag("[parts]")],
+    Discriminator(
+        _kind_of_content, custom_error_type="content_type", custom_error_message="must be a text or a list of parts"
+    ),
+]
+
+
+class ChatMessage(_Object):
+    """A message of a conversation. The fields that the official clients add to an answer are accepted when it is sent back."""
+
+    harmless = frozenset(
+        {"annotations", "id", "name", "parsed", "reasoning", "reasoning_content", "reasoning_details"}
+        | {"provider_specific_fields", "thinking_blocks", "weight", "created", "status", "cache_control"}
+    )
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "tool_calls": Unsupported(_TOOLS, ([],)),
+        "function_call": Unsupported(_TOOLS),
+        "tool_call_id": Unsupported(_TOOLS),
+        "audio": Unsupported(_TEXT_ONLY),
+        "images": Unsupported(_TEXT_ONLY, ([],)),
+        "prefix": Unsupported("an answer cannot be continued", (False,)),
+    }
+    forms = (
+        {"properties": {"role": {"const": "assistant"}}},
+        {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+    )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
-    name: Text | None = None
+    content: Content | None = Field(None, description="Required, but for an assistant's message without text.")
+    refusal: Text | None = Field(None, description="Text of an assistant's message that has no content.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_tools(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("role") in ("tool", "function"):
+            raise wrong(_TOOLS, "role")
+        return data
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise wrong("Field required", "content", "missing_text")
+        return self
 
     @property
     def text(self) -> str:
-        """All parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """All parts, or the refusal where there is no content."""
+        if isinstance(self.content, list):
+            return "".join(part.content for part in self.content)
+        return self.content or self.refusal or ""
 
 
-class JsonSchema(_Strict):
+class JsonSchema(_Object):
     """A schema and its name."""
 
     name: Text
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    description: Text | None = None
-    strict: bool | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="Without it, any JSON object.")
+    description: Text | None = Field(None, description="The model does not read it.")
+    strict: bool | None = Field(None, description="Answers keep to the schema in either case.")
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(_Object):
     """What the answer must be."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "schema": Unsupported("a schema goes into json_schema, with type json_schema"),
+    }
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -70,37 +285,64 @@ class ResponseFormat(_Strict):
         return self
 
 
-class StreamOptions(_Strict):
+class StreamOptions(_Object):
     """What a stream has besides its pieces."""
 
-    include_usage: bool = False
+    harmless = frozenset({"include_obfuscation"})
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "continuous_usage_stats": Unsupported("usage comes once, at the end", (False,)),
+    }
+
+    include_usage: bool | None = Field(None, description="A last event with the tokens read and written.")
 
 
-class Request(_Strict):
-    """What chats and completions have in common; fields of ours begin at top_k."""
+class Request(_Object):
+    """What chats and completions have in common; slm's own fields begin at top_k."""
 
-    model: Text
-    stream: bool | None = False
+    harmless = frozenset(
+        {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+        | {"prompt_cache_options", "store", "cache_prompt", "priority", "request_id", "spaces_between_special_tokens"}
+    )
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "skip_special_tokens": Unsupported("special tokens are never part of the text", (True,)),
+        "include_stop_str_in_output": Unsupported("a stop text is never part of the text", (False,)),
+        "use_beam_search": Unsupported("there is no beam search", (False,)),
+        "length_penalty": Unsupported("there is no beam search", (1, 1.0)),
+        "min_tokens": Unsupported("there is no least length; ignore_eos ignores the end", (0,)),
+        "repeat_penalty": Unsupported("the field is repetition_penalty", (1, 1.0)),
+        "stop_token_ids": Unsupported("stop takes the spelling of a special token", ([],)),
+        "guided_json": Unsupported("a schema goes into response_format"),
+        "guided_regex": Unsupported("a schema with a pattern goes into response_format"),
+        "guided_choice": Unsupported("a schema with an enum goes into response_format"),
+        "guided_grammar": Unsupported("grammars are not supported"),
+        "grammar": Unsupported("grammars are not supported", ("",)),
+    }
+
+    model: Text | None = Field(None, description="May be left out where there is only one.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Integer | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = Field(
+        None, description="Texts that end the answer, special tokens among them."
+    )
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same answer.")
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[Digits, Bias] | None = None
-    user: Text | None = None
+    logit_bias: Annotated[dict[Digits, Bias | None] | None, BeforeValidator(_biases)] = Field(
+        None, description="Added to the logits of tokens, by id.", json_schema_extra={"maxProperties": MOST_BIASES}
+    )
     response_format: ResponseFormat | None = None
-    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_k: Integer | None = Field(None, ge=0, lt=2**31, description="Keep the K likeliest tokens; 0 keeps all.")
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    ignore_eos: bool | None = None
+    ignore_eos: bool | None = Field(None, description="Go on after tokens that end a text.")
 
     @model_validator(mode="after")
     def _possible(self) -> "Request":
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options goes with stream")
         return self
 
@@ -113,28 +355,79 @@ class Request(_Strict):
 class ChatRequest(Request):
     """A conversation to answer."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    harmless = Request.harmless | {"parallel_tool_calls", "prediction", "reasoning_effort", "verbosity", "moderation"}
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        **Request.unsupported,
+        "tools": Unsupported(_TOOLS, ([],)),
+        "tool_choice": Unsupported(_TOOLS, ("none", "auto")),
+        "functions": Unsupported(_TOOLS, ([],)),
+        "function_call": Unsupported(_TOOLS, ("none", "auto")),
+        "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
+        "audio": Unsupported(_TEXT_ONLY),
+        "web_search_options": Unsupported("there is no web search"),
+        "add_generation_prompt": Unsupported("the model's turn always begins after the messages", (True,)),
+        "continue_final_message": Unsupported("an answer cannot be continued", (False,)),
+        "chat_template": Unsupported("chats use the model's own template"),
+        "chat_template_kwargs": Unsupported("chats use the model's own template", ({},)),
+        "best_of": Unsupported("not supported", (1,)),
+        "documents": Unsupported("the template takes no documents", ([],)),
+        "echo": Unsupported("not supported", (False,)),
+    }
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    max_tokens: Integer | None = Field(None, ge=1, description="New tokens; the server's limit where it is lower.")
+    max_completion_tokens: Integer | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Integer | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _logprobs(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs")
         return self
+
+
+def _kind_of_prompt(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "[text]"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return {str: "[texts]", int: "[ids]", list: "[lists]"}.get(type(first))
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("[text]")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True), Tag("[texts]")]
+    | Annotated[TokenIds, Tag("[ids]")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True), Tag("[lists]")],
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a text, a list of texts, a list of token ids, or a list of such lists",
+    ),
+]
 
 
 class CompletionRequest(Request):
     """A text to continue, or several."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        **Request.unsupported,
+        "suffix": Unsupported("the model writes at the end of a text only", ("",)),
+        "echo": Unsupported("not supported", (False,)),
+        "prompt_logprobs": Unsupported("the prompt's tokens have no logprobs"),
+    }
+
+    prompt: Prompt
+    max_tokens: Integer | None = Field(None, ge=1, description="New tokens; the server's limit where it is lower.")
+    logprobs: Integer | None = Field(None, ge=0, le=20)
+    best_of: Annotated[Integer | None, WithJsonSchema({"enum": [1, None], "title": "Best Of"})] = Field(
+        None, description="Not supported: 1, or the same as n."
     )
-    max_tokens: int | None = Field(None, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _best_of(self) -> "CompletionRequest":
+        if self.best_of not in (None, 1, self.n):
+            raise wrong("not supported unless it is 1 or equals n", "best_of")
+        return self

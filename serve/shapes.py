@@ -1,11 +1,18 @@
-"""How answers are put into OpenAI's JSON."""
+"""How answers are put into OpenAI's JSON.
 
+Log-probabilities are written as JSON token by token, as they come: those of a long answer are megabytes, and the event loop
+has others to serve.
+"""
+
+import codecs
+import json
+import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
-from slm.runtime.model import Model
 from slm.runtime.streaming import Piece
+from slm.runtime.token_bytes import TokenBytes
 from slm.serve.engine import Done, Reason
 from slm.serve.service import Service
 
@@ -17,6 +24,133 @@ FINISH: Mapping[Reason, str] = {
     "context": "length",
     "deadline": "length",
 }
+# OpenAI's figure for a token that cannot come: JSON has no infinity.
+_NEVER = -9999.0
+# Tokens whose JSON is kept.
+_KEPT = 1 << 15
+
+
+class Scores(Protocol):
+    """Writes the log-probabilities of one text."""
+
+    def add(self, piece: Piece) -> None:
+        """Takes a piece."""
+
+    def taken(self) -> str:
+        """Returns the JSON for the pieces since the last call."""
+
+
+class ChatScores:
+    """Log-probabilities as chats have them: an object for each token."""
+
+    def __init__(self, own: TokenBytes) -> None:
+        self._own = own
+        self._content: list[str] = []
+        self._first = True
+
+    def add(self, piece: Piece) -> None:
+        """Takes a piece."""
+        if piece.token is None:
+            return
+        likeliest = ", ".join(f"{{{self._entry(*likely)}}}" for likely in piece.top)
+        self._content.append(f'{{{self._entry(piece.token, piece.logprob)}, "top_logprobs": [{likeliest}]}}')
+        self._first = self._first and self._own.is_special(piece.token)
+
+    def taken(self) -> str:
+        """Returns the JSON for the pieces since the last call."""
+        content, self._content = ", ".join(self._content), []
+        return f'{{"content": [{content}], "refusal": null}}'
+
+    def _entry(self, token: int, logprob: float | None) -> str:
+        return f'{_identity(self._own, token, self._first)}, "logprob": {_number(logprob)}'
+
+
+class CompletionScores:
+    """Log-probabilities as completions have them: a list for each of the figures."""
+
+    def __init__(self, own: TokenBytes) -> None:
+        self._own = own
+        self._columns: tuple[list[str], ...] = ([], [], [], [])
+        # Counts the characters of the text, of which tokens may be parts.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+        self._first = True
+
+    def add(self, piece: Piece) -> None:
+        """Takes a piece."""
+        if piece.token is None:
+            return
+        likeliest: dict[str, str] = {}
+        for token, logprob in piece.top:
+            spelling = self._own.at(token, self._first)
+            name = _spelt(spelling)
+            if name in likeliest:  # several tokens may have one spelling
+                name = _escaped(spelling)
+            likeliest.setdefault(name, _number(logprob))
+        top = ", ".join(f"{json.dumps(name)}: {logprob}" for name, logprob in likeliest.items())
+        values = (
+            json.dumps(_spelt(piece.raw)),
+            _number(piece.logprob),
+            f"{{{top}}}" if likeliest else "null",
+            str(self._length),
+        )
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
+        if not self._own.is_special(piece.token):
+            self._first = False
+            self._length += len(self._decoder.decode(piece.raw))
+
+    def taken(self) -> str:
+        """Returns the JSON for the pieces since the last call."""
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        told = ", ".join(f'"{name}": [{", ".join(each)}]' for name, each in zip(names, self._columns, strict=True))
+        for column in self._columns:
+            column.clear()
+        return f"{{{told}}}"
+
+
+def _spelt(own: bytes) -> str:
+    """Returns a token's text; where it has part of a character, OpenAI's spelling of its bytes."""
+    try:
+        return own.decode()
+    except UnicodeDecodeError:
+        return _escaped(own)
+
+
+def _escaped(own: bytes) -> str:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+@lru_cache(_KEPT)
+def _identity(own: TokenBytes, token: int, first: bool) -> str:
+    """Returns the members that name a token in a chat; bytes that are part of a character are escaped in its text."""
+    spelling = own.at(token, first)
+    return f'"token": {json.dumps(spelling.decode(errors="backslashreplace"))}, "bytes": {list(spelling)}'
+
+
+def _number(logprob: float | None) -> str:
+    if logprob is None:
+        return "null"
+    return repr(logprob) if math.isfinite(logprob) else repr(_NEVER)
+
+
+def choice(index: int, content: Mapping[str, Any], reason: str | None = None, scores: str | None = None) -> str:
+    """Returns the JSON of a choice.
+
+    Args:
+        index: Of the text.
+        content: What a shape made of it.
+        reason: Why it ended, where it has.
+        scores: The JSON of its log-probabilities.
+    """
+    fields = json.dumps({"index": index, **content, "finish_reason": reason})
+    return f'{fields[:-1]}, "logprobs": {scores or "null"}}}'
+
+
+def answer_of(head: Mapping[str, Any], choices: Sequence[str], **more: Any) -> str:
+    """Returns the JSON of an answer or event, from what all of them say and the JSON of its choices."""
+    last = "".join(f", {json.dumps(name)}: {json.dumps(value)}" for name, value in more.items())
+    return f'{json.dumps(head)[:-1]}, "choices": [{", ".join(choices)}]{last}}}'
 
 
 class Chat:
@@ -36,19 +170,9 @@ class Chat:
         """Returns a stream's piece; None is that of the end."""
         return {"delta": {} if text is None else {"content": text}}
 
-    def logprobs(self, model: Model, pieces: Sequence[Piece], start: int = 0) -> tuple[dict[str, Any], int]:
-        """Returns how likely the tokens were, which begin after so many characters, and after how many they end."""
-
-        def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            text = model.tokenizer.text_of(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-        known = [piece for piece in pieces if piece.token is not None]
-        content = [
-            entry(piece.token or 0, piece.logprob) | {"top_logprobs": [entry(*likely) for likely in piece.top]}
-            for piece in known
-        ]
-        return {"content": content, "refusal": None}, 0
+    def scores(self, own: TokenBytes) -> Scores:
+        """Returns what writes the log-probabilities of one text."""
+        return ChatScores(own)
 
 
 class Completion:
@@ -68,21 +192,9 @@ class Completion:
         """Returns a stream's piece; None is that of the end."""
         return {"text": text or ""}
 
-    def logprobs(self, model: Model, pieces: Sequence[Piece], start: int = 0) -> tuple[dict[str, Any], int]:
-        """Returns how likely the tokens were, which begin after so many characters, and after how many they end."""
-        known = [piece for piece in pieces if piece.token is not None]
-        texts = [model.tokenizer.text_of(piece.token or 0) for piece in known]
-        offsets = list(accumulate(map(len, texts), initial=start))
-        told = {
-            "tokens": texts,
-            "token_logprobs": [piece.logprob for piece in known],
-            "top_logprobs": [
-                {model.tokenizer.text_of(token): value for token, value in piece.top} if piece.top else None
-                for piece in known
-            ],
-            "text_offset": offsets[:-1],
-        }
-        return told, offsets[-1]
+    def scores(self, own: TokenBytes) -> Scores:
+        """Returns what writes the log-probabilities of one text."""
+        return CompletionScores(own)
 
 
 Shape = Chat | Completion

@@ -1,10 +1,18 @@
 """Stop texts: the same end wherever the text is cut, and nothing shown that belongs to one."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
 
+import slm
 from slm.core.errors import SlmError
+from slm.core.tokenizer import TextStream, Tokenizer
+from slm.runtime.model import Model
 from slm.runtime.stopping import StopTexts
 
 
@@ -58,3 +66,54 @@ def test_any_cut_ends_where_the_definition_says(pieces: list[str], stops: list[s
     if first_stop(text, stops) == text:
         assert len(let_through[-1]) < max(map(len, stops), default=1)
         assert let_through[-1] == "" or any(stop.startswith(let_through[-1]) for stop in stops)
+
+
+def with_turns() -> Tokenizer:
+    """Letters, and two special tokens."""
+    backend = Backend(models.BPE(vocab={each: i for i, each in enumerate("abc<>\n_")}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("<a_b>", special=True), AddedToken("<c>", special=True)])
+    return Tokenizer(backend, {})
+
+
+TURNS = with_turns()
+AB, C = 7, 8
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "text", "found"),
+    [
+        ("<a_b>", [0, AB, 1], "a", True),
+        ("<a_b>", [0, C, 1], "ab", False),
+        ("<a_b>\n", [0, AB, 5, 1], "a", True),  # a special token and text
+        ("<a_b>\n", [0, AB, 1], "ab", False),  # held back, and let through without the token
+        ("b<a_b><c>", [0, 1, AB, C, 1], "a", True),
+        ("<a_b>", [0, 3, 0, 6, 1, 4, 1], "a", True),  # the same spelling in ordinary tokens
+        (">", [0, AB, 1], "ab", False),  # a token's characters are no text
+        ("_b>", [AB, 0], "a", False),
+    ],
+)
+def test_special_tokens(stop: str, tokens: list[int], text: str, found: bool) -> None:
+    stops, stream = StopTexts([stop], TURNS), TextStream(TURNS)
+    shown = "".join([*(stops.push(stream.push(token), token) for token in tokens), stops.finish()])
+    assert (shown, stops.found) == (text, found)
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(SlmError, match="surrogate"):
+        StopTexts(["\ud800"], TURNS)
+
+
+def test_a_model_stops_at_a_special_token(shared_checkpoint: Path) -> None:
+    """In Python; the token is forced."""
+    checkpoint = slm.load(shared_checkpoint)
+    end = checkpoint.tokenizer.special_tokens[1]
+    token = checkpoint.tokenizer.token_id(end)
+    assert token is not None and token not in Model(checkpoint.tokenizer, checkpoint.decoder, ()).stop_token_ids
+    model = Model(checkpoint.tokenizer, checkpoint.decoder, ())
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 5, "logit_bias": {token: 1000.0}}
+    pieces = list(model.pieces("One", stop=[end], **options))
+    assert [piece.token for piece in pieces] == [token] and pieces[0].text == ""
+    assert model.last_run is not None and model.last_run.stopped == "stop"
+    list(model.pieces("One", stop=["x" + end], **options))
+    assert model.last_run.stopped == "length"

@@ -113,7 +113,7 @@ def test_answers_keep_to_a_schema(serve: Callable[..., Any]) -> None:
         assert found.keys() == {"name", "kind"} and found["kind"] in ("cat", "dog") and len(found["name"]) <= 6
         assert answer.choices[0].finish_reason == "stop"
     wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
-    with pytest.raises(openai.BadRequestError, match="cannot be kept to"):
+    with pytest.raises(openai.BadRequestError, match="not supported"):
         client.chat.completions.create(model=NAME, messages=messages, response_format=wrong)
 
 
@@ -131,11 +131,10 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_to
         ({"stop": [""]}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 65}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "judge", "content": "Hi."}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"top_logprobs": 2}, None),
         ({"stream_options": {"include_usage": True}}, None),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
