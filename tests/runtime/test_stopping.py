@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 import slm
 from slm.core.errors import SlmError
-from slm.core.tokenizer import TextStream, Tokenizer
+from slm.core.tokenizer import START_OF_TURN, TextStream, Tokenizer
 from slm.runtime.model import Model
 from slm.runtime.stopping import StopTexts
 
@@ -107,7 +107,7 @@ def test_half_a_character_is_refused() -> None:
 def test_a_model_stops_at_a_special_token(shared_checkpoint: Path) -> None:
     """In Python; the token is forced."""
     checkpoint = slm.load(shared_checkpoint)
-    end = checkpoint.tokenizer.special_tokens[1]
+    end = START_OF_TURN
     token = checkpoint.tokenizer.token_id(end)
     assert token is not None and token not in Model(checkpoint.tokenizer, checkpoint.decoder, ()).stop_token_ids
     model = Model(checkpoint.tokenizer, checkpoint.decoder, ())

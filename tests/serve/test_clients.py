@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 from pydantic import BaseModel
 
 from slm.core.manifest import Bundle
+from slm.core.tokenizer import START_OF_TURN
 from slm.serve.schema import ChatMessage, ChatRequest, CompletionRequest, Part, ResponseFormat, StreamOptions
 from slm.serve.service import Limits
 
@@ -245,7 +246,7 @@ def test_logprobs_in_a_stream_are_those_of_the_whole_answer(running: Any) -> Non
 
 
 def test_a_special_token_stops_an_answer(running: Any) -> None:
-    end = running.service.model.tokenizer.special_tokens[1]
+    end = START_OF_TURN
     token = running.service.model.tokenizer.token_id(end)
     assert token not in running.service.model.stop_token_ids
     options = {"logit_bias": {str(token): 100}, "temperature": 0, "max_tokens": 5}
