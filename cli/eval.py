@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.generate import default_model
+from slm.cli.following import after_model, next_step
 from slm.cli.options import Artifact, json_option
 from slm.core.errors import SlmError
 from slm.core.sample import validation_path
@@ -80,7 +81,7 @@ def eval(
 ) -> None:
     """Measure how well a checkpoint (PyTorch) or a bundle (onnxruntime) predicts text.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. With --tasks and no --data, only
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none. With --tasks and no --data, only
     the tasks are run.
 
     \b
@@ -113,8 +114,11 @@ def eval(
         report["tasks"] = run_tasks(loaded, names, limit=limit, progress=RichProgress())
         if not as_json:
             _print_tasks(path, report["tasks"])
+    following = after_model(path)
     if as_json:
-        print_json(report)
+        print_json(report | {"next": following})
+    else:
+        next_step(following)
 
 
 def _check(protocol: str, stride: int | None, tasks: str | None, names: list[str], limit: int | None) -> None:

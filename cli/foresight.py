@@ -16,7 +16,7 @@ _BYTES_PER_TOKEN = 4.0
 _MIB = 1 << 20
 
 
-def foresee(recipe: "Recipe", out: Path | None, gpu: str | None, as_json: bool, processes: "Processes") -> None:
+def foresee(recipe: "Recipe", out: Path | None, gpu: str | None, as_json: bool, processes: "Processes", *, overwrite: bool = False) -> None:
     """Refuses what training would refuse; else the first process prints recipe and estimate, and what is odd about them.
 
     Raises:
@@ -36,7 +36,7 @@ def foresee(recipe: "Recipe", out: Path | None, gpu: str | None, as_json: bool, 
 
     def first() -> None:
         if out is not None:
-            check_free(out)
+            check_free(out, overwrite=overwrite)
         _foresee(recipe, gpu, as_json, processes.size)
 
     by_first(processes, first)

@@ -14,14 +14,13 @@ from slm.core import accounting
 from slm.core.accounting import FLOAT32_BYTES, HALF_BYTES, INT8_BLOCK, saved_percent
 from slm.core.checkpoint import INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.config import ModelConfig
+from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.errors import SlmError
 from slm.core.licence import recorded_notices
 from slm.core.manifest import MANIFEST_FILE, Bundle, Manifest, is_bundle
 from slm.core.presets import PRESETS, preset
 from slm.core.weights import bytes_on_disk, tensor_bytes
 
-# The context that is counted with when none is named; `slm export` gives bundles no more by itself either.
-DEFAULT_CONTEXT = 4096
 # What the graph's caches are made of (`slm.core.contract`).
 CACHE_DTYPE = "float32"
 
@@ -57,7 +56,7 @@ class _Subject:
 @click.command()
 @click.argument("artifact", type=Artifact(), metavar="CHECKPOINT|BUNDLE|PRESET")
 @click.option(
-    "--context", type=click.IntRange(min=1), metavar="N", help="Tokens to count with; 4,096 or what it takes."
+    "--context", type=click.IntRange(min=1), metavar="N", help=f"Tokens to count with. [default: a bundle's own, else the model's, at most {DEFAULT_CONTEXT}]"
 )
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="B", help="Rows of the cache."

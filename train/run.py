@@ -70,7 +70,12 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe, out: Path, progress: Progress | None = None, processes: Processes | None = None
+    recipe: Recipe,
+    out: Path,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    *,
+    overwrite: bool = False,
 ) -> TrainResult:
     """Trains a model from scratch.
 
@@ -79,6 +84,7 @@ def train(
         out: The run directory to make; nothing is left of it when the preparation fails.
         progress: Is told how it goes.
         processes: Those that torchrun started; None joins them, if any, for as long as it takes.
+        overwrite: Whether another run in the directory may be replaced.
 
     Raises:
         SlmError: When data, tokenizer or directory will not do, or the loss is no longer finite.
@@ -86,7 +92,7 @@ def train(
     with nullcontext(processes) if processes else joined() as together:
         check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work, not after it
         heard = (progress if together.rank == 0 else None) or Silent()
-        by_first(together, lambda: prepare(recipe, out, heard))
+        by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite))
         return _go(out, together, heard)
 
 
