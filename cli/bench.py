@@ -79,9 +79,9 @@ def bench(
 ) -> None:
     """Measure how fast a bundle (onnxruntime) or a checkpoint (PyTorch) answers, and in how much memory.
 
-    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none. Time to first token, prefill and
-    decode tokens a second as medians of rounds in which all cases take turns; the rate at which memory can be read is
-    measured in every round. Loading and memory are measured in processes of their own.
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    Time to first token, prefill and decode tokens a second are medians of rounds in which all cases take turns; the rate at
+    which memory can be read is measured in every round. Loading and memory are measured in processes of their own.
 
     \b
       slm bench

@@ -59,7 +59,8 @@ def chat(
 ) -> None:
     """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
 
-    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none. All that was said is asked with every
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    All that was said is asked with every
     turn; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands, and
     /help shows them; // begins a line with a slash. Ctrl-C ends an answer. From a pipe every line is a turn; with --json every
     answer is one object.

@@ -78,7 +78,8 @@ def export(
 ) -> None:
     """Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.
 
-    Without CHECKPOINT, the newest under ./runs, or the one that --adapter was trained on. A bundle is compared with PyTorch past the sliding window: in one go,
+    Without CHECKPOINT, the newest under ./runs, or the one that --adapter was trained on.
+    A bundle is compared with PyTorch past the sliding window: in one go,
     in chunks, step by step and as a batch. It appears only if logits and caches agree. A GGUF file is read back and
     compared with the checkpoint: every tensor, the settings and the tokenizer.
 

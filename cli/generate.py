@@ -12,7 +12,6 @@ from slm.cli.console import print_json, say
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import turn_ids
-from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib, return_freed_memory
 
 if TYPE_CHECKING:
@@ -63,7 +62,8 @@ def generate(
 ) -> None:
     """Continue a text with a bundle (onnxruntime) or a checkpoint (PyTorch).
 
-    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none. Ctrl-C ends the text.
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    Ctrl-C ends the text.
 
     \b
       slm generate -p "Once upon a time"

@@ -72,10 +72,12 @@ class Artifact(click.ParamType[Path]):
             SlmError: When there is no such artifact; the hint says what to type.
         """
         from slm.core.names import resolve  # here, so that `slm --help` does not wait for numpy
+        from slm.core.runs import RUNS
 
         if isinstance(value, Path):
             return value
-        if value in (others := self._others()) and not Path(value).exists():
+        others = self._others()
+        if value in others and not any(place.exists() for place in (Path(value), RUNS / value)):
             return Path(value)
         path, sentences = resolve(str(value), self._kinds, others)
         for sentence in sentences:

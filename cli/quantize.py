@@ -99,7 +99,8 @@ class Share(click.ParamType[float]):
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to choose settings by; another than --data.")  # fmt: skip
 @click.option("--calibration-tokens", type=click.IntRange(min=2), metavar="N",
-              help=f"How much of it. [default: {CALIBRATION_TOKENS['int8']}; {CALIBRATION_TOKENS['int4']} for --int4]")  # fmt: skip
+              help=f"How much of it. [default: {CALIBRATION_TOKENS['int8']}; "
+                   f"{CALIBRATION_TOKENS['int4']} for --int4]")  # fmt: skip
 @click.option("--max-kl", type=click.FloatRange(min=0), metavar="NATS",
               help="Refuse a bundle whose predictions moved by more, on average; --int4 spends bits to stay below. "
                    f"[default: {MAX_KL_NATS['int8']}; {MAX_KL_NATS['int4']} for --int4]")  # fmt: skip

@@ -210,8 +210,13 @@ def _report(result: "TrainResult", as_json: bool) -> None:
         ("perplexity", f"{result.perplexity:.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("trained", f"{result.updates:,} updates, {result.tokens:,} tokens"),
+        ("text read", _read(result.passes)),
         ("speed", f"{result.tokens_s:,.0f} tokens/s over {result.elapsed_s:,.1f} s"),
         ("peak memory", f"{result.peak_rss_mib:,.0f} MiB"),
     ]
     print_table("trained", ("", ""), rows)
     next_step(following)
+
+
+def _read(passes: float) -> str:
+    return f"{passes:.0%} of the training text" if passes < 0.99 else f"{passes:,.1f} passes over the training text"

@@ -26,7 +26,8 @@ from slm.core.manifest import Bundle
 def web(model: Path | None, out: Path | None, name: str | None, host: str, port: int, as_json: bool) -> None:
     """Serve a page, or write one, that runs a bundle in the browser: nothing typed leaves it.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships where there is none. The page works without a network once
+    Without MODEL, the newest bundle under ./runs, or the small model that ships where there is none.
+    The page works without a network once
     it was opened. What --out writes is served by any host of static files; `_headers` says which headers let it use threads.
 
     \b

@@ -172,7 +172,9 @@ def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: 
             f"slm export --onnx {checkpoint.path} makes one{named}",
         )
     if latest is None:
-        raise _nothing("bundle" if fits is None else "float32 bundle", "slm export --onnx makes one from a checkpoint", skipped)
+        raise _nothing(
+            "bundle" if fits is None else "float32 bundle", "slm export --onnx makes one from a checkpoint", skipped
+        )
     chosen = max(own, key=_age) if own and checkpoint is not None and checkpoint.created > latest.created else latest
     return Choice(chosen, "newest bundle" if fits is None else "newest float32 bundle", _passed_over(chosen, skipped))
 
@@ -219,7 +221,9 @@ def _finished(checkpoints: Collection[Artifact], run: Path | None) -> tuple[list
     kept = [
         each
         for each in checkpoints
-        if not (each.path.name in _TRAINED and each.path.parent.name == "checkpoint" and each.path.parent.parent in left)
+        if not (
+            each.path.name in _TRAINED and each.path.parent.name == "checkpoint" and each.path.parent.parent in left
+        )
     ]
     return kept, list(left.values())
 

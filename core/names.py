@@ -1,4 +1,4 @@
-"""What a name given to a command means: a path, a run, an artifact of a run; and what to type when it is nothing of the kind."""
+"""What a name given to a command means: a path, a run, or an artifact of a run; and what to type when it means nothing."""
 
 import re
 import shlex
@@ -66,7 +66,7 @@ def resolve(name: str, kinds: Sequence[Kind], others: Sequence[str] = ()) -> tup
 
 
 def short_name(path: Path) -> str:
-    """Returns the shortest name that means an artifact: `tiny/onnx-int8` for `runs/tiny/onnx-int8`, `tiny/best` for a checkpoint.
+    """Returns the shortest name that means an artifact: `tiny/onnx-int8` for `runs/tiny/onnx-int8`.
 
     What lies elsewhere than under `./runs` keeps its directory's name.
     """
@@ -122,7 +122,11 @@ def _origin(bundle: Path) -> str:
     found = read_artifact(bundle)
     provenance = found.record.get("provenance") if found is not None else None
     source = provenance.get("checkpoint") if isinstance(provenance, dict) else None
-    return f"it was exported from {source}" if source else f"a checkpoint is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
+    return (
+        f"it was exported from {source}"
+        if source
+        else f"a checkpoint is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
+    )
 
 
 def _of_run(run: Path, kinds: Sequence[Kind]) -> tuple[Path, tuple[str, ...]]:

@@ -30,7 +30,6 @@ from slm.export.graph import (
 from slm.version import __version__
 
 
-
 def export_bundle(
     checkpoint: Path,
     out: Path,

@@ -9,8 +9,8 @@ from slm.core.files import atomic_directory
 from slm.core.manifest import Bundle, Quality, seal, sealed_files
 from slm.core.progress import Progress, Silent
 from slm.export.graph import float_tensors, graph_tensors, released
-from slm.quantize.defaults import CALIBRATION_TOKENS
 from slm.quantize.decide import GATES, Recipe, Settings, decide
+from slm.quantize.defaults import CALIBRATION_TOKENS
 from slm.quantize.linears import linears_of
 from slm.quantize.quality import Change, Divergence, Opened, Speeds, Text, calibration_text, divergence, measure, speeds
 from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report

@@ -47,6 +47,7 @@ class TrainResult:
         micro_steps: Done, of the whole run unless it stopped early.
         updates: Done.
         tokens: Learned from.
+        passes: Passes over the training text; below 1 where only a part of it was read.
         tokens_s: Tokens over the seconds of training, evaluations included.
         elapsed_s: Those seconds, of a resumed run all of them.
         peak_rss_mib: Most memory that the process had resident.
@@ -63,6 +64,7 @@ class TrainResult:
     micro_steps: int
     updates: int
     tokens: int
+    passes: float
     tokens_s: float
     elapsed_s: float
     peak_rss_mib: float
@@ -260,7 +262,8 @@ class _Run:
             f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
-        for sentence in review(recipe, tokens / stream, self.processes.size):
+        text_bytes = self.dataset.train.header.text_bytes
+        for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):
             note(f"warning: {sentence}")
         if self.counters.micro_steps:
             note(f"going on after {self.counters.micro_steps:,} micro-steps")
@@ -279,6 +282,7 @@ class _Run:
             micro_steps=micro_steps,
             updates=micro_steps // self._accumulation,
             tokens=tokens,
+            passes=tokens / len(self.dataset.train.ids),
             tokens_s=tokens / elapsed_s,
             elapsed_s=elapsed_s,
             peak_rss_mib=peak_rss_mib(),
