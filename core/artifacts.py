@@ -118,9 +118,11 @@ def unfinished(run: Path) -> Unfinished | None:
 
     Training is finished when its last measurement came after the last update, or when it ended early as its recipe asks.
     """
+    if kind_of(run) is not None:
+        return None
     checkpoints = [run / "checkpoint" / name for name in reversed(_TRAINED) if is_checkpoint(run / "checkpoint" / name)]
     if not (run / METRICS_FILE).is_file():
-        if (run / "trainer").is_dir() and not checkpoints and not (run / ADAPTER_CONFIG_FILE).is_file():
+        if (run / "trainer").is_dir() and not checkpoints:
             return Unfinished(run, "fine-tuning was interrupted", None, "the same slm finetune command continues it")
         return None
     proceed = f"slm train --resume --out {run} continues it"
@@ -273,7 +275,7 @@ def _below(directory: Path, depth: int = 3) -> Iterator[Path]:
         return
     if depth:
         for child in _children(directory):
-            if child.name not in _NO_ARTIFACTS or depth == 3:
+            if depth != 2 or child.name not in _NO_ARTIFACTS:  # of a run, not an adapter of that name
                 yield from _below(child, depth - 1)
 
 

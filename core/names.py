@@ -47,12 +47,17 @@ def resolve(name: str, kinds: Sequence[Kind], others: Sequence[str] = ()) -> tup
     Raises:
         SlmError: When there is no such artifact, it is of another kind, or several have the name; the hint says what to type.
     """
+    if not name:
+        raise SlmError("the name of an artifact is empty", _what_it_is(kinds))
     path = Path(name).expanduser()
     if (kind := kind_of(path)) is not None:
         return _suitable(path, kind, kinds), ()
-    for run in dict.fromkeys((path, RUNS / name)) if _is_plain(name) else (path,):
-        if run.is_dir() and (artifacts(run) or unfinished(run)):
-            return _of_run(run, kinds)
+    places = (path, RUNS / name) if _is_plain(name) else (path,)
+    for place in places:
+        if (kind := kind_of(place)) is not None:
+            return _suitable(place, kind, kinds), (f"Using {place} ({kind} named {name}).",)
+        if place.is_dir() and place.resolve() != RUNS.resolve() and (artifacts(place) or unfinished(place)):
+            return _of_run(place, kinds)
     found = _named(name) if _is_plain(name) else []
     fitting = [each for each in found if each.kind in kinds]
     if len(fitting) > 1:
@@ -170,23 +175,25 @@ def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[st
         return SlmError(message, _what_it_is(kinds))
     known = known_names(kinds)
     near = suggestions(name, [*known, *others])
-    if near:
+    hub = _HUB_ID.fullmatch(name) and not (path.parent.exists() or (RUNS / path.parts[0]).exists())
+    if near and not (hub and not any("/" in each for each in near)):
         return SlmError(message, f"did you mean {' or '.join(near)}?")
     if _is_text(name):
         return SlmError(message, f"a text goes after -p: slm generate -p {_quoted(name)}")
-    if _HUB_ID.fullmatch(name) and not (path.parent.exists() or (RUNS / path.parts[0]).exists()):
+    if hub:
         return SlmError(message, f"for a model of the Hugging Face hub: slm import {name}")
     if known:
         more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-        return SlmError(message, f"there is {', '.join(known[:_LISTED])}{more} under ./{RUNS}")
+        prompt = "; a text goes after -p" if len(kinds) > 1 and name.isalpha() else ""
+        return SlmError(message, f"there is {', '.join(known[:_LISTED])}{more} under ./{RUNS}{prompt}")
     return SlmError(message, _what_it_is(kinds))
 
 
 def suggestions(typed: str, known: Sequence[str]) -> list[str]:
     """Returns the known names that are spelt most like what was typed, at most three."""
     name = typed.removeprefix("./").removeprefix(f"{RUNS}/").rstrip("/")
-    lower = {each.lower(): each for each in known}
-    return [lower[each] for each in get_close_matches(name.lower(), lower, n=3, cutoff=0.7)]
+    spelt = {each.rpartition("/")[2].lower(): each for each in known} | {each.lower(): each for each in known}
+    return list(dict.fromkeys(spelt[each] for each in get_close_matches(name.lower(), spelt, n=3, cutoff=0.7)))
 
 
 def _what_it_is(kinds: Sequence[Kind]) -> str:
