@@ -11,11 +11,11 @@ from click.core import ParameterSource
 from slm.cli.choosing import default_checkpoint
 from slm.cli.console import RichProgress, print_json, print_table
 from slm.cli.following import after_adapter, after_checkpoint, next_step
-from slm.cli.options import REPLACING, Artifact, InputFile, json_option, out_option_for, seed_option
+from slm.cli.options import REPLACING, Artifact, check_input, json_option, out_option_for, seed_option
 from slm.core.errors import SlmError
 from slm.core.runs import RUNS, run_of
 
-_FILE = InputFile("fine-tuning data")
+_FILE = click.Path(path_type=Path)
 # What only an adapter has.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 
@@ -125,6 +125,9 @@ def finetune(
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
             raise click.UsageError(f"--{given[0]} is an adapter's, and --full trains none")
+    for each in (data, validation):
+        if each is not None:
+            check_input(each, "fine-tuning data")
     if base is None:
         base = default_checkpoint()
     if out is None:

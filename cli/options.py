@@ -1,5 +1,6 @@
 """Options that several commands share, so that the same thing has the same name everywhere."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,27 @@ class Artifact(click.ParamType[Path]):
 adapter_type = Artifact(checkpoints=False, bundles=False, adapters=True)
 
 
+def check_input(path: Path, what: str, *, directories: bool = False) -> None:
+    """Makes sure that a file which a command reads is there, before anything is loaded or measured.
+
+    Args:
+        path: The file.
+        what: What the file is to the user, for the message ("text").
+        directories: Whether a directory is suitable too.
+
+    Raises:
+        SlmError: When there is nothing that can be read.
+    """
+    from slm.core.errors import SlmError
+
+    if not path.exists():
+        raise SlmError(f"{what} not found: {path}", "check the path")
+    if path.is_dir() and not directories:
+        raise SlmError(f"{what} is a directory, not a file: {path}", "name a file")
+    if not os.access(path, os.R_OK):
+        raise SlmError(f"cannot read {what}: {path} (Permission denied)", "check its permissions")
+
+
 class InputFile(click.ParamType[Path]):
     """A file that a command reads: looked at before anything is loaded or measured.
 
@@ -116,17 +138,8 @@ class InputFile(click.ParamType[Path]):
         Raises:
             SlmError: When there is nothing that can be read.
         """
-        import os
-
-        from slm.core.errors import SlmError
-
         path = Path(value).expanduser()
-        if not path.exists():
-            raise SlmError(f"{self._what} not found: {value}", "check the path")
-        if path.is_dir() and not self._directories:
-            raise SlmError(f"{self._what} is a directory, not a file: {value}", "name a file")
-        if not os.access(path, os.R_OK):
-            raise SlmError(f"cannot read {self._what}: {value} (Permission denied)", "check its permissions")
+        check_input(path, self._what, directories=self._directories)
         return path
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -9,7 +9,7 @@ import click
 from slm.cli.choosing import default_bundle
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import after_bundle, next_step
-from slm.cli.options import REPLACING, Artifact, json_option, out_option_for
+from slm.cli.options import REPLACING, Artifact, check_input, json_option, out_option_for
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, sealed_files
 from slm.core.outputs import check_output
@@ -162,8 +162,8 @@ def quantize(
             "--int8-dynamic has a scale for each channel, no blocks and no method", "leave them out, or --int8"
         )
     for each in (data, calibration):
-        if each is not None and not each.exists():
-            raise SlmError(f"text not found: {each}", "check the path")
+        if each is not None:
+            check_input(each, "text", directories=True)
     if bundle is None:
         bundle = default_bundle(to_quantize=True)
     ending = "sweep" if sweep else "int8-dynamic" if int8_dynamic else precision

@@ -12,5 +12,5 @@ def install_hint(extra: str = "") -> str:
     wanted = f"[{extra}]" if extra else ""
     root = Path(__file__).resolve().parent.parent
     if (root / "pyproject.toml").is_file():  # an editable installation: this file lies in the clone
-        return f"pip install '{root}{wanted}'"
+        return f"pip install '{root}{wanted}' (slm-edge{wanted} from this clone)"
     return f"pip install '.{wanted}' in a clone of slm's repository, or 'slm-edge{wanted}' where it is published"

@@ -87,7 +87,9 @@ def test_copying_does_not_change_what_is_newest() -> None:
     bundle("runs/a/onnx", 2, record)
     bundle("runs/a/onnx-int8", 3, record, "int8")
     shutil.copytree("runs", "copied/runs")
-    for number, marker in enumerate(("a/onnx-int8/manifest.json", "a/onnx/manifest.json", "a/checkpoint/best/slm.json")):
+    for number, marker in enumerate(
+        ("a/onnx-int8/manifest.json", "a/onnx/manifest.json", "a/checkpoint/best/slm.json")
+    ):
         os.utime(Path("runs", marker), (1e9 + number, 1e9 + number))
     assert chosen() == "runs/a/onnx-int8"
     assert newest_bundle(lambda manifest: manifest["precision"] == "float32").artifact.path == Path("runs/a/onnx")
