@@ -116,7 +116,9 @@ def export(
     target, device = target or "fused", device or "cpu"
     if gguf:
         path = _gguf_path(checkpoint, adapter, kind, out)
-        check_writable(path)
+        from slm.interchange.gguf import check_gguf_output
+
+        check_gguf_output(path)
     else:
         kinds = [target] * (target != "fused") + [device] * (device != "cpu") + ["slots"] * adapter_slots
         name = "-".join(["onnx", *kinds, *([] if adapter is None else [adapter.resolve().name])])

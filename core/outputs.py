@@ -4,6 +4,7 @@ What slm can make again (bundles, GGUF files, pages, imported and merged checkpo
 Trained weights and prepared datasets are replaced only when the user asks for it. Nothing else is replaced.
 """
 
+import errno
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -72,8 +73,8 @@ def check_writable(target: Path) -> None:
         else:
             raise SlmError(f"cannot write {target}: {above} is not a directory", ANOTHER)
     if not os.access(above, os.W_OK | os.X_OK):
-        why = "a read-only file system" if os.statvfs(above).f_flag & os.ST_RDONLY else "no permission"
+        why = os.strerror(errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES)
         raise SlmError(
-            f"cannot write {target}: {above} cannot be written to ({why})",
+            f"cannot write {target}: nothing can be made in {above} ({why})",
             "name a place you may write to with --out, or work in another directory",
         )

@@ -71,7 +71,7 @@ def test_a_checkpoint_and_its_bundle_agree(slm: Slm, exported: Path) -> None:
 
 def test_without_anything_the_shipped_model_and_stories(slm: Slm) -> None:
     result = slm("eval", "--tokens", "300", "--threads", "1", "--json")
-    assert "the small model that ships with slm" in result.err
+    assert "Using the bundled demo model (no model in ./runs)." in result.err
     assert "text: the held-out stories that ship with slm" in result.err
     figures = json.loads(result.out)
     assert figures["data"] == "the held-out stories that ship with slm" and figures["tokens"] == 300

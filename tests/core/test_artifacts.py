@@ -151,7 +151,7 @@ def test_an_unfinished_run_is_passed_over_and_named() -> None:
 def test_nothing_but_unfinished_runs_is_an_error_and_no_other_model() -> None:
     run("runs/b", 8)
     for find in (newest_model, newest_checkpoint, newest_bundle):
-        with pytest.raises(SlmError, match="finished .*: runs/b: training stopped after 8 of 20 updates") as caught:
+        with pytest.raises(SlmError, match=r"finished .*: runs/b: training stopped after 8 of 20 updates") as caught:
             find()
         assert caught.value.hint is not None and "slm train --resume --out runs/b" in caught.value.hint
 
