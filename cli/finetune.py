@@ -13,6 +13,7 @@ from slm.cli.console import RichProgress, print_json, print_table
 from slm.cli.following import after_adapter, after_checkpoint, next_step
 from slm.cli.options import REPLACING, Artifact, check_input, json_option, out_option_for, seed_option
 from slm.core.errors import SlmError
+from slm.core.outputs import check_writable
 from slm.core.runs import RUNS, run_of
 
 _FILE = click.Path(path_type=Path)
@@ -132,6 +133,7 @@ def finetune(
         base = default_checkpoint()
     if out is None:
         out = _place(base, _checked(data.stem if name is None else name), full=full is not None)
+    check_writable(out)
 
     from slm.finetune.run import finetune as run
     from slm.finetune.settings import FinetuneSettings

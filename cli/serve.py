@@ -10,7 +10,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import say
-from slm.cli.options import Artifact
+from slm.cli.options import Artifact, adapter_type
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
@@ -105,7 +105,7 @@ def serve(
         called, _, where = each.partition("=")
         if not called or not where:
             raise click.UsageError(f"--adapter {each}: NAME=PATH")
-        known[called] = load_adapter(Path(where), decoder.bundle)
+        known[called] = load_adapter(adapter_type.convert(where, None, None), decoder.bundle)
     engine = Engine(
         decoder,
         loaded.tokenizer,
