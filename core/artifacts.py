@@ -18,8 +18,9 @@ Kind = Literal["checkpoint", "bundle", "adapter"]
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
-# Of a training run: its log, and the checkpoints that training itself writes, the one to prefer first.
+# Of a training run: its log, its recipe, and the checkpoints that training itself writes, the one to prefer first.
 METRICS_FILE = "metrics.jsonl"
+_RECIPE_FILE = "config.yaml"
 _TRAINED = ("best", "last")
 # Directories of a run that hold no artifacts.
 _NO_ARTIFACTS = frozenset(("data", "tensorboard", "trainer", "finetune"))
@@ -121,13 +122,14 @@ def unfinished(run: Path) -> Unfinished | None:
     if kind_of(run) is not None:
         return None
     checkpoints = [run / "checkpoint" / name for name in reversed(_TRAINED) if is_checkpoint(run / "checkpoint" / name)]
-    if not (run / METRICS_FILE).is_file():
-        if (run / "trainer").is_dir() and not checkpoints:
-            return Unfinished(run, "fine-tuning was interrupted", None, "the same slm finetune command continues it")
-        return None
+    logged, begun = ((run / name).is_file() for name in (METRICS_FILE, _RECIPE_FILE))
     proceed = f"slm train --resume --out {run} continues it"
-    if not checkpoints:
+    if not checkpoints and (logged or begun):
         return Unfinished(run, "training has saved no checkpoint", None, proceed)
+    if not checkpoints and (run / "trainer").is_dir():
+        return Unfinished(run, "fine-tuning was interrupted", None, "the same slm finetune command continues it")
+    if not logged or not checkpoints:
+        return None
     recorded = [_record(checkpoint) for checkpoint in checkpoints]
     try:
         recipe = recorded[0]["recipe"]
@@ -207,11 +209,14 @@ def newest_model(run: Path | None = None) -> Choice | None:
 def _checkpoints(run: Path | None) -> list[Artifact]:
     """Returns the checkpoints, of what training wrote in a run only the one to prefer."""
     found = {each.path: each for each in artifacts(run) if each.kind == "checkpoint"}
-    for path in list(found):
-        trained = path.parent.name == "checkpoint" and (path.name in _TRAINED or path.name.startswith("update-"))
-        if trained and path.name != "best" and (path.parent / "best" in found or path.name != "last"):
-            del found[path]
-    return list(found.values())
+    kept = []
+    for path, each in found.items():
+        best, last = (path.parent / name in found for name in _TRAINED)
+        numbered = path.name.startswith("update-")
+        passed_over = (best and (numbered or path.name == "last")) or (last and numbered)
+        if path.parent.name != "checkpoint" or not passed_over:
+            kept.append(each)
+    return kept
 
 
 def _finished(checkpoints: Collection[Artifact], run: Path | None) -> tuple[list[Artifact], list[Unfinished]]:

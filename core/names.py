@@ -25,6 +25,8 @@ from slm.core.weights import WEIGHTS_FILE
 
 # Where an artifact of a run may lie, below the run.
 _PLACES = ("", "checkpoint", "adapters")
+# A path that is not there.
+_NOWHERE = "/dev/null/nothing"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Names in a message.
 _LISTED = 8
@@ -49,7 +51,7 @@ def resolve(name: str, kinds: Sequence[Kind], others: Sequence[str] = ()) -> tup
     """
     if not name:
         raise SlmError("the name of an artifact is empty", _what_it_is(kinds))
-    path = Path(name).expanduser()
+    path = _path(name)
     if (kind := kind_of(path)) is not None:
         return _suitable(path, kind, kinds), ()
     places = (path, RUNS / name) if _is_plain(name) else (path,)
@@ -90,9 +92,32 @@ def known_names(kinds: Sequence[Kind]) -> list[str]:
     return list(dict.fromkeys((*runs, *(short_name(each.path) for each in found))))
 
 
+def _path(name: str) -> Path:
+    """Returns the path that a name spells; of what cannot be a path, one that is not there.
+
+    Raises:
+        SlmError: When the path may not be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.lstat()
+        return path
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except PermissionError as error:
+        raise SlmError(f"cannot read {name} ({error.strerror})", "check its permissions") from None
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # longer than a name may be, "~" and no user, a zero byte: a text, it may be
+        return Path(_NOWHERE)
+
+
 def _is_plain(name: str) -> bool:
     """Says whether a name can be one below `./runs`: no absolute path, and none that leads out of it."""
-    return bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    path = Path(name)
+    return _path(name) == path and not path.is_absolute() and ".." not in path.parts
 
 
 def _named(name: str) -> list[Artifact]:

@@ -148,6 +148,19 @@ def test_an_unfinished_run_is_passed_over_and_named() -> None:
     assert path == Path("runs/b/checkpoint/last") and "Note: runs/b is unfinished" in "\n".join(said)
 
 
+@pytest.mark.parametrize("left", ["config.yaml", "metrics.jsonl", "trainer/state.json"])
+def test_a_run_that_saved_nothing_is_not_nothing(left: str) -> None:
+    Path("runs/a", left).parent.mkdir(parents=True)
+    Path("runs/a", left).touch()
+    with pytest.raises(SlmError, match="there is no finished model under"):
+        newest_model()
+
+
+def test_a_numbered_checkpoint_counts_where_there_is_no_other() -> None:
+    checkpoint("runs/a/checkpoint/update-0000010", 1)
+    assert newest_checkpoint().artifact.path == Path("runs/a/checkpoint/update-0000010")
+
+
 def test_nothing_but_unfinished_runs_is_an_error_and_no_other_model() -> None:
     run("runs/b", 8)
     for find in (newest_model, newest_checkpoint, newest_bundle):
@@ -227,6 +240,8 @@ def test_names() -> None:
         ("Once", MODEL, "not found: Once", "a text goes after -p"),
         ("../tiny", MODEL, "not found: ../tiny", ""),
         ("", MODEL, "the name of an artifact is empty", ""),
+        ("a long text " * 99, MODEL, "not found: a long text", "slm generate -p"),
+        ("~nobody-here/x", MODEL, "not found: ~nobody-here/x", ""),
     ],
 )
 def test_what_to_type_instead(name: str, kinds: Any, message: str, hint: str) -> None:
