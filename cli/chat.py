@@ -1,7 +1,6 @@
 """`slm chat`."""
 
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -10,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slm.cli.console import next_step, print_json, say, say_error
-from slm.cli.generate import default_model, figures
+from slm.cli.choosing import default_model
+from slm.cli.console import (
+    print_json,
+    say,
+    say_error,
+)
+from slm.cli.following import next_step, slm_command
+from slm.cli.generate import figures
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import knows_turns
@@ -61,10 +66,11 @@ def chat(
 ) -> None:
     """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. Every turn is asked with the whole
-    conversation; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands,
-    and /help shows them; // begins a line with a slash. Ctrl-C ends an answer and keeps the conversation; pressed twice at the
-    prompt it ends the conversation, as Ctrl-D does. From a pipe every line is a turn; with --json every answer is one object.
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none. Every turn is
+    asked with the whole conversation; what no longer fits into the context is forgotten, oldest first. Lines that begin with
+    a slash are commands, and /help shows them; // begins a line with a slash. Ctrl-C ends an answer and keeps the
+    conversation; pressed twice at the prompt it ends the conversation, as Ctrl-D does. From a pipe every line is a turn; with
+    --json every answer is one object.
 
     \b
       slm chat runs/tiny/onnx-int8
@@ -97,7 +103,7 @@ def chat(
         else:
             for line in _piped():
                 talk.hear(line)
-    next_step(shlex.join(["slm", "serve", *([] if model is None else [str(model)])]))
+    next_step(slm_command("serve", *([] if model is None else [model])))
 
 
 def _made(path: Path, adapter: Path | None) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`slm finetune`: an adapter, or all weights, on a file of rows."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,10 +8,24 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from slm.cli.console import RichProgress, next_step, one_line, print_json, print_lines, print_table, say
-from slm.cli.options import Artifact, ByteCount, Real, Whole, document_option, json_option, out_option, seed_option
+from slm.cli.choosing import default_checkpoint
+from slm.cli.console import RichProgress, one_line, print_json, print_lines, print_table
+from slm.cli.following import after_adapter, after_checkpoint, next_step
+from slm.cli.options import (
+    REPLACING,
+    Artifact,
+    ByteCount,
+    Real,
+    Whole,
+    check_input,
+    document_option,
+    json_option,
+    out_option_for,
+    seed_option,
+)
 from slm.core.errors import SlmError
-from slm.core.runs import RUNS, newest_checkpoint, run_of
+from slm.core.outputs import check_writable
+from slm.core.runs import RUNS, run_of
 from slm.core.text.files import bare_name
 
 if TYPE_CHECKING:
@@ -23,7 +36,7 @@ _FILE = click.Path(path_type=Path)
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 
 
-@click.command()
+@click.command(epilog=REPLACING)
 @click.option("--lora", "lora", type=_FILE, metavar="FILE", help="Train a LoRA adapter on the rows of FILE.")
 @click.option("--full", "full", type=_FILE, metavar="FILE", help="Train every weight on the rows of FILE instead.")
 @click.option(
@@ -40,7 +53,7 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     help="Rows to measure the loss on. [default: a tenth of FILE's rows, drawn with the seed]",
 )
 @click.option("--skip-bad", is_flag=True, help="Leave rows out that are not as they should be, and count them.")
-@out_option
+@out_option_for("adapter, or the run with --full", "RUN/adapters/FILE, or runs/RUN-FILE")
 @click.option("--name", metavar="NAME", help="The adapter's name in its run; the file's when left out.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace what is already there; drop an interrupted run of other values."
@@ -155,11 +168,14 @@ def finetune(
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
             raise click.UsageError(f"--{given[0]} is an adapter's, and --full trains none")
+    for each in (data, validation):
+        if each is not None:
+            check_input(each, "fine-tuning data")
     if base is None:
-        base = newest_checkpoint()
-        say(f"no --base named: the newest, {base}")
+        base = default_checkpoint()
     if out is None:
         out = _place(base, _checked(bare_name(data) if name is None else name), full=full is not None)
+    check_writable(out)
 
     from slm.finetune.rows import Limits
     from slm.finetune.run import finetune as run
@@ -182,14 +198,14 @@ def finetune(
         samples=samples,
     )
     made = "adapter" if full is None else "checkpoint"
+    following = after_adapter(result.made) if full is None else after_checkpoint(result.made)
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
-        print_json({made: report.pop("made"), **report})
-    else:
-        print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), settings.keep))
-        _show(result.samples)
-    exported = ["--adapter", str(result.made)] if full is None else [str(result.made)]
-    next_step(shlex.join(["slm", "export", "--onnx", *exported]))
+        print_json({made: report.pop("made"), **report, "next": following})
+        return
+    print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), settings.keep))
+    _show(result.samples)
+    next_step(following)
 
 
 def _show(samples: "Sequence[Sample]") -> None:

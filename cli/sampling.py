@@ -3,13 +3,20 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from slm.cli.console import say
-from slm.cli.options import MAX_COUNT, MAX_SEED, Real, Whole, threads_option, trust_option
+from slm.cli.options import (
+    MAX_COUNT,
+    MAX_SEED,
+    Real,
+    Whole,
+    adapter_type,
+    threads_option,
+    trust_option,
+)
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
@@ -80,8 +87,8 @@ _OPTIONS = (
     ),
     click.option(
         "--adapter",
-        type=click.Path(path_type=Path),
-        metavar="PATH",
+        type=adapter_type,
+        metavar="ADAPTER",
         help="Answer with this LoRA adapter: PEFT's directory, or an .onnx_adapter file; a bundle needs slots for it.",
     ),
     trust_option,

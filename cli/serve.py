@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slm.cli.choosing import default_model
 from slm.cli.console import say
-from slm.cli.generate import default_model
-from slm.cli.options import Artifact, HostName, threads_option, trust_option
+from slm.cli.options import (
+    Artifact,
+    HostName,
+    adapter_type,
+    threads_option,
+    trust_option,
+)
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.machine import return_freed_memory
-from slm.web.hosts import hosts_of, is_loopback
+from slm.core.names import short_name
+from slm.web.hosts import (
+    hosts_of,
+    is_loopback,
+)
 
 if TYPE_CHECKING:
     from slm.serve.service import Service
@@ -61,7 +71,7 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--name", help="What requests call the model. [default: its directory's name]")
+@click.option("--name", help="What requests call the model. [default: RUN/BUNDLE]")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="NAME=PATH",
     help="A LoRA adapter that requests may name as their model; may be repeated.",
@@ -139,7 +149,7 @@ def serve(
     return_freed_memory()
     keys = _api_keys(api_key_file)
     listening = _listen(host, port)  # before anything is loaded, which may take a while
-    path = model or default_model()
+    path = model or default_model(bundle=True)
     loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked
     decoder = loaded.decoder
     if not isinstance(decoder, OnnxDecoder):
@@ -150,7 +160,7 @@ def serve(
         called, _, where = each.partition("=")
         if not called or not where:
             raise click.UsageError(f"--adapter {each}: NAME=PATH")
-        known[called] = load_adapter(Path(where), decoder.bundle)
+        known[called] = load_adapter(adapter_type.convert(where, None, None), decoder.bundle)
     engine = Engine(
         decoder,
         loaded.tokenizer,
@@ -165,7 +175,7 @@ def serve(
     address = listening.getsockname()[0]
     allowed = hosts_of(address, hosts, keys=bool(keys), host=host)
     service = Service(
-        loaded, name or path.resolve().name, engine, known, limits, keys, grace, hosts=allowed, origins=origins
+        loaded, name or short_name(path), engine, known, limits, keys, grace, hosts=allowed, origins=origins
     )
     log.configure()
     say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")

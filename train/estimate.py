@@ -175,13 +175,6 @@ def training_flops(
     return operations / context * (_PASSES_ANEW if recipe.machine.gradient_checkpointing else _PASSES)
 
 
-def estimate_seconds(recipe: Recipe) -> float:
-    """Estimates the seconds of a run on the CPU; see `estimate`."""
-    config, cpu = recipe.model.config(), torch.device("cpu")
-    precision = choose_precision(recipe.machine.precision, capability(cpu), config.hidden_size)
-    return sum(_timed_seconds(recipe, config, precision, cpu))
-
-
 def _update_seconds(recipe: Recipe, config: ModelConfig, card: Gpu) -> float:
     """Returns what an update takes on a GPU: every number is read and written once, and Muon orthogonalizes matrices."""
     matrices = [shape for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1]

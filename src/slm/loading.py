@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from slm.core.arguments import check_type, keywords_checked
+from slm.core.artifacts import newest_model
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.machine import check_threads
 from slm.core.manifest import Bundle, is_bundle
-from slm.core.runs import RUNS, newest_bundle, newest_checkpoint
+from slm.core.names import resolve
 from slm.core.tokenizer import Tokenizer
 from slm.runtime import shipped
 from slm.runtime.decoder import Decoder
@@ -112,14 +113,9 @@ def _check(*arguments: object) -> None:
 def _resolved(path: str | PathLike[str] | None) -> Path:
     """Returns the artifact that a name stands for; the newest for none."""
     if path is not None:
-        named = Path(path)
-        return RUNS / named if not named.exists() and (RUNS / named).exists() else named
-    for newest in (newest_bundle, newest_checkpoint):
-        try:
-            return newest()
-        except SlmError:
-            pass
-    return shipped.model_path()
+        return resolve(str(path), ("checkpoint", "bundle"))[0]
+    choice = newest_model()
+    return shipped.model_path() if choice is None else choice.artifact.path
 
 
 @keywords_checked
