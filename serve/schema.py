@@ -81,6 +81,13 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _integral_ids(value: Any) -> Any:
+    """Takes token ids that are written as floats."""
+    if isinstance(value, list) and float in set(map(type, value)):
+        return [_integral(each) for each in value]
+    return value
+
+
 def _biases(value: Any) -> Any:
     """Checks a bias by token, up to the first that is wrong; null is none."""
     if not isinstance(value, dict):
@@ -98,9 +105,13 @@ def _biases(value: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_whole)]
 StopText = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
-Integer = Annotated[int, BeforeValidator(_integral)]
+# Beside the bounds of each integer: around the whole field they would be missing in its description.
+INTEGRAL = BeforeValidator(_integral)
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
+TokenIds = Annotated[
+    list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True), BeforeValidator(_integral_ids)
+]
+Limit = Annotated[int, Field(ge=1), INTEGRAL]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
@@ -274,6 +285,13 @@ class ResponseFormat(_Object):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "schema": Unsupported("a schema goes into json_schema, with type json_schema"),
     }
+    forms = (
+        {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
+        {
+            "properties": {"type": {"const": "json_schema"}, "json_schema": {"type": "object"}},
+            "required": ["json_schema"],
+        },
+    )
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -321,11 +339,15 @@ class Request(_Object):
     model: Text | None = Field(None, description="May be left out where there is only one.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
-    n: Integer | None = Field(None, ge=1, le=MOST_CHOICES, description="Answers to each prompt.")
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), INTEGRAL] | None = Field(
+        None, description="Answers to each prompt."
+    )
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = Field(
         None, description="Texts that end the answer, special tokens among them."
     )
-    seed: Integer | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same answer.")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), INTEGRAL] | None = Field(
+        None, description="The same seed gives the same answer."
+    )
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -334,7 +356,9 @@ class Request(_Object):
         None, description="Added to the logits of tokens, by id.", json_schema_extra={"maxProperties": MOST_BIASES}
     )
     response_format: ResponseFormat | None = None
-    top_k: Integer | None = Field(None, ge=0, lt=2**31, description="Keep the K likeliest tokens; 0 keeps all.")
+    top_k: Annotated[int, Field(ge=0, lt=2**31), INTEGRAL] | None = Field(
+        None, description="Keep the K likeliest tokens; 0 keeps all."
+    )
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
@@ -375,10 +399,10 @@ class ChatRequest(Request):
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
-    max_tokens: Integer | None = Field(None, ge=1, description="New tokens; the server's limit where it is lower.")
-    max_completion_tokens: Integer | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
+    max_tokens: Limit | None = Field(None, description="New tokens; the server's limit where it is lower.")
+    max_completion_tokens: Limit | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: Integer | None = Field(None, ge=0, le=20)
+    top_logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = None
 
     @model_validator(mode="after")
     def _logprobs(self) -> "ChatRequest":
@@ -393,7 +417,7 @@ def _kind_of_prompt(value: Any) -> str | None:
     if not isinstance(value, list):
         return None
     first = value[0] if value else ""
-    return {str: "[texts]", int: "[ids]", list: "[lists]"}.get(type(first))
+    return {str: "[texts]", int: "[ids]", float: "[ids]", list: "[lists]"}.get(type(first))
 
 
 Prompt = Annotated[
@@ -420,10 +444,10 @@ class CompletionRequest(Request):
     }
 
     prompt: Prompt
-    max_tokens: Integer | None = Field(None, ge=1, description="New tokens; the server's limit where it is lower.")
-    logprobs: Integer | None = Field(None, ge=0, le=20)
-    best_of: Annotated[Integer | None, WithJsonSchema({"enum": [1, None], "title": "Best Of"})] = Field(
-        None, description="Not supported: 1, or the same as n."
+    max_tokens: Limit | None = Field(None, description="New tokens; the server's limit where it is lower.")
+    logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = None
+    best_of: Annotated[Annotated[int, INTEGRAL] | None, WithJsonSchema({"enum": [1, None], "title": "Best Of"})] = (
+        Field(None, description="Not supported: 1, or the same as n.")
     )
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ BOMBS: dict[str, tuple[type[Any], str, str | None]] = {
     "prompt_objects": (TEXT, filled('{"prompt":[', "{}", "]}"), "prompt"),
     "prompt_lists": (TEXT, filled('{"prompt":[', "[]", "]}"), "prompt.0"),
     "prompt_negative": (TEXT, filled('{"prompt":[', "-1", "]}"), "prompt.0"),
-    "prompt_floats": (TEXT, filled('{"prompt":[', "1.5", "]}"), "prompt"),
+    "prompt_floats": (TEXT, filled('{"prompt":[', "1.5", "]}"), "prompt.0"),
     "prompt_long": (TEXT, filled('{"prompt":[', "5", "]}"), "prompt"),
     "prompt_texts": (TEXT, filled('{"prompt":[', '"é"', "]}"), "prompt"),
     "prompt_late": (TEXT, filled('{"prompt":[', "5", ",-1]}"), "prompt"),

@@ -144,6 +144,16 @@ def test_what_would_change_the_answer_is_named(running: Any, of: str, change: di
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
 
 
+def test_integers_that_are_written_as_floats(running: Any) -> None:
+    options = {"max_tokens": 2, "seed": 1}
+    for ids in ([5, 6], [[5, 6]]):
+        floats = json.loads(json.dumps(ids).replace("5", "5.0"))
+        answers = [post(running, "text", options | {"prompt": prompt}).json()["choices"] for prompt in (ids, floats)]
+        assert answers[0] == answers[1]
+    assert post(running, "text", {"prompt": [5, 6.5]}).json()["error"]["param"] == "prompt.1"
+    assert post(running, "text", {"prompt": [5, True]}).json()["error"]["param"] == "prompt.1"
+
+
 def test_a_near_miss_is_suggested(running: Any) -> None:
     assert "did you mean max_tokens?" in post(running, "text", {"max_token": 3}).json()["error"]["message"]
 
