@@ -97,6 +97,8 @@ def generate(
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)
     text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
+    if loaded.tokenizer.suffix_ids and not instruct:
+        say("the tokenizer adds tokens after the prompt, as in transformers; the text continues after them")
     pieces = loaded.pieces(
         turn_ids(loaded.tokenizer, text) if instruct else text,
         max_new_tokens=max_new_tokens,
