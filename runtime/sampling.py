@@ -26,7 +26,7 @@ MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1
 
 
 def _is_whole(value: object, most: int) -> bool:
-    return isinstance(value, int | np.integer) and 0 <= value <= most
+    return isinstance(value, int | np.integer) and 0 <= int(value) <= most
 
 
 @dataclass(frozen=True)
