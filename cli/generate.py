@@ -107,6 +107,8 @@ def generate(
         say(drafting.caveat)
     if not instruct and ensemble is None and chat_model(Path(path), adapter, loaded.tokenizer):
         say("note: this model was tuned on conversations; --instruct asks it in a user's turn, slm chat in several")
+    if loaded.tokenizer.suffix_ids and not instruct:
+        say("the tokenizer adds tokens after the prompt, as in transformers; the text continues after them")
     pieces = loaded.pieces(
         turn_ids(loaded.tokenizer, text, loaded.stop_token_ids) if instruct else text,
         max_new_tokens=max_new_tokens,

@@ -40,7 +40,7 @@ def draw_seed() -> int:
 
 
 def _is_whole(value: object, most: int) -> bool:
-    return isinstance(value, int | np.integer) and bool(0 <= value <= most)
+    return isinstance(value, int | np.integer) and 0 <= int(value) <= most
 
 
 @dataclass(frozen=True)

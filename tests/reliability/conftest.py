@@ -22,6 +22,8 @@ from slm.train.recipe import Recipe
 _LOADER = Path(__file__).parent / "scripts" / "loader.py"
 # The longest that a case may take; most take a tenth of a second.
 _SECONDS = 40
+# More for the first one, while the process imports PyTorch on a machine that is busy.
+_START_SECONDS = 120
 
 # What stands in place of a value: of every type, at every edge.
 NASTY: tuple[Any, ...] = (
@@ -42,7 +44,9 @@ class Worker:
 
     def ask(self, how: str, path: Path, **about: Any) -> tuple[str, str]:
         """Returns outcome and words for one case; a process that dies or hangs is an outcome, and replaced."""
+        seconds = self.seconds
         if self.process is None:
+            seconds += _START_SECONDS
             self.process = subprocess.Popen(
                 [sys.executable, str(_LOADER)],
                 stdin=subprocess.PIPE,
@@ -59,14 +63,14 @@ class Worker:
             + "\n"
         )
         process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], self.seconds)
+        ready, _, _ = select.select([process.stdout], [], [], seconds)
         line = process.stdout.readline() if ready else ""
         if not line:
             process.kill()
             process.wait()
             outcome, what = (
                 "wrong",
-                f"it hangs for {self.seconds} s" if not ready else f"the process died ({process.returncode})",
+                f"it hangs for {seconds} s" if not ready else f"the process died ({process.returncode})",
             )
             self.process = None
         else:

@@ -62,6 +62,26 @@ def chat(path: Path, about: dict[str, str]) -> None:
     tokenizer.encode("One day"), tokenizer.control_ids, tokenizer.sha256
 
 
+def expansion(path: Path, about: dict[str, str]) -> None:
+    """Encodes and decodes texts that rules like to expand; what takes long or makes much is wrong."""
+    import time
+
+    from slm.core.errors import SlmError
+    from slm.core.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(path)
+    begun = time.process_time()
+    for text in ("a" * 2000, "e " * 1000, " " * 4000 + "x", "Once upon a time. " * 100):
+        for encode in (tokenizer.encode, tokenizer.encode_literal):
+            try:
+                ids = encode(text)
+            except SlmError:  # a model without an unknown token, perhaps
+                continue
+            assert len(ids) <= 256 * len(text) + 100, "a text grew"
+            assert len(tokenizer.decode(ids[:1000])) < 100_000, "tokens grew"
+    assert time.process_time() - begun < 20, "it takes long"
+
+
 def peft(path: Path, about: dict[str, str]) -> None:
     from slm.core.nn import load_checkpoint
     from slm.finetune.adapter import load_adapter
@@ -151,7 +171,7 @@ def _command(*arguments: object) -> None:
 
 ACTIONS: dict[str, Callable[[Path, dict[str, str]], None]] = {
     f.__name__: f
-    for f in (bundle, checkpoint, imported, chat, peft, slots, rows, documents, dataset, run, tuning, info)
+    for f in (bundle, checkpoint, imported, chat, expansion, peft, slots, rows, documents, dataset, run, tuning, info)
 }
 # What a careless loader would do, for the test of the test.
 ACTIONS["careless_field"] = lambda path, about: json.loads((path / "manifest.json").read_text())["context"] + 0
