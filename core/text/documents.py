@@ -116,16 +116,19 @@ def _text(source: TextFile, in_parts: bool) -> Iterator[str]:
     with source.stream() as stream:
         at_start = True
         while text := stream.readline(_CHUNK):
-            source.number += at_start
+            line = source.number + 1
             if "\0" in text:
+                source.number = line
                 source.check_text(text)
+            ended_line = text.endswith("\n")
+            source.number += ended_line
             # U+FEFF: a byte order mark that was in the middle of joined files.
             if at_start and END_OF_TEXT in text and text.strip().lstrip("\ufeff").lstrip() == END_OF_TEXT:
                 yield from ended()
-                parts, length, begun, split = [], 0, source.number + 1, False
-                at_start = text.endswith("\n")
+                parts, length, begun, split = [], 0, line + 1, False
+                at_start = ended_line
                 continue
-            at_start = text.endswith("\n")
+            at_start = ended_line
             parts.append(text)
             length += len(text) if text.isascii() else len(text.encode())
             if length > source.limit:
@@ -141,6 +144,7 @@ def _text(source: TextFile, in_parts: bool) -> Iterator[str]:
                     document, split = document[cut:], True
                 parts, length = [document], len(document.encode())
                 if length > source.limit:
+                    source.number = line
                     raise source.error(f"no white space within {size(source.limit)}", RAISE_LIMIT)
     yield from ended()
 

@@ -87,11 +87,11 @@ def test_an_adapter_is_replaced_only_when_told(slm: Slm, run: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "fine-tuning data not found: bad.jsonl"),
+        (None, "data not found: bad.jsonl"),
         (b"", "there is no row in bad.jsonl"),
-        (b"\x80\x00\xff", "is not UTF-8 text: bad.jsonl"),
+        (b"\x80\x00\xff", "bad.jsonl: is not UTF-8 text"),
         (b'{"text": "a"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
-        (b'{"text": "a"}\n\n{"txt": "a"}\n', "bad.jsonl, line 3: has 'txt', which is no kind of row"),
+        (b'{"text": "a"}\n\n{"txt": "a"}\n', "bad.jsonl, line 3: unknown kind of row (fields: txt)"),
     ],
 )
 def test_bad_data_is_one_error_and_leaves_nothing(slm: Slm, run: Path, content: bytes | None, said: str) -> None:
