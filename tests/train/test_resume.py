@@ -320,7 +320,7 @@ def test_patience_counts_evaluations_though_micro_steps_have_another_size(
 
 
 # As many threads as the runs here have: sums split otherwise are rounded otherwise.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1767225600"}
 
 
 def slm_train(*arguments: object) -> subprocess.Popen[str]:
