@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slm.cli import bench_report
+from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, say
-from slm.cli.generate import default_model
 from slm.cli.options import Artifact, json_option
 from slm.core.errors import SlmError
 from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_freed_memory
@@ -79,9 +79,9 @@ def bench(
 ) -> None:
     """Measure how fast a bundle (onnxruntime) or a checkpoint (PyTorch) answers, and in how much memory.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. Time to first token, prefill and
-    decode tokens a second as medians of rounds in which all cases take turns; the rate at which memory can be read is
-    measured in every round. Loading and memory are measured in processes of their own.
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    Time to first token, prefill and decode tokens a second are medians of rounds in which all cases take turns; the rate at
+    which memory can be read is measured in every round. Loading and memory are measured in processes of their own.
 
     \b
       slm bench
@@ -94,6 +94,8 @@ def bench(
 
     if plot is not None and find_spec("matplotlib") is None:
         raise SlmError("--plot needs matplotlib, which is not installed", "pip install matplotlib")
+    if plot is not None:
+        bench_report.check_plot(plot)
     old = None if compare is None else bench_report.read(compare)
     path = model or default_model()
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked the choice

@@ -8,11 +8,16 @@ from typing import Any
 from slm.cli.console import print_table
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file
+from slm.core.outputs import check_writable
 
 Report = Mapping[str, Any]
 
 # Raised when a figure changes its meaning, so that `--compare` sets nothing beside what it is not.
 SCHEMA_VERSION = 1
+
+# What a plot's file says of the program that drew it, and within how many bytes.
+_SOFTWARE = "slm bench"
+_HEAD = 4096
 
 # Figures of a case that are compared, and whether more of it is better.
 _COMPARED = {"ttft_ms": False, "prefill_tok_s": True, "decode_tok_s": True}
@@ -153,6 +158,17 @@ def _percent(spread: Report | None) -> str:
     return "" if spread is None else f"{spread['median']:.0%}"
 
 
+def check_plot(path: Path) -> None:
+    """Makes sure that a plot can be written: nothing is there, or an earlier plot.
+
+    Raises:
+        SlmError: When the place cannot be written to, or another file stands there.
+    """
+    check_writable(path)
+    if path.exists() and _SOFTWARE.encode() not in path.read_bytes()[:_HEAD]:
+        raise SlmError(f"{path} exists and is not a plot of slm bench", "name another --plot")
+
+
 def plot(report: Report, old: Report | None, path: Path) -> None:
     """Draws prefill and decode speeds over the prompt's length, an earlier report's dashed."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no window system
@@ -178,4 +194,4 @@ def plot(report: Report, old: Report | None, path: Path) -> None:
         axes.legend()
     figure.suptitle(f"{report['model']}: {report['backend']}", fontsize=9)
     with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": _SOFTWARE})

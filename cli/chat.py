@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say, say_error
-from slm.cli.generate import default_model, figures
+from slm.cli.generate import figures
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import knows_turns
@@ -58,7 +59,8 @@ def chat(
 ) -> None:
     """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. All that was said is asked with every
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    All that was said is asked with every
     turn; what no longer fits into the context is forgotten, oldest first. Lines that begin with a slash are commands, and
     /help shows them; // begins a line with a slash. Ctrl-C ends an answer. From a pipe every line is a turn; with --json every
     answer is one object.

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,15 +18,6 @@ STDOUT = Console(highlight=False, soft_wrap=True)
 def say(text: str) -> None:
     """Says one line about what is going on."""
     STDERR.print(escape(text))
-
-
-def say_if_not_exported(bundle: Path) -> None:
-    """Says so when a checkpoint is newer than the bundle that a command takes because nothing was named."""
-    from slm.core.runs import not_exported  # here, so that `slm --help` does not wait for numpy
-
-    checkpoint = not_exported(bundle)
-    if checkpoint is not None:
-        say(f"note: {checkpoint} is newer than {bundle} and not exported; slm export --onnx does that")
 
 
 def say_error(message: str, hint: str | None = None) -> None:

@@ -1,16 +1,20 @@
 """`slm data`: text becomes a dataset of tokens once, for many runs to train on."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import json_option
+from slm.cli.following import next_step, slm_command
+from slm.cli.options import REPLACING, json_option, overwrite_option
+from slm.cli.suggesting import Suggesting
+from slm.core.errors import SlmError
 
 _OUT = Path("datasets")
 
 
-@click.group(short_help="Prepare datasets of tokens.")
+@click.group(cls=Suggesting, short_help="Prepare datasets of tokens.")
 def data() -> None:
     """Turn text into a dataset of tokens, once for many runs.
 
@@ -21,7 +25,7 @@ def data() -> None:
     """
 
 
-@data.command()
+@data.command(epilog=REPLACING)
 @click.option(
     "--data",
     "train",
@@ -69,6 +73,7 @@ def data() -> None:
 @click.option("--config", metavar="NAME", help="Of a Hugging Face dataset that has several.")
 @click.option("--column", default="text", show_default=True, metavar="NAME", help="What the text is called in rows.")
 @click.option("--licence", metavar="TEXT", help="Licence of the text. [default: what the dataset's card states]")
+@overwrite_option
 @json_option
 def prepare(
     train: tuple[str, ...],
@@ -84,6 +89,7 @@ def prepare(
     config: str | None,
     column: str,
     licence: str | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Tokenize text on all cores into memory-mapped files that slm train --data DIR takes as they are.
@@ -108,7 +114,9 @@ def prepare(
         raise click.UsageError(f"--vocab-size is for --tokenizer bpe: {tokenizer} has its vocabulary")
     progress = RichProgress()
     path = out or _OUT / _name(train[0])
-    check_out(path)  # before all of the text is read
+    check_out(path, overwrite=overwrite)  # before all of the text is read
+    if tokenizer not in ("gpt2", "bpe") and not Path(tokenizer).expanduser().exists():
+        raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
     reading = Reading(column=column, config=config, split=split or "train", streaming=streaming)
     corpus = open_corpus(train, val, reading)
     say(f"data: {corpus.about}")
@@ -122,10 +130,12 @@ def prepare(
         workers=workers or usable_cores(),
         deduplicate=dedup,
         licence=licence,
+        overwrite=overwrite,
     )
-    _report(path, as_json)
+    following = _training_on(path)
+    _report(path, as_json, more={"next": following})
     if not as_json:
-        say(f"next: {_training_on(path)}")
+        next_step(following)
 
 
 @data.command()
@@ -156,12 +166,12 @@ def _training_on(path: Path) -> str:
 
     recipe, tokenizer = load_recipe(fitting_recipe()), open_dataset(path).tokenizer
     config = recipe.model.config()
-    command = [f"slm train --data {path}"]
+    command = ["train", "--data", str(path)]
     if not is_choice(recipe.data.tokenizer, tokenizer, config.max_position_embeddings):
-        command.append("--tokenizer bpe")
+        command += ["--tokenizer", "bpe"]
     if tokenizer.vocab_size > config.vocab_size:
-        command.append(f"--set {vocabulary_for(tokenizer.vocab_size)}")
-    return " ".join(command)
+        command += ["--set", vocabulary_for(tokenizer.vocab_size)]
+    return slm_command(*command)
 
 
 def _name(source: str) -> str:
@@ -170,13 +180,14 @@ def _name(source: str) -> str:
     return last.partition(".")[0] or "text"
 
 
-def _report(path: Path, as_json: bool, *, checked: bool = False) -> None:
+def _report(path: Path, as_json: bool, *, checked: bool = False, more: Mapping[str, str] | None = None) -> None:
     from slm.train.data.dataset import open_dataset
 
     opened = open_dataset(path)
     manifest = opened.manifest
     if as_json:
-        print_json({"dataset": str(path)} | ({"checked": True} if checked else {}) | manifest.model_dump(mode="json"))
+        about = {"dataset": str(path)} | ({"checked": True} if checked else {})
+        print_json(about | manifest.model_dump(mode="json") | dict(more or {}))
         return
     rows = []
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):

@@ -8,11 +8,13 @@ from typing import Any
 import click
 
 from slm.cli.console import STDOUT, RichProgress, print_json, print_table, say
-from slm.cli.options import json_option, out_option
+from slm.cli.following import asking, next_step
+from slm.cli.options import json_option, out_option_for
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib
 from slm.core.manifest import Bundle
+from slm.core.outputs import check_writable
 from slm.core.runs import free_run
 
 PROMPT = "One day, a little"
@@ -31,10 +33,10 @@ class Step:
 
 
 @click.command()
-@out_option
+@out_option_for("run", "a new runs/demo")
 @json_option
 def demo(out: Path | None, as_json: bool) -> None:
-    """Run the whole chain on data that ships with slm, in under three minutes on two cores.
+    """Run the whole chain on data that ships with slm.
 
     Text, training, ONNX, INT8, LoRA, merged ONNX, merged INT8: each step is compared with the one before, and the texts
     that each stage writes are shown.
@@ -45,7 +47,8 @@ def demo(out: Path | None, as_json: bool) -> None:
     """
     out = out or free_run("demo")
     if out.exists():
-        raise SlmError(f"{out} is there already", "name another --out")
+        raise SlmError(f"{out} exists", "name another --out; the demo replaces nothing")
+    check_writable(out)
     started = time.perf_counter()
     chain = _Chain(out)
     chain.train()
@@ -57,7 +60,7 @@ def demo(out: Path | None, as_json: bool) -> None:
     seconds = time.perf_counter() - started
     if as_json:
         figures = {"run": str(out), "seconds": round(seconds, 1), "peak_rss_mib": round(peak_rss_mib())}
-        print_json(figures | {"steps": chain.figures, "texts": texts})
+        print_json(figures | {"steps": chain.figures, "texts": texts, "next": asking(chain.tuned_int8)})
         return
     rows = [(step.name, step.made, step.proved, f"{step.seconds:.0f} s") for step in chain.steps]
     print_table(f"{out}: the chain, each step compared with the one before", ("step", "made", "proved", "time"), rows)
@@ -65,6 +68,7 @@ def demo(out: Path | None, as_json: bool) -> None:
         STDOUT.print(f"\n[bold]{name}[/]")
         click.echo(text)
     say(f"\n{seconds:.0f} s in all, at most {peak_rss_mib():,.0f} MiB resident")
+    next_step(asking(chain.tuned_int8))
 
 
 class _Chain:

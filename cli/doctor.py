@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from slm.cli import probes
 from slm.cli.console import print_json, print_table, say
 from slm.cli.options import json_option
 from slm.cli.probes import Gpu, Offline, Provider, TrainingType
+from slm.core.install import install_hint
 from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, products_saturate, usable_cores
 from slm.version import __version__
 
@@ -85,13 +86,42 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    print_table(
-        "this machine",
-        ("", "found", "what to do"),
-        [(finding.name, finding.value, finding.advice or "") for finding in findings],
-    )
+    print_table("this machine", ("", "found", "what to do"), _rows(findings))
     for problem in found["problems"]:
         say(f"problem: {problem}")
+    say(_verdict(found["problems"], found["packages"]))
+
+
+def _rows(findings: Sequence[Finding]) -> list[tuple[str, str, str]]:
+    """Returns the table: problems, then what could be better, then the rest; packages together, by what there is to do."""
+    rows: list[tuple[str, str, str]] = []
+    rank = {"problem": 0, "note": 1, "ok": 2}
+    together: dict[str, list[Finding]] = {}
+    for finding in sorted(findings, key=lambda each: rank[each.level]):
+        if finding.name in _PACKAGES and finding.name not in _ONNXRUNTIMES and finding.level != "problem":
+            together.setdefault(finding.advice or "", []).append(finding)
+        else:
+            rows.append((finding.name, finding.value, finding.advice or ""))
+    for advice, found in together.items():
+        names = ", ".join(each.name if advice else f"{each.name} {each.value}" for each in found)
+        rows.append(("missing packages" if advice else "packages", names, advice))
+    return rows
+
+
+def _verdict(problems: Sequence[str], packages: Mapping[str, str | None]) -> str:
+    """Returns what works on this machine, in one line."""
+    if problems:
+        return f"Verdict: {len(problems)} problem{'s' * (len(problems) > 1)} to solve first, listed above."
+    does = ["answering"]
+    lacking: list[str] = []
+    for what, extra in (("importing and quantizing", "convert"), ("training and exporting", "train")):
+        missing = [name for name, brought_by in _PACKAGES.items() if brought_by == extra and not packages[name]]
+        if missing:
+            lacking.append(f"{what} needs {', '.join(missing)}")
+        elif not lacking:
+            does.append(what)
+    also = f"; {'; '.join(lacking)}" if lacking else ""
+    return f"Verdict: ready for {', '.join(does)}{also}."
 
 
 def _examine() -> tuple[dict[str, Any], list[Finding]]:
@@ -156,7 +186,7 @@ def _onnxruntime_findings(packages: Mapping[str, str | None], providers: Mapping
         both = "onnxruntime and onnxruntime-gpu overwrite each other"
         findings = [Finding("onnxruntime", both, "uninstall both, then install one", "problem")]
     elif not cpu and not cuda and not providers:
-        either = "pip install 'slm-edge[cpu]' or 'slm-edge[cuda]'"
+        either = f"{install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
         return [Finding("onnxruntime", "no onnxruntime", either, "problem")]
     else:
         findings = [Finding("onnxruntime", value or "of another distribution")]
@@ -184,7 +214,11 @@ def _gpu_finding(gpu: Gpu) -> Finding:
 
 
 def _type_finding(found: TrainingType) -> Finding:
-    value = ", ".join(f"{name}: {dtype}" for name, dtype in found.presets.items()) or "unknown"
+    types = list(dict.fromkeys(found.presets.values()))
+    models = {dtype: ", ".join(name for name, each in found.presets.items() if each == dtype) for dtype in types}
+    value = (
+        "; ".join(f"{dtype} for {'every model' if len(types) == 1 else models[dtype]}" for dtype in types) or "unknown"
+    )
     return Finding("training type", f"{value} ({found.why})")
 
 
@@ -249,8 +283,8 @@ def _package_finding(name: str, version: str | None) -> Finding:
         return Finding(name, version)
     extra = _PACKAGES[name]
     if extra is None:
-        return Finding(name, f"{name} is missing", "pip install slm-edge", "problem")
-    return Finding(name, "missing", f"pip install 'slm-edge[{extra}]'", "note")
+        return Finding(name, f"{name} is missing", install_hint(), "problem")
+    return Finding(name, "missing", install_hint(extra), "note")
 
 
 def _one_line(error: Exception) -> str:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.generate import default_model
+from slm.cli.following import after_model, next_step
 from slm.cli.options import Artifact, json_option
 from slm.core.errors import SlmError
+from slm.core.install import install_hint
 from slm.core.sample import validation_path
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ def eval(
 ) -> None:
     """Measure how well a checkpoint (PyTorch) or a bundle (onnxruntime) predicts text.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. With --tasks and no --data, only
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    With --tasks and no --data, only
     the tasks are run.
 
     \b
@@ -113,8 +116,11 @@ def eval(
         report["tasks"] = run_tasks(loaded, names, limit=limit, progress=RichProgress())
         if not as_json:
             _print_tasks(path, report["tasks"])
+    following = after_model(path)
     if as_json:
-        print_json(report)
+        print_json(report | {"next": following})
+    else:
+        next_step(following)
 
 
 def _check(protocol: str, stride: int | None, tasks: str | None, names: list[str], limit: int | None) -> None:
@@ -125,7 +131,7 @@ def _check(protocol: str, stride: int | None, tasks: str | None, names: list[str
     if limit is not None and not names:
         raise click.UsageError("--limit is for --tasks; --tokens is for text")
     if names and find_spec("lm_eval") is None:
-        raise SlmError("--tasks needs lm-evaluation-harness, which is not installed", "pip install 'slm-edge[eval]'")
+        raise SlmError("--tasks needs lm-evaluation-harness, which is not installed", install_hint("eval"))
 
 
 class _Text:

@@ -1,5 +1,6 @@
 """`slm export`."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +9,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slm.cli.choosing import default_checkpoint
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import Artifact, json_option, out_option
+from slm.cli.following import after_bundle, next_step, slm_command
+from slm.cli.options import REPLACING, Artifact, InputFile, adapter_type, json_option, out_option_for
 from slm.core.checkpoint import is_checkpoint, read_info
-from slm.core.manifest import Bundle
-from slm.core.runs import newest_checkpoint, run_of
+from slm.core.contract import DEFAULT_CONTEXT
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle, is_bundle, sealed_files
+from slm.core.outputs import check_output, check_writable
+from slm.core.runs import run_of
 
 if TYPE_CHECKING:
     from slm.core.contract import Device, Target
     from slm.interchange.gguf import GgufType, Written
 
 
-@click.command()
+@click.command(epilog=REPLACING)
 @click.argument("checkpoint", type=Artifact(bundles=False), required=False)
 @click.option("--onnx", is_flag=True, help="Write an ONNX bundle.")
 @click.option("--gguf", is_flag=True, help="Write a GGUF file, which llama.cpp runs.")
@@ -28,10 +34,15 @@ if TYPE_CHECKING:
     type=click.Choice(["f32", "f16", "q8_0"]),
     help="How a GGUF file stores matrices. [default: f16]",
 )
-@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="Merge this LoRA adapter first.")
+@click.option("--adapter", type=adapter_type, metavar="ADAPTER", help="Merge this LoRA adapter first.")
 @click.option("--adapter-slots", is_flag=True, help="With --onnx: a graph that takes LoRA adapters when it runs.")
 @click.option("--onnx-adapter", is_flag=True, help="Write --adapter as an .onnx_adapter file for such a graph.")
-@click.option("--context", type=click.IntRange(min=2), metavar="N", help="Longest sequence, in tokens. [default: 4096]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help=f"Longest sequence, in tokens. [default: the model's, at most {DEFAULT_CONTEXT}]",
+)
 @click.option(
     "--target",
     type=click.Choice(["fused", "portable"]),
@@ -44,11 +55,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=InputFile("text"),
     metavar="FILE",
     help="Text that shows which products float16 would overflow. [default: stories that ship]",
 )
-@out_option
+@out_option_for("bundle, or the GGUF or adapter file", "RUN/onnx, RUN/gguf/NAME.gguf, or beside the adapter")
 @json_option
 def export(
     checkpoint: Path | None,
@@ -67,7 +78,8 @@ def export(
 ) -> None:
     """Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.
 
-    Without CHECKPOINT, the newest under ./runs. A bundle is compared with PyTorch past the sliding window: in one go,
+    Without CHECKPOINT, the newest under ./runs, or the one that --adapter was trained on.
+    A bundle is compared with PyTorch past the sliding window: in one go,
     in chunks, step by step and as a batch. It appears only if logits and caches agree. A GGUF file is read back and
     compared with the checkpoint: every tensor, the settings and the tokenizer.
 
@@ -99,25 +111,30 @@ def export(
     progress = RichProgress()
     started = time.perf_counter()
     if checkpoint is None:
-        checkpoint = _base_of(adapter)
+        checkpoint = base_of(adapter)
+    kind = gguf_type or "f16"
+    target, device = target or "fused", device or "cpu"
+    if gguf:
+        path = _gguf_path(checkpoint, adapter, kind, out)
+        from slm.interchange.gguf import check_gguf_output
+
+        check_gguf_output(path)
+    else:
+        kinds = [target] * (target != "fused") + [device] * (device != "cpu") + ["slots"] * adapter_slots
+        name = "-".join(["onnx", *kinds, *([] if adapter is None else [adapter.resolve().name])])
+        path = out or run_of(checkpoint) / name
+        check_output(path, sealed_files(path))
     with source_checkpoint(checkpoint, adapter) as source:
         if gguf:
             from slm.interchange.gguf import write_gguf
 
-            kind = gguf_type or "f16"
-            path = _gguf_path(checkpoint, adapter, kind, out)
             written = write_gguf(source, path, kind, progress)
             _report_gguf(written, time.perf_counter() - started, as_json)
             return
         from slm.export.bundle import export_bundle
 
-        target, device = target or "fused", device or "cpu"
-        kinds = [target] * (target != "fused") + [device] * (device != "cpu") + ["slots"] * adapter_slots
-        name = "-".join(["onnx", *kinds, *([] if adapter is None else [adapter.resolve().name])])
         origin = None if adapter is None else {"checkpoint": str(checkpoint), "adapter": str(adapter)}
-        bundle = export_bundle(
-            source, out or run_of(checkpoint) / name, context, progress, origin, target, device, text, adapter_slots
-        )
+        bundle = export_bundle(source, path, context, progress, origin, target, device, text, adapter_slots)
     _report(bundle, time.perf_counter() - started, as_json)
 
 
@@ -130,16 +147,39 @@ def _export_adapter(checkpoint: Path | None, adapter: Path | None, out: Path | N
 
     if adapter is None:
         raise click.UsageError("--onnx-adapter needs --adapter DIR")
-    base = checkpoint or _base_of(adapter)
+    base = checkpoint or base_of(adapter)
+    path = out or adapter.with_name(f"{adapter.resolve().name}{SUFFIX}")
+    _check_adapter_output(path)
     config, weights = read_config(base), weights_sha256(base)
     check_base(adapter, base, weights)
     made = Adapter(adapter.resolve().name, slot_arrays(adapter, config))
-    path = out or adapter.with_name(f"{made.name}{SUFFIX}")
     write_onnx_adapter(path, made, weights)
+    following = _after_onnx_adapter(path, base, weights)
     if as_json:
-        print_json({"adapter": str(path), "bytes": path.stat().st_size, "products": len(made.arrays) // 2})
-    else:
-        say(f"{path}: {path.stat().st_size / 1e6:,.2f} MB, for {len(made.arrays) // 2} products of {base}")
+        report = {"adapter": str(path), "bytes": path.stat().st_size, "products": len(made.arrays) // 2}
+        print_json(report | {"next": following})
+        return
+    say(f"{path}: {path.stat().st_size / 1e6:,.2f} MB, for {len(made.arrays) // 2} products of {base}")
+    next_step(following)
+
+
+def _check_adapter_output(path: Path) -> None:
+    """Makes sure that an adapter's file can be written: nothing is there, or such a file."""
+    from slm.runtime.adapters import SUFFIX
+
+    check_writable(path)
+    if path.exists() and (path.is_dir() or path.suffix != SUFFIX):
+        raise SlmError(f"{path} exists and is not an {SUFFIX} file", "name another --out")
+
+
+def _after_onnx_adapter(path: Path, base: Path, weights: str) -> str:
+    """Returns the command that asks a bundle with slots with the adapter, or the one that makes such a bundle."""
+    for bundle in sorted(run_of(base).glob("onnx*")):
+        if is_bundle(bundle):
+            manifest = Bundle.open(bundle).manifest
+            if manifest.adapter_slots and manifest.provenance.get("weights_sha256") == weights:
+                return slm_command("generate", bundle, "--adapter", path, "-p", "Once upon a time")
+    return slm_command("export", "--onnx", "--adapter-slots", base)
 
 
 def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path | None) -> Path:
@@ -152,17 +192,20 @@ def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path
     return out if out.suffix == ".gguf" else out / file
 
 
-def _base_of(adapter: Path | None) -> Path:
-    """Returns the checkpoint that an adapter was trained on, where it says so and it is there; else the newest."""
+def base_of(adapter: Path | None) -> Path:
+    """Returns the checkpoint that an adapter was trained on, where it is there; else the newest. Says which.
+
+    An adapter records the path of its base, which may have moved with the run since.
+    """
     recorded = {} if adapter is None else read_info(adapter).get("base", {})
     base = Path(str(recorded.get("path", "")))
-    if recorded and is_checkpoint(base):
-        base = base.relative_to(Path.cwd()) if base.is_relative_to(Path.cwd()) else base
-        say(f"no CHECKPOINT named: the adapter's, {base}")
-        return base
-    checkpoint = newest_checkpoint()
-    say(f"no CHECKPOINT named: the newest, {checkpoint}")
-    return checkpoint
+    places = [base, *([] if adapter is None else [run_of(adapter) / "checkpoint" / base.name])]
+    for place in places if recorded else []:
+        if is_checkpoint(place):
+            place = place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+            say(f"Using {place} (the checkpoint that the adapter was trained on).")
+            return place
+    return default_checkpoint()
 
 
 @contextmanager
@@ -186,7 +229,8 @@ def _report(bundle: Bundle, seconds: float, as_json: bool) -> None:
     assert parity is not None
     if as_json:
         fields = {"bundle": str(bundle.path), "seconds": round(seconds, 2), "bytes": bundle.bytes}
-        print_json(fields | {"context": manifest.context, "parity": parity.model_dump()})
+        fields |= {"context": manifest.context, "parity": parity.model_dump()}
+        print_json(fields | {"next": after_bundle(bundle)})
         return
     rows = [(name, f"{parity.logits[name]:.1e}", f"{parity.caches[name]:.1e}") for name in parity.logits]
     print_table(
@@ -198,9 +242,11 @@ def _report(bundle: Bundle, seconds: float, as_json: bool) -> None:
         f"{bundle.bytes / 1e6:,.1f} MB, context {manifest.context:,}, {parity.greedy_tokens_equal} greedy tokens equal, "
         f"{seconds:.1f} s"
     )
+    next_step(after_bundle(bundle))
 
 
 def _report_gguf(written: "Written", seconds: float, as_json: bool) -> None:
+    following = shlex.join(["llama-cli", "-m", str(written.path)])
     if as_json:
         print_json(
             {
@@ -209,6 +255,7 @@ def _report_gguf(written: "Written", seconds: float, as_json: bool) -> None:
                 "types": written.types,
                 "largest_difference": written.largest_difference,
                 "seconds": round(seconds, 2),
+                "next": following,
             }
         )
         return
@@ -223,3 +270,4 @@ def _report_gguf(written: "Written", seconds: float, as_json: bool) -> None:
             ("time", f"{seconds:.0f} s"),
         ],
     )
+    next_step(following)

@@ -8,17 +8,20 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import Artifact, json_option, out_option, seed_option
+from slm.cli.choosing import default_checkpoint
+from slm.cli.console import RichProgress, print_json, print_table
+from slm.cli.following import after_adapter, after_checkpoint, next_step
+from slm.cli.options import REPLACING, Artifact, check_input, json_option, out_option_for, seed_option
 from slm.core.errors import SlmError
-from slm.core.runs import RUNS, newest_checkpoint, run_of
+from slm.core.outputs import check_writable
+from slm.core.runs import RUNS, run_of
 
 _FILE = click.Path(path_type=Path)
 # What only an adapter has.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 
 
-@click.command()
+@click.command(epilog=REPLACING)
 @click.option("--lora", "lora", type=_FILE, metavar="FILE", help="Train a LoRA adapter on the rows of FILE.")
 @click.option("--full", "full", type=_FILE, metavar="FILE", help="Train every weight on the rows of FILE instead.")
 @click.option(
@@ -35,7 +38,7 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     help="Rows to measure the loss on; the last tenth of FILE when left out.",
 )
 @click.option("--skip-bad", is_flag=True, help="Leave rows out that are not as they should be, and count them.")
-@out_option
+@out_option_for("adapter, or the run with --full", "RUN/adapters/FILE, or runs/RUN-FILE")
 @click.option("--name", metavar="NAME", help="The adapter's name in its run; the file's when left out.")
 @click.option(
     "--overwrite", is_flag=True, help="Replace what is already there; drop an interrupted run of other values."
@@ -123,11 +126,14 @@ def finetune(
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
             raise click.UsageError(f"--{given[0]} is an adapter's, and --full trains none")
+    for each in (data, validation):
+        if each is not None:
+            check_input(each, "fine-tuning data")
     if base is None:
-        base = newest_checkpoint()
-        say(f"no --base named: the newest, {base}")
+        base = default_checkpoint()
     if out is None:
         out = _place(base, _checked(data.stem if name is None else name), full=full is not None)
+    check_writable(out)
 
     from slm.finetune.run import finetune as run
     from slm.finetune.settings import FinetuneSettings
@@ -139,11 +145,13 @@ def finetune(
     result = run(
         base, data, out, settings, RichProgress(), validation=validation, overwrite=overwrite, skip_bad=skip_bad
     )
+    following = after_adapter(result.made) if full is None else after_checkpoint(result.made)
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
-        print_json({"adapter" if full is None else "checkpoint": report.pop("made"), **report})
+        print_json({"adapter" if full is None else "checkpoint": report.pop("made"), **report, "next": following})
         return
     print_table(f"{'adapter' if full is None else 'checkpoint'} {result.made}", ("", ""), _lines(asdict(result)))
+    next_step(following)
 
 
 def _lines(result: Mapping[str, Any]) -> list[tuple[str, str]]:

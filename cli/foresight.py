@@ -16,7 +16,15 @@ _BYTES_PER_TOKEN = 4.0
 _MIB = 1 << 20
 
 
-def foresee(recipe: "Recipe", out: Path | None, gpu: str | None, as_json: bool, processes: "Processes") -> None:
+def foresee(
+    recipe: "Recipe",
+    out: Path | None,
+    gpu: str | None,
+    as_json: bool,
+    processes: "Processes",
+    *,
+    overwrite: bool = False,
+) -> None:
     """Refuses what training would refuse; else the first process prints recipe and estimate, and what is odd about them.
 
     Raises:
@@ -36,7 +44,7 @@ def foresee(recipe: "Recipe", out: Path | None, gpu: str | None, as_json: bool, 
 
     def first() -> None:
         if out is not None:
-            check_free(out)
+            check_free(out, overwrite=overwrite)
         _foresee(recipe, gpu, as_json, processes.size)
 
     by_first(processes, first)
@@ -48,7 +56,7 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
     from slm.train.loop import duration
     from slm.train.review import review
 
-    text_tokens, measured = _text_tokens(recipe)
+    text_tokens, measured, text_bytes = _text_size(recipe)
     if text_tokens is None and recipe.schedule.epochs is not None:
         raise SlmError(
             "schedule.epochs cannot be turned into updates before the text is there",
@@ -57,7 +65,7 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
     recipe = recipe.for_tokens(text_tokens or 0)
     est = estimate(recipe, gpu and gpu.lower(), memory().usable, processes)
     passes = est.tokens / text_tokens if text_tokens else None
-    odd = review(recipe, passes, processes)
+    odd = review(recipe, passes, processes, text_bytes)
     if est.advice is not None:
         odd.append(f"it does not fit into the memory of the device: {est.advice}")
     if as_json:
@@ -92,12 +100,12 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
         say(f"warning: {sentence}")
 
 
-def _text_tokens(recipe: "Recipe") -> tuple[int | None, bool]:
-    """Returns how many tokens the training text has, and whether they were counted rather than guessed by its size."""
+def _text_size(recipe: "Recipe") -> tuple[int | None, bool, int | None]:
+    """Returns the tokens of the training text, whether they were counted rather than guessed by its size, and its bytes."""
     from slm.train.prepare import check_text, prepared_dataset
 
     dataset = prepared_dataset(recipe)
     if dataset is not None:
-        return dataset.manifest.train.tokens, True
+        return dataset.manifest.train.tokens, True, dataset.manifest.train.text_bytes
     size = check_text(recipe)
-    return (None if size is None else max(1, round(size / _BYTES_PER_TOKEN))), False
+    return (None if size is None else max(1, round(size / _BYTES_PER_TOKEN))), False, size

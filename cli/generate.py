@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slm.cli.console import print_json, say, say_if_not_exported
+from slm.cli.choosing import default_model
+from slm.cli.console import print_json, say
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import turn_ids
-from slm.core.errors import SlmError
 from slm.core.machine import peak_rss_mib, return_freed_memory
-from slm.core.runs import newest_bundle
 
 if TYPE_CHECKING:
     from slm.core.tokenizer import Tokenizer
@@ -63,7 +62,8 @@ def generate(
 ) -> None:
     """Continue a text with a bundle (onnxruntime) or a checkpoint (PyTorch).
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. Ctrl-C ends the text.
+    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    Ctrl-C ends the text.
 
     \b
       slm generate -p "Once upon a time"
@@ -78,6 +78,10 @@ def generate(
         raise click.UsageError("--logprobs is shown with --json")
     if keep is not None and on_full != "slide":
         raise click.UsageError("--keep says what stays with --on-full slide")
+    if ensemble is not None and adapter is not None:
+        raise click.UsageError("--adapter is for one model")
+    stops = [utf8(each, "stop text") for each in stop]
+    text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
     from slm.loading import load, load_ensemble
     from slm.runtime.speculative import SpeculativeDecoder
 
@@ -86,8 +90,6 @@ def generate(
         path = str(models[0] if models else default_model())
         loaded = load(path, device=device, threads=threads, draft_tokens=draft, adapter=adapter)  # type: ignore[arg-type]  # click checked
     else:
-        if adapter is not None:
-            raise click.UsageError("--adapter is for one model")
         path = ", ".join(map(str, models))
         loaded = load_ensemble(models, ensemble, device=device, threads=threads, draft_tokens=draft)  # type: ignore[arg-type]
     say(f"{path}: {loaded.decoder.description}")
@@ -95,11 +97,12 @@ def generate(
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)
-    text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
+    if not instruct and ensemble is None and chat_model(Path(path), adapter, loaded.tokenizer):
+        say("note: this model was tuned on conversations; --instruct asks it in a user's turn, slm chat in several")
     pieces = loaded.pieces(
         turn_ids(loaded.tokenizer, text) if instruct else text,
         max_new_tokens=max_new_tokens,
-        stop=[utf8(each, "stop text") for each in stop],
+        stop=stops,
         logprobs=logprobs,
         on_full=on_full,  # type: ignore[arg-type]  # click checked the choice
         keep=keep,
@@ -165,15 +168,15 @@ def _summarize(run: "Run") -> None:
     say(f"stopped at {reasons[run.stopped]}{slid}; first token after {run.ttft_ms:.0f} ms{rate}")
 
 
-def default_model() -> Path:
-    """Returns the newest bundle under ./runs, or the small model that ships inside, and says which."""
-    try:
-        path = newest_bundle()
-        say("no MODEL named: the newest bundle under ./runs")
-        say_if_not_exported(path)
-    except SlmError:
-        from slm.runtime import shipped
+def chat_model(path: Path, adapter: Path | None, tokenizer: "Tokenizer") -> bool:
+    """Says whether a model, with its adapter, was tuned on conversations."""
+    from slm.core.artifacts import read_artifact
+    from slm.core.chat import knows_turns
+    from slm.core.checkpoint import INFO_FILE, read_info
 
-        path = shipped.model_path()
-        say("no MODEL named and no bundle under ./runs: the small model that ships with slm")
-    return path
+    if adapter is not None:
+        return knows_turns({"finetuned": read_info(adapter)}, tokenizer)
+    found = read_artifact(path)
+    record = {} if found is None else found.record
+    info = (record.get("provenance") or {}).get(INFO_FILE) if found is not None and found.kind == "bundle" else record
+    return knows_turns(info if isinstance(info, dict) else {}, tokenizer)

@@ -6,12 +6,14 @@ from pathlib import Path
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.options import json_option, out_option
+from slm.cli.following import after_checkpoint, next_step
+from slm.cli.options import REPLACING, json_option, out_option_for, overwrite_option
 from slm.core.machine import peak_rss_mib
+from slm.core.outputs import check_checkpoint_output
 from slm.core.runs import imported_checkpoint
 
 
-@click.command("import")
+@click.command("import", epilog=REPLACING)
 @click.argument("source")
 @click.option(
     "--dtype",
@@ -21,9 +23,10 @@ from slm.core.runs import imported_checkpoint
     help="How to store the weights; auto keeps a float type and stores what was quantized in float32.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub. [default: main]")
-@out_option
+@out_option_for("checkpoint", "runs/NAME/checkpoint/imported")
+@overwrite_option
 @json_option
-def import_(source: str, dtype: str, revision: str | None, out: Path | None, as_json: bool) -> None:
+def import_(source: str, dtype: str, revision: str | None, out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Make a checkpoint of a Gemma 3 model from elsewhere.
 
     SOURCE is a Hugging Face directory (a multimodal one's text part is taken), a GGUF file, or the id of a model on the
@@ -38,7 +41,9 @@ def import_(source: str, dtype: str, revision: str | None, out: Path | None, as_
 
     started = time.perf_counter()
     path = out or imported_checkpoint(source_name(source), source)
+    check_checkpoint_output(path, overwrite=overwrite)  # before anything is downloaded
     done = import_model(source, path, dtype, revision, RichProgress())  # type: ignore[arg-type]  # click checked it
+    following = after_checkpoint(done.path)
     seconds = time.perf_counter() - started
     if as_json:
         print_json(
@@ -51,6 +56,7 @@ def import_(source: str, dtype: str, revision: str | None, out: Path | None, as_
                 "notices": done.notices,
                 "seconds": round(seconds, 2),
                 "peak_rss_mib": round(peak_rss_mib(), 1),
+                "next": following,
             }
         )
         return
@@ -67,4 +73,4 @@ def import_(source: str, dtype: str, revision: str | None, out: Path | None, as_
     )
     for notice in done.notices:
         say(notice)
-    say(f"next: slm export --onnx {done.path}")
+    next_step(following)

@@ -7,21 +7,22 @@ from typing import Any
 
 import click
 
+from slm.cli.choosing import default_model
 from slm.cli.console import print_json
+from slm.cli.history import history
 from slm.cli.info_tables import print_info
 from slm.cli.options import Artifact, json_option
 from slm.core import accounting
 from slm.core.accounting import FLOAT32_BYTES, HALF_BYTES, INT8_BLOCK, saved_percent
 from slm.core.checkpoint import INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.config import ModelConfig
+from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.errors import SlmError
 from slm.core.licence import recorded_notices
 from slm.core.manifest import MANIFEST_FILE, Bundle, Manifest, is_bundle
 from slm.core.presets import PRESETS, preset
 from slm.core.weights import bytes_on_disk, tensor_bytes
 
-# The context that is counted with when none is named; `slm export` gives bundles no more by itself either.
-DEFAULT_CONTEXT = 4096
 # What the graph's caches are made of (`slm.core.contract`).
 CACHE_DTYPE = "float32"
 
@@ -55,9 +56,14 @@ class _Subject:
 
 
 @click.command()
-@click.argument("artifact", type=Artifact(), metavar="CHECKPOINT|BUNDLE|PRESET")
+@click.argument(
+    "artifact", type=Artifact(others=lambda: list(PRESETS)), required=False, metavar="[CHECKPOINT|BUNDLE|PRESET]"
+)
 @click.option(
-    "--context", type=click.IntRange(min=1), metavar="N", help="Tokens to count with; 4,096 or what it takes."
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Tokens to count with. [default: a bundle's own, or the model's, at most {DEFAULT_CONTEXT}]",
 )
 @click.option(
     "--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="B", help="Rows of the cache."
@@ -68,18 +74,22 @@ class _Subject:
 @click.option("--vocab-size", type=click.IntRange(min=1), metavar="N", help="Another vocabulary for a preset.")
 @json_option
 def info(
-    artifact: Path, context: int | None, batch: int, position: int | None, vocab_size: int | None, as_json: bool
+    artifact: Path | None, context: int | None, batch: int, position: int | None, vocab_size: int | None, as_json: bool
 ) -> None:
     """Say what a checkpoint, a bundle or a preset is, what it costs, and what it was made from.
 
-    Parameters, bytes, key-value cache, operations a token, licence notices. Every file of a bundle is checked against
+    Without an argument, the newest finished model under ./runs, or the small one that ships where there is none. Shows size,
+    lineage, parameters, key-value cache, operations a token and licence notices. Every file of a bundle is checked against
     its manifest.
 
     \b
+      slm info
       slm info runs/tiny/onnx-int8
       slm info gemma3-270m --context 32768
       slm info gemma3-270m --vocab-size 262144 --json
     """
+    if artifact is None:
+        artifact = default_model()
     subject = _subject(artifact, vocab_size)
     if context is None:
         # A bundle was made for its context; a model's longest is more than most uses want.
@@ -92,7 +102,7 @@ def info(
     if as_json:
         print_json(report)
     else:
-        print_info(str(artifact), subject.config, report, subject.details)
+        print_info(str(artifact), subject.config, report, subject.details, history(subject.recorded))
 
 
 def _report(subject: _Subject, context: int, batch: int, position: int) -> Details:

@@ -1,7 +1,7 @@
 """What `slm info` prints for people; the figures are those of its JSON object."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slm.cli.console import print_table
@@ -23,15 +23,25 @@ _SIZES = {
 }
 
 
-def print_info(name: str, config: ModelConfig, report: Report, details: Report) -> None:
-    """Prints what it is and was made from, then sizes, then operations."""
+def print_info(name: str, config: ModelConfig, report: Report, details: Report, history: Sequence[str]) -> None:
+    """Prints size and lineage, then what it is, then sizes and operations.
+
+    Args:
+        name: What was named.
+        config: Its shape.
+        report: What the JSON object has.
+        details: What else is known of it.
+        history: How it was made, a step each, the first one first.
+    """
     # What the report counts itself, and what the lineage shows, is not shown again.
     steps = {step["step"] for step in report["lineage"]} - {"made_by"}
     shown = [key for key, value in details.items() if report[key] is value and key not in steps]
     told = _OF_BUNDLES if report["kind"] == "bundle" else {}
-    rows = _shape(config, report) + [(key, told[key](report) if key in told else _short(details[key])) for key in shown]
-    if report["lineage"]:
-        rows.append(("lineage", " <- ".join(_step(step) for step in report["lineage"])))
+    rows: Rows = [("size", _size(report))]
+    rows += [("lineage", " → ".join(history))] if history else []
+    rows += _shape(config, report) + [
+        (key, told[key](report) if key in told else _short(details[key])) for key in shown
+    ]
     rows += [("notice", notice) for notice in report["notices"]]
     print_table(name, ("", ""), rows)
     with_ = report["counted_with"]
@@ -47,6 +57,13 @@ def print_info(name: str, config: ModelConfig, report: Report, details: Report) 
         ("", "decode", "no windows", "prefill", "no windows"),
         _flops(report),
     )
+
+
+def _size(report: Report) -> str:
+    sizes = report["bytes"]
+    if "disk_total" in sizes:
+        return f"{report['parameters']['total']:,} parameters, {_mb(sizes['disk_total'])} MB on disk"
+    return f"{report['parameters']['total']:,} parameters, {_mb(sizes['memory_float32'])} MB in float32"
 
 
 def _shape(config: ModelConfig, report: Report) -> Rows:
@@ -169,10 +186,6 @@ def _flops(report: Report) -> Rows:
         saved("saved, attention", "attention_saved_percent"),
         saved("saved, total", "total_saved_percent"),
     ]
-
-
-def _step(step: Report) -> str:
-    return f"{step['step']} {_short(step['source'])}"
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,9 @@ from typing import NoReturn
 import click
 
 from slm.cli.console import say_error
+from slm.cli.suggesting import Suggesting
 from slm.core.errors import SlmError
+from slm.core.install import install_hint
 from slm.core.machine import cpu_quota, usable_cores
 from slm.version import __version__
 
@@ -58,7 +60,7 @@ _INTERRUPTED = {
 }
 
 # Which extra brings a package, for the hint when it is missing.
-_EXTRAS = {
+EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "llguidance": "serve",
@@ -74,7 +76,7 @@ _EXTRAS = {
 }
 
 
-class _Lazy(click.Group):
+class _Lazy(Suggesting):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -102,7 +104,8 @@ def cli() -> None:
       slm quantize --int8               bundle      -> runs/NAME/onnx-int8
       slm generate -p "Once upon"       bundle      -> text
 
-    A command given no input takes the newest suitable artifact under ./runs and says which.
+    A command given no input takes the newest suitable artifact under ./runs and says which. A name stands for a path: tiny,
+    tiny/onnx-int8, tiny/best. docs/commands.md has the rules, and shell completion.
     """
 
 
@@ -117,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         cli.main(args=list(arguments), prog_name="slm", standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as shown:
+        click.echo(shown.format_message())
+        sys.exit(2)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -153,6 +159,8 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated(128 + signum)
 
 
+_FREE_SPACE = "free some, or name a place on another disk with --out"
+_ELSEWHERE = "check the permissions, or name a place that you may write to with --out"
 _OUT_OF_MEMORY = ("out of memory", "a smaller batch or context needs less", 1)
 
 
@@ -167,10 +175,13 @@ def _explain(error: Exception) -> tuple[str, str | None, int]:
         case click.ClickException():
             return error.format_message(), None, 1
         case ModuleNotFoundError() if error.name and not error.name.startswith("slm"):
-            extra = _EXTRAS.get(error.name.partition(".")[0], "train")
-            return f"this needs the package {error.name}", f"pip install 'slm-edge[{extra}]'", 1
+            extra = EXTRAS.get(error.name.partition(".")[0], "train")
+            return f"this needs the package {error.name}", install_hint(extra), 1
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "no space left on the disk", "free some; nothing is left half written", 1
+            place = f" for {error.filename}" if error.filename else ""
+            return f"no space left on the disk{place}", f"{_FREE_SPACE}; nothing is left half written", 1
+        case OSError() if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            return f"{error.strerror}: {error.filename}", _ELSEWHERE, 1
         case OSError() if error.strerror:
             return f"{error.strerror}: {error.filename}" if error.filename else error.strerror, None, 1
         case MemoryError():

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, say
-from slm.cli.options import Artifact, json_option
+from slm.cli.export import base_of
+from slm.cli.following import after_checkpoint, next_step
+from slm.cli.options import REPLACING, Artifact, adapter_type, json_option, overwrite_option
 from slm.core.errors import SlmError
+from slm.core.outputs import check_checkpoint_output
 
 if TYPE_CHECKING:
     from slm.finetune.combine import Method
 
 
-@click.command()
+@click.command(epilog=REPLACING)
 @click.argument("checkpoints", type=Artifact(bundles=False), nargs=-1)
 @click.option(
     "--method",
@@ -22,13 +25,14 @@ if TYPE_CHECKING:
     help="Weighted mean; along the arc between two; sum of changes of --base; the same, trimmed and by agreed sign. "
     "[default: linear; task with --adapter]",
 )
-@click.option("--base", type=Artifact(bundles=False), metavar="DIR", help="What changes are taken from.")
+@click.option("--base", type=Artifact(bundles=False), metavar="CHECKPOINT",
+              help="What changes are taken from. [default: what the first adapter was trained on]")  # fmt: skip
 @click.option(
     "--adapter",
     "adapters",
-    type=click.Path(path_type=Path),
+    type=adapter_type,
     multiple=True,
-    metavar="DIR",
+    metavar="ADAPTER",
     help="A LoRA adapter of --base, which counts as a checkpoint; may be repeated.",
 )
 @click.option(
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 )
 @click.option("--scale", type=float, help="With task and ties: what the change is multiplied with. [default: 1]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The checkpoint to write.")
+@overwrite_option
 @json_option
 def merge(
     checkpoints: tuple[Path, ...],
@@ -53,6 +58,7 @@ def merge(
     density: float | None,
     scale: float | None,
     out: Path,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Combine several checkpoints of one shape, or a base and several adapters, into one checkpoint.
@@ -65,8 +71,6 @@ def merge(
       slm merge A B --method ties --base BASE --density 0.3 --out runs/ties/checkpoint/best
       slm merge --base BASE --adapter one --adapter two --weights 1,0.5 --out runs/both/checkpoint/best
     """
-    from slm.finetune.combine import Combination, combine
-
     count = len(checkpoints) + len(adapters)
     method = method or ("task" if adapters else "linear")
     relative = method in ("task", "ties")
@@ -74,8 +78,8 @@ def merge(
         raise click.UsageError("name what to combine: checkpoints, or --base and --adapter")
     if method == "slerp" and count != 2:
         raise click.UsageError("slerp lies between two models")
-    if (relative or adapters) and base is None:
-        raise click.UsageError(f"{'--adapter' if adapters else method} needs --base")
+    if relative and base is None and not adapters:
+        raise click.UsageError(f"{method} needs --base")
     if not relative and (base is not None and not adapters):
         raise click.UsageError(f"{method} has no base")
     if scale is not None and not relative:
@@ -84,16 +88,23 @@ def merge(
         raise click.UsageError("--density is for ties")
     if any(out.resolve() == path.resolve() for path in (*checkpoints, *adapters, *([base] if base else []))):
         raise SlmError(f"{out} is one of those to combine; it is kept", "name another --out")
-    started = time.perf_counter()
     shares = _weights(weights, count, relative)
+    check_checkpoint_output(out, overwrite=overwrite)
+    if adapters and base is None:
+        base = base_of(adapters[0])
+    from slm.finetune.combine import Combination, combine
+
+    started = time.perf_counter()
     combination = Combination(method, shares, 0.2 if density is None else density, 1.0 if scale is None else scale)
     combine(checkpoints, out, combination, base, adapters, RichProgress())
+    following = after_checkpoint(out)
     seconds = time.perf_counter() - started
     if as_json:
-        print_json({"checkpoint": str(out), "method": method, "weights": shares, "seconds": round(seconds, 2)})
+        report = {"checkpoint": str(out), "method": method, "weights": shares, "seconds": round(seconds, 2)}
+        print_json(report | {"next": following})
         return
     say(f"{out}: {method} of {count} models, weights {', '.join(f'{share:g}' for share in shares)}; {seconds:.1f} s")
-    say(f"next: slm eval {out} --data FILE, or slm export --onnx {out}")
+    next_step(following)
 
 
 def _weights(said: str | None, count: int, relative: bool) -> tuple[float, ...]:

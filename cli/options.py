@@ -1,69 +1,147 @@
 """Options that several commands share, so that the same thing has the same name everywhere."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from slm.core.errors import SlmError
+from slm.cli.console import say
 
-# The checkpoints that a run may hold, the one that is mostly meant first.
-_CHECKPOINTS = ("best", "last", "imported")
+if TYPE_CHECKING:
+    from slm.core.artifacts import Kind
+
+# Stands in the help of every command that writes an artifact, and in docs/commands.md.
+REPLACING = (
+    "An output that exists is replaced only if slm made it and it is of the same kind. Trained weights and prepared datasets "
+    "are replaced only with --overwrite. Other files are never replaced."
+)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-out_option = click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Where to write. [default: in the run under ./runs, else beside the input]",
-)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace trained weights or a dataset at the output.")
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same output.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )
 
 
-class Artifact(click.Path):
-    """The path of a checkpoint or a bundle. A run, which may hold several of either, is refused with their names.
+def out_option_for(what: str, default: str) -> Callable[[Any], Any]:
+    """Returns the option --out of a command.
 
     Args:
-        checkpoints: Whether a checkpoint will do.
-        bundles: Whether a bundle will do.
+        what: What is written, such as "bundle".
+        default: Where it lies when the option is left out.
+    """
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help=f"Directory of the {what}. [default: {default}]",
+    )
+
+
+class Artifact(click.ParamType[Path]):
+    """A checkpoint, a bundle or an adapter: its path, its run's name, RUN/ARTIFACT, or a name that occurs once under ./runs.
+
+    Args:
+        checkpoints: Whether a checkpoint is suitable.
+        bundles: Whether a bundle is suitable.
+        adapters: Whether an adapter is suitable.
+        others: Returns further names that are not artifacts, such as those of presets.
     """
 
-    def __init__(self, *, checkpoints: bool = True, bundles: bool = True) -> None:
-        super().__init__(path_type=Path)
-        self._checkpoints = checkpoints
-        self._bundles = bundles
+    name = "artifact"
+
+    def __init__(
+        self,
+        *,
+        checkpoints: bool = True,
+        bundles: bool = True,
+        adapters: bool = False,
+        others: Callable[[], list[str]] = list,
+    ) -> None:
+        suitable: list[tuple[Kind, bool]] = [("checkpoint", checkpoints), ("bundle", bundles), ("adapter", adapters)]
+        self._kinds = [kind for kind, included in suitable if included]
+        self._others = others
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Returns the path, and says which artifact a name means.
+
+        Raises:
+            SlmError: When there is no such artifact; the hint says what to type.
+        """
+        from slm.core.names import resolve  # here, so that `slm --help` does not wait for numpy
+        from slm.core.runs import RUNS
+
+        if isinstance(value, Path):
+            return value
+        others = self._others()
+        if value in others and not any(place.exists() for place in (Path(value), RUNS / value)):
+            return Path(value)
+        path, sentences = resolve(str(value), self._kinds, others)
+        for sentence in sentences:
+            say(sentence)
+        return path
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Returns the names of what lies under ./runs, and lets the shell add paths."""
+        from slm.core.names import known_names
+
+        names = [*known_names(self._kinds), *self._others()]
+        found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return [*found, CompletionItem(incomplete, type="file")]
+
+
+adapter_type = Artifact(checkpoints=False, bundles=False, adapters=True)
+
+
+def check_input(path: Path, what: str, *, directories: bool = False) -> None:
+    """Makes sure that a file which a command reads is there, before anything is loaded or measured.
+
+    Args:
+        path: The file.
+        what: What the file is to the user, for the message ("text").
+        directories: Whether a directory is suitable too.
+
+    Raises:
+        SlmError: When there is nothing that can be read.
+    """
+    from slm.core.errors import SlmError
+
+    if not path.exists():
+        raise SlmError(f"{what} not found: {path}", "check the path")
+    if path.is_dir() and not directories:
+        raise SlmError(f"{what} is a directory, not a file: {path}", "name a file")
+    if not os.access(path, os.R_OK):
+        raise SlmError(f"cannot read {what}: {path} (Permission denied)", "check its permissions")
+
+
+class InputFile(click.ParamType[Path]):
+    """A file that a command reads: looked at before anything is loaded or measured.
+
+    Args:
+        what: What the file is to the user, for the message ("text").
+        directories: Whether a directory is suitable too.
+    """
+
+    name = "file"
+
+    def __init__(self, what: str, *, directories: bool = False) -> None:
+        self._what = what
+        self._directories = directories
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Returns the path.
 
         Raises:
-            SlmError: When it is a run.
+            SlmError: When there is nothing that can be read.
         """
-        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]  # as path_type says
-        if path.is_dir():
-            _refuse_run(path, self._checkpoints, self._bundles)
+        path = Path(value).expanduser()
+        check_input(path, self._what, directories=self._directories)
         return path
 
-
-def _refuse_run(path: Path, checkpoints: bool, bundles: bool) -> None:
-    from slm.core.checkpoint import is_checkpoint  # here, so that `slm --help` does not wait for numpy
-    from slm.core.manifest import is_bundle
-
-    if is_checkpoint(path) or is_bundle(path):
-        return
-    names = (*(f"checkpoint/{name}" for name in _CHECKPOINTS), *_CHECKPOINTS)  # of a run; of its checkpoint directory
-    trained = [path / name for name in names if is_checkpoint(path / name)]
-    exported = [bundle for bundle in sorted(path.glob("onnx*")) if is_bundle(bundle)]
-    wanted = ["checkpoint"] * checkpoints + ["bundle"] * bundles
-    what = f"neither a {' nor a '.join(wanted)}" if len(wanted) > 1 else f"not a {wanted[0]}"
-    if found := trained * checkpoints + exported * bundles:
-        raise SlmError(f"{what}: {path}", f"name what it holds: {', '.join(map(str, found))}")
-    if trained:
-        raise SlmError(f"{what}: {path}", f"slm export --onnx {trained[0]} makes one")
-    if (path / "metrics.jsonl").is_file():
-        raise SlmError(
-            f"{what}: {path}", f"the run has saved none yet: slm train --resume --out {path} goes on with it"
-        )
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Lets the shell complete paths."""
+        return [CompletionItem(incomplete, type="file")]

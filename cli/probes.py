@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from slm.core.install import install_hint
 from slm.core.manifest import Bundle
 from slm.core.presets import PRESETS
 from slm.runtime.shipped import model_path
@@ -133,9 +134,7 @@ def cuda() -> Gpu:
     """Asks PyTorch for a GPU."""
     driver = Path("/proc/driver/nvidia/version").exists()
     if find_spec("torch") is None:
-        return Gpu(
-            missing="PyTorch is not installed", advice="pip install 'slm-edge[train]' to train" if driver else None
-        )
+        return Gpu(missing="PyTorch is not installed", advice=f"{install_hint('train')} to train" if driver else None)
     import torch
 
     if torch.cuda.is_available():

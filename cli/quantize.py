@@ -1,15 +1,19 @@
 """`slm quantize`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from slm.cli.console import RichProgress, print_json, print_table, say, say_if_not_exported
-from slm.cli.options import Artifact, json_option, out_option
+from slm.cli.choosing import default_bundle
+from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.following import after_bundle, next_step
+from slm.cli.options import REPLACING, Artifact, check_input, json_option, out_option_for
 from slm.core.errors import SlmError
-from slm.core.manifest import Bundle
-from slm.core.runs import newest_bundle
+from slm.core.manifest import Bundle, sealed_files
+from slm.core.outputs import check_output
+from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
@@ -55,7 +59,7 @@ class Share(click.ParamType[float]):
         return share
 
 
-@click.command()
+@click.command(epilog=REPLACING)
 @click.argument("bundle", type=Artifact(checkpoints=False), required=False)
 @click.option("--int8", is_flag=True, help="Weights in 8 bits, by block.")
 @click.option("--int8-dynamic", is_flag=True, help="Weights and activations in 8 bits: long prompts are read faster.")
@@ -95,13 +99,14 @@ class Share(click.ParamType[float]):
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
               help="Text to choose settings by; another than --data.")  # fmt: skip
 @click.option("--calibration-tokens", type=click.IntRange(min=2), metavar="N",
-              help="How much of it. [default: 2048; 8192 for --int4]")  # fmt: skip
+              help=f"How much of it. [default: {CALIBRATION_TOKENS['int8']}; "
+                   f"{CALIBRATION_TOKENS['int4']} for --int4]")  # fmt: skip
 @click.option("--max-kl", type=click.FloatRange(min=0), metavar="NATS",
               help="Refuse a bundle whose predictions moved by more, on average; --int4 spends bits to stay below. "
-                   "[default: 0.02; 0.15 for --int4]")  # fmt: skip
+                   f"[default: {MAX_KL_NATS['int8']}; {MAX_KL_NATS['int4']} for --int4]")  # fmt: skip
 @click.option("--max-ppl-increase", type=Share(), metavar="SHARE",
               help="Refuse a bundle whose perplexity grew by more, such as 2%.")  # fmt: skip
-@out_option
+@out_option_for("bundle", "BUNDLE-int8, -int4 and so on, beside the input")
 @json_option
 def quantize(
     bundle: Path | None,
@@ -140,10 +145,6 @@ def quantize(
 
     docs/quantization.md compares the settings.
     """
-    from slm.quantize.decide import CALIBRATION_TOKENS, GATES, Gate, Settings
-    from slm.quantize.make import quantize_bundle
-    from slm.quantize.quality import calibration_text, measuring_text
-
     if int8 + int8_dynamic + int4 + sweep != 1:
         raise click.UsageError("name one: --int8, --int8-dynamic, --int4 or --sweep")
     chosen = [block_size, method, smooth, target_size, kv_cache, max_kl, max_ppl_increase]
@@ -160,11 +161,21 @@ def quantize(
         raise SlmError(
             "--int8-dynamic has a scale for each channel, no blocks and no method", "leave them out, or --int8"
         )
+    for each in (data, calibration):
+        if each is not None:
+            check_input(each, "text", directories=True)
     if bundle is None:
-        bundle = newest_bundle(quantized=False)
-        say_if_not_exported(bundle)
-        say(f"no BUNDLE named: the newest, {bundle}")
+        bundle = default_bundle(to_quantize=True)
+    ending = "sweep" if sweep else "int8-dynamic" if int8_dynamic else precision
+    target = out or bundle.with_name(f"{bundle.name}-{ending}")
+    if target.resolve() == bundle.resolve():
+        raise SlmError(f"{target} is the bundle to quantize; it is kept", "name another --out")
+    check_output(target, {"sweep.json", "sweep.html"} if sweep else sealed_files(target))
     source = Bundle.open(bundle)
+    from slm.quantize.decide import GATES, Gate, Settings
+    from slm.quantize.make import quantize_bundle
+    from slm.quantize.quality import calibration_text, measuring_text
+
     text = measuring_text(source, data, tokens, window)
     if text.rows.shape[1] <= source.config.sliding_window:
         say(f"warning: {text.rows.shape[1]} tokens of text do not pass the window of {source.config.sliding_window}")
@@ -176,8 +187,7 @@ def quantize(
     if sweep:
         from slm.quantize.sweep import run_sweep
 
-        directory = out or bundle.with_name(f"{bundle.name}-sweep")
-        _report_sweep(run_sweep(source, directory, text, chosen_by, RichProgress()), directory, as_json)
+        _report_sweep(run_sweep(source, target, text, chosen_by, RichProgress()), target, bundle, as_json)
         return
     usual = GATES[precision]
     settings = Settings(
@@ -193,18 +203,17 @@ def quantize(
         target_kl_nats=max_kl if int4 and target_size is None and prefer != "size" else None,
         gate=Gate(usual.max_kl_nats if max_kl is None else max_kl, max_ppl_increase),
     )
-    ending = "int8-dynamic" if int8_dynamic else precision
-    target = out or bundle.with_name(f"{bundle.name}-{ending}")
     made, report = quantize_bundle(source, target, text, settings, RichProgress(), chosen_by[precision])
     _report(made, report, as_json)
 
 
-def _report_sweep(sweep: "Sweep", directory: Path, as_json: bool) -> None:
+def _report_sweep(sweep: "Sweep", directory: Path, bundle: Path, as_json: bool) -> None:
     from slm.quantize.page import SWEEP_COLUMNS, sweep_rows
     from slm.quantize.sweep import SWEEP_PAGE, as_dict
 
+    following = _after_sweep(sweep, bundle)
     if as_json:
-        print_json({"out": str(directory)} | as_dict(sweep))
+        print_json({"out": str(directory)} | as_dict(sweep) | ({"next": following} if following else {}))
         return
     # Enough for a narrow terminal; the page has the rest.
     kept = [SWEEP_COLUMNS.index(name) for name in ("slm quantize", "MB", "KL, nats", "decode ×", "frontier")]
@@ -213,6 +222,19 @@ def _report_sweep(sweep: "Sweep", directory: Path, as_json: bool) -> None:
         f"{sweep.bundle}: {sweep.bytes_before / 1e6:,.1f} MB in float32", [SWEEP_COLUMNS[i] for i in kept], rows
     )
     say(f"measured over {sweep.tokens:,} tokens of {sweep.text}; {directory / SWEEP_PAGE}")
+    if following:
+        next_step(following)
+
+
+def _after_sweep(sweep: "Sweep", bundle: Path) -> str | None:
+    """Returns the command for the smallest bundle of the sweep within the default limit of its precision."""
+    good = [
+        trial
+        for trial in sweep.trials
+        if trial.change.kl_nats <= MAX_KL_NATS["int4" if "--int4" in trial.options else "int8"]
+    ]
+    best = min(good, key=lambda trial: trial.bytes, default=None)
+    return None if best is None else f"slm quantize {best.options} {shlex.quote(str(bundle))}"
 
 
 def _report(made: Bundle, report: "Report", as_json: bool) -> None:
@@ -220,19 +242,20 @@ def _report(made: Bundle, report: "Report", as_json: bool) -> None:
     from slm.quantize.report import PAGE_FILE, as_dict
 
     if as_json:
-        print_json({"bundle": str(made.path)} | as_dict(report))
+        print_json({"bundle": str(made.path)} | as_dict(report) | {"next": after_bundle(made)})
         return
     change, quality = report.change, made.manifest.quality
     assert quality is not None
     if quality.max_kl_nats is not None:
-        say(f"the predictions moved by {change.kl_nats:.5f} nats; {quality.max_kl_nats:g} were allowed")
+        say(f"Quality check passed: KL {change.kl_nats:.5f} nats (limit {quality.max_kl_nats:g}).")
     print_table(f"{made.path}: {report.in_words}", ("", "before", "after"), figures(report))
     print_table(
-        "kept least well",
-        ("weight", "stored as", "MB", "signal over error"),
+        "least accurate layers",
+        ("weight", "stored as", "MB", "signal-to-noise ratio"),
         [
             (each.path, each.scheme, f"{each.bytes / 1e6:,.1f}", f"{each.snr_db:.1f} dB")
             for each in report.worst[:_WORST]
         ],
     )
     say(f"measured over {change.tokens:,} tokens of {quality.text}; {report.seconds:.1f} s; {made.path / PAGE_FILE}")
+    next_step(after_bundle(made))

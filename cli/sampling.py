@@ -2,13 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from slm.cli.console import say
-from slm.cli.options import seed_option
+from slm.cli.options import adapter_type, seed_option
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
@@ -78,8 +77,8 @@ _OPTIONS = (
     ),
     click.option(
         "--adapter",
-        type=click.Path(path_type=Path),
-        metavar="PATH",
+        type=adapter_type,
+        metavar="ADAPTER",
         help="Answer with this LoRA adapter: PEFT's directory, or an .onnx_adapter file; a bundle needs slots for it.",
     ),
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, metavar="N"),

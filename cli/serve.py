@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from slm.cli.choosing import default_model
 from slm.cli.console import say
-from slm.cli.generate import default_model
-from slm.cli.options import Artifact
+from slm.cli.options import Artifact, adapter_type
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.machine import return_freed_memory
+from slm.core.names import short_name
 
 if TYPE_CHECKING:
     import uvicorn
@@ -26,7 +27,7 @@ _KEYS = "SLM_API_KEYS"
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--name", help="What requests call the model. [default: its directory's name]")
+@click.option("--name", help="What requests call the model. [default: RUN/BUNDLE]")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="NAME=PATH",
     help="A LoRA adapter that requests may name as their model; may be repeated.",
@@ -93,7 +94,7 @@ def serve(
     return_freed_memory()
     keys = _api_keys(api_key_file)
     listening = _listen(host, port)  # before anything is loaded, which may take a while
-    path = model or default_model()
+    path = model or default_model(bundle=True)
     loaded = load(path, device=device, threads=threads)  # type: ignore[arg-type]  # click checked
     decoder = loaded.decoder
     if not isinstance(decoder, OnnxDecoder):
@@ -104,7 +105,7 @@ def serve(
         called, _, where = each.partition("=")
         if not called or not where:
             raise click.UsageError(f"--adapter {each}: NAME=PATH")
-        known[called] = load_adapter(Path(where), decoder.bundle)
+        known[called] = load_adapter(adapter_type.convert(where, None, None), decoder.bundle)
     engine = Engine(
         decoder,
         loaded.tokenizer,
@@ -115,7 +116,7 @@ def serve(
         prefix_bytes=prefix_mib << 20,
     )
     limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_tokens, seconds=timeout)
-    service = Service(loaded, name or path.resolve().name, engine, known, limits, keys, grace)
+    service = Service(loaded, name or short_name(path), engine, known, limits, keys, grace)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = uvicorn.Config(
         make_app(service),

@@ -1,5 +1,6 @@
 """`slm train`."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,17 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.following import after_checkpoint, next_step
 from slm.cli.foresight import foresee
-from slm.cli.options import json_option, set_option
+from slm.cli.options import REPLACING, json_option, overwrite_option, set_option
 from slm.core.errors import SlmError
-from slm.core.runs import free_run, newest_run
+from slm.core.outputs import check_writable
+from slm.core.runs import RUNS, free_run, newest_run
 
 if TYPE_CHECKING:
     from slm.train.recipe import Recipe
     from slm.train.run import TrainResult
 
 
-@click.command()
+@click.command(epilog=REPLACING)
 @click.option(
     "--recipe",
     "recipe_name",
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]"
 )
+@overwrite_option
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
 @click.option("--seed", type=int, help="Same seed, same model. [default: the recipe's]")
 @click.option("--dry-run", is_flag=True, help="Only check everything, and show the recipe and what it would take.")
@@ -56,6 +60,7 @@ def train(
     val: str | None,
     tokenizer: str | None,
     out: Path | None,
+    overwrite: bool,
     resume: bool,
     seed: int | None,
     dry_run: bool,
@@ -66,7 +71,7 @@ def train(
     """Train a model from scratch on text.
 
     \b
-      slm train                                           the stories that ship with slm, about a minute
+      slm train                                           the stories that ship with slm
       slm train --data stories.txt --val held-out.txt     your own text
       slm train --data books/ --tokenizer gpt2 --recipe stories-4m
       slm train --set schedule.learning_rate=1e-3 --set model.num_hidden_layers=8
@@ -80,6 +85,14 @@ def train(
     Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. Ctrl-C
     saves and stops; kill -USR1 saves and goes on.
     """
+    if gpu is not None and not dry_run:
+        raise click.UsageError("--on goes with --dry-run")
+    if resume:
+        out = _run_named(out)
+    elif "RANK" not in os.environ:  # torchrun's processes look together, and say what is wrong once
+        _check_inputs(data, val, tokenizer, recipe_name)
+        if not dry_run:
+            check_writable(out or RUNS / "run")
     from slm.train import run
     from slm.train.parallel import by_first, joined
     from slm.train.recipe import Recipe
@@ -96,24 +109,23 @@ def train(
                 "--set": overrides,
                 "--dry-run": dry_run or None,
                 "--on": gpu,
+                "--overwrite": overwrite or None,
             }
             unwanted = [option for option, value in given.items() if value not in (None, ())]
             if unwanted:
                 raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
             path = Path(by_first(processes, lambda: str(out or newest_run())))
             if processes.rank == 0:
-                say(f"going on with {path}")
+                say(f"Resuming {path}.")
             result = run.resume(path, progress, processes)
         else:
-            if gpu is not None and not dry_run:
-                raise click.UsageError("--on goes with --dry-run")
             options = (recipe_name, data, val, tokenizer, seed, overrides)
             recipe = Recipe.model_validate(by_first(processes, lambda: _recipe(*options).model_dump(mode="json")))
             if dry_run:
-                foresee(recipe, out, gpu, as_json, processes)
+                foresee(recipe, out, gpu, as_json, processes, overwrite=overwrite)
                 return
             path = Path(by_first(processes, lambda: str(out or free_run(recipe.name))))
-            result = run.train(recipe, path, progress, processes)
+            result = run.train(recipe, path, progress, processes, overwrite=overwrite)
         if processes.rank == 0:
             _report(result, as_json)
 
@@ -133,7 +145,7 @@ def _recipe(
     options = {"train": data or None, "validation": val, "tokenizer": tokenizer}
     chosen = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
     if not data:
-        say(f"no --data: training on {', '.join(chosen.train)}, as the recipe {recipe.name} has it")
+        say(f"Using the data {', '.join(chosen.train)} (of the recipe {recipe.name}; --data names other text).")
     if seed is not None and seed < 0:
         raise SlmError(f"--seed {seed} is negative")
     return recipe.model_copy(update={"data": chosen} | ({} if seed is None else {"seed": seed}))
@@ -148,26 +160,49 @@ def fitting_recipe() -> str:
 
 def _chosen_recipe() -> str:
     """Returns the recipe that fits the machine, and says why."""
-    from slm.train.estimate import estimate_seconds
-    from slm.train.loop import duration
-    from slm.train.recipe import load_recipe
-
     name = fitting_recipe()
     if name == "documented":
-        say("no --recipe: taking documented, as there is a GPU")
-        return name
-    seconds = estimate_seconds(load_recipe("documented"))
-    say(
-        "no --recipe: taking tiny, as there is no GPU; documented would take about "
-        f"{duration(seconds)} here (an estimate, from one layer and the head timed now)"
-    )
+        say("Using the recipe documented (this machine has a GPU).")
+    else:
+        say(
+            "Using the recipe tiny (this machine has no GPU). slm train --recipe documented --dry-run estimates how long the "
+            "270M model would take here."
+        )
     return name
+
+
+def _run_named(out: Path | None) -> Path | None:
+    """Returns the run to resume: a path, or the name of a run under ./runs."""
+    if out is None or out.exists() or out.is_absolute() or not (RUNS / out).is_dir():
+        return out
+    return RUNS / out
+
+
+def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None, recipe: str | None) -> None:
+    """Looks for the files that were named, before PyTorch is imported or anything is measured.
+
+    Raises:
+        SlmError: When one is not there or is not of a kind that can be read.
+    """
+    from slm.train.data.corpus import is_named
+    from slm.train.data.dataset import is_dataset
+    from slm.train.data.documents import find_files
+
+    for name in (*data, *([] if val is None else [val])):
+        path = Path(name).expanduser()
+        if not is_named(name) and not (name in data and is_dataset(path)):
+            find_files(path)
+    if tokenizer not in (None, "gpt2", "bpe") and not Path(str(tokenizer)).expanduser().exists():
+        raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
+    if recipe is not None and recipe.endswith((".yaml", ".yml")) and not Path(recipe).is_file():
+        raise SlmError(f"recipe not found: {recipe}", "check the path")
 
 
 def _report(result: "TrainResult", as_json: bool) -> None:
     fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
+    following = after_checkpoint(result.checkpoint)
     if as_json:
-        print_json(fields)
+        print_json(fields | {"next": following})
         return
     rows = [
         ("checkpoint", str(result.checkpoint)),
@@ -175,8 +210,13 @@ def _report(result: "TrainResult", as_json: bool) -> None:
         ("perplexity", f"{result.perplexity:.2f}"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("trained", f"{result.updates:,} updates, {result.tokens:,} tokens"),
+        ("text read", _read(result.passes)),
         ("speed", f"{result.tokens_s:,.0f} tokens/s over {result.elapsed_s:,.1f} s"),
         ("peak memory", f"{result.peak_rss_mib:,.0f} MiB"),
     ]
     print_table("trained", ("", ""), rows)
-    say(f"next: slm export --onnx {result.checkpoint}")
+    next_step(following)
+
+
+def _read(passes: float) -> str:
+    return f"{passes:.0%} of the training text" if passes < 0.99 else f"{passes:,.1f} passes over the training text"

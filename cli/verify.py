@@ -5,13 +5,14 @@ from pathlib import Path
 
 import click
 
+from slm.cli.choosing import default_bundle
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.export import source_checkpoint
-from slm.cli.options import Artifact, json_option
+from slm.cli.following import after_bundle, next_step
+from slm.cli.options import Artifact, adapter_type, json_option
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.core.runs import newest_bundle
 
 
 @click.command()
@@ -22,7 +23,7 @@ from slm.core.runs import newest_bundle
     metavar="CHECKPOINT",
     help="The checkpoint that it must be. [default: the one that it was exported from]",
 )
-@click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="LoRA adapter that was merged into it.")
+@click.option("--adapter", type=adapter_type, metavar="ADAPTER", help="LoRA adapter that was merged into it.")
 @json_option
 def verify(bundle: Path | None, against: Path | None, adapter: Path | None, as_json: bool) -> None:
     """Prove that a bundle is the checkpoint that it was made from.
@@ -37,19 +38,20 @@ def verify(bundle: Path | None, against: Path | None, adapter: Path | None, as_j
       slm verify
       slm verify runs/tiny/onnx-int8 --against runs/tiny/checkpoint/best --json
     """
-    from slm.export.verify import verify_bundle
-
     if bundle is None:
-        bundle = newest_bundle()
-        say(f"no BUNDLE named: the newest, {bundle}")
+        bundle = default_bundle()
     opened = Bundle.open(bundle)
     origin = opened.manifest.provenance
     if against is None:
         against = Path(str(origin.get("checkpoint", "")))
         if "checkpoint" not in origin or not is_checkpoint(against):
             raise SlmError(f"the checkpoint of {bundle} is not at {against}", "name one: --against CHECKPOINT")
-        say(f"no --against given: what it was exported from, {against}")
+        say(f"Comparing with {against} (the checkpoint that it was exported from).")
         adapter = adapter or (Path(str(origin["adapter"])) if "adapter" in origin else None)
+        if adapter is not None and not adapter.exists():
+            raise SlmError(f"the adapter of {bundle} is not at {adapter}", "name it: --adapter ADAPTER")
+    from slm.export.verify import verify_bundle
+
     started = time.perf_counter()
     with source_checkpoint(against, adapter) as checkpoint:
         found = verify_bundle(opened, checkpoint, RichProgress())
@@ -57,14 +59,16 @@ def verify(bundle: Path | None, against: Path | None, adapter: Path | None, as_j
     if as_json:
         parity = {provider: parity.model_dump() for provider, parity in found.parity.items()}
         fields = {"bundle": str(bundle), "against": str(against), "weights": found.weights}
-        print_json(fields | {"weights_off": found.weights_off, "parity": parity, "seconds": round(seconds, 2)})
+        fields |= {"weights_off": found.weights_off, "parity": parity, "seconds": round(seconds, 2)}
+        print_json(fields | {"next": after_bundle(opened, verified=True)})
         return
     rows = [
         (provider, read, f"{parity.logits[read]:.1e}", f"{parity.caches[read]:.1e}", f"{parity.tolerance:.0e}")
         for provider, parity in found.parity.items()
         for read in parity.logits
     ]
-    print_table(f"{bundle}: is {against}", ("provider", "read", "logits", "caches", "allowed"), rows)
+    print_table(f"Verified: {bundle} matches {against}", ("provider", "read", "logits", "caches", "allowed"), rows)
     greedy = ", ".join(f"{parity.greedy_tokens_equal} ({provider})" for provider, parity in found.parity.items())
     tokens = next(iter(found.parity.values())).tokens
     say(f"{found.weights} weights equal, {tokens:,} tokens compared, greedy tokens equal: {greedy}; {seconds:.1f} s")
+    next_step(after_bundle(opened, verified=True))

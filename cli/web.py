@@ -1,30 +1,33 @@
 """`slm web`."""
 
+import shlex
 import sys
 from pathlib import Path
 
 import click
 
+from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
-from slm.cli.generate import default_model
-from slm.cli.options import Artifact, json_option
+from slm.cli.following import next_step
+from slm.cli.options import REPLACING, Artifact, json_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
 
-@click.command()
+@click.command(epilog=REPLACING)
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write the site there instead of serving it."
 )
-@click.option("--name", help="What the page calls the model. [default: its directory's name]")
+@click.option("--name", help="What the page calls the model. [default: RUN/BUNDLE]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @json_option
 def web(model: Path | None, out: Path | None, name: str | None, host: str, port: int, as_json: bool) -> None:
     """Serve a page, or write one, that runs a bundle in the browser: nothing typed leaves it.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. The page works without a network once
+    Without MODEL, the newest bundle under ./runs, or the small model that ships where there is none.
+    The page works without a network once
     it was opened. What --out writes is served by any host of static files; `_headers` says which headers let it use threads.
 
     \b
@@ -32,16 +35,21 @@ def web(model: Path | None, out: Path | None, name: str | None, host: str, port:
       slm web runs/tiny/onnx-int8 --out site
     """
     from slm.web.server import SiteServer
-    from slm.web.site import local_site
+    from slm.web.site import check_site_output, local_site
 
-    path = model or default_model()
+    if out is not None:
+        check_site_output(out)
+    path = model or default_model(bundle=True)
     site = local_site(Bundle.open(path), name or _name(path))
     found = {"model": str(path), "version": site.version, "files": len(site.files), "bytes": site.size}
     if out is not None:
         site.write(out)
         say(f"{out}: {len(site.files)} files, {site.size / 1e6:.1f} MB")
+        following = shlex.join(["python3", "-m", "http.server", "--directory", str(out)])
         if as_json:
-            print_json({"out": str(out)} | found)
+            print_json({"out": str(out)} | found | {"next": following})
+        else:
+            next_step(following)
         return
     try:
         server = SiteServer(site, host, port)
@@ -62,7 +70,8 @@ def web(model: Path | None, out: Path | None, name: str | None, host: str, port:
 
 
 def _name(path: Path) -> str:
-    """Returns what to call a model that has no name: its directory's, for the one that ships a word of its own."""
+    """Returns what to call a model that has no name: its run's and its own, for the one that ships a word."""
+    from slm.core.names import short_name
     from slm.runtime import shipped
 
-    return "stories" if path == shipped.model_path() else path.resolve().name
+    return "stories" if path == shipped.model_path() else short_name(path)

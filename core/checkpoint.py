@@ -1,7 +1,9 @@
 """What a checkpoint is on disk, read and written without PyTorch: a Hugging Face directory plus `slm.json`."""
 
 import json
+import os
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ CHECKPOINT_FILES = frozenset(
 )
 
 Shapes = Mapping[str, Shape]
+
+
+def now() -> str:
+    """Returns the time of making that an artifact records, in UTC; that of SOURCE_DATE_EPOCH where builds must be the same."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch.isascii() and epoch.isdigit() else datetime.now(UTC)
+    return moment.isoformat(timespec="microseconds")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -118,7 +127,7 @@ def write_checkpoint(
     documents = {
         CONFIG_FILE: config.to_hf(dtype),
         GENERATION_CONFIG_FILE: dict(generation or {}) | tokens,
-        INFO_FILE: info,
+        INFO_FILE: {**info, "created": now()},
     }
     with atomic_directory(path, CHECKPOINT_FILES) as directory:
         save_file(dict(tensors), directory / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -22,6 +22,10 @@ ATTENTION_MASK = "attention_mask"
 LOGITS_TO_KEEP = "num_logits_to_keep"
 LOGITS = "logits"
 
+# The longest context that a bundle gets by default, and that commands count with: the file does not grow with it, but programs
+# like onnxruntime-genai make caches as long unless they are told otherwise.
+DEFAULT_CONTEXT = 4096
+
 # Positions of a sliding cache beyond its window: the CPU kernel moves the window up once every SLACK + 1 steps instead of
 # at every step (16 measured best by onnxruntime-genai).
 CACHE_SLACK = 16

@@ -64,7 +64,7 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
                 _to_disk(path)
             replace_directory(partial, target)
         except Exception as error:
-            _complain_of_full_disk(error)
+            _complain_of_full_disk(error, target)
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -200,16 +200,18 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _complain_of_full_disk(error: Exception) -> None:
+def _complain_of_full_disk(error: Exception, target: Path) -> None:
     """Raises what the system says of a full disk in place of an error that only quotes it, as safetensors' does.
 
     Numpy and onnxruntime say how much they could not write, and not why; there is no other reason that is met.
     """
     if getattr(error, "errno", None) is None and _SHORT_WRITE.search(str(error)):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error.filename, error.filename2 = str(target), None  # not the hidden one beside it
     for number in (errno.ENOSPC, errno.EDQUOT):
         if not isinstance(error, OSError) and f"(os error {number})" in str(error):
-            raise OSError(number, os.strerror(number)) from error
+            raise OSError(number, os.strerror(number), str(target)) from error
 
 
 def _give_usual_modes(directory: Path) -> None:
@@ -301,7 +303,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             partial.replace(target)
             _to_disk(target.parent)
         except Exception as error:
-            _complain_of_full_disk(error)
+            _complain_of_full_disk(error, target)
             raise
         finally:
             partial.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slm.core.checkpoint import CONFIG_FILE
+from slm.core.checkpoint import CONFIG_FILE, now
 from slm.core.config import ModelConfig, first_mistake
 from slm.core.contract import (
     CacheLayer,
@@ -157,6 +157,7 @@ class Manifest(_Record):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     slm_version: str
+    created: str | None = None
     model: str
     precision: Precision
     target: Target = "fused"
@@ -294,7 +295,7 @@ def seal(directory: Path, manifest: Manifest) -> Bundle:
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file.name != MANIFEST_FILE
     }
-    return amend(directory, manifest.model_copy(update={"files": entries}))
+    return amend(directory, manifest.model_copy(update={"files": entries, "created": now()}))
 
 
 def amend(directory: Path, manifest: Manifest) -> Bundle:

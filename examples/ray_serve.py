@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve import Application
 
 import slm
-from slm.cli.generate import default_model
+from slm.cli.choosing import default_model
 from slm.runtime.decoder import OnnxDecoder
 from slm.serve.app import make_app
 from slm.serve.engine import Engine
@@ -30,7 +30,7 @@ def app(settings: dict[str, Any]) -> Application:
         settings: All optional: "model", a bundle; "name", what requests call it; "replicas"; "slots" and "queue" of each
             replica; "threads" of each, which are also the processor cores that Ray keeps for it.
     """
-    path = Path(settings.get("model") or default_model()).resolve()
+    path = Path(settings.get("model") or default_model(bundle=True)).resolve()
     slots, queue, threads = (
         int(settings.get(key, value)) for key, value in (("slots", 8), ("queue", 64), ("threads", 1))
     )

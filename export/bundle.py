@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.core.checkpoint import GENERATION_CONFIG_FILE, INFO_FILE, notices_of, read_config, read_info
-from slm.core.contract import Device, Target, input_specs, output_specs, slot_specs
+from slm.core.contract import DEFAULT_CONTEXT, Device, Target, input_specs, output_specs, slot_specs
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
@@ -28,10 +28,6 @@ from slm.export.graph import (
     save_graph,
 )
 from slm.version import __version__
-
-# The file does not grow with the context, but programs like onnxruntime-genai make caches as long unless they are told
-# otherwise, so a bundle carries no more than most uses want.
-DEFAULT_CONTEXT = 4096
 
 
 def export_bundle(

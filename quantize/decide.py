@@ -19,6 +19,7 @@ from slm.export.graph import graph_tensors
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
 from slm.quantize.cache import cache_steps
+from slm.quantize.defaults import MAX_KL_NATS
 from slm.quantize.lab import Lab
 from slm.quantize.linears import Linear, linears_of
 from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of
@@ -30,8 +31,6 @@ from slm.quantize.statistics import root_mean_squares
 from slm.quantize.write import ACCURACY_LEVEL, Contents, tried
 from slm.runtime.decoder import OnnxDecoder
 
-# How much text settings are chosen by: GPTQ wants more than it takes to tell how large activations are.
-CALIBRATION_TOKENS = {"int8": 1024, "int4": 8192}
 # How many rows of it, cut off at so many tokens, it takes to tell what smoothing does, each layer, and several together.
 _SMOOTHING_ROWS, _SENSITIVITY_ROWS, _TOGETHER_ROWS, _ROW_TOKENS = 1, 2, 4, 256
 # What INT4 is to move the predictions by at most, nats, as the layers' harms add up; measured afterwards it is more
@@ -61,8 +60,7 @@ class Gate:
         return None
 
 
-# Nats. INT8 moves models by 0.001 to 0.01, INT4 by 0.02 to 0.15 (docs/quantization.md).
-GATES = {"int8": Gate(0.02), "int4": Gate(0.15)}
+GATES = {precision: Gate(nats) for precision, nats in MAX_KL_NATS.items()}
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
 from slm.core.manifest import Bundle, Quality, seal, sealed_files
+from slm.core.names import short_name
 from slm.core.progress import Progress, Silent
 from slm.export.graph import float_tensors, graph_tensors, released
-from slm.quantize.decide import CALIBRATION_TOKENS, GATES, Recipe, Settings, decide
+from slm.quantize.decide import GATES, Recipe, Settings, decide
+from slm.quantize.defaults import CALIBRATION_TOKENS
 from slm.quantize.linears import linears_of
 from slm.quantize.quality import Change, Divergence, Opened, Speeds, Text, calibration_text, divergence, measure, speeds
 from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report
@@ -110,7 +112,7 @@ def _report(
     before = recipe.smoothing.apply(graph_tensors(source.model_path))
     after = float_tensors(made.model_path, recipe.schemes)
     return Report(
-        source=source.path.name,
+        source=short_name(source.path),
         settings=settings.words() | recipe.words(),
         bytes_before=model_bytes(source),
         bytes_after=model_bytes(made),

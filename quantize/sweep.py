@@ -10,6 +10,7 @@ from typing import Any
 from slm.core.errors import SlmError
 from slm.core.files import check_replaceable, read_json, write_text
 from slm.core.manifest import Bundle
+from slm.core.names import short_name
 from slm.core.progress import Progress
 from slm.export.graph import released
 from slm.quantize.decide import Settings, decide
@@ -111,7 +112,9 @@ def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, T
     """
     check_source(source, Settings())
     check_replaceable(out.resolve(), {SWEEP_FILE, SWEEP_PAGE})
-    sweep = Sweep(source.path.name, model_bytes(source), text.name, text.rows.size, _key(source, text, calibration))
+    sweep = Sweep(
+        short_name(source.path), model_bytes(source), text.name, text.rows.size, _key(source, text, calibration)
+    )
     earlier = _earlier(out / SWEEP_FILE, sweep.key)
     if earlier:
         progress.note(f"{len(earlier)} of {len(TRIALS)} were tried before, and are kept: {out / SWEEP_FILE}")

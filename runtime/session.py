@@ -6,6 +6,7 @@ from typing import Literal
 import onnxruntime as ort
 
 from slm.core.errors import SlmError
+from slm.core.install import install_hint
 from slm.core.machine import usable_cores
 from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.runtime.hugepages import use_huge_pages
@@ -55,7 +56,7 @@ def open_session(
     if device not in available_devices():
         raise SlmError(
             "onnxruntime here has no CUDA provider",
-            "pip uninstall onnxruntime, then pip install 'slm-edge[cuda]'; or --device cpu",
+            f"pip uninstall onnxruntime, then {install_hint('cuda')}; or --device cpu",
         )
     options = session_options(threads)
     if not optimize:

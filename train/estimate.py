@@ -140,13 +140,6 @@ def training_flops(recipe: Recipe, config: ModelConfig) -> float:
     return forward * (_PASSES_ANEW if recipe.machine.gradient_checkpointing else _PASSES)
 
 
-def estimate_seconds(recipe: Recipe) -> float:
-    """Estimates the seconds of a run on the CPU; see `estimate`."""
-    config, cpu = recipe.model.config(), torch.device("cpu")
-    precision = choose_precision(recipe.machine.precision, capability(cpu), config.hidden_size)
-    return _timed_seconds(recipe, config, precision, cpu)
-
-
 def _timed_seconds(recipe: Recipe, config: ModelConfig, precision: Precision, device: torch.device) -> float:
     """Times a model of one layer, forward and backward, and a layer alone; updates and evaluations come on top."""
     one = config.model_copy(update={"num_hidden_layers": 1, "layer_types": config.layer_types[:1]})

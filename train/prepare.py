@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slm.core.chat import tokenizer_config
+from slm.core.checkpoint import CHECKPOINT_FILES
 from slm.core.errors import SlmError
 from slm.core.files import at_work, atomic_directory, write_text
 from slm.core.machine import usable_cores
@@ -36,9 +37,13 @@ _UNSAVED = re.compile(
     r"config\.yaml|metrics\.jsonl|loss\.png|checkpoint|data|tensorboard|tensorboard/events\.out\.tfevents\.[^/]+"
     rf"|data/(dataset|tokenizer|tokenizer_config)\.json|data/(train|validation)\.bin|{_PARTIAL}"
 )
+# What it leaves once it has saved.
+_SAVED = re.compile(
+    rf"trainer(/[\w.]+)?|checkpoint/(best|last|update-\d+)(/({'|'.join(map(re.escape, sorted(CHECKPOINT_FILES)))}))?"
+)
 
 
-def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
+def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = False) -> None:
     """Makes a run directory that is ready to train in, or none.
 
     Text becomes a dataset in the run; a dataset that `slm data prepare` made stays where it is and is referred to.
@@ -47,25 +52,26 @@ def prepare(recipe: Recipe, run: Path, progress: Progress) -> None:
         recipe: Names data and tokenizer; saved with the paths made absolute.
         run: The directory to make; an empty one will do, and one that a run left which saved nothing.
         progress: Is told how it goes.
+        overwrite: Whether another run there may be replaced; it is kept where the preparation fails.
 
     Raises:
         SlmError: When the directory is taken, the data cannot be read or is too short, or the tokenizer cannot be had.
     """
-    check_free(run)
+    check_free(run, overwrite=overwrite)
     dataset = prepared_dataset(recipe)
     if dataset is not None:
         progress.note(
             f"data: {recipe.data.train[0]}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
             f"{dataset.manifest.validation.tokens:,} to measure on"
         )
-        with _new_directory(run, progress):
+        with _new_directory(run, progress, overwrite):
             _refer(dataset, run)
             _write_recipe(recipe, dataset.manifest, run)
         return
     corpus = open_corpus(recipe.data.train, recipe.data.validation)
     progress.note(f"data: {corpus.about}")
     tokenizer = _tokenizer(recipe, corpus)
-    with _new_directory(run, progress):
+    with _new_directory(run, progress, overwrite):
         with atomic_directory(run / DATA, ()) as directory:
             workers = min(usable_cores(), _MOST_WORKERS)
             manifest = write_dataset(directory, corpus, tokenizer, progress, workers=workers)
@@ -155,8 +161,12 @@ def check_lengths(recipe: Recipe, train_tokens: int, validation_tokens: int) -> 
             )
 
 
-def check_free(run: Path) -> None:
+def check_free(run: Path, *, overwrite: bool = False) -> None:
     """Makes sure that a new run may have a directory: there is none, or it is empty, or a run left it that saved nothing.
+
+    Args:
+        run: The directory.
+        overwrite: Whether a run there, and nothing else, may be replaced.
 
     Raises:
         SlmError: When it is a file, holds a run that can be gone on with or anything that is not slm's, or when another
@@ -166,17 +176,32 @@ def check_free(run: Path) -> None:
         raise SlmError(f"not a directory: {run}", "name another with --out")
     if run.is_dir():
         with held(run) as alone:
-            _check_contents(run, alone)
+            _check_contents(run, alone, overwrite)
 
 
-def _check_contents(run: Path, alone: bool) -> None:
+def _check_contents(run: Path, alone: bool, overwrite: bool) -> None:
     if not any(run.iterdir()) or (alone and _is_unsaved(run)):
         return
+    if overwrite:
+        foreign = _foreign(run)
+        if foreign is None:
+            return
+        raise SlmError(f"{run} holds something that is not of its training: {foreign}", "name another with --out")
     goes_on = f"slm train --resume --out {run} goes on with the run that is there; or "
+    replaces = "--overwrite replaces it; or " if _foreign(run) is None else ""
     raise SlmError(
         f"the run directory is not empty: {run}",
-        f"{goes_on if (run / CONFIG).is_file() else ''}name another with --out",
+        f"{goes_on + replaces if (run / CONFIG).is_file() else ''}name another with --out",
     )
+
+
+def _foreign(run: Path) -> str | None:
+    """Returns something in a directory that no training run writes; None where there is nothing of the kind."""
+    for path in run.rglob("*"):
+        name = path.relative_to(run).as_posix()
+        if not (_UNSAVED.fullmatch(name) or _SAVED.fullmatch(name)) or path.is_symlink():
+            return name
+    return None if (run / CONFIG).is_file() else CONFIG
 
 
 def _is_unsaved(run: Path) -> bool:
@@ -213,23 +238,39 @@ def held(run: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _new_directory(run: Path, progress: Progress) -> Iterator[None]:
-    """Makes the directory, empty, and removes what the block made of it and the ones above it unless the block ends well."""
+def _new_directory(run: Path, progress: Progress, overwrite: bool) -> Iterator[None]:
+    """Makes the directory, empty, and removes what the block made of it and the ones above it unless the block ends well.
+
+    A run that is to be replaced is put aside meanwhile, and put back where the block fails.
+    """
     made = next((parent for parent in (*reversed(run.parents), run) if not parent.exists()), None)
     run.mkdir(parents=True, exist_ok=True)
     with held(run) as alone:
-        _check_contents(run, alone)
+        _check_contents(run, alone, overwrite)
+        aside = run.parent / f".{run.name}.replaced-{os.getpid()}"
         try:
-            if any(run.iterdir()):
+            if _is_unsaved(run) and any(run.iterdir()):
                 progress.note(f"the run that was begun in {run} saved nothing: starting anew there")
                 _clear(run)
+            elif any(run.iterdir()):
+                aside.mkdir()
+                _move(run, aside)
             yield
+            shutil.rmtree(aside, ignore_errors=True)
         except BaseException:
             if made is None:
                 _clear(run)
+                if aside.is_dir():
+                    _move(aside, run)
+                    aside.rmdir()
             else:
                 shutil.rmtree(made, ignore_errors=True)
             raise
+
+
+def _move(directory: Path, other: Path) -> None:
+    for path in list(directory.iterdir()):
+        path.rename(other / path.name)
 
 
 def _clear(directory: Path) -> None:

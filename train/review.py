@@ -1,21 +1,26 @@
 """A second look at a recipe: settings that contradict each other, or that something else makes ineffective."""
 
+from collections.abc import Iterator
+
 from slm.core.config import FULL, SLIDING
-from slm.train.recipe import Recipe
+from slm.train.recipe import Recipe, load_recipe, recipe_names
 from slm.train.sections import Section
 
 # Up to 4 passes over a text are worth about as much as new text, and what a further one adds fades; beyond about this many it
 # is little (arXiv:2305.16264). `tiny` on its sample, in 15 passes, is best after 13.
 _PASSES = 16
+# A run of one pass is rounded to whole updates.
+_WHOLE = 0.99
 
 
-def review(recipe: Recipe, passes: float | None = None, processes: int = 1) -> list[str]:
+def review(recipe: Recipe, passes: float | None = None, processes: int = 1, text_bytes: int | None = None) -> list[str]:
     """Returns what is odd about a recipe, a sentence each.
 
     Args:
         recipe: With its length in micro-steps.
         passes: How often the run goes through the training text, where that is known.
         processes: How many share the work.
+        text_bytes: Size of the training text, where that is known.
     """
     return [
         *_schedule(recipe),
@@ -23,6 +28,7 @@ def review(recipe: Recipe, passes: float | None = None, processes: int = 1) -> l
         *_measuring(recipe),
         *_ineffective(recipe, processes),
         *_memorizing(recipe, passes),
+        *_unread(recipe, passes, text_bytes),
     ]
 
 
@@ -108,3 +114,29 @@ def _memorizing(recipe: Recipe, passes: float | None) -> list[str]:
         f"the run goes through the training text {passes:.1f} times, and beyond about {_PASSES} it is mostly learned by heart: "
         "--set regularization.dropout=0.1 or evaluation.patience=3 helps, more text helps more"
     ]
+
+
+def _unread(recipe: Recipe, passes: float | None, text_bytes: int | None) -> list[str]:
+    """Says so when the run ends before it has read the training text once, and names what would read all of it."""
+    if passes is None or passes >= _WHOLE:
+        return []
+    read = f"{passes:.0%}" if text_bytes is None else f"{passes * text_bytes / 1e6:,.1f} of {text_bytes / 1e6:,.1f} MB"
+    text_tokens = round(recipe.updates * recipe.batch.accumulation * recipe.tokens_per_micro_step / passes)
+    updates = recipe.updates / passes
+    ways = [
+        f"--set schedule.epochs=1 reads all of it once, in about {updates:,.0f} updates instead of {recipe.updates:,}"
+    ]
+    other = min(_reading_all(recipe, text_tokens), key=lambda each: each.model.config().parameter_count(), default=None)
+    if other is not None:
+        ways.append(
+            f"so does --recipe {other.name}, with {other.model.config().parameter_count() / 1e6:,.1f} M parameters"
+        )
+    return [f"the run reads {read} of the training text: {'; '.join(ways)}"]
+
+
+def _reading_all(recipe: Recipe, text_tokens: int) -> Iterator[Recipe]:
+    """Yields the other recipes that ship with slm and read so many tokens at least once."""
+    for name in recipe_names():
+        other = load_recipe(name).for_tokens(text_tokens)
+        if name != recipe.name and other.micro_steps * other.tokens_per_micro_step >= _WHOLE * text_tokens:
+            yield other

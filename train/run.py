@@ -47,6 +47,7 @@ class TrainResult:
         micro_steps: Done, of the whole run unless it stopped early.
         updates: Done.
         tokens: Learned from.
+        passes: Passes over the training text; below 1 where only a part of it was read.
         tokens_s: Tokens over the seconds of training, evaluations included.
         elapsed_s: Those seconds, of a resumed run all of them.
         peak_rss_mib: Most memory that the process had resident.
@@ -63,6 +64,7 @@ class TrainResult:
     micro_steps: int
     updates: int
     tokens: int
+    passes: float
     tokens_s: float
     elapsed_s: float
     peak_rss_mib: float
@@ -70,7 +72,12 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe, out: Path, progress: Progress | None = None, processes: Processes | None = None
+    recipe: Recipe,
+    out: Path,
+    progress: Progress | None = None,
+    processes: Processes | None = None,
+    *,
+    overwrite: bool = False,
 ) -> TrainResult:
     """Trains a model from scratch.
 
@@ -79,6 +86,7 @@ def train(
         out: The run directory to make; nothing is left of it when the preparation fails.
         progress: Is told how it goes.
         processes: Those that torchrun started; None joins them, if any, for as long as it takes.
+        overwrite: Whether another run in the directory may be replaced.
 
     Raises:
         SlmError: When data, tokenizer or directory will not do, or the loss is no longer finite.
@@ -86,7 +94,7 @@ def train(
     with nullcontext(processes) if processes else joined() as together:
         check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work, not after it
         heard = (progress if together.rank == 0 else None) or Silent()
-        by_first(together, lambda: prepare(recipe, out, heard))
+        by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite))
         return _go(out, together, heard)
 
 
@@ -254,7 +262,8 @@ class _Run:
             f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
-        for sentence in review(recipe, tokens / stream, self.processes.size):
+        text_bytes = self.dataset.train.header.text_bytes
+        for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):
             note(f"warning: {sentence}")
         if self.counters.micro_steps:
             note(f"going on after {self.counters.micro_steps:,} micro-steps")
@@ -273,6 +282,7 @@ class _Run:
             micro_steps=micro_steps,
             updates=micro_steps // self._accumulation,
             tokens=tokens,
+            passes=tokens / len(self.dataset.train.ids),
             tokens_s=tokens / elapsed_s,
             elapsed_s=elapsed_s,
             peak_rss_mib=peak_rss_mib(),

@@ -19,6 +19,7 @@ from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, read_json, read_text, sha256_file
 from slm.core.licence import NOTICE_FILE
 from slm.core.manifest import MANIFEST_FILE, Bundle, FileEntry
+from slm.core.outputs import check_output
 from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.version import __version__
 from slm.web.npm import HOME, packages, vendored
@@ -273,6 +274,15 @@ def _integrities(hashes: Mapping[str, str]) -> dict[str, str]:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def check_site_output(out: Path) -> None:
+    """Makes sure that a site can be written to a directory: nothing else is there.
+
+    Raises:
+        SlmError: When the place cannot be written to, or something else stands there.
+    """
+    check_output(out, _ours(out.resolve()))
 
 
 def _ours(out: Path) -> set[str]:

@@ -8,6 +8,8 @@ from slm.core.weights import EMBEDDING, HEAD
 ARCHITECTURE = "gemma3"
 # Where slm keeps licence notices, one by one; other programs show general.license and general.description.
 NOTICES_KEY = "slm.notices"
+# Which slm wrote a file: by it a file that may be replaced is told from other people's.
+VERSION_KEY = "slm.version"
 
 _MODEL = {"token_embd": EMBEDDING, "output_norm": "model.norm.weight", "output": HEAD}
 _LAYER = {

@@ -12,15 +12,27 @@ from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file
 from slm.core.licence import GEMMA_TERMS, Notices, is_gemma, modified
+from slm.core.outputs import check_writable
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Array, Weights
-from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, is_norm, is_query_norm, query_scalar, tensor_names
+from slm.interchange.gguf.names import (
+    ARCHITECTURE,
+    NOTICES_KEY,
+    VERSION_KEY,
+    is_norm,
+    is_query_norm,
+    query_scalar,
+    tensor_names,
+)
 from slm.interchange.gguf.read import GgufModel, decimal, is_gguf
 from slm.interchange.gguf.tokenizer import to_gguf
+from slm.version import __version__
 
 GgufType = Literal["f32", "f16", "q8_0"]
 
+# Within so many bytes a file says which slm wrote it.
+_HEAD = 4096
 # Q8_0 rounds blocks of 32 to 127 steps of their largest value; the step itself is kept in half precision.
 _Q8_BLOCK = 32
 _Q8_ERROR = 0.5 / 127 + 2**-11
@@ -60,8 +72,7 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
             the configuration or the tokenizer, or the file that was written does not hold what the checkpoint holds.
     """
     progress = progress or Silent()
-    if path.exists() and not is_gguf(path):  # a link to a GGUF file is replaced, not what it leads to
-        raise SlmError(f"{path} exists and is not a GGUF file", "name another --out")
+    check_gguf_output(path)
     config = read_config(checkpoint)
     notices = modified(notices_of(checkpoint), f"converted to GGUF ({kind.upper()})")
     source = _Source(config, Weights(checkpoint), Tokenizer.load(checkpoint), path.stem, notices)
@@ -76,6 +87,24 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
         largest = _compare(written, source, progress)
         size = partial.stat().st_size
     return Written(path, size, written.types, largest)
+
+
+def check_gguf_output(path: Path) -> None:
+    """Makes sure that a GGUF file can be written: nothing is there, or one that slm wrote.
+
+    Of a link to such a file the link is replaced, not what it leads to.
+
+    Raises:
+        SlmError: When the place cannot be written to, or another file stands there.
+    """
+    check_writable(path)
+    if not path.exists():
+        return
+    if not is_gguf(path):
+        raise SlmError(f"{path} exists and is not a GGUF file", "name another --out")
+    with path.open("rb") as file:
+        if VERSION_KEY.encode() not in file.read(_HEAD):
+            raise SlmError(f"{path} exists and slm did not write it", "name another --out")
 
 
 @dataclass(frozen=True)
@@ -113,6 +142,7 @@ def _write(path: Path, source: _Source, kind: GgufType, progress: Progress) -> N
     writer = GGUFWriter(path, ARCHITECTURE)
     writer.add_type("model")
     writer.add_name(source.name)
+    writer.add_string(VERSION_KEY, __version__)
     writer.add_file_type(file_types[kind])
     writer.add_quantization_version(2)
     if source.notices:

@@ -115,7 +115,7 @@ def test_rows_of_a_checkpoint_begin_where_the_prompt_ends(shared_checkpoint: Pat
 def test_the_tables(slm: Slm, quick: None, exported: Path) -> None:
     result = slm("bench", *QUICK)
     assert result.code == 0, result.err
-    assert "no MODEL named: the newest bundle under ./runs" in result.err
+    assert "(newest bundle)." in result.err
     for said in ("prefill tok/s", "decode tok/s", "of memory's speed", "GB/s read", "100 MiB at most", "files"):
         assert said in result.out
 

@@ -30,11 +30,11 @@ def exported(run: Path, shared_bundle: Bundle) -> Path:
 def test_each_step_finds_the_one_before(slm: Slm, run: Path) -> None:
     result = slm("export", "--onnx")
     assert result.code == 0, result.err
-    assert "no CHECKPOINT named: the newest, runs/tiny/checkpoint/best" in result.err
+    assert "Using runs/tiny/checkpoint/best (newest checkpoint)." in result.err
     assert "runs/tiny/onnx: equal to PyTorch" in result.out
     result = slm("quantize", "--int8", "--tokens", "200", "--max-kl", "1")
     assert result.code == 0, result.err
-    assert "the newest, runs/tiny/onnx" in result.err and "int8 in blocks of 64" in result.out
+    assert "Using runs/tiny/onnx (newest float32 bundle)." in result.err and "int8 in blocks of 64" in result.out
     result = slm("generate", "-p", "Once", "--max-new-tokens", "5", "--greedy")
     assert result.code == 0, result.err
     assert "runs/tiny/onnx-int8: onnxruntime" in result.err and result.out.startswith("Once")

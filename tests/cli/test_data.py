@@ -142,7 +142,7 @@ def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:
         (["--streaming"], 2, "error: --streaming is for Hugging Face datasets"),
         (["--workers", "0"], 2, "error: Invalid value for '--workers'"),
         (["--out", "train.txt"], 1, "train.txt exists and is not a directory"),
-        (["--out", "train.txt/below"], 1, "error: Not a directory"),
+        (["--out", "train.txt/below"], 1, "error: cannot write train.txt/below: "),
         (["--out", "done"], 1, "error: there is a prepared dataset already"),
         (["--out", "taken"], 1, "taken exists and holds something else: mine"),
     ],

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from slm.cli import probes
+from slm.cli.console import STDOUT
 from slm.cli.probes import Provider
+from slm.core.install import install_hint
 from slm.core.machine import Memory
 
 Slm = Callable[..., Any]
@@ -73,16 +75,23 @@ def test_the_report_is_one_complete_object(slm: Slm) -> None:
         assert found.keys() == {"name", "value", "advice", "level"} and found["level"] in ("ok", "note", "problem")
 
 
+MISSING = {"peft": "train", "gguf": "convert", "transformers": "dev"}
+
+
 def test_advice_stands_beside_what_was_found(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     versions(monkeypatch, peft=None, gguf=None, transformers=None)
+    monkeypatch.setattr(STDOUT, "width", 400)
     result = slm("doctor")
-    assert result.code == 0 and result.err == ""
+    assert result.code == 0
     cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in result.out.splitlines() if "│" in line]
     rows = {name: (value, advice) for name, value, advice in cells}
-    assert rows["peft"] == ("missing", "pip install 'slm-edge[train]'")
-    assert rows["gguf"] == ("missing", "pip install 'slm-edge[convert]'")
-    assert rows["transformers"] == ("missing", "pip install 'slm-edge[dev]'")
-    assert rows["tiktoken"] == ("1.0", "")
+    missing = {value: advice for name, value, advice in cells if name == "missing packages"}
+    assert missing == {name: install_hint(extra) for name, extra in MISSING.items()}
+    assert "tiktoken 1.0" in rows["packages"][0]
+    assert (
+        result.err
+        == "Verdict: ready for answering; importing and quantizing needs gguf; training and exporting needs peft.\n"
+    )
 
 
 def test_the_two_onnxruntimes_conflict(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
@@ -98,7 +107,10 @@ def test_no_onnxruntime_at_all(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> Non
     without(monkeypatch, "onnxruntime")
     report = json.loads(slm("doctor", "--json").out)
     assert report["providers"] == {}
-    assert report["problems"] == ["no onnxruntime: pip install 'slm-edge[cpu]' or 'slm-edge[cuda]'"]
+    assert report["problems"] == [
+        f"no onnxruntime: {install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
+    ]
+    assert slm("doctor").err.endswith("Verdict: 1 problem to solve first, listed above.\n")
 
 
 def test_what_the_base_installation_brings_is_a_problem_when_missing(
@@ -106,7 +118,7 @@ def test_what_the_base_installation_brings_is_a_problem_when_missing(
 ) -> None:
     versions(monkeypatch, jinja2=None)
     report = json.loads(slm("doctor", "--json").out)
-    assert report["problems"] == ["jinja2 is missing: pip install slm-edge"]
+    assert report["problems"] == [f"jinja2 is missing: {install_hint()}"]
     assert report["findings"][0]["name"] == "jinja2"  # problems come first
 
 

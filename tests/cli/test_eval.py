@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from slm.core.install import install_hint
 from slm.core.manifest import Bundle
 from slm.core.sample import validation_path
 
@@ -55,7 +56,7 @@ def test_the_report(slm: Slm, exported: Path) -> None:
 def test_the_table(slm: Slm, exported: Path) -> None:
     result = slm("eval", "--data", "two.txt")
     assert result.code == 0
-    assert "no MODEL named: the newest bundle under ./runs" in result.err
+    assert "Using runs/tiny/onnx (newest bundle)." in result.err
     for said in ("nats a token", "perplexity", "bits per byte", "2 of them ends of text", "tokens/s"):
         assert said in result.out
     windows = slm("eval", "--data", "two.txt", "--protocol", "windows", "--context", "8")
@@ -70,7 +71,7 @@ def test_a_checkpoint_and_its_bundle_agree(slm: Slm, exported: Path) -> None:
 
 def test_without_anything_the_shipped_model_and_stories(slm: Slm) -> None:
     result = slm("eval", "--tokens", "300", "--threads", "1", "--json")
-    assert "the small model that ships with slm" in result.err
+    assert "Using the bundled demo model (no model in ./runs)." in result.err
     assert "text: the held-out stories that ship with slm" in result.err
     figures = json.loads(result.out)
     assert figures["data"] == "the held-out stories that ship with slm" and figures["tokens"] == 300
@@ -177,8 +178,7 @@ def test_wrong_usage(slm: Slm, options: tuple[str, ...], said: str) -> None:
         (("--data", "latin.txt"), "error: latin.txt: is not UTF-8 text"),
         (("--data", "later.txt"), "error: later.txt, after line 1: is not UTF-8 text"),
         (("--data", "dataset"), "a prepared dataset is no text: dataset"),
-        (("runs/tiny",), "name what it holds: runs/tiny/checkpoint/best, runs/tiny/onnx"),
-        (("runs/tiny/checkpoint",), "name what it holds: runs/tiny/checkpoint/best"),
+        (("runs/tinny",), "did you mean tiny?"),
         (("--data", "rows.jsonl"), 'rows.jsonl, line 1: is not a row with a "text"'),
         (("--data", "two.txt", "--context", "257"), "the model takes 256 tokens, not 257"),
         (("--data", "two.txt", "--context", "20", "--stride", "21"), "a stride of 21 does not fit a context of 20"),
@@ -202,7 +202,7 @@ def test_tasks_without_the_harness(slm: Slm) -> None:
         pytest.skip("lm_eval is installed here")
     result = slm("eval", "--tasks", "hellaswag")
     assert result.code == 1 and result.err == (
-        "error: --tasks needs lm-evaluation-harness, which is not installed\nhint: pip install 'slm-edge[eval]'\n"
+        f"error: --tasks needs lm-evaluation-harness, which is not installed\nhint: {install_hint('eval')}\n"
     )
 
 

@@ -35,7 +35,7 @@ def files() -> list[str]:
 def test_the_newest_checkpoint_gets_an_adapter_beside_it(slm: Slm, run: Path) -> None:
     result = slm("finetune", "--lora", "pairs.jsonl", *QUICK)
     assert result.code == 0, result.err
-    assert "no --base named: the newest, runs/tiny/checkpoint/best" in result.err
+    assert "Using runs/tiny/checkpoint/best (newest checkpoint)." in result.err
     assert "row 1, read only: <|endoftext|>|<start_of_turn>|" in result.err
     assert "<end_of_turn>|<|endoftext|>" in result.err
     assert "adapter runs/tiny/adapters/pairs" in result.out and "nats a token on the training rows" in result.out
@@ -104,13 +104,12 @@ def test_bad_data_is_one_error_and_leaves_nothing(slm: Slm, run: Path, content: 
     assert files() == before
 
 
-@pytest.mark.parametrize("base", ["none", "runs/tiny", "pairs.jsonl"])
+@pytest.mark.parametrize("base", ["none", "pairs.jsonl"])
 def test_a_wrong_base_is_refused(slm: Slm, run: Path, base: str) -> None:
     before = files()
     result = slm("finetune", "--lora", "pairs.jsonl", "--base", base)
     assert result.code == 1
     assert f"error: {'not found' if base == 'none' else 'not a checkpoint'}: {base}" in result.err
-    assert ("hint: name what it holds: runs/tiny/checkpoint/best\n" in result.err) is (base == "runs/tiny")
     assert files() == before
 
 
@@ -174,7 +173,7 @@ def test_in_full_there_is_another_checkpoint(slm: Slm, run: Path) -> None:
     result = slm("finetune", "--full", "pairs.jsonl", "--epochs", "1", "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)["checkpoint"] == "runs/tiny-pairs/checkpoint/best"
-    assert "no --base named: the newest, runs/tiny/checkpoint/best" in result.err
+    assert "Using runs/tiny/checkpoint/best (newest checkpoint)." in result.err
     again = slm("finetune", "--lora", "pairs.jsonl", *QUICK)  # the newest is that one now
     assert "adapter runs/tiny-pairs/adapters/pairs" in again.out
 

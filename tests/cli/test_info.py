@@ -64,29 +64,36 @@ def test_another_vocabulary(slm: Slm, shared_checkpoint: Path) -> None:
     assert result.code == 1 and "--vocab-size is for presets" in result.err
 
 
-def test_a_run_is_refused_with_what_it_holds(slm: Slm, shared_checkpoint: Path, shared_bundle: Bundle) -> None:
-    shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/last")
-    shutil.copytree(shared_bundle.path, "runs/tiny/onnx-int8")
-    last, bundle = "runs/tiny/checkpoint/last", "runs/tiny/onnx-int8"
-    either = "neither a checkpoint nor a bundle"
-    for command, what, held in (
-        (("info",), either, f"{last}, {bundle}"),
-        (("generate",), either, f"{last}, {bundle}"),
-        (("eval",), either, f"{last}, {bundle}"),
-        (("bench",), either, f"{last}, {bundle}"),
-        (("export", "--onnx"), "not a checkpoint", last),
-        (("quantize", "--int8"), "not a bundle", bundle),
-        (("verify",), "not a bundle", bundle),
-        (("verify", bundle, "--against"), "not a checkpoint", last),
-    ):
-        result = slm(*command, "runs/tiny")
-        assert (result.code, result.err) == (1, f"error: {what}: runs/tiny\nhint: name what it holds: {held}\n")
-    shutil.rmtree(bundle)
-    for command in ("quantize", "--int8"), ("verify",):
-        assert slm(*command, "runs/tiny").err.endswith(f"hint: slm export --onnx {last} makes one\n")
+def test_a_run_stands_for_its_newest_suitable_artifact(
+    slm: Slm, shared_checkpoint: Path, shared_bundle: Bundle
+) -> None:
+    shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/best")
+    shutil.copytree(shared_bundle.path, "runs/tiny/onnx")
+    for name in ("tiny", "runs/tiny"):
+        result = slm("info", name)
+        assert result.code == 0 and "Using runs/tiny/onnx (newest bundle of runs/tiny)." in result.err
+    assert "Using runs/tiny/checkpoint/best" in slm("export", "--onnx", "tiny", "--out", "elsewhere").err
+    shutil.rmtree("runs/tiny/onnx")
+    for command in ("quantize", "--int8"), ("verify",), ("serve", "--port", "0"), ("web", "--port", "0"):
+        result = slm(*command, "tiny")
+        assert result.code == 1
+        assert "hint: slm export --onnx runs/tiny/checkpoint/best makes one\n" in result.err
     Path("runs/begun").mkdir()
     Path("runs/begun/metrics.jsonl").touch()
-    assert "the run has saved none yet: slm train --resume --out runs/begun" in slm("info", "runs/begun").err
+    assert "training has saved no checkpoint\nhint: slm train --resume --out runs/begun" in slm("info", "begun").err
+
+
+def test_without_an_argument_the_newest_model(slm: Slm, shared_checkpoint: Path) -> None:
+    assert "Using the bundled demo model (no model in ./runs)." in slm("info").err
+    shutil.copytree(shared_checkpoint, "runs/a/checkpoint/best")
+    result = slm("info")
+    assert result.code == 0 and "Using runs/a/checkpoint/best" in result.err
+
+
+def test_a_run_takes_precedence_over_a_preset_of_its_name(slm: Slm, shared_checkpoint: Path) -> None:
+    assert told(slm, "tiny")["kind"] == "preset"
+    shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/best")
+    assert told(slm, "tiny")["kind"] == "checkpoint"
 
 
 def test_defaults_take_what_fits(slm: Slm, shared_bundle: Bundle) -> None:
@@ -198,7 +205,7 @@ def test_the_tables(slm: Slm, shared_bundle: Bundle) -> None:
         "0 of its own, the embedding's (tied)",
         "key-value cache: 100 tokens, batch 1",
         "decoding at position 20",
-        "<- made_by tests",
+        "made by tests → exported from ",
         "everything on disk",
     ):
         assert text in result.out
@@ -245,8 +252,8 @@ def test_what_a_merged_checkpoint_was_made_from(slm: Slm, shared_checkpoint: Pat
         {"step": "made_by", "source": "slm import"},
     ]
     shown = slm("info", "merged").out
-    assert "[Somebody's] terms apply." in shown and "source: someone/a-model" in shown and "recipe" in shown
-    assert "merged base: runs/base, adapter: runs/adapter, finetune: {…} <- imported" in " ".join(shown.split())
+    assert "[Somebody's] terms apply." in shown and "recipe" in shown
+    assert "imported from someone/a-model → merged with the adapter runs/adapter" in " ".join(shown.split())
 
 
 def test_notices_of_a_bundle(slm: Slm, shared_bundle: Bundle) -> None:

@@ -39,7 +39,8 @@ def test_no_command_at_all_shows_the_help(slm: Slm) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nonsense",), ("info",), ("generate", "--top-p", "2"), ("export",), ("quantize",), ("--nonsense",)]
+    "arguments",
+    [("nonsense",), ("data", "prepear"), ("generate", "--top-p", "2"), ("export",), ("quantize",), ("--nonsense",)],
 )
 def test_wrong_usage_is_two_lines_and_exit_code_2(slm: Slm, arguments: tuple[str, ...]) -> None:
     result = slm(*arguments)
@@ -54,8 +55,8 @@ def test_wrong_usage_is_two_lines_and_exit_code_2(slm: Slm, arguments: tuple[str
         (SlmError("the fox is lost", "look under the oak"), "error: the fox is lost\nhint: look under the oak\n"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: no space left on the disk\n"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "error: Permission denied: runs/x\n"),
-        (ModuleNotFoundError("no", name="onnxscript.nn"), "pip install 'slm-edge[convert]'"),
-        (ModuleNotFoundError("no", name="torch"), "pip install 'slm-edge[train]'"),
+        (ModuleNotFoundError("no", name="onnxscript.nn"), "[convert]' (slm-edge[convert] from this clone)"),
+        (ModuleNotFoundError("no", name="torch"), "[train]' (slm-edge[train] from this clone)"),
         (ZeroDivisionError("by\nzero"), "error: unexpected ZeroDivisionError: by zero\nhint: slm --debug"),
     ],
 )

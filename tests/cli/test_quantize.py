@@ -33,6 +33,7 @@ def test_what_it_makes(
     quantization, quality = bundle.manifest.quantization, bundle.manifest.quality
     assert quantization is not None and quality is not None and bundle.manifest.precision == precision
     assert figures["bundle"] == str(out) and figures["change"]["kl_nats"] == quality.kl_nats
+    assert figures.pop("next") == f"slm verify {out}"
     assert figures == {"bundle": str(out)} | json.loads((out / "report.json").read_text())
     assert (out / "report.html").is_file()
     if "--method" in options:
@@ -45,9 +46,15 @@ def test_what_it_says(slm: Slm, shared_bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "int8"
     result = slm("quantize", "--int8", "--kv-cache", "int8", shared_bundle.path, *LITTLE, "--out", out)
     assert result.code == 0, result.err
-    for words in ("graph and weights", "KL divergence", "same top-1, top-5", "decode, tokens/s", "kept least well"):
+    for words in (
+        "graph and weights",
+        "KL divergence",
+        "same top-1, top-5",
+        "decode, tokens/s",
+        "least accurate layers",
+    ):
         assert words in result.out
-    assert "0.02 were allowed" in result.err and "report.html" in result.err
+    assert "(limit 0.02)." in result.err and "report.html" in result.err
 
 
 def test_a_target_size(slm: Slm, shared_bundle: Bundle, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 import yaml
 
 from slm.core.tokenizer import END_OF_TEXT
-from slm.train import estimate
 
 SMALL = """
 name: small
@@ -97,19 +96,16 @@ def test_jsonl_and_directories(slm: Callable) -> None:
 def test_no_data_takes_the_recipes_and_says_so(slm: Callable) -> None:
     result = slm("train", "--recipe", "small.yaml")
     assert result.code == 0, result.err
-    assert "no --data: training on sample" in result.err
+    assert "Using the data sample (of the recipe small; --data names other text)." in result.err
 
 
-def test_no_recipe_says_why_and_what_documented_would_take(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(estimate, "estimate_seconds", lambda recipe: 1.5e6)
-    result = slm("train", "--data", "missing.txt")
-    assert "taking tiny, as there is no GPU; documented would take about 17.4 days here (an estimate" in result.err
-
-
-def test_no_recipe_with_a_gpu(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slm.train.estimate._timed_seconds", lambda *_: pytest.fail("it was measured"))
+    result = slm("train", "--data", "train.txt", "--set", "nothing=1")
+    assert result.code == 1 and "Using the recipe tiny (this machine has no GPU)." in result.err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "taking documented, as there is a GPU" in slm("train", "--data", "missing.txt").err
+    assert "Using the recipe documented (this machine has a GPU)." in slm("train", "--set", "nothing=1").err
 
 
 @pytest.mark.parametrize(
@@ -169,8 +165,9 @@ def test_resume_takes_the_newest_run(slm: Callable) -> None:
     slm(*TRAIN)
     result = slm("train", "--resume")
     assert result.code == 0, result.err
-    assert "going on with runs/small-2" in result.err
-    assert "going on with runs/small\n" in slm("train", "--resume", "--out", "runs/small").err
+    assert "Resuming runs/small-2." in result.err
+    assert "Resuming runs/small.\n" in slm("train", "--resume", "--out", "runs/small").err
+    assert "Resuming runs/small.\n" in slm("train", "--resume", "--out", "small").err  # a run's name
 
 
 def test_resume_without_a_run(slm: Callable) -> None:

@@ -139,7 +139,7 @@ def test_the_command(
     figures = json.loads(result.out)
     assert figures["weights"] == 42 and figures["parity"]["cpu"]["tokens"] == 48
     result = slm("verify", bundles["portable"].path)  # exported from where it still is
-    assert result.code == 0 and "what it was exported from" in result.err
+    assert result.code == 0 and "(the checkpoint that it was exported from)" in result.err
     wrong = altered(bundles["int8"], tmp_path / "wrong", rope_base)
     result = slm("verify", wrong.path, "--against", shared_checkpoint)
     assert result.code == 1 and "is not the checkpoint" in result.err and "Traceback" not in result.err

@@ -30,3 +30,9 @@ def random_adapter(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callabl
         return make_adapter(tmp_path / "adapter", base, token_ids=token_ids, **settings)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts record one time of making, so that runs can be compared to the byte."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")

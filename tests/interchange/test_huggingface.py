@@ -282,12 +282,15 @@ def test_other_sources_get_runs_of_their_own(directory: Path, slm: Callable[...,
     assert made == [f"runs/{run}/checkpoint/imported" for run in ("hf", "hf-2", "hf")]
 
 
-def test_a_bundle_older_than_the_newest_checkpoint_is_announced(directory: Path, slm: Callable[..., Any]) -> None:
+def test_what_was_imported_last_answers_although_it_is_not_exported(directory: Path, slm: Callable[..., Any]) -> None:
+    ask = ("generate", "-p", "x", "--max-new-tokens", 1)
     assert slm("import", directory).code == 0 and slm("export", "--onnx").code == 0
-    assert "not exported" not in slm("generate", "-p", "x", "--max-new-tokens", 1).err
+    assert "Using runs/hf/onnx (newest bundle)." in slm(*ask).err
     assert slm("import", Path(shutil.copytree(directory, "newer"))).code == 0
-    for command in (("generate", "-p", "x", "--max-new-tokens", 1), ("quantize", "--int8")):
-        assert "runs/newer/checkpoint/imported is newer than runs/hf/onnx" in slm(*command).err
+    assert "Using runs/newer/checkpoint/imported with PyTorch" in slm(*ask).err
+    for command in ("quantize", "--int8"), ("serve", "--port", 0), ("web", "--port", 0):
+        result = slm(*command)
+        assert result.code == 1 and "slm export --onnx runs/newer/checkpoint/imported" in result.err
 
 
 def test_a_directory_used_as_it_is_ends_where_an_imported_one_does(directory: Path, slm: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ import openai
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
-from slm.cli.generate import default_model
+from slm.cli.choosing import default_model
 from slm.serve.service import Limits
 
 NAME = "random"

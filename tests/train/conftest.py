@@ -106,3 +106,9 @@ def torchrun() -> Callable[..., subprocess.Popen[str]]:
 def end_of() -> Callable[[subprocess.Popen[str]], Ended]:
     """Waits for what `torchrun` started, and makes sure that it shows no traceback of ours."""
     return _end_of
+
+
+@pytest.fixture(autouse=True)
+def one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts record one time of making, so that runs can be compared to the byte."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")

@@ -86,3 +86,19 @@ def test_many_passes_are_warned_of_unless_something_guards_against_them() -> Non
 def test_the_documented_recipe_is_odd_in_two_ways() -> None:
     rises, slides = sentences("documented", [])
     assert "from 0.0001 to 0.0005" in rises and "sliding" in slides
+
+
+def test_text_that_is_read_in_part_is_named_with_what_reads_all_of_it() -> None:
+    recipe = load_recipe("tiny")
+    (said,) = review(recipe, 0.25, 1, 9_000_000)
+    assert said.startswith(
+        "the run reads 2.2 of 9.0 MB of the training text: --set schedule.epochs=1 reads all of it once"
+    )
+    assert "in about 2,240 updates instead of 560" in said and "--recipe stories-4m" in said
+    # What is named does read it.
+    tokens = round(recipe.updates * recipe.tokens_per_micro_step / 0.25)
+    for name, overrides in (("tiny", ["schedule.epochs=1"]), ("stories-4m", [])):
+        whole = load_recipe(name, overrides).for_tokens(tokens)
+        assert whole.micro_steps * whole.tokens_per_micro_step >= 0.99 * tokens
+    assert "25%" in review(recipe, 0.25)[0]
+    assert review(recipe, 1.0, 1, 9_000_000) == [] == review(recipe, None)

@@ -11,8 +11,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from slm.core.errors import SlmError
-from slm.core.files import at_work, check_replaceable, read_json, replace_directory, write_text
+from slm.core.files import at_work, read_json, replace_directory, write_text
+from slm.core.outputs import OVERWRITE, check_output
 from slm.core.progress import Progress
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.train.data import dedup
@@ -119,6 +122,7 @@ def prepare_dataset(
     workers: int,
     deduplicate: bool = False,
     licence: str | None = None,
+    overwrite: bool = False,
 ) -> DatasetManifest:
     """Makes a dataset, going on where the same preparation was interrupted before.
 
@@ -134,12 +138,13 @@ def prepare_dataset(
         workers: How many processes encode; the bytes do not depend on it.
         deduplicate: Whether exact duplicates are removed.
         licence: Of the text; None takes what the source states.
+        overwrite: Whether a dataset there may be replaced.
 
     Raises:
         SlmError: When the directory is taken or being made, or anything about text, tokenizer or workers fails.
     """
     out = out.resolve()
-    check_out(out)
+    check_out(out, overwrite=overwrite)
     settings = {
         "format_version": FORMAT_VERSION,
         "slm_version": __version__,
@@ -182,15 +187,23 @@ def prepare_dataset(
     return manifest
 
 
-def check_out(out: Path) -> None:
-    """Makes sure that a dataset may be made at a path: nothing is there, or an empty directory.
+def check_out(out: Path, *, overwrite: bool = False) -> None:
+    """Makes sure that a dataset may be made at a path: nothing is there, an empty directory, or a dataset to replace.
 
     Raises:
-        SlmError: When the path is taken.
+        SlmError: When the path is taken or cannot be written to.
     """
-    if is_dataset(out):
-        raise SlmError(f"there is a prepared dataset already: {out}", "name another --out, or remove it first")
-    check_replaceable(out.resolve(), ())
+    if is_dataset(out) and not overwrite:
+        raise SlmError(f"there is a prepared dataset already: {out}", OVERWRITE)
+    check_output(out, _files_of(out) if is_dataset(out) else ())
+
+
+def _files_of(dataset: Path) -> tuple[str, ...]:
+    """Returns the files of a dataset; none of a damaged one, which is not replaced then."""
+    try:
+        return DatasetManifest.model_validate(read_json(dataset / DATASET_FILE, DATASET_FILE)).files
+    except (SlmError, ValidationError):
+        return ()
 
 
 def _tokenizer_settings(choice: str) -> str:

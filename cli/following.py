@@ -1,0 +1,81 @@
+"""The command that follows one that made something, as `next:` shows it: it can be copied and run as it stands."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slm.cli.console import say
+
+if TYPE_CHECKING:
+    from slm.core.manifest import Bundle
+
+PROMPT = "Once upon a time"
+
+
+def slm_command(*words: object) -> str:
+    """Returns a command of slm, its words quoted for a shell."""
+    return shlex.join(["slm", *map(str, words)])
+
+
+def next_step(command: str) -> None:
+    """Shows what to type next."""
+    say(f"next: {command}")
+
+
+def after_checkpoint(checkpoint: Path) -> str:
+    """Returns what to do with a checkpoint: export it."""
+    return slm_command("export", "--onnx", checkpoint)
+
+
+def after_adapter(adapter: Path, base: Path | None = None) -> str:
+    """Returns what to do with a LoRA adapter: export its base with the adapter merged.
+
+    Args:
+        adapter: The adapter.
+        base: What it was trained on, where the adapter does not record it.
+    """
+    return slm_command("export", "--onnx", *([] if base is None else [base]), "--adapter", adapter)
+
+
+def after_bundle(bundle: "Bundle", *, verified: bool = False) -> str:
+    """Returns what to do with a bundle: quantize one of float32, verify a quantized one, then ask it.
+
+    Args:
+        bundle: The bundle.
+        verified: Whether `slm verify` has just compared it with its checkpoint.
+    """
+    manifest, path = bundle.manifest, bundle.path
+    if manifest.device == "webgpu":
+        return slm_command("web", path)
+    if manifest.precision == "float32" and manifest.target == "fused":
+        return slm_command("quantize", "--int8", path)
+    if manifest.quantization is not None and not verified and _source_is_there(bundle):
+        return slm_command("verify", path)
+    return asking(bundle)
+
+
+def after_model(path: Path) -> str:
+    """Returns what to do with a model that was measured: a checkpoint or a bundle."""
+    from slm.core.manifest import Bundle, is_bundle
+
+    return after_bundle(Bundle.open(path)) if is_bundle(path) else after_checkpoint(path)
+
+
+def asking(bundle: "Bundle") -> str:
+    """Returns how to ask a bundle: in turns where it was tuned on them, else with a text to continue."""
+    from slm.core.chat import knows_turns
+    from slm.core.checkpoint import INFO_FILE
+    from slm.core.tokenizer import Tokenizer
+
+    device = ["--device", "cuda"] if bundle.manifest.device == "cuda" else []
+    record = bundle.manifest.provenance.get(INFO_FILE)
+    if isinstance(record, dict) and knows_turns(record, Tokenizer.load(bundle.path)):
+        return slm_command("chat", bundle.path, *device)
+    return slm_command("generate", bundle.path, *device, "-p", PROMPT)
+
+
+def _source_is_there(bundle: "Bundle") -> bool:
+    from slm.core.checkpoint import is_checkpoint
+
+    source = bundle.manifest.provenance.get("checkpoint")
+    return isinstance(source, str) and is_checkpoint(Path(source))

@@ -1,0 +1,91 @@
+"""Wrong inputs are refused before anything is loaded, measured or downloaded; each in a process of its own, without PyTorch."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Slm = Callable[..., Any]
+
+# Whoever imports one of these has begun to load.
+HEAVY = ("torch", "onnx", "transformers", "peft", "datasets")
+PROGRAM = f"""
+import sys
+from slm.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("train --data nosuch.txt", "data not found: nosuch.txt"),
+        ("train --data text.txt --val nosuch.txt", "data not found: nosuch.txt"),
+        ("train --data text.pdf", "not a kind of file to train on: text.pdf"),
+        ("train --data text.txt --tokenizer nosuch.json", "tokenizer not found: nosuch.json"),
+        ("train --data text.txt --recipe nosuch.yaml", "recipe not found: nosuch.yaml"),
+        ("train --data text.txt --out text.txt/run", "cannot write text.txt/run"),
+        ("train --on t4", "--on goes with --dry-run"),
+        ("data prepare --data text.txt --val nosuch.txt", "data not found: nosuch.txt"),
+        ("data prepare --data text.txt --tokenizer nosuch.json", "tokenizer not found: nosuch.json"),
+        ("data prepare --data text.txt --out text.txt/set", "cannot write text.txt/set"),
+        ("finetune --lora nosuch.jsonl", "fine-tuning data not found: nosuch.jsonl"),
+        ("finetune --lora text.txt --val nosuch.jsonl", "fine-tuning data not found: nosuch.jsonl"),
+        ("finetune --lora text.txt --base nosuch", "not found: nosuch"),
+        ("export --onnx nosuch", "not found: nosuch"),
+        ("export --onnx --adapter nosuch", "not found: nosuch"),
+        ("export --onnx --device cuda --text nosuch.txt", "text not found: nosuch.txt"),
+        ("quantize --int8 nosuch", "not found: nosuch"),
+        ("quantize --int8 --data nosuch.txt", "text not found: nosuch.txt"),
+        ("verify nosuch", "not found: nosuch"),
+        ("merge nosuch other --out made", "not found: nosuch"),
+        ("eval nosuch", "not found: nosuch"),
+        ("eval --data nosuch.txt", "data not found: nosuch.txt"),
+        ("generate nosuch -p x", "not found: nosuch"),
+        ("generate --adapter nosuch -p x", "not found: nosuch"),
+        ("chat nosuch", "not found: nosuch"),
+        ("serve nosuch", "not found: nosuch"),
+        ("web --out text.txt", "text.txt exists and is not a directory"),
+        ("bench --plot text.txt", "text.txt exists and is not a plot of slm bench"),
+        ("bench --compare text.txt", "text.txt"),
+        ("import nosuch --out text.txt", "text.txt exists and is not a directory"),
+    ],
+)
+def test_nothing_is_loaded_for_a_wrong_input(arguments: str, said: str, tmp_path: Path) -> None:
+    for name in ("text.txt", "text.pdf"):
+        Path(name).write_text("Once upon a time.")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments.split()], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr.splitlines()[0]
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.pdf", "text.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_without_permission_is_named(slm: Slm) -> None:
+    Path("closed").mkdir(mode=0o500)
+    result = slm("data", "prepare", "--data", "sample", "--out", "closed/set")
+    assert result.code == 1 and "nothing can be made in " in result.err and "(Permission denied)" in result.err
+
+
+def test_a_read_only_place_is_named(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    for command in (
+        ("train", "--data", "sample"),
+        ("data", "prepare", "--data", "sample"),
+        ("import", "nosuch"),
+        ("demo",),
+        ("web", "--out", "site"),
+    ):
+        result = slm(*command)
+        assert result.code == 1 and "nothing can be made in " in result.err and "hint: name a place" in result.err
+    assert list(Path().iterdir()) == []
