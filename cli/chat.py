@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slm.cli.choosing import default_model
-from slm.cli.console import (
-    print_json,
-    say,
-    say_error,
-)
+from slm.cli.console import print_json, say, say_error
 from slm.cli.following import next_step, slm_command
 from slm.cli.generate import figures
 from slm.cli.options import Artifact, json_option

@@ -6,17 +6,8 @@ from pathlib import Path
 import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.following import (
-    next_step,
-    slm_command,
-)
-from slm.cli.options import (
-    REPLACING,
-    Whole,
-    document_option,
-    json_option,
-    overwrite_option,
-)
+from slm.cli.following import next_step, slm_command
+from slm.cli.options import REPLACING, Whole, document_option, json_option, overwrite_option
 from slm.cli.suggesting import Suggesting
 from slm.core.errors import SlmError
 from slm.core.machine import MAX_THREADS

@@ -10,19 +10,8 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.following import (
-    after_model,
-    next_step,
-)
-from slm.cli.options import (
-    Artifact,
-    Whole,
-    column_option,
-    document_option,
-    json_option,
-    threads_option,
-    trust_option,
-)
+from slm.cli.following import after_model, next_step
+from slm.cli.options import Artifact, Whole, column_option, document_option, json_option, threads_option, trust_option
 from slm.core.errors import SlmError
 from slm.core.install import install_hint
 from slm.core.sample import validation_path

@@ -11,20 +11,8 @@ import click
 
 from slm.cli.choosing import default_checkpoint
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.following import (
-    after_bundle,
-    next_step,
-    slm_command,
-)
-from slm.cli.options import (
-    REPLACING,
-    Artifact,
-    InputFile,
-    Whole,
-    adapter_type,
-    json_option,
-    out_option_for,
-)
+from slm.cli.following import after_bundle, next_step, slm_command
+from slm.cli.options import REPLACING, Artifact, InputFile, Whole, adapter_type, json_option, out_option_for
 from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.errors import SlmError

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slm.cli.choosing import default_model
-from slm.cli.console import (
-    print_json,
-    say,
-)
-from slm.cli.options import (
-    Artifact,
-    Whole,
-    json_option,
-)
+from slm.cli.console import print_json, say
+from slm.cli.options import Artifact, Whole, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import turn_ids
 from slm.core.machine import peak_rss_mib, return_freed_memory

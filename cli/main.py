@@ -14,10 +14,7 @@ from typing import NoReturn
 import click
 
 from slm.cli.console import say_error
-from slm.cli.streams import (
-    open_closed_streams,
-    settle_streams,
-)
+from slm.cli.streams import open_closed_streams, settle_streams
 from slm.cli.suggesting import Suggesting
 from slm.core.errors import SlmError
 from slm.core.install import install_hint

@@ -8,18 +8,8 @@ import click
 
 from slm.cli.console import RichProgress, print_json, say
 from slm.cli.export import base_of
-from slm.cli.following import (
-    after_checkpoint,
-    next_step,
-)
-from slm.cli.options import (
-    REPLACING,
-    Artifact,
-    Real,
-    adapter_type,
-    json_option,
-    overwrite_option,
-)
+from slm.cli.following import after_checkpoint, next_step
+from slm.cli.options import REPLACING, Artifact, Real, adapter_type, json_option, overwrite_option
 from slm.core.errors import SlmError
 from slm.core.outputs import check_checkpoint_output
 

@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.choosing import default_bundle
-from slm.cli.console import (
-    RichProgress,
-    print_json,
-    print_table,
-    say,
-)
-from slm.cli.following import (
-    after_bundle,
-    next_step,
-)
+from slm.cli.console import RichProgress, print_json, print_table, say
+from slm.cli.following import after_bundle, next_step
 from slm.cli.options import (
     REPLACING,
     Artifact,
@@ -29,18 +21,12 @@ from slm.cli.options import (
     out_option_for,
 )
 from slm.core.errors import SlmError
-from slm.core.manifest import (
-    Bundle,
-    sealed_files,
-)
+from slm.core.manifest import Bundle, sealed_files
 from slm.core.outputs import check_output
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.core.text.tokens import TextSource
-from slm.quantize.defaults import (
-    CALIBRATION_TOKENS,
-    MAX_KL_NATS,
-)
+from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType

@@ -12,22 +12,13 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import say
-from slm.cli.options import (
-    Artifact,
-    HostName,
-    adapter_type,
-    threads_option,
-    trust_option,
-)
+from slm.cli.options import Artifact, HostName, adapter_type, threads_option, trust_option
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.machine import return_freed_memory
 from slm.core.names import short_name
-from slm.web.hosts import (
-    hosts_of,
-    is_loopback,
-)
+from slm.web.hosts import hosts_of, is_loopback
 
 if TYPE_CHECKING:
     from slm.serve.service import Service

@@ -7,18 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from slm.cli.console import (
-    RichProgress,
-    one_line,
-    print_json,
-    print_lines,
-    print_table,
-    say,
-)
-from slm.cli.following import (
-    after_checkpoint,
-    next_step,
-)
+from slm.cli.console import RichProgress, one_line, print_json, print_lines, print_table, say
+from slm.cli.following import after_checkpoint, next_step
 from slm.cli.foresight import foresee
 from slm.cli.options import (
     MAX_SEED,

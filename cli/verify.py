@@ -8,16 +8,8 @@ import click
 from slm.cli.choosing import default_bundle
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.export import source_checkpoint
-from slm.cli.following import (
-    after_bundle,
-    next_step,
-)
-from slm.cli.options import (
-    Artifact,
-    adapter_type,
-    json_option,
-    trust_option,
-)
+from slm.cli.following import after_bundle, next_step
+from slm.cli.options import Artifact, adapter_type, json_option, trust_option
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle

@@ -9,12 +9,7 @@ import click
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
 from slm.cli.following import next_step
-from slm.cli.options import (
-    REPLACING,
-    Artifact,
-    HostName,
-    json_option,
-)
+from slm.cli.options import REPLACING, Artifact, HostName, json_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
