@@ -25,6 +25,8 @@ _LOADING_SECONDS = 120
 _OPEN = """
 import json, sys
 import onnxruntime as ort
+from slm.runtime.session import load_cuda_libraries
+load_cuda_libraries()
 model, provider, cpu = sys.argv[1:]
 options = ort.SessionOptions()
 options.intra_op_num_threads = options.inter_op_num_threads = 1

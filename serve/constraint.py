@@ -6,8 +6,6 @@ Dimensions: V vocabulary.
 import json
 import os
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher
 
+from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.memory import Array
@@ -119,11 +118,8 @@ class Grammars:
             Impossible: When it cannot be followed.
         """
         if self._checker is None or self._checker.poll() is not None:
-            self._checker = subprocess.Popen(
-                [sys.executable, "-I", "-m", "slm.serve.schema_check"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd=tempfile.gettempdir(),
+            self._checker = child.popen(
+                "from slm.serve.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
             self._ask(self._vocabulary)
         self._ask(schema)

@@ -1,4 +1,4 @@
-"""Tries JSON schemas in a process of its own: `python -I -m slm.serve.schema_check`.
+"""Tries JSON schemas in a process of its own: started by `slm.serve.constraint`.
 
 llguidance takes a schema's word for how large its grammar becomes: a few hundred characters can cost minutes and gigabytes,
 and a call into the library cannot be interrupted. Here each schema is tried in a forked process, which the system stops at a
@@ -113,7 +113,3 @@ def main() -> None:
         wrong = _tried(json.loads(line), tokenizer)
         sys.stdout.write(json.dumps(wrong) + "\n")
         sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

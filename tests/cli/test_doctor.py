@@ -267,7 +267,7 @@ def test_the_container_quota_is_said(slm: Slm, monkeypatch: pytest.MonkeyPatch, 
 def test_the_gpu_and_its_training_type(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     report = json.loads(slm("doctor", "--json").out)
     assert (report["cuda"]["name"], report["cuda"]["compute_capability"]) == ("Tesla T4", "7.5")
