@@ -59,7 +59,7 @@ seed_option = click.option(
 )
 
 
-class ByteCount(click.ParamType[int]):
+class ByteCount(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """Bytes: "64MiB", "1GB", or a bare number of them."""
 
     name = "size"
@@ -135,7 +135,7 @@ def out_option_for(what: str, default: str) -> Callable[[Any], Any]:
     )
 
 
-class Artifact(click.ParamType[Path]):
+class Artifact(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A checkpoint, a bundle or an adapter: its path, its run's name, RUN/ARTIFACT, or a name that occurs once under ./runs.
 
     Args:
@@ -210,7 +210,7 @@ def check_input(path: Path, what: str, *, directories: bool = False) -> None:
         raise SlmError(f"cannot read {what}: {path} (Permission denied)", "check its permissions")
 
 
-class InputFile(click.ParamType[Path]):
+class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A file that a command reads: looked at before anything is loaded or measured.
 
     Args:

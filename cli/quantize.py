@@ -44,7 +44,7 @@ _MAX_SIZE = 10**12
 _MAX_SHARE = 1000.0
 
 
-class Size(click.ParamType[int]):
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """Bytes: "110MB", "0.2 GiB"; a bare number is megabytes."""
 
     name = "size"
@@ -62,7 +62,7 @@ class Size(click.ParamType[int]):
         return int(size)
 
 
-class Share(click.ParamType[float]):
+class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A share: "2%" or "0.02"."""
 
     name = "share"
