@@ -1,7 +1,6 @@
 """`slm serve`."""
 
 import gc
-import math
 import os
 import socket
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import say
-from slm.cli.options import Artifact, HostName, adapter_type, threads_option, trust_option
+from slm.cli.options import Artifact, HostName, Real, adapter_type, threads_option, trust_option
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
@@ -30,17 +29,6 @@ _SHORT_KEY = 16
 _STEP_S = 30.0
 _PIECE = 1024
 _DAY_S = 86_400.0
-
-
-class _Seconds(click.FloatRange):
-    """A time in seconds: a number, of which NaN is none."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Returns the time."""
-        seconds: float = super().convert(value, param, ctx)
-        if not math.isfinite(seconds):
-            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
-        return seconds
 
 
 class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
@@ -77,9 +65,9 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
     "--max-tokens", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="New tokens of an answer."
 )
 @click.option("--max-prompt-tokens", type=click.IntRange(1, 1 << 20), help="Tokens of a prompt. [default: the context]")
-@click.option("--timeout", type=_Seconds(0, _DAY_S, min_open=True), default=300.0, show_default=True, metavar="S",
+@click.option("--timeout", type=Real(0, _DAY_S, min_open=True), default=300.0, show_default=True, metavar="S",
               help="When an answer is cut off.")  # fmt: skip
-@click.option("--step-timeout", type=_Seconds(0, _DAY_S, min_open=True), metavar="S",
+@click.option("--step-timeout", type=Real(0, _DAY_S, min_open=True), metavar="S",
               help="When a step counts as stuck: /health and /ready are 503 until it returns. "
                    "[default: 30, or --timeout where that is shorter]")  # fmt: skip
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
@@ -89,7 +77,7 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
                    "on this machine without keys, any name otherwise]")  # fmt: skip
 @click.option("--cors-origin", "origins", type=_Origin(), multiple=True, metavar="ORIGIN",
               help="Origin of a web page that may use the API from a browser; may be repeated; * is every one.")  # fmt: skip
-@click.option("--grace", type=_Seconds(0, _DAY_S), default=30.0, show_default=True, metavar="S",
+@click.option("--grace", type=Real(0, _DAY_S), default=30.0, show_default=True, metavar="S",
               help="How long answers may go on when the server is stopped.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @threads_option
