@@ -36,7 +36,7 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer'
 
-# The server with the oldest versions that pyproject.toml permits. What tests need beside them comes from the environment; PEFT
+# The server and the command line with the oldest versions that pyproject.toml permits. What tests need beside them comes from the environment; PEFT
 # and the maker of requests do not run with versions as old.
 UV := build/uv/bin/uv
 
@@ -55,7 +55,8 @@ build/oldest/.installed: pyproject.toml | install $(UV)
 
 test-oldest: build/oldest/.installed
 	SLM_TEST_OLDEST=1 build/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer' -p no:schemathesis \
-		--ignore tests/serve/test_adapters.py --ignore tests/serve/test_openapi.py tests/serve tests/deploy/test_bounds.py
+		--ignore tests/serve/test_adapters.py --ignore tests/serve/test_openapi.py tests/serve tests/deploy/test_bounds.py \
+		tests/cli/test_main.py tests/cli/test_bounds.py
 
 # What a container installs, each file by its hash, with the versions of constraints.txt; setuptools builds the package itself.
 hashes: $(UV)

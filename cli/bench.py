@@ -17,8 +17,9 @@ import click
 from slm.cli import bench_report
 from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, say
-from slm.cli.options import MAX_COUNT, Artifact, Whole, json_option, threads_option, trust_option
+from slm.cli.options import Artifact, Whole, json_option, threads_option, trust_option
 from slm.core import child
+from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_freed_memory
 from slm.version import __version__

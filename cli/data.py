@@ -7,10 +7,11 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import next_step, slm_command
-from slm.cli.options import REPLACING, Whole, document_option, json_option, overwrite_option
+from slm.cli.options import REPLACING, Whole, column_option, document_option, json_option, overwrite_option
 from slm.cli.suggesting import Suggesting
 from slm.core.errors import SlmError
 from slm.core.machine import MAX_THREADS
+from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
 
 _OUT = Path("datasets")
@@ -73,7 +74,7 @@ def data() -> None:
 )
 @click.option("--split", metavar="NAME", help="Of a Hugging Face dataset, to train on. [default: train]")
 @click.option("--config", metavar="NAME", help="Of a Hugging Face dataset that has several.")
-@click.option("--column", default="text", show_default=True, metavar="NAME", help="What the text is called in rows.")
+@column_option
 @document_option
 @click.option("--licence", metavar="TEXT", help="Licence of the text. [default: what the dataset's card states]")
 @overwrite_option
@@ -90,7 +91,7 @@ def prepare(
     streaming: bool,
     split: str | None,
     config: str | None,
-    column: str,
+    column: str | None,
     max_document_bytes: int | None,
     licence: str | None,
     overwrite: bool,
@@ -122,7 +123,7 @@ def prepare(
     if tokenizer not in ("gpt2", "bpe") and not Path(tokenizer).expanduser().exists():
         raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
     reading = Reading(
-        column=column,
+        column=column or TEXT_COLUMN,
         config=config,
         split=split or "train",
         streaming=streaming,

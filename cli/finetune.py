@@ -110,7 +110,7 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 )
 @click.option(
     "--samples",
-    type=click.IntRange(0, 100),
+    type=Whole(0, 100),
     default=3,
     show_default=True,
     metavar="N",

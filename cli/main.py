@@ -66,7 +66,9 @@ _INTERRUPTED = {
 # Which extra brings a package, for the hint when it is missing.
 EXTRAS = {
     "fastapi": "serve",
+    "starlette": "serve",
     "uvicorn": "serve",
+    "h11": "serve",
     "llguidance": "serve",
     "prometheus_client": "serve",
     "onnxruntime": "cpu",

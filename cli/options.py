@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from slm.cli.console import say
+from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 from slm.core.machine import MAX_THREADS
 
@@ -22,10 +23,9 @@ REPLACING = (
     "are replaced only with --overwrite. Other files are never replaced."
 )
 
-# What numbers of 32 bits hold: lengths in tokens and rows have no smaller limit that is the same for every model.
-MAX_COUNT = 2**31 - 1
 # What NumPy, PyTorch and a recipe take.
 MAX_SEED = 2**63 - 1
+MAX_PORT = 65_535
 
 
 class Whole(click.IntRange):
@@ -59,12 +59,15 @@ seed_option = click.option(
 )
 
 
-class ByteCount(click.ParamType[int]):
-    """Bytes: "64MiB", "1GB", or a bare number of them."""
+class ByteCount(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
+    """A size in bytes: "64MiB", "0.5 GB", or a bare number.
+
+    Args:
+        unit: Of a bare number.
+    """
 
     name = "size"
     _UNITS: ClassVar = {
-        "": 1,
         "B": 1,
         "KB": 10**3,
         "MB": 10**6,
@@ -75,6 +78,9 @@ class ByteCount(click.ParamType[int]):
     }
     _MOST = 1 << 40
 
+    def __init__(self, unit: str = "B") -> None:
+        self._unit = unit
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Returns bytes, at least 1."""
         if isinstance(value, int):
@@ -82,7 +88,7 @@ class ByteCount(click.ParamType[int]):
         text = str(value).strip().upper()
         number = text.rstrip("KMGIB ")
         try:
-            found = int(float(number) * self._UNITS[text[len(number) :].strip()])
+            found = int(float(number) * self._UNITS[text[len(number) :].strip() or self._unit])
         except (ValueError, KeyError, OverflowError):
             self.fail(f"{value!r} is not a size in bytes such as 64MiB", param, ctx)
         if not 1 <= found <= self._MOST:
@@ -135,7 +141,7 @@ def out_option_for(what: str, default: str) -> Callable[[Any], Any]:
     )
 
 
-class Artifact(click.ParamType[Path]):
+class Artifact(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A checkpoint, a bundle or an adapter: its path, its run's name, RUN/ARTIFACT, or a name that occurs once under ./runs.
 
     Args:
@@ -210,7 +216,7 @@ def check_input(path: Path, what: str, *, directories: bool = False) -> None:
         raise SlmError(f"cannot read {what}: {path} (Permission denied)", "check its permissions")
 
 
-class InputFile(click.ParamType[Path]):
+class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A file that a command reads: looked at before anything is loaded or measured.
 
     Args:

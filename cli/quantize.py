@@ -12,6 +12,7 @@ from slm.cli.following import after_bundle, next_step
 from slm.cli.options import (
     REPLACING,
     Artifact,
+    ByteCount,
     Real,
     Whole,
     check_input,
@@ -35,34 +36,12 @@ if TYPE_CHECKING:
     from slm.quantize.rounding import Method
     from slm.quantize.sweep import Sweep
 
-_BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 # Tensors in the table.
 _WORST = 5
-
-
-_MAX_SIZE = 10**12
 _MAX_SHARE = 1000.0
 
 
-class Size(click.ParamType[int]):
-    """Bytes: "110MB", "0.2 GiB"; a bare number is megabytes."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Returns bytes."""
-        text = str(value).strip().upper()
-        number = text.rstrip("BKMGI ")
-        try:
-            size = float(number) * _BYTES[text[len(number) :].strip() or "MB"]
-        except (ValueError, KeyError):
-            size = 0.0
-        if not 1 <= size <= _MAX_SIZE:
-            self.fail(f"{value!r} is not a size; 110MB and 0.1GiB are, and 1 TB is the largest", param, ctx)
-        return int(size)
-
-
-class Share(click.ParamType[float]):
+class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """A share: "2%" or "0.02"."""
 
     name = "share"
@@ -106,7 +85,9 @@ class Share(click.ParamType[float]):
 @click.option(
     "--smooth/--no-smooth", default=None, help="Smooth activations first. [default: where it measures better]"
 )
-@click.option("--target-size", type=Size(), metavar="SIZE", help="With --int4: the largest model file, such as 110MB.")
+@click.option(
+    "--target-size", type=ByteCount("MB"), metavar="SIZE", help="With --int4: the largest model file, such as 110MB."
+)
 @click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slm.cli.console import say
-from slm.cli.options import MAX_COUNT, MAX_SEED, Real, Whole, adapter_type, threads_option, trust_option
+from slm.cli.options import MAX_SEED, Real, Whole, adapter_type, threads_option, trust_option
+from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import say
-from slm.cli.options import Artifact, HostName, Real, adapter_type, threads_option, trust_option
+from slm.cli.options import MAX_PORT, Artifact, HostName, Real, Whole, adapter_type, threads_option, trust_option
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
@@ -49,22 +49,20 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @click.command()
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=Whole(0, MAX_PORT), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="What requests call the model. [default: RUN/BUNDLE]")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="NAME=PATH",
     help="A LoRA adapter that requests may name as their model; may be repeated.",
 )  # fmt: skip
-@click.option("--slots", type=click.IntRange(1, 256), default=8, show_default=True, help="Answers under way at once.")
-@click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True, help="Answers that may wait.")
-@click.option("--prefill-tokens", type=click.IntRange(1, 1 << 20), default=256, show_default=True,
+@click.option("--slots", type=Whole(1, 256), default=8, show_default=True, help="Answers under way at once.")
+@click.option("--queue", type=Whole(0, 100_000), default=64, show_default=True, help="Answers that may wait.")
+@click.option("--prefill-tokens", type=Whole(1, 1 << 20), default=256, show_default=True,
               help="The most of prompts that is read between two steps.")  # fmt: skip
-@click.option("--prefix-mib", type=click.IntRange(0, 1 << 20), default=256, show_default=True,
+@click.option("--prefix-mib", type=Whole(0, 1 << 20), default=256, show_default=True,
               help="Memory for beginnings of prompts, which are not read again; as much for each adapter.")  # fmt: skip
-@click.option(
-    "--max-tokens", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="New tokens of an answer."
-)
-@click.option("--max-prompt-tokens", type=click.IntRange(1, 1 << 20), help="Tokens of a prompt. [default: the context]")
+@click.option("--max-tokens", type=Whole(1, 1 << 20), default=1024, show_default=True, help="New tokens of an answer.")
+@click.option("--max-prompt-tokens", type=Whole(1, 1 << 20), help="Tokens of a prompt. [default: the context]")
 @click.option("--timeout", type=Real(0, _DAY_S, min_open=True), default=300.0, show_default=True, metavar="S",
               help="When an answer is cut off.")  # fmt: skip
 @click.option("--step-timeout", type=Real(0, _DAY_S, min_open=True), metavar="S",

@@ -9,7 +9,7 @@ import click
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
 from slm.cli.following import next_step
-from slm.cli.options import REPLACING, Artifact, HostName, json_option
+from slm.cli.options import MAX_PORT, REPLACING, Artifact, HostName, Whole, json_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
@@ -21,7 +21,7 @@ from slm.core.manifest import Bundle
 )
 @click.option("--name", help="What the page calls the model. [default: RUN/BUNDLE]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=Whole(0, MAX_PORT), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--allow-host", "hosts", type=HostName(), multiple=True, metavar="NAME",
               help="A Host name that requests may use; may be repeated. [default: localhost, 127.0.0.1 and [::1] on this "
                    "machine, any name with another --host]")  # fmt: skip

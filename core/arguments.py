@@ -12,6 +12,9 @@ from slm.core.errors import ArgumentError
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+# What numbers of 32 bits hold: lengths in tokens, rows and the like have no smaller limit that is the same for every model.
+MAX_COUNT = 2**31 - 1
+
 # Characters of a value that a message quotes.
 _SHOWN = 40
 

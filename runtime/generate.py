@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Literal
 
+from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 from slm.runtime.decoder import Decoder
 from slm.runtime.logprobs import Logprobs, logprobs_of
-from slm.runtime.sampling import MAX_COUNT, Sampler, Sampling
+from slm.runtime.sampling import Sampler, Sampling
 
 StopReason = Literal["end", "stop", "length", "context", "interrupted"]
 OnFull = Literal["stop", "slide"]

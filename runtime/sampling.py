@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.core.arguments import check_type
+from slm.core.arguments import MAX_COUNT, check_type
 from slm.core.errors import SlmError
 from slm.runtime.penalties import History, add_bias, penalize_repetition, penalize_use
 
@@ -28,8 +28,6 @@ _COLDEST = 1e-30
 _SEEDS = 1 << 32
 # A seed is below it. Callers accept 63 bits and count on from there for one text after the other.
 _SEED_LIMIT = 2**64
-# What 32 bits hold.
-MAX_COUNT = 2**31 - 1
 # Fields of `Sampling` that are real numbers.
 _REAL = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 

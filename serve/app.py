@@ -50,7 +50,6 @@ def make_app(service: Service) -> FastAPI:
 
     # A model's own chat template may take seconds: beside the event loop, and not in the threads that other requests need.
     chats = ThreadPoolExecutor(_CHATS, "slm-chat")
-    service.model.tokenizer.encode_literal("")  # which takes seconds the first time, with a large vocabulary
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

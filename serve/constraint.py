@@ -52,6 +52,7 @@ class Grammars:
         self._known: OrderedDict[str, str | Impossible] = OrderedDict()
         self._checker: subprocess.Popen[bytes] | None = None
         self._compiling = ThreadPoolExecutor(1, "slm-schema", initializer=_yield_to_others)
+        self._closed = False
         self._counting = threading.Lock()
         self._waiting = 0
 
@@ -79,9 +80,10 @@ class Grammars:
     def close(self) -> None:
         """Ends the process that tries schemas."""
         self._compiling.shutdown(wait=False, cancel_futures=True)
-        checker, self._checker = self._checker, None
+        self._closed = True
+        checker = self._checker
         if checker is not None:
-            checker.kill()
+            checker.kill()  # whoever waits for its answer reads the end
             checker.wait()
 
     def _constraints(self, schema: dict[str, Any] | None, texts: int) -> "list[JsonConstraint]":
@@ -117,27 +119,50 @@ class Grammars:
         Raises:
             Impossible: When it cannot be followed.
         """
-        if self._checker is None or self._checker.poll() is not None:
-            self._checker = child.popen(
+        for _ in range(2):  # the process may have been killed while it had nothing to do
+            try:
+                line = self._tried(schema)
+            except OSError:  # it cannot be started, or does not read
+                line = b""
+            if line:
+                wrong = json.loads(line)
+                if wrong is not None:
+                    raise Impossible(wrong)
+                return
+            self._end_checker()
+        # Nothing about the schema, which may be sent again.
+        raise Busy("the process that compiles JSON schemas has ended", "try again in a few seconds")
+
+    def _tried(self, schema: str) -> bytes:
+        """Returns the other process's answer; nothing where it has ended."""
+        if self._closed:
+            return b""
+        checker = self._checker
+        if checker is None or checker.poll() is not None:
+            self._end_checker()
+            checker = self._checker = child.popen(
                 "from slm.serve.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
-            self._ask(self._vocabulary)
-        self._ask(schema)
-        assert self._checker.stdout is not None
-        line = self._checker.stdout.readline()
-        if not line:
-            raise Impossible("the process that tries schemas has ended")
-        wrong = json.loads(line)
-        if wrong is not None:
-            raise Impossible(wrong)
+            _send(checker, self._vocabulary)
+        _send(checker, schema)
+        assert checker.stdout is not None
+        return checker.stdout.readline()
 
-    def _ask(self, said: Any) -> None:
-        assert self._checker is not None and self._checker.stdin is not None
-        try:
-            self._checker.stdin.write(json.dumps(said).encode() + b"\n")
-            self._checker.stdin.flush()
-        except BrokenPipeError:
-            raise Impossible("the process that tries schemas has ended") from None
+    def _end_checker(self) -> None:
+        checker, self._checker = self._checker, None
+        if checker is not None:
+            checker.kill()
+            checker.wait()
+            for pipe in (checker.stdin, checker.stdout):
+                if pipe is not None:
+                    with suppress(OSError):  # what could not be written
+                        pipe.close()
+
+
+def _send(checker: "subprocess.Popen[bytes]", said: Any) -> None:
+    assert checker.stdin is not None
+    checker.stdin.write(json.dumps(said).encode() + b"\n")
+    checker.stdin.flush()
 
 
 def _yield_to_others() -> None:

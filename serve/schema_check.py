@@ -12,8 +12,11 @@ All are JSON.
 import json
 import os
 import resource
+import select
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 # Of the processor, for one schema. Schemas that people write take 1 to 50 ms.
 MAX_SECONDS = 0.5
+# By the clock, on a machine that has other work too.
+_MOST_WAITING_S = 20.0
+# Characters of a reason.
+_MOST_SAID = 500
 # Of address space, on top of what the process has.
 MAX_BYTES = 64 << 20
 # Each mask of a text may take this: some 20 ms with 262,144 tokens. Verbose errors would quote the text.
@@ -74,20 +81,36 @@ def _tried(schema: str, tokenizer: LLTokenizer) -> str | None:
             matcher_of(grammar_of(schema), tokenizer)
             answer = None
         except Impossible as error:
-            answer = str(error)
+            answer = str(error)[:_MOST_SAID]
         except MemoryError:
             answer = _TOO_MUCH
-        os.write(sending, json.dumps(answer).encode()[:4096])
-        os._exit(0)
+        except BaseException as error:  # the library's panics are no Exception
+            answer = f"{type(error).__name__}: {error}"[:_MOST_SAID]
+        finally:
+            os.write(sending, json.dumps(answer).encode())
+            os._exit(0)
     os.close(sending)
-    with os.fdopen(receiving, "rb") as pipe:
-        said = pipe.read()
+    said = _read(receiving, time.monotonic() + _MOST_WAITING_S)
+    os.close(receiving)
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)  # for one that waits for something, which costs no processor time
     os.waitpid(child, 0)
     try:
         wrong: str | None = json.loads(said)
     except ValueError:  # it was stopped
         return _TOO_MUCH
     return wrong
+
+
+def _read(pipe: int, until: float) -> bytes:
+    """Reads to the end of a pipe, or to a monotonic time."""
+    said = b""
+    while (left := until - time.monotonic()) > 0 and select.select([pipe], [], [], left)[0]:
+        part = os.read(pipe, 4096)
+        if not part:
+            break
+        said += part
+    return said
 
 
 def _limit() -> None:

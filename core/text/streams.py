@@ -156,9 +156,9 @@ def _open(file: Path) -> io.BufferedReader:
 def _open_zst(file: Path) -> Any:
     # Imported here: an edge device that reads plain text does not have it.
     if sys.version_info >= (3, 14):
-        from compression import zstd
+        import compression.zstd as zstd
     else:
-        from backports import zstd
+        import backports.zstd as zstd  # not "from backports": other packages may have made that directory
     return zstd.open(file, "rb", options={zstd.DecompressionParameter.window_log_max: _ZST_WINDOW_LOG})
 
 

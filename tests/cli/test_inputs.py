@@ -28,7 +28,7 @@ finally:
     [
         ("train --data nosuch.txt", "data not found: nosuch.txt"),
         ("train --data text.txt --val nosuch.txt", "data not found: nosuch.txt"),
-        ("train --data text.pdf", "not a kind of file to train on: text.pdf"),
+        ("train --data text.pdf", "unknown kind of file: text.pdf"),
         ("train --data text.txt --tokenizer nosuch.json", "tokenizer not found: nosuch.json"),
         ("train --data text.txt --recipe nosuch.yaml", "recipe not found: nosuch.yaml"),
         ("train --data text.txt --out text.txt/run", "cannot write text.txt/run"),

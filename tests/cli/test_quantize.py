@@ -99,9 +99,9 @@ def test_what_it_refuses(
 
 @pytest.mark.parametrize(("given", "wanted"), [("110MB", 110e6), ("0.5 GiB", 2**29), ("7", 7e6), ("10 kb", 1e4)])
 def test_sizes(given: str, wanted: float) -> None:
-    from slm.cli.quantize import Size
+    from slm.cli.options import ByteCount
 
-    assert Size().convert(given, None, None) == wanted
+    assert ByteCount("MB").convert(given, None, None) == wanted
 
 
 def test_a_sweep(slm: Slm, shared_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

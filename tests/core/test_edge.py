@@ -3,6 +3,7 @@
 `tests/test_packaging.py` tries the same where they are not installed, which takes a package index.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from slm.cli.main import EXTRAS
 
 ROOT = Path(__file__).parent.parent.parent
 # As they are imported, where that is not as they are called.
@@ -33,8 +36,9 @@ def edge(*lines: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def modules() -> list[str]:
-    files = [file for home in ("runtime", "cli", "core") for file in sorted((ROOT / home).glob("*.py"))]
-    return [f"slm.{file.parent.name}.{file.stem}" for file in files if file.stem != "__init__"]
+    homes = ("runtime", "cli", "core", "core/text", "web")
+    files = [file.relative_to(ROOT) for home in homes for file in sorted((ROOT / home).glob("*.py"))]
+    return [".".join(("slm", *file.with_suffix("").parts)) for file in files if file.stem != "__init__"]
 
 
 def test_what_is_blocked() -> None:
@@ -44,7 +48,7 @@ def test_what_is_blocked() -> None:
 
 def test_every_module_of_an_edge_device_imports() -> None:
     assert len(modules()) > 40
-    done = edge(*(f"import {module}" for module in (*modules(), "slm.core.text.documents")))
+    done = edge(*(f"import {module}" for module in modules()))
     assert done.returncode == 0, done.stderr
 
 
@@ -62,6 +66,29 @@ def test_what_needs_an_extra_says_which(tmp_path: Path) -> None:
     done = edge("from slm.cli.main import main", "main(['eval', '--data', 'text.txt.zst'])")
     assert done.returncode == 1
     assert "slm-edge[train]" in done.stderr and "Traceback" not in done.stderr
+
+
+def imports(home: str) -> set[str]:
+    """Returns the packages that the modules of a directory import, wherever in them."""
+    found = set()
+    for file in (ROOT / home).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {each.name.partition(".")[0] for each in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"slm"}
+
+
+def test_a_server_without_its_extra_says_which() -> None:
+    """Whichever of its packages is imported first."""
+    needed = imports("serve") - imports("runtime") - imports("core") - {"pydantic_core"}
+    assert {"fastapi", "starlette", "uvicorn", "h11", "llguidance"} <= needed
+    assert {name: EXTRAS.get(name) for name in needed} == dict.fromkeys(needed, "serve")
+    for name in ("starlette", "h11"):
+        block = f"sys.modules.update(dict.fromkeys({sorted(name + rest for rest in ('', '.types'))!r}))"
+        done = edge(block, "from slm.cli.main import main", "main(['serve', '--port', '0'])")
+        assert done.returncode == 1 and "slm-edge[serve]" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_chat_needs_no_extra() -> None:

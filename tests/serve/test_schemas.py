@@ -1,5 +1,6 @@
 """Schemas that are made to be expensive: each is refused, or costs its own answer alone."""
 
+import errno
 import os
 import threading
 import time
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.sampling import Sampling
+from slm.serve import schema_check
 from slm.serve.constraint import Busy, Grammars, JsonConstraint
 from slm.serve.engine import Ask, Done, Engine
 from slm.serve.schema_check import MAX_SECONDS
@@ -109,8 +112,40 @@ def test_a_process_that_was_killed_is_started_again(tokenizer: Tokenizer) -> Non
     checker.kill()
     checker.wait()
     assert grammars.json({"type": "integer"})[0].allowed().any()
+    second = grammars._checker
     grammars.close()
-    assert checker.poll() is not None and grammars._checker is None
+    assert second is not None and second.poll() is not None and checker.poll() is not None
+
+
+def test_a_process_that_does_not_start_is_not_the_schemas_fault(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same schema is followed once the process can be started again."""
+    grammars, popen = Grammars(tokenizer, 320, (0, 2)), child.popen
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for broken in (fail, lambda *_, **options: popen("raise SystemExit", **options)):
+        monkeypatch.setattr(child, "popen", broken)
+        with pytest.raises(Busy, match="has ended"):
+            grammars.json({"type": "integer"})
+    monkeypatch.setattr(child, "popen", popen)
+    assert grammars.json({"type": "integer"})[0].allowed().any()
+    grammars.close()
+    with pytest.raises((Busy, RuntimeError)):
+        grammars.json({"type": "string"})
+
+
+def test_a_schema_that_waits_for_something_is_given_up(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process may wait for a thread that it does not have; that costs no processor time."""
+    made = schema_check.tokenizer_of({"tokenizer": tokenizer.backend.to_str(), "size": 320, "stops": [0, 2]})
+    monkeypatch.setattr(schema_check, "_MOST_WAITING_S", 0.2)
+    monkeypatch.setattr(schema_check, "grammar_of", lambda schema: time.sleep(60))
+    assert "takes more than" in (schema_check._tried("{}", made) or "")
+    monkeypatch.setattr(schema_check, "grammar_of", lambda schema: 1 / 0)
+    monkeypatch.setattr(schema_check, "_MOST_WAITING_S", 20.0)
+    assert "ZeroDivisionError" in (schema_check._tried("{}", made) or "")
 
 
 def test_so_many_may_wait(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
