@@ -81,6 +81,38 @@ def test_a_mark_before_the_first_separator_is_not_text() -> None:
     assert list(read_documents(Path("a.txt"))) == ["One.", "Two."]
 
 
+@pytest.mark.parametrize(
+    ("name", "begin", "end"),
+    [("a.txt", "", "\n<|endoftext|>\n"), ("a.jsonl", '{"text": "', '"}\n'), ("a.json", '{"text": "', '"}\n')],
+)
+def test_marks_of_joined_files_are_not_text(name: str, begin: str, end: str) -> None:
+    """Files that Windows tools wrote and `cat` joined have a mark at the beginning of each."""
+    path = Path(name)
+    path.write_text("".join(f"\ufeff{begin}{text}{end}" for text in ("one", "two \ufeff", "three")))
+    assert list(read_documents(path)) == ["one", "two \ufeff", "three"]
+
+
+def test_hidden_files_of_a_directory_are_not_text() -> None:
+    """What macOS, notebooks and git keep beside a text; named, such a file is read."""
+    for name in ("d/a.txt", "d/._a.txt", "d/.git/x.txt", "d/b/.ipynb_checkpoints/a.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    assert find_files(Path("d")) == [Path("d/a.txt")]
+    assert find_files(Path("d/.git/x.txt")) == [Path("d/.git/x.txt")]
+    assert find_files(Path("d/.git")) == [Path("d/.git/x.txt")]
+
+
+def test_json_that_is_spread_over_lines_is_told_how_to_be_joined() -> None:
+    Path("a.json").write_text('{\n "text": "one"\n}\n')
+    with pytest.raises(SlmError, match=r"line 1: not JSON") as error:
+        list(read_documents(Path("a.json")))
+    assert "jq -c" in (error.value.hint or "")
+    Path("a.jsonl").write_text('{"text": "one", text}\n')
+    with pytest.raises(SlmError, match=r"line 1: not JSON") as error:
+        list(read_documents(Path("a.jsonl")))
+    assert "jq" not in (error.value.hint or "")
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 def test_other_encodings_are_named(encoding: str) -> None:
     mark = "" if encoding in ("utf-16", "utf-32") else "\ufeff"  # the first two write one
@@ -261,9 +293,9 @@ def test_long_texts_have_the_ids_of_the_whole(
     calls: list[str] = []
     original = Tokenizer.encode_literal
 
-    def counted(self: Tokenizer, part: str) -> list[int]:
+    def counted(self: Tokenizer, part: str, *besides: frozenset[int]) -> list[int]:
         calls.append(part)
-        return original(self, part)
+        return original(self, part, *besides)
 
     monkeypatch.setattr(cuts, "_PIECE_CHARACTERS", 500)
     monkeypatch.setattr(Tokenizer, "encode_literal", counted)
