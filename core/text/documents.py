@@ -12,7 +12,7 @@ from slm.core.text.cuts import CUT
 from slm.core.text.files import PARQUET, TEXT, find_files, kind
 from slm.core.text.parquet_rows import column_names
 from slm.core.text.rows import read_rows
-from slm.core.text.streams import DOCUMENT_BYTES, RAISE_LIMIT, TextFile, size
+from slm.core.text.streams import DOCUMENT_BYTES, MARK, RAISE_LIMIT, TextFile, size
 from slm.core.tokenizer import END_OF_TEXT
 
 TEXT_COLUMN = "text"
@@ -109,7 +109,7 @@ def _text(source: TextFile, in_parts: bool) -> Iterator[str]:
 
     def ended() -> Iterator[str]:
         document = "".join(parts)
-        document = document.rstrip("\r\n") if split else document.strip("\r\n")
+        document = document.rstrip("\r\n") if split else document.lstrip(f"{MARK}\r\n").rstrip("\r\n")
         if split or document.strip():
             yield document
 
@@ -122,8 +122,7 @@ def _text(source: TextFile, in_parts: bool) -> Iterator[str]:
                 source.check_text(text)
             ended_line = text.endswith("\n")
             source.number += ended_line
-            # U+FEFF: a byte order mark that was in the middle of joined files.
-            if at_start and END_OF_TEXT in text and text.strip().lstrip("\ufeff").lstrip() == END_OF_TEXT:
+            if at_start and END_OF_TEXT in text and text.strip().lstrip(MARK).lstrip() == END_OF_TEXT:
                 yield from ended()
                 parts, length, begun, split = [], 0, line + 1, False
                 at_start = ended_line
@@ -137,7 +136,7 @@ def _text(source: TextFile, in_parts: bool) -> Iterator[str]:
                         f"{source.file}, line {begun}: the document that begins here is longer than {size(source.limit)}",
                         f"a line {END_OF_TEXT} ends a document; {RAISE_LIMIT}",
                     )
-                document = "".join(parts) if split else "".join(parts).lstrip("\r\n")
+                document = "".join(parts) if split else "".join(parts).lstrip(f"{MARK}\r\n")
                 cut = _last_cut(document)
                 if cut is not None:
                     yield Beginning(document[:cut])

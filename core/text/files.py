@@ -49,7 +49,7 @@ def is_dataset(path: Path) -> bool:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Returns the files that a path means: itself, or every text file below a directory, sorted.
+    """Returns the files that a path means: itself, or every text file below a directory that is not hidden, sorted.
 
     Raises:
         SlmError: When the path does not exist or is not of a kind that is read, or a directory holds nothing to read or
@@ -118,6 +118,8 @@ def _below(directory: Path) -> list[Path]:
 
     for root, directories, files in os.walk(directory, onerror=fail):
         entries += len(files) + len(directories)
+        # Hidden: what version control, notebooks and file managers keep beside the text.
+        directories[:] = [name for name in directories if not name.startswith(".")]
         if entries > _MOST_ENTRIES:
             raise SlmError(
                 f"{directory} holds more than {_MOST_ENTRIES:,} files and directories",
@@ -125,7 +127,7 @@ def _below(directory: Path) -> list[Path]:
             )
         for name in files:
             file = Path(name)
-            if not _is_read(file):
+            if name.startswith(".") or not _is_read(file):
                 continue
             path = f"{root.rstrip(os.sep)}{os.sep}{name}"
             if kind(file) not in _IN_DIRECTORIES:

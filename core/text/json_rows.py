@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slm.core.errors import SlmError
-from slm.core.text.streams import RAISE_LIMIT, TextFile, size
+from slm.core.text.streams import MARK, RAISE_LIMIT, TextFile, size
 from slm.core.text.value import Value
 
 _CHUNK = 1 << 20
@@ -41,7 +41,10 @@ def parse(text: str, limit: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return SlmError(f"not JSON: {error.msg} (column {error.colno})")
+        hint = None
+        if text.strip() in ("{", "[") or error.pos >= len(text.rstrip()):
+            hint = "each line must hold a whole row, or the file one array: jq -c . FILE > NEW.jsonl"
+        return SlmError(f"not JSON: {error.msg} (column {error.colno})", hint)
     except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
         return _unreadable(error)
 
@@ -63,7 +66,8 @@ def _check_structure(text: str, limit: int) -> None:
 
 def _lines(source: TextFile) -> Iterator[Value]:
     for line in source.lines():
-        if line.isspace():
+        line = line.lstrip(MARK)  # of files that were joined
+        if not line or line.isspace():
             continue
         try:
             content = parse(line, source.limit)

@@ -24,6 +24,9 @@ _XZ_BYTES = 256 << 20
 _ZST_WINDOW_LOG = 27
 _CHUNK = 128 << 10
 
+# A byte order mark as text. One that is not at a file's beginning was at that of a file that was joined to it.
+MARK = "\ufeff"
+
 # The longer ones first: UTF-32's begins like UTF-16's.
 _OTHER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),

@@ -122,6 +122,32 @@ def test_content_in_parts_of_text() -> None:
     assert read_rows(write([{"messages": [USER, ANSWER | {"content": parts}]}], "jsonl")) == [chat(USER, ANSWER)]
 
 
+def test_nan_is_what_pandas_writes_for_null() -> None:
+    Path("rows.jsonl").write_text(
+        '{"instruction": "Hi.", "input": NaN, "output": "Hello.", "weight": NaN, "tools": NaN}\n'
+    )
+    assert read_rows(Path("rows.jsonl")) == [instruction_row("Hi.", "", "Hello.")]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_columns_of_other_kinds_may_be_empty(form: str) -> None:
+    """A table has all columns in every row."""
+    empty = {"messages": "", "prompt": "", "completion": "", "text": ""}
+    rows = [
+        empty | {"prompt": "a", "completion": "b"},
+        empty | {"text": "c"},
+        empty | {"messages": json.dumps([USER, ANSWER])},
+    ]
+    assert read_rows(write(rows, form)) == [CompletionRow("a", "b"), TextRow("c"), chat(USER, ANSWER)]
+
+
+@pytest.mark.parametrize(
+    "extra", [{"kto_tag": True}, {"label": True}, {"label": "poem"}, {"prompt": "Hi."}, {"text": "x"}]
+)
+def test_what_agrees_with_a_conversation_is_no_reason_to_refuse_it(extra: dict[str, Any]) -> None:
+    assert read_rows(write([{"messages": [USER, ANSWER]} | extra], "jsonl")) == [chat(USER, ANSWER)]
+
+
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "tools": (
@@ -136,6 +162,24 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
         "column 'chosen' is not supported: preference pairs",
     ),
     "kto": ({"prompt": "a", "completion": "b", "label": False}, "column 'label' is false"),
+    "kto of a conversation": ({"messages": [USER, ANSWER], "label": False}, "column 'label' is false"),
+    "kto tag": ({"messages": [USER, ANSWER], "kto_tag": False}, "column 'kto_tag' is false, which marks an answer not"),
+    "system by another name": (
+        {"system_message": "Be brief.", "messages": [USER, ANSWER]},
+        "column 'system_message' is not supported: slm reads the system text from the column system",
+    ),
+    "documents": ({"messages": [USER, ANSWER], "documents": ["a"]}, "column 'documents' is not supported"),
+    "context of a conversation": ({"messages": [USER, ANSWER], "context": "a"}, "'context' is not supported beside"),
+    "input of prompt": ({"prompt": "a", "completion": "b", "input": "c"}, "'input' is not supported beside prompt"),
+    "instruction of prompt": (
+        {"instruction": "c", "prompt": "a", "completion": "b"},
+        "column 'instruction' is not supported beside prompt and completion",
+    ),
+    "masked history": ({"messages": [USER, ANSWER], "mask_history": True}, "column 'mask_history' is not supported"),
+    "masked": ({"messages": [USER, ANSWER | {"loss_mask": 0}, AGAIN, SECOND]}, "message 2: 'loss_mask' is not"),
+    "thought": ({"messages": [USER, ANSWER | {"thoughts": "Hm."}]}, "message 2: 'thoughts' is not supported"),
+    "two contents": ({"messages": [USER | {"value": "Ho."}, ANSWER]}, "message 1: 'content' and 'value' contradict"),
+    "two roles": ({"messages": [USER, ANSWER | {"from": "human"}]}, "message 2: 'role' and 'from' contradict each"),
     "row weight": ({"instruction": "a", "output": "b", "weight": 0.5}, "column 'weight' is 0.5: rows cannot be"),
     "half": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "message 2: 'weight' is 0.5: only 0 and 1"),
     "none": ({"messages": [USER, ANSWER | {"weight": 0}]}, "nothing to learn: every answer has weight 0"),
