@@ -227,8 +227,11 @@ def _rope_parameters(fields: Mapping[str, Any]) -> Any:
             raise SlmError(f"config.json has {name}={fields[name]!r}, which is no object")
     found: dict[str, Any] = fields.get("rope_parameters", {})
     scaling = dict(fields.get("rope_scaling", {}))
-    if "type" in scaling:  # a still older spelling
-        scaling = {"rope_type": scaling.pop("type")} | scaling
+    if scaling.pop("type", "default") != "default" and "rope_type" not in scaling and not found:
+        raise SlmError(
+            f"config.json has rope_scaling with the type {fields['rope_scaling']['type']!r} and no rope_type",
+            "transformers 4.57 scales the positions and 5.x does not; write rope_type if the model was trained with scaling",
+        )
     if found and not found.keys() & {FULL, SLIDING}:
         raise SlmError(
             "config.json has rope_parameters that name no kind of layer", f"Gemma 3's name {FULL} and {SLIDING}"

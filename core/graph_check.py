@@ -67,7 +67,9 @@ class _Comparison:
         planned = iter(enumerate(plan.nodes))
         for node in graph.nodes:
             if node.type == "Constant" and not node.domain and len(node.outputs) == 1 and not node.inputs:
-                self._know(node.outputs[0], self._constant(node.attributes.get("value"), node))
+                if node.extras or set(node.attributes) != {"value"}:
+                    raise _Foreign(f"the constant {node.name!r} has more than a value")
+                self._know(node.outputs[0], self._constant(node.attributes["value"], node))
                 continue
             if self._is_cast_constant(node):
                 continue
@@ -80,9 +82,11 @@ class _Comparison:
                 raise _Foreign(f"the output {name!r} is not what the graph computes for it")
         if extra := set(graph.outputs) - set(plan.outputs):
             raise _Foreign(f"the output {min(extra)!r} is not part of such a graph")
+        if len(graph.outputs) != len(plan.outputs):
+            raise _Foreign("the graph has an output twice")
         for name, tensor in graph.tensors.items():
             if name in graph.inputs:
-                self._check_default(tensor)
+                self._check_default(tensor, plan.defaults.get(name))
             elif name not in self._used:
                 raise _Foreign(f"no node uses the tensor {name!r}")
 
@@ -93,7 +97,7 @@ class _Comparison:
 
     def _is_cast_constant(self, node: FileNode) -> bool:
         """Says whether a node only gives a constant another type, and takes its output for the constant."""
-        if node.type != "CastLike" or node.domain or len(node.inputs) != 2 or len(node.outputs) != 1:
+        if node.type != "CastLike" or node.domain or len(node.inputs) != 2 or len(node.outputs) != 1 or node.extras:
             return False
         constant = self._known.get(node.inputs[0])
         if constant is None and node.inputs[0] in self._graph.tensors:
@@ -175,10 +179,12 @@ class _Comparison:
         if size is None or (length is not None and length != size) or not 0 <= offset <= there - size:
             raise _Foreign(f"the tensor {tensor.name!r} does not have its {size or 0:,} bytes in {location!r}")
 
-    def _check_default(self, tensor: FileTensor) -> None:
+    def _check_default(self, tensor: FileTensor, wanted: Weight | None) -> None:
         """Checks what an input is when nobody gives it: a number, or an adapter of rank 0."""
-        if math.prod(tensor.shape) > 1 or tensor.external is not None or len(tensor.raw) != tensor.bytes:
-            raise _Foreign(f"the default of the input {tensor.name!r} is not empty")
+        if wanted is None or (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+            raise _Foreign(f"the default of the input {tensor.name!r} is not the one that slm writes")
+        if tensor.external is not None or len(tensor.raw) != tensor.bytes:
+            raise _Foreign(f"the default of the input {tensor.name!r} does not have its data in the graph")
 
 
 def _same_constant(known: Constant, wanted: Value) -> bool:

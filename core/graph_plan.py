@@ -106,11 +106,12 @@ class Node:
 
 @dataclass
 class Plan:
-    """The nodes in order, and the graph's outputs by name."""
+    """The nodes in order, the graph's outputs by name, and what inputs are that nobody gives."""
 
     opsets: dict[str, int]
     nodes: list[Node] = field(default_factory=list)
     outputs: dict[str, Value] = field(default_factory=dict)
+    defaults: dict[str, Weight] = field(default_factory=dict)
 
     def __call__(self, type: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Adds a node; returns its output, or a tuple of several. Numbers and lists become constants."""
@@ -136,6 +137,7 @@ def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> 
     """
     portable = kind.target == "portable"
     plan = Plan({"": 23} if portable else {"": 21, MICROSOFT: 1})
+    plan.defaults[LOGITS_TO_KEEP] = Weight(LOGITS_TO_KEEP, INT64, ())
     step = _portable_positions(plan, config) if portable else _fused_positions(plan, config, kind, names)
     model = _Model(plan, config, kind, names)
     hidden = model.layers(step, plan("Reshape", Input(INPUT_IDS), [-1]) if portable else Input(INPUT_IDS))
@@ -389,6 +391,8 @@ class _Model:
             return self._product(x, path, inputs, outputs)
         op = self._op
         a, b = (Input(name) for name in slot_names(path))
+        for slot, shape in ((a, (1, inputs, 0)), (b, (1, 0, outputs))):  # an adapter of rank 0
+            op.defaults[slot.name] = Weight(slot.name, FLOAT, shape)
         columns, rows = f"{path}.slot_columns", f"{path}.slot_rows"
         left: Any = op("Mul", a, Weight(columns, FLOAT, (inputs, 1))) if columns in self._names else a
         right: Any = op("Div", b, Weight(rows, FLOAT, (outputs,))) if rows in self._names else b

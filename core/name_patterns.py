@@ -52,6 +52,26 @@ def by_pattern(patterns: Mapping[str, _T], names: Iterable[str], where: str) -> 
     return found
 
 
+def whole_matches(pattern: str, names: Iterable[str], where: str) -> set[str] | None:
+    """Returns the names that a regular expression matches from end to end, as Python's `re.fullmatch`.
+
+    Args:
+        pattern: The expression.
+        names: The names.
+        where: The field that has it, for messages.
+
+    Returns:
+        The names; None for an expression that the linear engine does not take, or that is too long for it.
+
+    Raises:
+        SlmError: When it is no regular expression.
+    """
+    if len(pattern) > MAX_PATTERN_CHARACTERS:
+        return None
+    matches = _compiled(rf"(?:{pattern})", where, pattern)
+    return None if matches is None else {name for name in names if matches(name)}
+
+
 _SIMPLER = "name the modules, or leave look-around and back-references out"
 
 
@@ -72,12 +92,16 @@ def _check_amount(patterns: Iterable[str], where: str) -> None:
 
 def _linear_matcher(pattern: str, where: str) -> Callable[[str], bool] | None:
     """Returns what says whether a name matches, in linear time; None for a pattern that the engine does not take."""
+    return _compiled(_whole(pattern), where, pattern)
+
+
+def _compiled(expression: str, where: str, pattern: str) -> Callable[[str], bool] | None:
     try:
-        re.compile(_whole(pattern))
+        re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
         raise SlmError(f"{where}: {pattern!r} is no regular expression ({error})") from None
     try:
-        schema = core_schema.str_schema(pattern=rf"\A(?:{_whole(pattern)})", regex_engine="rust-regex")
+        schema = core_schema.str_schema(pattern=rf"\A(?:{expression})\z", regex_engine="rust-regex")
         return SchemaValidator(schema).isinstance_python
     except SchemaError:
         return None

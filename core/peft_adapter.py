@@ -18,8 +18,8 @@ from slm.core.checkpoint import tensor_shapes
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import check_readable
-from slm.core.name_patterns import by_pattern
-from slm.core.peft_fields import ADAPTER_CONFIG_FILE, AdapterFields, is_adapter, read_adapter_fields
+from slm.core.name_patterns import by_pattern, whole_matches
+from slm.core.peft_fields import ADAPTER_CONFIG_FILE, ALL_LINEAR, AdapterFields, is_adapter, read_adapter_fields
 from slm.core.weights import EMBEDDING, HEAD
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -105,12 +105,7 @@ def read_peft_adapter(path: Path, config: ModelConfig) -> PeftAdapter:
     adapter = PeftAdapter(path, fields)
     tensors, as_spelt = _by_module(adapter, _tensors(path))
     _check_complete(adapter, config, tensors)
-    for module in tensors:
-        if not fields.targets(as_spelt[module]) and not tensors[module].keys() <= {_ROWS}:
-            raise SlmError(
-                f"{path} contradicts itself: it has tensors for {module}, which target_modules, exclude_modules and"
-                " layers_to_transform leave out"
-            )
+    _check_targets(adapter, tensors, as_spelt)
     where = f"{path / ADAPTER_CONFIG_FILE}: "
     ranks = by_pattern(fields.rank_pattern, as_spelt.values(), f"{where}rank_pattern")
     alphas = by_pattern(fields.alpha_pattern, as_spelt.values(), f"{where}alpha_pattern")
@@ -203,6 +198,26 @@ def _by_module(
 
 def _text_part(match: re.Match[str]) -> str:
     return match[1] or match[2] or ""
+
+
+def _check_targets(
+    adapter: PeftAdapter, tensors: Mapping[str, Mapping[str, Array]], as_spelt: Mapping[str, str]
+) -> None:
+    """Makes sure that the configuration targets the modules that have tensors: PEFT ignores the tensors of others."""
+    fields, where = adapter.fields, adapter.path / ADAPTER_CONFIG_FILE
+    modules = {as_spelt[module]: module for module, parts in tensors.items() if not parts.keys() <= {_ROWS}}
+    left_out = {spelt for spelt in modules if not fields.targets(spelt)}
+    if isinstance(fields.target_modules, str) and fields.target_modules != ALL_LINEAR:
+        matched = whole_matches(fields.target_modules, modules, f"{where}: target_modules")
+        left_out |= set() if matched is None else modules.keys() - matched
+    if isinstance(fields.exclude_modules, str):
+        left_out |= whole_matches(fields.exclude_modules, modules, f"{where}: exclude_modules") or set()
+    if left_out:
+        raise SlmError(
+            f"{adapter.path} contradicts itself: it has tensors for {modules[min(left_out)]}, which target_modules,"
+            " exclude_modules and layers_to_transform leave out",
+            "copy both files of one adapter",
+        )
 
 
 def _check_complete(adapter: PeftAdapter, config: ModelConfig, tensors: Mapping[str, Mapping[str, Array]]) -> None:

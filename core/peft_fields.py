@@ -21,6 +21,8 @@ from slm.core.errors import SlmError
 from slm.core.files import read_json
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+# PEFT's name for every linear layer but the head.
+ALL_LINEAR = "all-linear"
 
 _HARMLESS = frozenset(
     [
@@ -78,7 +80,8 @@ class AdapterFields(BaseModel):
     def targets(self, module: str) -> bool:
         """Says whether the adapter is for a module, by PEFT's rule.
 
-        A regular expression counts as one that matches: the tensors' names say which modules it matched.
+        A regular expression counts as one that matches: the tensors' names say which modules are meant. Where it can be
+        matched in bounded time, `slm.core.peft_adapter` compares the two.
         """
         if isinstance(self.exclude_modules, list) and _among(module, self.exclude_modules):
             return False

@@ -9,12 +9,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers import Encoding
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as _Tokenizer
 
 from slm.core.errors import SlmError
 from slm.core.files import check_readable, read_json, read_text
-from slm.core.tokenizer_rules import MAX_BYTES, MAX_TOKEN, Rules, Unsupported
+from slm.core.tokenizer_rules import MAX_ADDED_TOKENS, MAX_BYTES, MAX_TOKEN, Rules, Unsupported
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -39,8 +39,9 @@ _MARKER = re.compile(r"[<\[](?=[^<>\[\]]{0,64}[A-Za-z])[^\s<>\[\]{}'\"]{1,64}[>\
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Of tokenizer_config.json; Gemma's has 1.2 MB.
 _MAX_CONFIG_BYTES = 16 << 20
-# Where the rules can make a text much longer, the most bytes that it may become. Ordinary rules multiply by 12 at most.
-_ORDINARY_GROWTH, _MAX_GROWN_BYTES = 16, 128 << 20
+# How many bytes the rules may make of a text: eight times as many, or 2 MiB. The library takes up to a kilobyte of memory for
+# each of them. Gemma's rules, GPT-2's and T5's make at most five times as many of any real text.
+_ORDINARY_GROWTH, _MAX_GROWN_BYTES = 8, 2 << 20
 
 # What stands in a text for bytes that are no character.
 _REPLACEMENT = "\ufffd"
@@ -61,7 +62,8 @@ class Tokenizer:
         self.backend = backend
         self.config = config
         self.dropped: tuple[str, ...] = ()
-        self._growth = 1
+        self._growth = self._growth_later = 1
+        self._adds = False
 
     @cached_property
     def sha256(self) -> str:
@@ -128,7 +130,8 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Loads a `tokenizer.json`, or the one in an artifact's directory.
 
-        Truncation and padding are reset, as transformers resets them at each call, and so is BPE-dropout.
+        Truncation and padding are reset, as transformers resets them at each call, and so is BPE-dropout. Entries of the
+        vocabulary that `tokenizer_config.json` calls special become added tokens, as in transformers.
 
         Raises:
             SlmError: When it is missing, not a tokenizer, or beyond the limits of `slm.core.tokenizer_rules`.
@@ -150,10 +153,12 @@ class Tokenizer:
             backend = _asked(_Tokenizer.from_str, rules.text)
             if "dropout" in rules.state:
                 backend.model.dropout = None
-            _asked(backend.encode, "")  # the post-processor may name a token that does not exist
+            cls(backend, {}).prefix_ids  # noqa: B018  # the post-processor may name a token that does not exist
         except Exception as error:  # the library raises a bare Exception for any malformed file
             reason = error.message if isinstance(error, SlmError) else error
-            raise SlmError(f"not a tokenizer.json: {file} ({reason})") from None
+            raise SlmError(
+                f"not a tokenizer.json: {file} ({reason})", "docs/limits.md lists what is supported"
+            ) from None
         beside, template = file.parent / TOKENIZER_CONFIG_FILE, file.parent / CHAT_TEMPLATE_FILE
         config = _read_config(beside) if beside.is_file() else {}
         if template.is_file():
@@ -164,7 +169,11 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise SlmError(f"{beside} is wrong: a text in it holds half of a surrogate pair") from None
         tokenizer = cls(backend, config)
-        tokenizer.dropped, tokenizer._growth = rules.state, rules.growth
+        if stated := _stated_tokens(backend, config):
+            backend.add_tokens(stated)
+            tokenizer._adds = True
+        tokenizer.dropped = rules.state
+        tokenizer._growth, tokenizer._growth_later = rules.growth, rules.growth_later
         return tokenizer
 
     def save(self, directory: Path) -> None:
@@ -175,8 +184,8 @@ class Tokenizer:
         (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, directory: Path) -> None:
-        """Puts the `tokenizer.json` it was loaded from into another directory: the file itself, unless that carries state."""
-        if self.dropped:
+        """Copies the `tokenizer.json` it was loaded from; writes it anew where `load` changed something."""
+        if self.dropped or self._adds:
             (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         else:
             shutil.copy(source / TOKENIZER_FILE, directory / TOKENIZER_FILE)
@@ -206,21 +215,29 @@ class Tokenizer:
         if processor is None:
             return (), ()
         before, after = _around(json.loads(processor.__getstate__()))
-        assert [*before, *after] == _asked(self.backend.encode, "").ids
+        if [*before, *after] != _asked(self.backend.encode, "").ids:  # the library leaves out some of what is chained
+            raise SlmError("its post-processors put other tokens around a text than each of them states")
         return tuple(before), tuple(after)
 
     def _checked(self, text: str) -> str:
         """Returns a text that the rules do not make too long for memory.
 
         Raises:
-            SlmError: When they may.
+            SlmError: When they do.
         """
-        if self._growth > _ORDINARY_GROWTH and len(text) * self._growth > _MAX_GROWN_BYTES:
-            longest = _MAX_GROWN_BYTES // self._growth
-            raise SlmError(
-                f"the text has {len(text):,} characters; this tokenizer can make it {self._growth} times as long",
-                f"split it into texts of at most {longest:,} characters",
-            )
+        if self._growth <= _ORDINARY_GROWTH or len(text) * self._growth <= _MAX_GROWN_BYTES:
+            return text
+        # Few texts grow as much as the rules allow, so the normalizer is tried on pieces of the text that are safe in any case.
+        normalizer, longest = self.backend.normalizer, _MAX_GROWN_BYTES // self._growth
+        most, grown = max(_MAX_GROWN_BYTES, _ORDINARY_GROWTH * _bytes(text)), 0
+        for at in range(0, len(text), longest):
+            piece = text[at : at + longest]
+            grown += _bytes(piece if normalizer is None else _asked(normalizer.normalize_str, piece))
+            if grown * self._growth_later > most:
+                raise SlmError(
+                    f"the text has {len(text):,} characters, and this tokenizer makes it too long",
+                    f"split it into texts of at most {longest:,} characters",
+                )
         return text
 
     def encode(self, text: str) -> list[int]:
@@ -260,6 +277,8 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Like `encode_literal` for many texts at once, on all cores."""
+        if self._growth > _ORDINARY_GROWTH and sum(map(len, texts)) * self._growth > _MAX_GROWN_BYTES:
+            return [self.encode_literal(text) for text in texts]  # whose memory adds up otherwise
         encodings = _asked(
             self._literal.encode_batch_fast, [self._checked(text) for text in texts], add_special_tokens=False
         )
@@ -332,6 +351,10 @@ class TextStream:
         return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(self._held)
 
 
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
 def _encoded(backend: _Tokenizer, text: str, add_special_tokens: bool = False) -> Encoding:
     """Encodes a text; a long one so that other threads of Python run meanwhile, as an event loop."""
     if len(text) < _LONG:
@@ -345,7 +368,7 @@ def _only(backend: _Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
 
 
 def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-    """Calls the library, which panics over some files and calls a text no text over others.
+    """Calls the library, which panics over some files, fails over others, and calls a text no text.
 
     Raises:
         SlmError: When it does.
@@ -359,7 +382,44 @@ def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     except BaseException as error:
         if type(error).__name__ == "PanicException":  # of no module that could be imported
             raise SlmError(f"the tokenizer failed: {error}", "its tokenizer.json is damaged") from None
+        if type(error) is Exception:  # the library's own, as where a text needs an unknown token and there is none
+            raise SlmError(f"the tokenizer failed: {error}", "its tokenizer.json does not cover every text") from None
         raise
+
+
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _stated_tokens(backend: _Tokenizer, config: dict[str, Any]) -> list[AddedToken]:
+    """Returns the added tokens that only `tokenizer_config.json` states, as transformers adds them.
+
+    They are entries of `added_tokens_decoder` that differ from those of `tokenizer.json`, then named special tokens that are no
+    added tokens. A token that the vocabulary does not have is left out: the model has no row for it.
+    """
+    there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    stated: dict[str, AddedToken] = {}
+    listed = config.get("added_tokens_decoder")
+    for given in listed.values() if isinstance(listed, dict) else ():
+        token = _added_token(given) if isinstance(given, dict) else None
+        if token is not None and not _same_token(there.get(token.content), token):
+            stated[token.content] = token
+    for name in sorted(_named(config)):
+        if name not in there and name not in stated:
+            stated[name] = AddedToken(name, special=True, normalized=False)
+    found = [token for name, token in stated.items() if name and backend.token_to_id(name) is not None]
+    if len(found) > MAX_ADDED_TOKENS:
+        raise SlmError(f"{TOKENIZER_CONFIG_FILE} has more than {MAX_ADDED_TOKENS:,} added tokens")
+    return found
+
+
+def _added_token(given: dict[str, Any]) -> AddedToken | None:
+    content = given.get("content")
+    flags = {name: given[name] for name in _TOKEN_FLAGS if isinstance(given.get(name), bool)}
+    return AddedToken(content, **flags) if isinstance(content, str) else None
+
+
+def _same_token(token: AddedToken | None, other: AddedToken) -> bool:
+    return token is not None and all(getattr(token, name) == getattr(other, name) for name in _TOKEN_FLAGS)
 
 
 def _named(config: dict[str, Any]) -> set[str]:
@@ -422,12 +482,19 @@ def _around(processor: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _one_template(config: dict[str, Any]) -> dict[str, str]:
-    """Returns the default of several chat templates, which transformers also allows as a list of names and templates."""
+    """Returns the default of several chat templates: a list of names and templates, or an object."""
     templates = config.get("chat_template")
-    if not isinstance(templates, list):
+    if isinstance(templates, list):
+        pairs = [(each.get("name"), each.get("template")) for each in templates if isinstance(each, dict)]
+        templates = {name: template for name, template in pairs if isinstance(name, str)}
+    if templates is None or isinstance(templates, str):
         return {}
-    found = (each.get("template") for each in templates if isinstance(each, dict) and each.get("name") == "default")
-    default = next(found, None)
+    default = templates.get("default") if isinstance(templates, dict) else None
     if not isinstance(default, str):
-        raise SlmError("tokenizer_config.json has several chat templates and none is the default", "keep one of them")
+        raise SlmError(
+            f"{TOKENIZER_CONFIG_FILE} has several chat templates and none is the default"
+            if isinstance(templates, dict)
+            else f"{TOKENIZER_CONFIG_FILE}: chat_template is not a text",
+            "keep one of them, or name one of them default",
+        )
     return {"chat_template": default}

@@ -37,6 +37,10 @@ MAX_INSERT = 256
 # The library's search for added tokens is built in time that grows faster than their characters.
 MAX_ADDED_TOKENS = 65_536
 MAX_ADDED_CHARACTERS = 1 << 20
+# The library walks over all ids up to the largest one when it copies a tokenizer.
+MAX_ID = (1 << 24) - 1
+# Unigram's vocabulary becomes a tree of bytes, with 350 bytes of memory for each. mT5's 250,000 tokens have 2.5 MB.
+MAX_UNIGRAM_BYTES = 4 << 20
 # Tokens that a template adds to a text.
 MAX_TEMPLATE_TOKENS = 64
 # WordPiece takes quadratic time in a word; BERT has 100.
@@ -57,6 +61,7 @@ class Rules:
     Attributes:
         text: The file for the library, rebuilt.
         growth: Bytes that one byte of text can become.
+        growth_later: The same, of what normalizing the text by itself does not show.
         state: Fields of the file that were left out because they are state: "truncation", "padding", "dropout".
     """
 
@@ -83,7 +88,7 @@ class Rules:
         self.state = tuple(name for name in ("truncation", "padding") if parsed.get(name) is not None)
         if parsed["model"].get("dropout"):
             self.state = (*self.state, "dropout")
-        self.growth = math.ceil(budget.growth)
+        self.growth, self.growth_later = math.ceil(budget.growth), math.ceil(budget.growth_later)
         self.text = json.dumps(made)[:-1] + f', "model": {model_text}}}'
 
 
@@ -145,15 +150,16 @@ class _Budget:
 
     def __init__(self) -> None:
         self.components = self.work = self.template_tokens = 0
-        self.growth = self.decoded_growth = 1.0
+        self.growth = self.growth_later = self.decoded_growth = 1.0
 
     def component(self, depth: int) -> None:
         self.components += 1
         if self.components > MAX_COMPONENTS or depth > MAX_NESTING:
             raise Unsupported(f"more than {MAX_COMPONENTS} components, or nested more than {MAX_NESTING} deep")
 
-    def grow(self, factor: float) -> None:
+    def grow(self, factor: float, later: bool = False) -> None:
         self.growth *= factor
+        self.growth_later *= factor if later else 1.0
         if self.growth > MAX_GROWTH:
             raise Unsupported(f"its rules can make a text more than {MAX_GROWTH} times as long")
 
@@ -309,7 +315,8 @@ def _normalizer(value: Any, budget: _Budget, depth: int = 0) -> dict[str, Any]:
             return made
         case "Prepend":
             prefix = _text(value.get("prepend"), "Prepend: prepend")
-            budget.grow(1 + _bytes(prefix))  # before each part between added tokens, which may be one byte long
+            # It comes before each part between added tokens, which may be one byte long.
+            budget.grow(1 + _bytes(prefix), later=True)
             return {"type": kind, "prepend": prefix}
         case "Precompiled":
             packed = _text(value.get("precompiled_charsmap"), "Precompiled: precompiled_charsmap", MAX_BYTES)
@@ -332,7 +339,9 @@ def charsmap_growth(packed: str) -> float:
         units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
     except (binascii.Error, struct.error, ValueError):
         raise Unsupported("Precompiled: its map of characters is damaged") from None
-    texts = data[4 + size // 4 * 4 :]
+    if size % 4 or not len(units):
+        raise Unsupported("Precompiled: its map of characters is damaged")
+    texts = data[4 + size :]
     return _growth_of(units, np.flatnonzero(np.frombuffer(texts, np.uint8) == 0), len(texts))
 
 
@@ -342,6 +351,8 @@ def _growth_of(units: NDArray[np.int64], ends: NDArray[np.int64], length: int) -
     nodes = np.array([0]) ^ _offsets(units[:1])
     while len(nodes):
         depth += 1
+        if (nodes | 255).max() >= len(units):  # the library looks for any byte there
+            raise Unsupported("Precompiled: its map of characters is damaged")
         labels = np.arange(1, 256)
         children = (nodes[:, None] ^ labels).reshape(-1)
         labels = np.tile(labels, len(nodes))
@@ -406,7 +417,7 @@ def _pre_tokenizer(value: Any, budget: _Budget, depth: int = 0) -> dict[str, Any
         made = _fields(kind, value, {"behavior": _choice(_BEHAVIORS), "invert": _flag})
         return made | {"pattern": pattern}
     growth, checks = _PRE_TOKENIZERS[kind]
-    budget.grow(growth)
+    budget.grow(growth, later=True)
     return _fields(kind, value, checks)
 
 
@@ -496,10 +507,11 @@ _DECODERS: dict[str, Mapping[str, _Check]] = {
     "BPEDecoder": {"suffix": _text},
     "WordPiece": {"prefix": _text, "cleanup": _flag},
     "CTC": {"pad_token": _text, "word_delimiter_token": _text, "cleanup": _flag},
+    # With more than this the library panics over tokens that are shorter.
     "Strip": {
         "content": _character,
         "start": lambda value, what: _number(value, what, MAX_TOKEN),
-        "stop": lambda value, what: _number(value, what, MAX_TOKEN),
+        "stop": lambda value, what: _number(value, what, 0),
     },
     "Replace": {},
     "Sequence": {},
@@ -534,7 +546,9 @@ def _added_tokens(value: Any) -> list[dict[str, Any]]:
             for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
             if name in given
         }
-        made.append({"id": _number(given.get("id"), "added_tokens: id", 2**32 - 1), "content": content, **flags})
+        if content.isspace() and (flags.get("lstrip") or flags.get("rstrip")):
+            raise Unsupported("added_tokens: white space that takes white space beside it takes quadratic time")
+        made.append({"id": _number(given.get("id"), "added_tokens: id", MAX_ID), "content": content, **flags})
     if characters > MAX_ADDED_CHARACTERS:
         raise Unsupported(f"its added tokens have more than {MAX_ADDED_CHARACTERS:,} characters")
     return made
@@ -552,8 +566,12 @@ def _check_model(value: Any) -> None:
         tokens = [
             each[0] if isinstance(each, list) and each and isinstance(each[0], str) else "" for each in vocabulary
         ]
+        if sum(map(_bytes, tokens)) > MAX_UNIGRAM_BYTES:
+            raise Unsupported(f"model: its vocabulary has more than {MAX_UNIGRAM_BYTES:,} bytes")
     elif isinstance(vocabulary, dict):
         tokens = list(vocabulary)
+        if not all(type(each) is int and 0 <= each <= MAX_ID for each in vocabulary.values()):
+            raise Unsupported(f"model: an id of its vocabulary is not a number from 0 to {MAX_ID:,}")
     else:
         raise Unsupported("model: vocab is missing")
     if max(map(len, tokens), default=0) > MAX_TOKEN:

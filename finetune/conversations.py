@@ -8,7 +8,7 @@ from slm.core.chat import Message, Role
 from slm.core.errors import SlmError
 from slm.core.text.json_rows import parse
 from slm.core.text.streams import DOCUMENT_BYTES
-from slm.finetune.fields import ROLES, TOOL_ROLES, absent, is_learned, known_in_message, refuse_in_message
+from slm.finetune.fields import ROLES, TOOL_ROLES, absent, is_learned, known_in_message, present, refuse_in_message
 
 _FORM = 'a conversation is [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
 _PAIR_FORM = 'history is [["a question", "its answer"], ...]'
@@ -141,7 +141,7 @@ def checked(conversation: Sequence[Turn], where: str) -> tuple[tuple[Message, ..
 def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | None:
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: {kind_of(value)} instead of an object", _FORM)
-    message = {name: each for name, each in value.items() if each is not None}
+    message = present(value)
     role_name, content_name = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     try:
         if message.get(role_name) in TOOL_ROLES:
@@ -152,6 +152,10 @@ def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | Non
         refuse_in_message(message)
     except SlmError as error:
         raise SlmError(f"{where}: {error.message}", error.hint) from None
+    other_role, other_content = ("role", "content") if role_name == "from" else ("from", "value")
+    for name, other in ((role_name, other_role), (content_name, other_content)):
+        if not absent(message.get(name)) and not absent(message.get(other)) and not _agree(message[name], message[other]):
+            raise SlmError(f"{where}: {name!r} and {other!r} contradict each other", "keep one of them")
     if role_name not in message or content_name not in message:
         names = ", ".join(map(repr, list(message)[:8])) or "no field"
         raise SlmError(f"{where}: has {names} instead of 'role' and 'content' (or 'from' and 'value')", _FORM)
@@ -170,6 +174,12 @@ def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | Non
     if role == "system" and not content.strip():
         return None
     return _said(role, content), learned
+
+
+def _agree(first: Any, second: Any) -> bool:
+    return first == second or (
+        isinstance(first, str) and isinstance(second, str) and ROLES.get(first, first) == ROLES.get(second, second)
+    )
 
 
 def _said(role: Role, content: str) -> Message:

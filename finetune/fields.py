@@ -3,6 +3,7 @@
 Any other field is harmless: it is left out, and named once.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ _TEXT_ONLY = "slm reads text only"
 _PAIRS = "preference pairs are not supported"
 _KEEP_CHOSEN = "keep the preferred answer as an assistant's message or as completion, and remove the other"
 _REMOVE = "remove the field, or the rows that need it"
+_RENAME_SYSTEM = "rename the column to system"
+_ANSWERS_ONLY = "learn only a part of the answers with the field weight of messages, 0 or 1"
 
 TOOL_ROLES = (
     "tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_calls", "tool_response",
@@ -40,7 +43,15 @@ _REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("tools", "functions"), (_NO_TOOLS, _REMOVE)),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
     **dict.fromkeys(("chosen", "rejected"), (_PAIRS, _KEEP_CHOSEN)),
-    "kto_tag": (_PAIRS, _KEEP_CHOSEN),
+    "documents": ("the chat template has no documents", "write them into a message, or remove the column"),
+    **dict.fromkeys(
+        ("system_message", "system_instruction", "systemInstruction", "sys_prompt", "System", "SYSTEM"),
+        ("slm reads the system text from the column system", _RENAME_SYSTEM),
+    ),
+    **dict.fromkeys(
+        ("mask", "mask_history", "loss_mask", "labels_mask", "train_on_input", "train_on_inputs", "train_on_prompt"),
+        ("every answer is learned, and nothing else", _ANSWERS_ONLY),
+    ),
     **dict.fromkeys(("chat_template", "chat_template_kwargs"), ("the model's own chat template is used", _REMOVE)),
 }
 _NO_REASONING = "reasoning beside an answer is not supported"
@@ -55,9 +66,14 @@ _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
     "train_detail": ("an answer is learned whole or not at all", "remove the field, or split the answer"),
     "prefix": ("an answer is learned from its beginning", "remove the field"),
 }
-# Whether an answer is learned: OpenAI's weight, Axolotl's train, ms-swift's loss.
-_LEARNED = ("weight", "train", "train_on_turn", "loss")
-_ROW_WEIGHTS = ("weight", "sample_weight")
+# Whether an answer is learned: OpenAI's weight, Axolotl's train and training, ms-swift's loss.
+_LEARNED = ("weight", "train", "training", "train_on_turn", "loss")
+_ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "example_weight")
+# Other tools' names for the same, and for what was thought before an answer. What their values mean is not known here.
+_LEARNING_NAME = re.compile(r".*(weight|mask|loss|train|learn).*", re.IGNORECASE)
+_REASONING_NAME = re.compile(r".*(reasoning|thinking|thought).*", re.IGNORECASE)
+# Whether an answer is wanted: LLaMA-Factory's kto_tag, TRL's label. A text's label may be a class.
+_WANTED = ("kto_tag", "label")
 
 # Columns that mean what prompt and completion do, but may also mean something else.
 _RENAMED = (
@@ -70,8 +86,13 @@ _RENAMED = (
 # Everything that is looked at in a row; other columns of a Parquet file are not decoded.
 COLUMNS = frozenset(
     (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
-     *_ROW_WEIGHTS, "label", *(name for names in _RENAMED for name in names))
+     *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
 )  # fmt: skip
+
+
+def present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that hold something: null means absent, and so does NaN, which pandas writes for it."""
+    return {name: value for name, value in fields.items() if value is not None and value == value}  # noqa: PLR0124
 
 
 def absent(value: Any) -> bool:
@@ -96,8 +117,30 @@ def refuse_columns(row: Mapping[str, Any]) -> None:
             raise SlmError(
                 f"column {name!r} is {weight:g}: rows cannot be weighted", "remove the column, or rows of weight 0"
             )
-    if COMPLETION in row and str(row.get("label")).lower() == "false":
-        raise SlmError("column 'label' is false, which marks an answer not to learn", "remove the row")
+    for name in _WANTED:
+        if name in row and _unwanted(name, row):
+            raise SlmError(
+                f"column {name!r} is false, which marks an answer not to learn",
+                "remove the row, or the column if it means something else",
+            )
+
+
+def refuse_beside(row: Mapping[str, Any], names: tuple[str, ...], fields: str) -> None:
+    """Makes sure that a row has no text that belongs to another kind of row and would be lost.
+
+    Args:
+        row: The row.
+        names: The columns that may not hold anything.
+        fields: What the row is read as, for the message.
+
+    Raises:
+        SlmError: When one of them does; the message names the column, but no place.
+    """
+    for name in names:
+        if not absent(row.get(name)):
+            raise SlmError(
+                f"column {name!r} is not supported beside {fields}", "write it into the text, or remove the column"
+            )
 
 
 def refuse_in_message(message: Mapping[str, Any]) -> None:
@@ -109,6 +152,16 @@ def refuse_in_message(message: Mapping[str, Any]) -> None:
     for name, (reason, hint) in _REFUSED_IN_MESSAGES.items():
         if name in message and not absent(message[name]):
             raise SlmError(f"{name!r} is not supported: {reason}", hint)
+    for name, value in message.items():
+        if known_in_message(name):
+            continue
+        if _LEARNING_NAME.fullmatch(name) and value not in ([], {}, ""):
+            raise SlmError(
+                f"{name!r} is not supported: it may mean that the message is learned, or that it is not",
+                "write 'weight': 1 or 0 instead, or remove the field",
+            )
+        if _REASONING_NAME.fullmatch(name) and not absent(value):
+            raise SlmError(f"{name!r} is not supported: {_NO_REASONING}", "write it into the content, or remove it")
 
 
 def is_learned(message: Mapping[str, Any], role: Role) -> bool:
@@ -138,7 +191,7 @@ def known_in_message(name: str) -> bool:
 
 def known_column(name: str) -> bool:
     """Says whether a column is one of those that are refused unless they are empty, or of weights."""
-    return name in _REFUSED_COLUMNS or name in _ROW_WEIGHTS
+    return name in _REFUSED_COLUMNS or name in _ROW_WEIGHTS or name == "kto_tag"
 
 
 def renaming(row: Mapping[str, Any]) -> str | None:
@@ -147,6 +200,14 @@ def renaming(row: Mapping[str, Any]) -> str | None:
         if question in row and answer in row:
             return f"rename {question} and {answer} to instruction and output (a chat) or to prompt and completion (plain text)"
     return None
+
+
+def _unwanted(name: str, row: Mapping[str, Any]) -> bool:
+    if name == "label" and not row.keys() & {*CONVERSATIONS, COMPLETION, INSTRUCTION}:
+        return False
+    value = row[name]
+    numbers = name == "kto_tag" or COMPLETION in row
+    return value is False or str(value).lower() == "false" or (numbers and str(value) in ("0", "0.0"))
 
 
 def _number(value: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from slm.finetune.fields import (
     TEXT,
     absent,
     known_column,
+    present,
+    refuse_beside,
     refuse_columns,
     renaming,
 )
@@ -199,14 +202,17 @@ def _bytes(row: Row) -> int:
 def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> Row:
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: {kind_of(value)} instead of an object")
-    row = {name: each for name, each in value.items() if each is not None}  # null means absent
-    try:
+    row = present(value)
+    with _placed(where):
         refuse_columns(row)
-    except SlmError as error:
-        raise SlmError(f"{where}: {error.message}", error.hint) from None
     fields = _fields(row, where, unread)
+    with _placed(where):
+        if fields[0] == PROMPT:
+            refuse_beside(row, (INSTRUCTION, *CONTEXT), "prompt and completion")
+        elif fields[0] in CONVERSATIONS:
+            refuse_beside(row, ("context",), fields[0])
     for name in row:
-        if name not in (*fields, *SYSTEM, HISTORY) and not known_column(name):
+        if name not in (*fields, *SYSTEM, HISTORY) and not known_column(name) and not absent(row[name]):
             left_out(name)
     match fields:
         case ("prompt", _):
@@ -221,8 +227,32 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
     raise AssertionError(fields)
 
 
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Puts the place before the message of an error."""
+    try:
+        yield
+    except SlmError as error:
+        raise SlmError(f"{where}: {error.message}", error.hint) from None
+
+
 def _fields(row: Mapping[str, Any], where: str, unread: Collection[str]) -> tuple[str, ...]:
     """Returns the fields of the kind that a row is."""
+    kinds = _kinds(row, where)
+    # A table has all columns in every row: those of other kinds are empty.
+    if len(kinds) > 1:
+        kinds = [names for names in kinds if not all(absent(row[name]) for name in names)] or kinds[:1]
+    if len(kinds) > 1:
+        names = " and ".join(" + ".join(map(repr, each)) for each in kinds)
+        raise SlmError(f"{where}: has {names}, which are {len(kinds)} kinds of row", "keep the fields of one kind")
+    if not kinds:
+        names = ", ".join([*row, *sorted(unread)][:20]) or "none"
+        raise SlmError(f"{where}: unknown kind of row (fields: {names})", renaming(row))
+    return kinds[0]
+
+
+def _kinds(row: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
+    """Returns the fields of each kind that a row may be."""
     kinds: list[tuple[str, ...]] = [(name,) for name in CONVERSATIONS if name in row]
     output = _one_of(row, OUTPUT, where)
     if INSTRUCTION in row and output in row:
@@ -231,15 +261,9 @@ def _fields(row: Mapping[str, Any], where: str, unread: Collection[str]) -> tupl
     if PROMPT in row and COMPLETION in row:
         kinds.append((PROMPT, COMPLETION))
     # A text beside other fields is made of them, as Alpaca's is.
-    if not kinds and TEXT in row:
+    if TEXT in row and all(absent(row[name]) for names in kinds for name in names):
         kinds.append((TEXT,))
-    if len(kinds) > 1:
-        names = " and ".join(" + ".join(map(repr, each)) for each in kinds)
-        raise SlmError(f"{where}: has {names}, which are {len(kinds)} kinds of row", "keep the fields of one kind")
-    if not kinds:
-        names = ", ".join([*row, *sorted(unread)][:20]) or "none"
-        raise SlmError(f"{where}: unknown kind of row (fields: {names})", renaming(row))
-    return kinds[0]
+    return kinds
 
 
 def _one_of(row: Mapping[str, Any], names: tuple[str, str], where: str) -> str:

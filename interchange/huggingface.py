@@ -1,5 +1,6 @@
 """A Hugging Face directory of a Gemma 3 model, the text part of a multimodal one included."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _TEXT_PREFIXES = {
     "lm_head.": "lm_head.",
 }
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+# Tables of the rotary embedding, which some programs write; they follow from the configuration.
+_ROTARY_TABLE = re.compile(r".*\brotary_emb(_local)?\.(\w+_)?inv_freq")
 _PICTURE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
@@ -103,7 +106,7 @@ class HuggingFaceModel:
         """Returns the name in the file for each of the text model's tensors."""
         names: dict[str, str] = {}
         for name in self._weights.shapes:
-            if self._of_pictures(name):
+            if self._of_pictures(name) or _ROTARY_TABLE.fullmatch(name):
                 continue
             text = self._text_name(name)
             if text in names and not self._weights.same(names[text], name):

@@ -1,6 +1,7 @@
 """Texts that end a text, wherever tokens cut them."""
 
 from collections.abc import Sequence
+from copy import copy
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
@@ -41,6 +42,12 @@ class StopTexts:
         self._hidden = dict.fromkeys(map(ord, self._marks.values()))
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
+
+    def fresh(self) -> "StopTexts":
+        """Returns the same stop texts for another text that begins."""
+        other = copy(self)
+        other.found, other._held = False, ""
+        return other
 
     def push(self, text: str, token: int | None = None) -> str:
         """Takes the next piece of text and returns what is certain not to belong to a stop text.

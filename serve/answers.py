@@ -35,14 +35,18 @@ Value = TypeVar("Value")
 
 # How often to check for a disconnected client while a whole answer is made, in seconds.
 _LOOK_S = 0.5
-# Texts longer than this, in characters or tokens, are worked on in a thread.
+# What a request has in characters, tokens and biases is worked on in a thread where there is more than this: so many characters
+# take up to 1.5 ms, and a request's texts, stop texts and biases count together.
+_SHORT = 1024
+# Threads for texts longer than this: each takes hundreds of megabytes for a megabyte of text while it is cut into tokens.
 _LONG = 4096
-# Threads for long texts: each takes hundreds of megabytes for a megabyte of text while it is cut into tokens.
 _ASIDE = ThreadPoolExecutor(2, "slm-aside")
 # Answers beyond this many bytes are sent in pieces of this size.
 _LARGE = 1 << 18
 # Normalization makes a text shorter by no more than this factor, but for whitespace that it strips.
 _SHRINKS = 4
+# Keeps the likeliest token alone, as OpenAI's 0 does.
+_LEAST_TOP_P = 1e-9
 # Pieces that one event has at most; 20 log-probabilities with each of them take 5 ms to write.
 _PIECES = 64
 
@@ -94,12 +98,17 @@ async def answer(
     Raises:
         Refused: When it cannot be answered, or not now.
     """
-    texts = await _texts(service, request, prompts, new_tokens, logprobs)
+    adapter = adapter_of(service, request.model)
+    texts = len(prompts) * (request.n or 1)
+    _check_count(service, texts, "n")
+    _check_lengths(service, prompts)
+    constraints = await _constraints(service, request, texts)
     name = service.name if request.model is None else request.model
     head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
     post = service.post(asyncio.get_running_loop())
-    tokens, submit = sum(map(len, prompts)), partial(_submit, service, post, prompts, texts)
-    asked = await aside(tokens, submit) if tokens > _LONG else submit()
+    size = sum(map(len, prompts)) + sum(map(len, request.stops)) + texts * len(request.logit_bias or ())
+    submit = partial(_submit, service, post, request, prompts, adapter, constraints, new_tokens, logprobs)
+    asked = await aside(size, submit) if size > _SHORT else submit()
     record_answers(connection.scope, name, prompts, asked.tickets, asked.ended)
     if request.stream:
         options = request.stream_options
@@ -161,13 +170,13 @@ async def prompts_of(
         raise Refused(400, "the prompt is empty", param="prompt")
     _check_count(service, len(several), "prompt")
     check_size(service, several, "prompt")
-    found: list[list[int]] = []
-    for each in several:
-        if isinstance(each, str):
-            encode = partial(service.model.tokenizer.encode, each)
-            each = await aside(len(each), encode) if len(each) > _LONG else encode()
-        found.append(each)
-    return found
+    encode = partial(_encoded, service, several)
+    size = sum(len(each) for each in several if isinstance(each, str))
+    return await aside(size, encode) if size > _SHORT else encode()
+
+
+def _encoded(service: Service, prompts: Sequence[Any]) -> list[list[int]]:
+    return [service.model.tokenizer.encode(each) if isinstance(each, str) else each for each in prompts]
 
 
 async def aside(size: int, function: Callable[[], Value]) -> Value:
@@ -194,47 +203,20 @@ def check_size(service: Service, texts: Sequence[object], param: str) -> None:
             )
 
 
-async def _texts(
-    service: Service,
-    request: AnyRequest,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int | None,
-    logprobs: int | None,
-) -> list[Ask]:
-    limits, adapter = service.limits, adapter_of(service, request.model)
-    count = request.n or 1
-    _check_count(service, len(prompts) * count, "n")
-    _check_lengths(service, prompts)
-    constraints: Sequence[JsonConstraint | None] = [None] * (len(prompts) * count)
+async def _constraints(service: Service, request: AnyRequest, texts: int) -> Sequence[JsonConstraint | None]:
+    """Returns what each of so many answers must keep to."""
     form = request.response_format
-    if form is not None and form.type != "text":
-        if request.ignore_eos:
-            raise Refused(400, "an answer that follows a schema ends where it is complete", param="ignore_eos")
-        schema = None if form.json_schema is None else form.json_schema.schema_
-        try:
-            constraints = [*await asyncio.wrap_future(service.grammars.submit(schema, len(constraints)))]
-        except Busy as error:
-            raise _too_many(said(error), 2) from None
-        except SlmError as error:
-            raise Refused(400, said(error), param="response_format") from None
+    if form is None or form.type == "text":
+        return [None] * texts
+    if request.ignore_eos:
+        raise Refused(400, "an answer that follows a schema ends where it is complete", param="ignore_eos")
+    schema = None if form.json_schema is None else form.json_schema.schema_
     try:
-        return [
-            Ask(
-                prompt=ids,
-                sampling=_sampling(request, index),
-                max_new_tokens=min(new_tokens or limits.new_tokens, limits.new_tokens),
-                stop=tuple(request.stops),
-                logprobs=logprobs,
-                adapter=adapter,
-                constraint=constraints[place * count + index],
-                ignore_end=bool(request.ignore_eos),
-                deadline=time.monotonic() + limits.seconds,
-            )
-            for place, ids in enumerate(prompts)
-            for index in range(count)
-        ]
+        return await asyncio.wrap_future(service.grammars.submit(schema, texts))
+    except Busy as error:
+        raise _too_many(said(error), 2) from None
     except SlmError as error:
-        raise Refused(400, said(error)) from None
+        raise Refused(400, said(error), param="response_format") from None
 
 
 def _check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:
@@ -260,8 +242,8 @@ def _sampling(request: AnyRequest, index: int) -> Sampling:
     seed = int(uuid.uuid4().int % 2**32) if request.seed is None else request.seed % 2**63
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=request.top_k or 0,
+        top_p=1.0 if request.top_p is None else max(request.top_p, _LEAST_TOP_P),
+        top_k=max(0, request.top_k or 0),
         min_p=request.min_p or 0.0,
         typical_p=1.0 if request.typical_p is None else request.typical_p,
         repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
@@ -272,12 +254,34 @@ def _sampling(request: AnyRequest, index: int) -> Sampling:
     )
 
 
-def _submit(service: Service, post: Post, prompts: Sequence[Sequence[int]], texts: Sequence[Ask]) -> _Asked:
-    """Asks for all of them, or for none."""
-    inbox, tickets = Inbox(), []
+def _submit(
+    service: Service,
+    post: Post,
+    request: AnyRequest,
+    prompts: Sequence[Sequence[int]],
+    adapter: Adapter | None,
+    constraints: Sequence[JsonConstraint | None],
+    new_tokens: int | None,
+    logprobs: int | None,
+) -> _Asked:
+    """Asks for all answers, or for none."""
+    limits, count, stop = service.limits, request.n or 1, tuple(request.stops)
+    inbox, tickets, texts = Inbox(), list[Ticket](), list[Ask]()
     try:
-        for index, text in enumerate(texts):
-            tickets.append(service.engine.submit(text, post.to(inbox, index)))
+        for place, constraint in enumerate(constraints):
+            text = Ask(
+                prompt=prompts[place // count],
+                sampling=_sampling(request, place % count),
+                max_new_tokens=min(new_tokens or limits.new_tokens, limits.new_tokens),
+                stop=stop,
+                logprobs=logprobs,
+                adapter=adapter,
+                constraint=constraint,
+                ignore_end=bool(request.ignore_eos),
+                deadline=time.monotonic() + limits.seconds,
+            )
+            texts.append(text)
+            tickets.append(service.engine.submit(text, post.to(inbox, place)))
     except SlmError as error:
         _cancel(service, tickets)
         raise _not_now(service, error) from None

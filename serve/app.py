@@ -21,7 +21,16 @@ from slm.serve.described import body_of, describe
 from slm.serve.docs_page import HEADERS, docs_page
 from slm.serve.guard import Guard
 from slm.serve.refusals import Refused, add_envelopes, said
-from slm.serve.replies import Card, Cards, ChatCompletion, Status, TextCompletion, answered_or_refused, refused
+from slm.serve.replies import (
+    TURNED_AWAY,
+    Card,
+    Cards,
+    ChatCompletion,
+    Status,
+    TextCompletion,
+    answered_or_refused,
+    refused,
+)
 from slm.serve.schema import ChatRequest, CompletionRequest
 from slm.serve.service import Service
 from slm.serve.shapes import Chat, Completion, card
@@ -50,7 +59,14 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.engine.close, service.grace_s)
         service.grammars.close()
 
-    app = FastAPI(title="slm", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="slm",
+        version=__version__,
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # where to would be made of the Host header
+    )
     add_envelopes(app)
     site = _page(service)
     access = Access(service.keys, service.hosts, service.origins, public={*_PUBLIC, *paths_of(site)})
@@ -73,12 +89,12 @@ def make_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models", response_model=Cards, responses=refused(401))
+    @app.get("/v1/models", response_model=Cards, responses=refused(401, *TURNED_AWAY))
     async def models() -> Response:
         names = (service.name, *service.adapters)
         return JSONResponse({"object": "list", "data": [card(service, name) for name in names]})
 
-    @app.get("/v1/models/{name:path}", response_model=Card, responses=refused(401, 404))
+    @app.get("/v1/models/{name:path}", response_model=Card, responses=refused(401, 404, *TURNED_AWAY))
     async def model(name: str) -> Response:
         adapter_of(service, name)
         return JSONResponse(card(service, name))

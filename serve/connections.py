@@ -1,7 +1,8 @@
 """Connections: fewer than the process may have files, and none that says nothing keeps its place for long.
 
 A connection without a whole request is idle: new, between two requests, or with headers that come byte by byte. It is closed
-when its time is up, and the oldest earlier where another one needs the place.
+when its time is up. Where another connection needs the place, the one is closed whose client has kept the server waiting
+longest, for a request or for the rest of a body.
 """
 
 import asyncio
@@ -46,9 +47,7 @@ class Connections:
         self._open: dict[Connection, None] = {}
 
     def add(self, connection: "Connection") -> bool:
-        """Takes a connection in, if need be in place of the one that has been idle longest.
-
-        Where none is idle, one whose request has not come completely makes room.
+        """Takes a connection in, if need be in place of the one whose client has kept the server waiting longest.
 
         Returns:
             Whether it has a place.
@@ -57,7 +56,8 @@ class Connections:
             waiting = [each for each in self._open if each.idle or each.unfinished]
             if not waiting:
                 return False
-            min(waiting, key=lambda each: (not each.idle, each.since)).abort()
+            # A new connection has said nothing yet: slow bodies must not keep their places at its expense.
+            min(waiting, key=lambda each: each.since).abort()
         self._open[connection] = None
         return True
 
@@ -75,7 +75,11 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """A connection whose headers have a deadline."""
+    """A connection whose headers have a deadline.
+
+    Attributes:
+        since: Since when a request, or the body of one, is waited for, in monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -117,7 +121,10 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Takes what came in, unless the connection is being closed."""
         if not self.transport.is_closing():
+            before = self.cycle
             super().data_received(data)
+            if self.cycle is not before:  # the headers are complete: now the client has time for the body
+                self.since = time.monotonic()
 
     def on_response_complete(self) -> None:
         """Starts the clock for the next request."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Literal
 
 from slm.core.errors import SlmError
@@ -35,6 +36,8 @@ Reason = Literal["end", "stop", "length", "context", "cancelled", "deadline", "e
 
 # A prompt shorter than this is read again sooner than its caches are copied.
 _WORTH_KEEPING = 64
+# Lists of stop texts that are kept: all answers to a request have the same one, and reading it may take 20 ms.
+_STOPS = 16
 # How often the watchdog looks at the engine's thread, and how long one piece of work may take before the watchdog ends texts
 # that are due in its place, in seconds.
 _LOOK_S = 0.1
@@ -199,6 +202,7 @@ class Engine:
         """
         self._decoder, self._tokenizer = decoder, tokenizer
         self._own_bytes = token_bytes(tokenizer)
+        self._stops = lru_cache(_STOPS)(partial(StopTexts, tokenizer=tokenizer))
         self._stop_tokens = frozenset(stop_tokens)
         self._queue, self._prefill = queue, prefill_tokens
         self._batch = Batch(decoder, slots)
@@ -263,7 +267,7 @@ class Engine:
         """
         check_request(self._decoder, ask.prompt, ask.max_new_tokens, ask.logprobs)
         sampler = Sampler(ask.sampling, ask.prompt, self._decoder.vocab_size)
-        stops = StopTexts(ask.stop, self._tokenizer)
+        stops = self._stops(tuple(ask.stop)).fresh()
         ticket = Ticket(ask, deliver, time.monotonic(), sampler, TextStream(self._tokenizer), stops)
         with self._changed:
             reason = self.unavailable
@@ -352,11 +356,11 @@ class Engine:
             due: Only those whose deadline lies before this time; None for all.
         """
         with self._changed:
-            tickets = [
+            tickets = {
                 ticket
                 for ticket in self._unfinished
                 if due is None or (ticket.ask.deadline is not None and due >= ticket.ask.deadline)
-            ]
+            }
             self._waiting = deque(ticket for ticket in self._waiting if ticket not in tickets)
             self.figures.waiting = len(self._waiting)
         for ticket in tickets:

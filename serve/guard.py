@@ -99,7 +99,9 @@ class _Request:
         elif (malformed := _malformed(self._scope, self._service.limits.body_bytes)) is not None:
             await self._respond(sent(malformed))
         else:
-            await self._app(self._scope, self._receive_body, self._send_part)
+            # The server sends no body to HEAD, whatever the application does.
+            asked = {**self._scope, "method": "GET"} if self._scope["method"] == "HEAD" else self._scope
+            await self._app(asked, self._receive_body, self._send_part)
 
     @property
     def _cors(self) -> list[tuple[bytes, bytes]]:

@@ -39,7 +39,14 @@ def add_envelopes(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return sent(Refused(error.status_code, str(error.detail), headers=error.headers))
+        path = _short(request.scope["path"])
+        if error.status_code == 404:
+            wrong = Refused(404, f"there is nothing at {path}; /docs shows the API", code="unknown_url")
+        elif error.status_code == 405:
+            wrong = Refused(405, f"{request.method[:20]} is not allowed for {path}", headers=error.headers)
+        else:
+            wrong = Refused(error.status_code, str(error.detail), headers=error.headers)
+        return sent(wrong)
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(HTTPException, http)
@@ -61,9 +68,16 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> Refused:
     first = errors[0]
     where = _where(first)
     same = [each for each in errors if f"{_where(each)}.".startswith(f"{where}.")]
-    wrongs = [str(each["msg"]).removeprefix("Value error, ") for each in same]
+    wrongs = [_wrong(each) for each in same]
     wrong = "; or: ".join(dict.fromkeys(wrongs))
     return Refused(400, f"{_short(where)}: {wrong}" if where else wrong, param=_short(where) if where else None)
+
+
+def _wrong(error: Mapping[str, Any]) -> str:
+    """Returns what is wrong; pydantic's own words for an object would name a class of ours."""
+    if error["type"] in ("model_type", "dict_type"):
+        return "Input should be an object"
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _where(error: Mapping[str, Any]) -> str:

@@ -149,14 +149,19 @@ class TextCompletion(_Reply):
 _WHY = {
     400: "a field is invalid or not supported",
     401: "the API key is missing or wrong",
+    403: "a web page of another origin asks, which --cors-origin does not allow",
     404: "the model does not exist",
     408: "the body did not come in time",
     413: "the body is too large",
     415: "the body is compressed",
+    421: "the server does not answer to the Host name",
+    431: "the headers are too large",
     429: "all slots and the queue are taken; Retry-After says when to ask again",
     500: "a defect",
     503: "the server is shutting down, its engine has ended, or nothing was answered in time",
 }
+# What any request may be answered before it is looked at.
+TURNED_AWAY = (403, 421, 431)
 
 
 def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -169,5 +174,5 @@ def answered_or_refused() -> dict[int | str, dict[str, Any]]:
     events: dict[str, Any] = {"text/event-stream": {}}
     return {
         200: {"description": "the answers, or events that end with [DONE]", "content": events},
-        **refused(400, 401, 404, 408, 413, 415, 429, 500, 503),
+        **refused(400, 401, *TURNED_AWAY, 404, 408, 413, 415, 429, 500, 503),
     }

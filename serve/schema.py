@@ -349,15 +349,15 @@ class Request(_Object):
         None, description="The same seed gives the same answer."
     )
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 keeps the likeliest token alone.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[Digits, Bias | None] | None, BeforeValidator(_biases)] = Field(
         None, description="Added to the logits of tokens, by id.", json_schema_extra={"maxProperties": MOST_BIASES}
     )
     response_format: ResponseFormat | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31), INTEGRAL] | None = Field(
-        None, description="Keep the K likeliest tokens; 0 keeps all."
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), INTEGRAL] | None = Field(
+        None, description="Keep the K likeliest tokens; 0 and -1 keep all."
     )
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)

@@ -62,14 +62,16 @@ def test_what_is_left_out_is_what_transformers_takes() -> None:
     }
 
 
-@pytest.mark.parametrize("spelling", ["old", "older", "new"])
+@pytest.mark.parametrize("spelling", ["old", "both", "new"])
 def test_stretched_positions_in_every_spelling(config: ModelConfig, spelling: str) -> None:
     fields = config.to_hf()
     if spelling == "new":
         fields["rope_parameters"][FULL] |= {"rope_type": "linear", "factor": 8.0}
     else:
         del fields["rope_parameters"]
-        fields["rope_scaling"] = {"rope_type" if spelling == "old" else "type": "linear", "factor": 8.0}
+        fields["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+        if spelling == "both":
+            fields["rope_scaling"]["type"] = "linear"
     read = ModelConfig.from_hf(fields)
     assert read.rope_parameters[FULL] == RopeParameters(rope_theta=10_000.0, rope_type="linear", factor=8.0)
     assert read.rope_parameters[SLIDING] == config.rope_parameters[SLIDING]
@@ -108,7 +110,8 @@ def test_reads_the_old_spelling(config: ModelConfig) -> None:
         ),
         ({"rope_theta": 5e5}, "rope_theta=10000.0 for full_attention layers, and the older fields have 500000.0"),
         ({"rope_local_base_freq": 5e5}, "rope_theta=100.0 for sliding_attention layers"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "contradicts itself"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "contradicts itself"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": None}, "'linear' and no rope_type"),
         ({"sliding_window": None}, "no sliding_window"),
         ({"use_bidirectional_attention": True}, "is causal"),
         ({"is_causal": False}, "is causal"),

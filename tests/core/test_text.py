@@ -261,9 +261,9 @@ def test_long_texts_have_the_ids_of_the_whole(
     calls: list[str] = []
     original = Tokenizer.encode_literal
 
-    def counted(self: Tokenizer, part: str) -> list[int]:
+    def counted(self: Tokenizer, part: str, besides: frozenset[int] = frozenset()) -> list[int]:
         calls.append(part)
-        return original(self, part)
+        return original(self, part, besides)
 
     monkeypatch.setattr(cuts, "_PIECE_CHARACTERS", 500)
     monkeypatch.setattr(Tokenizer, "encode_literal", counted)

@@ -178,6 +178,43 @@ def test_encoding_is_not_random(tmp_path: Path) -> None:
     assert found.encode("abc" * 20) == [11] * 20 and found.dropped == ("dropout",)
 
 
+def test_tokens_that_the_configuration_alone_calls_special(tmp_path: Path) -> None:
+    """As transformers adds them, where the vocabulary has them."""
+    letters = {character: i for i, character in enumerate("abcdefgh ▁</s>x")}
+    model = {"type": "BPE", "vocab": letters | {"</s>": 20, "<x>": 21}, "merges": []}
+    x = {"content": "<x>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    named = {
+        "eos_token": "</s>",
+        "bos_token": "<none>",
+        "added_tokens_decoder": {"21": x, "22": x | {"content": "<y>"}},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    found = load(tmp_path, document(model=model))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("ab </s> c  <x> d", "<x></s>"):
+        assert found.encode(text) == theirs(text)["input_ids"]
+    assert found.encode("ab </s>") == [0, 1, 8, 20]
+    assert found.decode([0, 20, 21]) == theirs.decode([0, 20, 21], skip_special_tokens=True) == "a"
+    assert found.encode_literal("</s>") == [letters[character] for character in "</s>"]
+    (tmp_path / "copy").mkdir()
+    found.copy(tmp_path, tmp_path / "copy")  # other clients read this file alone
+    assert Tokenizer.load(tmp_path / "copy").encode("ab </s>") == [0, 1, 8, 20]
+
+
+def test_several_chat_templates(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    for several in (
+        {"default": "A", "tool_use": "B"},
+        [{"name": "tool_use", "template": "B"}, {"name": "default", "template": "A"}],
+    ):
+        config.write_text(json.dumps({"chat_template": several}))
+        assert load(tmp_path, document()).config["chat_template"] == "A"
+    for wrong in ({"tool_use": "B"}, [{"name": "rag", "template": "B"}], 3, {"default": 3}, []):
+        config.write_text(json.dumps({"chat_template": wrong}))
+        with pytest.raises(SlmError, match=r"chat.template"):
+            load(tmp_path, document())
+
+
 def test_state_does_not_travel_on(tmp_path: Path) -> None:
     content = document(truncation={"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"})
     found = load(tmp_path, content)
@@ -246,6 +283,26 @@ BOMBS: dict[str, dict[str, Any]] = {
     "a long token": {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "b" * 10**6: 1}}},
     "a long unigram": {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], ["b" * 10**6, -1.0]]}},
     "a long added token": {"added_tokens": [ADDED | {"id": 12, "content": "x" * 10**6}]},
+    "an id of billions": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 4 * 10**9}, "merges": []}},
+    "an added id of billions": {"added_tokens": [ADDED | {"id": 4 * 10**9, "content": "<x>"}]},
+    "a large unigram": {
+        "model": {
+            "type": "Unigram",
+            "unk_id": 0,
+            "vocab": [["a", 0.0], *([f"{i:04d}" + "z" * 1000, -1.0] for i in range(5000))],
+        }
+    },
+    "white space that takes white space": {
+        "added_tokens": [ADDED | {"id": 12, "content": " ", "lstrip": True, "rstrip": True, "normalized": False}]
+    },
+    "templates of which one is left out": {"post_processor": chain("Sequence", "processors", [TEMPLATE] * 3)},
+    "strip at the end": {"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 1}},
+    "a map of characters that leads out of itself": {
+        "normalizer": {
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode(struct.pack("<I", 4096) + b"\xff" * 4096 + b"x\0").decode(),
+        }
+    },
     "many added tokens": {"added_tokens": [ADDED | {"id": i, "content": f"<{i:016d}>"} for i in range(70_000)]},
 }
 
@@ -297,16 +354,67 @@ def test_json_that_two_readers_read_differently_is_rejected(tmp_path: Path, cont
         load(tmp_path, content)
 
 
-def test_a_long_text_is_rejected_where_rules_can_expand_it(tmp_path: Path) -> None:
+def test_a_long_text_is_rejected_where_rules_expand_it(tmp_path: Path) -> None:
     found = load(tmp_path, document(**normalizer(*[replace("a", "aaaa")] * 3)))
     assert len(found.encode("a" * 1000)) == 64_000
-    with pytest.raises(SlmError, match="64 times as long"):
-        found.encode("a" * (4 << 20))
+    with pytest.raises(SlmError, match="makes it too long"):
+        found.encode("a" * 40_000)
+    assert len(found.encode("b" * 40_000)) == 40_000  # which the rules leave as it is
+
+
+def test_what_follows_the_normalizer_counts(tmp_path: Path) -> None:
+    """One split a character, and a space put before each, again and again, takes a kilobyte for each byte."""
+    level = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": False, "trim_offsets": True}
+    steps = [{"type": "FixedLength", "length": 1}, level]
+    found = load(tmp_path, document(pre_tokenizer=chain("Sequence", "pretokenizers", steps * 6)))
+    assert found.encode("abc")
+    with pytest.raises(SlmError, match="makes it too long"):
+        found.encode("abc " * 9000)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordLevel", "unk_token": "no", "vocab": {"a": 0}},
+        {"type": "WordPiece", "unk_token": "no", "vocab": {"a": 0}, "continuing_subword_prefix": "##",
+         "max_input_chars_per_word": 100},
+        {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]},
+    ],
+)  # fmt: skip
+def test_text_that_a_vocabulary_does_not_cover(tmp_path: Path, model: dict[str, Any]) -> None:
+    found = load(tmp_path, document(model=model))
+    assert found.encode("a") == [0]
+    for encode in (found.encode, found.encode_literal, lambda text: found.encode_documents([text])):
+        with pytest.raises(SlmError, match="the tokenizer failed"):
+            encode("z")
+
+
+def test_texts_that_expand_are_not_encoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load(tmp_path, document(**normalizer(*[replace("a", "aaaa")] * 3)))
+    together: list[int] = []
+    monkeypatch.setattr(type(found), "encode_literal", lambda self, text: together.append(len(text)) or [0])
+    assert found.encode_documents(["a" * 20_000] * 3) == [[0]] * 3 and together == [20_000] * 3
+    assert len(found.encode_documents(["a"] * 3)[0]) == 64 and len(together) == 3
+
+
+def test_ordinary_rules_take_texts_of_any_length(tmp_path: Path) -> None:
+    steps = [{"type": "NFKC"}, {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")]
+    found = load(tmp_path, document(**normalizer(*steps)))
+    assert found._growth > 100
+    assert len(found.encode("abc " * 60_000)) == 120_001
 
 
 def test_growth_of_maps_of_characters() -> None:
     assert charsmap_growth(charsmap(b"xyz\0")) == 3
     assert charsmap_growth(charsmap(b"\0")) == 1
+    for damaged in (
+        b"",
+        b"\0\0\0\0x\0",
+        struct.pack("<I", 7) + b"abcdefgx\0",
+        struct.pack("<I", 4096) + b"\xff" * 4096 + b"x\0",
+    ):
+        with pytest.raises(Unsupported):  # over which the library panics, when it loads them or later
+            charsmap_growth(base64.b64encode(damaged).decode())
     with pytest.raises(Unsupported):
         charsmap_growth("!!!")
     with pytest.raises(Unsupported):

@@ -286,6 +286,19 @@ def doubled_output(model: onnx.ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("v_positions.Cos_17", TensorProto.FLOAT, None))
 
 
+def output_twice(model: onnx.ModelProto) -> None:
+    model.graph.output.append(model.graph.output[0])
+
+
+def constant_with_more(model: onnx.ModelProto) -> None:
+    """A constant node in place of a tensor, with an attribute that was not looked at."""
+    found = next(each for each in model.graph.initializer if each.name == "const_1_i64")
+    node = helper.make_node("Constant", [], [found.name], value=found)
+    node.attribute.append(helper.make_attribute("value_int", 3))
+    model.graph.initializer.remove(found)
+    model.graph.node.insert(0, node)
+
+
 def swapped_outputs(model: onnx.ModelProto) -> None:
     attend = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
     attend[0].output[1], attend[1].output[1] = attend[1].output[1], attend[0].output[1]
@@ -312,6 +325,8 @@ ATTACKS: dict[str, Callable[[onnx.ModelProto], None]] = {
     "swapped outputs": swapped_outputs,
     "no logits": dropped,
     "another output": doubled_output,
+    "an output twice": output_twice,
+    "a constant with more than a value": constant_with_more,
     "a sparse tensor": sparse,
     "an unused tensor": unused,
     "another default of an input": default,
@@ -338,6 +353,26 @@ def test_another_graph_is_rejected(tmp_path: Path, config: ModelConfig, name: st
         check_graph(path, config, kind_of(), sizes)
     assert time.process_time() - before < 1
     assert caught.value.message.isprintable() and caught.value.hint
+
+
+def test_an_empty_adapter_has_the_sizes_of_its_product(tmp_path: Path, config: ModelConfig) -> None:
+    """With more rows it is as empty, and its product by the other one is not."""
+    target, kind = kinds(config)["slots"]
+    path = tmp_path / "onnx" / "model.onnx"
+    sizes = written(path, config, target)
+    written_bytes = path.read_bytes()
+    name = "lora.model.layers.0.mlp.down_proj.A"
+    for change in (
+        shaped(1 << 30, 96, 0),
+        shaped(1, 97, 0),
+        lambda each: setattr(each, "data_type", TensorProto.INT64),
+    ):
+        model = onnx.ModelProto()
+        model.ParseFromString(written_bytes)
+        tensor(name, change)(model)
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(SlmError, match="default of the input 'lora"):
+            check_graph(path, config, kind, sizes)
 
 
 def test_a_graph_of_another_configuration_is_rejected(tmp_path: Path, config: ModelConfig) -> None:

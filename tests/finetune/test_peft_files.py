@@ -214,6 +214,27 @@ def test_tensors_that_contradict_the_configuration(
             adapter_from_peft(adapter, slotted)
 
 
+ELSEWHERE = {
+    "target": {"target_modules": r".*layers\.0\.self_attn\.(q|v)_proj"},
+    "excluded": {"target_modules": r".*_proj", "exclude_modules": r"model\.layers\.3\..*"},
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_expressions_that_leave_out_modules_with_tensors(
+    slotted: Bundle, shared_checkpoint: Path, tmp_path: Path, make_adapter: Callable[..., Path], what: str
+) -> None:
+    """PEFT ignores the tensors of modules that the expression does not match: slm would compute something else."""
+    adapter = make_adapter(tmp_path / "a", shared_checkpoint)
+    rewrite(adapter, ELSEWHERE[what], torch.float32)
+    for load in (lambda: merge(shared_checkpoint, adapter), lambda: adapter_from_peft(adapter, slotted)):
+        with pytest.raises(SlmError, match="contradicts itself: it has tensors for model.layers"):
+            load()
+    rewrite(adapter, {"target_modules": "(q_proj"}, torch.float32)
+    with pytest.raises(SlmError, match="target_modules: '.q_proj' is no regular expression"):
+        adapter_from_peft(adapter, slotted)
+
+
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_an_adapter_of_embedding_and_head_with_copies_of_both(

@@ -179,6 +179,15 @@ def test_stretched_positions_in_the_old_spelling(directory: Path) -> None:
     torch.testing.assert_close(load_checkpoint(OUT)(ids), again(ids).logits, atol=3e-5, rtol=0)
 
 
+def test_tables_of_the_rotary_embedding_are_not_read(directory: Path) -> None:
+    """Some programs write them; they follow from the configuration."""
+    plain = import_model(str(directory), directory.parent / "plain")
+    tables = {f"model.{name}.inv_freq": np.ones(16, np.float32) for name in ("rotary_emb", "rotary_emb_local")}
+    retensor(directory, lambda tensors: tensors.update(tables))
+    imported = import_model(str(directory), directory.parent / "imported")
+    assert (imported.path / "model.safetensors").read_bytes() == (plain.path / "model.safetensors").read_bytes()
+
+
 def test_what_ends_a_text_is_what_generation_says(directory: Path) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "top_k": 64}))
     edit(directory / "config.json", eos_token_id=0)

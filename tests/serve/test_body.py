@@ -6,10 +6,12 @@ import json
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
+from slm.serve import answers
 from slm.serve.body import MOST_CONTAINERS, parsed, read
 from slm.serve.refusals import Refused
 from slm.serve.schema import ChatRequest, CompletionRequest
@@ -173,6 +175,54 @@ def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(
         response = running.post(path, body)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["a sentence of forty characters, or so . " * 25] * 16},
+        {"prompt": "a", "n": 16, "stop": ["字" * 1000 + str(i) for i in range(16)]},
+        {"prompt": "a", "n": 16, "logit_bias": {str(i): 1 for i in range(100)}},
+    ],
+)
+def test_what_is_long_together_is_read_beside_the_event_loop(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    """Each text is short, but one request has many of them. A request that is short altogether stays on the loop."""
+    running = serve(slots=16)
+    on_loop: list[bool] = []
+    for name in ("_encoded", "_submit"):
+
+        def seen(*given: Any, function: Any) -> Any:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                on_loop.append(False)
+            else:
+                on_loop.append(True)
+            return function(*given)
+
+        monkeypatch.setattr(answers, name, partial(seen, function=getattr(answers, name)))
+    response = running.post("/v1/completions", body | {"max_tokens": 1})
+    assert response.status_code in (200, 400) and False in on_loop, response.text
+    on_loop.clear()
+    assert running.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert on_loop == [True, True]
+
+
+def test_stop_texts_are_read_once_for_all_answers(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serve()
+    alone = [
+        running.post("/v1/completions", {"prompt": "a", "seed": 3 + i, "stop": ["e"], "max_tokens": 40}).json()
+        for i in range(4)
+    ]
+    read = running.service.engine._stops.cache_info().misses
+    body = {"prompt": "a", "seed": 3, "n": 4, "stop": ["e", "never"], "max_tokens": 40}
+    together = running.post("/v1/completions", body).json()
+    assert running.service.engine._stops.cache_info().misses == read + 1
+    # And none of them knows what another one has seen.
+    texts = [each["choices"][0]["text"] for each in alone]
+    assert [each["text"] for each in together["choices"]] == texts and len(set(texts)) > 1
 
 
 def test_a_large_answer_is_whole(serve: Callable[..., Any]) -> None:

@@ -182,6 +182,19 @@ def test_what_is_above_the_limit_is_clamped(running: Any) -> None:
         assert answer["usage"]["completion_tokens"] == 64 and answer["choices"][0]["finish_reason"] == "length"
 
 
+def test_other_spellings_of_the_same(running: Any) -> None:
+    """`top_p` 0, which OpenAI permits, keeps the likeliest token alone; `top_k` -1, which is vLLM's default, keeps all."""
+    for of in PATHS:
+        wanted = {name: post(running, of, {"seed": 1, "max_tokens": 8, **change}).json() for name, change in {
+            "likeliest": {"temperature": 0}, "top_p": {"top_p": 0}, "all": {"top_k": 0}, "top_k": {"top_k": -1},
+        }.items()}  # fmt: skip
+        texts = {
+            name: answer["choices"][0].get("text") or answer["choices"][0]["message"] for name, answer in wanted.items()
+        }
+        assert texts["top_p"] == texts["likeliest"] != texts["all"] == texts["top_k"]
+    assert post(running, "chat", {"top_k": -2}).status_code == 400
+
+
 def test_the_only_model_needs_no_name(running: Any) -> None:
     for model in ({}, {"model": None}):
         body = {key: value for key, value in CHAT.items() if key != "model"} | model

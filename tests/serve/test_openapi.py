@@ -76,6 +76,13 @@ def check(running: Any, examples: int) -> int:
     return sum(found.values())
 
 
+def test_what_is_refused_before_it_is_looked_at_is_described(serve: Callable[..., Any]) -> None:
+    paths = requests.get(f"{serve().url}/openapi.json", timeout=60).json()["paths"]
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert path.startswith("/v1/") == ({"401", "403", "421", "431"} <= set(operation["responses"])), path
+
+
 def test_a_few_hundred_cases(serve: Callable[..., Any]) -> None:
     assert check(serve(Limits(new_tokens=4)), 60) >= 250
 
