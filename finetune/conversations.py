@@ -154,7 +154,11 @@ def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | Non
         raise SlmError(f"{where}: {error.message}", error.hint) from None
     other_role, other_content = ("role", "content") if role_name == "from" else ("from", "value")
     for name, other in ((role_name, other_role), (content_name, other_content)):
-        if not absent(message.get(name)) and not absent(message.get(other)) and not _agree(message[name], message[other]):
+        if (
+            not absent(message.get(name))
+            and not absent(message.get(other))
+            and not _agree(message[name], message[other])
+        ):
             raise SlmError(f"{where}: {name!r} and {other!r} contradict each other", "keep one of them")
     if role_name not in message or content_name not in message:
         names = ", ".join(map(repr, list(message)[:8])) or "no field"

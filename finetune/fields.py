@@ -92,7 +92,7 @@ COLUMNS = frozenset(
 
 def present(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that hold something: null means absent, and so does NaN, which pandas writes for it."""
-    return {name: value for name, value in fields.items() if value is not None and value == value}  # noqa: PLR0124
+    return {name: value for name, value in fields.items() if value is not None and value == value}
 
 
 def absent(value: Any) -> bool:

@@ -228,10 +228,10 @@ def test_expressions_that_leave_out_modules_with_tensors(
     adapter = make_adapter(tmp_path / "a", shared_checkpoint)
     rewrite(adapter, ELSEWHERE[what], torch.float32)
     for load in (lambda: merge(shared_checkpoint, adapter), lambda: adapter_from_peft(adapter, slotted)):
-        with pytest.raises(SlmError, match="contradicts itself: it has tensors for model.layers"):
+        with pytest.raises(SlmError, match=r"contradicts itself: it has tensors for model\.layers"):
             load()
     rewrite(adapter, {"target_modules": "(q_proj"}, torch.float32)
-    with pytest.raises(SlmError, match="target_modules: '.q_proj' is no regular expression"):
+    with pytest.raises(SlmError, match=r"target_modules: '.q_proj' is no regular expression"):
         adapter_from_peft(adapter, slotted)
 
 
