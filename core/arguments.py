@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from functools import wraps
-from numbers import Number
+from numbers import Integral, Number
 from typing import ParamSpec, TypeVar
 
 from slm.core.errors import ArgumentError
@@ -84,6 +84,11 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted:
     allowed = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ArgumentError(f"{name} is {described(value)}; it must be {wanted}")
+
+
+def is_whole(value: object, least: int, most: int) -> bool:
+    """Says whether a value is a whole number, NumPy's too, within bounds."""
+    return isinstance(value, Integral) and least <= int(value) <= most
 
 
 def described(value: object) -> str:

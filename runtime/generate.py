@@ -3,10 +3,9 @@
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Literal
 
-from slm.core.arguments import MAX_COUNT
+from slm.core.arguments import MAX_COUNT, is_whole
 from slm.core.errors import SlmError
 from slm.runtime.decoder import Decoder
 from slm.runtime.logprobs import Logprobs, logprobs_of
@@ -116,7 +115,7 @@ def check_request(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, 
         raise SlmError(
             f"the prompt has {len(prompt):,} tokens and the context {decoder.context:,}", "shorten the prompt"
         )
-    if not isinstance(max_new_tokens, Integral) or not 1 <= max_new_tokens <= MAX_COUNT:
+    if not is_whole(max_new_tokens, 1, MAX_COUNT):
         raise SlmError(f"max_new_tokens is {max_new_tokens}; it must be from 1 to {MAX_COUNT:,}")
     if not 0 <= (logprobs or 0) <= decoder.vocab_size:
         raise SlmError(f"logprobs is {logprobs}; it must be from 0 to {decoder.vocab_size:,}, the tokens of the model")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slm.core.arguments import MAX_COUNT, check_type
+from slm.core.arguments import MAX_COUNT, check_type, is_whole
 from slm.core.errors import SlmError
 from slm.runtime.penalties import History, add_bias, penalize_repetition, penalize_use
 
@@ -35,10 +35,6 @@ _REAL = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "pr
 def draw_seed() -> int:
     """Returns a random seed of 32 bits from the operating system."""
     return secrets.randbelow(_SEEDS)
-
-
-def _is_whole(value: object, most: int) -> bool:
-    return isinstance(value, int | np.integer) and 0 <= int(value) <= most
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,9 @@ class Sampling:
         share = "above 0 and at most 1"
         for name, value, wanted, good in (
             ("temperature", self.temperature, "0 or more", 0 <= self.temperature < infinity),
-            ("top_k", self.top_k, f"from 0 to {MAX_COUNT:,}", _is_whole(self.top_k, MAX_COUNT)),
+            ("top_k", self.top_k, f"from 0 to {MAX_COUNT:,}", is_whole(self.top_k, 0, MAX_COUNT)),
             ("top_p", self.top_p, share, 0 < self.top_p <= 1),
-            ("seed", self.seed, "from 0 to 2**64 - 1", self.seed is None or _is_whole(self.seed, _SEED_LIMIT - 1)),
+            ("seed", self.seed, "from 0 to 2**64 - 1", self.seed is None or is_whole(self.seed, 0, _SEED_LIMIT - 1)),
             ("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1),
             ("typical_p", self.typical_p, share, 0 < self.typical_p <= 1),
             ("repetition_penalty", self.repetition_penalty, "above 0", 0 < self.repetition_penalty < infinity),

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import click
 import pytest
 
+from slm.cli.finetune import finetune
 from slm.core import name_patterns, peft_fields, template, template_worker, tokenizer_regex, tokenizer_rules
 from slm.core.machine import MAX_THREADS
 from slm.core.text import csv_rows, files, parquet_rows, streams
@@ -68,3 +70,9 @@ def test_a_limit_is_the_codes(what: str, stated: list[str]) -> None:
 
 def test_numbers_are_the_codes() -> None:
     assert f"threads from 1 to {MAX_THREADS}" in PAGE
+
+
+def test_the_help_states_the_codes_defaults() -> None:
+    helps = {each.name: each.help or "" for each in finetune.params if isinstance(each, click.Option)}
+    assert f"[default: {streams.DOCUMENT_BYTES >> 20}MiB]" in helps["max_document_bytes"]
+    assert f"[default: {rows.DATA_BYTES >> 20}MiB]" in helps["max_data_bytes"]

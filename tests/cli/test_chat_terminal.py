@@ -214,13 +214,16 @@ def test_ctrl_c_ends_a_pipe_with_what_was_said_so_far(shared_bundle: Bundle, as_
 def test_the_seed_that_is_printed_repeats_the_conversation(shared_bundle: Bundle) -> None:
     def talk(*options: str) -> tuple[str, str]:
         command = [sys.executable, "-m", "slm", "chat", str(shared_bundle.path), "--max-new-tokens", "12", *options]
-        done = subprocess.run(command, input="Hi.\nMore.\n", capture_output=True, text=True, check=True)
-        return done.stdout, done.stderr
+        done = subprocess.run(command, input=b"Hi.\nMore.\n", capture_output=True, check=True)
+        return (
+            done.stdout.decode(),
+            done.stderr.decode(),
+        )  # not as text, which would make line feeds of carriage returns
 
     first, said = talk()
     (seed,) = re.findall(r"^seed: (\d+) ", said, flags=re.MULTILINE)
     assert talk("--seed", seed)[0] == first
-    answers = [json.loads(line) for line in talk("--json")[0].splitlines()]
+    answers = [json.loads(line) for line in talk("--json")[0].strip("\n").split("\n")]
     assert answers[0]["seed"] == answers[1]["seed"]
     again, _ = talk("--seed", str(answers[0]["seed"]))
     assert again == "".join(f"{answer['text']}\n" for answer in answers)
