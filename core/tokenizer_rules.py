@@ -43,6 +43,8 @@ MAX_ADDED_CHARACTERS = 1 << 20
 MAX_ID = (1 << 24) - 1
 # Unigram's vocabulary becomes a tree of bytes, with 350 bytes of memory for each. mT5's 250,000 tokens have 2.5 MB.
 MAX_UNIGRAM_BYTES = 4 << 20
+# Characters of its tokens: at each position it copies every token that begins there. SentencePiece makes at most 16.
+MAX_UNIGRAM_TOKEN = 256
 # Tokens that a template adds to a text.
 MAX_TEMPLATE_TOKENS = 64
 # WordPiece takes quadratic time in a word; BERT has 100.
@@ -578,6 +580,8 @@ def _check_model(value: Any) -> None:
         tokens = [
             each[0] if isinstance(each, list) and each and isinstance(each[0], str) else "" for each in vocabulary
         ]
+        if max(map(len, tokens), default=0) > MAX_UNIGRAM_TOKEN:
+            raise Unsupported(f"model: a token of its vocabulary has more than {MAX_UNIGRAM_TOKEN:,} characters")
         if sum(map(_bytes, tokens)) > MAX_UNIGRAM_BYTES:
             raise Unsupported(f"model: its vocabulary has more than {MAX_UNIGRAM_BYTES:,} bytes")
     elif isinstance(vocabulary, dict):

@@ -286,11 +286,10 @@ BOMBS: dict[str, dict[str, Any]] = {
     "an id of billions": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 4 * 10**9}, "merges": []}},
     "an added id of billions": {"added_tokens": [ADDED | {"id": 4 * 10**9, "content": "<x>"}]},
     "a large unigram": {
-        "model": {
-            "type": "Unigram",
-            "unk_id": 0,
-            "vocab": [["a", 0.0], *([f"{i:04d}" + "z" * 1000, -1.0] for i in range(5000))],
-        }
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{i:05d}" + "z" * 245, -1.0] for i in range(17_000)]}
+    },
+    "nested tokens of a unigram": {
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * (1 + i), -1.0] for i in range(300)]}
     },
     "white space that takes white space": {
         "added_tokens": [ADDED | {"id": 12, "content": " ", "lstrip": True, "rstrip": True, "normalized": False}]
