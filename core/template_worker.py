@@ -78,9 +78,11 @@ def _rendered(template: Any, messages: Sequence[Mapping[str, Any]], begins: bool
 def _compiled(template: str) -> Any:
     """Compiles a template in the environment in which transformers renders it."""
     from jinja2 import nodes
+    from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
 
     class Generation(Extension):
         """`{% generation %}` marks what the model says, for transformers' masks; the text within it stays as it is."""
@@ -96,11 +98,39 @@ def _compiled(template: str) -> Any:
             text: str = caller()
             return text
 
+    class Names(Namespace):
+        """Jinja's `namespace`, without attributes of Python's internals: the sandbox does not look at what is set."""
+
+        def __init__(*args: Any, **values: Any) -> None:  # a template may say namespace(self=...)
+            found = dict(*args[1:], **values)
+            for name in found:
+                _check_attribute(name)
+            Namespace.__init__(args[0], found)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_attribute(name)
+            super().__setitem__(name, value)
+
+    def _check_attribute(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace may not have the attribute {name[:80]!r}")
+
+    class Dict:
+        """Jinja's `dict`, as a plain function: the class itself has attributes."""
+
+        def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+            return dict(*args, **values)
+
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {
+        "dict": Dict(),
+        "namespace": Names,
         "raise_exception": _refuse,
         "strftime_now": lambda format: datetime.now().strftime(format),
     }

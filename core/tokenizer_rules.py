@@ -27,6 +27,8 @@ MAX_BYTES = 64 << 20
 # Llama 2: 12, T5: 33, ALBERT: 182. A chain of doublings passes any limit.
 MAX_GROWTH = 256
 MAX_DECODED_GROWTH = 16
+# The same of pre-tokenizers alone, which make parts of a kilobyte each. A space before each part counts 2, Metaspace 4.
+MAX_PRE_TOKENIZED_GROWTH = 16
 MAX_COMPONENTS = 128
 MAX_NESTING = 8
 # Steps of all regular expressions at one position of a text.
@@ -41,6 +43,8 @@ MAX_ADDED_CHARACTERS = 1 << 20
 MAX_ID = (1 << 24) - 1
 # Unigram's vocabulary becomes a tree of bytes, with 350 bytes of memory for each. mT5's 250,000 tokens have 2.5 MB.
 MAX_UNIGRAM_BYTES = 4 << 20
+# Characters of its tokens: at each position it copies every token that begins there. SentencePiece makes at most 16.
+MAX_UNIGRAM_TOKEN = 256
 # Tokens that a template adds to a text.
 MAX_TEMPLATE_TOKENS = 64
 # WordPiece takes quadratic time in a word; BERT has 100.
@@ -150,7 +154,7 @@ class _Budget:
 
     def __init__(self) -> None:
         self.components = self.work = self.template_tokens = 0
-        self.growth = self.growth_later = self.decoded_growth = 1.0
+        self.growth = self.growth_later = self.pre_tokenized_growth = self.decoded_growth = 1.0
 
     def component(self, depth: int) -> None:
         self.components += 1
@@ -162,6 +166,12 @@ class _Budget:
         self.growth_later *= factor if later else 1.0
         if self.growth > MAX_GROWTH:
             raise Unsupported(f"its rules can make a text more than {MAX_GROWTH} times as long")
+
+    def grow_pre_tokenized(self, factor: float) -> None:
+        self.grow(factor, later=True)
+        self.pre_tokenized_growth *= factor
+        if self.pre_tokenized_growth > MAX_PRE_TOKENIZED_GROWTH:
+            raise Unsupported(f"its pre-tokenizers can make a text more than {MAX_PRE_TOKENIZED_GROWTH} times as long")
 
     def grow_decoded(self, factor: float) -> None:
         self.decoded_growth *= factor
@@ -339,14 +349,18 @@ def charsmap_growth(packed: str) -> float:
         units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
     except (binascii.Error, struct.error, ValueError):
         raise Unsupported("Precompiled: its map of characters is damaged") from None
+    texts = data[4 + size :]
+    try:
+        texts.decode()
+    except UnicodeDecodeError:
+        raise Unsupported("Precompiled: its texts are not UTF-8") from None
     if size % 4 or not len(units):
         raise Unsupported("Precompiled: its map of characters is damaged")
-    texts = data[4 + size :]
-    return _growth_of(units, np.flatnonzero(np.frombuffer(texts, np.uint8) == 0), len(texts))
+    return _growth_of(units, np.frombuffer(texts, np.uint8))
 
 
-def _growth_of(units: NDArray[np.int64], ends: NDArray[np.int64], length: int) -> float:
-    growth, depth = 1.0, 0
+def _growth_of(units: NDArray[np.int64], texts: NDArray[np.uint8]) -> float:
+    growth, depth, ends, length = 1.0, 0, np.flatnonzero(texts == 0), len(texts)
     seen = np.zeros(len(units), bool)
     nodes = np.array([0]) ^ _offsets(units[:1])
     while len(nodes):
@@ -367,7 +381,7 @@ def _growth_of(units: NDArray[np.int64], ends: NDArray[np.int64], length: int) -
         if leaves.size and leaves.max() >= len(units):
             raise Unsupported("Precompiled: its map of characters is damaged")
         values = units[leaves] & 0x7FFFFFFF
-        if values.size and values.max() >= max(length, 1):
+        if values.size and (values.max() >= length or (texts[values] >> 6 == 2).any()):  # 10xxxxxx: within a character
             raise Unsupported("Precompiled: its map of characters is damaged")
         stops = np.append(ends, length)[np.searchsorted(ends, values)]
         if values.size:
@@ -417,7 +431,7 @@ def _pre_tokenizer(value: Any, budget: _Budget, depth: int = 0) -> dict[str, Any
         made = _fields(kind, value, {"behavior": _choice(_BEHAVIORS), "invert": _flag})
         return made | {"pattern": pattern}
     growth, checks = _PRE_TOKENIZERS[kind]
-    budget.grow(growth, later=True)
+    budget.grow_pre_tokenized(growth)
     return _fields(kind, value, checks)
 
 
@@ -566,6 +580,8 @@ def _check_model(value: Any) -> None:
         tokens = [
             each[0] if isinstance(each, list) and each and isinstance(each[0], str) else "" for each in vocabulary
         ]
+        if max(map(len, tokens), default=0) > MAX_UNIGRAM_TOKEN:
+            raise Unsupported(f"model: a token of its vocabulary has more than {MAX_UNIGRAM_TOKEN:,} characters")
         if sum(map(_bytes, tokens)) > MAX_UNIGRAM_BYTES:
             raise Unsupported(f"model: its vocabulary has more than {MAX_UNIGRAM_BYTES:,} bytes")
     elif isinstance(vocabulary, dict):

@@ -291,3 +291,26 @@ def test_a_template_beside_the_tokenizer_is_read(shared_checkpoint: Path, tmp_pa
     Tokenizer.load(shared_checkpoint).save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     assert Tokenizer.load(tmp_path).config["chat_template"] == "{{ messages[0].content }}!"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set n = namespace() %}{% set n.__class__ = 3 %}x",
+        "{{ namespace(__init__=1) }}",
+        "{{ namespace({'_x': 1})._x }}",
+        "{{ dict.__mro__[0] }}",
+        "{{ (dict | attr('__subclasses__'))() }}",
+    ],
+)
+def test_names_of_python_internals_cannot_be_set_or_read(template: str) -> None:
+    with pytest.raises(SlmError, match="the chat template failed"):
+        render(template, [], {})
+
+
+def test_namespaces_and_objects_are_those_of_transformers() -> None:
+    template = (
+        "{% set n = namespace({'a': 1}, self=2) %}{% set n.a = n.a + n.self %}{{ n.a }}"
+        "{{ dict(a=1) | tojson }}{{ dict.fromkeys(['b'], 2) | tojson }}"
+    )
+    assert render(template, [], {}) == '3{"a": 1}{"b": 2}'

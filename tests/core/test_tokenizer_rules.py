@@ -286,11 +286,10 @@ BOMBS: dict[str, dict[str, Any]] = {
     "an id of billions": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 4 * 10**9}, "merges": []}},
     "an added id of billions": {"added_tokens": [ADDED | {"id": 4 * 10**9, "content": "<x>"}]},
     "a large unigram": {
-        "model": {
-            "type": "Unigram",
-            "unk_id": 0,
-            "vocab": [["a", 0.0], *([f"{i:04d}" + "z" * 1000, -1.0] for i in range(5000))],
-        }
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{i:05d}" + "z" * 245, -1.0] for i in range(17_000)]}
+    },
+    "nested tokens of a unigram": {
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * (1 + i), -1.0] for i in range(300)]}
     },
     "white space that takes white space": {
         "added_tokens": [ADDED | {"id": 12, "content": " ", "lstrip": True, "rstrip": True, "normalized": False}]
@@ -366,10 +365,12 @@ def test_what_follows_the_normalizer_counts(tmp_path: Path) -> None:
     """One split a character, and a space put before each, again and again, takes a kilobyte for each byte."""
     level = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": False, "trim_offsets": True}
     steps = [{"type": "FixedLength", "length": 1}, level]
-    found = load(tmp_path, document(pre_tokenizer=chain("Sequence", "pretokenizers", steps * 6)))
+    found = load(tmp_path, document(pre_tokenizer=chain("Sequence", "pretokenizers", steps * 4)))
     assert found.encode("abc")
     with pytest.raises(SlmError, match="makes it too long"):
-        found.encode("abc " * 9000)
+        found.encode("abc " * 40_000)
+    with pytest.raises(SlmError, match="its pre-tokenizers can make"):
+        load(tmp_path, document(pre_tokenizer=chain("Sequence", "pretokenizers", steps * 5)))
 
 
 @pytest.mark.parametrize(
@@ -415,6 +416,13 @@ def test_growth_of_maps_of_characters() -> None:
     ):
         with pytest.raises(Unsupported):  # over which the library panics, when it loads them or later
             charsmap_growth(base64.b64encode(damaged).decode())
+    for texts in (b"\xff\xfe\0", b"\x80abc\0"):
+        with pytest.raises(Unsupported):
+            charsmap_growth(charsmap(texts))
+    within = base64.b64decode(charsmap("漢".encode() + b"\0"))
+    leaf = struct.pack("<I", 1 << 31)
+    with pytest.raises(Unsupported, match="damaged"):  # which begins within the character
+        charsmap_growth(base64.b64encode(within.replace(leaf, struct.pack("<I", 1 << 31 | 1))).decode())
     with pytest.raises(Unsupported):
         charsmap_growth("!!!")
     with pytest.raises(Unsupported):
