@@ -112,8 +112,7 @@ def serve(
       slm serve
       slm serve runs/tiny/onnx-int8 --port 8080 --slots 16
       slm serve runs/tiny/onnx-slots --adapter pirate=pirate.onnx_adapter
-      curl localhost:8000/v1/completions -H 'content-type: application/json' \\
-           -d '{"model": "model", "prompt": "One day", "max_tokens": 20}'
+      curl localhost:8000/v1/completions -d '{"prompt": "One day", "max_tokens": 20}'
 
     docs/serve.md says what is served.
     """

@@ -61,15 +61,25 @@ HALF_BODY = (
 )
 
 
+def wait_for(places: Connections, count: int, *, unfinished: bool) -> None:
+    """Waits until the server has so many connections, and has read the headers of their requests where there are any."""
+    until = time.monotonic() + 10
+    while sum(each.unfinished or not unfinished for each in list(places._open)) < count:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("sent", [b"", HALF_HEAD, HALF_BODY])
 def test_the_oldest_makes_room(serve: Callable[..., Any], sent: bytes) -> None:
-    running = serve(connections=Connections(6, headers_s=60))
-    waiting = [connect(running, sent) for _ in range(12)]
-    assert wait_until_closed(waiting[0])
+    places = Connections(6, headers_s=60)
+    running = serve(connections=places)
+    oldest = [connect(running, sent) for _ in range(6)]
+    wait_for(places, 6, unfinished=sent is HALF_BODY)
+    newest = [connect(running, sent) for _ in range(6)]
+    assert all(wait_until_closed(each) for each in oldest)
     for _ in range(3):
         assert health(running) == 200
-    assert [is_open(each) for each in waiting[:6]] == [False] * 6  # the oldest six, and the newest are there
-    assert is_open(waiting[-1]) and is_open(waiting[-2])
+    assert sum(is_open(each) for each in newest) >= 3  # each of the others made room for a request
 
 
 def test_slow_bodies_do_not_displace_new_connections(serve: Callable[..., Any]) -> None:
@@ -77,9 +87,7 @@ def test_slow_bodies_do_not_displace_new_connections(serve: Callable[..., Any]) 
     places = Connections(4, headers_s=60)
     running = serve(connections=places)
     bodies = [connect(running, HALF_BODY) for _ in range(4)]
-    until = time.monotonic() + 10
-    while time.monotonic() < until and sum(each.unfinished for each in list(places._open)) < 4:
-        time.sleep(0.01)
+    wait_for(places, 4, unfinished=True)
     new = connect(running)
     more = [connect(running, HALF_BODY) for _ in range(3)]
     assert all(wait_until_closed(each) for each in bodies)

@@ -94,13 +94,16 @@ def test_thousands_of_cases(serve: Callable[..., Any]) -> None:
 
 
 def test_a_defect_would_be_found(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control: one field of a request, and one of an answer that is not described."""
+    """The negative control: fields of a request that fail, and one of an answer that is not described."""
     from slm.serve import answers
 
     sampling, usage = answers._sampling, answers.usage_of
 
+    # Several fields, so that some case that is answered has one of them.
+    fields = ("temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "seed")
+
     def breaks(request: Any, index: int) -> Any:
-        if request.min_p is not None:
+        if any(getattr(request, name) is not None for name in fields):
             raise RuntimeError("a defect")
         return sampling(request, index)
 
