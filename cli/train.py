@@ -101,9 +101,28 @@ def train(
     if gpu is not None and not dry_run:
         raise click.UsageError("--on goes with --dry-run")
     if resume:
+        given = {
+            "--recipe": recipe_name,
+            "--data": data,
+            "--val": val,
+            "--column": column,
+            "--max-document-bytes": max_document_bytes,
+            "--tokenizer": tokenizer,
+            "--seed": seed,
+            "--set": overrides,
+            "--dry-run": dry_run or None,
+            "--on": gpu,
+            "--overwrite": overwrite or None,
+        }
+        unwanted = [option for option, value in given.items() if value not in (None, ())]
+        if unwanted:
+            raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
         out = _run_named(out)
+        if "RANK" not in os.environ:
+            out = out or newest_run()
     elif "RANK" not in os.environ:  # torchrun's processes look together, and say what is wrong once
-        _check_inputs(data, val, tokenizer, recipe_name)
+        _check_inputs(data, val, tokenizer)
+        _check_recipe(recipe_name, overrides)
         if not dry_run:
             check_writable(out or RUNS / "run")
     from slm.train import run
@@ -113,22 +132,6 @@ def train(
     progress = RichProgress()
     with joined() as processes:
         if resume:
-            given = {
-                "--recipe": recipe_name,
-                "--data": data,
-                "--val": val,
-                "--column": column,
-                "--max-document-bytes": max_document_bytes,
-                "--tokenizer": tokenizer,
-                "--seed": seed,
-                "--set": overrides,
-                "--dry-run": dry_run or None,
-                "--on": gpu,
-                "--overwrite": overwrite or None,
-            }
-            unwanted = [option for option, value in given.items() if value not in (None, ())]
-            if unwanted:
-                raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
             path = Path(by_first(processes, lambda: str(out or newest_run())))
             if processes.rank == 0:
                 say(f"Resuming {path}.")
@@ -195,7 +198,7 @@ def _run_named(out: Path | None) -> Path | None:
     return RUNS / out
 
 
-def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None, recipe: str | None) -> None:
+def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None) -> None:
     """Looks for the files that were named, before PyTorch is imported or anything is measured.
 
     Raises:
@@ -205,13 +208,36 @@ def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None,
     from slm.train.data.corpus import is_named
 
     for name in (*data, *([] if val is None else [val])):
+        if not name:
+            raise SlmError("the name of the data is empty", "name a file, a directory or a dataset")
         path = Path(name).expanduser()
         if not is_named(name) and not (name in data and is_dataset(path)):
             find_files(path)
     if tokenizer not in (None, "gpt2", "bpe") and not Path(str(tokenizer)).expanduser().exists():
         raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
-    if recipe is not None and recipe.endswith((".yaml", ".yml")) and not Path(recipe).is_file():
-        raise SlmError(f"recipe not found: {recipe}", "check the path")
+
+
+def _check_recipe(name: str | None, overrides: tuple[str, ...]) -> None:
+    """Reads the recipe, before PyTorch is imported.
+
+    Which recipe is the default hangs on the GPU, which PyTorch looks for: without a name, values are rejected here that suit
+    neither of the two.
+
+    Raises:
+        SlmError: When there is no such recipe, or a value is wrong.
+    """
+    from slm.train.recipe import load_recipe
+
+    if name is not None:
+        load_recipe(name, overrides)
+        return
+    try:
+        load_recipe("tiny", overrides)
+    except SlmError as error:
+        try:
+            load_recipe("documented", overrides)
+        except SlmError:
+            raise error from None
 
 
 def _report(result: "TrainResult", as_json: bool) -> None:

@@ -200,7 +200,8 @@ def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[st
         return SlmError(message, _what_it_is(kinds))
     known = known_names(kinds)
     near = suggestions(name, [*known, *others])
-    hub = _HUB_ID.fullmatch(name) and not (path.parent.exists() or (RUNS / path.parts[0]).exists())
+    here = path.parts[0] == RUNS.name or path.parent.exists() or (RUNS / path.parts[0]).exists()
+    hub = _HUB_ID.fullmatch(name) and not here
     if near and not (hub and not any("/" in each for each in near)):
         return SlmError(message, f"did you mean {' or '.join(near)}?")
     if _is_text(name):

@@ -31,6 +31,12 @@ finally:
         ("train --data text.pdf", "not a kind of file to train on: text.pdf"),
         ("train --data text.txt --tokenizer nosuch.json", "tokenizer not found: nosuch.json"),
         ("train --data text.txt --recipe nosuch.yaml", "recipe not found: nosuch.yaml"),
+        ("train --data text.txt --recipe tinny", "recipe not found: tinny"),
+        ("train --data text.txt --recipe tiny --set seed=-1", "recipe tiny: seed"),
+        ("train --data text.txt --set batch.size=3", "the recipe has no value 'batch.size'"),
+        ("train --data text.txt --set schedule.learning_rate=nan", "must be a finite number"),
+        ("train --resume", "there is no run under ./runs"),
+        ("train --resume --seed 3", "leave out --seed"),
         ("train --data text.txt --out text.txt/run", "cannot write text.txt/run"),
         ("train --on t4", "--on goes with --dry-run"),
         ("data prepare --data text.txt --val nosuch.txt", "data not found: nosuch.txt"),
@@ -68,6 +74,29 @@ def test_nothing_is_loaded_for_a_wrong_input(arguments: str, said: str, tmp_path
     assert said in done.stderr.splitlines()[0]
     assert done.stdout.splitlines()[-1] == "[]"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.pdf", "text.txt"]
+
+
+@pytest.mark.parametrize("command", ["train", "finetune --lora", "data prepare"])
+def test_an_empty_name_is_not_the_working_directory(slm: Slm, command: str) -> None:
+    Path("rows.jsonl").write_text('{"text": "Once upon a time."}\n')
+    option = [] if "--lora" in command else ["--data"]
+    result = slm(*command.split(), *option, "")
+    assert result.code == 1 and "hint: " in result.err
+    assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("learning_rate=1", "did you mean schedule.learning_rate?"),
+        ("schedule.learningrate=1", "did you mean schedule.learning_rate or "),
+        ("schedule.updates=1", "there is schedule.micro_steps, "),
+        ("a.b=c", "the sections are data, model, "),
+    ],
+)
+def test_a_misspelt_value_of_the_recipe_names_the_nearest(slm: Slm, value: str, meant: str) -> None:
+    result = slm("train", "--set", value)
+    assert result.code == 1 and f"hint: {meant}" in result.err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
