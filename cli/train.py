@@ -13,7 +13,9 @@ from slm.cli.foresight import foresee
 from slm.cli.options import (
     MAX_SEED,
     REPLACING,
+    FilePath,
     Whole,
+    Word,
     column_option,
     document_option,
     json_option,
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe",
     "recipe_name",
+    type=Word(),
     metavar="NAME|FILE",
     help="documented, modern, stories-4m, tiny, or a .yaml file. [default: what fits the machine]",
 )
 @click.option(
     "--data",
+    type=Word(),
     multiple=True,
     metavar="PATH|NAME",
     help="Text to train on: .txt, .jsonl, .parquet, a directory (may be repeated), what slm data prepare made; or sample, "
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--val",
+    type=Word(),
     metavar="PATH",
     help="Text to measure on. [default: the data's own, or the last of its documents, which are held out]",
 )
@@ -52,12 +57,11 @@ if TYPE_CHECKING:
 @document_option
 @click.option(
     "--tokenizer",
+    type=Word(),
     metavar="gpt2|bpe|FILE",
     help="GPT-2's, one learned from the text, or a tokenizer.json. [default: the recipe's]",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]"
-)
+@click.option("--out", type=FilePath(), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]")
 @overwrite_option
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
 @click.option("--seed", type=Whole(0, MAX_SEED), help="Same seed, same model. [default: the recipe's]")
@@ -208,8 +212,6 @@ def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None)
     from slm.train.data.corpus import is_named
 
     for name in (*data, *([] if val is None else [val])):
-        if not name:
-            raise SlmError("the name of the data is empty", "name a file, a directory or a dataset")
         path = Path(name).expanduser()
         if not is_named(name) and not (name in data and is_dataset(path)):
             find_files(path)

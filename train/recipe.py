@@ -175,13 +175,12 @@ def _set(fields: dict[str, Any], override: str) -> None:
 
 def _meant(path: str, valid: Sequence[str]) -> str:
     """Returns a hint for a name of a value that no recipe has: the nearest names, those of its section, or the sections."""
-    near = get_close_matches(path, valid, n=3, cutoff=0.75)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
+    near = get_close_matches(path, valid, n=2, cutoff=0.75)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
     section = path.partition(".")[0]
     inside = [known for known in valid if known.startswith(f"{section}.")]
-    if inside:
-        return _one_of(inside)
+    if inside or near:
+        return f"{meant}{_one_of(inside)}" if inside else meant.rstrip()
     key = path.rpartition(".")[2]
     elsewhere = [known for known in valid if known.rpartition(".")[2] == key]
     if elsewhere:

@@ -28,7 +28,7 @@ finally:
     [
         ("train --data nosuch.txt", "data not found: nosuch.txt"),
         ("train --data text.txt --val nosuch.txt", "data not found: nosuch.txt"),
-        ("train --data text.pdf", "not a kind of file to train on: text.pdf"),
+        ("train --data text.pdf", "unknown kind of file: text.pdf"),
         ("train --data text.txt --tokenizer nosuch.json", "tokenizer not found: nosuch.json"),
         ("train --data text.txt --recipe nosuch.yaml", "recipe not found: nosuch.yaml"),
         ("train --data text.txt --recipe tinny", "recipe not found: tinny"),
@@ -76,13 +76,43 @@ def test_nothing_is_loaded_for_a_wrong_input(arguments: str, said: str, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.pdf", "text.txt"]
 
 
-@pytest.mark.parametrize("command", ["train", "finetune --lora", "data prepare"])
-def test_an_empty_name_is_not_the_working_directory(slm: Slm, command: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data",
+        "train --val",
+        "train --out",
+        "data prepare --data",
+        "finetune --lora",
+        "import",
+        "export --onnx --out",
+        "quantize --int8 --data",
+        "eval --data",
+        "bench --plot",
+        "web --out",
+        "serve --host",  # which would listen on every address
+        "serve --name",
+        "generate --adapter",
+    ],
+)
+def test_an_empty_word_is_not_the_working_directory(slm: Slm, command: str) -> None:
     Path("rows.jsonl").write_text('{"text": "Once upon a time."}\n')
-    option = [] if "--lora" in command else ["--data"]
-    result = slm(*command.split(), *option, "")
-    assert result.code == 1 and "hint: " in result.err
+    result = slm(*command.split(), "")
+    assert result.code in (1, 2) and " empty" in result.err.splitlines()[0] and "hint: " in result.err
     assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
+def test_a_place_that_permissions_allow_and_the_system_does_not(slm: Slm) -> None:
+    for command in (
+        ("train", "--data", "sample", "--out", "/proc/run"),
+        ("bench", "--plot", "/proc/a.png"),
+        ("web", "--out", "/proc/x"),
+    ):
+        result = slm(*command)
+        assert (
+            result.code == 1 and "nothing can be made in /proc (" in result.err and "hint: name a place" in result.err
+        )
 
 
 @pytest.mark.parametrize(

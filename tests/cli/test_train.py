@@ -113,7 +113,7 @@ def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monk
     [
         (["--data", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
-        (["--data", "book.pdf"], 1, "error: not a kind of file to train on: book.pdf"),
+        (["--data", "book.pdf"], 1, "error: unknown kind of file: book.pdf"),
         (["--data", "empty.txt"], 1, "error: no text in empty.txt"),
         (["--data", "binary.txt"], 1, "error: binary.txt: is not UTF-8 text"),
         (["--data", "rows.jsonl"], 1, 'error: rows.jsonl, line 1: is not a row with a "text"'),
