@@ -137,10 +137,11 @@ def _suitable(path: Path, kind: Kind, kinds: Sequence[Kind]) -> Path:
     """
     if kind in kinds:
         return path
+    quoted = shlex.quote(str(path))
     hints = {
-        ("checkpoint", "bundle"): f"slm export --onnx {path} makes one",
-        ("adapter", "bundle"): f"slm export --onnx --adapter {path} makes one with the adapter merged into it",
-        ("adapter", "checkpoint"): f"an adapter answers with its base: slm generate BASE --adapter {path}",
+        ("checkpoint", "bundle"): f"slm export --onnx {quoted} makes one",
+        ("adapter", "bundle"): f"slm export --onnx --adapter {quoted} makes one with the adapter merged into it",
+        ("adapter", "checkpoint"): f"an adapter answers with its base: slm generate BASE --adapter {quoted}",
         ("bundle", "checkpoint"): _origin(path),
     }
     hint = next((hints[kind, wanted] for wanted in reversed(kinds) if (kind, wanted) in hints), None)
@@ -179,7 +180,8 @@ def _of_run(run: Path, kinds: Sequence[Kind]) -> tuple[Path, tuple[str, ...]]:
     if choice is None:
         listed = ", ".join(str(each.path) for each in found)
         raise SlmError(f"{_none_of(kinds)}: {run}", f"it holds {listed}")
-    return choice.artifact.path, (f"Using {choice.artifact.path} ({choice.why} of {run}).", *choice.notes)
+    what, comma, more = choice.why.partition(",")
+    return choice.artifact.path, (f"Using {choice.artifact.path} ({what} of {run}{comma}{more}).", *choice.notes)
 
 
 def _none_of(kinds: Sequence[Kind]) -> str:
