@@ -125,8 +125,8 @@ def train(
         if "RANK" not in os.environ:
             out = out or newest_run()
     elif "RANK" not in os.environ:  # torchrun's processes look together, and say what is wrong once
-        _check_inputs(data, val, tokenizer)
         _check_recipe(recipe_name, overrides)
+        _check_inputs(data, val, tokenizer)
         if not dry_run:
             check_writable(out or RUNS / "run")
     from slm.train import run

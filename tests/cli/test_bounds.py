@@ -123,7 +123,7 @@ def test_sampling_takes_only_numbers(name: str, value: float) -> None:
 
 def test_seeds_and_counts_have_a_largest_value(shared_bundle: Bundle) -> None:
     Sampling(seed=MAX_SEED)
-    for changes in ({"seed": 2**63}, {"seed": -1}, {"top_k": 2**31}, {"logit_bias": {5: float("nan")}}):
+    for changes in ({"seed": 2**64}, {"seed": -1}, {"top_k": 2**31}, {"logit_bias": {5: float("nan")}}):
         with pytest.raises(SlmError):
             Sampling(**changes)
     model = package.load(shared_bundle.path, threads=1)
