@@ -17,7 +17,7 @@ import click
 from slm.cli import bench_report
 from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, say
-from slm.cli.options import Artifact, Whole, json_option, threads_option, trust_option
+from slm.cli.options import Artifact, FilePath, Whole, json_option, threads_option, trust_option
 from slm.core import child
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
@@ -61,10 +61,8 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--rounds", type=Whole(1, 10_000), default=5, show_default=True, help="Turns of each case.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @threads_option
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the speeds.")
-@click.option(
-    "--compare", type=click.Path(path_type=Path, dir_okay=False), metavar="OLD.json", help="Beside an earlier --json."
-)
+@click.option("--plot", type=FilePath(directories=False), metavar="FILE.png", help="Draw the speeds.")
+@click.option("--compare", type=FilePath(directories=False), metavar="OLD.json", help="Beside an earlier --json.")
 @trust_option
 @json_option
 def bench(

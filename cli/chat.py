@@ -11,7 +11,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say, say_error
-from slm.cli.following import next_step, slm_command
+from slm.cli.following import after_checkpoint, next_step, slm_command
 from slm.cli.generate import figures
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
@@ -99,7 +99,7 @@ def chat(
         else:
             for line in _piped():
                 talk.hear(line)
-    next_step(slm_command("serve", *([] if model is None else [model])))
+    next_step(slm_command("serve", *([] if model is None else [model])) if is_bundle(path) else after_checkpoint(path))
 
 
 def _made(path: Path, adapter: Path | None) -> dict[str, Any]:

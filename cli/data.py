@@ -7,7 +7,16 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import next_step, slm_command
-from slm.cli.options import REPLACING, Whole, column_option, document_option, json_option, overwrite_option
+from slm.cli.options import (
+    REPLACING,
+    FilePath,
+    Whole,
+    Word,
+    column_option,
+    document_option,
+    json_option,
+    overwrite_option,
+)
 from slm.cli.suggesting import Suggesting
 from slm.core.errors import SlmError
 from slm.core.machine import MAX_THREADS
@@ -32,6 +41,7 @@ def data() -> None:
 @click.option(
     "--data",
     "train",
+    type=Word(),
     multiple=True,
     required=True,
     metavar="PATH|NAME",
@@ -40,11 +50,13 @@ def data() -> None:
 )
 @click.option(
     "--val",
+    type=Word(),
     metavar="PATH",
     help="Text to measure on. [default: the data's own, or some of its documents, which are held out]",
 )
 @click.option(
     "--tokenizer",
+    type=Word(),
     default="bpe",
     show_default=True,
     metavar="gpt2|bpe|FILE",
@@ -56,7 +68,7 @@ def data() -> None:
     metavar="N",
     help="Tokens that bpe learns, special ones included. [default: 4096]",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: datasets/NAME]")
+@click.option("--out", type=FilePath(), metavar="DIR", help="Where to write. [default: datasets/NAME]")
 @click.option("--workers", type=Whole(1, MAX_THREADS), metavar="N", help="Processes. [default: one a core]")
 @click.option(
     "--shard-tokens",
@@ -150,7 +162,7 @@ def prepare(
 
 
 @data.command()
-@click.argument("dataset", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("dataset", type=FilePath(), metavar="DIR")
 @click.option("--check", is_flag=True, help="Read every file whole and compare it with the manifest.")
 @json_option
 def info(dataset: Path, check: bool, as_json: bool) -> None:

@@ -11,7 +11,16 @@ import click
 from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import after_model, next_step
-from slm.cli.options import Artifact, Whole, column_option, document_option, json_option, threads_option, trust_option
+from slm.cli.options import (
+    Artifact,
+    FilePath,
+    Whole,
+    column_option,
+    document_option,
+    json_option,
+    threads_option,
+    trust_option,
+)
 from slm.core.errors import SlmError
 from slm.core.install import install_hint
 from slm.core.sample import validation_path
@@ -30,7 +39,7 @@ _SHIPPED = "the held-out stories that ship with slm"
 @click.option(
     "--data",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="PATH",
     help="Text: .txt, .jsonl, .parquet, .csv, a directory; may be repeated. [default: the held-out stories that ship "
     "with slm]",

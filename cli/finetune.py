@@ -15,6 +15,7 @@ from slm.cli.options import (
     REPLACING,
     Artifact,
     ByteCount,
+    FilePath,
     Real,
     Whole,
     check_input,
@@ -31,7 +32,7 @@ from slm.core.text.files import bare_name
 if TYPE_CHECKING:
     from slm.finetune.samples import Sample
 
-_FILE = click.Path(path_type=Path)
+_FILE = FilePath()
 # What only an adapter has.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 

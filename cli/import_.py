@@ -7,14 +7,14 @@ import click
 
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import after_checkpoint, next_step
-from slm.cli.options import REPLACING, json_option, out_option_for, overwrite_option
+from slm.cli.options import REPLACING, Word, json_option, out_option_for, overwrite_option
 from slm.core.machine import peak_rss_mib
 from slm.core.outputs import check_checkpoint_output
 from slm.core.runs import imported_checkpoint
 
 
 @click.command("import", epilog=REPLACING)
-@click.argument("source")
+@click.argument("source", type=Word(), metavar="SOURCE")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),

@@ -9,7 +9,7 @@ import click
 from slm.cli.console import RichProgress, print_json, say
 from slm.cli.export import base_of
 from slm.cli.following import after_checkpoint, next_step
-from slm.cli.options import REPLACING, Artifact, Real, adapter_type, json_option, overwrite_option
+from slm.cli.options import REPLACING, Artifact, FilePath, Real, adapter_type, json_option, overwrite_option
 from slm.core.errors import SlmError
 from slm.core.outputs import check_checkpoint_output
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--scale", type=Real(-100, 100), help="With task and ties: what the change is multiplied with. [default: 1]"
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The checkpoint to write.")
+@click.option("--out", type=FilePath(), required=True, metavar="DIR", help="The checkpoint to write.")
 @overwrite_option
 @json_option
 def merge(

@@ -52,6 +52,36 @@ class Real(click.FloatRange):
         return number
 
 
+class FilePath(click.Path):
+    """A path. The empty one is rejected: it is what a shell makes of a variable that is not set, and would mean `.`.
+
+    Args:
+        directories: Whether a directory is suitable.
+    """
+
+    def __init__(self, *, directories: bool = True) -> None:
+        super().__init__(path_type=Path, dir_okay=directories)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the path."""
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Word(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
+    """A text that is not empty."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns the text."""
+        text = str(value)
+        if not text.strip():
+            self.fail("it is empty", param, ctx)
+        return text
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace trained weights or a dataset at the output.")
 seed_option = click.option(
@@ -135,7 +165,7 @@ def out_option_for(what: str, default: str) -> Callable[[Any], Any]:
     """
     return click.option(
         "--out",
-        type=click.Path(path_type=Path),
+        type=FilePath(),
         metavar="DIR",
         help=f"Directory of the {what}. [default: {default}]",
     )
@@ -236,6 +266,8 @@ class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
         Raises:
             SlmError: When there is nothing that can be read.
         """
+        if value == "":
+            self.fail("the path is empty", param, ctx)
         path = Path(value).expanduser()
         check_input(path, self._what, directories=self._directories)
         return path

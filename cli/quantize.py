@@ -13,6 +13,7 @@ from slm.cli.options import (
     REPLACING,
     Artifact,
     ByteCount,
+    FilePath,
     Real,
     Whole,
     check_input,
@@ -93,13 +94,13 @@ class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
     type=click.Choice(["float32", "int8"]),
     help="How keys and values are cached; int8 writes faster and reads prompts slower. [default: by --prefer]",
 )
-@click.option("--data", type=click.Path(path_type=Path), metavar="PATH", help="Text to measure the quality on.")
+@click.option("--data", type=FilePath(), metavar="PATH", help="Text to measure the quality on.")
 @column_option
 @document_option
 @click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="How much of it to read.")
 @click.option("--window", type=Whole(2), metavar="N",
               help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
-@click.option("--calibration", type=click.Path(path_type=Path), metavar="PATH",
+@click.option("--calibration", type=FilePath(), metavar="PATH",
               help="Text to choose settings by; another than --data.")  # fmt: skip
 @click.option("--calibration-tokens", type=Whole(2), metavar="N",
               help=f"How much of it. [default: {CALIBRATION_TOKENS['int8']}; "

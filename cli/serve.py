@@ -11,7 +11,18 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import say
-from slm.cli.options import MAX_PORT, Artifact, HostName, Real, Whole, adapter_type, threads_option, trust_option
+from slm.cli.options import (
+    MAX_PORT,
+    Artifact,
+    FilePath,
+    HostName,
+    Real,
+    Whole,
+    Word,
+    adapter_type,
+    threads_option,
+    trust_option,
+)
 from slm.cli.sampling import warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
@@ -48,9 +59,11 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 
 @click.command()
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option(
+    "--host", type=Word(), default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
+)
 @click.option("--port", type=Whole(0, MAX_PORT), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--name", help="What requests call the model. [default: RUN/BUNDLE]")
+@click.option("--name", type=Word(), help="What requests call the model. [default: RUN/BUNDLE]")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="NAME=PATH",
     help="A LoRA adapter that requests may name as their model; may be repeated.",
@@ -68,7 +81,7 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @click.option("--step-timeout", type=Real(0, _DAY_S, min_open=True), metavar="S",
               help="When a step counts as stuck: /health and /ready are 503 until it returns. "
                    "[default: 30, or --timeout where that is shorter]")  # fmt: skip
-@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--api-key-file", type=FilePath(), metavar="FILE",
               help=f"API keys, one a line; or {_KEYS} in the environment, with commas. [default: none asked for]")  # fmt: skip
 @click.option("--allow-host", "hosts", type=HostName(), multiple=True, metavar="NAME",
               help="A Host name that requests may use; may be repeated. [default: localhost, 127.0.0.1 and [::1] for a server "

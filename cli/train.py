@@ -13,7 +13,9 @@ from slm.cli.foresight import foresee
 from slm.cli.options import (
     MAX_SEED,
     REPLACING,
+    FilePath,
     Whole,
+    Word,
     column_option,
     document_option,
     json_option,
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe",
     "recipe_name",
+    type=Word(),
     metavar="NAME|FILE",
     help="documented, modern, stories-4m, tiny, or a .yaml file. [default: what fits the machine]",
 )
 @click.option(
     "--data",
+    type=Word(),
     multiple=True,
     metavar="PATH|NAME",
     help="Text to train on: .txt, .jsonl, .parquet, a directory (may be repeated), what slm data prepare made; or sample, "
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--val",
+    type=Word(),
     metavar="PATH",
     help="Text to measure on. [default: the data's own, or the last of its documents, which are held out]",
 )
@@ -52,12 +57,11 @@ if TYPE_CHECKING:
 @document_option
 @click.option(
     "--tokenizer",
+    type=Word(),
     metavar="gpt2|bpe|FILE",
     help="GPT-2's, one learned from the text, or a tokenizer.json. [default: the recipe's]",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]"
-)
+@click.option("--out", type=FilePath(), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]")
 @overwrite_option
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
 @click.option("--seed", type=Whole(0, MAX_SEED), help="Same seed, same model. [default: the recipe's]")
@@ -101,9 +105,28 @@ def train(
     if gpu is not None and not dry_run:
         raise click.UsageError("--on goes with --dry-run")
     if resume:
+        given = {
+            "--recipe": recipe_name,
+            "--data": data,
+            "--val": val,
+            "--column": column,
+            "--max-document-bytes": max_document_bytes,
+            "--tokenizer": tokenizer,
+            "--seed": seed,
+            "--set": overrides,
+            "--dry-run": dry_run or None,
+            "--on": gpu,
+            "--overwrite": overwrite or None,
+        }
+        unwanted = [option for option, value in given.items() if value not in (None, ())]
+        if unwanted:
+            raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
         out = _run_named(out)
+        if "RANK" not in os.environ:
+            out = out or newest_run()
     elif "RANK" not in os.environ:  # torchrun's processes look together, and say what is wrong once
-        _check_inputs(data, val, tokenizer, recipe_name)
+        _check_recipe(recipe_name, overrides)
+        _check_inputs(data, val, tokenizer)
         if not dry_run:
             check_writable(out or RUNS / "run")
     from slm.train import run
@@ -113,22 +136,6 @@ def train(
     progress = RichProgress()
     with joined() as processes:
         if resume:
-            given = {
-                "--recipe": recipe_name,
-                "--data": data,
-                "--val": val,
-                "--column": column,
-                "--max-document-bytes": max_document_bytes,
-                "--tokenizer": tokenizer,
-                "--seed": seed,
-                "--set": overrides,
-                "--dry-run": dry_run or None,
-                "--on": gpu,
-                "--overwrite": overwrite or None,
-            }
-            unwanted = [option for option, value in given.items() if value not in (None, ())]
-            if unwanted:
-                raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
             path = Path(by_first(processes, lambda: str(out or newest_run())))
             if processes.rank == 0:
                 say(f"Resuming {path}.")
@@ -195,7 +202,7 @@ def _run_named(out: Path | None) -> Path | None:
     return RUNS / out
 
 
-def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None, recipe: str | None) -> None:
+def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None) -> None:
     """Looks for the files that were named, before PyTorch is imported or anything is measured.
 
     Raises:
@@ -210,8 +217,29 @@ def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None,
             find_files(path)
     if tokenizer not in (None, "gpt2", "bpe") and not Path(str(tokenizer)).expanduser().exists():
         raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
-    if recipe is not None and recipe.endswith((".yaml", ".yml")) and not Path(recipe).is_file():
-        raise SlmError(f"recipe not found: {recipe}", "check the path")
+
+
+def _check_recipe(name: str | None, overrides: tuple[str, ...]) -> None:
+    """Reads the recipe, before PyTorch is imported.
+
+    Which recipe is the default hangs on the GPU, which PyTorch looks for: without a name, values are rejected here that suit
+    neither of the two.
+
+    Raises:
+        SlmError: When there is no such recipe, or a value is wrong.
+    """
+    from slm.train.recipe import load_recipe
+
+    if name is not None:
+        load_recipe(name, overrides)
+        return
+    try:
+        load_recipe("tiny", overrides)
+    except SlmError as error:
+        try:
+            load_recipe("documented", overrides)
+        except SlmError:
+            raise error from None
 
 
 def _report(result: "TrainResult", as_json: bool) -> None:

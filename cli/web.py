@@ -9,18 +9,18 @@ import click
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
 from slm.cli.following import next_step
-from slm.cli.options import MAX_PORT, REPLACING, Artifact, HostName, Whole, json_option
+from slm.cli.options import MAX_PORT, REPLACING, Artifact, FilePath, HostName, Whole, Word, json_option
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
 
 @click.command(epilog=REPLACING)
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
+@click.option("--out", type=FilePath(), metavar="DIR", help="Write the site there instead of serving it.")
+@click.option("--name", type=Word(), help="What the page calls the model. [default: RUN/BUNDLE]")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Write the site there instead of serving it."
+    "--host", type=Word(), default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
 )
-@click.option("--name", help="What the page calls the model. [default: RUN/BUNDLE]")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=Whole(0, MAX_PORT), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--allow-host", "hosts", type=HostName(), multiple=True, metavar="NAME",
               help="A Host name that requests may use; may be repeated. [default: localhost, 127.0.0.1 and [::1] on this "

@@ -1,6 +1,7 @@
 """What lies under `./runs`: checkpoints, bundles and adapters, which of them are finished, and which one is the newest."""
 
 import json
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ def unfinished(run: Path) -> Unfinished | None:
         return None
     checkpoints = [run / "checkpoint" / name for name in reversed(_TRAINED) if is_checkpoint(run / "checkpoint" / name)]
     logged, begun = ((run / name).is_file() for name in (METRICS_FILE, _RECIPE_FILE))
-    proceed = f"slm train --resume --out {run} continues it"
+    proceed = f"slm train --resume --out {shlex.quote(str(run))} continues it"
     if not checkpoints and (logged or begun):
         return Unfinished(run, "training has saved no checkpoint", None, proceed)
     if not checkpoints and (run / "trainer").is_dir():
@@ -173,7 +174,7 @@ def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: 
         named = "" if latest is None else f"; or name an older bundle, such as {latest.path}"
         raise SlmError(
             f"the newest model has no {'' if fits is None else 'float32 '}bundle: {checkpoint.path}",
-            f"slm export --onnx {checkpoint.path} makes one{named}",
+            f"slm export --onnx {shlex.quote(str(checkpoint.path))} makes one{named}",
         )
     if latest is None:
         raise _nothing(
@@ -269,7 +270,7 @@ def _not_merged(bundle: Artifact, found: list[Artifact]) -> tuple[str, ...]:
     adapter = max((each for each in found if each.kind == "adapter"), key=_age, default=None)
     if adapter is None or adapter.created <= bundle.created:
         return ()
-    merges = f"slm export --onnx --adapter {adapter.path}"
+    merges = f"slm export --onnx --adapter {shlex.quote(str(adapter.path))}"
     return (f"Note: the adapter {adapter.path} is newer and not part of it; {merges} merges it.",)
 
 

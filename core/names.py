@@ -137,10 +137,11 @@ def _suitable(path: Path, kind: Kind, kinds: Sequence[Kind]) -> Path:
     """
     if kind in kinds:
         return path
+    quoted = shlex.quote(str(path))
     hints = {
-        ("checkpoint", "bundle"): f"slm export --onnx {path} makes one",
-        ("adapter", "bundle"): f"slm export --onnx --adapter {path} makes one with the adapter merged into it",
-        ("adapter", "checkpoint"): f"an adapter answers with its base: slm generate BASE --adapter {path}",
+        ("checkpoint", "bundle"): f"slm export --onnx {quoted} makes one",
+        ("adapter", "bundle"): f"slm export --onnx --adapter {quoted} makes one with the adapter merged into it",
+        ("adapter", "checkpoint"): f"an adapter answers with its base: slm generate BASE --adapter {quoted}",
         ("bundle", "checkpoint"): _origin(path),
     }
     hint = next((hints[kind, wanted] for wanted in reversed(kinds) if (kind, wanted) in hints), None)
@@ -179,7 +180,8 @@ def _of_run(run: Path, kinds: Sequence[Kind]) -> tuple[Path, tuple[str, ...]]:
     if choice is None:
         listed = ", ".join(str(each.path) for each in found)
         raise SlmError(f"{_none_of(kinds)}: {run}", f"it holds {listed}")
-    return choice.artifact.path, (f"Using {choice.artifact.path} ({choice.why} of {run}).", *choice.notes)
+    what, comma, more = choice.why.partition(",")
+    return choice.artifact.path, (f"Using {choice.artifact.path} ({what} of {run}{comma}{more}).", *choice.notes)
 
 
 def _none_of(kinds: Sequence[Kind]) -> str:
@@ -200,7 +202,8 @@ def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[st
         return SlmError(message, _what_it_is(kinds))
     known = known_names(kinds)
     near = suggestions(name, [*known, *others])
-    hub = _HUB_ID.fullmatch(name) and not (path.parent.exists() or (RUNS / path.parts[0]).exists())
+    here = path.parts[0] == RUNS.name or path.parent.exists() or (RUNS / path.parts[0]).exists()
+    hub = _HUB_ID.fullmatch(name) and not here
     if near and not (hub and not any("/" in each for each in near)):
         return SlmError(message, f"did you mean {' or '.join(near)}?")
     if _is_text(name):

@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, read_info
 from slm.core.errors import SlmError
@@ -73,8 +74,16 @@ def check_writable(target: Path) -> None:
         else:
             raise SlmError(f"cannot write {target}: {above} is not a directory", ANOTHER)
     if not os.access(above, os.W_OK | os.X_OK):
-        why = os.strerror(errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES)
-        raise SlmError(
-            f"cannot write {target}: nothing can be made in {above} ({why})",
-            "name a place you may write to with --out, or work in another directory",
-        )
+        raise _unwritable(target, above, errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES)
+    try:
+        with TemporaryFile(dir=above):  # what permissions do not tell: /proc, a network's file system, no inodes left
+            pass
+    except OSError as error:
+        raise _unwritable(target, above, error.errno or errno.EIO) from None
+
+
+def _unwritable(target: Path, above: Path, number: int) -> SlmError:
+    return SlmError(
+        f"cannot write {target}: nothing can be made in {above} ({os.strerror(number)})",
+        "name a place you may write to with --out, or work in another directory",
+    )

@@ -68,7 +68,9 @@ def test_the_chain(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_failure_it_shows(slm: Callable[..., Any]) -> None:
     shown = re.search(r"    \$ slm (.*)\n    (error: .*)\n    (hint: .*)\n", README)
     assert shown is not None
-    Path("runs/tiny").mkdir(parents=True)
+    bundle = Path("runs/tiny/onnx-int8")
+    bundle.mkdir(parents=True)
+    (bundle / "manifest.json").write_text('{"precision": "int8"}')
     assert slm(*shown[1].split()).err == f"{shown[2]}\n{shown[3]}\n"
 
 

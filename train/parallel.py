@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from slm.core.errors import SlmError
+from slm.train.choices import ParallelName
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-ParallelName = Literal["ddp", "fsdp"]
 # What processes tell each other, beside tensors: no pickle.
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 T = TypeVar("T", bound=Json)

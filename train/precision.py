@@ -8,8 +8,7 @@ import torch
 
 from slm.core.errors import SlmError
 from slm.core.nn.kernels import ComputeCapability, compute_capability
-
-PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
+from slm.train.choices import PrecisionName
 
 # From this width on, bfloat16 gains on a CPU with AMX: 1.3 times at 256 and 1.8 times at 640 against nothing at 128 for
 # 16 windows of 128 tokens on two cores (docs/LOG.md).

@@ -1,6 +1,7 @@
 """Recipes: everything that decides a training run, as YAML in `recipes/` or a file of the user's."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -120,7 +121,9 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     elif file.suffix in (".yaml", ".yml"):
         text, source = read_text(file, "recipe"), str(file)
     else:
-        raise SlmError(f"no recipe is called {str(name)!r}", f"{_one_of(recipe_names())}, or the path of a .yaml file")
+        near = get_close_matches(str(name).lower(), recipe_names(), n=2)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise SlmError(f"recipe not found: {name}", f"{meant}{_one_of(recipe_names())}, or the path of a .yaml file")
     try:
         fields = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -158,8 +161,7 @@ def _set(fields: dict[str, Any], override: str) -> None:
         raise SlmError(f"--set {override}: there is no '='", "write it like --set optimizer.weight_decay=0.05")
     valid = _paths(Recipe)
     if path not in valid:
-        near = [known for known in valid if known.startswith(f"{path.partition('.')[0]}.")]
-        raise SlmError(f"--set {override}: the recipe has no value {path!r}", _one_of(near or valid))
+        raise SlmError(f"--set {override}: the recipe has no value {path!r}", _meant(path, valid))
     *sections, key = path.split(".")
     for section in sections:
         if not isinstance(fields.get(section), dict):  # absent, or empty in the file
@@ -169,6 +171,22 @@ def _set(fields: dict[str, Any], override: str) -> None:
         fields[key] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise SlmError(f"--set {override}: the value is not YAML", "quote it, as in --set 'name=\"a: b\"'") from None
+
+
+def _meant(path: str, valid: Sequence[str]) -> str:
+    """Returns a hint for a name of a value that no recipe has: the nearest names, those of its section, or the sections."""
+    near = get_close_matches(path, valid, n=2, cutoff=0.75)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    section = path.partition(".")[0]
+    inside = [known for known in valid if known.startswith(f"{section}.")]
+    if inside or near:
+        return f"{meant}{_one_of(inside)}" if inside else meant.rstrip()
+    key = path.rpartition(".")[2]
+    elsewhere = [known for known in valid if known.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    sections = dict.fromkeys(known.partition(".")[0] for known in valid if "." in known)
+    return f"the sections are {', '.join(sections)}; slm train --dry-run shows every value"
 
 
 def _paths(section: type[BaseModel]) -> list[str]:

@@ -9,10 +9,8 @@ from slm.core.errors import SlmError
 from slm.core.presets import preset
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
+from slm.train.choices import ParallelName, PrecisionName, Sampler
 from slm.train.data.corpus import SAMPLE
-from slm.train.data.windows import Sampler
-from slm.train.parallel import ParallelName
-from slm.train.precision import PrecisionName
 from slm.train.schedule import Shape
 
 # What a recipe may say of the model: the special tokens' ids come with the tokenizer.

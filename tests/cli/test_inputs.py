@@ -31,6 +31,12 @@ finally:
         ("train --data text.pdf", "unknown kind of file: text.pdf"),
         ("train --data text.txt --tokenizer nosuch.json", "tokenizer not found: nosuch.json"),
         ("train --data text.txt --recipe nosuch.yaml", "recipe not found: nosuch.yaml"),
+        ("train --data text.txt --recipe tinny", "recipe not found: tinny"),
+        ("train --data text.txt --recipe tiny --set seed=-1", "recipe tiny: seed"),
+        ("train --data text.txt --set batch.size=3", "the recipe has no value 'batch.size'"),
+        ("train --data text.txt --set schedule.learning_rate=nan", "must be a finite number"),
+        ("train --resume", "there is no run under ./runs"),
+        ("train --resume --seed 3", "leave out --seed"),
         ("train --data text.txt --out text.txt/run", "cannot write text.txt/run"),
         ("train --on t4", "--on goes with --dry-run"),
         ("data prepare --data text.txt --val nosuch.txt", "data not found: nosuch.txt"),
@@ -68,6 +74,59 @@ def test_nothing_is_loaded_for_a_wrong_input(arguments: str, said: str, tmp_path
     assert said in done.stderr.splitlines()[0]
     assert done.stdout.splitlines()[-1] == "[]"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.pdf", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data",
+        "train --val",
+        "train --out",
+        "data prepare --data",
+        "finetune --lora",
+        "import",
+        "export --onnx --out",
+        "quantize --int8 --data",
+        "eval --data",
+        "bench --plot",
+        "web --out",
+        "serve --host",  # which would listen on every address
+        "serve --name",
+        "generate --adapter",
+    ],
+)
+def test_an_empty_word_is_not_the_working_directory(slm: Slm, command: str) -> None:
+    Path("rows.jsonl").write_text('{"text": "Once upon a time."}\n')
+    result = slm(*command.split(), "")
+    assert result.code in (1, 2) and " empty" in result.err.splitlines()[0] and "hint: " in result.err
+    assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
+def test_a_place_that_permissions_allow_and_the_system_does_not(slm: Slm) -> None:
+    for command in (
+        ("train", "--data", "sample", "--out", "/proc/run"),
+        ("bench", "--plot", "/proc/a.png"),
+        ("web", "--out", "/proc/x"),
+    ):
+        result = slm(*command)
+        assert (
+            result.code == 1 and "nothing can be made in /proc (" in result.err and "hint: name a place" in result.err
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("learning_rate=1", "did you mean schedule.learning_rate?"),
+        ("schedule.learningrate=1", "did you mean schedule.learning_rate or "),
+        ("schedule.updates=1", "there is schedule.micro_steps, "),
+        ("a.b=c", "the sections are data, model, "),
+    ],
+)
+def test_a_misspelt_value_of_the_recipe_names_the_nearest(slm: Slm, value: str, meant: str) -> None:
+    result = slm("train", "--set", value)
+    assert result.code == 1 and f"hint: {meant}" in result.err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

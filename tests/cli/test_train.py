@@ -113,7 +113,7 @@ def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monk
     [
         (["--data", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
-        (["--data", "book.pdf"], 1, "error: not a kind of file to train on: book.pdf"),
+        (["--data", "book.pdf"], 1, "error: unknown kind of file: book.pdf"),
         (["--data", "empty.txt"], 1, "error: no text in empty.txt"),
         (["--data", "binary.txt"], 1, "error: binary.txt: is not UTF-8 text"),
         (["--data", "rows.jsonl"], 1, 'error: rows.jsonl, line 1: is not a row with a "text"'),
@@ -121,7 +121,7 @@ def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monk
         (["--val", "short.txt"], 1, "error: the validation text is too short"),
         (["--data", "sample"], 1, "error: --data sample stands alone"),
         (["--tokenizer", "missing.json"], 1, "error: tokenizer not found: missing.json"),
-        (["--recipe", "huge"], 1, "error: no recipe is called 'huge'"),
+        (["--recipe", "huge"], 1, "error: recipe not found: huge"),
         (["--set", "batch.size=3"], 1, "error: --set batch.size=3: the recipe has no value 'batch.size'"),
         (["--set", "batch.context=many"], 1, "error: small.yaml: batch.context: must be a whole number\n"),
         (["--set", "optimizer.betas=3"], 1, "error: small.yaml: optimizer.betas: must be a list, as in [a, b]\n"),

@@ -232,6 +232,8 @@ def test_names() -> None:
         ("Once upon a time", MODEL, "not found: Once upon a time", 'slm generate -p "Once upon a time"'),
         ("Costs $5 today", MODEL, "not found", "slm generate -p 'Costs $5 today'"),
         ("google/gemma-3-270m", MODEL, "not found: google/gemma-3-270m", "slm import google/gemma-3-270m"),
+        ("runs/tony", MODEL, "not found: runs/tony", "did you mean tiny?"),
+        ("runs/quite-another", MODEL, "not found: runs/quite-another", "there is "),  # no id of the hub
         ("tiny/best", ("bundle",), "not a bundle", "slm export --onnx runs/tiny/checkpoint/best"),
         ("tiny/onnx", ("checkpoint",), "not a checkpoint: runs/tiny/onnx is a bundle", ""),
         ("tiny/data", MODEL, "neither a checkpoint nor a bundle", "--adapter runs/tiny/adapters/data"),
@@ -252,3 +254,13 @@ def test_what_to_type_instead(name: str, kinds: Any, message: str, hint: str) ->
     with pytest.raises(SlmError) as caught:
         resolve(name, kinds)
     assert message in caught.value.message and hint in (caught.value.hint or "")
+
+
+def test_commands_in_sentences_can_be_copied() -> None:
+    record = checkpoint("runs/my run/checkpoint/best", None, made_by="slm import")
+    assert record
+    with pytest.raises(SlmError) as error:
+        resolve("my run/best", ("bundle",))
+    assert "slm export --onnx 'runs/my run/checkpoint/best' makes one" in str(error.value.hint)
+    _, sentences = resolve("my run", ("checkpoint", "bundle"))
+    assert sentences[0] == "Using runs/my run/checkpoint/best (newest checkpoint of runs/my run, not exported yet)."

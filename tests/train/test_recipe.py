@@ -211,7 +211,7 @@ def test_an_unknown_key_in_a_file_lists_the_valid_ones(tmp_path: Path) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(SlmError, match="no recipe is called 'big'") as error:
+    with pytest.raises(SlmError, match="recipe not found: big") as error:
         load_recipe("big")
     assert "documented, modern, stories-4m, tiny" in (error.value.hint or "")
     with pytest.raises(SlmError, match="recipe not found"):

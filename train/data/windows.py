@@ -4,7 +4,6 @@ Dimensions: B windows, T positions.
 """
 
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from slm.train.data.tokens import TokenIds
 
-Sampler = Literal["random", "packed"]
 # A stream in one array or in several files.
 Ids = NDArray[np.unsignedinteger] | TokenIds
 
