@@ -99,7 +99,11 @@ def test_every_edge_module_imports_without_the_extras(edge: Path) -> None:
 
 @pytest.mark.slow
 def test_what_needs_an_extra_says_so(edge: Path, tmp_path: Path, shared_checkpoint: Path) -> None:
-    for arguments, extra in ((["train"], "train"), (["export", "--onnx", shared_checkpoint], "convert"), (["demo"], "train")):
+    for arguments, extra in (
+        (["train"], "train"),
+        (["export", "--onnx", shared_checkpoint], "convert"),
+        (["demo"], "train"),
+    ):
         done = subprocess.run([edge / "slm", *arguments], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1, done.stderr
         assert f"slm-edge[{extra}]" in done.stderr and "Traceback" not in done.stderr
