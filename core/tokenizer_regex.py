@@ -6,7 +6,7 @@ and `a+[bc]` takes quadratic time on a text of a's. An expression passes when th
 - An unbounded repeat covers one character class, or a group of fixed length. Nothing unbounded is nested.
 - An alternative gives up at most one unbounded repeat, that is, at most one is followed by something that can fail. Such an
   alternative must be followed by one that keeps the same run of characters: the scan was then not wasted. The expressions of
-  GPT-2, GPT-4, Llama 3, Qwen, DeepSeek and others have this form: `\\s+(?!\\S)|\\s+`.
+  GPT-2, GPT-4, Llama 3, Qwen, DeepSeek and others have this form: `\\s+(?!\\S)|\\s+`. `\\s+(?!\\S)` itself keeps all but one.
 - What is bounded is small: the number of ways to match it times its length (`MAX_WORK`).
 
 Syntax: https://github.com/kkos/oniguruma/blob/master/doc/RE. What this reader does not know it rejects.
@@ -116,7 +116,11 @@ def _work(route: _Route) -> int:
 
 def _check_route(route: _Route, later: list[_Route]) -> None:
     """Checks the repeats of an alternative that may be given up again."""
-    wasted = [place for place, part in enumerate(route) if part.repeats and _may_fail(route[place + 1 :])]
+    wasted = [
+        place
+        for place, part in enumerate(route)
+        if part.repeats and _may_fail(route[place + 1 :]) and not _gives_up_one(route[place:])
+    ]
     if sum(not route[place].kept for place in wasted) > 1:
         raise Slow("one alternative gives up several unbounded repeats, which takes quadratic time")
     for place in wasted:
@@ -128,6 +132,11 @@ def _may_fail(parts: _Route) -> bool:
     return any(not part.optional for part in parts)
 
 
+def _gives_up_one(parts: _Route) -> bool:
+    """Says whether parts are `\\s+(?!\\S)`: of two or more white spaces it keeps all, or all but the last, and never fails."""
+    return len(parts) == 2 and parts[0].run == r"\s" and parts[1].text == r"(?)(?!\S)"
+
+
 def _is_kept_by(route: _Route, place: int, later: list[_Route]) -> bool:
     """Says whether an alternative keeps the run that this one gives up; those between must be of the same run."""
     for other in later:
@@ -137,7 +146,7 @@ def _is_kept_by(route: _Route, place: int, later: list[_Route]) -> bool:
         first = places[0]
         before = [part.text for part in other[:first]]
         same = before == [part.text for part in route[:place]] or not _may_fail(other[:first])
-        if same and not _may_fail(other[first + 1 :]):
+        if same and (not _may_fail(other[first + 1 :]) or _gives_up_one(other[first:])):
             return True
     return False
 

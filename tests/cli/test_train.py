@@ -102,10 +102,13 @@ def test_no_data_takes_the_recipes_and_says_so(slm: Callable) -> None:
 def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("slm.train.estimate._timed_seconds", lambda *_: pytest.fail("it was measured"))
-    result = slm("train", "--data", "train.txt", "--set", "nothing=1")
+    result = slm("train", "--data", "train.txt", "--set", "data.tokenizer=nothing.json")
     assert result.code == 1 and "Using the recipe tiny (this machine has no GPU)." in result.err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "Using the recipe documented (this machine has a GPU)." in slm("train", "--set", "nothing=1").err
+    assert (
+        "Using the recipe documented (this machine has a GPU)."
+        in slm("train", "--set", "data.tokenizer=nothing.json").err
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monk
         ),
         (["--set", "machine.attention=flex"], 1, "error: machine.attention=flex needs CUDA"),
         (["--set", "optimizer.betas=[0.9, 1.5]"], 1, "error: small.yaml: optimizer.betas"),
-        (["--seed", "-1"], 1, "error: --seed -1 is negative"),
+        (["--seed", "-1"], 2, "error: Invalid value for '--seed': -1 is not in the range"),
         (["--out", "taken"], 1, "error: the run directory is not empty: taken"),
         (["--out", "train.txt"], 1, "error: not a directory: train.txt"),
         (["--seed", "x"], 2, "error: Invalid value for '--seed'"),

@@ -125,7 +125,7 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_to
     [
         ({"temperature": 3}, "temperature"),
         ({"temperature": "warm"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
         ({"stop": [""]}, "stop"),

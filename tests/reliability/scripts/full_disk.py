@@ -68,7 +68,7 @@ def commands(
         "export": ("export", "--onnx", checkpoint, "--out", bundle),
         "gguf": ("export", "--gguf", "--gguf-type", "f32", checkpoint, "--out", disk / "model.gguf"),
         "quantize": ("quantize", "--int8", bundle, "--out", disk / "int8", "--data", text, "--tokens", 256, "--max-kl", 9,
-                     "--max-ppl-increase", 9, "--no-smooth", "--calibration", rows, "--calibration-tokens", 256),
+                     "--max-ppl-increase", 9, "--no-smooth", "--calibration", text, "--calibration-tokens", 256),
         "import": ("import", checkpoint, "--out", disk / "imported"),
         "merge": ("merge", checkpoint, checkpoint, "--out", disk / "merged"),
     }  # fmt: skip
