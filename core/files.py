@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slm.core.errors import SlmError
+from slm.core.signals import PutOff
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
@@ -56,8 +57,8 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
         _put_right(target, certain)
         check_replaceable(target, ours)
         partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
-        partial.mkdir()
         try:
+            partial.mkdir()
             yield partial
             _give_usual_modes(partial)
             for path in (*partial.rglob("*"), partial):
@@ -90,26 +91,33 @@ def sole(target: Path, wait_s: float = 0.0) -> Iterator[bool]:
     if held in _locks:
         yield _locks[held]
         return
-    made = [parent for parent in lock.parents if not parent.exists()]
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, certain = _locked(lock, target, wait_s)
-    _locks[held] = certain
+    signals = PutOff()  # a signal between the making of the lock and the block that removes it would leave it
     try:
-        yield certain
+        signals.hold()
+        made = [parent for parent in lock.parents if not parent.exists()]
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, certain = _locked(lock, target, wait_s, signals)
+        try:
+            _locks[held] = certain
+            signals.release()
+            yield certain
+        finally:
+            signals.hold()
+            del _locks[held]
+            lock.unlink(missing_ok=True)  # before it is let go of: who opens it later makes another
+            os.close(descriptor)
+            with suppress(OSError):  # one that is no longer empty
+                for parent in made:
+                    parent.rmdir()
     finally:
-        del _locks[held]
-        lock.unlink(missing_ok=True)  # before it is let go of: who opens it later makes another
-        os.close(descriptor)
-        with suppress(OSError):  # one that is no longer empty
-            for parent in made:
-                parent.rmdir()
+        signals.release()
 
 
 # What this process holds, by thread, and whether that is certain.
 _locks: dict[tuple[Path, int], bool] = {}
 
 
-def _locked(lock: Path, target: Path, wait_s: float) -> tuple[int, bool]:
+def _locked(lock: Path, target: Path, wait_s: float, signals: PutOff) -> tuple[int, bool]:
     end = time.monotonic() + wait_s
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -124,7 +132,11 @@ def _locked(lock: Path, target: Path, wait_s: float) -> tuple[int, bool]:
                 raise SlmError(
                     f"{holder} is at work on {target}", "wait for it or stop it, or name another --out"
                 ) from None
+            os.close(descriptor)
+            signals.release()  # who waits can be stopped
             time.sleep(_LOOK_AGAIN_S)
+            signals.hold()
+            continue
         except OSError:
             return descriptor, False
         os.close(descriptor)

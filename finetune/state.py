@@ -55,6 +55,11 @@ class Standing(BaseModel):
             raise ValueError("course: no settings")
         for kind, row in self.history:
             check_row({"type": kind, **row})
+            for name in ("epoch", "updates", "tokens"):
+                if type(row.get(name)) is not int or not 0 <= row[name] <= MOST:
+                    raise ValueError(f"history: a row has no whole number as {name!r}")
+        if self.history and self.best_epoch not in (row["epoch"] for kind, row in self.history if kind == "eval"):
+            raise ValueError("best_epoch: was not measured")
         return self
 
 

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +130,22 @@ def test_what_one_holds_one_can_take_again(tmp_path: Path) -> None:
             (partial / "file").write_text("new")
         assert (tmp_path / ".made.lock").exists()
     assert names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("moment", ["open", "close"])
+def test_a_signal_as_it_is_locked_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    usual, before = getattr(os, moment), signal.getsignal(signal.SIGINT)
+
+    def interrupted(*arguments: Any) -> Any:
+        done = usual(*arguments)
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return done
+
+    monkeypatch.setattr(os, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt), sole(tmp_path / "above" / "made"):
+        assert moment == "close"
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGINT) == before
 
 
 def test_scratch_of_killed_processes_is_removed(tmp_path: Path, other: Callable[[str], subprocess.Popen[str]]) -> None:

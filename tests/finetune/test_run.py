@@ -317,6 +317,30 @@ def test_a_damaged_state_is_named(shared_checkpoint: Path, write_rows: WriteRows
     finetune(shared_checkpoint, data, Path("out"), QUICK, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"epoch": {"": {}}, "updates": 0, "tokens": 0, "loss": 1.0}, "no whole number as 'epoch'"),
+        ({"updates": 0, "tokens": 0, "loss": 1.0}, "no whole number as 'epoch'"),
+        ({"epoch": 0, "updates": 0.5, "tokens": 0, "loss": 1.0}, "no whole number as 'updates'"),
+        ({"epoch": 0, "updates": 0, "tokens": -1, "loss": 1.0}, "no whole number as 'tokens'"),
+        ({"epoch": 0, "updates": 0, "tokens": 0, "loss": "low"}, "no number as 'loss'"),
+        ({"epoch": 7, "updates": 0, "tokens": 0, "loss": 1.0}, "best_epoch: was not measured"),
+    ],
+)
+def test_a_damaged_history_is_named(
+    shared_checkpoint: Path, write_rows: WriteRows, row: dict[str, Any], message: str
+) -> None:
+    data = write_rows(PAIRS)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shared_checkpoint, data, Path("out"), QUICK, Interrupting())
+    file = Path("out/trainer/state.json")
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(fields | {"history": [["eval", row]], "best_epoch": 0}), encoding="utf-8")
+    with pytest.raises(SlmError, match=f"the saved state is damaged: .*{message}"):
+        finetune(shared_checkpoint, data, Path("out"), QUICK)
+
+
 def test_every_weight_is_trained_in_full(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     settings = QUICK.model_copy(update={"method": "full", "learning_rate": 1e-3})
     result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings)

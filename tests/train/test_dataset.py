@@ -168,6 +168,15 @@ def test_no_name_leads_out_of_the_directory(dataset: Path) -> None:
         open_dataset(dataset)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_no_file_of_the_tokenizer_lies_elsewhere(dataset: Path, name: str) -> None:
+    (dataset.parent / "secret").write_text("{}")
+    (dataset / name).unlink(missing_ok=True)
+    (dataset / name).symlink_to(dataset.parent / "secret")
+    with pytest.raises(SlmError, match="leads out of the directory"):
+        open_dataset(dataset)
+
+
 def test_a_manifest_that_does_not_add_up(dataset: Path) -> None:
     train = read_manifest(dataset).train.model_dump()
     edit(dataset, train=train | {"tokens": train["tokens"] + 1})

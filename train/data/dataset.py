@@ -15,7 +15,7 @@ from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
 from slm.core.text.files import DATASET_FILE, is_dataset
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from slm.train.data.shards import Shard
 from slm.train.data.tokens import DtypeName, TokenHeader, TokenIds, Tokens, map_ids, read_header
 
@@ -185,7 +185,7 @@ def open_dataset(path: Path) -> Dataset:
     """
     if not is_dataset(path):
         raise SlmError(f"not a prepared dataset: {path} has no {DATASET_FILE}", _AGAIN)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = _load_tokenizer(path)
     if "dataset" in read_json(member(path, DATASET_FILE), DATASET_FILE):
         path = _followed(_parse(DatasetReference, path))
     manifest = read_manifest(path)
@@ -193,6 +193,13 @@ def open_dataset(path: Path) -> Dataset:
         raise SlmError(f"{path}: the tokens were made with another tokenizer", "copy the dataset again")
     train, validation = (_open_split(path, split, manifest) for split in (manifest.train, manifest.validation))
     return Dataset(path, manifest, tokenizer, train, validation)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """Loads a dataset's own tokenizer, none of whose files leads out of the directory."""
+    for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):
+        member(path, name)
+    return Tokenizer.load(path)
 
 
 def check_files(path: Path, manifest: DatasetManifest) -> None:
