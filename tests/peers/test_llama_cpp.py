@@ -103,7 +103,7 @@ def test_a_wrong_setting_is_noticed(
     if knob == "window":
         fields["sliding_window"] = 4
     elif knob == "local base":
-        fields["rope_parameters"]["sliding_attention"]["rope_theta"] = 130.0
+        fields["rope_parameters"]["sliding_attention"]["rope_theta"] = fields["rope_local_base_freq"] = 130.0
     else:
         fields["query_pre_attn_scalar"] = 40
     (checkpoint / "config.json").write_text(json.dumps(fields))

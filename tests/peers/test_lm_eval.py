@@ -87,7 +87,7 @@ def test_an_altered_model_answers_otherwise(lm_eval: Ask, shared_checkpoint: Pat
 
     altered = Path(shutil.copytree(shared_checkpoint, "altered"))
     fields = json.loads((altered / "config.json").read_text())
-    fields["rope_parameters"]["sliding_attention"]["rope_theta"] = 130.0
+    fields["rope_parameters"]["sliding_attention"]["rope_theta"] = fields["rope_local_base_freq"] = 130.0
     (altered / "config.json").write_text(json.dumps(fields))
     requests = json.dumps({"loglikelihood": PAIRS[:1]})
     answers = [lm_eval("ours", path, "bos", requests)["loglikelihood"][0][0] for path in (shared_checkpoint, altered)]
