@@ -16,10 +16,10 @@ _WIDTH = 200
 
 
 class _Aside(Console):
-    """What is written to standard error, which stops no command where nobody reads it or it cannot be written."""
+    """A console on standard error. A closed pipe or a failed write makes it silent; the command goes on."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Prints, if that can be."""
+        """Prints, or becomes silent when the write fails."""
         try:
             super().print(*objects, **options)
         except OSError:

@@ -24,7 +24,7 @@ _SIZES = {
 
 
 def print_info(name: str, config: ModelConfig, report: Report, details: Report, history: Sequence[str]) -> None:
-    """Prints size and lineage, then what it is, then sizes and operations.
+    """Prints size and lineage, then the architecture, then bytes and operations.
 
     Args:
         name: What was named.

@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except _Terminated as terminated:
         say_error("terminated", _after_stopping(arguments))
         sys.exit(terminated.code)
-    except BrokenPipeError:  # nobody reads on: end quietly, as tools in a pipe do
+    except BrokenPipeError:  # the reader of the pipe has exited: end quietly, as other tools do
         sys.exit(1)
     except Exception as error:
         if debug:

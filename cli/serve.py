@@ -216,9 +216,11 @@ def _warnings(address: str, keys: Sequence[str], origins: Sequence[str]) -> list
     """Returns what is unsafe about how the server is started."""
     found = []
     if not keys and not is_loopback(address):
-        found.append("everybody who reaches this address may ask; --api-key-file keeps others out")
+        found.append("any client that reaches this address can use the server; --api-key-file requires a key")
     if not keys and "*" in origins:
-        found.append("every page that is opened in a browser on this machine may ask; name origins, or use keys")
+        found.append(
+            "any web page opened in a browser on this machine can use the server; name the origins, or require keys"
+        )
     if any(len(key) < _SHORT_KEY for key in keys):
         found.append(f"an API key has fewer than {_SHORT_KEY} characters and may be guessed")
     return found

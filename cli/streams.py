@@ -7,7 +7,7 @@ _STREAMS = (("stdin", 0, os.O_RDONLY, "r"), ("stdout", 1, os.O_WRONLY, "w"), ("s
 
 
 def open_closed_streams() -> None:
-    """Opens those that are closed on nothing, before a socket or a file of the model takes their numbers and is written to."""
+    """Opens closed standard streams on the null device, so that no socket or model file gets their descriptors."""
     for name, number, flags, mode in _STREAMS:
         free = not _is_open(number)
         if free:
@@ -15,13 +15,13 @@ def open_closed_streams() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-        if getattr(sys, name) is None:  # as the interpreter has it where the descriptor was closed
+        if getattr(sys, name) is None:  # Python sets the stream to None when its descriptor is closed at start
             where = number if free else os.devnull
             setattr(sys, name, open(where, mode, encoding="utf-8", errors="replace", closefd=not free))  # noqa: SIM115
 
 
 def settle_streams() -> None:
-    """Flushes them; drops what nobody reads any longer, of which the interpreter would complain as it ends."""
+    """Flushes the standard streams. Drops output to a closed pipe; Python would print an error about it on exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -162,7 +162,7 @@ def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: 
     """Chooses the newest bundle whose manifest fits.
 
     Raises:
-        SlmError: When there is none, or when the newest checkpoint has none although others have: they would be another model.
+        SlmError: When no bundle fits, or when the newest checkpoint has no bundle: older bundles are of other models.
     """
     bundles = [each for each in artifacts(run) if each.kind == "bundle"]
     fitting = [each for each in bundles if fits is None or fits(each.record)]

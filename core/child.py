@@ -16,7 +16,7 @@ from typing import Any
 
 from slm.core.errors import SlmError
 
-# Nobody but the system's owner writes there, and it is always there.
+# The root directory always exists, and only the administrator can write to it.
 _DIRECTORY = os.sep
 
 

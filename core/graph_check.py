@@ -14,7 +14,7 @@ from slm.core.graph_plan import Constant, Input, Kind, Node, Output, Value, Weig
 _LONGEST_CONSTANT = 16
 # Numbers are stored in float32, or in float16.
 _RELATIVE = 1e-3
-# Of a table of rotations, in bytes: 131,072 positions of Gemma's heads take 67 MB.
+# The largest rotation table, in bytes. 131,072 positions of Gemma's heads take 67 MB.
 _LARGEST_TABLE = 512 << 20
 _HINT = (
     "export the bundle again with this version of slm; commands that run a bundle take --trust if you trust its author"
@@ -180,7 +180,7 @@ class _Comparison:
             raise _Foreign(f"the tensor {tensor.name!r} does not have its {size or 0:,} bytes in {location!r}")
 
     def _check_default(self, tensor: FileTensor, wanted: Weight | None) -> None:
-        """Checks what an input is when nobody gives it: a number, or an adapter of rank 0."""
+        """Checks the default of an optional input: a number, or an adapter of rank 0."""
         if wanted is None or (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
             raise _Foreign(f"the default of the input {tensor.name!r} is not the one that slm writes")
         if tensor.external is not None or len(tensor.raw) != tensor.bytes:

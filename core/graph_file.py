@@ -90,7 +90,7 @@ class FileNode:
 
 @dataclass
 class FileGraph:
-    """A graph; `extras` names what it has besides nodes, tensors, inputs and outputs."""
+    """A graph. `extras` names its other parts, such as functions: parts that are not nodes, tensors, inputs or outputs."""
 
     opsets: dict[str, int] = field(default_factory=dict)
     nodes: list[FileNode] = field(default_factory=list)

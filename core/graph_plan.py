@@ -106,7 +106,7 @@ class Node:
 
 @dataclass
 class Plan:
-    """The nodes in order, the graph's outputs by name, and what inputs are that nobody gives."""
+    """The nodes in order, the graph's outputs by name, and the defaults of optional inputs."""
 
     opsets: dict[str, int]
     nodes: list[Node] = field(default_factory=list)

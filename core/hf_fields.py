@@ -3,7 +3,7 @@
 transformers is the reference. Its `Gemma3TextConfig` keeps every field of the file, and its model reads a fixed set of them.
 So a field is one of four kinds:
 
-- understood: `ModelConfig` has it, or it is another spelling of something that `ModelConfig` has.
+- understood: a field of `ModelConfig`, or another spelling of one.
 - refused: transformers would compute something else with it than slm does. Each has a reason. A value that switches the
   feature off is accepted.
 - harmless: the model does not read it, or reads it for training, bookkeeping or speed only.
@@ -55,7 +55,7 @@ _HARMLESS = frozenset(
         *("cache_implementation", "output_hidden_states", "output_attentions"),
         *("chunk_size_feed_forward", "gradient_checkpointing", "use_bfloat16", "tf_legacy_loss", "pretraining_tp"),
         *("tie_last_hidden_states", "keys_to_ignore_at_inference", "loss_type", "attention_dropout", "hidden_dropout"),
-        # of other kinds of model, written at their defaults by older versions
+        # fields of other architectures, which older versions of transformers write with their default values
         *("is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "prefix"),
         *("id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "use_sliding_window"),
         "hidden_act",  # Gemma 3 reads hidden_activation

@@ -69,7 +69,7 @@ def check_writable(target: Path) -> None:
     while not os.path.lexists(above):
         above = above.parent
     if not above.is_dir():
-        if above == target.absolute():  # what it is, the writer looks at
+        if above == target.absolute():  # the writer checks the target itself
             above = above.parent
         else:
             raise SlmError(f"cannot write {target}: {above} is not a directory", ANOTHER)

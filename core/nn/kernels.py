@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-# Of a CUDA device, (major, minor); None for a CPU.
+# The compute capability of a CUDA device, (major, minor); None for a CPU.
 ComputeCapability = tuple[int, int] | None
 
 AttentionKernel = Literal["cpu", "flash", "efficient", "flex"]
