@@ -20,6 +20,9 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.finetune.rows import read_rows
 
+# Runs slm and says when a text has begun.
+COUNTING = Path(__file__).parent / "scripts" / "slm_counting.py"
+
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Without its ends a text goes on until it is stopped.
 ENDLESS = ("--max-new-tokens", "1000000", "--on-full", "slide", "--logit-bias", "0=-inf", "--logit-bias", "2=-inf")
@@ -172,33 +175,16 @@ def test_a_conversation_without_a_word_ends_politely(terminal: Callable[..., Ter
     assert chat.rest() == 0 and "Traceback" not in chat.shown
 
 
-# Says on standard error when the answer has begun, which --json keeps to itself until it ends.
-START = """
-import sys
-from slm.cli.main import main
-from slm.runtime import sampling
-choose, count = sampling.Sampler.choose, 0
-def counted(self, logits):
-    global count
-    count += 1
-    if count == 30:
-        print("answer begun", file=sys.stderr, flush=True)
-    return choose(self, logits)
-sampling.Sampler.choose = counted
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_ends_a_pipe_with_what_was_said_so_far(shared_bundle: Bundle, as_json: bool) -> None:
-    command = [sys.executable, "-c", START, "chat", str(shared_bundle.path), "--threads", "1", *ENDLESS]
+    command = [sys.executable, str(COUNTING), "chat", str(shared_bundle.path), "--threads", "1", *ENDLESS]
     with subprocess.Popen(
         command + ["--json"] * as_json, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None and process.stderr is not None
         process.stdin.write("Hello.\nNever answered.\n")
         process.stdin.flush()
-        while "answer begun" not in process.stderr.readline():
+        while "token read" not in process.stderr.readline():
             pass
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=_PATIENCE_S)

@@ -22,6 +22,9 @@ from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 from slm.runtime.sampling import Sampling
 
+# Runs slm and says when a text has begun.
+COUNTING = Path(__file__).parent / "scripts" / "slm_counting.py"
+
 Slm = Callable[..., Any]
 
 
@@ -192,7 +195,7 @@ def test_ctrl_c_ends_the_text(as_json: bool, tmp_path: Path) -> None:
     )
     command += ("--logit-bias", "0=-inf", "--stop", "a text that never comes")
     with subprocess.Popen(
-        [sys.executable, "-c", START, *command, *(("--json",) if as_json else ())],
+        [sys.executable, str(COUNTING), *command, *(("--json",) if as_json else ())],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,
@@ -214,23 +217,6 @@ def test_ctrl_c_ends_the_text(as_json: bool, tmp_path: Path) -> None:
         assert told["stopped"] == "interrupted" and len(told["tokens"]) > 20 and told["decode_tok_s"] > 0
     else:
         assert begun.startswith("Once upon a time") and out.endswith("\n") and "stopped at Ctrl-C" in err
-
-
-# Says on standard error when the text has begun, which --json keeps to itself until it ends.
-START = """
-import sys
-from slm.cli.main import main
-from slm.runtime import sampling
-choose, count = sampling.Sampler.choose, 0
-def counted(self, logits):
-    global count
-    count += 1
-    if count == 30:
-        print("token read", file=sys.stderr, flush=True)
-    return choose(self, logits)
-sampling.Sampler.choose = counted
-main(sys.argv[1:])
-"""
 
 
 def test_drafts_change_the_time_alone(ask: Callable[..., Any], slm: Slm, shared_bundle: Bundle) -> None:

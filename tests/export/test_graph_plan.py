@@ -137,7 +137,7 @@ def test_the_model_that_ships_opens() -> None:
     """Its graph is of an earlier version, with tables of rotations."""
     from slm.runtime.shipped import model_path
 
-    Bundle.open(model_path())
+    assert Bundle.open(model_path()).manifest.precision == "int8"
 
 
 # Attacks ------------------------------------------------------------------------------------------------------------------

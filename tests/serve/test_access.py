@@ -1,4 +1,4 @@
-"""Who may ask: keys, Host names and origins, whatever a request says of itself."""
+"""Access: keys, Host names and origins, whatever else a request contains."""
 
 import asyncio
 import json
