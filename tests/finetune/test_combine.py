@@ -153,8 +153,9 @@ def test_the_command(slm: Callable[..., Any], models: list[Path], tmp_path: Path
         (one, two, "--density", 0.1),
         (one, two, "--scale", 2),
         (one, two, "--base", base),
-        ("--adapter", one),
     ):
         assert slm("merge", *wrong, "--out", "wrong").code == 2
+    result = slm("merge", "--adapter", one, "--out", "wrong")
+    assert result.code == 1 and "is a checkpoint" in result.err
     result = slm("merge", one, two, "--out", one)
     assert result.code == 1 and "is kept" in result.err

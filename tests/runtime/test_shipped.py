@@ -42,5 +42,5 @@ def test_its_tokenizer_is_that_of_its_model() -> None:
 def test_generate_falls_back_to_it(slm: Callable[..., Any]) -> None:
     result = slm("generate", "-p", "One day", "--greedy", "--max-new-tokens", "12")
     assert result.code == 0, result.err
-    assert "the small model that ships with slm" in result.err
+    assert "Using the bundled demo model (no model in ./runs)." in result.err
     assert result.out.startswith("One day") and len(result.out) > 20
