@@ -148,7 +148,7 @@ def test_what_is_unsafe_is_said() -> None:
     (open_to_all,) = _warnings("0.0.0.0", [], [])
     (pages,) = _warnings("127.0.0.1", [], ["*"])
     (short,) = _warnings("127.0.0.1", [key, "short"], [])
-    assert "any client" in open_to_all and "every page" in pages and "fewer than 16" in short
+    assert "any client" in open_to_all and "any web page" in pages and "fewer than 16" in short
 
 
 def test_what_cannot_be_served_is_refused(slm: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path) -> None:
