@@ -77,6 +77,29 @@ def test_architecture_names_the_files_of_every_package() -> None:
     assert len(set(named)) > 50
 
 
+def missing_names(text: str) -> list[str]:
+    """Of "`name` in `file.py`", the names that the file does not define."""
+    lists = re.findall(r"((?:`[\w.]+`(?:, | and | or )?)+) in `([\w/]+\.py)`", text)
+    found = [(name, file) for names, file in lists for name in re.findall(r"`([\w.]+)`", names)]
+    return [
+        f"{name} in {file}"
+        for name, file in found
+        if any(
+            not re.search(
+                rf"^ *(?:async )?(?:def |class )?{part}\b", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE
+            )
+            for part in name.split(".")
+        )
+    ]
+
+
+def test_architecture_names_what_files_define() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert text.count("` in `") > 50 and missing_names(text) == []
+    wrong = "`Bundle.open` in `core/manifest.py`, `Bundle.shut` in `core/manifest.py`; `seal`, `unseal` in `core/manifest.py`"
+    assert missing_names(wrong) == ["Bundle.shut in core/manifest.py", "unseal in core/manifest.py"]  # the control
+
+
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
