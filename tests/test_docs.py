@@ -86,7 +86,9 @@ def missing_names(text: str) -> list[str]:
         for name, file in found
         if any(
             not re.search(
-                rf"^ *(?:async )?(?:def |class )?{part}\b", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE
+                rf"^ *(?:async )?(?:def |class )?{part}\b",
+                (ROOT / file).read_text(encoding="utf-8"),
+                flags=re.MULTILINE,
             )
             for part in name.split(".")
         )
