@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from slm.cli.options import REPLACING
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 # The directories of the repository that documents name files of.
@@ -100,6 +102,31 @@ def test_architecture_names_what_files_define() -> None:
     assert text.count("` in `") > 50 and missing_names(text) == []
     wrong = "`Bundle.open` in `core/manifest.py`, `Bundle.shut` in `core/manifest.py`; `seal`, `unseal` in `core/manifest.py`"
     assert missing_names(wrong) == ["Bundle.shut in core/manifest.py", "unseal in core/manifest.py"]  # the control
+
+
+def avoided_words(text: str) -> set[str]:
+    """The words of a page, code left out, that CONTRIBUTING asks to avoid."""
+    listed = re.search(r"^Avoid: (.*?)\.$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert listed is not None
+    words = re.findall(r"\b[a-z]+\b", re.sub(r'".*?"', "", listed[1], flags=re.DOTALL))
+    assert len(words) > 5
+    prose = " ".join(re.sub(r"```.*?```|^    .*$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE).split())
+    return set(words) & set(re.findall(r"\w+", prose.replace(REPLACING, "").lower()))
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in (*HISTORY, "CONTRIBUTING.md")], ids=lambda page: page.name
+)
+def test_pages_avoid_the_words_to_avoid(page: Path) -> None:
+    assert avoided_words(page.read_text(encoding="utf-8")) == set()
+
+
+def test_a_word_to_avoid_is_found() -> None:
+    """The control."""
+    assert avoided_words("The model is made anew.\n\n    slm made told\n\n`somebody` ```\nnobody\n```\n") == {
+        "made",
+        "anew",
+    }
 
 
 def test_the_index_names_every_page() -> None:
