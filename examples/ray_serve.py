@@ -3,8 +3,8 @@
     pip install 'slm-edge[cpu,serve]' 'ray[serve]'
     serve run examples.ray_serve:app model=runs/tiny/onnx-int8 replicas=4
 
-Each replica has its own model and caches. Ray sends a request to the replica with fewer running requests. Streams pass through. See
-docs/deploy.md.
+Each replica has its own model and caches. Ray sends a request to the replica with fewer running requests. Streams pass
+through. See docs/deploy.md.
 """
 
 from pathlib import Path
