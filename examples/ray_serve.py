@@ -3,8 +3,8 @@
     pip install 'slm-edge[cpu,serve]' 'ray[serve]'
     serve run examples.ray_serve:app model=runs/tiny/onnx-int8 replicas=4
 
-Each replica holds a model and its caches, and knows nothing of the others; Ray sends a request to the one that has fewer under
-way. Streams pass through. docs/deploy.md says more.
+Each replica has its own model and caches. Ray sends a request to the replica with fewer running requests. Streams pass
+through. See docs/deploy.md.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def app(settings: dict[str, Any]) -> Application:
     )
 
     def replica() -> Any:
-        """Returns what one replica answers with; made in its own process."""
+        """Returns the ASGI application of one replica, created in its process."""
         model = slm.load(path, threads=threads)
         assert isinstance(model.decoder, OnnxDecoder)
         engine = Engine(model.decoder, model.tokenizer, model.stop_token_ids, slots=slots, queue=queue)
@@ -46,7 +46,7 @@ def app(settings: dict[str, Any]) -> Application:
         serve.ingress(replica)(),
         name="slm",
         num_replicas=int(settings.get("replicas", 1)),
-        # More than slots and queue, so that a request too many is refused by the replica: 429, with Retry-After.
+        # More than slots and queue, so that the replica itself rejects excess requests: 429 with Retry-After.
         max_ongoing_requests=slots + queue + 8,
         graceful_shutdown_timeout_s=GRACE_S + 5,
         ray_actor_options={"num_cpus": threads},

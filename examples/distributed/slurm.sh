@@ -1,6 +1,6 @@
 #!/bin/bash
-# Trains on two machines of four GPUs each. Submitted again, or requeued by Slurm after a failure, it goes on with the run.
-# Written from Slurm's and torchrun's documentation; not run by slm's own tests, which have no cluster.
+# Training on two machines with four GPUs each. If the job is submitted again, or requeued by Slurm after a failure, it resumes the run.
+# Written from the documentation of Slurm and torchrun. slm's tests have no cluster and do not run it.
 #
 #   sbatch examples/distributed/slurm.sh recipe.yaml /shared/runs/stories
 
@@ -11,7 +11,7 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue                  # after a machine failed, or the job was preempted
-#SBATCH --signal=TERM@180          # three minutes before the time is over: the run saves itself and stops
+#SBATCH --signal=TERM@180          # three minutes before the time limit: the run saves and stops
 #SBATCH --open-mode=append
 
 set -euo pipefail
@@ -20,14 +20,14 @@ run=$2                             # on storage that all machines see: every pro
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# The first job makes the run, later ones go on with it.
+# The first job creates the run; later ones resume it.
 if [ -f "$run/config.yaml" ]; then
   arguments=(--resume --out "$run")
 else
   arguments=(--recipe "$recipe" --out "$run")
 fi
 
-# Data prepared beforehand saves eight GPUs the wait: slm data prepare --out /shared/data ..., and data.train: /shared/data.
+# Prepare large data beforehand, so that eight GPUs do not wait: slm data prepare --out /shared/data ..., and data.train: /shared/data.
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_JOB_NUM_NODES" \
   --nproc-per-node 4 \

@@ -1,4 +1,4 @@
-"""The fused target: onnxruntime's own operators, in-place caches, windows that slide (DESIGN: the ONNX contract).
+"""The fused target: onnxruntime's own operators, in-place caches, windows that slide (docs/bundles.md).
 
 On the CPU everything is float32. For CUDA and WebGPU, whose attention takes no float32, products, attention and caches are
 float16, and norms and the residual stream, which Gemma's activations would overflow, stay float32.

@@ -81,7 +81,7 @@ class CausalLM(Module):
 
 
 def build_graph(config: ModelConfig, target: Target[Any], tensors: Mapping[str, Array], context: int) -> ir.Model:
-    """Builds a target's graph (DESIGN: the ONNX contract).
+    """Builds a target's graph (docs/bundles.md has the contract).
 
     Args:
         config: The model's shape.
