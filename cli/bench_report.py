@@ -160,7 +160,7 @@ def _percent(spread: Report | None) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Makes sure that a plot can be written: nothing is there, or an earlier plot.
+    """Checks that a plot can be written: nothing is there, or an earlier plot.
 
     Raises:
         SlmError: When the place cannot be written to, or another file stands there.

@@ -227,7 +227,7 @@ adapter_type = Artifact(checkpoints=False, bundles=False, adapters=True)
 
 
 def check_input(path: Path, what: str, *, directories: bool = False) -> None:
-    """Makes sure that a file which a command reads is there, before anything is loaded or measured.
+    """Checks that a file which a command reads is there, before anything is loaded or measured.
 
     Args:
         path: The file.

@@ -44,7 +44,7 @@ class Artifact:
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def is_of(self, checkpoint: "Artifact") -> bool:
-        """Says whether this bundle was exported from a checkpoint as the checkpoint is now."""
+        """Returns whether this bundle was exported from a checkpoint as the checkpoint is now."""
         provenance = self.record.get("provenance") or {}
         if checkpoint.record:
             return bool(provenance.get(INFO_FILE) == checkpoint.record)

@@ -143,7 +143,7 @@ def _locked(lock: Path, target: Path, wait_s: float, signals: PutOff) -> tuple[i
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:
-    """Says whether a lock file is the one that was opened: whoever held it has removed it since."""
+    """Returns whether a lock file is the one that was opened: whoever held it has removed it since."""
     try:
         return os.path.samestat(os.fstat(descriptor), lock.stat())
     except FileNotFoundError:
@@ -163,7 +163,7 @@ def at_work(descriptor: int) -> str:
 
 
 def check_replaceable(target: Path, ours: Collection[str]) -> None:
-    """Makes sure that writing to `target` costs nobody anything but an older artifact of the same kind.
+    """Checks that writing to `target` costs nobody anything but an older artifact of the same kind.
 
     Raises:
         SlmError: When it is a file, holds something that is not in `ours`, or is the working directory.
@@ -375,7 +375,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_readable(path: Path, what: str) -> None:
-    """Makes sure that a file can be opened, for libraries that say "no such file" of one they may not read.
+    """Checks that a file can be opened, for libraries that say "no such file" of one they may not read.
 
     Raises:
         SlmError: When it is missing, is not a file or may not be read.

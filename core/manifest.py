@@ -180,7 +180,7 @@ class Manifest(_Record):
 
 
 def is_bundle(path: Path) -> bool:
-    """Says whether a directory looks like a bundle."""
+    """Returns whether a directory looks like a bundle."""
     return (path / MANIFEST_FILE).is_file()
 
 
@@ -272,7 +272,7 @@ def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
 
 
 def _check_weights(directory: Path, manifest: Manifest) -> None:
-    """Makes sure that the graph takes its weights from sealed files: onnxruntime before 1.29 follows any path."""
+    """Checks that the graph takes its weights from sealed files: onnxruntime before 1.29 follows any path."""
     graph = PurePosixPath(manifest.model)
     for name in sorted(external_files(member(directory, manifest.model))):
         if (graph.parent / name).as_posix() not in manifest.files:
@@ -283,7 +283,7 @@ def _check_weights(directory: Path, manifest: Manifest) -> None:
 
 
 def _check_contract(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
-    """Makes sure that what the manifest says of the graph is what such a graph of this configuration has."""
+    """Checks that what the manifest says of the graph is what such a graph of this configuration has."""
     caches = cache_layers(config, manifest.device, manifest.cache[0].dtype if manifest.cache else "float32")
     slots = slot_specs(config) if manifest.adapter_slots else ()
     for name, found, wanted in (
@@ -298,7 +298,7 @@ def _check_contract(directory: Path, manifest: Manifest, config: ModelConfig) ->
 
 
 def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
-    """Makes sure that the graph is the one that slm writes for such a manifest and configuration."""
+    """Checks that the graph is the one that slm writes for such a manifest and configuration."""
     schemes = manifest.quantization.schemes if manifest.quantization else {}
     kept = frozenset(manifest.ranges.float32 if manifest.ranges else ())
     half = manifest.device != "cpu"

@@ -203,7 +203,7 @@ def _text_part(match: re.Match[str]) -> str:
 def _check_targets(
     adapter: PeftAdapter, tensors: Mapping[str, Mapping[str, Array]], as_spelt: Mapping[str, str]
 ) -> None:
-    """Makes sure that the configuration targets the modules that have tensors: PEFT ignores the tensors of others."""
+    """Checks that the configuration targets the modules that have tensors: PEFT ignores the tensors of others."""
     fields, where = adapter.fields, adapter.path / ADAPTER_CONFIG_FILE
     modules = {as_spelt[module]: module for module, parts in tensors.items() if not parts.keys() <= {_ROWS}}
     left_out = {spelt for spelt in modules if not fields.targets(spelt)}
@@ -221,7 +221,7 @@ def _check_targets(
 
 
 def _check_complete(adapter: PeftAdapter, config: ModelConfig, tensors: Mapping[str, Mapping[str, Array]]) -> None:
-    """Makes sure that no module of a list of target modules lacks its tensors; each name of the list must be a module's."""
+    """Checks that no module of a list of target modules lacks its tensors; each name of the list must be a module's."""
     fields = adapter.fields
     if isinstance(fields.target_modules, str):
         return
@@ -280,7 +280,7 @@ def _checked_rows(adapter: PeftAdapter, module: str, rows: Array, width: int) ->
 
 
 def _check_rows(adapter: PeftAdapter, config: ModelConfig) -> None:
-    """Makes sure that the configuration names the trained rows that the file holds."""
+    """Checks that the configuration names the trained rows that the file holds."""
     indices = adapter.fields.trainable_token_indices
     named: dict[str, list[int]] = {}
     if isinstance(indices, dict):

@@ -20,11 +20,11 @@ from slm.core.tokenizer import Tokenizer
 
 # Planes 15 and 16 of Unicode, which are for private use.
 _FIRST, _LAST = 0xF0000, 0x10FFFD
-_STAND_IN = f"[{chr(_FIRST)}-{chr(_LAST)}]"
-_WRITTEN = re.compile(_STAND_IN)
+_PLACEHOLDER = f"[{chr(_FIRST)}-{chr(_LAST)}]"
+_PLACEHOLDER_CHARACTER = re.compile(_PLACEHOLDER)
 # Words of stand-ins, which need not be tokenized one by one to see what stands around them.
-_RUN = re.compile(f"{_STAND_IN}(?:(?:{_STAND_IN}|\\s)*{_STAND_IN})?")
-_BETWEEN = re.compile(f"[^{_STAND_IN[1:-1]}]+")
+_RUN = re.compile(f"{_PLACEHOLDER}(?:(?:{_PLACEHOLDER}|\\s)*{_PLACEHOLDER})?")
+_BETWEEN = re.compile(f"[^{_PLACEHOLDER[1:-1]}]+")
 # A token of a model's vocabulary that looks like a marker and is no added token.
 _MARKER = re.compile(r"[<\[{|].*\w.*[>\]}|]", flags=re.DOTALL)
 _LONGEST_MARKER = 128
@@ -87,8 +87,8 @@ def rendered(
 
     tokens = special_tokens(tokenizer)
     in_parts = _reads_parts(template, tuple(sorted(tokens.items())))
-    table = _stand_ins(message["content"] for messages, _ in conversations for message in messages)
-    back = {ord(stand_in): chr(character) for character, stand_in in table.items()}
+    table = _placeholders(message["content"] for messages, _ in conversations for message in messages)
+    back = {ord(placeholder): chr(character) for character, placeholder in table.items()}
     hidden = [(_replaced(messages, table), begins) for messages, begins in conversations]
     asked = [(_shaped(messages, in_parts), begins) for messages, begins in (*conversations, *hidden)]
     texts = render_all(template, asked, tokens)
@@ -160,7 +160,7 @@ class _Controls:
         view = conversation.hidden or conversation.marked or ""
         for token, start, end in self._around(view):
             spelled = view[start:end].strip()
-            if token in ids or not 1 < len(spelled) <= _LONGEST_MARKER or _WRITTEN.search(spelled):
+            if token in ids or not 1 < len(spelled) <= _LONGEST_MARKER or _PLACEHOLDER_CHARACTER.search(spelled):
                 continue
             if token in tokenizer.added_ids or _MARKER.fullmatch(spelled):
                 ids |= {token}
@@ -200,7 +200,7 @@ class _Controls:
     def placed(self, view: str) -> list[Placed]:
         """Returns the control tokens that the template itself places."""
         found = self._among(view, self._around(view))
-        return [placed for placed in found if not _WRITTEN.search(view[placed[1] : placed[2]])]
+        return [placed for placed in found if not _PLACEHOLDER_CHARACTER.search(view[placed[1] : placed[2]])]
 
     def _among(self, text: str, tokens: Sequence[Placed]) -> list[Placed]:
         found = [placed for placed in tokens if placed[0] in self._ids]
@@ -225,7 +225,7 @@ class _Controls:
         return ids + self._tokenizer.encode_literal(text[at:], besides)
 
 
-def _stand_ins(texts: Iterable[str]) -> dict[int, str]:
+def _placeholders(texts: Iterable[str]) -> dict[int, str]:
     """Returns a stand-in for each visible character of the texts: one for one, so that equal texts stay equal."""
     characters = {character for text in texts for character in set(text) if not character.isspace()}
     room = _LAST - _FIRST
@@ -249,7 +249,7 @@ def _shaped(messages: Sequence[Mapping[str, Any]], in_parts: bool) -> list[dict[
 
 @lru_cache(32)
 def _reads_parts(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
-    """Says whether a template loses contents that are texts and writes those that are lists of parts."""
+    """Returns whether a template loses contents that are texts and writes those that are lists of parts."""
     from slm.core.template import render_all
 
     probe = [{"role": "user", "content": _PROBE}]
@@ -259,7 +259,7 @@ def _reads_parts(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
 
 
 def _aligned(text: str, view: str | SlmError | None) -> bool:
-    """Says whether a view is the text but for stand-ins, so that their places are those of what people wrote."""
+    """Returns whether a view is the text but for stand-ins, so that their places are those of what people wrote."""
     if not isinstance(view, str) or len(view) != len(text):
         return False
     return all(text.startswith(each.group(), each.start()) for each in _BETWEEN.finditer(view))

@@ -436,7 +436,7 @@ def _named(config: dict[str, Any]) -> set[str]:
 
 
 def _controls(token: str, template: str) -> bool:
-    """Says whether an added token that is not called special is a control token; Gemma has thousands that are not, as <b>."""
+    """Returns whether an added token that is not called special is a control token; Gemma has thousands that are not, as <b>."""
     token = token.strip()
     return len(token) > 1 and (token in template or _CONTROL.fullmatch(token) is not None)
 

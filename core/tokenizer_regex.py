@@ -133,12 +133,12 @@ def _may_fail(parts: _Route) -> bool:
 
 
 def _gives_up_one(parts: _Route) -> bool:
-    """Says whether parts are `\\s+(?!\\S)`: of two or more white spaces it keeps all, or all but the last, and never fails."""
+    """Returns whether parts are `\\s+(?!\\S)`: of two or more white spaces it keeps all, or all but the last, and never fails."""
     return len(parts) == 2 and parts[0].run == r"\s" and parts[1].text == r"(?)(?!\S)"
 
 
 def _is_kept_by(route: _Route, place: int, later: list[_Route]) -> bool:
-    """Says whether an alternative keeps the run that this one gives up; those between must be of the same run."""
+    """Returns whether an alternative keeps the run that this one gives up; those between must be of the same run."""
     for other in later:
         places = [i for i, part in enumerate(other) if part.repeats == route[place].repeats and not part.lazy]
         if not places:

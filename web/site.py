@@ -277,7 +277,7 @@ def _json(value: Any) -> bytes:
 
 
 def check_site_output(out: Path) -> None:
-    """Makes sure that a site can be written to a directory: nothing else is there.
+    """Checks that a site can be written to a directory: nothing else is there.
 
     Raises:
         SlmError: When the place cannot be written to, or something else stands there.
