@@ -177,9 +177,7 @@ def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: 
             f"create one with slm export --onnx {shlex.quote(str(checkpoint.path))}{named}",
         )
     if latest is None:
-        raise _nothing(
-            "bundle" if fits is None else "float32 bundle", "create one with slm export --onnx", skipped
-        )
+        raise _nothing("bundle" if fits is None else "float32 bundle", "create one with slm export --onnx", skipped)
     chosen = max(own, key=_age) if own and checkpoint is not None and checkpoint.created > latest.created else latest
     return Choice(chosen, "newest bundle" if fits is None else "newest float32 bundle", _passed_over(chosen, skipped))
 

@@ -232,9 +232,7 @@ def _rope_parameters(fields: Mapping[str, Any]) -> Any:
             "transformers 4.57 scales the positions, 5.x does not; add rope_type if the model was trained with scaling",
         )
     if found and not found.keys() & {FULL, SLIDING}:
-        raise SlmError(
-            "config.json has rope_parameters without a kind of layer", f"Gemma 3's are {FULL} and {SLIDING}"
-        )
+        raise SlmError("config.json has rope_parameters without a kind of layer", f"Gemma 3's are {FULL} and {SLIDING}")
     old = {
         FULL: {name: fields[name] for name in ("rope_theta",) if name in fields} | scaling,
         SLIDING: {"rope_theta": fields["rope_local_base_freq"]} if "rope_local_base_freq" in fields else {},

@@ -98,7 +98,9 @@ def unread_fields(fields: Mapping[str, Any], understood: Collection[str]) -> tup
         if name in _REFUSED:
             off, reason = _REFUSED[name]
             if value not in off:
-                raise SlmError(f"config.json sets {name}={_short(value)}, which is not supported: {reason}", _HINTS.get(name))
+                raise SlmError(
+                    f"config.json sets {name}={_short(value)}, which is not supported: {reason}", _HINTS.get(name)
+                )
             continue
         if not _HARMLESS_NAME.fullmatch(name) and _COMPUTATION.search(name) and value not in _OFF:
             raise SlmError(

@@ -79,6 +79,7 @@ class PeftAdapter:
         copies: Copies (V, D) of the base's embedding and head, which PEFT stores beside updates of them. A base with other
             values is another model.
     """
+
     path: Path
     fields: AdapterFields
     updates: dict[str, Update] = field(default_factory=dict)
@@ -150,7 +151,9 @@ def _tensors(path: Path) -> dict[str, Array]:
             for name in opened.keys():  # noqa: SIM118  # not a mapping
                 kind = opened.get_slice(name).get_dtype()
                 if kind not in _FLOATS:
-                    raise SlmError(f"{path}: {name} is stored as {kind}, which is not supported", "slm reads float adapters")
+                    raise SlmError(
+                        f"{path}: {name} is stored as {kind}, which is not supported", "slm reads float adapters"
+                    )
                 if kind == "BF16":
                     import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy
                 found[name] = np.ascontiguousarray(opened.get_tensor(name).astype(np.float32))
@@ -237,9 +240,7 @@ def _check_complete(adapter: PeftAdapter, config: ModelConfig, tensors: Mapping[
     if tied:
         raise SlmError(f"{adapter.path}: the adapter changes the embedding or the head, but the base ties the two")
     if missing and not isinstance(fields.exclude_modules, str):
-        raise SlmError(
-            f"{adapter.path} lacks tensors of its target modules; missing: {', '.join(missing[:3])}", _AGAIN
-        )
+        raise SlmError(f"{adapter.path} lacks tensors of its target modules; missing: {', '.join(missing[:3])}", _AGAIN)
 
 
 def _update(

@@ -123,7 +123,9 @@ def read_adapter_fields(path: Path) -> AdapterFields:
         reason = _REFUSED.get(
             name, "slm does not know this field, and PEFT's new fields change what an adapter computes"
         )
-        raise SlmError(f"{path}: the adapter sets {name}={_short(value)}, which is not supported: {reason}", _MERGE_WITH_PEFT)
+        raise SlmError(
+            f"{path}: the adapter sets {name}={_short(value)}, which is not supported: {reason}", _MERGE_WITH_PEFT
+        )
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "trainable_token_indices"):
         if isinstance(fields.get(name), list) and len(fields[name]) > _MOST_NAMES:
             raise SlmError(f"{path}: {name} has {len(fields[name]):,} entries; the limit is {_MOST_NAMES:,}")

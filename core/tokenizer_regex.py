@@ -6,7 +6,7 @@ The tokenizers library uses Oniguruma, which backtracks and cannot be interrupte
 - An unbounded repeat covers one character class, or a group of fixed length. Unbounded repeats are not nested.
 - An alternative backtracks over at most one unbounded repeat, that is, at most one is followed by something that can fail. A
   later alternative must then match the same run of characters, so that the scan was not wasted. The expressions of GPT-2,
-  GPT-4, Llama 3, Qwen, DeepSeek and others have this form: `\\s+(?!\\S)|\\s+`. `\\s+(?!\\S)` alone keeps all characters but one.
+  GPT-4, Llama 3, Qwen, DeepSeek and others have this form: `\\s+(?!\\S)|\\s+`. `\\s+(?!\\S)` alone leaves one character.
 - Everything bounded is small: its number of ways to match times its length is limited (`MAX_WORK`).
 
 Syntax: https://github.com/kkos/oniguruma/blob/master/doc/RE. Syntax that this parser does not know is rejected.
@@ -317,7 +317,7 @@ def _repeated(routes: list[_Route], least: int, most: int | None, kept: bool, qu
             return [*routes, ()]
         raise Slow(f"({text}){quantifier} repeats an unbounded repeat")
     if most > 1 and any(not _may_fail(route) for route in routes):
-            raise Slow(f"({text}){quantifier} repeats something that may match the empty string")
+        raise Slow(f"({text}){quantifier} repeats something that may match the empty string")
     ways, one = 0, _ways(routes)
     for count in range(least, most + 1):
         ways += one**count if count <= MAX_WORK else MAX_WORK

@@ -104,7 +104,8 @@ class Weights:
         """
         if self.dtypes[name] not in _FLOATS.values():
             raise SlmError(
-                f"{self.path}: {name} is stored as {self.dtypes[name]}, which is not supported", "slm reads float weights"
+                f"{self.path}: {name} is stored as {self.dtypes[name]}, which is not supported",
+                "slm reads float weights",
             )
         array: Array = self._homes[name].get_tensor(name)
         check_finite(array, name, self.path)
