@@ -163,7 +163,7 @@ def _tensors(path: Path) -> dict[str, Array]:
         raise SlmError(f"cannot read the adapter: {file} ({error})", _AGAIN) from None
     for name, array in found.items():
         if not np.isfinite(array).all():
-            raise SlmError(f"{path}: values of {name} are NaN or infinite", _AGAIN)
+            raise SlmError(f"{path}: {name} has values that are NaN or infinite", _AGAIN)
     return found
 
 

@@ -146,7 +146,7 @@ class Tokenizer:
             rules = Rules(read_text(file, TOKENIZER_FILE))
         except (Unsupported, ValueError, MemoryError) as error:
             raise SlmError(
-                f"this tokenizer.json is not supported: {file} ({error or 'it takes too much memory'})",
+                f"unsupported tokenizer.json: {file} ({error or 'it takes too much memory'})",
                 "docs/limits.md lists what is supported",
             ) from None
         try:

@@ -211,4 +211,4 @@ def check_finite(array: Array, name: str, path: Path) -> None:
     plain = array if array.dtype.kind == "f" else array.astype(np.float32)
     bad = int(plain.size - np.isfinite(plain).sum())
     if bad:
-        raise SlmError(f"{path}: {bad:,} values of {name} are NaN or infinite", "the weights are damaged")
+        raise SlmError(f"{path}: {name} has values that are NaN or infinite ({bad:,})", "the weights are damaged")

@@ -99,7 +99,7 @@ class TorchDecoder:
     def restore(self, snapshot: Any) -> None:
         """Restores a snapshot; see `slm.runtime.decoder.Decoder.restore`."""
         if not isinstance(snapshot, TorchSnapshot) or snapshot.model is not self.model:
-            raise SlmError("the snapshot belongs to another model", "read the text with this model")
+            raise SlmError("the snapshot is not of this model", "read the text with this model")
         self._cache.restore(snapshot.caches)
 
     @torch.inference_mode()

@@ -92,13 +92,13 @@ def test_an_interruption_is_said_and_exits_with_130(slm: Slm, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "target", "said"),
     [
-        (("train", "--recipe", "tiny"), "slm.train.run.train", "slm train --resume goes on with it"),
+        (("train", "--recipe", "tiny"), "slm.train.run.train", "slm train --resume continues it"),
         (
             ("--debug", "data", "prepare", "--data", "x"),
             "slm.train.data.corpus.open_corpus",
-            "slm data prepare goes on",
+            "the same slm data prepare command continues",
         ),
-        (("demo",), "slm.train.run.train", "slm demo begins another"),
+        (("demo",), "slm.train.run.train", "slm demo starts a new run"),
     ],
 )
 def test_what_an_interruption_leaves_is_said_of_the_command(

@@ -165,7 +165,7 @@ def test_what_is_missing_from_npm_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(npm, "VENDOR", altered)
     name = "tokenizers.min.mjs"
     (altered / name).write_bytes((altered / name).read_bytes().replace(b"export", b"Export", 1))
-    with pytest.raises(SlmError, match=f"{name} is not the file"):
+    with pytest.raises(SlmError, match=f"{name} does not match npm.json"):
         npm.vendored([name])
     (altered / name).unlink()
     with pytest.raises(SlmError, match=f"{name} from npm is missing") as raised:
@@ -176,7 +176,7 @@ def test_what_is_missing_from_npm_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_fetching_without_npm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(npm, "VENDOR", tmp_path / "vendor")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SlmError, match=r"no npm to fetch onnxruntime-web@1\.30\.0"):
+    with pytest.raises(SlmError, match=r"npm is not installed, which fetches onnxruntime-web@1\.30\.0"):
         npm.fetch()
 
 
@@ -186,7 +186,7 @@ def test_an_archive_that_was_not_pinned(monkeypatch: pytest.MonkeyPatch, tmp_pat
     fake.write_text('#!/bin/sh\nfor last; do :; done\necho other > "$last/a.tgz"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(SlmError, match="is not the archive"):
+    with pytest.raises(SlmError, match="does not match npm.json"):
         npm.fetch()
     assert not (tmp_path / "vendor").exists()
 
@@ -255,7 +255,7 @@ def test_what_has_not_changed_is_not_sent_again(server: SiteServer) -> None:
 )
 def test_no_path_leads_out(server: SiteServer, path: str) -> None:
     status, headers, content = asked(server, path)
-    assert (status, content) == (404, b"not here\n") and headers["content-security-policy"] == POLICY
+    assert (status, content) == (404, b"not found\n") and headers["content-security-policy"] == POLICY
 
 
 def test_other_methods_are_refused(server: SiteServer) -> None:
@@ -280,7 +280,7 @@ def test_the_command_writes_a_site(slm: Callable[..., Any], vendor: None, shared
     assert json.loads(Path("site/site.json").read_text())["name"] == "stories"
     Path("site/mine.txt").write_text("x")
     result = slm("web", "--out", "site")
-    assert result.code == 1 and "holds something else: mine.txt" in result.err
+    assert result.code == 1 and "contains other files: mine.txt" in result.err
     assert not [path for path in Path().iterdir() if path.name.startswith(".site")]
 
 
@@ -297,7 +297,7 @@ def test_the_command_refuses_what_it_cannot_serve(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = slm("web", "--port", taken.getsockname()[1])
     error, hint = result.err.strip().splitlines()[-2:]
-    assert result.code == 1 and "in use" in error and hint.startswith("hint: another --port")
+    assert result.code == 1 and "in use" in error and hint.startswith("hint: choose another --port")
 
 
 @pytest.mark.parametrize(("host", "spelt"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("0.0.0.0", "0.0.0.0")])
@@ -316,7 +316,7 @@ def test_it_serves_until_it_is_stopped(vendor: None, host: str, spelt: str) -> N
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest
-        assert ("over https alone" in rest) == (host == "0.0.0.0")
+        assert ("over https only" in rest) == (host == "0.0.0.0")
     finally:
         process.kill()
         process.wait()
