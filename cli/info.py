@@ -63,7 +63,7 @@ class _Subject:
     "--context",
     type=Whole(1),
     metavar="N",
-    help=f"Context for the figures, in tokens. [default: the bundle's, or the model's up to {DEFAULT_CONTEXT}]",
+    help=f"Context for the figures, in tokens. [default: the bundle's, or the model's, at most {DEFAULT_CONTEXT}]",
 )
 @click.option("--batch", type=Whole(1, 1_000_000), default=1, show_default=True, metavar="B", help="Rows of the cache.")
 @click.option(

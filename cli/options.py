@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Part of the help of every command that writes an artifact, and of docs/commands.md.
 REPLACING = (
-    "An existing output is replaced only if slm wrote it and it is of the same kind. Trained weights and prepared datasets "
+    "An output that exists is replaced only if slm made it and it is of the same kind. Trained weights and prepared datasets "
     "are replaced only with --overwrite. Other files are never replaced."
 )
 

@@ -57,7 +57,7 @@ def test_the_table(slm: Slm, exported: Path) -> None:
     result = slm("eval", "--data", "two.txt")
     assert result.code == 0
     assert "Using runs/tiny/onnx (newest bundle)." in result.err
-    for said in ("nats a token", "perplexity", "bits per byte", "2 of them ends of text", "tokens/s"):
+    for said in ("nats per token", "perplexity", "bits per byte", "2 of them end-of-text", "tokens/s"):
         assert said in result.out
     windows = slm("eval", "--data", "two.txt", "--protocol", "windows", "--context", "8")
     assert "windows of 8 tokens" in windows.out
