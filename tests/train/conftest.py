@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def story_file(tmp_path: Path, stories: list[str]) -> Path:
-    """Sixty stories as TinyStories has them."""
+    """A file of sixty stories in TinyStories' format."""
     file = tmp_path / "stories.txt"
     file.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
     return file
@@ -51,7 +51,7 @@ def story_file(tmp_path: Path, stories: list[str]) -> Path:
 
 @pytest.fixture
 def small_recipe(story_file: Path) -> Callable[..., Recipe]:
-    """The factory of small recipes: sections given replace single values."""
+    """Returns the factory of small recipes; the given sections replace single values."""
 
     def make(**sections: dict[str, Any]) -> Recipe:
         fields = {**SMALL, "data": {"train": [str(story_file)]}}
@@ -78,7 +78,7 @@ def _torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How torchrun ended, without what it reports itself."""
+    """The exit code and output of torchrun, without its own report."""
 
     code: int
     out: str
@@ -98,17 +98,17 @@ def _end_of(started: subprocess.Popen[str]) -> Ended:
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.Popen[str]]:
-    """Starts so many processes of a program, or of `-m MODULE`, with these arguments."""
+    """Starts several processes of a program, or of `-m MODULE`, with the given arguments."""
     return _torchrun
 
 
 @pytest.fixture(scope="session")
 def end_of() -> Callable[[subprocess.Popen[str]], Ended]:
-    """Waits for what `torchrun` started, and makes sure that it shows no traceback of ours."""
+    """Waits for the processes of `torchrun`, and checks that they print no traceback of slm."""
     return _end_of
 
 
 @pytest.fixture(autouse=True)
 def one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts record one time of making, so that runs can be compared to the byte."""
+    """Fixes the creation time that artifacts record, so that runs can be compared byte by byte."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
