@@ -80,7 +80,10 @@ def test_a_run_stands_for_its_newest_suitable_artifact(
         assert "hint: create one with slm export --onnx runs/tiny/checkpoint/best\n" in result.err
     Path("runs/begun").mkdir()
     Path("runs/begun/metrics.jsonl").touch()
-    assert "training has not saved a checkpoint\nhint: continue it with slm train --resume --out runs/begun" in slm("info", "begun").err
+    assert (
+        "training has not saved a checkpoint\nhint: continue it with slm train --resume --out runs/begun"
+        in slm("info", "begun").err
+    )
 
 
 def test_without_an_argument_the_newest_model(slm: Slm, shared_checkpoint: Path) -> None:

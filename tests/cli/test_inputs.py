@@ -111,7 +111,9 @@ def test_a_place_that_permissions_allow_and_the_system_does_not(slm: Slm) -> Non
     ):
         result = slm(*command)
         assert (
-            result.code == 1 and "/proc is not writable (" in result.err and "hint: name a writable directory" in result.err
+            result.code == 1
+            and "/proc is not writable (" in result.err
+            and "hint: name a writable directory" in result.err
         )
 
 

@@ -141,7 +141,10 @@ def test_an_unfinished_run_is_passed_over_and_named() -> None:
     choice = newest_model()
     assert choice is not None and choice.artifact.path == Path("runs/a/onnx")
     notes = "\n".join(choice.notes)
-    assert "Skipped runs/b: training stopped after 8 of 20 updates; continue it with slm train --resume --out runs/b" in notes
+    assert (
+        "Skipped runs/b: training stopped after 8 of 20 updates; continue it with slm train --resume --out runs/b"
+        in notes
+    )
     assert "name runs/b/checkpoint/last" in notes
     assert "Skipped runs/c: training has not saved a checkpoint" in notes
     path, said = resolve("b", MODEL)  # named, it is used, and that it is unfinished is said

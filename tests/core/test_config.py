@@ -108,7 +108,10 @@ def test_reads_the_old_spelling(config: ModelConfig) -> None:
             {"rope_parameters": {SLIDING: BASE, FULL: BASE | {"factor": 2.0}}} | NEW_ALONE,
             "needs the rope_type 'linear'",
         ),
-        ({"rope_theta": 5e5}, "for full_attention layers, rope_parameters has rope_theta=10000.0, but the older fields have 500000.0"),
+        (
+            {"rope_theta": 5e5},
+            "full_attention layers, rope_parameters has rope_theta=10000.0, but the older fields have 5",
+        ),
         ({"rope_local_base_freq": 5e5}, "for sliding_attention layers, rope_parameters has rope_theta=100.0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "contradicts itself"),
         ({"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": None}, "'linear' but no rope_type"),

@@ -152,7 +152,7 @@ def test_two_templates_are_rejected(tmp_path: Path) -> None:
     backend = real("gemma")
     template = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
     backend.post_processor = processors.Sequence([template, template])
-    with pytest.raises(SlmError, match="(unsupported|invalid) tokenizer.json"):
+    with pytest.raises(SlmError, match=r"(unsupported|invalid) tokenizer.json"):
         load(tmp_path, backend.to_str())
 
 
@@ -309,7 +309,7 @@ BOMBS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_expands_or_hangs_is_rejected(tmp_path: Path, name: str) -> None:
     before = time.process_time()
-    with pytest.raises(SlmError, match="(unsupported|invalid) tokenizer.json") as caught:
+    with pytest.raises(SlmError, match=r"(unsupported|invalid) tokenizer.json") as caught:
         load(tmp_path, document(**BOMBS[name]))
     assert time.process_time() - before < 5
     assert len(caught.value.message) < 1000 and caught.value.hint
@@ -349,7 +349,7 @@ def test_what_is_bounded_loads(tmp_path: Path, changes: dict[str, Any]) -> None:
     ],
 )
 def test_json_that_two_readers_read_differently_is_rejected(tmp_path: Path, content: str) -> None:
-    with pytest.raises(SlmError, match="(unsupported|invalid) tokenizer.json"):
+    with pytest.raises(SlmError, match=r"(unsupported|invalid) tokenizer.json"):
         load(tmp_path, content)
 
 

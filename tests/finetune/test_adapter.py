@@ -182,7 +182,7 @@ def edit(adapter: Path, **fields: Any) -> None:
         ({"use_qalora": True}, "sets use_qalora=True"),
         ({"use_dora": True}, "missing: model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "sets megatron_config"),
-        ({"modules_to_save": ["lm_head"]}, "sets modules_to_save=['lm_head'], which is not supported: it replaces whole modules"),
+        ({"modules_to_save": ["lm_head"]}, "sets modules_to_save=['lm_head'], which is not supported: it replaces"),
         ({"lora_bias": True}, "sets lora_bias=True"),
         ({"layer_replication": [[0, 4], [2, 4]]}, "sets layer_replication"),
         ({"target_parameters": ["mlp.experts"]}, "sets target_parameters"),

@@ -189,7 +189,10 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
         lambda t: t.update({n.replace(".0.", ".9."): x.clone() for n, x in list(t.items()) if n.startswith(Q)}),
         "no linear layer model.layers.9.self_attn.q_proj",
     ),
-    "another width": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(8, 63)}), "the layer has 64 inputs and 128 outputs"),
+    "another width": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(8, 63)}),
+        "the layer has 64 inputs and 128 outputs",
+    ),
     "not a number": (lambda t: t[f"{Q}.lora_A.weight"].fill_(torch.nan), "NaN or infinite"),
     "integers": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(8, 64, dtype=torch.int8)}), "is stored as I8"),
     "twice": (lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(8, 64)}), "two tensors lora_A"),

@@ -213,8 +213,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: retensor(p, lambda t: t.update({NAME: np.ones((2, 3), np.float32)})),
         f"wrong shape: {NAME} \\(2, 3\\) instead of \\(96, 64\\)",
     ),
-    "not a number": (lambda p: retensor(p, lambda t: t[NAME].__setitem__((0, 0), np.nan)), f"{NAME} has values that are NaN or infinite .1."),
-    "infinite weights": (lambda p: retensor(p, lambda t: t[NAME].__setitem__(0, np.inf)), f"{NAME} has values that are NaN or infinite .64."),
+    "not a number": (
+        lambda p: retensor(p, lambda t: t[NAME].__setitem__((0, 0), np.nan)),
+        f"{NAME} has .*infinite .1.",
+    ),
+    "infinite weights": (
+        lambda p: retensor(p, lambda t: t[NAME].__setitem__(0, np.inf)),
+        f"{NAME} has .*infinite .64.",
+    ),
     "integers": (
         lambda p: retensor(p, lambda t: t.update({NAME: np.ones((96, 64), np.int8)})),
         f"{NAME} is stored as I8",

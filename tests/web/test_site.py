@@ -186,7 +186,7 @@ def test_an_archive_that_was_not_pinned(monkeypatch: pytest.MonkeyPatch, tmp_pat
     fake.write_text('#!/bin/sh\nfor last; do :; done\necho other > "$last/a.tgz"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(SlmError, match="does not match npm.json"):
+    with pytest.raises(SlmError, match=r"does not match npm.json"):
         npm.fetch()
     assert not (tmp_path / "vendor").exists()
 
