@@ -84,7 +84,7 @@ class Ranges(_Record):
 
 
 class Scheme(_Record):
-    """How a weight (N, K) is stored: as unsigned integers, with a float32 scale for each block of input channels.
+    """How one weight (N, K) is stored: unsigned integers, a float32 scale for each block of input channels.
 
     A b-bit integer q represents (q - z) * scale. z is 2^(b - 1), or the block's own zero point.
 
@@ -94,8 +94,8 @@ class Scheme(_Record):
         zero_points: Whether each block has its own z.
         dynamic: Whether the layer multiplies 8-bit integers: activations are quantized per token. Weights are signed then,
             and a block is as long as the input, so that a scale belongs to an output channel.
-        reduced: Whether a dynamic scheme limits weights to seven bits. CPUs without VNNI add pairs of products in 16 bits,
-            which saturate with eight bits.
+        reduced: Of a dynamic scheme, whether weights keep to seven bits: processors without VNNI add pairs of products in 16
+            bits, and cut off what eight bits can come to.
     """
 
     bits: Literal[4, 8] = 8

@@ -23,7 +23,7 @@ from slm.core.errors import SlmError
 from slm.core.template_worker import MAX_SECONDS, MAX_TEXT_CHARACTERS
 
 MAX_TEMPLATE_CHARACTERS = 64 << 10
-# Wall-clock limit for one rendering; it leaves time for other work on the machine.
+# Wall clock time of one rendering, on a machine that has other work too.
 _MAX_WAIT_SECONDS = 2 * MAX_SECONDS
 # Wall-clock limit for the start of a process, which takes a fifth of a second on an idle machine.
 _START_SECONDS = 60

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from slm.core.machine import peak_rss_mib
 
-# The most CPU time for one rendering, in seconds.
+# Processor time of one rendering.
 MAX_SECONDS = 4
-# The most address space of the process, in bytes; Python and Jinja need a tenth of it.
+# Address space of the process, of which Python and Jinja take a tenth.
 MAX_BYTES = 512 << 20
 # The longest rendered text; it is longer than any model's context.
 MAX_TEXT_CHARACTERS = 4 << 20

@@ -1,7 +1,7 @@
-"""Checks of the Host header, against DNS rebinding.
+"""Host names that a server on this machine answers to.
 
-A web page can make a name of its own resolve to 127.0.0.1, and then send requests to a local server from the browser of
-anyone who opens the page. The Host header of such a request has the page's host name, so the server can reject it.
+A web page may point a name of its own at 127.0.0.1 (DNS rebinding) and then ask a local server from the browser of whoever
+opened the page. The browser's Host header names the page's host, by which such a request is told from others.
 """
 
 import ipaddress
@@ -15,13 +15,13 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::([0-9]{1,5}))?")
 
 
 def name_of(host: str) -> str | None:
-    """Returns the name in a Host header, in lower case and without a port; None if the header is malformed."""
+    """Returns the name in a Host header, in lower case and without its port; None where the header is malformed."""
     found = _HOST.fullmatch(host.strip(" \t").lower())
     return None if found is None else found[1]
 
 
 def is_loopback(address: str) -> bool:
-    """Returns whether only this machine can reach a server that listens on an IP address."""
+    """Whether only this machine can reach a server that listens on an IP address."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
@@ -32,18 +32,18 @@ def is_loopback(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Hosts:
-    """The accepted Host names.
+    """Host names that are answered.
 
     Attributes:
-        names: In lower case, with IPv6 addresses in brackets.
-        any_address: Whether to accept every IP address too. An address cannot be rebound, and health checks use addresses.
+        names: In lower case, IPv6 addresses in brackets.
+        any_address: Whether every IP address is answered too. No name can be rebound to one, and probes ask by address.
     """
 
     names: Collection[str]
     any_address: bool = False
 
     def accept(self, host: str) -> bool:
-        """Returns whether a Host header is accepted."""
+        """Whether a Host header is answered."""
         name = name_of(host)
         if name is None:
             return False
@@ -51,13 +51,13 @@ class Hosts:
 
 
 def hosts_of(address: str, allowed: Collection[str], *, keys: bool, host: str | None = None) -> Hosts | None:
-    """Returns the Host names that a server accepts, or None for all.
+    """Returns the Host names that a server answers to, or None for all.
 
     Args:
-        address: The IP address that the server listens on.
-        allowed: Further names that the user allows.
-        keys: Whether the server requires an API key, which foreign pages do not have.
-        host: The address as the user spelled it.
+        address: The IP address that it listens on.
+        allowed: Names that the user allows.
+        keys: Whether it asks for a key, which a page of somebody else does not have.
+        host: What the user calls the address.
     """
     loopback = is_loopback(address)
     if not allowed and (keys or not loopback):

@@ -1,4 +1,4 @@
-"""Adds the web page to a FastAPI or Starlette server, one route for each file; no other path is served."""
+"""The page on a server that answers: every file of it a route, so that no path leads anywhere else."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ def mount(app: Any, site: Site) -> None:
     """Adds a site to an application.
 
     Args:
-        app: The FastAPI or Starlette application; its existing routes have precedence.
-        site: A site with mode `server`.
+        app: FastAPI's or Starlette's; its other routes go before these.
+        site: With mode `server`.
     """
     from starlette.responses import Response
 
@@ -25,6 +25,6 @@ def mount(app: Any, site: Site) -> None:
 
 
 def paths_of(site: Site) -> dict[str, str]:
-    """Returns the names of a site's files by URL path."""
+    """Returns the files of a site by the paths that they are served at."""
     paths = {f"/{name}": name for name in site.files if name != HEADERS_FILE}
     return paths | ({"/": "index.html"} if "index.html" in site.files else {})

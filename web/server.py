@@ -1,4 +1,4 @@
-"""A small HTTP server for a site; it serves the site's files by their exact names and nothing else."""
+"""A small server of a site's files: what it does not know by its exact name is not there."""
 
 import contextlib
 import socket
@@ -16,13 +16,13 @@ from slm.core.machine import free_files
 from slm.web.hosts import hosts_of, is_loopback
 from slm.web.site import HEADERS, Site, content_type
 
-# Timeouts in seconds: for a client to read a piece of a file, and for the headers of a request, from the start of the
-# connection or the end of the previous response. Files are sent in pieces of `_PIECE` bytes.
+# How long a client may take to read a piece of what it is sent, and for the headers of a request, from when its connection
+# opens or the file before was sent; in seconds. Files are sent in pieces of so many bytes.
 _TIMEOUT_S = 30
 HEADERS_S = 15.0
 _PIECE = 1 << 20
 _TRY_AGAIN_S = 0.05
-# Limits on the number of connections, each of which has a thread. Descriptors are reserved for other files.
+# Connections, each of which has a thread: enough for browsers, and files are kept for everything else.
 _ENOUGH = 256
 _FEWEST = 4
 _RESERVED = 64
@@ -30,32 +30,32 @@ _RESERVED = 64
 
 @dataclass
 class _Connection:
-    """A connection, and when it started to wait for a request; None while a request is answered."""
+    """A connection: since when it has waited for a request, None while one is answered."""
 
     socket: socket.socket
     idle_since: float | None
 
 
 class SiteServer(ThreadingHTTPServer):
-    """Serves a site until it is stopped, with a thread for each connection."""
+    """Serves a site until it is stopped; every connection has a thread."""
 
     daemon_threads = True
 
     def __init__(
         self, site: Site, host: str, port: int, hosts: Collection[str] = (), headers_s: float = HEADERS_S
     ) -> None:
-        """Binds and listens.
+        """Listens.
 
         Args:
-            site: The site.
+            site: Its files.
             host: Address to listen on.
-            port: Port; 0 chooses a free one.
-            hosts: Host names to accept in addition to this machine's. If other machines can reach the address and no name is
-                given, all names are accepted.
-            headers_s: Time limit for the headers of a request, in seconds.
+            port: 0 takes a free one.
+            hosts: Host names that are answered beside those of this machine. On an address that others can reach, without any,
+                all are.
+            headers_s: How long the headers of a request may take, in seconds.
 
         Raises:
-            OSError: If the address is in use, or does not belong to this machine.
+            OSError: When the address is taken or not this machine's.
         """
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.site = site
@@ -69,17 +69,17 @@ class SiteServer(ThreadingHTTPServer):
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Whether only this machine can reach it."""
         return is_loopback(str(self.server_address[0]))
 
     @property
     def url(self) -> str:
-        """The server's URL."""
+        """Where it is reached."""
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accepts a connection; waits after an error, so that a lack of descriptors does not cause a busy loop."""
+        """Accepts a connection; waits a moment where that fails for want of files, so as not to try without end."""
         try:
             return super().get_request()
         except OSError:
@@ -87,7 +87,7 @@ class SiteServer(ThreadingHTTPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Admits a connection; at the limit, closes the connection that has been idle longest, or rejects the new one."""
+        """Takes a connection in, if need be in place of the one that has been idle longest."""
         with self._lock:
             if len(self._open) >= self.most:
                 idle = [each for each in self._open.values() if each.idle_since is not None]
@@ -104,7 +104,7 @@ class SiteServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Closes connections whose headers are late; called twice a second."""
+        """Ends connections whose headers do not come; called twice a second."""
         super().service_actions()
         now = time.monotonic()
         with self._lock:
@@ -113,21 +113,21 @@ class SiteServer(ThreadingHTTPServer):
                     _end(each)
 
     def busy(self, request: Any, busy: bool) -> None:
-        """Records whether a connection has a request in progress."""
+        """Notes whether a connection has a request that is answered."""
         with self._lock:
             if request in self._open:
                 self._open[request].idle_since = None if busy else time.monotonic()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignores clients that disconnect or do not read."""
+        """Says nothing of clients that have gone or do not read."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 def _end(connection: _Connection) -> None:
-    """Shuts a connection down; its thread then closes it."""
+    """Ends a connection, whose thread then finds that nothing more comes, and closes it."""
     connection.idle_since = None
-    with contextlib.suppress(OSError):  # the client has closed it
+    with contextlib.suppress(OSError):  # the client was quicker
         connection.socket.shutdown(socket.SHUT_RDWR)
 
 
@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def do_HEAD(self) -> None:
-        """Sends the headers of a file."""
+        """Says what a file is."""
         self._answer(body=False)
 
     def _answer(self, *, body: bool) -> None:
@@ -157,15 +157,15 @@ class _Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         allowed = self.server.hosts
         if allowed is not None and hosts and not (len(hosts) == 1 and allowed.accept(hosts[0])):
-            text = b"this server does not accept that Host name; allow it with slm web --allow-host NAME\n"
+            text = b"this server does not answer to that Host name; slm web --allow-host NAME allows one\n"
             self._begin(HTTPStatus.MISDIRECTED_REQUEST, "text/plain; charset=utf-8", len(text))
             self.wfile.write(text if body else b"")
             return
         name = unquote(urlsplit(self.path).path).removeprefix("/") or "index.html"
         site = self.server.site
         if name not in site.files:
-            self._begin(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", len(b"not found\n"))
-            self.wfile.write(b"not found\n" if body else b"")
+            self._begin(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", len(b"not here\n"))
+            self.wfile.write(b"not here\n" if body else b"")
             return
         tag = self.server.tags.get(name)
         if tag is not None and self.headers.get("If-None-Match") == tag:
@@ -189,4 +189,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Logs nothing."""
+        """Says nothing of requests."""

@@ -1,7 +1,7 @@
-"""The files of the site: the page, its libraries from npm, a bundle, and `site.json`, which lists them.
+"""The files of the site: the page, what it needs from npm, a bundle, and `site.json`, which says what there is.
 
-The page has two modes. In mode `local` the browser downloads the bundle and runs it. In mode `server` the page sends requests
-to the server that it comes from.
+The same page has two modes. In `local` the browser fetches the bundle and runs it; in `server` it asks the server that the page
+came from, and nothing but the page is fetched.
 """
 
 import base64
@@ -31,17 +31,17 @@ LICENCES_FILE = "licences.txt"
 VENDOR = "vendor"
 MODEL = "model"
 
-# Files of the page. A page in mode `server` has no others.
+# The page itself; what talks to a server is no more than the first line of these.
 _SHELL = ("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js")
 _ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js")
 _TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
-# For each backend: onnxruntime-web's API, its WebAssembly loader, and its WebAssembly. The second includes WebGPU.
+# onnxruntime-web's programming interface, what starts WebAssembly, and WebAssembly itself; a build with WebGPU beside it.
 _RUNTIMES = {
     "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
     "webgpu": ("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm"),
 }
 
-# Headers of every response. The first lets the page run WebAssembly and connect to its own server, and nothing else.
+# What every answer of a server has. The first lets the page run WebAssembly and ask its own server, and nothing else.
 POLICY = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -53,7 +53,7 @@ HEADERS: Mapping[str, str] = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # browsers ask each time; the response is 304 if the file is unchanged
+    "Cache-Control": "no-cache",  # asked again every time, and answered by what has not changed
 }
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -73,11 +73,11 @@ Content = Path | bytes
 
 @dataclass(frozen=True)
 class Site:
-    """A site: its files by their paths in it.
+    """A site: its files by the paths that they have there.
 
     Attributes:
-        fields: The contents of `site.json`, without the files and the version.
-        contents: The path or content of every file except `site.json`, `sw.js` and `_headers`.
+        fields: What `site.json` says; the files and the version are added.
+        contents: Every file but `site.json`, `sw.js` and `_headers`, where it lies or what is in it.
     """
 
     fields: Mapping[str, Any]
@@ -85,12 +85,12 @@ class Site:
 
     @cached_property
     def entries(self) -> dict[str, FileEntry]:
-        """Size and hash of every file in `contents`, as in `site.json`."""
+        """Size and hash of every file, as `site.json` has them."""
         return {name: _entry(content) for name, content in sorted(self.contents.items())}
 
     @cached_property
     def files(self) -> dict[str, Content]:
-        """The path or content of every file."""
+        """Every file."""
         fields = {**self.fields, "slm": __version__}
         files = {name: entry.model_dump() for name, entry in self.entries.items()}
         version = hashlib.sha256(json.dumps([fields, files], sort_keys=True).encode()).hexdigest()[:16]
@@ -104,25 +104,25 @@ class Site:
 
     @property
     def version(self) -> str:
-        """A hash that changes if any file changes."""
+        """What changes whenever a file does."""
         version: str = json.loads(self.read(SITE_FILE))["version"]
         return version
 
     @property
     def size(self) -> int:
-        """Size of all files, in bytes."""
+        """Size of all files."""
         return sum(_entry(content).bytes for content in self.files.values())
 
     def read(self, name: str) -> bytes:
-        """Returns the contents of a file."""
+        """Returns a file's contents."""
         content = self.files[name]
         return content if isinstance(content, bytes) else content.read_bytes()
 
     def write(self, out: Path) -> None:
-        """Writes the site to a directory, completely or not at all; replaces an older site.
+        """Writes the site to a directory, whole or not at all; an older site there is replaced.
 
         Raises:
-            SlmError: If the directory has other files.
+            SlmError: When something else stands there.
         """
         with atomic_directory(out, _ours(out)) as partial:
             for name in self.files:
@@ -132,20 +132,18 @@ class Site:
 
 
 def local_site(bundle: Bundle, name: str) -> Site:
-    """Returns a site that runs a bundle in the browser.
+    """Returns the site of a bundle that the browser runs.
 
     Args:
-        bundle: The bundle.
-        name: The model's name on the page.
+        bundle: Opened, and so as it was sealed.
+        name: What the page calls it.
 
     Raises:
-        SlmError: If browsers cannot run the bundle, or a file from npm is missing.
+        SlmError: When no browser can run the bundle, or a file from npm is missing.
     """
     manifest = bundle.manifest
     if manifest.device == "cuda":
-        raise SlmError(
-            f"{bundle.path} was exported for CUDA, which browsers do not support", "slm export --onnx --device cpu"
-        )
+        raise SlmError(f"{bundle.path} was exported for CUDA, which no browser has", "slm export --onnx --device cpu")
     runtimes = {kind: _RUNTIMES[kind] for kind in ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))}
     needed = {*_TOKENIZERS, *(file for files in runtimes.values() for file in files)}
     tokenizer = Tokenizer.load(bundle.path)
@@ -180,14 +178,14 @@ def local_site(bundle: Bundle, name: str) -> Site:
 
 
 def server_site(bundle: Bundle, tokenizer: Tokenizer, name: str, *, key: bool, new_tokens: int) -> Site:
-    """Returns a site that is a client of an slm server.
+    """Returns the site of a server that answers itself.
 
     Args:
-        bundle: The bundle that the server runs.
-        tokenizer: The bundle's tokenizer.
-        name: The model's name in requests.
+        bundle: What it serves.
+        tokenizer: The bundle's.
+        name: What requests call it.
         key: Whether requests need an API key.
-        new_tokens: The limit of tokens in a completion.
+        new_tokens: How many an answer may have.
     """
     chat = foreign_template(tokenizer) is not None or _turns(tokenizer) is not None
     model = {"chat": chat, "system": chat, "tuned": knows_turns(_info(bundle), tokenizer)}
@@ -204,7 +202,7 @@ def _page(names: tuple[str, ...]) -> dict[str, Content]:
 
 
 def _needed(bundle: Bundle) -> list[str]:
-    """Returns the files of a bundle that the page reads, and its licence notices."""
+    """Returns the files of a bundle that the page reads, with the notices that must go along."""
     manifest = bundle.manifest
     graph = [name for name in manifest.files if name.startswith(manifest.model)]
     optional = [name for name in (TOKENIZER_CONFIG_FILE, NOTICE_FILE) if name in manifest.files]
@@ -217,9 +215,9 @@ def _info(bundle: Bundle) -> dict[str, Any]:
 
 
 def _turns(tokenizer: Tokenizer) -> str | None:
-    """Returns "system" if the page's turns match the model's, "plain" if all but system turns match, else None.
+    """Returns "system" where the page's turns are the model's, "plain" where that is so but for a system's, else None.
 
-    The page writes Gemma's turns and does not render templates: a template of another source must give the same ids.
+    The page writes Gemma's turns and renders no templates: one that a model from elsewhere brings must come to the same ids.
     """
     asked: list[Message] = [{"role": "user", "content": "Who is there?"}]
     answered: list[Message] = [*asked, {"role": "assistant", "content": "An owl, 3 years old."}, *asked]
@@ -231,7 +229,7 @@ def _turns(tokenizer: Tokenizer) -> str | None:
             chat_ids(ours, asked)
             return "system"
         same = [_ids(tokenizer, each) == chat_ids(ours, each) for each in (asked, answered, told)]
-    except SlmError:  # the tokenizer has no turn tokens, or the template fails
+    except SlmError:  # no turns, or a template that does not do
         return None
     return ("system" if same[2] else "plain") if all(same[:2]) else None
 
@@ -244,17 +242,17 @@ def _ids(tokenizer: Tokenizer, messages: Any) -> list[int] | None:
 
 
 def _licences(bundle: Bundle, names: set[str]) -> str:
-    """Returns the licences of the site's components."""
+    """Returns the licences of what the site consists of."""
     mit = read_text(HOME / "mit.txt", "a licence")
     parts = [
-        "This page and the program that wrote it: slm, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0"
+        "This page and the program that made it: slm, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0"
     ]
     for name, package in packages().items():
         files = sorted(names & package.files.keys())
         parts.append(f"{name} {package.version}, {package.licence}: {', '.join(files)}")
-    parts.append(f"The licence of onnxruntime-web; further notices are in its repository:\n\n{mit}")
+    parts.append(f"The licence of onnxruntime-web, whose further notices are in its repository:\n\n{mit}")
     notices = bundle.manifest.notices
-    parts.append("The model:\n\n" + ("\n".join(notices) if notices else "see its bundle and its model card"))
+    parts.append("The model:\n\n" + ("\n".join(notices) if notices else "as its bundle and its card say"))
     return "\n\n".join(parts) + "\n"
 
 
@@ -265,12 +263,12 @@ def _entry(content: Content) -> FileEntry:
 
 
 def _small(name: str) -> bool:
-    """Returns whether the service worker caches a file; the page's store caches the others."""
+    """Whether the service worker keeps a file; the others are the store's."""
     return not name.startswith(f"{MODEL}/") and not name.endswith(".wasm")
 
 
 def _integrities(hashes: Mapping[str, str]) -> dict[str, str]:
-    """Returns hashes in the format of a browser's `integrity` attribute."""
+    """Returns hashes as a browser's `integrity` has them."""
     return {name: f"sha256-{base64.b64encode(bytes.fromhex(each)).decode()}" for name, each in hashes.items()}
 
 
@@ -279,16 +277,16 @@ def _json(value: Any) -> bytes:
 
 
 def check_site_output(out: Path) -> None:
-    """Checks that a site can be written to a directory.
+    """Makes sure that a site can be written to a directory: nothing else is there.
 
     Raises:
-        SlmError: If the directory is not writable, or has other files.
+        SlmError: When the place cannot be written to, or something else stands there.
     """
     check_output(out, _ours(out.resolve()))
 
 
 def _ours(out: Path) -> set[str]:
-    """Returns the names of the files of an older site in a directory."""
+    """Returns the files of an older site in a directory."""
     if not (out / SITE_FILE).is_file() or not (out / WORKER_FILE).is_file():
         return set()
     try:

@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def story_file(tmp_path: Path, stories: list[str]) -> Path:
-    """A file of sixty stories in TinyStories' format."""
+    """Sixty stories as TinyStories has them."""
     file = tmp_path / "stories.txt"
     file.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
     return file
@@ -51,7 +51,7 @@ def story_file(tmp_path: Path, stories: list[str]) -> Path:
 
 @pytest.fixture
 def small_recipe(story_file: Path) -> Callable[..., Recipe]:
-    """Returns the factory of small recipes; the given sections replace single values."""
+    """The factory of small recipes: sections given replace single values."""
 
     def make(**sections: dict[str, Any]) -> Recipe:
         fields = {**SMALL, "data": {"train": [str(story_file)]}}
@@ -78,7 +78,7 @@ def _torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """The exit code and output of torchrun, without its own report."""
+    """How torchrun ended, without what it reports itself."""
 
     code: int
     out: str
@@ -98,17 +98,17 @@ def _end_of(started: subprocess.Popen[str]) -> Ended:
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.Popen[str]]:
-    """Starts several processes of a program, or of `-m MODULE`, with the given arguments."""
+    """Starts so many processes of a program, or of `-m MODULE`, with these arguments."""
     return _torchrun
 
 
 @pytest.fixture(scope="session")
 def end_of() -> Callable[[subprocess.Popen[str]], Ended]:
-    """Waits for the processes of `torchrun`, and checks that they print no traceback of slm."""
+    """Waits for what `torchrun` started, and makes sure that it shows no traceback of ours."""
     return _end_of
 
 
 @pytest.fixture(autouse=True)
 def one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fixes the creation time that artifacts record, so that runs can be compared byte by byte."""
+    """Artifacts record one time of making, so that runs can be compared to the byte."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
