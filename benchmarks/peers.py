@@ -298,7 +298,7 @@ def speed(entries: dict[str, Entry], quiet: Quiet, args: argparse.Namespace) -> 
             "note": entries[name].note,
         }
     print(
-        f"\n{args.prompt} tokens of prompt, {args.new} new, {args.threads} threads, medians of {args.rounds} (least – most)"
+        f"\n{args.prompt} tokens of prompt, {args.new} new, {args.threads} threads, medians of {args.rounds} (min – max)"
     )
     for name, row in rows.items():
         print(
@@ -413,7 +413,7 @@ def memory(bundles: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
         }
         row = found[name]
         print(
-            f"memory at {name}: {row['rss_mib']:.0f} MiB while it writes, {row['peak_rss_mib']:.0f} at most, "
+            f"memory at {name}: {row['rss_mib']:.0f} MiB during decode, {row['peak_rss_mib']:.0f} MiB peak, "
             f"{row['over_file']:.2f} and {row['peak_over_file']:.2f} times the bundle; "
             f"caches {row['cache_mib']:.0f} MiB; "
             f"at full length in every layer {row['full_length_cache_mib']:.0f}, "

@@ -1,1 +1,1 @@
-"""The `slm` command: one module a command, imported only when it is called."""
+"""The `slm` command. Each command is a module that is imported only when it is called."""

@@ -1,4 +1,4 @@
-"""What `slm bench` shows of a report, and of an earlier one beside it."""
+"""Tables and plots of `slm bench`, and the comparison with an earlier report."""
 
 import json
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from slm.core.outputs import check_writable
 
 Report = Mapping[str, Any]
 
-# Raised when a figure changes its meaning, so that `--compare` sets nothing beside what it is not.
+# Increases when the meaning of a figure changes, so that `--compare` rejects older reports.
 SCHEMA_VERSION = 1
 
-# What a plot's file says of the program that drew it, and within how many bytes.
+# The program's name in a plot's PNG metadata, and how many bytes of a file are searched for it.
 _SOFTWARE = "slm bench"
 _HEAD = 4096
 
-# Figures of a case that are compared, and whether more of it is better.
+# The figures of a case that are compared, and whether higher is better.
 _COMPARED = {"ttft_ms": False, "prefill_tok_s": True, "decode_tok_s": True}
-# What else may make a difference.
+# Other conditions that may change the figures.
 _CONDITIONS = ("machine", "versions", "backend", "device", "threads", "weights_sha256", "new_tokens", "precision")
 
 
@@ -30,33 +30,31 @@ def read(path: Path) -> dict[str, Any]:
     """Reads an earlier report.
 
     Raises:
-        SlmError: When it is none, or of another schema.
+        SlmError: If the file is not a report, or has another schema.
     """
-    hint = "slm bench --json > FILE writes one"
+    hint = "create a report with slm bench --json > FILE"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        said = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise SlmError(f"cannot read {path}: {said}", hint) from None
     if not isinstance(report, dict) or not isinstance(report.get("results"), list):
-        raise SlmError(f"{path} is no report of slm bench", hint)
+        raise SlmError(f"{path} is not a report of slm bench", hint)
     if report.get("schema_version") != SCHEMA_VERSION:
         found = report.get("schema_version")
-        raise SlmError(
-            f"{path} has schema {found!r}, and figures of schema {SCHEMA_VERSION} do not compare with it", hint
-        )
+        raise SlmError(f"{path} has schema {found!r}, which is not comparable with schema {SCHEMA_VERSION}", hint)
     return report
 
 
 def compare(new: Report, old: Report) -> dict[str, Any]:
-    """Sets a report beside an earlier one.
+    """Compares a report with an earlier one.
 
     Returns:
-        `differences`, the conditions that are not the same; `ratios`, for each case that both have new over old, and by
-        name whether the rounds of one overlap with those of the other; `load_ms` and `peak_rss_mib` likewise.
+        `differences`: the conditions that differ. `ratios`: for each case in both reports, each figure's ratio of new to old,
+        and whether the rounds overlap. `load_ms` and `peak_rss_mib`: ratios too.
 
     Raises:
-        SlmError: When no case is in both.
+        SlmError: If the reports have no case in common.
     """
     before = {(row["prompt"], row["batch"]): row for row in old["results"]}
     ratios = []
@@ -70,7 +68,7 @@ def compare(new: Report, old: Report) -> dict[str, Any]:
                 figures[name] = _ratio(row[name], earlier[name])
         ratios.append(figures)
     if not ratios:
-        raise SlmError("no case is in both reports", "the same --prompt and --batch as then")
+        raise SlmError("the reports have no case in common", "use the same --prompt and --batch")
     memory = {row["prompt"]: row for row in old["memory"]}
     return {
         "differences": [name for name in _CONDITIONS if new.get(name) != old.get(name)],
@@ -104,39 +102,38 @@ def print_report(report: Report) -> None:
         for row in report["results"]
     ]
     print_table(
-        f"{report['model']}: {report['backend']}; medians of {report['rounds']} rounds (least – most)",
-        ("prompt", "rows", "first token ms", "prefill tok/s", "decode tok/s", "ms a step", "of memory's speed"),
+        f"{report['model']}: {report['backend']}; medians of {report['rounds']} rounds (min – max)",
+        ("prompt", "rows", "TTFT ms", "prefill tokens/s", "decode tokens/s", "ms per step", "% of memory bandwidth"),
         rows,
     )
     rate = report["read_gb_s"]
     facts = [
         ("files", f"{report['file_bytes'] / 1e6:,.1f} MB"),
-        ("loading", f"{report['load_ms']:,.0f} ms, packages and checks of the files included"),
-        ("memory's speed", "not what limits a GPU" if rate is None else f"{_figure(rate, 1)} GB/s read"),
+        ("load time", f"{report['load_ms']:,.0f} ms, with imports and file checks"),
+        ("memory bandwidth", "not measured on a GPU" if rate is None else f"{_figure(rate, 1)} GB/s read"),
     ]
     for row in report["memory"]:
-        now = "" if row["rss_mib"] is None else f"{row['rss_mib']:,.0f} MiB while it writes, "
-        peak = f"{row['peak_rss_mib']:,.0f} MiB at most"
+        now = "" if row["rss_mib"] is None else f"{row['rss_mib']:,.0f} MiB during decode, "
+        peak = f"{row['peak_rss_mib']:,.0f} MiB peak"
         times = row["peak_rss_mib"] * (1 << 20) / report["file_bytes"]
-        facts.append((f"resident after {row['prompt']:,}", f"{now}{peak} ({times:.2f} times the files)"))
+        facts.append((f"memory, prompt {row['prompt']:,}", f"{now}{peak} ({times:.2f} × the files)"))
     print_table("", ("", ""), facts)
 
 
 def print_comparison(compared: Report, old: str) -> None:
-    """Prints ratios to an earlier report."""
+    """Prints the ratios to an earlier report."""
     rows = [
         (f"{row['prompt']:,}", str(row["batch"]), *(_change(row.get(name), more) for name, more in _COMPARED.items()))
         for row in compared["ratios"]
     ]
     print_table(
-        f"now over {old}"
-        + (f"; not the same: {', '.join(compared['differences'])}" if compared["differences"] else ""),
-        ("prompt", "rows", "first token", "prefill tok/s", "decode tok/s"),
+        f"ratio to {old}" + (f"; different: {', '.join(compared['differences'])}" if compared["differences"] else ""),
+        ("prompt", "rows", "TTFT", "prefill tokens/s", "decode tokens/s"),
         rows,
     )
-    facts = [("loading", f"× {compared['load_ms']:.2f}")]
+    facts = [("load time", f"× {compared['load_ms']:.2f}")]
     facts += [
-        (f"most resident, {int(prompt):,}", f"× {ratio:.2f}") for prompt, ratio in compared["peak_rss_mib"].items()
+        (f"peak memory, prompt {int(prompt):,}", f"× {ratio:.2f}") for prompt, ratio in compared["peak_rss_mib"].items()
     ]
     print_table("", ("", ""), facts)
 
@@ -160,10 +157,10 @@ def _percent(spread: Report | None) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Makes sure that a plot can be written: nothing is there, or an earlier plot.
+    """Checks that a plot can be written: the path is free, or has an earlier plot.
 
     Raises:
-        SlmError: When the place cannot be written to, or another file stands there.
+        SlmError: If the path is not writable, or has another file.
     """
     check_writable(path)
     if path.exists() and _SOFTWARE.encode() not in path.read_bytes()[:_HEAD]:
@@ -171,7 +168,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(report: Report, old: Report | None, path: Path) -> None:
-    """Draws prefill and decode speeds over the prompt's length, an earlier report's dashed."""
+    """Draws prefill and decode speed over the prompt's length; an earlier report is dashed."""
     figure = new_figure(10, 4.5)
     panels = dict(zip(("prefill_tok_s", "decode_tok_s"), figure.subplots(1, 2), strict=True))
     for shown, style, when in ((report, "o-", ""), (old, "o--", " before")):

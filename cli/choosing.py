@@ -1,4 +1,4 @@
-"""What a command uses when nothing is named, and one line that says so."""
+"""Chooses the default input of a command, and prints one line about the choice."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +10,13 @@ from slm.core.artifacts import Choice
 
 
 def default_model(*, bundle: bool = False) -> Path:
-    """Returns the newest finished model under ./runs, the small one that ships where there is none, and says which.
+    """Returns the newest finished model under ./runs, or the bundled demo model; prints which.
 
     Args:
-        bundle: Whether it must be a bundle.
+        bundle: Whether the model must be a bundle.
 
     Raises:
-        SlmError: When there is nothing but unfinished runs, or a bundle is needed and the newest model has none.
+        SlmError: If there are only unfinished runs, or a bundle is needed and the newest model has none.
     """
     choice = artifacts.newest_model()
     if choice is None:
@@ -30,19 +30,19 @@ def default_model(*, bundle: bool = False) -> Path:
 
 
 def default_checkpoint() -> Path:
-    """Returns the newest finished checkpoint under ./runs, and says which.
+    """Returns the newest finished checkpoint under ./runs; prints which.
 
     Raises:
-        SlmError: When there is none.
+        SlmError: If there is none.
     """
     return _said(artifacts.newest_checkpoint())
 
 
 def default_bundle(*, to_quantize: bool = False) -> Path:
-    """Returns the newest bundle under ./runs, or the newest one that can be quantized, and says which.
+    """Returns the newest bundle under ./runs, or the newest one that can be quantized; prints which.
 
     Raises:
-        SlmError: When there is none, or the newest model has none.
+        SlmError: If there is none, or the newest model has none.
     """
     return _said(artifacts.newest_bundle(_can_be_quantized if to_quantize else None))
 

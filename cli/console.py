@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, everything said along the way on standard error."""
+"""Output of commands: results go to standard output, messages and progress to standard error."""
 
 import json
 import sys
@@ -11,22 +11,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-# Characters of a sample text that a report shows.
+# The most characters of a sample text in a report.
 _WIDTH = 200
 
 
 class _Aside(Console):
-    """A console on standard error. A closed pipe or a failed write makes it silent; the command goes on."""
+    """A console on standard error; a closed pipe or a failed write silences it, and the command continues."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Prints, or becomes silent when the write fails."""
+        """Prints, or silences the console if the write fails."""
         try:
             super().print(*objects, **options)
         except OSError:
             self.quiet = True
 
     def on_broken_pipe(self) -> None:
-        """Prints nothing from now on."""
+        """Silences the console."""
         self.quiet = True
 
 
@@ -35,36 +35,36 @@ STDOUT = Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """Says one line about what is going on."""
+    """Prints one line about progress to standard error."""
     STDERR.print(escape(text))
 
 
 def say_error(message: str, hint: str | None = None) -> None:
-    """Says what went wrong, and what to do about it."""
+    """Prints an error, and a hint on how to fix it."""
     STDERR.print(f"[bold red]error:[/] {escape(message)}")
     if hint:
         STDERR.print(f"[bold]hint:[/] {escape(hint)}")
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """Prints the result for machines: one JSON object on standard output."""
+    """Prints a result as one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def one_line(text: str) -> str:
-    """Returns a text of a model's or a user's in one line of bounded length, without control characters."""
+    """Returns untrusted text as one line of limited length, without control characters."""
     line = "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
     return line if len(line) <= _WIDTH else f"{line[:_WIDTH]}…"
 
 
 def print_lines(*lines: str) -> None:
-    """Prints lines of a result for people."""
+    """Prints lines of a result to standard output."""
     for line in lines:
         STDOUT.print(escape(line))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints the result for people."""
+    """Prints a result as a table to standard output."""
     STDOUT.print(f"[bold]{escape(title)}[/]")
     table = Table(header_style="bold", show_header=any(columns))
     for column in columns:
@@ -75,14 +75,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class RichProgress:
-    """Draws long work as a bar with elapsed and remaining time; see `slm.core.progress.Progress`."""
+    """Shows progress as a bar with elapsed and remaining time; see `slm.core.progress.Progress`."""
 
     def __init__(self) -> None:
         self._bars: Bars | None = None
         self._task: TaskID | None = None
 
     def start(self, name: str, total: int | None, unit: str) -> None:
-        """Begins a bar."""
+        """Starts a bar; ends the previous one."""
         self.finish()
         self._bars = Bars(
             TextColumn("{task.description}"),
@@ -101,7 +101,7 @@ class RichProgress:
         self._bars.start()
 
     def advance(self, amount: int = 1, **fields: str) -> None:
-        """Moves the bar on and shows the fields beside it."""
+        """Advances the bar and shows the fields beside it."""
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, amount)
             if fields:
@@ -114,5 +114,5 @@ class RichProgress:
             self._bars = None
 
     def note(self, text: str) -> None:
-        """Says a line above the bar."""
+        """Prints a line above the bar."""
         say(text)

@@ -1,4 +1,4 @@
-"""`slm demo`: the whole chain on the text that ships with slm, and what each step proved."""
+"""`slm demo`: runs the complete workflow on the bundled text, and verifies each step."""
 
 import time
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ NEW_TOKENS = 60
 
 @dataclass(frozen=True)
 class Step:
-    """One row of the table: what was made, what it cost, and what shows that it is right."""
+    """One row of the table: the artifact, its verification, and the time."""
 
     name: str
     made: str
@@ -36,10 +36,10 @@ class Step:
 @out_option_for("run", "a new runs/demo")
 @json_option
 def demo(out: Path | None, as_json: bool) -> None:
-    """Run the whole chain on data that ships with slm.
+    """Run the complete workflow on bundled data.
 
-    Text, training, ONNX, INT8, LoRA, merged ONNX, merged INT8: each step is compared with the one before, and the texts
-    that each stage writes are shown.
+    Train, export, quantize, fine-tune with LoRA, merge, export and quantize again. Each step is compared with the previous
+    one, and the texts that each model generates are shown.
 
     \b
       slm demo
@@ -47,7 +47,7 @@ def demo(out: Path | None, as_json: bool) -> None:
     """
     out = out or free_run("demo")
     if out.exists():
-        raise SlmError(f"{out} exists", "name another --out; the demo replaces nothing")
+        raise SlmError(f"{out} exists", "name another --out; slm demo replaces nothing")
     check_writable(out)
     started = time.perf_counter()
     chain = _Chain(out)
@@ -63,16 +63,16 @@ def demo(out: Path | None, as_json: bool) -> None:
         print_json(figures | {"steps": chain.figures, "texts": texts, "next": asking(chain.tuned_int8)})
         return
     rows = [(step.name, step.made, step.proved, f"{step.seconds:.0f} s") for step in chain.steps]
-    print_table(f"{out}: the chain, each step compared with the one before", ("step", "made", "proved", "time"), rows)
+    print_table(f"{out}: each step compared with the previous one", ("step", "artifact", "verification", "time"), rows)
     for name, text in texts.items():
         STDOUT.print(f"\n[bold]{name}[/]")
         click.echo(text)
-    say(f"\n{seconds:.0f} s in all, at most {peak_rss_mib():,.0f} MiB resident")
+    say(f"\n{seconds:.0f} s in total, peak memory {peak_rss_mib():,.0f} MiB")
     next_step(asking(chain.tuned_int8))
 
 
 class _Chain:
-    """The steps in order; each leaves its artifact in the run and its row in the table."""
+    """The steps in order; each writes its artifact to the run and adds a row to the table."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -81,7 +81,7 @@ class _Chain:
         self.figures: dict[str, Any] = {}
 
     def train(self) -> None:
-        """Text to checkpoint."""
+        """Trains a checkpoint on the bundled text."""
         from slm.train.recipe import load_recipe
         from slm.train.run import train
 
@@ -90,7 +90,7 @@ class _Chain:
         self._row(
             "train",
             f"{result.parameters:,} parameters, {result.tokens / 1e3:,.0f}k tokens at {result.tokens_s:,.0f}/s",
-            f"held-out loss {result.loss_before:.2f} to {result.loss:.2f}, {result.bits_per_byte:.2f} bits a byte",
+            f"held-out loss {result.loss_before:.2f} to {result.loss:.2f}, {result.bits_per_byte:.2f} bits per byte",
             result.elapsed_s,
             loss_before=result.loss_before,
             loss=result.loss,
@@ -98,15 +98,15 @@ class _Chain:
         )
 
     def export(self) -> None:
-        """Checkpoint to bundle."""
+        """Exports the checkpoint to a bundle."""
         self.bundle = self._export("export", self.checkpoint, self.out / "onnx")
 
     def quantize(self) -> None:
-        """Bundle to INT8 bundle."""
+        """Quantizes the bundle to INT8."""
         self.int8 = self._quantize("quantize", self.bundle)
 
     def finetune(self) -> None:
-        """Checkpoint to adapter."""
+        """Fine-tunes the checkpoint to a LoRA adapter."""
         from slm.core import sample
         from slm.finetune.run import finetune
 
@@ -122,7 +122,7 @@ class _Chain:
         )
 
     def deploy_adapter(self) -> None:
-        """Adapter to merged bundle to INT8 bundle."""
+        """Merges the adapter, exports the merged checkpoint, and quantizes the bundle."""
         from slm.finetune.merge import merged_checkpoint
 
         merged = self.out / "checkpoint" / "pairs"
@@ -132,7 +132,7 @@ class _Chain:
         self.merged = merged
 
     def texts(self) -> dict[str, str]:
-        """What each stage writes, greedily; the float32 bundles must write what their checkpoints write."""
+        """Returns a greedy completion of each model; a float32 bundle must generate the same text as its checkpoint."""
         stages = {
             "checkpoint (PyTorch)": self.checkpoint,
             "bundle (float32)": self.bundle.path,
@@ -146,11 +146,11 @@ class _Chain:
             texts[name], rates[name] = _answer(path, tuned="tuned" in name)
         for tuned in ("", "tuned "):
             if texts[f"{tuned}bundle (float32)"] != texts[f"{tuned}checkpoint (PyTorch)"]:
-                raise SlmError(f"the {tuned}bundle writes another text than its checkpoint", "please report it")
+                raise SlmError(f"the {tuned}bundle generates a different text than its checkpoint", "please report it")
         self._row(
             "generate",
             ", ".join(f"{rates[name]:,.0f} tokens/s {kind}" for name, kind in _SHOWN.items()),
-            "float32 bundles write what their checkpoints write",
+            "float32 bundles generate the same text as their checkpoints",
             0.0,
             decode_tok_s=rates,
         )
@@ -167,8 +167,8 @@ class _Chain:
         self._row(
             name,
             f"ONNX bundle of {bundle.bytes / 1e6:.1f} MB",
-            f"equal to PyTorch within {parity.largest:.0e} over {parity.tokens} tokens, "
-            f"window {bundle.config.sliding_window}",
+            f"matches PyTorch within {parity.largest:.0e} over {parity.tokens} tokens "
+            f"(window {bundle.config.sliding_window})",
             time.perf_counter() - started,
             bytes=bundle.bytes,
             parity=parity.largest,
@@ -187,7 +187,7 @@ class _Chain:
         self._row(
             name,
             f"INT8 bundle of {bundle.bytes / 1e6:.1f} MB",
-            f"predictions moved by {quality.kl_nats:.4f} nats, {quality.same_top1:.1%} same top-1, "
+            f"KL {quality.kl_nats:.4f} nats, {quality.same_top1:.1%} same top-1, "
             f"perplexity {quality.perplexity_before:.2f} to {quality.perplexity_after:.2f}",
             time.perf_counter() - started,
             bytes=bundle.bytes,
@@ -206,7 +206,7 @@ _SHOWN = {"checkpoint (PyTorch)": "PyTorch", "bundle (float32)": "float32", "bun
 
 
 def _answer(path: Path, tuned: bool) -> tuple[str, float]:
-    """Returns the greedy answer, of a tuned model to a request, and the tokens decoded a second."""
+    """Returns a greedy completion (for a tuned model, the answer to a request) and the decoding speed in tokens/s."""
     from slm.loading import load
 
     model = load(path)

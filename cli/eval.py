@@ -1,4 +1,4 @@
-"""`slm eval`."""
+"""`slm eval`: evaluates a model on text or on tasks."""
 
 import os
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slm.runtime.evaluate import Measurement
     from slm.runtime.model import Model
 
-_SHIPPED = "the held-out stories that ship with slm"
+_SHIPPED = "the bundled held-out stories"
 
 
 @click.command(name="eval")
@@ -41,8 +41,7 @@ _SHIPPED = "the held-out stories that ship with slm"
     multiple=True,
     type=FilePath(),
     metavar="PATH",
-    help="Text: .txt, .jsonl, .parquet, .csv, a directory; may be repeated. [default: the held-out stories that ship "
-    "with slm]",
+    help="Text: .txt, .jsonl, .parquet, .csv or a directory; may be repeated. [default: the bundled held-out stories]",
 )
 @column_option
 @document_option
@@ -51,33 +50,33 @@ _SHIPPED = "the held-out stories that ship with slm"
     type=click.Choice(["documents", "windows"]),
     default="documents",
     show_default=True,
-    help="Each document by itself, or windows of one stream as training measures.",
+    help="Evaluate each document separately, or windows of one stream, as training does.",
 )
 @click.option(
     "--context",
     type=Whole(2),
     metavar="N",
-    help="Tokens that are read at most. [default: what the model takes, up to 4,096; for windows what training took]",
+    help="Longest row of tokens. [default: the model's context up to 4,096; for windows, training's]",
 )
 @click.option(
     "--stride",
     type=Whole(1),
     metavar="N",
-    help="New tokens of each further row of a longer document. [default: half of the context]",
+    help="New tokens in each further row of a long document. [default: half of the context]",
 )
 @click.option(
     "--tokens",
     type=Whole(1),
     metavar="N",
-    help="Predict no more than about N. [default: all; for windows what training took]",
+    help="Stop after about N predicted tokens. [default: all; for windows, as in training]",
 )
 @click.option(
     "--tasks",
     metavar="A,B",
-    help="Tasks of lm-evaluation-harness, or YAML files that describe one. Such a file can run Python: name none that you "
-    "do not trust.",
+    help="Tasks of lm-evaluation-harness, or YAML files that define a task. Such a file can run Python: use only files that "
+    "you trust.",
 )
-@click.option("--limit", type=Whole(1), metavar="N", help="Examples of each task. [default: all]")
+@click.option("--limit", type=Whole(1), metavar="N", help="Examples per task. [default: all]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @threads_option
 @trust_option
@@ -98,19 +97,18 @@ def eval(
     trust: bool,
     as_json: bool,
 ) -> None:
-    """Measure how well a checkpoint (PyTorch) or a bundle (onnxruntime) predicts text.
+    """Evaluate a checkpoint (PyTorch) or a bundle (onnxruntime) on text or on tasks.
 
-    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
-    With --tasks and no --data, only
-    the tasks are run.
+    Without MODEL, evaluates the newest finished model under ./runs, or the bundled demo model if there is none. With --tasks
+    and without --data, runs only the tasks.
 
     \b
       slm eval
       slm eval runs/tiny/checkpoint/best --data valid.txt --json
-      slm eval runs/tiny/onnx-int8 --protocol windows     the number in metrics.jsonl, for the same text
+      slm eval runs/tiny/onnx-int8 --protocol windows     the figure in metrics.jsonl, for the same text
       slm eval --tasks lambada_openai,hellaswag --limit 200
 
-    docs/evaluation.md has the formulae and says when numbers compare.
+    docs/evaluation.md has the formulas, and says which figures are comparable.
     """
     from slm.loading import load
 
@@ -128,7 +126,7 @@ def eval(
         if not as_json:
             _print_measurement(path, measured)
     if names:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars; ours are drawn
+        os.environ.setdefault("TQDM_DISABLE", "1")  # disables the harness's progress bars
         from slm.interchange.harness import run_tasks
 
         report["tasks"] = run_tasks(loaded, names, limit=limit, progress=RichProgress())
@@ -143,17 +141,17 @@ def eval(
 
 def _check(protocol: str, stride: int | None, tasks: str | None, names: list[str], limit: int | None) -> None:
     if stride is not None and protocol == "windows":
-        raise click.UsageError("windows do not overlap: --stride is for --protocol documents")
+        raise click.UsageError("windows do not overlap: use --stride with --protocol documents")
     if tasks is not None and not names:
-        raise click.UsageError("--tasks names none")
+        raise click.UsageError("--tasks is empty")
     if limit is not None and not names:
-        raise click.UsageError("--limit is for --tasks; --tokens is for text")
+        raise click.UsageError("--limit applies to --tasks; use --tokens for text")
     if names and find_spec("lm_eval") is None:
         raise SlmError("--tasks needs lm-evaluation-harness, which is not installed", install_hint("eval"))
 
 
 class _Text:
-    """What is measured on: files of documents, looked for before a model is loaded."""
+    """The evaluation text: files of documents, which are checked before a model is loaded."""
 
     def __init__(self, paths: tuple[Path, ...], column: str | None, limit: int | None) -> None:
         self._column, self._limit = column or TEXT_COLUMN, limit or DOCUMENT_BYTES
@@ -168,7 +166,7 @@ class _Text:
                 empty = False
                 yield document
             if empty:
-                raise SlmError(f"no text in {file}", "leave it out, or check that it is the right file")
+                raise SlmError(f"no text in {file}", "omit it, or check that it is the right file")
 
 
 def _measure(
@@ -192,7 +190,7 @@ def _measure(
 
 
 def _as_trained(path: Path) -> tuple[int | None, int | None]:
-    """Returns the context and the number of windows that training measured with, None where that is not recorded."""
+    """Returns the context and number of windows of evaluations during training; None if they are not recorded."""
     from slm.core.checkpoint import INFO_FILE, read_info
     from slm.core.manifest import Bundle, is_bundle
 
@@ -235,9 +233,9 @@ def _print_measurement(path: Path, measured: "Measurement") -> None:
         cut = f"documents, rows of {measured.context:,} tokens, {measured.stride:,} new in each after the first"
     else:
         cut = f"{measured.windows:,} windows of {measured.context:,} tokens"
-    ends = f"{measured.end_of_text_tokens:,} of them ends of text, {measured.end_of_text_nats:,.1f} nats, no bytes"
+    ends = f"{measured.end_of_text_tokens:,} of them end-of-text ({measured.end_of_text_nats:,.1f} nats, 0 bytes)"
     rows = [
-        ("loss", f"{measured.loss:.4f} nats a token"),
+        ("loss", f"{measured.loss:.4f} nats per token"),
         ("perplexity", f"{measured.perplexity:.3f}"),
         (
             "bits per byte",

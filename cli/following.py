@@ -1,4 +1,4 @@
-"""The command that follows one that made something, as `next:` shows it: it can be copied and run as it stands."""
+"""Suggests the next command after a result (`next: ...`), ready to copy and run."""
 
 import shlex
 from pathlib import Path
@@ -13,26 +13,26 @@ PROMPT = "Once upon a time"
 
 
 def slm_command(*words: object) -> str:
-    """Returns a command of slm, its words quoted for a shell."""
+    """Returns an slm command, with its words quoted for a shell."""
     return shlex.join(["slm", *map(str, words)])
 
 
 def next_step(command: str) -> None:
-    """Shows what to type next."""
+    """Prints the next command."""
     say(f"next: {command}")
 
 
 def after_checkpoint(checkpoint: Path) -> str:
-    """Returns what to do with a checkpoint: export it."""
+    """Returns the next command for a checkpoint: export it."""
     return slm_command("export", "--onnx", checkpoint)
 
 
 def after_adapter(adapter: Path, base: Path | None = None) -> str:
-    """Returns what to do with a LoRA adapter: export its base with the adapter merged.
+    """Returns the next command for a LoRA adapter: export its base with the adapter merged.
 
     Args:
         adapter: The adapter.
-        base: What it was trained on, where the adapter does not record it.
+        base: The base model, if the adapter does not record it.
     """
     return slm_command("export", "--onnx", *([] if base is None else [base]), "--adapter", adapter)
 
@@ -55,14 +55,14 @@ def after_bundle(bundle: "Bundle", *, verified: bool = False) -> str:
 
 
 def after_model(path: Path) -> str:
-    """Returns what to do with a model that was measured: a checkpoint or a bundle."""
+    """Returns the next command for a checkpoint or a bundle that was evaluated."""
     from slm.core.manifest import Bundle, is_bundle
 
     return after_bundle(Bundle.open(path)) if is_bundle(path) else after_checkpoint(path)
 
 
 def asking(bundle: "Bundle") -> str:
-    """Returns how to ask a bundle: in turns where it was tuned on them, else with a text to continue."""
+    """Returns the command that runs a bundle: chat if it was fine-tuned on conversations, generate otherwise."""
     from slm.core.chat import knows_turns
     from slm.core.checkpoint import INFO_FILE
     from slm.core.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""How an artifact was made, in words: trained, imported, fine-tuned, merged, exported, quantized, each with its source."""
+"""Describes how an artifact was made: trained, imported, fine-tuned, merged, exported, quantized, each with its source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from slm.core.checkpoint import INFO_FILE
 
 
 def history(recorded: Mapping[str, Any]) -> list[str]:
-    """Returns the steps that are recorded, the first one first.
+    """Returns the recorded steps in words, the first step first.
 
     Args:
         recorded: The `slm.json` of a checkpoint, or the provenance of a bundle.

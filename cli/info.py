@@ -1,4 +1,4 @@
-"""`slm info`: what an artifact or a preset is, what it costs, and what it was made from."""
+"""`slm info`: describes an artifact or a preset, its cost, and its origin."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,10 +23,10 @@ from slm.core.manifest import MANIFEST_FILE, Bundle, Manifest, is_bundle
 from slm.core.presets import PRESETS, preset
 from slm.core.weights import bytes_on_disk, tensor_bytes
 
-# What the graph's caches are made of (`slm.core.contract`).
+# The dtype of the caches in graphs (`slm.core.contract`).
 CACHE_DTYPE = "float32"
 
-# What a manifest may say of how a bundle was made and proved.
+# Sections of a manifest about conversion and verification.
 _MEASURED = ("quantization", "quality", "parity", "ranges")
 
 Details = dict[str, Any]
@@ -34,16 +34,16 @@ Details = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Subject:
-    """What was named.
+    """The artifact or preset to describe.
 
     Attributes:
-        config: Its shape.
-        context: The longest sequence that it takes, in tokens.
-        details: What else is known of it, for people and machines.
+        config: The model's shape.
+        context: The longest sequence, in tokens.
+        details: Further facts, for people and machines.
         size: Bytes on disk and in memory, by name.
-        recorded: How it was made, everything that was recorded.
-        notices: Licence notices that go with it.
-        manifest: A bundle's.
+        recorded: The recorded provenance.
+        notices: Licence notices.
+        manifest: The manifest, if it is a bundle.
     """
 
     config: ModelConfig
@@ -63,20 +63,22 @@ class _Subject:
     "--context",
     type=Whole(1),
     metavar="N",
-    help=f"Tokens to count with. [default: a bundle's own, or the model's, at most {DEFAULT_CONTEXT}]",
+    help=f"Context for the figures, in tokens. [default: the bundle's, or the model's, at most {DEFAULT_CONTEXT}]",
 )
 @click.option("--batch", type=Whole(1, 1_000_000), default=1, show_default=True, metavar="B", help="Rows of the cache.")
-@click.option("--position", type=Whole(0), metavar="P", help="Where a token is decoded, from 0; the context's last.")
-@click.option("--vocab-size", type=Whole(1), metavar="N", help="Another vocabulary for a preset.")
+@click.option(
+    "--position", type=Whole(0), metavar="P", help="Position of the decoded token, from 0. [default: the last]"
+)
+@click.option("--vocab-size", type=Whole(1), metavar="N", help="Size of the vocabulary, for a preset.")
 @json_option
 def info(
     artifact: Path | None, context: int | None, batch: int, position: int | None, vocab_size: int | None, as_json: bool
 ) -> None:
-    """Say what a checkpoint, a bundle or a preset is, what it costs, and what it was made from.
+    """Describe a checkpoint, a bundle or a preset: sizes, cost and origin.
 
-    Without an argument, the newest finished model under ./runs, or the small one that ships where there is none. Shows size,
-    lineage, parameters, key-value cache, operations a token and licence notices. Every file of a bundle is checked against
-    its manifest.
+    Without an argument, describes the newest finished model under ./runs, or the bundled demo model if there is none. Shows
+    size, lineage, parameters, key-value cache, operations per token and licence notices. Every file of a bundle is checked
+    against its manifest.
 
     \b
       slm info
@@ -88,12 +90,14 @@ def info(
         artifact = default_model()
     subject = _subject(artifact, vocab_size)
     if context is None:
-        # A bundle was made for its context; a model's longest is more than most uses want.
+        # A bundle is exported for its context; a model's longest context exceeds most uses.
         context = subject.context if subject.details["kind"] == "bundle" else min(subject.context, DEFAULT_CONTEXT)
     position = context - 1 if position is None else position
     for option, last in (("--context", context), ("--position", position + 1)):
         if last > subject.context:
-            raise SlmError(f"{artifact} takes {subject.context:,} tokens, not {last:,}", f"choose another {option}")
+            raise SlmError(
+                f"{artifact} has a context of {subject.context:,} tokens, not {last:,}", f"choose another {option}"
+            )
     report = _report(subject, context, batch, position)
     if as_json:
         print_json(report)
@@ -108,7 +112,7 @@ def _report(subject: _Subject, context: int, batch: int, position: int) -> Detai
     if (manifest := subject.manifest) is not None:
         caches["bundle"] = accounting.bundle_cache_bytes(manifest.cache, manifest.target, context, batch)
     return {
-        **subject.details,  # a checkpoint's are its whole record, and what follows takes precedence
+        **subject.details,  # a checkpoint's complete record; the fields below take precedence
         "config": config.model_dump(mode="json"),
         "parameters": asdict(parts) | {"total": parts.total},
         "tied_head": config.tie_word_embeddings,
@@ -146,7 +150,7 @@ def _decode(config: ModelConfig, position: int) -> dict[str, float]:
 
 
 def _prefill(config: ModelConfig, length: int) -> dict[str, float]:
-    """The average over a prompt whose logits are computed once, as generating does; and at every position."""
+    """Returns the average FLOPs per token of a prompt, with logits at its last position, and with logits at every one."""
     windowed = accounting.prefill_flops(config, length).per_token(length)
     full = accounting.prefill_flops(config, length, windows=False).per_token(length)
     everywhere = accounting.prefill_flops(config, length, head_positions=length).per_token(length)
@@ -180,15 +184,15 @@ def _subject(artifact: Path, vocab_size: int | None) -> _Subject:
         if artifact.is_file() and artifact.suffix == ".gguf":
             raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {artifact}", f"slm import {artifact}")
         what = "neither a checkpoint nor a bundle" if artifact.exists() else "not found"
-        hint = f"name a directory that slm train or slm export made, or a preset: {', '.join(PRESETS)}"
+        hint = f"name a directory that slm train or slm export wrote, or a preset: {', '.join(PRESETS)}"
         raise SlmError(f"{what}: {artifact}", hint)
     if vocab_size is not None:
-        raise SlmError(f"{artifact} has its vocabulary", "--vocab-size is for presets")
+        raise SlmError(f"{artifact} has a fixed vocabulary", "use --vocab-size with a preset")
     return subject
 
 
 def _in_memory(config: ModelConfig) -> dict[str, int]:
-    """Bytes of the weights at each precision; INT8 where the shape divides into the blocks that slm prefers."""
+    """Returns the bytes of the weights at each precision; INT8 only if the shape divides into slm's preferred blocks."""
     sizes = {
         "memory_float32": accounting.weights_bytes(config, FLOAT32_BYTES),
         "memory_16_bit": accounting.weights_bytes(config, HALF_BYTES),
@@ -198,7 +202,7 @@ def _in_memory(config: ModelConfig) -> dict[str, int]:
 
 
 def _bundle(path: Path) -> _Subject:
-    bundle = Bundle.open(path, trust=True)  # nothing is run
+    bundle = Bundle.open(path, trust=True)  # the graph is not run
     manifest = bundle.manifest
     details: Details = {
         "kind": "bundle",
@@ -214,7 +218,7 @@ def _bundle(path: Path) -> _Subject:
         if (record := getattr(manifest, name)) is not None:
             details[name] = record.model_dump()
     graph = manifest.files[manifest.model].bytes
-    # The graph's weights lie beside it, under its name and an ending.
+    # The file of the graph's weights is beside it; its name starts with the graph's.
     data = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(manifest.model)) - graph
     size = {
         "disk_weights": data,
@@ -238,18 +242,18 @@ def _checkpoint(path: Path) -> _Subject:
     return _Subject(config, config.max_position_embeddings, details, size, recorded, notices_of(path))
 
 
-# What a record names as a source by itself, nearest first.
+# Fields of a record that name a source, nearest first.
 _SOURCES = ("bundle", "adapter", "checkpoint", "source", "origin")
-# What a record within it has that is a source. Data have paths too, and are no model.
+# Fields of a nested record that name a source. Data have paths too, but are not models.
 _SOURCE_FIELDS = frozenset(("base", "adapter", "checkpoint", "bundle", "path", "source", "repository", "repo", "url"))
 _NO_SOURCES = frozenset(("data", "validation", "recipe", "settings", "metrics"))
 
 
 def lineage(recorded: Mapping[str, Any]) -> list[Details]:
-    """Returns what an artifact was made from, nearest first, as far as recorded: each step with its name and source.
+    """Returns the recorded sources of an artifact, nearest first: each step with its name and source.
 
-    Steps are found by what they look like: a record that names a base, a path or a repository. Each command adds its
-    own to those of the checkpoint that it read, so later ones are nearer.
+    A step is a nested record that names a base, a path or a repository. Each command adds its record after those of the
+    checkpoint that it read, so later records are nearer.
     """
     steps: list[Details] = [{"step": name, "source": recorded[name]} for name in _SOURCES if name in recorded]
     inner = recorded.get(INFO_FILE)

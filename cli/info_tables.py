@@ -1,4 +1,4 @@
-"""What `slm info` prints for people; the figures are those of its JSON object."""
+"""Tables of `slm info`; the figures are those of its JSON object."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _LONGEST = 100
 _SIZES = {
     "disk_weights": "weights on disk",
     "disk_graph": "graph on disk",
-    "disk_total": "everything on disk",
+    "disk_total": "total on disk",
     "memory_as_stored": "weights in memory, as stored",
     "memory_weights": "weights and graph in memory",
     "memory_float32": "weights in memory, float32",
@@ -27,13 +27,13 @@ def print_info(name: str, config: ModelConfig, report: Report, details: Report, 
     """Prints size and lineage, then the architecture, then bytes and operations.
 
     Args:
-        name: What was named.
-        config: Its shape.
-        report: What the JSON object has.
-        details: What else is known of it.
-        history: How it was made, a step each, the first one first.
+        name: The name of the artifact or preset.
+        config: The model's shape.
+        report: The JSON object.
+        details: The facts within `report` that are specific to the kind of artifact.
+        history: The steps that made the artifact, in order.
     """
-    # What the report counts itself, and what the lineage shows, is not shown again.
+    # Skips facts that the report computes itself or that the lineage shows.
     steps = {step["step"] for step in report["lineage"]} - {"made_by"}
     shown = [key for key, value in details.items() if report[key] is value and key not in steps]
     told = _OF_BUNDLES if report["kind"] == "bundle" else {}
@@ -52,8 +52,8 @@ def print_info(name: str, config: ModelConfig, report: Report, details: Report, 
         _cache(report),
     )
     print_table(
-        f"million operations a token (a multiply-add is 2), decoding at position {with_['position']:,} and as the mean of a "
-        f"prompt of {with_['context']:,}, whose head runs once",
+        f"million operations per token (a multiply-add is 2): decode at position {with_['position']:,}, and average of a "
+        f"prefill of {with_['context']:,} tokens with logits at the last one",
         ("", "decode", "no windows", "prefill", "no windows"),
         _flops(report),
     )
@@ -69,7 +69,9 @@ def _size(report: Report) -> str:
 def _shape(config: ModelConfig, report: Report) -> Rows:
     parts = report["parameters"]
     sliding = sum(config.window(i) is not None for i in range(config.num_hidden_layers))
-    heads = f"{config.num_attention_heads} query, {config.num_key_value_heads} key-value, {config.head_dim} wide"
+    heads = (
+        f"{config.num_attention_heads} query, {config.num_key_value_heads} key-value, {config.head_dim} dimensions each"
+    )
     rest = parts["attention"] + parts["mlp"] + parts["norms"]
     return [
         ("parameters", f"{parts['total']:,}"),
@@ -78,8 +80,8 @@ def _shape(config: ModelConfig, report: Report) -> Rows:
             "  blocks",
             f"{rest:,}: attention {parts['attention']:,}, MLP {parts['mlp']:,}, norms {parts['norms']:,}",
         ),
-        ("  head", "0 of its own, the embedding's (tied)" if report["tied_head"] else f"{parts['head']:,}"),
-        ("layers", f"{sliding} sliding over {config.sliding_window}, {config.num_hidden_layers - sliding} global"),
+        ("  head", "0 (tied to the embedding)" if report["tied_head"] else f"{parts['head']:,}"),
+        ("layers", f"{sliding} sliding (window {config.sliding_window}), {config.num_hidden_layers - sliding} global"),
         ("hidden, intermediate", f"{config.hidden_size}, {config.intermediate_size}"),
         ("heads", heads),
         ("vocabulary", f"{config.vocab_size:,}{' (tied head)' if report['tied_head'] else ''}"),
@@ -87,17 +89,17 @@ def _shape(config: ModelConfig, report: Report) -> Rows:
 
 
 def _bundle_cache(report: Report) -> str:
-    """Type and memory, and how many layers keep how much."""
+    """Returns the caches' dtypes and memory, and the number of layers by cached positions."""
     kept: Counter[str] = Counter()
     for layer in report["cache"]:
         window, slack = layer["window"], layer["slack"]
         if window is None:
-            kept["every position"] += 1
+            kept["all positions"] += 1
         elif report["target"] == "portable":
             kept[f"the last {window - 1:,}"] += 1
         else:
             kept[f"{window:,} + {slack}" if slack else f"{window:,}"] += 1
-    layers = ", ".join(f"{count} layer{'s' * (count > 1)} of {what}" for what, count in kept.items())
+    layers = ", ".join(f"{count} layer{'s' * (count > 1)} with {what}" for what, count in kept.items())
     with_, size = report["counted_with"], _mb(report["kv_cache_bytes"]["bundle"])
     types = ", ".join(sorted({layer["dtype"] for layer in report["cache"]}))
     return f"{types}, {size} MB at {with_['context']:,} tokens, batch {with_['batch']}: {layers}"
@@ -105,9 +107,9 @@ def _bundle_cache(report: Report) -> str:
 
 def _quality(report: Report) -> str:
     quality = report["quality"]
-    allowed = "" if quality["max_kl_nats"] is None else f" (allowed {quality['max_kl_nats']:g})"
+    allowed = "" if quality["max_kl_nats"] is None else f" (limit {quality['max_kl_nats']:g})"
     return (
-        f"{quality['kl_nats']:.5f} nats from its source{allowed}, same top-1 "
+        f"KL {quality['kl_nats']:.5f} nats{allowed}, same top-1 "
         f"{quality['same_top1']:.1%}, perplexity {quality['perplexity_before']:.3f} -> {quality['perplexity_after']:.3f}; "
         f"{quality['tokens']:,} tokens of {quality['text']}"
     )
@@ -118,8 +120,8 @@ def _quantization(report: Report) -> str:
     counts = Counter(Scheme(**scheme).name for scheme in quantization["schemes"].values())
     smoothed = quantization["smoothing"]
     return (
-        f"{', '.join(f'{count} × {name}' for name, count in counts.items())}; integers {_METHODS[quantization['method']]}, "
-        f"{'not smoothed' if smoothed is None else f'smoothed ({smoothed:g} of the activations)'}"
+        f"{', '.join(f'{count} × {name}' for name, count in counts.items())}; {_METHODS[quantization['method']]}, "
+        f"{'not smoothed' if smoothed is None else f'smoothed (alpha {smoothed:g})'}"
     )
 
 
@@ -136,13 +138,13 @@ def _ranges(report: Report) -> str:
     ranges = report["ranges"]
     path = max(ranges["largest"], key=ranges["largest"].get)
     return (
-        f"up to {ranges['largest'][path]:,.1f} in {path}, {len(ranges['float32'])} of {len(ranges['largest'])} products kept "
-        f"in float32; {ranges['tokens']:,} tokens of {ranges['text']}"
+        f"largest activation {ranges['largest'][path]:,.1f} in {path}; {len(ranges['float32'])} of {len(ranges['largest'])} "
+        f"linear layers stay float32; {ranges['tokens']:,} tokens of {ranges['text']}"
     )
 
 
-_METHODS = {"nearest": "to the nearest", "searched": "with scales searched for", "gptq": "by GPTQ"}
-# What is measured or laid out, in a sentence.
+_METHODS = {"nearest": "rounded to nearest", "searched": "with searched scales", "gptq": "by GPTQ"}
+# Fields of bundles that are shown as a sentence.
 _OF_BUNDLES = {
     "cache": _bundle_cache,
     "quantization": _quantization,
@@ -162,8 +164,8 @@ def _sizes(report: Report) -> Rows:
 def _cache(report: Report) -> Rows:
     sizes = report["kv_cache_bytes"]
     rows = {
-        "with windows, as slm allocates it": "windowed",
-        "with windows, no slack": "windowed_without_slack",
+        "with windows, as allocated": "windowed",
+        "with windows, without slack": "windowed_without_slack",
         "without windows": "full",
     }
     return [(label, _mb(sizes[key]), _mb(sizes[f"{key}_16_bit"])) for label, key in rows.items()]
@@ -189,7 +191,7 @@ def _flops(report: Report) -> Rows:
 
 
 def _short(value: Any) -> str:
-    """Returns a value on one line: of records within it only their paths, and not too long."""
+    """Returns a value on one line of limited length; nested records are shown by their paths only."""
     if isinstance(value, Mapping):
         value = ", ".join(
             f"{name}: {item.get('path', '{…}') if isinstance(item, Mapping) else item}" for name, item in value.items()

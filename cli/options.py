@@ -1,4 +1,4 @@
-"""Options that several commands share, so that the same thing has the same name everywhere."""
+"""Options and parameter types that several commands share."""
 
 import math
 import os
@@ -17,19 +17,19 @@ from slm.core.machine import MAX_THREADS
 if TYPE_CHECKING:
     from slm.core.artifacts import Kind
 
-# Stands in the help of every command that writes an artifact, and in docs/commands.md.
+# Part of the help of every command that writes an artifact, and of docs/commands.md.
 REPLACING = (
     "An output that exists is replaced only if slm made it and it is of the same kind. Trained weights and prepared datasets "
     "are replaced only with --overwrite. Other files are never replaced."
 )
 
-# What NumPy, PyTorch and a recipe take.
+# The largest seed that NumPy, PyTorch and recipes accept.
 MAX_SEED = 2**63 - 1
 MAX_PORT = 65_535
 
 
 class Whole(click.IntRange):
-    """A whole number with both bounds. The help leaves `MAX_COUNT` and `MAX_SEED` out."""
+    """An integer between two bounds. The help omits the upper bounds `MAX_COUNT` and `MAX_SEED`."""
 
     def __init__(self, min: int, max: int = MAX_COUNT) -> None:
         super().__init__(min, max)
@@ -39,7 +39,7 @@ class Whole(click.IntRange):
 
 
 class Real(click.FloatRange):
-    """A number with both bounds. NaN is rejected, which no comparison does."""
+    """A number between two bounds. Rejects NaN, which passes comparisons with bounds."""
 
     def __init__(self, min: float, max: float, min_open: bool = False, max_open: bool = False) -> None:
         super().__init__(min, max, min_open, max_open)
@@ -53,7 +53,7 @@ class Real(click.FloatRange):
 
 
 class FilePath(click.Path):
-    """A path. The empty one is rejected: it is what a shell makes of a variable that is not set, and would mean `.`.
+    """A path. Rejects the empty string: a shell passes it for an unset variable, and it would mean `.`.
 
     Args:
         directories: Whether a directory is suitable.
@@ -70,12 +70,12 @@ class FilePath(click.Path):
 
 
 class Word(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
-    """A text that is not empty."""
+    """A string that is not empty."""
 
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Returns the text."""
+        """Returns the string."""
         text = str(value)
         if not text.strip():
             self.fail("it is empty", param, ctx)
@@ -93,7 +93,7 @@ class ByteCount(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
     """A size in bytes: "64MiB", "0.5 GB", or a bare number.
 
     Args:
-        unit: Of a bare number.
+        unit: The unit of a bare number.
     """
 
     name = "size"
@@ -112,7 +112,7 @@ class ByteCount(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
         self._unit = unit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Returns bytes, at least 1."""
+        """Returns the number of bytes, at least 1."""
         if isinstance(value, int):
             return value
         text = str(value).strip().upper()
@@ -130,9 +130,9 @@ document_option = click.option(
     "--max-document-bytes",
     type=ByteCount(),
     metavar="SIZE",
-    help="Refuse rows and documents that are longer, such as 64MiB. [default: 16MiB]",
+    help="Reject longer rows and documents, such as 64MiB. [default: 16MiB]",
 )
-column_option = click.option("--column", metavar="NAME", help="What the text is called in rows. [default: text]")
+column_option = click.option("--column", metavar="NAME", help="Name of the text column in rows. [default: text]")
 
 threads_option = click.option("--threads", type=Whole(1, MAX_THREADS), help="Threads. [default: usable physical cores]")
 
@@ -160,8 +160,8 @@ def out_option_for(what: str, default: str) -> Callable[[Any], Any]:
     """Returns the option --out of a command.
 
     Args:
-        what: What is written, such as "bundle".
-        default: Where it lies when the option is left out.
+        what: The artifact that is written, such as "bundle".
+        default: The path without the option.
     """
     return click.option(
         "--out",
@@ -172,13 +172,13 @@ def out_option_for(what: str, default: str) -> Callable[[Any], Any]:
 
 
 class Artifact(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
-    """A checkpoint, a bundle or an adapter: its path, its run's name, RUN/ARTIFACT, or a name that occurs once under ./runs.
+    """A checkpoint, bundle or adapter: a path, a run's name, RUN/ARTIFACT, or a name that occurs once under ./runs.
 
     Args:
-        checkpoints: Whether a checkpoint is suitable.
-        bundles: Whether a bundle is suitable.
-        adapters: Whether an adapter is suitable.
-        others: Returns further names that are not artifacts, such as those of presets.
+        checkpoints: Whether to accept checkpoints.
+        bundles: Whether to accept bundles.
+        adapters: Whether to accept adapters.
+        others: Returns further valid names, such as those of presets.
     """
 
     name = "artifact"
@@ -196,12 +196,12 @@ class Artifact(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         self._others = others
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Returns the path, and says which artifact a name means.
+        """Returns the path; prints which artifact a name refers to.
 
         Raises:
-            SlmError: When there is no such artifact; the hint says what to type.
+            SlmError: If there is no such artifact; the hint says what to type.
         """
-        from slm.core.names import resolve  # here, so that `slm --help` does not wait for numpy
+        from slm.core.names import resolve  # imported here, so that `slm --help` does not load numpy
         from slm.core.runs import RUNS
 
         if isinstance(value, Path):
@@ -215,7 +215,7 @@ class Artifact(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         return path
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Returns the names of what lies under ./runs, and lets the shell add paths."""
+        """Returns the names of artifacts under ./runs; the shell adds paths."""
         from slm.core.names import known_names
 
         names = [*known_names(self._kinds), *self._others()]
@@ -227,15 +227,15 @@ adapter_type = Artifact(checkpoints=False, bundles=False, adapters=True)
 
 
 def check_input(path: Path, what: str, *, directories: bool = False) -> None:
-    """Makes sure that a file which a command reads is there, before anything is loaded or measured.
+    """Checks that an input file exists and is readable, before anything is loaded or measured.
 
     Args:
         path: The file.
-        what: What the file is to the user, for the message ("text").
-        directories: Whether a directory is suitable too.
+        what: A name for the file, for messages ("text").
+        directories: Whether to accept a directory.
 
     Raises:
-        SlmError: When there is nothing that can be read.
+        SlmError: If the file is missing, unreadable or a directory.
     """
 
     if not path.exists():
@@ -247,11 +247,11 @@ def check_input(path: Path, what: str, *, directories: bool = False) -> None:
 
 
 class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
-    """A file that a command reads: looked at before anything is loaded or measured.
+    """An input file, which is checked before anything is loaded or measured.
 
     Args:
-        what: What the file is to the user, for the message ("text").
-        directories: Whether a directory is suitable too.
+        what: A name for the file, for messages ("text").
+        directories: Whether to accept a directory.
     """
 
     name = "file"
@@ -264,7 +264,7 @@ class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gen
         """Returns the path.
 
         Raises:
-            SlmError: When there is nothing that can be read.
+            SlmError: If the file is missing, unreadable or a directory.
         """
         if value == "":
             self.fail("the path is empty", param, ctx)
@@ -289,5 +289,5 @@ class HostName(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         text = str(value)
         name = name_of(f"[{text}]" if text.count(":") > 1 and not text.startswith("[") else text)
         if name is None or (":" in text and not name.startswith("[")):
-            self.fail(f"{value!r} is not a host name; leave out scheme and port.", param, ctx)
+            self.fail(f"{value!r} is not a host name; omit scheme and port.", param, ctx)
         return name

@@ -1,4 +1,4 @@
-"""Standard input, output and error of a command that was started with some of them closed, or whose reader has gone."""
+"""Handles standard streams that are closed at the start, or whose reader has exited."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ _STREAMS = (("stdin", 0, os.O_RDONLY, "r"), ("stdout", 1, os.O_WRONLY, "w"), ("s
 
 
 def open_closed_streams() -> None:
-    """Opens closed standard streams on the null device, so that no socket or model file gets their descriptors."""
+    """Opens closed standard streams on the null device, so that other files do not get their descriptors."""
     for name, number, flags, mode in _STREAMS:
         free = not _is_open(number)
         if free:
@@ -15,7 +15,7 @@ def open_closed_streams() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-        if getattr(sys, name) is None:  # Python sets the stream to None when its descriptor is closed at start
+        if getattr(sys, name) is None:  # Python sets the stream to None if its descriptor is closed at the start
             where = number if free else os.devnull
             setattr(sys, name, open(where, mode, encoding="utf-8", errors="replace", closefd=not free))  # noqa: SIM115
 
@@ -29,7 +29,7 @@ def settle_streams() -> None:
             nothing = os.open(os.devnull, os.O_WRONLY)
             try:
                 os.dup2(nothing, stream.fileno())
-            except (OSError, ValueError):  # a stream without a descriptor
+            except (OSError, ValueError):  # the stream has no descriptor
                 pass
             finally:
                 os.close(nothing)

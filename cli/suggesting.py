@@ -1,4 +1,4 @@
-"""A group of commands that names the nearest one when a command is misspelt; click does the same for options."""
+"""A group of commands that suggests similar names for an unknown command; click does the same for options."""
 
 from difflib import get_close_matches
 
@@ -6,15 +6,15 @@ import click
 
 
 class Suggesting(click.Group):
-    """A group whose error for an unknown command names the commands that are spelt most like it."""
+    """A group whose error for an unknown command suggests commands with similar names."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Finds a command.
+        """Resolves a command.
 
         Raises:
-            click.UsageError: When there is no such command.
+            click.UsageError: If there is no such command.
         """
         known = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in known:

@@ -1,4 +1,4 @@
-"""`slm web`."""
+"""`slm web`: serves or writes a web page that runs a bundle in the browser."""
 
 import shlex
 import sys
@@ -16,24 +16,28 @@ from slm.core.manifest import Bundle
 
 @click.command(epilog=REPLACING)
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
-@click.option("--out", type=FilePath(), metavar="DIR", help="Write the site there instead of serving it.")
-@click.option("--name", type=Word(), help="What the page calls the model. [default: RUN/BUNDLE]")
+@click.option("--out", type=FilePath(), metavar="DIR", help="Write the site to DIR instead of serving it.")
+@click.option("--name", type=Word(), help="The model's name on the page. [default: RUN/BUNDLE]")
 @click.option(
-    "--host", type=Word(), default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
+    "--host",
+    type=Word(),
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 is all addresses.",
 )
-@click.option("--port", type=Whole(0, MAX_PORT), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=Whole(0, MAX_PORT), default=8080, show_default=True, help="Port; 0 chooses a free one.")
 @click.option("--allow-host", "hosts", type=HostName(), multiple=True, metavar="NAME",
-              help="A Host name that requests may use; may be repeated. [default: localhost, 127.0.0.1 and [::1] on this "
-                   "machine, any name with another --host]")  # fmt: skip
+              help="A Host name to accept in requests; may be repeated. [default: localhost, 127.0.0.1 and [::1]; with "
+                   "another --host, any name]")  # fmt: skip
 @json_option
 def web(
     model: Path | None, out: Path | None, name: str | None, host: str, port: int, hosts: tuple[str, ...], as_json: bool
 ) -> None:
-    """Serve a page, or write one, that runs a bundle in the browser: nothing typed leaves it.
+    """Serve or write a page that runs a bundle in the browser; prompts stay in the browser.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships where there is none.
-    The page works without a network once
-    it was opened. What --out writes is served by any host of static files; `_headers` says which headers let it use threads.
+    Without MODEL, uses the newest bundle under ./runs, or the bundled demo model if there is none. After the first visit the
+    page works offline. Any static host can serve the output of --out; its file `_headers` lists the HTTP headers that enable
+    threads.
 
     \b
       slm web
@@ -60,25 +64,25 @@ def web(
         server = SiteServer(site, host, port, hosts)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "another --port, or another --host") from None
+        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "choose another --port or --host") from None
     with server:
         if as_json:
             print_json({"url": server.url} | found)
             sys.stdout.flush()
         if not server.local:
-            say("note: browsers give pages of other machines threads and a store over https alone")
-        say(f"{path}: {site.size / 1e6:.1f} MB on {server.url} until Ctrl-C")
+            say("note: for pages of other machines, browsers allow threads and storage over https only")
+        say(f"{path}: {site.size / 1e6:.1f} MB on {server.url} (Ctrl-C stops)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             say("stopped")
-        except SystemExit as end:  # told to end by a signal, which the exit code names
+        except SystemExit as end:  # a signal; the exit code names it
             say("stopped")
             raise SystemExit(end.code) from None
 
 
 def _name(path: Path) -> str:
-    """Returns what to call a model that has no name: its run's and its own, for the one that ships a word."""
+    """Returns the default name of a model on the page: RUN/BUNDLE, or "stories" for the bundled demo model."""
     from slm.core.names import short_name
     from slm.runtime import shipped
 

@@ -1,1 +1,1 @@
-"""What every part shares: configuration, tokenizer, artifacts, errors. Only `slm.core.nn` needs PyTorch."""
+"""Code that all parts share: configuration, tokenizer, artifacts, errors. Only `slm.core.nn` needs PyTorch."""

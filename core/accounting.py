@@ -1,8 +1,8 @@
-"""What a model of a given shape costs: parameters, bytes of weights and caches, floating-point operations.
+"""Computes the cost of a model from its configuration: parameters, bytes of weights and caches, and FLOPs.
 
-Everything follows from the configuration; nothing is loaded. A multiply-add is two operations. Counted are the matrix
-products and attention's scores and values; lookups, norms, rotations, activations and softmax are not: they are linear in
-the widths, and PyTorch's own counter leaves them out too. The tests compare each figure with what it is a figure of.
+No weights are loaded. A multiply-add is two operations. The counts include matrix products and attention's scores and
+values. They leave out lookups, norms, rotations, activations and softmax, as PyTorch's counter does: those are linear in the
+widths. Tests compare each figure with a measured one.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from typing import Literal
 from slm.core.config import ModelConfig
 from slm.core.contract import CacheLayer, CacheType, Target, cache_layers
 
-# How much of a context a cache holds: what slm allocates (windows and slack), what its windows need, or all of it.
+# Cached positions: those that slm allocates (windows and slack), those that windows need, or the whole context.
 CacheKind = Literal["windowed", "windowed_without_slack", "full"]
 
 FLOAT32_BYTES = 4
 HALF_BYTES = 2
 _CACHE_BYTES: dict[CacheType, int] = {"float32": FLOAT32_BYTES, "float16": HALF_BYTES, "int8": 1}
-# The block that `slm quantize` prefers.
+# The block size that `slm quantize` prefers.
 INT8_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters each part has; `head` is 0 where the head is the embedding."""
+    """Number of parameters in each part; `head` is 0 if the head is tied to the embedding."""
 
     embedding: int
     attention: int
@@ -34,13 +34,13 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All of them; a tied head is counted once."""
+        """The total; a tied head is counted once."""
         return self.embedding + self.attention + self.mlp + self.norms + self.head
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations: `body` is the blocks' matrix products, `attention` its scores and values."""
+    """Floating-point operations: `body` is the blocks' matrix products, `attention` is attention's scores and values."""
 
     body: float
     attention: float
@@ -48,16 +48,16 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The total."""
         return self.body + self.attention + self.head
 
     def per_token(self, tokens: int) -> "Flops":
-        """Returns the average over that many tokens."""
+        """Returns the average per token, for a total over `tokens`."""
         return Flops(self.body / tokens, self.attention / tokens, self.head / tokens)
 
 
 def parameters(config: ModelConfig) -> Parameters:
-    """Returns the parameters of each part."""
+    """Returns the number of parameters in each part."""
     layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     table = config.vocab_size * hidden
     return Parameters(
@@ -70,14 +70,14 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def weights_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Returns the bytes of the weights at `itemsize` bytes each; rotation tables and file headers are not weights."""
+    """Returns the bytes of all weights at `itemsize` bytes each, without rotation tables and file headers."""
     return parameters(config).total * itemsize
 
 
 def int8_bytes(config: ModelConfig, block_size: int = INT8_BLOCK) -> int | None:
-    """Returns the bytes of the weights in INT8 by block: a byte each, a float32 scale a block, norms in float32.
+    """Returns the bytes of the weights in block-wise INT8, or None if a matrix does not divide into such blocks.
 
-    None where a matrix's input does not divide into such blocks.
+    A value takes one byte, a block's scale is a float32, and norms stay in float32.
     """
     inputs = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
     if any(size % block_size for size in inputs):
@@ -90,15 +90,15 @@ def int8_bytes(config: ModelConfig, block_size: int = INT8_BLOCK) -> int | None:
 def cache_bytes(
     config: ModelConfig, context: int, batch: int = 1, itemsize: int = FLOAT32_BYTES, kind: CacheKind = "windowed"
 ) -> int:
-    """Returns the bytes of keys and values of all layers.
+    """Returns the bytes of keys and values in all layers.
 
     Args:
         config: The model's shape.
-        context: Tokens a row.
+        context: Tokens in a row.
         batch: Rows.
-        itemsize: Bytes of one number.
-        kind: "windowed" is what slm allocates: a sliding layer's window and slack, however short the context.
-            "windowed_without_slack" is what sliding layers look at, and "full" has no windows.
+        itemsize: Bytes of one value.
+        kind: "windowed" is what slm allocates: a sliding layer's window and slack, even if the context is shorter.
+            "windowed_without_slack" is what sliding layers attend to. "full" ignores windows.
     """
     total = 0
     for layer in cache_layers(config):
@@ -111,9 +111,9 @@ def cache_bytes(
 
 
 def bundle_cache_bytes(layers: Sequence[CacheLayer], target: Target, context: int, batch: int = 1) -> int:
-    """Returns the bytes of keys and values of a bundle's layers once so many tokens a row are cached.
+    """Returns the bytes of keys and values in a bundle's layers for rows of `context` cached tokens.
 
-    A portable graph puts out no more than what its windows let through; the others' buffers have a capacity.
+    A portable graph returns only the positions within its windows. The buffers of other graphs have a fixed capacity.
     """
     total = 0
     for layer in layers:
@@ -125,9 +125,9 @@ def bundle_cache_bytes(layers: Sequence[CacheLayer], target: Target, context: in
 
 
 def decode_flops(config: ModelConfig, position: int, *, windows: bool = True) -> Flops:
-    """Returns the operations for one token at a position counted from 0, everything before it cached.
+    """Returns the operations for one token at a position, counted from 0, with all earlier tokens cached.
 
-    It sees position + 1 keys, itself included, and in sliding layers at most the window.
+    The token attends to position + 1 keys, itself included; in sliding layers at most to the window.
     """
     return prefill_flops(config, position + 1, windows=windows, start=position)
 
@@ -135,16 +135,16 @@ def decode_flops(config: ModelConfig, position: int, *, windows: bool = True) ->
 def prefill_flops(
     config: ModelConfig, length: int, *, windows: bool = True, head_positions: int = 1, start: int = 0
 ) -> Flops:
-    """Returns the operations for the tokens from `start` to `length`, if each computes only what it sees.
+    """Returns the operations for the tokens from `start` to `length`, without those for masked scores.
 
-    A kernel that computes scores and masks them afterwards does more.
+    A kernel that computes scores and masks them afterwards needs more operations.
 
     Args:
         config: The model's shape.
         length: Tokens of the prompt.
-        windows: Whether sliding layers slide, or see everything.
-        head_positions: At how many positions logits are computed: once is what generating needs, training needs all.
-        start: Tokens that are cached already.
+        windows: Whether sliding layers use their window; if not, they attend to all positions.
+        head_positions: Number of positions with logits: one in generation, all in training.
+        start: Tokens that are already cached.
     """
     parts = parameters(config)
     keys = 0
@@ -153,18 +153,18 @@ def prefill_flops(
         keys += keys_seen(length, window) - keys_seen(start, window)
     return Flops(
         body=2 * (parts.attention + parts.mlp) * (length - start),
-        # One product of head_dim numbers for the score of a key and one for its value, in each query head.
+        # In each query head, a key's score takes one product of head_dim values, and so does its value.
         attention=2 * 2 * config.num_attention_heads * config.head_dim * keys,
         head=2 * config.hidden_size * config.vocab_size * head_positions,
     )
 
 
 def keys_seen(length: int, window: int | None) -> int:
-    """Returns how many keys the first `length` queries see together: min(position + 1, window) each."""
+    """Returns the number of keys that the first `length` queries attend to in total: min(position + 1, window) each."""
     growing = length if window is None else min(length, window)
     return growing * (growing + 1) // 2 + (length - growing) * growing
 
 
 def saved_percent(less: float, more: float) -> float:
-    """Returns by how many percent `less` is below `more`; negative where it is above."""
+    """Returns by how many percent `less` is below `more`; negative if it is above."""
     return 100 * (1 - less / more)

@@ -1,4 +1,4 @@
-"""Wrong calls from Python: an unknown keyword names the one that was probably meant."""
+"""Checks of keyword arguments and their types; an unknown keyword suggests the closest valid one."""
 
 import inspect
 from collections.abc import Callable, Collection
@@ -12,13 +12,13 @@ from slm.core.errors import ArgumentError
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# What numbers of 32 bits hold: lengths in tokens, rows and the like have no smaller limit that is the same for every model.
+# The largest 32-bit integer: a limit for counts such as tokens and rows where no smaller limit holds for every model.
 MAX_COUNT = 2**31 - 1
 
-# Characters of a value that a message quotes.
+# The longest value that a message quotes, in characters.
 _SHOWN = 40
 
-# What other libraries call the same things, too far from our names for spelling to find them.
+# Names that other libraries use for the same arguments, for which similar spelling finds nothing.
 _ELSEWHERE = {
     **dict.fromkeys(("max_length", "max_completion_tokens", "n_predict", "num_predict", "n"), "max_new_tokens"),
     **dict.fromkeys(("until", "eos", "stop_strings", "stop_sequences"), "stop"),
@@ -35,15 +35,15 @@ _ELSEWHERE = {
 
 
 def check_keywords(function: str, given: Collection[str], known: Collection[str]) -> None:
-    """Makes sure that a function knows its keyword arguments.
+    """Checks that a function has every keyword argument of a call.
 
     Args:
-        function: Its name, for the message.
+        function: The function's name, for the message.
         given: The keywords of the call.
-        known: Those that the function takes.
+        known: The function's keywords.
 
     Raises:
-        ArgumentError: When it does not know one; the hint names the one that was probably meant.
+        ArgumentError: If a keyword is unknown; the hint suggests the closest valid one.
     """
     for name in given:
         if name not in known:
@@ -51,7 +51,7 @@ def check_keywords(function: str, given: Collection[str], known: Collection[str]
 
 
 def keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorates a function that is called with the keywords of its signature alone; see `check_keywords`."""
+    """Decorates a function so that unknown keyword arguments raise an error with a hint; see `check_keywords`."""
     takes = inspect.signature(function).parameters.values()
     known = [each.name for each in takes if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
 
@@ -76,10 +76,10 @@ def _hint(name: str, known: Collection[str]) -> str:
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """Makes sure that an argument has one of some types; a `bool` passes for no number.
+    """Checks the type of an argument; `bool` does not count as a number.
 
     Raises:
-        ArgumentError: When it does not; the message says what is wanted.
+        ArgumentError: If the type is wrong; the message says what is wanted.
     """
     allowed = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
@@ -87,12 +87,12 @@ def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted:
 
 
 def is_whole(value: object, least: int, most: int) -> bool:
-    """Says whether a value is a whole number, NumPy's too, within bounds."""
+    """Returns whether a value is an integer (Python or NumPy) from `least` to `most`."""
     return isinstance(value, Integral) and least <= int(value) <= most
 
 
 def described(value: object) -> str:
-    """Returns a value in a few words, for messages: its type, and of a number or a short text the value."""
+    """Returns a short description of a value for messages: its type and, for numbers and short strings, the value."""
     if value is None:
         return "None"
     kind = type(value).__name__

@@ -1,4 +1,4 @@
-"""What lies under `./runs`: checkpoints, bundles and adapters, which of them are finished, and which one is the newest."""
+"""Finds checkpoints, bundles and adapters under `./runs`, unfinished runs, and the newest artifact of a kind."""
 
 import json
 import shlex
@@ -19,23 +19,23 @@ Kind = Literal["checkpoint", "bundle", "adapter"]
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_SUFFIX = ".onnx_adapter"
-# Of a training run: its log, its recipe, and the checkpoints that training itself writes, the one to prefer first.
+# Files of a training run: its log, its recipe, and the names of the checkpoints that training writes, the best first.
 METRICS_FILE = "metrics.jsonl"
 _RECIPE_FILE = "config.yaml"
 _TRAINED = ("best", "last")
-# Directories of a run that hold no artifacts.
+# Directories of a run without artifacts.
 _NO_ARTIFACTS = frozenset(("data", "tensorboard", "trainer", "finetune"))
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One thing that slm made, or that was put under `./runs`.
+    """An artifact that slm wrote, or that was copied to `./runs`.
 
     Attributes:
-        path: Where it lies.
-        kind: What it is.
-        created: When it was made, in seconds since 1970: as recorded in it, else as the file system says.
-        record: A bundle's manifest; the `slm.json` of a checkpoint or an adapter. Empty where there is none.
+        path: The artifact's directory or file.
+        kind: The kind of artifact.
+        created: The time of creation in seconds since 1970, from its record or else from the file system.
+        record: A bundle's manifest, or the `slm.json` of a checkpoint or an adapter; empty if there is none.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Artifact:
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def is_of(self, checkpoint: "Artifact") -> bool:
-        """Says whether this bundle was exported from a checkpoint as the checkpoint is now."""
+        """Returns whether this bundle was exported from the current version of a checkpoint."""
         provenance = self.record.get("provenance") or {}
         if checkpoint.record:
             return bool(provenance.get(INFO_FILE) == checkpoint.record)
@@ -53,13 +53,13 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run that was interrupted, or is still at work.
+    """A run that was interrupted, or that is in progress.
 
     Attributes:
-        run: Its directory.
-        reason: How far it is.
-        checkpoint: What it has saved; None where there is nothing.
-        proceed: What continues it.
+        run: The run's directory.
+        reason: The state of the run.
+        checkpoint: The checkpoint that the run has saved; None if there is none.
+        proceed: How to continue the run, for a message.
     """
 
     run: Path
@@ -70,12 +70,12 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is meant when nothing is named, and why.
+    """The artifact that a command uses if the user names none, and the reason.
 
     Attributes:
-        artifact: What to use.
-        why: Why this one, in a few words.
-        notes: What was passed over although it is newer, a sentence each.
+        artifact: The artifact.
+        why: The reason, in a few words.
+        notes: A sentence for each newer run or adapter that was not used.
     """
 
     artifact: Artifact
@@ -84,7 +84,7 @@ class Choice:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Returns what a path holds; None where it is no artifact."""
+    """Returns the kind of artifact at a path; None if there is none."""
     if is_bundle(path):
         return "bundle"
     if (path / ADAPTER_CONFIG_FILE).is_file() or (path.suffix == ADAPTER_SUFFIX and path.is_file()):
@@ -93,42 +93,42 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def artifacts(run: Path | None = None) -> list[Artifact]:
-    """Returns what lies under `./runs`, or in one run, in the order of their paths."""
+    """Returns the artifacts under `./runs`, or in one run, in the order of their paths."""
     places = _below(RUNS) if run is None else _below(run, 2)
     return [found for place in places if (found := read_artifact(place)) is not None]
 
 
 def read_artifact(path: Path) -> Artifact | None:
-    """Returns an artifact with its record, empty where that cannot be read; None where there is no artifact."""
+    """Returns the artifact at a path, or None; its record is empty if it cannot be read."""
     kind = kind_of(path)
     if kind is None:
         return None
     marker = path / {"bundle": MANIFEST_FILE, "adapter": ADAPTER_CONFIG_FILE, "checkpoint": CONFIG_FILE}[kind]
     record_file = marker if kind == "bundle" else path / INFO_FILE
     record: Mapping[str, Any] = {}
-    with suppress(SlmError):  # a damaged artifact stays one: the command that opens it says what is wrong
+    with suppress(SlmError):  # a damaged artifact still counts: the command that opens it reports the damage
         if record_file.is_file():
             record = read_json(record_file, record_file.name)
-            if kind == "bundle" and "precision" not in record:  # another program's manifest.json
+            if kind == "bundle" and "precision" not in record:  # a manifest.json of another program
                 return None
     touched = record_file if record_file.is_file() else marker if marker.is_file() else path
     return Artifact(path, kind, _created(record, touched), record)
 
 
 def unfinished(run: Path) -> Unfinished | None:
-    """Returns how far an interrupted run is; None for a finished one and for what is no run of training.
+    """Returns the state of an interrupted run; None for a finished run and for other directories.
 
-    Training is finished when its last measurement came after the last update, or when it ended early as its recipe asks.
+    Training is finished if its last evaluation followed the last update, or if it stopped early as its recipe specifies.
     """
     if kind_of(run) is not None:
         return None
     checkpoints = [run / "checkpoint" / name for name in reversed(_TRAINED) if is_checkpoint(run / "checkpoint" / name)]
     logged, begun = ((run / name).is_file() for name in (METRICS_FILE, _RECIPE_FILE))
-    proceed = f"slm train --resume --out {shlex.quote(str(run))} continues it"
+    proceed = f"continue it with slm train --resume --out {shlex.quote(str(run))}"
     if not checkpoints and (logged or begun):
-        return Unfinished(run, "training has saved no checkpoint", None, proceed)
+        return Unfinished(run, "training has not saved a checkpoint", None, proceed)
     if not checkpoints and (run / "trainer").is_dir():
-        return Unfinished(run, "fine-tuning was interrupted", None, "the same slm finetune command continues it")
+        return Unfinished(run, "fine-tuning was interrupted", None, "continue it with the same slm finetune command")
     if not logged or not checkpoints:
         return None
     recorded = [_record(checkpoint) for checkpoint in checkpoints]
@@ -137,7 +137,7 @@ def unfinished(run: Path) -> Unfinished | None:
         total = int(recipe["schedule"]["micro_steps"]) // int(recipe["batch"]["accumulation"])
         patience = recipe["evaluation"].get("patience")
         done = max(int(record.get("updates") or 0) for record in recorded)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # not a record of slm train
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # the record is not from slm train
         return None
     measured = _evaluations(run / METRICS_FILE)
     if done >= total or any(updates >= total for updates, _ in measured):
@@ -150,19 +150,19 @@ def unfinished(run: Path) -> Unfinished | None:
 
 
 def newest_checkpoint(run: Path | None = None) -> Choice:
-    """Chooses the newest checkpoint of a finished run, or of one run; of a training run the best one.
+    """Returns the newest checkpoint of all finished runs, or of one run; for a training run, its best checkpoint.
 
     Raises:
-        SlmError: When there is none; an unfinished run is named then.
+        SlmError: If there is none; the message names an unfinished run, if there is one.
     """
-    return _newest(_checkpoints(run), "checkpoint", "slm train or slm import makes one", run)
+    return _newest(_checkpoints(run), "checkpoint", "create one with slm train or slm import", run)
 
 
 def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: Path | None = None) -> Choice:
-    """Chooses the newest bundle whose manifest fits.
+    """Returns the newest bundle whose manifest meets a condition.
 
     Raises:
-        SlmError: When no bundle fits, or when the newest checkpoint has no bundle: older bundles are of other models.
+        SlmError: If there is no such bundle, or if the newest checkpoint has none: older bundles belong to other models.
     """
     bundles = [each for each in artifacts(run) if each.kind == "bundle"]
     fitting = [each for each in bundles if fits is None or fits(each.record)]
@@ -174,21 +174,19 @@ def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: 
         named = "" if latest is None else f"; or name an older bundle, such as {latest.path}"
         raise SlmError(
             f"the newest model has no {'' if fits is None else 'float32 '}bundle: {checkpoint.path}",
-            f"slm export --onnx {shlex.quote(str(checkpoint.path))} makes one{named}",
+            f"create one with slm export --onnx {shlex.quote(str(checkpoint.path))}{named}",
         )
     if latest is None:
-        raise _nothing(
-            "bundle" if fits is None else "float32 bundle", "slm export --onnx makes one from a checkpoint", skipped
-        )
+        raise _nothing("bundle" if fits is None else "float32 bundle", "create one with slm export --onnx", skipped)
     chosen = max(own, key=_age) if own and checkpoint is not None and checkpoint.created > latest.created else latest
     return Choice(chosen, "newest bundle" if fits is None else "newest float32 bundle", _passed_over(chosen, skipped))
 
 
 def newest_model(run: Path | None = None) -> Choice | None:
-    """Chooses the newest model that can answer: a bundle, or a checkpoint that has none; None where there is no model.
+    """Returns the newest model: a bundle, or a checkpoint without a bundle; None if there is no model.
 
     Raises:
-        SlmError: When there is nothing but unfinished runs.
+        SlmError: If there are only unfinished runs.
     """
     found = artifacts(run)
     bundles = [each for each in found if each.kind == "bundle"]
@@ -208,7 +206,7 @@ def newest_model(run: Path | None = None) -> Choice | None:
 
 
 def _checkpoints(run: Path | None) -> list[Artifact]:
-    """Returns the checkpoints, of what training wrote in a run only the one to prefer."""
+    """Returns the checkpoints; for a training run, only the preferred one."""
     found = {each.path: each for each in artifacts(run) if each.kind == "checkpoint"}
     kept = []
     for path, each in found.items():
@@ -221,7 +219,7 @@ def _checkpoints(run: Path | None) -> list[Artifact]:
 
 
 def _finished(checkpoints: Collection[Artifact], run: Path | None) -> tuple[list[Artifact], list[Unfinished]]:
-    """Returns what was not left by unfinished runs, and these runs; a run that was named is taken as it is."""
+    """Returns the checkpoints of finished runs, and the unfinished runs; for one run, returns all its checkpoints."""
     runs = [run] if run is not None else _children(RUNS)
     left = {each.run: each for path in runs if (each := unfinished(path)) is not None}
     if run is not None:
@@ -248,16 +246,16 @@ def _nothing(what: str, hint: str, skipped: list[Unfinished]) -> SlmError:
     if not skipped:
         return SlmError(f"there is no {what} under ./{RUNS}", hint)
     last = max(skipped, key=lambda each: _time_of(each.run))
-    named = f"; to use it as it is, name {last.checkpoint}" if last.checkpoint else ""
+    named = f"; to use its checkpoint anyway, name {last.checkpoint}" if last.checkpoint else ""
     what = f"finished {what.removeprefix('finished ')}"
     return SlmError(f"there is no {what} under ./{RUNS}: {last.run}: {last.reason}", f"{last.proceed}{named}")
 
 
 def _passed_over(chosen: Artifact, skipped: list[Unfinished]) -> tuple[str, ...]:
-    """Returns a sentence for each unfinished run that is newer than what was chosen, or that it comes from."""
+    """Returns a sentence for each unfinished run that is newer than the chosen artifact, or that contains it."""
     notes = []
     for each in skipped:
-        named = f"; name {each.checkpoint} to use it as it is" if each.checkpoint else ""
+        named = f", or name {each.checkpoint} to use it anyway" if each.checkpoint else ""
         if chosen.path.is_relative_to(each.run):
             notes.append(f"Note: {each.run} is unfinished: {each.reason}; {each.proceed}.")
         elif _time_of(each.run) > chosen.created:
@@ -266,29 +264,29 @@ def _passed_over(chosen: Artifact, skipped: list[Unfinished]) -> tuple[str, ...]
 
 
 def _not_merged(bundle: Artifact, found: list[Artifact]) -> tuple[str, ...]:
-    """Says so when an adapter is newer than the bundle: the bundle answers without it."""
+    """Returns a notice if an adapter is newer than the bundle, which does not include it."""
     adapter = max((each for each in found if each.kind == "adapter"), key=_age, default=None)
     if adapter is None or adapter.created <= bundle.created:
         return ()
     merges = f"slm export --onnx --adapter {shlex.quote(str(adapter.path))}"
-    return (f"Note: the adapter {adapter.path} is newer and not part of it; {merges} merges it.",)
+    return (f"Note: the adapter {adapter.path} is newer and not merged into this bundle; to merge it: {merges}",)
 
 
 def _below(directory: Path, depth: int = 3) -> Iterator[Path]:
-    """Yields directories that may be artifacts, of a run itself, its children and their children."""
+    """Yields the directories that may be artifacts: the directory itself, its children and their children."""
     if kind_of(directory) is not None and directory != RUNS:
         yield directory
         return
     if depth:
         for child in _children(directory):
-            if depth != 2 or child.name not in _NO_ARTIFACTS:  # of a run, not an adapter of that name
+            if depth != 2 or child.name not in _NO_ARTIFACTS:  # an adapter may have such a name, a level deeper
                 yield from _below(child, depth - 1)
 
 
 def _children(directory: Path) -> list[Path]:
     try:
         return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:  # not there, or not readable
+    except OSError:  # missing or not readable
         return []
 
 
@@ -300,7 +298,7 @@ def _record(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def _evaluations(metrics: Path) -> list[tuple[int, float]]:
-    """Returns updates and loss of each measurement; a line that a killed run left half written is left out."""
+    """Returns updates and loss of each evaluation; skips a line that an interrupted run left incomplete."""
     rows = []
     try:
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -325,7 +323,7 @@ def _created(record: Mapping[str, Any], file: Path) -> float:
 
 
 def _time_of(path: Path) -> float:
-    """Returns when a file was written; of a training run, when it logged last."""
+    """Returns the modification time of a file; for a training run, the time of its last log entry."""
     for file in (path / METRICS_FILE, path / "trainer", path):
         try:
             return file.stat().st_mtime

@@ -1,7 +1,7 @@
-"""The one way a conversation becomes text: Gemma's turns, as a Jinja template for others and as functions for us.
+"""Converts conversations to token ids: Gemma's turns, as a Jinja template for other tools and as functions for slm.
 
-Training and answering take their ids from here. `dialogues` divides a whole conversation into what is read and what is
-answered; before each answer stand the ids that `chat_ids` gives for the messages up to it.
+Training and inference use the same functions. `dialogues` divides a conversation into prompts and answers; the ids before
+each answer are those that `chat_ids` returns for the messages before it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from slm.core.errors import SlmError
 from slm.core.templated import Rendered, encoded, rendered
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN, Tokenizer
 
-# Stored in tokenizer_config.json; transformers and transformers.js render it. `turn_prompt` below says the same.
+# Stored in tokenizer_config.json for transformers and transformers.js. `turn_prompt` below gives the same text.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages -%}"
@@ -26,7 +26,7 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
-    """What somebody said."""
+    """A message of a conversation."""
 
     role: Role
     content: str
@@ -37,41 +37,41 @@ class Dialogue:
     """A conversation in tokens.
 
     Attributes:
-        ids: All of it, up to the token that ends the last answer.
-        answers: From where to where (half-open) each of the model's answers goes, the token that ends it included.
+        ids: The token ids, up to the token that ends the last answer.
+        answers: The range (half-open) of each of the model's answers, including the token that ends it.
     """
 
     ids: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
 
 
-# Conversations that are held as text at a time.
+# The number of conversations that are held as text at a time.
 _AT_ONCE = 50
 
 
 def turn_prompt(request: str) -> str:
-    """Returns the text that asks for one answer: the user's turn, and the model's turn begun."""
+    """Returns the prompt for one answer: the user's turn, and the start of the model's turn."""
     return f"{START_OF_TURN}user\n{request.strip()}{END_OF_TURN}\n{START_OF_TURN}model\n"
 
 
 def turn_ids(tokenizer: Tokenizer, request: str, stops: Collection[int] = ()) -> list[int]:
-    """Returns the ids that ask for one answer; see `chat_ids`."""
+    """Returns the ids of the prompt for one answer; see `chat_ids`."""
     return chat_ids(tokenizer, [{"role": "user", "content": request}], stops)
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], stops: Collection[int] = ()) -> list[int]:
-    """Returns the ids that ask for the next answer of a conversation, in which only the template places control tokens.
+    """Returns the ids of the prompt for a conversation's next answer; only the template places control tokens in it.
 
-    "<end_of_turn>" in a message is only characters, however it is spelled. A model from elsewhere that brings a chat template
-    of its own is asked in that. Not for an event loop: a template may take seconds.
+    "<end_of_turn>" in a message is encoded as plain characters, in every spelling. A model from another source uses its own
+    chat template, if it has one. Do not call this in an event loop: a template may take seconds.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         messages: The conversation.
-        stops: The model's stop tokens, which a message must not form either.
+        stops: The model's stop tokens; messages are encoded without them too.
 
     Raises:
-        SlmError: When the tokenizer has no turn tokens, or the model's own template fails or refuses the conversation.
+        SlmError: If the tokenizer has no turn tokens, or the model's own template fails or rejects the conversation.
     """
     template = foreign_template(tokenizer)
     if template is not None:
@@ -87,15 +87,15 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], stops: Collectio
 def dialogues(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], ends: Collection[int]
 ) -> Iterator[Dialogue | SlmError]:
-    """Yields conversations in tokens, one after the other; an error in place of one that the model's template refuses.
+    """Yields each conversation in tokens, or an error if the model's template rejects it.
 
     Args:
-        tokenizer: Text to ids.
-        conversations: Each has an answer; what is said after the last one is left out.
+        tokenizer: The model's tokenizer.
+        conversations: Each has at least one answer; messages after the last answer are ignored.
         ends: The tokens that end an answer.
 
     Raises:
-        SlmError: When the tokenizer has no turn tokens, or the model's own template does not do at all.
+        SlmError: If the tokenizer has no turn tokens, or the model's own template fails for all conversations.
     """
     template = foreign_template(tokenizer)
     trimmed = [_up_to_last_answer(messages) for messages in conversations]
@@ -117,24 +117,24 @@ def dialogues(
 
 
 def foreign_template(tokenizer: Tokenizer) -> str | None:
-    """Returns the chat template that a model from elsewhere brings; None where it is ours, or there is none."""
+    """Returns the chat template of a model from another source; None for slm's template, or if there is none."""
     template = tokenizer.config.get("chat_template")
     return template if isinstance(template, str) and template != CHAT_TEMPLATE else None
 
 
 def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
-    """Says whether a model has learned what the tokens of turns mean.
+    """Returns whether a model was trained on turn tokens.
 
-    One from elsewhere with a chat template of its own has; one that slm made has where conversations were among what it was
-    fine-tuned on.
+    This holds for models from another source with their own chat template, and for models that slm fine-tuned on
+    conversations.
 
     Args:
-        info: What its `slm.json` says; empty where there is none.
-        tokenizer: Its tokenizer.
+        info: The contents of the model's `slm.json`; empty if there is none.
+        tokenizer: The model's tokenizer.
     """
     merged = info.get("merged")
     tuned = (info.get("finetuned"), merged.get("finetune") if isinstance(merged, dict) else None)
-    # An adapter from elsewhere does not say.
+    # Adapters from another source do not record "turns".
     learned = any(isinstance(each, dict) and each.get("turns", True) for each in tuned)
     return learned or foreign_template(tokenizer) is not None
 
@@ -142,14 +142,14 @@ def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
 def _turn_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
     start, end = (tokenizer.token_id(token) for token in (START_OF_TURN, END_OF_TURN))
     if start is None or end is None:
-        raise SlmError(f"the tokenizer has no {START_OF_TURN} or no {END_OF_TURN}", "this model knows no turns")
+        raise SlmError(f"the tokenizer has no {START_OF_TURN} or no {END_OF_TURN}", "this model does not support turns")
     return start, end
 
 
 def _turns(
     tokenizer: Tokenizer, messages: Sequence[Message], stops: Collection[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Returns the ids of whole turns, and where the answers among them stand."""
+    """Returns the ids of complete turns, and the ranges of the answers among them."""
     start, end = _turn_tokens(tokenizer)
     besides = tokenizer.lengthy(stops) - tokenizer.control_ids
     line, model = (tokenizer.encode_literal(text) for text in ("\n", "model\n"))
@@ -176,10 +176,10 @@ def _up_to_last_answer(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _divided(tokenizer: Tokenizer, found: list[Rendered | SlmError], ends: Collection[int]) -> Dialogue | SlmError:
-    """Returns what a foreign template made of a conversation, divided at what it made of each question in it."""
+    """Returns a conversation rendered by a foreign template, divided at the end of each rendered prompt."""
     *asked, last = found
     questions = [question for question in asked if isinstance(question, Rendered)]
-    for each in (last, *asked):  # what is wrong with the whole conversation says more
+    for each in (last, *asked):  # the error of the whole conversation is the most helpful, so it comes first
         if isinstance(each, SlmError):
             return each
     assert isinstance(last, Rendered)
@@ -191,7 +191,7 @@ def _divided(tokenizer: Tokenizer, found: list[Rendered | SlmError], ends: Colle
     for begin, limit in zip(begins, (*begins[1:], len(whole)), strict=True):
         stop = next((place for place in range(begin, limit) if whole[place] in ends), None)
         if stop is None:
-            return SlmError("the model's chat template ends an answer with none of the model's stop tokens")
+            return SlmError("the model's chat template does not end answers with one of the model's stop tokens")
         answers.append((begin, stop + 1))
     return Dialogue(tuple(whole[: answers[-1][1]]), tuple(answers))
 
@@ -199,7 +199,7 @@ def _divided(tokenizer: Tokenizer, found: list[Rendered | SlmError], ends: Colle
 def _divided_ids(
     tokenizer: Tokenizer, last: Rendered, questions: Sequence[Rendered], ends: Collection[int]
 ) -> tuple[list[int], list[int]] | SlmError:
-    """Returns the ids of a conversation, and where each answer in it begins."""
+    """Returns the ids of a conversation, and the start of each answer."""
     whole = encoded(tokenizer, last, ends)
     asked = [encoded(tokenizer, question, ends) for question in questions]
     for each in (whole, *asked):
@@ -209,14 +209,14 @@ def _divided_ids(
     prompts = [prompt for prompt in asked if not isinstance(prompt, SlmError)]
     if all(whole[: len(prompt)] == prompt for prompt in prompts):
         return whole, [len(prompt) for prompt in prompts]
-    # Tokens that would span the beginning of an answer are cut there, as they are when the model answers.
+    # Tokens that span the start of an answer are split there, because generation starts there too.
     ids: list[int] = []
     begins: list[int] = []
     before: Rendered | None = None
     for view in (*questions, last):
         part = view.after(before)
         if part is None or last.after(view) is None:
-            return SlmError("the model's chat template writes the conversation otherwise than it asks for the answer")
+            return SlmError("the model's chat template renders a conversation differently from the prompts within it")
         tokens = encoded(tokenizer, part, ends)
         if isinstance(tokens, SlmError):
             return tokens
@@ -227,7 +227,7 @@ def _divided_ids(
 
 
 def instruction_request(instruction: str, context: str = "") -> str:
-    """Returns what the user's turn says for an instruction with optional further input, after an empty line."""
+    """Returns the user's message for an instruction; optional further input follows after an empty line."""
     return f"{instruction.strip()}\n\n{context.strip()}" if context.strip() else instruction.strip()
 
 
@@ -235,7 +235,7 @@ def tokenizer_config(max_length: int) -> dict[str, Any]:
     """Returns the contents of `tokenizer_config.json` for a tokenizer with slm's special tokens.
 
     Args:
-        max_length: The longest context the model takes, in tokens.
+        max_length: The model's longest context, in tokens.
     """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk, read and written without PyTorch: a Hugging Face directory plus `slm.json`."""
+"""Reads and writes checkpoints without PyTorch: a checkpoint is a Hugging Face directory with `slm.json`."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from slm.core.weights import EMBEDDING, HEAD, WEIGHTS_FILE, Array, Shape, has_we
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 INFO_FILE = "slm.json"
-# All that a checkpoint consists of.
+# All files of a checkpoint.
 CHECKPOINT_FILES = frozenset(
     (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INFO_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, NOTICE_FILE)
 )
@@ -26,14 +26,14 @@ Shapes = Mapping[str, Shape]
 
 
 def now() -> str:
-    """Returns the time of making that an artifact records, in UTC; that of SOURCE_DATE_EPOCH where builds must be the same."""
+    """Returns the creation time for an artifact, in UTC; SOURCE_DATE_EPOCH replaces it in reproducible builds."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     moment = datetime.fromtimestamp(int(epoch), UTC) if epoch.isascii() and epoch.isdigit() else datetime.now(UTC)
     return moment.isoformat(timespec="microseconds")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Says whether a directory looks like a checkpoint: a configuration with weights."""
+    """Returns whether a directory looks like a checkpoint: it has a configuration and weights."""
     return (path / CONFIG_FILE).is_file() and has_weights(path)
 
 
@@ -41,7 +41,7 @@ def read_config(path: Path) -> ModelConfig:
     """Reads the configuration of a checkpoint.
 
     Raises:
-        SlmError: When the directory is not a checkpoint or its configuration cannot be run.
+        SlmError: If the directory is not a checkpoint or its configuration is not supported.
     """
     if not is_checkpoint(path):
         if path.is_file() and path.suffix == ".gguf":
@@ -52,9 +52,9 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def with_stop_tokens(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Returns a config.json's contents with the tokens that end a text as `generation_config.json` beside it has them.
+    """Returns the contents of config.json with `eos_token_id` from `generation_config.json`, if that file has it.
 
-    Of some instruction-tuned models they stand there alone.
+    Some instruction-tuned models list their end-of-turn tokens only there.
     """
     file = path / GENERATION_CONFIG_FILE
     stops = read_json(file, GENERATION_CONFIG_FILE).get("eos_token_id") if file.is_file() else None
@@ -62,20 +62,20 @@ def with_stop_tokens(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """Returns what `slm.json` says of how a checkpoint was made; empty for one that slm did not make."""
+    """Returns the contents of `slm.json`, a checkpoint's metadata; empty for a checkpoint that slm did not write."""
     file = path / INFO_FILE
     return read_json(file, INFO_FILE) if file.is_file() else {}
 
 
 def notices_of(path: Path) -> Notices:
-    """Returns the licence notices of a checkpoint: those recorded, or what a foreign directory says of itself."""
+    """Returns the licence notices of a checkpoint: the recorded ones, or those of a directory that slm did not write."""
     if (path / INFO_FILE).is_file():
         return recorded_notices(read_info(path))
     return foreign_notices(path, read_json(path / CONFIG_FILE, CONFIG_FILE))
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Returns the name and shape of every tensor that a checkpoint of this configuration holds, a tied head once."""
+    """Returns the name and shape of every tensor in a checkpoint of this configuration; a tied head is not repeated."""
     hidden, wide = config.hidden_size, config.intermediate_size
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     layer: dict[str, Shape] = {
@@ -110,14 +110,14 @@ def write_checkpoint(
     info: Mapping[str, Any],
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint, whole or not at all.
+    """Writes a checkpoint, completely or not at all.
 
     Args:
-        path: The directory to make or replace.
-        config: The model's shape; it names the special tokens.
+        path: The directory to create or replace.
+        config: The model's configuration, with the ids of special tokens.
         tensors: Every tensor under Hugging Face's name, all of one float dtype; a tied head once, as the embedding.
-        tokenizer: The tokenizer that it was trained with.
-        info: How it was made, for `slm.json`; its "notices" also become the file NOTICE.
+        tokenizer: The tokenizer that the model was trained with.
+        info: Metadata for `slm.json`; its "notices" also become the file NOTICE.
         generation: Further fields of `generation_config.json`.
     """
     from safetensors.numpy import save_file
@@ -138,15 +138,15 @@ def write_checkpoint(
 
 
 def check_tensors(found: Shapes, wanted: Shapes, path: Path) -> None:
-    """Compares names and shapes of tensors with those that a configuration asks for.
+    """Compares the names and shapes of tensors with those that a configuration requires.
 
     Raises:
-        SlmError: That names the first tensors missing, left over or of the wrong shape.
+        SlmError: If they differ; the message names the first tensors that are missing, unknown or of the wrong shape.
     """
     common = sorted(wanted.keys() & found.keys())
     complaints = {
         "missing": sorted(wanted.keys() - found.keys()),
-        "left over": sorted(found.keys() - wanted.keys()),
+        "unknown": sorted(found.keys() - wanted.keys()),
         "wrong shape": [f"{n} {found[n]} instead of {wanted[n]}" for n in common if found[n] != wanted[n]],
     }
     parts = [

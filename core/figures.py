@@ -1,4 +1,4 @@
-"""Matplotlib, without the settings that lie in the directory where a command is run."""
+"""Matplotlib figures that ignore `matplotlibrc` in the working directory."""
 
 import contextlib
 import os
@@ -7,10 +7,14 @@ from typing import Any
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Returns an empty matplotlib figure of a size in inches, outside of pyplot: no global state, no window system.
+    """Returns an empty matplotlib figure; it does not use pyplot, so no global state and no window system.
 
-    When matplotlib is first imported it reads `matplotlibrc` in the working directory before the user's own. That file may be a
-    stranger's, so it is left out.
+    On its first import, matplotlib reads `matplotlibrc` in the working directory before the user's own file. The working
+    directory is not trusted, so the import runs in the root directory.
+
+    Args:
+        width: In inches.
+        height: In inches.
     """
     elsewhere = contextlib.chdir(os.sep) if Path("matplotlibrc").exists() else contextlib.nullcontext()
     with elsewhere:

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and paths that stay where they belong."""
+"""Atomic writes of files and directories, locks on artifacts, and safe paths inside artifacts."""
 
 import errno
 import fcntl
@@ -23,35 +23,35 @@ from slm.core.signals import PutOff
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 _LOCK = ".lock"
-# Between the two renames that replace a directory lie milliseconds: who reads it waits for so long.
+# How long a reader waits during a replacement: the two renames of `replace_directory` are milliseconds apart.
 _RENAMING_S = 2.0
 # How long to wait for another process that writes the same file.
 _WRITING_S = 10.0
 _LOOK_AGAIN_S = 0.02
-# Numpy's words, and onnxruntime's of an adapter.
+# How numpy and onnxruntime report an incomplete write.
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Failed to write :?\d+ bytes")
-# Of a file that is read as one JSON object. The longest there are list every tensor of a large model, in some MiB.
+# The largest JSON file in bytes. The longest real ones list every tensor of a large model, in some MiB.
 _LONGEST_JSON = 64 << 20
 
 
 @contextmanager
 def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
-    """Yields an empty sibling directory that takes the place of `target` when the block ends well.
+    """Yields an empty sibling directory that replaces `target` when the block ends without an exception.
 
-    An exception, Ctrl-C included, removes the sibling and leaves `target` as it was. What a killed process left
-    beside the target is removed first. What is written reaches the disk before it takes its place: a power cut leaves the
-    old directory or the new one.
+    An exception, also Ctrl-C, removes the sibling and leaves `target` unchanged. Leftovers of killed processes are removed
+    first. The new files are on disk before they replace the old ones, so a power failure leaves either the old directory or
+    the new one.
 
     Args:
-        target: The directory to make or replace.
-        ours: The files, relative to the target, that an older artifact there consists of. Anything else is somebody
-            else's, and the target is left alone.
+        target: The directory to create or replace.
+        ours: The files, relative to the target, of an older artifact of this kind. If the target has any other file, it is
+            not replaced.
 
     Raises:
-        SlmError: When something else stands there, or another process is at work on it.
-        OSError: When the disk is full, whatever the library that wrote says then.
+        SlmError: If the target has other files, or another process is writing it.
+        OSError: If the disk is full; libraries' own errors for this are converted.
     """
-    target = target.resolve()  # a link stays a link, to what is made
+    target = target.resolve()  # if the target is a link, replaces the directory that it points to
     check_replaceable(target, ours)
     with sole(target) as certain:
         _put_right(target, certain)
@@ -73,25 +73,25 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
 
 @contextmanager
 def sole(target: Path, wait_s: float = 0.0) -> Iterator[bool]:
-    """Makes this process the only one at work on an artifact; the system lets go of it however the process ends.
+    """Locks an artifact for this process; the operating system releases the lock when the process ends.
 
-    Yields whether that is certain: not where the file system knows no locks. What this thread holds, it can take again.
-    Directories above the artifact are made, and removed again where nothing came into them.
+    Yields whether the lock is reliable, which it is not if the file system does not support locks. The thread that holds the
+    lock can lock the artifact again. Missing parent directories are created, and removed again if they stay empty.
 
     Args:
-        target: The file or directory that is to be made.
-        wait_s: How long to wait for another process.
+        target: The file or directory to write.
+        wait_s: How long to wait for another process, in seconds.
 
     Raises:
-        SlmError: When another process is at work on it; it is named where the system says which.
-        OSError: When nothing can be written there.
+        SlmError: If another process holds the lock; the message has its process id, if the system reports it.
+        OSError: If the parent directory is not writable.
     """
     lock = target.parent.resolve() / f".{target.name}{_LOCK}"
     held = (lock, threading.get_ident())
     if held in _locks:
         yield _locks[held]
         return
-    signals = PutOff()  # a signal between the making of the lock and the block that removes it would leave it
+    signals = PutOff()  # a signal between the creation of the lock file and the block below would leave the file behind
     try:
         signals.hold()
         made = [parent for parent in lock.parents if not parent.exists()]
@@ -104,16 +104,16 @@ def sole(target: Path, wait_s: float = 0.0) -> Iterator[bool]:
         finally:
             signals.hold()
             del _locks[held]
-            lock.unlink(missing_ok=True)  # before it is let go of: who opens it later makes another
+            lock.unlink(missing_ok=True)  # before the release: a process that opens it later creates a new file
             os.close(descriptor)
-            with suppress(OSError):  # one that is no longer empty
+            with suppress(OSError):  # a parent directory is not empty
                 for parent in made:
                     parent.rmdir()
     finally:
         signals.release()
 
 
-# What this process holds, by thread, and whether that is certain.
+# The locks that this process holds, by thread, and whether each is reliable.
 _locks: dict[tuple[Path, int], bool] = {}
 
 
@@ -130,10 +130,10 @@ def _locked(lock: Path, target: Path, wait_s: float, signals: PutOff) -> tuple[i
                 holder = at_work(descriptor)
                 os.close(descriptor)
                 raise SlmError(
-                    f"{holder} is at work on {target}", "wait for it or stop it, or name another --out"
+                    f"{holder} is writing {target}", "wait for it or stop it, or name another --out"
                 ) from None
             os.close(descriptor)
-            signals.release()  # who waits can be stopped
+            signals.release()  # Ctrl-C works while waiting
             time.sleep(_LOOK_AGAIN_S)
             signals.hold()
             continue
@@ -143,7 +143,7 @@ def _locked(lock: Path, target: Path, wait_s: float, signals: PutOff) -> tuple[i
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:
-    """Says whether a lock file is the one that was opened: whoever held it has removed it since."""
+    """Returns whether a lock file is still the one that was opened; its previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), lock.stat())
     except FileNotFoundError:
@@ -151,10 +151,10 @@ def _is_still(lock: Path, descriptor: int) -> bool:
 
 
 def at_work(descriptor: int) -> str:
-    """Returns what to call the process that holds the lock of an open file or directory."""
+    """Returns a description of the process that holds the lock of an open file or directory."""
     about = os.fstat(descriptor)
     place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
-    with suppress(OSError):  # Linux lists them; across containers without a number that means anything here
+    with suppress(OSError):  # Linux lists locks; process ids of other containers are shown as 0 or -1
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             fields = line.split()
             if fields[1] == "FLOCK" and place in fields and fields[fields.index(place) - 1] not in ("0", "-1"):
@@ -163,23 +163,23 @@ def at_work(descriptor: int) -> str:
 
 
 def check_replaceable(target: Path, ours: Collection[str]) -> None:
-    """Makes sure that writing to `target` costs nobody anything but an older artifact of the same kind.
+    """Checks that writing to `target` replaces nothing except an older artifact of the same kind.
 
     Raises:
-        SlmError: When it is a file, holds something that is not in `ours`, or is the working directory.
+        SlmError: If the target is a file, has a file that is not in `ours`, or contains the working directory.
     """
     hint = "name another --out"
     if target.exists() and not target.is_dir():
         raise SlmError(f"{target} exists and is not a directory", hint)
     if Path.cwd().is_relative_to(target):
-        raise SlmError(f"{target} is the directory you work in, or above it", hint)
+        raise SlmError(f"{target} contains the current directory", hint)
     foreign = sorted({path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()} - {*ours})
     if foreign:
-        raise SlmError(f"{target} exists and holds something else: {foreign[0]}", hint)
+        raise SlmError(f"{target} exists and contains other files: {foreign[0]}", hint)
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Renames `source` to `target`; what stood there before is removed once the new one is in place."""
+    """Renames `source` to `target`; removes the previous target after that."""
     replaced = target.parent / f".{target.name}{_REPLACED}{os.getpid()}"
     if target.exists():
         target.rename(replaced)
@@ -194,11 +194,11 @@ def replace_directory(source: Path, target: Path) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk.
+    """Waits until the contents of a file, or the names in a directory, are on disk.
 
-    Renaming alone promises no order: after a power cut the new name may stand for a file without its contents. On an SSD a
-    directory of 256 MiB takes 0.9 s so instead of 0.35 s, a small one 27 ms instead of 4: little for what is saved every few
-    minutes.
+    A rename alone does not ensure this: after a power failure the new name could refer to a file without contents. On an SSD
+    the call increases the time for a directory of 256 MiB from 0.35 s to 0.9 s, and for a small one from 4 ms to 27 ms,
+    which is little for a directory that is saved every few minutes.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -206,28 +206,29 @@ def _to_disk(path: Path) -> None:
     except OSError as error:
         if (
             error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
-        ):  # some file systems cannot for directories
+        ):  # some file systems do not support fsync for directories
             raise
     finally:
         os.close(descriptor)
 
 
 def _complain_of_full_disk(error: Exception, target: Path) -> None:
-    """Raises what the system says of a full disk in place of an error that only quotes it, as safetensors' does.
+    """Raises an OSError for a full disk if an error of a library means that.
 
-    Numpy and onnxruntime say how much they could not write, and not why; there is no other reason that is met.
+    safetensors quotes the system's error. numpy and onnxruntime report only how much they could not write; no other cause is
+    known for this.
     """
     if getattr(error, "errno", None) is None and _SHORT_WRITE.search(str(error)):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error.filename, error.filename2 = str(target), None  # not the hidden one beside it
+        error.filename, error.filename2 = str(target), None  # not the hidden partial file
     for number in (errno.ENOSPC, errno.EDQUOT):
         if not isinstance(error, OSError) and f"(os error {number})" in str(error):
             raise OSError(number, os.strerror(number), str(target)) from error
 
 
 def _give_usual_modes(directory: Path) -> None:
-    """Lets the user's umask decide who may read the files: safetensors makes its own readable by the owner alone."""
+    """Sets file permissions by the user's umask: safetensors makes its files readable by the owner only."""
     umask = os.umask(0)
     os.umask(umask)
     for file in directory.rglob("*"):
@@ -236,20 +237,20 @@ def _give_usual_modes(directory: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Puts right what a killed process left beside `target`; nothing where another process is at work on it.
+    """Repairs `target` after a killed process; does nothing while another process is writing it.
 
-    Directories it had not finished are removed; one it had moved away, and whose successor never came, is put back.
+    Removes incomplete directories. Restores a directory that was moved away but not yet replaced.
     """
     target = target.parent.resolve() / target.name
     if not target.parent.is_dir():
         return
-    # A directory that may not be written to has nothing that could be put right.
+    # If the parent directory is not writable, no process can have left anything there.
     with suppress(SlmError, OSError), sole(target, _RENAMING_S) as certain:
         _put_right(target, certain)
 
 
 def _put_right(target: Path, certain: bool) -> None:
-    """Does what `recover` says, for the only process at work on the target if that is certain."""
+    """Repairs the target as `recover` does; `certain` says whether this process holds a reliable lock on it."""
     for kind in (_REPLACED, _PARTIAL):
         for left in target.parent.glob(f"{glob.escape(f'.{target.name}{kind}')}*"):
             pid = left.name.rpartition("-")[2]
@@ -265,11 +266,11 @@ def _put_right(target: Path, certain: bool) -> None:
 
 @contextmanager
 def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
-    """Yields an empty directory that is removed when the block ends; those that killed processes left are removed first.
+    """Yields an empty directory that is removed when the block ends; removes those of killed processes first.
 
     Args:
-        parent: Where to make it.
-        name: What it is for; its own name begins with ".NAME-".
+        parent: The directory to create it in.
+        name: Its purpose; the directory's name starts with ".NAME-".
     """
     for left in parent.glob(f".{glob.escape(name)}-*{_LOCK}"):
         lock_of = left.name[1:].removesuffix(_LOCK)
@@ -277,7 +278,7 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
             if certain:
                 shutil.rmtree(parent / f".{lock_of}", ignore_errors=True)
     label = f"{name}-{secrets.token_hex(4)}"
-    with sole(parent / label):  # first, so that what is there without a process to hold it was left
+    with sole(parent / label):  # locked before it exists: a directory without a lock belongs to no running process
         directory = parent / f".{label}"
         try:
             directory.mkdir()
@@ -298,13 +299,13 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yields a sibling path to write; it takes the place of `target` when the block ends well.
+    """Yields a sibling path that replaces `target` when the block ends without an exception.
 
-    What a killed process left beside the target is removed first.
+    Leftovers of killed processes are removed first.
 
     Raises:
-        SlmError: When another process writes it, and goes on for long.
-        OSError: When the disk is full, whatever the library that wrote says then.
+        SlmError: If another process writes the file for longer than the wait.
+        OSError: If the disk is full; libraries' own errors for this are converted.
     """
     with sole(target, _WRITING_S) as certain:
         _put_right(target, certain)
@@ -322,20 +323,20 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
+    """Writes `text` as UTF-8, completely or not at all."""
     with atomic_file(target) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def read_text(path: Path, what: str) -> str:
-    """Reads a UTF-8 file, without the byte order mark that editors of Windows put first.
+    """Reads a UTF-8 file; drops a byte order mark, which Windows editors write.
 
     Args:
         path: The file.
-        what: What the file is to the user, for the message ("training text").
+        what: A name for the file, for messages ("training text").
 
     Raises:
-        SlmError: When it is missing, a directory, unreadable or not UTF-8.
+        SlmError: If the file is missing, a directory, unreadable or not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -355,19 +356,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        SlmError: When the file is missing, unreadable, longer than any of its kind, not JSON, or not an object.
+        SlmError: If the file is missing, unreadable, too long, not JSON, or not an object.
     """
-    with suppress(OSError):  # which is told of when it is read
+    with suppress(OSError):  # read_text below reports it
         about = path.stat()
         if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
-            raise SlmError(f"{what} is not a file: {path}")  # to open a pipe is to wait for who writes into it
+            raise SlmError(f"{what} is not a file: {path}")  # opening a pipe would wait for a writer
         if about.st_size > _LONGEST_JSON:
             raise SlmError(f"{what} has more than {_LONGEST_JSON >> 20} MiB: {path}")
     try:
         value = json.loads(read_text(path, what))
     except json.JSONDecodeError as error:
         raise SlmError(f"{what} is not JSON: {path}, line {error.lineno}: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # very deep nesting, or a number with thousands of digits
         raise SlmError(f"{what} cannot be read: {path} ({error})") from None
     if not isinstance(value, dict):
         raise SlmError(f"{what} is not a JSON object: {path}")
@@ -375,13 +376,13 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def check_readable(path: Path, what: str) -> None:
-    """Makes sure that a file can be opened, for libraries that say "no such file" of one they may not read.
+    """Checks that a file can be opened, for libraries that report missing permissions as a missing file.
 
     Raises:
-        SlmError: When it is missing, is not a file or may not be read.
+        SlmError: If the path is missing, not a file, or not readable.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait for who writes into it
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
             raise SlmError(f"{what} is not a file: {path}", "name a file")
         path.open("rb").close()
     except OSError as error:
@@ -395,15 +396,15 @@ def sha256_file(path: Path) -> str:
 
 
 def member(directory: Path, name: str, *, links: bool = False) -> Path:
-    """Resolves `name`, as an artifact's own files spell it, inside `directory`.
+    """Returns the path of an artifact's file; `name` comes from the artifact and is not trusted.
 
     Args:
         directory: The artifact.
-        name: What it calls one of its files.
-        links: Whether a link in the directory may lead out of it, as those of the Hugging Face cache do.
+        name: The name of the file, relative to the artifact.
+        links: Whether links may point out of the directory, as those in the Hugging Face cache do.
 
     Raises:
-        SlmError: When the name is absolute or leads, directly or through a link, out of the directory.
+        SlmError: If the name is absolute, or leads out of the directory by itself or through a link.
     """
     pure = PurePosixPath(name)
     path = directory / pure
@@ -412,8 +413,8 @@ def member(directory: Path, name: str, *, links: bool = False) -> Path:
         whole = path.resolve(strict=True)
     except (FileNotFoundError, NotADirectoryError):
         whole = path.resolve()
-    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, half of a surrogate pair
-        raise SlmError(f"{directory}: the name {name!r} is no file's", "do not trust this artifact") from None
+    except (OSError, RuntimeError, ValueError):  # the name is too long, a link to itself, or has a lone surrogate
+        raise SlmError(f"{directory}: {name!r} is not a valid file name", "do not trust this artifact") from None
     if not inside or not (links or whole.is_relative_to(directory.resolve())):
         raise SlmError(f"{directory}: the name {name!r} leads out of the directory", "do not trust this artifact")
     return path

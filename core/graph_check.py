@@ -1,4 +1,4 @@
-"""Compares a bundle's graph with the one that it must have (`slm.core.graph_plan`)."""
+"""Compares a bundle's graph with the planned graph for its configuration (`slm.core.graph_plan`)."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from slm.core.errors import SlmError
 from slm.core.graph_file import FileGraph, FileNode, FileTensor, read_graph
 from slm.core.graph_plan import Constant, Input, Kind, Node, Output, Value, Weight, plan_graph
 
-# Elements of a constant; slm writes shapes, starts and ends.
+# The most elements of a constant. slm writes shapes, starts and ends as constants.
 _LONGEST_CONSTANT = 16
-# Numbers are stored in float32, or in float16.
+# Relative tolerance of numbers, which are stored in float32 or in float16.
 _RELATIVE = 1e-3
-# The largest rotation table, in bytes. 131,072 positions of Gemma's heads take 67 MB.
+# The largest rotation table, in bytes; 131,072 positions of Gemma's heads take 67 MB.
 _LARGEST_TABLE = 512 << 20
 _HINT = (
     "export the bundle again with this version of slm; commands that run a bundle take --trust if you trust its author"
@@ -22,7 +22,7 @@ _HINT = (
 
 
 class _Foreign(Exception):
-    """What is in the graph that slm does not write."""
+    """The graph contains something that slm does not write."""
 
 
 def check_graph(path: Path, config: ModelConfig, kind: Kind, sizes: Mapping[str, int]) -> None:
@@ -31,14 +31,14 @@ def check_graph(path: Path, config: ModelConfig, kind: Kind, sizes: Mapping[str,
     Args:
         path: The `.onnx` file.
         config: The model's shape.
-        kind: What else decides about the graph.
-        sizes: Bytes of the files beside the graph, by the names under which it refers to them.
+        kind: The other properties that determine the graph.
+        sizes: Bytes of the files beside the graph, by the names that the graph uses for them.
 
     Raises:
-        SlmError: When it is not an ONNX file, or something else stands in it; the first such node or tensor is named.
+        SlmError: If the file is not an ONNX file, or differs from the plan; the message names the first difference.
     """
     if kind.device != "cpu" and kind.context * config.head_dim * 4 > _LARGEST_TABLE:
-        raise SlmError(f"{path}: a context of {kind.context:,} tokens makes tables of rotations that are too large")
+        raise SlmError(f"{path}: the rotation tables for a context of {kind.context:,} tokens are too large")
     try:
         graph = read_graph(path)
         _Comparison(graph, sizes).run(config, kind)
@@ -47,7 +47,7 @@ def check_graph(path: Path, config: ModelConfig, kind: Kind, sizes: Mapping[str,
 
 
 class _Comparison:
-    """One pass over the nodes: each must be the planned one, on values that are known already."""
+    """One pass over the nodes: each must equal the planned one, and its inputs must be defined before it."""
 
     def __init__(self, graph: FileGraph, sizes: Mapping[str, int]) -> None:
         self._graph = graph
@@ -79,11 +79,11 @@ class _Comparison:
             raise _Foreign(f"the graph ends before its {missing[1].type}")
         for name, value in plan.outputs.items():
             if self._known.get(name) != value or name not in graph.outputs:
-                raise _Foreign(f"the output {name!r} is not what the graph computes for it")
+                raise _Foreign(f"the output {name!r} is not the planned value")
         if extra := set(graph.outputs) - set(plan.outputs):
-            raise _Foreign(f"the output {min(extra)!r} is not part of such a graph")
+            raise _Foreign(f"slm does not write the output {min(extra)!r}")
         if len(graph.outputs) != len(plan.outputs):
-            raise _Foreign("the graph has an output twice")
+            raise _Foreign("the graph has the same output twice")
         for name, tensor in graph.tensors.items():
             if name in graph.inputs:
                 self._check_default(tensor, plan.defaults.get(name))
@@ -96,7 +96,7 @@ class _Comparison:
         self._known[name] = value
 
     def _is_cast_constant(self, node: FileNode) -> bool:
-        """Says whether a node only gives a constant another type, and takes its output for the constant."""
+        """Returns whether a node only casts a constant; if so, its output counts as that constant."""
         if node.type != "CastLike" or node.domain or len(node.inputs) != 2 or len(node.outputs) != 1 or node.extras:
             return False
         constant = self._known.get(node.inputs[0])
@@ -116,17 +116,17 @@ class _Comparison:
         kind = f"{node.domain}:{node.type}" if node.domain else node.type
         what = f"the node {node.name or '(unnamed)'!r} ({kind})"
         if wanted is None or (node.type, node.domain) != (wanted.type, wanted.domain):
-            where = "after the last one" if wanted is None else f"where slm writes {wanted.type}"
-            raise _Foreign(f"{what} stands {where}")
+            where = "after the last planned one" if wanted is None else f"where slm writes {wanted.type}"
+            raise _Foreign(f"{what} is {where}")
         if node.extras:
             raise _Foreign(f"{what} has {node.extras[0]}, which slm does not write")
         if set(node.attributes) != set(wanted.attributes):
-            raise _Foreign(f"{what} does not have the attributes {', '.join(sorted(wanted.attributes)) or 'none'}")
+            raise _Foreign(f"{what} must have the attributes {', '.join(sorted(wanted.attributes)) or 'none'}")
         for name, value in wanted.attributes.items():
             if not _same_attribute(node.attributes[name], value):
-                raise _Foreign(f"{what} has another value of {name}")
+                raise _Foreign(f"the attribute {name} of {what} has an unexpected value")
         inputs = list(node.inputs)
-        while inputs and not inputs[-1]:  # left out at the end
+        while inputs and not inputs[-1]:  # omitted optional inputs at the end
             inputs.pop()
         expected = list(wanted.inputs)
         while expected and expected[-1] is None:
@@ -135,7 +135,7 @@ class _Comparison:
             raise _Foreign(f"{what} has {len(inputs)} inputs instead of {len(expected)}")
         for name, value in zip(inputs, expected, strict=True):
             if not self._is(name, value, what):
-                raise _Foreign(f"the input {name!r} of {what} is not what slm writes there")
+                raise _Foreign(f"the input {name!r} of {what} is not the planned value")
         if not 1 <= len(node.outputs) <= wanted.outputs:
             raise _Foreign(f"{what} has {len(node.outputs)} outputs instead of {wanted.outputs}")
         for index, name in enumerate(node.outputs):
@@ -180,9 +180,9 @@ class _Comparison:
             raise _Foreign(f"the tensor {tensor.name!r} does not have its {size or 0:,} bytes in {location!r}")
 
     def _check_default(self, tensor: FileTensor, wanted: Weight | None) -> None:
-        """Checks the default of an optional input: a number, or an adapter of rank 0."""
+        """Checks the default of an optional input, which is a number or an adapter of rank 0."""
         if wanted is None or (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
-            raise _Foreign(f"the default of the input {tensor.name!r} is not the one that slm writes")
+            raise _Foreign(f"the default of the input {tensor.name!r} is not the planned value")
         if tensor.external is not None or len(tensor.raw) != tensor.bytes:
             raise _Foreign(f"the default of the input {tensor.name!r} does not have its data in the graph")
 

@@ -1,8 +1,8 @@
-"""What stands in an `.onnx` file, read without the onnx package, which a device does not have.
+"""Parses `.onnx` files without the onnx package, which is not installed on devices.
 
-Onnxruntime before 1.29 follows a graph's `external_data` wherever it points, and any version runs any operator.
-`external_files` finds every such place; `read_graph` returns nodes and tensors for `slm.core.graph_check`. Layout:
-onnx/onnx.proto of onnx 1.19, and https://protobuf.dev/programming-guides/encoding/.
+onnxruntime before 1.29 reads a graph's `external_data` from any path, and every version runs any operator. `external_files`
+finds all such paths; `read_graph` returns nodes and tensors for `slm.core.graph_check`. The format is onnx/onnx.proto of onnx
+1.19, encoded as in https://protobuf.dev/programming-guides/encoding/.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 
 from slm.core.errors import SlmError
 
-# By message, which fields hold messages that may lead to a tensor, and what they are.
+# For each type of message: the fields that contain messages which may lead to a tensor, and the types of those.
 _WAYS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
@@ -29,15 +29,15 @@ _WAYS: dict[str, dict[int, str]] = {
 }
 _KEY, _VALUE = 1, 2
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
-# Of protobuf's numbers of fixed length, those that ONNX has; an attribute's float is one.
+# The formats of protobuf's fixed-length numbers that ONNX uses; an attribute's float is one.
 _FIXED = {_EIGHT_BYTES: "<d", _FOUR_BYTES: "<f"}
-# protobuf's own limit.
+# The deepest nesting of messages; protobuf has the same limit.
 _DEEPEST = 100
-# Nodes and tensors that are read; a model of 1,024 layers has some 60,000.
+# The most nodes and tensors; a model of 1,024 layers has about 60,000.
 _MAX_ENTRIES = 200_000
-# Of a tensor's data that is read: that of constants, of which slm writes shapes.
+# The most bytes of a tensor in the graph itself; slm stores only constants there.
 _MAX_RAW = 1 << 20
-# Bits of an element and struct's letter for it, by ONNX's number of the type.
+# Bits of an element and its letter in `struct`, by ONNX's number of the type.
 _ELEMENTS = {
     1: (32, "f"),
     2: (8, "B"),
@@ -53,7 +53,7 @@ _ELEMENTS = {
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor: its data is `raw`, or `external`: a file's name, where it begins there, and its length where that is stated."""
+    """A tensor; its data is `raw`, or `external`: a file name, an offset, and a length or None."""
 
     name: str
     dtype: int
@@ -63,13 +63,13 @@ class FileTensor:
 
     @property
     def bytes(self) -> int | None:
-        """Bytes that the shape needs; None where the type is none that slm writes."""
+        """The size in bytes that follows from the shape; None if slm does not write this type."""
         if self.dtype not in _ELEMENTS or min(self.shape, default=0) < 0:
             return None
         return -(-math.prod(self.shape) * _ELEMENTS[self.dtype][0] // 8)
 
     def numbers(self) -> tuple[Any, ...] | None:
-        """Returns the elements of a small tensor; None where they are not in the graph."""
+        """Returns the elements of a tensor; None if its data is not in the graph."""
         if self.external is not None or not self.raw or self.bytes != len(self.raw) or not _ELEMENTS[self.dtype][1]:
             return None
         return struct.unpack(f"<{math.prod(self.shape)}{_ELEMENTS[self.dtype][1]}", self.raw)
@@ -77,7 +77,7 @@ class FileTensor:
 
 @dataclass
 class FileNode:
-    """A node; attributes are numbers, texts, lists of whole numbers or tensors. `extras` names what else it has."""
+    """A node; attributes are numbers, strings, lists of integers or tensors. `extras` names its unsupported parts."""
 
     type: str = ""
     domain: str = ""
@@ -90,7 +90,7 @@ class FileNode:
 
 @dataclass
 class FileGraph:
-    """A graph. `extras` names its other parts, such as functions: parts that are not nodes, tensors, inputs or outputs."""
+    """A graph; `extras` names its unsupported parts: everything but nodes, tensors, inputs and outputs."""
 
     opsets: dict[str, int] = field(default_factory=dict)
     nodes: list[FileNode] = field(default_factory=list)
@@ -101,10 +101,10 @@ class FileGraph:
 
 
 def read_graph(path: Path) -> FileGraph:
-    """Returns what stands in a graph; tensors' data only where it is small.
+    """Returns the nodes and tensors of a graph, with the data of small tensors.
 
     Raises:
-        SlmError: When it is no ONNX file, or has more nodes and tensors than any that slm writes.
+        SlmError: If the file is not an ONNX file, or has more nodes and tensors than graphs that slm writes.
     """
     found = FileGraph()
     try:
@@ -138,13 +138,13 @@ def _read_graph(data: mmap, start: int, stop: int, found: FileGraph) -> None:
             continue
         entries += 1
         if entries > _MAX_ENTRIES:
-            raise ValueError(f"it has more than {_MAX_ENTRIES:,} parts")
+            raise ValueError(f"it has more than {_MAX_ENTRIES:,} entries")
         if number == 1:
             found.nodes.append(_read_node(data, *value))
         elif number == 5:
             tensor = _read_tensor(data, *value)
             if tensor.name in found.tensors:
-                raise ValueError(f"it has two tensors {tensor.name!r}")
+                raise ValueError(f"it has two tensors named {tensor.name!r}")
             found.tensors[tensor.name] = tensor
         elif number in (11, 12):
             names = [_words(data, v) for n, f, v in _all_fields(data, *value) if n == 1 and f == _BYTES]
@@ -183,12 +183,12 @@ def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[
             name = _words(data, value)
         elif number == 20 and form == _VARINT:
             kind = value
-        elif number == 8:  # whole numbers, packed or one by one
+        elif number == 8:  # integers, packed or one by one
             whole += _packed(data, *value) if form == _BYTES else [_signed(value)]
         elif (number, form) in ((2, _FOUR_BYTES), (3, _VARINT), (4, _BYTES), (5, _BYTES)):
             values[number] = value
-        elif number != 13:  # what describes it
-            node.extras.append("a subgraph" if number in (6, 11) else "an attribute of a kind")
+        elif number != 13:  # 13 is the documentation string
+            node.extras.append("a subgraph" if number in (6, 11) else "an unsupported attribute")
     match kind:
         case 1:
             return name, float(values.get(2, 0.0))
@@ -200,7 +200,7 @@ def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[
             return name, _read_tensor(data, *values.get(5, (0, 0)))
         case 7:
             return name, whole
-    node.extras.append("a subgraph" if kind in (5, 10) else "an attribute of a kind")
+    node.extras.append("a subgraph" if kind in (5, 10) else "an unsupported attribute")
     return name, None
 
 
@@ -215,7 +215,7 @@ def _read_tensor(data: mmap, start: int, stop: int) -> FileTensor:
             name = _words(data, value)
         elif number == 9 and form == _BYTES:
             if value[1] - value[0] > _MAX_RAW:
-                raise ValueError("a tensor in the graph is larger than any that slm puts there")
+                raise ValueError("a tensor in the graph is larger than those that slm writes there")
             raw = data[value[0] : value[1]]
         elif number == 13 and form == _BYTES:
             fields = {n: _words(data, v) for n, f, v in _all_fields(data, *value) if f == _BYTES}
@@ -244,16 +244,16 @@ def _packed(data: mmap, at: int, stop: int) -> list[int]:
 
 
 def _signed(number: int) -> int:
-    """Returns the whole number of 64 bits that protobuf's unsigned one stands for."""
+    """Returns protobuf's unsigned integer as a signed 64-bit integer."""
     number &= (1 << 64) - 1
     return number - (1 << 64) if number >> 63 else number
 
 
 def external_files(path: Path) -> set[str]:
-    """Returns the names of the files that hold weights of a graph, as it spells them.
+    """Returns the names of the files with a graph's weights, as spelled in the graph.
 
     Raises:
-        SlmError: When it is no ONNX file.
+        SlmError: If the file is not an ONNX file.
     """
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
@@ -264,7 +264,7 @@ def external_files(path: Path) -> set[str]:
 
 def _locations(data: mmap, start: int, stop: int, kind: str, depth: int) -> Iterator[bytes]:
     if depth > _DEEPEST:
-        raise ValueError("it is nested too deep")
+        raise ValueError("its messages are nested too deeply")
     key, value = b"", b""
     for number, first, end in _fields(data, start, stop):
         if number in _WAYS[kind]:
@@ -278,21 +278,21 @@ def _locations(data: mmap, start: int, stop: int, kind: str, depth: int) -> Iter
 
 
 def _fields(data: mmap, at: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yields number, beginning and end of each field whose length is stated."""
+    """Yields the number, start and end of each length-delimited field."""
     for number, form, value in _all_fields(data, at, stop):
         if form == _BYTES:
             yield number, *value
 
 
 def _all_fields(data: mmap, at: int, stop: int) -> Iterator[tuple[int, int, Any]]:
-    """Yields number, form and value of each field: beginning and end where the length is stated, else the number."""
+    """Yields the number, wire type and value of each field; the value of a length-delimited field is its start and end."""
     while at < stop:
         tag, at = _varint(data, at, stop)
         number, form = tag >> 3, tag & 7
         if form == _BYTES:
             size, at = _varint(data, at, stop)
             if size > stop - at:
-                raise ValueError("it ends before what it states")
+                raise ValueError("it is truncated")
             yield number, form, (at, at + size)
             at += size
         elif form == _VARINT:
@@ -301,11 +301,11 @@ def _all_fields(data: mmap, at: int, stop: int) -> Iterator[tuple[int, int, Any]
         elif form in _FIXED:
             size = struct.calcsize(_FIXED[form])
             if size > stop - at:
-                raise ValueError("it ends before what it states")
+                raise ValueError("it is truncated")
             yield number, form, struct.unpack(_FIXED[form], data[at : at + size])[0]
             at += size
         else:
-            raise ValueError(f"a field of form {form}")
+            raise ValueError(f"unknown wire type {form}")
 
 
 def _varint(data: mmap, at: int, stop: int) -> tuple[int, int]:
@@ -317,4 +317,4 @@ def _varint(data: mmap, at: int, stop: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise ValueError("it ends before what it states")
+    raise ValueError("it is truncated")

@@ -1,7 +1,7 @@
-"""The licence that travels: whatever is made from Gemma's weights says so, with the terms and that it was modified.
+"""Licence notices: every artifact made from Gemma's weights states the terms and that the weights were modified.
 
-Gemma's terms ask that whoever passes on the model or a derivative includes a notice file with a given sentence, and says
-prominently that files were modified.
+Gemma's terms require whoever distributes the model or a derivative to include a notice file with a fixed sentence, and to
+state prominently that files were modified.
 """
 
 import re
@@ -19,7 +19,7 @@ _GEMMA = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     f"Terms of use: {GEMMA_TERMS}; prohibited uses: https://ai.google.dev/gemma/prohibited_use_policy",
 )
-# Gemma 3's vocabulary, with and without the rows for images. Nobody trains one of that size for a small model of his own.
+# The sizes of Gemma 3's vocabulary, with and without the tokens for images. Small models of other origin do not have them.
 _GEMMA_VOCABULARIES = (262_144, 262_208)
 
 Notices = tuple[str, ...]
@@ -28,12 +28,12 @@ Notices = tuple[str, ...]
 def licence_notices(licence: str | None, origin: str, vocab_size: object) -> Notices:
     """Returns the notices for weights that slm did not make.
 
-    The vocabulary is evidence, the licence a claim: weights with Gemma's vocabulary are Gemma's, whatever else is stated.
+    Weights with the size of Gemma's vocabulary count as Gemma's, whatever licence is stated.
 
     Args:
-        licence: Its name as a model card or a GGUF file has it ("gemma", "apache-2.0"); None when nothing is stated.
-        origin: Where they came from.
-        vocab_size: How many tokens they know.
+        licence: The licence's name as in a model card or a GGUF file ("gemma", "apache-2.0"); None if none is stated.
+        origin: The source of the weights, for the notice.
+        vocab_size: Number of tokens in the vocabulary.
     """
     gemma = vocab_size in _GEMMA_VOCABULARIES or (licence is not None and licence.lower().startswith("gemma"))
     stated = (
@@ -55,7 +55,7 @@ def foreign_notices(path: Path, config: dict[str, Any]) -> Notices:
 
 
 def _card_licence(card: Path) -> str | None:
-    """Returns the licence in a model card's front matter: a name, or the first of a list."""
+    """Returns the licence in a model card's front matter; if it lists several, the first."""
     if not card.is_file():
         return None
     front = re.match(r"---\r?\n(.*?)\n---", read_text(card, "the model card"), flags=re.DOTALL)
@@ -66,28 +66,28 @@ def _card_licence(card: Path) -> str | None:
 
 
 def recorded_notices(info: dict[str, Any]) -> Notices:
-    """Returns the notices that an artifact's `slm.json` carries."""
+    """Returns the notices in an artifact's `slm.json`."""
     notices = info.get("notices", [])
     return tuple(str(notice) for notice in notices) if isinstance(notices, list | tuple) else ()
 
 
 def is_gemma(notices: Sequence[str]) -> bool:
-    """Says whether Gemma's terms are among the notices."""
+    """Returns whether the notices include Gemma's terms."""
     return _GEMMA[0] in notices
 
 
 def modified(notices: Sequence[str], how: str) -> Notices:
-    """Returns the notices with a statement of what was done; none when there were none.
+    """Returns the notices with a line that states the modification; no notices if there were none.
 
     Args:
-        notices: Those of what it was made from.
-        how: What was done ("quantized to INT8").
+        notices: The notices of the source.
+        how: The modification ("quantized to INT8").
     """
     return (*notices, f"Modified: {how} by slm {__version__}") if notices else ()
 
 
 def write_notice(directory: Path, notices: Sequence[str]) -> None:
-    """Writes the notices into an artifact's `NOTICE`; no file when there are none."""
+    """Writes the notices to an artifact's `NOTICE`, or deletes the file if there are none."""
     if notices:
         (directory / NOTICE_FILE).write_text("\n".join(notices) + "\n", encoding="utf-8")
     else:

@@ -1,4 +1,4 @@
-"""What the machine has, and what this process takes of it."""
+"""The machine's processors, memory and limits, and this process's use of them."""
 
 import os
 import platform
@@ -20,10 +20,10 @@ _CPU_V1 = Path("/sys/fs/cgroup/cpu")
 # glibc's malloc.h
 _M_MMAP_THRESHOLD = -3
 _TOPOLOGY = Path("/sys/devices/system/cpu")
-# cgroup v1 has no word for unlimited: it says the largest multiple of a page below 2^63.
+# cgroup v1 represents "no limit" as the largest multiple of a page below 2^63.
 _UNLIMITED = 1 << 60
 
-# Instruction sets that matter to a model, as people call them: Linux's names for them, any of which will do.
+# Instruction sets that speed up inference, and Linux's names for each.
 _X86 = {
     "AVX2": ("avx2",),
     "AVX-512F": ("avx512f",),
@@ -34,7 +34,7 @@ _X86 = {
     "AMX BF16": ("amx_bf16",),
 }
 _ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",)}
-# macOS says them one by one on ARM, and as a list of words on Intel.
+# macOS reports them one by one on ARM, and as a list of words on Intel.
 _MAC_ARM = {
     "NEON": ("hw.optional.AdvSIMD", "hw.optional.neon"),
     "dot product": ("hw.optional.arm.FEAT_DotProd",),
@@ -43,15 +43,15 @@ _MAC_ARM = {
 _MAC_X86 = {"AVX2": ("AVX2",), "AVX-512F": ("AVX512F",), "AVX-512 VNNI": ("AVX512VNNI",)}
 _MAC_FEATURES = "machdep.cpu.leaf7_features"
 
-# Of one operator; the largest machines have fewer cores.
+# The most threads of one operator; it exceeds the cores of the largest machines.
 MAX_THREADS = 512
 
 
 def check_threads(threads: int) -> int:
-    """Returns a number of threads.
+    """Returns `threads`, after a check.
 
     Raises:
-        SlmError: When it is out of range: each thread takes memory, and a process cannot start a hundred thousand.
+        SlmError: If it is not an integer from 1 to MAX_THREADS.
     """
     if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
         raise SlmError(f"threads is {threads}; it must be from 1 to {MAX_THREADS}")
@@ -60,12 +60,12 @@ def check_threads(threads: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Main memory in bytes, None where the system does not say.
+    """Main memory in bytes; None if the system does not report it.
 
     Attributes:
-        total: What is built in.
-        available: What may be taken without swapping.
-        container_limit: What the container may take at most; None also where there is no limit.
+        total: Installed memory.
+        available: Memory that can be used without swapping.
+        container_limit: The container's limit; None also if there is no limit.
     """
 
     total: int | None
@@ -74,17 +74,17 @@ class Memory:
 
     @property
     def usable(self) -> int | None:
-        """What this process can count on at most: the smallest that is known."""
+        """The most memory this process can use: the smallest known value."""
         return min(
             (size for size in (self.total, self.available, self.container_limit) if size is not None), default=None
         )
 
 
 def usable_cores() -> int:
-    """Returns the physical cores this process may run on, within the container's quota; at least 1.
+    """Returns the number of physical cores that this process may run on, within the container's CPU quota; at least 1.
 
-    Two threads on one core's hyperthreads slow matrix products down, and threads beyond the quota are suspended in
-    the middle of one: both are the usual reason for slow inference in a container.
+    Two threads on the hyperthreads of one core slow down matrix products, and threads beyond the quota are suspended during
+    one. Both are frequent reasons for slow inference in containers.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in allowed}
@@ -93,7 +93,7 @@ def usable_cores() -> int:
 
 
 def cpu_quota(v2: Path = _CPU_V2, v1: Path = _CPU_V1) -> float | None:
-    """Returns the container's quota in cores, None when there is none."""
+    """Returns the container's CPU quota in cores; None if there is no quota."""
     try:
         quota, period = v2.read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -109,21 +109,21 @@ def cpu_quota(v2: Path = _CPU_V2, v1: Path = _CPU_V1) -> float | None:
 
 
 def peak_rss_mib() -> float:
-    """Returns the most memory this process has had resident, in MiB."""
+    """Returns the peak resident memory of this process, in MiB."""
     try:
-        # What getrusage says begins with what the parent had when it started this process.
+        # getrusage would include the peak of the parent process at the time of the fork.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmHWM:")[1].split()[0]) / (1 << 10)  # KiB
     except (OSError, IndexError, ValueError):
-        import resource  # which not every system has
+        import resource  # not available on every system
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes on macOS, KiB elsewhere
 
 
 def free_files() -> int:
-    """Returns how many files this process may open beside those that it has open."""
-    import resource  # which not every system has
+    """Returns how many more files this process may open."""
+    import resource  # not available on every system
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
@@ -136,23 +136,23 @@ def free_files() -> int:
 
 
 def return_freed_memory() -> None:
-    """Has glibc give blocks of a megabyte and more back to the system when they are freed; elsewhere does nothing.
+    """Makes glibc return freed blocks of a megabyte and more to the system; does nothing on other C libraries.
 
-    Left alone it keeps ever larger ones for later: what reading a long prompt took for a moment, and buffers that were
-    replaced by longer ones, stay resident for good. For processes that answer; training frees and takes such blocks all
-    the time, and giving them back costs it much.
+    By default glibc keeps ever larger blocks for reuse: memory for the prefill of a long prompt, and buffers that were
+    replaced by longer ones, would stay resident. Only inference calls this: training frees and allocates such blocks all the
+    time, and would become slower.
     """
     if sys.platform != "linux":
         return
     import ctypes
 
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl does not have it
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> Memory:
-    """Asks how much memory there is."""
+    """Returns the machine's memory and the container's limit."""
     try:
         lines = _colon_lines(meminfo.read_text(encoding="ascii"))
         total, available = (_kib(lines.get(name)) for name in ("MemTotal", "MemAvailable"))
@@ -162,7 +162,7 @@ def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V
 
 
 def memory_limit(v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> int | None:
-    """Returns the container's limit in bytes, None when there is none."""
+    """Returns the container's memory limit in bytes; None if there is no limit."""
     for path in (v2, v1):
         try:
             said = path.read_text(encoding="ascii").strip()
@@ -173,7 +173,7 @@ def memory_limit(v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> int | None:
 
 
 def instruction_sets(cpuinfo: Path = _CPUINFO) -> dict[str, bool]:
-    """Says which vector and matrix instructions the CPU has; nothing about those that the system does not speak of."""
+    """Returns which vector and matrix instructions the CPU has, without those that the system does not report."""
     try:
         if sys.platform == "darwin":
             return instruction_sets_of_mac(_sysctl(), platform.machine())
@@ -183,15 +183,15 @@ def instruction_sets(cpuinfo: Path = _CPUINFO) -> dict[str, bool]:
 
 
 def products_saturate(sets: Mapping[str, bool]) -> bool:
-    """Whether this CPU adds products of unsigned and signed 8-bit integers in 16 bits, two of which can be more than fits.
+    """Returns whether this CPU's INT8 products may saturate: it adds two products of 8-bit integers in 16 bits.
 
-    x86 did before VNNI (vpmaddubsw); where nothing is known of the CPU, False.
+    x86 CPUs without VNNI do (vpmaddubsw). Returns False if the CPU's instruction sets are unknown.
     """
     return "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI"))
 
 
 def instruction_sets_of_linux(cpuinfo: str) -> dict[str, bool]:
-    """Reads `/proc/cpuinfo`: its `flags` on x86, its `Features` on ARM."""
+    """Parses `/proc/cpuinfo`: the line `flags` on x86, the line `Features` on ARM."""
     lines = _colon_lines(cpuinfo)
     for line, names in (("flags", _X86), ("Features", _ARM)):
         if line in lines:
@@ -200,7 +200,7 @@ def instruction_sets_of_linux(cpuinfo: str) -> dict[str, bool]:
 
 
 def instruction_sets_of_mac(sysctl: str, machine: str) -> dict[str, bool]:
-    """Reads `sysctl hw.optional machdep.cpu.leaf7_features`; an older macOS leaves out what it does not know yet."""
+    """Parses the output of `sysctl hw.optional machdep.cpu.leaf7_features`; old versions of macOS omit new names."""
     lines = _colon_lines(sysctl)
     if machine == "arm64":
         known = {name: keys for name, keys in _MAC_ARM.items() if any(key in lines for key in keys)}
@@ -209,7 +209,7 @@ def instruction_sets_of_mac(sysctl: str, machine: str) -> dict[str, bool]:
 
 
 def _siblings(cpu: int) -> str:
-    """Returns what the CPUs of one core have in common; the CPU itself where the system does not say."""
+    """Returns the list of CPUs that share a core; the CPU itself if the system does not report it."""
     try:
         return (_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
@@ -221,7 +221,7 @@ def _named(names: Mapping[str, tuple[str, ...]], found: set[str]) -> dict[str, b
 
 
 def _colon_lines(text: str) -> dict[str, str]:
-    """Returns `name: value` lines; of several with one name, as `/proc/cpuinfo` has for each CPU, the first."""
+    """Parses `name: value` lines; of repeated names, such as those for each CPU in `/proc/cpuinfo`, keeps the first."""
     lines: dict[str, str] = {}
     for line in text.splitlines():
         name, colon, value = line.partition(":")
@@ -243,5 +243,5 @@ def _total_memory() -> int | None:
 
 
 def _sysctl() -> str:
-    # Its exit status is not looked at: it fails when one of the names is not of this kind of machine, and prints the others.
+    # The exit status is ignored: sysctl fails if this machine lacks one of the names, but prints the others.
     return child.run_program(["/usr/sbin/sysctl", "hw.optional", _MAC_FEATURES], timeout=10).stdout

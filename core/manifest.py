@@ -1,4 +1,4 @@
-"""A bundle: the directory that is deployed, described and sealed by its `manifest.json`."""
+"""Bundles: directories for deployment, with a `manifest.json` that describes the model and contains all files' hashes."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -44,7 +44,7 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """A file as it was sealed."""
+    """Size and hash of a file in the bundle."""
 
     sha256: str
     bytes: int
@@ -65,14 +65,15 @@ class Parity(_Record):
 
     @property
     def largest(self) -> float:
-        """The largest difference of all."""
+        """The largest difference."""
         return max(*self.logits.values(), *self.caches.values())
 
 
 class Ranges(_Record):
-    """How large activations grew while text was read in float32, and which products of a float16 graph stay float32.
+    """The largest activations of a float32 model on a text, and the layers that stay float32 in a float16 graph.
 
-    `largest` has the largest absolute value in or out of each product by its path; times `margin` it must fit.
+    `largest` has the largest absolute input or output of each linear layer by its path. A layer stays float32 if this value
+    times `margin` exceeds float16's range.
     """
 
     text: str
@@ -85,14 +86,14 @@ class Ranges(_Record):
 class Scheme(_Record):
     """How one weight (N, K) is stored: unsigned integers, a float32 scale for each block of input channels.
 
-    An integer q of b bits stands for (q - z) * scale, z being 2^(b - 1) or, with zero points, one for each block.
+    A b-bit integer q represents (q - z) * scale. z is 2^(b - 1), or the block's own zero point.
 
     Attributes:
         bits: Bits of an integer.
-        block_size: Input channels that share a scale.
+        block_size: Number of input channels that share a scale.
         zero_points: Whether each block has its own z.
-        dynamic: Whether the product is one of 8-bit integers, activations being rounded to them a token at a time. Weights are
-            signed then, and a block is as long as the input, so that a scale belongs to an output channel.
+        dynamic: Whether the layer multiplies 8-bit integers: activations are quantized per token. Weights are signed then,
+            and a block is as long as the input, so that a scale belongs to an output channel.
         reduced: Of a dynamic scheme, whether weights keep to seven bits: processors without VNNI add pairs of products in 16
             bits, and cut off what eight bits can come to.
     """
@@ -104,29 +105,29 @@ class Scheme(_Record):
     reduced: bool = False
 
     def bytes(self, outputs: int, inputs: int) -> int:
-        """Returns what a weight takes in the file: integers, scales and zero points."""
+        """Returns the bytes of a weight in the file: integers, scales and zero points."""
         blocks = inputs // self.block_size
         points = -(-blocks * self.bits // 8) if self.zero_points else 0
         return outputs * (inputs * self.bits // 8 + 4 * blocks + points)
 
     @property
     def name(self) -> str:
-        """The scheme in a word."""
+        """A short name of the scheme."""
         if self.dynamic:
             return f"int{7 if self.reduced else 8} by channel, dynamic"
         return f"int{self.bits} in blocks of {self.block_size}"
 
 
 class Quantization(_Record):
-    """How the weights are stored.
+    """How the weights are quantized.
 
     Attributes:
-        method: How integers were chosen: to the nearest, with scales searched for, or by GPTQ.
-        accuracy_level: What MatMulNBits rounds activations to: 4 is INT8 by block, 0 nothing.
-        smoothing: The share of the activations in smoothing's factors; None where there is none.
-        schemes: By path of each product.
-        errors: How far each weight is from the smoothed one that it was rounded from, as a share of that, both as roots of
-            sums of squares. `slm verify` finds the same.
+        method: How integers were chosen: rounded to nearest, with a search for scales, or by GPTQ.
+        accuracy_level: How MatMulNBits quantizes activations: 4 is INT8 by block, 0 is not at all.
+        smoothing: The exponent of activations in the smoothing factors; None without smoothing.
+        schemes: The scheme of each layer, by its path.
+        errors: The relative error of each weight after smoothing: the root of the sum of squared errors over that of squared
+            weights. `slm verify` recomputes it.
     """
 
     method: Literal["nearest", "searched", "gptq"] = "nearest"
@@ -137,12 +138,12 @@ class Quantization(_Record):
 
     @property
     def bits(self) -> int:
-        """The fewest bits of any layer."""
+        """The smallest number of bits of any layer."""
         return min(scheme.bits for scheme in self.schemes.values())
 
 
 class Quality(_Record):
-    """What quantization changed, measured on text against the bundle it was made from."""
+    """The effect of quantization, measured on a text against the source bundle."""
 
     text: str
     tokens: int
@@ -180,12 +181,12 @@ class Manifest(_Record):
 
 
 def is_bundle(path: Path) -> bool:
-    """Says whether a directory looks like a bundle."""
+    """Returns whether a directory contains a `manifest.json`."""
     return (path / MANIFEST_FILE).is_file()
 
 
 class Bundle:
-    """An opened bundle whose files are as they were sealed."""
+    """An opened bundle; its files match the manifest."""
 
     def __init__(self, path: Path, manifest: Manifest, config: ModelConfig) -> None:
         self.path = path
@@ -194,7 +195,7 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The graph; its weights lie beside it, memory-mapped when it is opened."""
+        """The graph's file; its weights are in files beside it, which are memory-mapped when it is opened."""
         return member(self.path, self.manifest.model)
 
     @property
@@ -204,7 +205,7 @@ class Bundle:
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Total size of all files."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
     @classmethod
@@ -213,33 +214,33 @@ class Bundle:
 
         Args:
             path: The directory.
-            trust: Whether a graph may have other nodes than slm writes. Such a graph can take any time and memory.
+            trust: Whether to accept graphs that slm does not write. Such a graph can take any time and memory.
 
         Raises:
-            SlmError: When the directory is not a bundle, a file is missing, truncated or altered, or the graph is not one that
-                slm writes; it is named.
+            SlmError: If the directory is not a bundle, a file is missing, truncated or altered, or slm does not write such a
+                graph; the message names the file.
         """
         if not is_bundle(path):
             why = f"not a bundle: {path} has no {MANIFEST_FILE}" if path.exists() else f"not found: {path}"
-            raise SlmError(why, "slm export --onnx makes one from a checkpoint")
+            raise SlmError(why, "create a bundle from a checkpoint with slm export --onnx")
         fields = read_json(member(path, MANIFEST_FILE), "manifest")
         if fields.get("schema_version") != SCHEMA_VERSION:
             raise SlmError(
-                f"{path}: manifest schema {fields.get('schema_version')!r} is not {SCHEMA_VERSION}",
-                "export it again with this version of slm",
+                f"{path}: manifest schema {fields.get('schema_version')!r} is not supported, only {SCHEMA_VERSION}",
+                "export the bundle again with this version of slm",
             )
         try:
             manifest = Manifest.model_validate(fields)
         except ValidationError as error:
-            raise SlmError(f"{path / MANIFEST_FILE} is wrong: {first_mistake(error)}") from None
+            raise SlmError(f"{path / MANIFEST_FILE} is invalid: {first_mistake(error)}") from None
         for name, entry in manifest.files.items():
             _check_file(path, name, entry)
-        for name in (TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):  # which are read where they lie
+        for name in (TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):  # tokenizers load these if they exist
             if os.path.lexists(path / name) and name not in manifest.files:
-                raise SlmError(f"{path}: {name} is not among the files that the manifest seals", _AGAIN)
+                raise SlmError(f"{path}: {name} is not listed in {MANIFEST_FILE}", _AGAIN)
         for name in (manifest.model, CONFIG_FILE, TOKENIZER_FILE):
             if name not in manifest.files:
-                raise SlmError(f"{path}: {name} is not among the files that the manifest seals")
+                raise SlmError(f"{path}: {name} is not listed in {MANIFEST_FILE}")
         _check_weights(path, manifest)
         config = ModelConfig.from_hf(read_json(member(path, CONFIG_FILE), CONFIG_FILE))
         _check_contract(path, manifest, config)
@@ -249,12 +250,12 @@ class Bundle:
 
 
 def sealed_files(path: Path) -> set[str]:
-    """Returns the names of a bundle's files, its manifest included; none where there is no bundle."""
+    """Returns the names of a bundle's files, including its manifest; an empty set if there is no bundle."""
     if not is_bundle(path):
         return set()
     try:
         manifest = Manifest.model_validate(read_json(path / MANIFEST_FILE, MANIFEST_FILE))
-    except (ValidationError, SlmError):  # some other program's manifest.json
+    except (ValidationError, SlmError):  # a manifest.json of another program
         return set()
     return {MANIFEST_FILE, *manifest.files}
 
@@ -268,22 +269,22 @@ def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
     if size != entry.bytes:
         raise SlmError(f"{directory}: {name} has {size:,} bytes instead of {entry.bytes:,}", _AGAIN)
     if sha256_file(file) != entry.sha256:
-        raise SlmError(f"{directory}: {name} was altered after it was sealed (SHA-256 differs)", _AGAIN)
+        raise SlmError(f"{directory}: {name} was altered (its SHA-256 differs from {MANIFEST_FILE})", _AGAIN)
 
 
 def _check_weights(directory: Path, manifest: Manifest) -> None:
-    """Makes sure that the graph takes its weights from sealed files: onnxruntime before 1.29 follows any path."""
+    """Checks that the graph reads weights only from listed files: onnxruntime before 1.29 reads any path."""
     graph = PurePosixPath(manifest.model)
     for name in sorted(external_files(member(directory, manifest.model))):
         if (graph.parent / name).as_posix() not in manifest.files:
             raise SlmError(
-                f"{directory}: the graph reads {name!r}, which is not among the files that the manifest seals",
+                f"{directory}: the graph reads {name!r}, which is not listed in {MANIFEST_FILE}",
                 "do not trust this artifact",
             )
 
 
 def _check_contract(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
-    """Makes sure that what the manifest says of the graph is what such a graph of this configuration has."""
+    """Checks that the manifest's description of the graph matches the configuration."""
     caches = cache_layers(config, manifest.device, manifest.cache[0].dtype if manifest.cache else "float32")
     slots = slot_specs(config) if manifest.adapter_slots else ()
     for name, found, wanted in (
@@ -294,11 +295,11 @@ def _check_contract(directory: Path, manifest: Manifest, config: ModelConfig) ->
         ("parameters", manifest.parameters, config.parameter_count()),
     ):
         if found != wanted:
-            raise SlmError(f"{directory / MANIFEST_FILE} is wrong: {name} does not fit {CONFIG_FILE}", _AGAIN)
+            raise SlmError(f"{directory / MANIFEST_FILE} is invalid: {name} does not match {CONFIG_FILE}", _AGAIN)
 
 
 def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
-    """Makes sure that the graph is the one that slm writes for such a manifest and configuration."""
+    """Checks that slm writes this graph for the manifest and configuration."""
     schemes = manifest.quantization.schemes if manifest.quantization else {}
     kept = frozenset(manifest.ranges.float32 if manifest.ranges else ())
     half = manifest.device != "cpu"
@@ -307,7 +308,7 @@ def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> No
         if manifest.quantization is None:
             return Stored(half=half and path not in kept)
         if path not in schemes:
-            raise SlmError(f"{directory / MANIFEST_FILE} is wrong: it does not say how {path} is stored", _AGAIN)
+            raise SlmError(f"{directory / MANIFEST_FILE} is invalid: it has no scheme for {path}", _AGAIN)
         scheme = schemes[path]
         return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic)
 
@@ -327,7 +328,7 @@ def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> No
 
 
 def seal(directory: Path, manifest: Manifest) -> Bundle:
-    """Writes `manifest.json` with the hash of every other file in the directory; returns the bundle."""
+    """Writes `manifest.json` with the hashes of all other files in the directory; returns the bundle."""
     entries = {
         file.relative_to(directory).as_posix(): FileEntry(sha256=sha256_file(file), bytes=file.stat().st_size)
         for file in sorted(directory.rglob("*"))

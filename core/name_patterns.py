@@ -1,8 +1,8 @@
-"""Regular expressions from an adapter's file, matched with the names of modules in bounded time.
+"""Matches an adapter's regular expressions with module names in bounded time.
 
-PEFT matches them with Python's `re`, which takes exponential time for some. Here the Rust engine that pydantic ships matches
-them, in time linear in the name. It has no look-around: an expression that needs some goes to Python's `re`, if it is simple
-enough to be quick. Repetitions with a count are bounded too, because each is compiled into as many copies.
+PEFT uses Python's `re`, which takes exponential time for some expressions. Here the Rust engine that pydantic includes
+matches in time linear in the name. It has no look-around: an expression with look-around uses Python's `re`, if it is simple
+enough. Repetitions with a count are limited too, because each compiles to that many copies.
 """
 
 import re
@@ -13,28 +13,28 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from slm.core.errors import SlmError
 
-# More than an adapter of the largest model has modules, and longer than an expression that people write.
+# Higher than the number of modules in the largest model, and longer than expressions that people write.
 MAX_PATTERNS, MAX_PATTERN_CHARACTERS, MAX_CHARACTERS = 2_000, 2_000, 200_000
-# How many may have a count ("{3}"), which takes up to 50 ms to compile, or look-around, which takes 2 ms for each name.
+# Patterns with a count ("{3}") take up to 50 ms to compile; patterns with look-around take 2 ms for each name.
 _MOST_COUNTED, _MOST_IN_PYTHON = 20, 8
-# Repetitions of an expression with look-around: time grows with the length of a name to this power.
+# Repetitions in an expression with look-around: matching time grows with the length of a name to this power.
 _MOST_REPETITIONS = 3
 
 _T = TypeVar("_T")
 
 
 def by_pattern(patterns: Mapping[str, _T], names: Iterable[str], where: str) -> dict[str, _T]:
-    """Returns the value of the first pattern that matches each name, for the names that one matches.
+    """Returns the value of the first pattern that matches each name; leaves out names that no pattern matches.
 
-    As PEFT's `get_pattern_key`: a pattern matches a whole name, or what follows some "." in it.
+    Follows PEFT's `get_pattern_key`: a pattern matches a whole name, or the part of it after any ".".
 
     Args:
         patterns: Values by regular expression.
-        names: The names.
-        where: The field that has the patterns, for messages.
+        names: Module names.
+        where: The field that contains the patterns, for messages.
 
     Raises:
-        SlmError: When a pattern is no regular expression, may take very long, or there are too many.
+        SlmError: If a pattern is not a regular expression or may take very long, or there are too many.
     """
     _check_amount(patterns, where)
     left, in_python = list(names), 0
@@ -53,18 +53,18 @@ def by_pattern(patterns: Mapping[str, _T], names: Iterable[str], where: str) -> 
 
 
 def whole_matches(pattern: str, names: Iterable[str], where: str) -> set[str] | None:
-    """Returns the names that a regular expression matches from end to end, as Python's `re.fullmatch`.
+    """Returns the names that a regular expression matches completely, as Python's `re.fullmatch` does.
 
     Args:
         pattern: The expression.
-        names: The names.
-        where: The field that has it, for messages.
+        names: Module names.
+        where: The field that contains the expression, for messages.
 
     Returns:
-        The names; None for an expression that the linear engine does not take, or that is too long for it.
+        The names; None if the expression is too long, or the linear engine does not support it.
 
     Raises:
-        SlmError: When it is no regular expression.
+        SlmError: If the pattern is not a regular expression.
     """
     if len(pattern) > MAX_PATTERN_CHARACTERS:
         return None
@@ -79,19 +79,19 @@ def _check_amount(patterns: Iterable[str], where: str) -> None:
     lengths = [len(pattern) for pattern in patterns]
     longest = max(lengths, default=0)
     if longest > MAX_PATTERN_CHARACTERS:
-        raise SlmError(f"{where}: a pattern has {longest:,} characters, at most {MAX_PATTERN_CHARACTERS:,}")
+        raise SlmError(f"{where}: a pattern has {longest:,} characters; the limit is {MAX_PATTERN_CHARACTERS:,}")
     if len(lengths) > MAX_PATTERNS or sum(lengths) > MAX_CHARACTERS:
         raise SlmError(
-            f"{where} has {len(lengths):,} patterns of {sum(lengths):,} characters, at most {MAX_PATTERNS:,} of"
-            f" {MAX_CHARACTERS:,}"
+            f"{where} has {len(lengths):,} patterns of {sum(lengths):,} characters; the limit is {MAX_PATTERNS:,} patterns"
+            f" of {MAX_CHARACTERS:,} characters"
         )
     counted = sum("{" in pattern for pattern in patterns)
     if counted > _MOST_COUNTED:
-        raise SlmError(f"{where} has {counted:,} patterns with counts, at most {_MOST_COUNTED}")
+        raise SlmError(f"{where} has {counted:,} patterns with counts; the limit is {_MOST_COUNTED}")
 
 
 def _linear_matcher(pattern: str, where: str) -> Callable[[str], bool] | None:
-    """Returns what says whether a name matches, in linear time; None for a pattern that the engine does not take."""
+    """Returns a function that matches a name in linear time, or None if the engine does not support the pattern."""
     return _compiled(_whole(pattern), where, pattern)
 
 
@@ -99,7 +99,7 @@ def _compiled(expression: str, where: str, pattern: str) -> Callable[[str], bool
     try:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
-        raise SlmError(f"{where}: {pattern!r} is no regular expression ({error})") from None
+        raise SlmError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
     try:
         schema = core_schema.str_schema(pattern=rf"\A(?:{expression})\z", regex_engine="rust-regex")
         return SchemaValidator(schema).isinstance_python

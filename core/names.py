@@ -1,4 +1,4 @@
-"""What a name given to a command means: a path, a run, or an artifact of a run; and what to type when it means nothing."""
+"""Resolves a name given to a command: a path, a run, or an artifact of a run; errors suggest what to type."""
 
 import re
 import shlex
@@ -23,31 +23,31 @@ from slm.core.errors import SlmError
 from slm.core.runs import RUNS
 from slm.core.weights import WEIGHTS_FILE
 
-# Where an artifact of a run may lie, below the run.
+# Directories of a run, relative to the run, that contain its artifacts.
 _PLACES = ("", "checkpoint", "adapters")
-# A path that is not there.
+# A path that never exists.
 _NOWHERE = "/dev/null/nothing"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Names in a message.
+# The most names that a message lists.
 _LISTED = 8
 
 
 def resolve(name: str, kinds: Sequence[Kind], others: Sequence[str] = ()) -> tuple[Path, tuple[str, ...]]:
-    """Finds the artifact that a name means, and what should be said about it.
+    """Returns the artifact that a name refers to, and notices about the choice.
 
-    A path is taken as it is. Otherwise a name is that of a run, of `RUN/ARTIFACT`, or of an artifact that occurs once under
-    `./runs`. A run stands for its newest suitable artifact.
+    An existing path is used unchanged. Otherwise the name is that of a run, of `RUN/ARTIFACT`, or of an artifact whose name
+    occurs once under `./runs`. A run refers to its newest suitable artifact.
 
     Args:
-        name: As it was typed.
-        kinds: What the command can use.
-        others: Further names that the command knows, to suggest.
+        name: The name as typed.
+        kinds: The kinds of artifacts that the command supports.
+        others: Further valid names, for suggestions.
 
     Returns:
-        The path, and sentences for the user.
+        The path, and sentences to show to the user.
 
     Raises:
-        SlmError: When there is no such artifact, it is of another kind, or several have the name; the hint says what to type.
+        SlmError: If there is no such artifact, it is of another kind, or the name is ambiguous; the hint says what to type.
     """
     if not name:
         raise SlmError("the name of an artifact is empty", _what_it_is(kinds))
@@ -64,7 +64,7 @@ def resolve(name: str, kinds: Sequence[Kind], others: Sequence[str] = ()) -> tup
     fitting = [each for each in found if each.kind in kinds]
     if len(fitting) > 1:
         listed = ", ".join(short_name(each.path) for each in fitting)
-        raise SlmError(f"{name} is the name of several artifacts", f"name one of {listed}")
+        raise SlmError(f"{name} is ambiguous: several artifacts have this name", f"use one of {listed}")
     if fitting:
         return fitting[0].path, (f"Using {fitting[0].path} ({fitting[0].kind} named {name}).",)
     if found:
@@ -73,9 +73,9 @@ def resolve(name: str, kinds: Sequence[Kind], others: Sequence[str] = ()) -> tup
 
 
 def short_name(path: Path) -> str:
-    """Returns the shortest name that means an artifact: `tiny/onnx-int8` for `runs/tiny/onnx-int8`.
+    """Returns the shortest name for an artifact: `tiny/onnx-int8` for `runs/tiny/onnx-int8`.
 
-    What lies elsewhere than under `./runs` keeps its directory's name.
+    For an artifact outside `./runs`, returns the name of its directory.
     """
     try:
         parts = path.resolve().relative_to(RUNS.resolve()).parts
@@ -86,17 +86,17 @@ def short_name(path: Path) -> str:
 
 
 def known_names(kinds: Sequence[Kind]) -> list[str]:
-    """Returns the names that mean an artifact here: runs, and artifacts by their short names."""
+    """Returns the names that `resolve` accepts: runs, and the short names of artifacts."""
     found = [each for each in artifacts() if each.kind in kinds]
     runs = dict.fromkeys(short_name(each.path).partition("/")[0] for each in found)
     return list(dict.fromkeys((*runs, *(short_name(each.path) for each in found))))
 
 
 def _path(name: str) -> Path:
-    """Returns the path that a name spells; of what cannot be a path, one that is not there.
+    """Returns the path that a name spells, or a path that does not exist if the name cannot be a path.
 
     Raises:
-        SlmError: When the path may not be looked at.
+        SlmError: If permissions do not allow access to the path.
     """
     try:
         path = Path(name).expanduser()
@@ -110,18 +110,18 @@ def _path(name: str) -> Path:
         OSError,
         RuntimeError,
         ValueError,
-    ):  # longer than a name may be, "~" and no user, a zero byte: a text, it may be
+    ):  # the name is too long, has "~" without a user or a zero byte: it may be a prompt
         return Path(_NOWHERE)
 
 
 def _is_plain(name: str) -> bool:
-    """Says whether a name can be one below `./runs`: no absolute path, and none that leads out of it."""
+    """Returns whether a name is a relative path below `./runs`, without `..`."""
     path = Path(name)
     return _path(name) == path and not path.is_absolute() and ".." not in path.parts
 
 
 def _named(name: str) -> list[Artifact]:
-    """Returns what a name means below a run: `RUN/ARTIFACT`, or an artifact's name alone in any of them."""
+    """Returns the artifacts that a name may refer to: `RUN/ARTIFACT`, or an artifact's name alone, in any run."""
     first, _, rest = name.strip("/").partition("/")
     if rest:
         places = [RUNS / first / place / rest for place in _PLACES]
@@ -130,23 +130,23 @@ def _named(name: str) -> list[Artifact]:
 
 
 def _suitable(path: Path, kind: Kind, kinds: Sequence[Kind]) -> Path:
-    """Returns the path of an artifact that the command can use.
+    """Returns the path of an artifact, if the command supports its kind.
 
     Raises:
-        SlmError: When it is of another kind.
+        SlmError: If it does not.
     """
     if kind in kinds:
         return path
     quoted = shlex.quote(str(path))
     hints = {
-        ("checkpoint", "bundle"): f"slm export --onnx {quoted} makes one",
-        ("adapter", "bundle"): f"slm export --onnx --adapter {quoted} makes one with the adapter merged into it",
-        ("adapter", "checkpoint"): f"an adapter answers with its base: slm generate BASE --adapter {quoted}",
+        ("checkpoint", "bundle"): f"create a bundle with slm export --onnx {quoted}",
+        ("adapter", "bundle"): f"create a bundle with the adapter merged: slm export --onnx --adapter {quoted}",
+        ("adapter", "checkpoint"): f"use an adapter with its base: slm generate BASE --adapter {quoted}",
         ("bundle", "checkpoint"): _origin(path),
     }
     hint = next((hints[kind, wanted] for wanted in reversed(kinds) if (kind, wanted) in hints), None)
     what = {"adapter": "a LoRA adapter"}.get(kind, f"a {kind}")
-    raise SlmError(f"{_none_of(kinds)}: {path} is {what}", hint or "slm finetune --lora makes an adapter")
+    raise SlmError(f"{_none_of(kinds)}: {path} is {what}", hint or "create an adapter with slm finetune --lora")
 
 
 def _origin(bundle: Path) -> str:
@@ -169,9 +169,9 @@ def _of_run(run: Path, kinds: Sequence[Kind]) -> tuple[Path, tuple[str, ...]]:
         adapters = [each for each in found if each.kind == "adapter"]
         if len(adapters) > 1:
             listed = ", ".join(short_name(each.path) for each in adapters)
-            raise SlmError(f"{run} has several adapters", f"name one of {listed}")
+            raise SlmError(f"{run} has several adapters", f"use one of {listed}")
         if not adapters:
-            raise SlmError(f"{run} has no adapter", "slm finetune --lora FILE makes one")
+            raise SlmError(f"{run} has no adapter", "create one with slm finetune --lora FILE")
         return adapters[0].path, (f"Using {adapters[0].path} (the only adapter of {run}).",)
     elif "bundle" in kinds:
         choice = newest_bundle(run=run)
@@ -179,7 +179,7 @@ def _of_run(run: Path, kinds: Sequence[Kind]) -> tuple[Path, tuple[str, ...]]:
         choice = newest_checkpoint(run=run)
     if choice is None:
         listed = ", ".join(str(each.path) for each in found)
-        raise SlmError(f"{_none_of(kinds)}: {run}", f"it holds {listed}")
+        raise SlmError(f"{_none_of(kinds)}: {run}", f"it contains {listed}")
     what, comma, more = choice.why.partition(",")
     return choice.artifact.path, (f"Using {choice.artifact.path} ({what} of {run}{comma}{more}).", *choice.notes)
 
@@ -191,7 +191,7 @@ def _none_of(kinds: Sequence[Kind]) -> str:
 
 
 def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[str]) -> SlmError:
-    """Returns the error for a name that means nothing, with a hint by what it looks like."""
+    """Returns the error for an unknown name, with a hint that depends on its form."""
     exists = path.exists()
     message = f"{_none_of(kinds) if exists else 'not found'}: {name}"
     if path.suffix == ".gguf" and path.is_file():
@@ -207,18 +207,18 @@ def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[st
     if near and not (hub and not any("/" in each for each in near)):
         return SlmError(message, f"did you mean {' or '.join(near)}?")
     if _is_text(name):
-        return SlmError(message, f"a text goes after -p: slm generate -p {_quoted(name)}")
+        return SlmError(message, f"pass a prompt with -p: slm generate -p {_quoted(name)}")
     if hub:
-        return SlmError(message, f"for a model of the Hugging Face hub: slm import {name}")
+        return SlmError(message, f"to import a model from the Hugging Face hub: slm import {name}")
     if known:
         more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-        prompt = "; a text goes after -p" if len(kinds) > 1 and name.isalpha() else ""
-        return SlmError(message, f"there is {', '.join(known[:_LISTED])}{more} under ./{RUNS}{prompt}")
+        prompt = "; pass a prompt with -p" if len(kinds) > 1 and name.isalpha() else ""
+        return SlmError(message, f"names under ./{RUNS}: {', '.join(known[:_LISTED])}{more}{prompt}")
     return SlmError(message, _what_it_is(kinds))
 
 
 def suggestions(typed: str, known: Sequence[str]) -> list[str]:
-    """Returns the known names that are spelt most like what was typed, at most three."""
+    """Returns at most three known names with the most similar spelling."""
     name = typed.removeprefix("./").removeprefix(f"{RUNS}/").rstrip("/")
     spelt = {each.rpartition("/")[2].lower(): each for each in known} | {each.lower(): each for each in known}
     return list(dict.fromkeys(spelt[each] for each in get_close_matches(name.lower(), spelt, n=3, cutoff=0.7)))
@@ -226,11 +226,11 @@ def suggestions(typed: str, known: Sequence[str]) -> list[str]:
 
 def _what_it_is(kinds: Sequence[Kind]) -> str:
     if kinds[0] == "adapter":
-        return f"an adapter is a directory that slm finetune --lora makes, or an {ADAPTER_SUFFIX} file"
+        return f"create an adapter with slm finetune --lora, or name an {ADAPTER_SUFFIX} file"
     if len(kinds) > 1:
-        return "slm train makes a checkpoint, slm export --onnx a bundle"
+        return "create a checkpoint with slm train, or a bundle with slm export --onnx"
     if kinds[0] == "bundle":
-        return "slm export --onnx makes one from a checkpoint"
+        return "create a bundle from a checkpoint with slm export --onnx"
     return f"a checkpoint is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
 
 

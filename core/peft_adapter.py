@@ -1,6 +1,6 @@
-"""A LoRA adapter in PEFT's format, read in numpy: the one reader for merging, for slots and for `.onnx_adapter` files.
+"""Reads LoRA adapters in PEFT's format with numpy, for merging, for adapter slots and for `.onnx_adapter` files.
 
-The tensors' names say which modules are adapted. `adapter_config.json` says how strongly, and must not contradict them.
+The names of the tensors define the adapted modules. `adapter_config.json` defines the scale, and must match the tensors.
 Dimensions: K inputs, N outputs, r rank, D hidden size, R trained rows.
 """
 
@@ -27,12 +27,12 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 Array = NDArray[Any]
 
 _PREFIX = "base_model.model."
-# What a tensor is, after its module's name. PEFT leaves its own name for the adapter, "default", out; others keep it.
+# The kind of a tensor, after its module's name. PEFT omits the adapter's name, "default"; other tools keep it.
 _KIND = re.compile(
     r"(?P<module>.+?)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|token_adapter\.trainable_tokens_delta)(\.default)?(\.weight)?"
 )
-# Where a multimodal model has its text part: transformers before 4.52, and since.
+# Prefixes of the text part in a multimodal model: of transformers before 4.52, and of later versions.
 _TEXT_PREFIX = re.compile(r"^(?:language_model\.(?=lm_head)|language_model\.(model\.)|(model\.)language_model\.)")
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -44,14 +44,14 @@ _AGAIN = "copy or train it again"
 
 @dataclass
 class Update:
-    """What an adapter adds to one product: scale * B A, and for DoRA the magnitude of each output channel.
+    """An adapter's update of one linear layer: scale * B A, and for DoRA the magnitude of each output channel.
 
     Attributes:
         low: A (r, K) float32.
         high: B (N, r) float32.
-        alpha: The module's alpha; with its rank it makes the scale.
+        alpha: The module's alpha.
         scale: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA.
-        magnitude: (N,) float32 of DoRA, else None.
+        magnitude: DoRA's magnitudes (N,) float32; None for other adapters.
     """
 
     low: Array
@@ -71,13 +71,13 @@ class PeftAdapter:
     """An adapter that fits a model.
 
     Attributes:
-        path: Its directory.
-        fields: Its configuration.
-        updates: By path of the product ("model.layers.0.self_attn.q_proj"), in the model's order.
-        embedding: Of the embedding ("model.embed_tokens"), likewise; an untied model's alone.
+        path: The adapter's directory.
+        fields: The adapter's configuration.
+        updates: The updates by path of the linear layer ("model.layers.0.self_attn.q_proj"), in the model's order.
+        embedding: The update of the embedding ("model.embed_tokens"); only untied models can have one.
         rows: Trained rows (R, D) float32 by path of the matrix: "model.embed_tokens", "lm_head".
-        copies: Copies (V, D) of the base's embedding and head, which PEFT writes beside what changes them; a base with other
-            values would be another model.
+        copies: Copies (V, D) of the base's embedding and head, which PEFT stores beside updates of them. A base with other
+            values is another model.
     """
 
     path: Path
@@ -92,13 +92,13 @@ def read_peft_adapter(path: Path, config: ModelConfig) -> PeftAdapter:
     """Reads an adapter's directory for a model.
 
     Raises:
-        SlmError: When the directory is no LoRA adapter, is damaged, does not fit the model, contradicts itself, or asks for
-            something that slm does not compute.
+        SlmError: If the directory is not a LoRA adapter, is damaged, does not fit the model, contradicts itself, or uses a
+            feature that is not supported.
     """
     if not is_adapter(path):
         kind = "not found" if not path.exists() else "not an adapter"
         hint = (
-            f"an adapter is a directory with {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}; slm finetune makes one"
+            f"an adapter is a directory with {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}; slm finetune writes one"
         )
         raise SlmError(f"{kind}: {path}", hint)
     fields = read_adapter_fields(path)
@@ -115,7 +115,7 @@ def read_peft_adapter(path: Path, config: ModelConfig) -> PeftAdapter:
         shape = shapes.get(f"{module}.weight", ())
         if len(shape) != 2:
             raise SlmError(
-                f"{path} does not fit the model: it has no product {module}", "it was trained on another base"
+                f"{path} does not fit the model, which has no linear layer {module}", "it was trained on another base"
             )
         parts, spelt = tensors[module], as_spelt[module]
         if _ROWS in parts:
@@ -128,15 +128,15 @@ def read_peft_adapter(path: Path, config: ModelConfig) -> PeftAdapter:
             )
     _check_rows(adapter, config)
     if not adapter.updates and not adapter.embedding:
-        raise SlmError(f"{path} holds no LoRA tensors", _AGAIN)
+        raise SlmError(f"{path} has no LoRA tensors", _AGAIN)
     if config.tie_word_embeddings and any(name in _TIED for name in (*adapter.updates, *adapter.embedding)):
-        # The two would get different updates, which one shared matrix cannot hold.
-        raise SlmError(f"{path}: the adapter changes the embedding or the head, and the base ties the two")
+        # The updates of the two would differ, but they share one matrix.
+        raise SlmError(f"{path}: the adapter changes the embedding or the head, but the base ties the two")
     return adapter
 
 
 def _tensors(path: Path) -> dict[str, Array]:
-    """Returns the file's tensors in float32."""
+    """Returns the tensors of the adapter's file in float32."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -148,12 +148,14 @@ def _tensors(path: Path) -> dict[str, Array]:
     found: dict[str, Array] = {}
     try:
         with safe_open(str(file), framework="np") as opened:
-            for name in opened.keys():  # noqa: SIM118  not a mapping
+            for name in opened.keys():  # noqa: SIM118  # not a mapping
                 kind = opened.get_slice(name).get_dtype()
                 if kind not in _FLOATS:
-                    raise SlmError(f"{path}: {name} is stored as {kind}", "slm reads float adapters")
+                    raise SlmError(
+                        f"{path}: {name} is stored as {kind}, which is not supported", "slm reads float adapters"
+                    )
                 if kind == "BF16":
-                    import ml_dtypes  # noqa: F401  teaches numpy the type
+                    import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy
                 found[name] = np.ascontiguousarray(opened.get_tensor(name).astype(np.float32))
     except ImportError:
         raise SlmError("reading a bfloat16 adapter needs ml_dtypes", "pip install ml_dtypes") from None
@@ -161,22 +163,22 @@ def _tensors(path: Path) -> dict[str, Array]:
         raise SlmError(f"cannot read the adapter: {file} ({error})", _AGAIN) from None
     for name, array in found.items():
         if not np.isfinite(array).all():
-            raise SlmError(f"{path}: {name} holds values that are NaN or infinite", _AGAIN)
+            raise SlmError(f"{path}: {name} has values that are NaN or infinite", _AGAIN)
     return found
 
 
 def _by_module(
     adapter: PeftAdapter, tensors: Mapping[str, Array]
 ) -> tuple[dict[str, dict[str, Array]], dict[str, str]]:
-    """Returns the tensors by the text model's module and by kind, and each module's name as the file spells it."""
+    """Returns the tensors by the text model's module and by kind, and each module's name as spelled in the file."""
     modules: dict[str, dict[str, Array]] = {}
     as_spelt: dict[str, str] = {}
     for name, array in tensors.items():
         if not name.startswith(_PREFIX):
-            raise SlmError(f"{adapter.path}: {name} is no tensor of PEFT's: its names begin with {_PREFIX}")
+            raise SlmError(f"{adapter.path}: {name} is not a tensor name of PEFT's, which start with {_PREFIX}")
         inner = name.removeprefix(_PREFIX)
         if _VISION.match(inner):
-            continue  # slm runs the text part
+            continue  # slm runs only the text part
         match = _KIND.fullmatch(inner)
         copied = _TEXT_PREFIX.sub(_text_part, inner).removesuffix(".weight").removesuffix(".base_layer")
         if match is None and inner.endswith(".weight") and copied in _TIED:
@@ -185,13 +187,13 @@ def _by_module(
         if match is None:
             what = "a bias" if inner.endswith(".bias") else "more than low-rank updates"
             raise SlmError(
-                f"{adapter.path} holds {what}: {name}",
+                f"{adapter.path} has {what}, which is not supported: {name}",
                 "merge it with PEFT (merge_and_unload, save_pretrained), then slm import",
             )
         module, kind = match["module"], match["kind"]
         as_text = _TEXT_PREFIX.sub(_text_part, module)
         if as_spelt.setdefault(as_text, module) != module or kind in modules.get(as_text, {}):
-            raise SlmError(f"{adapter.path}: two tensors are {kind} of {as_text}", _AGAIN)
+            raise SlmError(f"{adapter.path}: {as_text} has two tensors {kind}", _AGAIN)
         modules.setdefault(as_text, {})[kind.replace("lora_embedding_", "lora_")] = array
     return modules, as_spelt
 
@@ -203,7 +205,7 @@ def _text_part(match: re.Match[str]) -> str:
 def _check_targets(
     adapter: PeftAdapter, tensors: Mapping[str, Mapping[str, Array]], as_spelt: Mapping[str, str]
 ) -> None:
-    """Makes sure that the configuration targets the modules that have tensors: PEFT ignores the tensors of others."""
+    """Checks that the configuration targets all modules with tensors: PEFT ignores tensors of other modules."""
     fields, where = adapter.fields, adapter.path / ADAPTER_CONFIG_FILE
     modules = {as_spelt[module]: module for module, parts in tensors.items() if not parts.keys() <= {_ROWS}}
     left_out = {spelt for spelt in modules if not fields.targets(spelt)}
@@ -214,14 +216,14 @@ def _check_targets(
         left_out |= whole_matches(fields.exclude_modules, modules, f"{where}: exclude_modules") or set()
     if left_out:
         raise SlmError(
-            f"{adapter.path} contradicts itself: it has tensors for {modules[min(left_out)]}, which target_modules,"
-            " exclude_modules and layers_to_transform leave out",
+            f"{adapter.path} contradicts itself: it has tensors for {modules[min(left_out)]}, but target_modules,"
+            " exclude_modules and layers_to_transform leave it out",
             "copy both files of one adapter",
         )
 
 
 def _check_complete(adapter: PeftAdapter, config: ModelConfig, tensors: Mapping[str, Mapping[str, Array]]) -> None:
-    """Makes sure that no module of a list of target modules lacks its tensors; each name of the list must be a module's."""
+    """Checks that every module in a list of target modules has tensors, and that the model has such modules."""
     fields = adapter.fields
     if isinstance(fields.target_modules, str):
         return
@@ -236,11 +238,9 @@ def _check_complete(adapter: PeftAdapter, config: ModelConfig, tensors: Mapping[
     missing = [m for m in modules if fields.targets(m) and not tensors.get(m, {}).keys() - {_ROWS}]
     tied = [m for m in missing if m in _TIED and config.tie_word_embeddings]
     if tied:
-        raise SlmError(f"{adapter.path}: the adapter changes the embedding or the head, and the base ties the two")
+        raise SlmError(f"{adapter.path}: the adapter changes the embedding or the head, but the base ties the two")
     if missing and not isinstance(fields.exclude_modules, str):
-        raise SlmError(
-            f"{adapter.path} lacks tensors that its configuration names; missing: {', '.join(missing[:3])}", _AGAIN
-        )
+        raise SlmError(f"{adapter.path} lacks tensors of its target modules; missing: {', '.join(missing[:3])}", _AGAIN)
 
 
 def _update(
@@ -250,22 +250,22 @@ def _update(
     low, high, magnitude = (parts.get(kind) for kind in ("lora_A", "lora_B", "lora_magnitude_vector"))
     for kind, array in (("lora_A", low), ("lora_B", high), *[("lora_magnitude_vector", magnitude)] * dora):
         if array is None:
-            raise SlmError(f"{path} lacks tensors that its configuration names; missing: {module}.{kind}", _AGAIN)
+            raise SlmError(f"{path} lacks tensors of its target modules; missing: {module}.{kind}", _AGAIN)
     assert low is not None and high is not None
     if magnitude is not None and not dora:
-        raise SlmError(f"{path} contradicts itself: use_dora is false, and {module} has magnitudes", _AGAIN)
-    # An embedding's table (V, D) is looked up, not multiplied with: its A is (r, V), and its B (D, r).
+        raise SlmError(f"{path} contradicts itself: use_dora is false, but {module} has magnitudes", _AGAIN)
+    # An embedding's table (V, D) is looked up, not multiplied: its A is (r, V), and its B (D, r).
     inputs, outputs = shape if module == _EMBEDDING else shape[::-1]
     fits = low.ndim == high.ndim == 2 and low.shape[1] == inputs and high.shape == (outputs, low.shape[0])
     if not fits or (magnitude is not None and magnitude.size != outputs):
         raise SlmError(
-            f"{path} does not fit the model: {module} is {low.shape} and {high.shape}, for {inputs} inputs and {outputs}"
-            " outputs",
+            f"{path} does not fit the model: {module} has the shapes {low.shape} and {high.shape}, but the layer has"
+            f" {inputs} inputs and {outputs} outputs",
             "it was trained on another base",
         )
     if len(low) != rank:
         raise SlmError(
-            f"{path} contradicts itself: {ADAPTER_CONFIG_FILE} says rank {rank} for {module}, and its tensors have"
+            f"{path} contradicts itself: {ADAPTER_CONFIG_FILE} has rank {rank} for {module}, but its tensors have rank"
             f" {len(low)}",
             "the scale depends on the rank; copy both files of one adapter",
         )
@@ -275,12 +275,12 @@ def _update(
 
 def _checked_rows(adapter: PeftAdapter, module: str, rows: Array, width: int) -> Array:
     if module not in _TIED or rows.ndim != 2 or rows.shape[1] != width:
-        raise SlmError(f"{adapter.path} does not fit the model: trained rows of {module} are {rows.shape}")
+        raise SlmError(f"{adapter.path} does not fit the model: trained rows of {module} have the shape {rows.shape}")
     return rows
 
 
 def _check_rows(adapter: PeftAdapter, config: ModelConfig) -> None:
-    """Makes sure that the configuration names the trained rows that the file holds."""
+    """Checks that the configuration lists the trained rows in the file."""
     indices = adapter.fields.trainable_token_indices
     named: dict[str, list[int]] = {}
     if isinstance(indices, dict):
@@ -288,14 +288,14 @@ def _check_rows(adapter: PeftAdapter, config: ModelConfig) -> None:
     elif indices:
         named = {_EMBEDDING: indices}
     if config.tie_word_embeddings and _HEAD in named:
-        raise SlmError(f"{adapter.path}: the adapter trains rows of the head, and the base ties it to the embedding")
+        raise SlmError(f"{adapter.path}: the adapter trains rows of the head, but the base ties it to the embedding")
     for name in sorted({*named, *adapter.rows}):
         ids, rows = named.get(name, []), adapter.rows.get(name)
         if rows is None or len(rows) != len(ids):
             raise SlmError(
-                f"{adapter.path} contradicts itself: trainable_token_indices names {len(ids)} rows of {name}; the file"
-                f" holds {0 if rows is None else len(rows)}",
+                f"{adapter.path} contradicts itself: trainable_token_indices lists {len(ids)} rows of {name}, but the file"
+                f" has {0 if rows is None else len(rows)}",
                 _AGAIN,
             )
         if not all(0 <= token < config.vocab_size for token in ids):
-            raise SlmError(f"{adapter.path} does not fit the model: it trains rows that the {name} does not have")
+            raise SlmError(f"{adapter.path} does not fit the model: it trains rows beyond the end of {name}")

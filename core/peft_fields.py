@@ -1,12 +1,12 @@
-"""What a PEFT `adapter_config.json` says, for every path that uses an adapter.
+"""Reads PEFT's `adapter_config.json`; every function that uses an adapter reads it here.
 
-The merged path (`finetune/merge.py`) and the slots (`interchange/onnx_adapter.py`) read adapters here, so that they accept
-and refuse the same ones. Fields are of three kinds:
+Merging (`finetune/merge.py`) and adapter slots (`interchange/onnx_adapter.py`) therefore accept and reject the same adapters.
+A field is one of three kinds:
 
-- understood: `AdapterFields` has them.
-- harmless: they say how the adapter was trained or initialised, or where its base was.
-- refused: PEFT would compute something else with them than slm does. Each has a reason, and a value that switches the
-  feature off is accepted. A field that is not known is refused too, unless it is off: PEFT's new fields are kinds of LoRA.
+- understood: a field of `AdapterFields`.
+- harmless: it describes training, initialisation or the path of the base model.
+- rejected: PEFT computes something with it that slm does not. Each has a reason. A value that disables the feature is
+  accepted. Unknown fields are rejected too, unless their value disables them: PEFT's new fields are variants of LoRA.
 """
 
 import re
@@ -21,7 +21,7 @@ from slm.core.errors import SlmError
 from slm.core.files import read_json
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-# PEFT's name for every linear layer but the head.
+# PEFT's name for every linear layer except the head.
 ALL_LINEAR = "all-linear"
 
 _HARMLESS = frozenset(
@@ -29,8 +29,8 @@ _HARMLESS = frozenset(
         *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
         *("inference_mode", "runtime_config", "lora_dropout", "megatron_core", "qalora_group_size"),
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "ensure_weight_tying"),
-        "bias",  # trained biases would be tensors of the file, and Gemma 3 has none
-        "fan_in_fan_out",  # PEFT switches it off for the layers that Gemma 3 has
+        "bias",  # trained biases would be tensors in the file, and Gemma 3 has none
+        "fan_in_fan_out",  # PEFT disables it for Gemma 3's layers
     ]
 )
 _HARMLESS_NAME = re.compile(r"_.*|unsloth_.*")
@@ -39,8 +39,8 @@ _REFUSED = {
     "lora_bias": "slm's products have no bias",
     "modules_to_save": "it replaces whole modules of the base",
     "layer_replication": "it changes the number of layers",
-    "target_parameters": "it adapts parameters that are no products",
-    "alora_invocation_tokens": "it is active after some tokens only",
+    "target_parameters": "it adapts parameters that are not matrices of linear layers",
+    "alora_invocation_tokens": "it activates the adapter after certain tokens only",
     "use_qalora": "slm does not compute QALoRA",
     "use_bdlora": "slm does not compute block-diagonal LoRA",
     "arrow_config": "slm does not compute Arrow's routing",
@@ -49,18 +49,18 @@ _REFUSED = {
     "monteclora_config": "slm does not compute MonteCLoRA",
     "megatron_config": "it is for Megatron's layers",
 }
-# Initialisations that leave the base's weights as they are. The others subtract what they put into the adapter from the
-# base, so that an adapter that was saved as trained belongs to another base than the one it names.
+# Initialisations that do not change the base's weights. The others subtract the adapter's initial value from the base, so
+# an adapter saved as trained does not fit the base model that it names.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# More than the largest model has modules, or anybody trains rows.
+# Higher than the number of modules in the largest model, and than the number of rows in real adapters.
 _MOST_NAMES = 4_000
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 
 class AdapterFields(BaseModel):
-    """The fields that say what an adapter computes, at PEFT's defaults where the file leaves them out.
+    """The fields that define what an adapter computes; missing fields have PEFT's defaults.
 
-    `rank_pattern` and `alpha_pattern` have regular expressions; see `slm.core.name_patterns`.
+    The keys of `rank_pattern` and `alpha_pattern` are regular expressions; see `slm.core.name_patterns`.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
@@ -78,10 +78,10 @@ class AdapterFields(BaseModel):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def targets(self, module: str) -> bool:
-        """Says whether the adapter is for a module, by PEFT's rule.
+        """Returns whether the adapter targets a module, by PEFT's rules.
 
-        A regular expression counts as one that matches: the tensors' names say which modules are meant. Where it can be
-        matched in bounded time, `slm.core.peft_adapter` compares the two.
+        If `target_modules` is a regular expression, the result is True: the names of the tensors define the modules.
+        `slm.core.peft_adapter` compares the two if the expression can be matched in bounded time.
         """
         if isinstance(self.exclude_modules, list) and _among(module, self.exclude_modules):
             return False
@@ -101,7 +101,7 @@ def _among(module: str, names: Sequence[str]) -> bool:
 
 
 def is_adapter(path: Path) -> bool:
-    """Says whether a directory looks like PEFT's."""
+    """Returns whether a directory contains PEFT's `adapter_config.json`."""
     return (path / ADAPTER_CONFIG_FILE).is_file()
 
 
@@ -109,11 +109,11 @@ def read_adapter_fields(path: Path) -> AdapterFields:
     """Reads the `adapter_config.json` of a directory.
 
     Raises:
-        SlmError: When it is not LoRA's, is damaged, or asks for something that slm does not compute; it is named.
+        SlmError: If it is not LoRA's, is damaged, or sets a field that is not supported; the message names the field.
     """
     fields = read_json(path / ADAPTER_CONFIG_FILE, ADAPTER_CONFIG_FILE)
     if fields.get("peft_type") != "LORA":
-        raise SlmError(f"{path}: an adapter of type {fields.get('peft_type')!r}, not 'LORA'")
+        raise SlmError(f"{path}: adapters of type {fields.get('peft_type')!r} are not supported, only 'LORA'")
     for name, value in fields.items():
         if name in AdapterFields.model_fields or name in _HARMLESS or _HARMLESS_NAME.fullmatch(name) or value in _OFF:
             continue
@@ -123,24 +123,26 @@ def read_adapter_fields(path: Path) -> AdapterFields:
         reason = _REFUSED.get(
             name, "slm does not know this field, and PEFT's new fields change what an adapter computes"
         )
-        raise SlmError(f"{path}: the adapter asks for {name}={_short(value)}: {reason}", _MERGE_WITH_PEFT)
+        raise SlmError(
+            f"{path}: the adapter sets {name}={_short(value)}, which is not supported: {reason}", _MERGE_WITH_PEFT
+        )
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "trainable_token_indices"):
         if isinstance(fields.get(name), list) and len(fields[name]) > _MOST_NAMES:
-            raise SlmError(f"{path}: {name} has {len(fields[name]):,} entries, at most {_MOST_NAMES:,}")
-    # null is the same as a field that is left out.
+            raise SlmError(f"{path}: {name} has {len(fields[name]):,} entries; the limit is {_MOST_NAMES:,}")
+    # null means the same as a missing field.
     given = {name: fields[name] for name in AdapterFields.model_fields if fields.get(name) is not None}
     try:
         return AdapterFields.model_validate(given)
     except ValidationError as error:
-        raise SlmError(f"{path / ADAPTER_CONFIG_FILE} is wrong: {first_mistake(error)}") from None
+        raise SlmError(f"{path / ADAPTER_CONFIG_FILE} is invalid: {first_mistake(error)}") from None
 
 
 def _check_initialisation(path: Path, value: Any) -> None:
     if value not in _PLAIN_INITIALISATIONS:
         raise SlmError(
-            f"{path}: the adapter asks for init_lora_weights={_short(value)}: it belongs to a base from which that"
-            " initialisation was subtracted",
-            "save it with path_initial_model_for_weight_conversion, as PEFT's documentation of the method says",
+            f"{path}: the adapter sets init_lora_weights={_short(value)}, so it needs a base from which that initialisation"
+            " was subtracted",
+            "save it with path_initial_model_for_weight_conversion; see PEFT's documentation of the method",
         )
 
 

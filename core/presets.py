@@ -1,16 +1,16 @@
-"""Named model shapes. Each is complete; the tokenizer that goes with it decides the special tokens' ids."""
+"""Named model shapes. A preset is a complete configuration, except that the tokenizer sets the ids of special tokens."""
 
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters, layer_pattern
 from slm.core.errors import SlmError
 
-# Gemma 3 (arXiv:2503.19786, section 2): base 10,000 where attention is local, 1,000,000 where it is global.
+# Gemma 3 (arXiv:2503.19786, section 2): base 10,000 in sliding layers, 1,000,000 in global layers.
 _ROPE = {SLIDING: RopeParameters(rope_theta=10_000.0), FULL: RopeParameters(rope_theta=1_000_000.0)}
 
 
 def _sized(
     vocab_size: int, hidden_size: int, layers: int, kv_heads: int, *, intermediate_size: int, window: int, context: int
 ) -> ModelConfig:
-    """Returns one of the sizes: heads 64 wide that together are as wide as the residual stream."""
+    """Returns a shape with heads of 64 dimensions, whose total width is `hidden_size`."""
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -28,7 +28,7 @@ def _sized(
 
 
 PRESETS: dict[str, ModelConfig] = {
-    # google/gemma-3-270m's shape with GPT-2's 50,257 tokens in place of Gemma's 262,144, padded to a multiple of 128;
+    # google/gemma-3-270m's shape with GPT-2's 50,257 tokens instead of Gemma's 262,144, padded to a multiple of 128;
     # the padding holds the turn tokens.
     "gemma3-270m": ModelConfig(
         vocab_size=50_304,
@@ -44,7 +44,7 @@ PRESETS: dict[str, ModelConfig] = {
         query_pre_attn_scalar=256,
         max_position_embeddings=32_768,
     ),
-    # For children's stories: trains to readable text within minutes to hours on a laptop's CPU.
+    # For children's stories: minutes to hours of training on a laptop's CPU give readable text.
     "stories-4m": ModelConfig(
         vocab_size=4_096,
         hidden_size=256,
@@ -59,7 +59,7 @@ PRESETS: dict[str, ModelConfig] = {
         query_pre_attn_scalar=64,
         max_position_embeddings=2_048,
     ),
-    # For the demo: learns the shipped sample within a minute on two cores; the window is short enough to be passed.
+    # For the demo: learns the shipped sample within a minute on two cores; its window is shorter than the texts.
     "tiny": ModelConfig(
         vocab_size=1_024,
         hidden_size=128,
@@ -74,9 +74,9 @@ PRESETS: dict[str, ModelConfig] = {
         query_pre_attn_scalar=64,
         max_position_embeddings=1_024,
     ),
-    # Sizes to compare, named by their parameters, embedding included, within 4 %. Two to five query heads share a key-value
-    # head; the MLP is three times as wide as the stream (SmolLM2's 2.7, Qwen3 0.6B's 3, Llama 3.2 1B's 4), in the smallest
-    # twice. The vocabulary grows with the model up to GPT-2's: a small model with a large one is little but an embedding.
+    # A series of sizes, named after the number of parameters, embedding included, within 4 %. Two to five query heads share
+    # a key-value head. The MLP is three times as wide as the residual stream (SmolLM2: 2.7, Qwen3 0.6B: 3, Llama 3.2 1B: 4),
+    # in the smallest twice. The vocabulary grows with the model up to GPT-2's, or the embedding would dominate small models.
     "1m": _sized(1_024, 128, 6, 1, intermediate_size=256, window=64, context=1_024),
     "10m": _sized(4_096, 256, 12, 1, intermediate_size=768, window=128, context=2_048),
     "30m": _sized(8_192, 384, 15, 2, intermediate_size=1_152, window=128, context=2_048),
@@ -90,7 +90,7 @@ def preset(name: str) -> ModelConfig:
     """Returns a preset by name.
 
     Raises:
-        SlmError: When there is none of that name.
+        SlmError: If no preset has this name.
     """
     if name not in PRESETS:
         raise SlmError(f"no preset is called {name!r}", f"the presets are {', '.join(PRESETS)}")

@@ -1,35 +1,35 @@
-"""How long work tells what it is doing, without knowing who listens."""
+"""The interface for progress reports: functions that run for long report through it, and callers choose the display."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the state of long work. The command line draws it; the default says nothing."""
+    """Receives the progress of a task. The command line draws it; the default, `Silent`, discards it."""
 
     def start(self, name: str, total: int | None, unit: str) -> None:
-        """Begins a task of `total` units; None when the length is not known."""
+        """Starts a task of `total` units; `total` is None if the length is not known."""
 
     def advance(self, amount: int = 1, **fields: str) -> None:
-        """Moves the current task on; `fields` are shown beside it, such as loss="1.23"."""
+        """Advances the current task by `amount` units; `fields` are shown beside it, such as loss="1.23"."""
 
     def finish(self) -> None:
         """Ends the current task."""
 
     def note(self, text: str) -> None:
-        """Says one line that a person should read."""
+        """Shows one line of text to the user."""
 
 
 class Silent:
-    """Listens to nothing."""
+    """Discards all progress."""
 
     def start(self, name: str, total: int | None, unit: str) -> None:
-        """Ignores it."""
+        """Does nothing."""
 
     def advance(self, amount: int = 1, **fields: str) -> None:
-        """Ignores it."""
+        """Does nothing."""
 
     def finish(self) -> None:
-        """Ignores it."""
+        """Does nothing."""
 
     def note(self, text: str) -> None:
-        """Ignores it."""
+        """Does nothing."""

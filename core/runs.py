@@ -1,4 +1,4 @@
-"""Where artifacts lie when no place is named: `./runs/NAME`."""
+"""Default paths of artifacts: `./runs/NAME`."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _IMPORTED = Path("checkpoint", "imported")
 
 
 def free_run(name: str) -> Path:
-    """Returns `runs/NAME`, or `runs/NAME-2` and so on when that is taken."""
+    """Returns `runs/NAME`, or the first free one of `runs/NAME-2`, `runs/NAME-3`, … if it exists."""
     number = 1
     while (path := RUNS / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -19,7 +19,7 @@ def free_run(name: str) -> Path:
 
 
 def imported_checkpoint(name: str, source: str) -> Path:
-    """Returns where to put an imported model: where the same source was put before, or in a run of its own."""
+    """Returns the path for an imported model: that of an earlier import of the same source, or one in a new run."""
     for path in sorted(RUNS.glob(f"*/{_IMPORTED}/{INFO_FILE}")):
         imported = read_json(path, INFO_FILE).get("imported")
         if isinstance(imported, dict) and imported.get("source") == source:
@@ -28,19 +28,19 @@ def imported_checkpoint(name: str, source: str) -> Path:
 
 
 def newest_run() -> Path:
-    """Returns the run that was trained last.
+    """Returns the run that was trained most recently.
 
     Raises:
-        SlmError: When there is none.
+        SlmError: If there is no run.
     """
     logs = [path for run in RUNS.glob("*") if (path := run / "metrics.jsonl").is_file()]
     if not logs:
-        raise SlmError(f"there is no run under ./{RUNS}", "slm train makes one")
+        raise SlmError(f"there is no run under ./{RUNS}", "start one with slm train")
     return max(logs, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def run_of(artifact: Path) -> Path:
-    """Returns the run directory that an artifact lies in, for what is made from it to lie beside it."""
+    """Returns the run directory that contains an artifact, or else its parent; derived artifacts are written there."""
     for parent in artifact.resolve().parents:
         if parent.parent == RUNS.resolve():
             return RUNS / parent.name

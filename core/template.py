@@ -1,8 +1,9 @@
-"""Chat templates of other models, rendered by a kept process that a bad template cannot harm.
+"""Renders chat templates of imported models in a long-lived child process, so that a bad template does no harm.
 
-A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, which keeps it from Python's internals, and
-in a process of its own, which the system stops when it takes too long or too much memory: nothing inside one process can
-interrupt a single long call, and Jinja offers many. This module is the caller's side; `template_worker` is that process.
+A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, which blocks access to Python's internals,
+and in a separate process, which the operating system ends if it exceeds limits of time or memory. A process is needed
+because one long call cannot be interrupted from within, and Jinja offers many such calls. This module is the parent's side;
+`template_worker` is the child's.
 """
 
 import atexit
@@ -24,15 +25,15 @@ from slm.core.template_worker import MAX_SECONDS, MAX_TEXT_CHARACTERS
 MAX_TEMPLATE_CHARACTERS = 64 << 10
 # Wall clock time of one rendering, on a machine that has other work too.
 _MAX_WAIT_SECONDS = 2 * MAX_SECONDS
-# Until the process has started; a fifth of a second on an idle machine.
+# Wall-clock limit for the start of a process, which takes a fifth of a second on an idle machine.
 _START_SECONDS = 60
-# A rendered text in JSON: six bytes for each character at most.
+# The largest reply: a rendered text in JSON takes at most six bytes a character.
 _MAX_REPLY_BYTES = 6 * MAX_TEXT_CHARACTERS + 1024
-# Of the conversations that are sent at a time; both sides hold them as JSON too.
+# The most characters of conversations to send at a time; parent and child also hold them as JSON.
 _CHARACTERS_AT_ONCE = 1 << 20
-# Rendering takes about a millisecond. Where callers wait and no process has finished anything for this long, another is
-# started, so that one slow conversation does not hold up the rest; more than a few would take memory and processors from
-# other work.
+# A rendering takes about a millisecond. If callers wait and no process has finished anything for this time, another process
+# is started, so that one slow conversation does not delay the others. The number of processes is limited, because they take
+# memory and CPU time from other work.
 _PATIENCE_SECONDS = 0.05
 _MAX_PROCESSES = 4
 _LENGTH = struct.Struct("<Q")
@@ -42,15 +43,15 @@ Conversation = tuple[Sequence[Mapping[str, Any]], bool]
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any]) -> str:
-    """Renders a conversation and the beginning of the model's turn.
+    """Returns a conversation rendered by a template, with the start of the model's turn.
 
     Args:
-        template: The template, as transformers understands it.
+        template: The template, in transformers' dialect of Jinja.
         messages: Objects with "role" and "content".
         tokens: Special tokens by the names that templates use, such as "bos_token".
 
     Raises:
-        SlmError: When the template is wrong, refuses the conversation or passes a limit.
+        SlmError: If the template fails, rejects the conversation or exceeds a limit.
     """
     (text,) = render_all(template, [(messages, True)], tokens)
     if isinstance(text, SlmError):
@@ -59,20 +60,20 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
 
 
 def render_all(template: str, conversations: Sequence[Conversation], tokens: Mapping[str, Any]) -> list[str | SlmError]:
-    """Renders several conversations; a conversation that the template refuses costs the others nothing.
+    """Renders several conversations; if the template rejects one, the others are still rendered.
 
     Safe to call from several threads at once.
 
     Args:
         template: The template.
-        conversations: The messages of each, and whether the model's turn begins after them.
+        conversations: The messages of each, and whether to append the start of the model's turn.
         tokens: As for `render`.
 
     Returns:
-        A text for each, or the reason why there is none.
+        The text of each conversation, or the template's error.
 
     Raises:
-        SlmError: When one of them passes a limit of time or memory.
+        SlmError: If a conversation exceeds a limit of time or memory.
     """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise SlmError(
@@ -97,7 +98,7 @@ def render_all(template: str, conversations: Sequence[Conversation], tokens: Map
 
 
 def _portions(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
-    """Yields the conversations a few at a time, or a long one by itself."""
+    """Yields the conversations in batches of limited length; a long one is a batch of its own."""
     some: list[Conversation] = []
     characters = 0
     for messages, begins in conversations:
@@ -116,7 +117,7 @@ def _failed(reason: str) -> SlmError:
 
 
 class _Process:
-    """A process that renders, and the socket that connects to it."""
+    """A child process that renders templates, and the socket that connects to it."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -127,7 +128,7 @@ class _Process:
                     stdin=theirs,
                     stdout=theirs,
                     stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C is for the caller
+                    start_new_session=True,  # so that Ctrl-C reaches the parent only
                 )
         except BaseException:
             self._socket.close()
@@ -137,7 +138,7 @@ class _Process:
             self.receive(_START_SECONDS)
         except OSError as error:
             self.end()
-            raise _failed(f"its process does not start ({' '.join(str(error).split())})") from None
+            raise _failed(f"its process could not start ({' '.join(str(error).split())})") from None
         except BaseException:
             self.end()
             raise
@@ -146,7 +147,7 @@ class _Process:
         """Sends a message.
 
         Raises:
-            OSError: When the process has ended or does not read.
+            OSError: If the process has ended or does not read.
         """
         self._socket.settimeout(_MAX_WAIT_SECONDS)
         self._socket.sendall(_LENGTH.pack(len(message)) + message)
@@ -155,8 +156,8 @@ class _Process:
         """Receives a message.
 
         Raises:
-            TimeoutError: When it does not come in time.
-            OSError: When the process has ended, or sends more than a rendered text can be.
+            TimeoutError: If the message does not arrive in time.
+            OSError: If the process has ended, or its message is longer than any rendered text.
         """
         until = time.monotonic() + seconds
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size, until))
@@ -178,7 +179,7 @@ class _Process:
         return bytes(found)
 
     def alive(self) -> bool:
-        """Says whether the process still runs."""
+        """Returns whether the process is running and usable."""
         return self.usable and self._process.poll() is None
 
     def end(self) -> None:
@@ -190,29 +191,29 @@ class _Process:
         self._process.wait()
 
     def forget(self) -> None:
-        """Lets go of a process that belongs to the parent of this one."""
+        """Closes this process's socket to a child that belongs to the parent process (after a fork)."""
         self.usable = False
         self._socket.close()
-        self._process.returncode = 0  # so that Popen neither waits for it nor warns
+        self._process.returncode = 0  # so that Popen does not wait for it or warn
 
 
 class _Processes:
-    """One process that is kept, and for as long as it is busy with something slow a few more."""
+    """A pool that keeps one process, and adds a few more while it is busy with a slow conversation."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._idle: list[_Process] = []
         self._all: set[_Process] = set()
         self._starting = False
-        self._progress = 0.0  # when a process was last lent, given back or started
+        self._progress = 0.0  # time when a process was last acquired, released or started
 
     @contextmanager
     def one(self) -> Iterator[_Process]:
-        """Lends a process to one caller at a time."""
+        """Acquires a process for one caller."""
         process = self._take()
         try:
             yield process
-        except BaseException:  # an answer may be on its way
+        except BaseException:  # an unread reply may follow
             process.end()
             raise
         finally:
@@ -265,10 +266,10 @@ class _Processes:
             self._idle.clear()
 
     def after_fork(self) -> None:
-        """Leaves the processes to the parent."""
+        """Forgets the parent's processes, in a forked child."""
         for process in self._all:
             process.forget()
-        self.__init__()  # type: ignore[misc]  # a thread that the child does not have may hold the lock
+        self.__init__()  # type: ignore[misc]  # a new lock: a thread that does not exist in the child may hold the old one
 
 
 _PROCESSES = _Processes()

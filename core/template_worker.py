@@ -1,7 +1,7 @@
-"""The process that renders chat templates for `slm.core.template`, within limits that the system enforces.
+"""The process that renders chat templates for `slm.core.template`, under limits that the operating system enforces.
 
-Its standard input and output are one socket. A request holds a template and conversations; each conversation is answered by
-itself. The process ends when its input does, so that it does not outlive the command, however that ends.
+Its standard input and output are one socket. A request has a template and conversations; each conversation gets its own
+response. The process exits when its input closes, so it never outlives the parent.
 """
 
 import json
@@ -20,32 +20,32 @@ from slm.core.machine import peak_rss_mib
 MAX_SECONDS = 4
 # Address space of the process, of which Python and Jinja take a tenth.
 MAX_BYTES = 512 << 20
-# Of a rendered text; a conversation that long fits into no context.
+# The longest rendered text; it is longer than any model's context.
 MAX_TEXT_CHARACTERS = 4 << 20
-# Of the message with which a template refuses a conversation.
+# The longest error message of a template, in characters.
 _MAX_REASON = 200
-# Compiled templates that are kept; a process serves one model, or a few.
+# Number of compiled templates to keep; a process serves one model or a few.
 _COMPILED = 8
-# Resident memory after which the process is replaced: it keeps what a large rendering took.
+# Resident memory that marks the process for replacement: Python does not return the memory of a large rendering.
 _LARGE_MIB = 192
 _LENGTH = struct.Struct("<Q")
 
 
 class _Refused(Exception):
-    """A template's refusal of a conversation."""
+    """A template's error for a conversation."""
 
 
 def work() -> None:
-    """Is that process: renders until its input ends."""
+    """Runs the process: renders conversations until its input closes."""
     for what, limit in ((resource.RLIMIT_AS, MAX_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         try:
             resource.setrlimit(what, (limit, limit))
-        except (ValueError, OSError):  # macOS has no limit of address space
+        except (ValueError, OSError):  # macOS does not support a limit of address space
             continue
-    # The timer's signal ends the process by default, whatever Python is busy with; a parent may have had it ignored.
+    # By default the timer's signal ends the process even in C code; the parent may have set it to be ignored.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    import jinja2.sandbox  # noqa: F401  # before the first request, whose time it would take
+    import jinja2.sandbox  # noqa: F401  # here, so that the first request does not spend its time on the import
 
     _send({})
     while (request := _receive()) is not None:
@@ -62,7 +62,7 @@ def _answer(
 ) -> dict[str, str]:
     try:
         return {"text": _rendered(_compiled(template), messages, begins, tokens)}
-    except Exception as error:  # a template can provoke any
+    except Exception as error:  # templates can raise any exception
         reason = " ".join(str(error).split()) or type(error).__name__
         return {"reason": reason[:_MAX_REASON]}
 
@@ -70,13 +70,13 @@ def _answer(
 def _rendered(template: Any, messages: Sequence[Mapping[str, Any]], begins: bool, tokens: Mapping[str, Any]) -> str:
     text: str = template.render(messages=messages, add_generation_prompt=begins, tools=None, documents=None, **tokens)
     if len(text) > MAX_TEXT_CHARACTERS:
-        raise _Refused(f"its text has more than {MAX_TEXT_CHARACTERS:,} characters")
+        raise _Refused(f"the rendered text has more than {MAX_TEXT_CHARACTERS:,} characters")
     return text
 
 
 @lru_cache(_COMPILED)
 def _compiled(template: str) -> Any:
-    """Compiles a template in the environment in which transformers renders it."""
+    """Compiles a template in the same environment as transformers."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension
@@ -85,9 +85,9 @@ def _compiled(template: str) -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks what the model says, for transformers' masks; the text within it stays as it is."""
+        """Supports `{% generation %}`, which marks model turns for transformers' masks; renders its body unchanged."""
 
-        tags = {"generation"}  # noqa: RUF012  # as Jinja's own extensions have it
+        tags = {"generation"}  # noqa: RUF012  # declared as in Jinja's own extensions
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -99,9 +99,9 @@ def _compiled(template: str) -> Any:
             return text
 
     class Names(Namespace):
-        """Jinja's `namespace`, without attributes of Python's internals: the sandbox does not look at what is set."""
+        """Jinja's `namespace` without underscore attributes: Jinja's sandbox does not check assignments."""
 
-        def __init__(*args: Any, **values: Any) -> None:  # a template may say namespace(self=...)
+        def __init__(*args: Any, **values: Any) -> None:  # a template may use the keyword in namespace(self=...)
             found = dict(*args[1:], **values)
             for name in found:
                 _check_attribute(name)
@@ -116,7 +116,7 @@ def _compiled(template: str) -> Any:
             raise SecurityError(f"a namespace may not have the attribute {name[:80]!r}")
 
     class Dict:
-        """Jinja's `dict`, as a plain function: the class itself has attributes."""
+        """Jinja's `dict` as an object with two methods: the class itself would expose its attributes."""
 
         def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
             return dict(*args, **values)
@@ -148,7 +148,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Writes JSON as transformers' templates have it, where Jinja would escape HTML's special characters."""
+    """Returns JSON as transformers' templates expect it; Jinja's own filter would escape HTML characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

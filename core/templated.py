@@ -1,11 +1,11 @@
-"""Token ids of conversations in a chat template that came with a model.
+"""Token ids of conversations rendered by a chat template that came with a model.
 
-A template may do anything with what people wrote: trim it, lowercase it, cut it, join it with its own text. So that their text
-never forms a control token, each conversation is rendered as it is and once more with every visible character of the messages
-replaced by a stand-in from a private plane of Unicode. Stand-ins have no case, are no white space, and occur in no control
-token, so that the control tokens of that second text are the template's own, and where they stand is known. The first text is
-encoded as a whole, as transformers does, when it has the same control tokens in the same places; else the text between them is
-encoded literally. A third rendering, in which only punctuation is replaced, serves templates that read the messages.
+A template may transform the messages: trim, lowercase, cut or join them. Text of messages must never form a control token.
+Each conversation is therefore rendered twice: as it is, and with every visible character of the messages replaced by a
+placeholder from a private-use plane of Unicode. Placeholders have no case, are not white space, and occur in no control
+token, so the control tokens of the second text are the template's own, at known positions. If the first text has the same
+control tokens at the same positions, it is encoded as a whole, as transformers does. Otherwise the text between them is
+encoded literally. A third rendering, which replaces only punctuation, serves templates that depend on the messages' text.
 """
 
 import re
@@ -20,31 +20,31 @@ from slm.core.tokenizer import Tokenizer
 
 # Planes 15 and 16 of Unicode, which are for private use.
 _FIRST, _LAST = 0xF0000, 0x10FFFD
-_STAND_IN = f"[{chr(_FIRST)}-{chr(_LAST)}]"
-_WRITTEN = re.compile(_STAND_IN)
-# Words of stand-ins, which need not be tokenized one by one to see what stands around them.
-_RUN = re.compile(f"{_STAND_IN}(?:(?:{_STAND_IN}|\\s)*{_STAND_IN})?")
-_BETWEEN = re.compile(f"[^{_STAND_IN[1:-1]}]+")
-# A token of a model's vocabulary that looks like a marker and is no added token.
+_PLACEHOLDER = f"[{chr(_FIRST)}-{chr(_LAST)}]"
+_PLACEHOLDER_CHARACTER = re.compile(_PLACEHOLDER)
+# Words of placeholders; each is tokenized as one character to find the tokens around it.
+_RUN = re.compile(f"{_PLACEHOLDER}(?:(?:{_PLACEHOLDER}|\\s)*{_PLACEHOLDER})?")
+_BETWEEN = re.compile(f"[^{_PLACEHOLDER[1:-1]}]+")
+# A token of the vocabulary that looks like a marker but is not an added token.
 _MARKER = re.compile(r"[<\[{|].*\w.*[>\]}|]", flags=re.DOTALL)
 _LONGEST_MARKER = 128
-# Characters that are translated at a time: other threads of Python wait meanwhile.
+# The number of characters to translate at a time: `str.translate` blocks other Python threads.
 _AT_ONCE = 1 << 16
 _PROBE = "\U0010fffd\U0010fffc\U0010fffd"
 
-Placed = tuple[int, int, int]  # a token id, and the characters for which it stands: from where to where
+Placed = tuple[int, int, int]  # a token id, and the start and end of its characters
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a template makes of a conversation, or a part of it.
+    """A conversation rendered by a template, or a part of it.
 
     Attributes:
-        text: The text as transformers has it.
-        hidden: The same with a stand-in for every visible character of the messages; None when the template refuses that.
-        marked: The same with a stand-in for every punctuation mark; None also where `hidden` suffices.
-        back: From stand-ins to characters, for `str.translate`.
-        written: What people wrote.
+        text: The text as transformers renders it.
+        hidden: The text with a placeholder for every visible character of the messages; None if the template rejects it.
+        marked: The text with a placeholder for every punctuation mark; None also if `hidden` is sufficient.
+        back: Characters by placeholder, for `str.translate`.
+        written: The contents of the messages.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Rendered:
     written: tuple[str, ...]
 
     def after(self, start: "Rendered | None") -> "Rendered | None":
-        """Returns what follows a text with which this one begins; None where it does not begin so."""
+        """Returns the rest of this text after the text `start`; None if it does not begin with that text."""
         if start is None:
             return self
         views = []
@@ -70,30 +70,30 @@ class Rendered:
 def rendered(
     tokenizer: Tokenizer, template: str, conversations: Sequence[tuple[Sequence[Mapping[str, Any]], bool]]
 ) -> list[Rendered | SlmError]:
-    """Renders conversations in a model's own template.
+    """Renders conversations with a model's own template.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         template: The template.
-        conversations: The messages of each, and whether the model's turn begins after them.
+        conversations: The messages of each, and whether to append the start of the model's turn.
 
     Returns:
-        Texts for each, or the reason why there are none.
+        The texts of each conversation, or the template's error.
 
     Raises:
-        SlmError: When the template passes a limit of time or memory.
+        SlmError: If the template exceeds a limit of time or memory.
     """
     from slm.core.template import render_all
 
     tokens = special_tokens(tokenizer)
     in_parts = _reads_parts(template, tuple(sorted(tokens.items())))
-    table = _stand_ins(message["content"] for messages, _ in conversations for message in messages)
-    back = {ord(stand_in): chr(character) for character, stand_in in table.items()}
+    table = _placeholders(message["content"] for messages, _ in conversations for message in messages)
+    back = {ord(placeholder): chr(character) for character, placeholder in table.items()}
     hidden = [(_replaced(messages, table), begins) for messages, begins in conversations]
     asked = [(_shaped(messages, in_parts), begins) for messages, begins in (*conversations, *hidden)]
     texts = render_all(template, asked, tokens)
     pairs = list(zip(texts[: len(conversations)], texts[len(conversations) :], strict=True))
-    # Where the template read what was hidden, it is shown letters and digits.
+    # If the template depends on the replaced text, render again with letters and digits visible.
     marked: dict[int, str | SlmError] = {}
     unlike = [i for i, (text, other) in enumerate(pairs) if isinstance(text, str) and not _aligned(text, other)]
     if unlike:
@@ -111,22 +111,22 @@ def rendered(
 
 
 def encoded(tokenizer: Tokenizer, conversation: Rendered, stops: Collection[int] = ()) -> list[int] | SlmError:
-    """Returns the ids of a rendered conversation, in which what people wrote forms no control token.
+    """Returns the ids of a rendered conversation; the contents of messages never form a control token.
 
     Args:
-        tokenizer: The model's.
-        conversation: What `rendered` returned.
-        stops: The model's stop tokens, which are control tokens too.
+        tokenizer: The model's tokenizer.
+        conversation: A result of `rendered`.
+        stops: The model's stop tokens, which count as control tokens.
 
     Returns:
-        The ids, or an error where the template makes control tokens of what people wrote and no view shows which.
+        The ids, or an error if messages may form control tokens and no rendering shows which.
     """
     controls = _Controls(tokenizer, conversation, stops)
     text = conversation.text
     for view in (conversation.hidden, conversation.marked):
         if view is not None and _aligned(text, view):
             return controls.encode(text, controls.placed(view))
-    # The template makes something else of other text.
+    # The template transforms the messages, so that the renderings differ.
     views = [view for view in (conversation.hidden, conversation.marked) if view is not None]
     orders = [[token for token, _, _ in controls.placed(view)] for view in views]
     ids, found = controls.read(text)
@@ -138,20 +138,20 @@ def encoded(tokenizer: Tokenizer, conversation: Rendered, stops: Collection[int]
             _translated(conversation.marked, conversation.back), controls.placed(conversation.marked)
         )
     return SlmError(
-        "the messages spell a control token, and the model's chat template alters them",
-        "leave out text such as <end_of_turn>",
+        "the messages contain the text of a control token, and the model's chat template transforms them",
+        "remove text such as <end_of_turn> from the messages",
     )
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns the special tokens by the names that templates use; null in `tokenizer_config.json` means that there is none."""
+    """Returns the special tokens by the names that templates use, without those that `tokenizer_config.json` sets to null."""
     named = ((name, value) for name, value in tokenizer.config.items() if name.endswith("_token"))
     spelled = ((name, value.get("content") if isinstance(value, dict) else value) for name, value in named)
     return {name: value for name, value in spelled if isinstance(value, str)}
 
 
 class _Controls:
-    """The control tokens of a conversation: the tokenizer's, the stop tokens, and markers that its template writes."""
+    """The control tokens of a conversation: the tokenizer's, the stop tokens, and the template's own markers."""
 
     def __init__(self, tokenizer: Tokenizer, conversation: Rendered, stops: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -160,18 +160,18 @@ class _Controls:
         view = conversation.hidden or conversation.marked or ""
         for token, start, end in self._around(view):
             spelled = view[start:end].strip()
-            if token in ids or not 1 < len(spelled) <= _LONGEST_MARKER or _WRITTEN.search(spelled):
+            if token in ids or not 1 < len(spelled) <= _LONGEST_MARKER or _PLACEHOLDER_CHARACTER.search(spelled):
                 continue
             if token in tokenizer.added_ids or _MARKER.fullmatch(spelled):
                 ids |= {token}
         self._ids = ids
 
     def _around(self, view: str) -> list[Placed]:
-        """Returns the tokens of a view, in which each run of stand-ins is tokenized as one."""
+        """Returns the tokens of a rendering, in which each run of placeholders is tokenized as one character."""
         if view in self._views:
             return self._views[view]
         short, at = [], 0
-        places: list[int] = []  # of the characters of the shortened view, and where it ends
+        places: list[int] = []  # positions of the shortened text's characters in the rendering, and of its end
         for run in _RUN.finditer(view):
             short.append(view[at : run.start() + 1])
             places.extend(range(at, run.start() + 1))
@@ -179,7 +179,7 @@ class _Controls:
         places.extend(range(at, len(view) + 1))
         short.append(view[at:])
         encoding = self._tokenizer.encode_with_places("".join(short))
-        # A token ends where its last character does: the next one may come after the rest of a run.
+        # A token ends after its last character: the next token may start after the rest of a run.
         found = [
             (token, places[start], places[end - 1] + 1 if end > start else places[end])
             for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -198,21 +198,21 @@ class _Controls:
         return ids, self._among(text, found)
 
     def placed(self, view: str) -> list[Placed]:
-        """Returns the control tokens that the template itself places."""
+        """Returns the control tokens that the template itself writes."""
         found = self._among(view, self._around(view))
-        return [placed for placed in found if not _WRITTEN.search(view[placed[1] : placed[2]])]
+        return [placed for placed in found if not _PLACEHOLDER_CHARACTER.search(view[placed[1] : placed[2]])]
 
     def _among(self, text: str, tokens: Sequence[Placed]) -> list[Placed]:
         found = [placed for placed in tokens if placed[0] in self._ids]
         unknown = self._tokenizer.unknown_ids
         if unknown.isdisjoint(token for token, _, _ in found):
             return found
-        # The unknown token stands for characters that are not in the vocabulary, unless it is spelled.
+        # The unknown token also represents characters outside the vocabulary; it counts only where its text is spelled.
         spelled = {_plain(self._tokenizer.text_of(token)) for token in unknown}
         return [(t, start, end) for t, start, end in found if t not in unknown or _plain(text[start:end]) in spelled]
 
     def encode(self, text: str, placed: Sequence[Placed]) -> list[int]:
-        """Returns the ids of a text whose control tokens are known."""
+        """Returns the ids of a text with known control tokens."""
         whole, found = self.read(text)
         if found == placed:
             return whole
@@ -225,8 +225,8 @@ class _Controls:
         return ids + self._tokenizer.encode_literal(text[at:], besides)
 
 
-def _stand_ins(texts: Iterable[str]) -> dict[int, str]:
-    """Returns a stand-in for each visible character of the texts: one for one, so that equal texts stay equal."""
+def _placeholders(texts: Iterable[str]) -> dict[int, str]:
+    """Returns a placeholder for each visible character of the texts; the mapping is one-to-one, so equal texts stay equal."""
     characters = {character for text in texts for character in set(text) if not character.isspace()}
     room = _LAST - _FIRST
     return {ord(character): chr(_FIRST + number % room) for number, character in enumerate(sorted(characters))}
@@ -241,7 +241,7 @@ def _translated(text: str, table: Mapping[int, str]) -> str:
 
 
 def _shaped(messages: Sequence[Mapping[str, Any]], in_parts: bool) -> list[dict[str, Any]]:
-    """Returns messages with their contents as texts, or as lists of parts."""
+    """Returns copies of messages with their contents as strings, or as lists of parts."""
     if not in_parts:
         return [dict(message) for message in messages]
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
@@ -249,7 +249,7 @@ def _shaped(messages: Sequence[Mapping[str, Any]], in_parts: bool) -> list[dict[
 
 @lru_cache(32)
 def _reads_parts(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
-    """Says whether a template loses contents that are texts and writes those that are lists of parts."""
+    """Returns whether a template drops contents that are strings but renders contents that are lists of parts."""
     from slm.core.template import render_all
 
     probe = [{"role": "user", "content": _PROBE}]
@@ -259,7 +259,7 @@ def _reads_parts(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
 
 
 def _aligned(text: str, view: str | SlmError | None) -> bool:
-    """Says whether a view is the text but for stand-ins, so that their places are those of what people wrote."""
+    """Returns whether a rendering equals the text except for placeholders, so that their positions are the messages'."""
     if not isinstance(view, str) or len(view) != len(text):
         return False
     return all(text.startswith(each.group(), each.start()) for each in _BETWEEN.finditer(view))

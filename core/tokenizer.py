@@ -1,4 +1,4 @@
-"""A `tokenizer.json` and what slm needs of it: ids, text, the special tokens, and text as it streams."""
+"""Tokenizers from `tokenizer.json`: encoding, decoding, special tokens, and incremental text of a stream of tokens."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from slm.core.tokenizer_rules import MAX_ADDED_TOKENS, MAX_BYTES, MAX_TOKEN, Rul
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-# Where transformers 5 keeps the chat template; slm keeps it in tokenizer_config.json, where 4.57 looks too.
+# transformers 5 stores the chat template in this file. slm stores it in tokenizer_config.json, which 4.57 reads too.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 END_OF_TEXT = "<|endoftext|>"
@@ -27,34 +27,34 @@ END_OF_TURN = "<end_of_turn>"
 PAD = "<pad>"
 _T = TypeVar("_T")
 
-# A character of a private plane, which vocabularies do not have.
+# A private-use character, which vocabularies do not contain.
 _UNKNOWN = "\U0010fffd"
 _CONTROL = re.compile(r"[<\[][|｜].*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[/?[A-Z_]+\]", flags=re.DOTALL)
-# Characters of a text that takes the library milliseconds.
+# Shorter texts take the library milliseconds; length in characters.
 _LONG = 2048
-# Characters of a template that are searched for control tokens; a longer one is refused when it is rendered.
+# How many characters of a chat template are searched for control tokens; rendering rejects longer templates.
 _SEARCHED = 64 << 10
-# What looks like a control token in the source of a template.
+# Text in the source of a template that looks like a control token.
 _MARKER = re.compile(r"[<\[](?=[^<>\[\]]{0,64}[A-Za-z])[^\s<>\[\]{}'\"]{1,64}[>\]]")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Of tokenizer_config.json; Gemma's has 1.2 MB.
+# The largest tokenizer_config.json; Gemma's has 1.2 MB.
 _MAX_CONFIG_BYTES = 16 << 20
-# How many bytes the rules may make of a text: eight times as many, or 2 MiB. The library takes up to a kilobyte of memory for
-# each of them. Gemma's rules, GPT-2's and T5's make at most five times as many of any real text.
+# Limits on the bytes that the rules may produce from a text: eight times its length, or 2 MiB. The library needs up to a
+# kilobyte of memory for each. The rules of Gemma, GPT-2 and T5 produce at most five times the length of real texts.
 _ORDINARY_GROWTH, _MAX_GROWN_BYTES = 8, 2 << 20
 
-# What stands in a text for bytes that are no character.
+# The replacement for bytes that are not a character.
 _REPLACEMENT = "\ufffd"
-# In the order in which they get ids when a vocabulary has none of them.
+# In this order they get ids if a vocabulary has none of them.
 SPECIAL_TOKENS = (END_OF_TEXT, START_OF_TURN, END_OF_TURN, PAD)
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Attributes:
         backend: The tokenizers library's object.
-        config: What `tokenizer_config.json` says beside it: names of special tokens, chat template.
+        config: The contents of `tokenizer_config.json`: names of special tokens, the chat template.
         dropped: Fields of the file that are state and were reset: "truncation", "padding", "dropout".
     """
 
@@ -67,55 +67,55 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the vocabulary and rules, to tell whether data was made with the same ones."""
+        """Hash of the vocabulary and rules; prepared data records it."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @cached_property
     def _literal(self) -> _Tokenizer:
-        """A second view of the same vocabulary, in which a control token spelled inside a text is only its characters.
+        """A copy of the tokenizer that encodes the text of control tokens as plain characters.
 
-        Made when it is needed: a vocabulary of 262,144 tokens takes seconds.
+        Created on first use: a vocabulary of 262,144 tokens takes seconds.
         """
         literal = _Tokenizer.from_str(self.backend.to_str())
         added = literal.get_added_tokens_decoder()
         controls = [token for i, token in added.items() if i in self.control_ids and not token.special]
         for token in controls:
             token.special = True
-        literal.add_special_tokens(controls)  # which are there already: only their being special is new
+        literal.add_special_tokens(controls)  # the tokens exist; this only marks them as special
         literal.encode_special_tokens = True
         return literal
 
     @cached_property
     def added_ids(self) -> frozenset[int]:
-        """Ids of the tokens that are found in a text before it is tokenized."""
+        """Ids of the added tokens, which are found in a text before it is tokenized."""
         return frozenset(self.backend.get_added_tokens_decoder())
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
-        """Ids that mean something besides their characters, which text from elsewhere must not form.
+        """Ids of control tokens, which have a meaning besides their characters; untrusted text must not form them.
 
-        Special tokens, those that `tokenizer_config.json` names, those that begin and end turns and texts, and the added tokens
-        that the chat template spells or that are spelled as control tokens are: <|user|>, <tool_call>, [INST]. Such a token is
-        one too where the template spells it and it is an entry of the vocabulary.
+        They are the special tokens, those named in `tokenizer_config.json`, those that start and end turns and texts, and added
+        tokens that the chat template contains or that look like control tokens: <|user|>, <tool_call>, [INST]. An entry of the
+        vocabulary that looks like a control token counts too if the template contains it.
         """
         template = self.config.get("chat_template")
         spelled = template[:_SEARCHED] if isinstance(template, str) else ""
         added = self.backend.get_added_tokens_decoder()
         named = (self.backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *_named(self.config)))
         controls = {i for i, token in added.items() if token.special or _controls(token.content, spelled)}
-        bytes_ = {i for i in controls if _BYTE.fullmatch(added[i].content)}  # parts of characters, in any text
+        bytes_ = {i for i in controls if _BYTE.fullmatch(added[i].content)}  # byte tokens may occur in any text
         whole = (self.encode_rendered(each) for each in set(_MARKER.findall(spelled)))
         markers = {ids[0] for ids in whole if len(ids) == 1}
         return frozenset((controls - bytes_) | self.lengthy(i for i in markers.union(named) if i is not None))
 
     def lengthy(self, ids: Iterable[int]) -> frozenset[int]:
-        """Returns those ids that can be control tokens: neither white space nor a single character, which any text has."""
+        """Returns the ids that can be control tokens: not white space or a single character, which occur in any text."""
         return frozenset(i for i in ids if len(self.text_of(i).strip()) > 1)
 
     @cached_property
     def unknown_ids(self) -> frozenset[int]:
-        """Control ids that any text may come to: that of the unknown token, unless it also means something else."""
-        stated = getattr(self.backend.model, "unk_token", None)  # which a Unigram model does not state
+        """Control ids that any text may contain: the unknown token's, unless that token has another role too."""
+        stated = getattr(self.backend.model, "unk_token", None)  # Unigram models do not have the attribute
         found = {self.backend.token_to_id(stated)} if isinstance(stated, str) else set()
         found.update(_asked(self._literal.encode, _UNKNOWN, add_special_tokens=False).ids)
         unknown = self.control_ids & found
@@ -130,15 +130,15 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Loads a `tokenizer.json`, or the one in an artifact's directory.
 
-        Truncation and padding are reset, as transformers resets them at each call, and so is BPE-dropout. Entries of the
-        vocabulary that `tokenizer_config.json` calls special become added tokens, as in transformers.
+        Truncation, padding and BPE-dropout are reset; transformers resets the first two at each call. Entries of the
+        vocabulary that `tokenizer_config.json` declares special become added tokens, as in transformers.
 
         Raises:
-            SlmError: When it is missing, not a tokenizer, or beyond the limits of `slm.core.tokenizer_rules`.
+            SlmError: If the file is missing, not a tokenizer, or exceeds the limits of `slm.core.tokenizer_rules`.
         """
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
-            raise SlmError(f"tokenizer not found: {file}", "a checkpoint or bundle carries its tokenizer.json")
+            raise SlmError(f"tokenizer not found: {file}", "checkpoints and bundles contain a tokenizer.json")
         check_readable(file, TOKENIZER_FILE)
         if file.stat().st_size > MAX_BYTES:
             raise SlmError(f"{file} has more than {MAX_BYTES >> 20} MiB")
@@ -146,7 +146,7 @@ class Tokenizer:
             rules = Rules(read_text(file, TOKENIZER_FILE))
         except (Unsupported, ValueError, MemoryError) as error:
             raise SlmError(
-                f"not a tokenizer.json that slm supports: {file} ({error or 'it takes too much memory'})",
+                f"unsupported tokenizer.json: {file} ({error or 'it takes too much memory'})",
                 "docs/limits.md lists what is supported",
             ) from None
         try:
@@ -157,7 +157,7 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception for any malformed file
             reason = error.message if isinstance(error, SlmError) else error
             raise SlmError(
-                f"not a tokenizer.json: {file} ({reason})", "docs/limits.md lists what is supported"
+                f"invalid tokenizer.json: {file} ({reason})", "docs/limits.md lists what is supported"
             ) from None
         beside, template = file.parent / TOKENIZER_CONFIG_FILE, file.parent / CHAT_TEMPLATE_FILE
         config = _read_config(beside) if beside.is_file() else {}
@@ -167,7 +167,7 @@ class Tokenizer:
         try:
             json.dumps(config, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise SlmError(f"{beside} is wrong: a text in it holds half of a surrogate pair") from None
+            raise SlmError(f"{beside} is invalid: it contains a lone surrogate") from None
         tokenizer = cls(backend, config)
         if stated := _stated_tokens(backend, config):
             backend.add_tokens(stated)
@@ -177,14 +177,14 @@ class Tokenizer:
         return tokenizer
 
     def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json` into a directory."""
-        # The library's own writing says in words alone what went wrong.
+        """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
+        # Written here, because the library's own errors have no error number.
         (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, directory: Path) -> None:
-        """Copies the `tokenizer.json` it was loaded from; writes it anew where `load` changed something."""
+        """Copies the `tokenizer.json` that was loaded, or writes a new one if `load` changed something."""
         if self.dropped or self._adds:
             (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         else:
@@ -196,17 +196,17 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def token_id(self, token: str) -> int | None:
-        """Returns the id of a token spelt exactly so, None when there is none."""
+        """Returns the id of a token with exactly this spelling, or None."""
         return self.backend.token_to_id(token)
 
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
-        """The tokens that the tokenizer puts before a text."""
+        """The tokens that the post-processor puts before a text."""
         return self._around[0]
 
     @cached_property
     def suffix_ids(self) -> tuple[int, ...]:
-        """The tokens that the tokenizer puts after a text."""
+        """The tokens that the post-processor puts after a text."""
         return self._around[1]
 
     @cached_property
@@ -215,19 +215,19 @@ class Tokenizer:
         if processor is None:
             return (), ()
         before, after = _around(json.loads(processor.__getstate__()))
-        if [*before, *after] != _asked(self.backend.encode, "").ids:  # the library leaves out some of what is chained
-            raise SlmError("its post-processors put other tokens around a text than each of them states")
+        if [*before, *after] != _asked(self.backend.encode, "").ids:  # the library ignores some of a chain
+            raise SlmError("the post-processors of tokenizer.json put other tokens around a text than they state")
         return tuple(before), tuple(after)
 
     def _checked(self, text: str) -> str:
-        """Returns a text that the rules do not make too long for memory.
+        """Returns the text, after a check that the tokenizer's rules do not make it too long for memory.
 
         Raises:
-            SlmError: When they do.
+            SlmError: If they do.
         """
         if self._growth <= _ORDINARY_GROWTH or len(text) * self._growth <= _MAX_GROWN_BYTES:
             return text
-        # Few texts grow as much as the rules allow, so the normalizer is tried on pieces of the text that are safe in any case.
+        # Few texts grow by the rules' maximum, so the normalizer is tried on pieces that are short enough in any case.
         normalizer, longest = self.backend.normalizer, _MAX_GROWN_BYTES // self._growth
         most, grown = max(_MAX_GROWN_BYTES, _ORDINARY_GROWTH * _bytes(text)), 0
         for at in range(0, len(text), longest):
@@ -235,27 +235,27 @@ class Tokenizer:
             grown += _bytes(piece if normalizer is None else _asked(normalizer.normalize_str, piece))
             if grown * self._growth_later > most:
                 raise SlmError(
-                    f"the text has {len(text):,} characters, and this tokenizer makes it too long",
+                    f"the text has {len(text):,} characters, which this tokenizer's rules expand too much",
                     f"split it into texts of at most {longest:,} characters",
                 )
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a prompt, as transformers makes them.
+        """Returns the ids of a prompt, as transformers encodes it.
 
-        Special tokens count where they are spelled; `prefix_ids` come before the text and `suffix_ids` after it.
+        Text of special tokens is encoded as special tokens; `prefix_ids` come before the text and `suffix_ids` after it.
         """
         ids: list[int] = _encoded(self.backend, self._checked(text), add_special_tokens=True).ids
         return ids
 
     def encode_literal(self, text: str, besides: frozenset[int] = frozenset()) -> list[int]:
-        """Returns the ids of a text as it stands: nothing put before it, and no control token, however it is spelled.
+        """Returns the ids of plain text, without `prefix_ids`; text of control tokens is encoded as plain characters.
 
-        A control token that the vocabulary forms from plain characters is avoided by cutting the text within it.
+        If the vocabulary would form a control token from plain characters, the text is split within it.
 
         Args:
             text: The text.
-            besides: Control tokens besides `control_ids`.
+            besides: Further ids to avoid, in addition to `control_ids`.
         """
         ids: list[int] = _encoded(self._literal, self._checked(text)).ids
         forbidden = self._forbidden | besides if besides else self._forbidden
@@ -267,18 +267,18 @@ class Tokenizer:
         return self.encode_literal(text[:middle], besides) + self.encode_literal(text[middle:], besides)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Returns the ids of a rendered chat template: special tokens where they are spelled, and nothing put before it."""
+        """Returns the ids of a rendered chat template: with special tokens, but without `prefix_ids`."""
         ids: list[int] = _encoded(self.backend, self._checked(text)).ids
         return ids
 
     def encode_with_places(self, text: str) -> Encoding:
-        """Returns what `encode_rendered` does, with the characters for which each token stands (`ids`, `token_to_chars`)."""
+        """Returns the result of `encode_rendered` with the characters of each token (`ids`, `token_to_chars`)."""
         return _encoded(self.backend, self._checked(text))
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Like `encode_literal` for many texts at once, on all cores."""
+        """Returns the result of `encode_literal` for many texts, computed on all cores."""
         if self._growth > _ORDINARY_GROWTH and sum(map(len, texts)) * self._growth > _MAX_GROWN_BYTES:
-            return [self.encode_literal(text) for text in texts]  # whose memory adds up otherwise
+            return [self.encode_literal(text) for text in texts]  # one by one, because their memory adds up otherwise
         encodings = _asked(
             self._literal.encode_batch_fast, [self._checked(text) for text in texts], add_special_tokens=False
         )
@@ -288,12 +288,12 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of the ids, special tokens left out."""
+        """Returns the text of the ids, without special tokens."""
         return _asked(self.backend.decode, list(ids))
 
     def text_of(self, token: int) -> str:
-        """Returns what a token adds to a text, special tokens as they are spelt; U+FFFD for parts of characters."""
-        # Beside another one: at the beginning of a text some decoders drop a space.
+        """Returns the text of one token, also of a special token; U+FFFD for a part of a character."""
+        # Decoded after another token, because some decoders drop a space at the start of a text.
         once, twice = (_asked(self.backend.decode, [token] * times, skip_special_tokens=False) for times in (1, 2))
         return twice[len(once) :]
 
@@ -303,7 +303,7 @@ class Tokenizer:
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def special_tokens_in(self, text: str) -> list[tuple[int, int, int]]:
-        """Returns the special tokens that a text spells: id, and where in the text (half-open, in characters)."""
+        """Returns the special tokens whose text a text contains: id, start and end (half-open, in characters)."""
         encoding = _asked(self.backend.encode, text, add_special_tokens=False)
         return [
             (token, *where)
@@ -313,36 +313,36 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of tokens as they come, never half a character.
+    """Converts a stream of tokens to text, in whole characters.
 
-    The pieces make up what `Tokenizer.decode` returns for all of the tokens. Bytes that become no character appear as
-    U+FFFD, once it is certain or the text ends. (The library's own DecodeStream fails when a byte-fallback vocabulary
-    writes them: to its decoder one such byte makes the characters before it invalid too. Those stay here.)
+    The pieces together equal `Tokenizer.decode` of all tokens. Bytes that do not form a character become U+FFFD, as soon as
+    that is certain or the text ends. (The library's own DecodeStream fails for byte-fallback vocabularies: one such byte makes
+    its decoder treat the characters before it as invalid too.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._before: list[int] = []  # the tokens of the last piece: decoders join and strip at the beginning of a text
+        self._before: list[int] = []  # the tokens of the last piece: decoders join and strip at the start of a text
         self._held: list[int] = []
 
     @property
     def begun(self) -> bool:
-        """Whether a token has come that is part of the text."""
+        """Whether a token of the text has arrived."""
         return bool(self._before or self._held)
 
     def push(self, token: int) -> str:
-        """Takes a token and returns the whole characters that are complete with it, often none."""
+        """Takes a token and returns the characters that it completes, often none."""
         if token in self.tokenizer.special_ids:
             return ""
         self._held.append(token)
         text = self._text()
-        if text.endswith(_REPLACEMENT):  # perhaps the beginning of a character
+        if text.endswith(_REPLACEMENT):  # perhaps the start of a character
             return ""
         self._before, self._held = self._held, []
         return text
 
     def finish(self) -> str:
-        """Returns the rest: the text ended within a character."""
+        """Returns the rest of a text that ended within a character."""
         text, self._held = self._text(), []
         return text
 
@@ -356,33 +356,35 @@ def _bytes(text: str) -> int:
 
 
 def _encoded(backend: _Tokenizer, text: str, add_special_tokens: bool = False) -> Encoding:
-    """Encodes a text; a long one so that other threads of Python run meanwhile, as an event loop."""
+    """Encodes a text; during a long one, other Python threads can run."""
     if len(text) < _LONG:
         return _asked(backend.encode, text, add_special_tokens=add_special_tokens)
     return _asked(partial(_only, backend), text, add_special_tokens=add_special_tokens)
 
 
 def _only(backend: _Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
-    # Unlike `encode`, the library's `encode_batch` lets go of Python's lock.
+    # Unlike `encode`, the library's `encode_batch` releases Python's global lock.
     return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _asked(function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
-    """Calls the library, which panics over some files, fails over others, and calls a text no text.
+    """Calls the library and converts its panics and exceptions.
 
     Raises:
-        SlmError: When it does.
+        SlmError: If the library panics or fails, or a text contains a lone surrogate.
     """
     try:
         return function(*arguments, **options)
     except TypeError:
         if all(isinstance(each, str | list) for each in arguments):
-            raise SlmError("the text holds half of a surrogate pair", "write the character itself") from None
+            raise SlmError("the text contains a lone surrogate", "write the character itself") from None
         raise
     except BaseException as error:
-        if type(error).__name__ == "PanicException":  # of no module that could be imported
+        if type(error).__name__ == "PanicException":  # the class cannot be imported
             raise SlmError(f"the tokenizer failed: {error}", "its tokenizer.json is damaged") from None
-        if type(error) is Exception:  # the library's own, as where a text needs an unknown token and there is none
+        if (
+            type(error) is Exception
+        ):  # raised by the library, for example if a text needs an unknown token and none exists
             raise SlmError(f"the tokenizer failed: {error}", "its tokenizer.json does not cover every text") from None
         raise
 
@@ -391,10 +393,10 @@ _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _stated_tokens(backend: _Tokenizer, config: dict[str, Any]) -> list[AddedToken]:
-    """Returns the added tokens that only `tokenizer_config.json` states, as transformers adds them.
+    """Returns the added tokens that only `tokenizer_config.json` declares; transformers adds the same.
 
-    They are entries of `added_tokens_decoder` that differ from those of `tokenizer.json`, then named special tokens that are no
-    added tokens. A token that the vocabulary does not have is left out: the model has no row for it.
+    These are entries of `added_tokens_decoder` that differ from those of `tokenizer.json`, and named special tokens that are
+    not added tokens. Tokens that the vocabulary does not contain are ignored: the model has no embedding for them.
     """
     there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     stated: dict[str, AddedToken] = {}
@@ -423,7 +425,7 @@ def _same_token(token: AddedToken | None, other: AddedToken) -> bool:
 
 
 def _named(config: dict[str, Any]) -> set[str]:
-    """Returns the special tokens that a `tokenizer_config.json` names, plainly or in objects, by whatever key."""
+    """Returns the special tokens named in `tokenizer_config.json`, as strings or in objects, under any key."""
     values = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         several = config.get(key)
@@ -436,7 +438,7 @@ def _named(config: dict[str, Any]) -> set[str]:
 
 
 def _controls(token: str, template: str) -> bool:
-    """Says whether an added token that is not called special is a control token; Gemma has thousands that are not, as <b>."""
+    """Returns whether an added token that is not marked special is a control token; Gemma has thousands that are not: <b>."""
     token = token.strip()
     return len(token) > 1 and (token in template or _CONTROL.fullmatch(token) is not None)
 
@@ -445,7 +447,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Returns the contents of `tokenizer_config.json`.
 
     Raises:
-        SlmError: When it is not a JSON object, or larger than any real one.
+        SlmError: If the file is not a JSON object, or is larger than real ones.
     """
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise SlmError(f"{path} has more than {_MAX_CONFIG_BYTES >> 20} MiB")
@@ -458,12 +460,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _around(processor: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Returns the ids that a post-processor puts before a text and after it."""
+    """Returns the ids that a post-processor puts before and after a text."""
     match processor["type"]:
         case "Sequence":
             before: list[int] = []
             after: list[int] = []
-            for each in processor["processors"]:  # each puts its own around what the one before it made
+            for each in processor["processors"]:  # each adds its tokens around the previous result
                 first, last = _around(each)
                 before, after = [*first, *before], [*after, *last]
             return before, after
@@ -482,7 +484,7 @@ def _around(processor: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def _one_template(config: dict[str, Any]) -> dict[str, str]:
-    """Returns the default of several chat templates: a list of names and templates, or an object."""
+    """Returns the default chat template, if the configuration has several: a list of names and templates, or an object."""
     templates = config.get("chat_template")
     if isinstance(templates, list):
         pairs = [(each.get("name"), each.get("template")) for each in templates if isinstance(each, dict)]
@@ -492,9 +494,9 @@ def _one_template(config: dict[str, Any]) -> dict[str, str]:
     default = templates.get("default") if isinstance(templates, dict) else None
     if not isinstance(default, str):
         raise SlmError(
-            f"{TOKENIZER_CONFIG_FILE} has several chat templates and none is the default"
+            f"{TOKENIZER_CONFIG_FILE} has several chat templates but no default"
             if isinstance(templates, dict)
-            else f"{TOKENIZER_CONFIG_FILE}: chat_template is not a text",
+            else f"{TOKENIZER_CONFIG_FILE}: chat_template is not a string",
             "keep one of them, or name one of them default",
         )
     return {"chat_template": default}

@@ -1,15 +1,15 @@
-"""Which regular expressions of a `tokenizer.json` run in linear time; the others are rejected.
+"""Accepts only those regular expressions of a `tokenizer.json` that run in linear time.
 
-The tokenizers library runs them with Oniguruma, which backtracks and cannot be interrupted: `(a+)+$` takes exponential time,
-and `a+[bc]` takes quadratic time on a text of a's. An expression passes when three things hold:
+The tokenizers library uses Oniguruma, which backtracks and cannot be interrupted: `(a+)+$` takes exponential time, and
+`a+[bc]` takes quadratic time on a text of a's. An expression is accepted under three conditions:
 
-- An unbounded repeat covers one character class, or a group of fixed length. Nothing unbounded is nested.
-- An alternative gives up at most one unbounded repeat, that is, at most one is followed by something that can fail. Such an
-  alternative must be followed by one that keeps the same run of characters: the scan was then not wasted. The expressions of
-  GPT-2, GPT-4, Llama 3, Qwen, DeepSeek and others have this form: `\\s+(?!\\S)|\\s+`. `\\s+(?!\\S)` itself keeps all but one.
-- What is bounded is small: the number of ways to match it times its length (`MAX_WORK`).
+- An unbounded repeat covers one character class, or a group of fixed length. Unbounded repeats are not nested.
+- An alternative backtracks over at most one unbounded repeat, that is, at most one is followed by something that can fail. A
+  later alternative must then match the same run of characters, so that the scan was not wasted. The expressions of GPT-2,
+  GPT-4, Llama 3, Qwen, DeepSeek and others have this form: `\\s+(?!\\S)|\\s+`. `\\s+(?!\\S)` alone leaves one character.
+- Everything bounded is small: its number of ways to match times its length is limited (`MAX_WORK`).
 
-Syntax: https://github.com/kkos/oniguruma/blob/master/doc/RE. What this reader does not know it rejects.
+Syntax: https://github.com/kkos/oniguruma/blob/master/doc/RE. Syntax that this parser does not know is rejected.
 """
 
 import re
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 MAX_CHARACTERS = 4096
-# Steps at one position of the text, in all alternatives together. GPT-4o's expression needs 200.
+# The most steps at one position of the text, over all alternatives. GPT-4o's expression needs 200.
 MAX_WORK = 1024
 _MAX_DEPTH = 16
 _MAX_ROUTES = 256
@@ -32,7 +32,7 @@ _LOOKAROUND = ("?=", "?!", "?<=", "?<!")
 
 
 class Slow(ValueError):
-    """Why an expression is rejected, as the end of a sentence."""
+    """The reason why an expression is rejected, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class _Part:
     """A piece of an alternative.
 
     Attributes:
-        text: How it is written, with its flags.
-        ways: In how many ways it can match at one position, unbounded repeats aside.
-        width: The most characters it takes, unbounded repeats aside.
-        shortest: The fewest.
-        optional: Whether it always matches, if only the empty string.
-        repeats: What is repeated without bound; empty where nothing is.
-        kept: Whether a repeat is never given up again (possessive).
-        lazy: Whether a repeat takes as little as it can.
-        run: Of a class repeated by a plain "+", outside of all flags, the class.
+        text: The source of the piece, with its flags.
+        ways: Number of ways to match at one position, without unbounded repeats.
+        width: The largest number of characters matched, without unbounded repeats.
+        shortest: The smallest number of characters matched.
+        optional: Whether the piece always matches, if only the empty string.
+        repeats: The source of what is repeated without bound; empty if nothing is.
+        kept: Whether the repeat is possessive, so that it never backtracks.
+        lazy: Whether the repeat matches as little as possible.
+        run: The class, if the piece is a class repeated by a plain "+" without flags.
     """
 
     text: str
@@ -70,8 +70,8 @@ class Linear:
     """An expression that runs in linear time.
 
     Attributes:
-        expression: How it is written; see `linear_regex`.
-        shortest: The fewest characters that it matches.
+        expression: The expression for the library; see `linear_regex`.
+        shortest: The smallest number of characters that it matches.
         work: Steps at one position of the text.
     """
 
@@ -83,18 +83,18 @@ class Linear:
 def linear_regex(expression: str) -> Linear:
     """Returns an expression that finds the same matches in linear time.
 
-    It is the expression itself, except for the form `\\s+$` (DeepSeek has it): a class repeated, and something that may fail.
-    That can only match from the beginning of a run, so `(?<!\\s)` is put before it, and each run is scanned once.
+    It is the given expression, except for the form of DeepSeek's `\\s+$`: a repeated class, followed by something that can
+    fail. Such a match can only start at the beginning of a run, so `(?<!\\s)` is put before it, and each run is scanned once.
 
     Raises:
-        Slow: When the expression may take longer, or uses syntax that is not supported.
+        Slow: If the expression may take longer, or uses syntax that is not supported.
     """
     if not 0 < len(expression) <= MAX_CHARACTERS:
-        raise Slow(f"it has {len(expression):,} characters; supported are 1 to {MAX_CHARACTERS:,}")
+        raise Slow(f"it has {len(expression):,} characters; it must have 1 to {MAX_CHARACTERS:,}")
     reader = _Reader(expression)
     routes = reader.alternatives(0)
     if reader.at != len(expression):
-        raise Slow(f"its ')' at character {reader.at + 1} closes nothing")
+        raise Slow(f"its ')' at character {reader.at + 1} has no '('")
     work = sum(_work(route) for route in routes)
     if work > MAX_WORK:
         raise Slow("it has too many ways to match")
@@ -115,14 +115,14 @@ def _work(route: _Route) -> int:
 
 
 def _check_route(route: _Route, later: list[_Route]) -> None:
-    """Checks the repeats of an alternative that may be given up again."""
+    """Checks the repeats of an alternative that may backtrack."""
     wasted = [
         place
         for place, part in enumerate(route)
         if part.repeats and _may_fail(route[place + 1 :]) and not _gives_up_one(route[place:])
     ]
     if sum(not route[place].kept for place in wasted) > 1:
-        raise Slow("one alternative gives up several unbounded repeats, which takes quadratic time")
+        raise Slow("one alternative backtracks over several unbounded repeats, which takes quadratic time")
     for place in wasted:
         if not _is_kept_by(route, place, later):
             raise Slow(f"{route[place].text} may match a long run in vain, which takes quadratic time")
@@ -133,12 +133,12 @@ def _may_fail(parts: _Route) -> bool:
 
 
 def _gives_up_one(parts: _Route) -> bool:
-    """Says whether parts are `\\s+(?!\\S)`: of two or more white spaces it keeps all, or all but the last, and never fails."""
+    """Returns whether parts are `\\s+(?!\\S)`: it never fails, and keeps all of several white spaces except perhaps one."""
     return len(parts) == 2 and parts[0].run == r"\s" and parts[1].text == r"(?)(?!\S)"
 
 
 def _is_kept_by(route: _Route, place: int, later: list[_Route]) -> bool:
-    """Says whether an alternative keeps the run that this one gives up; those between must be of the same run."""
+    """Returns whether a later alternative matches the run over which this one backtracks, before any other can."""
     for other in later:
         places = [i for i, part in enumerate(other) if part.repeats == route[place].repeats and not part.lazy]
         if not places:
@@ -153,16 +153,16 @@ def _is_kept_by(route: _Route, place: int, later: list[_Route]) -> bool:
 
 @dataclass
 class _Reader:
-    """Reads an expression into its alternatives."""
+    """Parses an expression into its alternatives."""
 
     source: str
     at: int = 0
     flags: str = field(default="")
 
     def alternatives(self, depth: int) -> list[_Route]:
-        """Returns the alternatives up to the end or the group's ')'."""
+        """Returns the alternatives up to the end of the expression or of the group."""
         if depth > _MAX_DEPTH:
-            raise Slow("it is nested too deep")
+            raise Slow("its groups are nested too deeply")
         flags = self.flags
         routes: list[_Route] = []
         current: list[_Route] = [()]
@@ -188,13 +188,13 @@ class _Reader:
         elif character == "\\":
             return [(self._escape(),)]
         elif character in "*+?":
-            raise Slow(f"its {character!r} at character {start + 1} repeats nothing")
+            raise Slow(f"its {character!r} at character {start + 1} has nothing to repeat")
         else:
             self.at += 1
             if character in "^$":
                 return [(_Part(self._written(start), width=0, shortest=0),)]
             if character == "{" and _INTERVAL.match(self.source, start):
-                raise Slow(f"its interval at character {start + 1} repeats nothing")
+                raise Slow(f"its interval at character {start + 1} has nothing to repeat")
         return [(_Part(self._written(start)),)]
 
     def _written(self, start: int) -> str:
@@ -210,14 +210,14 @@ class _Reader:
         self.at += 2
         if following in _ZERO_WIDTH and following:
             return _Part(self._written(start), width=0, shortest=0)
-        if following == "R":  # a line's end, "\r\n" or one character
+        if following == "R":  # a line break: "\r\n" or one character
             return _Part(self._written(start), ways=2, width=2)
         if following and (following in _ONE_CHARACTER or not (following.isalnum() or following == "_")):
             return _Part(self._written(start))
         raise Slow(f"\\{following} is not supported")
 
     def _skip_class(self) -> None:
-        """Moves behind a character class."""
+        """Moves past a character class."""
         depth = 0
         while self.at < len(self.source):
             character = self.source[self.at]
@@ -232,14 +232,14 @@ class _Reader:
                 depth += 1
                 self.at += 1 + self.source.startswith("^", self.at + 1)
                 if depth > _MAX_DEPTH or self.source[self.at : self.at + 1] in ("]", ":"):
-                    raise Slow("a character class of that form is not supported")
+                    raise Slow("a character class of this form is not supported")
                 continue
             self.at += 1
             if character == "]":
                 depth -= 1
                 if depth == 0:
                     return
-        raise Slow("a character class does not end")
+        raise Slow("a character class has no end")
 
     def _group(self, depth: int) -> list[_Route]:
         start = self.at
@@ -251,15 +251,15 @@ class _Reader:
         elif found := _FLAGS.match(self.source, self.at):
             self.at = found.end()
             self.flags = "".join(sorted({*flags, *found[1]})) if "-" not in found[0] else f"{flags}{found[0]}"
-            if found[2] == ")":  # from here to the end of the group around it
+            if found[2] == ")":  # the flags apply up to the end of the enclosing group
                 return [()]
-        elif self.source.startswith("?>", self.at):  # atomic: counted as if it were tried again
+        elif self.source.startswith("?>", self.at):  # an atomic group; counted as if it could backtrack
             self.at += 2
         elif self.source.startswith(("?", "*"), self.at):
-            raise Slow(f"a group that begins with ({self.source[self.at : self.at + 2]} is not supported")
+            raise Slow(f"a group that starts with ({self.source[self.at : self.at + 2]} is not supported")
         routes = self.alternatives(depth + 1)
         if not self.source.startswith(")", self.at):
-            raise Slow("a group does not end")
+            raise Slow("a group has no end")
         self.at += 1
         self.flags = flags
         if look is None:
@@ -278,7 +278,7 @@ class _Reader:
             routes = _repeated(routes, least, most, kept, self.source[start : self.at])
 
     def _quantifier(self) -> tuple[int | None, int | None, bool]:
-        """Returns the fewest and the most times, None for no bound, and whether it is possessive; None where there is none."""
+        """Returns the smallest and largest count (None for no bound) and whether it is possessive; None without quantifier."""
         following = self.source[self.at : self.at + 1]
         simple: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
         if following and following in simple:
@@ -292,7 +292,7 @@ class _Reader:
         self.at = found.end()
         least = int(found[1] or 0)
         most = least if not found[2] else int(found[3]) if found[3] else None
-        if self.source.startswith("?", self.at):  # lazy; of {n} it makes an optional one
+        if self.source.startswith("?", self.at):  # a lazy quantifier; {n}? means {0,n}
             self.at += 1
             least = 0 if not found[2] else least
         return least, most, False
@@ -307,7 +307,7 @@ def _repeated(routes: list[_Route], least: int, most: int | None, kept: bool, qu
         (route, *others) = routes
         fixed = not others and route and all(part.ways == part.width == part.shortest == 1 for part in route)
         if unbounded or not fixed:
-            raise Slow(f"the unbounded repeat ({text}){quantifier} covers more than a class or a fixed group")
+            raise Slow(f"the unbounded repeat ({text}){quantifier} covers more than a class or a group of fixed length")
         length = len(route)
         lazy = len(quantifier) > 1 and quantifier.endswith("?")
         run = text.removeprefix("(?)") if length == 1 and quantifier == "+" and text.startswith("(?)") else ""
@@ -317,7 +317,7 @@ def _repeated(routes: list[_Route], least: int, most: int | None, kept: bool, qu
             return [*routes, ()]
         raise Slow(f"({text}){quantifier} repeats an unbounded repeat")
     if most > 1 and any(not _may_fail(route) for route in routes):
-        raise Slow(f"({text}){quantifier} repeats something that may be empty")
+        raise Slow(f"({text}){quantifier} repeats something that may match the empty string")
     ways, one = 0, _ways(routes)
     for count in range(least, most + 1):
         ways += one**count if count <= MAX_WORK else MAX_WORK

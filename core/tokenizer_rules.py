@@ -1,9 +1,9 @@
-"""What a `tokenizer.json` may contain. The tokenizers library checks neither time nor memory, and cannot be interrupted.
+"""Validates a `tokenizer.json`, because the tokenizers library limits neither time nor memory and cannot be interrupted.
 
-A file is rebuilt from the fields below: components of known types, with bounds on how much text they add (`MAX_GROWTH`) and on
-how long they take. What is not listed is dropped, so the library only sees what was checked. `truncation` and `padding` are
-state of the program that wrote the file, as transformers treats them: it resets both at each call. BPE's `dropout`, which
-makes encoding random for training, is left out too.
+The file is rebuilt from the fields below: components of known types, with limits on how much text they add (`MAX_GROWTH`) and
+on their running time. Other fields are dropped, so the library reads only validated ones. `truncation` and `padding` are state
+of the program that wrote the file, as in transformers, which resets both at each call. BPE's `dropout` makes encoding random
+for training, and is dropped too.
 """
 
 import base64
@@ -13,7 +13,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping
-from json.decoder import scanstring  # type: ignore[attr-defined]  # which the standard decoder uses
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the standard decoder uses it
 from typing import Any
 
 import numpy as np
@@ -21,33 +21,34 @@ from numpy.typing import NDArray
 
 from slm.core.tokenizer_regex import Slow, linear_regex
 
-# Gemma's has 33 MB.
+# Gemma's file has 33 MB.
 MAX_BYTES = 64 << 20
-# Bytes that one byte of text can become in normalizers and pre-tokenizers, and one byte of a token in decoders. Gemma: 3,
-# Llama 2: 12, T5: 33, ALBERT: 182. A chain of doublings passes any limit.
+# How many bytes normalizers and pre-tokenizers can make of one byte of text, and decoders of one byte of a token. Gemma: 3,
+# Llama 2: 12, T5: 33, ALBERT: 182. A chain of rules that each double the text would exceed any limit.
 MAX_GROWTH = 256
 MAX_DECODED_GROWTH = 16
-# The same of pre-tokenizers alone, which make parts of a kilobyte each. A space before each part counts 2, Metaspace 4.
+# The limit for pre-tokenizers, whose parts take a kilobyte each. A space before each part counts as 2, Metaspace as 4.
 MAX_PRE_TOKENIZED_GROWTH = 16
 MAX_COMPONENTS = 128
 MAX_NESTING = 8
-# Steps of all regular expressions at one position of a text.
+# The most steps of all regular expressions at one position of a text.
 MAX_REGEX_WORK = 4096
-# Characters of a token, and of the texts that components add.
+# The longest token, and the longest text that a component adds, in characters.
 MAX_TOKEN = 1024
 MAX_INSERT = 256
-# The library's search for added tokens is built in time that grows faster than their characters.
+# The time to build the library's search for added tokens grows faster than the number of their characters.
 MAX_ADDED_TOKENS = 65_536
 MAX_ADDED_CHARACTERS = 1 << 20
-# The library walks over all ids up to the largest one when it copies a tokenizer.
+# The library iterates over all ids up to the largest one when it copies a tokenizer.
 MAX_ID = (1 << 24) - 1
-# Unigram's vocabulary becomes a tree of bytes, with 350 bytes of memory for each. mT5's 250,000 tokens have 2.5 MB.
+# Unigram's vocabulary becomes a tree of bytes, at 350 bytes of memory each. mT5's 250,000 tokens have 2.5 MB.
 MAX_UNIGRAM_BYTES = 4 << 20
-# Characters of its tokens: at each position it copies every token that begins there. SentencePiece makes at most 16.
+# The longest Unigram token, in characters: at each position the library copies all tokens that start there. SentencePiece's
+# tokens have at most 16.
 MAX_UNIGRAM_TOKEN = 256
-# Tokens that a template adds to a text.
+# The most tokens that a template adds to a text.
 MAX_TEMPLATE_TOKENS = 64
-# WordPiece takes quadratic time in a word; BERT has 100.
+# WordPiece takes quadratic time in the length of a word; BERT's limit is 100.
 MAX_WORD = 256
 
 _BEHAVIORS = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
@@ -56,24 +57,24 @@ _SPACE = " \t\n\r"
 
 
 class Unsupported(ValueError):
-    """Why a file is rejected, as the end of a sentence."""
+    """The reason why a file is rejected, as the end of a sentence."""
 
 
 class Rules:
-    """A `tokenizer.json` that was checked.
+    """A validated `tokenizer.json`.
 
     Attributes:
-        text: The file for the library, rebuilt.
-        growth: Bytes that one byte of text can become.
-        growth_later: The same, of what normalizing the text by itself does not show.
-        state: Fields of the file that were left out because they are state: "truncation", "padding", "dropout".
+        text: The rebuilt file, for the library.
+        growth: How many bytes one byte of text can become.
+        growth_later: The factor of that growth that follows normalization of the whole text.
+        state: Fields of the file that were dropped because they are state: "truncation", "padding", "dropout".
     """
 
     def __init__(self, content: str) -> None:
-        """Reads the file's content.
+        """Validates the content of the file.
 
         Raises:
-            Unsupported: When it contains something that is not supported, or is not JSON.
+            Unsupported: If it contains something that is not supported, or is not JSON.
         """
         parsed, model_text = _top_level(content)
         budget = _Budget()
@@ -98,18 +99,18 @@ class Rules:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):  # which of two the library takes is its own matter
-        raise Unsupported("it states a field twice")
+    if len(found) != len(pairs):  # parsers differ in which of two values they use
+        raise Unsupported("it has a field twice")
     return found
 
 
 def _top_level(content: str) -> tuple[dict[str, Any], str]:
-    """Returns the fields of the document, and the text of its model: parsed once here and once by the library."""
+    """Returns the fields of the document, and the source text of its model, which the library parses again."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
     found: dict[str, Any] = {}
     model = ""
     collects = gc.isenabled()
-    gc.disable()  # hundreds of thousands of small lists, of which none is garbage: halves the time
+    gc.disable()  # halves the time: parsing creates hundreds of thousands of small lists, none of them garbage
     try:
         at = _after(content, 0, "{")
         while content[at : at + 1] != "}":
@@ -117,7 +118,7 @@ def _top_level(content: str) -> tuple[dict[str, Any], str]:
             at = _blank(content, _after(content, _blank(content, at), ":"))
             value, end = decoder.raw_decode(content, at)
             if name in found:
-                raise Unsupported(f"it states {name!r} twice")
+                raise Unsupported(f"it has {name!r} twice")
             found[name] = value
             if name == "model":
                 model = content[at:end]
@@ -127,12 +128,12 @@ def _top_level(content: str) -> tuple[dict[str, Any], str]:
     except json.JSONDecodeError as error:
         raise Unsupported(f"it is not JSON: line {error.lineno}: {error.msg}") from None
     except RecursionError:
-        raise Unsupported("it is nested too deep") from None
+        raise Unsupported("it is nested too deeply") from None
     finally:
         if collects:
             gc.enable()
     if _blank(content, at + 1) != len(content):
-        raise Unsupported("it is not JSON: something follows the document")
+        raise Unsupported("it is not JSON: text follows the document")
     return found, model
 
 
@@ -150,7 +151,7 @@ def _after(content: str, at: int, mark: str) -> int:
 
 
 class _Budget:
-    """What the components of a file add up to."""
+    """The totals over all components of a file, with their limits."""
 
     def __init__(self) -> None:
         self.components = self.work = self.template_tokens = 0
@@ -179,7 +180,7 @@ class _Budget:
             raise Unsupported(f"its decoders can make a text more than {MAX_DECODED_GROWTH} times as long")
 
     def regex(self, expression: Any, where: str) -> tuple[str, int]:
-        """Returns an expression as it is run, and the fewest bytes that it matches."""
+        """Returns the expression to run, and the smallest number of bytes that it matches."""
         try:
             linear = linear_regex(_text(expression, f"{where}: pattern", 1 << 16))
         except Slow as error:
@@ -188,7 +189,7 @@ class _Budget:
             ) from None
         self.work += linear.work
         if self.work > MAX_REGEX_WORK:
-            raise Unsupported("its regular expressions take too long together")
+            raise Unsupported("its regular expressions together take too long")
         return linear.expression, linear.shortest
 
 
@@ -203,13 +204,13 @@ def _object(value: Any, what: str) -> Mapping[str, Any]:
 
 def _list(value: Any, what: str, longest: int) -> list[Any]:
     if not isinstance(value, list) or len(value) > longest:
-        raise Unsupported(f"{what} is not a list of at most {longest:,}")
+        raise Unsupported(f"{what} is not a list of at most {longest:,} entries")
     return value
 
 
 def _text(value: Any, what: str, longest: int = MAX_INSERT) -> str:
     if not isinstance(value, str) or len(value) > longest:
-        raise Unsupported(f"{what} is not a text of at most {longest:,} characters")
+        raise Unsupported(f"{what} is not a string of at most {longest:,} characters")
     return value
 
 
@@ -227,9 +228,9 @@ def _character(value: Any, what: str) -> str:
 
 def _choice(options: tuple[str, ...]) -> Callable[[Any, str], str]:
     def check(value: Any, what: str) -> str:
-        # The library also takes "merged_with_previous" for MergedWithPrevious.
+        # The library also accepts "merged_with_previous" for MergedWithPrevious.
         if not isinstance(value, str) or value.replace("_", "").lower() not in [each.lower() for each in options]:
-            raise Unsupported(f"{what} is none of {', '.join(options)}")
+            raise Unsupported(f"{what} must be one of {', '.join(options)}")
         return value
 
     return check
@@ -237,7 +238,7 @@ def _choice(options: tuple[str, ...]) -> Callable[[Any, str], str]:
 
 def _flag(value: Any, what: str) -> bool | None:
     if value is not None and not isinstance(value, bool):
-        raise Unsupported(f"{what} is neither true nor false")
+        raise Unsupported(f"{what} is not true or false")
     return value
 
 
@@ -245,7 +246,7 @@ _Check = Callable[[Any, str], Any]
 
 
 def _fields(kind: str, value: Mapping[str, Any], checks: Mapping[str, _Check]) -> dict[str, Any]:
-    """Returns a component with the listed fields that it has, each checked."""
+    """Returns a component with its listed fields, each validated."""
     kept = {name: check(value[name], f"{kind}: {name}") for name, check in checks.items() if name in value}
     return {"type": kind, **kept}
 
@@ -262,7 +263,7 @@ def _members(kind: str, value: Mapping[str, Any], name: str, make: Callable[[Any
 
 
 def _pattern(value: Any, where: str, budget: _Budget) -> tuple[dict[str, str], int]:
-    """Returns a pattern, and the fewest bytes that it matches."""
+    """Returns a pattern, and the smallest number of bytes that it matches."""
     value = _object(value, f"{where}: pattern")
     if set(value) == {"String"}:
         text = _text(value["String"], f"{where}: pattern")
@@ -280,10 +281,10 @@ def _bytes(text: str) -> int:
 
 
 def _replace(value: Mapping[str, Any], budget: _Budget) -> tuple[dict[str, Any], float]:
-    """Returns a Replace, and by how much it can make a text longer."""
+    """Returns a Replace component, and the factor by which it can lengthen a text."""
     pattern, shortest = _pattern(value.get("pattern"), "Replace", budget)
     content = _text(value.get("content"), "Replace: content")
-    # Where an empty match is replaced, one is put before each character.
+    # An empty match is replaced before every character.
     growth = 1.0 + _bytes(content) if shortest == 0 else max(1.0, _bytes(content) / shortest)
     return {"type": "Replace", "pattern": pattern, "content": content}, growth
 
@@ -291,7 +292,7 @@ def _replace(value: Mapping[str, Any], budget: _Budget) -> tuple[dict[str, Any],
 # Normalizers --------------------------------------------------------------------------------------------------------------
 
 _NORMALIZERS: dict[str, tuple[float, Mapping[str, _Check]]] = {
-    # U+FDFA, three bytes, is 33 in NFKC and NFKD; no character more than triples in NFC and NFD.
+    # NFKC and NFKD turn the three bytes of U+FDFA into 33; NFC and NFD at most triple a character.
     "NFC": (3, {}),
     "NFD": (3, {}),
     "NFKC": (11, {}),
@@ -325,7 +326,7 @@ def _normalizer(value: Any, budget: _Budget, depth: int = 0) -> dict[str, Any]:
             return made
         case "Prepend":
             prefix = _text(value.get("prepend"), "Prepend: prepend")
-            # It comes before each part between added tokens, which may be one byte long.
+            # The prefix is put before each part between added tokens, which may be one byte long.
             budget.grow(1 + _bytes(prefix), later=True)
             return {"type": kind, "prepend": prefix}
         case "Precompiled":
@@ -338,24 +339,24 @@ def _normalizer(value: Any, budget: _Budget, depth: int = 0) -> dict[str, Any]:
 
 
 def charsmap_growth(packed: str) -> float:
-    """Returns how many bytes a SentencePiece map of characters makes of one byte.
+    """Returns how many bytes a SentencePiece character map can make of one byte.
 
-    The map is a double array (https://github.com/s-yata/darts-clone) of what is replaced, and the texts put there, each of
-    which ends with a zero byte.
+    The map is a double array (https://github.com/s-yata/darts-clone) of the strings to replace, followed by the replacements,
+    each of which ends with a zero byte.
     """
     try:
         data = base64.b64decode(packed, validate=True)
         (size,) = struct.unpack_from("<I", data)
         units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
     except (binascii.Error, struct.error, ValueError):
-        raise Unsupported("Precompiled: its map of characters is damaged") from None
+        raise Unsupported("Precompiled: its character map is damaged") from None
     texts = data[4 + size :]
     try:
         texts.decode()
     except UnicodeDecodeError:
         raise Unsupported("Precompiled: its texts are not UTF-8") from None
     if size % 4 or not len(units):
-        raise Unsupported("Precompiled: its map of characters is damaged")
+        raise Unsupported("Precompiled: its character map is damaged")
     return _growth_of(units, np.frombuffer(texts, np.uint8))
 
 
@@ -365,8 +366,8 @@ def _growth_of(units: NDArray[np.int64], texts: NDArray[np.uint8]) -> float:
     nodes = np.array([0]) ^ _offsets(units[:1])
     while len(nodes):
         depth += 1
-        if (nodes | 255).max() >= len(units):  # the library looks for any byte there
-            raise Unsupported("Precompiled: its map of characters is damaged")
+        if (nodes | 255).max() >= len(units):  # the library reads the child of any byte
+            raise Unsupported("Precompiled: its character map is damaged")
         labels = np.arange(1, 256)
         children = (nodes[:, None] ^ labels).reshape(-1)
         labels = np.tile(labels, len(nodes))
@@ -379,10 +380,10 @@ def _growth_of(units: NDArray[np.int64], texts: NDArray[np.uint8]) -> float:
         nodes = found ^ _offsets(units[found])
         leaves = nodes[(units[found] >> 8 & 1).astype(bool)]
         if leaves.size and leaves.max() >= len(units):
-            raise Unsupported("Precompiled: its map of characters is damaged")
+            raise Unsupported("Precompiled: its character map is damaged")
         values = units[leaves] & 0x7FFFFFFF
         if values.size and (values.max() >= length or (texts[values] >> 6 == 2).any()):  # 10xxxxxx: within a character
-            raise Unsupported("Precompiled: its map of characters is damaged")
+            raise Unsupported("Precompiled: its character map is damaged")
         stops = np.append(ends, length)[np.searchsorted(ends, values)]
         if values.size:
             growth = max(growth, float((stops - values).max()) / depth)
@@ -407,7 +408,7 @@ _METASPACE: Mapping[str, _Check] = {
 _BYTE_LEVEL: Mapping[str, _Check] = {"add_prefix_space": _flag, "trim_offsets": _flag, "use_regex": _flag}
 _PRE_TOKENIZERS: dict[str, tuple[float, Mapping[str, _Check]]] = {
     "BertPreTokenizer": (1, {}),
-    "ByteLevel": (2, _BYTE_LEVEL),  # a space may be put before a part too, which counts for what it adds to short ones
+    "ByteLevel": (2, _BYTE_LEVEL),  # also covers a space before a part, which at most doubles it
     "CharDelimiterSplit": (1, {"delimiter": _character}),
     "Metaspace": (4, _METASPACE),
     "Whitespace": (1, {}),
@@ -474,7 +475,7 @@ def _template(value: Mapping[str, Any], budget: _Budget) -> dict[str, Any]:
         pieces = [_piece(each, tokens) for each in _list(value.get(name), f"TemplateProcessing: {name}", 64)]
         texts = [piece["Sequence"]["id"] for piece in pieces if "Sequence" in piece]
         if (name == "single" and texts != sequences) or any(texts.count(each) > 1 for each in texts):
-            raise Unsupported(f"TemplateProcessing: {name} does not have each text once")
+            raise Unsupported(f"TemplateProcessing: {name} does not contain each text once")
         if name == "single":
             added = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
             _count_template_tokens(budget, sum(len(tokens[each]["ids"]) for each in added))
@@ -521,7 +522,7 @@ _DECODERS: dict[str, Mapping[str, _Check]] = {
     "BPEDecoder": {"suffix": _text},
     "WordPiece": {"prefix": _text, "cleanup": _flag},
     "CTC": {"pad_token": _text, "word_delimiter_token": _text, "cleanup": _flag},
-    # With more than this the library panics over tokens that are shorter.
+    # With larger values the library panics on shorter tokens.
     "Strip": {
         "content": _character,
         "start": lambda value, what: _number(value, what, MAX_TOKEN),
@@ -541,7 +542,7 @@ def _decoder(value: Any, budget: _Budget, depth: int = 0) -> dict[str, Any]:
         made, growth = _replace(value, budget)
         budget.grow_decoded(growth)
         return made
-    if kind in ("WordPiece", "BPEDecoder", "CTC"):  # which put a space beside a token
+    if kind in ("WordPiece", "BPEDecoder", "CTC"):  # these may put a space beside a token
         budget.grow_decoded(2)
     return _fields(kind, value, _DECODERS[kind])
 
@@ -561,7 +562,7 @@ def _added_tokens(value: Any) -> list[dict[str, Any]]:
             if name in given
         }
         if content.isspace() and (flags.get("lstrip") or flags.get("rstrip")):
-            raise Unsupported("added_tokens: white space that takes white space beside it takes quadratic time")
+            raise Unsupported("added_tokens: a white-space token with lstrip or rstrip takes quadratic time")
         made.append({"id": _number(given.get("id"), "added_tokens: id", MAX_ID), "content": content, **flags})
     if characters > MAX_ADDED_CHARACTERS:
         raise Unsupported(f"its added tokens have more than {MAX_ADDED_CHARACTERS:,} characters")
@@ -576,7 +577,7 @@ def _check_model(value: Any) -> None:
     if model.get("max_input_chars_per_word") is not None:
         _number(model["max_input_chars_per_word"], "model: max_input_chars_per_word", MAX_WORD)
     vocabulary = model.get("vocab")
-    if isinstance(vocabulary, list):  # Unigram's, with scores
+    if isinstance(vocabulary, list):  # Unigram's vocabulary, with scores
         tokens = [
             each[0] if isinstance(each, list) and each and isinstance(each[0], str) else "" for each in vocabulary
         ]

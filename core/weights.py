@@ -1,4 +1,4 @@
-"""A checkpoint's weights: one safetensors file or several behind an index, read tensor by tensor without PyTorch."""
+"""Reads a checkpoint's weights, one safetensors file or several with an index, tensor by tensor and without PyTorch."""
 
 import hashlib
 import json
@@ -24,27 +24,27 @@ Shape = tuple[int, ...]
 
 _CONVERT = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
 _AGAIN = "copy, download or train it again"
-# Values of a tensor that are compared at a time.
+# Number of values that are compared at a time.
 _COMPARED_VALUES = 1 << 22
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 class Weights:
-    """The tensors of a checkpoint's directory.
+    """The tensors of a checkpoint.
 
     Attributes:
-        path: The directory.
+        path: The checkpoint's directory.
         files: The safetensors files.
-        shapes: Every tensor's shape.
-        dtypes: Every tensor's dtype, by numpy's names.
+        shapes: The shape of each tensor.
+        dtypes: The dtype of each tensor, by numpy's names.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens the files; no tensor is read yet.
+        """Opens the files; tensors are read later.
 
         Raises:
-            SlmError: When there are no weights, one of several files is missing, a file is damaged, or two files hold
-                different tensors of one name.
+            SlmError: If there are no weights, a file is missing or damaged, or two files contain different tensors of the
+                same name.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -56,11 +56,11 @@ class Weights:
         for file in self.files:
             check_readable(file, "the weights")
             try:
-                # Read, not mapped: the pages of a mapping would count as a second copy of what is read from it.
+                # Read, not mapped: the pages of a mapping would count as a second copy of each tensor.
                 opened = safe_open(str(file), framework="np", backend="pread")
             except (SafetensorError, OSError) as error:
                 raise SlmError(f"cannot read the weights: {file} ({error})", _AGAIN) from None
-            for name in opened.keys():  # noqa: SIM118  not a mapping
+            for name in opened.keys():  # noqa: SIM118  # not a mapping
                 view = opened.get_slice(name)
                 if name in self._homes:
                     self._check_copy(name, view)
@@ -68,25 +68,25 @@ class Weights:
                 self.dtypes[name] = _FLOATS.get(view.get_dtype(), view.get_dtype())
                 self._homes[name] = opened
         if "bfloat16" in self.dtypes.values():
-            import ml_dtypes  # noqa: F401  teaches numpy the type
+            import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy
 
     def untied(self, config: ModelConfig) -> dict[str, Shape]:
-        """Returns the shapes, a tied head's left out where a file holds it beside the embedding.
+        """Returns the shapes without a tied head, if a file contains it beside the embedding.
 
         Raises:
-            SlmError: When that head is not the embedding.
+            SlmError: If the head differs from the embedding.
         """
         if not config.tie_word_embeddings or HEAD not in self.shapes:
             return dict(self.shapes)
         if EMBEDDING in self.shapes and not self.same(EMBEDDING, HEAD):
             raise SlmError(
-                f"{self.path}: config.json ties the head to the embedding, and {HEAD} is another matrix",
-                f"slm import {self.path} makes a checkpoint with a head of its own, which is how transformers 5 reads it",
+                f"{self.path}: config.json ties the head to the embedding, but {HEAD} has other values",
+                f"slm import {self.path} writes a checkpoint with an untied head, as transformers 5 reads it",
             )
         return {name: shape for name, shape in self.shapes.items() if name != HEAD}
 
     def same(self, first: str, second: str) -> bool:
-        """Says whether two tensors hold the same values, whatever their float types."""
+        """Returns whether two tensors have the same values; their float types may differ."""
         return self.shapes[first] == self.shapes[second] and _equal(
             self._homes[first].get_slice(first), self._homes[second].get_slice(second), self.shapes[first]
         )
@@ -94,16 +94,19 @@ class Weights:
     def _check_copy(self, name: str, view: Any) -> None:
         shape = tuple(view.get_shape())
         if shape != self.shapes[name] or not _equal(self._homes[name].get_slice(name), view, shape):
-            raise SlmError(f"{self.path}: two files hold different tensors called {name}", _AGAIN)
+            raise SlmError(f"{self.path}: two files contain different tensors named {name}", _AGAIN)
 
     def read(self, name: str) -> Array:
-        """Returns a tensor as it is stored.
+        """Returns a tensor in its stored dtype.
 
         Raises:
-            SlmError: When it is not made of floats, or one of them is NaN or infinite.
+            SlmError: If the tensor is not of floats, or a value is NaN or infinite.
         """
         if self.dtypes[name] not in _FLOATS.values():
-            raise SlmError(f"{self.path}: {name} is stored as {self.dtypes[name]}", "slm reads float weights")
+            raise SlmError(
+                f"{self.path}: {name} is stored as {self.dtypes[name]}, which is not supported",
+                "slm reads float weights",
+            )
         array: Array = self._homes[name].get_tensor(name)
         check_finite(array, name, self.path)
         return array
@@ -118,50 +121,50 @@ class Weights:
 
 
 def _equal(first: Any, second: Any, shape: Shape) -> bool:
-    """Compares two safetensors slices some rows at a time: a large vocabulary's matrices take gigabytes."""
-    import ml_dtypes  # noqa: F401  teaches numpy bfloat16
+    """Compares two safetensors slices, some rows at a time: matrices of large vocabularies take gigabytes."""
+    import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy
 
     if not shape or any(view.get_dtype() not in _FLOATS for view in (first, second)):
         return False
     rows = max(1, _COMPARED_VALUES * shape[0] // max(1, math.prod(shape)))
     for start in range(0, shape[0], rows):
-        part = slice(start, min(start + rows, shape[0]))  # safetensors refuses an end beyond the last row
+        part = slice(start, min(start + rows, shape[0]))  # safetensors rejects an end beyond the last row
         if not np.array_equal(first[part].astype(np.float64), second[part].astype(np.float64)):
             return False
     return True
 
 
 def has_weights(path: Path) -> bool:
-    """Says whether a directory holds weights."""
+    """Returns whether a directory holds weights."""
     return (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Returns the files that hold a checkpoint's weights.
+    """Returns the files that contain a checkpoint's weights.
 
     Raises:
-        SlmError: When there are none, or one that the index names is missing.
+        SlmError: If there are none, or a file in the index is missing.
     """
     if os.path.lexists(path / WEIGHTS_FILE):
         check_readable(path / WEIGHTS_FILE, "the weights")
         return [path / WEIGHTS_FILE]
     if not (path / INDEX_FILE).is_file():
-        hint = f"a checkpoint has {WEIGHTS_FILE}, or {INDEX_FILE} with its files"
+        hint = f"a checkpoint has {WEIGHTS_FILE}, or {INDEX_FILE} and the files that it lists"
         if any(path.glob("*.bin")):
-            hint = f"slm does not open pickles; {_CONVERT} writes {WEIGHTS_FILE}"
+            hint = f"slm does not load pickle files; {_CONVERT} writes {WEIGHTS_FILE}"
         raise SlmError(f"no weights: {path}", hint)
     index = read_json(path / INDEX_FILE, INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise SlmError(f"{path / INDEX_FILE} has no weight_map of names to files")
+        raise SlmError(f"{path / INDEX_FILE} has no weight_map from names to files")
     files = [member(path, name, links=True) for name in sorted({*index.values()})]
     for file in files:
         if not file.is_file():
-            raise SlmError(f"{path}: {file.name} is missing, which {INDEX_FILE} names", _AGAIN)
+            raise SlmError(f"{path}: {file.name} is missing, but {INDEX_FILE} lists it", _AGAIN)
     return files
 
 
 def weights_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a checkpoint's weights; of several files, of their own hashes in the order of their names."""
+    """Returns the SHA-256 of a checkpoint's weights; for several files, the hash of their hashes in order of name."""
     files = weight_files(path)
     if len(files) == 1:
         return sha256_file(files[0])
@@ -174,10 +177,10 @@ def bytes_on_disk(path: Path) -> int:
 
 
 def tensor_bytes(path: Path) -> int:
-    """Returns the bytes of a checkpoint's tensors, from the headers alone: an answering machine lacks the package.
+    """Returns the bytes of a checkpoint's tensors; reads file headers only and does not need the safetensors package.
 
     Raises:
-        SlmError: When a file is no safetensors file or not as long as its header says.
+        SlmError: If a file is not a safetensors file, or its length does not match its header.
     """
     return sum(map(_tensor_bytes, weight_files(path)))
 
@@ -188,24 +191,24 @@ def _tensor_bytes(file: Path) -> int:
         length = int.from_bytes(opened.read(8), "little")
         try:
             if length > size:
-                raise ValueError("a header longer than the file")
+                raise ValueError("the header is longer than the file")
             header = json.loads(opened.read(length))
             ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
             if 8 + length + max((end for _, end in ends), default=0) != size:
-                raise ValueError("tensors of another length than the file")
+                raise ValueError("the tensors do not have the file's length")
             return sum(end - start for start, end in ends)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise SlmError(f"cannot read the weights: {file}", _AGAIN) from None
 
 
 def check_finite(array: Array, name: str, path: Path) -> None:
-    """Makes sure that a tensor holds numbers.
+    """Checks that all values of a tensor are finite.
 
     Raises:
-        SlmError: When one is NaN or infinite.
+        SlmError: If a value is NaN or infinite.
     """
-    # bfloat16 is not numpy's own; its finiteness is that of the same number in float32.
+    # numpy's isfinite does not support bfloat16; conversion to float32 keeps finiteness.
     plain = array if array.dtype.kind == "f" else array.astype(np.float32)
     bad = int(plain.size - np.isfinite(plain).sum())
     if bad:
-        raise SlmError(f"{path}: {name} holds {bad:,} values that are NaN or infinite", "the weights are damaged")
+        raise SlmError(f"{path}: {name} has values that are NaN or infinite ({bad:,})", "the weights are damaged")

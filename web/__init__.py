@@ -1,1 +1,1 @@
-"""A page that runs a bundle in the browser, or talks to the server that it comes from."""
+"""A web page that runs a bundle in the browser, or that is a client of the server that it comes from."""

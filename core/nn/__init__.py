@@ -1,4 +1,4 @@
-"""The model in PyTorch: the reference that every exported graph is compared with."""
+"""The model in PyTorch; every exported graph is verified against it."""
 
 from slm.core.nn.cache import KVCache
 from slm.core.nn.checkpoint import load_checkpoint, save_checkpoint

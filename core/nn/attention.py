@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv:2305.13245) with QK-norm before rotation, over everything or over a window.
+"""Grouped-query attention (arXiv:2305.13245) with QK-norm before rotation, global or within a sliding window.
 
 Dimensions: B batch, T new positions, S visible positions, N heads, K kv heads, H head dim, D hidden.
 """
@@ -16,20 +16,21 @@ from slm.core.nn.kernels import AttentionKernel, shares_heads
 from slm.core.nn.layers import RMSNorm
 from slm.core.nn.rope import apply_rope
 
-# Up to here a CPU trains faster with four plain products than with its fused kernel, whose backward pass over 8 rows of 128
-# takes eight times as long as its forward pass; beyond, the scores would take too much memory.
+# The longest text, in tokens, for `attend_in_products`. A CPU trains faster with four plain matrix products than with its
+# fused kernel, whose backward pass over 8 rows of 128 tokens takes eight times as long as its forward pass. Longer texts
+# would need too much memory for scores.
 SHORT = 128
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What a kind of layer needs to know of where the new tokens stand.
+    """Rotation and mask of the new positions, for one kind of layer.
 
     Attributes:
         cos: Cosine of the rotation, (B, 1, T, H/2).
         sin: Sine of the rotation, (B, 1, T, H/2).
-        mask: True where a query may look, (B, 1, T, S); None for plain causal attention; blocks for FlexAttention.
-        kernel: What attention is computed with (`slm.core.nn.kernels`).
+        mask: True where a query attends to a key, (B, 1, T, S); None for plain causal attention; blocks for FlexAttention.
+        kernel: The kernel that computes attention (`slm.core.nn.kernels`).
     """
 
     cos: Tensor
@@ -38,13 +39,13 @@ class Positions:
     kernel: AttentionKernel = "cpu"
 
     def apart(self, segments: Tensor) -> "Positions":
-        """Returns the same for rows of several texts, numbered (B, T), which do not see each other.
+        """Returns the positions for rows that pack several texts, numbered by `segments` (B, T); texts are masked apart.
 
-        Rotation is by distance alone, so that their positions may go on from one to the next.
+        Rotation depends on distance only, so positions need not restart at each text.
         """
         length = segments.shape[1]
         same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
-        kernel: AttentionKernel = "efficient" if segments.is_cuda else "cpu"  # flash takes no mask
+        kernel: AttentionKernel = "efficient" if segments.is_cuda else "cpu"  # flash does not support masks
         if self.mask is None:
             return Positions(self.cos, self.sin, same.tril(), kernel)
         assert isinstance(self.mask, Tensor) and self.mask.shape[-1] == length, "texts of a row are kept apart by masks"
@@ -52,14 +53,14 @@ class Positions:
 
 
 def expand_heads(x: Tensor, heads: int) -> Tensor:
-    """Maps keys or values (B, K, T, H) to (B, heads, T, H), each repeated for the query heads that share it."""
+    """Maps keys or values (B, K, T, H) to (B, heads, T, H); each is repeated for the query heads that share it."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def attend_in_products(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Maps queries (B, N, T, H) and keys and values (B, K, T, H) to (B, N, T, H), causally.
+    """Maps queries (B, N, T, H) and keys and values (B, K, T, H) to (B, N, T, H), with causal attention.
 
-    What scaled_dot_product_attention computes, with all scores in memory, in float32.
+    Computes the same as scaled_dot_product_attention, with all scores in memory, in float32.
     """
     group, length = q.shape[1] // k.shape[1], q.shape[2]
     rows = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, K, group · T, H)

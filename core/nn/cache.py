@@ -1,4 +1,4 @@
-"""Keys and values of positions already seen: bounded for sliding layers, whole for global ones.
+"""The key-value cache: of limited length for sliding layers, of full length for global layers.
 
 Dimensions: B batch, K kv heads, S cached positions, T new positions, H head dim.
 """
@@ -15,8 +15,8 @@ from slm.core.rewind import check_rewind
 class LayerCache:
     """One layer's keys (after norm and rotation) and values, oldest position first.
 
-    A sliding layer keeps the last `window - 1` positions, for a query sees itself and those before it, and `slack` more
-    that going back may need.
+    A query in a sliding layer attends to itself and the `window - 1` positions before it. The cache keeps those, and `slack`
+    positions more so that it can be rewound.
     """
 
     def __init__(self, window: int | None, slack: int = 0) -> None:
@@ -26,7 +26,7 @@ class LayerCache:
         self.value: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends new positions (B, K, T, H) and returns what the new queries may look at (B, K, S + T, H)."""
+        """Appends new positions (B, K, T, H); returns the keys and values that the new queries attend to (B, K, S + T, H)."""
         new = key.shape[2]
         if self.key is not None and self.value is not None:
             key, value = torch.cat((self.key, key), dim=2), torch.cat((self.value, value), dim=2)
@@ -40,47 +40,47 @@ class LayerCache:
 
     @property
     def positions(self) -> int:
-        """How many positions it holds."""
+        """Number of cached positions."""
         return 0 if self.key is None else self.key.shape[2]
 
     def drop(self, count: int) -> None:
-        """Forgets the last positions."""
+        """Removes the last `count` positions."""
         if self.key is not None and self.value is not None:
             left = self.positions - count
             self.key, self.value = self.key[:, :, :left], self.value[:, :, :left]
 
 
 def _last(x: Tensor, count: int) -> Tensor:
-    # A copy where positions are dropped, so that what was evicted is freed.
+    # A copy, where positions are removed, lets the memory of the old tensor be freed.
     return x[:, :, x.shape[2] - count :].clone() if x.shape[2] > count else x
 
 
 @dataclass(frozen=True)
 class KVSnapshot:
-    """What the caches held: the tensors themselves, which are replaced and never written to."""
+    """The state of the caches. It shares their tensors, which caches replace and never modify in place."""
 
     length: int
     layers: tuple[tuple[Tensor | None, Tensor | None], ...]
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in bytes."""
         tensors = (tensor for layer in self.layers for tensor in layer if tensor is not None)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class KVCache:
-    """The caches of all layers, and how many positions were seen."""
+    """The caches of all layers, and the number of positions read."""
 
     def __init__(self, config: ModelConfig, slack: int = 0) -> None:
         self.layers = [LayerCache(config.window(i), slack) for i in range(config.num_hidden_layers)]
         self.length = 0
 
     def rewind(self, length: int) -> None:
-        """Forgets the positions from `length` on.
+        """Removes the positions from `length` on.
 
         Raises:
-            SlmError: When sliding layers no longer hold what the next token would look at.
+            SlmError: If a sliding layer no longer holds the positions that the next token attends to.
         """
         dropped = self.length - length
         for layer in self.layers:
@@ -90,11 +90,11 @@ class KVCache:
         self.length = length
 
     def snapshot(self) -> KVSnapshot:
-        """Returns what the caches hold."""
+        """Returns the state of the caches."""
         return KVSnapshot(self.length, tuple((layer.key, layer.value) for layer in self.layers))
 
     def restore(self, snapshot: KVSnapshot) -> None:
-        """Makes the caches hold what they held then."""
+        """Restores the state of a snapshot."""
         self.length = snapshot.length
         for layer, (key, value) in zip(self.layers, snapshot.layers, strict=True):
             layer.key, layer.value = key, value

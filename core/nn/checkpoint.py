@@ -1,4 +1,4 @@
-"""Checkpoints to PyTorch models and back."""
+"""Loads and saves PyTorch models as checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from slm.core.weights import Weights
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """Loads a checkpoint that slm or transformers saved, in evaluation mode.
+    """Returns the model of a checkpoint that slm or transformers saved, in evaluation mode.
 
     Raises:
-        SlmError: When the directory is not a checkpoint, its weights are damaged, or tensors are missing, left over or
-            of another shape than the configuration says; each is named.
+        SlmError: If the directory is not a checkpoint, its weights are damaged, or tensors are missing, unknown or of
+            another shape than the configuration requires; the message names them.
     """
     config = read_config(path)
     weights = Weights(path)
     wanted = tensor_shapes(config)
-    check_tensors(weights.untied(config), wanted, path)  # first, for a configuration may state sizes beyond PyTorch's
+    check_tensors(weights.untied(config), wanted, path)  # before PyTorch: the configuration's sizes may be impossible
     with torch.device("meta"):
         model = CausalLM(config)
     state = {name: torch.from_numpy(weights.float32(name)).to(dtype) for name in wanted}
@@ -31,13 +31,13 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
 
 
 def save_checkpoint(path: Path, model: CausalLM, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    """Writes a checkpoint in float32, whole or not at all; a tied head is stored once, as the embedding.
+    """Writes a checkpoint in float32, completely or not at all; a tied head is stored once, as the embedding.
 
     Args:
-        path: The directory to make or replace.
-        model: The model; its configuration names the special tokens.
-        tokenizer: The tokenizer that it was trained with.
-        info: How it was made, for `slm.json`.
+        path: The directory to create or replace.
+        model: The model; its configuration has the ids of special tokens.
+        tokenizer: The tokenizer that the model was trained with.
+        info: Metadata for `slm.json`.
     """
     tensors = {
         name: parameter.detach().to("cpu", torch.float32).contiguous().numpy()

@@ -14,29 +14,29 @@ from slm.core.errors import SlmError
 from slm.core.nn.cache import KVCache, KVSnapshot
 from slm.core.nn.model import CausalLM
 
-# Tokens that `score` reads in one step: attention's mask is (chunk, length).
+# Tokens that `score` reads in one step; the attention mask has the size (chunk, length).
 _SCORE_CHUNK = 1024
-# Logits that it holds at once.
+# The most logits that `score` holds at a time, in bytes.
 _LOGITS_BYTES = 256 << 20
-# Tokens that can always be forgotten again: what drafts of useful length come to.
+# Tokens that can always be rewound: the length of useful drafts in speculative decoding.
 _SLACK = 16
 
 
 @dataclass(frozen=True)
 class TorchSnapshot:
-    """What a model had read."""
+    """The state of a model's caches."""
 
     model: CausalLM
     caches: KVSnapshot
 
     @property
     def length(self) -> int:
-        """Tokens read."""
+        """Number of tokens read."""
         return self.caches.length
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in bytes."""
         return self.caches.bytes
 
 
@@ -54,38 +54,38 @@ class TorchDecoder:
 
     @property
     def vocab_size(self) -> int:
-        """How many logits there are."""
+        """Size of the vocabulary, which is the number of logits."""
         return self.model.config.vocab_size
 
     @property
     def length(self) -> int:
-        """Tokens read since the start."""
+        """Number of tokens read since the last reset."""
         return self._cache.length
 
     @property
     def description(self) -> str:
-        """What runs where, in a few words."""
+        """The backend, device and dtype, in a few words."""
         weight = self.model.model.embed_tokens.weight
         return (
             f"PyTorch {torch.__version__} on {weight.device.type.upper()}, {str(weight.dtype).removeprefix('torch.')}"
         )
 
     def reset(self) -> None:
-        """Forgets everything read."""
+        """Empties the caches."""
         self._cache = KVCache(self.model.config, _SLACK)
 
     def read(self, ids: Sequence[int]) -> NDArray[Any]:
-        """Reads tokens and returns the logits (V,) for the one that follows."""
+        """Reads tokens and returns the logits (V,) of the next token."""
         logits: NDArray[Any] = self._step(ids, keep=1)[-1]
         return logits
 
     @property
     def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        """How many tokens `read_each` may read such that `rewind` can remove any number of them."""
         return min(_SLACK, self.context - self.length)
 
     def read_each(self, ids: Sequence[int]) -> NDArray[Any]:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        """Reads a few tokens in one step and returns the logits (T, V) after each of them."""
         return self._step(ids, keep=0)
 
     def rewind(self, length: int) -> None:
@@ -93,7 +93,7 @@ class TorchDecoder:
         self._cache.rewind(length)
 
     def snapshot(self) -> TorchSnapshot:
-        """Returns what was read; it shares the tensors, which are never written to."""
+        """Returns the state of the caches; it shares their tensors, which are never modified in place."""
         return TorchSnapshot(self.model, self._cache.snapshot())
 
     def restore(self, snapshot: Any) -> None:
@@ -104,7 +104,7 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def _step(self, ids: Sequence[int], keep: int) -> NDArray[Any]:
-        """Reads one row of tokens and returns the logits (keep or T, V); a step that is cut off leaves nothing read."""
+        """Reads one row of tokens and returns the logits (keep or T, V); an interrupted step empties the caches."""
         try:
             return self._array(self.model(self._tensor([list(ids)]), cache=self._cache, num_logits_to_keep=keep)[0])
         except BaseException:
@@ -113,12 +113,12 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def logits(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+        """Returns the logits, float32 (B, T, V), at every position of complete rows (B, T); does not use the caches."""
         return self._array(self.model(self._tensor(ids)))
 
     @torch.inference_mode()
     def score(self, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Returns log-probabilities and whether each token was the likeliest, both (B, T - 1), for rows (B, T).
+        """Returns log-probabilities of tokens and whether each was the likeliest, both (B, T - 1), for rows (B, T).
 
         See `slm.runtime.decoder.Decoder.score`. Only a few logits exist at a time, and they stay where the model is.
         """

@@ -1,6 +1,6 @@
-"""Attention within a window by FlexAttention (arXiv:2412.05496): blocks of scores outside of the window are never computed.
+"""Sliding-window attention with FlexAttention (arXiv:2412.05496), which skips blocks of scores outside the window.
 
-Worth it on CUDA, where it is compiled into one kernel; elsewhere it computes all scores and masks them, forward only.
+It is faster on CUDA, where it compiles to one kernel. Elsewhere it computes all scores, masks them, and has no backward pass.
 
 Dimensions: B batch, T positions, N heads, K kv heads, H head dim.
 """
@@ -16,13 +16,13 @@ from slm.core.config import ModelConfig
 
 __all__ = ["BlockMask", "attend_in_blocks", "flex_failure", "window_mask"]
 
-# Of a compiler's message.
+# The longest quote of a compiler's message, in characters.
 _MAX_REASON = 160
 
 
 @lru_cache(maxsize=8)
 def window_mask(length: int, window: int, device: torch.device) -> BlockMask:
-    """Returns which blocks of a (T, T) matrix of scores a causal window touches; `window` counts the query itself."""
+    """Returns the mask of blocks in a (T, T) score matrix that a causal window touches; `window` includes the query."""
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < window)
@@ -38,16 +38,16 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: fl
 
 
 def flex_failure(config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compiles the forward and the backward kernel for a model's heads and runs them once.
+    """Compiles the forward and backward kernels for a model's heads and runs them once.
 
     Args:
         config: The model's shape.
         length: T.
-        device: Where.
+        device: The device to compile for.
         dtype: Type of queries, keys and values.
 
     Returns:
-        Why they do not work here, in one line; None where they do.
+        The reason why the kernels do not work on the device, in one line; None if they work.
     """
     q, k, v = (
         torch.randn(1, heads, length, config.head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -57,7 +57,7 @@ def flex_failure(config: ModelConfig, length: int, device: torch.device, dtype: 
         attend_in_blocks(q, k, v, window_mask(length, config.sliding_window, device), 1.0).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except Exception as error:  # of the compiler, of Triton and of the driver, which share no base but this
+    except Exception as error:  # the compiler, Triton and the driver have no narrower base class in common
         return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
     return None
 

@@ -1,12 +1,13 @@
-"""Which kernel PyTorch takes for attention, by device, type, mask and head size.
+"""Chooses the attention kernel by device, type, mask and head size.
 
 `scaled_dot_product_attention` of PyTorch 2.13 has three kernels on CUDA:
 
 - flash: 16-bit types, compute capability 8.0 and up, `head_dim` up to 256, no mask; query heads may share a key head;
-- memory-efficient: every float type, every capability, masks too; each query head needs a key head of its own;
+- memory-efficient: every float type, every capability, with or without a mask; each query head needs its own key head;
 - math: everything, with all scores in float32 in memory.
 
-With `enable_gqa=True` a call that flash rejects goes to math. So keys and values are expanded wherever flash does not apply.
+A call with `enable_gqa=True` that flash does not support uses math. Keys and values are therefore expanded where flash does
+not apply.
 """
 
 from typing import Literal
@@ -20,9 +21,9 @@ AttentionKernel = Literal["cpu", "flash", "efficient", "flex"]
 
 _FLASH_FROM = (8, 0)
 _FLASH_HEAD_DIM = 256
-# FlexAttention's tiles of 256 numbers a head need more than the 99 KiB of shared memory that a block has on 8.6, 8.9 and
-# 12.x, and more than the 64 KiB of 7.5 (pytorch issues 143832, 180278). 9.x to 11.x have 227 KiB. 8.0 has 163 KiB, but
-# shares its tile sizes with 8.6.
+# With head_dim 256, FlexAttention's tiles need more than the 99 KiB of shared memory per block on 8.6, 8.9 and 12.x, and
+# more than the 64 KiB on 7.5 (pytorch issues 143832, 180278). 9.x to 11.x have 227 KiB. 8.0 has 163 KiB, but uses the tile
+# sizes of 8.6.
 _FLEX_FROM = (8, 0)
 _FLEX_HEAD_DIM = 128
 _FLEX_LARGE_HEAD_DIM = 256
@@ -32,14 +33,14 @@ _FLEX_LARGE_MAJORS = (9, 10, 11)
 def attention_kernel(
     compute: ComputeCapability, dtype: torch.dtype, head_dim: int, *, masked: bool, flex: bool = False
 ) -> AttentionKernel:
-    """Returns the kernel that attention is computed with.
+    """Returns the kernel that computes attention.
 
     Args:
         compute: Compute capability of the device; None for a CPU.
-        dtype: Type of queries, keys and values as the kernel sees them, after autocast.
-        head_dim: Numbers of a head.
-        masked: Whether there is a mask besides the causal one.
-        flex: Whether masks of windows are FlexAttention's blocks.
+        dtype: Type of queries, keys and values in the kernel, after autocast.
+        head_dim: Dimensions of a head.
+        masked: Whether there is a mask other than the causal one.
+        flex: Whether window masks are FlexAttention's block masks.
     """
     if compute is None:
         return "cpu"
@@ -50,12 +51,12 @@ def attention_kernel(
 
 
 def shares_heads(kernel: AttentionKernel) -> bool:
-    """Says whether query heads may share a key head in a kernel; where not, keys and values are expanded first."""
+    """Returns whether a kernel lets query heads share a key head; otherwise keys and values are expanded first."""
     return kernel != "efficient"
 
 
 def fits_flex(compute: ComputeCapability, head_dim: int) -> bool:
-    """Says whether FlexAttention's tiles, forward and backward, fit into the shared memory of a device."""
+    """Returns whether FlexAttention's tiles, forward and backward, fit into the device's shared memory."""
     if compute is None or compute < _FLEX_FROM:
         return False
     return head_dim <= (_FLEX_LARGE_HEAD_DIM if compute[0] in _FLEX_LARGE_MAJORS else _FLEX_HEAD_DIM)
@@ -67,7 +68,7 @@ def compute_capability(device: torch.device) -> ComputeCapability:
 
 
 def products_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Returns the type that products with a weight are computed in now: autocast's, or the weight's own."""
+    """Returns the type of matrix products with a weight: autocast's type if it is enabled, or the weight's own."""
     kind = weight.device.type
     autocast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else weight.dtype

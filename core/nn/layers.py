@@ -16,7 +16,7 @@ from slm.core.config import Activation, ModelConfig
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (arXiv:1910.07467), its gain stored as the offset from 1.
 
-    Computed in float32 whatever comes in: Gemma's residual stream passes 65,504, the largest float16.
+    Computes in float32 for every input type: Gemma's residual stream exceeds 65,504, the largest float16.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -25,17 +25,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the normed `x` in its own dtype and shape."""
+        """Returns the normalized `x` in its own dtype and shape."""
         normed = F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps)
         return normed.type_as(x)
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Token embedding multiplied by sqrt(D) on the way in; a tied head uses the table as it is."""
+    """Token embedding multiplied by sqrt(D); a tied head uses the table without the factor."""
 
     @property
     def embed_scale(self) -> float:
-        """The factor, under transformers' name: peft reads it where it looks trained rows up itself."""
+        """The factor, under transformers' name: peft reads it when it looks up trained rows itself."""
         return self.embedding_dim**0.5
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class ScaledEmbedding(nn.Embedding):
 def gelu_tanh(x: Tensor) -> Tensor:
     """Returns GELU (arXiv:1606.08415) in its tanh approximation; same shape and dtype.
 
-    In compiled code by the logistic function, which is the same: 1 + tanh(z) = 2 / (1 + exp(-2z)). Vectorized on a CPU, its
-    one exponential takes less than half as long as tanh.
+    Compiled code uses the logistic function, which gives the same: 1 + tanh(z) = 2 / (1 + exp(-2z)). Vectorized on a CPU, its
+    exponential takes less than half as long as tanh.
     """
     if torch.compiler.is_compiling():
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))

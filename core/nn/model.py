@@ -1,4 +1,4 @@
-"""The Gemma 3 text decoder. Modules and tensors carry Hugging Face's names; `export/graph/modules.py` mirrors this file.
+"""The Gemma 3 text decoder. Modules and tensors have Hugging Face's names; `export/graph/modules.py` mirrors this file.
 
 Dimensions: B batch, T new positions, S visible positions, D hidden, V vocabulary.
 """
@@ -45,13 +45,13 @@ class DecoderLayer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Embedding, blocks and last norm.
+    """The token embedding, the blocks and the final norm.
 
     Attributes:
         dropout: Share of the embeddings that training zeroes.
-        gradient_checkpointing: Whether a backward pass computes each block anew instead of keeping what it computed.
-        flex: Whether training computes windows shorter than the text by FlexAttention, which skips what lies outside of
-            them. Evaluation masks scores instead: its float32 tiles would not fit into shared memory.
+        gradient_checkpointing: Whether the backward pass recomputes each block instead of storing its activations.
+        flex: Whether training uses FlexAttention for windows shorter than the text; it skips the scores outside the window.
+            Evaluation masks scores instead, because FlexAttention's float32 tiles do not fit into shared memory.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -73,7 +73,8 @@ class TextModel(nn.Module):
     ) -> Tensor:
         """Maps ids (B, T) to hidden states (B, T, D); see `CausalLM.forward`.
 
-        Of several texts in a row, `segments` (B, T) numbers each token's: none sees another's. Without cache and mask.
+        Rows may pack several texts: `segments` (B, T) has each token's text number, and tokens of different texts do not
+        attend to each other. `segments` does not combine with a cache or a mask.
         """
         kinds = self.positions(input_ids, attention_mask, 0 if cache is None else cache.length)
         if segments is not None:
@@ -91,13 +92,13 @@ class TextModel(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    # Not compiled: every layer's fused kernels would compute the same sines anew.
+    # Not compiled: otherwise the fused kernels of every layer would compute the same sines again.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> dict[LayerType, Positions]:
-        """Returns rotation and mask for each kind of layer that occurs.
+        """Returns rotation and mask for each kind of layer in the model.
 
-        Positions count from each row's first valid token. Masks compare slots: rows padded on the left, or on the
-        right without a step after them, keep their distances.
+        Positions count from each row's first valid token. Masks compare indices in the row, so distances are right for rows
+        padded on the left, and for rows padded on the right that no further step extends.
         """
         batch, length = input_ids.shape
         device = input_ids.device
@@ -116,18 +117,18 @@ class TextModel(nn.Module):
             visible = total if window is None else min(total, window - 1 + length)
             mask: Tensor | BlockMask | None
             if past == 0 and attention_mask is None and (window is None or length <= window):
-                mask = None  # plain causal attention, which has the fastest kernels
+                mask = None  # plain causal attention has the fastest kernels
             elif self.flex and self.training and past == 0 and attention_mask is None and window is not None:
                 mask = window_mask(length, window, device)
             else:
                 key, query = torch.arange(total - visible, total, device=device), query_slot[:, None]
-                seen = query >= key  # (T, S), compared in place: differences would take eight times the memory
+                seen = query >= key  # (T, S); comparisons take an eighth of the memory of differences
                 if window is not None:
                     seen &= query - window < key
                 mask = seen[None, None]
                 if attention_mask is not None:
                     valid = attention_mask[:, None, None, -visible:].bool()
-                    # A padded query looks at itself: a softmax over nothing would be NaN.
+                    # A padded query attends to itself: a softmax over no key would be NaN.
                     mask = (mask & valid) | (query == key)
             kernel = attention_kernel(
                 compute, dtype, self.config.head_dim, masked=mask is not None, flex=isinstance(mask, BlockMask)
@@ -137,7 +138,7 @@ class TextModel(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder with its head: Hugging Face's `Gemma3ForCausalLM`, tensor for tensor."""
+    """The decoder with its language-model head; the tensors are those of Hugging Face's `Gemma3ForCausalLM`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Makes the head the embedding's table again, where the configuration ties them."""
+        """Makes the head share the embedding's table, if the configuration ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), the two halves of a head rotated against each other.
+"""Rotary position embedding (arXiv:2104.09864) that pairs the first half of each head with the second.
 
 Dimensions: B batch, N heads, T positions, H head dim.
 """
@@ -11,8 +11,8 @@ from slm.core.config import RopeParameters
 
 def rope_angles(positions: Tensor, head_dim: int, rope: RopeParameters) -> tuple[Tensor, Tensor]:
     """Returns cosine and sine, float32 (B, 1, T, H/2), for positions (B, T)."""
-    # In float64 and rounded once: a frequency that is off by one unit in the last place turns by 1e-4 within 1,500
-    # positions, and the exported tables must turn alike.
+    # Computed in float64 and rounded once: an error of one unit in the last place of a frequency changes angles by 1e-4 at
+    # 1,500 positions, and the exported tables must have the same angles.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
     inverse_frequency = (rope.rope_theta**-exponents / rope.factor).float()
     angles = positions[:, None, :, None].float() * inverse_frequency

@@ -116,7 +116,7 @@ def test_the_tables(slm: Slm, quick: None, exported: Path) -> None:
     result = slm("bench", *QUICK)
     assert result.code == 0, result.err
     assert "(newest bundle)." in result.err
-    for said in ("prefill tok/s", "decode tok/s", "of memory's speed", "GB/s read", "100 MiB at most", "files"):
+    for said in ("prefill tokens/s", "decode tokens/s", "% of memory bandwidth", "GB/s read", "100 MiB peak", "files"):
         assert said in result.out
 
 
@@ -137,7 +137,7 @@ def test_a_comparison(slm: Slm, quick: None, exported: Path) -> None:
         assert ("ttft_ms" in row) == (row["batch"] == 1)
     assert compared["peak_rss_mib"] == {"6": 0.5, "12": 1.0} and compared["load_ms"] == 1.0
     result = slm("bench", *QUICK, "--compare", "old.json")
-    assert "now over old.json; not the same: versions" in result.out and "better" in result.out
+    assert "ratio to old.json; different: versions" in result.out and "better" in result.out
 
 
 def test_a_report_compared_with_itself_has_not_changed() -> None:
@@ -150,7 +150,7 @@ def test_a_report_compared_with_itself_has_not_changed() -> None:
     assert compared["ratios"] == [
         {"prompt": 6, "batch": 1, "ttft_ms": same, "prefill_tok_s": same, "decode_tok_s": same}
     ]
-    with pytest.raises(SlmError, match="no case is in both"):
+    with pytest.raises(SlmError, match="no case in common"):
         bench_report.compare(report, report | {"results": [row | {"batch": 2}]})
 
 
@@ -158,9 +158,9 @@ def test_a_report_compared_with_itself_has_not_changed() -> None:
     ("content", "said"),
     [
         (None, "cannot read old.json: No such file"),
-        ("{", "cannot read old.json: it is no JSON"),
-        ("[1]", "old.json is no report of slm bench"),
-        ('{"loss": 1}', "old.json is no report of slm bench"),
+        ("{", "cannot read old.json: it is not JSON"),
+        ("[1]", "old.json is not a report of slm bench"),
+        ('{"loss": 1}', "old.json is not a report of slm bench"),
         ('{"schema_version": 99, "results": []}', "old.json has schema 99"),
     ],
 )

@@ -139,7 +139,7 @@ def test_cuda_without_a_provider_says_what_to_install(slm: Slm, exported: Path) 
 
 def test_info_of_a_checkpoint(slm: Slm, exported: Path) -> None:
     result = slm("info", exported / "checkpoint" / "best")
-    assert result.code == 0 and "3 sliding over 16, 1 global" in result.out and "made_by" in result.out
+    assert result.code == 0 and "3 sliding (window 16), 1 global" in result.out and "made_by" in result.out
 
 
 def test_nothing_of_the_users_is_replaced(slm: Slm, exported: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:
         (["--out", "train.txt"], 1, "train.txt exists and is not a directory"),
         (["--out", "train.txt/below"], 1, "error: cannot write train.txt/below: "),
         (["--out", "done"], 1, "error: there is a prepared dataset already"),
-        (["--out", "taken"], 1, "taken exists and holds something else: mine"),
+        (["--out", "taken"], 1, "taken exists and contains other files: mine"),
     ],
 )
 def test_mistakes(slm: Callable, arguments: list[str], code: int, message: str) -> None:

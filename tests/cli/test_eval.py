@@ -57,7 +57,7 @@ def test_the_table(slm: Slm, exported: Path) -> None:
     result = slm("eval", "--data", "two.txt")
     assert result.code == 0
     assert "Using runs/tiny/onnx (newest bundle)." in result.err
-    for said in ("nats a token", "perplexity", "bits per byte", "2 of them ends of text", "tokens/s"):
+    for said in ("nats per token", "perplexity", "bits per byte", "2 of them end-of-text", "tokens/s"):
         assert said in result.out
     windows = slm("eval", "--data", "two.txt", "--protocol", "windows", "--context", "8")
     assert "windows of 8 tokens" in windows.out
@@ -72,9 +72,9 @@ def test_a_checkpoint_and_its_bundle_agree(slm: Slm, exported: Path) -> None:
 def test_without_anything_the_shipped_model_and_stories(slm: Slm) -> None:
     result = slm("eval", "--tokens", "300", "--threads", "1", "--json")
     assert "Using the bundled demo model (no model in ./runs)." in result.err
-    assert "text: the held-out stories that ship with slm" in result.err
+    assert "text: the bundled held-out stories" in result.err
     figures = json.loads(result.out)
-    assert figures["data"] == "the held-out stories that ship with slm" and figures["tokens"] == 300
+    assert figures["data"] == "the bundled held-out stories" and figures["tokens"] == 300
     assert 5 < figures["perplexity"] < 30  # these stories are generated, of a kind it was not trained on
     assert figures == figures | {
         name: measured(slm, "--tokens", "300", "--threads", "1", "--data", validation_path())[name]
@@ -156,9 +156,9 @@ def test_tokens_are_counted_in_windows_of_the_context_that_is_taken(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--protocol", "windows", "--stride", "4"), "--stride is for --protocol documents"),
-        (("--limit", "4"), "--limit is for --tasks"),
-        (("--tasks", " , "), "--tasks names none"),
+        (("--protocol", "windows", "--stride", "4"), "use --stride with --protocol documents"),
+        (("--limit", "4"), "--limit applies to --tasks"),
+        (("--tasks", " , "), "--tasks is empty"),
         (("--context", "1"), "--context"),
         (("--tokens", "0"), "--tokens"),
         (("--protocol", "all"), "--protocol"),

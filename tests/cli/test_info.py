@@ -61,7 +61,7 @@ def test_a_preset(slm: Slm) -> None:
 def test_another_vocabulary(slm: Slm, shared_checkpoint: Path) -> None:
     assert told(slm, "gemma3-270m", "--vocab-size", 262_144)["parameters"]["total"] == 268_098_176
     result = slm("info", shared_checkpoint, "--vocab-size", 7)
-    assert result.code == 1 and "--vocab-size is for presets" in result.err
+    assert result.code == 1 and "use --vocab-size with a preset" in result.err
 
 
 def test_a_run_stands_for_its_newest_suitable_artifact(
@@ -77,10 +77,13 @@ def test_a_run_stands_for_its_newest_suitable_artifact(
     for command in ("quantize", "--int8"), ("verify",), ("serve", "--port", "0"), ("web", "--port", "0"):
         result = slm(*command, "tiny")
         assert result.code == 1
-        assert "hint: slm export --onnx runs/tiny/checkpoint/best makes one\n" in result.err
+        assert "hint: create one with slm export --onnx runs/tiny/checkpoint/best\n" in result.err
     Path("runs/begun").mkdir()
     Path("runs/begun/metrics.jsonl").touch()
-    assert "training has saved no checkpoint\nhint: slm train --resume --out runs/begun" in slm("info", "begun").err
+    assert (
+        "training has not saved a checkpoint\nhint: continue it with slm train --resume --out runs/begun"
+        in slm("info", "begun").err
+    )
 
 
 def test_without_an_argument_the_newest_model(slm: Slm, shared_checkpoint: Path) -> None:
@@ -172,9 +175,9 @@ def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
     assert report["kv_cache_bytes"]["bundle"] == KVBuffers(cuda.manifest.cache, 256).bytes == 77_824
     text = shown(slm, cuda.path)
     assert "target fused" in text and "device cuda" in text
-    assert "float16, 0.0778 MB at 256 tokens, batch 1: 1 layer of every position, 3 layers of 16 " in text
+    assert "float16, 0.0778 MB at 256 tokens, batch 1: 1 layer with all positions, 3 layers with 16 " in text
     path, largest = max(cuda.manifest.ranges.largest.items(), key=lambda item: item[1])  # type: ignore[union-attr]
-    assert f"ranges up to {largest:,.1f} in {path}, 0 of " in text
+    assert f"ranges largest activation {largest:,.1f} in {path}; 0 of " in text
     assert f"parity {cuda.manifest.parity.largest:.1e} from" in text  # type: ignore[union-attr]
 
     measured = Text("some text", np.random.default_rng(0).integers(0, 320, (2, 64)))
@@ -183,17 +186,17 @@ def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
     assert quality is not None and report["quality"] == quality.model_dump()
     assert report["quantization"]["accuracy_level"] == 4
     text = shown(slm, int8.path)
-    assert f"quality {quality.kl_nats:.5f} nats from its source (allowed 1), same top-1 {quality.same_top1:.1%}" in text
+    assert f"quality KL {quality.kl_nats:.5f} nats (limit 1), same top-1 {quality.same_top1:.1%}" in text
     assert (
-        "quantization 9 × int8 in blocks of 64, 4 × int8 in blocks of 128, 4 × int8 in blocks of 32; integers to "
+        "quantization 9 × int8 in blocks of 64, 4 × int8 in blocks of 128, 4 × int8 in blocks of 32; rounded to "
         in text
     )
     assert "model.layers.0.self_attn.qkv_proj" not in text and len(report["quantization"]["schemes"]) == 17
-    assert "tokens of some text" in text and "int8, 0.0451 MB at 256 tokens" in text and "3 layers of 16 + 16" in text
+    assert "tokens of some text" in text and "int8, 0.0451 MB at 256 tokens" in text and "3 layers with 16 + 16" in text
 
     portable = export_bundle(shared_checkpoint, tmp_path / "portable", target="portable")
     text = shown(slm, portable.path)
-    assert "target portable" in text and "1 layer of every position, 3 layers of the last 15" in text
+    assert "target portable" in text and "1 layer with all positions, 3 layers with the last 15" in text
     assert "quality" not in text and "ranges" not in text
 
 
@@ -201,12 +204,12 @@ def test_the_tables(slm: Slm, shared_bundle: Bundle) -> None:
     result = slm("info", shared_bundle.path, "--context", 100, "--position", 20)
     assert result.code == 0, result.err
     for text in (
-        "3 sliding over 16, 1 global",
-        "0 of its own, the embedding's (tied)",
+        "3 sliding (window 16), 1 global",
+        "0 (tied to the embedding)",
         "key-value cache: 100 tokens, batch 1",
-        "decoding at position 20",
+        "decode at position 20",
         "made by tests → exported from ",
-        "everything on disk",
+        "total on disk",
     ):
         assert text in result.out
 
@@ -214,7 +217,7 @@ def test_the_tables(slm: Slm, shared_bundle: Bundle) -> None:
 def test_what_is_longer_than_it_takes_is_refused(slm: Slm, shared_bundle: Bundle) -> None:
     for option, value in (("--context", 257), ("--position", 256)):
         result = slm("info", shared_bundle.path, option, value)
-        assert result.code == 1 and f"takes 256 tokens, not 257\nhint: choose another {option}" in result.err
+        assert result.code == 1 and f"has a context of 256 tokens, not 257\nhint: choose another {option}" in result.err
     assert slm("info", "tiny", "--context", 0).code == 2
 
 

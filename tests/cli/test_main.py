@@ -46,7 +46,7 @@ def test_wrong_usage_is_two_lines_and_exit_code_2(slm: Slm, arguments: tuple[str
     result = slm(*arguments)
     assert result.code == 2 and result.out == ""
     error, hint = result.err.strip().split("\n")
-    assert error.startswith("error: ") and hint.startswith("hint: slm ")
+    assert error.startswith("error: ") and hint.startswith("hint: see slm ")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_wrong_usage_is_two_lines_and_exit_code_2(slm: Slm, arguments: tuple[str
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "error: Permission denied: runs/x\n"),
         (ModuleNotFoundError("no", name="onnxscript.nn"), "[convert]' (slm-edge[convert] from this clone)"),
         (ModuleNotFoundError("no", name="torch"), "[train]' (slm-edge[train] from this clone)"),
-        (ZeroDivisionError("by\nzero"), "error: unexpected ZeroDivisionError: by zero\nhint: slm --debug"),
+        (ZeroDivisionError("by\nzero"), "error: unexpected ZeroDivisionError: by zero\nhint: run slm --debug"),
     ],
 )
 def test_failures_are_said_without_a_traceback(
@@ -86,19 +86,19 @@ def test_an_interruption_is_said_and_exits_with_130(slm: Slm, monkeypatch: pytes
 
     monkeypatch.setattr("slm.cli.doctor._providers", interrupt)
     result = slm("doctor")
-    assert result.code == 130 and result.err.strip() == "error: interrupted\nhint: nothing is left half written"
+    assert result.code == 130 and result.err.strip() == "error: interrupted\nhint: no file is incomplete"
 
 
 @pytest.mark.parametrize(
     ("arguments", "target", "said"),
     [
-        (("train", "--recipe", "tiny"), "slm.train.run.train", "slm train --resume goes on with it"),
+        (("train", "--recipe", "tiny"), "slm.train.run.train", "slm train --resume continues it"),
         (
             ("--debug", "data", "prepare", "--data", "x"),
             "slm.train.data.corpus.open_corpus",
-            "slm data prepare goes on",
+            "the same slm data prepare command continues",
         ),
-        (("demo",), "slm.train.run.train", "slm demo begins another"),
+        (("demo",), "slm.train.run.train", "slm demo starts a new run"),
     ],
 )
 def test_what_an_interruption_leaves_is_said_of_the_command(

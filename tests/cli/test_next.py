@@ -76,7 +76,7 @@ def test_an_unfinished_run_is_not_measured_in_its_place(slm: Slm, shared_bundle:
     Path("runs/aborted").mkdir(parents=True)
     Path("runs/aborted/metrics.jsonl").touch()
     result = slm("eval", "--tokens", "50")
-    assert result.code == 1 and "runs/aborted: training has saved no checkpoint" in result.err
+    assert result.code == 1 and "runs/aborted: training has not saved a checkpoint" in result.err
     shutil.copytree(shared_bundle.path, "runs/old/onnx")
     result = slm("eval", "--tokens", "50", "--json")
     assert json.loads(result.out)["model"] == "runs/old/onnx"

@@ -78,7 +78,7 @@ def test_trained_weights_are_replaced_only_on_request(slm: Slm, shared_checkpoin
     assert result.code == 1 and "trained holds trained weights" in result.err and "--overwrite" in result.err
     for options in ((), ("--overwrite",)):
         result = slm(command, *sources, "--out", "foreign", *options)
-        assert result.code == 1 and "foreign holds a model that slm did not make" in result.err
+        assert result.code == 1 and "foreign holds a model that slm did not write" in result.err
     assert slm(command, *sources, "--out", "trained", "--overwrite").code == 0
     assert slm(command, *sources, "--out", "trained").code == 0  # which is not trained any more
 
@@ -93,7 +93,7 @@ def test_a_dataset_is_replaced_only_on_request(slm: Slm) -> None:
     assert len(list(Path("set").glob("train-*.bin"))) > 1
     Path("set/notes.txt").touch()
     result = slm(*command, "--overwrite")
-    assert result.code == 1 and "set exists and holds something else: notes.txt" in result.err
+    assert result.code == 1 and "set exists and contains other files: notes.txt" in result.err
 
 
 def test_files_that_slm_did_not_make_stay(slm: Slm, shared_checkpoint: Path) -> None:

@@ -177,7 +177,7 @@ def test_resume_without_a_run(slm: Callable) -> None:
     result = slm("train", "--resume")
     assert result.code == 1
     assert "error: there is no run under ./runs" in result.err
-    assert "hint: slm train makes one" in result.err
+    assert "hint: start one with slm train" in result.err
 
 
 @pytest.mark.parametrize(

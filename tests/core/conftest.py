@@ -1,4 +1,4 @@
-"""What the comparisons with transformers share: its model with our weights, the input, the measures.
+"""Fixtures for comparisons with transformers: its model with slm's weights, inputs, and measures of difference.
 
 Fixtures that return functions, for test modules do not import from each other.
 """
@@ -17,7 +17,7 @@ def _reference(model: CausalLM, config: ModelConfig | None = None, dtype: torch.
     import transformers
 
     fields = transformers.Gemma3TextConfig(**(config or model.config).to_hf())
-    # Made in its dtype, as from_pretrained does: `.to(dtype)` would round the rotary frequencies too.
+    # Created in its dtype, as from_pretrained does: `.to(dtype)` would round the rotary frequencies too.
     hf = transformers.AutoModelForCausalLM.from_config(fields, dtype=dtype, attn_implementation="eager").eval()
     hf.load_state_dict(model.state_dict())
     return hf
@@ -57,31 +57,31 @@ def _gradient_difference(model: CausalLM, hf: nn.Module, ids: Tensor, lengths: S
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[..., nn.Module]:
-    """transformers' model with our weights, built from the config.json that we would write."""
+    """Returns transformers' model with slm's weights, built from the config.json that slm writes."""
     return _reference
 
 
 @pytest.fixture(scope="session")
 def token_ids() -> Callable[..., Tensor]:
-    """Random ids (batch, length), the same for the same length."""
+    """Returns random ids (batch, length), the same for each call with the same length."""
     return _token_ids
 
 
 @pytest.fixture(scope="session")
 def difference() -> Callable[[Tensor, Tensor], float]:
-    """The largest difference of two tensors."""
+    """Returns the largest absolute difference of two tensors."""
     return _difference
 
 
 @pytest.fixture(scope="session")
 def padding() -> Callable[[Sequence[int], str], tuple[Tensor, Tensor]]:
-    """The mask of rows of these lengths padded on a side, and the positions that transformers needs with it."""
+    """Returns the mask of rows padded on one side, and the positions that transformers needs with it."""
     return _padding
 
 
 @pytest.fixture(scope="session")
 def gradient_difference() -> Callable[..., float]:
-    """The largest difference of a tensor's gradient, in units of that gradient's largest value.
+    """Returns the largest difference of a tensor's gradient, relative to the largest value of that gradient.
 
     Gradients that vanish (those of queries and keys when there is one position) are noise of about nothing: a
     thousandth of the model's largest value is the smallest unit.

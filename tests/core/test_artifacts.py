@@ -141,9 +141,12 @@ def test_an_unfinished_run_is_passed_over_and_named() -> None:
     choice = newest_model()
     assert choice is not None and choice.artifact.path == Path("runs/a/onnx")
     notes = "\n".join(choice.notes)
-    assert "Skipped runs/b: training stopped after 8 of 20 updates; slm train --resume --out runs/b" in notes
+    assert (
+        "Skipped runs/b: training stopped after 8 of 20 updates; continue it with slm train --resume --out runs/b"
+        in notes
+    )
     assert "name runs/b/checkpoint/last" in notes
-    assert "Skipped runs/c: training has saved no checkpoint" in notes
+    assert "Skipped runs/c: training has not saved a checkpoint" in notes
     path, said = resolve("b", MODEL)  # named, it is used, and that it is unfinished is said
     assert path == Path("runs/b/checkpoint/last") and "Note: runs/b is unfinished" in "\n".join(said)
 
@@ -217,9 +220,9 @@ def test_names() -> None:
     assert resolve("runs/tiny/onnx", MODEL)[1] == ()  # a path needs no explanation
     assert "tiny/onnx-int8" in known_names(MODEL) and "tiny/data" not in known_names(MODEL)
     assert short_name(Path("runs/tiny/checkpoint/best")) == "tiny/best" and short_name(Path("/x/y")) == "y"
-    with pytest.raises(SlmError, match="onnx is the name of several artifacts") as caught:
+    with pytest.raises(SlmError, match="onnx is ambiguous") as caught:
         resolve("onnx", MODEL)
-    assert caught.value.hint == "name one of other/onnx, tiny/onnx"
+    assert caught.value.hint == "use one of other/onnx, tiny/onnx"
 
 
 @pytest.mark.parametrize(
@@ -233,13 +236,13 @@ def test_names() -> None:
         ("Costs $5 today", MODEL, "not found", "slm generate -p 'Costs $5 today'"),
         ("google/gemma-3-270m", MODEL, "not found: google/gemma-3-270m", "slm import google/gemma-3-270m"),
         ("runs/tony", MODEL, "not found: runs/tony", "did you mean tiny?"),
-        ("runs/quite-another", MODEL, "not found: runs/quite-another", "there is "),  # no id of the hub
+        ("runs/quite-another", MODEL, "not found: runs/quite-another", "names under ./runs"),  # no id of the hub
         ("tiny/best", ("bundle",), "not a bundle", "slm export --onnx runs/tiny/checkpoint/best"),
         ("tiny/onnx", ("checkpoint",), "not a checkpoint: runs/tiny/onnx is a bundle", ""),
         ("tiny/data", MODEL, "neither a checkpoint nor a bundle", "--adapter runs/tiny/adapters/data"),
         ("tiny/onnx", ("adapter",), "not an adapter: runs/tiny/onnx is a bundle", "slm finetune"),
         ("words.txt", MODEL, "neither a checkpoint nor a bundle: words.txt", "slm train"),
-        ("Once", MODEL, "not found: Once", "a text goes after -p"),
+        ("Once", MODEL, "not found: Once", "pass a prompt with -p"),
         ("../tiny", MODEL, "not found: ../tiny", ""),
         ("", MODEL, "the name of an artifact is empty", ""),
         ("a long text " * 99, MODEL, "not found: a long text", "slm generate -p"),
@@ -261,6 +264,6 @@ def test_commands_in_sentences_can_be_copied() -> None:
     assert record
     with pytest.raises(SlmError) as error:
         resolve("my run/best", ("bundle",))
-    assert "slm export --onnx 'runs/my run/checkpoint/best' makes one" in str(error.value.hint)
+    assert "with slm export --onnx 'runs/my run/checkpoint/best'" in str(error.value.hint)
     _, sentences = resolve("my run", ("checkpoint", "bundle"))
     assert sentences[0] == "Using runs/my run/checkpoint/best (newest checkpoint of runs/my run, not exported yet)."

@@ -57,7 +57,7 @@ def test_files_outside_the_directory_are_refused(copy: Path) -> None:
 
 def test_a_graph_that_is_not_sealed_is_refused(copy: Path) -> None:
     edit_manifest(copy, model="onnx/other.onnx")
-    with pytest.raises(SlmError, match=r"onnx/other.onnx is not among the files"):
+    with pytest.raises(SlmError, match=r"onnx/other.onnx is not listed in manifest.json"):
         Bundle.open(copy)
 
 

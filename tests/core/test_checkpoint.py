@@ -87,7 +87,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(shared_checkpoint: Path, 
         load_checkpoint(path)
     for part in (
         "missing: model.norm.weight",
-        "left over: model.layers.9.mlp.up_proj.weight",
+        "unknown: model.layers.9.mlp.up_proj.weight",
         "wrong shape: model.layers.0.mlp.up_proj.weight (2, 3) instead of (96, 64)",
     ):
         assert part in caught.value.message
@@ -124,7 +124,7 @@ def test_saving_over_a_checkpoint_replaces_it_whole(
     save_checkpoint(target, make_model(config, seed=1), tokenizer, {})
     save_checkpoint(target, make_model(config, seed=2), tokenizer, {})
     (target / "stray").write_text("mine")
-    with pytest.raises(SlmError, match="holds something else: stray"):
+    with pytest.raises(SlmError, match="contains other files: stray"):
         save_checkpoint(target, make_model(config, seed=3), tokenizer, {})
     (target / "stray").unlink()
     assert json.loads((target / "config.json").read_text())["model_type"] == "gemma3_text"

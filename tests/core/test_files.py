@@ -98,7 +98,7 @@ def test_two_processes_do_not_write_one_artifact(tmp_path: Path, other: Callable
     (tmp_path / "made" / "file").write_text("old")
     first = other("atomic_directory(Path('made'), ['file'])")
     with (
-        pytest.raises(SlmError, match=rf"^another process \({first.pid}\) is at work on {tmp_path}/made \(hint: "),
+        pytest.raises(SlmError, match=rf"^another process \({first.pid}\) is writing {tmp_path}/made \(hint: "),
         atomic_directory(tmp_path / "made", ["file"]),
     ):
         raise AssertionError("the block must not begin")
@@ -116,7 +116,7 @@ def test_who_writes_a_file_waits_for_who_writes_it_already(
 ) -> None:
     first = other("atomic_file(Path('text'))")
     monkeypatch.setattr(files, "_WRITING_S", 0.1)
-    with pytest.raises(SlmError, match="is at work on"):
+    with pytest.raises(SlmError, match="is writing"):
         write_text(tmp_path / "text", "x")
     monkeypatch.setattr(files, "_WRITING_S", 20.0)
     threading.Timer(0.3, first.kill).start()
@@ -232,10 +232,10 @@ def test_other_peoples_files_are_not_replaced(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     for target, said in (
-        (tmp_path / "mine", "holds something else: thesis.tex"),
+        (tmp_path / "mine", "contains other files: thesis.tex"),
         (tmp_path / "note", "is not a directory"),
-        (Path(), "the directory you work in"),
-        (tmp_path, "the directory you work in, or above it"),
+        (Path(), "contains the current directory"),
+        (tmp_path, "contains the current directory"),
     ):
         with pytest.raises(SlmError, match=said), atomic_directory(target, ["file"]):
             raise AssertionError("the block must not begin")

@@ -19,7 +19,7 @@ def log(path: str, age: int) -> None:
 def test_no_run() -> None:
     with pytest.raises(SlmError, match=r"there is no run under \./runs") as caught:
         runs.newest_run()
-    assert caught.value.hint == "slm train makes one"
+    assert caught.value.hint == "start one with slm train"
 
 
 def test_free_names_and_homes(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_two_templates_are_rejected(tmp_path: Path) -> None:
     backend = real("gemma")
     template = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
     backend.post_processor = processors.Sequence([template, template])
-    with pytest.raises(SlmError, match="not a tokenizer"):
+    with pytest.raises(SlmError, match=r"(unsupported|invalid) tokenizer.json"):
         load(tmp_path, backend.to_str())
 
 
@@ -309,7 +309,7 @@ BOMBS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_expands_or_hangs_is_rejected(tmp_path: Path, name: str) -> None:
     before = time.process_time()
-    with pytest.raises(SlmError, match="not a tokenizer") as caught:
+    with pytest.raises(SlmError, match=r"(unsupported|invalid) tokenizer.json") as caught:
         load(tmp_path, document(**BOMBS[name]))
     assert time.process_time() - before < 5
     assert len(caught.value.message) < 1000 and caught.value.hint
@@ -349,14 +349,14 @@ def test_what_is_bounded_loads(tmp_path: Path, changes: dict[str, Any]) -> None:
     ],
 )
 def test_json_that_two_readers_read_differently_is_rejected(tmp_path: Path, content: str) -> None:
-    with pytest.raises(SlmError, match="not a tokenizer"):
+    with pytest.raises(SlmError, match=r"(unsupported|invalid) tokenizer.json"):
         load(tmp_path, content)
 
 
 def test_a_long_text_is_rejected_where_rules_expand_it(tmp_path: Path) -> None:
     found = load(tmp_path, document(**normalizer(*[replace("a", "aaaa")] * 3)))
     assert len(found.encode("a" * 1000)) == 64_000
-    with pytest.raises(SlmError, match="makes it too long"):
+    with pytest.raises(SlmError, match="rules expand too much"):
         found.encode("a" * 40_000)
     assert len(found.encode("b" * 40_000)) == 40_000  # which the rules leave as it is
 
@@ -367,7 +367,7 @@ def test_what_follows_the_normalizer_counts(tmp_path: Path) -> None:
     steps = [{"type": "FixedLength", "length": 1}, level]
     found = load(tmp_path, document(pre_tokenizer=chain("Sequence", "pretokenizers", steps * 4)))
     assert found.encode("abc")
-    with pytest.raises(SlmError, match="makes it too long"):
+    with pytest.raises(SlmError, match="rules expand too much"):
         found.encode("abc " * 40_000)
     with pytest.raises(SlmError, match="its pre-tokenizers can make"):
         load(tmp_path, document(pre_tokenizer=chain("Sequence", "pretokenizers", steps * 5)))

@@ -1,4 +1,4 @@
-"""What the fine-tuning tests share: files of rows and adapters whose weights are far from zero."""
+"""Fixtures of the fine-tuning tests: files of rows, and adapters whose weights are far from zero."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-TURN_TOKEN_IDS = [1, 2]  # where train_bpe puts <start_of_turn> and <end_of_turn>
+TURN_TOKEN_IDS = [1, 2]  # train_bpe assigns these ids to <start_of_turn> and <end_of_turn>
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def random_adapter(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callable[..., Path]:
-    """Makes an adapter for a base in a place of its own."""
+    """Creates a random adapter for a base."""
 
     def make(base: Path, token_ids: list[int], **settings: Any) -> Path:
         return make_adapter(tmp_path / "adapter", base, token_ids=token_ids, **settings)
@@ -34,5 +34,5 @@ def random_adapter(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callabl
 
 @pytest.fixture(autouse=True)
 def one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts record one time of making, so that runs can be compared to the byte."""
+    """Fixes the creation time that artifacts record, so that runs can be compared byte by byte."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")

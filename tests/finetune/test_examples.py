@@ -181,9 +181,9 @@ def test_a_template_s_refusal_names_the_row(tokenizer: Tokenizer, config: ModelC
     [
         (
             "{% for m in messages %}{{ m.content if loop.last else '' }}{% endfor %}<end_of_turn>",
-            "otherwise than it asks",
+            "differently from the prompts",
         ),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "none of the model's stop tokens"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "does not end answers"),
     ],
 )
 def test_a_template_that_cannot_be_learned_is_refused(

@@ -170,30 +170,33 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
         lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(128)}),
         "use_dora is false",
     ),
-    "a bias": (lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(128)}), "holds a bias"),
+    "a bias": (lambda t: t.update({f"{Q}.lora_B.bias": torch.ones(128)}), "has a bias"),
     "a whole matrix": (
         lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(320, 64)}),
         "replaces the matrix of lm_head|more than the slots' products: lm_head",
     ),
     "a norm": (
         lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}),
-        "holds more than low-rank updates: base_model.model.model.norm.weight",
+        "has more than low-rank updates, which is not supported: base_model.model.model.norm.weight",
     ),
     "rows that are not named": (
         lambda t: t.update(
             {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 64)}
         ),
-        "trainable_token_indices names 0 rows of model.embed_tokens; the file holds 2",
+        "trainable_token_indices lists 0 rows of model.embed_tokens, but the file has 2",
     ),
     "a layer too many": (
         lambda t: t.update({n.replace(".0.", ".9."): x.clone() for n, x in list(t.items()) if n.startswith(Q)}),
-        "no product model.layers.9.self_attn.q_proj",
+        "no linear layer model.layers.9.self_attn.q_proj",
     ),
-    "another width": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(8, 63)}), "for 64 inputs and 128 outputs"),
+    "another width": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(8, 63)}),
+        "the layer has 64 inputs and 128 outputs",
+    ),
     "not a number": (lambda t: t[f"{Q}.lora_A.weight"].fill_(torch.nan), "NaN or infinite"),
     "integers": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(8, 64, dtype=torch.int8)}), "is stored as I8"),
-    "twice": (lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(8, 64)}), "two tensors are lora_A"),
-    "another program's names": (lambda t: t.update({"lora_unet.weight": torch.ones(1)}), "no tensor of PEFT's"),
+    "twice": (lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(8, 64)}), "two tensors lora_A"),
+    "another program's names": (lambda t: t.update({"lora_unet.weight": torch.ones(1)}), "not a tensor name of PEFT's"),
 }
 
 
@@ -231,7 +234,7 @@ def test_expressions_that_leave_out_modules_with_tensors(
         with pytest.raises(SlmError, match=r"contradicts itself: it has tensors for model\.layers"):
             load()
     rewrite(adapter, {"target_modules": "(q_proj"}, torch.float32)
-    with pytest.raises(SlmError, match=r"target_modules: '.q_proj' is no regular expression"):
+    with pytest.raises(SlmError, match=r"target_modules: '.q_proj' is not a regular expression"):
         adapter_from_peft(adapter, slotted)
 
 

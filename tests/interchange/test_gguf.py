@@ -193,7 +193,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no embedding": (lambda p: rewrite(p, drop=("token_embd.weight",)), "token_embd.weight is missing"),
     "not a number": (
         lambda p: rewrite(p, **{"output_norm.weight": norm_with_nan()}),
-        "output_norm.weight holds 1 values",
+        "output_norm.weight has values that are NaN or infinite .1.",
     ),
     "a setting missing": (lambda p: rewrite(p, drop=("gemma3.block_count",)), "setting gemma3.block_count is missing"),
     "soft-capping": (lambda p: rewrite(p, **{"gemma3.final_logit_softcapping": 30.0}), "final_logit_softcapping"),
@@ -206,7 +206,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a part of the rotation": (lambda p: rewrite(p, **{"gemma3.rope.dimension_count": 16}), "rope.dimension_count"),
     "a merge of nothing": (lambda p: rewrite(p, **{"tokenizer.ggml.merges": ["zz yy"]}), "tokenizer is damaged"),
-    "too few layers": (lambda p: rewrite(p, **{"gemma3.block_count": 3}), "left over: blk.3.attn_k.weight"),
+    "too few layers": (lambda p: rewrite(p, **{"gemma3.block_count": 3}), "unknown: blk.3.attn_k.weight"),
     "an unknown tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.model": "bert"}), "tokenizer is 'bert'"),
     "an unknown pre-tokenizer": (lambda p: rewrite(p, **{"tokenizer.ggml.pre": "qwen2"}), "pre-tokenizer 'qwen2'"),
 }

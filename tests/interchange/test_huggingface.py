@@ -207,21 +207,27 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor missing": (lambda p: retensor(p, lambda t: t.pop(NAME)), f"missing: {NAME}"),
     "a tensor too many": (
         lambda p: retensor(p, lambda t: t.update({"model.extra.weight": np.ones(2, np.float32)})),
-        "left over: model.extra.weight",
+        "unknown: model.extra.weight",
     ),
     "a wrong shape": (
         lambda p: retensor(p, lambda t: t.update({NAME: np.ones((2, 3), np.float32)})),
         f"wrong shape: {NAME} \\(2, 3\\) instead of \\(96, 64\\)",
     ),
-    "not a number": (lambda p: retensor(p, lambda t: t[NAME].__setitem__((0, 0), np.nan)), f"{NAME} holds 1 values"),
-    "infinite weights": (lambda p: retensor(p, lambda t: t[NAME].__setitem__(0, np.inf)), f"{NAME} holds 64 values"),
+    "not a number": (
+        lambda p: retensor(p, lambda t: t[NAME].__setitem__((0, 0), np.nan)),
+        f"{NAME} has .*infinite .1.",
+    ),
+    "infinite weights": (
+        lambda p: retensor(p, lambda t: t[NAME].__setitem__(0, np.inf)),
+        f"{NAME} has .*infinite .64.",
+    ),
     "integers": (
         lambda p: retensor(p, lambda t: t.update({NAME: np.ones((96, 64), np.int8)})),
         f"{NAME} is stored as I8",
     ),
     "a pattern of text": (
         lambda p: edit(p / "config.json", layer_types=None, sliding_window_pattern="6"),
-        "sliding_window_pattern '6'",
+        "sliding_window_pattern='6'",
     ),
     "scaling of text": (lambda p: edit(p / "config.json", rope_scaling="linear"), "rope_scaling='linear'"),
     "two scalings": (
@@ -262,7 +268,7 @@ def test_what_is_broken_is_refused_by_name(directory: Path, slm: Callable[..., A
 
 def test_too_large_for_half_precision(directory: Path) -> None:
     retensor(directory, lambda tensors: tensors[NAME].__setitem__((3, 3), 7e4))
-    with pytest.raises(SlmError, match=f"{NAME} as float16 holds 1 values"):
+    with pytest.raises(SlmError, match=f"{NAME} as float16 has values that are NaN or infinite .1."):
         import_model(str(directory), OUT, "float16")
 
 
@@ -362,8 +368,8 @@ def test_a_head_of_its_own_is_kept_though_the_configuration_ties_it(directory: P
     for command in (("export", "--onnx"), ("export", "--gguf"), ("info",)):
         result = slm(*command, directory)
         assert result.code == (0 if command == ("info",) else 1)
-        assert command == ("info",) or ("lm_head.weight is another matrix" in result.err and "slm import" in result.err)
-    with pytest.raises(SlmError, match="another matrix"):
+        assert command == ("info",) or ("lm_head.weight has other values" in result.err and "slm import" in result.err)
+    with pytest.raises(SlmError, match="has other values"):
         combine([directory, directory], Path("mean"), Combination("linear", (1, 1)))
 
 
@@ -414,7 +420,7 @@ def test_two_files_with_different_tensors_of_one_name(directory: Path) -> None:
     norm = safetensors.numpy.load_file(directory / "model.safetensors")["model.norm.weight"]
     other = Path(shutil.copytree(directory, "other"))
     shards(directory, {"model.norm.weight": norm + 1})
-    with pytest.raises(SlmError, match=r"two files hold different tensors called model\.norm\.weight"):
+    with pytest.raises(SlmError, match=r"two files contain different tensors named model\.norm\.weight"):
         import_model(str(directory), OUT)
     shards(other, {"model.norm.weight": norm})
     import_model(str(other), OUT)
@@ -424,7 +430,7 @@ def test_a_pickle_beside_no_weights_is_named(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(SlmError, match="no weights") as caught:
         import_model(str(directory), OUT)
-    assert "pickles" in str(caught.value.hint)
+    assert "pickle files" in str(caught.value.hint)
 
 
 def test_statements_that_differ_are_said_and_one_is_followed(directory: Path) -> None:

@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_what_was_finished(shared_bundle: Bundle, tmp_path: Path, m
 def test_what_stands_there_is_left_alone(shared_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(SlmError, match="holds something else"):
+    with pytest.raises(SlmError, match="contains other files"):
         run(shared_bundle, tmp_path / "mine")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / SWEEP_FILE).write_text("[1]")

@@ -1,4 +1,4 @@
-"""Damaged artifacts: how files are changed, and a process of limited memory that loads what comes of it."""
+"""Damaged artifacts: strategies that change files, and a process of limited memory that loads the result."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from slm.train.recipe import Recipe
 
 _LOADER = Path(__file__).parent / "scripts" / "loader.py"
-# The longest that a case may take; most take a tenth of a second.
+# The time limit of a case, in seconds; most take a tenth of a second.
 _SECONDS = 40
-# More for the first one, while the process imports PyTorch on a machine that is busy.
+# A longer limit for the first case, in which the process imports PyTorch, perhaps on a busy machine.
 _START_SECONDS = 120
 
-# What stands in place of a value: of every type, at every edge.
+# Replacements for a value: of every type, at every limit.
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 2**31 - 1, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, 1e-320,
     float("nan"), float("inf"), float("-inf"), "", "x", "0", "1", "../outside/secret", "/etc/passwd", "a\0b", "\ud800",
@@ -36,14 +36,14 @@ NASTY: tuple[Any, ...] = (
 
 @dataclass
 class Worker:
-    """The process that loads."""
+    """The process that loads artifacts."""
 
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = _SECONDS
     process: subprocess.Popen[str] | None = None
 
     def ask(self, how: str, path: Path, **about: Any) -> tuple[str, str]:
-        """Returns outcome and words for one case; a process that dies or hangs is an outcome, and replaced."""
+        """Returns the outcome and message of one case; a process that dies or hangs counts as an outcome, and is replaced."""
         seconds = self.seconds
         if self.process is None:
             seconds += _START_SECONDS
@@ -96,7 +96,7 @@ def worker() -> Iterator[Worker]:
 
 
 def pointers(document: Any) -> list[tuple[Any, ...]]:
-    """Returns where every value of a JSON document stands, the document itself first."""
+    """Returns the paths of all values in a JSON document, the document itself first."""
     found: list[tuple[Any, ...]] = [()]
     items = (
         document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
@@ -107,7 +107,7 @@ def pointers(document: Any) -> list[tuple[Any, ...]]:
 
 
 def replaced(document: Any, where: tuple[Any, ...], value: Any, *, delete: bool = False) -> Any:
-    """Returns a copy with another value in one place, or without that place."""
+    """Returns a copy of a document with the value at a path replaced or removed."""
     if not where:
         return value
     copy = json.loads(json.dumps(document))
@@ -122,7 +122,7 @@ def replaced(document: Any, where: tuple[Any, ...], value: Any, *, delete: bool 
 
 
 def _spread(places: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Keeps of long lists only the first entries, so that a vocabulary does not crowd out everything else."""
+    """Keeps only the first entries of long lists, so that a vocabulary does not dominate the cases."""
     kept, seen = [], Counter[tuple[Any, ...]]()
     for place in places:
         seen[place[:-1]] += 1
@@ -133,7 +133,7 @@ def _spread(places: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 @st.composite
 def changed_json(draw: st.DrawFn, content: bytes) -> bytes:
-    """A JSON file with one or two values changed, or its text damaged."""
+    """Generates a JSON file with one or two values changed, or with its text damaged."""
     document = json.loads(content)
     kind = draw(
         st.sampled_from(["value", "value", "value", "value", "two", "delete", "add", "text", "deep", "twice", "bytes"])
@@ -174,7 +174,7 @@ def _at(document: Any, where: tuple[Any, ...]) -> Any:
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, content: bytes, *, front: int = 4096) -> bytes:
-    """A binary file cut off, with bits flipped, bytes put in or numbers overwritten, most often near its beginning."""
+    """Generates a binary file that is truncated, or has bits flipped, bytes inserted or numbers overwritten."""
     size = len(content)
     near = st.integers(0, max(0, min(size, front) - 1))
     at = draw(st.one_of(near, near, st.integers(0, max(0, size - 1))))
@@ -199,7 +199,7 @@ def changed_bytes(draw: st.DrawFn, content: bytes, *, front: int = 4096) -> byte
             return content + draw(st.binary(max_size=64))
 
 
-# What stands where a file should; the callable makes it.
+# Objects in place of a file; the callable creates each.
 PLACES: dict[str, Callable[[Path, Path], None]] = {
     "nothing": lambda file, outside: None,
     "directory": lambda file, outside: file.mkdir(),
@@ -213,7 +213,7 @@ PLACES: dict[str, Callable[[Path, Path], None]] = {
 
 @dataclass(frozen=True)
 class Damage:
-    """What is done to one file of an artifact: other bytes, or something else in its place."""
+    """A change to one file of an artifact: other bytes, or another object in its place."""
 
     file: str
     content: bytes | None = field(repr=False, default=None)
@@ -221,11 +221,11 @@ class Damage:
 
 
 def damages(files: Mapping[str, bytes], *, links: bool = False) -> st.SearchStrategy[Damage]:
-    """Damages to one of some files, by what they are.
+    """Generates changes to one of several files.
 
     Args:
-        files: Their contents by name.
-        links: Whether links that lead out of the directory are among them: bundles and datasets have none, while the
+        files: The contents of the files by name.
+        links: Whether to include links that lead out of the directory. Bundles and datasets must not have them; the
             directories of the Hugging Face cache consist of such links, which are followed.
     """
     places = [place for place in sorted(PLACES) if links or place != "link out"]
@@ -238,12 +238,12 @@ def damages(files: Mapping[str, bytes], *, links: bool = False) -> st.SearchStra
 
 
 def _kind(what: str) -> str:
-    """Returns what tells one defect from another: kind of exception and place."""
+    """Returns a key for a defect: the kind of exception and its place."""
     return f"{what.partition(':')[0]} {what.rpartition('(')[2]}"
 
 
 def _shown(damage: Damage, source: Path) -> str:
-    """Returns what was changed, shortly: from the first byte that differs on."""
+    """Returns a short description of a change, from the first byte that differs."""
     if damage.content is None:
         return ""
     old = (source / damage.file).read_bytes() if source.is_dir() else source.read_bytes()
@@ -257,7 +257,7 @@ def _shown(damage: Damage, source: Path) -> str:
 
 @dataclass
 class Fuzz:
-    """Makes cases and has them loaded."""
+    """Generates cases and loads them."""
 
     worker: Worker
     root: Path
@@ -265,14 +265,14 @@ class Fuzz:
     copies: dict[Path, Path] = field(default_factory=dict)
 
     def copy(self, source: Path) -> Path:
-        """Returns a copy to link to: the artifact is others' too, and some libraries refuse a file that has several names."""
+        """Returns a copy to link to: other tests share the artifact, and some libraries reject files with several names."""
         if source not in self.copies:
             self.copies[source] = self.root / f"whole-{len(self.copies)}" / source.name
             shutil.copytree(source, self.copies[source])
         return self.copies[source]
 
     def directory(self, source: Path, damage: Damage, finish: Callable[[Path], None] | None = None) -> Path:
-        """Returns a copy of an artifact (links where nothing changes) with the damage done."""
+        """Returns a copy of an artifact with the change applied; unchanged files are links."""
         self.number += 1
         parent = self.root / f"case-{self.number}"
         shutil.rmtree(self.root / f"case-{self.number - 1}", ignore_errors=True)
@@ -302,7 +302,7 @@ class Fuzz:
         finish: Callable[[Path], None] | None = None,
         **about: Any,
     ) -> Counter[str]:
-        """Loads so many damaged copies; fails if one neither works nor is refused in a line, and shows one of each kind."""
+        """Loads many damaged copies; fails if one neither loads nor gives a one-line error, and shows one of each kind."""
         found = _Found(self, how, source, finish, about)
         found.whole()
 
@@ -329,11 +329,11 @@ class Fuzz:
         finish: Callable[[Path], None] | None = None,
         **about: Any,
     ) -> Counter[str]:
-        """Puts every nasty value in place of every field of a JSON file, or as many of these cases, evenly spread."""
+        """Replaces every field of a JSON file by every bad value, or loads an even selection of these cases."""
         document = json.loads((source / name).read_bytes())
         places = [where for where in _spread(pointers(document)) if where]
         cases = [(where, value) for where in places for value in (*NASTY, _DELETED)]
-        stride = max(1, len(cases) // most) | 1  # odd, and so apart from what repeats with the values
+        stride = max(1, len(cases) // most) | 1  # odd, so that the selection does not repeat the same values
         found = _Found(self, how, source, finish, about)
         found.whole()
         for where, value in cases[::stride]:
@@ -347,7 +347,7 @@ _DELETED = object()
 
 @dataclass
 class _Found:
-    """What came of some cases."""
+    """The outcomes of several cases."""
 
     fuzz: Fuzz
     how: str
@@ -366,14 +366,14 @@ class _Found:
             self.wrong.setdefault(_kind(what), (what, damage))
 
     def whole(self) -> None:
-        """Makes sure that what is not damaged works."""
+        """Checks that an undamaged artifact loads."""
         file = self.source if self.source.is_file() else next(each for each in self.source.rglob("*") if each.is_file())
         name = file.relative_to(self.source).as_posix() if file != self.source else file.name
         case = self.fuzz.directory(self.source, Damage(name, file.read_bytes()), self.finish)
         assert self.fuzz.worker.ask(self.how, case, **self.about) == ("works", "")
 
     def told(self) -> Counter[str]:
-        """Returns the counts, unless something went wrong: one case of each kind is shown."""
+        """Returns the counts of outcomes; fails with one case of each kind of defect."""
         cases = "\n".join(f"{what}\n    {damage} {_shown(damage, self.source)}" for what, damage in self.wrong.values())
         assert not self.wrong, cases
         return self.seen
@@ -392,7 +392,7 @@ def damage() -> type["Damaging"]:
 
 
 class Damaging:
-    """The ways of damaging, for tests, which import nothing of each other."""
+    """The functions above as a fixture, because test modules do not import from each other."""
 
     of = staticmethod(damages)
     json = staticmethod(changed_json)

@@ -113,7 +113,7 @@ def test_the_second_of_two_is_refused(
     pid = held(made)
     result = slm(*arguments[command], "--out", made)
     assert result.code == 1, result.err
-    assert f"error: another process ({pid}) is at work on {made}\n" in result.err
+    assert f"error: another process ({pid}) is writing {made}\n" in result.err
     assert not made.exists()
 
 

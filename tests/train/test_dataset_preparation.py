@@ -354,7 +354,7 @@ def test_where_it_may_be_written() -> None:
         make("taken", "stories.txt")
     Path("mine").mkdir()
     Path("mine/precious.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(SlmError, match=r"holds something else: precious.txt"):
+    with pytest.raises(SlmError, match=r"contains other files: precious.txt"):
         make("mine", "stories.txt")
     Path("empty").mkdir()
     make("empty", "stories.txt")

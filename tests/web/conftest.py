@@ -1,4 +1,4 @@
-"""The page's modules in Node, and its site of the model that ships."""
+"""Fixtures for the web page: its modules in Node, and the site of the bundled demo model."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ Node = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def vendor() -> None:
-    """Skips where the files from npm are missing."""
+    """Skips the test if the files from npm are missing."""
     try:
         vendored(name for package in packages().values() for name in package.files)
     except SlmError as error:
@@ -34,7 +34,7 @@ def shipped_site(vendor: None) -> Site:
 
 @pytest.fixture(scope="session")
 def in_node() -> Node:
-    """Runs a program as a module that finds the page's modules under `page/`: (program, argument) to the JSON it prints."""
+    """Runs a module in Node that finds the page's modules under `page/`: (program, argument) to the JSON it prints."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("no Node to run the page's modules in")

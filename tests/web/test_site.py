@@ -280,7 +280,7 @@ def test_the_command_writes_a_site(slm: Callable[..., Any], vendor: None, shared
     assert json.loads(Path("site/site.json").read_text())["name"] == "stories"
     Path("site/mine.txt").write_text("x")
     result = slm("web", "--out", "site")
-    assert result.code == 1 and "holds something else: mine.txt" in result.err
+    assert result.code == 1 and "contains other files: mine.txt" in result.err
     assert not [path for path in Path().iterdir() if path.name.startswith(".site")]
 
 
@@ -297,7 +297,7 @@ def test_the_command_refuses_what_it_cannot_serve(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = slm("web", "--port", taken.getsockname()[1])
     error, hint = result.err.strip().splitlines()[-2:]
-    assert result.code == 1 and "in use" in error and hint.startswith("hint: another --port")
+    assert result.code == 1 and "in use" in error and hint.startswith("hint: choose another --port")
 
 
 @pytest.mark.parametrize(("host", "spelt"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("0.0.0.0", "0.0.0.0")])
@@ -316,7 +316,7 @@ def test_it_serves_until_it_is_stopped(vendor: None, host: str, spelt: str) -> N
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=20)
         assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest
-        assert ("over https alone" in rest) == (host == "0.0.0.0")
+        assert ("over https only" in rest) == (host == "0.0.0.0")
     finally:
         process.kill()
         process.wait()
