@@ -137,7 +137,7 @@ def quantize(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Quantize a float32 bundle and measure what that changed.
+    """Quantize a float32 bundle, or a float16 one for CUDA, and measure what that changed.
 
     Without BUNDLE, the newest float32 bundle under ./runs. Settings are chosen on one text and measured on another; if the
     predictions moved by more than --max-kl, nothing is written. The bundle gets a report.json and a report.html.
@@ -148,6 +148,7 @@ def quantize(
       slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
+      slm quantize --int4 runs/tiny/onnx-cuda     # made by slm export --onnx --device cuda
 
     docs/quantization.md compares the settings.
     """
@@ -178,6 +179,8 @@ def quantize(
         raise SlmError(f"{target} is the bundle to quantize; it is kept", "name another --out")
     check_output(target, {"sweep.json", "sweep.html"} if sweep else sealed_files(target))
     source = Bundle.open(bundle)
+    if source.manifest.device != "cpu":
+        say("Quality is measured on the CPU.")
     from slm.quantize.decide import GATES, Gate, Settings
     from slm.quantize.make import quantize_bundle
     from slm.quantize.quality import calibration_text, measuring_text

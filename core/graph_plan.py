@@ -445,7 +445,7 @@ class _Model:
         blocks = inputs // stored.block_size
         tensors = [
             Weight(f"{path}.weight_quantized", UINT8, (outputs, blocks, stored.block_size * stored.bits // 8)),
-            Weight(f"{path}.weight_scale", FLOAT, (outputs, blocks)),
+            Weight(f"{path}.weight_scale", self._type(path), (outputs, blocks)),
         ]
         points = Weight(f"{path}.weight_zero_points", UINT8, (outputs, -(-blocks * stored.bits // 8)))
         return [*tensors, points] if stored.zero_points else tensors
@@ -473,7 +473,8 @@ class _Model:
         whole, *others = self._blocks(path, config.hidden_size, rows)
         table = op("Reshape", whole, [rows, config.hidden_size * stored.bits // 8])
         sizes = {"bits": stored.bits, "block_size": stored.block_size, "gather_axis": 0, "quantize_axis": 1}
-        return op("GatherBlockQuantized", table, ids, *others, domain=MICROSOFT, **sizes)
+        looked_up = op("GatherBlockQuantized", table, ids, *others, domain=MICROSOFT, **sizes)
+        return self._cast(looked_up, self._type(path), FLOAT)
 
     def head(self, hidden: Any) -> Any:
         """Adds the product that makes logits."""

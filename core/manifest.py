@@ -83,7 +83,7 @@ class Ranges(_Record):
 
 
 class Scheme(_Record):
-    """How one weight (N, K) is stored: unsigned integers, a float32 scale for each block of input channels.
+    """How one weight (N, K) is stored: unsigned integers, and a scale for each block of input channels.
 
     An integer q of b bits stands for (q - z) * scale, z being 2^(b - 1) or, with zero points, one for each block.
 
@@ -95,6 +95,7 @@ class Scheme(_Record):
             signed then, and a block is as long as the input, so that a scale belongs to an output channel.
         reduced: Of a dynamic scheme, whether weights keep to seven bits: processors without VNNI add pairs of products in 16
             bits, and cut off what eight bits can come to.
+        half: Whether scales are float16, and the product takes and gives float16, as on a GPU; float32 otherwise.
     """
 
     bits: Literal[4, 8] = 8
@@ -102,12 +103,13 @@ class Scheme(_Record):
     zero_points: bool = False
     dynamic: bool = False
     reduced: bool = False
+    half: bool = False
 
     def bytes(self, outputs: int, inputs: int) -> int:
         """Returns what a weight takes in the file: integers, scales and zero points."""
         blocks = inputs // self.block_size
         points = -(-blocks * self.bits // 8) if self.zero_points else 0
-        return outputs * (inputs * self.bits // 8 + 4 * blocks + points)
+        return outputs * (inputs * self.bits // 8 + (2 if self.half else 4) * blocks + points)
 
     @property
     def name(self) -> str:
@@ -309,7 +311,7 @@ def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> No
         if path not in schemes:
             raise SlmError(f"{directory / MANIFEST_FILE} is wrong: it does not say how {path} is stored", _AGAIN)
         scheme = schemes[path]
-        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic)
+        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic, scheme.half)
 
     kind = Kind(
         manifest.target,
