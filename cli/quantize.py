@@ -179,10 +179,8 @@ def quantize(
         raise SlmError(f"{target} is the bundle to quantize; it is kept", "name another --out")
     check_output(target, {"sweep.json", "sweep.html"} if sweep else sealed_files(target))
     source = Bundle.open(bundle)
-    if source.manifest.device != "cpu":
-        say("Quality is measured on the CPU.")
     from slm.quantize.decide import GATES, Gate, Settings
-    from slm.quantize.make import quantize_bundle
+    from slm.quantize.make import check_source, quantize_bundle
     from slm.quantize.quality import calibration_text, measuring_text
 
     def given(path: Path | None) -> TextSource | None:
@@ -217,6 +215,9 @@ def quantize(
         target_kl_nats=max_kl if int4 and target_size is None and prefer != "size" else None,
         gate=Gate(usual.max_kl_nats if max_kl is None else max_kl, max_ppl_increase),
     )
+    check_source(source, settings)
+    if source.manifest.device != "cpu":
+        say("Quality is measured on the CPU.")
     made, report = quantize_bundle(source, target, text, settings, RichProgress(), chosen_by[precision])
     _report(made, report, as_json)
 
