@@ -14,6 +14,7 @@ held is put back afterwards, and the step is replayed once more.
 """
 
 import threading
+from weakref import ref
 
 import numpy as np
 import onnxruntime as ort
@@ -24,8 +25,10 @@ from slm.core.manifest import Bundle
 from slm.runtime.cache import KVBuffers
 from slm.runtime.memory import Array, Located
 
-# What onnxruntime asks for: cuDNN's attention takes memory of its own, which a graph must not.
-CUDA_OPTIONS = {"enable_cuda_graph": "1", "sdpa_kernel": str(1 | 2 | 16)}  # flash, memory-efficient, or plain products
+# Flash, memory-efficient or unfused attention (onnxruntime's AttentionBackend), all of which read lengths on the GPU. cuDNN's,
+# which onnxruntime prefers from compute capability 9.0 on, has not been tried in a graph.
+_ATTENTION = 1 | 2 | 16
+CUDA_OPTIONS = {"enable_cuda_graph": "1", "sdpa_kernel": str(_ATTENTION)}
 # The option of a run that names its graph, and the name that stands for none.
 _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
 # Arrangements of buffers that are recorded: one for each number of rows and each length that buffers grow to. onnxruntime
@@ -63,26 +66,43 @@ class StepGraphs:
     def __init__(self, session: ort.InferenceSession, vocab_size: int) -> None:
         self._session = session
         self._vocab_size = vocab_size
-        self._of_thread = threading.local()
+        self._of_thread = _Recorded()
 
-    def step_of(self, buffers: object, ids: Array, mask: Array, keep: int) -> "RecordedStep | None":
+    def step_of(self, buffers: object, ids: Array, mask: Array) -> "RecordedStep | None":
         """Returns the step that reads these tokens from a graph; None if they are to be read without one.
 
         Args:
             buffers: The caches.
             ids: Tokens (B, T).
             mask: (B, past + T), padded on the right.
-            keep: Positions of which logits are wanted; 0 for all.
         """
         if not isinstance(buffers, KVBuffers) or ids.shape[1] != 1 or int(mask.sum(axis=1).min()) < _SHORTEST:
             return None
-        steps: dict[tuple[Located, ...], RecordedStep] = self._of_thread.__dict__.setdefault("steps", {})
+        mine = self._of_thread
+        if mine.last is not None and mine.last[0]() is buffers and mine.last[1] == buffers.growths:
+            return mine.last[2]
+        # Buffers are known by their addresses: others that lie there later are read and written by the same launches.
         key = buffers.located
-        if key not in steps:
-            if len(steps) == _MOST_GRAPHS:
+        if key not in mine.steps:
+            if len(mine.steps) == _MOST_GRAPHS:
                 return None
-            steps[key] = RecordedStep(self._session, len(steps) + 1, buffers, ids.shape[0], self._vocab_size)
-        return steps[key]
+            number = len(mine.steps) + 1
+            mine.steps[key] = RecordedStep(self._session, number, buffers, ids.shape[0], self._vocab_size)
+        mine.last = (ref(buffers), buffers.growths, mine.steps[key])
+        return mine.steps[key]
+
+
+class _Recorded(threading.local):
+    """What a thread has recorded.
+
+    Attributes:
+        steps: By the addresses and shapes of the caches.
+        last: The buffers of the last step, how often they had grown, and the step.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[Located, ...], RecordedStep] = {}
+        self.last: tuple[ref[KVBuffers], int, RecordedStep] | None = None
 
 
 class RecordedStep:
@@ -101,7 +121,6 @@ class RecordedStep:
             vocab_size: How many logits there are.
         """
         self._session = session
-        self._buffers = buffers
         self._mask = np.zeros((batch, buffers.room), np.int64)
         self._inputs = {INPUT_IDS: _on_gpu((batch, 1), np.int64), ATTENTION_MASK: _on_gpu(self._mask.shape, np.int64)}
         self._logits = _on_gpu((batch, 1, vocab_size), np.float32)
@@ -116,16 +135,22 @@ class RecordedStep:
         self._options.add_run_config_entry(_GRAPH, str(number))
         self._recorded = False
 
-    def run(self, ids: Array, mask: Array) -> Array:
-        """Reads tokens (B, 1), with a mask (B, past + 1) padded on the right; returns the logits (B, 1, V)."""
+    def run(self, buffers: KVBuffers, ids: Array, mask: Array) -> Array:
+        """Reads tokens (B, 1), with a mask (B, past + 1) padded on the right, and returns the logits (B, 1, V).
+
+        Args:
+            buffers: The caches, where those lie that the step was made for. They are not kept, so that they can be freed.
+            ids: The tokens.
+            mask: The mask.
+        """
         self._mask[:, : mask.shape[1]] = mask
         self._mask[:, mask.shape[1] :] = 0
         self._inputs[INPUT_IDS].update_inplace(np.ascontiguousarray(ids, np.int64))
         self._inputs[ATTENTION_MASK].update_inplace(self._mask)
         if not self._recorded:
-            held = self._buffers.copy_sliding()
+            held = buffers.copy_sliding()
             self._session.run_with_iobinding(self._binding, self._options)
-            self._buffers.put_sliding(held)
+            buffers.put_sliding(held)
             self._recorded = True
         self._session.run_with_iobinding(self._binding, self._options)
         logits: Array = self._logits.numpy()

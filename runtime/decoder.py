@@ -475,9 +475,11 @@ class OnnxDecoder:
         Returns:
             Logits (B, keep or T, V).
         """
-        if self._graphs is not None and (step := self._graphs.step_of(buffers, ids, mask, keep)) is not None:
+        step = None if self._graphs is None else self._graphs.step_of(buffers, ids, mask)
+        if step is not None:
+            assert isinstance(buffers, KVBuffers)
             try:
-                return step.run(ids, mask)
+                return step.run(buffers, ids, mask)
             except Exception as error:
                 raise self._failure(error) from error
         binding = self._binding_of(buffers, adapter)
