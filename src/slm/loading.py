@@ -46,8 +46,8 @@ def load(
         path: A bundle or a checkpoint; None takes the newest under ./runs, as commands do, or the model that ships with slm
             where there is none. `model.about.path` says which.
         device: "cpu" or "cuda".
-        cuda_graph: On CUDA, record the kernel launches of a single-token step once and replay them (docs/generation.md). For bundles
-            exported with `--device cuda`.
+        cuda_graph: On CUDA, record the kernel launches of a single-token step once and replay them (docs/generation.md). For
+            bundles exported with `--device cuda`.
         threads: Threads for one operator; by default the usable physical cores.
         draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
         adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
