@@ -17,7 +17,16 @@ import click
 from slm.cli import bench_report
 from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, say
-from slm.cli.options import Artifact, FilePath, Whole, json_option, threads_option, trust_option
+from slm.cli.options import (
+    Artifact,
+    FilePath,
+    Whole,
+    check_cuda_graph,
+    cuda_graph_option,
+    json_option,
+    threads_option,
+    trust_option,
+)
 from slm.core import child
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
@@ -60,6 +69,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--new", type=Whole(2), default=32, show_default=True, metavar="N", help="New tokens a row.")
 @click.option("--rounds", type=Whole(1, 10_000), default=5, show_default=True, help="Turns of each case.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@cuda_graph_option
 @threads_option
 @click.option("--plot", type=FilePath(directories=False), metavar="FILE.png", help="Draw the speeds.")
 @click.option("--compare", type=FilePath(directories=False), metavar="OLD.json", help="Beside an earlier --json.")
@@ -72,6 +82,7 @@ def bench(
     new: int,
     rounds: int,
     device: str,
+    cuda_graph: bool,
     threads: int | None,
     plot: Path | None,
     compare: Path | None,
@@ -91,6 +102,7 @@ def bench(
 
     docs/benchmarks.md says what each figure means.
     """
+    check_cuda_graph(device, cuda_graph)
     from slm.loading import load
 
     if plot is not None and find_spec("matplotlib") is None:
@@ -99,14 +111,14 @@ def bench(
         bench_report.check_plot(plot)
     old = None if compare is None else bench_report.read(compare)
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked the choice
+    loaded = load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked the choice
     decoder = loaded.decoder
     say(f"{path}: {decoder.description}")
     prompts = _fitting(prompts, new, decoder.context)
     report = _about(path, decoder) | {"device": device, "rounds": rounds, "new_tokens": new}
     timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], device)
     del loaded, decoder  # what follows has the memory for itself
-    fresh = _fresh_processes(path, device, threads, prompts, new, trust)
+    fresh = _fresh_processes(path, device, cuda_graph, threads, prompts, new, trust)
     report |= {
         "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
         "memory": [{"prompt": prompt} | figures for prompt, figures in zip(prompts, fresh, strict=True)],
@@ -261,7 +273,7 @@ def _torch_rows(decoder: Any) -> "MakeRows":
 
 
 def _fresh_processes(
-    path: Path, device: str, threads: int | None, prompts: Sequence[int], new: int, trust: bool
+    path: Path, device: str, cuda_graph: bool, threads: int | None, prompts: Sequence[int], new: int, trust: bool
 ) -> list[dict[str, float]]:
     progress = RichProgress()
     progress.start("loading and memory", len(prompts), "processes")
@@ -269,7 +281,8 @@ def _fresh_processes(
         found = []
         for prompt in prompts:
             count = min(new, _FRESH_TOKENS)
-            found.append(fresh_process(path, prompt, device=device, threads=threads, new=count, trust=trust))
+            options: dict[str, Any] = {"device": device, "cuda_graph": cuda_graph, "threads": threads, "trust": trust}
+            found.append(fresh_process(path, prompt, new=count, **options))
             progress.advance()
         return found
     finally:
@@ -282,6 +295,7 @@ def fresh_process(
     *,
     new: int = _FRESH_TOKENS,
     device: str = "cpu",
+    cuda_graph: bool = False,
     threads: int | None = None,
     trust: bool = False,
 ) -> dict[str, float]:
@@ -292,6 +306,7 @@ def fresh_process(
         prompt: Tokens of the prompt.
         new: Tokens to write.
         device: "cpu" or "cuda".
+        cuda_graph: Whether steps on CUDA are recorded and replayed.
         threads: Threads for one operator; by default the usable physical cores.
         trust: Whether to run a bundle whose graph slm did not write.
 
@@ -302,7 +317,7 @@ def fresh_process(
     Raises:
         SlmError: When the process fails, with the last line that it said.
     """
-    arguments = json.dumps([str(path.resolve()), device, threads, prompt, new, trust])
+    arguments = json.dumps([str(path.resolve()), device, cuda_graph, threads, prompt, new, trust])
     done = child.run("from slm.cli.bench import in_fresh_process; in_fresh_process()", arguments)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
@@ -313,13 +328,13 @@ def fresh_process(
 
 def in_fresh_process() -> None:
     """Is that process."""
-    path, device, threads, prompt, new, trust = json.loads(sys.argv[1])
+    path, device, cuda_graph, threads, prompt, new, trust = json.loads(sys.argv[1])
     return_freed_memory()  # as slm generate does
     started = time.perf_counter()
     from slm.loading import load
     from slm.runtime.bench import prompt_ids, resident_mib
 
-    decoder = load(path, device=device, threads=threads, trust=trust).decoder
+    decoder = load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust).decoder
     loaded = time.perf_counter()
     token = int(decoder.read(prompt_ids(prompt, decoder.vocab_size)).argmax())
     first = time.perf_counter()

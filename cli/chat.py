@@ -13,7 +13,7 @@ from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say, say_error
 from slm.cli.following import after_checkpoint, next_step, slm_command
 from slm.cli.generate import figures
-from slm.cli.options import Artifact, json_option
+from slm.cli.options import Artifact, check_cuda_graph, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import INFO_FILE, read_info
@@ -51,6 +51,7 @@ def chat(
     system: str,
     as_json: bool,
     device: str,
+    cuda_graph: bool,
     threads: int | None,
     draft: int | None,
     adapter: Path | None,
@@ -75,12 +76,13 @@ def chat(
     """
     if keep is not None and options["on_full"] != "slide":
         raise click.UsageError("--keep says what stays with --on-full slide")
+    check_cuda_graph(device, cuda_graph)
     from slm.loading import load
     from slm.runtime.chat import Chat
 
     return_freed_memory()
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads, adapter=adapter, trust=trust)  # type: ignore[arg-type]  # click checked
+    loaded = load(path, device=device, cuda_graph=cuda_graph, threads=threads, adapter=adapter, trust=trust)  # type: ignore[arg-type]  # click checked
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
     if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):

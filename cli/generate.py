@@ -9,7 +9,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
-from slm.cli.options import Artifact, Whole, json_option
+from slm.cli.options import Artifact, Whole, check_cuda_graph, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
 from slm.core.chat import turn_ids
 from slm.core.machine import peak_rss_mib, return_freed_memory
@@ -48,6 +48,7 @@ def generate(
     instruct: bool,
     ensemble: "Average | None",
     device: str,
+    cuda_graph: bool,
     threads: int | None,
     draft: int | None,
     adapter: Path | None,
@@ -81,18 +82,20 @@ def generate(
         raise click.UsageError("--keep says what stays with --on-full slide")
     if ensemble is not None and adapter is not None:
         raise click.UsageError("--adapter is for one model")
+    check_cuda_graph(device, cuda_graph)
     stops = [utf8(each, "stop text") for each in stop]
     text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
     from slm.loading import load, load_ensemble
     from slm.runtime.speculative import SpeculativeDecoder
 
     return_freed_memory()
+    options: dict[str, Any] = {"device": device, "cuda_graph": cuda_graph, "threads": threads, "trust": trust}
     if ensemble is None:
         path = str(models[0] if models else default_model())
-        loaded = load(path, device=device, threads=threads, draft_tokens=draft, adapter=adapter, trust=trust)  # type: ignore[arg-type]  # click checked
+        loaded = load(path, draft_tokens=draft, adapter=adapter, **options)
     else:
         path = ", ".join(map(str, models))
-        loaded = load_ensemble(models, ensemble, device=device, threads=threads, draft_tokens=draft, trust=trust)  # type: ignore[arg-type]
+        loaded = load_ensemble(models, ensemble, draft_tokens=draft, **options)
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None

@@ -145,6 +145,9 @@ def _warn_of_trust(context: click.Context, parameter: click.Parameter, trust: bo
     return trust
 
 
+cuda_graph_option = click.option(
+    "--cuda-graph", is_flag=True, help="With --device cuda: record a step's kernel launches once, and replay them."
+)
 trust_option = click.option(
     "--trust",
     is_flag=True,
@@ -291,3 +294,13 @@ class HostName(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         if name is None or (":" in text and not name.startswith("[")):
             self.fail(f"{value!r} is not a host name; omit scheme and port.", param, ctx)
         return name
+
+
+def check_cuda_graph(device: str, cuda_graph: bool) -> None:
+    """Checks that --cuda-graph comes with the device that has them.
+
+    Raises:
+        click.UsageError: When it does not.
+    """
+    if cuda_graph and device != "cuda":
+        raise click.UsageError("--cuda-graph needs --device cuda")

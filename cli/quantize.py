@@ -137,7 +137,7 @@ def quantize(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Quantize a float32 bundle and measure what that changed.
+    """Quantize a float32 bundle, or a float16 one for CUDA, and measure what that changed.
 
     Without BUNDLE, the newest float32 bundle under ./runs. Settings are chosen on one text and measured on another; if the
     predictions moved by more than --max-kl, nothing is written. The bundle gets a report.json and a report.html.
@@ -148,6 +148,7 @@ def quantize(
       slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
+      slm quantize --int4 runs/tiny/onnx-cuda     # made by slm export --onnx --device cuda
 
     docs/quantization.md compares the settings.
     """
@@ -179,7 +180,7 @@ def quantize(
     check_output(target, {"sweep.json", "sweep.html"} if sweep else sealed_files(target))
     source = Bundle.open(bundle)
     from slm.quantize.decide import GATES, Gate, Settings
-    from slm.quantize.make import quantize_bundle
+    from slm.quantize.make import check_source, quantize_bundle
     from slm.quantize.quality import calibration_text, measuring_text
 
     def given(path: Path | None) -> TextSource | None:
@@ -214,6 +215,9 @@ def quantize(
         target_kl_nats=max_kl if int4 and target_size is None and prefer != "size" else None,
         gate=Gate(usual.max_kl_nats if max_kl is None else max_kl, max_ppl_increase),
     )
+    check_source(source, settings)
+    if source.manifest.device != "cpu":
+        say("Quality is measured on the CPU.")
     made, report = quantize_bundle(source, target, text, settings, RichProgress(), chosen_by[precision])
     _report(made, report, as_json)
 

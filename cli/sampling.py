@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slm.cli.console import say
-from slm.cli.options import MAX_SEED, Real, Whole, adapter_type, threads_option, trust_option
+from slm.cli.options import MAX_SEED, Real, Whole, adapter_type, cuda_graph_option, threads_option, trust_option
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 
@@ -71,6 +71,7 @@ _SHARE = Real(0, 1, min_open=True)
 # In the order of `slm generate --help`.
 _OPTIONS = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+    cuda_graph_option,
     threads_option,
     click.option(
         "--draft",

@@ -20,6 +20,8 @@ from slm.cli.options import (
     Whole,
     Word,
     adapter_type,
+    check_cuda_graph,
+    cuda_graph_option,
     threads_option,
     trust_option,
 )
@@ -91,6 +93,7 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @click.option("--grace", type=Real(0, _DAY_S), default=30.0, show_default=True, metavar="S",
               help="How long answers may go on when the server is stopped.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@cuda_graph_option
 @threads_option
 @trust_option
 def serve(
@@ -112,6 +115,7 @@ def serve(
     origins: tuple[str, ...],
     grace: float,
     device: str,
+    cuda_graph: bool,
     threads: int | None,
     trust: bool,
 ) -> None:
@@ -129,6 +133,7 @@ def serve(
 
     docs/serve.md says what is served.
     """
+    check_cuda_graph(device, cuda_graph)
     from slm.loading import load, load_adapter
     from slm.runtime.decoder import OnnxDecoder
     from slm.serve import log
@@ -139,7 +144,7 @@ def serve(
     keys = _api_keys(api_key_file)
     listening = _listen(host, port)  # before anything is loaded, which may take a while
     path = model or default_model(bundle=True)
-    loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked
+    loaded = load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked
     decoder = loaded.decoder
     if not isinstance(decoder, OnnxDecoder):
         raise SlmError(f"{path} is a checkpoint", "slm export --onnx makes a bundle of it, which can be served")

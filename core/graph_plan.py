@@ -147,7 +147,10 @@ def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> 
         hidden = plan("Reshape", rows, plan("Concat", [-1], plan("Shape", rows, start=2, end=3), axis=0))
     else:
         new = plan("Squeeze", plan("Shape", Input(INPUT_IDS), start=1, end=2))
-        hidden = _last_rows(plan, hidden, plan("Min", step.lengths, new))
+        if kind.device == "cuda":
+            hidden = _last_rows_on_gpu(plan, hidden, step, new)
+        else:
+            hidden = _last_rows(plan, hidden, plan("Min", step.lengths, new))
     logits = model.head(hidden)
     if portable:
         batch = plan("Shape", Input(INPUT_IDS), start=0, end=1)
@@ -253,6 +256,17 @@ def _last_rows(op: Plan, hidden: Any, ends: Any) -> Any:
     return op("GatherND", hidden, op("Unsqueeze", rows, [-1]), batch_dims=1)
 
 
+def _last_rows_on_gpu(op: Plan, hidden: Any, step: _Step, new: Any) -> Any:
+    keep = Input(LOGITS_TO_KEEP)
+    everything = op("Equal", op("Sub", new, keep), new)
+    kept = op("Where", everything, new, op("Min", new, keep))
+    lengths = op("Unsqueeze", step.lengths, [-1])
+    padded = op("Add", lengths, op("Range", op("Neg", kept), 0, 1))
+    whole = op("Range", op("Sub", new, kept), new, 1)
+    rows = op("Max", op("Min", padded, whole), op("Range", 0, kept, 1))
+    return op("GatherND", hidden, op("Unsqueeze", rows, [-1]), batch_dims=1)
+
+
 class _Model:
     """Embedding, layers and head; see `slm.export.graph.modules`."""
 
@@ -292,6 +306,10 @@ class _Model:
     def _cast(self, x: Any, have: int, want: int) -> Any:
         return x if have == want else self._op("Cast", x, to=want)
 
+    def _normed_as(self, product: Any, dtype: int) -> Any:
+        """The norm of CUDA takes float16 itself."""
+        return product if self._kind.device == "cuda" else self._cast(product, dtype, FLOAT)
+
     def _type(self, path: str) -> int:
         return FLOAT16 if self._kind.stored(path).half else FLOAT
 
@@ -308,7 +326,7 @@ class _Model:
         for side, present in zip(SIDES, (key, value), strict=True):
             op.outputs[present_name(layer, side)] = present
         attended = self._cast(attended, self._dtype, out)
-        return self._cast(self._linear(attended, f"{path}.o_proj", sizes[0], config.hidden_size), out, FLOAT)
+        return self._normed_as(self._linear(attended, f"{path}.o_proj", sizes[0], config.hidden_size), out)
 
     def _attend_portable(
         self, step: _Step, layer: int, qkv: tuple[Any, Any, Any], past: list[Input], dtype: int, path: str
@@ -367,7 +385,7 @@ class _Model:
         gate_up = self._linear(self._cast(x, FLOAT, up_type), f"{path}.gate_up_proj", hidden, 2 * size)
         gate, up = op("Split", gate_up, [size, size], axis=-1, outputs=2)
         product = self._cast(op("Mul", self._activate(gate), up), up_type, down_type)
-        return self._cast(self._linear(product, f"{path}.down_proj", size, hidden), down_type, FLOAT)
+        return self._normed_as(self._linear(product, f"{path}.down_proj", size, hidden), down_type)
 
     def _activate(self, x: Any) -> Any:
         op, name = self._op, self._config.hidden_activation
@@ -427,7 +445,7 @@ class _Model:
         blocks = inputs // stored.block_size
         tensors = [
             Weight(f"{path}.weight_quantized", UINT8, (outputs, blocks, stored.block_size * stored.bits // 8)),
-            Weight(f"{path}.weight_scale", FLOAT, (outputs, blocks)),
+            Weight(f"{path}.weight_scale", self._type(path), (outputs, blocks)),
         ]
         points = Weight(f"{path}.weight_zero_points", UINT8, (outputs, -(-blocks * stored.bits // 8)))
         return [*tensors, points] if stored.zero_points else tensors
@@ -455,7 +473,8 @@ class _Model:
         whole, *others = self._blocks(path, config.hidden_size, rows)
         table = op("Reshape", whole, [rows, config.hidden_size * stored.bits // 8])
         sizes = {"bits": stored.bits, "block_size": stored.block_size, "gather_axis": 0, "quantize_axis": 1}
-        return op("GatherBlockQuantized", table, ids, *others, domain=MICROSOFT, **sizes)
+        looked_up = op("GatherBlockQuantized", table, ids, *others, domain=MICROSOFT, **sizes)
+        return self._cast(looked_up, self._type(path), FLOAT)
 
     def head(self, hidden: Any) -> Any:
         """Adds the product that makes logits."""

@@ -84,7 +84,7 @@ class Ranges(_Record):
 
 
 class Scheme(_Record):
-    """How one weight (N, K) is stored: unsigned integers, a float32 scale for each block of input channels.
+    """How one weight (N, K) is stored: unsigned integers, and a scale for each block of input channels.
 
     A b-bit integer q represents (q - z) * scale. z is 2^(b - 1), or the block's own zero point.
 
@@ -96,6 +96,7 @@ class Scheme(_Record):
             and a block is as long as the input, so that a scale belongs to an output channel.
         reduced: Of a dynamic scheme, whether weights keep to seven bits: processors without VNNI add pairs of products in 16
             bits, and cut off what eight bits can come to.
+        half: Whether scales are float16, and the product takes and gives float16, as on a GPU; float32 otherwise.
     """
 
     bits: Literal[4, 8] = 8
@@ -103,12 +104,13 @@ class Scheme(_Record):
     zero_points: bool = False
     dynamic: bool = False
     reduced: bool = False
+    half: bool = False
 
     def bytes(self, outputs: int, inputs: int) -> int:
         """Returns the bytes of a weight in the file: integers, scales and zero points."""
         blocks = inputs // self.block_size
         points = -(-blocks * self.bits // 8) if self.zero_points else 0
-        return outputs * (inputs * self.bits // 8 + 4 * blocks + points)
+        return outputs * (inputs * self.bits // 8 + (2 if self.half else 4) * blocks + points)
 
     @property
     def name(self) -> str:
@@ -310,7 +312,7 @@ def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> No
         if path not in schemes:
             raise SlmError(f"{directory / MANIFEST_FILE} is invalid: it has no scheme for {path}", _AGAIN)
         scheme = schemes[path]
-        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic)
+        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic, scheme.half)
 
     kind = Kind(
         manifest.target,

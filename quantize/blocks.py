@@ -11,7 +11,7 @@ from slm.core.manifest import Scheme
 from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, pack
 from slm.export.graph.builder import Array
 from slm.quantize.exact import exact_grid, rows_on_grid
-from slm.quantize.grid import Grid
+from slm.quantize.grid import Grid, as_stored
 
 # Weights rounded at a time: what is in between takes several times as much memory.
 _CHUNK_VALUES = 1 << 22
@@ -120,7 +120,7 @@ def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
     top = (1 << scheme.bits) - 1
     middle = 1 << (scheme.bits - 1)
     if scheme.zero_points:
-        scale = (high - low) / np.float32(top)
+        scale = as_stored((high - low) / np.float32(top), scheme)
         zero = np.rint(np.divide(-low, scale, out=np.zeros_like(low), where=scale != 0))
         return Grid(scale, np.clip(zero, 0, top), 0, top)
     if scheme.dynamic:
@@ -128,5 +128,5 @@ def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
         return Grid(high / np.float32(largest), np.zeros_like(high), -largest, largest)
     zero = np.full_like(high, middle)
     if scheme.bits == 8:  # 1 to 255, so that the range is symmetric
-        return Grid(high / np.float32(middle - 1), zero, 1, top)
-    return Grid(-low / np.float32(middle), zero, 0, top)
+        return Grid(as_stored(high / np.float32(middle - 1), scheme), zero, 1, top)
+    return Grid(as_stored(-low / np.float32(middle), scheme), zero, 0, top)

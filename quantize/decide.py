@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from slm.core.contract import CacheType
+from slm.core.contract import CacheType, Device
 from slm.core.manifest import Bundle, Quantization, Scheme
 from slm.core.progress import Progress
 from slm.export.graph import graph_tensors
@@ -28,7 +28,7 @@ from slm.quantize.exact import (
 )
 from slm.quantize.lab import Lab
 from slm.quantize.linears import Linear, linears_of
-from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of
+from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of, with_half_scales
 from slm.quantize.quality import Change, Opened, Text, measure
 from slm.quantize.rounding import Arrays, Method, gptq, placeholders, restored, rounded_tensors
 from slm.quantize.search import Budget, Schemes, choose, sensitivities, within_bytes, within_kl
@@ -133,6 +133,7 @@ class Recipe:
         done: Arrays of weights that are rounded already, by path.
         harm: What few bits of each product did, nats, by path, where that was tried.
         kept: Paths of the products whose weights lie on grids that their schemes store.
+        device: Where the bundle is to run.
     """
 
     schemes: dict[str, Scheme]
@@ -144,6 +145,7 @@ class Recipe:
     done: Mapping[str, Arrays] = field(default_factory=dict)
     harm: Mapping[str, float] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+    device: Device = "cpu"
 
     @property
     def inputs_rms(self) -> dict[str, Array]:
@@ -156,11 +158,11 @@ class Recipe:
         return {path: np.square(values) for path, values in self.inputs_rms.items()}
 
     def contents(self, source: Bundle) -> Contents:
-        """Returns what a bundle made of a float one is to hold."""
+        """Returns what a bundle made of a float32 one is to hold."""
         plain = self.smoothing.apply(graph_tensors(source.model_path))
         rounded = rounded_tensors(plain, self.schemes, self.method != "nearest", self.importance, self.done)
         tensors = ChainMap(dict(self.cache_steps), rounded)  # type: ignore[arg-type]  # only read
-        return Contents(tensors, self.describe(), self.cache, self.smoothing)
+        return Contents(tensors, self.describe(), self.cache, self.smoothing, self.device)
 
     def words(self) -> dict[str, object]:
         """Returns what was decided."""
@@ -173,7 +175,8 @@ class Recipe:
     def describe(self) -> Quantization:
         """Returns the manifest's record."""
         exponent = self.smoothing.exponent if self.smoothing.columns else None
-        return Quantization(method=self.method, accuracy_level=ACCURACY_LEVEL, smoothing=exponent, schemes=self.schemes)
+        level = ACCURACY_LEVEL if self.device == "cpu" else 0  # CUDA's products take activations as they are
+        return Quantization(method=self.method, accuracy_level=level, smoothing=exponent, schemes=self.schemes)
 
 
 def decide(
@@ -183,16 +186,18 @@ def decide(
     settings: Settings,
     progress: Progress,
     scratch: Path,
+    device: Device = "cpu",
 ) -> Recipe:
     """Chooses everything that the settings leave open, by measurement on the calibration text.
 
     Args:
-        source: The float bundle.
-        before: Runs it; closed while memory is wanted for something else.
+        source: The bundle in float32 (`slm.quantize.plain`).
+        before: Runs the bundle that predictions are compared with; closed while memory is wanted for something else.
         calibration: What is read.
         settings: What was asked for.
         progress: Told of each step.
         scratch: A directory for what is only tried.
+        device: Where the new bundle is to run.
     """
     linears = linears_of(source.config)
     wish = INT4 if settings.precision == "int4" else INT8_DYNAMIC if settings.dynamic else INT8[settings.prefer]
@@ -200,7 +205,8 @@ def decide(
     cache = settings.cache or ("int8" if settings.prefer == "speed" else "float32")
     if settings.reduce_range:
         wish = replace(wish, layers=wish.layers.model_copy(update={"reduced": True}))
-    recipe = Recipe(schemes_of(linears, wish, settings.block_size), method, cache=cache)
+    schemes = on_device(schemes_of(linears, wish, settings.block_size), source, device)
+    recipe = Recipe(schemes, method, cache=cache, device=device)
     if cache == "int8":
         recipe.cache_steps = cache_steps(source, calibration, progress)
     layers = [linear for linear in linears if linear.layer is not None]
@@ -216,6 +222,13 @@ def decide(
         before.close()
         _spend_bits(source, before, recipe, settings, calibration, progress, scratch)
     return recipe
+
+
+def on_device(schemes: dict[str, Scheme], source: Bundle, device: Device) -> dict[str, Scheme]:
+    """Returns schemes as products of a device take them: in float16 on CUDA, but where float16 would overflow."""
+    if device == "cpu":
+        return schemes
+    return with_half_scales(schemes, source.manifest.ranges.float32 if source.manifest.ranges else ())
 
 
 def kept_products(
@@ -308,7 +321,8 @@ def _spend_bits(
 
     recipe.harm = sensitivities(Lab(source, layers), layers, _part(calibration, _SENSITIVITY_ROWS), rounded, progress)
     # A product that four bits store exactly would lose by more.
-    high = low | schemes_of([linear for linear in layers if linear.path not in recipe.kept], INT8["auto"])
+    eight = schemes_of([linear for linear in layers if linear.path not in recipe.kept], INT8["auto"])
+    high = low | on_device(eight, source, recipe.device)
     picked = partial(choose, linears, low, high, recipe.harm)
 
     def with_schemes(schemes: Schemes) -> Recipe:
@@ -323,8 +337,8 @@ def _spend_bits(
 
         def moved(schemes: Schemes) -> float:
             found = _moved(source, before, with_schemes(schemes), part, progress, scratch)
-            eight = sum(scheme.bits == 8 for scheme in schemes.values())
-            progress.note(f"{eight} of {len(schemes)} products in 8 bits: the predictions move by {found:.4f} nats")
+            count = sum(scheme.bits == 8 for scheme in schemes.values())
+            progress.note(f"{count} of {len(schemes)} products in 8 bits: the predictions move by {found:.4f} nats")
             return found
 
         schemes = within_kl(linears, low, high, recipe.harm, settings.target_kl_nats, moved)

@@ -12,7 +12,7 @@ import numpy as np
 
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
-from slm.quantize.grid import Grid
+from slm.quantize.grid import Grid, as_stored
 
 # The block size of the formats whose grids are looked for.
 BLOCK_SIZE = 32
@@ -101,7 +101,7 @@ def _fitted(blocks: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
         integers = np.rint(blocks[near] / step[near, None])
         sign, zeros, fits = _stored(integers, scheme)
         found = near[fits]
-        scale[found] = _refined(blocks[found], integers[fits], step[found]) * sign[fits]
+        scale[found] = as_stored(_refined(blocks[found], integers[fits], step[found]), scheme) * sign[fits]
         zero[found], exact[found] = zeros[fits], True
         left = left[~exact[left]]
     return scale, zero, exact

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
 
 
@@ -32,3 +33,18 @@ class Grid:
         """Returns what integers (..., blocks, block) stand for."""
         found: Array = (integers - self.zero[..., None]) * self.scale[..., None]
         return found
+
+
+def as_stored(scale: Array, scheme: Scheme) -> Array:
+    """Returns scales as a scheme stores them, float32: integers are chosen for these, so no error is added when they are saved.
+
+    Below float16's normal range, where a step is a large share of the scale, they are rounded away from zero: integers end at
+    the ends of their range, and the largest weight of the block must not be beyond them.
+    """
+    if not scheme.half:
+        return scale
+    half = scale.astype(np.float16)
+    short = (np.abs(half) < np.abs(scale)) & (np.abs(scale) < np.finfo(np.float16).tiny)
+    rounded = np.where(short, np.nextafter(half, np.copysign(np.float16(np.inf), half)), half)
+    found: Array = rounded.astype(np.float32)
+    return found

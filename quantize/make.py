@@ -13,6 +13,7 @@ from slm.export.graph import float_tensors, graph_tensors, released
 from slm.quantize.decide import GATES, Recipe, Settings, decide
 from slm.quantize.defaults import CALIBRATION_TOKENS
 from slm.quantize.linears import linears_of
+from slm.quantize.plain import plain_bundle
 from slm.quantize.quality import Change, Divergence, Opened, Speeds, Text, calibration_text, divergence, measure, speeds
 from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report
 from slm.quantize.write import write_bundle
@@ -30,10 +31,10 @@ def quantize_bundle(
     progress: Progress | None = None,
     calibration: Text | None = None,
 ) -> tuple[Bundle, Report]:
-    """Quantizes a float32 bundle and measures what that changed.
+    """Quantizes a float bundle and measures on the CPU what that changed.
 
     Args:
-        source: The bundle to quantize.
+        source: The bundle to quantize: a float32 one, or a float16 one for CUDA.
         out: The new bundle's directory; made or replaced once the quality is good enough.
         text: What both bundles read for the measurement.
         settings: How to quantize.
@@ -46,23 +47,28 @@ def quantize_bundle(
     """
     settings, progress = settings or Settings(), progress or Silent()
     check_source(source, settings)
-    if source.manifest.target == "portable":
-        settings = replace(settings, cache="float32")
+    settings = fitted_settings(source, settings, progress)
     if out.resolve() == source.path.resolve():
         raise SlmError(f"{out} is the bundle to quantize; it is kept", "name another --out")
     started = time.perf_counter()
     calibration = calibration or calibration_text(source, None, CALIBRATION_TOKENS[settings.precision])
-    with atomic_directory(out, sealed_files(out)) as directory, released():
+    device = source.manifest.device
+    with (
+        atomic_directory(out, sealed_files(out)) as directory,
+        released(),
+        plain_bundle(source, directory.parent) as plain,
+    ):
         before = Opened(source)
-        recipe = decide(source, before, calibration, settings, progress, directory.parent)
+        recipe = decide(plain, before, calibration, settings, progress, directory.parent, device)
         progress.note(f"writing {source.manifest.parameters:,} parameters: {_in_words(recipe)}")
-        made = write_bundle(source, recipe.contents(source), directory)
+        made = write_bundle(source, recipe.contents(plain), directory)
         after = OnnxDecoder(made)
         change = measure(before(), after, text, progress)
         progress.note("comparing texts, speeds and tensors")
-        texts, speed = divergence(before(), after, text), speeds(before(), after)
+        texts = divergence(before(), after, text)
+        speed = speeds(before(), after) if device == "cpu" else None  # the CPU's say nothing about another device's
         before.close()
-        report = _report(source, made, recipe, settings, change, texts, speed)
+        report = _report(source, plain, made, recipe, settings, change, texts, speed)
         gate = settings.gate or GATES[settings.precision]
         if (reason := gate.refuses(change)) is not None:
             raise _refusal(reason, change, report, settings)
@@ -83,33 +89,70 @@ def check_source(source: Bundle, settings: Settings) -> None:
     Raises:
         SlmError: When it cannot.
     """
-    if source.manifest.precision != "float32":
-        raise SlmError(f"{source.path} is {source.manifest.precision} already", "quantize the float32 bundle")
+    manifest = source.manifest
+    if manifest.quantization is not None:
+        raise SlmError(f"{source.path} is {manifest.precision} already", "quantize the bundle that it was made from")
+    if manifest.device == "webgpu":
+        raise SlmError(
+            f"{source.path} was exported for WebGPU: bundles for the CPU and for CUDA can be quantized",
+            "slm export --onnx",
+        )
     if settings.precision == "int8" and settings.method not in (None, "nearest"):
         raise SlmError(
             f"8-bit integers are the nearest ones, not {settings.method}",
             f"slm quantize --int4 --method {settings.method}",
         )
-    if source.manifest.target == "portable":
+    if manifest.target == "portable":
         what = "products of 8-bit integers" if settings.dynamic else "INT8 caches" if settings.cache == "int8" else None
         if what is not None:
             raise SlmError(
                 f"{source.path} is a portable bundle, and {what} need onnxruntime's own operators",
                 "quantize a fused one (slm export --onnx)",
             )
+    if manifest.device == "cuda":
+        _check_cuda(source, settings)
+
+
+def _check_cuda(source: Bundle, settings: Settings) -> None:
+    if settings.dynamic:
+        raise SlmError(
+            f"{source.path} is for CUDA, and products of 8-bit integers run on the CPU only",
+            "slm quantize --int8 stores 8-bit weights for CUDA",
+        )
+    if settings.cache is not None:
+        raise SlmError(
+            f"{source.path} is for CUDA, and its caches stay float16, not {settings.cache}", "leave --kv-cache out"
+        )
+    if settings.smooth:
+        raise SlmError(
+            f"{source.path} is for CUDA, and smoothed activations could exceed float16: their range was measured without",
+            "leave --smooth out",
+        )
+
+
+def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> Settings:
+    """Returns settings with what a bundle's target and device leave no choice about; a note says what `prefer` does not get."""
+    if source.manifest.target == "portable":
+        return replace(settings, cache="float32")
+    if source.manifest.device == "cuda":
+        if settings.prefer == "speed":
+            progress.note("caches stay float16 on CUDA")
+        return replace(settings, cache="float16", smooth=False)
+    return settings
 
 
 def _report(
     source: Bundle,
+    plain: Bundle,
     made: Bundle,
     recipe: Recipe,
     settings: Settings,
     change: Change,
     texts: Divergence,
-    speed: Speeds,
+    speed: Speeds | None,
 ) -> Report:
     linears = linears_of(source.config)
-    before = recipe.smoothing.apply(graph_tensors(source.model_path))
+    before = recipe.smoothing.apply(graph_tensors(plain.model_path))
     after = float_tensors(made.model_path, recipe.schemes)
     return Report(
         source=short_name(source.path),

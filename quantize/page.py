@@ -77,15 +77,21 @@ def figures(report: "Report") -> list[tuple[str, str, str]]:
     """Returns what changed: what it is, before, after."""
     change, speeds, texts = report.change, report.speeds, sorted(report.divergence.equal)
     same = f"{texts[len(texts) // 2]} of {report.divergence.tokens} tokens, the middle of {len(texts)}"
-    return [
+    rows = [
         ("graph and weights", _mb(report.bytes_before), _mb(report.bytes_after)),
         ("perplexity", f"{change.perplexity_before:.3f}", f"{change.perplexity_after:.3f}"),
         ("KL divergence", "", f"{change.kl_nats:.5f} nats"),
         ("same top-1, top-5", "", f"{change.same_top1:.1%}, {change.same_top5:.1%}"),
         ("greedy text the same for", "", same),
-        ("decode, tokens/s", f"{speeds.decode[0]:,.0f}", f"{speeds.decode[1]:,.0f} ({speeds.decode_ratio:.2f} ×)"),
-        ("prefill, tokens/s", f"{speeds.prefill[0]:,.0f}", f"{speeds.prefill[1]:,.0f} ({speeds.prefill_ratio:.2f} ×)"),
     ]
+    if speeds is None:
+        return rows
+    for name, (before, after), ratio in (
+        ("decode", speeds.decode, speeds.decode_ratio),
+        ("prefill", speeds.prefill, speeds.prefill_ratio),
+    ):
+        rows.append((f"{name}, tokens/s", f"{before:,.0f}", f"{after:,.0f} ({ratio:.2f} ×)"))
+    return rows
 
 
 def sweep_page(sweep: "Sweep") -> str:

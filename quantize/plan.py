@@ -1,6 +1,6 @@
 """Which scheme each product gets: what was asked for, made to fit the model's sizes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +45,11 @@ def schemes_of(linears: Sequence[Linear], wish: Wish, block_size: int | None = N
         SlmError: When no block size fits a product, or the one asked for does not.
     """
     return {linear.path: _fitting(linear, wish, block_size) for linear in linears}
+
+
+def with_half_scales(schemes: Mapping[str, Scheme], kept: Collection[str]) -> dict[str, Scheme]:
+    """Returns schemes with float16 scales, as GPUs multiply, but for the products kept in float32 (`slm.export.ranges`)."""
+    return {path: scheme.model_copy(update={"half": path not in kept}) for path, scheme in schemes.items()}
 
 
 def _fitting(linear: Linear, wish: Wish, block_size: int | None) -> Scheme:

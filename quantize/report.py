@@ -56,7 +56,7 @@ class Report:
         parts: Bytes by part of the model.
         change: The predictions before and after.
         divergence: Greedy texts before and after.
-        speeds: Before and after, taking turns.
+        speeds: Before and after, taking turns; None for a bundle that is not for the CPU, on which everything is measured.
         tensors: Each weight.
         seconds: What everything took.
     """
@@ -68,7 +68,7 @@ class Report:
     parts: dict[str, int]
     change: Change
     divergence: Divergence
-    speeds: Speeds
+    speeds: Speeds | None
     tensors: tuple[TensorError, ...]
     seconds: float
 

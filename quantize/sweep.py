@@ -111,6 +111,11 @@ def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, T
         SlmError: When the source cannot be quantized, or something else is in `out`.
     """
     check_source(source, Settings())
+    if source.manifest.device != "cpu":
+        raise SlmError(
+            f"{source.path} is for {source.manifest.device.upper()}, and a sweep compares speeds on the CPU",
+            "sweep the bundle for the CPU of the same checkpoint, then quantize this one with --int8 or --int4",
+        )
     check_replaceable(out.resolve(), {SWEEP_FILE, SWEEP_PAGE})
     sweep = Sweep(
         short_name(source.path), model_bytes(source), text.name, text.rows.size, _key(source, text, calibration)

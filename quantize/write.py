@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm.core.contract import CacheType, input_specs, output_specs, slot_specs
+from slm.core.contract import CacheType, Device, input_specs, output_specs, slot_specs
 from slm.core.files import scratch_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Precision, Quantization, seal
@@ -46,12 +46,14 @@ class Contents:
         quantization: How they are stored.
         cache: How keys and values are cached.
         smoothing: What was done to the tensors, which slots do to adapters.
+        device: Where the bundle is to run.
     """
 
     tensors: Mapping[str, Array]
     quantization: Quantization
     cache: CacheType
     smoothing: Smoothing
+    device: Device = "cpu"
 
 
 def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
@@ -108,7 +110,7 @@ def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
         weights: WeightFormat = BlockFormat(quantization.schemes, quantization.accuracy_level)
         if source.manifest.adapter_slots:
             weights = SlotFormat(weights, contents.smoothing.columns, contents.smoothing.rows)
-        target = Fused(weights, cache=contents.cache)
+        target = Fused(weights, contents.device, contents.cache)
     model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
     model.parent.mkdir()
     save_graph(build_graph(source.config, target, tensors, source.manifest.context), model)
@@ -117,6 +119,7 @@ def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
         update={
             "model": model.relative_to(directory).as_posix(),
             "precision": precision,
+            "device": contents.device,
             "inputs": input_specs(caches, slot_specs(source.config) if source.manifest.adapter_slots else ()),
             "outputs": output_specs(source.config.vocab_size, caches),
             "cache": caches,

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from slm.core.contract import SIDES, CacheLayer, Side, past_name, present_name
 from slm.core.errors import SlmError
 from slm.core.rewind import check_rewind
-from slm.runtime.memory import Array, Buffer, HostBuffer, Place
+from slm.runtime.memory import Array, Buffer, HostBuffer, Located, Place
 
 # Global layers' buffers begin with this and grow in multiples of it, by a quarter at least: a short answer should not pay
 # for the longest context. Up to 32,768 positions at the 270M shape all copies together take
@@ -106,6 +106,32 @@ class KVBuffers:
         if old is not None:
             array[:rows, :, : old.shape[2]] = old.read(slice(rows), 0, old.shape[2])
         self._buffers[layer.layer, side] = self._place(array)
+
+    @property
+    def room(self) -> int:
+        """Positions that the longest sequence can have before the buffers grow."""
+        return self._length
+
+    @property
+    def located(self) -> tuple[Located, ...]:
+        """Where every buffer begins, and its shape."""
+        return tuple(buffer.located for buffer in self._buffers.values())
+
+    def copy_sliding(self) -> dict[tuple[int, Side], Array]:
+        """Returns a copy of all that sliding layers hold."""
+        return {
+            (layer.layer, side): self._buffers[layer.layer, side]
+            .read(slice(None), 0, layer.capacity(self._length))
+            .copy()
+            for layer in self._layers
+            if layer.window is not None
+            for side in SIDES
+        }
+
+    def put_sliding(self, copied: Mapping[tuple[int, Side], Array]) -> None:
+        """Makes what sliding layers hold what was copied."""
+        for key, array in copied.items():
+            self._buffers[key].write(slice(None), 0, array)
 
     def row(self, index: int) -> "KVBuffers":
         """Returns one row as buffers of its own, on the same memory as long as neither grows.

@@ -17,6 +17,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, Scheme
 from slm.runtime.adapters import Adapter, check_slots_of
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
+from slm.runtime.cuda_graph import CUDA_OPTIONS, StepGraphs, check_bundle, without_graph
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
 from slm.runtime.session import Device, first_line, open_session, takes_from
@@ -224,10 +225,29 @@ class OnnxDecoder:
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device = "cpu", threads: int | None = None, optimize: bool = True
+        self,
+        bundle: Bundle,
+        device: Device = "cpu",
+        threads: int | None = None,
+        optimize: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
+        """Opens a bundle.
+
+        Args:
+            bundle: The bundle.
+            device: Where to run.
+            threads: Threads for one operator; by default the usable physical cores.
+            optimize: Whether onnxruntime may change the graph.
+            cuda_graph: Whether single-token steps on CUDA are recorded once and replayed (`slm.runtime.cuda_graph`).
+
+        Raises:
+            SlmError: When the bundle cannot be opened there, or its steps cannot be recorded.
+        """
         self.bundle = bundle
-        self.session = open_session(bundle, device, threads, optimize)
+        if cuda_graph:
+            check_bundle(bundle)
+        self.session = open_session(bundle, device, threads, optimize, CUDA_OPTIONS if cuda_graph else None)
         self._device = device
         self.cache_device: Device = "cpu"
         self.place: Place = HostBuffer
@@ -241,9 +261,15 @@ class OnnxDecoder:
         self._mask = np.ones((1, 0), np.int64)
         self._many = ort.RunOptions()  # which has what it took given back, for single steps take little
         self._many.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._few: ort.RunOptions | None = None
+        self._graphs: StepGraphs | None = None
+        if cuda_graph:
+            self._few, self._many = without_graph(ort.RunOptions()), without_graph(self._many)
+            self._graphs = StepGraphs(self.session, self.vocab_size)
         self._bound: _Bound | None = None
         self.adapter: Adapter | None = None
-        self.reset()
+        self._extent = Extent()
+        self.buffers = self.caches()
 
     @property
     def context(self) -> int:
@@ -264,15 +290,17 @@ class OnnxDecoder:
     def description(self) -> str:
         """What runs where, in a few words."""
         elsewhere = " (attention on the CPU)" * (self.cache_device != self._device)
-        where = self._device.upper() + elsewhere
+        graphs = " with CUDA graphs" * (self._graphs is not None)
+        where = self._device.upper() + elsewhere + graphs
         threads = f"{self._threads} thread{'s' * (self._threads > 1)}"
         return f"onnxruntime {ort.__version__} on {where}, {threads}, {self.bundle.manifest.precision}"
 
     def reset(self) -> None:
         """Forgets everything read."""
         self._extent = Extent()
-        self._bound = None  # which keeps buffers alive
-        self.buffers = self.caches()
+        if self._graphs is None:  # whose steps are recorded with the addresses of these buffers
+            self._bound = None  # which keeps buffers alive
+            self.buffers = self.caches()
 
     def caches(self, batch: int = 1) -> Caches:
         """Returns empty caches for so many rows, of the kind that the bundle's target has."""
@@ -447,6 +475,13 @@ class OnnxDecoder:
         Returns:
             Logits (B, keep or T, V).
         """
+        step = None if self._graphs is None else self._graphs.step_of(buffers, ids, mask)
+        if step is not None:
+            assert isinstance(buffers, KVBuffers)
+            try:
+                return step.run(buffers, ids, mask)
+            except Exception as error:
+                raise self._failure(error) from error
         binding = self._binding_of(buffers, adapter)
         binding.bind_output(LOGITS)
         binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
@@ -455,15 +490,18 @@ class OnnxDecoder:
         kept = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         try:
-            self.session.run_with_iobinding(binding, self._many if ids.size >= _MANY else None)
+            self.session.run_with_iobinding(binding, self._many if ids.size >= _MANY else self._few)
             outputs = binding.get_outputs()
             logits: Array = outputs[0].numpy()
         except Exception as error:  # onnxruntime's exceptions share no base but this
-            raise SlmError(f"onnxruntime cannot run {self.bundle.model_path} ({first_line(error)})") from error
+            raise self._failure(error) from error
         if logits.shape[::2] != (len(ids), self.vocab_size):
             raise SlmError(f"{self.bundle.model_path} answers with logits of the shape {logits.shape}")
         buffers.written(outputs[1:])
         return logits
+
+    def _failure(self, error: Exception) -> SlmError:
+        return SlmError(f"onnxruntime cannot run {self.bundle.model_path} ({first_line(error)})")
 
     def _binding_of(self, buffers: Caches, adapter: Adapter | None) -> ort.IOBinding:
         """Returns a binding with caches and adapter; the last one again while they are the same (3 % of a 270M step)."""

@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
+# Where a buffer begins, and its shape.
+Located = tuple[int, tuple[int, ...]]
+
+
 class Buffer(Protocol):
     """Keys or values of one layer (B, K, C, H), bound as past and as present at once."""
 
@@ -25,6 +29,10 @@ class Buffer(Protocol):
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
+
+    @property
+    def located(self) -> Located:
+        """Where it begins, and its shape."""
 
     def rows(self, start: int, stop: int) -> "Buffer":
         """Returns some rows as a buffer of their own, on the same memory."""
@@ -64,6 +72,11 @@ class HostBuffer:
     def nbytes(self) -> int:
         """Memory that it takes."""
         return self.array.nbytes
+
+    @property
+    def located(self) -> Located:
+        """Where it begins, and its shape."""
+        return self.array.ctypes.data, self.array.shape
 
     def rows(self, start: int, stop: int) -> "HostBuffer":
         """Returns some rows as a buffer of their own, on the same memory."""
@@ -113,6 +126,11 @@ class DeviceBuffer:
     def nbytes(self) -> int:
         """Memory that it takes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def located(self) -> Located:
+        """Where it begins, and its shape."""
+        return self._address(0), self.shape
 
     def rows(self, start: int, stop: int) -> "DeviceBuffer":
         """Returns some rows as a buffer of their own, on the same memory."""

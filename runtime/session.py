@@ -1,7 +1,7 @@
 """Opening a bundle's graph with onnxruntime, with the options that ship."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import lru_cache
 from typing import Literal
@@ -66,7 +66,11 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
 
 
 def open_session(
-    bundle: Bundle, device: Device = "cpu", threads: int | None = None, optimize: bool = True
+    bundle: Bundle,
+    device: Device = "cpu",
+    threads: int | None = None,
+    optimize: bool = True,
+    cuda_options: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Opens the graph; its weights are mapped from the file, not read into memory.
 
@@ -76,6 +80,7 @@ def open_session(
             for the CPU has its matrix products there and its attention on the CPU (`takes_from` says which it is).
         threads: Threads for one operator; by default the usable physical cores.
         optimize: Whether onnxruntime may change the graph, as it does by default.
+        cuda_options: Further options of the CUDA provider.
 
     Raises:
         SlmError: When the device's provider is missing or cannot start, or the graph cannot be opened.
@@ -90,7 +95,8 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if device == "cuda":
         load_cuda_libraries()
-    providers = [(_PROVIDERS["cuda"], _CUDA_OPTIONS)] * (device == "cuda") + [_PROVIDERS["cpu"]]
+    cuda = (_PROVIDERS["cuda"], _CUDA_OPTIONS | dict(cuda_options or {}))
+    providers = [cuda] * (device == "cuda") + [_PROVIDERS["cpu"]]
     try:
         session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base but this

@@ -137,11 +137,11 @@ class BlockLinear(Module):
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, accuracy_level: int) -> None:
         super().__init__()
         blocks = in_features // scheme.block_size
-        self.dtype = ir.DataType.FLOAT
+        self.dtype = ir.DataType.FLOAT16 if scheme.half else ir.DataType.FLOAT
         self.weight_quantized = Parameter(
             [out_features, blocks, scheme.block_size * scheme.bits // 8], ir.DataType.UINT8
         )
-        self.weight_scale = Parameter([out_features, blocks], ir.DataType.FLOAT)
+        self.weight_scale = Parameter([out_features, blocks], self.dtype)
         self._points: tuple[Parameter, ...] = ()
         if scheme.zero_points:
             self.weight_zero_points = Parameter([out_features, -(-blocks * scheme.bits // 8)], ir.DataType.UINT8)
@@ -169,7 +169,7 @@ class BlockEmbedding(BlockLinear):
 
     def forward(self, op: Op, input_ids: Value) -> Value:
         """Looks up ids (B, T) as (B, T, D)."""
-        return fused(op).GatherBlockQuantized(
+        found = fused(op).GatherBlockQuantized(
             op.Reshape(self.weight_quantized, self._shape),
             input_ids,
             self.weight_scale,
@@ -179,10 +179,12 @@ class BlockEmbedding(BlockLinear):
             gather_axis=0,
             quantize_axis=1,
         )
+        return cast(op, found, self.dtype, ir.DataType.FLOAT)
 
     def head(self, op: Op, hidden: Value) -> Value:
         """Maps (B, T, D) to logits (B, T, V)."""
-        return super().forward(op, hidden)
+        product = super().forward(op, cast(op, hidden, ir.DataType.FLOAT, self.dtype))
+        return cast(op, product, self.dtype, ir.DataType.FLOAT)
 
 
 class DynamicLinear(Module):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from slm.core.config import Activation, LayerType, ModelConfig
-from slm.core.contract import ATTENTION_MASK, INPUT_IDS, CacheLayer, CacheType, Device, cache_layers
+from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, CacheLayer, CacheType, Device, cache_layers
 from slm.export.graph.builder import Array, Module, Op, Parameter, Value, cast, fused
 from slm.export.graph.formats import WeightFormat
 from slm.export.graph.target import AttentionShape, Norm, inverse_frequencies, last_rows, total_length
@@ -194,8 +194,35 @@ class Fused:
         Rows are padded only while there is no past: a row's valid tokens are then the first min(length, T) of the new ones.
         """
         new = op.Squeeze(op.Shape(step.inputs[INPUT_IDS], start=1, end=2))
+        if self._device == "cuda":
+            return _last_rows_on_gpu(op, hidden, step, new)
         return last_rows(op, hidden, step.inputs, ends=op.Min(step.lengths, new))
+
+    def normed_as(self, op: Op, product: Value, dtype: ir.DataType) -> Value:
+        """Returns a product as it is on CUDA, whose norm takes float16 and computes in float32; elsewhere in float32."""
+        return product if self._device == "cuda" else cast(op, product, dtype, ir.DataType.FLOAT)
 
     def logits(self, op: Op, logits: Value, step: Step, vocab_size: int) -> Value:
         """Returns the logits (B, kept, V) as they are."""
         return logits
+
+
+def _last_rows_on_gpu(op: Op, hidden: Value, step: Step, new: Value) -> Value:
+    """Returns the same rows as `last_rows`, with every number that shapes depend on kept on the host.
+
+    onnxruntime leaves a node on the CPU if all of its inputs come from a shape or from the caller. So each node that reads
+    `num_logits_to_keep` reads T too, and a host number reaches the GPU only as an end of a Range, which takes its ends from the
+    host. A copy between the two would make each step wait, and would rule out CUDA graphs.
+
+    Args:
+        op: The builder.
+        hidden: Hidden states (B, T, D).
+        step: What is known of the step.
+        new: T, scalar.
+    """
+    keep = step.inputs[LOGITS_TO_KEEP]
+    kept = op.Where(op.Equal(op.Sub(new, keep), new), new, op.Min(new, keep))  # all T where `keep` is 0
+    padded = op.Add(op.Unsqueeze(step.lengths, [-1]), op.Range(op.Neg(kept), 0, 1))  # (B, kept), without a past
+    whole = op.Range(op.Sub(new, kept), new, 1)  # (kept,), with a past
+    rows = op.Max(op.Min(padded, whole), op.Range(0, kept, 1))
+    return op.GatherND(hidden, op.Unsqueeze(rows, [-1]), batch_dims=1)

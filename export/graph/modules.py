@@ -61,7 +61,7 @@ class Attention(Module):
             tuple(getattr(self, scale) for scale in self._scales),
         )
         attended = self.o_proj(op, cast(op, attended, self._target.dtype, self.o_proj.dtype))
-        return cast(op, attended, self.o_proj.dtype, FLOAT), key, value
+        return self._target.normed_as(op, attended, self.o_proj.dtype), key, value
 
 
 class MLP(Module):
@@ -79,7 +79,7 @@ class MLP(Module):
         gate, up = op.Split(gate_up, [self._size, self._size], axis=-1, _outputs=2)
         product = op.Mul(self._target.activate(op, self._activation, gate), up)
         product = cast(op, product, self.gate_up_proj.dtype, self.down_proj.dtype)
-        return cast(op, self.down_proj(op, product), self.down_proj.dtype, FLOAT)
+        return self._target.normed_as(op, self.down_proj(op, product), self.down_proj.dtype)
 
 
 class DecoderLayer(Module):

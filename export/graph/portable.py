@@ -117,6 +117,10 @@ class Portable:
         total = op.Add(x, update)
         return self.rms_norm(op, total, weight, epsilon), total
 
+    def normed_as(self, op: Op, product: Value, dtype: ir.DataType) -> Value:
+        """Returns a product as it is: all are float32."""
+        return product
+
     def activate(self, op: Op, name: Activation, x: Value) -> Value:
         """Applies an activation."""
         match name:

@@ -82,6 +82,9 @@ class Target(Protocol[S]):
     def add_rms_norm(self, op: Op, x: Value, update: Value, weight: Value, epsilon: float) -> tuple[Value, Value]:
         """Returns the norm of x + update, and x + update."""
 
+    def normed_as(self, op: Op, product: Value, dtype: ir.DataType) -> Value:
+        """Returns a product of that type in the type in which the norm after it takes it."""
+
     def activate(self, op: Op, name: Activation, x: Value) -> Value:
         """Applies an activation."""
 

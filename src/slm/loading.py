@@ -30,6 +30,7 @@ def load(
     path: str | PathLike[str] | None = None,
     *,
     device: Device = "cpu",
+    cuda_graph: bool = False,
     threads: int | None = None,
     draft_tokens: int | None = None,
     adapter: str | PathLike[str] | None = None,
@@ -45,6 +46,8 @@ def load(
         path: A bundle or a checkpoint; None takes the newest under ./runs, as commands do, or the model that ships with slm
             where there is none. `model.about.path` says which.
         device: "cpu" or "cuda".
+        cuda_graph: On CUDA, record the kernel launches of a single-token step once and replay them (docs/generation.md). For
+            bundles exported with `--device cuda`.
         threads: Threads for one operator; by default the usable physical cores.
         draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
         adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
@@ -55,22 +58,35 @@ def load(
             `ArgumentError`, which is a `TypeError` too, for a wrong keyword or type.
     """
     _check(path, device, threads, draft_tokens, adapter)
-    return _load(_resolved(path), device, threads, draft_tokens, None if adapter is None else Path(adapter), trust)
+    _check_graph(device, cuda_graph)
+    merged = None if adapter is None else Path(adapter)
+    return _load(_resolved(path), device, cuda_graph, threads, draft_tokens, merged, trust)
 
 
 def _load(
-    path: Path, device: Device, threads: int | None, draft_tokens: int | None, adapter: Path | None, trust: bool
+    path: Path,
+    device: Device,
+    cuda_graph: bool,
+    threads: int | None,
+    draft_tokens: int | None,
+    adapter: Path | None,
+    trust: bool,
 ) -> Model:
     if is_bundle(path):
         from slm.runtime.decoder import OnnxDecoder
 
         bundle = Bundle.open(path, trust)
-        onnx = OnnxDecoder(bundle, device, threads)
+        onnx = OnnxDecoder(bundle, device, threads, cuda_graph=cuda_graph)
         if adapter is not None:
             onnx.use(load_adapter(adapter, bundle))
         about = About(path, bundle.manifest.precision, device, bundle.config.parameter_count())
         return Model(Tokenizer.load(path), _drafting(onnx, draft_tokens), bundle.stop_token_ids, about)
     if is_checkpoint(path):
+        if cuda_graph:
+            raise SlmError(
+                f"{path} is a checkpoint, and CUDA graphs are for bundles",
+                "slm export --onnx --device cuda, or leave CUDA graphs out",
+            )
         import torch
 
         from slm.core.nn import load_checkpoint
@@ -110,6 +126,12 @@ def _check(*arguments: object) -> None:
             raise SlmError(f"{name} is {value}; it must be 1 or more")
 
 
+def _check_graph(device: Device, cuda_graph: object) -> None:
+    check_type("cuda_graph", cuda_graph, bool, "True or False")
+    if cuda_graph and device != "cuda":
+        raise ArgumentError("cuda_graph is for CUDA alone", "device='cuda'")
+
+
 def _resolved(path: str | PathLike[str] | None) -> Path:
     """Returns the artifact that a name stands for; the newest for none."""
     if path is not None:
@@ -124,6 +146,7 @@ def load_ensemble(
     average: "Average" = "mean",
     *,
     device: Device = "cpu",
+    cuda_graph: bool = False,
     threads: int | None = None,
     draft_tokens: int | None = None,
     trust: bool = False,
@@ -134,6 +157,7 @@ def load_ensemble(
         paths: Bundles and checkpoints.
         average: "mean" of the probabilities, or "geometric".
         device: See `load`.
+        cuda_graph: See `load`.
         threads: See `load`.
         draft_tokens: See `load`.
         trust: See `load`.
@@ -146,7 +170,7 @@ def load_ensemble(
     check_type("paths", paths, (list, tuple), "a list of paths")
     if not paths:
         raise SlmError("there is no model in paths", "name two or more")
-    models = [load(path, device=device, threads=threads, trust=trust) for path in paths]
+    models = [load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust) for path in paths]
     first = models[0]
     for path, model in zip(paths, models, strict=True):
         if model.tokenizer.sha256 != first.tokenizer.sha256:

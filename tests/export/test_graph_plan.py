@@ -30,6 +30,7 @@ from slm.export.graph import (
     build_graph,
     save_graph,
 )
+from slm.quantize.plan import with_half_scales
 
 CONTEXT = 64
 
@@ -48,7 +49,7 @@ def schemes_of(config: ModelConfig, bits: int, zero_points: bool, dynamic: bool 
 
 
 def stored_as(schemes: dict[str, Scheme]) -> Callable[[str], Stored]:
-    fields = ("bits", "block_size", "zero_points", "dynamic")
+    fields = ("bits", "block_size", "zero_points", "dynamic", "half")
     return lambda path: Stored(**{name: getattr(schemes[path], name) for name in fields})
 
 
@@ -98,6 +99,11 @@ def kinds(config: ModelConfig) -> dict[str, tuple[Any, Kind]]:
             Portable(DequantizedFormat(schemes)),
             kind_of(target="portable", stored=stored, accuracy_level=0),
         )
+        schemes = with_half_scales(schemes, KEPT)
+        found[f"cuda {name}"] = (
+            Fused(BlockFormat(schemes, 0), "cuda", "float16"),
+            kind_of(device="cuda", stored=stored_as(schemes), accuracy_level=0),
+        )
     schemes = schemes_of(config, 8, False, dynamic=True)
     found["dynamic"] = (Fused(BlockFormat(schemes, 4)), kind_of(stored=stored_as(schemes)))
     found["dynamic slots"] = (
@@ -109,7 +115,7 @@ def kinds(config: ModelConfig) -> dict[str, tuple[Any, Kind]]:
 
 NAMES = ("fused", "slots", "smoothed slots", "cuda", "webgpu", "portable", "int4", "portable int4", "int4, zero points",
          "portable int4, zero points", "int8", "portable int8", "int8, zero points", "portable int8, zero points", "dynamic",
-         "dynamic slots")  # fmt: skip
+         "dynamic slots", "cuda int4", "cuda int4, zero points", "cuda int8")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -428,3 +434,13 @@ def test_a_foreign_graph_runs_when_it_is_trusted(
     assert trusted.code == 0 and "warning: --trust" in trusted.err and trusted.out == plain.out
     assert package.load(path, trust=True).generate("One", max_new_tokens=4, temperature=0)
     assert slm("info", path).code == 0
+
+
+def test_a_scale_of_another_type_is_foreign(tmp_path: Path, config: ModelConfig) -> None:
+    """Float32 scales in a bundle that says float16 would make each product take float32."""
+    target, kind = kinds(config)["cuda int8"]
+    path = tmp_path / "onnx" / "model.onnx"
+    check_graph(path, config, kind, written(path, config, target))
+    other = Fused(BlockFormat(schemes_of(config, 8, False), 0), "cuda", "float16")
+    with pytest.raises(SlmError, match=r"scale|Gather|GatherBlockQuantized|Cast"):
+        check_graph(path, config, kind, written(path, config, other))

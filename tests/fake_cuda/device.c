@@ -1,4 +1,4 @@
-/* A CUDA device that allocates, copies and counts launches, and computes nothing.
+/* A CUDA device that allocates, copies, counts launches and records graphs, and computes nothing.
  *
  * Preloaded before onnxruntime-gpu, it lets the real graph partitioner and the real host code of the kernels run without a GPU.
  * FAKE_CUDA_CC=75 is its compute capability. FAKE_CUDA_LOG=1 writes a line to standard error for every launch, and for every
@@ -28,9 +28,20 @@ static int logging(void) {
     return on;
 }
 
+/* One stream at a time records a graph. A launch is then recorded and not executed. */
+static int capturing, recorded;
+
 /* Called by the functions that build.py writes, for matrix products of cuBLAS. */
 void fake_cuda_launch(const char *name) {
-    if (logging()) fprintf(stderr, "fake-cuda launch %s\n", name);
+    recorded += capturing;
+    if (logging()) fprintf(stderr, "fake-cuda %s %s\n", capturing ? "recorded" : "launch", name);
+}
+
+/* What a device rejects while a graph is recorded in global mode: whatever allocates or waits. */
+static cudaError_t unless_capturing(const char *name) {
+    if (!capturing) return cudaSuccess;
+    if (logging()) fprintf(stderr, "fake-cuda rejected %s during capture\n", name);
+    return cudaErrorStreamCaptureUnsupported;
 }
 
 /* The device. */
@@ -88,19 +99,46 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     *available = *total - ((size_t)1 << 30);
     return cudaSuccess;
 }
-cudaError_t cudaMalloc(void **memory, size_t size) { return allocate(memory, size); }
+cudaError_t cudaMalloc(void **memory, size_t size) {
+    cudaError_t error = unless_capturing("cudaMalloc");
+    if (error) return error;
+    return allocate(memory, size);
+}
 cudaError_t cudaMallocAsync(void **memory, size_t size, cudaStream_t stream) { return allocate(memory, size); }
-cudaError_t cudaMallocHost(void **memory, size_t size) { return allocate(memory, size); }
-cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned flags) { return allocate(memory, size); }
-cudaError_t cudaFree(void *memory) { free(memory); return cudaSuccess; }
+cudaError_t cudaMallocHost(void **memory, size_t size) {
+    cudaError_t error = unless_capturing("cudaMallocHost");
+    if (error) return error;
+    return allocate(memory, size);
+}
+cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned flags) {
+    cudaError_t error = unless_capturing("cudaHostAlloc");
+    if (error) return error;
+    return allocate(memory, size);
+}
+cudaError_t cudaFree(void *memory) {
+    cudaError_t error = unless_capturing("cudaFree");
+    if (error) return error;
+    free(memory);
+    return cudaSuccess;
+}
 cudaError_t cudaFreeAsync(void *memory, cudaStream_t stream) { free(memory); return cudaSuccess; }
-cudaError_t cudaFreeHost(void *memory) { free(memory); return cudaSuccess; }
+cudaError_t cudaFreeHost(void *memory) {
+    cudaError_t error = unless_capturing("cudaFreeHost");
+    if (error) return error;
+    free(memory);
+    return cudaSuccess;
+}
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+    cudaError_t error = unless_capturing("cudaMemcpy");
+    if (error) return error;
     memmove(to, from, size);
     return cudaSuccess;
 }
+/* A copy of the host's memory is recorded with an address that holds something else when the graph is replayed. */
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+    cudaError_t error = kind == cudaMemcpyDeviceToDevice ? cudaSuccess : unless_capturing("cudaMemcpyAsync");
+    if (error) return error;
     memmove(to, from, size);
     return cudaSuccess;
 }
@@ -114,7 +152,12 @@ cudaError_t cudaMemcpyFromSymbol(void *to, const void *symbol, size_t size, size
     memset(to, 0, size);
     return cudaSuccess;
 }
-cudaError_t cudaMemset(void *memory, int value, size_t size) { memset(memory, value, size); return cudaSuccess; }
+cudaError_t cudaMemset(void *memory, int value, size_t size) {
+    cudaError_t error = unless_capturing("cudaMemset");
+    if (error) return error;
+    memset(memory, value, size);
+    return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t stream) {
     memset(memory, value, size);
     return cudaSuccess;
@@ -138,15 +181,41 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { re
 cudaError_t cudaEventCreate(cudaEvent_t *event) { return make_handle((void **)event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return make_handle((void **)event); }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-    *status = cudaStreamCaptureStatusNone;
+    *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return unless_capturing("cudaStreamSynchronize"); }
+cudaError_t cudaDeviceSynchronize(void) { return unless_capturing("cudaDeviceSynchronize"); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return unless_capturing("cudaEventSynchronize"); }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
     *milliseconds = 1;
     return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
     function(data);
+    return cudaSuccess;
+}
+
+/* Graphs: how many launches each holds is all that is recorded. */
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+    if (capturing) return cudaErrorIllegalState;
+    if (logging()) fprintf(stderr, "fake-cuda capture begins\n");
+    capturing = 1;
+    recorded = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    if (!capturing) return cudaErrorIllegalState;
+    capturing = 0;
+    if (logging()) fprintf(stderr, "fake-cuda capture ends, %d launches\n", recorded);
+    return make_handle((void **)graph);
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph, unsigned long long flags) {
+    return make_handle((void **)executable);
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+    if (logging()) fprintf(stderr, "fake-cuda replay\n");
     return cudaSuccess;
 }
 

@@ -1,4 +1,4 @@
-"""Takes a bundle through every kind of step on CUDA: `fake_cuda_decoder.py BUNDLE`.
+"""Takes a bundle through every kind of step on CUDA: `fake_cuda_decoder.py BUNDLE`, whose graph may be altered.
 
 Prints one JSON object: what each step returned or raised. Marks each step on standard error, among the lines of
 `tests/fake_cuda/device.c`. Logits are not looked at: nothing is computed.
@@ -24,14 +24,11 @@ def step(name: str, function: Callable[[], Any]) -> None:
     try:
         function()
         found[name] = "ok"
-    except IndexError as error:
-        # The number of logits to keep is computed on the device, so here it is 0: there is no last row to return.
-        found[name] = "ok" if "size 0" in str(error) else str(error)
     except Exception as error:  # what is asserted is that there is none
         found[name] = f"{type(error).__name__}: {error}"[:500]
 
 
-decoder = OnnxDecoder(Bundle.open(Path(sys.argv[1])), "cuda", threads=1)
+decoder = OnnxDecoder(Bundle.open(Path(sys.argv[1]), trust=True), "cuda", threads=1)
 window = max(layer.window or 0 for layer in decoder.bundle.manifest.cache)
 found["description"], found["caches"] = decoder.description, decoder.cache_device
 step("prefill", lambda: decoder.read(list(range(10, 30))))

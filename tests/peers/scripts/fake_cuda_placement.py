@@ -11,5 +11,5 @@ from slm.runtime.session import load_cuda_libraries, session_options
 load_cuda_libraries()
 options = session_options(1)
 options.log_severity_level, options.log_verbosity_level = 0, 1
-model = Bundle.open(Path(sys.argv[1])).model_path
+model = Bundle.open(Path(sys.argv[1]), trust=True).model_path
 ort.InferenceSession(str(model), options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
