@@ -17,7 +17,8 @@ import click
 from slm.cli import bench_report
 from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, say
-from slm.cli.options import Artifact, FilePath, Whole, json_option, threads_option, trust_option
+from slm.cli.options import Artifact, FilePath, Whole, allow_slow_option, json_option, threads_option, trust_option
+from slm.cli.sampling import warn_of_conversions
 from slm.core import child
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
@@ -64,6 +65,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--plot", type=FilePath(directories=False), metavar="FILE.png", help="Draw the speeds.")
 @click.option("--compare", type=FilePath(directories=False), metavar="OLD.json", help="Beside an earlier --json.")
 @trust_option
+@allow_slow_option
 @json_option
 def bench(
     model: Path | None,
@@ -76,6 +78,7 @@ def bench(
     plot: Path | None,
     compare: Path | None,
     trust: bool,
+    allow_slow: bool,
     as_json: bool,
 ) -> None:
     """Measure how fast a bundle (onnxruntime) or a checkpoint (PyTorch) answers, and in how much memory.
@@ -99,14 +102,15 @@ def bench(
         bench_report.check_plot(plot)
     old = None if compare is None else bench_report.read(compare)
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked the choice
+    loaded = load(path, device=device, threads=threads, trust=trust, allow_slow=allow_slow)  # type: ignore[arg-type]  # click checked the choice
     decoder = loaded.decoder
     say(f"{path}: {decoder.description}")
+    warn_of_conversions(decoder, device)
     prompts = _fitting(prompts, new, decoder.context)
     report = _about(path, decoder) | {"device": device, "rounds": rounds, "new_tokens": new}
     timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], device)
     del loaded, decoder  # what follows has the memory for itself
-    fresh = _fresh_processes(path, device, threads, prompts, new, trust)
+    fresh = _fresh_processes(path, device, threads, prompts, new, trust, allow_slow)
     report |= {
         "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
         "memory": [{"prompt": prompt} | figures for prompt, figures in zip(prompts, fresh, strict=True)],
@@ -261,7 +265,7 @@ def _torch_rows(decoder: Any) -> "MakeRows":
 
 
 def _fresh_processes(
-    path: Path, device: str, threads: int | None, prompts: Sequence[int], new: int, trust: bool
+    path: Path, device: str, threads: int | None, prompts: Sequence[int], new: int, trust: bool, allow_slow: bool
 ) -> list[dict[str, float]]:
     progress = RichProgress()
     progress.start("loading and memory", len(prompts), "processes")
@@ -269,7 +273,8 @@ def _fresh_processes(
         found = []
         for prompt in prompts:
             count = min(new, _FRESH_TOKENS)
-            found.append(fresh_process(path, prompt, device=device, threads=threads, new=count, trust=trust))
+            how: Any = {"device": device, "threads": threads, "trust": trust, "allow_slow": allow_slow}
+            found.append(fresh_process(path, prompt, new=count, **how))
             progress.advance()
         return found
     finally:
@@ -284,6 +289,7 @@ def fresh_process(
     device: str = "cpu",
     threads: int | None = None,
     trust: bool = False,
+    allow_slow: bool = False,
 ) -> dict[str, float]:
     """Loads a model in a new process, which reads a prompt and writes a few tokens.
 
@@ -294,6 +300,7 @@ def fresh_process(
         device: "cpu" or "cuda".
         threads: Threads for one operator; by default the usable physical cores.
         trust: Whether to run a bundle whose graph slm did not write.
+        allow_slow: Whether to run a bundle on CUDA that was exported for the CPU.
 
     Returns:
         `load_ms`, packages imported and files checked included; `ttft_ms` of the first prompt; `rss_mib`, resident while
@@ -302,7 +309,7 @@ def fresh_process(
     Raises:
         SlmError: When the process fails, with the last line that it said.
     """
-    arguments = json.dumps([str(path.resolve()), device, threads, prompt, new, trust])
+    arguments = json.dumps([str(path.resolve()), device, threads, prompt, new, trust, allow_slow])
     done = child.run("from slm.cli.bench import in_fresh_process; in_fresh_process()", arguments)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
@@ -313,13 +320,13 @@ def fresh_process(
 
 def in_fresh_process() -> None:
     """Is that process."""
-    path, device, threads, prompt, new, trust = json.loads(sys.argv[1])
+    path, device, threads, prompt, new, trust, allow_slow = json.loads(sys.argv[1])
     return_freed_memory()  # as slm generate does
     started = time.perf_counter()
     from slm.loading import load
     from slm.runtime.bench import prompt_ids, resident_mib
 
-    decoder = load(path, device=device, threads=threads, trust=trust).decoder
+    decoder = load(path, device=device, threads=threads, trust=trust, allow_slow=allow_slow).decoder
     loaded = time.perf_counter()
     token = int(decoder.read(prompt_ids(prompt, decoder.vocab_size)).argmax())
     first = time.perf_counter()
