@@ -20,13 +20,14 @@ from slm.runtime.hugepages import use_huge_pages
 
 Device = Literal["cpu", "cuda"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 # What onnxruntime calls a GPU's own memory; "CudaPinned" is the host's.
 _CUDA_MEMORY = "Cuda"
 _SEVERITY_ERROR = 3
 _DOCTOR = "slm doctor checks the driver, the libraries and the GPU; or --device cpu"
 # Products of float32 stay float32: TF32 would keep 10 of 23 bits of what is multiplied, without a word.
-_CUDA_OPTIONS = {"use_tf32": "0"}
+CUDA_OPTIONS = {"use_tf32": "0"}
 # What onnxruntime calls the types of tensors.
 _TYPES = {name: f"tensor({ort_name})" for name, ort_name in
           (("int64", "int64"), ("float32", "float"), ("float16", "float16"), ("int8", "int8"))}  # fmt: skip
@@ -110,7 +111,7 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if device == "cuda":
         load_cuda_libraries()
-    providers = [(_PROVIDERS["cuda"], _CUDA_OPTIONS)] * (device == "cuda") + [_PROVIDERS["cpu"]]
+    providers = [(_PROVIDERS["cuda"], CUDA_OPTIONS)] * (device == "cuda") + [_PROVIDERS["cpu"]]
     try:
         # Without the fallback, which prints to standard output and runs everything on the CPU.
         session = ort.InferenceSession(str(bundle.model_path), options, providers=providers, enable_fallback=0)
