@@ -104,7 +104,7 @@ build/peers/.installed: Makefile | install
 
 # onnxruntime-gpu in front of a CUDA that computes nothing: part of test-peers, needs gcc and no GPU.
 test-fake-cuda: peers
-	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py
+	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py
 
 test-peers: peers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
