@@ -1,4 +1,4 @@
-"""`make install` and `make install-gpu`: which extras and constraints they install, in front of a Python that only writes down."""
+"""`make install` and `make install-gpu`: what they ask pip for, in front of a Python that only writes down its arguments."""
 
 import re
 import shutil
