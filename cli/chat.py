@@ -14,7 +14,7 @@ from slm.cli.console import print_json, say, say_error
 from slm.cli.following import after_checkpoint, next_step, slm_command
 from slm.cli.generate import figures
 from slm.cli.options import Artifact, check_cuda_graph, json_option
-from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
+from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_conversions, warn_of_saturation
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import INFO_FILE, read_info
 from slm.core.errors import SlmError
@@ -56,6 +56,7 @@ def chat(
     draft: int | None,
     adapter: Path | None,
     trust: bool,
+    allow_slow: bool,
     keep: int | None,
     greedy: bool,
     seed: int | None,
@@ -82,9 +83,17 @@ def chat(
 
     return_freed_memory()
     path = model or default_model()
-    loaded = load(path, device=device, cuda_graph=cuda_graph, threads=threads, adapter=adapter, trust=trust)  # type: ignore[arg-type]  # click checked
+    how: Any = {
+        "device": device,
+        "cuda_graph": cuda_graph,
+        "threads": threads,
+        "trust": trust,
+        "allow_slow": allow_slow,
+    }
+    loaded = load(path, adapter=adapter, **how)
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
+    warn_of_conversions(loaded.decoder, device)
     if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):
         say(
             "note: it was trained on plain text, and will go on with yours rather than answer; slm finetune teaches turns"

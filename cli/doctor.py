@@ -3,15 +3,17 @@
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import click
 
-from slm.cli import probes
+from slm.cli import nvidia, probes
 from slm.cli.console import print_json, print_table, say
+from slm.cli.finding import Finding
+from slm.cli.gpu_findings import builds_findings, driver_findings, onnxruntime_findings, torch_gpu_finding
 from slm.cli.options import json_option
-from slm.cli.probes import Gpu, Offline, Provider, TrainingType
+from slm.cli.probes import Offline, Provider, TrainingType
 from slm.core.install import install_hint
 from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, products_saturate, usable_cores
 from slm.version import __version__
@@ -48,29 +50,13 @@ _DOCUMENTED_RECIPE = int(11.3 * (1 << 30))
 _DEMO = 631 << 20
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: What was looked at.
-        value: What was found.
-        advice: What to do about it; None where there is nothing to do.
-        level: "note" where something could be better, "problem" where something does not work.
-    """
-
-    name: str
-    value: str
-    advice: str | None = None
-    level: Literal["ok", "note", "problem"] = "ok"
-
-
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine has, what is missing, and what to do about it.
+    """Report what this machine has, what is missing, and what to do about it.
 
-    Providers of onnxruntime are tried with the small model that ships with slm: listed is not yet loaded.
+    Each provider of onnxruntime runs one step of a tiny model, and the numbers are checked. For NVIDIA GPUs the report has the
+    driver, the compute capability and the CUDA versions that onnxruntime and PyTorch were built for.
 
     \b
       slm doctor
@@ -141,7 +127,9 @@ def _examine() -> tuple[dict[str, Any], list[Finding]]:
     quota = tried("container's quota", cpu_quota)
     sets = tried("instruction sets", instruction_sets)
     room = tried("memory", memory)
-    gpu = tried("CUDA", probes.cuda)
+    driver = tried("NVIDIA driver", nvidia.driver)
+    gpu = tried("GPU in PyTorch", probes.cuda)
+    builds = tried("CUDA versions", probes.cuda_builds)
     precision = tried("training type", probes.training_type)
     offline = tried("tokenizers offline", probes.offline)
     found: dict[str, Any] = {
@@ -152,14 +140,18 @@ def _examine() -> tuple[dict[str, Any], list[Finding]]:
         "memory": room and asdict(room) | {"usable": room.usable},
         "instruction_sets": sets,
         "providers": {name: asdict(provider) for name, provider in providers.items()},
+        "driver": driver and asdict(driver),
         "cuda": gpu and asdict(gpu),
+        "cuda_builds": builds,
         "training_dtype": precision and asdict(precision),
         "tokenizers_offline": offline and asdict(offline),
         "packages": packages,
     }
     findings = [Finding("python", platform.python_version()), Finding("slm", __version__)]
-    findings += _onnxruntime_findings(packages, providers)
-    findings += [_gpu_finding(gpu)] if gpu else []
+    findings += onnxruntime_findings({name: packages[name] for name in _ONNXRUNTIMES}, providers)
+    findings += driver_findings(driver, builds or {}) if driver else []
+    findings += builds_findings(builds, driver) if builds else []
+    findings += [torch_gpu_finding(gpu)] if gpu else []
     findings += [_type_finding(precision)] if precision else []
     findings += [_sets_finding(sets)] if sets is not None else []
     findings += [_cores_finding(cores, quota)] if cores else []
@@ -177,40 +169,6 @@ def _cores() -> dict[str, int]:
     machine = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
     return {"machine": machine, "allowed": allowed, "used": usable_cores()}
-
-
-def _onnxruntime_findings(packages: Mapping[str, str | None], providers: Mapping[str, Provider]) -> list[Finding]:
-    cpu, cuda = (packages[name] for name in _ONNXRUNTIMES)
-    value = ", ".join(f"{name} {packages[name]}" for name in _ONNXRUNTIMES if packages[name])
-    if cpu and cuda:
-        both = "onnxruntime and onnxruntime-gpu overwrite each other"
-        findings = [Finding("onnxruntime", both, "uninstall both, then install one", "problem")]
-    elif not cpu and not cuda and not providers:
-        either = f"{install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
-        return [Finding("onnxruntime", "no onnxruntime", either, "problem")]
-    else:
-        findings = [Finding("onnxruntime", value or "of another distribution")]
-    return findings + [_provider_finding(name, provider) for name, provider in providers.items()]
-
-
-def _provider_finding(name: str, provider: Provider) -> Finding:
-    if provider.loads:
-        return Finding(name, "loads")
-    advice = {
-        "CUDAExecutionProvider": "put the CUDA and cuDNN libraries this onnxruntime wants on the loader's path "
-        "(LD_LIBRARY_PATH), and see that nvidia-smi finds the GPU; until then --device cpu",
-        "CPUExecutionProvider": "install onnxruntime again; slm generate does not run without it",
-    }.get(name, "nothing: slm runs on the CPU and on CUDA only")
-    slm_uses_it = name in ("CPUExecutionProvider", "CUDAExecutionProvider")
-    return Finding(
-        name, f"{name} is listed but does not load ({provider.error})", advice, "problem" if slm_uses_it else "note"
-    )
-
-
-def _gpu_finding(gpu: Gpu) -> Finding:
-    if gpu.name:
-        return Finding("CUDA", f"{gpu.name}, compute capability {gpu.compute_capability}")
-    return Finding("CUDA", f"none ({gpu.missing})", gpu.advice, "note" if gpu.advice else "ok")
 
 
 def _type_finding(found: TrainingType) -> Finding:

@@ -15,12 +15,14 @@ from slm.cli.options import (
     Artifact,
     FilePath,
     Whole,
+    allow_slow_option,
     column_option,
     document_option,
     json_option,
     threads_option,
     trust_option,
 )
+from slm.cli.sampling import warn_of_conversions
 from slm.core.errors import SlmError
 from slm.core.install import install_hint
 from slm.core.sample import validation_path
@@ -80,6 +82,7 @@ _SHIPPED = "the bundled held-out stories"
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @threads_option
 @trust_option
+@allow_slow_option
 @json_option
 def eval(
     model: Path | None,
@@ -95,6 +98,7 @@ def eval(
     device: str,
     threads: int | None,
     trust: bool,
+    allow_slow: bool,
     as_json: bool,
 ) -> None:
     """Evaluate a checkpoint (PyTorch) or a bundle (onnxruntime) on text or on tasks.
@@ -116,8 +120,9 @@ def eval(
     _check(protocol, stride, tasks, names, limit)
     text = None if names and not data else _Text(data, column, max_document_bytes)
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked the choice
+    loaded = load(path, device=device, threads=threads, trust=trust, allow_slow=allow_slow)  # type: ignore[arg-type]  # click checked the choice
     say(f"{path}: {loaded.decoder.description}")
+    warn_of_conversions(loaded.decoder, device)
     report: dict[str, Any] = {"model": str(path), "backend": loaded.decoder.description}
     if text is not None:
         say(f"text: {text.about}")

@@ -11,14 +11,14 @@ import click
 
 from slm.cli.choosing import default_checkpoint
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.following import after_bundle, next_step, slm_command
+from slm.cli.following import after_bundle, next_step, proving, slm_command
 from slm.cli.options import REPLACING, Artifact, InputFile, Whole, adapter_type, json_option, out_option_for
 from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.errors import SlmError
-from slm.core.manifest import Bundle, is_bundle, sealed_files
+from slm.core.manifest import Bundle, is_bundle, parity_devices, sealed_files
 from slm.core.outputs import check_output, check_writable
-from slm.core.runs import run_of
+from slm.core.runs import bundle_path, run_of
 
 if TYPE_CHECKING:
     from slm.core.contract import Device, Target
@@ -120,9 +120,7 @@ def export(
 
         check_gguf_output(path)
     else:
-        kinds = [target] * (target != "fused") + [device] * (device != "cpu") + ["slots"] * adapter_slots
-        name = "-".join(["onnx", *kinds, *([] if adapter is None else [adapter.resolve().name])])
-        path = out or run_of(checkpoint) / name
+        path = out or bundle_path(checkpoint, target, device, adapter_slots, adapter)
         check_output(path, sealed_files(path))
     with source_checkpoint(checkpoint, adapter) as source:
         if gguf:
@@ -230,6 +228,7 @@ def _report(bundle: Bundle, seconds: float, as_json: bool) -> None:
     if as_json:
         fields = {"bundle": str(bundle.path), "seconds": round(seconds, 2), "bytes": bundle.bytes}
         fields |= {"context": manifest.context, "parity": parity.model_dump()}
+        fields |= {"parity_devices": parity_devices(manifest), "parity_missing": _unproved(bundle)}
         print_json(fields | {"next": after_bundle(bundle)})
         return
     rows = [(name, f"{parity.logits[name]:.1e}", f"{parity.caches[name]:.1e}") for name in parity.logits]
@@ -242,7 +241,19 @@ def _report(bundle: Bundle, seconds: float, as_json: bool) -> None:
         f"{bundle.bytes / 1e6:,.1f} MB, context {manifest.context:,}, {parity.greedy_tokens_equal} greedy tokens equal, "
         f"{seconds:.1f} s"
     )
+    if (missing := _unproved(bundle)) is not None:
+        say(f"Parity was checked on the CPU provider. {missing}")
     next_step(after_bundle(bundle))
+
+
+def _unproved(bundle: Bundle) -> str | None:
+    """Returns a line about the device for which a bundle is and on which it was not compared; None where there is none."""
+    device = bundle.manifest.device
+    if device in parity_devices(bundle.manifest):
+        return None
+    if device == "cuda":
+        return f"It is not proved on CUDA; on a machine with a GPU: {proving(bundle)}"
+    return "It is not proved on WebGPU, which onnxruntime for Python does not have."
 
 
 def _report_gguf(written: "Written", seconds: float, as_json: bool) -> None:

@@ -38,20 +38,34 @@ def after_adapter(adapter: Path, base: Path | None = None) -> str:
 
 
 def after_bundle(bundle: "Bundle", *, verified: bool = False) -> str:
-    """Returns what to do with a bundle: quantize one of float32, verify a quantized one, then ask it.
+    """Returns what to do with a bundle: quantize one of float32, verify a quantized one or one for CUDA, then ask it.
 
     Args:
         bundle: The bundle.
         verified: Whether `slm verify` has just compared it with its checkpoint.
     """
+    from slm.core.manifest import parity_devices
+
     manifest, path = bundle.manifest, bundle.path
     if manifest.device == "webgpu":
         return slm_command("web", path)
     if manifest.precision == "float32" and manifest.target == "fused":
         return slm_command("quantize", "--int8", path)
+    if (
+        manifest.device == "cuda"
+        and not verified
+        and "cuda" not in parity_devices(manifest)
+        and _source_is_there(bundle)
+    ):
+        return proving(bundle)
     if manifest.quantization is not None and not verified and _source_is_there(bundle):
         return slm_command("verify", path)
     return asking(bundle)
+
+
+def proving(bundle: "Bundle") -> str:
+    """Returns how to compare a bundle for CUDA with its checkpoint on a GPU."""
+    return slm_command("verify", bundle.path, "--device", "cuda")
 
 
 def after_model(path: Path) -> str:

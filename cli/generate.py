@@ -10,7 +10,7 @@ import click
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
 from slm.cli.options import Artifact, Whole, check_cuda_graph, json_option
-from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_saturation
+from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_conversions, warn_of_saturation
 from slm.core.chat import turn_ids
 from slm.core.machine import peak_rss_mib, return_freed_memory
 
@@ -58,6 +58,7 @@ def generate(
     stop: tuple[str, ...],
     on_full: str,
     trust: bool,
+    allow_slow: bool,
     keep: int | None,
     greedy: bool,
     **sampling: Any,
@@ -89,15 +90,23 @@ def generate(
     from slm.runtime.speculative import SpeculativeDecoder
 
     return_freed_memory()
-    options: dict[str, Any] = {"device": device, "cuda_graph": cuda_graph, "threads": threads, "trust": trust}
+    how: Any = {
+        "device": device,
+        "cuda_graph": cuda_graph,
+        "threads": threads,
+        "draft_tokens": draft,
+        "trust": trust,
+        "allow_slow": allow_slow,
+    }
     if ensemble is None:
         path = str(models[0] if models else default_model())
-        loaded = load(path, draft_tokens=draft, adapter=adapter, **options)
+        loaded = load(path, adapter=adapter, **how)
     else:
         path = ", ".join(map(str, models))
-        loaded = load_ensemble(models, ensemble, draft_tokens=draft, **options)
+        loaded = load_ensemble(models, ensemble, **how)
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
+    warn_of_conversions(loaded.decoder, device)
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)

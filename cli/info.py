@@ -19,7 +19,7 @@ from slm.core.config import ModelConfig
 from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.errors import SlmError
 from slm.core.licence import recorded_notices
-from slm.core.manifest import MANIFEST_FILE, Bundle, Manifest, is_bundle
+from slm.core.manifest import MANIFEST_FILE, Bundle, Manifest, is_bundle, parity_devices
 from slm.core.presets import PRESETS, preset
 from slm.core.weights import bytes_on_disk, tensor_bytes
 
@@ -217,6 +217,9 @@ def _bundle(path: Path) -> _Subject:
     for name in _MEASURED:
         if (record := getattr(manifest, name)) is not None:
             details[name] = record.model_dump()
+    if manifest.gpu_parity:
+        details["gpu_parity"] = {name: parity.model_dump() for name, parity in manifest.gpu_parity.items()}
+    details["parity_devices"] = parity_devices(manifest)
     graph = manifest.files[manifest.model].bytes
     # The file of the graph's weights is beside it; its name starts with the graph's.
     data = sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(manifest.model)) - graph

@@ -126,7 +126,22 @@ def _quantization(report: Report) -> str:
 
 
 def _parity(report: Report) -> str:
-    parity = report["parity"]
+    return _compared(report["parity"])
+
+
+def _gpu_parity(report: Report) -> str:
+    return "; ".join(f"{name}: {_compared(parity)}" for name, parity in report["gpu_parity"].items())
+
+
+def _parity_devices(report: Report) -> str:
+    devices, wanted = report["parity_devices"], report["device"]
+    found = ", ".join(devices) or "none"
+    if wanted in devices or wanted == "cpu":
+        return found
+    return f"{found}; not proved on {wanted}" + (" (slm verify --device cuda, on a GPU)" if wanted == "cuda" else "")
+
+
+def _compared(parity: Mapping[str, Any]) -> str:
     largest = max(*parity["logits"].values(), *parity["caches"].values())
     return (
         f"{largest:.1e} from {parity['reference']} (allowed {parity['tolerance']:.0e}), "
@@ -150,6 +165,8 @@ _OF_BUNDLES = {
     "quantization": _quantization,
     "quality": _quality,
     "parity": _parity,
+    "gpu_parity": _gpu_parity,
+    "parity_devices": _parity_devices,
     "ranges": _ranges,
 }
 

@@ -154,6 +154,11 @@ trust_option = click.option(
     callback=_warn_of_trust,
     help="Run a bundle whose graph slm did not write; such a graph can take any time and memory.",
 )
+allow_slow_option = click.option(
+    "--allow-slow",
+    is_flag=True,
+    help="With --device cuda: run a bundle that was exported for the CPU, whose attention then runs on the CPU.",
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )

@@ -4,35 +4,27 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from slm.core import child
 from slm.core.install import install_hint
-from slm.core.manifest import Bundle
 from slm.core.presets import PRESETS
-from slm.runtime.shipped import model_path
 
 _CPU = "CPUExecutionProvider"
 _NO_DEVICE = ("AzureExecutionProvider",)  # calls a service
 _LOADING_SECONDS = 120
 
 # In a process of its own: a provider may print, hang or crash while its libraries are loaded. onnxruntime writes why one
-# did not load to standard error and nowhere else.
-_OPEN = """
+# did not load to standard error and nowhere else. PyTorch is not imported there: it would load CUDA's libraries itself.
+_STEP = """
 import json, sys
-import onnxruntime as ort
-from slm.runtime.session import load_cuda_libraries
-load_cuda_libraries()
-model, provider, cpu = sys.argv[1:]
-options = ort.SessionOptions()
-options.intra_op_num_threads = options.inter_op_num_threads = 1
-options.log_severity_level = 3
-session = ort.InferenceSession(model, options, providers=list(dict.fromkeys([provider, cpu])))
-print(json.dumps({"available": ort.get_available_providers(), "loaded": session.get_providers()}))
+from slm.runtime.trial import try_provider
+print(json.dumps(try_provider(sys.argv[1])))
 """
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LOG_PREFIX = re.compile(r"^.*\[[EF]:onnxruntime:[^\]]*\] ")
@@ -43,15 +35,22 @@ _GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062d
 
 @dataclass(frozen=True)
 class Provider:
-    """Whether a provider of onnxruntime loads, and what was said if it does not."""
+    """What a provider of onnxruntime does here.
+
+    Attributes:
+        loads: Whether its libraries load and a session opens with it.
+        runs: Whether one step of a tiny model gives the right numbers (`slm.runtime.trial`).
+        error: Why it does not.
+    """
 
     loads: bool
+    runs: bool = False
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that PyTorch sees, or why it sees none and what to do about that."""
+    """The GPU that PyTorch sees, or why it sees none or cannot use it, and what to do about that."""
 
     name: str | None = None
     compute_capability: str | None = None
@@ -89,36 +88,32 @@ def package_version(package: str) -> str | None:
 
 
 def providers() -> dict[str, Provider]:
-    """Opens the model that ships with each provider that onnxruntime lists; never fails itself."""
+    """Takes a step with each provider that onnxruntime lists; never fails itself."""
     if find_spec("onnxruntime") is None:
         return {}
     found: dict[str, Provider] = {}
-    available, found[_CPU] = open_with(_CPU)
+    available, found[_CPU] = step_with(_CPU)
     for name in available:
         if name not in (_CPU, *_NO_DEVICE):
-            found[name] = open_with(name)[1]
+            found[name] = step_with(name)[1]
     return found
 
 
-def open_with(provider: str) -> tuple[list[str], Provider]:
-    """Opens the model that ships with one provider and the CPU's; returns the providers that there are, and how it went."""
+def step_with(provider: str) -> tuple[list[str], Provider]:
+    """Takes a step of a tiny model with one provider; returns the providers that there are, and how it went."""
     try:
-        model = Bundle.open(model_path()).model_path.resolve()
-        done = child.run(_OPEN, str(model), provider, _CPU, timeout=_LOADING_SECONDS)
+        done = child.run(_STEP, provider, timeout=_LOADING_SECONDS)
         if done.returncode:
-            return [], Provider(False, _reason(done.stderr) or f"the process ended with {done.returncode}")
-        *noise, answer = done.stdout.splitlines()
-        said = json.loads(answer)
-        if provider in said["loaded"]:
-            return said["available"], Provider(True)
-        fallback = "\n".join(
-            line for line in noise if line.startswith("EP Error ")
-        )  # onnxruntime.InferenceSession's own
-        return said["available"], Provider(
-            False, _reason(done.stderr) or _reason(fallback) or "onnxruntime does not say why"
-        )
-    except Exception as error:  # the shipped model altered, no process to be had, not a word from it in time
-        return [], Provider(False, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+            return [], Provider(False, False, _reason(done.stderr) or f"the process ended with {done.returncode}")
+        said = json.loads(done.stdout.splitlines()[-1])
+    except Exception as error:  # no process to be had, not a word from it in time
+        return [], Provider(False, False, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+    if said["ran"]:
+        return said["available"], Provider(True, True)
+    loads = provider in said["loaded"]
+    # Where the provider did not load, onnxruntime has written why before it fails in another way.
+    reason = said["error"] if loads else _reason(done.stderr) or said["error"]
+    return said["available"], Provider(loads, False, (reason or "onnxruntime does not say why")[:200])
 
 
 def _reason(stderr: str) -> str | None:
@@ -140,7 +135,11 @@ def cuda() -> Gpu:
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
+        name, architectures = torch.cuda.get_device_name(), torch.cuda.get_arch_list()
+        if has_kernels((major, minor), architectures):
+            return Gpu(name, f"{major}.{minor}")
+        lacks = f"this PyTorch has no kernels for it ({', '.join(architectures)})"
+        return Gpu(name, f"{major}.{minor}", lacks, "install a PyTorch built for an older CUDA (pytorch.org)")
     if torch.version.cuda is None:
         return Gpu(
             missing="this PyTorch is built without CUDA",
@@ -148,6 +147,46 @@ def cuda() -> Gpu:
         )
     advice = "there is an NVIDIA driver: does nvidia-smi find the GPU, and is it new enough for this PyTorch?"
     return Gpu(missing="PyTorch finds no GPU", advice=advice if driver else None)
+
+
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Says whether a build runs on a GPU: machine code of the same major version, or PTX, which the driver translates.
+
+    Args:
+        capability: Compute capability of the GPU.
+        architectures: What the build has, such as "sm_75" and "compute_90"; empty where that is not known.
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", each) for each in architectures]
+    versions = [(each[1], (int(each[2]), int(each[3]))) for each in found if each]
+    return not versions or any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in versions
+    )
+
+
+def cuda_builds() -> dict[str, str | None]:
+    """Returns the CUDA version that onnxruntime and PyTorch were built for; None for a build without, or no package."""
+    found: dict[str, str | None] = {"onnxruntime": _onnxruntime_cuda(), "torch": None}
+    if find_spec("torch") is not None:
+        import torch
+
+        found["torch"] = torch.version.cuda
+    return found
+
+
+def _onnxruntime_cuda() -> str | None:
+    """Returns what onnxruntime states, or what its wheel requires."""
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    if stated := getattr(onnxruntime, "cuda_version", None):
+        return str(stated)
+    try:
+        required = requires("onnxruntime-gpu") or []
+    except PackageNotFoundError:
+        return None
+    found = re.search(r"nvidia-cuda-runtime(?:-cu(\d+)|\W*(\d+\.\d+))", " ".join(required))
+    return (found[1] or found[2]) if found else None
 
 
 def training_type() -> TrainingType:

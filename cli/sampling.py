@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slm.cli.console import say
-from slm.cli.options import MAX_SEED, Real, Whole, adapter_type, cuda_graph_option, threads_option, trust_option
+from slm.cli.options import (
+    MAX_SEED,
+    Real,
+    Whole,
+    adapter_type,
+    allow_slow_option,
+    cuda_graph_option,
+    threads_option,
+    trust_option,
+)
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 
@@ -86,6 +95,7 @@ _OPTIONS = (
         help="Answer with this LoRA adapter: PEFT's directory, or an .onnx_adapter file; a bundle needs slots for it.",
     ),
     trust_option,
+    allow_slow_option,
     click.option("--max-new-tokens", type=Whole(1), default=256, show_default=True, metavar="N"),
     click.option(
         "--stop",
@@ -240,3 +250,18 @@ def warn_of_saturation(decoder: object) -> None:
     schemes = [] if quantization is None else quantization.schemes.values()
     if any(scheme.dynamic and not scheme.reduced for scheme in schemes) and products_saturate(instruction_sets()):
         say("warning: no VNNI here, so products of 8-bit integers saturate: slm quantize --int8-dynamic --reduce-range")
+
+
+def warn_of_conversions(decoder: object, device: str) -> None:
+    """Says when a bundle is slow on a device because it was exported for another one."""
+    from slm.runtime.decoder import DecoderAround, OnnxDecoder
+    from slm.runtime.ensemble import EnsembleDecoder
+    from slm.runtime.placement import conversion_note
+
+    while isinstance(decoder, DecoderAround):
+        decoder = decoder.decoder
+    for each in decoder.decoders if isinstance(decoder, EnsembleDecoder) else (decoder,):
+        if isinstance(each, OnnxDecoder) and (
+            note := conversion_note(each.bundle, "cuda" if device == "cuda" else "cpu")
+        ):
+            say(note)

@@ -20,12 +20,13 @@ from slm.cli.options import (
     Whole,
     Word,
     adapter_type,
+    allow_slow_option,
     check_cuda_graph,
     cuda_graph_option,
     threads_option,
     trust_option,
 )
-from slm.cli.sampling import warn_of_saturation
+from slm.cli.sampling import warn_of_conversions, warn_of_saturation
 from slm.core.errors import SlmError
 from slm.core.files import read_text
 from slm.core.machine import return_freed_memory
@@ -96,6 +97,7 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @cuda_graph_option
 @threads_option
 @trust_option
+@allow_slow_option
 def serve(
     model: Path | None,
     host: str,
@@ -118,6 +120,7 @@ def serve(
     cuda_graph: bool,
     threads: int | None,
     trust: bool,
+    allow_slow: bool,
 ) -> None:
     """Answer over HTTP as OpenAI's API does: chats, completions, streams, JSON schemas.
 
@@ -144,11 +147,19 @@ def serve(
     keys = _api_keys(api_key_file)
     listening = _listen(host, port)  # before anything is loaded, which may take a while
     path = model or default_model(bundle=True)
-    loaded = load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust)  # type: ignore[arg-type]  # click checked
+    how: Any = {
+        "device": device,
+        "cuda_graph": cuda_graph,
+        "threads": threads,
+        "trust": trust,
+        "allow_slow": allow_slow,
+    }
+    loaded = load(path, **how)
     decoder = loaded.decoder
     if not isinstance(decoder, OnnxDecoder):
         raise SlmError(f"{path} is a checkpoint", "slm export --onnx makes a bundle of it, which can be served")
     warn_of_saturation(decoder)
+    warn_of_conversions(decoder, device)
     known = {}
     for each in adapters:
         called, _, where = each.partition("=")

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,10 +10,13 @@ from slm.cli.choosing import default_bundle
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.export import source_checkpoint
 from slm.cli.following import after_bundle, next_step
-from slm.cli.options import Artifact, adapter_type, json_option, trust_option
+from slm.cli.options import Artifact, adapter_type, allow_slow_option, json_option, trust_option
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
+
+if TYPE_CHECKING:
+    from slm.runtime.session import Device
 
 
 @click.command()
@@ -24,19 +28,36 @@ from slm.core.manifest import Bundle
     help="The checkpoint that it must be. [default: the one that it was exported from]",
 )
 @click.option("--adapter", type=adapter_type, metavar="ADAPTER", help="LoRA adapter that was merged into it.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where to run the bundle. [default: the CPU, and CUDA where it is available and the bundle was exported for it]",
+)
 @trust_option
+@allow_slow_option
 @json_option
-def verify(bundle: Path | None, against: Path | None, adapter: Path | None, trust: bool, as_json: bool) -> None:
+def verify(
+    bundle: Path | None,
+    against: Path | None,
+    adapter: Path | None,
+    device: "Device | None",
+    trust: bool,
+    allow_slow: bool,
+    as_json: bool,
+) -> None:
     """Prove that a bundle is the checkpoint that it was made from.
 
     Every weight is compared with the checkpoint's: equal in float32, rounded in float16, within half a step in INT8. Then
     logits, caches and greedy tokens are compared with PyTorch past the sliding window: read in one go, in chunks, step by
-    step and as a ragged batch, on every provider that onnxruntime has here, with and without its optimizations. INT8 is
-    also run with activations in floats, where nothing but the order of additions may differ. Anything beyond what is
-    allowed is an error.
+    step and as a ragged batch, with and without onnxruntime's optimizations. INT8 is also run on the CPU with activations
+    in floats, where nothing but the order of additions may differ. Anything beyond what is allowed is an error.
+
+    onnxruntime changes the graph in another way on CUDA, so export, which compares on the CPU, does not prove that a bundle
+    computes the same there: --device cuda does, on the GPU at hand, and records it in the bundle's manifest.
 
     \b
       slm verify
+      slm verify runs/tiny/onnx-cuda --device cuda
       slm verify runs/tiny/onnx-int8 --against runs/tiny/checkpoint/best --json
     """
     if bundle is None:
@@ -51,16 +72,22 @@ def verify(bundle: Path | None, against: Path | None, adapter: Path | None, trus
         adapter = adapter or (Path(str(origin["adapter"])) if "adapter" in origin else None)
         if adapter is not None and not adapter.exists():
             raise SlmError(f"the adapter of {bundle} is not at {adapter}", "name it: --adapter ADAPTER")
-    from slm.export.verify import verify_bundle
+    from slm.export.verify import record_parity, verify_bundle
 
     started = time.perf_counter()
     with source_checkpoint(against, adapter) as checkpoint:
-        found = verify_bundle(opened, checkpoint, RichProgress())
+        found = verify_bundle(opened, checkpoint, RichProgress(), device, allow_slow)
     seconds = time.perf_counter() - started
+    recorded = record_parity(opened, found)
     if as_json:
         parity = {provider: parity.model_dump() for provider, parity in found.parity.items()}
         fields = {"bundle": str(bundle), "against": str(against), "weights": found.weights}
-        fields |= {"weights_off": found.weights_off, "parity": parity, "seconds": round(seconds, 2)}
+        fields |= {
+            "weights_off": found.weights_off,
+            "parity": parity,
+            "seconds": round(seconds, 2),
+            "recorded": recorded,
+        }
         print_json(fields | {"next": after_bundle(opened, verified=True)})
         return
     rows = [
@@ -72,4 +99,6 @@ def verify(bundle: Path | None, against: Path | None, adapter: Path | None, trus
     greedy = ", ".join(f"{parity.greedy_tokens_equal} ({provider})" for provider, parity in found.parity.items())
     tokens = next(iter(found.parity.values())).tokens
     say(f"{found.weights} weights equal, {tokens:,} tokens compared, greedy tokens equal: {greedy}; {seconds:.1f} s")
+    if not recorded:
+        say(f"note: {bundle} cannot be written to, so its manifest does not record the comparison on CUDA")
     next_step(after_bundle(opened, verified=True))

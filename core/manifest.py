@@ -19,7 +19,7 @@ from slm.core.contract import (
     slot_specs,
 )
 from slm.core.errors import SlmError
-from slm.core.files import check_readable, member, read_json, sha256_file
+from slm.core.files import check_readable, member, read_json, sha256_file, write_text
 from slm.core.graph_check import check_graph
 from slm.core.graph_file import external_files
 from slm.core.graph_plan import Kind, Stored
@@ -54,6 +54,9 @@ class Parity(_Record):
     """How far a bundle is from the model it was exported from, over several arrangements of the same tokens.
 
     Largest absolute differences; the tolerance applies to each.
+
+    Attributes:
+        runtime: What ran the bundle, such as "onnxruntime 1.31.1"; empty where a bundle does not record it.
     """
 
     reference: str
@@ -62,6 +65,7 @@ class Parity(_Record):
     logits: dict[str, float]
     caches: dict[str, float]
     greedy_tokens_equal: int
+    runtime: str = ""
 
     @property
     def largest(self) -> float:
@@ -158,7 +162,12 @@ class Quality(_Record):
 
 
 class Manifest(_Record):
-    """Everything a client must know before it opens the graph."""
+    """Everything a client must know before it opens the graph.
+
+    Attributes:
+        parity: What export found on the CPU provider.
+        gpu_parity: What `slm verify` found on GPUs, such as "cuda" and "cuda, graph as written".
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     slm_version: str
@@ -174,12 +183,19 @@ class Manifest(_Record):
     adapter_slots: bool = False
     parameters: int
     parity: Parity | None = None
+    gpu_parity: dict[str, Parity] = {}
     ranges: Ranges | None = None
     quantization: Quantization | None = None
     quality: Quality | None = None
     provenance: dict[str, Any] = {}
     notices: tuple[str, ...] = ()
     files: dict[str, FileEntry] = {}
+
+
+def parity_devices(manifest: Manifest) -> list[str]:
+    """Returns the devices on which a bundle is known to compute what its checkpoint computes."""
+    recorded = [name.partition(",")[0] for name in manifest.gpu_parity]
+    return list(dict.fromkeys(["cpu"] * (manifest.parity is not None) + recorded))
 
 
 def is_bundle(path: Path) -> bool:
@@ -340,6 +356,6 @@ def seal(directory: Path, manifest: Manifest) -> Bundle:
 
 
 def amend(directory: Path, manifest: Manifest) -> Bundle:
-    """Writes `manifest.json` anew, the files beside it being as they were sealed; returns the bundle."""
-    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Writes `manifest.json` again, whole or not at all; the files beside it are as they were sealed. Returns the bundle."""
+    write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return Bundle(directory, manifest, ModelConfig.from_hf(read_json(directory / CONFIG_FILE, CONFIG_FILE)))

@@ -39,6 +39,26 @@ def newest_run() -> Path:
     return max(logs, key=lambda path: path.stat().st_mtime_ns).parent
 
 
+def bundle_path(
+    checkpoint: Path,
+    target: str = "fused",
+    device: str = "cpu",
+    slots: bool = False,
+    adapter: Path | None = None,
+) -> Path:
+    """Returns where `slm export --onnx` writes a bundle when no place is named.
+
+    Args:
+        checkpoint: What is exported.
+        target: Operators of the graph, "fused" or "portable".
+        device: Where the bundle is to run.
+        slots: Whether the graph takes LoRA adapters when it runs.
+        adapter: An adapter that is merged first.
+    """
+    kinds = [target] * (target != "fused") + [device] * (device != "cpu") + ["slots"] * slots
+    return run_of(checkpoint) / "-".join(["onnx", *kinds, *([] if adapter is None else [adapter.resolve().name])])
+
+
 def run_of(artifact: Path) -> Path:
     """Returns the run directory that contains an artifact, or else its parent; derived artifacts are written there."""
     for parent in artifact.resolve().parents:

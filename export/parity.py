@@ -5,11 +5,12 @@ through both past the window, in one go, in chunks, step by step and as a ragged
 cached positions that matter are compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import onnxruntime as ort
 import torch
 
 from slm.core.contract import CACHE_SLACK, SIDES, CacheLayer
@@ -33,6 +34,11 @@ from slm.runtime.session import Device
 TOLERANCE = 1e-4
 # float16 has 11 bits: products, keys and values are rounded to 1 / 2,048 of themselves in every layer.
 TOLERANCES: dict[Precision, float] = {"float32": TOLERANCE, "float16": 0.05}
+
+_HINTS: dict[Device, str] = {
+    "cpu": "the checkpoint's values may be out of float32's comfortable range; nothing was written",
+    "cuda": "do not use the bundle on this GPU; slm verify --device cpu checks the graph itself, slm doctor the GPU",
+}
 
 GREEDY_PROMPT = 8
 GREEDY_TOKENS = 32
@@ -76,6 +82,7 @@ def check_parity(
         found[name] = run()
         progress.advance()
     progress.finish()
+    _check(found, tolerance, device)
     greedy, gap = comparison.greedy()
     parity = Parity(
         reference="PyTorch float32",
@@ -84,14 +91,8 @@ def check_parity(
         logits={name: difference.logits for name, difference in found.items()},
         caches={name: difference.caches for name, difference in found.items()},
         greedy_tokens_equal=greedy,
+        runtime=f"onnxruntime {ort.__version__}",
     )
-    for kind, differences in (("logits", parity.logits), ("caches", parity.caches)):
-        for name, difference in differences.items():
-            if not difference <= tolerance:  # NaN fails too
-                raise SlmError(
-                    f"the bundle is not the checkpoint: {kind} differ by {difference:.2g} ({name}), allowed {tolerance:.0e}",
-                    "the checkpoint's values may be out of float32's comfortable range; nothing was written",
-                )
     if not gap <= 2 * tolerance:  # nearer than that, either of two tokens may come out the likelier
         raise SlmError(
             f"the bundle is not the checkpoint: greedy tokens part after {greedy}, where their logits differ by {gap:.2g}",
@@ -104,6 +105,24 @@ def check_parity(
 class _Difference:
     logits: float
     caches: float
+
+
+def _check(found: Mapping[str, _Difference], tolerance: float, device: Device) -> None:
+    """Makes sure that differences are within the tolerance.
+
+    Raises:
+        SlmError: When one is not; it says which, and on which device where that is not the CPU.
+    """
+    where = "" if device == "cpu" else f" on {device.upper()}"
+    for kind in ("logits", "caches"):
+        for name, differences in found.items():
+            difference = getattr(differences, kind)
+            if not difference <= tolerance:  # NaN fails too
+                raise SlmError(
+                    f"the bundle is not the checkpoint{where}: {kind} differ by {difference:.2g} ({name}), "
+                    f"allowed {tolerance:.0e}",
+                    _HINTS[device],
+                )
 
 
 class _Comparison:
@@ -139,6 +158,8 @@ class _Comparison:
     def difference(self, logits: Array, positions: slice | list[int]) -> float:
         """Compares logits (1, positions, V) with the reference's."""
         reference = self.logits(positions)
+        if logits.shape != reference.shape:
+            raise SlmError(f"the bundle is not the checkpoint: logits are {logits.shape}, not {reference.shape}")
         np.subtract(reference, logits, out=reference)
         return _largest(reference) / self.unit
 

@@ -76,6 +76,7 @@ def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
         update={
             "slm_version": __version__,
             "parity": None,
+            "gpu_parity": {},
             "notices": notices,
             "provenance": source.manifest.provenance
             | {"bundle": str(source.path), "parity": None if parity is None else parity.model_dump()},

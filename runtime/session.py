@@ -1,6 +1,7 @@
 """Opening a bundle's graph with onnxruntime, with the options that ship."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import lru_cache
@@ -19,15 +20,25 @@ from slm.runtime.hugepages import use_huge_pages
 
 Device = Literal["cpu", "cuda"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 # What onnxruntime calls a GPU's own memory; "CudaPinned" is the host's.
 _CUDA_MEMORY = "Cuda"
 _SEVERITY_ERROR = 3
+_DOCTOR = "slm doctor checks the driver, the libraries and the GPU; or --device cpu"
 # Products of float32 stay float32: TF32 would keep 10 of 23 bits of what is multiplied, without a word.
-_CUDA_OPTIONS = {"use_tf32": "0"}
+CUDA_OPTIONS = {"use_tf32": "0"}
 # What onnxruntime calls the types of tensors.
 _TYPES = {name: f"tensor({ort_name})" for name, ort_name in
           (("int64", "int64"), ("float32", "float"), ("float16", "float16"), ("int8", "int8"))}  # fmt: skip
+
+
+# onnxruntime puts its own source lines before what CUDA says.
+_CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")
+
+
+class DeviceUnavailable(SlmError):
+    """A device that this onnxruntime has no provider for, or whose provider cannot start here."""
 
 
 def available_devices() -> list[Device]:
@@ -65,6 +76,19 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     return options
 
 
+def check_available(device: Device) -> None:
+    """Makes sure that this onnxruntime has a device's provider.
+
+    Raises:
+        DeviceUnavailable: When it has none.
+    """
+    if device not in available_devices():
+        raise DeviceUnavailable(
+            "onnxruntime here has no CUDA provider",
+            f"pip uninstall onnxruntime, then {install_hint('cuda')}; or --device cpu",
+        )
+
+
 def open_session(
     bundle: Bundle,
     device: Device = "cpu",
@@ -83,27 +107,27 @@ def open_session(
         cuda_options: Further options of the CUDA provider.
 
     Raises:
-        SlmError: When the device's provider is missing or cannot start, or the graph cannot be opened.
+        DeviceUnavailable: When the device's provider is missing or cannot start.
+        SlmError: When the graph cannot be opened.
     """
-    if device not in available_devices():
-        raise SlmError(
-            "onnxruntime here has no CUDA provider",
-            f"pip uninstall onnxruntime, then {install_hint('cuda')}; or --device cpu",
-        )
+    check_available(device)
     options = session_options(threads)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if device == "cuda":
         load_cuda_libraries()
-    cuda = (_PROVIDERS["cuda"], _CUDA_OPTIONS | dict(cuda_options or {}))
+    cuda = (_PROVIDERS["cuda"], CUDA_OPTIONS | dict(cuda_options or {}))
     providers = [cuda] * (device == "cuda") + [_PROVIDERS["cpu"]]
     try:
-        session = ort.InferenceSession(str(bundle.model_path), options, providers=providers)
+        # Without the fallback, which prints to standard output and runs everything on the CPU.
+        session = ort.InferenceSession(str(bundle.model_path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base but this
+        if _CUDA_FAILURE.search(str(error)):
+            raise DeviceUnavailable(f"the CUDA provider could not start ({first_line(error)})", _DOCTOR) from None
         raise SlmError(f"onnxruntime cannot open {bundle.model_path} ({first_line(error)})") from None
     _check_signature(session, bundle)
     if device == "cuda" and _PROVIDERS["cuda"] not in session.get_providers():
-        raise SlmError("the CUDA provider could not start", "slm doctor says what it misses; or --device cpu")
+        raise DeviceUnavailable("the CUDA provider could not start", _DOCTOR)
     if device == "cpu":
         use_huge_pages()
     return session
@@ -147,5 +171,7 @@ def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
 
 
 def first_line(error: Exception) -> str:
-    """Returns what onnxruntime says of a failure in a line."""
+    """Returns what onnxruntime says of a failure in a line; of a failure of CUDA what CUDA says."""
+    if failure := _CUDA_FAILURE.search(str(error)):
+        return failure[0]
     return str(error).strip().partition("\n")[0]

@@ -17,6 +17,7 @@ from slm.core.tokenizer import Tokenizer
 from slm.runtime import shipped
 from slm.runtime.decoder import Decoder
 from slm.runtime.model import About, Model
+from slm.runtime.placement import check_placement
 from slm.runtime.session import Device
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def load(
     draft_tokens: int | None = None,
     adapter: str | PathLike[str] | None = None,
     trust: bool = False,
+    allow_slow: bool = False,
 ) -> Model:
     """Loads a model for inference.
 
@@ -52,15 +54,16 @@ def load(
         draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
         adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
         trust: Whether to run a bundle whose graph slm did not write; such a graph can take any time and memory.
+        allow_slow: Whether to run a bundle on "cuda" that was exported for the CPU; its attention runs on the CPU then.
 
     Raises:
-        SlmError: When there is nothing that can be run at the path, it is damaged, or the adapter is not for it; an
-            `ArgumentError`, which is a `TypeError` too, for a wrong keyword or type.
+        SlmError: When there is nothing that can be run at the path, it is damaged, it was exported for another device, or
+            the adapter is not for it; an `ArgumentError`, which is a `TypeError` too, for a wrong keyword or type.
     """
     _check(path, device, threads, draft_tokens, adapter)
     _check_graph(device, cuda_graph)
     merged = None if adapter is None else Path(adapter)
-    return _load(_resolved(path), device, cuda_graph, threads, draft_tokens, merged, trust)
+    return _load(_resolved(path), device, cuda_graph, threads, draft_tokens, merged, trust, allow_slow)
 
 
 def _load(
@@ -71,11 +74,13 @@ def _load(
     draft_tokens: int | None,
     adapter: Path | None,
     trust: bool,
+    allow_slow: bool,
 ) -> Model:
     if is_bundle(path):
         from slm.runtime.decoder import OnnxDecoder
 
         bundle = Bundle.open(path, trust)
+        check_placement(bundle, device, allow_slow)
         onnx = OnnxDecoder(bundle, device, threads, cuda_graph=cuda_graph)
         if adapter is not None:
             onnx.use(load_adapter(adapter, bundle))
@@ -150,6 +155,7 @@ def load_ensemble(
     threads: int | None = None,
     draft_tokens: int | None = None,
     trust: bool = False,
+    allow_slow: bool = False,
 ) -> Model:
     """Loads several models that share a tokenizer as one, whose predictions are averaged.
 
@@ -161,6 +167,7 @@ def load_ensemble(
         threads: See `load`.
         draft_tokens: See `load`.
         trust: See `load`.
+        allow_slow: See `load`.
 
     Raises:
         SlmError: As `load`, and when tokenizers differ.
@@ -170,7 +177,14 @@ def load_ensemble(
     check_type("paths", paths, (list, tuple), "a list of paths")
     if not paths:
         raise SlmError("there is no model in paths", "name two or more")
-    models = [load(path, device=device, cuda_graph=cuda_graph, threads=threads, trust=trust) for path in paths]
+    how: Any = {
+        "device": device,
+        "cuda_graph": cuda_graph,
+        "threads": threads,
+        "trust": trust,
+        "allow_slow": allow_slow,
+    }
+    models = [load(path, **how) for path in paths]
     first = models[0]
     for path, model in zip(paths, models, strict=True):
         if model.tokenizer.sha256 != first.tokenizer.sha256:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from slm.cli import probes
+from slm.cli import nvidia, probes
 from slm.cli.console import STDOUT
+from slm.cli.nvidia import Driver, NvidiaGpu
 from slm.cli.probes import Provider
 from slm.core.install import install_hint
 from slm.core.machine import Memory
@@ -28,7 +29,9 @@ KEYS = {
     "memory",
     "instruction_sets",
     "providers",
+    "driver",
     "cuda",
+    "cuda_builds",
     "training_dtype",
     "tokenizers_offline",
     "packages",
@@ -39,8 +42,9 @@ KEYS = {
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process is started: the CPU's provider loads."""
-    monkeypatch.setattr(probes, "open_with", lambda provider: ([CPU], Provider(True)))
+    """No process is started: the CPU's provider runs, and there is no NVIDIA driver."""
+    monkeypatch.setattr(probes, "step_with", lambda provider: ([CPU], Provider(True, True)))
+    monkeypatch.setattr(nvidia, "driver", Driver)
 
 
 def finding(slm: Slm, name: str) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def test_the_report_is_one_complete_object(slm: Slm) -> None:
     assert set(report) == KEYS
     assert report["cores"]["machine"] >= report["cores"]["allowed"] >= report["cores"]["used"] >= 1
     assert report["memory"]["usable"] > 0
-    assert report["providers"][CPU] == {"loads": True, "error": None}
+    assert report["providers"][CPU] == {"loads": True, "runs": True, "error": None}
     assert "AzureExecutionProvider" not in report["providers"]
     assert report["training_dtype"]["presets"].keys() == probes.PRESETS.keys()
     assert all(CUDA in problem for problem in report["problems"])  # its libraries need not be there
@@ -124,12 +128,12 @@ def test_what_the_base_installation_brings_is_a_problem_when_missing(
 
 def test_a_provider_that_is_listed_but_does_not_load(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
-        CPU: Provider(True),
-        CUDA: Provider(False, "libcublasLt.so.12: cannot open shared object file: No such file or directory"),
-        TENSORRT: Provider(False, "libnvinfer.so.10: cannot open shared object file: No such file or directory"),
+        CPU: Provider(True, True),
+        CUDA: Provider(False, False, "libcublasLt.so.12: cannot open shared object file: No such file or directory"),
+        TENSORRT: Provider(False, False, "libnvinfer.so.10: cannot open shared object file: No such file or directory"),
     }
     listed = [TENSORRT, CUDA, "AzureExecutionProvider", CPU]
-    monkeypatch.setattr(probes, "open_with", lambda provider: (listed, answers[provider]))
+    monkeypatch.setattr(probes, "step_with", lambda provider: (listed, answers[provider]))
     report = json.loads(slm("doctor", "--json").out)
     assert {name: provider["loads"] for name, provider in report["providers"].items()} == {
         CPU: True,
@@ -143,10 +147,10 @@ def test_a_provider_that_is_listed_but_does_not_load(slm: Slm, monkeypatch: pyte
 
 
 def test_a_provider_that_this_onnxruntime_does_not_have_does_not_load() -> None:
-    if CUDA in (available := probes.open_with(CPU)[0]):
+    if CUDA in (available := probes.step_with(CPU)[0]):
         pytest.skip("this onnxruntime has CUDA's provider")
     assert CPU in available
-    listed, provider = probes.open_with(CUDA)
+    listed, provider = probes.step_with(CUDA)
     assert listed == available and not provider.loads and provider.error
 
 
@@ -161,36 +165,205 @@ LIBRARY = (
     "with error: libcudnn.so.9: cannot open shared object file: No such file or directory\x1b[m\n"
     "2026-01-01 10:00:00.2 [W:onnxruntime:Default, pybind.cc:1055] Failed to create CUDAExecutionProvider.\n"
 )
-FELL_BACK = f'{{"available": ["{CUDA}", "{CPU}"], "loaded": ["{CPU}"]}}\n'
+ANSWER = {"available": [CUDA, CPU], "loaded": [CPU], "ran": False, "error": None}
+FELL_BACK = json.dumps(ANSWER) + "\n"
+FAILED = json.dumps(ANSWER | {"loaded": [], "error": "CUDA failure 35: the driver is insufficient"}) + "\n"
 
 
 @pytest.mark.parametrize(
     ("done", "error"),
     [
         (_Done(0, FELL_BACK, LIBRARY), "libcudnn.so.9: cannot open shared object file: No such file or directory"),
-        (_Done(0, "* EP Error *\nEP Error no device\nFalling back\n" + FELL_BACK, ""), "EP Error no device"),
+        (_Done(0, FAILED, ""), "CUDA failure 35: the driver is insufficient"),
         (_Done(0, FELL_BACK, ""), "onnxruntime does not say why"),
         (
             _Done(1, "", "Traceback ...\nImportError: libgomp.so.1: no such file\n"),
             "ImportError: libgomp.so.1: no such file",
         ),
         (_Done(-11, "", ""), "the process ended with -11"),
-        (_Done(0, "", ""), "ValueError: not enough values to unpack (expected at least 1, got 0)"),
+        (_Done(0, "", ""), "IndexError: list index out of range"),
     ],
 )
 def test_the_reason_is_found_in_what_onnxruntime_says(monkeypatch: pytest.MonkeyPatch, done: _Done, error: str) -> None:
     monkeypatch.setattr(probes.child, "run", lambda *_, **__: done)
-    assert probes.open_with(CUDA)[1] == Provider(False, error)
+    assert probes.step_with(CUDA)[1] == Provider(False, False, error)
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_a_provider_that_loads_must_also_compute(slm: Slm, monkeypatch: pytest.MonkeyPatch, ran: bool) -> None:
+    answer = {"available": [CUDA, CPU], "loaded": [CUDA, CPU], "ran": ran, "error": None if ran else "differs by 3.9"}
+    # What onnxruntime warns of on the way is not the reason.
+    monkeypatch.setattr(probes.child, "run", lambda *_, **__: _Done(0, json.dumps(answer) + "\n", LIBRARY))
+    assert probes.step_with(CUDA)[1] == Provider(True, ran, answer["error"])
+    monkeypatch.setattr(nvidia, "driver", Driver)
+    problems = json.loads(slm("doctor", "--json").out)["problems"]
+    assert any("does not run a step correctly (differs by 3.9)" in problem for problem in problems) != ran
+
+
+GIB = 1 << 30
+T4, V100 = NvidiaGpu("Tesla T4", (7, 5), 15 * GIB), NvidiaGpu("Tesla V100", (7, 0), 16 * GIB)
+FOR_13 = {"onnxruntime": "13.0", "torch": "13.0"}
+
+
+@pytest.mark.parametrize(
+    ("driver", "builds", "level", "words"),
+    [
+        (Driver("580.65.06", (13, 0), (T4,)), FOR_13, "ok", "580.65.06, runs CUDA 13.0"),
+        (Driver("580.65.06", (13, 0), (T4,)), FOR_13, "ok", "onnxruntime for CUDA 13.0 needs driver 580 or newer"),
+        (Driver("550.54.15", (12, 4), (T4,)), FOR_13, "problem", "too old (550.54.15, runs CUDA 12.4)"),
+        (Driver("550.54.15", (12, 4), (T4,)), {"onnxruntime": "12.8", "torch": None}, "ok", "needs driver 525"),
+        (
+            Driver("550.54.15", (12, 4), (T4,)),
+            {"onnxruntime": None, "torch": "13.0"},
+            "problem",
+            "PyTorch for CUDA 13.0",
+        ),
+        (Driver("550.54.15", None, (), "no libcuda"), FOR_13, "problem", "too old (550.54.15)"),  # by its release alone
+        (Driver("580.65.06", None, (), "no libcuda"), FOR_13, "ok", "580.65.06"),
+        (Driver(None, (13, 0), (T4,)), FOR_13, "ok", "unknown release, runs CUDA 13.0"),
+        (Driver(error="no libcuda"), FOR_13, "note", "none"),
+        (Driver(error="no libcuda"), {"onnxruntime": None, "torch": None}, "ok", "none"),
+    ],
+)
+def test_whether_the_driver_is_new_enough(
+    slm: Slm,
+    monkeypatch: pytest.MonkeyPatch,
+    quick: None,
+    driver: Driver,
+    builds: dict[str, str | None],
+    level: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(nvidia, "driver", lambda: driver)
+    monkeypatch.setattr(probes, "cuda_builds", lambda: builds)
+    said = finding(slm, "NVIDIA driver")
+    assert said["level"] == level and words in f"{said['value']} {said['advice']}"
+    report = json.loads(slm("doctor", "--json").out)
+    assert any("driver" in problem for problem in report["problems"]) == (level == "problem")
+    assert report["cuda_builds"] == builds and report["driver"]["release"] == driver.release
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "level"), [(T4, "13.0", "ok"), (V100, "13.0", "problem"), (V100, "12.8", "ok")]
+)
+def test_a_gpu_that_is_too_old_for_the_kernels(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None, gpu: NvidiaGpu, cuda: str, level: str
+) -> None:
+    monkeypatch.setattr(nvidia, "driver", lambda: Driver("580.65.06", (13, 0), (gpu,)))
+    monkeypatch.setattr(probes, "cuda_builds", lambda: {"onnxruntime": cuda, "torch": None})
+    said = finding(slm, "GPU")
+    assert said["level"] == level and gpu.name in said["value"]
+    assert ("no kernels for it (from 7.5 on)" in said["value"]) == (level == "problem")
+
+
+@pytest.mark.parametrize(
+    ("builds", "level", "words"),
+    [
+        (FOR_13, "ok", "onnxruntime 13.0, PyTorch 13.0: the majors match"),
+        ({"onnxruntime": "13.0", "torch": "12.8"}, "note", "onnxruntime 13.0, PyTorch 12.8: the majors differ"),
+        ({"onnxruntime": "13.0", "torch": None}, "ok", "PyTorch without"),
+        ({"onnxruntime": None, "torch": "13.0"}, "note", "pip uninstall onnxruntime, then"),
+    ],
+)
+def test_the_cuda_versions_of_both_are_compared(
+    slm: Slm,
+    monkeypatch: pytest.MonkeyPatch,
+    quick: None,
+    builds: dict[str, str | None],
+    level: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(nvidia, "driver", lambda: Driver("580.65.06", (13, 0), (T4,)))
+    monkeypatch.setattr(probes, "cuda_builds", lambda: builds)
+    said = finding(slm, "CUDA versions")
+    assert said["level"] == level and words in f"{said['value']} {said['advice']}"
+
+
+def test_without_cuda_nothing_is_said_of_versions(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    monkeypatch.setattr(probes, "cuda_builds", lambda: {"onnxruntime": None, "torch": None})
+    assert all(found["name"] != "CUDA versions" for found in json.loads(slm("doctor", "--json").out)["findings"])
+
+
+def test_the_version_that_onnxruntime_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0", raising=False)
+    assert probes.cuda_builds()["onnxruntime"] == "13.0"
+    monkeypatch.setattr(onnxruntime, "cuda_version", "")
+    monkeypatch.setattr(probes, "requires", lambda name: ["numpy>=1.21", 'nvidia-cuda-runtime~=13.0; extra == "cuda"'])
+    assert probes.cuda_builds()["onnxruntime"] == "13.0"
+    monkeypatch.setattr(probes, "requires", lambda name: ['nvidia-cuda-runtime-cu12~=12.0; extra == "cuda"'])
+    assert probes.cuda_builds()["onnxruntime"] == "12"
+
+
+@pytest.mark.parametrize(
+    ("line", "release"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)",
+            "580.65.06",
+        ),
+        ("something else", None),
+    ],
+)
+def test_the_release_is_read_from_what_the_module_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, release: str | None
+) -> None:
+    (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0 (Ubuntu 12.3.0)\n")
+    monkeypatch.setattr(nvidia, "_VERSION_FILE", tmp_path / "version")
+    assert nvidia._release() == release
+
+
+def test_a_driver_that_crashes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes.child, "run", lambda *_, **__: _Done(-11, "", ""))
+    monkeypatch.setattr(nvidia, "_VERSION_FILE", Path("nowhere"))
+    found = nvidia.driver()
+    assert not found.present and found.error
+
+
+def test_a_machine_without_a_driver() -> None:
+    if (found := nvidia.driver()).present:
+        pytest.skip("this machine has an NVIDIA driver")
+    assert found.gpus == () and "libcuda" in str(found.error)
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "there"),
+    [
+        ((7, 5), ("sm_75", "sm_80", "sm_120"), True),
+        ((7, 0), ("sm_75", "sm_80", "sm_120"), False),
+        ((8, 9), ("sm_75", "sm_80", "sm_90"), True),  # machine code of 8.0 runs on 8.9
+        ((8, 0), ("sm_75", "sm_86"), False),
+        ((12, 1), ("sm_90", "compute_90"), True),  # by the driver's compiler
+        ((9, 0), ("sm_75", "sm_90a"), True),
+        ((7, 0), (), True),
+    ],
+)
+def test_whether_pytorch_has_kernels_for_a_gpu(
+    capability: tuple[int, int], architectures: tuple[str, ...], there: bool
+) -> None:
+    assert probes.has_kernels(capability, architectures) == there
+
+
+def test_a_gpu_without_kernels_in_pytorch_is_a_problem(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    said = finding(slm, "GPU in PyTorch")
+    assert said["level"] == "problem" and "no kernels for it (sm_75, sm_80)" in said["value"]
 
 
 def test_a_provider_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_LOADING_SECONDS", 0.01)
-    provider = probes.open_with(CPU)[1]
+    provider = probes.step_with(CPU)[1]
     assert not provider.loads and "TimeoutExpired" in str(provider.error)
 
 
 def test_an_onnxruntime_that_cannot_be_imported_is_a_problem(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "open_with", lambda provider: ([], Provider(False, "ImportError: libgomp.so.1")))
+    monkeypatch.setattr(probes, "step_with", lambda provider: ([], Provider(False, False, "ImportError: libgomp.so.1")))
     [problem] = json.loads(slm("doctor", "--json").out)["problems"]
     assert "libgomp.so.1" in problem and "install onnxruntime again" in problem
 
@@ -356,7 +529,7 @@ def test_an_edge_device_has_only_what_answers(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
     report = json.loads(done.stdout)
-    assert report["providers"][CPU]["loads"] and report["cuda"]["missing"] == "PyTorch is not installed"
+    assert report["providers"][CPU]["runs"] and report["cuda"]["missing"] == "PyTorch is not installed"
     assert report["training_dtype"]["presets"] == {} and not any(
         "could not" in one["value"] for one in report["findings"]
     )

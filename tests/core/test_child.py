@@ -236,12 +236,12 @@ def test_processes_of_commands_start_in_a_strangers_directory(
     stranger: Callable[[], str], shared_bundle: Bundle, shared_checkpoint: Path
 ) -> None:
     from slm.cli.bench import fresh_process
-    from slm.cli.probes import open_with
+    from slm.cli.probes import step_with
     from slm.train.data.workers import _Pool
 
     here = os.path.relpath(shared_bundle.path)
     assert fresh_process(Path(here), 4, new=2)["load_ms"] > 0
-    assert open_with("CPUExecutionProvider")[1].loads
+    assert step_with("CPUExecutionProvider")[1].loads
     with _Pool(Path(os.path.relpath(shared_checkpoint / "tokenizer.json")), 1) as pool:
         assert pool.encode([b"Once"]).result() != []
     assert render("{{ messages[0].content }}", [{"role": "user", "content": "hi"}], {}) == "hi"

@@ -1,8 +1,8 @@
 """Builds the fake CUDA: `python build.py WHEELS OUT`.
 
 WHEELS is a directory in which onnxruntime-gpu, nvidia-cuda-runtime and nvidia-cuda-crt were installed. Every function of
-CUDA's runtime, driver and cuBLAS that onnxruntime's CUDA provider wants and `device.c` does not define gets a body that
-succeeds: those that make a handle return one, matrix products count as launches.
+CUDA's runtime, driver and cuBLAS that onnxruntime's CUDA provider wants and neither `device.c` nor `driver.c` defines gets a
+body that succeeds: those that make a handle return one, matrix products count as launches.
 """
 
 import re
@@ -19,7 +19,7 @@ _DRIVER = re.compile(r"cu[A-Z]")
 
 
 def build(wheels: Path, out: Path) -> None:
-    """Compiles `libfakecuda.so`, to be preloaded, and the driver's `libcuda.so.1`, which only has to be found.
+    """Compiles `libfakecuda.so`, to be preloaded, and the driver's `libcuda.so.1`.
 
     Raises:
         subprocess.CalledProcessError: When a compiler or nm fails.
@@ -34,9 +34,9 @@ def build(wheels: Path, out: Path) -> None:
         + "".join(map(_body, (name for name in names if name not in defined and not _DRIVER.match(name)))),
         encoding="utf-8",
     )
-    (out / "driver.c").write_text(
-        "".join(f"int {name}(void) {{ return 0; }}\n" for name in names if _DRIVER.match(name))
-    )
+    driver = (HERE / "driver.c").read_text(encoding="utf-8")
+    rest = [name for name in names if _DRIVER.match(name) and f" {name}(" not in driver]
+    (out / "driver.c").write_text(driver + "".join(f"int {name}(void) {{ return 0; }}\n" for name in rest))
     headers = {str(file.parent) for file in wheels.rglob("cuda_runtime_api.h")}
     headers |= {str(file.parent.parent) for file in wheels.rglob("crt/host_defines.h")}
     flags = ["gcc", "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in sorted(headers))]

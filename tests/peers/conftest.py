@@ -227,23 +227,28 @@ class Ran:
 
 
 @pytest.fixture(scope="session")
-def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ran]:
-    """Runs a script with onnxruntime-gpu and a CUDA that computes nothing: (script, bundle, capability, *arguments)."""
-    packages = environment("onnxruntime-gpu")
+def fake_cuda_variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment variables that put a CUDA which computes nothing before a program."""
+    environment("onnxruntime-gpu")
     if shutil.which("gcc") is None or shutil.which("nm") is None:
         pytest.skip("the fake CUDA is compiled, and there is no gcc or no nm")
     built = tmp_path_factory.mktemp("fake-cuda")
     output([sys.executable, FAKE_CUDA / "build.py", PEERS / "onnxruntime-gpu", built], dict(os.environ))
+    return {"LD_LIBRARY_PATH": str(built), "LD_PRELOAD": str(built / "libfakecuda.so"), "FAKE_CUDA_LOG": "1"}
 
-    def run(script: str, bundle: Path, capability: str, *arguments: str) -> Ran:
-        fake = {
-            "LD_LIBRARY_PATH": str(built),
-            "LD_PRELOAD": str(built / "libfakecuda.so"),
-            "FAKE_CUDA_CC": capability.replace(".", ""),
-            "FAKE_CUDA_LOG": "1",
-        }
+
+@pytest.fixture(scope="session")
+def fake_cuda(fake_cuda_variables: dict[str, str]) -> Callable[..., Ran]:
+    """Runs a script on a bundle with onnxruntime-gpu and a CUDA that computes nothing: (script, bundle, capability).
+
+    Further arguments are the script's; keywords are environment variables.
+    """
+    fake = environment("onnxruntime-gpu") | fake_cuda_variables
+
+    def run(script: str, bundle: Path, capability: str, *arguments: str, **variables: str) -> Ran:
         command = [sys.executable, str(SCRIPTS / script), str(bundle), *arguments]
-        done = subprocess.run(command, env=packages | fake, capture_output=True, encoding="utf-8", timeout=280)
+        variables = {"FAKE_CUDA_CC": capability.replace(".", "")} | variables
+        done = subprocess.run(command, env=fake | variables, capture_output=True, encoding="utf-8", timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
         return Ran(done.stdout, done.stderr.splitlines())
 

@@ -14,8 +14,10 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
 from slm.train import optimizer as optimizer_module
+from slm.train.estimate import GPUS
 from slm.train.muon import Muon, orthogonalization_flops, orthogonalize
 from slm.train.optimizer import Optimizers, make_optimizers
+from slm.train.precision import CPU, Capability
 from slm.train.sections import OptimizerRecipe
 
 SETTINGS = OptimizerRecipe(name="muon", momentum=0.9)
@@ -204,6 +206,25 @@ def test_without_native_bfloat16_muon_takes_the_same_steps(
     difference = (muon_reference(start, seen) - start - moved).norm() / moved.norm()
     assert difference < MUON_TOLERANCE
     assert (muon_reference(start, seen, momentum=0.8) - start - moved).norm() / moved.norm() > 3 * MUON_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("able", "own"),
+    [
+        (GPUS["t4"].able, True),
+        (GPUS["v100"].able, True),
+        (GPUS["a100"].able, False),
+        (GPUS["h200"].able, False),
+        (CPU, False),
+    ],
+)
+def test_which_gpus_take_muon_in_float16(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch, able: Capability, own: bool
+) -> None:
+    """Those that emulate bfloat16; on a CPU and on newer GPUs it is PyTorch's own, whose results recipes were tuned with."""
+    monkeypatch.setattr(optimizer_module, "capability", lambda device: able)
+    muon = make_optimizers(model, SETTINGS).members[0]
+    assert type(muon) is (Muon if own else torch.optim.Muon)
 
 
 def test_the_operations_of_muon_are_those_that_pytorch_counts() -> None:

@@ -1,0 +1,184 @@
+"""One step of a tiny model on one of onnxruntime's providers, compared with NumPy, for `slm doctor`.
+
+A session that opens proves little: kernels for the GPU may be missing, and a driver may fail at the first launch. The model
+consists of matrix products and `GroupQueryAttention`, as slm's bundles do, with heads of 64 and of 256 numbers. On CUDA it is
+float16, and no node may run elsewhere; on other providers it is float32. Its file is written here byte by byte, because the
+onnx package is not part of the base installation. On the CPU the model that ships with slm takes a step as well.
+
+Dimensions: T positions, D hidden, N query heads on one key head, H head dim.
+"""
+
+import struct
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle
+from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.session import CPU, CUDA, CUDA_OPTIONS, first_line, load_cuda_libraries, session_options
+from slm.runtime.shipped import model_path
+
+Array = NDArray[Any]
+
+HEAD_DIMS = (64, 256)
+_POSITIONS, _HIDDEN, _HEADS = 5, 64, 2
+_SCALE = 0.25
+# Products of 64 numbers near 1, rounded to float16 three times.
+_TOLERANCE = 0.03
+# ONNX's numbers of the types, and of an attribute's.
+_ELEMENTS = {np.dtype(np.float32): 1, np.dtype(np.int32): 6, np.dtype(np.float16): 10}
+_FLOAT, _INT = 1, 2
+_IR_VERSION, _OPSET = 10, 21
+
+
+def try_provider(provider: str) -> dict[str, Any]:
+    """Opens the model with a provider and runs one step of it.
+
+    Returns:
+        `available` and `loaded`, the providers of onnxruntime and of the session; `ran`, whether the step gave the right
+        numbers; `error`, why it did not, or None.
+    """
+    load_cuda_libraries()
+    kind = np.dtype(np.float16 if provider == CUDA else np.float32)
+    options = session_options(1)
+    if provider == CUDA:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    found: dict[str, Any] = {"available": ort.get_available_providers(), "loaded": [], "ran": False, "error": None}
+    providers: list[Any] = [(CUDA, CUDA_OPTIONS)] if provider == CUDA else list(dict.fromkeys([provider, CPU]))
+    try:
+        if provider == CPU:
+            _try_shipped()
+        session = ort.InferenceSession(tiny_model(kind), options, providers=providers, enable_fallback=0)
+        found["loaded"] = session.get_providers()
+        if provider in found["loaded"]:
+            off = _difference(session, kind)
+            found["ran"] = off <= _TOLERANCE
+            found["error"] = None if found["ran"] else f"one step differs from the right result by {off:.2g}"
+    except Exception as error:  # onnxruntime's exceptions share no base but this
+        found["error"] = first_line(error)
+    return found
+
+
+def tiny_model(kind: "np.dtype[Any]") -> bytes:
+    """Returns the model's file: `hidden` (1, T, D) to `attended_H` (1, T, N * H) for each head dim."""
+    nodes, weights, outputs = [], [], []
+    for size in HEAD_DIMS:
+        for part, weight in zip("qkv", _weights(size), strict=True):
+            weights.append(_tensor(f"{part}_{size}", weight.astype(kind)))
+            nodes.append(_node("MatMul", ["hidden", f"{part}_{size}"], [f"{part}{size}"]))
+        inputs = [*(f"{part}{size}" for part in "qkv"), "", "", "last_index", "total"]
+        attributes = {"num_heads": _HEADS, "kv_num_heads": 1, "scale": _SCALE}
+        made = [f"attended_{size}", f"key_{size}", f"value_{size}"]
+        nodes.append(_node("GroupQueryAttention", inputs, made, "com.microsoft", attributes))
+        outputs.append(_value(made[0], kind, (1, _POSITIONS, _HEADS * size)))
+    taken = [
+        _value("hidden", kind, (1, _POSITIONS, _HIDDEN)),
+        _value("last_index", np.dtype(np.int32), (1,)),
+        _value("total", np.dtype(np.int32), ()),
+    ]
+    graph = (
+        _repeated(1, nodes)
+        + _bytes(2, b"trial")
+        + _repeated(5, weights)
+        + _repeated(11, taken)
+        + _repeated(12, outputs)
+    )
+    domains = [_bytes(1, name) + _whole(2, version) for name, version in ((b"", _OPSET), (b"com.microsoft", 1))]
+    return _whole(1, _IR_VERSION) + _bytes(7, graph) + _repeated(8, domains)
+
+
+def _try_shipped() -> None:
+    """Takes a step with the model that ships with slm.
+
+    Raises:
+        SlmError: When the model is damaged or cannot be run, or its logits are not numbers.
+    """
+    logits = OnnxDecoder(Bundle.open(model_path()), threads=1).read([0, 1, 2])
+    if not np.isfinite(logits).all():
+        raise SlmError("the model that ships with slm gives logits that are no numbers")
+
+
+def _difference(session: ort.InferenceSession, kind: "np.dtype[Any]") -> float:
+    """Returns the largest difference of a step from what NumPy computes; infinity where a result is no number."""
+    hidden = _random(0, (1, _POSITIONS, _HIDDEN))
+    feeds = {
+        "hidden": hidden.astype(kind),
+        "last_index": np.array([_POSITIONS - 1], np.int32),
+        "total": np.array(_POSITIONS, np.int32),
+    }
+    worst = 0.0
+    for size, found in zip(HEAD_DIMS, session.run(None, feeds), strict=True):
+        off = float(np.abs(found.astype(np.float32) - _attended(hidden[0], size)).max())
+        worst = max(worst, off if np.isfinite(off) else np.inf)
+    return worst
+
+
+def _attended(hidden: Array, size: int) -> Array:
+    """Returns causal attention (1, T, N * H) of hidden states (T, D), in float32."""
+    q, k, v = (hidden @ weight for weight in _weights(size))
+    q = q.reshape(_POSITIONS, _HEADS, size).swapaxes(0, 1)  # (N, T, H)
+    scores = np.where(np.tri(_POSITIONS, dtype=bool), _SCALE * (q @ k.T), -np.inf)  # (N, T, T)
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    attended: Array = (shares / shares.sum(axis=-1, keepdims=True)) @ v
+    return attended.swapaxes(0, 1).reshape(1, _POSITIONS, _HEADS * size)
+
+
+def _weights(size: int) -> list[Array]:
+    """Returns the products of queries (D, N * H), keys and values (D, H)."""
+    return [_random(seed, (_HIDDEN, width)) / 8 for seed, width in ((1, _HEADS * size), (2, size), (3, size))]
+
+
+def _random(seed: int, shape: tuple[int, ...]) -> Array:
+    """Returns numbers that float16 holds exactly."""
+    numbers = np.random.default_rng(seed).standard_normal(shape)
+    return numbers.astype(np.float16).astype(np.float32)
+
+
+# Messages of onnx/onnx.proto; https://protobuf.dev/programming-guides/encoding/.
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _whole(field: int, number: int) -> bytes:
+    return _varint(field << 3) + _varint(number)
+
+
+def _bytes(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _repeated(field: int, contents: list[bytes]) -> bytes:
+    return b"".join(_bytes(field, content) for content in contents)
+
+
+def _node(
+    operator: str, inputs: list[str], outputs: list[str], domain: str = "", attributes: dict[str, float] | None = None
+) -> bytes:
+    names = _repeated(1, [each.encode() for each in inputs]) + _repeated(2, [each.encode() for each in outputs])
+    made = [_attribute(name.encode(), value) for name, value in (attributes or {}).items()]
+    return names + _bytes(4, operator.encode()) + _repeated(5, made) + _bytes(7, domain.encode())
+
+
+def _attribute(name: bytes, value: float) -> bytes:
+    if isinstance(value, int):
+        return _bytes(1, name) + _whole(3, value) + _whole(20, _INT)
+    return _bytes(1, name) + _varint(2 << 3 | 5) + struct.pack("<f", value) + _whole(20, _FLOAT)
+
+
+def _tensor(name: str, array: Array) -> bytes:
+    dims = b"".join(_whole(1, size) for size in array.shape)
+    return dims + _whole(2, _ELEMENTS[array.dtype]) + _bytes(8, name.encode()) + _bytes(9, array.tobytes())
+
+
+def _value(name: str, kind: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
+    dims = _repeated(1, [_whole(1, size) for size in shape])
+    return _bytes(1, name.encode()) + _bytes(2, _bytes(1, _whole(1, _ELEMENTS[kind]) + _bytes(2, dims)))

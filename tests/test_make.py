@@ -1,0 +1,66 @@
+"""`make install` and `make install-gpu`: what they ask pip for, in front of a Python that only writes down its arguments."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment whose python appends its arguments to ./log, a line each time."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\n')
+    python.chmod(0o755)
+    return tmp_path / "venv"
+
+
+def made(target: str, venv: Path) -> list[str]:
+    """Runs a target; returns what pip was asked for."""
+    log = venv.parent / "log"
+    log.unlink(missing_ok=True)
+    subprocess.run(["make", "--no-print-directory", target, f"VENV={venv}"], cwd=ROOT, check=True, capture_output=True)
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line for line in lines if line.startswith("-m pip")]
+
+
+def test_an_environment_for_the_cpu(venv: Path) -> None:
+    [installed, _] = made("install", venv)
+    assert "'.[cpu,train,serve,tools]'".strip("'") in installed
+    assert "--constraint constraints.txt" in installed and "constraints-cuda.txt" not in installed
+    assert made("install", venv) == []  # once
+
+
+def test_an_environment_for_a_gpu_has_one_onnxruntime_and_keeps_it(venv: Path) -> None:
+    made("install", venv)  # which would have brought onnxruntime
+    removed, installed, _ = made("install-gpu", venv)
+    assert " uninstall " in removed and removed.endswith("onnxruntime onnxruntime-gpu")
+    assert ".[cuda,train,serve,tools]" in installed
+    assert "--constraint constraints.txt --constraint constraints-cuda.txt" in installed
+    assert made("install-gpu", venv) == [] and made("install", venv) == []
+    (venv / ".installed").unlink()  # as if something had changed
+    assert [".[cuda," in line for line in made("install", venv)] == [True, False]
+
+
+def test_the_tools_bring_no_onnxruntime() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in ("train", "serve", "tools", "convert"):
+        assert not any(re.match(r"onnxruntime|slm-edge\[.*(cpu|cuda|all)", each) for each in extras[name]), name
+    assert set(extras["dev"]) == {"slm-edge[all,tools]"} and set(extras["all"]) == {"slm-edge[cpu,train,serve]"}
+
+
+def test_both_sets_have_the_same_pytorch() -> None:
+    """Another one would not fit to the libraries of CUDA that are pinned beside it."""
+    pins = [
+        re.findall(r"^torch==(\S+)$", (ROOT / name).read_text(), flags=re.MULTILINE)
+        for name in ("constraints.txt", "constraints-cuda.txt")
+    ]
+    assert len(pins[0]) == 1 and pins[0] == pins[1]
