@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from slm.core.arguments import check_type, keywords_checked
 from slm.core.artifacts import newest_model
