@@ -61,7 +61,6 @@ def training_bytes(
     """
     shared = processes if recipe.machine.parallel == "fsdp" else 1
     weights = config.parameter_count() * _FLOAT32
-    table = config.vocab_size * config.hidden_size * _FLOAT32
     matrices = sum(
         prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
     )
