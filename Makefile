@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -31,10 +31,16 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer' --rehearse
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer and not gpu'
+
+# The checks of a GPU, after `make install-gpu`: docs/gpu.md. `make test` rehearses them on the CPU, and so does
+# `make test-gpu REHEARSE=--rehearse` alone. Leaves build/gpu/report.json and report.md (build/gpu-rehearsal).
+test-gpu:
+	@test -x $(BIN)/python || { echo 'there is no $(VENV); make install-gpu makes it'; exit 2; }
+	$(BIN)/python -m pytest -m gpu $(REHEARSE) tests/gpu
 
 # The server and the command line with the oldest versions that pyproject.toml permits. What tests need beside them comes from the environment; PEFT
 # and the maker of requests do not run with versions as old.

@@ -47,7 +47,7 @@ def recipe(rig: Rig, text: Path, tokenizer_file: Path) -> MAKE:
 def train_rows(run: Path) -> list[dict[str, Any]]:
     """Returns what a run recorded of its updates."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == "train"]
+    return [row for row in rows if row["type"] == "train"]
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -97,7 +97,8 @@ def test_an_overflow_of_float16_skips_the_update(
     recipe: MAKE, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss scale that no gradient survives: weights stay, the scale is halved; the default scale is the control."""
-    chosen = recipe("modern", UPDATES, "machine.precision=float16", "model.num_hidden_layers=2")
+    shape = ("model.num_hidden_layers=2", "batch.context=64", "batch.batch_size=2", "batch.accumulation=2")
+    chosen = recipe("modern", UPDATES, "machine.precision=float16", *shape)
     scaler = torch.amp.GradScaler
     for name, scale in (("overflow", OVERFLOWING), ("default", DEFAULT_SCALE)):
         monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=scale))
