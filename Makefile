@@ -38,7 +38,7 @@ test-fast: install
 
 # The checks of a GPU, after `make install-gpu`: docs/gpu.md. `make test` rehearses them on the CPU, and so does
 # `make test-gpu REHEARSE=--rehearse` alone. Leaves build/gpu/report.json and report.md (build/gpu-rehearsal).
-test-gpu:
+test-gpu: $(if $(wildcard $(VENV)/.installed),install)
 	@test -x $(BIN)/python || { echo 'there is no $(VENV); make install-gpu makes it'; exit 2; }
 	$(BIN)/python -m pytest -m gpu $(REHEARSE) tests/gpu
 

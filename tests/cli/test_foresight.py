@@ -48,7 +48,9 @@ def test_for_machines(slm: Slm) -> None:
     assert Recipe.model_validate(fields["recipe"]) == load_recipe("documented")
 
 
-@pytest.mark.parametrize(("recipe", "tokens", "accumulation"), [("documented", "32 x 128", 32), ("modern", "16 x 512", 4)])
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "accumulation"), [("documented", "32 x 128", 32), ("modern", "16 x 512", 4)]
+)
 def test_both_recipes_fit_a_t4_and_the_table_says_why(slm: Slm, recipe: str, tokens: str, accumulation: int) -> None:
     def fits(*overrides: str) -> str:
         settings = [part for override in overrides for part in ("--set", override)]

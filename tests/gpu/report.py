@@ -40,7 +40,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{outcomes.count(each)} {each}" for each in ("passed", "failed", "skipped") if each in outcomes)
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items())
     seconds = sum(test["seconds"] for test in report["tests"])
-    lines = [f"`make test-gpu`, {report['date'][:10]}, slm {report['slm']}: {counts} in {seconds:.0f} s.", "", machine, ""]
+    lines = [
+        f"`make test-gpu`, {report['date'][:10]}, slm {report['slm']}: {counts} in {seconds:.0f} s.",
+        "",
+        machine,
+        "",
+    ]
     for test in report["tests"]:
         if test["outcome"] != "passed":
             lines.append(f"- {test['outcome']}: {test['name']}: {_cell(test['reason'])}")

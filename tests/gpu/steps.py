@@ -1,4 +1,4 @@
-"""Takes a bundle through every kind of step and keeps the logits: `steps.py BUNDLE DEVICE OUT.npz`.
+"""Takes a bundle through every kind of step and keeps the logits: `steps.py BUNDLE DEVICE OUT.npz [graph]`.
 
 PyTorch is never imported here: it would load CUDA's libraries, and hide that onnxruntime does not find them by itself.
 
@@ -139,9 +139,10 @@ class Steps:
             kind()
 
 
-def main(bundle: str, device: str, out: str) -> None:
-    """Takes the steps and writes the file."""
-    decoder = OnnxDecoder(Bundle.open(Path(bundle)), device)  # type: ignore[arg-type]  # "cpu" or "cuda"
+def main(bundle: str, device: str, out: str, graph: str = "") -> None:
+    """Takes the steps and writes the file; with "graph" single-token steps are recorded as CUDA graphs."""
+    options: dict[str, Any] = {"cuda_graph": True} if graph else {}
+    decoder = OnnxDecoder(Bundle.open(Path(bundle)), device, **options)  # type: ignore[arg-type]  # "cpu" or "cuda"
     steps = Steps(decoder)
     steps.take()
     arrays: dict[str, Any] = dict(steps.texts)

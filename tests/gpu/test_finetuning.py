@@ -49,9 +49,7 @@ def test_packed_texts_do_not_see_each_other(rig: Rig, record: Record, head_dim: 
     assert packed <= limit < joined
 
 
-def test_a_packed_lora_learns(
-    rig: Rig, tokenizer: Tokenizer, record: Record, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_packed_lora_learns(rig: Rig, tokenizer: Tokenizer, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(Path("base"), random_model(rig.config(64)), tokenizer, {})
     rows = [{"prompt": f"The number {n}", "completion": f" is {n} and ends here."} for n in range(24)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

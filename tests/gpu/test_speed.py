@@ -42,9 +42,9 @@ def bundle(rig: Rig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> B
     return export_bundle(Path("checkpoint"), Path("bundle"), context=1024, device="cuda", text=Path("text.txt"))
 
 
-def bench(bundle: Bundle, rig: Rig, prompts: str) -> tuple[dict[str, Any], int | None]:
+def bench(bundle: Bundle, rig: Rig, prompts: str, *options: str) -> tuple[dict[str, Any], int | None]:
     """Returns the report of `slm bench`, and the most of the card's memory that it took, in MiB."""
-    command = [sys.executable, "-m", "slm", "bench", str(bundle.path), "--device", rig.provider, "--json"]
+    command = [sys.executable, "-m", "slm", "bench", str(bundle.path), "--device", rig.provider, "--json", *options]
     command += ["--prompt", prompts, "--batch", "1,8", "--new", "64", "--rounds", "1" if rig.rehearsal else "3"]
     used, before, ended = list[int](), rig.used_mib(), threading.Event()
 
@@ -84,5 +84,9 @@ def test_speed_and_memory(rig: Rig, bundle: Bundle, record: Record) -> None:
     assert rig.provider.upper() in report["backend"] and "attention on the CPU" not in report["backend"]
     assert min(row["decode_tok_s"]["median"] for row in report["results"]) > least
     check_memory(taken, weights)
+    if not rig.rehearsal:
+        for row in bench(bundle, rig, prompts, "--cuda-graph")[0]["results"]:
+            what = f"prompt of {row['prompt']}, {row['batch']} row{'s' * (row['batch'] > 1)}, CUDA graphs"
+            record(f"{what}: new tokens", row["decode_tok_s"]["median"], None, "tokens/s")
     with pytest.raises(AssertionError):  # the control: a copy of the weights in float32 beside them
         check_memory(taken + OVERHEAD_MIB + weights, weights)

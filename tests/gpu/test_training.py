@@ -83,7 +83,9 @@ def test_memory_is_what_the_estimate_says(rig: Rig, recipe: MAKE, record: Record
     precision = choose_precision(chosen.machine.precision, rig.able, config.hidden_size)
     estimated = training_bytes(chosen, config, precision, able=rig.able).total
     (result,) = results
-    record(f"{name}: peak memory, estimate {estimated / _MIB:,.0f}", peak / _MIB, (1 + MEMORY) * estimated / _MIB, "MiB")
+    record(
+        f"{name}: peak memory, estimate {estimated / _MIB:,.0f}", peak / _MIB, (1 + MEMORY) * estimated / _MIB, "MiB"
+    )
     speed = [row["tokens_s"] for row in train_rows(Path("run"))]
     record(f"{name}, {precision.name}: training", float(speed[-1]), None, "tokens/s")
     assert result.updates == len(speed) == UPDATES
@@ -93,9 +95,7 @@ def test_memory_is_what_the_estimate_says(rig: Rig, recipe: MAKE, record: Record
             check_memory(peak, round(factor * estimated))
 
 
-def test_an_overflow_of_float16_skips_the_update(
-    recipe: MAKE, record: Record, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_overflow_of_float16_skips_the_update(recipe: MAKE, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss scale that no gradient survives: weights stay, the scale is halved; the default scale is the control."""
     shape = ("model.num_hidden_layers=2", "batch.context=64", "batch.batch_size=2", "batch.accumulation=2")
     chosen = recipe("modern", UPDATES, "machine.precision=float16", *shape)
