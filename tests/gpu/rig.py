@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch.utils._triton import has_triton
 
 from slm.core.config import FULL, SLIDING, ModelConfig
 from slm.runtime.session import Device
@@ -62,6 +64,22 @@ class Rig:
         """The types that products are trained in here; bfloat16 only where it is not emulated."""
         half = (torch.float16, torch.bfloat16) if self.rehearsal or self.able.bf16 else (torch.float16,)
         return (torch.float32, *half)
+
+    @property
+    def missing_compiler(self) -> str | None:
+        """Returns what torch.compile lacks here; None where nothing is missing."""
+        if self.rehearsal:
+            return None if any(map(shutil.which, ("c++", "g++", "clang++"))) else "a C++ compiler"
+        here = has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))
+        return None if here else "Triton and a C compiler"
+
+    def check_fits(self, estimated: int) -> None:
+        """Skips a test that by an estimate needs more memory, in bytes, than the card has."""
+        if self.rehearsal:
+            return
+        available = torch.cuda.get_device_properties(0).total_memory
+        if estimated > available:
+            pytest.skip(f"needs about {estimated / _MIB:,.0f} MiB, and the card has {available / _MIB:,.0f}")
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Returns how far attention may be from plain products in float32, relative to the largest value.

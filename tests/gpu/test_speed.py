@@ -19,7 +19,7 @@ from slm.export.bundle import export_bundle
 from tests.gpu.conftest import Record
 from tests.gpu.rig import Rig
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 # The shape, the prompts, and the least speed of single rows: an eighth of what 300 launches of 5 microseconds a token allow,
 # and well above what attention on the CPU gives.
