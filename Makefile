@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -45,10 +45,16 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer' --rehearse
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer and not gpu'
+
+# The checks of a GPU, after `make install-gpu`: docs/gpu.md. `make test` rehearses them on the CPU, and so does
+# `make test-gpu REHEARSE=--rehearse` alone. Leaves build/gpu/report.json and report.md (build/gpu-rehearsal).
+test-gpu: $(if $(wildcard $(VENV)/.installed),install)
+	@test -x $(BIN)/python || { echo 'there is no $(VENV); make install-gpu makes it'; exit 2; }
+	$(BIN)/python -m pytest -m gpu $(REHEARSE) tests/gpu
 
 # The server and the command line with the lowest versions that pyproject.toml permits. Other packages of the tests come from the environment.
 # PEFT and schemathesis do not support versions this old.

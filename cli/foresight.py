@@ -8,6 +8,7 @@ from slm.cli.console import STDOUT, print_json, print_table, say
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
+    from slm.train.estimate import Estimate
     from slm.train.parallel import Processes
     from slm.train.recipe import Recipe
 
@@ -90,8 +91,11 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
         ("tokens", f"{est.tokens:,}" + (f", {about}{passes:.1f} passes over the text" if passes else "")),
         ("device", f"{est.device}, {est.precision}"),
         ("attention", ", ".join(f"{kernel} in {layers} layers" for kernel, layers in est.kernels.items())),
-        ("memory", f"about {est.memory.total / _MIB:,.0f} MiB: {parts} (MiB), beside Python and PyTorch themselves"),
-        *([] if est.memory_available is None else [("fits", _fit(est.memory.total, est.memory_available))]),
+        (
+            "memory",
+            f"about {est.memory.total / _MIB:,.0f} MiB: {parts} (MiB), not counting Python, PyTorch and CUDA themselves",
+        ),
+        *([] if est.memory_available is None else [("fits", _fit(recipe, est))]),
         ("time", f"about {duration(est.seconds)}, {duration(est.update_seconds)} of it updates ({est.basis})"),
     ]
     print_table("what it would take: estimates", ("", ""), rows)
@@ -99,9 +103,19 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
         say(f"warning: {sentence}")
 
 
-def _fit(needed: int, available: int) -> str:
-    verdict = "yes" if needed < available else "no"
-    return f"{verdict}: {needed / _MIB:,.0f} of {available / _MIB:,.0f} MiB, {100 * needed / available:.0f} %"
+def _fit(recipe: "Recipe", est: "Estimate") -> str:
+    """Says whether a recipe fits into a device's memory, and why: its largest part and the settings that decide it."""
+    assert est.memory_available is not None
+    total, available = est.memory.total, est.memory_available
+    verdict = "yes" if total < available else "no"
+    largest, size = max(asdict(est.memory).items(), key=lambda part: part[1])
+    reasons = [f"{verdict}: {total / _MIB:,.0f} of {available / _MIB:,.0f} MiB ({100 * total / available:.0f} %)"]
+    batch, anew = recipe.batch, recipe.machine.gradient_checkpointing
+    reasons.append(f"{100 * size / total:.0f} % of it {largest}")
+    reasons.append(f"{batch.batch_size} x {batch.context} tokens a micro-step")
+    reasons.append(f"{batch.accumulation} micro-step{'s' * (batch.accumulation > 1)} an update")
+    reasons.append(f"{'with' if anew else 'without'} gradient checkpointing")
+    return ", ".join(reasons)
 
 
 def _text_size(recipe: "Recipe") -> tuple[int | None, bool, int | None]:

@@ -40,6 +40,13 @@ AWKWARD = ModelConfig(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--rehearse`, which `tests/gpu` reads."""
+    parser.addoption(
+        "--rehearse", action="store_true", help="Run the checks marked gpu on the CPU: the same code, smaller shapes."
+    )
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in its own directory, so that ./runs is its own and nothing of the user's is read."""

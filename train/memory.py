@@ -61,7 +61,6 @@ def training_bytes(
     """
     shared = processes if recipe.machine.parallel == "fsdp" else 1
     weights = config.parameter_count() * _FLOAT32
-    table = config.vocab_size * config.hidden_size * _FLOAT32
     matrices = sum(
         prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
     )
@@ -79,8 +78,19 @@ def training_bytes(
         moments=moments // shared,
         average=weights // shared if recipe.optimizer.ema else 0,
         activations=tokens * _bytes_per_token(recipe, config, precision, able) + cast,
-        loss=rows * config.vocab_size * product + 2 * table,
+        loss=_loss_bytes(rows, config, product, able),
     )
+
+
+def _loss_bytes(rows: int, config: ModelConfig, product: int, able: Capability) -> int:
+    """Returns what `linear_cross_entropy` holds at its peak, for chunks of so many positions."""
+    logits, table = rows * config.vocab_size, config.vocab_size * config.hidden_size
+    if able.device == "cpu":
+        return logits * product + 2 * table * _FLOAT32  # the softmax goes over a few rows at a time
+    # The softmax of a chunk in float32 beside it; the gradient of the head, what a chunk adds to it, and the head in the type
+    # of the products.
+    cast = product if product < _FLOAT32 else 0
+    return logits * (product + _FLOAT32) + table * (_FLOAT32 + product + cast)
 
 
 def advise(
@@ -168,7 +178,7 @@ def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, 
     """Returns what a position leaves for the backward pass, in all layers."""
     autocast = precision.autocast is not None
     layers = [
-        _layer_bytes(config, autocast) + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
+        _layer_bytes(config, autocast, kernel) + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
         for layer, kernel in enumerate(training_kernels(recipe, config, able, precision))
     ]
     stream = config.hidden_size * _FLOAT32
@@ -178,17 +188,25 @@ def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, 
     return sum(layers) + ends
 
 
-def _layer_bytes(config: ModelConfig, autocast: bool) -> int:
-    """Returns what a position leaves in a layer where PyTorch composes its norms, as on a CPU; fused ones keep less."""
+def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel) -> int:
+    """Returns what a position leaves in a layer besides what is specific to the attention kernel.
+
+    PyTorch composes RMSNorm on a CPU and keeps its input and its normed values. On CUDA one fused kernel keeps the input alone
+    (`_fused_rms_norm`); without this difference, a GPU's activations would be overestimated by a third.
+    """
     product = _PRODUCT if autocast else _FLOAT32
+    kept = 2 if kernel == "cpu" else 1
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    # Four norms keep what goes in and what comes out before the gain. What goes into the five products of a layer that
-    # read a norm is two tensors, but autocast casts for each product anew.
-    norms = config.hidden_size * (8 * _FLOAT32 + (5 if autocast else 2) * product)
-    # Queries and keys are kept around their norm too, and rotated; beside them values, and what attention puts out, twice.
-    attention = (queries + keys) * 2 * _FLOAT32 + (3 * queries + 2 * keys) * product
-    return norms + attention + 4 * config.intermediate_size * product
+    # Four norms a layer. The five products that read a norm have two inputs between them, but autocast casts for each anew.
+    norms = config.hidden_size * (4 * kept * _FLOAT32 + (5 if autocast else 2) * product)
+    # Queries and keys around their norms; queries, keys and values as attention reads them; its output. Only the
+    # memory-efficient kernel puts the output out in the layout that the next product reads; elsewhere there is a copy.
+    outputs = 1 if kernel == "efficient" else 2
+    attention = (queries + keys) * kept * _FLOAT32 + ((1 + outputs) * queries + 2 * keys) * product
+    # Cosines and sines, cast for queries and for keys.
+    rotation = 2 * config.head_dim * product if autocast else 0
+    return norms + attention + rotation + 4 * config.intermediate_size * product
 
 
 def _attention_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int) -> int:

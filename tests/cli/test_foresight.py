@@ -48,6 +48,24 @@ def test_for_machines(slm: Slm) -> None:
     assert Recipe.model_validate(fields["recipe"]) == load_recipe("documented")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "accumulation"), [("documented", "32 x 128", 32), ("modern", "16 x 512", 4)]
+)
+def test_both_recipes_fit_a_t4_and_the_table_says_why(slm: Slm, recipe: str, tokens: str, accumulation: int) -> None:
+    def fits(*overrides: str) -> str:
+        settings = [part for override in overrides for part in ("--set", override)]
+        out = slm("train", "--recipe", recipe, "--dry-run", "--on", "t4", *settings).out
+        lines = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+        words = " ".join(" ".join(cells[1].split()) for cells in lines)
+        return words[words.rindex(": ", 0, words.index(" of 14,950 MiB")) - 3 :].strip()
+
+    said = fits()
+    assert said.startswith("yes: ") and "% of it activations" in said
+    assert f"{tokens} tokens a micro-step, {accumulation} micro-steps an update, without gradient checkpointing" in said
+    assert fits(f"batch.batch_size={32 * 16}").startswith("no: ")
+    assert "with gradient checkpointing" in fits("machine.gradient_checkpointing=true")
+
+
 def test_passes_become_updates_when_the_text_is_prepared(slm: Slm, stories: list[str]) -> None:
     Path("text.txt").write_text("\n<|endoftext|>\n".join(stories[:80]), encoding="utf-8")
     prepared = slm("data", "prepare", "--data", "text.txt", "--vocab-size", "300", "--out", "prepared", "--json")
