@@ -14,6 +14,7 @@ from torch import Tensor
 from slm.core.nn import CausalLM
 from slm.finetune.adapter import TunableLM, trained_rows
 from slm.finetune.examples import Example
+from slm.train.evaluate import Check
 from slm.train.loss import IGNORED, linear_cross_entropy
 
 # Rows of this many batches are sorted by length together: long enough to find rows of like length, short enough to stay
@@ -130,6 +131,7 @@ def mean_loss(
     examples: Sequence[Example],
     batch_size: int,
     autocast: torch.dtype | None = None,
+    check: Check = lambda: None,
 ) -> float:
     """Returns the mean cross-entropy of the learned tokens of all examples, in nats, without dropout.
 
@@ -138,11 +140,13 @@ def mean_loss(
         examples: What is measured.
         batch_size: Rows computed at once.
         autocast: What the products are computed in; None for float32.
+        check: Called between batches; may raise to stop.
     """
     model.eval()
     near = sorted(examples, key=lambda example: len(example.ids))
     total, trained = 0.0, 0
     for first in range(0, len(near), batch_size):
+        check()
         batch = collate(alone(near[first : first + batch_size]))
         with casting(model, autocast):
             total += batch_loss(model, batch).item() * batch.trained

@@ -32,17 +32,21 @@ from slm.finetune.adapter import (
 )
 from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
+from slm.finetune.fit import Fit, Material, Trainable
 from slm.finetune.frozen import lighten
-from slm.finetune.loop import Fit
+from slm.finetune.loop import FineTuning, plan_of
 from slm.finetune.rows import ChatRow, Limits, read_rows
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
-from slm.finetune.state import TRAINER, TRAINER_FILES, Standing, State, drop_state, load_state, save_state
+from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
 from slm.train.build import pick_device
 from slm.train.interrupt import held_back
+from slm.train.loop import Loop
 from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics
+from slm.train.parallel import Alone
 from slm.train.precision import Precision, capability, choose_precision
+from slm.train.state import TRAINER
 from slm.version import __version__
 
 # All that an adapter's directory holds, and all that a run holds whose every weight was trained.
@@ -205,9 +209,10 @@ def _finetune(
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
         with held_back() as interruption:
-            fit.run(progress, interruption, lambda now: save_state(out, now))
-            standing = fit.standing
-            assert settings.epochs is not None
+            task = FineTuning(fit, out, progress)
+            Loop(plan_of(fit, settings), task, interruption, Alone(), progress).run()
+            standing, seconds = fit.standing, task.elapsed_s
+            assert standing.loss_before is not None
             if fit.kept_loss >= standing.loss_before:
                 progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
             fit.put_kept()
@@ -227,10 +232,10 @@ def _finetune(
                 loss_after=fit.kept_loss,
                 kept_epoch=fit.kept_epoch,
                 best_epoch=standing.best_epoch,
-                epochs=settings.epochs,
+                epochs=fit.epochs,
                 updates=standing.updates,
                 trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
-                seconds=round(standing.seconds, 2),
+                seconds=round(seconds, 2),
                 samples=answers,
             )
             info = {
@@ -254,14 +259,17 @@ def _finetune(
 
 
 def _fit(model: CausalLM, adapter: PeftModel | None, found: _Data, precision: Precision, standing: Standing) -> Fit:
-    measured = found.valid.kept or found.train.kept
-    called = "held-out loss" if found.valid.kept else "loss on the training rows"
+    if found.valid.kept:
+        material = Material(found.rows, found.valid.kept)
+    else:
+        material = Material(found.rows, found.train.kept, "loss on the training rows")
     if adapter is None:
-        parameters = dict(model.named_parameters())
-        return Fit(model, parameters, found.rows, measured, found.settings, precision, standing, called)
-    tunable: TunableLM = adapter.get_base_model()
-    lighten(tunable, precision.autocast)
-    return Fit(tunable, _parameters(adapter), found.rows, measured, found.settings, precision, standing, called)
+        trainable = Trainable(model, dict(model.named_parameters()))
+    else:
+        tunable: TunableLM = adapter.get_base_model()
+        lighten(tunable, precision.autocast)
+        trainable = Trainable(tunable, _parameters(adapter))
+    return Fit(trainable, material, found.settings, precision, standing)
 
 
 def _answers(
@@ -346,7 +354,7 @@ def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
     changed += [name for name, value in course["settings"].items() if settings.get(name) != value]
     raise SlmError(  # which rows are held out follows from the others, unless another version of slm drew them
         f"{out} holds an interrupted run that differs in {', '.join(changed or ['held_out'])}",
-        "give the same values to go on with it; --overwrite begins anew",
+        f"give the same values to resume it; {START_OVER}",
     )
 
 

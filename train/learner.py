@@ -1,12 +1,13 @@
-"""One update: micro-steps, whose gradients are averaged, then clipping and the optimizers.
+"""One update, of pretraining and of fine-tuning: micro-steps, whose gradients are averaged, clipping, and the optimizers.
 
 Dimensions: B windows, T positions, D hidden.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,24 +66,27 @@ class Learner:
         objective: nn.Module,
         optimizers: Optimizers,
         *,
-        batch: Callable[[int], tuple[Tensor, Tensor]],
+        batch: Callable[[int], tuple[Any, ...]],
         rate: Callable[[int], float],
         precision: Precision,
         accumulation: int,
         max_grad_norm: float,
         processes: Processes | None = None,
+        trained: Iterable[nn.Parameter] | None = None,
     ) -> None:
-        """Puts together what an update needs.
+        """Prepares the first update.
 
         Args:
             objective: Returns the loss of a batch; its model is in float32 on its device.
             optimizers: Over the model's parameters.
-            batch: This process's inputs and targets (B, T) of a micro-step, by its number from 0.
+            batch: The objective's arguments for a micro-step, by its number from 0; this process's share of the rows.
             rate: The learning rate after so many micro-steps.
             precision: What the products are computed in.
             accumulation: Micro-steps of an update.
             max_grad_norm: The gradient is scaled down to this norm.
             processes: Those that share every micro-step.
+            trained: The parameters that the optimizers move, in the order in which their gradients' norm is summed; all of
+                the objective's by default.
         """
         self.objective = objective.train()
         self.optimizers = optimizers
@@ -91,6 +95,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scale_loss)
         self._batch, self._rate, self._precision, self._max_grad_norm = batch, rate, precision, max_grad_norm
         self._processes = processes or Alone()
+        self._trained = list(objective.parameters() if trained is None else trained)
 
     def update(self, micro_step: int, after_micro_step: Callable[[], None]) -> Update:
         """Makes one update.
@@ -106,10 +111,10 @@ class Learner:
         total = torch.zeros((), device=self.device)
         last = micro_step + self.accumulation - 1
         for number in range(micro_step, last + 1):
-            inputs, targets = self._batch(number)
+            arguments = self._batch(number)
             with self._processes.micro_step(self.objective, number == last):
                 with self._autocast():
-                    loss = self.objective(inputs, targets) / self.accumulation
+                    loss = self.objective(*arguments) / self.accumulation
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             after_micro_step()
@@ -131,7 +136,7 @@ class Learner:
 
     def _clip(self) -> Tensor:
         """Scales the gradient down to the norm allowed, if it is above, and returns the norm that it had."""
-        parameters = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in self._trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm_of_all = whole(norm)
         if not norm_of_all <= self._max_grad_norm:  # most are: gradients are not gone through for nothing

@@ -1,7 +1,7 @@
 """Optimizers: which parameters go to which, and their state as named tensors."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ _STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.Muon: ("momentum_buffer",),
     Muon: ("momentum_buffer",),
 }
+_PUT_BACK = "put config.yaml back as it was, or start a new run"
+
+
+class Named(Protocol):
+    """A model, or the part of one that is trained."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Returns the parameters with the names under which their state is saved."""
 
 
 class Optimizers:
@@ -46,7 +54,7 @@ class Optimizers:
             assert isinstance(multiple, float)
             group["lr"] = rate * multiple
 
-    def state_tensors(self, model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    def state_tensors(self, model: Named, keep: bool = True) -> dict[str, Tensor]:
         """Returns the state as `PARAMETER/NAME`, on the CPU; empty before the first update.
 
         Args:
@@ -61,8 +69,13 @@ class Optimizers:
         )
         return collect(state, keep)
 
-    def load_state_tensors(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `state_tensors` returned.
+    def load_state_tensors(self, model: Named, tensors: Mapping[str, Tensor], hint: str = _PUT_BACK) -> None:
+        """Restores the state that `state_tensors` returned.
+
+        Args:
+            model: The one whose parameters are moved.
+            tensors: The state; empty before the first update.
+            hint: What to do if it does not fit.
 
         Raises:
             SlmError: When it is of another model or another optimizer, or not all there.
@@ -82,7 +95,7 @@ class Optimizers:
             what = "missing" if odd[0] not in found else "unknown" if odd[0] not in wanted else "of another shape"
             raise SlmError(
                 f"the saved state of the optimizer does not fit the model: {odd[0]} is {what}",
-                "put config.yaml back as it was, or start a new run",
+                hint,
             )
         for member in self.members:
             state = {

@@ -13,6 +13,7 @@ from slm.train.choices import PrecisionName
 # From this width on, bfloat16 gains on a CPU with AMX: 1.3 times at 256 and 1.8 times at 640 against nothing at 128 for
 # 16 windows of 128 tokens on two cores (docs/LOG.md).
 _CPU_BF16_HIDDEN_SIZE = 256
+_NEW_RUN = "start a new run with another --out"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def choose_precision(wanted: PrecisionName, able: Capability, hidden_size: int) 
     return Precision(dtype, scale_loss=wanted == "float16")
 
 
-def restore_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, int | float]) -> None:
+def restore_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, int | float], hint: str = _NEW_RUN) -> None:
     """Puts back the state of the loss scale; nothing where none was saved, as where none was needed.
 
     Raises:
@@ -96,5 +97,5 @@ def restore_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, int | float
         return
     wanted = scaler.state_dict()
     if saved.keys() != wanted.keys() or any(type(saved[name]) is not type(value) for name, value in wanted.items()):
-        raise SlmError("the saved state of the loss scale is damaged", "start a new run with another --out")
+        raise SlmError("the saved state of the loss scale is damaged", hint)
     scaler.load_state_dict(dict(saved))

@@ -25,6 +25,7 @@ from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, held, prepare
+from slm.train.pretraining import Pretraining
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.review import review
 from slm.train.samples import continue_prompts
@@ -123,7 +124,7 @@ def _go(run: Path, processes: Processes, progress: Progress) -> TrainResult:
 
 
 class _Run:
-    """A prepared run directory, opened to train in it: what `slm.train.loop.Actions` asks for."""
+    """A prepared run directory, opened to train in it; see `slm.train.pretraining.Actions`."""
 
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
@@ -168,21 +169,25 @@ class _Run:
         recipe = self.recipe
         self._describe()
         plan = Plan(
+            name="training",
+            unit="micro-step",
             updates=recipe.updates,
-            tokens_per_micro_step=recipe.tokens_per_micro_step,
+            accumulation=recipe.batch.accumulation,
             evaluate_every=recipe.evaluation.every_micro_steps,
             patience=recipe.evaluation.patience,
             checkpoint_every=recipe.checkpoints.every_updates,
         )
+        task = Pretraining(
+            plan, self, self.learner, self.counters, self.metrics, self.progress, recipe.tokens_per_micro_step
+        )
         with held_back() as interruption:
-            loop = Loop(
-                plan, self, self.learner, self.counters, self.metrics, interruption, self.processes, self.progress
-            )
+            loop = Loop(plan, task, interruption, self.processes, self.progress)
             try:
                 loop.run()
+                loop.save()
             finally:
                 self.metrics.close()
-        return self._result(loop)
+        return self._result(task)
 
     @property
     def _accumulation(self) -> int:
@@ -271,11 +276,11 @@ class _Run:
         if self.counters.micro_steps:
             note(f"going on after {self.counters.micro_steps:,} micro-steps")
 
-    def _result(self, loop: Loop) -> TrainResult:
+    def _result(self, task: Pretraining) -> TrainResult:
         best = self.metrics.best
         assert best is not None  # there is an update, and an evaluation after the last one
-        micro_steps = loop.counters.micro_steps
-        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, loop.elapsed_s
+        micro_steps = task.micro_steps
+        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, task.elapsed_s
         return TrainResult(
             run=self.path,
             checkpoint=self.keeper.best,
