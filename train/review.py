@@ -1,4 +1,4 @@
-"""A second look at a recipe: settings that contradict each other, or that something else makes ineffective."""
+"""Warnings about a recipe: settings that contradict each other, or that have no effect."""
 
 from collections.abc import Iterator
 
@@ -6,21 +6,21 @@ from slm.core.config import FULL, SLIDING
 from slm.train.recipe import Recipe, load_recipe, recipe_names
 from slm.train.sections import Section
 
-# Up to 4 passes over a text are worth about as much as new text, and what a further one adds fades; beyond about this many it
-# is little (arXiv:2305.16264). `tiny` on its sample, in 15 passes, is best after 13.
+# Up to 4 passes over a text are worth about as much as new text; further passes add less, and beyond about this many they add
+# little (arXiv:2305.16264). `tiny` on its sample, in 15 passes, is best after 13.
 _PASSES = 16
-# A run of one pass is rounded to whole updates.
+# Tolerance: a run of one pass is rounded to whole updates.
 _WHOLE = 0.99
 
 
 def review(recipe: Recipe, passes: float | None = None, processes: int = 1, text_bytes: int | None = None) -> list[str]:
-    """Returns what is odd about a recipe, a sentence each.
+    """Returns the warnings about a recipe, one sentence each.
 
     Args:
-        recipe: With its length in micro-steps.
-        passes: How often the run goes through the training text, where that is known.
-        processes: How many share the work.
-        text_bytes: Size of the training text, where that is known.
+        recipe: The recipe, with its length in micro-steps.
+        passes: Passes over the training text, if known.
+        processes: Number of processes.
+        text_bytes: Size of the training text, if known.
     """
     return [
         *_schedule(recipe),
@@ -83,7 +83,7 @@ def _measuring(recipe: Recipe) -> list[str]:
 
 
 def _ineffective(recipe: Recipe, processes: int) -> list[str]:
-    """Names what was set although something else keeps it from having an effect."""
+    """Returns a warning for each setting that another setting makes ineffective."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
     shape = f"with schedule.shape={schedule.shape}"
     without_effect = (
@@ -100,7 +100,7 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
 
 
 def _is_set(recipe: Recipe, name: str) -> bool:
-    """Says whether a value is another than the default."""
+    """Returns whether a value differs from its default."""
     section, _, key = name.partition(".")
     values: Section = getattr(recipe, section)
     return bool(getattr(values, key) != type(values).model_fields[key].default)
@@ -117,7 +117,7 @@ def _memorizing(recipe: Recipe, passes: float | None) -> list[str]:
 
 
 def _unread(recipe: Recipe, passes: float | None, text_bytes: int | None) -> list[str]:
-    """Says so when the run ends before it has read the training text once, and names what would read all of it."""
+    """Returns a warning if the run reads only a part of the training text, with the settings that would read all."""
     if passes is None or passes >= _WHOLE:
         return []
     read = f"{passes:.0%}" if text_bytes is None else f"{passes * text_bytes / 1e6:,.1f} of {text_bytes / 1e6:,.1f} MB"
@@ -135,7 +135,7 @@ def _unread(recipe: Recipe, passes: float | None, text_bytes: int | None) -> lis
 
 
 def _reading_all(recipe: Recipe, text_tokens: int) -> Iterator[Recipe]:
-    """Yields the other recipes that ship with slm and read so many tokens at least once."""
+    """Yields the other recipes of slm that read this many tokens at least once."""
     for name in recipe_names():
         other = load_recipe(name).for_tokens(text_tokens)
         if name != recipe.name and other.micro_steps * other.tokens_per_micro_step >= _WHOLE * text_tokens:
