@@ -141,7 +141,7 @@ def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monk
         (["--out", "train.txt"], 1, "error: not a directory: train.txt"),
         (["--seed", "x"], 2, "error: Invalid value for '--seed'"),
         (["--epochs", "3"], 2, "error: No such option"),
-        (["--resume"], 2, "error: --resume goes on with the run's own settings: leave out --recipe, --data, --val"),
+        (["--resume"], 2, "error: --resume uses the run's own settings: leave out --recipe, --data, --val"),
     ],
 )
 def test_mistakes(slm: Callable, arguments: list[str], code: int, message: str) -> None:
