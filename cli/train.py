@@ -276,7 +276,7 @@ def _report(result: "TrainResult", as_json: bool) -> None:
         for sample in samples:
             print_lines(f"  {one_line(sample.prompt)} | {one_line(sample.text.removeprefix(sample.prompt))}")
     else:
-        say("no sample text: another copy of the model takes too much memory or time here")
+        say("No sample text: loading the model again would take too much memory or time.")
     next_step(following)
 
 

@@ -54,7 +54,7 @@ _REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
     ),
     **dict.fromkeys(("chat_template", "chat_template_kwargs"), ("the model's own chat template is used", _REMOVE)),
 }
-_NO_REASONING = "reasoning beside an answer is not supported"
+_NO_REASONING = "reasoning in a separate field is not supported"
 _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), (_NO_TOOLS, _REMOVE)),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
@@ -62,7 +62,7 @@ _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
         ("reasoning_content", "reasoning", "thinking"),
         (_NO_REASONING, "write it into the content, or remove the field"),
     ),
-    "refusal": ("a refusal beside the content is not supported", "write it into the content, or remove the row"),
+    "refusal": ("a refusal in a separate field is not supported", "write it into the content, or remove the row"),
     "train_detail": ("an answer is learned whole or not at all", "remove the field, or split the answer"),
     "prefix": ("an answer is learned from its beginning", "remove the field"),
 }

@@ -415,7 +415,7 @@ def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
         )
     else:
         progress.note(
-            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all alike), so the epoch with the "
+            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all equal), so the epoch with the "
             f"lowest loss on the training rows is kept; {instead}"
         )
 

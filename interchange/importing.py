@@ -85,7 +85,7 @@ def import_model(
     progress = progress or Silent()
     model, kind, notices, origin = _open(source, revision, progress)
     if out.resolve() == model.path.resolve():
-        raise SlmError(f"{out} is what is to be imported; it is kept", "name another --out")
+        raise SlmError(f"{out} is the source itself", "choose another --out")
     check_replaceable(out.resolve(), CHECKPOINT_FILES)
     wanted = tensor_shapes(model.config)
     check_tensors(model.shapes, wanted, model.path)

@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             replaced = None
             if ids is not None and values is not None:
                 if ctx.needs_input_grad[1]:
-                    raise ValueError("rows take the place of a head's that is not learned")
+                    raise ValueError("rows can only replace rows of a frozen head")
                 replaced = _Rows(torch.tensor(ids, device=hidden.device), values.to(dtype), ctx.needs_input_grad[6])
             return _forward(ctx, hidden, weight, targets, chunk, dtype, replaced)
 
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients were handed out already: there is no second backward pass")
+            raise RuntimeError("the gradients were returned already: there is no second backward pass")
         scale = gradient * ctx.scale
         # In place: the head's gradient is as large as the head, and nothing else refers to it.
         hidden, weight, rows = (None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)

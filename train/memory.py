@@ -120,7 +120,7 @@ def advise(
     chosen = first_to_fit(shorter)
     if chosen is None:
         least = shorter[-1] if shorter else least
-        return f"a smaller model: this one takes {total(least) / _MIB:,.0f} MiB whatever else is lowered"
+        return f"a smaller model: this one takes {total(least) / _MIB:,.0f} MiB with all other settings at their lowest"
     return f"{_advice(recipe, chosen, total(recipe), total(chosen))}; or a smaller model"
 
 

@@ -140,7 +140,7 @@ def check_row(row: object) -> None:
         ValueError: When it is not; the message names the field.
     """
     if not isinstance(row, dict) or row.get("type") not in _SCALARS:
-        raise ValueError("is no row of metrics")
+        raise ValueError("is not a row of metrics")
     kind: Kind = row["type"]
     for name in ("updates", "tokens", *(() if kind == "sample" else ("loss",))):
         if not is_number(row.get(name)):

@@ -218,7 +218,8 @@ def _leave(group: Group, error: BaseException) -> NoReturn:
     # gloo's errors have no class of their own
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         raise SlmError(
-            "another of the processes is gone", "torchrun's report says how it ended; slm train --resume goes on"
+            "another of the processes is gone",
+            "see torchrun's report for the reason; slm train --resume continues the run",
         ) from error
     raise error
 

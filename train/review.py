@@ -45,14 +45,14 @@ def _schedule(recipe: Recipe) -> list[str]:
             "the learning rate never gets to its peak"
         )
     elif schedule.shape == "wsd" and schedule.warmup_micro_steps + schedule.decay * total > total:
-        odd.append("schedule.decay begins before the warm-up ends: the learning rate is never stable")
+        odd.append("schedule.decay begins before the warm-up ends: there is no stable phase")
     if 0 < schedule.warmup_micro_steps <= recipe.batch.accumulation:
         odd.append(
             f"the warm-up of {schedule.warmup_micro_steps:,} micro-steps is no longer than one update of "
-            f"{recipe.batch.accumulation:,}: there is none"
+            f"{recipe.batch.accumulation:,}, so there is no warm-up"
         )
     elif schedule.warmup_micro_steps and schedule.start == 1:
-        odd.append("the warm-up begins at its end: schedule.warmup_micro_steps has no effect with schedule.start=1")
+        odd.append("schedule.warmup_micro_steps has no effect with schedule.start=1")
     return odd
 
 
@@ -65,8 +65,8 @@ def _model(recipe: Recipe) -> list[str]:
         )
     if FULL not in config.layer_types and config.max_position_embeddings > config.sliding_window:
         odd.append(
-            f"none of the {config.num_hidden_layers} layers is global: nothing but layer upon layer of windows of "
-            f"{config.sliding_window:,} carries anything further; model.layer_types names the layers"
+            f"none of the {config.num_hidden_layers} layers is global: information travels at most one window of "
+            f"{config.sliding_window:,} tokens per layer; set model.layer_types to change that"
         )
     return odd
 
@@ -74,11 +74,9 @@ def _model(recipe: Recipe) -> list[str]:
 def _measuring(recipe: Recipe) -> list[str]:
     odd, evaluation, total = [], recipe.evaluation, recipe.micro_steps
     if evaluation.every_micro_steps > total:
-        odd.append(
-            "evaluation.every_micro_steps is longer than the run: it is measured before and after it, never within"
-        )
+        odd.append("evaluation.every_micro_steps is longer than the run: there is no evaluation during the run")
     elif evaluation.patience and evaluation.patience * evaluation.every_micro_steps >= total:
-        odd.append("evaluation.patience is longer than the run: it never stops early")
+        odd.append("evaluation.patience is longer than the run: the run never stops early")
     return odd
 
 
@@ -87,7 +85,7 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
     optimizer, schedule = recipe.optimizer, recipe.schedule
     shape = f"with schedule.shape={schedule.shape}"
     without_effect = (
-        ("optimizer.momentum", optimizer.name != "muon", "with optimizer.name=adamw: it is Muon's"),
+        ("optimizer.momentum", optimizer.name != "muon", "with optimizer.name=adamw, only with muon"),
         ("optimizer.decay", not optimizer.weight_decay, "with optimizer.weight_decay=0"),
         ("schedule.decay", schedule.shape != "wsd", shape),
         ("schedule.final_learning_rate", schedule.shape == "constant", shape),
@@ -111,7 +109,7 @@ def _memorizing(recipe: Recipe, passes: float | None) -> list[str]:
     if passes is None or passes <= _PASSES or guarded:
         return []
     return [
-        f"the run goes through the training text {passes:.1f} times, and beyond about {_PASSES} it is mostly learned by heart: "
+        f"the run reads the training text {passes:.1f} times, and beyond about {_PASSES} passes the model mostly memorizes it: "
         "--set regularization.dropout=0.1 or evaluation.patience=3 helps, more text helps more"
     ]
 

@@ -259,8 +259,8 @@ class _Run:
         needed = training_bytes(recipe, self.config, self.precision, self.processes.size, self.able)
         note(
             f"model: {self.config.parameter_count():,} parameters; context {recipe.batch.context}, vocabulary "
-            f"{self.config.vocab_size:,}; training takes about {needed.total / _MIB:,.0f} MiB beside what Python and PyTorch "
-            "take themselves (an estimate)"
+            f"{self.config.vocab_size:,}; training needs about {needed.total / _MIB:,.0f} MiB besides Python and PyTorch "
+            "(an estimate)"
         )
         together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
         note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")

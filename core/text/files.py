@@ -58,7 +58,7 @@ def find_files(path: Path) -> list[Path]:
     if is_dataset(path):
         raise SlmError(
             f"a prepared dataset holds tokens, not text: {path}",
-            "only slm train --data takes it, and alone; elsewhere name the text that it was made from",
+            "only slm train --data accepts it, without other data; elsewhere name the original text",
         )
     if path.is_dir():
         return _below(path)

@@ -147,7 +147,7 @@ def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:
     ("arguments", "code", "message"),
     [
         (["--data", "missing.txt"], 1, "error: data not found: missing.txt"),
-        (["--data", "sample"], 1, "error: --data sample stands alone"),
+        (["--data", "sample"], 1, "error: --data sample cannot be combined with other data"),
         (["--data", "done"], 1, "error: a prepared dataset holds tokens, not text: done"),
         (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
         (["--tokenizer", "missing.json"], 2, "error: --vocab-size requires --tokenizer bpe"),

@@ -97,7 +97,10 @@ def open_corpus(train: Sequence[str], validation: str | None, reading: Reading |
     reading = reading or Reading()
     named = [name for name in train if is_named(name)]
     if named and len(train) > 1:
-        raise SlmError(f"--data {named[0]} stands alone", f"for a file of that name write --data ./{named[0]}")
+        raise SlmError(
+            f"--data {named[0]} cannot be combined with other data",
+            f"for a file of that name write --data ./{named[0]}",
+        )
     if not named:
         return _from_files(_all_files(train), validation, reading)
     corpus = _sample() if named[0] == SAMPLE else _from_hub(named[0], reading)

@@ -234,7 +234,7 @@ def _parse(kind: type[_RecordT], path: Path) -> _RecordT:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise SlmError(f"{file} is wrong: {first_mistake(error)}", "copy it again, or prepare the data anew") from None
+        raise SlmError(f"{file} is wrong: {first_mistake(error)}", "copy it again, or prepare the data again") from None
 
 
 def _followed(reference: DatasetReference) -> Path:
@@ -243,7 +243,8 @@ def _followed(reference: DatasetReference) -> Path:
         raise SlmError(f"the dataset that the run was started with is gone: {path}", "put it back where it was")
     if sha256_file(path / DATASET_FILE) != reference.manifest_sha256:
         raise SlmError(
-            f"the dataset is not the one that the run was started with: {path}", "put that one back, or start a new run"
+            f"the dataset is not the one that the run was started with: {path}",
+            "restore that dataset, or start a new run",
         )
     return path
 

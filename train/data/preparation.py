@@ -230,7 +230,7 @@ def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
             yield work
         except BaseException:
             if any(path.suffix == ".bin" for path in work.iterdir()):
-                progress.note("what is finished is kept: the same command goes on with it")
+                progress.note("finished files are kept: the same command resumes")
             else:
                 shutil.rmtree(work, ignore_errors=True)
             raise
@@ -251,7 +251,7 @@ def _go_on_or_start(work: Path, settings: dict[str, Any], progress: Progress) ->
         return
     left = [path for path in work.iterdir() if path.name not in (_LOCK_FILE, _STATE_FILE)]
     if left or found is not None:
-        progress.note("starting anew: what was begun there had other settings or another text")
+        progress.note("starting over: the unfinished dataset there has other settings or another text")
     file.unlink(missing_ok=True)  # first: without it nothing in the directory is resumed
     _remove(left)
     write_text(file, json.dumps(state) + "\n")

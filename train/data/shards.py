@@ -109,7 +109,9 @@ def write_shards(
         progress.finish()
     if not writer.shards:
         hint = "give more text" if split == "train" else "name validation text with --val"
-        raise SlmError(f"there is no {split} text", f"{hint}; --dedup also removes what is in both")
+        raise SlmError(
+            f"there is no {split} text", f"{hint}; --dedup also removes training text that is validation text"
+        )
     return tuple(writer.shards), writer.text.hexdigest()
 
 
@@ -148,9 +150,7 @@ class _Writer:
                 progress.advance(_KEPT_AT_ONCE)
         progress.advance(count % _KEPT_AT_ONCE)
         if text.hexdigest() != header.text_sha256:
-            raise ChangedTextError(
-                f"the text is no longer what {self._file.name} was made from", "the same command starts anew now"
-            )
+            raise ChangedTextError(f"{self._file.name} was made from another text", "the same command starts over now")
         self._append(header)
 
     def add(self, batch: list[tuple[Piece, bytes]]) -> None:

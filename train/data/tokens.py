@@ -26,7 +26,7 @@ DtypeName = Literal["uint16", "uint32"]
 _MAGIC = b"SLMTOK\x00\x01"
 _START = 1024  # a multiple of a cache line and of every dtype
 
-_AGAIN = "copy it again from where it was made, or prepare the data anew"
+_AGAIN = "copy it again, or prepare the data again"
 
 
 class TokenHeader(BaseModel):
