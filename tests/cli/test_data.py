@@ -204,7 +204,7 @@ def test_info_of_something_else(slm: Callable) -> None:
 
 def test_help_teaches(slm: Callable) -> None:
     assert "slm data prepare" in slm("data", "--help").out
-    for expected in ("--dedup", "hf:OWNER/NAME", "the same command goes on", "--streaming"):
+    for expected in ("--dedup", "hf:OWNER/NAME", "the same command resumes", "--streaming"):
         assert expected in slm("data", "prepare", "--help").out
 
 
