@@ -3,12 +3,14 @@
 import time
 from pathlib import Path
 
+from typing_extensions import override
+
 from slm.core.progress import Progress
 from slm.finetune.fit import Fit
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import save_state
 from slm.train.evaluate import Check
-from slm.train.loop import Plan, duration
+from slm.train.loop import Plan, Task, duration
 from slm.train.state import TRAINER
 
 # After this long without a line about an epoch, a line reports the updates since.
@@ -28,7 +30,7 @@ def plan_of(fit: Fit, settings: FinetuneSettings) -> Plan:
     )
 
 
-class FineTuning:
+class FineTuning(Task):
     """A run of `slm finetune`; see `slm.train.loop.Task`."""
 
     def __init__(self, fit: Fit, out: Path, progress: Progress) -> None:
@@ -44,8 +46,8 @@ class FineTuning:
         self._reported = time.perf_counter(), 0  # time of the last line, and the rows of history that it covers
 
     @property
+    @override
     def micro_steps(self) -> int:
-        """Updates done: each is one micro-step."""
         return self._fit.standing.updates
 
     @property
@@ -54,21 +56,21 @@ class FineTuning:
         return time.perf_counter() - self._began
 
     @property
+    @override
     def evaluated(self) -> bool:
-        """Whether the current weights have been evaluated."""
         rows = self._fit.standing.evaluations
         return bool(rows) and rows[-1]["updates"] == self.micro_steps
 
     @property
+    @override
     def evaluations_since_best(self) -> int:
-        """Epochs after the best one; 0 before the end of the first."""
         standing = self._fit.standing
         if standing.loss is None:
             return 0
         return sum(row["epoch"] > standing.best_epoch for row in standing.evaluations)
 
+    @override
     def update(self, check: Check) -> None:
-        """Makes the next update and records it."""
         row, speed = self._fit.update(check)
         standing, per_epoch = self._fit.standing, self._fit.updates_per_epoch
         epoch = (standing.updates - 1) // per_epoch + 1
@@ -77,6 +79,7 @@ class FineTuning:
         if standing.updates % per_epoch and time.perf_counter() - self._reported[0] > _LINE_EVERY_S:
             self._report_updates(epoch, speed)
 
+    @override
     def evaluate(self, check: Check) -> None:
         """Measures the loss, keeps the weights if they are the best so far, and reports the epoch."""
         loss = self._fit.evaluate(check)
@@ -92,24 +95,25 @@ class FineTuning:
         )
         self._reported = time.perf_counter(), len(standing.history)
 
+    @override
     def save(self, number: int | None) -> None:
         """Saves the state for resuming; there are no numbered checkpoints."""
         self._fit.standing.elapsed_s = self.elapsed_s
         save_state(self._out, self._fit.state())
 
+    @override
     def last_saved(self) -> str:
-        """Returns a phrase that names the last save."""
         saved = self._out / TRAINER
         return (
             f"the run is saved in {saved}; the same command resumes it" if saved.is_dir() else "nothing was saved yet"
         )
 
+    @override
     def advice_on_divergence(self) -> str:
-        """Returns a hint for a loss or gradient that is not finite."""
         return "try a lower --learning-rate" if self._fit.standing.evaluations else "slm eval measures the base"
 
+    @override
     def advice_on_memory(self) -> str:
-        """Returns a hint that names the settings to lower when memory runs out."""
         return "lower --batch-size or --max-length"
 
     def _report_updates(self, epoch: int, speed: float) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from typing_extensions import override
 
 from slm.core.errors import SlmError
 from slm.train.choices import ParallelName
@@ -71,33 +72,33 @@ class Processes(Protocol):
         """Returns what the first process has."""
 
 
-class Alone:
+class Alone(Processes):
     """One process."""
 
     rank, size = 0, 1
 
+    @override
     def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
-        """Returns the module."""
         return objective
 
+    @override
     def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Returns a context that does nothing."""
         return nullcontext()
 
+    @override
     def gathered(self, objective: nn.Module) -> AbstractContextManager[Any]:
-        """Returns a context that does nothing."""
         return nullcontext()
 
+    @override
     def total(self, values: Sequence[float]) -> list[float]:
-        """Returns the numbers."""
         return list(values)
 
+    @override
     def from_first(self, value: T) -> T:
-        """Returns the value."""
         return value
 
 
-class Group:
+class Group(Processes):
     """The processes that torchrun started."""
 
     def __init__(self) -> None:
@@ -121,8 +122,8 @@ class Group:
                 "start every node, with the same --rdzv-endpoint, and let them reach each other's ports",
             ) from None
 
+    @override
     def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
-        """Returns the module that shares its gradients with the other processes; parameters keep their names inside."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if kind == "ddp":
@@ -139,6 +140,7 @@ class Group:
         fully_shard(objective, mesh=mesh)
         return objective
 
+    @override
     def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Returns the context of a micro-step. With DDP only the last one of an update exchanges gradients.
 
@@ -148,6 +150,7 @@ class Group:
             return nullcontext()
         return objective.no_sync()  # type: ignore[operator]
 
+    @override
     @contextmanager
     def gathered(self, objective: nn.Module) -> Iterator[None]:
         """Gathers the weights outside of the layers, which gather their own, and frees them at the end.
@@ -164,15 +167,15 @@ class Group:
         finally:
             objective.reshard()  # type: ignore[operator]
 
+    @override
     def total(self, values: Sequence[float]) -> list[float]:
-        """Returns the sums of numbers over the processes, the same in each."""
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         sums: list[float] = tensor.tolist()
         return sums
 
+    @override
     def from_first(self, value: T) -> T:
-        """Returns what the first process has."""
         said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         length = torch.tensor(len(said))
         dist.broadcast(length, src=0, group=self._patient)

@@ -5,12 +5,13 @@ import time
 from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 from slm.core.machine import peak_rss_mib
 from slm.core.progress import Progress
 from slm.train.evaluate import Check, Evaluation
 from slm.train.learner import Learner, Update
-from slm.train.loop import Plan, duration
+from slm.train.loop import Plan, Task, duration
 from slm.train.metrics import Metrics, Row
 from slm.train.state import Counters
 
@@ -46,7 +47,7 @@ class Actions(Protocol):
         """Returns a hint that names the settings to lower when memory runs out."""
 
 
-class Pretraining:
+class Pretraining(Task):
     """A run of `slm train`; see `slm.train.loop.Task`."""
 
     def __init__(
@@ -79,8 +80,8 @@ class Pretraining:
         self._micro_step_ended = 0.0
 
     @property
+    @override
     def micro_steps(self) -> int:
-        """Micro-steps done."""
         return self.counters.micro_steps
 
     @property
@@ -89,14 +90,14 @@ class Pretraining:
         return time.perf_counter() - self._began
 
     @property
+    @override
     def evaluated(self) -> bool:
-        """Whether the current weights have been evaluated."""
         rows = self._metrics.evaluations
         return bool(rows) and rows[-1]["updates"] == self._updates
 
     @property
+    @override
     def evaluations_since_best(self) -> int:
-        """Evaluations after the best one."""
         best = self._metrics.best
         return 0 if best is None else sum(row["updates"] > best["updates"] for row in self._metrics.evaluations)
 
@@ -104,8 +105,8 @@ class Pretraining:
     def _updates(self) -> int:
         return self.micro_steps // self._plan.accumulation
 
+    @override
     def update(self, check: Check) -> None:
-        """Makes the next update and records it."""
         began = time.perf_counter()
 
         def after_micro_step() -> None:
@@ -133,6 +134,7 @@ class Pretraining:
         )
         self._progress.advance(0, loss=f"{update.loss:.3f}", tok_s=f"{speed:,.0f}")
 
+    @override
     def evaluate(self, check: Check) -> None:
         """Evaluates the current weights, draws samples, and keeps the weights if they are the best so far."""
         measured = self._actions.evaluate(check)
@@ -157,24 +159,24 @@ class Pretraining:
             f"{measured.bits_per_byte:.4f} bits per byte"
         )
 
+    @override
     def save(self, number: int | None) -> None:
-        """Saves the state for resuming, and a checkpoint under a number if one is given."""
         scaler = self._learner.scaler.state_dict()
         self._actions.save(self.counters.model_copy(update={"elapsed_s": self.elapsed_s, "scaler": scaler}), number)
 
+    @override
     def last_saved(self) -> str:
-        """Returns a phrase that names the last checkpoint."""
         return self._actions.last_saved()
 
+    @override
     def advice_on_divergence(self) -> str:
-        """Returns a hint for a loss or gradient that is not finite."""
         return (
             f"{self._actions.best_saved()}; try a lower schedule.learning_rate, a longer warm-up, or "
             "machine.precision=float32"
         )
 
+    @override
     def advice_on_memory(self) -> str:
-        """Returns a hint that names the settings to lower when memory runs out."""
         return self._actions.less_memory()
 
     def _position(self) -> Row:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from slm.core.errors import SlmError
 from slm.core.machine import memory, peak_rss_mib
@@ -25,7 +26,7 @@ from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, held, prepare
-from slm.train.pretraining import Pretraining
+from slm.train.pretraining import Actions, Pretraining
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.review import review
 from slm.train.samples import continue_prompts
@@ -123,7 +124,7 @@ def _go(run: Path, processes: Processes, progress: Progress) -> TrainResult:
         return _Run(run, processes, progress).go()
 
 
-class _Run:
+class _Run(Actions):
     """A prepared run directory, opened to train in it; see `slm.train.pretraining.Actions`."""
 
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
@@ -193,13 +194,13 @@ class _Run:
     def _accumulation(self) -> int:
         return self.recipe.batch.accumulation
 
+    @override
     def updated(self) -> None:
-        """Updates the moving average of the weights."""
         if self.average is not None:
             self.average.update()
 
+    @override
     def evaluate(self, check: Check) -> Evaluation:
-        """Evaluates the model, or its average if there is one."""
         batch, evaluation = self.recipe.batch, self.recipe.evaluation
         with self._averaged():
             return evaluate(
@@ -212,8 +213,8 @@ class _Run:
                 processes=self.processes,
             )
 
+    @override
     def samples(self) -> list[tuple[str, str]]:
-        """Continues the recipe's prompts."""
         evaluation = self.recipe.evaluation
         with self._averaged(), self.processes.gathered(self.learner.objective):
             texts = continue_prompts(
@@ -226,28 +227,28 @@ class _Run:
             )
         return list(zip(evaluation.prompts, texts, strict=True))
 
+    @override
     def keep_best(self, row: Row) -> None:
-        """Saves the model, or its average if there is one, as the best checkpoint."""
         with self._averaged():
             self.keeper.save_checkpoint(self.keeper.best, row["micro_steps"], row)
 
+    @override
     def save(self, counters: Counters, number: int | None = None) -> None:
-        """Saves the state for resuming, the last checkpoint, and a numbered checkpoint if a number is given."""
         measured = self.metrics.evaluations
         self.keeper.save(counters, self.learner.optimizers, measured[-1] if measured else None, number)
 
+    @override
     def last_saved(self) -> str:
-        """Returns a phrase that names the last checkpoint."""
         last = self.keeper.last
         return f"the last checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
 
+    @override
     def best_saved(self) -> str:
-        """Returns a phrase that names the best checkpoint, or else the last one."""
         best = self.keeper.best
         return f"the last good checkpoint is {best}" if best.exists() else self.last_saved()
 
+    @override
     def less_memory(self) -> str:
-        """Returns the settings to lower if memory runs out."""
         return advise(self.recipe, self.config, self.precision, self.processes.size, self.memory, self.able)
 
     def _averaged(self) -> AbstractContextManager[None]:
