@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A strict editable install links file by file, so that type checkers and import-linter see `slm.*`. Each call compares the list below with the
 # files and links new and moved ones.
-FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
+FILES  := $(sort $(shell find $(dir $(wildcard */__init__.py)) src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
 # In a GPU's environment onnxruntime-gpu stands in the place of onnxruntime, which has the same import name. `make install-gpu`
@@ -29,7 +29,7 @@ $(VENV)/files.txt: FORCE
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@printf '%s\n' $(FILES) | cmp -s - $@ || printf '%s\n' $(FILES) > $@
 
-$(VENV)/.installed: pyproject.toml constraints.txt $(if $(GPU),constraints-cuda.txt) $(VENV)/files.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(if $(GPU),constraints-cuda.txt) $(VENV)/files.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) \
 		--config-settings editable_mode=strict --editable '.[$(EXTRAS)]'
 	@# GPT-2's vocabulary for one test, which tiktoken would download; the dependencies of this package are not needed.

@@ -165,8 +165,8 @@ def ours(model: Any, examples: list[Any], args: argparse.Namespace) -> Callable[
 
     from slm.finetune.adapter import attach
     from slm.finetune.batches import alone
+    from slm.finetune.fit import Fit, Material, Trainable
     from slm.finetune.frozen import lighten
-    from slm.finetune.loop import Fit
     from slm.finetune.settings import FinetuneSettings
     from slm.finetune.state import Standing
     from slm.train.precision import Precision
@@ -177,8 +177,9 @@ def ours(model: Any, examples: list[Any], args: argparse.Namespace) -> Callable[
     tunable = adapter.get_base_model()
     lighten(tunable, precision.autocast)
     trained = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
-    fit = Fit(tunable, trained, alone(examples), (), settings, precision, Standing(course={}))
-    return lambda: float(fit.update()[0]["loss"])
+    material = Material(alone(examples), ())
+    fit = Fit(Trainable(tunable, trained), material, settings, precision, Standing(course={"settings": {}}))
+    return lambda: float(fit.update(lambda: None)[0]["loss"])
 
 
 def theirs(model: Any, batches: list[Any], args: argparse.Namespace) -> Callable[[], float]:

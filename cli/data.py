@@ -1,4 +1,4 @@
-"""`slm data`: text becomes a dataset of tokens once, for many runs to train on."""
+"""`slm data`: converts text to a dataset of tokens once, for many training runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ _OUT = Path("datasets")
 
 @click.group(cls=Suggesting, short_help="Prepare datasets of tokens.")
 def data() -> None:
-    """Turn text into a dataset of tokens, once for many runs.
+    """Convert text to a dataset of tokens, once for many training runs.
 
     \b
       slm data prepare --data stories.txt --out datasets/stories
@@ -45,14 +45,14 @@ def data() -> None:
     multiple=True,
     required=True,
     metavar="PATH|NAME",
-    help="Text to train on: .txt, .jsonl, .parquet, a directory (may be repeated); or sample, tinystories or "
+    help="Training text: .txt, .jsonl or .parquet files or directories (repeatable), or sample, tinystories or "
     "hf:OWNER/NAME.",
 )
 @click.option(
     "--val",
     type=Word(),
     metavar="PATH",
-    help="Text to measure on. [default: the data's own, or some of its documents, which are held out]",
+    help="Validation text. [default: the data's own split, or some of its documents, which are held out]",
 )
 @click.option(
     "--tokenizer",
@@ -60,35 +60,31 @@ def data() -> None:
     default="bpe",
     show_default=True,
     metavar="gpt2|bpe|FILE",
-    help="GPT-2's, one learned from the text, or a tokenizer.json.",
+    help="GPT-2's tokenizer, one learned from the text, or a tokenizer.json.",
 )
 @click.option(
     "--vocab-size",
     type=Whole(260, 1_000_000),
     metavar="N",
-    help="Tokens that bpe learns, special ones included. [default: 4096]",
+    help="Vocabulary that bpe learns, including special tokens. [default: 4096]",
 )
-@click.option("--out", type=FilePath(), metavar="DIR", help="Where to write. [default: datasets/NAME]")
-@click.option("--workers", type=Whole(1, MAX_THREADS), metavar="N", help="Processes. [default: one a core]")
+@click.option("--out", type=FilePath(), metavar="DIR", help="Output directory. [default: datasets/NAME]")
+@click.option("--workers", type=Whole(1, MAX_THREADS), metavar="N", help="Number of processes. [default: one per core]")
 @click.option(
     "--shard-tokens",
     type=Whole(1),
     default=100_000_000,
     show_default=True,
     metavar="N",
-    help="A file ends with the document that reaches so many tokens.",
+    help="Tokens per file; a file ends with the document that reaches N.",
 )
-@click.option(
-    "--dedup", is_flag=True, help="Remove exact duplicates, and what is validation text from the training text."
-)
-@click.option(
-    "--streaming", is_flag=True, help="Read a Hugging Face dataset over the network, without a copy on the disk."
-)
-@click.option("--split", metavar="NAME", help="Of a Hugging Face dataset, to train on. [default: train]")
-@click.option("--config", metavar="NAME", help="Of a Hugging Face dataset that has several.")
+@click.option("--dedup", is_flag=True, help="Remove exact duplicates, and training documents that are validation text.")
+@click.option("--streaming", is_flag=True, help="Stream a Hugging Face dataset instead of downloading it.")
+@click.option("--split", metavar="NAME", help="Training split of a Hugging Face dataset. [default: train]")
+@click.option("--config", metavar="NAME", help="Configuration of a Hugging Face dataset that has several.")
 @column_option
 @document_option
-@click.option("--licence", metavar="TEXT", help="Licence of the text. [default: what the dataset's card states]")
+@click.option("--licence", metavar="TEXT", help="Licence of the text. [default: the one in the dataset's card]")
 @overwrite_option
 @json_option
 def prepare(
@@ -109,15 +105,15 @@ def prepare(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Tokenize text on all cores into memory-mapped files that slm train --data DIR takes as they are.
+    """Tokenize text on all cores into memory-mapped files for slm train --data DIR.
 
     \b
       slm data prepare --data books/ --val held-out.txt --tokenizer gpt2 --out datasets/books
       slm data prepare --data crawl.parquet --column content --dedup
       slm data prepare --data hf:OWNER/NAME --streaming --workers 8
 
-    Interrupted, even killed, the same command goes on after the last whole file, and the result is the same, byte for
-    byte, as it is for any number of workers.
+    After an interruption, even a kill, the same command resumes after the last complete file. The result is the same byte
+    for byte, with any number of workers.
     """
     from slm.core.machine import usable_cores
     from slm.train.data.corpus import Reading, is_named, open_corpus
@@ -126,12 +122,12 @@ def prepare(
     hub = {"--streaming": streaming or None, "--split": split, "--config": config}
     given = [option for option, value in hub.items() if value is not None]
     if given and not is_named(train[0]):
-        raise click.UsageError(f"{given[0]} is for Hugging Face datasets: name one as hf:OWNER/NAME")
+        raise click.UsageError(f"{given[0]} requires a Hugging Face dataset, such as --data hf:OWNER/NAME")
     if vocab_size is not None and tokenizer != "bpe":
-        raise click.UsageError(f"--vocab-size is for --tokenizer bpe: {tokenizer} has its vocabulary")
+        raise click.UsageError(f"--vocab-size requires --tokenizer bpe: {tokenizer} has a fixed vocabulary")
     progress = RichProgress()
     path = out or _OUT / _name(train[0])
-    check_out(path, overwrite=overwrite)  # before all of the text is read
+    check_out(path, overwrite=overwrite)  # before the text is read
     if tokenizer not in ("gpt2", "bpe") and not Path(tokenizer).expanduser().exists():
         raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
     reading = Reading(
@@ -163,10 +159,10 @@ def prepare(
 
 @data.command()
 @click.argument("dataset", type=FilePath(), metavar="DIR")
-@click.option("--check", is_flag=True, help="Read every file whole and compare it with the manifest.")
+@click.option("--check", is_flag=True, help="Compare every file with the manifest, byte for byte.")
 @json_option
 def info(dataset: Path, check: bool, as_json: bool) -> None:
-    """Say what a prepared dataset holds and where it came from.
+    """Show the contents and the origin of a prepared dataset.
 
     \b
       slm data info datasets/stories
@@ -181,7 +177,7 @@ def info(dataset: Path, check: bool, as_json: bool) -> None:
 
 
 def _training_on(path: Path) -> str:
-    """Returns the command that trains on a dataset, with what must be set for it to go with the recipe that is taken."""
+    """Returns the command that trains on a dataset, with the settings that the default recipe needs for it."""
     from slm.cli.train import fitting_recipe
     from slm.train.data.dataset import open_dataset
     from slm.train.data.tokenizer import is_choice, vocabulary_for
@@ -198,7 +194,7 @@ def _training_on(path: Path) -> str:
 
 
 def _name(source: str) -> str:
-    """Returns what to call a dataset after its first source: `stories` for `texts/stories.txt.gz`."""
+    """Returns the default name of a dataset, after its first source: `stories` for `texts/stories.txt.gz`."""
     last = source.removeprefix("hf:").rstrip("/").rpartition("/")[2]
     return last.partition(".")[0] or "text"
 
@@ -234,5 +230,5 @@ def _report(path: Path, as_json: bool, *, checked: bool = False, more: Mapping[s
     if len(manifest.sources) > 8:
         rows.append(("", f"and {len(manifest.sources) - 8} more"))
     if checked:
-        rows.append(("checked", "every token file is as it was made, byte for byte"))
+        rows.append(("checked", "every token file matches the manifest"))
     print_table(str(opened.path), ("", ""), rows)

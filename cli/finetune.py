@@ -1,4 +1,4 @@
-"""`slm finetune`: an adapter, or all weights, on a file of rows."""
+"""`slm finetune`: trains an adapter, or all weights, on a file of rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from slm.finetune.samples import Sample
 
 _FILE = FilePath()
-# What only an adapter has.
+# Options of adapters only.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 
 
@@ -44,49 +44,51 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     "--base",
     type=Artifact(bundles=False),
     metavar="CHECKPOINT",
-    help="What to fine-tune; the newest when left out.",
+    help="Base to fine-tune. [default: the newest checkpoint in ./runs]",
 )
 @click.option(
     "--val",
     "validation",
     type=_FILE,
     metavar="FILE",
-    help="Rows to measure the loss on. [default: a tenth of FILE's rows, drawn with the seed]",
+    help="Held-out rows, on which the loss is measured. [default: a tenth of FILE's rows, drawn with the seed]",
 )
-@click.option("--skip-bad", is_flag=True, help="Leave rows out that are not as they should be, and count them.")
+@click.option("--skip-bad", is_flag=True, help="Skip and count bad rows instead of failing.")
 @out_option_for("adapter, or the run with --full", "RUN/adapters/FILE, or runs/RUN-FILE")
-@click.option("--name", metavar="NAME", help="The adapter's name in its run; the file's when left out.")
+@click.option("--name", metavar="NAME", help="Name of the adapter in its run. [default: FILE's name]")
 @click.option(
-    "--overwrite", is_flag=True, help="Replace what is already there; drop an interrupted run of other values."
+    "--overwrite", is_flag=True, help="Replace an existing result; discard an interrupted run with other settings."
 )
 @click.option("--rank", type=Whole(1, 4096), default=8, show_default=True, help="Rank of the adapter's matrices.")
-@click.option("--alpha", type=Whole(1, 1_000_000), default=16, show_default=True, help="Scale: alpha / rank.")
-@click.option("--rslora", is_flag=True, help="Scale: alpha / sqrt(rank), for high ranks.")
-@click.option("--dora", is_flag=True, help="Learn magnitudes beside directions (DoRA).")
+@click.option(
+    "--alpha", type=Whole(1, 1_000_000), default=16, show_default=True, help="Scale of the adapter: alpha / rank."
+)
+@click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank) instead, for high ranks.")
+@click.option("--dora", is_flag=True, help="Train magnitudes separately from directions (DoRA).")
 @click.option(
     "--dropout",
     type=Real(0, 1, max_open=True),
     default=0.0,
     show_default=True,
-    help="On the adapter's inputs.",
+    help="Dropout on the adapter's inputs.",
 )
 @click.option(
     "--targets",
     metavar="NAME,...",
-    help="Projections with an adapter. [default: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
+    help="Projections that get an adapter. [default: q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
 )
 @click.option(
     "--learning-rate",
     type=Real(0, 100, min_open=True),
-    help="Peak rate; chosen by the model's width when left out.",
+    help="Peak learning rate. [default: depends on the model's width]",
 )
-@click.option("--epochs", type=Whole(1, 1_000_000), help="Passes over the rows; chosen by their number when left out.")
+@click.option("--epochs", type=Whole(1, 1_000_000), help="Passes over the rows. [default: depends on their number]")
 @click.option(
     "--patience",
     type=Whole(0, 1_000_000),
     default=3,
     show_default=True,
-    help="End after so many passes without a new best; 0 goes on to the end, as --keep last does.",
+    help="Stop after this many epochs without a new best; 0 disables early stopping, as --keep last does.",
 )
 @click.option(
     "--keep",
@@ -95,19 +97,23 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     show_default=True,
     help="Keep the epoch with the lowest held-out loss, or the last one.",
 )
-@click.option("--batch-size", type=Whole(1, 65_536), default=8, show_default=True, help="Rows in an update.")
-@click.option("--pack", is_flag=True, help="Fill every row up to --max-length with several examples, kept apart.")
+@click.option("--batch-size", type=Whole(1, 65_536), default=8, show_default=True, help="Rows per update.")
+@click.option(
+    "--pack",
+    is_flag=True,
+    help="Pack several examples into each row of --max-length; they do not attend to each other.",
+)
 @click.option(
     "--max-length",
     type=Whole(2),
-    help="Tokens of a row; 512 or the context when left out.",
+    help="Maximum tokens of a row. [default: 512, or the context if shorter]",
 )
 @document_option
 @click.option(
     "--max-data-bytes",
     type=ByteCount(),
     metavar="SIZE",
-    help="Refuse more rows than take so much memory. [default: 512MiB]",
+    help="Limit on the memory of all rows. [default: 512MiB]",
 )
 @click.option(
     "--samples",
@@ -115,7 +121,7 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
     default=3,
     show_default=True,
     metavar="N",
-    help="Answer N held-out rows at the end and show the answers; 0 shows none.",
+    help="Number of held-out rows to answer at the end.",
 )
 @seed_option
 @json_option
@@ -136,9 +142,9 @@ def finetune(
     as_json: bool,
     **values: Any,
 ) -> None:
-    """Fine-tune a checkpoint: with LoRA a small adapter beside it, in full another checkpoint; itself unchanged.
+    """Fine-tune a checkpoint: train a LoRA adapter, or all weights into a new checkpoint.
 
-    FILE has JSON lines, one JSON array, CSV with a line of names, Parquet or text, compressed or not; or is a directory.
+    FILE is JSON lines, a JSON array, CSV with a header, Parquet or text, optionally compressed, or a directory of them.
 
     \b
     A row is one of
@@ -148,9 +154,9 @@ def finetune(
       {"prompt": "The sky is", "completion": " blue."}
       {"text": "Once upon a time there was a blue sky."}
 
-    Only the answers are learned: every turn of the assistant's (unless its "weight" is 0), the output, the completion or
-    the whole text, and always the token that ends it. Conversations and instructions are put into the turns in which a
-    chat will ask. A run that was interrupted goes on when the same command is given again.
+    The loss covers every assistant turn (unless its "weight" is 0), the output, the completion or the whole text, and the
+    token that ends it. Conversations and instructions are rendered with the model's chat template. The same command
+    resumes an interrupted run.
 
     \b
       slm finetune --lora pairs.jsonl                      -> RUN/adapters/pairs
@@ -161,14 +167,14 @@ def finetune(
     if data is None or (lora is not None and full is not None):
         raise click.UsageError("give --lora FILE or --full FILE")
     if out is not None and name is not None:
-        raise click.UsageError("--out is the directory and --name a name in the run: give one of them")
+        raise click.UsageError("give --out DIR or --name NAME, not both")
     source = click.get_current_context().get_parameter_source
     if values["keep"] == "last" and patience and source("patience") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--patience goes with --keep best: --keep last trains all epochs")
+        raise click.UsageError("--patience requires --keep best: --keep last trains all epochs")
     if full is not None:
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
-            raise click.UsageError(f"--{given[0]} is an adapter's, and --full trains none")
+            raise click.UsageError(f"--{given[0]} is an option of adapters, and --full trains none")
     for each in (data, validation):
         if each is not None:
             check_input(each, "fine-tuning data")
@@ -210,7 +216,7 @@ def finetune(
 
 
 def _show(samples: "Sequence[Sample]") -> None:
-    """Prints what the result answers."""
+    """Prints the sample answers."""
     if not samples:
         return
     which = "held-out rows" if samples[0].held_out else "rows that were trained on"
@@ -235,7 +241,7 @@ def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
 
 
 def _why(result: Mapping[str, Any], keep: str) -> str:
-    """Says why an epoch is kept."""
+    """Returns the reason why an epoch is kept."""
     which = "held-out" if result["validation_rows"] else "training rows'"
     if keep == "best":
         return f"the one with the lowest {which} loss"
@@ -245,7 +251,7 @@ def _why(result: Mapping[str, Any], keep: str) -> str:
 
 
 def _place(base: Path, name: str, *, full: bool) -> Path:
-    """Returns where an adapter lies in the base's run, or another run with a checkpoint beside it."""
+    """Returns the default output: a directory in the base's run for an adapter, a new run for a checkpoint."""
     run = run_of(base)
     if not full:
         return run / "adapters" / name
@@ -253,7 +259,7 @@ def _place(base: Path, name: str, *, full: bool) -> Path:
 
 
 def _checked(name: str) -> str:
-    """Returns a name that is one directory in the run."""
+    """Returns a name after checking that it is a single path component."""
     if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
         raise SlmError(f"{name!r} cannot name an adapter", "a name has no / in it and does not begin with a dot")
     return name

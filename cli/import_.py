@@ -20,20 +20,20 @@ from slm.core.runs import imported_checkpoint
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     show_default=True,
-    help="How to store the weights; auto keeps a float type and stores what was quantized in float32.",
+    help="Type of the stored weights; auto keeps float types and stores quantized weights as float32.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit on the hub. [default: main]")
 @out_option_for("checkpoint", "runs/NAME/checkpoint/imported")
 @overwrite_option
 @json_option
 def import_(source: str, dtype: str, revision: str | None, out: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Make a checkpoint of a Gemma 3 model from elsewhere.
+    """Import a Gemma 3 model as a checkpoint.
 
-    SOURCE is a Hugging Face directory (a multimodal one's text part is taken), a GGUF file, or the id of a model on the
-    hub. Every tensor's name and shape is checked, and the licence travels with what is made from it.
+    SOURCE is a Hugging Face directory, a GGUF file, or the id of a model on the Hugging Face hub. Of a multimodal model only
+    the text part is imported. The name and shape of every tensor are checked, and licence notices are kept.
 
     \b
-      slm import google/gemma-3-270m            # asks for a token: its licence must be accepted on the hub
+      slm import google/gemma-3-270m            # needs a token: accept the licence on the hub first
       slm import path/to/gemma-3-1b-it
       slm import gemma-3-270m-q4_k_m.gguf
     """

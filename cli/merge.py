@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 @click.option(
     "--method",
     type=click.Choice(["linear", "slerp", "task", "ties"]),
-    help="Weighted mean; along the arc between two; sum of changes of --base; the same, trimmed and by agreed sign. "
-    "[default: linear; task with --adapter]",
+    help="Weighted mean; spherical interpolation of two; sum of differences from --base; the same, trimmed and by majority "
+    "sign. [default: linear; task with --adapter]",
 )
 @click.option("--base", type=Artifact(bundles=False), metavar="CHECKPOINT",
-              help="What changes are taken from. [default: what the first adapter was trained on]")  # fmt: skip
+              help="Base of task and ties. [default: the base of the first adapter]")  # fmt: skip
 @click.option(
     "--adapter",
     "adapters",
     type=adapter_type,
     multiple=True,
     metavar="ADAPTER",
-    help="A LoRA adapter of --base, which counts as a checkpoint; may be repeated.",
+    help="LoRA adapter of --base, which counts as a checkpoint (repeatable).",
 )
 @click.option(
     "--weights",
     metavar="W,W",
-    help="One for each checkpoint, then for each adapter. [default: all alike; 1 for each change]",
+    help="Weights, first of the checkpoints, then of the adapters. [default: equal; 1 each for task and ties]",
 )
 @click.option(
     "--density",
     type=Real(0, 1, min_open=True),
-    help="With ties: share of a change that is kept. [default: 0.2]",
+    help="With ties: share of each difference to keep. [default: 0.2]",
 )
 @click.option(
-    "--scale", type=Real(-100, 100), help="With task and ties: what the change is multiplied with. [default: 1]"
+    "--scale", type=Real(-100, 100), help="With task and ties: factor of the combined difference. [default: 1]"
 )
 @click.option("--out", type=FilePath(), required=True, metavar="DIR", help="The checkpoint to write.")
 @overwrite_option
@@ -63,9 +63,9 @@ def merge(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Combine several checkpoints of one shape, or a base and several adapters, into one checkpoint.
+    """Combine checkpoints of one shape, or several adapters of one base, into one checkpoint.
 
-    `slm export --onnx --adapter DIR` merges one adapter; this makes one model of several.
+    To merge a single adapter, use slm export --onnx --adapter DIR.
 
     \b
       slm merge runs/a/checkpoint/best runs/b/checkpoint/best --out runs/soup/checkpoint/best
@@ -79,17 +79,17 @@ def merge(
     if count < (1 if relative else 2):
         raise click.UsageError("name what to combine: checkpoints, or --base and --adapter")
     if method == "slerp" and count != 2:
-        raise click.UsageError("slerp lies between two models")
+        raise click.UsageError("slerp combines exactly two models")
     if relative and base is None and not adapters:
         raise click.UsageError(f"{method} needs --base")
     if not relative and (base is not None and not adapters):
         raise click.UsageError(f"{method} has no base")
     if scale is not None and not relative:
-        raise click.UsageError("--scale is for task and ties")
+        raise click.UsageError("--scale requires --method task or ties")
     if density is not None and method != "ties":
-        raise click.UsageError("--density is for ties")
+        raise click.UsageError("--density requires --method ties")
     if any(out.resolve() == path.resolve() for path in (*checkpoints, *adapters, *([base] if base else []))):
-        raise SlmError(f"{out} is one of those to combine; it is kept", "name another --out")
+        raise SlmError(f"{out} is one of the inputs", "choose another --out")
     shares = _weights(weights, count, relative)
     check_checkpoint_output(out, overwrite=overwrite)
     if adapters and base is None:
@@ -115,9 +115,9 @@ def _weights(said: str | None, count: int, relative: bool) -> tuple[float, ...]:
     try:
         weights = tuple(float(part) for part in said.split(","))
     except ValueError:
-        raise click.UsageError(f"--weights {said}: numbers with commas between them") from None
+        raise click.UsageError(f"--weights {said} is not a list of numbers separated by commas") from None
     if len(weights) != count:
-        raise click.UsageError(f"--weights names {len(weights)}, and there are {count} models")
+        raise click.UsageError(f"--weights has {len(weights)} numbers for {count} models")
     if not all(abs(weight) < float("inf") for weight in weights) or (not relative and not sum(weights) > 0):
         raise click.UsageError(f"--weights {said}: their sum must be above 0")
     return weights

@@ -37,21 +37,21 @@ if TYPE_CHECKING:
     "recipe_name",
     type=Word(),
     metavar="NAME|FILE",
-    help="documented, modern, stories-4m, tiny, or a .yaml file. [default: what fits the machine]",
+    help="documented, modern, stories-4m, tiny, or a .yaml file. [default: documented with a GPU, else tiny]",
 )
 @click.option(
     "--data",
     type=Word(),
     multiple=True,
     metavar="PATH|NAME",
-    help="Text to train on: .txt, .jsonl, .parquet, a directory (may be repeated), what slm data prepare made; or sample, "
-    "tinystories or hf:OWNER/NAME. [default: the recipe's]",
+    help="Training text: .txt, .jsonl or .parquet files or directories (repeatable), a dataset of slm data prepare, or "
+    "sample, tinystories or hf:OWNER/NAME. [default: the recipe's]",
 )
 @click.option(
     "--val",
     type=Word(),
     metavar="PATH",
-    help="Text to measure on. [default: the data's own, or the last of its documents, which are held out]",
+    help="Validation text. [default: the data's own split, or its last documents, which are held out]",
 )
 @column_option
 @document_option
@@ -59,14 +59,20 @@ if TYPE_CHECKING:
     "--tokenizer",
     type=Word(),
     metavar="gpt2|bpe|FILE",
-    help="GPT-2's, one learned from the text, or a tokenizer.json. [default: the recipe's]",
+    help="GPT-2's tokenizer, one learned from the text, or a tokenizer.json. [default: the recipe's]",
 )
 @click.option("--out", type=FilePath(), metavar="DIR", help="Run directory. [default: a new runs/RECIPE]")
 @overwrite_option
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the newest under ./runs.")
-@click.option("--seed", type=Whole(0, MAX_SEED), help="Same seed, same model. [default: the recipe's]")
-@click.option("--dry-run", is_flag=True, help="Only check everything, and show the recipe and what it would take.")
-@click.option("--on", "gpu", metavar="GPU", help="With --dry-run: what it would take on a t4, l4, a100, h100, …")
+@click.option("--resume", is_flag=True, help="Resume the run in --out, or the newest run in ./runs.")
+@click.option(
+    "--seed", type=Whole(0, MAX_SEED), help="Random seed; the same seed gives the same model. [default: the recipe's]"
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check the inputs, estimate time and memory, and warn about settings; train nothing.",
+)
+@click.option("--on", "gpu", metavar="GPU", help="With --dry-run: estimate for another GPU: t4, l4, a100, h100, …")
 @set_option
 @json_option
 def train(
@@ -88,22 +94,22 @@ def train(
     """Train a model from scratch on text.
 
     \b
-      slm train                                           the stories that ship with slm
-      slm train --data stories.txt --val held-out.txt     your own text
+      slm train                                           on the sample stories of slm
+      slm train --data stories.txt --val held-out.txt     on your own text
       slm train --data books/ --tokenizer gpt2 --recipe stories-4m
       slm train --set schedule.learning_rate=1e-3 --set model.num_hidden_layers=8
-      slm train --resume                                  go on after Ctrl-C
-      slm train --recipe modern --dry-run --on t4         how long, how much memory, and what looks wrong
+      slm train --resume                                  resume after Ctrl-C
+      slm train --recipe modern --dry-run --on t4         estimate time and memory on a T4
       torchrun --nproc-per-node 4 -m slm train --recipe modern
 
-    In a .txt file a line <|endoftext|> ends a document; in a .jsonl file every row is {"text": "..."}. A recipe holds
-    everything else; the resolved one is saved as config.yaml in the run directory and may be given to --recipe again.
+    In a .txt file, a line <|endoftext|> ends a document; in a .jsonl file, every row is {"text": "..."}. The recipe sets
+    everything else. The run directory contains the resolved recipe as config.yaml, which --recipe accepts again.
 
     Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. Ctrl-C
-    saves and stops; kill -USR1 saves and goes on.
+    saves the run and stops; kill -USR1 saves it and continues.
     """
     if gpu is not None and not dry_run:
-        raise click.UsageError("--on goes with --dry-run")
+        raise click.UsageError("--on requires --dry-run")
     if resume:
         given = {
             "--recipe": recipe_name,
@@ -120,11 +126,11 @@ def train(
         }
         unwanted = [option for option, value in given.items() if value not in (None, ())]
         if unwanted:
-            raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(unwanted)}")
+            raise click.UsageError(f"--resume uses the run's own settings: leave out {', '.join(unwanted)}")
         out = _run_named(out)
         if "RANK" not in os.environ:
             out = out or newest_run()
-    elif "RANK" not in os.environ:  # torchrun's processes look together, and say what is wrong once
+    elif "RANK" not in os.environ:  # torchrun's processes check together, and report an error once
         _check_recipe(recipe_name, overrides)
         _check_inputs(data, val, tokenizer)
         if not dry_run:
@@ -162,7 +168,7 @@ def _recipe(
     seed: int | None,
     overrides: tuple[str, ...],
 ) -> "Recipe":
-    """Loads the recipe and puts the options in; says what was chosen for whoever named none."""
+    """Loads the recipe and applies the options; reports the defaults."""
     from slm.train.recipe import load_recipe
 
     recipe = load_recipe(name or _chosen_recipe(), overrides)
@@ -176,14 +182,14 @@ def _recipe(
 
 
 def fitting_recipe() -> str:
-    """Returns the recipe that is taken when none is named: what fits the machine."""
+    """Returns the default recipe, which depends on the machine."""
     import torch
 
     return "documented" if torch.cuda.is_available() else "tiny"
 
 
 def _chosen_recipe() -> str:
-    """Returns the recipe that fits the machine, and says why."""
+    """Returns the default recipe, and reports the reason."""
     name = fitting_recipe()
     if name == "documented":
         say("Using the recipe documented (this machine has a GPU).")
@@ -203,10 +209,10 @@ def _run_named(out: Path | None) -> Path | None:
 
 
 def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None) -> None:
-    """Looks for the files that were named, before PyTorch is imported or anything is measured.
+    """Checks the named files before PyTorch is imported.
 
     Raises:
-        SlmError: When one is not there or is not of a kind that can be read.
+        SlmError: When a file is missing or of a kind that cannot be read.
     """
     from slm.core.text.files import find_files, is_dataset
     from slm.train.data.corpus import is_named
@@ -220,10 +226,10 @@ def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None)
 
 
 def _check_recipe(name: str | None, overrides: tuple[str, ...]) -> None:
-    """Reads the recipe, before PyTorch is imported.
+    """Checks the recipe before PyTorch is imported.
 
-    Which recipe is the default hangs on the GPU, which PyTorch looks for: without a name, values are rejected here that suit
-    neither of the two.
+    The default recipe depends on the GPU, which only PyTorch can find: without a name, this rejects values that neither of
+    the two recipes accepts.
 
     Raises:
         SlmError: When there is no such recipe, or a value is wrong.
@@ -270,7 +276,7 @@ def _report(result: "TrainResult", as_json: bool) -> None:
         for sample in samples:
             print_lines(f"  {one_line(sample.prompt)} | {one_line(sample.text.removeprefix(sample.prompt))}")
     else:
-        say("no sample text: another copy of the model takes too much memory or time here")
+        say("No sample text: loading the model again would take too much memory or time.")
     next_step(following)
 
 

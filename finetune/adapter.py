@@ -1,7 +1,7 @@
-"""LoRA through peft on `CausalLM`: attaching, saving and loading an adapter.
+"""LoRA on `CausalLM` through peft: attaching, saving and loading adapters.
 
-Its tensors are called `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` and so on, the names that PEFT
-gives them on transformers' Gemma 3, so that `peft.PeftModel.from_pretrained` puts them there.
+Tensors have the names that PEFT gives them on transformers' Gemma 3, such as
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, so that `peft.PeftModel.from_pretrained` loads them.
 """
 
 import json
@@ -25,31 +25,31 @@ from slm.core.peft_fields import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG_FILE
 from slm.core.peft_fields import is_adapter as is_adapter
 from slm.finetune.settings import FinetuneSettings
 
-# What peft calls an adapter that nobody names.
+# peft's default name of an adapter.
 ADAPTER = "default"
 _PREFIX = "base_model.model."
 _PRODUCT_KINDS = ("lora_A.weight", "lora_B.weight")
 
 
 class TunableLM(nn.Module):
-    """A `CausalLM`'s two children under the same names, with what peft expects of a model beside them.
+    """The two children of a `CausalLM` under the same names, with the attributes that peft expects of a model.
 
-    peft replaces modules inside the children, so the `CausalLM` itself changes with them.
+    peft replaces modules inside the children, so the `CausalLM` changes with them.
     """
 
-    # peft would make the embedding's output require a gradient, which only gradient checkpointing needs.
+    # If true, peft makes the embedding's output require a gradient, which only gradient checkpointing needs.
     is_gradient_checkpointing = False
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model.model
         self.lm_head = model.lm_head
-        # The head's matrix as products take it, where that is another one; see `slm.finetune.frozen`.
+        # The head's matrix in the type of the products, if it differs; see `slm.finetune.frozen`.
         self.head_weight: Tensor | None = None
-        # A plain dictionary is what peft takes where there is no transformers configuration.
+        # peft accepts a plain dictionary in place of a transformers configuration.
         self.config = model.config.to_hf()
         tied = model.config.tie_word_embeddings
-        # Read by peft, so that trained rows of a tied embedding are the head's rows too.
+        # peft reads this, so that trained rows of a tied embedding are the head's rows too.
         self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -63,13 +63,13 @@ class TunableLM(nn.Module):
 
 
 def attach(model: CausalLM, settings: FinetuneSettings, base: Path, token_ids: Sequence[int] = ()) -> PeftModel:
-    """Puts a fresh adapter, which changes nothing yet, on a model and freezes everything else.
+    """Attaches a new adapter, which does not change the output yet, and freezes all other weights.
 
     Args:
         model: The base; its modules are wrapped in place.
-        settings: Rank, scale, dropout and which projections.
+        settings: Rank, scale, dropout and target modules.
         base: The base's directory, recorded for `AutoPeftModelForCausalLM`.
-        token_ids: Rows of the embedding, and of the head, that are trained with the adapter.
+        token_ids: Tokens whose rows of the embedding, and of the head, are trained with the adapter.
     """
     rows = list(token_ids)
     config = LoraConfig(
@@ -79,7 +79,7 @@ def attach(model: CausalLM, settings: FinetuneSettings, base: Path, token_ids: S
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         target_modules=list(settings.target_modules),
-        # A head that is not tied has rows of its own for the same tokens.
+        # An untied head has its own rows for these tokens.
         trainable_token_indices=_token_indices(model, rows),
         base_model_name_or_path=str(base.resolve()),
         task_type=TaskType.CAUSAL_LM,
@@ -94,7 +94,7 @@ def _token_indices(model: CausalLM, rows: list[int]) -> list[int] | dict[str, li
 
 
 def trained_rows(module: nn.Module) -> tuple[Tensor, tuple[list[int], Tensor] | None]:
-    """Returns the matrix (V, D) of an embedding or a head, and the ids and rows (R, D) that stand in place of some of its."""
+    """Returns the matrix (V, D) of an embedding or head, and the ids and rows (R, D) that replace some of its rows."""
     if not isinstance(module, TrainableTokensWrapper):
         weight: Tensor = module.weight  # type: ignore[assignment]  # an embedding's or a linear layer's
         return weight, None
@@ -118,13 +118,13 @@ def save_adapter(directory: Path, adapter: PeftModel, state: dict[str, Tensor]) 
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
     safetensors.torch.save_file(tensors, directory / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     fields = adapter.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
-    # peft keeps target_modules in a set, whose order differs from one process to the next.
+    # peft keeps target_modules in a set, whose order differs between processes.
     text = json.dumps(fields, indent=2, sort_keys=True, default=sorted)
     (directory / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_adapter(model: CausalLM, path: Path) -> PeftModel:
-    """Puts a saved LoRA adapter on a model, from safetensors only.
+    """Attaches a saved LoRA adapter to a model; reads safetensors only.
 
     Raises:
         SlmError: As `slm.core.peft_adapter.read_peft_adapter`, and when the adapter replaces the embedding or the head.
@@ -146,9 +146,9 @@ def load_adapter(model: CausalLM, path: Path) -> PeftModel:
 
 
 def _lora_config(read: PeftAdapter) -> LoraConfig:
-    """Returns the configuration that puts modules of the same ranks and scales on a model.
+    """Returns the configuration that attaches modules of the same ranks and scales to a model.
 
-    It names each module: peft matches no regular expression of the file's.
+    It names each module, so that peft matches no regular expression from the file.
     """
     fields, updates = read.fields, read.updates | read.embedding
     return LoraConfig(
@@ -168,14 +168,14 @@ def _lora_config(read: PeftAdapter) -> LoraConfig:
 
 
 def _state(read: PeftAdapter) -> dict[str, Tensor]:
-    """Returns the tensors under the names that peft gives them."""
+    """Returns the tensors under peft's names."""
     arrays: dict[str, Any] = {}
     for name, each in read.updates.items():
         arrays |= {f"{name}.lora_A.weight": each.low, f"{name}.lora_B.weight": each.high}
         if each.magnitude is not None:
             arrays[f"{name}.lora_magnitude_vector"] = each.magnitude
     for name, each in read.embedding.items():
-        # An embedding's matrices are parameters of the layer itself; a head is a product like the others.
+        # The matrices of an embedding are parameters of the layer itself; a head is a linear layer like the others.
         kinds = ("lora_embedding_A", "lora_embedding_B") if name == "model.embed_tokens" else _PRODUCT_KINDS
         arrays |= {f"{name}.{kind}": array for kind, array in zip(kinds, (each.low, each.high), strict=True)}
         if each.magnitude is not None:

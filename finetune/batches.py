@@ -1,4 +1,4 @@
-"""Examples as tensors, and the loss on what is learned.
+"""Batches of examples as tensors, and their loss.
 
 Dimensions: B rows, T positions, D hidden.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from slm.core.nn import CausalLM
 from slm.finetune.adapter import TunableLM, trained_rows
 from slm.finetune.examples import Example
+from slm.train.evaluate import Check
 from slm.train.loss import IGNORED, linear_cross_entropy
 
-# Rows of this many batches are sorted by length together: long enough to find rows of like length, short enough to stay
-# random.
+# Rows of this many batches are sorted by length together: enough to find rows of similar length, few enough to stay random.
 _SORTED_BATCHES = 16
 
-# What stands in a row: one example, or several that are packed.
+# The examples of a row: one, or several that are packed.
 Packed = tuple[Example, ...]
 
 
@@ -28,14 +28,14 @@ Packed = tuple[Example, ...]
 class Batch:
     """Rows padded on the right.
 
-    No attention mask goes with them: attention is causal, so no token sees the padding after it, and what the padding
-    itself computes carries no label. The loss is exactly that of the rows one by one.
+    They need no attention mask: attention is causal, so no token attends to the padding after it, and padding has no labels.
+    The loss equals that of the rows one by one.
 
     Attributes:
         input_ids: Int64 (B, T).
-        labels: The next token where it is learned, `IGNORED` elsewhere; int64 (B, T).
-        segments: Which of the examples packed into its row a token is of, padding counting as one more; int64 (B, T). None
-            where every row has one example.
+        labels: The next token if it counts in the loss, else `IGNORED`; int64 (B, T).
+        segments: Number of each token's example in its row, -1 for padding; int64 (B, T). None if every row has one
+            example.
     """
 
     input_ids: Tensor
@@ -44,20 +44,19 @@ class Batch:
 
     @property
     def trained(self) -> int:
-        """Number of tokens that are learned."""
+        """Number of tokens that count in the loss."""
         return int((self.labels != IGNORED).sum())
 
 
 def alone(examples: Sequence[Example]) -> list[Packed]:
-    """Returns examples one to a row."""
+    """Returns rows of one example each."""
     return [(example,) for example in examples]
 
 
 def pack(examples: Sequence[Example], max_length: int, order: random.Random) -> list[Packed]:
-    """Returns examples several to a row of at most `max_length` tokens, each in the first row that has room for it.
+    """Packs examples into rows of at most `max_length` tokens, each into the first row that has room for it.
 
-    They come in random order, so that what is packed together says nothing; of the rows not yet full, as many are looked at
-    as a batch that sorts its rows would hold.
+    Examples are taken in random order. Only a limited number of rows stays open at a time; the fullest is closed first.
     """
     rows: list[list[Example]] = []
     room: list[int] = []
@@ -79,7 +78,7 @@ def pack(examples: Sequence[Example], max_length: int, order: random.Random) -> 
 
 
 def collate(rows: Sequence[Packed]) -> Batch:
-    """Returns rows of examples as one batch."""
+    """Returns the batch of some rows."""
     length = max(_length(row) for row in rows)
     input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORED)
@@ -97,7 +96,7 @@ def collate(rows: Sequence[Packed]) -> Batch:
 
 
 def epoch_batches(rows: Sequence[Packed], batch_size: int, order: random.Random) -> list[Batch]:
-    """Returns every row once, in random batches of rows of similar length, so that little is padding."""
+    """Returns every row once, in random batches of rows of similar length, to limit padding."""
     shuffled = order.sample(rows, len(rows))
     span = batch_size * _SORTED_BATCHES
     batches: list[Batch] = []
@@ -109,9 +108,9 @@ def epoch_batches(rows: Sequence[Packed], batch_size: int, order: random.Random)
 
 
 def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
-    """Returns the mean cross-entropy of the learned tokens, in nats.
+    """Returns the mean cross-entropy over the labels, in nats.
 
-    The head, which costs most in a small model, is computed only where something is learned, a chunk at a time.
+    The head dominates the cost of a small model; it is computed only at positions with a label, chunk by chunk.
     """
     device = model.model.norm.weight.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
@@ -130,19 +129,22 @@ def mean_loss(
     examples: Sequence[Example],
     batch_size: int,
     autocast: torch.dtype | None = None,
+    check: Check = lambda: None,
 ) -> float:
-    """Returns the mean cross-entropy of the learned tokens of all examples, in nats, without dropout.
+    """Returns the mean cross-entropy over the labels of all examples, in nats, without dropout.
 
     Args:
         model: The model.
-        examples: What is measured.
-        batch_size: Rows computed at once.
-        autocast: What the products are computed in; None for float32.
+        examples: The examples.
+        batch_size: Rows per batch.
+        autocast: Type of the products; None for float32.
+        check: Called between batches; may raise to stop.
     """
     model.eval()
     near = sorted(examples, key=lambda example: len(example.ids))
     total, trained = 0.0, 0
     for first in range(0, len(near), batch_size):
+        check()
         batch = collate(alone(near[first : first + batch_size]))
         with casting(model, autocast):
             total += batch_loss(model, batch).item() * batch.trained
@@ -151,7 +153,7 @@ def mean_loss(
 
 
 def casting(model: TunableLM | CausalLM, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """Returns autocast on the model's device; nothing where there is no type."""
+    """Returns autocast on the model's device, or a context without effect if there is no type."""
     return nullcontext() if dtype is None else torch.autocast(model.model.norm.weight.device.type, dtype=dtype)
 
 

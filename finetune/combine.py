@@ -1,6 +1,6 @@
-"""Several models of one shape made into one: averages, spherical interpolation, task arithmetic, TIES.
+"""Combination of models of one shape: averages, spherical interpolation, task arithmetic, TIES.
 
-Everything is float32, a tensor at a time. A tied head stays tied: it is stored once, as the embedding.
+Computes in float32, one tensor at a time. A tied head stays tied: it is stored once, as the embedding.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,21 +24,22 @@ Method = Literal["linear", "slerp", "task", "ties"]
 
 Array = NDArray[Any]
 
-# Nearer than this the arc between two tensors is a line.
+# Below this sine of their angle, the arc between two tensors is treated as a line.
 _PARALLEL = 1e-6
 
 
 @dataclass(frozen=True)
 class Combination:
-    """How models are combined.
+    """The way to combine models.
 
     Attributes:
-        method: "linear": the weighted mean. "slerp": between two, along the arc (Shoemake 1985). "task": the base and the
-            weighted sum of what each model changed of it (arXiv:2212.04089). "ties": the same, of each change only the largest
-            values, and of those only the ones whose sign most agree on, averaged (arXiv:2306.01708).
-        weights: One for each model; for linear they are divided by their sum. For slerp the second says how far to go.
-        density: For TIES, the share of a change's values that is kept.
-        scale: For task and TIES, what the whole change is multiplied with.
+        method: "linear": the weighted mean. "slerp": interpolation of two models along the arc (Shoemake 1985). "task": the
+            base plus the weighted sum of each model's difference from it (arXiv:2212.04089). "ties": the same with trimmed
+            differences, averaged over those that agree with the majority sign (arXiv:2306.01708).
+        weights: One per model. For linear they are divided by their sum; for slerp the second one, as a share of the sum, is
+            the position on the arc.
+        density: For TIES, the share of each difference's values to keep, the largest ones.
+        scale: For task and TIES, the factor of the combined difference.
     """
 
     method: Method
@@ -51,7 +52,7 @@ class Combination:
 
         Args:
             models: The tensor of each model, float32.
-            base: That of the base, for task and TIES.
+            base: The base's tensor, for task and TIES.
         """
         if self.method == "linear":
             return _sum(models, [weight / sum(self.weights) for weight in self.weights])
@@ -72,15 +73,15 @@ def combine(
     adapters: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Combines checkpoints, or a base with each of some adapters, and writes a checkpoint, whole or not at all.
+    """Combines checkpoints, or adapters of one base, and writes a checkpoint, whole or not at all.
 
     Args:
         models: Checkpoints, of one shape and with one tokenizer.
         out: The checkpoint's directory.
-        combination: How, with a weight for each checkpoint and then for each adapter.
-        base: What task arithmetic and TIES take changes from, and what adapters are merged into.
-        adapters: Each counts as the checkpoint that merging it into the base would give.
-        progress: Told of each tensor.
+        combination: The method, with a weight for each checkpoint and then for each adapter.
+        base: The base of task arithmetic, TIES and the adapters.
+        adapters: Adapters; each counts as the checkpoint that merging it into the base gives.
+        progress: Receives the number of tensors done.
 
     Raises:
         SlmError: When models do not fit together, or an adapter does not fit the base.
@@ -155,7 +156,7 @@ def _sum(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def _slerp(first: Array, second: Array, share: float) -> Array:
-    """Returns what lies at a share of the way from one to the other along the arc, lengths going from one's to the other's."""
+    """Returns a point on the arc between two tensors, with a norm between theirs."""
     lengths = [float(np.linalg.norm(array)) for array in (first, second)]
     if not all(lengths):
         return _sum((first, second), (1 - share, share))
@@ -169,7 +170,7 @@ def _slerp(first: Array, second: Array, share: float) -> Array:
 
 
 def _ties(changes: Sequence[Array], weights: Sequence[float], density: float) -> Array:
-    """Trims each change to its largest values, elects a sign for every value, and averages those that have it."""
+    """Trims each difference to its largest values, elects a sign for every value, and averages those that have it."""
     trimmed = [np.float32(weight) * _largest(change, density) for change, weight in zip(changes, weights, strict=True)]
     sign = np.sign(sum(trimmed))
     total, count = np.zeros_like(changes[0]), np.zeros_like(changes[0])

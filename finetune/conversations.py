@@ -1,4 +1,4 @@
-"""Conversations in rows: whose turns they are, what is learned of them, and what is refused."""
+"""Conversations in rows: roles, which messages count in the loss, and what is rejected."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -13,21 +13,21 @@ from slm.finetune.fields import ROLES, TOOL_ROLES, absent, is_learned, known_in_
 _FORM = 'a conversation is [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
 _PAIR_FORM = 'history is [["a question", "its answer"], ...]'
 
-# A message, and whether it is learned.
+# A message, and whether it counts in the loss.
 Turn = tuple[Message, bool]
 
 
 def kind_of(value: Any) -> str:
-    """Returns what JSON calls a value."""
+    """Returns the JSON name of a value's type."""
     names = {dict: "an object", list: "an array", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def text_of(value: Any, name: str, where: str, *, empty: bool = False) -> str:
-    """Returns a field that is text.
+    """Returns a field of text.
 
     Raises:
-        SlmError: When it is something else, empty where it may not be, or holds half a character.
+        SlmError: When the field is not text, is empty but must not be, or holds half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise SlmError(f"{where}: {name!r} is {kind_of(value)} instead of text")
@@ -41,7 +41,7 @@ def text_of(value: Any, name: str, where: str, *, empty: bool = False) -> str:
 
 
 def _parsed(value: Any, where: str) -> Any:
-    """Returns a list that a cell or a field spells as JSON; anything else as it is."""
+    """Returns the list that a text spells as JSON; returns any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -52,16 +52,16 @@ def _parsed(value: Any, where: str) -> Any:
 
 
 def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) -> list[Turn]:
-    """Returns the messages of a field, each with whether it is learned; empty system messages are left out.
+    """Returns the messages of a field, each with whether it counts in the loss; drops empty system messages.
 
     Args:
-        value: The field: an array, or one spelt as JSON.
-        name: What the field is called.
-        where: The row, for messages.
-        left_out: Takes the names of fields that are not looked at.
+        value: The field: an array, or text that spells one as JSON.
+        name: Name of the field.
+        where: Place of the row, for messages.
+        left_out: Receives the names of ignored fields.
 
     Raises:
-        SlmError: When it is no conversation, or holds what is not supported.
+        SlmError: When the field is not a conversation, or holds something that is not supported.
     """
     value = _parsed(value, where)
     if not isinstance(value, list):
@@ -75,10 +75,10 @@ def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) ->
 
 
 def history(value: Any, where: str) -> list[Turn]:
-    """Returns the earlier turns that LLaMA-Factory keeps beside an instruction, learned like every answer.
+    """Returns the earlier turns that LLaMA-Factory keeps beside an instruction. Their answers count in the loss.
 
     Raises:
-        SlmError: When they are not pairs of texts.
+        SlmError: When the field is not a list of pairs of texts.
     """
     value = _parsed(value, where)
     if absent(value):
@@ -96,10 +96,10 @@ def history(value: Any, where: str) -> list[Turn]:
 
 
 def with_system(system: str, conversation: list[Turn], where: str) -> list[Turn]:
-    """Returns a conversation that begins with a system text.
+    """Returns a conversation with a system text at its beginning.
 
     Raises:
-        SlmError: When it begins with another one already.
+        SlmError: When it begins with another system text.
     """
     if not system.strip():
         return conversation
@@ -113,10 +113,10 @@ def with_system(system: str, conversation: list[Turn], where: str) -> list[Turn]
 
 
 def checked(conversation: Sequence[Turn], where: str) -> tuple[tuple[Message, ...], frozenset[int]]:
-    """Returns the messages up to the last answer that is learned, and the numbers of answers that are only read.
+    """Returns the messages up to the last answer that counts in the loss, and the numbers of answers that do not.
 
     Raises:
-        SlmError: When speakers do not take turns, or nothing is learned.
+        SlmError: When roles do not alternate, or no answer counts in the loss.
     """
     roles = [message["role"] for message, _ in conversation]
     if "assistant" not in roles:
@@ -191,7 +191,7 @@ def _said(role: Role, content: str) -> Message:
 
 
 def _content(value: Any, where: str) -> Any:
-    """Returns the text of content that comes in parts, as OpenAI has it; anything else as it is."""
+    """Returns the text of content that is a list of parts, as in OpenAI's format; returns any other content unchanged."""
     if not isinstance(value, list) or not value:
         return value
     for part in value:

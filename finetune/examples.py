@@ -1,8 +1,7 @@
-"""Rows as token ids, divided into the parts that are only read and the parts that are learned.
+"""Rows as token ids, with the spans that count in the loss.
 
-What the tokenizer puts before a prompt begins every row, so that the model sees the same ids here as when it answers.
-What a row says is encoded literally: "<end_of_turn>" typed in a row is only characters, and turns come from the template
-alone.
+Every row begins with the tokens that the tokenizer puts before a prompt, so that the model sees the same ids as in inference.
+Text of rows is encoded literally: "<end_of_turn>" in a row is plain characters, and only the template makes turns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from slm.finetune.rows import ChatRow, CompletionRow, Row, TextRow
 
 TURN_TOKENS = (START_OF_TURN, END_OF_TURN)
 
-# Tokens of a part that are shown on either side of the middle that is left out, and parts that are shown.
+# A preview shows this many tokens at each end of a part, and this many parts.
 _SHOWN = 24
 _PARTS_SHOWN = 8
 
@@ -27,9 +26,9 @@ class Example:
     """A row in tokens.
 
     Attributes:
-        ids: All of them.
-        spans: From where to where (half-open) they are learned, in order and apart; what stands outside is read. The
-            first begins at 1 or later: what begins a text has nothing that predicts it.
+        ids: The token ids.
+        spans: Half-open ranges of tokens that count in the loss, in order and not adjacent. The first begins at 1 or later,
+            because nothing predicts the first token.
     """
 
     ids: tuple[int, ...]
@@ -37,37 +36,37 @@ class Example:
 
     @classmethod
     def ending(cls, ids: Sequence[int], start: int) -> "Example":
-        """Returns a row that is learned from a token on to its end."""
+        """Returns an example whose loss covers all tokens from a position on."""
         return cls(tuple(ids), ((start, len(ids)),))
 
     @property
     def start(self) -> int:
-        """The first token that is learned."""
+        """The first position that counts in the loss."""
         return self.spans[0][0]
 
     @property
     def trained(self) -> int:
-        """Number of tokens that are learned."""
+        """Number of tokens that count in the loss."""
         return sum(end - start for start, end in self.spans)
 
     def targets(self, token: int) -> bool:
-        """Says whether a token is among those that are learned."""
+        """Returns whether a token id is among those that count in the loss."""
         return any(token in self.ids[start:end] for start, end in self.spans)
 
     def cut(self, length: int) -> "Example":
-        """Returns its beginning, of which perhaps nothing is learned."""
+        """Returns the first tokens, of which possibly none counts in the loss."""
         spans = ((start, min(end, length)) for start, end in self.spans if start < length)
         return Example(self.ids[:length], tuple(spans))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows that are left after cutting.
+    """Examples cut to a maximum length.
 
     Attributes:
-        kept: In the order of the rows.
-        truncated: How many of them lost their end, end-of-text included.
-        skipped: How many rows had a prompt so long that nothing to learn was left.
+        kept: The examples, in the order of the rows.
+        truncated: Number of examples that lost their end, including end-of-text.
+        skipped: Number of rows whose prompt left no room for an answer.
     """
 
     kept: tuple[Example, ...]
@@ -76,22 +75,22 @@ class Examples:
 
     @property
     def trained(self) -> int:
-        """Number of tokens that are learned in one epoch."""
+        """Number of tokens per epoch that count in the loss."""
         return sum(example.trained for example in self.kept)
 
 
 class Renderer:
-    """Turns rows into ids for one model.
+    """Converts rows to token ids for a model.
 
     Raises:
-        SlmError: When the model has no token that ends a text.
+        SlmError: When the model has no end-of-text token.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.tokenizer = tokenizer
         self._before = list(tokenizer.prefix_ids)
         end_of_turn = tokenizer.token_id(END_OF_TURN)
-        # Gemma lists the end of a turn among its stop tokens; the end of a text is the other one.
+        # Gemma lists the end of a turn among its stop tokens; end-of-text is the other one.
         ends = [token for token in config.stop_token_ids if token != end_of_turn]
         end = ends[0] if ends else tokenizer.token_id(END_OF_TEXT)
         if end is None:
@@ -102,15 +101,15 @@ class Renderer:
         self._besides = tokenizer.lengthy(self._ends) - tokenizer.control_ids
 
     def turn_token_ids(self) -> list[int]:
-        """Returns the ids of the tokens that begin and end a turn, those that the tokenizer has."""
+        """Returns the ids of the tokens that begin and end a turn, as far as the tokenizer has them."""
         ids = (self.tokenizer.token_id(token) for token in TURN_TOKENS)
         return [token_id for token_id in ids if token_id is not None]
 
     def example(self, row: Row) -> Example:
-        """Returns a row in full length.
+        """Returns the uncut example of a row.
 
         Raises:
-            SlmError: When the model knows no turns, or its own template refuses the conversation.
+            SlmError: When the model has no turn tokens, or its chat template rejects the conversation.
         """
         (example,) = self._full([row])
         if isinstance(example, SlmError):
@@ -118,16 +117,16 @@ class Renderer:
         return example
 
     def examples(self, rows: Sequence[Row], max_length: int, bad: list[SlmError] | None = None) -> Examples:
-        """Returns the rows cut to `max_length` tokens; a row of which nothing to learn is left is skipped.
+        """Returns examples cut to `max_length` tokens; skips rows of which no label is left.
 
         Args:
-            rows: What was read.
-            max_length: Tokens of the longest.
-            bad: Takes what the model's own chat template says of conversations that it refuses, which are then left
-                out; None makes the first of them an error.
+            rows: The rows.
+            max_length: Maximum number of tokens.
+            bad: Receives the errors of conversations that the chat template rejects, which are then left out; None raises
+                the first one.
 
         Raises:
-            SlmError: See `bad`; it names the row.
+            SlmError: See `bad`; the message names the row.
         """
         kept, truncated, skipped = [], 0, 0
         for row, full in zip(rows, self._full(rows), strict=True):
@@ -161,15 +160,15 @@ class Renderer:
                     yield self._ended(self._before, literal(row.text))
 
     def _ended(self, read: list[int], learned: list[int]) -> Example:
-        # Without anything before it the first token of all cannot be predicted.
+        # The first token cannot be predicted, because nothing precedes it.
         return Example.ending((*read, *learned, self.end_of_text), max(1, len(read)))
 
     def _answered(self, dialogue: Dialogue, learned: Sequence[bool]) -> Example:
-        """Returns a conversation; the end of the last answer is followed by the end of the text, learned too.
+        """Returns the example of a conversation, which ends with end-of-text; that token counts in the loss too.
 
         Args:
-            dialogue: Up to its last answer, which is learned.
-            learned: Of each answer, whether it is.
+            dialogue: The conversation up to its last answer, which counts in the loss.
+            learned: Whether each answer counts in the loss.
         """
         answers = [span for span, learn in zip(dialogue.answers, learned, strict=True) if learn]
         if dialogue.ids[-1] == self.end_of_text:
@@ -178,7 +177,7 @@ class Renderer:
         return Example((*dialogue.ids, self.end_of_text), (*answers, (start, end + 1)))
 
     def preview(self, example: Example) -> list[tuple[bool, str]]:
-        """Returns the parts of an example: whether each is learned, and its tokens, for a person to check."""
+        """Returns a readable preview of an example: its parts, and whether each counts in the loss."""
         parts, place = [], 0
         for start, end in example.spans:
             if start > place:
@@ -199,7 +198,7 @@ class Renderer:
 
 
 def _learned(row: ChatRow) -> list[bool]:
-    """Returns of each of a conversation's answers whether it is learned."""
+    """Returns whether each answer of a conversation counts in the loss."""
     return [
         number not in row.only_read for number, message in enumerate(row.messages) if message["role"] == "assistant"
     ]

@@ -1,6 +1,6 @@
-"""What other people's rows hold: the fields that are understood, and those that are refused by name.
+"""Fields of rows from other tools: those that are supported, and those that are rejected by name.
 
-Any other field is harmless: it is left out, and named once.
+Any other field is harmless: it is ignored, and reported once.
 """
 
 import re
@@ -10,15 +10,15 @@ from typing import Any
 from slm.core.chat import Role
 from slm.core.errors import SlmError
 
-# Conversations, as OpenAI, TRL, LLaMA-Factory, ShareGPT and Axolotl call them.
+# Names of conversations in OpenAI, TRL, LLaMA-Factory, ShareGPT and Axolotl.
 CONVERSATIONS = ("messages", "conversations", "conversation")
-# Alpaca's names, and Dolly's for the same.
+# Alpaca's names, and Dolly's names for the same fields.
 INSTRUCTION, CONTEXT, OUTPUT = "instruction", ("input", "context"), ("output", "response")
 PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"
-# What comes before a conversation.
+# Fields that precede a conversation.
 SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 
-# What other people call the speakers.
+# Other tools' names of roles.
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -38,7 +38,7 @@ TOOL_ROLES = (
     "tool_result",
 )  # fmt: skip
 
-# Columns that would change what is learned, with the reason and what to do. Empty ones are absent.
+# Columns that would change training and are not supported, with the reason and a hint. Empty ones count as absent.
 _REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("tools", "functions"), (_NO_TOOLS, _REMOVE)),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
@@ -54,7 +54,7 @@ _REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
     ),
     **dict.fromkeys(("chat_template", "chat_template_kwargs"), ("the model's own chat template is used", _REMOVE)),
 }
-_NO_REASONING = "reasoning beside an answer is not supported"
+_NO_REASONING = "reasoning in a separate field is not supported"
 _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), (_NO_TOOLS, _REMOVE)),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
@@ -62,20 +62,20 @@ _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
         ("reasoning_content", "reasoning", "thinking"),
         (_NO_REASONING, "write it into the content, or remove the field"),
     ),
-    "refusal": ("a refusal beside the content is not supported", "write it into the content, or remove the row"),
+    "refusal": ("a refusal in a separate field is not supported", "write it into the content, or remove the row"),
     "train_detail": ("an answer is learned whole or not at all", "remove the field, or split the answer"),
     "prefix": ("an answer is learned from its beginning", "remove the field"),
 }
-# Whether an answer is learned: OpenAI's weight, Axolotl's train and training, ms-swift's loss.
+# Fields that state whether an answer counts in the loss: OpenAI's weight, Axolotl's train and training, ms-swift's loss.
 _LEARNED = ("weight", "train", "training", "train_on_turn", "loss")
 _ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "example_weight")
-# Other tools' names for the same, and for what was thought before an answer. What their values mean is not known here.
+# Other tools' names for the same, and for the reasoning before an answer. The meaning of their values is not known here.
 _LEARNING_NAME = re.compile(r".*(weight|mask|loss|train|learn).*", re.IGNORECASE)
 _REASONING_NAME = re.compile(r".*(reasoning|thinking|thought).*", re.IGNORECASE)
-# Whether an answer is wanted: LLaMA-Factory's kto_tag, TRL's label. A text's label may be a class.
+# Fields that state whether an answer is desirable: LLaMA-Factory's kto_tag, TRL's label. A label of a text may be a class.
 _WANTED = ("kto_tag", "label")
 
-# Columns that mean what prompt and completion do, but may also mean something else.
+# Columns that may mean prompt and completion, but also something else.
 _RENAMED = (
     ("question", "answer"), ("query", "response"), ("query", "answer"), ("question", "response"), ("prompt", "response"),
     ("prompt", "output"), ("prompt", "answer"), ("input", "output"), ("inputs", "targets"), ("user", "assistant"),
@@ -83,7 +83,7 @@ _RENAMED = (
     ("instruction", "answer"),
 )  # fmt: skip
 
-# Everything that is looked at in a row; other columns of a Parquet file are not decoded.
+# All columns that are read; other columns of a Parquet file are not decoded.
 COLUMNS = frozenset(
     (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
      *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
@@ -91,22 +91,22 @@ COLUMNS = frozenset(
 
 
 def present(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that hold something: null means absent, and so does NaN, which pandas writes for it."""
+    """Returns the fields that are present: null means absent, and so does NaN, which pandas writes for null."""
     return {name: value for name, value in fields.items() if value is not None and value == value}
 
 
 def absent(value: Any) -> bool:
-    """Says whether a field holds nothing: null, empty, or an empty list or object spelt in text."""
+    """Returns whether a field is null, empty, or text that spells an empty list or object."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value is False or (isinstance(value, (list, dict)) and not value)
 
 
 def refuse_columns(row: Mapping[str, Any]) -> None:
-    """Makes sure that a row has no column that would change what is learned and is not supported.
+    """Rejects columns that would change training and are not supported.
 
     Raises:
-        SlmError: When it does; the message names the column and the reason, but no place.
+        SlmError: When the row has one; the message names the column and the reason, but no place.
     """
     for name, (reason, hint) in _REFUSED_COLUMNS.items():
         if name in row and not absent(row[name]):
@@ -126,15 +126,15 @@ def refuse_columns(row: Mapping[str, Any]) -> None:
 
 
 def refuse_beside(row: Mapping[str, Any], names: tuple[str, ...], fields: str) -> None:
-    """Makes sure that a row has no text that belongs to another kind of row and would be lost.
+    """Rejects text that belongs to another kind of row and would be lost.
 
     Args:
         row: The row.
-        names: The columns that may not hold anything.
-        fields: What the row is read as, for the message.
+        names: The columns that must be empty.
+        fields: The fields as which the row is read, for the message.
 
     Raises:
-        SlmError: When one of them does; the message names the column, but no place.
+        SlmError: When one of the columns is not empty; the message names the column, but no place.
     """
     for name in names:
         if not absent(row.get(name)):
@@ -144,10 +144,10 @@ def refuse_beside(row: Mapping[str, Any], names: tuple[str, ...], fields: str) -
 
 
 def refuse_in_message(message: Mapping[str, Any]) -> None:
-    """Makes sure that a message has no field that would change what is learned and is not supported.
+    """Rejects fields of a message that would change training and are not supported.
 
     Raises:
-        SlmError: When it does; the message names the field and the reason, but no place.
+        SlmError: When the message has one; the error names the field and the reason, but no place.
     """
     for name, (reason, hint) in _REFUSED_IN_MESSAGES.items():
         if name in message and not absent(message[name]):
@@ -165,10 +165,10 @@ def refuse_in_message(message: Mapping[str, Any]) -> None:
 
 
 def is_learned(message: Mapping[str, Any], role: Role) -> bool:
-    """Says whether a message is learned: an answer, unless its weight is 0.
+    """Returns whether a message counts in the loss: an answer does, unless its weight is 0.
 
     Raises:
-        SlmError: When it has another weight than 0 and 1, or one that is not an answer is to be learned.
+        SlmError: When the weight is neither 0 nor 1, or a message that is not an answer has a weight of 1.
     """
     given = {name: message[name] for name in _LEARNED if name in message}
     for name, value in given.items():
@@ -185,17 +185,17 @@ def is_learned(message: Mapping[str, Any], role: Role) -> bool:
 
 
 def known_in_message(name: str) -> bool:
-    """Says whether a message's field is looked at."""
+    """Returns whether a field of a message is read."""
     return name in ("role", "content", "from", "value", *_LEARNED, *_REFUSED_IN_MESSAGES)
 
 
 def known_column(name: str) -> bool:
-    """Says whether a column is one of those that are refused unless they are empty, or of weights."""
+    """Returns whether a column is a weight, or is rejected unless empty."""
     return name in _REFUSED_COLUMNS or name in _ROW_WEIGHTS or name == "kto_tag"
 
 
 def renaming(row: Mapping[str, Any]) -> str | None:
-    """Returns how to rename the columns of a row of no known kind; None where that is not clear."""
+    """Returns a hint for renaming the columns of an unknown kind of row; None if that is not clear."""
     for question, answer in _RENAMED:
         if question in row and answer in row:
             return f"rename {question} and {answer} to instruction and output (a chat) or to prompt and completion (plain text)"

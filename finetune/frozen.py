@@ -1,9 +1,9 @@
-"""How a model with an adapter is computed while it learns: peft's arithmetic, without what frozen weights make needless.
+"""Faster training of a model with an adapter: peft's arithmetic, without the work that frozen weights make unnecessary.
 
-peft's modules keep the parameters; what computes them is replaced. Frozen matrices are cast to the type of the products once,
-where autocast would cast them in every forward pass. A projection and its adapter are one operation that keeps its input and
-nothing else. Norms, whose gains are frozen, keep their input alone. Trained rows of the embedding and of the head are put in
-where they are used; peft copies the whole table for them, and its gradient.
+peft's modules keep the parameters; their forward methods are replaced. Frozen matrices are cast to the type of the products
+once, where autocast would cast them in every forward pass. A projection and its adapter are one operation that saves only its
+input for the backward pass. Norms, whose gains are frozen, save only their input. Trained rows of the embedding and of the head
+are inserted where they are used; peft copies the whole table for them, and its gradient.
 
 Dimensions: B rows, T positions, N = B · T, I inputs, O outputs, R rank, D hidden, V vocabulary.
 """
@@ -21,18 +21,18 @@ from torch.autograd.function import once_differentiable
 from slm.core.nn.layers import RMSNorm, ScaledEmbedding
 from slm.finetune.adapter import ADAPTER, TunableLM, trained_rows
 
-# Rows of the embedding that are compared at once.
+# Rows of the embedding that are compared in one step.
 _PART = 4096
-# Norms whose output goes into products alone.
+# Norms whose output only goes into products.
 _INTO_PRODUCTS = ("input_layernorm", "pre_feedforward_layernorm")
 
 
 def lighten(model: TunableLM, products: torch.dtype | None) -> None:
-    """Replaces how a model with a fresh adapter is computed.
+    """Replaces the forward methods of a model with a new adapter.
 
     Args:
-        model: On its device, in float32; frozen matrices change their type for good.
-        products: What autocast will compute products in, in every forward pass from now on; None for no autocast.
+        model: The model, on its device, in float32; its frozen matrices change their type permanently.
+        products: The autocast type of every later forward pass; None for no autocast.
     """
     for module in list(model.model.layers.modules()):
         if isinstance(module, LoraLinear):
@@ -79,7 +79,7 @@ def _adapted(module: LoraLinear, products: torch.dtype | None) -> Callable[[Tens
 
 
 class _NormOfSum:
-    """The norms of the rows of W + s B A, without making the sum: |w|² + 2 s w·(BA) + s² |BA|²."""
+    """The norms of the rows of W + s B A, without computing the sum: |w|² + 2 s w·(BA) + s² |BA|²."""
 
     def __init__(self, weight: Tensor, scale: float) -> None:
         self._weight, self._scale = weight, scale
@@ -87,7 +87,7 @@ class _NormOfSum:
 
     @torch.no_grad()
     def __call__(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        """Returns the norms (O,) in float32; their gradient is left out, as the paper does (arXiv:2402.09353, 4.3)."""
+        """Returns the norms (O,) in float32, without their gradient, as in the paper (arXiv:2402.09353, 4.3)."""
         with torch.autocast(lora_a.device.type, enabled=False):
             crossed = ((self._weight @ lora_a.T) * lora_b).sum(1)
             of_update = ((lora_b @ (lora_a @ lora_a.T)) * lora_b).sum(1)
@@ -96,7 +96,7 @@ class _NormOfSum:
 
 
 class _Adapted(torch.autograd.Function):
-    """x Wᵀ + s y Aᵀ Bᵀ for inputs x (…, I), of which the adapter sees y: x itself, or what dropout left of it."""
+    """x Wᵀ + s y Aᵀ Bᵀ for inputs x (…, I), where the adapter reads y: x itself, or x after dropout."""
 
     @staticmethod
     def forward(
@@ -143,12 +143,12 @@ def _normed(module: RMSNorm, products: torch.dtype | None) -> Callable[[Tensor],
 
 
 class _Normed(torch.autograd.Function):
-    """RMSNorm with a gain that is not learned, in float32 inside."""
+    """RMSNorm with a frozen gain, computed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         values = x.float()
-        # The norm takes one pass over memory, which squares and their mean do in three.
+        # vector_norm needs one pass over memory; squares and their mean need three.
         length = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
         shrink = length.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, shrink)
@@ -172,7 +172,7 @@ def _embed_and_head(model: TunableLM, products: torch.dtype | None) -> None:
     tied = head.data_ptr() == table.data_ptr()
     if products is not None:
         exact = _cast(table.data, products)
-        # As Gemma's own weights are: one table does for both. Compared in parts, for it is most of a small model.
+        # True of Gemma's weights: one table serves both. Compared in parts, because it is most of a small model.
         if all(torch.equal(a.float(), b) for a, b in zip(exact.split(_PART), table.data.split(_PART), strict=True)):
             table.data = exact
             model.head_weight = table.data if tied else _cast(head.data, products)
@@ -183,7 +183,7 @@ def _embed_and_head(model: TunableLM, products: torch.dtype | None) -> None:
     scale = plain.embed_scale
     place = torch.full(
         (len(table),), -1, dtype=torch.int64, device=table.device
-    )  # of each token among the trained rows
+    )  # index of each token among the trained rows
     if rows is not None:
         place[torch.tensor(rows[0], device=table.device)] = torch.arange(len(rows[0]), device=table.device)
 

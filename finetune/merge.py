@@ -1,4 +1,4 @@
-"""An adapter folded into its base: one model again, which exports and runs like any other."""
+"""Merging an adapter into its base, which gives a plain model."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 
 
 def merge(base: Path, adapter: Path) -> CausalLM:
-    """Returns the base with W + alpha / rank * B A in place of each adapted W, and trained embedding rows put in.
+    """Returns the base with each adapted W replaced by W + alpha / rank * B A, and with the trained embedding rows.
 
-    The arithmetic is float32. A tied head stays tied: a trained row is the embedding's and the head's.
+    Computes in float32. A tied head stays tied: a trained row belongs to both embedding and head.
 
     Raises:
         SlmError: When the adapter is damaged, does not fit, or was trained on another base.
     """
     check_base(adapter, base, weights_sha256(base) if has_weights(base) else None)
     model = load_checkpoint(base)
-    # peft puts plain modules back where it had wrapped them, inside the model itself.
+    # peft restores plain modules in place of its wrappers, inside the model itself.
     load_adapter(model, adapter).merge_and_unload()
     return model.requires_grad_(True).eval()
 
@@ -35,7 +35,7 @@ def merged_checkpoint(base: Path, adapter: Path, out: Path) -> None:
     """
     model = merge(base, adapter)
     tuned = read_info(adapter)
-    # An adapter may state a licence of its own; what both state is said once.
+    # An adapter may state its own licence; notices that both state appear once.
     notices = tuple(dict.fromkeys((*notices_of(base), *recorded_notices(tuned))))
     info = read_info(base) | {
         "merged": {

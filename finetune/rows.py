@@ -1,4 +1,4 @@
-"""Rows to fine-tune on: kinds of object that other tools write, which a file may mix."""
+"""Rows for fine-tuning: kinds of rows that other tools write. A file may mix them."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -42,22 +42,22 @@ EXPECTED = (
     '{"prompt": ..., "completion": ...} or {"text": ...}'
 )
 
-# Rows are held in memory, and as tokens they take about ten times their text.
+# Default memory limit. Rows are held in memory, and their tokens take about ten times the memory of the text.
 DATA_BYTES = 512 << 20
-# What a row and a message take beside their text.
+# Memory of a row and of a message besides their text.
 _OVERHEAD = 200
-# Wrong rows that are left out before a file counts as wrong as a whole, and names of fields that are told of.
+# Maximum number of bad rows that are skipped before the file is rejected, and of field names that are reported.
 _MOST_BAD = 10_000
 _MOST_LEFT_OUT = 50
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is read.
+    """Limits of reading.
 
     Attributes:
-        row: Bytes of UTF-8 that a row may have.
-        data: Bytes of memory that all rows of a file may take.
+        row: Maximum UTF-8 bytes of a row.
+        data: Maximum bytes of memory of all rows.
     """
 
     row: int = DOCUMENT_BYTES
@@ -65,13 +65,13 @@ class Limits:
 
     @classmethod
     def checked(cls, row: int | None, data: int | None) -> "Limits":
-        """Returns limits, the defaults for None."""
+        """Returns limits, with the default in place of None."""
         return cls(DOCUMENT_BYTES if row is None else row, DATA_BYTES if data is None else data)
 
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """A beginning, and the continuation to learn; neither is wrapped in anything."""
+    """A prompt and a completion, of which the completion counts in the loss. No template is applied."""
 
     prompt: str
     completion: str
@@ -80,7 +80,7 @@ class CompletionRow:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text to learn from its first word."""
+    """A text that counts in the loss as a whole."""
 
     text: str
     place: str = field(default="", compare=False)
@@ -88,12 +88,12 @@ class TextRow:
 
 @dataclass(frozen=True)
 class ChatRow:
-    """A conversation, of which the assistant's messages are learned.
+    """A conversation, of which the assistant's messages count in the loss.
 
     Attributes:
-        messages: What was said.
-        place: Where the row stands.
-        only_read: Numbers, from 0, of the assistant's messages that are not learned.
+        messages: The messages.
+        place: The place of the row, for messages.
+        only_read: Numbers, from 0, of the assistant's messages that do not count in the loss.
     """
 
     messages: tuple[Message, ...]
@@ -107,7 +107,7 @@ _Names = Callable[[str], None]
 
 
 def instruction_row(instruction: str, context: str, output: str, place: str = "") -> ChatRow:
-    """Returns a request, what it is about, and the answer, as the conversation in which they will be met."""
+    """Returns an instruction, its input and its output as a conversation."""
     request = instruction_request(instruction, context)
     return ChatRow(({"role": "user", "content": request}, {"role": "assistant", "content": output}), place)
 
@@ -119,17 +119,17 @@ def read_rows(
     left_out: set[str] | None = None,
     limits: Limits | None = None,
 ) -> list[Row]:
-    """Reads the rows of a file, or of all files below a directory; `slm.core.text` says what is read.
+    """Reads the rows of a file, or of all files below a directory; see `slm.core.text` for the kinds of files.
 
     Args:
         path: The file or directory.
-        bad: Takes what is wrong with rows, which are then left out; None makes the first of them an error.
-        left_out: Takes the names of fields that mean nothing to fine-tuning.
-        limits: How much is read; the defaults when None.
+        bad: Receives the errors of bad rows, which are then skipped; None raises the first one.
+        left_out: Receives the names of ignored fields.
+        limits: Limits of reading; the defaults when None.
 
     Raises:
-        SlmError: When a file cannot be read, holds no row, or a row is not what is expected, too long or holds what is
-            not supported; it names the line, or the number of the row in an array or a Parquet file.
+        SlmError: When a file cannot be read or has no row, or a row is of an unknown kind, too long, or not supported; the
+            message names the line, or the number of the row in an array or a Parquet file.
     """
     rows: list[Row] = []
     limits = limits or Limits()
@@ -229,7 +229,7 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
 
 @contextmanager
 def _placed(where: str) -> Iterator[None]:
-    """Puts the place before the message of an error."""
+    """Prefixes the message of an error with the place."""
     try:
         yield
     except SlmError as error:
@@ -237,9 +237,9 @@ def _placed(where: str) -> Iterator[None]:
 
 
 def _fields(row: Mapping[str, Any], where: str, unread: Collection[str]) -> tuple[str, ...]:
-    """Returns the fields of the kind that a row is."""
+    """Returns the fields of a row's kind."""
     kinds = _kinds(row, where)
-    # A table has all columns in every row: those of other kinds are empty.
+    # In a table every row has all columns; the columns of other kinds are empty.
     if len(kinds) > 1:
         kinds = [names for names in kinds if not all(absent(row[name]) for name in names)] or kinds[:1]
     if len(kinds) > 1:
@@ -252,7 +252,7 @@ def _fields(row: Mapping[str, Any], where: str, unread: Collection[str]) -> tupl
 
 
 def _kinds(row: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
-    """Returns the fields of each kind that a row may be."""
+    """Returns the fields of every kind that a row may be."""
     kinds: list[tuple[str, ...]] = [(name,) for name in CONVERSATIONS if name in row]
     output = _one_of(row, OUTPUT, where)
     if INSTRUCTION in row and output in row:
@@ -260,14 +260,14 @@ def _kinds(row: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
         kinds.append((INSTRUCTION, output, *((context,) if context in row else ())))
     if PROMPT in row and COMPLETION in row:
         kinds.append((PROMPT, COMPLETION))
-    # A text beside other fields is made of them, as Alpaca's is.
+    # A text beside other fields repeats them, as in Alpaca.
     if TEXT in row and all(absent(row[name]) for names in kinds for name in names):
         kinds.append((TEXT,))
     return kinds
 
 
 def _one_of(row: Mapping[str, Any], names: tuple[str, str], where: str) -> str:
-    """Returns which of two names for the same a row has."""
+    """Returns which of two synonymous names a row has."""
     first, second = names
     if INSTRUCTION in row and not absent(row.get(first)) and not absent(row.get(second)):
         raise SlmError(f"{where}: has {first!r} and {second!r}, which mean the same", "keep one of them")
@@ -306,7 +306,7 @@ def _chat(row: Mapping[str, Any], conversation: list[tuple[Message, bool]], wher
 
 
 def _refuse_before(row: Mapping[str, Any], fields: str, where: str) -> None:
-    """Makes sure that nothing comes before a text that is not put into turns."""
+    """Rejects system texts and history in rows without turns."""
     for name in (*SYSTEM, HISTORY):
         if not absent(row.get(name)):
             raise SlmError(

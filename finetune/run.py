@@ -1,4 +1,4 @@
-"""`finetune`: from a checkpoint and a file of rows to a LoRA adapter, or to another checkpoint, kept at its best epoch."""
+"""Fine-tuning: trains a LoRA adapter, or all weights, of a checkpoint on a file of rows, and keeps the best epoch."""
 
 import hashlib
 import json
@@ -32,20 +32,24 @@ from slm.finetune.adapter import (
 )
 from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
+from slm.finetune.fit import Fit, Material, Trainable
 from slm.finetune.frozen import lighten
-from slm.finetune.loop import Fit
-from slm.finetune.rows import ChatRow, Limits, read_rows
+from slm.finetune.loop import FineTuning, plan_of
+from slm.finetune.rows import ChatRow, Limits, Row, read_rows
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
-from slm.finetune.state import TRAINER, TRAINER_FILES, Standing, State, drop_state, load_state, save_state
+from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
 from slm.train.build import pick_device
 from slm.train.interrupt import held_back
+from slm.train.loop import Loop
 from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics
+from slm.train.parallel import Alone
 from slm.train.precision import Precision, capability, choose_precision
+from slm.train.state import TRAINER
 from slm.version import __version__
 
-# All that an adapter's directory holds, and all that a run holds whose every weight was trained.
+# The files of an adapter's directory, and of a run of full fine-tuning.
 _ADAPTER_FILES = frozenset(
     (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, INFO_FILE, NOTICE_FILE, METRICS_FILE, CURVE_FILE, *TRAINER_FILES)
 )
@@ -59,35 +63,35 @@ _RUN_FILES = frozenset(
     )
 )
 
-# Rows that are shown before they are learned.
+# Number of rows shown before training.
 _SHOWN = 2
-# Rows that are answered at the end.
+# Number of sample answers at the end.
 SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tuning run made.
+    """The result of a fine-tuning run. Losses are in nats per token that counts in the loss.
 
     Attributes:
-        made: The adapter's directory, or the checkpoint's where every weight was trained.
-        base: The checkpoint that it was made from.
-        rows: Rows that were trained on.
-        validation_rows: Rows that the losses are measured on; 0 when there were too few to hold any out, and the losses
-            are then those of the training rows.
-        trained_tokens: Tokens learned in one epoch: answers and the ends of them.
-        truncated: Rows, of both kinds, that lost their end and with it their end-of-text.
-        skipped: Rows left out because their prompt alone was too long.
-        bad: Rows left out because they could not be read.
-        loss_before: Nats a learned token, of the base.
-        loss_after: The same of what was made.
-        kept_epoch: The pass over the rows that was kept, from 1.
-        best_epoch: The one with the lowest loss.
-        epochs: Passes in all, of a run that does not end early.
-        updates: Steps of the optimizer.
-        trainable_parameters: Those that were trained.
-        seconds: Wall time of training, that of the runs that it goes on from included.
-        samples: What the result answers to some of the held-out rows.
+        made: The directory of the adapter, or of the checkpoint if every weight was trained.
+        base: The base checkpoint.
+        rows: Number of training rows.
+        validation_rows: Number of held-out rows; 0 if there were too few rows to hold any out, and the losses are then those
+            of the training rows.
+        trained_tokens: Tokens per epoch that count in the loss: answers and their ends.
+        truncated: Number of rows, training and held-out, that lost their end.
+        skipped: Number of rows left out because their prompt was too long.
+        bad: Number of rows left out because they could not be read.
+        loss_before: Loss of the base.
+        loss_after: Loss of the result.
+        kept_epoch: The epoch that was kept, from 1.
+        best_epoch: The epoch with the lowest loss.
+        epochs: Number of epochs planned.
+        updates: Number of optimizer steps.
+        trainable_parameters: Number of trained parameters.
+        seconds: Seconds of training, including those before the run was resumed.
+        samples: Answers to some of the held-out rows.
     """
 
     made: Path
@@ -109,13 +113,28 @@ class FinetuneResult:
     samples: tuple[Sample, ...] = ()
 
 
-# Fields of the result that stand elsewhere in `slm.json`.
+@dataclass(frozen=True)
+class _Task:
+    """The arguments of `finetune`, which documents them."""
+
+    base: Path
+    data: Path
+    out: Path
+    settings: FinetuneSettings
+    validation: Path | None
+    overwrite: bool
+    skip_bad: bool
+    limits: Limits | None
+    samples: int
+
+
+# Fields of the result that are elsewhere in `slm.json`.
 _NO_METRICS = ("made", "base", "samples")
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What is learned and what is measured."""
+    """The prepared data."""
 
     train: Examples
     valid: Examples
@@ -141,61 +160,52 @@ def finetune(
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
 
-    The same base, data, settings and machine give the same bytes. A run that was interrupted leaves `out/trainer`; the
-    same call goes on from there, and what it makes is what the run would have made.
+    The same base, data, settings and machine give the same bytes. An interrupted run leaves `out/trainer`; the same call
+    resumes it, with the same result as without the interruption.
 
     Args:
         base: A checkpoint.
-        data: Rows to train on; see `slm.finetune.rows`.
-        out: The adapter's directory, to be made; of full fine-tuning a run's, whose `checkpoint/best` will be made.
+        data: Training rows; see `slm.finetune.rows`.
+        out: The directory to create: of the adapter, or of a run with `checkpoint/best` for full fine-tuning.
         settings: Hyperparameters; the defaults when None.
-        progress: Who is told how it goes.
-        validation: Rows to measure the loss on; a tenth of `data`, drawn with the seed, when None.
-        overwrite: Whether what is already there may be replaced.
-        skip_bad: Whether rows that are not as they should be are left out and counted, not refused.
-        limits: How much is read; the defaults when None.
-        samples: How many held-out rows the result answers at the end, to be read; 0 answers none.
+        progress: Receives progress and notes.
+        validation: Held-out rows; a tenth of `data`, drawn with the seed, when None.
+        overwrite: Whether an existing result may be replaced.
+        skip_bad: Whether to skip and count bad rows instead of raising an error.
+        limits: Limits of reading; the defaults when None.
+        samples: Number of held-out rows that the result answers at the end.
 
     Raises:
         SlmError: When an input is missing or wrong, the result exists, or there is nothing to learn.
-        KeyboardInterrupt: After saving where the run stands, when Ctrl-C asked for it.
+        KeyboardInterrupt: After saving, when Ctrl-C asked to stop.
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
+    task = _Task(base, data, out, settings, validation, overwrite, skip_bad, limits, samples)
     with sole(out.resolve()):
-        return _finetune(base, data, out, settings, progress, validation, overwrite, skip_bad, limits, samples)
+        return _finetune(task, progress)
 
 
-def _finetune(
-    base: Path,
-    data: Path,
-    out: Path,
-    settings: FinetuneSettings,
-    progress: Progress,
-    validation: Path | None,
-    overwrite: bool,
-    skip_bad: bool,
-    limits: Limits | None,
-    samples: int,
-) -> FinetuneResult:
-    check_free(out, settings.method, overwrite)
+def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
+    base, out = task.base, task.out
+    check_free(out, task.settings.method, task.overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
-    found = _prepare(data, validation, settings, config, renderer, skip_bad, limits, progress)
+    found = _prepare(task, config, renderer, progress)
     settings = found.settings
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
     course = {
         "settings": settings.model_dump(mode="json"),
         "base": base_record(base, tokenizer),
-        "data": _provenance(data),
-        "validation": None if validation is None else _provenance(validation),
-        "skip_bad": skip_bad,
+        "data": _provenance(task.data),
+        "validation": None if task.validation is None else _provenance(task.validation),
+        "skip_bad": task.skip_bad,
         "held_out": found.split.record,
         "precision": f"{precision.name} on {device.type}",
     }
-    state = _saved(out, course, overwrite)
+    state = _saved(out, course, task.overwrite)
     model = load_checkpoint(base).to(device)
-    # A base trained on plain text has never seen a turn token: its rows of the embedding are still random.
+    # A base trained on plain text has never seen a turn token: their rows of the embedding are still random.
     turns = [] if not found.chats or knows_turns(base_info, tokenizer) else renderer.turn_token_ids()
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -205,14 +215,15 @@ def _finetune(
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
         with held_back() as interruption:
-            fit.run(progress, interruption, lambda now: save_state(out, now))
-            standing = fit.standing
-            assert settings.epochs is not None
+            training = FineTuning(fit, out, progress)
+            Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
+            standing, seconds = fit.standing, training.elapsed_s
+            assert standing.loss_before is not None
             if fit.kept_loss >= standing.loss_before:
                 progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
             fit.put_kept()
             answers = _answers(
-                model if adapter is None else adapter.get_base_model(), renderer, found, samples, precision
+                model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
             )
             result = FinetuneResult(
                 made=out if adapter is not None else out / CHECKPOINT,
@@ -227,10 +238,10 @@ def _finetune(
                 loss_after=fit.kept_loss,
                 kept_epoch=fit.kept_epoch,
                 best_epoch=standing.best_epoch,
-                epochs=settings.epochs,
+                epochs=fit.epochs,
                 updates=standing.updates,
                 trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
-                seconds=round(standing.seconds, 2),
+                seconds=round(seconds, 2),
                 samples=answers,
             )
             info = {
@@ -254,20 +265,23 @@ def _finetune(
 
 
 def _fit(model: CausalLM, adapter: PeftModel | None, found: _Data, precision: Precision, standing: Standing) -> Fit:
-    measured = found.valid.kept or found.train.kept
-    called = "held-out loss" if found.valid.kept else "loss on the training rows"
+    if found.valid.kept:
+        material = Material(found.rows, found.valid.kept)
+    else:
+        material = Material(found.rows, found.train.kept, "loss on the training rows")
     if adapter is None:
-        parameters = dict(model.named_parameters())
-        return Fit(model, parameters, found.rows, measured, found.settings, precision, standing, called)
-    tunable: TunableLM = adapter.get_base_model()
-    lighten(tunable, precision.autocast)
-    return Fit(tunable, _parameters(adapter), found.rows, measured, found.settings, precision, standing, called)
+        trainable = Trainable(model, dict(model.named_parameters()))
+    else:
+        tunable: TunableLM = adapter.get_base_model()
+        lighten(tunable, precision.autocast)
+        trainable = Trainable(tunable, _parameters(adapter))
+    return Fit(trainable, material, found.settings, precision, standing)
 
 
 def _answers(
     model: TunableLM | CausalLM, renderer: Renderer, found: _Data, count: int, precision: Precision
 ) -> tuple[Sample, ...]:
-    """Returns what the tuned model answers to some of the held-out rows; of the training rows where none are held out."""
+    """Returns answers to some of the held-out rows, or of the training rows if none are held out."""
     settings, held_out = found.settings, bool(found.valid.kept)
     assert settings.max_length is not None
     answers = sample_answers(
@@ -283,21 +297,17 @@ def _answers(
     return tuple(answers)
 
 
-def _prepare(
-    data: Path,
-    validation: Path | None,
-    settings: FinetuneSettings,
-    config: ModelConfig,
-    renderer: Renderer,
-    skip_bad: bool,
-    limits: Limits | None,
-    progress: Progress,
-) -> _Data:
-    """Reads rows and makes examples of them, and says what will be learned, before time is spent on it."""
-    bad: list[SlmError] | None = [] if skip_bad else None
+def _prepare(task: _Task, config: ModelConfig, renderer: Renderer, progress: Progress) -> _Data:
+    """Reads rows, converts them to examples, and reports what will be trained."""
+    settings = task.settings
+    bad: list[SlmError] | None = [] if task.skip_bad else None
     left_out: set[str] = set()
-    rows = read_rows(data, bad, left_out=left_out, limits=limits)
-    measured = None if validation is None else read_rows(validation, bad, left_out=left_out, limits=limits)
+
+    def read(path: Path) -> list[Row]:
+        return read_rows(path, bad, left_out=left_out, limits=task.limits)
+
+    rows = read(task.data)
+    measured = None if task.validation is None else read(task.validation)
     if left_out:
         progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
     split = split_rows(rows, settings.seed) if measured is None else Split(rows, measured)
@@ -320,14 +330,14 @@ def _prepare(
 
 
 def _parameters(adapter: PeftModel) -> dict[str, Any]:
-    """Returns what an adapter trains under the names of its file."""
-    # peft's state holds the parameters detached; which is which is told by where they lie.
+    """Returns an adapter's trained parameters by their names in its file."""
+    # peft's state holds detached tensors; their addresses identify the parameters.
     places = {p.data_ptr(): p for p in adapter.parameters() if p.requires_grad}
     return {name: places[tensor.data_ptr()] for name, tensor in adapter_state(adapter).items()}
 
 
 def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
-    """Returns the state that a run of the same course left; one of another course is dropped when told."""
+    """Returns the saved state of a run with the same course. With `overwrite`, drops a state with another course."""
     try:
         state = load_state(out)
     except SlmError:
@@ -344,9 +354,9 @@ def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
     changed = [name for name in course if name not in ("settings", "held_out") and was.get(name) != course[name]]
     settings = was.get("settings", {})
     changed += [name for name, value in course["settings"].items() if settings.get(name) != value]
-    raise SlmError(  # which rows are held out follows from the others, unless another version of slm drew them
+    raise SlmError(  # held_out follows from the other values, unless another version of slm drew the rows
         f"{out} holds an interrupted run that differs in {', '.join(changed or ['held_out'])}",
-        "give the same values to go on with it; --overwrite begins anew",
+        f"give the same values to resume it; {START_OVER}",
     )
 
 
@@ -376,12 +386,12 @@ def _write_checkpoint(
 
 
 def check_free(out: Path, method: str, overwrite: bool) -> None:
-    """Makes sure that an adapter, or a run with a checkpoint, may be written to a directory.
+    """Checks that an adapter, or a run with a checkpoint, may be written to a directory.
 
     Raises:
-        SlmError: When something else is there, or one of them that may not be replaced.
+        SlmError: When the directory holds something else, or a result that may not be replaced.
     """
-    recover(out / TRAINER)  # what a process that was killed while it saved left half written is nobody's
+    recover(out / TRAINER)  # removes files that a killed process left half written
     check_replaceable(out.resolve(), _ADAPTER_FILES if method == "lora" else _RUN_FILES)
     there = is_adapter(out) if method == "lora" else is_checkpoint(out / CHECKPOINT)
     if there and not overwrite:
@@ -390,7 +400,7 @@ def check_free(out: Path, method: str, overwrite: bool) -> None:
 
 
 def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
-    """Warns where the rows held out say little about which epoch is the best."""
+    """Warns if the held-out rows cannot tell which epoch is the best."""
     if split.numbers == () and (both := learned_before(split.train, split.held_out)):
         progress.note(
             f"warning: of the {held_out} validation rows {both} are training rows too: their loss says little"
@@ -405,13 +415,13 @@ def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
         )
     else:
         progress.note(
-            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all alike), so the epoch with the "
+            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all equal), so the epoch with the "
             f"lowest loss on the training rows is kept; {instead}"
         )
 
 
 def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:
-    """Refuses rows from which the model would learn nothing, or never learn to stop."""
+    """Rejects rows from which the model would learn nothing, or never learn to stop."""
     hint = f"rows may have {max_length} tokens; --max-length raises that"
     if not train.kept:
         raise SlmError("nothing to learn: every row's prompt alone is too long", hint)
@@ -440,7 +450,7 @@ def _printable(name: str) -> str:
 
 
 def _provenance(data: Path) -> dict[str, str]:
-    """Returns which rows were read: of a directory, the hash of its files' names and hashes."""
+    """Returns path and hash of the rows; for a directory, a hash over its files' names and hashes."""
     if not data.is_dir():
         return {"path": str(data), "sha256": sha256_file(data)}
     listed = "".join(f"{sha256_file(file)}  {file.relative_to(data)}\n" for file in find_files(data))

@@ -1,4 +1,4 @@
-"""What a tuned model answers to rows that it did not learn, beside what they say."""
+"""Answers of a tuned model to held-out rows, beside the rows' own answers."""
 
 import random
 import time
@@ -16,22 +16,22 @@ from slm.finetune.examples import Example, Renderer
 from slm.finetune.rows import ChatRow, CompletionRow, Row
 from slm.train.samples import continued
 
-# Of an answer, at most.
+# Maximum tokens of an answer.
 TOKENS = 64
-# Of a row that is only text, as many begin the answer.
+# Tokens of the prompt, for a row that is only text.
 _OPENING = 12
-# After so many seconds no further sample is begun, and one that is under way ends: large models on a CPU take long.
+# Time limit in seconds, after which answers are cut: large models are slow on a CPU.
 _SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row and what the model made of it.
+    """A row and the model's answer to it.
 
     Attributes:
-        prompt: What the model was asked with: the last request of a conversation, a prompt, or the beginning of a text.
-        wanted: What the row says.
-        answered: What the model said, greedily, in at most `TOKENS` tokens.
+        prompt: The last request of a conversation, a prompt, or the beginning of a text.
+        wanted: The row's own answer.
+        answered: The model's greedy answer, of at most `TOKENS` tokens.
         held_out: Whether the row was held out; otherwise it was trained on.
     """
 
@@ -53,17 +53,17 @@ def sample_answers(
     held_out: bool,
     autocast: torch.dtype | None,
 ) -> list[Sample]:
-    """Answers some rows.
+    """Answers some rows greedily.
 
     Args:
-        model: The tuned one.
-        renderer: Makes token ids of rows.
-        rows: Of which some are drawn.
-        count: How many at most; fewer where rows are too long, or time runs out.
-        max_length: Tokens of a row.
-        seed: Which rows are drawn; answers are greedy.
+        model: The tuned model.
+        renderer: Converts rows to token ids.
+        rows: The rows to draw from.
+        count: Maximum number of answers; fewer if rows are too long or time runs out.
+        max_length: Maximum tokens of a row.
+        seed: Seed of the draw.
         held_out: Whether the rows are held out.
-        autocast: What products are computed in; None for float32.
+        autocast: Type of the products; None for float32.
     """
     model.eval()
     until = time.perf_counter() + _SECONDS
@@ -83,10 +83,10 @@ def sample_answers(
 
 
 def _question(row: Row, renderer: Renderer, max_length: int) -> tuple[str, list[int], str] | None:
-    """Returns what is asked, as text and as ids, and what the row answers; None where it is too long or has no answer."""
+    """Returns a row's prompt, as text and as ids, and its answer; None if it is too long or has no answer."""
     try:
         example = renderer.example(row)
-    except SlmError:  # which was counted among the bad rows before
+    except SlmError:  # counted among the bad rows before
         return None
     if not example.spans:
         return None

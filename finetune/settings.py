@@ -1,4 +1,4 @@
-"""What a fine-tuning run can be told, and what it does when it is not told."""
+"""The settings of fine-tuning and their defaults."""
 
 import math
 from typing import Literal, Self
@@ -11,36 +11,35 @@ from slm.core.errors import SlmError
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# A longer row is cut here when nobody says otherwise: answers are short, and memory grows with the longest row.
+# Default length at which rows are cut: answers are short, and memory grows with the longest row.
 DEFAULT_MAX_LENGTH = 512
-# "LoRA Without Regret" finds the best rate for an adapter ten times that for all weights.
+# Ratio of the rate for all weights to that for an adapter, according to "LoRA Without Regret".
 _FULL = 0.1
 
 
 class FinetuneSettings(BaseModel):
     """Hyperparameters of fine-tuning, by low-rank adaptation (arXiv:2106.09685) or of all weights.
 
-    None means that the value follows from the model or the data; `resolved` says how.
+    None means that the value follows from the model or the data; see `resolved`.
 
     Attributes:
         method: "lora" trains an adapter, "full" every weight.
         rank: Columns of A and rows of B; 8 as in the paper's GPT-3 runs.
         alpha: The update is scaled by alpha / rank.
-        rslora: Scale it by alpha / sqrt(rank) instead, which keeps what is learned from shrinking with the rank
-            (arXiv:2312.03732).
-        dora: Learn the length of each row of the adapted matrices beside their direction (arXiv:2402.09353).
-        dropout: Share of a projection's inputs that the adapter does not see in a training step.
+        rslora: Scale by alpha / sqrt(rank) instead, so that the update does not shrink with the rank (arXiv:2312.03732).
+        dora: Train the norm of each row of the adapted matrices separately from its direction (arXiv:2402.09353).
+        dropout: Share of the adapter's inputs that a training step zeroes.
         target_modules: The projections that get an adapter. All seven: attention alone learns less for the same number
             of parameters (arXiv:2305.14314, section 4).
-        learning_rate: Peak of AdamW's rate.
+        learning_rate: Peak learning rate of AdamW.
         epochs: Passes over the rows.
-        keep: Which epoch is kept: "best", the one with the lowest loss on the held-out rows, or "last".
-        patience: Passes without a new best after which training ends; None goes on to the end, as keep="last" does.
-        batch_size: Rows in an update.
-        pack: Put several examples into a row, as many as fit into `max_length`; they do not see each other.
-        max_length: Tokens of a row, special tokens included.
+        keep: The epoch to keep: "best", the one with the lowest loss on the held-out rows, or "last".
+        patience: Epochs without a new best after which training ends; None disables early stopping, as keep="last" does.
+        batch_size: Rows per update.
+        pack: Pack as many examples into a row as fit into `max_length`; they do not attend to each other.
+        max_length: Maximum tokens of a row, including special tokens.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
-        seed: Of the adapter's first weights, the dropout, the order of the rows, and which of them are held out.
+        seed: Seed of the adapter's initial weights, dropout, the order of the rows, and the held-out rows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -64,14 +63,14 @@ class FinetuneSettings(BaseModel):
 
     @classmethod
     def checked(cls, **fields: object) -> Self:
-        """Validates, with the first mistake as an SlmError."""
+        """Returns validated settings; raises the first mistake as an SlmError."""
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
             raise SlmError(f"the fine-tuning settings are wrong: {first_mistake(error)}") from None
 
     def resolved(self, config: ModelConfig, rows: int) -> "FinetuneSettings":
-        """Returns the settings with nothing left open, for a model and a number of training rows."""
+        """Returns the settings with all defaults resolved, for a model and a number of training rows."""
         rate = default_learning_rate(config.hidden_size) * (1.0 if self.method == "lora" else _FULL)
         return self.model_copy(
             update={
@@ -82,7 +81,7 @@ class FinetuneSettings(BaseModel):
         )
 
     def context(self, config: ModelConfig) -> int:
-        """Returns the longest row in tokens."""
+        """Returns the maximum tokens of a row."""
         return self.max_length or min(config.max_position_embeddings, DEFAULT_MAX_LENGTH)
 
 
@@ -90,12 +89,12 @@ def default_learning_rate(hidden_size: int) -> float:
     """Returns the peak rate for a width: 4.3e-3 at 128, 1.2e-3 at 640.
 
     The fit that "LoRA Without Regret" (Schulman et al., 2025) gives for Llama at any rank: ten times the rate of full
-    fine-tuning, falling with the width. Their models are wider than 2,000. At 128, with 87 instructions, a well trained
-    base did best at 4e-3 of 1e-3, 2e-3, ... 1.6e-2, a less trained one at 8e-3, by a twentieth (docs/LOG.md).
+    fine-tuning, falling with the width. Their models are wider than 2,000. At 128, with 87 instructions and rates from
+    1e-3 to 1.6e-2, a well-trained base did best at 4e-3, a less trained one at 8e-3, with 5 % lower loss (docs/LOG.md).
     """
     return 5e-4 * (2000 / hidden_size) ** 0.781
 
 
 def default_epochs(rows: int, batch_size: int) -> int:
-    """Returns three passes, or with few rows as many as make 150 updates: 14 for 87 rows in batches of 8."""
+    """Returns three epochs, or with few rows as many as make 150 updates: 14 for 87 rows in batches of 8."""
     return max(3, round(150 / math.ceil(rows / batch_size)))

@@ -1,4 +1,4 @@
-"""Which rows are held out to measure the loss on."""
+"""The split of rows into training rows and held-out rows."""
 
 import hashlib
 import json
@@ -10,20 +10,20 @@ from itertools import takewhile
 
 from slm.finetune.rows import ChatRow, CompletionRow, Row
 
-# One row in this many is held out when no validation file is given.
+# One row in this many is held out if there is no validation file.
 HELD_OUT = 10
-# With fewer held-out rows the loss on them differs from epoch to epoch by chance about as much as by learning.
+# With fewer held-out rows, the loss varies between epochs about as much by chance as by learning.
 FEW_ROWS = 20
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on, and rows to measure on.
+    """Training rows and held-out rows.
 
     Attributes:
-        train: In the order of the file.
-        held_out: In the order of the file.
-        numbers: Of the held-out rows in the file, from 1; empty where they come from a file of their own.
+        train: The training rows, in the order of the file.
+        held_out: The held-out rows, in the order of the file.
+        numbers: Numbers of the held-out rows in the file, from 1; empty if they come from another file.
     """
 
     train: list[Row]
@@ -32,7 +32,7 @@ class Split:
 
     @property
     def record(self) -> dict[str, object] | None:
-        """What tells one split of a file from another; None where nothing was split off."""
+        """Values that identify the split of a file; None if no rows were split off."""
         if not self.numbers:
             return None
         digest = hashlib.sha256(json.dumps(self.numbers).encode()).hexdigest()
@@ -42,12 +42,12 @@ class Split:
 def split_rows(rows: Sequence[Row], seed: int) -> Split:
     """Holds out a tenth of the rows, drawn with the seed.
 
-    Rows with the same prompt go to the same side: otherwise the loss would be measured on what was learned. Where most rows
-    share their prompts with many others, as in a file of stories that all begin alike, only equal rows are kept together.
+    Rows with the same prompt go to the same side, so that the loss is not measured on prompts of training rows. If most rows
+    share their prompts with many others, as in a file of stories with the same beginning, only equal rows stay together.
 
     Args:
-        rows: All of them.
-        seed: Same seed, same rows.
+        rows: The rows.
+        seed: Seed of the draw.
     """
     wanted = len(rows) // HELD_OUT
     groups = _groups(rows, _prompt)
@@ -66,7 +66,7 @@ def split_rows(rows: Sequence[Row], seed: int) -> Split:
 
 
 def learned_before(train: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """Returns how many of the held-out rows are training rows too."""
+    """Returns the number of held-out rows that are also training rows."""
     known = Counter(map(_whole, train))
     return sum(_whole(row) in known for row in held_out)
 
@@ -79,7 +79,7 @@ def _groups(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[in
 
 
 def _prompt(row: Row) -> Hashable:
-    """Returns what an answer is asked with: all before the first answer, or all of a row that has nothing before it."""
+    """Returns the prompt of a row: everything before the first answer, or the whole row if nothing precedes it."""
     match row:
         case ChatRow():
             asked = list(takewhile(lambda message: message["role"] != "assistant", row.messages))

@@ -1,53 +1,45 @@
-"""Where an interrupted run stands: `OUT/trainer/`, one directory that appears whole, beside what the run will make."""
+"""The state of an interrupted fine-tuning run: `OUT/trainer/`, beside the result that the run will write."""
 
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from slm.core.config import first_mistake
-from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, read_json, recover
 from slm.train.metrics import Kind, Row, check_row
-from slm.train.state import MOST, load_tensors
+from slm.train.state import MOST, OPTIMIZER_FILE, POSITION_FILE, TRAINER, Position, read_state, write_state
 
-TRAINER = "trainer"
-_STATE, _WEIGHTS, _OPTIMIZER, _KEPT = "state.json", "weights.safetensors", "optimizer.safetensors", "kept.safetensors"
-_FILES = frozenset((_STATE, _WEIGHTS, _OPTIMIZER, _KEPT))
+_WEIGHTS_FILE, _KEPT_FILE = "weights.safetensors", "kept.safetensors"
+_FILES = frozenset((POSITION_FILE, _WEIGHTS_FILE, OPTIMIZER_FILE, _KEPT_FILE))
 TRAINER_FILES = frozenset(f"{TRAINER}/{name}" for name in _FILES)
+START_OVER = "--overwrite starts over"
 
 
-class Standing(BaseModel):
-    """How far a run is. Batches, dropout and learning rates follow from it and from `course`.
+class Standing(Position):
+    """The position of a fine-tuning run. It changes as the run proceeds.
 
     Attributes:
-        course: What the state means something under: settings, data, base and machine.
         updates: Steps of the optimizer.
-        tokens: Tokens learned, all epochs together.
-        loss_before: Nats a learned token, before the first update.
-        loss: Of the best epoch; None before the first.
-        best_epoch: The first with the lowest loss.
+        tokens: Tokens that counted in the loss so far, over all epochs.
+        loss_before: Loss before the first update, in nats per token; None before it was measured.
+        loss: Loss of the best epoch; None before the first.
+        best_epoch: The first epoch with the lowest loss; 0 before the first.
         history: Rows for `slm.train.metrics.Metrics`, each with its kind.
-        scaler: State of the float16 loss scale; empty without one.
-        seconds: Wall time of all runs up to here.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    course: dict[str, Any]
     updates: int = Field(default=0, ge=0, le=MOST)
     tokens: int = Field(default=0, ge=0, le=MOST)
-    loss_before: float = float("nan")
+    loss_before: float | None = None
     loss: float | None = None
     best_epoch: int = Field(default=0, ge=0)
-    history: list[tuple[Kind, Row]] = []
-    scaler: dict[str, int | float] = {}
-    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    history: list[tuple[Kind, Row]] = Field(default_factory=list)
+
+    @property
+    def evaluations(self) -> list[Row]:
+        """The rows of the evaluations, the one before the first update included."""
+        return [row for kind, row in self.history if kind == "eval"]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -58,20 +50,22 @@ class Standing(BaseModel):
             for name in ("epoch", "updates", "tokens"):
                 if type(row.get(name)) is not int or not 0 <= row[name] <= MOST:
                     raise ValueError(f"history: a row has no whole number as {name!r}")
-        if self.history and self.best_epoch not in (row["epoch"] for kind, row in self.history if kind == "eval"):
+        if (self.loss_before is None) != (not self.evaluations):
+            raise ValueError("loss_before: does not fit the history")
+        if self.history and self.best_epoch not in (row["epoch"] for row in self.evaluations):
             raise ValueError("best_epoch: was not measured")
         return self
 
 
 @dataclass
 class State:
-    """A run's standing and its tensors.
+    """The state of a run.
 
     Attributes:
-        standing: How far it is.
-        weights: What is trained, by name.
-        optimizer: Moments and steps by "NAME.FIELD".
-        kept: What was trained, as it was after the epoch that is kept; empty before the first.
+        standing: The position.
+        weights: The trained tensors by name.
+        optimizer: The optimizer's tensors, as `slm.train.optimizer.Optimizers.state_tensors` names them.
+        kept: The trained tensors after the epoch that is kept; empty before the first.
     """
 
     standing: Standing
@@ -81,38 +75,26 @@ class State:
 
 
 def save_state(out: Path, state: State) -> None:
-    """Writes where a run stands, whole or not at all."""
-    with atomic_directory(out / TRAINER, _FILES) as directory:
-        for name, tensors in ((_WEIGHTS, state.weights), (_OPTIMIZER, state.optimizer), (_KEPT, state.kept)):
-            safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / name)
-        (directory / _STATE).write_text(state.standing.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Writes the state of a run, whole or not at all."""
+    files = {_WEIGHTS_FILE: state.weights, OPTIMIZER_FILE: state.optimizer, _KEPT_FILE: state.kept}
+    write_state(out, state.standing, files, _FILES)
 
 
 def load_state(out: Path) -> State | None:
-    """Returns what was saved; None where there is nothing.
+    """Returns the saved state; None where there is none.
 
     Raises:
         SlmError: When it is damaged.
     """
-    directory = out / TRAINER
-    recover(directory)
-    if not directory.is_dir():
+    found = read_state(out, Standing, (_WEIGHTS_FILE, OPTIMIZER_FILE, _KEPT_FILE), hint=START_OVER)
+    if found is None:
         return None
-    try:
-        standing = Standing.model_validate(read_json(directory / _STATE, "the state of the run"))
-        weights, optimizer, kept = (load_tensors(directory / name) for name in (_WEIGHTS, _OPTIMIZER, _KEPT))
-    except ValidationError as error:
-        raise SlmError(
-            f"the saved state is damaged: {directory / _STATE} ({first_mistake(error)})", "--overwrite begins anew"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise SlmError(f"the saved state is damaged: {directory} ({reason})", "--overwrite begins anew") from None
-    return State(standing, weights, optimizer, kept)
+    standing, tensors = found
+    return State(standing, tensors[_WEIGHTS_FILE], tensors[OPTIMIZER_FILE], tensors[_KEPT_FILE])
 
 
 def drop_state(out: Path) -> None:
-    """Removes what was saved, and the directory around it where it holds nothing else."""
+    """Removes the saved state, and the directory around it if nothing else is in it."""
     shutil.rmtree(out / TRAINER, ignore_errors=True)
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()

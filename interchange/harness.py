@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness wants it (lm_eval.api.model, 0.4.13): checkpoints and bundles alike."""
+"""The model interface of lm-evaluation-harness (lm_eval.api.model, 0.4.13), for checkpoints and bundles."""
 
 import logging
 import random
@@ -25,16 +25,16 @@ from slm.runtime.sampling import Sampling
 from slm.runtime.stopping import StopTexts
 from slm.runtime.streaming import stream_pieces
 
-# Rows that are scored together, sorted by length.
+# Rows scored together, sorted by length.
 _POOL = 256
-# New tokens where a task does not say; the harness's own default.
+# Default number of new tokens, which is also the harness's.
 _MAX_NEW_TOKENS = 256
-# For the standard error of metrics that have no formula for it.
+# Bootstrap samples for the standard error of metrics without a formula.
 _BOOTSTRAPS = 1000
 
 
 class HarnessModel(TemplateLM):
-    """Answers the three kinds of request. Contexts and continuations are split as the harness's other models split them."""
+    """Answers the three kinds of requests; splits contexts and continuations like the harness's other models."""
 
     def __init__(self, model: Model, progress: Progress | None = None) -> None:
         super().__init__()
@@ -48,26 +48,26 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The longest context, in tokens."""
+        """Maximum context, in tokens."""
         return self.model.decoder.context
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """Id of the end-of-text token."""
         return self._end
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has nothing before it."""
+        """Id of the token that precedes a text without context."""
         return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer from others."""
+        """Identifies the tokenizer, for caches."""
         return self.model.tokenizer.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Returns ids: what begins a text before them unless told otherwise or spelt already, special tokens where spelt."""
+        """Returns ids, with special tokens as spelled; the prefix tokens precede them unless they are there or disabled."""
         tokenizer = self.model.tokenizer
         ids = tokenizer.encode_rendered(string)
         begins = list(tokenizer.prefix_ids)
@@ -76,7 +76,9 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns the log-probability of each continuation after its context, and whether greedy choice would write it."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # our own bar is drawn
+        answers: list[tuple[float, bool]] = super().loglikelihood(
+            requests, disable_tqdm=True
+        )  # slm draws its own progress bar
         return answers
 
     def _loglikelihood_tokens(
@@ -101,10 +103,10 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _fitting(self, before: list[int], after: list[int]) -> list[int]:
-        """Returns the ids that fit into the context, cut on the left; the last one is predicted and not read.
+        """Returns the ids cut on the left to the context, plus one: the last id is predicted and not read.
 
         Raises:
-            SlmError: When the continuation alone does not fit, or an id is not the model's.
+            SlmError: When the continuation alone does not fit, or the model has no such id.
         """
         ids = (before + after)[-(self.max_length + 1) :]
         if len(ids) <= len(after):
@@ -114,9 +116,9 @@ class HarnessModel(TemplateLM):
         return ids
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-probability of whole texts, cut into the harness's disjoint windows; their ends do not count.
+        """Returns the log-probability of whole texts, cut into the harness's disjoint windows, without end-of-text.
 
-        A text is begun once, by the prefix token.
+        The prefix token precedes only the first window of a text.
         """
         pieces: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
@@ -140,7 +142,7 @@ class HarnessModel(TemplateLM):
         try:
             for number, request in enumerate(requests):
                 context, options = request.args
-                # A seed of its own for each: a task that asks the same several times wants several answers.
+                # A separate seed per request: a task that repeats a request wants different answers.
                 answer = self._continue(context, normalize_gen_kwargs(options, _MAX_NEW_TOKENS), number)
                 answers.append(answer)
                 self.cache_hook.add_partial("generate_until", request.args, answer)
@@ -168,27 +170,27 @@ class HarnessModel(TemplateLM):
 def run_tasks(
     model: Model, tasks: Sequence[str], *, limit: int | None = None, progress: Progress | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Runs tasks of lm-evaluation-harness, with its own numbers of examples shown and its own seeds.
+    """Runs tasks of lm-evaluation-harness with its default numbers of few-shot examples and its seeds.
 
     Args:
         model: The model.
-        tasks: Names that the harness knows, or paths of task files (YAML).
-        limit: Examples of each task at most.
-        progress: Is told how many requests are done.
+        tasks: Names of tasks, or paths of task files (YAML).
+        limit: Maximum examples per task.
+        progress: Receives the number of requests done.
 
     Returns:
         For each task: `version`, `examples`, `shots`, `metrics` by name (a filter other than "none" after a comma) and
         `stderr` by the same names.
 
     Raises:
-        SlmError: When a task is not known, or its data cannot be had.
+        SlmError: When a task is unknown, or its data is not available.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager()
     for name in tasks:
         if not (Path(name).is_file() or name in manager.all_tasks):
             raise SlmError(f"no task called {name}", "lm-eval ls tasks lists them; a task file is named with its path")
-    # What lm_eval.simple_evaluate does, without looking for git and asking PyTorch about the whole machine.
+    # Like lm_eval.simple_evaluate, but without calling git and without querying the machine through PyTorch.
     try:
         loaded = manager.load(list(tasks))
     except (OSError, KeyError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, with every way in which that fails explained in one line."""
+"""Downloads from the Hugging Face hub, with a one-line explanation of every failure."""
 
 import os
 import re
@@ -8,36 +8,36 @@ from pathlib import Path
 
 from slm.core.errors import SlmError
 
-# All that is needed of a repository; the vision part of a multimodal one lies in the same files.
+# The needed files of a repository; the vision part of a multimodal model is in the same files.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(source: str) -> bool:
-    """Says whether a source is spelt as a hub's id, OWNER/NAME, and is not a path that exists."""
+    """Returns whether a source has the form of a hub id, OWNER/NAME, and is not an existing path."""
     return _ID.fullmatch(source) is not None and not Path(source).exists()
 
 
 def download(repository: str, revision: str | None = None) -> Path:
-    """Downloads a model into the hub's cache, or finds it there, and returns its directory.
+    """Returns the directory of a model in the hub's cache, downloading it if necessary.
 
     Args:
         repository: OWNER/NAME.
-        revision: Branch, tag or commit; None takes the main branch.
+        revision: Branch, tag or commit; None uses the main branch.
 
     Raises:
-        SlmError: When it cannot be had; the hint says what to do.
+        SlmError: When the model is not available; the hint says what to do.
     """
     from huggingface_hub import snapshot_download
 
     with _explained(repository):
-        # A pattern's * crosses directories; what lies in one is another format's or a part for pictures.
+        # A pattern's * crosses directories; files in subdirectories belong to other formats or to the vision part.
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=["*/*"]))
 
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """Turns the errors of huggingface_hub into what a user can do about them."""
+    """Converts the errors of huggingface_hub to SlmErrors with hints."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repository}"

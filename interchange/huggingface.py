@@ -1,4 +1,4 @@
-"""A Hugging Face directory of a Gemma 3 model, the text part of a multimodal one included."""
+"""The Hugging Face directory of a Gemma 3 model, or of the text part of a multimodal one."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from slm.core.weights import EMBEDDING, HEAD, Array, Shape, Weights
 from slm.interchange.statements import statement_notes
 
 _MULTIMODAL = "gemma3"
-# Where the text model's tensors lie in a multimodal checkpoint: as Google published them, and as transformers holds them
+# Prefixes of the text model's tensors in a multimodal checkpoint: as Google published them, and as transformers writes them
 # since 4.52.
 _TEXT_PREFIXES = {
     "language_model.model.": "model.",
@@ -23,7 +23,7 @@ _TEXT_PREFIXES = {
     "lm_head.": "lm_head.",
 }
 _SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-# Tables of the rotary embedding, which some programs write; they follow from the configuration.
+# Tables of the rotary embedding, which some programs store although they follow from the configuration.
 _ROTARY_TABLE = re.compile(r".*\brotary_emb(_local)?\.(\w+_)?inv_freq")
 _PICTURE_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
@@ -33,10 +33,10 @@ class HuggingFaceModel:
 
     Attributes:
         path: The directory.
-        config: The text model's shape, `eos_token_id` being what its `generation_config.json` says.
-        shapes: Shapes of the text model's tensors under the names that a text checkpoint has.
-        left_out: How many tensors of a multimodal model's vision part are not taken.
-        notes: Where the directory's files contradict each other, and which statement is followed.
+        config: The text model's shape, with `eos_token_id` from `generation_config.json`.
+        shapes: Shapes of the text model's tensors under the names of a text checkpoint.
+        left_out: Number of tensors of the vision part, which are ignored.
+        notes: Contradictions between the directory's files, and how they are resolved.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class HuggingFaceModel:
 
         Raises:
             SlmError: When a file is missing or damaged, the model is not Gemma 3, or files contradict each other in a way
-                that transformers does not settle.
+                that transformers does not resolve.
         """
         self.path = path
         self._fields = read_json(path / CONFIG_FILE, CONFIG_FILE)
@@ -63,15 +63,15 @@ class HuggingFaceModel:
 
     @property
     def types(self) -> dict[str, int]:
-        """How many tensors are stored as what."""
+        """Number of tensors by stored type."""
         kinds = [self._weights.dtypes[name] for name in self._names.values()]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def read(self, name: str) -> Array:
-        """Returns a tensor as it is stored.
+        """Returns a tensor in its stored type.
 
         Raises:
-            SlmError: When it is not made of finite floats.
+            SlmError: When its values are not finite floats.
         """
         return self._weights.read(self._names[name])
 
@@ -87,7 +87,7 @@ class HuggingFaceModel:
         tokenizer = Tokenizer.load(self.path)
         file = self.path / _SPECIAL_TOKENS_FILE
         if file.is_file() and "added_tokens_decoder" not in tokenizer.config:
-            # As transformers: older tokenizers keep the names of their special tokens here, and they win.
+            # As in transformers: older tokenizers name their special tokens here, and these names take precedence.
             tokenizer.config |= special_token_names(read_json(file, _SPECIAL_TOKENS_FILE))
         return tokenizer
 
@@ -103,7 +103,7 @@ class HuggingFaceModel:
         return with_stop_tokens(fields, self.path)
 
     def _text_names(self) -> dict[str, str]:
-        """Returns the name in the file for each of the text model's tensors."""
+        """Returns the stored name of each of the text model's tensors."""
         names: dict[str, str] = {}
         for name in self._weights.shapes:
             if self._of_pictures(name) or _ROTARY_TABLE.fullmatch(name):
@@ -115,7 +115,7 @@ class HuggingFaceModel:
         return names
 
     def _settle_head(self) -> None:
-        """Decides what a head is that lies in the files of a model whose configuration ties it, as transformers 5 does."""
+        """Decides, as transformers 5, whether to use a stored head although the configuration ties it."""
         if EMBEDDING not in self._names:
             self._names[EMBEDDING] = self._names.pop(HEAD)
             self.notes.append(
@@ -142,6 +142,6 @@ class HuggingFaceModel:
 
 
 def special_token_names(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the special tokens of a `special_tokens_map.json` by name ("bos_token"), as they are spelt."""
+    """Returns the special tokens of a `special_tokens_map.json` by name, such as "bos_token"."""
     found = {name: value.get("content") if isinstance(value, dict) else value for name, value in fields.items()}
     return {name: value for name, value in found.items() if name.endswith("_token") and isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""`slm import`: somebody else's model becomes a checkpoint like those that slm trains."""
+"""Import of models from other sources as checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ Source = GgufModel | HuggingFaceModel
 
 @dataclass(frozen=True)
 class Imported:
-    """What became of a source.
+    """An imported model.
 
     Attributes:
         path: The checkpoint.
-        kind: What the source was.
-        parameters: How many, a tied head counted once.
-        dtype: How they are stored now.
-        stored_as: How many of the source's tensors were stored as what.
-        notices: The licence notices that go with it.
+        kind: Kind of the source.
+        parameters: Number of parameters; a tied head counts once.
+        dtype: Type of the weights in the checkpoint.
+        stored_as: Number of the source's tensors by stored type.
+        notices: The licence notices of the model.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class Imported:
 
 
 def source_name(source: str) -> str:
-    """Returns what to call a model after its source: "gemma-3-270m" for google/gemma-3-270m."""
+    """Returns the default name of a model, after its source: "gemma-3-270m" for google/gemma-3-270m."""
     path = Path(source)
     return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else source.rpartition("/")[2]
 
@@ -68,24 +68,24 @@ def import_model(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Imported:
-    """Makes a checkpoint of a model.
+    """Imports a model as a checkpoint.
 
-    Tensors are read one by one and written together: memory holds one copy of the weights.
+    Tensors are read one by one and written together, so memory holds one copy of the weights.
 
     Args:
         source: A Hugging Face directory, a GGUF file, or the id of a model on the hub.
-        out: The checkpoint's directory; made or replaced once everything is read and checked.
-        dtype: How to store the weights; "auto" keeps the source's float type and stores what was quantized in float32.
+        out: The checkpoint's directory, created or replaced after everything is read and checked.
+        dtype: Type of the stored weights; "auto" keeps float types and stores quantized weights as float32.
         revision: Branch, tag or commit on the hub.
-        progress: Told of each tensor.
+        progress: Receives the number of tensors done.
 
     Raises:
-        SlmError: When the source cannot be had, is damaged, is another kind of model, or lacks a tensor or has one too many.
+        SlmError: When the source is not available, is damaged, is another kind of model, or lacks or adds a tensor.
     """
     progress = progress or Silent()
     model, kind, notices, origin = _open(source, revision, progress)
     if out.resolve() == model.path.resolve():
-        raise SlmError(f"{out} is what is to be imported; it is kept", "name another --out")
+        raise SlmError(f"{out} is the source itself", "choose another --out")
     check_replaceable(out.resolve(), CHECKPOINT_FILES)
     wanted = tensor_shapes(model.config)
     check_tensors(model.shapes, wanted, model.path)
@@ -113,7 +113,7 @@ def import_model(
 def _open(
     source: str, revision: str | None, progress: Progress
 ) -> tuple[Source, Literal["gguf", "huggingface"], Notices, dict[str, Any]]:
-    """Returns the model, its kind, its licence notices and what it recorded of its own making."""
+    """Returns the model, its kind, its licence notices, and the record of its origin."""
     path = Path(source)
     if revision is not None and not is_hub_id(source):
         raise SlmError("a revision is for models on the hub", "leave --revision out")
@@ -137,7 +137,7 @@ def _open(
 
 
 def _fitting(model: Source) -> Tokenizer:
-    """Returns the tokenizer, which must not name rows that the embedding does not have."""
+    """Returns the tokenizer, after checking that the embedding has a row for each of its tokens."""
     tokenizer = model.tokenizer()
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
     if vocabulary and max(vocabulary.values()) >= model.config.vocab_size:
@@ -151,7 +151,7 @@ def _fitting(model: Source) -> Tokenizer:
 
 
 def _storage(types: Mapping[str, int], wanted: WantedDtype) -> Dtype:
-    """Returns how to store the weights."""
+    """Returns the type of the stored weights."""
     if wanted != "auto":
         return wanted
     return "bfloat16" if set(types) == {"bfloat16"} else "float16" if set(types) == {"float16"} else "float32"
@@ -167,7 +167,7 @@ def _read(model: Source, names: Mapping[str, Shape], dtype: Dtype, progress: Pro
         for name in names:
             array = model.read(name)
             if array.dtype != numpy_dtype:
-                with np.errstate(over="ignore"):  # an overflow is found and named below
+                with np.errstate(over="ignore"):  # check_finite reports overflows
                     array = array.astype(numpy_dtype)
                 check_finite(array, f"{name} as {dtype}", model.path)
             tensors[name] = np.ascontiguousarray(array)

@@ -1,7 +1,7 @@
-"""PEFT's LoRA adapters as onnxruntime's `.onnx_adapter` files, in numpy.
+"""Conversion of PEFT's LoRA adapters to onnxruntime's `.onnx_adapter` files, in numpy.
 
-A slot is one for each product of the graph: q, k and v are one, gate and up are one. Their A stand beside each other and
-their B on a diagonal. Dimensions: K inputs, N outputs, r rank.
+Every product of the graph has one slot; q, k and v share a product, and so do gate and up. Their matrices A are concatenated,
+and their matrices B form a block diagonal. Dimensions: K inputs, N outputs, r rank.
 """
 
 from pathlib import Path
@@ -27,8 +27,8 @@ def adapter_from_peft(path: Path, bundle: Bundle) -> Adapter:
     """Reads PEFT's directory for a bundle with slots.
 
     Raises:
-        SlmError: When the bundle has no slots, or the adapter is for another base, or more than slots hold: DoRA's
-            magnitudes, rows of the embedding.
+        SlmError: When the bundle has no slots, or the adapter is for another base or has parts for which there is no slot:
+            DoRA's magnitudes, rows of the embedding.
     """
     check_slots_of(bundle)
     check_base(path, bundle.path, bundle.manifest.provenance.get("weights_sha256"))
@@ -40,8 +40,8 @@ def write_onnx_adapter(path: Path, adapter: Adapter, weights_sha256: object) -> 
 
     Args:
         path: The file.
-        adapter: What is in it.
-        weights_sha256: Of the base, whose beginning the file keeps.
+        adapter: The adapter.
+        weights_sha256: SHA-256 of the base's weights; the file stores its first digits.
     """
     format_ = ort.AdapterFormat()
     format_.set_adapter_version(1)
@@ -52,10 +52,10 @@ def write_onnx_adapter(path: Path, adapter: Adapter, weights_sha256: object) -> 
 
 
 def slot_arrays(path: Path, config: ModelConfig) -> dict[str, Array]:
-    """Returns A (1, K, r) and B (1, r, N), scale included, of each product that an adapter changes, by input.
+    """Returns A (1, K, r) and B (1, r, N), including the scale, of each product that an adapter changes, by graph input.
 
     Raises:
-        SlmError: As `slm.core.peft_adapter.read_peft_adapter`, and when the adapter holds what slots do not.
+        SlmError: As `slm.core.peft_adapter.read_peft_adapter`, and when the adapter has parts for which there is no slot.
     """
     adapter = read_peft_adapter(path, config)
     if adapter.fields.use_dora:

@@ -1,7 +1,7 @@
-"""Statements of a Hugging Face directory that can contradict each other, and which one is followed.
+"""Contradictions between the files of a Hugging Face directory, and how they are resolved.
 
-transformers 5 is the reference: where it settles a contradiction without an error, slm follows it and says so. Where two
-versions of transformers would run different models, `ModelConfig.from_hf` or `Weights` refuse the directory.
+transformers 5 is the reference: if it resolves a contradiction without an error, slm does the same and reports it. If two
+versions of transformers would run different models, `ModelConfig.from_hf` or `Weights` reject the directory.
 """
 
 import reprlib
@@ -19,19 +19,19 @@ _MOST_NAMES = 8
 
 
 def statement_notes(path: Path, fields: Mapping[str, Any], config: ModelConfig, types: Mapping[str, int]) -> list[str]:
-    """Returns a line for each contradiction, which says what is followed, and one for fields that are not read.
+    """Returns a line for each contradiction with its resolution, and a line with the ignored fields.
 
     Args:
         path: The directory.
-        fields: The text model's fields of config.json, the stop tokens as they are used.
-        config: The configuration that they make.
-        types: How many tensors are stored as what.
+        fields: The text model's fields of config.json, with the stop tokens in use.
+        config: The resulting configuration.
+        types: Number of tensors by stored type.
     """
     notes = []
     unread = ModelConfig.unread(fields)
     if unread:
         more = f" and {len(unread) - _MOST_NAMES} more" if len(unread) > _MOST_NAMES else ""
-        # A name may be any text, and a terminal obeys some.
+        # A name may contain control characters, which a terminal would obey.
         names = [name if name.isprintable() else ascii(name) for name in unread[:_MOST_NAMES]]
         notes.append(f"config.json: fields that change nothing: {', '.join(names)}{more}")
     original = read_json(path / CONFIG_FILE, CONFIG_FILE)
@@ -54,13 +54,13 @@ def statement_notes(path: Path, fields: Mapping[str, Any], config: ModelConfig, 
 
 
 def _token_note(path: Path, name: str, original: Mapping[str, Any]) -> list[str]:
-    """Returns what is said where generation_config.json and config.json name different tokens."""
+    """Returns a note if generation_config.json and config.json name different tokens."""
     file = path / GENERATION_CONFIG_FILE
     if not file.is_file():
         return []
     theirs, ours = read_json(file, GENERATION_CONFIG_FILE).get(name), original.get(name)
     if theirs is None or ours is None or theirs == ours or (isinstance(theirs, list) and ours in theirs):
-        return []  # a tuned model adds the end of a turn
+        return []  # a chat model adds the end of a turn
     followed = GENERATION_CONFIG_FILE if name == "eos_token_id" else CONFIG_FILE
     said, said_there = reprlib.repr(ours), reprlib.repr(theirs)
     return [f"{name}: {CONFIG_FILE} says {said}, {GENERATION_CONFIG_FILE} {said_there}; {followed} is followed"]

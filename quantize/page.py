@@ -2,13 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 from slm.quantize.plots import Bar, Point, bars, lying_bars, points
-
-if TYPE_CHECKING:
-    from slm.quantize.report import Report, TensorError
-    from slm.quantize.sweep import Sweep, Trial
+from slm.quantize.results import Report, Sweep, TensorError, Trial
 
 Rows = Sequence[Sequence[str]]
 
@@ -38,7 +34,7 @@ svg text { fill: var(--ink); } .bar { fill: var(--bar); } .level { stroke: var(-
 """
 
 
-def report_page(report: "Report") -> str:
+def report_page(report: Report) -> str:
     """Returns the page of one quantization."""
     stored = (
         f"<p>{escape(report.in_words)}. Measured over {report.change.tokens:,} tokens; {report.seconds:,.1f} s.</p>"
@@ -73,7 +69,7 @@ def report_page(report: "Report") -> str:
     return _page(f"{report.source}, quantized", parts)
 
 
-def figures(report: "Report") -> list[tuple[str, str, str]]:
+def figures(report: Report) -> list[tuple[str, str, str]]:
     """Returns what changed: what it is, before, after."""
     change, speeds, texts = report.change, report.speeds, sorted(report.divergence.equal)
     same = f"{texts[len(texts) // 2]} of {report.divergence.tokens} tokens, the middle of {len(texts)}"
@@ -94,7 +90,7 @@ def figures(report: "Report") -> list[tuple[str, str, str]]:
     return rows
 
 
-def sweep_page(sweep: "Sweep") -> str:
+def sweep_page(sweep: Sweep) -> str:
     """Returns the page of everything that was tried."""
     trials = sweep.trials
     smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
@@ -125,7 +121,7 @@ def sweep_page(sweep: "Sweep") -> str:
 SWEEP_COLUMNS = ("", "slm quantize", "MB", "KL, nats", "same top-1", "perplexity", "decode ×", "prefill ×", "frontier")
 
 
-def sweep_rows(sweep: "Sweep") -> list[tuple[str, ...]]:
+def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     """Returns a row for each trial, under `SWEEP_COLUMNS`."""
     smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
     return [
@@ -152,7 +148,7 @@ def table(columns: Sequence[str], rows: Rows) -> str:
     return f'<div class="wide"><table>\n{body}\n</table></div>'
 
 
-def _points(trials: Sequence["Trial"], front: set[str], x: Callable[["Trial"], float]) -> list[Point]:
+def _points(trials: Sequence[Trial], front: set[str], x: Callable[[Trial], float]) -> list[Point]:
     return [
         Point(
             str(i),
@@ -165,7 +161,7 @@ def _points(trials: Sequence["Trial"], front: set[str], x: Callable[["Trial"], f
     ]
 
 
-def _by_layer(tensors: Sequence["TensorError"], field: str, unit: str) -> list[str]:
+def _by_layer(tensors: Sequence[TensorError], field: str, unit: str) -> list[str]:
     """Returns a plot for each kind of product, and the embedding's and the head's in words."""
     scale = 1000 if unit == "millinats" else 1
     parts, outside = [], []
@@ -220,5 +216,5 @@ def _or_dash(value: float | None, form: str, scale: float = 1) -> str:
     return "—" if value is None else f"{scale * value:{form}}"
 
 
-def _harm(each: "TensorError") -> str:
+def _harm(each: TensorError) -> str:
     return _or_dash(each.harm_nats, ".5f")

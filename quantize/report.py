@@ -1,11 +1,11 @@
-"""What a quantization did: every figure of it, as `report.json` and `report.html` in the bundle.
+"""The report of a quantization: `report.json` and `report.html` in the bundle.
 
 Dimensions: N output channels, K input channels.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +17,10 @@ from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
 from slm.quantize.linears import Linear
 from slm.quantize.page import report_page
-from slm.quantize.quality import Change, Divergence, Speeds
+from slm.quantize.results import Report as Report
+from slm.quantize.results import TensorError
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
-
-
-@dataclass(frozen=True)
-class TensorError:
-    """How well one weight was kept.
-
-    Attributes:
-        path: Of the product.
-        scheme: How it is stored, in words.
-        bytes: What it takes.
-        snr_db: Signal over error of what the product gives for average inputs, in decibels; with no statistics of the
-            inputs, of the weight itself. None where there is no error.
-        error: How far the weight is from what it was rounded from, as a share of that.
-        harm_nats: How far the predictions moved when this weight alone had few bits, where that was tried.
-    """
-
-    path: str
-    scheme: str
-    bytes: int
-    snr_db: float | None
-    error: float
-    harm_nats: float | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that was measured.
-
-    Attributes:
-        source: The name of the bundle that was quantized.
-        settings: What was asked for and what that came to.
-        bytes_before: Graph and weights of the source.
-        bytes_after: The same of what was made.
-        parts: Bytes by part of the model.
-        change: The predictions before and after.
-        divergence: Greedy texts before and after.
-        speeds: Before and after, taking turns; None for a bundle that is not for the CPU, on which everything is measured.
-        tensors: Each weight.
-        seconds: What everything took.
-    """
-
-    source: str
-    settings: dict[str, Any]
-    bytes_before: int
-    bytes_after: int
-    parts: dict[str, int]
-    change: Change
-    divergence: Divergence
-    speeds: Speeds | None
-    tensors: tuple[TensorError, ...]
-    seconds: float
-
-    @property
-    def in_words(self) -> str:
-        """How the weights are stored."""
-        products: dict[str, int] = self.settings["products"]
-        return ", ".join(f"{count} × {name}" for name, count in products.items())
-
-    @property
-    def worst(self) -> list[TensorError]:
-        """Tensors from the one kept least well."""
-        return sorted((each for each in self.tensors if each.snr_db is not None), key=lambda each: each.snr_db or 0.0)
 
 
 def tensor_errors(

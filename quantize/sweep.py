@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from slm.quantize.make import check_source
 from slm.quantize.page import sweep_page
 from slm.quantize.quality import Change, Opened, Text, measure, speeds
 from slm.quantize.report import model_bytes
+from slm.quantize.results import Sweep as Sweep
+from slm.quantize.results import Trial as Trial
 from slm.quantize.write import tried
 from slm.runtime.decoder import OnnxDecoder
 from slm.version import __version__
@@ -41,60 +43,6 @@ TRIALS: Mapping[str, Settings] = {
         precision="int4", prefer="size", method="nearest", smooth=False
     ),
 }
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One way to quantize, and what it came to.
-
-    Attributes:
-        options: Of `slm quantize`.
-        decided: What the settings left open (`Recipe.words`).
-        bytes: Graph and weights.
-        change: The predictions before and after.
-        decode_ratio: How many times as fast as the source tokens are written.
-        prefill_ratio: How many times as fast a prompt is read.
-    """
-
-    options: str
-    decided: dict[str, Any]
-    bytes: int
-    change: Change
-    decode_ratio: float
-    prefill_ratio: float
-
-
-@dataclass
-class Sweep:
-    """Everything that was tried with one bundle.
-
-    Attributes:
-        bundle: The name of the source.
-        bytes_before: Its graph and weights.
-        text: What the predictions were compared on.
-        tokens: How much of it.
-        key: What trials depend on; those of another are not reused.
-        trials: In the order in which they were tried.
-        skipped: Options that this model cannot have, and why.
-    """
-
-    bundle: str
-    bytes_before: int
-    text: str
-    tokens: int
-    key: str
-    trials: list[Trial] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def frontier(self, cost: Callable[[Trial], float]) -> set[str]:
-        """Returns the options of trials that no other is better than in divergence or cost without being worse in the other."""
-
-        def beaten(trial: Trial) -> bool:
-            mine = trial.change.kl_nats, cost(trial)
-            others = [(other.change.kl_nats, cost(other)) for other in self.trials]
-            return any(kl <= mine[0] and paid <= mine[1] and (kl, paid) != mine for kl, paid in others)
-
-        return {trial.options for trial in self.trials if not beaten(trial)}
 
 
 def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, Text], progress: Progress) -> Sweep:

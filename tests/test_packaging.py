@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOMES = {"slm": "src/slm"} | {
-    f"slm/{name}": name
-    for name in ("cli", "core", "export", "finetune", "interchange", "quantize", "runtime", "serve", "train", "web")
-}
+# Directories with Python files that are no part of the package.
+OUTSIDE = {"benchmarks", "deploy", "docs", "examples", "src", "tests"}
+TRACKED = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
 SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
 SHIPPED += ("LICENSE", "MODEL_CARD.md", "loss.png", "*.html", "*.css", "*.js", "*.svg")
 
@@ -24,15 +23,25 @@ def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProces
     return done
 
 
+def tracked() -> list[str]:
+    """Returns the files of the repository: those that git has and those that it would take."""
+    names = run(*TRACKED, cwd=ROOT).stdout.split("\n")
+    return [name for name in names if name and (ROOT / name).is_file()]
+
+
+def homes() -> dict[str, str]:
+    """Returns where each package of the wheel lies: every directory at the root that has Python files, but those outside."""
+    roots = {name.partition("/")[0] for name in tracked() if "/" in name and name.endswith(".py")}
+    return {"slm": "src/slm"} | {f"slm/{name}": name for name in roots - OUTSIDE}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the tree so that nothing built before can slip in."""
     source = tmp_path_factory.mktemp("source")
-    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.split("\n")
-    for name in filter(None, tracked):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
     out = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, source)
     return next(out.glob("*.whl"))
@@ -41,7 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_file(wheel: Path) -> None:
     wanted = {
         f"{package}/{path.relative_to(ROOT / home).as_posix()}"
-        for package, home in HOMES.items()
+        for package, home in homes().items()
         for pattern in SHIPPED
         for path in (ROOT / home).rglob(pattern)
         if "__pycache__" not in path.parts
@@ -50,6 +59,30 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == wanted
     assert not {name for name in found if not name.startswith("slm/")}  # never a bare `core` or `train`
+
+
+def test_a_new_package_needs_no_list(tmp_path: Path) -> None:
+    """`setup.py` finds it, and without its `__init__.py` it is nothing that installs."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "src/slm/__init__.py", "src/slm/version.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("fresh/__init__.py", "fresh/deep/__init__.py", "fresh/deep/module.py", "other/module.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    run(sys.executable, "setup.py", "--quiet", "build", cwd=tmp_path)
+    made = {path.relative_to(tmp_path / "build/lib").as_posix() for path in (tmp_path / "build/lib").rglob("*.py")}
+    wanted = {"fresh/__init__.py", "fresh/deep/__init__.py", "fresh/deep/module.py", "__init__.py", "version.py"}
+    assert made == {f"slm/{name}" for name in wanted}
+
+
+def test_make_watches_every_package(tmp_path: Path) -> None:
+    """The strict editable install is renewed when any of these files appears or goes."""
+    (tmp_path / "Makefile").write_text(
+        (ROOT / "Makefile").read_text(encoding="utf-8") + "\nshow:\n\t@printf '%s\\n' $(FILES)\n", encoding="utf-8"
+    )
+    watched = run("make", "--silent", "--file", tmp_path / "Makefile", "show", cwd=ROOT).stdout.splitlines()
+    inside = tuple(f"{home}/" for home in homes().values())
+    assert {name for name in tracked() if name.startswith(inside) and name.endswith((".py", ".yaml"))} <= set(watched)
 
 
 @pytest.fixture(scope="module")

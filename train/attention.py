@@ -1,4 +1,4 @@
-"""Which attention a training run takes: the recipe's `machine.attention` on the device at hand."""
+"""The attention kernel of a training run: the recipe's `machine.attention` applied to the device."""
 
 import shutil
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from slm.train.recipe import Recipe
 
 
 def wants_flex(recipe: Recipe, config: ModelConfig, able: Capability, precision: Precision) -> bool:
-    """Says whether a run computes its windows by FlexAttention, as far as that follows from settings and device.
+    """Returns whether settings and device call for FlexAttention.
 
-    "auto" takes it on CUDA where some window is shorter than the context, products are computed in 16 bits and the
-    kernel's tiles fit into shared memory (`slm.core.nn.kernels.fits_flex`). Elsewhere scores are masked.
+    "auto" uses it on CUDA if a window is shorter than the context, products are computed in 16 bits, and the kernel's
+    tiles fit into shared memory (`slm.core.nn.kernels.fits_flex`). Otherwise scores are masked.
     """
     if able.device != "cuda" or recipe.machine.attention == "sdpa" or not _slides(recipe, config):
         return False
@@ -34,15 +34,15 @@ def choose_flex(
     device: torch.device,
     note: Callable[[str], None],
 ) -> bool:
-    """Says whether a run computes its windows by FlexAttention; compiles it once to see that it works here.
+    """Returns whether to use FlexAttention, after compiling it once to verify that it works on this machine.
 
     Args:
-        recipe: What is trained, and how.
+        recipe: The recipe.
         config: The model's shape.
-        able: What the device can do.
-        precision: What the products are computed in.
-        device: Where.
-        note: Is told why masked attention is taken instead, where FlexAttention would be and fails.
+        able: The capabilities of the device.
+        precision: The type of the products.
+        device: The device.
+        note: Receives the reason if FlexAttention fails and masked attention replaces it.
     """
     if not wants_flex(recipe, config, able, precision):
         return False
@@ -58,7 +58,7 @@ def choose_flex(
 def training_kernels(
     recipe: Recipe, config: ModelConfig, able: Capability, precision: Precision
 ) -> tuple[AttentionKernel, ...]:
-    """Returns the kernel that training computes the attention of each layer with."""
+    """Returns the attention kernel of each layer."""
     flex = wants_flex(recipe, config, able, precision)
     dtype = precision.autocast or torch.float32
     return tuple(
@@ -68,7 +68,7 @@ def training_kernels(
 
 
 def _masked(recipe: Recipe, config: ModelConfig, layer: int) -> bool:
-    """Says whether a layer's window is shorter than what is learned from at once, so that it needs a mask."""
+    """Returns whether a layer's window is shorter than the context of training, so that it needs a mask."""
     window = config.window(layer)
     return window is not None and recipe.batch.context > window
 

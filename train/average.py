@@ -1,4 +1,4 @@
-"""A moving average of the weights, which generalizes better than the last of them while the learning rate is high."""
+"""A moving average of the weights. While the learning rate is high it generalizes better than the last weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ class MovingAverage:
     """Exponential moving average of a model's weights (arXiv:2407.20323)."""
 
     def __init__(self, model: nn.Module, decay: float, updates: int = 0) -> None:
-        """Starts from the weights as they are.
+        """Starts from the current weights.
 
         Args:
             model: The model, on its device.
-            decay: Share of the average that an update keeps; less at first, when there is little to average.
-            updates: How many went into it already.
+            decay: Share of the average that an update keeps; smaller at first, when there is little to average.
+            updates: Number of updates that the average already contains.
         """
         self._parameters = dict(model.named_parameters())
         self._average = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
@@ -27,7 +27,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights of an update in."""
+        """Adds the weights of an update to the average."""
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         for name, average in self._average.items():
@@ -35,7 +35,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the average in the place of the weights within the block."""
+        """Replaces the weights by the average within the block."""
         self._swap()
         try:
             yield
@@ -43,15 +43,15 @@ class MovingAverage:
             self._swap()
 
     def tensors(self, keep: bool = True) -> dict[str, Tensor]:
-        """Returns the average by name, on the CPU and whole; nothing to a process that does not `keep` it."""
+        """Returns the average by name, whole and on the CPU. A process that does not `keep` it gets nothing."""
         return collect(self._average.items(), keep)
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `tensors` returned.
+        """Restores the average that `tensors` returned.
 
         Raises:
-            SlmError: When one of them is missing.
+            SlmError: When a tensor is missing.
         """
         missing = sorted(self._average.keys() - tensors.keys())
         if missing:

@@ -1,4 +1,4 @@
-"""From a recipe to what trains: the device, the model as the machine is to run it, its optimizers and its batches."""
+"""Builds what a recipe describes: the device, the model set up for the machine, its optimizers and its batches."""
 
 import shutil
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from slm.train.state import SavedState
 
 
 def pick_device(wanted: str) -> torch.device:
-    """Returns the device of a recipe's `machine.device`; of several processes each has a GPU of its own.
+    """Returns the device of a recipe's `machine.device`. Each process of a group gets a GPU of its own.
 
     Raises:
-        SlmError: When it asks for CUDA and there is none, or not enough.
+        SlmError: When the recipe asks for CUDA and there is no GPU, or not one per process.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
@@ -45,17 +45,20 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def with_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Returns the shape with the tokenizer's ids; the end of a turn ends a text too, for when turns are learned later."""
+    """Returns the shape with the tokenizer's special ids.
+
+    The end of a turn stops generation too, so that the model can be fine-tuned on chats later.
+    """
     end_of_text, end_of_turn, pad = (tokenizer.token_id(token) for token in (END_OF_TEXT, END_OF_TURN, PAD))
     ids = {"bos_token_id": end_of_text, "eos_token_id": (end_of_text, end_of_turn), "pad_token_id": pad}
     return ModelConfig.checked(config.model_dump() | ids)
 
 
 def check_machine(recipe: Recipe, device: torch.device, processes: Processes) -> None:
-    """Makes sure that the device and the processes can do what the recipe asks for.
+    """Checks that the device and the processes support the recipe.
 
     Raises:
-        SlmError: When they cannot.
+        SlmError: When they do not.
     """
     if recipe.machine.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise SlmError("machine.compile needs a C++ compiler, and there is none", "apt install g++, or leave it out")
@@ -80,26 +83,26 @@ def build_model(
     *,
     flex: bool = False,
 ) -> CausalLM:
-    """Returns the model, from the seed or from what was saved, set up for the machine.
+    """Returns the model, with weights from the seed or from a saved state, set up for the machine.
 
-    On its device, but for a model that several processes will split: it goes there share by share.
+    It lies on its device, unless several processes will shard it: FSDP then moves it shard by shard.
 
     Args:
-        recipe: What is trained, and how.
+        recipe: The recipe.
         config: The model's shape.
-        device: Where.
-        saved: What to go on from.
-        processes: Those that share the batches.
-        flex: Whether windows go through FlexAttention; see `slm.train.attention`.
+        device: The device.
+        saved: The state to resume from.
+        processes: The processes that share the batches.
+        flex: Whether to use FlexAttention; see `slm.train.attention`.
 
     Raises:
-        SlmError: When what was saved is of another model.
+        SlmError: When the saved state is of another model.
     """
     model = CausalLM(config)
     if saved is None:
         model.init_weights(torch.Generator().manual_seed(recipe.seed))
     else:
-        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head once
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head counts once
         if wanted != {name: tensor.shape for name, tensor in saved.weights.items()}:
             raise SlmError(
                 "the saved weights are not those of this model", "put config.yaml back as it was, or start a new run"
@@ -123,16 +126,16 @@ def build_learner(
     saved: SavedState | None,
     processes: Processes,
 ) -> Learner:
-    """Returns what trains the model.
+    """Returns the learner of a model.
 
     Args:
-        recipe: With its length in micro-steps.
-        model: On its device.
-        tokens: What is trained on.
-        device: Where.
-        precision: What the products are computed in.
-        saved: What to go on from.
-        processes: Those that share the batches.
+        recipe: The recipe, with its length in micro-steps.
+        model: The model, on its device.
+        tokens: The training tokens.
+        device: The device.
+        precision: The type of the products.
+        saved: The state to resume from.
+        processes: The processes that share the batches.
     """
     loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
     objective = processes.wrap(loss, recipe.machine.parallel, device)
@@ -154,9 +157,9 @@ def build_learner(
 
 
 def _rate(recipe: Recipe) -> Callable[[int], float]:
-    """Returns the learning rate after so many micro-steps."""
+    """Returns the learning rate as a function of the micro-steps done."""
     schedule = recipe.schedule
-    # A rate of 0 is that of the update after the last one, which would change nothing with it.
+    # The schedule reaches 0 one update after the end: an update at a rate of 0 would change nothing.
     after_the_end = 0 if schedule.final_learning_rate else recipe.batch.accumulation
     return partial(
         learning_rate,
@@ -173,7 +176,7 @@ def _rate(recipe: Recipe) -> Callable[[int], float]:
 def _batch(
     recipe: Recipe, tokens: Tokens, mine: slice, rank: int, device: torch.device, micro_step: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns this process's rows of a micro-step, and throws its dice for it: dropout's follow from the seed alone."""
+    """Returns this process's rows of a micro-step, and seeds dropout for it from the recipe's seed alone."""
     ids, batch, seed = tokens.ids, recipe.batch, recipe.seed
     starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
     torch.manual_seed(int(np.random.default_rng([seed, micro_step, rank]).integers(1 << 62)))

@@ -1,4 +1,4 @@
-"""What the best checkpoint of a finished run writes."""
+"""Sample texts of the best checkpoint, at the end of a run."""
 
 import time
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from slm.train.prepare import CONFIG, DATA
 from slm.train.recipe import load_recipe
 from slm.train.samples import TEMPERATURE, continue_prompts
 
-# Texts, and seconds for all of them: large models on a CPU take long.
+# Number of texts, and the time limit for all of them: large models are slow on a CPU.
 _TEXTS = 3
 _SECONDS = 10.0
-# Of the held-out text, as many tokens are continued.
+# Length of the prompt taken from the held-out text, in tokens.
 _OPENING = 12
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text.
+    """A sample text.
 
     Attributes:
-        prompt: What it begins with: a prompt of the recipe, or the opening of the held-out text.
+        prompt: A prompt of the recipe, or the opening of the held-out text.
         text: Prompt and continuation.
-        temperature: What it was sampled with.
-        seed: What it was sampled with.
+        temperature: Sampling temperature.
+        seed: Sampling seed.
     """
 
     prompt: str
@@ -37,13 +37,13 @@ class Sample:
 
 
 def closing_samples(run: Path, checkpoint: Path) -> list[Sample]:
-    """Continues the recipe's prompts, and the opening of the held-out text, which is of the kind that was trained on.
+    """Continues the recipe's prompts and the opening of the held-out text, which resembles the training text.
 
-    Returns none where the memory does not suffice for another copy of the model; fewer where time runs out.
+    Returns no text if memory does not suffice for another copy of the model, and fewer if time runs out.
 
     Args:
         run: A finished run.
-        checkpoint: Its best checkpoint, which is loaded on the CPU.
+        checkpoint: Its best checkpoint, loaded on the CPU.
     """
     until = time.perf_counter() + _SECONDS
     found: list[Sample] = []
@@ -62,7 +62,7 @@ def closing_samples(run: Path, checkpoint: Path) -> list[Sample]:
                 model, tokenizer, [prompt], recipe.evaluation.sample_tokens, recipe.seed, seconds=left
             )
             found.append(Sample(prompt, text, TEMPERATURE, recipe.seed))
-    except (SlmError, MemoryError):  # the run is done, whatever there is to show of it
+    except (SlmError, MemoryError):  # the run is complete with or without samples
         pass
     except RuntimeError as error:  # PyTorch's allocator on the CPU has no exception of its own
         if "can't allocate memory" not in str(error):
@@ -76,5 +76,5 @@ def _opening(dataset: Dataset, ends: tuple[int, ...]) -> str:
     begins = next((place for place, token in enumerate(ids) if token not in ends), 0)
     stops = next((place for place in range(begins, len(ids)) if ids[place] in ends), len(ids))
     text = dataset.tokenizer.decode(ids[begins : min(stops, begins + _OPENING)])
-    words, _, _ = text.rstrip("\ufffd").rpartition(" ")  # the last word may be cut, a character too
+    words, _, _ = text.rstrip("\ufffd").rpartition(" ")  # drops the last word, which may be cut within a character
     return (words or text).strip()

@@ -1,4 +1,4 @@
-"""What a recipe would take: tokens, memory and time, on this machine or on a GPU that is not here. Estimates, all of them."""
+"""Estimates of a recipe's tokens, memory and time, on this machine or on another GPU."""
 
 import time
 from collections import Counter
@@ -20,30 +20,30 @@ from slm.train.optimizer import make_optimizers
 from slm.train.precision import CPU, FLOAT32, Capability, Precision, capability, choose_precision
 from slm.train.recipe import Recipe
 
-# Enough for the products to run at their full speed and for the embedding's gradient, as large as the table however few the
-# tokens, not to weigh too much; little enough to be timed within a few seconds.
+# Tokens in the timed micro-step: enough that products run at full speed and that the embedding's gradient, whose size does not
+# depend on the tokens, does not dominate; few enough to be timed within seconds.
 _TOKENS = 1024
 _GOES = 3
 
-# A forward pass and a backward pass of twice its work; a third more where each layer is computed anew.
+# A forward pass, and a backward pass of twice its work. Gradient checkpointing repeats the forward pass.
 _PASSES = 3
 _PASSES_ANEW = 4
-# Share of a GPU's peak that training of small models usually gets. An assumption, not a measurement.
+# Share of a GPU's peak that training of small models usually reaches. An assumption, not a measurement.
 _UTILIZATION = 0.3
-# A small model's kernels end before the next ones are launched: a layer takes at least this long, forward and backward. As
-# much of an assumption.
+# The kernels of a small model finish before the next ones are launched: a layer takes at least this long, forward and
+# backward. Also an assumption.
 _LAYER_S = 1e-3
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its vendor's data sheet has it.
+    """A GPU according to its vendor's data sheet.
 
     Attributes:
         tflops: Dense products in 16 bits, accumulated in float32, 10^12 operations a second.
         gb_s: Memory bandwidth, 10^9 bytes a second.
-        memory_gib: What a process can have of the card's memory; a T4's 16 GB are 14.6 GiB with error correction on.
+        memory_gib: Memory available to a process; a T4's 16 GB are 14.6 GiB with error correction on.
         compute: Compute capability.
     """
 
@@ -54,7 +54,7 @@ class Gpu:
 
     @property
     def able(self) -> Capability:
-        """What it can do; bfloat16 is in hardware from compute capability 8.0 on."""
+        """Its capabilities; bfloat16 is native from compute capability 8.0 on."""
         return Capability("cuda", self.compute >= (8, 0), self.compute)
 
 
@@ -70,28 +70,28 @@ GPUS = {
     "rtx3090": Gpu(71, 936, 23.6, (8, 6)),
     "rtx4090": Gpu(165, 1008, 23.6, (8, 9)),
 }
-# What an update reads and writes of a parameter: AdamW its value, two moments and the gradient, Muon one moment.
+# Values that an update reads and writes per parameter: AdamW its value, two moments and the gradient; Muon one moment.
 _ADAMW_BYTES, _MUON_BYTES = 28, 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would take.
+    """The estimate of a run.
 
     Attributes:
-        device: Where.
-        precision: What the products would be computed in.
-        parameters: Of the model.
-        updates: Of the run.
-        micro_steps: Of the run.
-        tokens: Learned from.
-        kernels: What attention is computed with, by kernel: in how many layers.
-        memory: Of one process.
-        memory_available: Bytes that a process may take; None where that is not known.
-        seconds: Of the run.
-        update_seconds: Of that, what the optimizer takes.
-        basis: How the time was arrived at, in a few words.
-        advice: What to lower when the memory is not there.
+        device: Name of the device.
+        precision: Type of the products.
+        parameters: Parameters of the model.
+        updates: Updates in the run.
+        micro_steps: Micro-steps in the run.
+        tokens: Tokens in the run.
+        kernels: Number of layers by attention kernel.
+        memory: Memory of one process.
+        memory_available: Bytes available to a process; None if unknown.
+        seconds: Time of the run.
+        update_seconds: The part of it that the optimizer takes.
+        basis: How the time was estimated, in a few words.
+        advice: Settings to lower if memory does not suffice.
     """
 
     device: str
@@ -110,13 +110,13 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processes: int = 1) -> Estimate:
-    """Estimates what a recipe takes.
+    """Estimates the tokens, memory and time of a recipe.
 
     Args:
-        recipe: With its length in micro-steps.
-        gpu: A name in `GPUS`; None takes the device that training would take here.
-        memory_bytes: What there is here; None where that is not known.
-        processes: How many share the work, each on such a device.
+        recipe: The recipe, with its length in micro-steps.
+        gpu: A name in `GPUS`; None stands for the device that training would use here.
+        memory_bytes: Memory of this machine; None if unknown.
+        processes: Number of processes, each on such a device.
     """
     config = recipe.model.config()
     here = torch.device("cuda" if torch.cuda.is_available() and recipe.machine.device != "cpu" else "cpu")
@@ -161,9 +161,9 @@ def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processe
 def training_flops(
     recipe: Recipe, config: ModelConfig, able: Capability = CPU, precision: Precision = FLOAT32
 ) -> float:
-    """Returns the floating-point operations of training on one token, updates not counted.
+    """Returns the floating-point operations of training on one token, without updates.
 
-    Where a kernel masks a window's scores instead of skipping them, it computes all of them.
+    A kernel that masks scores outside the window computes them all the same, so they count.
     """
     context = recipe.batch.context
     forward = prefill_flops(config, context, head_positions=context)
@@ -176,7 +176,7 @@ def training_flops(
 
 
 def _update_seconds(recipe: Recipe, config: ModelConfig, card: Gpu) -> float:
-    """Returns what an update takes on a GPU: every number is read and written once, and Muon orthogonalizes matrices."""
+    """Returns the seconds of an update on a GPU: every value is read and written once, and Muon orthogonalizes matrices."""
     matrices = [shape for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1]
     muon = recipe.optimizer.name == "muon"
     by_muon = sum(rows * columns for rows, columns in matrices) if muon else 0
@@ -188,7 +188,7 @@ def _update_seconds(recipe: Recipe, config: ModelConfig, card: Gpu) -> float:
 def _timed_seconds(
     recipe: Recipe, config: ModelConfig, precision: Precision, device: torch.device
 ) -> tuple[float, float]:
-    """Times a model of one layer, forward and backward, a layer alone, and updates; evaluations come on top.
+    """Times a model of one layer, forward and backward, a layer alone, and updates. Evaluations are not included.
 
     Returns:
         The seconds of all micro-steps, and of all updates.
@@ -235,7 +235,7 @@ def _timed_seconds(
     optimizers = make_optimizers(model, recipe.optimizer)
     with_layer = min(step() for _ in range(_GOES))
     for parameter in model.model.layers.parameters():
-        parameter.grad = None  # such are passed over
+        parameter.grad = None  # the optimizers skip parameters without a gradient
     without = min(step() for _ in range(_GOES))
     update = without + config.num_hidden_layers * max(0.0, with_layer - without)
     return learning, update * recipe.updates

@@ -1,4 +1,4 @@
-"""Loss on fixed windows of held-out text.
+"""The loss on fixed windows of held-out text.
 
 Dimensions: B windows, T positions.
 """
@@ -15,18 +15,18 @@ from slm.train.data.tokens import Tokens
 from slm.train.data.windows import gather
 from slm.train.parallel import Alone, Processes
 
-# Called where a run may be stopped: it raises then.
+# Called where a run can be stopped; raises to stop it.
 Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model measured on held-out text.
+    """The evaluation of a model on held-out text.
 
     Attributes:
-        loss: Mean cross-entropy, in nats a token.
-        bits_per_byte: The same by byte of text: comparable between tokenizers.
-        tokens: How many predictions were measured.
+        loss: Mean cross-entropy, in nats per token.
+        bits_per_byte: The same in bits per byte of text, which is comparable between tokenizers.
+        tokens: Number of predictions.
     """
 
     loss: float
@@ -36,11 +36,11 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss."""
-        return math.exp(min(self.loss, 700.0))  # a model that diverged does not overflow a float
+        return math.exp(min(self.loss, 700.0))  # the loss of a diverged model must not overflow a float
 
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
-    """Returns nats a token as bits a byte of the text that the tokens encode, end-of-text counted among the tokens."""
+    """Converts nats per token to bits per byte of the text that the tokens encode; end-of-text counts as a token."""
     return loss * tokens / (math.log(2) * text_bytes)
 
 
@@ -55,16 +55,16 @@ def evaluate(
     check: Check,
     processes: Processes | None = None,
 ) -> Evaluation:
-    """Measures a model in float32, as exported graphs are measured.
+    """Evaluates a model in float32, as exported graphs are evaluated.
 
     Args:
         objective: Returns the loss of a batch; its model is on its device.
-        tokens: Held-out text, longer than `context`.
-        windows: How many windows to measure, evenly spread and always the same ones.
+        tokens: Held-out tokens, more than `context`.
+        windows: Number of windows, evenly spaced and always the same.
         context: T.
         batch_size: B.
         check: Called between batches; may raise to stop.
-        processes: Those that share the batches; every one of them gets the result.
+        processes: The processes that share the batches; each gets the result.
     """
     processes = processes or Alone()
     device = next(objective.parameters()).device
@@ -73,7 +73,7 @@ def evaluate(
     sums = [0.0] * len(batches)
     objective.eval()
     with processes.gathered(objective):
-        # As many turns in every process, whatever is left for it: with FSDP each needs the others' weights.
+        # Every process makes the same number of turns, because with FSDP each needs the others' weights.
         for turn in range(-(-len(batches) // processes.size)):
             check()
             number = turn * processes.size + processes.rank

@@ -1,4 +1,4 @@
-"""Signals, held back until the run can be saved: Ctrl-C and SIGTERM stop it, SIGUSR1 asks for a checkpoint and goes on."""
+"""Signals, deferred until the run can be saved: Ctrl-C and SIGTERM stop it; SIGUSR1 requests a checkpoint."""
 
 import signal
 import threading
@@ -11,11 +11,11 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Remembers signals until a safe point asks for them.
+    """The signals received since the last safe point.
 
     Attributes:
-        pending: The one that asks to stop; None while there is none.
-        checkpoint_wanted: Whether a checkpoint was asked for since the last one.
+        pending: The signal that requests a stop; None if there is none.
+        checkpoint_wanted: Whether a checkpoint was requested since the last one.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def deliver(self) -> None:
-        """Does what the pending signal would have done; in a process that got none, what SIGTERM would have."""
+        """Acts on the pending signal; in a process that received none, acts as on SIGTERM."""
         signum = self.pending or signal.SIGTERM
         handler = self._previous.get(signum)
         if callable(handler):
@@ -32,7 +32,7 @@ class Interruption:
         raise SystemExit(128 + signum)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
-        # A second signal will not wait: what is on the disk is whole at any time.
+        # A second signal acts at once: the files on the disk are consistent at any time.
         waited, self.pending = self.pending, signum
         if waited is not None:
             self.deliver()
@@ -43,9 +43,9 @@ class Interruption:
 
 @contextmanager
 def held_back() -> Iterator[Interruption]:
-    """Holds the signals back within the block; a second one that stops acts at once.
+    """Defers the signals within the block; a second request to stop acts at once.
 
-    Outside the main thread, which alone gets signals, and for a signal that is ignored nothing changes.
+    Changes nothing outside the main thread, which alone receives signals, or for a signal that is ignored.
     """
     interruption = Interruption()
     handlers = dict.fromkeys(_STOPPING, interruption._stop) | {signal.SIGUSR1: interruption._checkpoint}

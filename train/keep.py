@@ -1,4 +1,4 @@
-"""What a run keeps on the disk: `checkpoint/best`, `checkpoint/last`, numbered ones, and the state to go on from."""
+"""The files of a run: `checkpoint/best`, `checkpoint/last`, numbered checkpoints, and the state for resuming."""
 
 import shutil
 from pathlib import Path
@@ -26,10 +26,10 @@ _NUMBERED = "update-"
 
 
 def check_measured(info: dict[str, Any]) -> None:
-    """Makes sure that a checkpoint's `slm.json` says how the checkpoint was measured, as this module writes it.
+    """Checks that a checkpoint's `slm.json` has the metrics that this module writes.
 
     Raises:
-        ValueError: When it does not; the field is named.
+        ValueError: When it does not; the message names the field.
     """
     measured = info["metrics"]
     for name in ("micro_steps", *METRICS):
@@ -40,7 +40,7 @@ def check_measured(info: dict[str, Any]) -> None:
 
 
 class Keeper:
-    """Writes for a run. Every process calls it, for each may hold a share of the tensors; the first one writes."""
+    """Writes the files of a run. Every process calls it, because each may hold a shard of the tensors; the first one writes."""
 
     def __init__(
         self,
@@ -53,16 +53,16 @@ class Keeper:
         processes: Processes,
         about: dict[str, Any],
     ) -> None:
-        """Puts together what is written down.
+        """Prepares the writer.
 
         Args:
             run: The run's directory.
-            recipe: What the run does.
+            recipe: The recipe.
             config: The model's shape.
-            dataset: Tokenizer and tokens.
+            dataset: The tokenizer and the tokens.
             model: The model.
-            average: The moving average of its weights, which is what checkpoints then hold.
-            processes: Those that call this.
+            average: The moving average of its weights, which checkpoints then hold; None without one.
+            processes: The processes that train together.
             about: Further fields of every checkpoint's `slm.json`.
         """
         checkpoints = run / "checkpoint"
@@ -73,18 +73,18 @@ class Keeper:
         self._first = processes.rank == 0
 
     def save_checkpoint(self, path: Path, micro_steps: int, measured: Row | None) -> None:
-        """Writes the model as it stands; the average where there is one and it is in place."""
+        """Writes the current weights, or the average while it is in place."""
         tensors = collect(self._model.named_parameters(), keep=self._first)
         if self._first:
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             write_checkpoint(path, self._config, arrays, self._dataset.tokenizer, self._info(micro_steps, measured))
 
     def best_measured(self) -> Row | None:
-        """Returns how the best checkpoint on the disk was measured; None where there is none.
+        """Returns the metrics of the best checkpoint on the disk; None if there is none.
 
-        It may be newer than the saved state: a run that is killed goes on from before the evaluation that kept it, whose row
-        is dropped and comes again, the same if the machine computes the same. Until something is better it stays the best,
-        so that what a run says of its best checkpoint is true of the one that lies there.
+        The checkpoint may be newer than the saved state: a killed run resumes from before the evaluation that kept the
+        checkpoint, and drops that evaluation's row. The checkpoint stays the best until an evaluation beats it, so that what
+        the run reports about its best checkpoint is true of the file.
         """
         if self._first:
             recover(self.best)
@@ -101,9 +101,9 @@ class Keeper:
         return {"updates": info["updates"], **measured}
 
     def save(self, counters: Counters, optimizers: Optimizers, measured: Row | None, number: int | None = None) -> None:
-        """Writes the last checkpoint, the same under a number where one is given, and everything that going on needs.
+        """Writes the last checkpoint, a copy under a number if one is given, and the state for resuming.
 
-        The latter comes last: a run that is killed before it makes the update, and what is written for it, again.
+        The state comes last: a run that is killed before it is written repeats the updates since the previous state.
         """
         average = self._average
         weights: Path | dict[str, torch.Tensor] = self.last / WEIGHTS_FILE
@@ -120,10 +120,10 @@ class Keeper:
             if number is not None:
                 self._keep_numbered(number)
             save_state(self._run, counters, state, weights, averaged)
-        self._processes.from_first(None)  # nobody goes on, or away, before it is written
+        self._processes.from_first(None)  # no process continues or exits before it is written
 
     def _keep_numbered(self, updates: int) -> None:
-        """Keeps the last checkpoint under the number of its update, linked where it can be, and drops the oldest."""
+        """Keeps the last checkpoint under the number of its update, linked if possible, and removes the oldest ones."""
         with atomic_directory(self._checkpoints / f"{_NUMBERED}{updates:07}", CHECKPOINT_FILES) as directory:
             for file in self.last.iterdir():
                 try:

@@ -1,12 +1,13 @@
-"""One update: micro-steps, whose gradients are averaged, then clipping and the optimizers.
+"""One update, of pretraining and of fine-tuning: micro-steps, whose gradients are averaged, clipping, and the optimizers.
 
 Dimensions: B windows, T positions, D hidden.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,12 @@ from slm.train.precision import Precision
 
 @dataclass(frozen=True)
 class Update:
-    """What an update did.
+    """The result of an update.
 
     Attributes:
-        loss: Mean over its micro-steps, in nats a token, before the update.
-        grad_norm: Of the averaged gradient before clipping; infinite where float16 overflowed and the update was skipped.
-        learning_rate: As it was.
+        loss: Mean loss over its micro-steps, in nats per token, before the update.
+        grad_norm: Norm of the averaged gradient before clipping; infinite if float16 overflowed and the update was skipped.
+        learning_rate: The learning rate.
     """
 
     loss: float
@@ -34,7 +35,7 @@ class Update:
 
 
 class Objective(nn.Module):
-    """A model and its loss as one module, which is what data parallelism wraps."""
+    """A model and its loss as one module, for data parallelism to wrap."""
 
     def __init__(self, model: CausalLM, *, chunk: int | None = None, compiled: bool = False) -> None:
         """Wraps a model.
@@ -42,8 +43,8 @@ class Objective(nn.Module):
         Args:
             model: The model.
             chunk: Positions whose logits exist at once; see `linear_cross_entropy`.
-            compiled: Whether torch.compile turns the body into fused kernels while training. Measuring and writing
-                samples see many lengths and few batches: they go without.
+            compiled: Whether torch.compile compiles the body for training. Evaluations and samples have many lengths and few
+                batches, and are not compiled.
         """
         super().__init__()
         self.model = model
@@ -58,31 +59,34 @@ class Objective(nn.Module):
 
 
 class Learner:
-    """A model that learns from numbered micro-steps."""
+    """Trains a model by numbered micro-steps."""
 
     def __init__(
         self,
         objective: nn.Module,
         optimizers: Optimizers,
         *,
-        batch: Callable[[int], tuple[Tensor, Tensor]],
+        batch: Callable[[int], tuple[Any, ...]],
         rate: Callable[[int], float],
         precision: Precision,
         accumulation: int,
         max_grad_norm: float,
         processes: Processes | None = None,
+        trained: Iterable[nn.Parameter] | None = None,
     ) -> None:
-        """Puts together what an update needs.
+        """Prepares the first update.
 
         Args:
             objective: Returns the loss of a batch; its model is in float32 on its device.
             optimizers: Over the model's parameters.
-            batch: This process's inputs and targets (B, T) of a micro-step, by its number from 0.
-            rate: The learning rate after so many micro-steps.
-            precision: What the products are computed in.
-            accumulation: Micro-steps of an update.
+            batch: The objective's arguments for a micro-step, by its number from 0; this process's share of the rows.
+            rate: The learning rate as a function of the micro-steps done.
+            precision: The type of the products.
+            accumulation: Micro-steps per update.
             max_grad_norm: The gradient is scaled down to this norm.
-            processes: Those that share every micro-step.
+            processes: The processes that share every micro-step.
+            trained: The parameters that the optimizers move, in the order in which their gradients' norm is summed; all of
+                the objective's by default.
         """
         self.objective = objective.train()
         self.optimizers = optimizers
@@ -91,25 +95,26 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scale_loss)
         self._batch, self._rate, self._precision, self._max_grad_norm = batch, rate, precision, max_grad_norm
         self._processes = processes or Alone()
+        self._trained = list(objective.parameters() if trained is None else trained)
 
     def update(self, micro_step: int, after_micro_step: Callable[[], None]) -> Update:
         """Makes one update.
 
         Args:
             micro_step: Number of its first micro-step.
-            after_micro_step: Called after each; may raise to abandon the update, which then changes nothing.
+            after_micro_step: Called after each micro-step; may raise to abandon the update, which then changes nothing.
 
         Raises:
-            FloatingPointError: When the loss or the gradient is not finite; the weights are as before.
+            FloatingPointError: When the loss or the gradient is not finite; the weights are unchanged.
         """
         self.optimizers.zero_grad()
         total = torch.zeros((), device=self.device)
         last = micro_step + self.accumulation - 1
         for number in range(micro_step, last + 1):
-            inputs, targets = self._batch(number)
+            arguments = self._batch(number)
             with self._processes.micro_step(self.objective, number == last):
                 with self._autocast():
-                    loss = self.objective(inputs, targets) / self.accumulation
+                    loss = self.objective(*arguments) / self.accumulation
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             after_micro_step()
@@ -123,18 +128,18 @@ class Learner:
         if not (math.isfinite(update.grad_norm) or self.scaler.is_enabled()):
             raise FloatingPointError(f"the gradient's norm is {update.grad_norm}")
         self.optimizers.set_learning_rate(update.learning_rate)
-        if math.isfinite(update.grad_norm):  # the scaler would skip only those whose own gradients overflowed
+        if math.isfinite(update.grad_norm):  # the scaler would skip only the optimizers whose own gradients overflowed
             for optimizer in self.optimizers.members:
                 self.scaler.step(optimizer)
         self.scaler.update()
         return update
 
     def _clip(self) -> Tensor:
-        """Scales the gradient down to the norm allowed, if it is above, and returns the norm that it had."""
-        parameters = [parameter for parameter in self.objective.parameters() if parameter.grad is not None]
+        """Clips the gradient to the maximum norm, and returns the norm before."""
+        parameters = [parameter for parameter in self._trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm_of_all = whole(norm)
-        if not norm_of_all <= self._max_grad_norm:  # most are: gradients are not gone through for nothing
+        if not norm_of_all <= self._max_grad_norm:  # usually it is, and the gradients need no pass
             nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
         return norm_of_all
 

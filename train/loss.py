@@ -1,7 +1,7 @@
-"""Cross-entropy straight from hidden states: the logits of a batch never exist at once.
+"""Cross-entropy from hidden states, without the logits of a whole batch.
 
-The head's product, its softmax and the three gradients are made chunk by chunk in the forward pass, so that what stays for
-the backward pass is as large as the hidden states and the head's weights, whatever the batch. No product is made twice.
+The head's product, its softmax and the three gradients are computed chunk by chunk in the forward pass. What remains for the
+backward pass has the size of the hidden states and of the head's weights. No product is computed twice.
 
 Dimensions: N positions, D hidden, V vocabulary.
 """
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Targets that are not learned, PyTorch's own convention.
+# Targets that do not count in the loss, as in PyTorch.
 IGNORED = -100
 
-# Logits of a chunk, unless another is asked for. The gradient of the head's weights is added up once a chunk: smaller
-# chunks pay for that more often.
+# Default size of a chunk of logits. The gradient of the head's weights is summed once per chunk, so smaller chunks cost more.
 CHUNK_BYTES = 128 << 20
-# On a CPU products with the head take fewer rows at once: with GPT-2's vocabulary 1,024 rows take 69 ms together and 46 ms
-# in four parts (two cores with AMX, bfloat16). The gradient of the head's weights wants them together: 77 ms against 130.
+# Rows per product with the head on a CPU: with GPT-2's vocabulary 1,024 rows take 69 ms in one product and 46 ms in four (two
+# cores with AMX, bfloat16). The gradient of the head's weights is faster in one product: 77 ms against 130.
 _ROWS = 256
-# On a CPU the softmax goes over rows that stay in a core's cache between its passes.
+# On a CPU the softmax processes as many rows at once as stay in a core's cache between its passes.
 _CACHED_BYTES = 2 << 20
 
 
@@ -40,16 +39,18 @@ def linear_cross_entropy(
     Args:
         hidden: Hidden states (N, D).
         weight: The head (V, D).
-        targets: Ids (N,); those that are `IGNORED` count neither in the loss nor in its mean.
-        chunk: Positions whose logits exist at once; None takes what fits into `CHUNK_BYTES`.
-        rows: Ids, and rows (R, D) that stand in the place of theirs in a head that is not learned; the rows may be.
+        targets: Ids (N,); targets that are `IGNORED` count neither in the loss nor in its mean.
+        chunk: Positions whose logits exist at once; None uses as many as fit into `CHUNK_BYTES`.
+        rows: Ids, and rows (R, D) that replace theirs in a frozen head; the rows themselves may be trained.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
     ids, values = rows if rows is not None else (None, None)
-    if not torch.is_grad_enabled():  # a function is told what could have a gradient, not whether anybody wants one
+    if (
+        not torch.is_grad_enabled()
+    ):  # autograd functions see which inputs require gradients, even when gradients are disabled
         hidden, weight, values = hidden.detach(), weight.detach(), None if values is None else values.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype, ids, values)
     return loss
@@ -71,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             replaced = None
             if ids is not None and values is not None:
                 if ctx.needs_input_grad[1]:
-                    raise ValueError("rows take the place of a head's that is not learned")
+                    raise ValueError("rows can only replace rows of a frozen head")
                 replaced = _Rows(torch.tensor(ids, device=hidden.device), values.to(dtype), ctx.needs_input_grad[6])
             return _forward(ctx, hidden, weight, targets, chunk, dtype, replaced)
 
@@ -80,20 +81,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the gradients were handed out already: there is no second backward pass")
+            raise RuntimeError("the gradients were returned already: there is no second backward pass")
         scale = gradient * ctx.scale
-        # In place: the head's gradient is as large as the head, and nobody else has seen it.
+        # In place: the head's gradient is as large as the head, and nothing else refers to it.
         hidden, weight, rows = (None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
         return hidden, weight, None, None, None, None, rows
 
 
 class _Rows:
-    """Rows of a head that stand in the place of others.
+    """Rows that replace rows of a head.
 
     Args:
-        ids: Whose place, int64 (R,).
+        ids: Ids of the replaced rows, int64 (R,).
         values: The rows (R, D), in the type of the products.
-        learned: Whether their gradient is wanted.
+        learned: Whether to compute their gradient.
     """
 
     def __init__(self, ids: Tensor, values: Tensor, learned: bool) -> None:
@@ -101,11 +102,11 @@ class _Rows:
         self.gradient = torch.zeros(values.shape, dtype=torch.float32, device=values.device) if learned else None
 
     def put(self, logits: Tensor, inputs: Tensor) -> None:
-        """Puts their logits among the others (n, V), for inputs (n, D)."""
+        """Writes the rows' logits into the others (n, V), for inputs (n, D)."""
         logits[:, self._ids] = inputs @ self._values.T
 
     def take(self, gradients: Tensor, inputs: Tensor) -> Tensor:
-        """Takes the gradients of their logits away, which leaves zeros, and returns those of the inputs (n, D)."""
+        """Moves the gradients of the rows' logits out, leaving zeros; returns the gradient of the inputs (n, D)."""
         mine = gradients[:, self._ids]
         gradients[:, self._ids] = 0
         if self.gradient is not None:
@@ -123,7 +124,7 @@ def _forward(
     replaced: _Rows | None = None,
 ) -> Tensor:
     wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-    # Not divided by their number yet: divided, most of them would be too small for float16.
+    # Not yet divided by the number of targets: most values would become too small for float16.
     hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
     weight_gradient: Tensor | None = None
     learned = targets != IGNORED
@@ -155,7 +156,7 @@ def _forward(
 
 
 def _softmax_minus_target(logits: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
-    """Returns the sum of the losses and puts their gradient in the place of the logits."""
+    """Returns the sum of the losses, and overwrites the logits with their gradient."""
     rows = len(targets) if logits.is_cuda else max(1, _CACHED_BYTES // (4 * logits.shape[1]))
     total = logits.new_zeros((), dtype=torch.float32)
     for first in range(0, len(targets), rows):

@@ -1,4 +1,4 @@
-"""How much memory a recipe takes, and what to lower when it is too much.
+"""Estimates of the memory of training, and which settings to lower if it does not suffice.
 
 Dimensions: B windows, T positions, D hidden, F intermediate, N heads, K kv heads, H head dim, V vocabulary.
 """
@@ -17,21 +17,21 @@ from slm.train.precision import CPU, Capability, Precision
 from slm.train.recipe import Recipe
 
 _FLOAT32 = 4
-_PRODUCT = 2  # of autocast's types
+_PRODUCT = 2  # bytes of autocast's types
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """What one process holds at the same time, in bytes.
+    """Memory of one process, in bytes.
 
     Attributes:
-        weights: In float32.
-        gradients: In float32.
-        moments: The optimizers'.
-        average: The moving average.
-        activations: What the forward pass leaves for the backward pass, with the matrices as autocast casts them.
-        loss: A chunk of logits, and the gradients of the head while they are made.
+        weights: The weights, in float32.
+        gradients: The gradients, in float32.
+        moments: The optimizers' moments.
+        average: The moving average of the weights.
+        activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast.
+        loss: A chunk of logits, and the head's gradients while they are computed.
     """
 
     weights: int
@@ -43,31 +43,31 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.gradients + self.moments + self.average + self.activations + self.loss
 
 
 def training_bytes(
     recipe: Recipe, config: ModelConfig, precision: Precision, processes: int = 1, able: Capability = CPU
 ) -> TrainingBytes:
-    """Estimates the memory of training; libraries, data and fragmentation come on top.
+    """Estimates the memory of training, without libraries, data and fragmentation.
 
     Args:
-        recipe: What is trained, and how.
+        recipe: The recipe.
         config: The model's shape.
-        precision: What the products are computed in.
-        processes: How many share the batch, and with FSDP everything.
-        able: What the device can do, on which the attention kernel depends.
+        precision: The type of the products.
+        processes: Number of processes that share the batch and, with FSDP, the weights.
+        able: The capabilities of the device, on which the attention kernel depends.
     """
     shared = processes if recipe.machine.parallel == "fsdp" else 1
     weights = config.parameter_count() * _FLOAT32
     matrices = sum(
         prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
     )
-    moments = 2 * weights - (matrices * _FLOAT32 if recipe.optimizer.name == "muon" else 0)  # Muon has one, AdamW two
+    moments = 2 * weights - (matrices * _FLOAT32 if recipe.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
     cast = matrices * _PRODUCT if precision.autocast is not None else 0
     if recipe.machine.gradient_checkpointing:
-        cast //= config.num_hidden_layers  # those of one layer at a time
+        cast //= config.num_hidden_layers  # one layer at a time
     tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
     chunk = recipe.machine.loss_chunk
     product = _PRODUCT if precision.autocast is not None else _FLOAT32
@@ -101,15 +101,15 @@ def advise(
     available: int | None = None,
     able: Capability = CPU,
 ) -> str:
-    """Says which settings to lower, how far, and what that saves.
+    """Returns which settings to lower, how far, and what that saves.
 
     Args:
-        recipe: What is trained, and how.
+        recipe: The recipe.
         config: The model's shape.
-        precision: What the products are computed in.
-        processes: How many share the batch.
-        available: Bytes that a process may take: settings are lowered until it takes less. None lowers them by one step.
-        able: What the device can do.
+        precision: The type of the products.
+        processes: Number of processes that share the batch.
+        available: Bytes available to a process: settings are lowered until it needs less. None lowers them by one step.
+        able: The capabilities of the device.
     """
 
     def total(chosen: Recipe) -> int:
@@ -120,7 +120,7 @@ def advise(
 
     ways = [_smaller_batches(recipe, processes)]
     anew = _with(recipe, "machine", gradient_checkpointing=True)
-    if total(anew) < total(recipe):  # not where it is so already, nor where there is but one layer
+    if total(anew) < total(recipe):  # of no use if it is on already, or with a single layer
         ways.append([anew, *_smaller_batches(anew, processes)])
     found = [way for way in map(first_to_fit, ways) if way is not None]
     if found:
@@ -130,12 +130,12 @@ def advise(
     chosen = first_to_fit(shorter)
     if chosen is None:
         least = shorter[-1] if shorter else least
-        return f"a smaller model: this one takes {total(least) / _MIB:,.0f} MiB whatever else is lowered"
+        return f"a smaller model: this one takes {total(least) / _MIB:,.0f} MiB with all other settings at their lowest"
     return f"{_advice(recipe, chosen, total(recipe), total(chosen))}; or a smaller model"
 
 
 def _smaller_batches(recipe: Recipe, processes: int) -> list[Recipe]:
-    """Returns the recipe with its batches cut into more and more micro-steps, down to one window a process."""
+    """Returns the recipe with each batch cut into more micro-steps, down to one window per process."""
     batch = recipe.batch
     mine = batch.batch_size // processes
     return [
@@ -146,12 +146,12 @@ def _smaller_batches(recipe: Recipe, processes: int) -> list[Recipe]:
 
 
 def _halves(context: int) -> list[int]:
-    """Returns a half, a quarter and so on of a context, as long as there is something to learn from."""
+    """Returns half of a context, a quarter, and so on, down to the shortest that still trains."""
     return [context >> times for times in range(1, context.bit_length() - 1)]
 
 
 def _advice(recipe: Recipe, chosen: Recipe, now: int, then: int) -> str:
-    """Says how to get from one recipe to the other, and what that saves and costs."""
+    """Returns the options that lead from one recipe to the other, with what they save and cost."""
     settings = "".join(
         f"--set {section}.{name}={str(value).lower()} "
         for section in ("batch", "machine")
@@ -175,33 +175,33 @@ def _with(recipe: Recipe, section: str, **values: object) -> Recipe:
 
 
 def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, able: Capability) -> int:
-    """Returns what a position leaves for the backward pass, in all layers."""
+    """Returns the bytes per position that all layers save for the backward pass."""
     autocast = precision.autocast is not None
     layers = [
         _layer_bytes(config, autocast, kernel) + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
         for layer, kernel in enumerate(training_kernels(recipe, config, able, precision))
     ]
     stream = config.hidden_size * _FLOAT32
-    ends = 3 * stream  # the last norm's, and the gradient that the loss makes beside itself
+    ends = 3 * stream  # of the last norm, and of the gradient that the loss computes
     if recipe.machine.gradient_checkpointing:
-        return config.num_hidden_layers * stream + max(layers) + ends  # what goes in, and all of one layer at a time
+        return config.num_hidden_layers * stream + max(layers) + ends  # all inputs, and one layer's tensors
     return sum(layers) + ends
 
 
 def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel) -> int:
-    """Returns what a position leaves in a layer besides what is specific to the attention kernel.
+    """Returns the bytes per position that a layer saves, without those specific to the attention kernel.
 
-    PyTorch composes RMSNorm on a CPU and keeps its input and its normed values. On CUDA one fused kernel keeps the input alone
-    (`_fused_rms_norm`); without this difference, a GPU's activations would be overestimated by a third.
+    On a CPU, PyTorch composes RMSNorm from several operators and saves its input and its normalized values. On CUDA, one fused
+    kernel saves only the input (`_fused_rms_norm`); without this difference the estimate for a GPU would be a third too high.
     """
     product = _PRODUCT if autocast else _FLOAT32
     kept = 2 if kernel == "cpu" else 1
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    # Four norms a layer. The five products that read a norm have two inputs between them, but autocast casts for each anew.
+    # Four norms a layer. The five products that read a norm share two input tensors, but autocast casts them for each product.
     norms = config.hidden_size * (4 * kept * _FLOAT32 + (5 if autocast else 2) * product)
-    # Queries and keys around their norms; queries, keys and values as attention reads them; its output. Only the
-    # memory-efficient kernel puts the output out in the layout that the next product reads; elsewhere there is a copy.
+    # Queries and keys before and after their norms; queries, keys and values as attention reads them; its output. Only the
+    # memory-efficient kernel writes the output in the layout that the next product reads; the others need a copy.
     outputs = 1 if kernel == "efficient" else 2
     attention = (queries + keys) * kept * _FLOAT32 + ((1 + outputs) * queries + 2 * keys) * product
     # Cosines and sines, cast for queries and for keys.
@@ -210,10 +210,10 @@ def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel) -
 
 
 def _attention_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int) -> int:
-    """Returns what a position leaves in the attention of a layer beside queries, keys, values and what comes out."""
+    """Returns the bytes per position that attention saves besides queries, keys, values and its output."""
     product = _PRODUCT if autocast else _FLOAT32
     heads, window = config.num_attention_heads, config.window(layer)
-    if kernel == "efficient":  # keys and values repeated for each query head, in place of those that are shared
+    if kernel == "efficient":  # keys and values, repeated for each query head
         return 2 * (heads - config.num_key_value_heads) * config.head_dim * product
     if kernel == "cpu" and context <= SHORT and (window is None or context <= window):  # attend_in_products
         return heads * context * (_FLOAT32 + (product if autocast else 0))

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, one object a line; the curve drawn from it; and the same for TensorBoard."""
+"""Metrics of a run: `metrics.jsonl`, the plot of the losses, and TensorBoard's files."""
 
 import json
 import os
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 TENSORBOARD = "tensorboard"
-# TensorBoard's files are written by a thread of their own, at least this often.
+# A thread writes TensorBoard's files, at least this often.
 _FLUSH_S = 5
-# No count or loss is beyond it; NaN is not below it either.
+# Above every count and loss; comparisons with NaN are false too.
 _LARGEST = 2.0**63
 
 Kind = Literal["train", "eval", "sample"]
 Row = Mapping[str, Any]
 
-# What TensorBoard shows of each kind of row, under its own headings.
+# Fields of each kind of row in TensorBoard, with their tags.
 _SCALARS: dict[Kind, dict[str, str]] = {
     "train": {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_s")},
     "eval": {name: f"validation/{name}" for name in ("loss", "perplexity", "bits_per_byte")},
@@ -34,24 +34,24 @@ _SCALARS: dict[Kind, dict[str, str]] = {
 
 
 class Metrics:
-    """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for what the model wrote then."""
+    """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for every sample text."""
 
     def __init__(
         self, run: Path, updates: int, *, best: Row | None = None, write: bool = True, tensorboard: bool = False
     ) -> None:
-        """Opens the metrics of a run that goes on after so many updates; what was written later is dropped.
+        """Opens the metrics of a run that resumes after a number of updates; later rows are dropped.
 
         Args:
-            run: The run's directory.
-            updates: Where it goes on.
-            best: How the best checkpoint on the disk was measured; its row may be among those that are dropped.
-            write: Whether to write at all, or only to remember: of several processes one writes.
-            tensorboard: Whether to write for TensorBoard too; what is there is written anew from the rows.
+            run: The directory of the run.
+            updates: Updates done.
+            best: Metrics of the best checkpoint on the disk; its row may be one of those that are dropped.
+            write: Whether to write files; only one of several processes does.
+            tensorboard: Whether to write TensorBoard's files, which are rebuilt from the rows.
         """
         self._file = run / METRICS_FILE
         self._curve = run / CURVE_FILE
         kept = [row for row in _read(self._file) if row["updates"] <= updates]
-        # Samples are written before their evaluation: without it they will be drawn again.
+        # Samples are written before their evaluation; without it they will be drawn again.
         measured = {row["updates"] for row in kept if row["type"] == "eval"}
         kept = [row for row in kept if row["type"] != "sample" or row["updates"] in measured]
         self._rows: dict[Kind, list[Row]] = {"train": [], "eval": [], "sample": []}
@@ -64,7 +64,7 @@ class Metrics:
         self._board = _open_board(run / TENSORBOARD, kept) if tensorboard else None
 
     def add(self, kind: Kind, row: Row) -> None:
-        """Appends a row and writes it."""
+        """Appends a row, and writes it."""
         row = {"type": kind, **row}
         self._rows[kind].append(row)
         if not self._write:
@@ -81,13 +81,13 @@ class Metrics:
 
     @property
     def best(self) -> Row | None:
-        """The evaluation with the lowest loss after an update, which is the best checkpoint's; None before there was one."""
+        """The evaluation of the best checkpoint: the lowest loss after an update; None before the first."""
         after_update = [row for row in self.evaluations if row["updates"] > 0]
         kept = [] if self._best_kept is None else [self._best_kept]
         return min((*after_update, *kept), key=lambda row: row["loss"], default=None)
 
     def draw(self) -> None:
-        """Draws the losses of training and validation over the tokens seen."""
+        """Plots training and validation loss over tokens."""
         if not self._write:
             return
         figure = new_figure(8, 5)
@@ -103,13 +103,13 @@ class Metrics:
             figure.savefig(partial, format="png", dpi=120)
 
     def close(self) -> None:
-        """Writes out what TensorBoard has not got yet."""
+        """Flushes TensorBoard's files."""
         if self._board is not None:
             self._board.close()
 
 
 def _open_board(directory: Path, rows: Sequence[Row]) -> "SummaryWriter":
-    """Starts TensorBoard's files anew: they cannot be cut where a resumed run goes on."""
+    """Rebuilds TensorBoard's files, which cannot be truncated to where a resumed run continues."""
     from tensorboardX import SummaryWriter
 
     shutil.rmtree(directory, ignore_errors=True)
@@ -120,7 +120,7 @@ def _open_board(directory: Path, rows: Sequence[Row]) -> "SummaryWriter":
 
 
 def _show(board: "SummaryWriter", row: Row) -> None:
-    """Puts a row under the tokens seen, in thousands, for steps are whole numbers of 32 bits in some readers."""
+    """Adds a row at a step of thousands of tokens: some readers store steps in 32 bits."""
     step = row["tokens"] // 1000
     for name, tag in _SCALARS[row["type"]].items():
         if row.get(name) is not None:
@@ -134,13 +134,13 @@ def _line(row: Row) -> str:
 
 
 def check_row(row: object) -> None:
-    """Makes sure that something is a row with what is counted on here: kind, position and loss.
+    """Checks that a value is a row with kind, position and loss.
 
     Raises:
-        ValueError: When it is not; the field is named.
+        ValueError: When it is not; the message names the field.
     """
     if not isinstance(row, dict) or row.get("type") not in _SCALARS:
-        raise ValueError("is no row of metrics")
+        raise ValueError("is not a row of metrics")
     kind: Kind = row["type"]
     for name in ("updates", "tokens", *(() if kind == "sample" else ("loss",))):
         if not is_number(row.get(name)):
@@ -153,15 +153,15 @@ def check_row(row: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Says whether something read from JSON is a number that counts or measures."""
+    """Returns whether a value from JSON is a finite number within limits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _read(file: Path) -> list[Row]:
-    """Returns the rows up to the first that a killed process left half written.
+    """Returns the rows up to the first one that a killed process left half written.
 
     Raises:
-        SlmError: When the file is damaged otherwise.
+        SlmError: When the file is damaged in another way.
     """
     if not os.path.lexists(file):
         return []

@@ -1,7 +1,7 @@
 """Muon (arXiv:2502.16982) for GPUs without native bfloat16.
 
 `torch.optim.Muon` orthogonalizes in bfloat16, which a GPU below compute capability 8.0 emulates. This is the same step with
-the type as a choice. float16 has enough range for it: the iteration works on a matrix of Frobenius norm 1, whose entries and
+a choice of type. float16 has enough range for it: the iteration works on a matrix of Frobenius norm 1, whose entries and
 products stay far from float16's limits, and float16 rounds eight times as finely as bfloat16.
 
 Dimensions: M rows and N columns of a matrix.
@@ -23,7 +23,7 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Maps a matrix (M, N) to one with singular values near 1 and the same singular vectors, by Newton-Schulz iteration.
 
     Args:
-        matrix: float32.
+        matrix: The matrix, in float32.
         dtype: Type of the products.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -46,12 +46,12 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: Any, lr: float = 1e-3, *, weight_decay: float = 0.1, momentum: float = 0.95, dtype: torch.dtype
     ) -> None:
-        """Takes matrices.
+        """Prepares the first step.
 
         Args:
             params: Parameters or groups of them, each with two dimensions.
             lr: Learning rate.
-            weight_decay: Share of a weight taken away at every step, times the learning rate.
+            weight_decay: Share of a weight subtracted at every step, times the learning rate.
             momentum: Decay of the momentum.
             dtype: See the attribute.
         """

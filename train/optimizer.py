@@ -1,7 +1,7 @@
-"""Optimizers: which parameters go to which, and their state as named tensors."""
+"""Optimizers: the parameters of each, and their state as named tensors."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +14,32 @@ from slm.train.precision import capability
 if TYPE_CHECKING:
     from slm.train.sections import OptimizerRecipe
 
-# What each keeps of a parameter once it has stepped: a count of steps, and tensors of the parameter's own shape.
+# State per parameter after the first step: a count of steps, and tensors of the parameter's shape.
 _COUNT = "step"
 _STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: (_COUNT, "exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
     Muon: ("momentum_buffer",),
 }
+_PUT_BACK = "put config.yaml back as it was, or start a new run"
+
+
+class Named(Protocol):
+    """A model, or the part of one that is trained."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Returns the parameters with the names under which their state is saved."""
 
 
 class Optimizers:
-    """One or more of torch's optimizers that step together, each group at its own multiple of one learning rate."""
+    """One or more of torch's optimizers that step together; each group has its own multiple of one learning rate."""
 
     def __init__(self, members: list[torch.optim.Optimizer]) -> None:
         self.members = members
 
     @property
     def groups(self) -> list[dict[str, object]]:
-        """The parameter groups of all of them; `rate` is a group's multiple of the learning rate."""
+        """The parameter groups of all optimizers; `rate` is a group's multiple of the learning rate."""
         return [group for member in self.members for group in member.param_groups]
 
     def zero_grad(self) -> None:
@@ -46,12 +54,12 @@ class Optimizers:
             assert isinstance(multiple, float)
             group["lr"] = rate * multiple
 
-    def state_tensors(self, model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    def state_tensors(self, model: Named, keep: bool = True) -> dict[str, Tensor]:
         """Returns the state as `PARAMETER/NAME`, on the CPU; empty before the first update.
 
         Args:
-            model: The one whose parameters are moved.
-            keep: Whether this process wants it; see `slm.train.parallel.collect`.
+            model: The owner of the parameters.
+            keep: Whether this process needs the state; see `slm.train.parallel.collect`.
         """
         state = (
             (f"{name}/{key}", value)
@@ -61,13 +69,18 @@ class Optimizers:
         )
         return collect(state, keep)
 
-    def load_state_tensors(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `state_tensors` returned.
+    def load_state_tensors(self, model: Named, tensors: Mapping[str, Tensor], hint: str = _PUT_BACK) -> None:
+        """Restores the state that `state_tensors` returned.
+
+        Args:
+            model: The owner of the parameters.
+            tensors: The state; empty before the first update.
+            hint: What to do if it does not fit.
 
         Raises:
-            SlmError: When it is of another model or another optimizer, or not all there.
+            SlmError: When the state is of another model or another optimizer, or incomplete.
         """
-        if not tensors:  # as before the first update
+        if not tensors:  # saved before the first update
             return
         names = {parameter: name for name, parameter in model.named_parameters()}
         wanted = {
@@ -82,7 +95,7 @@ class Optimizers:
             what = "missing" if odd[0] not in found else "unknown" if odd[0] not in wanted else "of another shape"
             raise SlmError(
                 f"the saved state of the optimizer does not fit the model: {odd[0]} is {what}",
-                "put config.yaml back as it was, or start a new run",
+                hint,
             )
         for member in self.members:
             state = {
@@ -91,20 +104,19 @@ class Optimizers:
                 }
                 for number, parameter in enumerate(_parameters(member))
             }
-            # Through torch's own loading, which puts each tensor where the fused kernels want it.
+            # load_state_dict puts each tensor where the fused kernels expect it.
             member.load_state_dict({"state": state, "param_groups": member.state_dict()["param_groups"]})
 
 
 def make_optimizers(model: nn.Module, recipe: "OptimizerRecipe") -> Optimizers:
     """Returns AdamW (arXiv:1711.05101) over all parameters, or Muon over the blocks' matrices and AdamW over the rest.
 
-    Muon (arXiv:2502.16982) moves a matrix by its momentum made orthogonal, scaled to the size that AdamW's steps have, so
-    that one learning rate fits both. Embedding, head and norms are no maps from one hidden space to another: they stay
-    with AdamW.
+    Muon (arXiv:2502.16982) moves a matrix by its orthogonalized momentum, scaled to the size of AdamW's steps, so that one
+    learning rate fits both. Embedding, head and norms do not map one hidden space to another, and stay with AdamW.
 
     Args:
-        model: On its device already.
-        recipe: What to make; its clipping and its average are not done here.
+        model: The model, on its device.
+        recipe: The section of the recipe; clipping and averaging happen elsewhere.
     """
     embeddings, matrices, others = [], [], []
     for name, parameter in model.named_parameters():
@@ -131,7 +143,7 @@ def make_optimizers(model: nn.Module, recipe: "OptimizerRecipe") -> Optimizers:
 
 
 def _emulates_bfloat16(device: torch.device) -> bool:
-    """Says whether a device is a GPU without bfloat16 in hardware; CPUs without it are quick enough at emulating it."""
+    """Returns whether a device is a GPU without native bfloat16; CPUs emulate it fast enough."""
     able = capability(device)
     return able.device == "cuda" and not able.bf16
 
@@ -141,5 +153,5 @@ def _group(parameters: list[nn.Parameter], decay: float, rate: float) -> dict[st
 
 
 def _parameters(member: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Returns an optimizer's parameters in the order that its `state_dict` numbers them."""
+    """Returns an optimizer's parameters in the order of its `state_dict`."""
     return [parameter for group in member.param_groups for parameter in group["params"]]

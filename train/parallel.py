@@ -1,8 +1,8 @@
-"""Several processes that train one model: torchrun starts them, each computes its rows of every micro-step.
+"""Data parallelism: torchrun starts several processes, each of which computes its share of the rows of every micro-step.
 
-The recipe's batch is that of all processes together, so that one process or four train the same model from the same rows.
-With DDP (arXiv:2006.15704) every process holds the whole model; with FSDP2 (arXiv:2304.11277) each holds its share of the
-weights, gradients and moments, for models that do not fit. What is saved is whole either way.
+The recipe's batch is the sum over all processes, so that one process or four train the same model from the same rows.
+With DDP (arXiv:2006.15704) every process holds the whole model; with FSDP2 (arXiv:2304.11277) each holds a shard of the
+weights, gradients and moments, for models that do not fit into one device. Saved files are whole in both cases.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from typing_extensions import override
 
 from slm.core.errors import SlmError
 from slm.train.choices import ParallelName
@@ -23,45 +24,45 @@ from slm.train.choices import ParallelName
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# What processes tell each other, beside tensors: no pickle.
+# Values that processes exchange besides tensors, as JSON: no pickle.
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 T = TypeVar("T", bound=Json)
 
-# Until all have joined, and for each exchange of gradients or numbers: a process that hangs is not waited for longer.
+# Timeout for joining, and for each exchange of gradients or numbers.
 _TOGETHER = timedelta(minutes=10)
-# What only the first process does, such as preparing the data, the others wait for.
+# Timeout for work that only the first process does, such as preparing the data.
 _PATIENCE = timedelta(hours=12)
 
 _ERROR_CODE = 1
 
 
 class Processes(Protocol):
-    """What training asks of the processes it runs in.
+    """A group of processes that train together.
 
     Attributes:
-        rank: Number of this one; the first, 0, is the one that writes and speaks.
-        size: How many there are.
+        rank: Number of this process; process 0 writes files and reports progress.
+        size: Number of processes.
     """
 
     rank: int
     size: int
 
     def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
-        """Returns the module that shares its gradients with the other processes; parameters keep their names inside.
+        """Returns the module with gradients averaged over the processes; its parameters keep their names.
 
         Args:
-            objective: The loss of `slm.train.learner.Objective`, its model on its device.
-            kind: How the model is shared.
-            device: That of this process.
+            objective: A `slm.train.learner.Objective`, its model on its device.
+            kind: DDP or FSDP.
+            device: The device of this process.
         """
 
     def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Returns the context of a micro-step."""
+        """Returns the context in which a micro-step runs; `last` marks the last one of an update."""
 
     def gathered(self, objective: nn.Module) -> AbstractContextManager[Any]:
-        """Returns the context in which the wrapped module, or the model in it, may be called without learning.
+        """Returns the context in which the wrapped module, or its model, can be called outside of training.
 
-        All processes enter it and call the same things.
+        All processes must enter it and make the same calls.
         """
 
     def total(self, values: Sequence[float]) -> list[float]:
@@ -71,49 +72,49 @@ class Processes(Protocol):
         """Returns what the first process has."""
 
 
-class Alone:
+class Alone(Processes):
     """One process."""
 
     rank, size = 0, 1
 
+    @override
     def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
-        """Returns the module."""
         return objective
 
+    @override
     def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Returns a context that does nothing."""
         return nullcontext()
 
+    @override
     def gathered(self, objective: nn.Module) -> AbstractContextManager[Any]:
-        """Returns a context that does nothing."""
         return nullcontext()
 
+    @override
     def total(self, values: Sequence[float]) -> list[float]:
-        """Returns the numbers."""
         return list(values)
 
+    @override
     def from_first(self, value: T) -> T:
-        """Returns the value."""
         return value
 
 
-class Group:
+class Group(Processes):
     """The processes that torchrun started."""
 
     def __init__(self) -> None:
         """Joins the group.
 
         Raises:
-            SlmError: When torchrun's variables are not all there, or not all processes come.
+            SlmError: When one of torchrun's variables is missing, or not all processes join.
         """
         try:
-            # torchrun itself keeps the store: it outlives a process that fails.
+            # torchrun itself holds the store, so that it outlives a process that fails.
             self._store, self.rank, self.size = next(rendezvous("env://", timeout=_TOGETHER))
-            # gloo carries what lives on the CPU; NCCL opens its connections when tensors of a GPU first need them
+            # gloo handles CPU tensors; NCCL opens its connections when the first GPU tensor needs them
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=_TOGETHER)
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        except ValueError as error:  # a variable is missing or no number
+        except ValueError as error:  # a variable is missing or not a number
             raise SlmError(f"cannot join the other processes: {error}", "start them all with torchrun") from None
         except RuntimeError:
             raise SlmError(
@@ -121,8 +122,8 @@ class Group:
                 "start every node, with the same --rdzv-endpoint, and let them reach each other's ports",
             ) from None
 
+    @override
     def wrap(self, objective: nn.Module, kind: ParallelName, device: torch.device) -> nn.Module:
-        """Returns the module that shares its gradients with the other processes; parameters keep their names inside."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if kind == "ddp":
@@ -135,25 +136,27 @@ class Group:
 
         mesh = init_device_mesh(device.type, (self.size,))
         for layer in objective.model.model.layers:  # type: ignore[union-attr]
-            fully_shard(layer, mesh=mesh)  # gathered and let go of one by one
+            fully_shard(layer, mesh=mesh)  # gathers and frees its weights on its own
         fully_shard(objective, mesh=mesh)
         return objective
 
+    @override
     def micro_step(self, objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Returns the context of a micro-step. With DDP only the last one of an update exchanges gradients.
 
-        With FSDP each does: kept back, they would be whole in every process, which is what is not to happen.
+        With FSDP each one does: otherwise every process would hold whole gradients.
         """
         if _is_sharded(objective) or last:
             return nullcontext()
         return objective.no_sync()  # type: ignore[operator]
 
+    @override
     @contextmanager
     def gathered(self, objective: nn.Module) -> Iterator[None]:
-        """Gathers what lies outside of the layers, which gather themselves, and lets go of it at the end.
+        """Gathers the weights outside of the layers, which gather their own, and frees them at the end.
 
-        FSDP keeps the outermost module's weights after a forward pass for the backward pass that is to come. Here none
-        comes: weights that change before the next pass, as a moving average's do, would not be seen by it.
+        After a forward pass FSDP keeps the outermost module's weights for the backward pass. No backward pass follows here,
+        and the next forward pass would not see weights that change in between, as with a moving average.
         """
         if not _is_sharded(objective):
             yield
@@ -164,15 +167,15 @@ class Group:
         finally:
             objective.reshard()  # type: ignore[operator]
 
+    @override
     def total(self, values: Sequence[float]) -> list[float]:
-        """Returns the sums of numbers over the processes, the same in each."""
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         sums: list[float] = tensor.tolist()
         return sums
 
+    @override
     def from_first(self, value: T) -> T:
-        """Returns what the first process has."""
         said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         length = torch.tensor(len(said))
         dist.broadcast(length, src=0, group=self._patient)
@@ -183,22 +186,21 @@ class Group:
         return heard
 
     def complains_first(self) -> bool:
-        """Returns whether nobody has complained yet; true in one process of all."""
+        """Returns whether this process is the first to report an error; true in exactly one."""
         try:
             return self._store.add("complaints", 1) == 1
-        except RuntimeError:  # torchrun is gone, and with it whoever else could say something
+        except RuntimeError:  # torchrun has ended, and no other process can report
             return True
 
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Joins the processes that torchrun started, if any, for the length of the block.
+    """Joins the processes that torchrun started, if any, within the block.
 
-    When one fails, or is stopped, that takes the others with it; the first to fail says why, the others exit without a
-    word.
+    If one of them fails or is stopped, the others exit too. The first to fail reports its error; the others exit silently.
 
     Raises:
-        SlmError: When they cannot come together, or one of them is gone that could not say why.
+        SlmError: When the processes cannot join, or one of them ended without reporting an error.
     """
     if not launched():
         yield Alone()
@@ -212,20 +214,21 @@ def joined() -> Iterator[Processes]:
 
 
 def _leave(group: Group, error: BaseException) -> NoReturn:
-    """Raises the error in the process that is to report it, and exits in the others."""
+    """Raises the error in the process that reports it, and exits in the others."""
     if not group.complains_first():
         code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", _ERROR_CODE)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else code) from None
     # gloo's errors have no class of their own
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         raise SlmError(
-            "another of the processes is gone", "torchrun's report says how it ended; slm train --resume goes on"
+            "another of the processes is gone",
+            "see torchrun's report for the reason; slm train --resume continues the run",
         ) from error
     raise error
 
 
 def by_first(processes: Processes, work: Callable[[], T]) -> T:
-    """Has the first process do it, and returns its result in all; what it complains of, all complain of."""
+    """Runs `work` in the first process; returns its result, or raises its `SlmError`, in every process."""
     told: dict[str, Any] = {}
     if processes.rank == 0:
         try:
@@ -246,15 +249,15 @@ def launched() -> bool:
 
 
 def local_rank() -> int:
-    """Returns the number of this process on its machine, which is that of its GPU."""
+    """Returns the number of this process on its machine, which is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def share_of(rows: int, processes: Processes) -> slice:
-    """Returns which rows of a micro-step are this process's.
+    """Returns this process's rows of a micro-step.
 
     Raises:
-        SlmError: When they do not divide.
+        SlmError: When the rows cannot be divided evenly.
     """
     if rows % processes.size:
         raise SlmError(
@@ -266,11 +269,11 @@ def share_of(rows: int, processes: Processes) -> slice:
 
 
 def collect(tensors: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
-    """Returns tensors whole and on the CPU, by name; every process must ask for the same ones.
+    """Returns tensors by name, whole and on the CPU; every process must pass the same ones.
 
     Args:
-        tensors: Name and tensor, of which each process may hold a share.
-        keep: Whether this process wants them; it gets nothing otherwise, and one tensor at a time passes through it.
+        tensors: Names and tensors, of which each process may hold a shard.
+        keep: Whether to return them in this process; otherwise it returns nothing, and holds one tensor at a time.
     """
     collected = {}
     for name, tensor in tensors:
@@ -281,26 +284,26 @@ def collect(tensors: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[st
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a tensor of which each process may hold a share, whole; every process must ask."""
+    """Returns a tensor whole, of which each process may hold a shard; every process must call this."""
     return tensor.full_tensor() if _is_share(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Returns this process's share of a whole tensor, split as a parameter is; the tensor itself where nothing is split."""
+    """Returns this process's shard of a whole tensor, sharded like a parameter; the tensor itself if nothing is sharded."""
     if not _is_share(parameter) or tensor.shape != parameter.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     like: DTensor = parameter  # type: ignore[assignment]
-    # None: every process has read the same tensor and takes its share of that one, rather than have it sent
+    # None: every process has read the same tensor, so that none needs to be sent
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _is_share(tensor: Tensor) -> bool:
-    """Returns whether it is a DTensor, which a process that is alone need not import."""
+    """Returns whether a tensor is a DTensor, without importing it in a single process."""
     return hasattr(tensor, "full_tensor")
 
 
 def _is_sharded(objective: nn.Module) -> bool:
-    """Returns whether it is FSDP's."""
+    """Returns whether a module is sharded by FSDP."""
     return hasattr(objective, "set_requires_gradient_sync")

@@ -1,4 +1,4 @@
-"""What the products of a forward pass are computed in. Weights, gradients and the optimizer's moments are always float32."""
+"""The type of the products of a forward pass. Weights, gradients and the optimizer's moments are always float32."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,18 +10,19 @@ from slm.core.errors import SlmError
 from slm.core.nn.kernels import ComputeCapability, compute_capability
 from slm.train.choices import PrecisionName
 
-# From this width on, bfloat16 gains on a CPU with AMX: 1.3 times at 256 and 1.8 times at 640 against nothing at 128 for
-# 16 windows of 128 tokens on two cores (docs/LOG.md).
+# Width from which bfloat16 is faster on a CPU with AMX: 1.3 times at 256, 1.8 times at 640, not at 128, for 16 windows of 128
+# tokens on two cores (docs/LOG.md).
 _CPU_BF16_HIDDEN_SIZE = 256
+_NEW_RUN = "start a new run with another --out"
 
 
 @dataclass(frozen=True)
 class Capability:
-    """What a device can do.
+    """The capabilities of a device.
 
     Attributes:
         device: "cpu" or "cuda".
-        bf16: Whether it multiplies bfloat16 in hardware, not by emulation.
+        bf16: Whether it multiplies bfloat16 in hardware.
         compute: Compute capability of a CUDA device.
     """
 
@@ -30,16 +31,16 @@ class Capability:
     compute: ComputeCapability = None
 
 
-# What a CPU can do at least.
+# The capabilities of every CPU.
 CPU = Capability("cpu", bf16=False)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How a training run computes.
+    """The precision of a training run.
 
     Attributes:
-        autocast: Type of the products, None for float32 throughout.
+        autocast: Type of the products; None for float32 throughout.
         scale_loss: Whether the loss is scaled so that small gradients survive float16 (arXiv:1710.03740).
     """
 
@@ -48,7 +49,7 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name in messages."""
         if self.autocast is None:
             return "float32"
         return f"{str(self.autocast).removeprefix('torch.')} autocast{', loss scaled' if self.scale_loss else ''}"
@@ -58,23 +59,23 @@ FLOAT32 = Precision(None, scale_loss=False)
 
 
 def capability(device: torch.device) -> Capability:
-    """Asks a device what it can do."""
+    """Returns the capabilities of a device."""
     if device.type == "cuda":
-        # A T4 emulates bfloat16 and says that it supports it unless asked so.
+        # A T4 emulates bfloat16, and counts as supporting it unless emulation is excluded.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Capability("cuda", native, compute_capability(device))
     return Capability("cpu", torch.cpu._is_amx_tile_supported())
 
 
 def choose_precision(wanted: PrecisionName, able: Capability, hidden_size: int) -> Precision:
-    """Returns how to compute.
+    """Returns the precision of a run.
 
-    On CUDA bfloat16 where it is native, else float16 with a scaled loss. On a CPU bfloat16 where AMX multiplies it and the
+    "auto" is bfloat16 on CUDA if native, else float16 with a scaled loss. On a CPU it is bfloat16 if AMX multiplies it and the
     model is wide enough to gain, else float32.
 
     Args:
-        wanted: A choice, or "auto".
-        able: What the device can do.
+        wanted: The choice.
+        able: The capabilities of the device.
         hidden_size: The model's width.
     """
     if wanted == "auto":
@@ -86,15 +87,15 @@ def choose_precision(wanted: PrecisionName, able: Capability, hidden_size: int) 
     return Precision(dtype, scale_loss=wanted == "float16")
 
 
-def restore_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, int | float]) -> None:
-    """Puts back the state of the loss scale; nothing where none was saved, as where none was needed.
+def restore_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, int | float], hint: str = _NEW_RUN) -> None:
+    """Restores the state of the loss scale, if there is one.
 
     Raises:
-        SlmError: When what was saved is no such state.
+        SlmError: When the saved state is damaged.
     """
     if not saved or not scaler.is_enabled():
         return
     wanted = scaler.state_dict()
     if saved.keys() != wanted.keys() or any(type(saved[name]) is not type(value) for name, value in wanted.items()):
-        raise SlmError("the saved state of the loss scale is damaged", "start a new run with another --out")
+        raise SlmError("the saved state of the loss scale is damaged", hint)
     scaler.load_state_dict(dict(saved))

@@ -1,4 +1,4 @@
-"""Preparation: text or a prepared dataset becomes a run directory with its tokenizer, its tokens and its resolved recipe."""
+"""Preparation of a run directory from text or a prepared dataset: tokenizer, tokens and resolved recipe."""
 
 import fcntl
 import os
@@ -27,36 +27,36 @@ from slm.train.recipe import Recipe
 CONFIG = "config.yaml"
 DATA = "data"
 
-# Processes that tokenize. Reading and hashing in the one that writes keep no more than these busy.
+# Processes that tokenize. The writing process reads and hashes, and cannot keep more of them busy.
 _MOST_WORKERS = 8
-# A text of so many bytes for each token that is needed has them, whatever the tokenizer: English has 4 a token.
+# A text of this many bytes per needed token is long enough with any tokenizer: English has 4 bytes per token.
 _BYTES_ENOUGH = 64
 
-# What a run leaves that ends before it saved anything, and what it leaves half written when it is killed.
+# Files of a run that ended before it saved anything, and files that a killed run leaves half written.
 _PARTIAL = r"(checkpoint/)?\.[^/]+\.(partial-\d+(/.*)?|lock)"
 _UNSAVED = re.compile(
     r"config\.yaml|metrics\.jsonl|loss\.png|checkpoint|data|tensorboard|tensorboard/events\.out\.tfevents\.[^/]+"
     rf"|data/(dataset|tokenizer|tokenizer_config)\.json|data/(train|validation)\.bin|{_PARTIAL}"
 )
-# What it leaves once it has saved.
+# Files of a run that has saved.
 _SAVED = re.compile(
     rf"trainer(/[\w.]+)?|checkpoint/(best|last|update-\d+)(/({'|'.join(map(re.escape, sorted(CHECKPOINT_FILES)))}))?"
 )
 
 
 def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = False) -> None:
-    """Makes a run directory that is ready to train in, or none.
+    """Creates a run directory that is ready for training, or none.
 
-    Text becomes a dataset in the run; a dataset that `slm data prepare` made stays where it is and is referred to.
+    Text becomes a dataset in the run. A dataset of `slm data prepare` stays where it is, and the run refers to it.
 
     Args:
-        recipe: Names data and tokenizer; saved with the paths made absolute.
-        run: The directory to make; an empty one will do, and one that a run left which saved nothing.
-        progress: Is told how it goes.
-        overwrite: Whether another run there may be replaced; it is kept where the preparation fails.
+        recipe: The recipe, which names data and tokenizer; saved with absolute paths.
+        run: The directory to create. It may be empty, or left by a run that saved nothing.
+        progress: Receives progress and notes.
+        overwrite: Whether another run there may be replaced; if the preparation fails, it is kept.
 
     Raises:
-        SlmError: When the directory is taken, the data cannot be read or is too short, or the tokenizer cannot be had.
+        SlmError: When the directory is taken, the data cannot be read or is too short, or the tokenizer is not available.
     """
     check_free(run, overwrite=overwrite)
     dataset = prepared_dataset(recipe)
@@ -81,11 +81,11 @@ def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = 
 
 
 def prepared_dataset(recipe: Recipe) -> Dataset | None:
-    """Opens the prepared dataset that a recipe names, its tokenizer set up for the model; None where it names text.
+    """Opens the prepared dataset that a recipe names, its tokenizer set up for the model; None if it names text.
 
     Raises:
         SlmError: When it is damaged, has a larger vocabulary than the model or too few tokens, or when the recipe names
-            validation text or another tokenizer beside it.
+            validation text or another tokenizer as well.
     """
     data, config = recipe.data, recipe.model.config()
     path = Path(data.train[0]).expanduser()
@@ -106,13 +106,13 @@ def prepared_dataset(recipe: Recipe) -> Dataset | None:
 
 
 def check_text(recipe: Recipe) -> int | None:
-    """Makes sure that a run can be prepared from the text that a recipe names, as far as that shows without writing it.
+    """Checks that a run can be prepared from the text that a recipe names, without writing anything.
 
     Returns:
-        UTF-8 bytes of the training text; None where it would have to be downloaded, and is not looked at.
+        UTF-8 bytes of the training text; None if it would have to be downloaded, and was not checked.
 
     Raises:
-        SlmError: As preparing the run would.
+        SlmError: As `prepare`.
     """
     data, config = recipe.data, recipe.model.config()
     if any(is_named(name) and name != SAMPLE for name in data.train):
@@ -141,12 +141,12 @@ def _reading(recipe: Recipe) -> Reading:
 
 
 def _needed_tokens(recipe: Recipe) -> tuple[int, int]:
-    """Returns how many tokens a window takes with its targets, to train on and to measure on."""
+    """Returns the tokens of a window with its targets, for training and for evaluation."""
     return recipe.batch.context + 1, (recipe.evaluation.context or recipe.batch.context) + 1
 
 
 def check_lengths(recipe: Recipe, train_tokens: int, validation_tokens: int) -> None:
-    """Makes sure that there is a window to train on and one to measure on.
+    """Checks that there is at least one window for training and one for evaluation.
 
     Raises:
         SlmError: When a text is too short.
@@ -167,15 +167,15 @@ def check_lengths(recipe: Recipe, train_tokens: int, validation_tokens: int) -> 
 
 
 def check_free(run: Path, *, overwrite: bool = False) -> None:
-    """Makes sure that a new run may have a directory: there is none, or it is empty, or a run left it that saved nothing.
+    """Checks that a new run may use a directory: none exists, or it is empty or left by a run that saved nothing.
 
     Args:
         run: The directory.
-        overwrite: Whether a run there, and nothing else, may be replaced.
+        overwrite: Whether a run there may be replaced; nothing else ever is.
 
     Raises:
-        SlmError: When it is a file, holds a run that can be gone on with or anything that is not slm's, or when another
-            process is at work in it.
+        SlmError: When it is a file, holds a run that can be resumed or files that are not slm's, or when another process
+            uses it.
     """
     if run.exists() and not run.is_dir():
         raise SlmError(f"not a directory: {run}", "name another with --out")
@@ -201,7 +201,7 @@ def _check_contents(run: Path, alone: bool, overwrite: bool) -> None:
 
 
 def _foreign(run: Path) -> str | None:
-    """Returns something in a directory that no training run writes; None where there is nothing of the kind."""
+    """Returns a file in a directory that no training run writes; None if there is none."""
     for path in run.rglob("*"):
         name = path.relative_to(run).as_posix()
         if not (_UNSAVED.fullmatch(name) or _SAVED.fullmatch(name)) or path.is_symlink():
@@ -210,7 +210,7 @@ def _foreign(run: Path) -> str | None:
 
 
 def _is_unsaved(run: Path) -> bool:
-    """Says whether a directory holds a run that has nothing to go on from, and nothing else."""
+    """Returns whether a directory holds a run without a saved state, and nothing else."""
     paths = list(run.rglob("*"))
     names = [path.relative_to(run).as_posix() for path in paths]
     begun = (run / CONFIG).is_file() or all(re.fullmatch(_PARTIAL, name) for name in names)
@@ -219,12 +219,12 @@ def _is_unsaved(run: Path) -> bool:
 
 @contextmanager
 def held(run: Path) -> Iterator[bool]:
-    """Holds a run's directory for this process alone; the system lets go of it however the process ends.
+    """Locks a run's directory for this process; the system releases the lock however the process ends.
 
-    Yields whether that is certain: not where the file system knows no locks.
+    Yields whether the lock is certain: some file systems have no locks.
 
     Raises:
-        SlmError: When another process is at work in it.
+        SlmError: When another process uses it.
     """
     descriptor = os.open(run, os.O_RDONLY)
     try:
@@ -244,9 +244,9 @@ def held(run: Path) -> Iterator[bool]:
 
 @contextmanager
 def _new_directory(run: Path, progress: Progress, overwrite: bool) -> Iterator[None]:
-    """Makes the directory, empty, and removes what the block made of it and the ones above it unless the block ends well.
+    """Creates an empty directory. If the block fails, removes it and the parents that were created with it.
 
-    A run that is to be replaced is put aside meanwhile, and put back where the block fails.
+    A run that is to be replaced is moved aside meanwhile, and moved back if the block fails.
     """
     made = next((parent for parent in (*reversed(run.parents), run) if not parent.exists()), None)
     run.mkdir(parents=True, exist_ok=True)
@@ -294,17 +294,17 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
 
 
 def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:
-    """Returns how many tokens a text has, or that it has enough."""
+    """Returns the number of tokens of a text; stops counting once there are enough."""
     tokens, literal = 0, PieceEncoder(tokenizer)
     for document in documents():
-        tokens += len(literal.encode(document)) + 1  # the end of the text
+        tokens += len(literal.encode(document)) + 1  # the end-of-text token
         if tokens >= enough:
             break
     return tokens
 
 
 def _refer(dataset: Dataset, run: Path) -> None:
-    """Refers to a prepared dataset, whose tokenizer becomes the run's."""
+    """Writes a reference to a prepared dataset, and saves its tokenizer in the run."""
     with atomic_directory(run / DATA, ()) as directory:
         dataset.tokenizer.save(directory)
         write_text(directory / DATASET_FILE, refer_to(dataset.path).model_dump_json(indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides a training run, as YAML in `recipes/` or a file of the user's."""
+"""Recipes: everything that determines a training run, as YAML in `recipes/` or in a user's file."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -28,11 +28,11 @@ from slm.train.sections import (
 
 
 class Recipe(Section):
-    """A whole run. Saved with it as `config.yaml`.
+    """The configuration of a run, saved with it as `config.yaml`.
 
     Attributes:
-        name: Becomes the run's name.
-        seed: Of the first weights and of the windows; the same seed gives the same run.
+        name: Name of the recipe, and of runs that have no other.
+        seed: Seed of the initial weights, the windows and dropout; the same seed gives the same run.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -58,7 +58,7 @@ class Recipe(Section):
         return self
 
     def for_tokens(self, tokens: int) -> "Recipe":
-        """Returns the recipe with its length in micro-steps, for a training text of so many tokens."""
+        """Returns the recipe with its length in micro-steps, for a training text of a number of tokens."""
         epochs = self.schedule.epochs
         if epochs is None:
             return self
@@ -79,7 +79,7 @@ class Recipe(Section):
 
     @property
     def course(self) -> dict[str, Any]:
-        """What a run cannot change on its way, by the names of `--set`: what its saved state means something under."""
+        """The values that a resumed run must not change, by their names in `--set`: the saved state depends on them."""
         batch = self.batch
         return {
             "seed": self.seed,
@@ -92,11 +92,11 @@ class Recipe(Section):
 
     @property
     def tokens_per_micro_step(self) -> int:
-        """Tokens that a micro-step learns from."""
+        """Tokens in a micro-step."""
         return self.batch.batch_size * self.batch.context
 
     def to_yaml(self) -> str:
-        """Returns the resolved recipe as `load_recipe` reads it."""
+        """Returns the resolved recipe as YAML for `load_recipe`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -109,11 +109,11 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Loads a recipe.
 
     Args:
-        name: Name of one that ships with slm, or the path of a YAML file.
-        overrides: `a.b=c` each, the value in YAML.
+        name: Name of a recipe that ships with slm, or path of a YAML file.
+        overrides: Values as `a.b=c`, with c in YAML.
 
     Raises:
-        SlmError: When there is none, or it or an override is wrong; the key is named, and the valid ones listed.
+        SlmError: When there is no such recipe, or a value is wrong; the message names the key and lists the valid ones.
     """
     file = Path(name)
     if str(name) in recipe_names():
@@ -140,7 +140,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _keep_one_length(fields: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Lets a length that was set take the place of the recipe's own, whichever way each is spelt."""
+    """Replaces the recipe's length by one that was set, in micro-steps or in epochs."""
     ways = ("micro_steps", "epochs")
     mine = [way for way in ways if any(override.startswith(f"schedule.{way}=") for override in overrides)]
     if len(mine) == 1:
@@ -155,7 +155,7 @@ def _packaged() -> Any:
 
 
 def _set(fields: dict[str, Any], override: str) -> None:
-    """Applies one `a.b=c`."""
+    """Applies an override `a.b=c`."""
     path, equals, text = override.partition("=")
     if not equals:
         raise SlmError(f"--set {override}: there is no '='", "write it like --set optimizer.weight_decay=0.05")
@@ -174,7 +174,7 @@ def _set(fields: dict[str, Any], override: str) -> None:
 
 
 def _meant(path: str, valid: Sequence[str]) -> str:
-    """Returns a hint for a name of a value that no recipe has: the nearest names, those of its section, or the sections."""
+    """Returns a hint for an unknown name of a value: the closest names, those of its section, or the sections."""
     near = get_close_matches(path, valid, n=2, cutoff=0.75)
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     section = path.partition(".")[0]
@@ -202,7 +202,7 @@ def _paths(section: type[BaseModel]) -> list[str]:
 
 
 def _hint(error: ValidationError) -> str | None:
-    """Lists the valid keys where the mistake is an unknown one."""
+    """Returns a list of the valid keys if the mistake is an unknown key."""
     first = error.errors(include_url=False)[0]
     if first["type"] != "extra_forbidden":
         return None

@@ -1,4 +1,4 @@
-"""A second look at a recipe: settings that contradict each other, or that something else makes ineffective."""
+"""Warnings about a recipe: settings that contradict each other, or that have no effect."""
 
 from collections.abc import Iterator
 
@@ -6,21 +6,21 @@ from slm.core.config import FULL, SLIDING
 from slm.train.recipe import Recipe, load_recipe, recipe_names
 from slm.train.sections import Section
 
-# Up to 4 passes over a text are worth about as much as new text, and what a further one adds fades; beyond about this many it
-# is little (arXiv:2305.16264). `tiny` on its sample, in 15 passes, is best after 13.
+# Up to 4 passes over a text are worth about as much as new text; further passes add less, and beyond about this many they add
+# little (arXiv:2305.16264). `tiny` on its sample, in 15 passes, is best after 13.
 _PASSES = 16
-# A run of one pass is rounded to whole updates.
+# Tolerance: a run of one pass is rounded to whole updates.
 _WHOLE = 0.99
 
 
 def review(recipe: Recipe, passes: float | None = None, processes: int = 1, text_bytes: int | None = None) -> list[str]:
-    """Returns what is odd about a recipe, a sentence each.
+    """Returns the warnings about a recipe, one sentence each.
 
     Args:
-        recipe: With its length in micro-steps.
-        passes: How often the run goes through the training text, where that is known.
-        processes: How many share the work.
-        text_bytes: Size of the training text, where that is known.
+        recipe: The recipe, with its length in micro-steps.
+        passes: Passes over the training text, if known.
+        processes: Number of processes.
+        text_bytes: Size of the training text, if known.
     """
     return [
         *_schedule(recipe),
@@ -45,14 +45,14 @@ def _schedule(recipe: Recipe) -> list[str]:
             "the learning rate never gets to its peak"
         )
     elif schedule.shape == "wsd" and schedule.warmup_micro_steps + schedule.decay * total > total:
-        odd.append("schedule.decay begins before the warm-up ends: the learning rate is never stable")
+        odd.append("schedule.decay begins before the warm-up ends: there is no stable phase")
     if 0 < schedule.warmup_micro_steps <= recipe.batch.accumulation:
         odd.append(
             f"the warm-up of {schedule.warmup_micro_steps:,} micro-steps is no longer than one update of "
-            f"{recipe.batch.accumulation:,}: there is none"
+            f"{recipe.batch.accumulation:,}, so there is no warm-up"
         )
     elif schedule.warmup_micro_steps and schedule.start == 1:
-        odd.append("the warm-up begins at its end: schedule.warmup_micro_steps has no effect with schedule.start=1")
+        odd.append("schedule.warmup_micro_steps has no effect with schedule.start=1")
     return odd
 
 
@@ -65,8 +65,8 @@ def _model(recipe: Recipe) -> list[str]:
         )
     if FULL not in config.layer_types and config.max_position_embeddings > config.sliding_window:
         odd.append(
-            f"none of the {config.num_hidden_layers} layers is global: nothing but layer upon layer of windows of "
-            f"{config.sliding_window:,} carries anything further; model.layer_types names the layers"
+            f"none of the {config.num_hidden_layers} layers is global: information travels at most one window of "
+            f"{config.sliding_window:,} tokens per layer; set model.layer_types to change that"
         )
     return odd
 
@@ -74,20 +74,18 @@ def _model(recipe: Recipe) -> list[str]:
 def _measuring(recipe: Recipe) -> list[str]:
     odd, evaluation, total = [], recipe.evaluation, recipe.micro_steps
     if evaluation.every_micro_steps > total:
-        odd.append(
-            "evaluation.every_micro_steps is longer than the run: it is measured before and after it, never within"
-        )
+        odd.append("evaluation.every_micro_steps is longer than the run: there is no evaluation during the run")
     elif evaluation.patience and evaluation.patience * evaluation.every_micro_steps >= total:
-        odd.append("evaluation.patience is longer than the run: it never stops early")
+        odd.append("evaluation.patience is longer than the run: the run never stops early")
     return odd
 
 
 def _ineffective(recipe: Recipe, processes: int) -> list[str]:
-    """Names what was set although something else keeps it from having an effect."""
+    """Returns a warning for each setting that another setting makes ineffective."""
     optimizer, schedule = recipe.optimizer, recipe.schedule
     shape = f"with schedule.shape={schedule.shape}"
     without_effect = (
-        ("optimizer.momentum", optimizer.name != "muon", "with optimizer.name=adamw: it is Muon's"),
+        ("optimizer.momentum", optimizer.name != "muon", "with optimizer.name=adamw, only with muon"),
         ("optimizer.decay", not optimizer.weight_decay, "with optimizer.weight_decay=0"),
         ("schedule.decay", schedule.shape != "wsd", shape),
         ("schedule.final_learning_rate", schedule.shape == "constant", shape),
@@ -100,7 +98,7 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
 
 
 def _is_set(recipe: Recipe, name: str) -> bool:
-    """Says whether a value is another than the default."""
+    """Returns whether a value differs from its default."""
     section, _, key = name.partition(".")
     values: Section = getattr(recipe, section)
     return bool(getattr(values, key) != type(values).model_fields[key].default)
@@ -111,13 +109,13 @@ def _memorizing(recipe: Recipe, passes: float | None) -> list[str]:
     if passes is None or passes <= _PASSES or guarded:
         return []
     return [
-        f"the run goes through the training text {passes:.1f} times, and beyond about {_PASSES} it is mostly learned by heart: "
+        f"the run reads the training text {passes:.1f} times, and beyond about {_PASSES} passes the model mostly memorizes it: "
         "--set regularization.dropout=0.1 or evaluation.patience=3 helps, more text helps more"
     ]
 
 
 def _unread(recipe: Recipe, passes: float | None, text_bytes: int | None) -> list[str]:
-    """Says so when the run ends before it has read the training text once, and names what would read all of it."""
+    """Returns a warning if the run reads only a part of the training text, with the settings that would read all."""
     if passes is None or passes >= _WHOLE:
         return []
     read = f"{passes:.0%}" if text_bytes is None else f"{passes * text_bytes / 1e6:,.1f} of {text_bytes / 1e6:,.1f} MB"
@@ -135,7 +133,7 @@ def _unread(recipe: Recipe, passes: float | None, text_bytes: int | None) -> lis
 
 
 def _reading_all(recipe: Recipe, text_tokens: int) -> Iterator[Recipe]:
-    """Yields the other recipes that ship with slm and read so many tokens at least once."""
+    """Yields the other recipes of slm that read this many tokens at least once."""
     for name in recipe_names():
         other = load_recipe(name).for_tokens(text_tokens)
         if name != recipe.name and other.micro_steps * other.tokens_per_micro_step >= _WHOLE * text_tokens:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from slm.core.errors import SlmError
 from slm.core.machine import memory, peak_rss_mib
@@ -25,6 +26,7 @@ from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, held, prepare
+from slm.train.pretraining import Actions, Pretraining
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.review import review
 from slm.train.samples import continue_prompts
@@ -35,24 +37,24 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to. Losses are nats a token on the held-out text.
+    """The result of a run. Losses are in nats per token, on the held-out text.
 
     Attributes:
-        run: The run's directory.
+        run: The directory of the run.
         checkpoint: The best checkpoint.
-        loss_before: Before the first update.
-        loss: Of the best checkpoint.
-        perplexity: The exponential of it.
-        bits_per_byte: The same by byte of text.
-        parameters: Of the model, a tied head counted once.
-        micro_steps: Done, of the whole run unless it stopped early.
-        updates: Done.
-        tokens: Learned from.
-        passes: Passes over the training text; below 1 where only a part of it was read.
-        tokens_s: Tokens over the seconds of training, evaluations included.
-        elapsed_s: Those seconds, of a resumed run all of them.
-        peak_rss_mib: Most memory that the process had resident.
-        processes: How many trained.
+        loss_before: Loss before the first update.
+        loss: Loss of the best checkpoint.
+        perplexity: Its exponential.
+        bits_per_byte: The loss in bits per byte of text.
+        parameters: Parameters of the model; a tied head counts once.
+        micro_steps: Micro-steps done, fewer than planned if the run stopped early.
+        updates: Updates done.
+        tokens: Tokens in those updates.
+        passes: Passes over the training text; below 1 if only a part of it was read.
+        tokens_s: Tokens per second of training, evaluations included.
+        elapsed_s: Seconds of training, including those before the run was resumed.
+        peak_rss_mib: Peak resident memory of the process.
+        processes: Number of processes.
     """
 
     run: Path
@@ -83,26 +85,26 @@ def train(
     """Trains a model from scratch.
 
     Args:
-        recipe: Says everything; see `slm.train.recipe.load_recipe`.
-        out: The run directory to make; nothing is left of it when the preparation fails.
-        progress: Is told how it goes.
-        processes: Those that torchrun started; None joins them, if any, for as long as it takes.
+        recipe: The recipe; see `slm.train.recipe.load_recipe`.
+        out: The run directory to create; nothing is left of it if the preparation fails.
+        progress: Receives progress and notes.
+        processes: The processes that torchrun started; None joins them, if any, for the run.
         overwrite: Whether another run in the directory may be replaced.
 
     Raises:
-        SlmError: When data, tokenizer or directory will not do, or the loss is no longer finite.
+        SlmError: When data, tokenizer or directory are not usable, or a loss or gradient is not finite.
     """
     with nullcontext(processes) if processes else joined() as together:
-        check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work, not after it
+        check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work begins
         heard = (progress if together.rank == 0 else None) or Silent()
         by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite))
         return _go(out, together, heard)
 
 
 def resume(out: Path, progress: Progress | None = None, processes: Processes | None = None) -> TrainResult:
-    """Goes on with a run as if it had never stopped: the result is the same, bit for bit, on the same CPU.
+    """Resumes a run. The result is the same as without the interruption, bit for bit, on the same CPU.
 
-    As many processes as before are not needed; only rounding depends on their number, and dropout's dice.
+    The number of processes may change; rounding and dropout depend on it.
 
     Raises:
         SlmError: When the directory holds no run, or its files are damaged.
@@ -116,14 +118,14 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
 
 
 def _go(run: Path, processes: Processes, progress: Progress) -> TrainResult:
-    """Trains in a prepared directory, which the first process holds meanwhile."""
+    """Trains in a prepared directory, which the first process locks meanwhile."""
     with ExitStack() as stack:
         by_first(processes, lambda: stack.enter_context(held(run)))
         return _Run(run, processes, progress).go()
 
 
-class _Run:
-    """A prepared run directory, opened to train in it: what `slm.train.loop.Actions` asks for."""
+class _Run(Actions):
+    """A prepared run directory, opened to train in it; see `slm.train.pretraining.Actions`."""
 
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
@@ -135,7 +137,7 @@ class _Run:
         self.config = with_special_tokens(recipe.model.config(), self.dataset.tokenizer)
         self.able = capability(self.device)
         self.precision = choose_precision(recipe.machine.precision, self.able, self.config.hidden_size)
-        saved = load_state(path) if processes.rank == 0 else None  # which also puts right what a killed run left
+        saved = load_state(path) if processes.rank == 0 else None  # this also repairs what a killed run left
         processes.from_first(None)
         saved = saved if processes.rank == 0 else load_state(path)
         self.counters = _gone_on(saved, recipe, path)
@@ -151,7 +153,7 @@ class _Run:
                 self.average.load_tensors(saved.average)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
         self.keeper = Keeper(path, recipe, self.config, self.dataset, self.model, self.average, processes, about)
-        # Every process knows every row, so that all decide alike; the first one writes them.
+        # Every process has every row, so that all decide the same; the first one writes them.
         first = processes.rank == 0
         if first:
             self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), tensorboard=True)
@@ -168,33 +170,37 @@ class _Run:
         recipe = self.recipe
         self._describe()
         plan = Plan(
+            name="training",
+            unit="micro-step",
             updates=recipe.updates,
-            tokens_per_micro_step=recipe.tokens_per_micro_step,
+            accumulation=recipe.batch.accumulation,
             evaluate_every=recipe.evaluation.every_micro_steps,
             patience=recipe.evaluation.patience,
             checkpoint_every=recipe.checkpoints.every_updates,
         )
+        task = Pretraining(
+            plan, self, self.learner, self.counters, self.metrics, self.progress, recipe.tokens_per_micro_step
+        )
         with held_back() as interruption:
-            loop = Loop(
-                plan, self, self.learner, self.counters, self.metrics, interruption, self.processes, self.progress
-            )
+            loop = Loop(plan, task, interruption, self.processes, self.progress)
             try:
                 loop.run()
+                loop.save()
             finally:
                 self.metrics.close()
-        return self._result(loop)
+        return self._result(task)
 
     @property
     def _accumulation(self) -> int:
         return self.recipe.batch.accumulation
 
+    @override
     def updated(self) -> None:
-        """Takes the new weights into the average."""
         if self.average is not None:
             self.average.update()
 
+    @override
     def evaluate(self, check: Check) -> Evaluation:
-        """Measures the model, or the average where there is one."""
         batch, evaluation = self.recipe.batch, self.recipe.evaluation
         with self._averaged():
             return evaluate(
@@ -207,8 +213,8 @@ class _Run:
                 processes=self.processes,
             )
 
+    @override
     def samples(self) -> list[tuple[str, str]]:
-        """Continues the recipe's prompts."""
         evaluation = self.recipe.evaluation
         with self._averaged(), self.processes.gathered(self.learner.objective):
             texts = continue_prompts(
@@ -221,41 +227,41 @@ class _Run:
             )
         return list(zip(evaluation.prompts, texts, strict=True))
 
+    @override
     def keep_best(self, row: Row) -> None:
-        """Saves the model as the best."""
         with self._averaged():
             self.keeper.save_checkpoint(self.keeper.best, row["micro_steps"], row)
 
+    @override
     def save(self, counters: Counters, number: int | None = None) -> None:
-        """Saves everything that going on needs; the checkpoint under a number too, where one is given."""
         measured = self.metrics.evaluations
         self.keeper.save(counters, self.learner.optimizers, measured[-1] if measured else None, number)
 
+    @override
     def last_saved(self) -> str:
-        """Says what there is to go back to."""
         last = self.keeper.last
         return f"the last checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
 
+    @override
     def best_saved(self) -> str:
-        """Says which checkpoint is known to be good."""
         best = self.keeper.best
         return f"the last good checkpoint is {best}" if best.exists() else self.last_saved()
 
+    @override
     def less_memory(self) -> str:
-        """Advises what to lower."""
         return advise(self.recipe, self.config, self.precision, self.processes.size, self.memory, self.able)
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.in_place()
 
     def _describe(self) -> None:
-        """Says what is about to run, and where."""
+        """Reports the model, the device and the length of the run, with warnings about the recipe."""
         recipe, note = self.recipe, self.progress.note
         needed = training_bytes(recipe, self.config, self.precision, self.processes.size, self.able)
         note(
             f"model: {self.config.parameter_count():,} parameters; context {recipe.batch.context}, vocabulary "
-            f"{self.config.vocab_size:,}; training takes about {needed.total / _MIB:,.0f} MiB beside what Python and PyTorch "
-            "take themselves (an estimate)"
+            f"{self.config.vocab_size:,}; training needs about {needed.total / _MIB:,.0f} MiB besides Python and PyTorch "
+            "(an estimate)"
         )
         together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
         note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")
@@ -271,11 +277,11 @@ class _Run:
         if self.counters.micro_steps:
             note(f"going on after {self.counters.micro_steps:,} micro-steps")
 
-    def _result(self, loop: Loop) -> TrainResult:
+    def _result(self, task: Pretraining) -> TrainResult:
         best = self.metrics.best
-        assert best is not None  # there is an update, and an evaluation after the last one
-        micro_steps = loop.counters.micro_steps
-        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, loop.elapsed_s
+        assert best is not None  # a run has at least one update, and an evaluation after the last one
+        micro_steps = task.micro_steps
+        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, task.elapsed_s
         return TrainResult(
             run=self.path,
             checkpoint=self.keeper.best,
@@ -294,10 +300,10 @@ class _Run:
 
 
 def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
-    """Returns where a run stands; its batch may have been cut into other micro-steps since.
+    """Returns the position of a run. The number of micro-steps per update may have changed since it was saved.
 
     Raises:
-        SlmError: When what was saved is gone, or means nothing under the recipe as it is now.
+        SlmError: When the saved state is missing, or does not fit the current recipe.
     """
     if saved is None:
         if (run / "checkpoint" / "last").exists():
@@ -316,7 +322,7 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Returns the bytes that training may take of a device, None where the system does not say."""
+    """Returns the bytes of a device that training may use; None if unknown."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else memory().usable
 
 

@@ -1,4 +1,4 @@
-"""What the model writes while it trains: a few tokens after a prompt, always drawn with the same dice."""
+"""Sample texts during training: a few tokens after each prompt, always sampled with the same seed."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from slm.core.nn import CausalLM, KVCache
 from slm.core.tokenizer import Tokenizer
 from slm.train.parallel import Alone, Processes
 
-# Hot enough not to run in circles, cold enough to show what was learned rather than what was not.
+# High enough to avoid loops, low enough to show what the model has learned.
 TEMPERATURE = 0.7
 
 
@@ -20,10 +20,10 @@ def continued(
     """Yields the tokens that follow a prompt.
 
     Args:
-        logits: Reads new tokens after those before and returns the logits (V,) for the next one.
+        logits: Reads new tokens and returns the logits (V,) of the next one.
         ids: The prompt.
-        tokens: How many at most.
-        choose: Takes logits (V,) and returns a token.
+        tokens: Maximum number of tokens.
+        choose: Returns a token for logits (V,).
     """
     new = ids
     for _ in range(tokens):
@@ -42,16 +42,16 @@ def continue_prompts(
     processes: Processes | None = None,
     seconds: float | None = None,
 ) -> list[str]:
-    """Returns each prompt with up to `tokens` tokens after it, shorter where a text ends.
+    """Returns each prompt followed by up to `tokens` tokens, fewer if a text ends earlier.
 
     Args:
-        model: The model; with FSDP every process computes the same tokens, for each needs the others' weights.
-        tokenizer: The model's.
-        prompts: What to continue.
-        tokens: How many at most.
-        seed: Of the random choices.
-        processes: Those that write the same texts; None for one.
-        seconds: For all prompts together, of one process alone; texts are cut when they are over. None sets no limit.
+        model: The model. With FSDP all processes compute the same tokens, because each needs the others' weights.
+        tokenizer: The model's tokenizer.
+        prompts: The prompts.
+        tokens: Maximum number of tokens per text.
+        seed: Sampling seed.
+        processes: The processes that sample together; None for a single one.
+        seconds: Time limit for all prompts, of a single process; texts are cut when it is over. None sets no limit.
     """
     processes = processes or Alone()
     device = next(model.parameters()).device
@@ -61,7 +61,10 @@ def continue_prompts(
     texts = []
     for prompt in prompts:
         dice = torch.Generator().manual_seed(seed)
-        ids = [*tokenizer.prefix_ids, *tokenizer.encode_rendered(prompt)]  # training adds nothing after a text
+        ids = [
+            *tokenizer.prefix_ids,
+            *tokenizer.encode_rendered(prompt),
+        ]  # without end-of-text, which would end the prompt
         cache = KVCache(model.config)
 
         def logits(new: Sequence[int], cache: KVCache = cache) -> Tensor:

@@ -17,18 +17,18 @@ def learning_rate(
     shape: Shape = "cosine",
     decay: float = 1.0,
 ) -> float:
-    """Returns the rate of an update that ends with a micro-step: linear warm-up, then one of three shapes.
+    """Returns the learning rate of the update that ends with a micro-step: a linear warm-up, then one of three shapes.
 
     Args:
         micro_step: Micro-steps done.
-        peak: The rate at the end of the warm-up.
-        final: The rate at `total` and after it; above `peak` it makes the rate rise. "constant" has none.
-        start: Where the warm-up begins, as a share of `peak`.
+        peak: Rate at the end of the warm-up.
+        final: Rate at `total` and after it; may be above `peak`. Not used by "constant".
+        start: Rate at which the warm-up begins, as a share of `peak`.
         warmup: Micro-steps of the warm-up.
         total: Micro-steps of the whole schedule.
         shape: "cosine": half a cosine to `final` (arXiv:1608.03983). "wsd", warm-up-stable-decay: `peak`, then a straight
             line to `final` (arXiv:2404.06395). "constant": `peak`.
-        decay: Share of the whole schedule, at its end, that "wsd" spends on the line.
+        decay: Share of the schedule, at its end, in which "wsd" falls to `final`.
     """
     if micro_step < warmup:
         return peak * (start + (1 - start) * micro_step / warmup)
@@ -41,5 +41,5 @@ def learning_rate(
 
 
 def _share(micro_step: int, begin: int, end: int) -> float:
-    """Returns how much of the way from `begin` to `end` is done, from 0 to 1."""
+    """Returns the position of a micro-step between `begin` and `end`, from 0 to 1."""
     return min(1.0, max(0, micro_step - begin) / max(1, end - begin))

@@ -13,28 +13,28 @@ from slm.train.choices import ParallelName, PrecisionName, Sampler
 from slm.train.data.corpus import SAMPLE
 from slm.train.schedule import Shape
 
-# What a recipe may say of the model: the special tokens' ids come with the tokenizer.
+# Fields of the model that a recipe may set: the special ids come from the tokenizer.
 MODEL_FIELDS = [name for name in ModelConfig.model_fields if not name.endswith("_token_id")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Values that belong together."""
+    """A section of a recipe: frozen, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataRecipe(Section):
-    """What is trained on.
+    """The data.
 
     Attributes:
-        train: Files, directories, or "sample" or "tinystories" alone.
-        validation: File or directory measured on; None takes the corpus's own split or holds out its last documents.
+        train: Training text: files or directories, or one name such as "sample" or "tinystories".
+        validation: Validation text: a file or directory. None uses the corpus's own split, or holds out its last documents.
         tokenizer: "gpt2", "bpe" to learn one from the training text, or the path of a `tokenizer.json`.
-        sampler: How rows are drawn from the stream of tokens: "random" windows anywhere in it, or "packed", where every
-            epoch cuts the stream into rows anew and goes through them once in another order.
-        column: What the text is called in rows.
-        max_document_bytes: Bytes of UTF-8 that a row may have, and a document of a tokenizer that takes them whole.
+        sampler: How rows are drawn from the stream of tokens: "random" draws windows anywhere in it; "packed" cuts the stream
+            into rows, differently in every epoch, and reads each once in random order.
+        column: Name of the field that holds the text, in rows.
+        max_document_bytes: Maximum UTF-8 bytes of a row, and of a document if the tokenizer needs whole documents.
     """
 
     train: tuple[str, ...] = Field(default=(SAMPLE,), min_length=1)
@@ -51,7 +51,7 @@ class DataRecipe(Section):
 
 
 class ModelRecipe(BaseModel):
-    """The model: a preset, and any field of `ModelConfig` that is to differ from it.
+    """The model: a preset, and any field of `ModelConfig` that differs from it.
 
     Attributes:
         preset: Name of a shape in `slm.core.presets`.
@@ -62,7 +62,7 @@ class ModelRecipe(BaseModel):
     preset: str
 
     def config(self) -> ModelConfig:
-        """Returns the shape; the special tokens' ids come with the tokenizer.
+        """Returns the shape, without the special ids, which come from the tokenizer.
 
         Raises:
             SlmError: When the preset or a field is unknown, or the fields do not fit together.
@@ -73,19 +73,19 @@ class ModelRecipe(BaseModel):
             raise SlmError(
                 f"the recipe's model has no {unknown[0]!r}", f"there is {', '.join(['preset', *MODEL_FIELDS])}"
             )
-        if isinstance(fields.get("num_hidden_layers"), int):  # anything else is for the validation to refuse
+        if isinstance(fields.get("num_hidden_layers"), int):  # the validation rejects anything else
             fields.setdefault("layer_types", layer_pattern(fields["num_hidden_layers"]))
-        if "head_dim" in fields:  # what scores are divided by is the width of a head, unless somebody says otherwise
+        if "head_dim" in fields:  # the scale of attention scores follows the head width unless it is set
             fields.setdefault("query_pre_attn_scalar", fields["head_dim"])
         return ModelConfig.checked(preset(self.preset).model_dump() | fields)
 
 
 class BatchRecipe(Section):
-    """How much is learned from at once.
+    """The size of micro-steps and updates.
 
     Attributes:
-        batch_size: Windows of a micro-step, of all processes together.
-        context: Tokens of a window.
+        batch_size: Windows in a micro-step, over all processes.
+        context: Tokens in a window.
         accumulation: Micro-steps whose gradients are averaged into one update.
     """
 
@@ -100,15 +100,15 @@ class OptimizerRecipe(Section):
     Attributes:
         name: "adamw" or "muon".
         betas: Decay of AdamW's two moments; 0.95 for the second, as language models usually have it.
-        eps: Added to the root of the second moment.
-        weight_decay: Share of a weight taken away at every update, times the learning rate.
-        decay: What is decayed: "matrices", as in GPT-2's descendants, or "all", which is PyTorch's default.
+        eps: Term added to the root of the second moment.
+        weight_decay: Share of a weight subtracted at every update, times the learning rate.
+        decay: Parameters that decay: "matrices", as in GPT-2 and its successors, or "all", as by default in PyTorch.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
         momentum: Decay of Muon's momentum.
         matrix_rate: Learning rate of the blocks' matrices, as a multiple of the schedule's.
-        embedding_rate: That of embedding and head.
-        ema: Decay of a moving average of the weights at every update, which is then what is measured and kept
-            (arXiv:2407.20323); 0 keeps none.
+        embedding_rate: Learning rate of embedding and head, as a multiple of the schedule's.
+        ema: Decay per update of a moving average of the weights (arXiv:2407.20323). Evaluations and checkpoints then use the
+            average; 0 disables it.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -124,17 +124,17 @@ class OptimizerRecipe(Section):
 
 
 class ScheduleRecipe(Section):
-    """Length of the run and its learning rate; see `slm.train.schedule`.
+    """The length of the run and its learning rate; see `slm.train.schedule`.
 
     Attributes:
-        micro_steps: Length of the run. What is left over and fills no update is not run.
-        epochs: The length in passes over the training text instead; becomes `micro_steps` when that is known.
+        micro_steps: Length of the run, rounded down to whole updates.
+        epochs: Length in passes over the training text, instead of `micro_steps`.
         warmup_micro_steps: Length of the linear warm-up.
-        learning_rate: At the end of the warm-up.
-        start: Where the warm-up begins, as a share of `learning_rate`.
-        shape: After the warm-up: "cosine", "wsd" (warm-up, stable, decay) or "constant".
+        learning_rate: Learning rate at the end of the warm-up.
+        start: Rate at which the warm-up begins, as a share of `learning_rate`.
+        shape: Shape after the warm-up: "cosine", "wsd" (warm-up, stable, decay) or "constant".
         decay: Share of the run, at its end, in which "wsd" decays.
-        final_learning_rate: At the end of the run; 0 is reached an update later, for one at a rate of 0 would be none.
+        final_learning_rate: Learning rate at the end of the run; 0 is reached one update later.
     """
 
     micro_steps: int | None = Field(default=None, gt=0)
@@ -154,25 +154,25 @@ class ScheduleRecipe(Section):
 
 
 class RegularizationRecipe(Section):
-    """Against learning a small text by heart.
+    """Regularization, against memorizing a small text.
 
     Attributes:
-        dropout: Share of the embedding's and every sub-layer's outputs that a training step zeroes (arXiv:1207.0580).
+        dropout: Share of the outputs of the embedding and of every sub-layer that a training step zeroes (arXiv:1207.0580).
     """
 
     dropout: Share = 0.0
 
 
 class EvaluationRecipe(Section):
-    """How the run is measured.
+    """Evaluations during the run.
 
     Attributes:
-        every_micro_steps: Interval; measured after the update that reaches each multiple of it.
-        windows: Windows of held-out text: always the same ones, spread evenly.
-        context: Tokens of such a window; None takes `batch.context`. Losses compare where it is the same.
-        patience: The run ends after so many evaluations without a new best; None goes on to the end.
-        prompts: Texts to continue at every evaluation, for people to look at.
-        sample_tokens: Length of those continuations.
+        every_micro_steps: Interval; an evaluation follows the update that reaches a multiple of it.
+        windows: Number of windows of held-out text, evenly spaced and always the same.
+        context: Tokens in such a window; None uses `batch.context`. Only losses with the same context are comparable.
+        patience: Number of evaluations without a new best after which the run ends; None disables early stopping.
+        prompts: Prompts for sample texts at every evaluation.
+        sample_tokens: Tokens per sample text.
     """
 
     every_micro_steps: int = Field(gt=0)
@@ -184,11 +184,11 @@ class EvaluationRecipe(Section):
 
 
 class CheckpointRecipe(Section):
-    """What is kept beside the best and the last checkpoint.
+    """Checkpoints besides the best and the last.
 
     Attributes:
-        every_updates: Interval at which the run is saved and a numbered checkpoint kept; None keeps none.
-        keep: How many numbered checkpoints: the newest ones.
+        every_updates: Interval at which the run is saved with a numbered checkpoint; None disables them.
+        keep: Number of numbered checkpoints to keep, the newest ones.
     """
 
     every_updates: int | None = Field(default=None, gt=0)
@@ -196,18 +196,18 @@ class CheckpointRecipe(Section):
 
 
 class MachineRecipe(Section):
-    """Where it runs, and what is traded there. None of it changes what is learned, but for rounding.
+    """The machine, and trade-offs of time and memory. Results depend on these settings only by rounding.
 
     Attributes:
-        device: "auto" takes CUDA where there is any.
-        precision: Of the products; "auto" is decided by `slm.train.precision.choose_precision`.
-        compile: Whether torch.compile fuses what lies between the products; takes a C++ compiler on a CPU.
-        gradient_checkpointing: Whether the backward pass computes each layer anew instead of keeping it
-            (arXiv:1604.06174): a third more work, much less memory.
-        attention: Of windows shorter than the context: "sdpa" masks scores, "flex" skips them and needs CUDA; "auto"
-            takes flex on GPUs whose shared memory holds its tiles (`slm.core.nn.kernels.fits_flex`).
-        parallel: With several processes: "ddp", or "fsdp" for a model that does not fit into one device.
-        loss_chunk: Positions whose logits exist at once; None takes what fits into 128 MiB.
+        device: "auto" uses CUDA if available.
+        precision: Type of the products; `slm.train.precision.choose_precision` resolves "auto".
+        compile: Whether torch.compile fuses the operations between products; on a CPU it needs a C++ compiler.
+        gradient_checkpointing: Whether the backward pass recomputes each layer (arXiv:1604.06174): a third more work, much
+            less memory.
+        attention: Kernel for windows shorter than the context: "sdpa" masks scores, "flex" skips them and needs CUDA; "auto"
+            uses flex on GPUs whose shared memory holds its tiles (`slm.core.nn.kernels.fits_flex`).
+        parallel: Parallelism of several processes: "ddp", or "fsdp" for a model that does not fit into one device.
+        loss_chunk: Positions whose logits exist at once; None uses as many as fit into 128 MiB.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

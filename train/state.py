@@ -1,15 +1,17 @@
-"""What a run needs to go on: `RUN/trainer/`, with weights, optimizer and counters in one directory that appears whole.
+"""The state from which a run resumes: `RUN/trainer/`, one directory that appears whole or not at all.
 
-Without a moving average the weights are those of `checkpoint/last`, linked rather than copied where the file system can: a
-run killed between the two renames goes on from what `trainer/` holds, whichever checkpoint lies beside it.
+`slm train` and `slm finetune` keep their position as JSON and their tensors in safetensors files beside it.
+
+For `slm train` without a moving average the weights are those of `checkpoint/last`, linked rather than copied where the file
+system can. A run that is killed between the two renames resumes from `trainer/`, whichever checkpoint lies beside it.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,30 +24,40 @@ from slm.core.files import atomic_directory, check_readable, read_json, recover
 from slm.core.weights import WEIGHTS_FILE
 
 TRAINER = "trainer"
-_OPTIMIZER_FILE = "optimizer.safetensors"
-_COUNTERS_FILE = "state.json"
+POSITION_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
 _AVERAGE_FILE = "average.safetensors"
-# More steps or tokens than any run has, and few enough for products of them to be written down.
+# More steps or tokens than any run has, and few enough that products of them can be printed.
 MOST = 2**48
-_FILES = frozenset((WEIGHTS_FILE, _OPTIMIZER_FILE, _COUNTERS_FILE, _AVERAGE_FILE))
+_NEW_RUN = "start a new run with another --out"
 
 
-class Counters(BaseModel):
-    """Where a run stands, between two updates. Batches and learning rates follow from it and the recipe.
+class Position(BaseModel):
+    """The position of a run between two updates. Batches, dropout and learning rates follow from it and `course`.
 
     Attributes:
-        micro_steps: Done, of the batch that `course` names.
-        course: What the state means something under: the recipe's values that may not change, by their names.
-        elapsed_s: Seconds of training, evaluations included.
+        course: The values under which the state is valid, by name; a resumed run must have the same ones.
+        elapsed_s: Seconds of training so far, evaluations and earlier parts of a resumed run included.
         scaler: State of the float16 loss scale; empty without one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    micro_steps: int = Field(ge=0, le=MOST)
     course: dict[str, Any]
     elapsed_s: float = Field(default=0.0, ge=0)
     scaler: dict[str, int | float] = {}
+
+
+class Counters(Position):
+    """The position of a run of `slm train`.
+
+    Attributes:
+        micro_steps: Micro-steps done, of the batch that `course` names.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    micro_steps: int = Field(ge=0, le=MOST)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -57,10 +69,10 @@ class Counters(BaseModel):
 
 @dataclass(frozen=True)
 class SavedState:
-    """What was saved of a run.
+    """The saved state of a run of `slm train`.
 
     Attributes:
-        counters: Where it stood.
+        counters: The position.
         weights: The model's tensors by name.
         optimizer: The optimizers' tensors, as `slm.train.optimizer.Optimizers.state_tensors` names them.
         average: The moving average of the weights; empty without one.
@@ -72,6 +84,71 @@ class SavedState:
     average: dict[str, Tensor]
 
 
+AnyPosition = TypeVar("AnyPosition", bound=Position)
+Files = Mapping[str, Mapping[str, Tensor] | Path]
+
+
+def write_state(run: Path, position: Position, files: Files, may_hold: frozenset[str]) -> None:
+    """Writes `run/trainer`, whole or not at all.
+
+    Args:
+        run: The directory of the run.
+        position: The position of the run.
+        files: Tensors by file name, or a safetensors file to link or copy; the latter may be replaced later but never
+            written to.
+        may_hold: Names of all files that such a directory may hold.
+    """
+    with atomic_directory(run / TRAINER, may_hold) as directory:
+        for name, tensors in files.items():
+            if not isinstance(tensors, Path):
+                whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                safetensors.torch.save_file(whole, directory / name)
+                continue
+            try:
+                os.link(tensors, directory / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(tensors, directory / name)
+        (directory / POSITION_FILE).write_text(position.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_state(
+    run: Path, kind: type[AnyPosition], files: Sequence[str], *, optional: Sequence[str] = (), hint: str = _NEW_RUN
+) -> tuple[AnyPosition, dict[str, dict[str, Tensor]]] | None:
+    """Reads `run/trainer`. Returns the position and the tensors by file name, or None where nothing was saved.
+
+    Args:
+        run: The directory of the run.
+        kind: The class of the position.
+        files: Names of the files of tensors.
+        optional: Names of files that may be absent; their tensors are then empty.
+        hint: What to do about a damaged state.
+
+    Raises:
+        SlmError: When the state is damaged.
+    """
+    directory = run / TRAINER
+    recover(directory)
+    if not directory.is_dir():
+        return None
+    try:
+        position = kind.model_validate(read_json(directory / POSITION_FILE, "the state of the run"))
+        tensors = {name: _load(directory / name) for name in files}
+        tensors |= {name: _load(directory / name) if (directory / name).is_file() else {} for name in optional}
+    except ValidationError as error:
+        raise SlmError(
+            f"the saved state is damaged: {directory / POSITION_FILE} ({first_mistake(error)})", hint
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise SlmError(f"the saved state is damaged: {directory} ({' '.join(str(error).split())})", hint) from None
+    return position, tensors
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    check_readable(file, "the state of the run")
+    tensors: dict[str, Tensor] = safetensors.torch.load_file(file)
+    return tensors
+
+
 def save_state(
     run: Path,
     counters: Counters,
@@ -79,63 +156,29 @@ def save_state(
     weights: Path | Mapping[str, Tensor],
     average: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Saves where a run stands.
+    """Saves the state of a run of `slm train`.
 
     Args:
-        run: The run's directory.
-        counters: Where it stands.
+        run: The directory of the run.
+        counters: The position.
         optimizer: The optimizers' tensors by name.
         weights: The model's tensors, or a safetensors file of them, which may be replaced later but never written to.
         average: The moving average of the weights, where there is one.
     """
-    with atomic_directory(run / TRAINER, _FILES) as directory:
-        safetensors.torch.save_file(dict(optimizer), directory / _OPTIMIZER_FILE)
-        (directory / _COUNTERS_FILE).write_text(counters.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        if average is not None:
-            safetensors.torch.save_file(dict(average), directory / _AVERAGE_FILE)
-        if not isinstance(weights, Path):
-            safetensors.torch.save_file(dict(weights), directory / WEIGHTS_FILE)
-            return
-        try:
-            os.link(weights, directory / WEIGHTS_FILE)
-        except OSError:  # a file system without links
-            shutil.copyfile(weights, directory / WEIGHTS_FILE)
-
-
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file of a saved state.
-
-    Raises:
-        SlmError: When there is no such file.
-        SafetensorError: When it is damaged.
-    """
-    check_readable(file, "the state of the run")
-    tensors: dict[str, Tensor] = safetensors.torch.load_file(file)
-    return tensors
+    files: dict[str, Mapping[str, Tensor] | Path] = {OPTIMIZER_FILE: optimizer, WEIGHTS_FILE: weights}
+    if average is not None:
+        files[_AVERAGE_FILE] = average
+    write_state(run, counters, files, frozenset((WEIGHTS_FILE, OPTIMIZER_FILE, POSITION_FILE, _AVERAGE_FILE)))
 
 
 def load_state(run: Path) -> SavedState | None:
-    """Returns what was saved last; None for a run that was killed before it saved anything.
+    """Returns the saved state of a run of `slm train`; None where a run was killed before it saved anything.
 
     Raises:
         SlmError: When it is damaged.
     """
-    directory = run / TRAINER
-    recover(directory)
-    if not directory.is_dir():
+    found = read_state(run, Counters, (WEIGHTS_FILE, OPTIMIZER_FILE), optional=(_AVERAGE_FILE,))
+    if found is None:
         return None
-    try:
-        counters = Counters.model_validate(read_json(directory / _COUNTERS_FILE, "the state of the run"))
-        weights, optimizer = (load_tensors(directory / name) for name in (WEIGHTS_FILE, _OPTIMIZER_FILE))
-        averaged = directory / _AVERAGE_FILE
-        average = load_tensors(averaged) if averaged.is_file() else {}
-    except ValidationError as error:
-        raise SlmError(
-            f"the saved state is damaged: {directory / _COUNTERS_FILE} ({first_mistake(error)})",
-            "start a new run with another --out",
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise SlmError(
-            f"the saved state is damaged: {directory} ({error})", "start a new run with another --out"
-        ) from None
-    return SavedState(counters, weights, optimizer, average)
+    counters, tensors = found
+    return SavedState(counters, tensors[WEIGHTS_FILE], tensors[OPTIMIZER_FILE], tensors[_AVERAGE_FILE])

@@ -1,7 +1,7 @@
-"""Host names that a server on this machine answers to.
+"""Host names that a server on this machine accepts.
 
-A web page may point a name of its own at 127.0.0.1 (DNS rebinding) and then ask a local server from the browser of whoever
-opened the page. The browser's Host header names the page's host, by which such a request is told from others.
+A web page can point its own host name at 127.0.0.1 (DNS rebinding) and then send requests to a local server from the visitor's
+browser. The Host header of such a request has the page's host name, which identifies it.
 """
 
 import ipaddress
@@ -15,13 +15,13 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::([0-9]{1,5}))?")
 
 
 def name_of(host: str) -> str | None:
-    """Returns the name in a Host header, in lower case and without its port; None where the header is malformed."""
+    """Returns the name in a Host header, in lower case and without its port; None if the header is malformed."""
     found = _HOST.fullmatch(host.strip(" \t").lower())
     return None if found is None else found[1]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach a server that listens on an IP address."""
+    """Returns whether only this machine can reach a server that listens on an IP address."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
@@ -32,18 +32,18 @@ def is_loopback(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Hosts:
-    """Host names that are answered.
+    """The accepted host names.
 
     Attributes:
-        names: In lower case, IPv6 addresses in brackets.
-        any_address: Whether every IP address is answered too. No name can be rebound to one, and probes ask by address.
+        names: The names in lower case, with IPv6 addresses in brackets.
+        any_address: Whether to accept every IP address as well. Rebinding needs a name, and health probes use addresses.
     """
 
     names: Collection[str]
     any_address: bool = False
 
     def accept(self, host: str) -> bool:
-        """Whether a Host header is answered."""
+        """Returns whether a Host header is accepted."""
         name = name_of(host)
         if name is None:
             return False
@@ -51,13 +51,13 @@ class Hosts:
 
 
 def hosts_of(address: str, allowed: Collection[str], *, keys: bool, host: str | None = None) -> Hosts | None:
-    """Returns the Host names that a server answers to, or None for all.
+    """Returns the host names that a server accepts, or None for all.
 
     Args:
-        address: The IP address that it listens on.
+        address: The IP address on which it listens.
         allowed: Names that the user allows.
-        keys: Whether it asks for a key, which a page of somebody else does not have.
-        host: What the user calls the address.
+        keys: Whether it requires an API key, which a foreign page does not have.
+        host: The user's name of the address.
     """
     loopback = is_loopback(address)
     if not allowed and (keys or not loopback):

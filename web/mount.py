@@ -1,4 +1,4 @@
-"""The page on a server that answers: every file of it a route, so that no path leads anywhere else."""
+"""The page as routes of an API server, one route per file, so that no path leads anywhere else."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ def mount(app: Any, site: Site) -> None:
     """Adds a site to an application.
 
     Args:
-        app: FastAPI's or Starlette's; its other routes go before these.
-        site: With mode `server`.
+        app: A FastAPI or Starlette application; its other routes take precedence.
+        site: A site of mode `server`.
     """
     from starlette.responses import Response
 
@@ -25,6 +25,6 @@ def mount(app: Any, site: Site) -> None:
 
 
 def paths_of(site: Site) -> dict[str, str]:
-    """Returns the files of a site by the paths that they are served at."""
+    """Returns the files of a site by their paths on the server."""
     paths = {f"/{name}": name for name in site.files if name != HEADERS_FILE}
     return paths | ({"/": "index.html"} if "index.html" in site.files else {})

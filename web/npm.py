@@ -1,7 +1,7 @@
-"""The files from npm that the page needs: which, where they lie, and `python -m slm.web.npm` to fetch them.
+"""The files from npm that the page needs; `python -m slm.web.npm` fetches them.
 
-`npm.json` pins packages by version and by npm's own hash of the archive, and each file by size and SHA-256. `npm pack` brings
-an archive without what it depends on and runs no scripts; whatever registry and proxy npm is set up with are used.
+`npm.json` pins packages by version and by npm's hash of the archive, and each file by size and SHA-256. `npm pack` downloads an
+archive without its dependencies and runs no scripts; it uses the registry and the proxy that npm is configured with.
 """
 
 import base64
@@ -21,11 +21,11 @@ from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file, read_text, sha256_file
 
-# The real directory: an editable installation links file by file, and not what is fetched later.
+# The real directory: an editable installation links file by file, without files that are fetched later.
 HOME = Path(__file__).resolve().parent
 VENDOR = HOME / "static" / "vendor"
 _HINT = "make web in a checkout, or python -m slm.web.npm; both need npm"
-# So long a connection may take.
+# Timeout of a connection, in seconds.
 _SECONDS = 300
 
 
@@ -34,7 +34,7 @@ class _Record(BaseModel):
 
 
 class Member(_Record):
-    """A file of a package: its path in the archive, and what it must be."""
+    """A file of a package: its path in the archive, its size and its hash."""
 
     member: str
     bytes: int
@@ -42,7 +42,7 @@ class Member(_Record):
 
 
 class Package(_Record):
-    """A package of npm's registry, and the files of it that are used, by the names that they have here."""
+    """A package of npm's registry, with the files that are used, by their local names."""
 
     version: str
     integrity: str
@@ -58,15 +58,15 @@ def packages() -> dict[str, Package]:
 
 
 def pinned() -> dict[str, Member]:
-    """Returns every file by its name here."""
+    """Returns every file by its local name."""
     return {name: member for package in packages().values() for name, member in package.files.items()}
 
 
 def vendored(names: Iterable[str]) -> dict[str, Path]:
-    """Returns where files from npm lie, each as it was pinned.
+    """Returns the paths of files from npm, after checking each against its pin.
 
     Raises:
-        SlmError: When one is missing or altered; it is named.
+        SlmError: When a file is missing or altered; the message names it.
     """
     known, found = pinned(), {}
     for name in names:
@@ -80,10 +80,10 @@ def vendored(names: Iterable[str]) -> dict[str, Path]:
 
 
 def fetch() -> list[str]:
-    """Fetches whatever is missing or altered, and returns its names.
+    """Fetches files that are missing or altered, and returns their names.
 
     Raises:
-        SlmError: When npm is missing or cannot reach its registry, or an archive or a file is not what was pinned.
+        SlmError: When npm is missing or cannot reach its registry, or an archive or a file does not match its pin.
     """
     fetched: list[str] = []
     for name, package in packages().items():
@@ -103,14 +103,14 @@ def _there(name: str) -> bool:
 
 
 def _pack(name: str, package: Package, directory: Path) -> Path:
-    """Returns a package's archive, which is the one that was pinned."""
+    """Returns a package's archive, after checking it against its pin."""
     wanted = f"{name}@{package.version}"
     npm = child.program("npm")
     if npm is None:
         raise SlmError(f"no npm to fetch {wanted} with", "install Node.js; only who builds the page needs it")
     command = [npm, "pack", wanted, "--ignore-scripts", "--loglevel=error", "--pack-destination", str(directory)]
     try:
-        (directory / "package.json").write_text("{}", encoding="utf-8")  # npm looks for its settings no further up
+        (directory / "package.json").write_text("{}", encoding="utf-8")  # npm does not look for settings in the parents
         done = child.run_program(command, directory=directory, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         raise SlmError(f"npm could not fetch {wanted} in {_SECONDS} s", "check the network") from None

@@ -1,4 +1,4 @@
-"""A small server of a site's files: what it does not know by its exact name is not there."""
+"""A small HTTP server for the files of a site, which serves files by their exact names only."""
 
 import contextlib
 import socket
@@ -16,13 +16,13 @@ from slm.core.machine import free_files
 from slm.web.hosts import hosts_of, is_loopback
 from slm.web.site import HEADERS, Site, content_type
 
-# How long a client may take to read a piece of what it is sent, and for the headers of a request, from when its connection
-# opens or the file before was sent; in seconds. Files are sent in pieces of so many bytes.
+# Timeouts in seconds: for a client to read a piece of a file, and for the headers of a request, from when its connection opens
+# or the previous file was sent. Then the size of a piece in bytes.
 _TIMEOUT_S = 30
 HEADERS_S = 15.0
 _PIECE = 1 << 20
 _TRY_AGAIN_S = 0.05
-# Connections, each of which has a thread: enough for browsers, and files are kept for everything else.
+# Maximum connections, each of which has a thread: enough for browsers, and leaves file descriptors for everything else.
 _ENOUGH = 256
 _FEWEST = 4
 _RESERVED = 64
@@ -30,32 +30,32 @@ _RESERVED = 64
 
 @dataclass
 class _Connection:
-    """A connection: since when it has waited for a request, None while one is answered."""
+    """A connection, and the time since which it has waited for a request; None while it is answering one."""
 
     socket: socket.socket
     idle_since: float | None
 
 
 class SiteServer(ThreadingHTTPServer):
-    """Serves a site until it is stopped; every connection has a thread."""
+    """Serves a site until it is stopped, with a thread per connection."""
 
     daemon_threads = True
 
     def __init__(
         self, site: Site, host: str, port: int, hosts: Collection[str] = (), headers_s: float = HEADERS_S
     ) -> None:
-        """Listens.
+        """Opens the socket.
 
         Args:
-            site: Its files.
+            site: The site.
             host: Address to listen on.
-            port: 0 takes a free one.
-            hosts: Host names that are answered beside those of this machine. On an address that others can reach, without any,
-                all are.
-            headers_s: How long the headers of a request may take, in seconds.
+            port: The port; 0 chooses a free one.
+            hosts: Host names to accept besides those of this machine. If there are none and other machines can reach the
+                address, all names are accepted.
+            headers_s: Timeout for the headers of a request, in seconds.
 
         Raises:
-            OSError: When the address is taken or not this machine's.
+            OSError: When the address is in use or does not belong to this machine.
         """
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.site = site
@@ -69,17 +69,17 @@ class SiteServer(ThreadingHTTPServer):
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the server."""
         return is_loopback(str(self.server_address[0]))
 
     @property
     def url(self) -> str:
-        """Where it is reached."""
+        """The URL of the page."""
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accepts a connection; waits a moment where that fails for want of files, so as not to try without end."""
+        """Accepts a connection; if there are no file descriptors left, waits a moment instead of retrying at once."""
         try:
             return super().get_request()
         except OSError:
@@ -87,7 +87,7 @@ class SiteServer(ThreadingHTTPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Takes a connection in, if need be in place of the one that has been idle longest."""
+        """Registers a connection, and closes the one that has been idle longest if there are too many."""
         with self._lock:
             if len(self._open) >= self.most:
                 idle = [each for each in self._open.values() if each.idle_since is not None]
@@ -104,7 +104,7 @@ class SiteServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Ends connections whose headers do not come; called twice a second."""
+        """Closes connections whose headers are overdue; called twice a second."""
         super().service_actions()
         now = time.monotonic()
         with self._lock:
@@ -113,21 +113,21 @@ class SiteServer(ThreadingHTTPServer):
                     _end(each)
 
     def busy(self, request: Any, busy: bool) -> None:
-        """Notes whether a connection has a request that is answered."""
+        """Records whether a connection is answering a request."""
         with self._lock:
             if request in self._open:
                 self._open[request].idle_since = None if busy else time.monotonic()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of clients that have gone or do not read."""
+        """Ignores errors of clients that have disconnected or do not read."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 def _end(connection: _Connection) -> None:
-    """Ends a connection, whose thread then finds that nothing more comes, and closes it."""
+    """Shuts down a connection; its thread then reads its end and closes it."""
     connection.idle_since = None
-    with contextlib.suppress(OSError):  # the client was quicker
+    with contextlib.suppress(OSError):  # the client has closed it
         connection.socket.shutdown(socket.SHUT_RDWR)
 
 
@@ -139,11 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: SiteServer
 
     def do_GET(self) -> None:
-        """Sends a file."""
+        """Sends a file with its headers."""
         self._answer(body=True)
 
     def do_HEAD(self) -> None:
-        """Says what a file is."""
+        """Sends the headers of a file."""
         self._answer(body=False)
 
     def _answer(self, *, body: bool) -> None:
@@ -189,4 +189,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing of requests."""
+        """Logs nothing."""

@@ -1,7 +1,7 @@
-"""The files of the site: the page, what it needs from npm, a bundle, and `site.json`, which says what there is.
+"""The files of the site: the page, its dependencies from npm, a bundle, and the index `site.json`.
 
-The same page has two modes. In `local` the browser fetches the bundle and runs it; in `server` it asks the server that the page
-came from, and nothing but the page is fetched.
+The page has two modes. In `local` the browser downloads the bundle and runs it. In `server` the page sends requests to its
+own server, and downloads nothing else.
 """
 
 import base64
@@ -31,17 +31,17 @@ LICENCES_FILE = "licences.txt"
 VENDOR = "vendor"
 MODEL = "model"
 
-# The page itself; what talks to a server is no more than the first line of these.
+# The page itself; in mode `server` it needs only the first line of these.
 _SHELL = ("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js")
 _ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js")
 _TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
-# onnxruntime-web's programming interface, what starts WebAssembly, and WebAssembly itself; a build with WebGPU beside it.
+# onnxruntime-web's API, its loader and its WebAssembly, in a build without and a build with WebGPU.
 _RUNTIMES = {
     "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
     "webgpu": ("ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi.mjs", "ort-wasm-simd-threaded.jspi.wasm"),
 }
 
-# What every answer of a server has. The first lets the page run WebAssembly and ask its own server, and nothing else.
+# Headers of every response. The first allows the page to run WebAssembly and to call its own server, and nothing else.
 POLICY = (
     "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -53,7 +53,7 @@ HEADERS: Mapping[str, str] = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # asked again every time, and answered by what has not changed
+    "Cache-Control": "no-cache",  # browsers revalidate every time; unchanged files are answered with 304
 }
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -73,11 +73,11 @@ Content = Path | bytes
 
 @dataclass(frozen=True)
 class Site:
-    """A site: its files by the paths that they have there.
+    """A site.
 
     Attributes:
-        fields: What `site.json` says; the files and the version are added.
-        contents: Every file but `site.json`, `sw.js` and `_headers`, where it lies or what is in it.
+        fields: The fields of `site.json` besides files and version.
+        contents: Every file but `site.json`, `sw.js` and `_headers`, by its path in the site: a file on the disk, or bytes.
     """
 
     fields: Mapping[str, Any]
@@ -85,12 +85,12 @@ class Site:
 
     @cached_property
     def entries(self) -> dict[str, FileEntry]:
-        """Size and hash of every file, as `site.json` has them."""
+        """Size and hash of every file in `contents`, for `site.json`."""
         return {name: _entry(content) for name, content in sorted(self.contents.items())}
 
     @cached_property
     def files(self) -> dict[str, Content]:
-        """Every file."""
+        """Every file, by its path in the site."""
         fields = {**self.fields, "slm": __version__}
         files = {name: entry.model_dump() for name, entry in self.entries.items()}
         version = hashlib.sha256(json.dumps([fields, files], sort_keys=True).encode()).hexdigest()[:16]
@@ -104,13 +104,13 @@ class Site:
 
     @property
     def version(self) -> str:
-        """What changes whenever a file does."""
+        """A hash that changes whenever a file changes."""
         version: str = json.loads(self.read(SITE_FILE))["version"]
         return version
 
     @property
     def size(self) -> int:
-        """Size of all files."""
+        """Total size of all files, in bytes."""
         return sum(_entry(content).bytes for content in self.files.values())
 
     def read(self, name: str) -> bytes:
@@ -119,10 +119,10 @@ class Site:
         return content if isinstance(content, bytes) else content.read_bytes()
 
     def write(self, out: Path) -> None:
-        """Writes the site to a directory, whole or not at all; an older site there is replaced.
+        """Writes the site to a directory, whole or not at all, and replaces an older site.
 
         Raises:
-            SlmError: When something else stands there.
+            SlmError: When the directory holds something else.
         """
         with atomic_directory(out, _ours(out)) as partial:
             for name in self.files:
@@ -135,8 +135,8 @@ def local_site(bundle: Bundle, name: str) -> Site:
     """Returns the site of a bundle that the browser runs.
 
     Args:
-        bundle: Opened, and so as it was sealed.
-        name: What the page calls it.
+        bundle: The bundle, opened and thereby verified.
+        name: The model's name on the page.
 
     Raises:
         SlmError: When no browser can run the bundle, or a file from npm is missing.
@@ -178,14 +178,14 @@ def local_site(bundle: Bundle, name: str) -> Site:
 
 
 def server_site(bundle: Bundle, tokenizer: Tokenizer, name: str, *, key: bool, new_tokens: int) -> Site:
-    """Returns the site of a server that answers itself.
+    """Returns the site of an API server.
 
     Args:
-        bundle: What it serves.
-        tokenizer: The bundle's.
-        name: What requests call it.
+        bundle: The bundle that it serves.
+        tokenizer: The bundle's tokenizer.
+        name: The model's name in requests.
         key: Whether requests need an API key.
-        new_tokens: How many an answer may have.
+        new_tokens: Maximum new tokens of a completion.
     """
     chat = foreign_template(tokenizer) is not None or _turns(tokenizer) is not None
     model = {"chat": chat, "system": chat, "tuned": knows_turns(_info(bundle), tokenizer)}
@@ -202,7 +202,7 @@ def _page(names: tuple[str, ...]) -> dict[str, Content]:
 
 
 def _needed(bundle: Bundle) -> list[str]:
-    """Returns the files of a bundle that the page reads, with the notices that must go along."""
+    """Returns the files of a bundle that the page needs, including licence notices."""
     manifest = bundle.manifest
     graph = [name for name in manifest.files if name.startswith(manifest.model)]
     optional = [name for name in (TOKENIZER_CONFIG_FILE, NOTICE_FILE) if name in manifest.files]
@@ -215,9 +215,9 @@ def _info(bundle: Bundle) -> dict[str, Any]:
 
 
 def _turns(tokenizer: Tokenizer) -> str | None:
-    """Returns "system" where the page's turns are the model's, "plain" where that is so but for a system's, else None.
+    """Returns "system" if the page's turns are the model's, "plain" if they are except for system texts, else None.
 
-    The page writes Gemma's turns and renders no templates: one that a model from elsewhere brings must come to the same ids.
+    The page writes Gemma's turns and renders no templates, so another model's template must give the same ids.
     """
     asked: list[Message] = [{"role": "user", "content": "Who is there?"}]
     answered: list[Message] = [*asked, {"role": "assistant", "content": "An owl, 3 years old."}, *asked]
@@ -229,7 +229,7 @@ def _turns(tokenizer: Tokenizer) -> str | None:
             chat_ids(ours, asked)
             return "system"
         same = [_ids(tokenizer, each) == chat_ids(ours, each) for each in (asked, answered, told)]
-    except SlmError:  # no turns, or a template that does not do
+    except SlmError:  # no turn tokens, or an unusable template
         return None
     return ("system" if same[2] else "plain") if all(same[:2]) else None
 
@@ -242,7 +242,7 @@ def _ids(tokenizer: Tokenizer, messages: Any) -> list[int] | None:
 
 
 def _licences(bundle: Bundle, names: set[str]) -> str:
-    """Returns the licences of what the site consists of."""
+    """Returns the licences of the site's parts."""
     mit = read_text(HOME / "mit.txt", "a licence")
     parts = [
         "This page and the program that made it: slm, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0"
@@ -263,12 +263,12 @@ def _entry(content: Content) -> FileEntry:
 
 
 def _small(name: str) -> bool:
-    """Whether the service worker keeps a file; the others are the store's."""
+    """Returns whether the service worker caches a file; the page stores the others itself."""
     return not name.startswith(f"{MODEL}/") and not name.endswith(".wasm")
 
 
 def _integrities(hashes: Mapping[str, str]) -> dict[str, str]:
-    """Returns hashes as a browser's `integrity` has them."""
+    """Returns hashes in the format of the `integrity` attribute."""
     return {name: f"sha256-{base64.b64encode(bytes.fromhex(each)).decode()}" for name, each in hashes.items()}
 
 
@@ -277,10 +277,10 @@ def _json(value: Any) -> bytes:
 
 
 def check_site_output(out: Path) -> None:
-    """Makes sure that a site can be written to a directory: nothing else is there.
+    """Checks that a site can be written to a directory: nothing else is there.
 
     Raises:
-        SlmError: When the place cannot be written to, or something else stands there.
+        SlmError: When the place cannot be written to, or something else is there.
     """
     check_output(out, _ours(out.resolve()))
 

@@ -1,12 +1,12 @@
-"""The text that ships inside the package: small stories and instruction pairs, so that a first run needs no network.
+"""Sample text that ships with the package: small stories and instruction pairs, so that a first run needs no network.
 
-All of it was written for this project and is produced by a seeded generator: `python -m slm.core.sample.generate`
-rewrites the three files byte for byte.
+All of it was written for this project by a seeded generator: `python -m slm.train.stories.generate` rewrites the three files
+byte for byte.
 """
 
 from pathlib import Path
 
-__all__ = ["pairs_path", "stories_path", "validation_path"]
+__all__ = ["SEPARATOR", "pairs_path", "stories_path", "validation_path"]
 
 SEPARATOR = "<|endoftext|>"  # on a line of its own after every story
 

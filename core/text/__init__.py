@@ -1,1 +1,1 @@
-"""Reading text and rows from files, the same for every command: kinds of files, compression, encoding and limits."""
+"""Readers of text and rows for all commands: kinds of files, compression, encoding and limits."""

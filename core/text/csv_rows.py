@@ -8,12 +8,12 @@ from slm.core.errors import SlmError
 from slm.core.text.streams import RAISE_LIMIT, TextFile, size
 from slm.core.text.value import Value
 
-# Columns of a table. A header of a few MiB would name millions of them.
+# Maximum number of columns: a header of a few MiB could name millions.
 MOST_COLUMNS = 10_000
 
 
 class _Lines:
-    """The lines of a table, with the size of the row that is being read."""
+    """The lines of a table, with the size of the current row."""
 
     def __init__(self, source: TextFile) -> None:
         self._source = source
@@ -36,13 +36,13 @@ class _Lines:
 
 
 def read_csv(file: Path, delimiter: str, limit: int) -> Iterator[Value]:
-    """Yields the rows under a line of names, as texts by name; an `SlmError` where a row has another number of cells.
+    """Yields the rows below the header as texts by column name; an `SlmError` for a row with another number of cells.
 
     Raises:
         SlmError: When the file cannot be read or is not CSV, or a row is longer than the limit.
     """
     lines = _Lines(TextFile(file, limit))
-    csv.field_size_limit(max(limit, 1 << 20))  # of the whole process; rows have their own limit
+    csv.field_size_limit(max(limit, 1 << 20))  # a limit of the whole process; rows have their own
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] | None = None
     while True:
@@ -51,7 +51,7 @@ def read_csv(file: Path, delimiter: str, limit: int) -> Iterator[Value]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            # Where a quotation is not closed, nothing after it can be told apart.
+            # After an unclosed quotation no further row can be recognized.
             raise SlmError(f"{file}, {place}: not CSV: {error}") from None
         if cells is None:
             return

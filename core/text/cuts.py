@@ -1,4 +1,4 @@
-"""Encoding long texts in pieces whose ids are those of the whole."""
+"""Encoding of long texts in pieces, with the ids of the whole text."""
 
 import json
 import re
@@ -6,21 +6,20 @@ from collections.abc import Iterator
 
 from slm.core.tokenizer import Tokenizer
 
-# A longer text is encoded in pieces of so many characters: the tokenizers library takes up to 130 bytes for each of a
-# text's characters.
+# Longer texts are encoded in pieces of this many characters: the tokenizers library needs up to 130 bytes per character.
 _PIECE_CHARACTERS = 256 << 10
 
-# GPT-2's pattern (Radford et al. 2019) as the tokenizers library has it built in, and as tiktoken spells it.
+# GPT-2's pattern (Radford et al. 2019), as built into the tokenizers library, and in tiktoken's spelling.
 _GPT2_PATTERNS = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
 )
-# Before white space that something else precedes, where that pattern always cuts.
+# A place where that pattern always cuts: before white space that follows something else.
 CUT = re.compile(r"(?<=\S)[ \t\n\r]")
 
 
 def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Says whether a tokenizer never joins across white space that follows something else."""
+    """Returns whether a tokenizer always cuts before white space that follows something else."""
     rules = json.loads(tokenizer.backend.to_str())
     splitter = rules["pre_tokenizer"] or {}
     steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
@@ -31,7 +30,9 @@ def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
         rules["model"]["type"] == "BPE"
         and not rules["model"].get("dropout")
         and rules["normalizer"] is None
-        and all(token["special"] for token in rules["added_tokens"])  # others are found before anything is cut
+        and all(
+            token["special"] for token in rules["added_tokens"]
+        )  # other added tokens are matched before anything is cut
         and last.get("type") == "ByteLevel"
         and not last["add_prefix_space"]
         and (last["use_regex"] or bool(before))
@@ -41,7 +42,7 @@ def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def pieces(document: str) -> Iterator[str]:
-    """Cuts a long text, for tokenizers of which `cuts_at_spaces` holds: the pieces' ids are the text's."""
+    """Cuts a long text for a tokenizer that satisfies `cuts_at_spaces`: the pieces have the ids of the text."""
     start = 0
     while len(document) - start > _PIECE_CHARACTERS:
         cut = CUT.search(document, start + _PIECE_CHARACTERS)
@@ -53,19 +54,19 @@ def pieces(document: str) -> Iterator[str]:
 
 
 class PieceEncoder:
-    """Encodes texts as they stand, special tokens in them as characters, in memory that does not grow with their length.
+    """Encodes texts literally, special tokens as plain characters, in memory that does not grow with their length.
 
     Args:
-        tokenizer: Of one that does not cut at spaces, texts are encoded whole.
-        besides: Control tokens besides the tokenizer's own, which `encode` avoids too.
+        tokenizer: The tokenizer; if it does not cut at spaces, texts are encoded whole.
+        besides: Further control tokens that `encode` must not produce.
     """
 
     def __init__(self, tokenizer: Tokenizer, besides: frozenset[int] = frozenset()) -> None:
         self._tokenizer, self._besides = tokenizer, besides
-        self._cuts: bool | None = None  # not known before a long text comes
+        self._cuts: bool | None = None  # determined at the first long text
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, those of `Tokenizer.encode_literal`."""
+        """Returns the ids of a text, equal to those of `Tokenizer.encode_literal`."""
         if len(text) <= _PIECE_CHARACTERS:
             return self._tokenizer.encode_literal(text, self._besides)
         if self._cuts is None:

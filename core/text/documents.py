@@ -1,7 +1,7 @@
-"""Reading documents one after the other, never a whole file at once.
+"""Readers of documents, which never hold a whole file in memory.
 
-In a `.txt` file a line `<|endoftext|>` ends a document, as in the dumps of TinyStories; without one the file is one
-document. In all other kinds of file every row is a document: {"text": ...}, or the column `text`.
+In a `.txt` file a line `<|endoftext|>` ends a document, as in TinyStories; a file without one is a single document. In all
+other kinds of files every row is a document: {"text": ...}, or the column `text`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,60 +17,60 @@ from slm.core.tokenizer import END_OF_TEXT
 
 TEXT_COLUMN = "text"
 
-# Characters of a line that are read at once.
+# Maximum characters read at once.
 _CHUNK = 1 << 20
-# Documents are taken together for a tokenizer until they have so many characters, or are so many.
+# Size of a batch of documents for a tokenizer: limits on characters and on documents.
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 256
 _TAIL = 64 << 10
 
 
 class Beginning(str):
-    """A part of a document that goes on in the next one; see `read_parts`."""
+    """A part of a document that continues in the next part; see `read_parts`."""
 
     __slots__ = ()
 
 
 def read_documents(file: Path, column: str = TEXT_COLUMN, limit: int = DOCUMENT_BYTES) -> Iterator[str]:
-    """Yields the documents of a file, line breaks around them removed; empty ones are left out.
+    """Yields the documents of a file, without surrounding line breaks and without empty documents.
 
     Args:
-        file: The file, of one of the kinds that `find_files` finds.
-        column: What the text is called in rows.
-        limit: Bytes of UTF-8 that a document or a row may have.
+        file: The file, of a kind that `find_files` finds.
+        column: Name of the field that holds the text, in rows.
+        limit: Maximum UTF-8 bytes of a document or row.
 
     Raises:
-        SlmError: When the file cannot be read, is not UTF-8 text, a row has no such text, or a document is longer than
-            the limit; file and line are named.
+        SlmError: When the file cannot be read or is not UTF-8 text, a row has no such text, or a document is longer than the
+            limit; the message names file and line.
     """
     return _read(file, column, limit, in_parts=False)
 
 
 def read_parts(file: Path, column: str = TEXT_COLUMN, limit: int = DOCUMENT_BYTES) -> Iterator[str]:
-    """Like `read_documents`, but a text file's document that is longer than the limit comes in parts.
+    """Like `read_documents`, but yields a document of a text file that is longer than the limit in parts.
 
-    All parts but the last are `Beginning`; joined they are the document. They are cut before white space.
+    All parts but the last are `Beginning`. They are cut before white space, and joined they are the document.
     """
     return _read(file, column, limit, in_parts=True)
 
 
 def first_documents(parts: Iterator[str], count: int) -> Iterator[str]:
-    """Yields the parts of the first documents, and takes no more."""
+    """Yields the parts of the first documents, and consumes no more."""
     while count > 0 and (part := next(parts, None)) is not None:
         yield part
         count -= not isinstance(part, Beginning)
 
 
 def whole(documents: Iterable[str], limit: int, why: str) -> Iterator[str]:
-    """Yields documents, none of them in parts.
+    """Yields documents, and rejects parts of documents.
 
     Args:
-        documents: As `read_parts` yields them.
-        limit: Bytes of the longest that comes whole.
-        why: What needs whole documents, for the message.
+        documents: Documents from `read_parts`.
+        limit: Maximum bytes of a whole document.
+        why: The reason why whole documents are needed, for the message.
 
     Raises:
-        SlmError: At a part of a document.
+        SlmError: When there is a part of a document.
     """
     for document in documents:
         if isinstance(document, Beginning):
@@ -79,12 +79,12 @@ def whole(documents: Iterable[str], limit: int, why: str) -> Iterator[str]:
 
 
 def text_files(paths: Iterable[Path]) -> list[Path]:
-    """Returns all files that paths mean; see `find_files`."""
+    """Returns the files of all paths; see `find_files`."""
     return [file for path in paths for file in find_files(path.expanduser())]
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yields documents in lists for a tokenizer to encode at once, of bounded size."""
+    """Yields documents in batches of bounded size for a tokenizer."""
     batch: list[str] = []
     characters = 0
     for document in documents:
@@ -176,7 +176,7 @@ def _column(file: Path, column: str, limit: int) -> Iterator[str]:
         document = content[column]
         try:
             encoded = document.encode()
-        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which is no character
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is not a character
             raise SlmError(f"{where}: holds half of a surrogate pair", "write the character itself") from None
         del encoded
         document = document.strip("\r\n")

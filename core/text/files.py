@@ -1,4 +1,4 @@
-"""Which files hold text: their kinds by name, and the files below a directory."""
+"""Text files: their kinds by name, and the files below a directory."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slm.core.errors import SlmError
 
-# The manifest of a directory that `slm data prepare` makes: tokens, no text.
+# Manifest of a directory of `slm data prepare`, which holds tokens and no text.
 DATASET_FILE = "dataset.json"
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -14,52 +14,51 @@ TEXT = ".txt"
 PARQUET = ".parquet"
 JSON = (".jsonl", ".ndjson", ".json")
 TABLES = (".csv", ".tsv")
-# Below a directory, .json and .csv files are mostly descriptions of the data, so these are read only when named.
+# Below a directory, .json and .csv files usually describe the data, so they are read only if named.
 _IN_DIRECTORIES = (TEXT, ".jsonl", ".ndjson", PARQUET)
 
 ACCEPTED = (
     "slm reads .txt, .jsonl, .json, .csv and .tsv files, each of them also compressed (.gz, .bz2, .xz, .zst), "
     ".parquet files, and directories of .txt, .jsonl and .parquet files"
 )
-# Entries of a directory that are looked at.
+# Maximum number of entries below a directory.
 _MOST_ENTRIES = 1_000_000
-# What `slm train` and `slm data prepare` take besides paths.
+# Values besides paths that `slm train` and `slm data prepare` accept.
 _HUB_PREFIX, _NAMES = "hf:", ("tinystories", "sample")
 
 
 def kind(file: Path) -> str:
-    """Returns the suffix that says what a file holds, in lower case, without that of its compression."""
+    """Returns the suffix of a file's kind, in lower case, without that of its compression."""
     return (Path(file.stem) if compression(file) else file).suffix.lower()
 
 
 def compression(file: Path) -> str:
-    """Returns the suffix of a file's compression, in lower case; "" where there is none."""
+    """Returns the suffix of a file's compression, in lower case; "" if there is none."""
     suffix = file.suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
 def bare_name(file: Path) -> str:
-    """Returns a file's name without the suffixes of kind and compression: "pairs" for pairs.jsonl.gz."""
+    """Returns the name of a file without the suffixes of kind and compression: "pairs" for pairs.jsonl.gz."""
     return Path(file.stem).stem if compression(file) else file.stem
 
 
 def is_dataset(path: Path) -> bool:
-    """Says whether a directory looks like a prepared dataset."""
+    """Returns whether a directory has the manifest of a prepared dataset."""
     return (path / DATASET_FILE).is_file()
 
 
 def find_files(path: Path) -> list[Path]:
-    """Returns the files that a path means: itself, or every text file below a directory that is not hidden, sorted.
+    """Returns the file, or for a directory all text files below it that are not hidden, sorted.
 
     Raises:
-        SlmError: When the path does not exist or is not of a kind that is read, or a directory holds nothing to read or
-            cannot be read.
+        SlmError: When the path does not exist or is of another kind, or a directory cannot be read or has no text file.
     """
     _check_exists(path)
     if is_dataset(path):
         raise SlmError(
             f"a prepared dataset holds tokens, not text: {path}",
-            "only slm train --data takes it, and alone; elsewhere name the text that it was made from",
+            "only slm train --data accepts it, without other data; elsewhere name the original text",
         )
     if path.is_dir():
         return _below(path)
@@ -70,10 +69,10 @@ def find_files(path: Path) -> list[Path]:
 
 
 def check_regular(path: Path) -> None:
-    """Makes sure that a path is a regular file: opening a pipe or a device can block forever.
+    """Checks that a path is a regular file, because opening a pipe or a device can block forever.
 
     Raises:
-        SlmError: When it is not, or cannot be looked at.
+        SlmError: When it is not, or cannot be accessed.
     """
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
@@ -91,7 +90,7 @@ def _is_read(file: Path) -> bool:
 def _check_exists(path: Path) -> None:
     try:
         found = path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+    except (OSError, ValueError):  # the name is too long, or has a zero byte
         found = False
     if found:
         return
@@ -110,7 +109,7 @@ def _check_exists(path: Path) -> None:
 
 def _below(directory: Path) -> list[Path]:
     found: list[str] = []
-    named: str | None = None  # a file that would be read if it were named
+    named: str | None = None  # a file that is read only if named
     entries = 0
 
     def fail(error: OSError) -> None:
@@ -118,7 +117,7 @@ def _below(directory: Path) -> list[Path]:
 
     for root, directories, files in os.walk(directory, onerror=fail):
         entries += len(files) + len(directories)
-        # Hidden: what version control, notebooks and file managers keep beside the text.
+        # Hidden files belong to version control, notebooks and file managers.
         directories[:] = [name for name in directories if not name.startswith(".")]
         if entries > _MOST_ENTRIES:
             raise SlmError(

@@ -12,18 +12,18 @@ from slm.core.text.streams import MARK, RAISE_LIMIT, TextFile, size
 from slm.core.text.value import Value
 
 _CHUNK = 1 << 20
-# A row longer than this is looked through before it is parsed: "[{},{},…" takes thirty times its length in memory.
+# Longer rows are scanned before they are parsed: "[{},{},…" takes thirty times its length in memory.
 _LOOKED_THROUGH = 1 << 20
-# Bytes outside of strings, as a share of the limit, so that what is parsed stays near the limit.
+# Maximum bytes outside of strings, as a share of the limit, so that parsed values stay near the limit.
 _STRUCTURE = 16
-# Where the text that was read ends in the middle of a value, the parser fails so near the end.
+# If the text ends within a value, the parser fails within this many characters of the end.
 _NEAR_END = 16
 
 
 def read_json(file: Path, limit: int) -> Iterator[Value]:
-    """Yields the rows of a file that holds one value a line, or one array.
+    """Yields the rows of a file with one value per line, or with one array.
 
-    A value is an `SlmError` where a line is not JSON.
+    Yields an `SlmError` for a line that is not JSON.
 
     Raises:
         SlmError: When the file cannot be read, a row is longer than the limit, or an array is not JSON.
@@ -32,10 +32,10 @@ def read_json(file: Path, limit: int) -> Iterator[Value]:
 
 
 def parse(text: str, limit: int) -> Any:
-    """Returns what a row or a cell holds; an `SlmError`, which names no place, where that is not JSON.
+    """Returns the value of a row or cell; an `SlmError` without a place if it is not JSON.
 
     Raises:
-        SlmError: When it holds too many values.
+        SlmError: When the text has too many values.
     """
     _check_structure(text, limit)
     try:
@@ -45,7 +45,7 @@ def parse(text: str, limit: int) -> Any:
         if text.strip() in ("{", "[") or error.pos >= len(text.rstrip()):
             hint = "each line must hold a whole row, or the file one array: jq -c . FILE > NEW.jsonl"
         return SlmError(f"not JSON: {error.msg} (column {error.colno})", hint)
-    except (RecursionError, ValueError) as error:  # nested a thousand deep, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested a thousand levels deep, or a number with thousands of digits
         return _unreadable(error)
 
 
@@ -66,7 +66,7 @@ def _check_structure(text: str, limit: int) -> None:
 
 def _lines(source: TextFile) -> Iterator[Value]:
     for line in source.lines():
-        line = line.lstrip(MARK)  # of files that were joined
+        line = line.lstrip(MARK)  # byte order marks of files that were joined
         if not line or line.isspace():
             continue
         try:
@@ -85,7 +85,7 @@ def _begins_array(file: Path) -> bool:
 
 
 class _Buffer:
-    """What was read of an array and not parsed yet."""
+    """The text of an array that was read but not parsed yet."""
 
     def __init__(self, source: TextFile, stream: Any) -> None:
         self._source = source
@@ -105,7 +105,7 @@ class _Buffer:
         self._ended = not more
 
     def next(self) -> str:
-        """Returns the next character that is not white space, which stays; "" at the end."""
+        """Returns the next character that is not white space, without consuming it; "" at the end."""
         while True:
             rest = len(self._text)
             while self._place < rest and self._text[self._place] in " \t\n\r":
@@ -117,7 +117,7 @@ class _Buffer:
             self._read(_CHUNK)
 
     def take(self) -> None:
-        """Passes over the next character."""
+        """Consumes the next character."""
         self._place += 1
 
     def value(self) -> Any:
@@ -133,13 +133,13 @@ class _Buffer:
             except (RecursionError, ValueError) as failure:
                 raise self.error(_unreadable(failure).message, self._place) from None
             else:
-                if end < len(self._text) or self._ended:  # else a number may go on
+                if end < len(self._text) or self._ended:  # otherwise a number may continue
                     self._check_length(end)
                     self._place = end
                     return value
             self._check_length(len(self._text))
             self._read(max(_CHUNK, len(self._text) - self._place))
-            # All of what was there belongs to one value.
+            # The whole buffer belongs to one value.
             try:
                 _check_structure(self._text, self._source.limit) if error is not None else None
             except SlmError as failure:
@@ -155,7 +155,7 @@ class _Buffer:
             raise self.error(f"is longer than {size(limit)}", self._place, RAISE_LIMIT)
 
     def error(self, what: str, place: int | None = None, hint: str | None = None) -> SlmError:
-        """Returns a complaint about a place in what was read."""
+        """Returns an error at a place in the text."""
         place = self._place if place is None else place
         line = self._source.number + self._text.count("\n", 0, place)
         return SlmError(f"{self._source.file}, line {line}: {what}", hint)

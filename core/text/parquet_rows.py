@@ -1,4 +1,4 @@
-"""Parquet files, row by row, in bounded memory whatever a file's encodings make of its few bytes."""
+"""Parquet files, row by row, in bounded memory even if the encodings expand a few bytes to many."""
 
 import io
 import os
@@ -13,24 +13,24 @@ from slm.core.text.files import check_regular
 from slm.core.text.streams import RAISE_LIMIT, after, size
 from slm.core.text.value import Value
 
-# Rows that are decoded together, fewer where they are long.
+# Rows decoded together; fewer if they are long.
 _ROWS = 1024
-# What decoding may take beyond what the process has, since no field of the file need be true.
+# Memory that decoding may take on top of the process's, because the fields of the file cannot be trusted.
 _DECODING_BYTES = 1 << 30
-_DECODING_LIMITS = 4  # at least so many times what a row may have
+_DECODING_LIMITS = 4  # at least this many times the limit of a row
 _DAMAGED = "copy or download it again"
 
 
 def read_parquet(
     file: Path, limit: int, columns: Collection[str] | None = None, unread: set[str] | None = None
 ) -> Iterator[Value]:
-    """Yields the rows as dictionaries, without what is null.
+    """Yields the rows as dictionaries, without null values.
 
     Args:
         file: The file.
-        limit: Bytes that a row may have.
+        limit: Maximum bytes of a row.
         columns: The columns to decode; None decodes all.
-        unread: Takes the names of the others.
+        unread: Receives the names of the other columns.
 
     Raises:
         SlmError: When the file cannot be read, has too many columns, or a row is longer than the limit.
@@ -96,7 +96,7 @@ def _opened(
             raise SlmError(f"{file} has more than {MOST_COLUMNS:,} columns", "keep the columns that are needed")
         names = list(opened.schema_arrow.names)
         wanted = [name for name in names if columns is None or name in columns]
-        # A text that a file holds once for many rows is held once here too.
+        # A text that the file stores once for many rows is kept once here too.
         shared = _with_dictionaries(opened, wanted)
         if shared:
             stream.seek(0)
@@ -120,7 +120,7 @@ def _with_dictionaries(table: Any, wanted: Collection[str]) -> list[str]:
 
 
 def _rows_together(table: Any, group: int, wanted: list[str], limit: int) -> int:
-    """Returns how many rows of a group to decode at once; 0 where they are longer than the limit on average."""
+    """Returns the number of rows of a group to decode at once; 0 if they are longer than the limit on average."""
     chunks = table.metadata.row_group(group)
     stored = sum(
         chunk.total_uncompressed_size
@@ -128,7 +128,7 @@ def _rows_together(table: Any, group: int, wanted: list[str], limit: int) -> int
         if chunk.path_in_schema.split(".")[0] in wanted
     )
     average = max(1, stored // max(1, chunks.num_rows))
-    # A short column has more headers than values.
+    # In a short column the headers are larger than the values.
     return max(min(_ROWS, limit // average), int(average < _DECODING_BYTES // _ROWS))
 
 
@@ -143,7 +143,7 @@ def _batches(table: Any, group: int, wanted: list[str], together: int, memory: i
 
 
 def _rows(batch: Any, limit: int) -> Iterator[dict[str, Any] | None]:
-    """Yields the rows of a batch; None in place of one that is longer than the limit."""
+    """Yields the rows of a batch; None for a row that is longer than the limit."""
     if sum(map(_cost, batch.columns)) <= limit:
         yield from batch.to_pylist()
     elif batch.num_rows == 1:
@@ -155,7 +155,7 @@ def _rows(batch: Any, limit: int) -> Iterator[dict[str, Any] | None]:
 
 
 def _cost(array: Any) -> int:
-    """Returns about how many bytes the values take once they are written out, a byte for every one that is not text."""
+    """Returns an estimate of the bytes of values: the length of each text, and one byte for any other value."""
     import pyarrow
     from pyarrow import compute
 
@@ -179,10 +179,10 @@ def _cost(array: Any) -> int:
 
 @contextmanager
 def _bounded(memory: int) -> Iterator[None]:
-    """Limits the memory of the process while a library decodes; where the system cannot, nothing is limited."""
+    """Limits the memory of the process while a library decodes, if the system supports it."""
     import pyarrow
 
-    # Arrow's allocator reserves a gigabyte of addresses at first use, which the limit would count.
+    # Arrow's allocator reserves a gigabyte of address space at first use, which would count.
     pyarrow.allocate_buffer(1)
     previous = None
     with suppress(ImportError, OSError, ValueError):

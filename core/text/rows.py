@@ -1,4 +1,4 @@
-"""Rows of every kind of file, one reader for all commands."""
+"""The reader of rows for all commands and all kinds of files."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,10 +21,10 @@ def read_rows(
     """Yields the rows of a JSON, CSV, TSV or Parquet file, compressed or not.
 
     Args:
-        file: The file; its suffix says what it is.
-        limit: Bytes of UTF-8 that a row may have.
-        columns: The columns that are needed; others of a Parquet file are not decoded. None needs all.
-        unread: Takes the names of columns that were not decoded.
+        file: The file; its suffix determines the kind.
+        limit: Maximum UTF-8 bytes of a row.
+        columns: The needed columns; other columns of a Parquet file are not decoded. None needs all.
+        unread: Receives the names of columns that were not decoded.
 
     Raises:
         SlmError: When the file cannot be read, or a row is longer than the limit.

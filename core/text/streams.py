@@ -1,4 +1,4 @@
-"""Opening text files: decompressed, decoded, without a byte order mark, and never whole in memory."""
+"""Text files as streams: decompressed, decoded, without a byte order mark, and never whole in memory."""
 
 import bz2
 import codecs
@@ -15,19 +15,19 @@ from typing import IO, Any
 from slm.core.errors import SlmError
 from slm.core.text.files import check_regular, compression
 
-# The longest row, cell and document, in bytes of UTF-8. The longest novels have 5 MB.
+# Default limit on rows, cells and documents, in bytes of UTF-8. The longest novels have 5 MB.
 DOCUMENT_BYTES = 16 << 20
 RAISE_LIMIT = "--max-document-bytes raises the limit"
 
-# What a decompressor may hold. `xz -9` needs 65 MiB, `zstd --ultra -22` a window of 2**27 bytes.
+# Memory limit of a decompressor. `xz -9` needs 65 MiB, `zstd --ultra -22` a window of 2**27 bytes.
 _XZ_BYTES = 256 << 20
 _ZST_WINDOW_LOG = 27
 _CHUNK = 128 << 10
 
-# A byte order mark as text. One that is not at a file's beginning was at that of a file that was joined to it.
+# A byte order mark as text. A mark within a file was at the beginning of a file that was appended.
 MARK = "\ufeff"
 
-# The longer ones first: UTF-32's begins like UTF-16's.
+# Longer marks first: UTF-32's begins like UTF-16's.
 _OTHER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -37,7 +37,7 @@ _OTHER_MARKS = (
 
 
 def size(number: int) -> str:
-    """Returns a number of bytes in words: "16 MiB"."""
+    """Returns a number of bytes with a unit, such as "16 MiB"."""
     for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if number >= 1 << shift:
             return f"{number / (1 << shift):.4g} {unit}"
@@ -45,14 +45,14 @@ def size(number: int) -> str:
 
 
 class TextFile:
-    """A text file that is read from its beginning; every failure to read it is an SlmError that names the place.
+    """A text file, read from its beginning. Failures are SlmErrors that name the place.
 
     Args:
-        file: The file, compressed where its suffix says so.
-        limit: Bytes of UTF-8 that a line or row may have.
+        file: The file; its suffix determines the compression.
+        limit: Maximum UTF-8 bytes of a line or row.
 
     Attributes:
-        number: The line that was read last, from 1.
+        number: Number of the last line read, from 1.
     """
 
     def __init__(self, file: Path, limit: int = DOCUMENT_BYTES) -> None:
@@ -65,7 +65,7 @@ class TextFile:
         """Opens the text; `newline` is that of `open`.
 
         Raises:
-            SlmError: When the file cannot be opened or, in the block, read.
+            SlmError: When the file cannot be opened or, within the block, read.
         """
         check_regular(self.file)
         try:
@@ -80,16 +80,16 @@ class TextFile:
         except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
             raise self._damaged(error) from None
         except OSError as error:
-            if error.strerror is None:  # as bz2 reports damage
+            if error.strerror is None:  # the error of bz2 for damaged data
                 raise self._damaged(error) from None
             raise SlmError(f"cannot read {self.file} ({error.strerror})", "check its permissions") from None
         except Exception as error:
-            if type(error).__name__ == "ZstdError":  # of a package that may not be there
+            if type(error).__name__ == "ZstdError":  # an error of a package that may be absent
                 raise self._damaged(error) from None
             raise
 
     def lines(self, newline: str | None = None) -> Iterator[str]:
-        """Yields the lines, line ends included.
+        """Yields the lines, including line ends.
 
         Raises:
             SlmError: When a line is longer than the limit, or the file cannot be read or is not UTF-8 text.
@@ -103,14 +103,14 @@ class TextFile:
                 yield line
 
     def error(self, what: str, hint: str | None = None) -> SlmError:
-        """Returns a complaint about the current line."""
+        """Returns an error at the current line."""
         return SlmError(f"{self.file}, line {self.number}: {what}", hint)
 
     def check_text(self, text: str) -> None:
-        """Makes sure that a part of the current line is text.
+        """Checks that a part of the current line is text.
 
         Raises:
-            SlmError: When it holds a zero byte.
+            SlmError: When it has a zero byte.
         """
         if "\0" in text:
             raise self.error("is not text: it holds a zero byte")
@@ -121,7 +121,7 @@ class TextFile:
             binary.read(len(codecs.BOM_UTF8))
             return
         for mark, encoding in _OTHER_MARKS:
-            # A first character of U+0000 is in no text, but UTF-32's mark would be UTF-16's and that.
+            # No text begins with U+0000, but UTF-32's mark reads as UTF-16's mark followed by U+0000.
             if start.startswith(mark):
                 raise SlmError(
                     f"{self.file}: is {encoding} text, and slm reads UTF-8",
@@ -131,13 +131,13 @@ class TextFile:
     def _damaged(self, error: Exception) -> SlmError:
         reason = " ".join(str(error).split())
         hint = "copy or download it again"
-        if "emory" in reason:  # liblzma's and libzstd's words for a window that is too large
+        if "emory" in reason:  # messages of liblzma and libzstd for a window that is too large
             hint = "compress it again with a smaller window (xz -9 or zstd -19 without --long)"
         return SlmError(f"cannot decompress {self.file} ({reason})", hint)
 
 
 def after(unit: str, number: int) -> str:
-    """Says after which line or row something is; nothing where that would be the first."""
+    """Returns a phrase for a place after a line or row; empty before the first one."""
     return f", after {unit} {number}" if number else ""
 
 
@@ -157,16 +157,16 @@ def _open(file: Path) -> io.BufferedReader:
 
 
 def _open_zst(file: Path) -> Any:
-    # Imported here: an edge device that reads plain text does not have it.
+    # Imported here, because an edge device does not have it and can still read plain text.
     if sys.version_info >= (3, 14):
         import compression.zstd as zstd
     else:
-        import backports.zstd as zstd  # not "from backports": other packages may have made that directory
+        import backports.zstd as zstd  # not "from backports": other packages may have created that directory
     return zstd.open(file, "rb", options={zstd.DecompressionParameter.window_log_max: _ZST_WINDOW_LOG})
 
 
 class _Xz(io.RawIOBase):
-    """Decompresses .xz with a limit on memory, which `lzma.open` does not have."""
+    """Decompresses .xz with a memory limit, which `lzma.open` lacks."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -177,12 +177,12 @@ class _Xz(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        """Closes the file too."""
+        """Closes the stream and the file."""
         self._file.close()
         super().close()
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fills the buffer as far as one step of the decompressor goes; 0 is the end of the file."""
+        """Fills the buffer with the output of one step of the decompressor; returns 0 at the end of the file."""
         while True:
             fed = b""
             if self._decoder is None or self._decoder.eof:

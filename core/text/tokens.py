@@ -1,4 +1,4 @@
-"""The first tokens of a text, for what measures a model on a little of it."""
+"""The first tokens of a text, for measurements on a small part of it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from slm.core.text.documents import TEXT_COLUMN, Beginning, read_parts, text_fil
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.core.tokenizer import Tokenizer
 
-# No more of a document is encoded: far more characters than a token stands for on average.
+# Characters per needed token that are encoded of a document: far more than a token has on average.
 _CHARACTERS_A_TOKEN = 64
 
 
@@ -19,8 +19,8 @@ class TextSource:
 
     Attributes:
         path: A file or directory; see `slm.core.text.files`.
-        column: What the text is called in rows.
-        limit: Bytes of UTF-8 that a row may have.
+        column: Name of the field that holds the text, in rows.
+        limit: Maximum UTF-8 bytes of a row.
     """
 
     path: Path
@@ -28,11 +28,11 @@ class TextSource:
     limit: int = DOCUMENT_BYTES
 
     def first_tokens(self, tokenizer: Tokenizer, tokens: int) -> Iterator[list[int]]:
-        """Yields the ids of documents, one after the other, until there are enough; the last may have more.
+        """Yields the ids of documents until there are enough tokens; the last document may exceed the number.
 
         Args:
-            tokenizer: Special tokens spelt in the text are only characters to it.
-            tokens: How many are enough.
+            tokenizer: The tokenizer; special tokens in the text are encoded as plain characters.
+            tokens: Number of tokens.
 
         Raises:
             SlmError: When the text cannot be read.

@@ -1,4 +1,4 @@
-"""A row as it was read."""
+"""A row read from a file."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Value:
-    """What stands in a row.
+    """The content of a row.
 
     Attributes:
-        place: Where: "line 7" of a file of lines, "row 7" of an array or a table.
-        content: What, as JSON has it; an `SlmError`, whose message names no place, where it could not be read.
+        place: The place: "line 7" in a file of lines, "row 7" in an array or a table.
+        content: The JSON value; an `SlmError` without a place in its message if it could not be read.
     """
 
     place: str

@@ -1,4 +1,4 @@
-"""llama.cpp's file format: reading, writing, and what its names stand for."""
+"""llama.cpp's GGUF file format: reading, writing, and its names."""
 
 from slm.interchange.gguf.read import GgufModel
 from slm.interchange.gguf.write import GgufType, Written, check_gguf_output, write_gguf

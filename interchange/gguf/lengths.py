@@ -1,6 +1,6 @@
-"""A look at the lengths that a GGUF file states, before the gguf package believes them.
+"""A check of the lengths in a GGUF file, before the gguf package trusts them.
 
-The package reads an array of 2^60 numbers out of a file of a kilobyte one by one and never says that the file has ended.
+The package reads an array of 2^60 numbers from a file of a kilobyte one by one, without noticing the end of the file.
 Layout: ggml-org/ggml, docs/gguf.md.
 """
 
@@ -9,17 +9,17 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 MAGIC = b"GGUF"
-# Bytes of each kind of value; strings and arrays state their own length.
+# Bytes of each type of value; strings and arrays state their own length.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 
 
 def check_lengths(path: Path) -> None:
-    """Walks through the metadata and the list of tensors.
+    """Checks the metadata and the list of tensors.
 
     Raises:
-        ValueError: When something is longer than the file, or of no known kind.
+        ValueError: When a length exceeds the file, or a type is unknown.
     """
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         _Walk(data).whole()
@@ -34,7 +34,7 @@ class _Walk:
         if self._data[:4] != MAGIC:
             raise ValueError("it does not begin as a GGUF file")
         self._skip(4)
-        if self._number("I") not in (2, 3):  # of the other byte order, or older than what names its lengths in 64 bits
+        if self._number("I") not in (2, 3):  # the other byte order, or a version older than 64-bit lengths
             raise ValueError("its version is neither 2 nor 3")
         tensors, fields = self._number("Q"), self._number("Q")
         for _ in range(self._bounded(fields, at_least=13)):
@@ -75,7 +75,7 @@ class _Walk:
         return int(value)
 
     def _bounded(self, count: int, at_least: int) -> int:
-        """Returns a count that can be true: each takes at least so many bytes."""
+        """Returns a count after checking that the file can hold that many values of a minimum size."""
         if count * at_least > len(self._data) - self._at:
             raise ValueError("it ends before what it states")
         return count

@@ -1,4 +1,4 @@
-"""GGUF's names for a Gemma 3 model's tensors and settings, beside Hugging Face's.
+"""GGUF's names of a Gemma 3 model's tensors and settings, and Hugging Face's.
 
 GGUF stores norm weights with the 1 already added, and shapes with the fastest dimension first.
 """
@@ -6,9 +6,9 @@ GGUF stores norm weights with the 1 already added, and shapes with the fastest d
 from slm.core.weights import EMBEDDING, HEAD
 
 ARCHITECTURE = "gemma3"
-# Where slm keeps licence notices, one by one; other programs show general.license and general.description.
+# Key of slm's licence notices, one by one; other programs show general.license and general.description.
 NOTICES_KEY = "slm.notices"
-# Which slm wrote a file: by it a file that may be replaced is told from other people's.
+# Key of the version of slm that wrote a file; only such files may be replaced.
 VERSION_KEY = "slm.version"
 
 _MODEL = {"token_embd": EMBEDDING, "output_norm": "model.norm.weight", "output": HEAD}
@@ -28,12 +28,12 @@ _LAYER = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _QUERY_NORM = "self_attn.q_norm.weight"
-# llama.cpp takes the scale of attention from the width of a head, except for the model with this many layers.
+# llama.cpp derives the scale of attention from the head width, except for the model with this many layers.
 _LAYERS_OF_27B = 62
 
 
 def tensor_names(layers: int) -> dict[str, str]:
-    """Returns Hugging Face's name for each of GGUF's."""
+    """Returns Hugging Face's names by GGUF's names."""
     names = {f"{short}.weight": full for short, full in _MODEL.items()}
     for i in range(layers):
         names |= {f"blk.{i}.{short}.weight": f"model.layers.{i}.{full}.weight" for short, full in _LAYER.items()}
@@ -41,15 +41,15 @@ def tensor_names(layers: int) -> dict[str, str]:
 
 
 def is_norm(name: str) -> bool:
-    """Says whether a tensor, by Hugging Face's name, is a norm's weight."""
+    """Returns whether a tensor, by Hugging Face's name, is the weight of a norm."""
     return name.endswith("norm.weight")
 
 
 def is_query_norm(name: str) -> bool:
-    """Says whether a tensor, by Hugging Face's name, is the norm of a layer's queries."""
+    """Returns whether a tensor, by Hugging Face's name, is the norm of a layer's queries."""
     return name.endswith(_QUERY_NORM)
 
 
 def query_scalar(layers: int, hidden_size: int, heads: int, head_dim: int) -> int:
-    """Returns the number whose inverse square root llama.cpp scales the scores of a Gemma 3 model with."""
+    """Returns the number whose inverse square root is llama.cpp's scale of attention scores."""
     return hidden_size // heads if layers == _LAYERS_OF_27B else head_dim

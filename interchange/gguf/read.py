@@ -17,12 +17,12 @@ from slm.interchange.gguf.lengths import MAGIC, check_lengths
 from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, is_norm, query_scalar, tensor_names
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-# Bytes of two tensors that are compared at a time.
+# Bytes of two tensors that are compared in one step.
 _COMPARED_BYTES = 16 << 20
 
 
 def is_gguf(path: Path) -> bool:
-    """Says whether a file begins as a GGUF file does."""
+    """Returns whether a file begins like a GGUF file."""
     if not path.is_file():
         return False
     check_readable(path, "the model")
@@ -36,18 +36,18 @@ class GgufModel:
     Attributes:
         path: The file.
         config: The model's shape.
-        shapes: Every tensor's shape, under Hugging Face's names; names that Gemma 3 does not have stay GGUF's.
-        notes: Where the file contradicts itself, and which statement is followed.
+        shapes: Shapes of all tensors by Hugging Face's names; unknown names are kept as they are.
+        notes: Contradictions within the file, and how they are resolved.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads everything but the tensors' data.
 
         Raises:
-            SlmError: When it is damaged, of another architecture, split, or asks for something that slm does not compute.
+            SlmError: When the file is damaged, of another architecture, split, or uses a feature that is not supported.
         """
         check_readable(path, "the model")
-        # The package raises ValueError, KeyError, IndexError, UnicodeDecodeError and others for damaged files.
+        # For damaged files the package raises ValueError, KeyError, IndexError, UnicodeDecodeError and others.
         try:
             from gguf import GGUFReader
 
@@ -67,7 +67,7 @@ class GgufModel:
         shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
         try:
             self.config = self._config(shapes)
-        except (ArithmeticError, TypeError, ValueError) as error:  # text for a number, zero heads
+        except (ArithmeticError, TypeError, ValueError) as error:  # text in place of a number, zero heads
             raise SlmError(f"{path}: a setting has an impossible value ({error})") from None
         self.notes: list[str] = []
         names = tensor_names(self.config.num_hidden_layers)
@@ -78,12 +78,12 @@ class GgufModel:
 
     @property
     def types(self) -> dict[str, int]:
-        """How many tensors are stored as what ("Q4_K")."""
+        """Number of tensors by stored type, such as "Q4_K"."""
         kinds = [tensor.tensor_type.name for tensor in self._tensors.values()]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
     def tie_equal_head(self) -> None:
-        """Ties a head that is stored beside the embedding and is the same matrix, byte by byte; a note says so."""
+        """Ties a stored head that equals the embedding byte by byte, and adds a note."""
         if self.config.tie_word_embeddings or not _equal(self._tensors[EMBEDDING], self._tensors[HEAD]):
             return
         self.config = self.config.model_copy(update={"tie_word_embeddings": True})
@@ -92,14 +92,14 @@ class GgufModel:
 
     @property
     def name(self) -> str:
-        """What the model calls itself, or the file's name."""
+        """The model's name in its metadata, or the file's name."""
         return str(self.fields.get("general.name") or self.path.stem)
 
     @property
     def notices(self) -> Notices:
-        """The licence notices that its metadata ask for."""
+        """The licence notices that the metadata require."""
         written = self.fields.get(NOTICES_KEY)
-        if isinstance(written, list) and written:  # by slm, with what was done to the weights since
+        if isinstance(written, list) and written:  # written by slm, including changes to the weights since
             return tuple(map(str, written))
         licence = self.fields.get("general.license")
         return licence_notices(str(licence) if licence else None, self.path.name, self.config.vocab_size)
@@ -108,7 +108,7 @@ class GgufModel:
         """Returns a tensor in float32, norm weights without their 1.
 
         Raises:
-            SlmError: When its type is unknown to the gguf package, or it holds NaN or infinities.
+            SlmError: When the gguf package does not know its type, or it has NaN or infinite values.
         """
         from gguf.quants import dequantize
 
@@ -129,16 +129,16 @@ class GgufModel:
         return str(self._tensors[name].tensor_type.name)
 
     def tokenizer(self) -> Tokenizer:
-        """Returns the tokenizer that the file carries.
+        """Returns the tokenizer in the file.
 
         Raises:
-            SlmError: When it is of a kind that slm does not know.
+            SlmError: When its kind is not supported.
         """
         try:
             return vocabulary.from_gguf(self.fields, self.path, self.config.max_position_embeddings)
         except SlmError:
             raise
-        except Exception as error:  # tokenizers raises bare Exceptions for merges without their tokens
+        except Exception as error:  # tokenizers raises bare Exceptions for merges of missing tokens
             reason = " ".join(str(error).split())
             raise SlmError(f"{self.path}: the tokenizer is damaged ({reason})", "copy or download it again") from None
 
@@ -226,7 +226,7 @@ class GgufModel:
         return None if value is None else int(value)
 
     def _stop_tokens(self, eos: int | None) -> int | tuple[int, ...] | None:
-        """Returns the tokens that end a text; with a chat template the end of a turn and of the text are both."""
+        """Returns the stop tokens: end-of-text and, with a chat template, the end of a turn."""
         found = [eos, self._token("eot_token_id")]
         if "tokenizer.chat_template" in self.fields:
             tokens = self.fields.get("tokenizer.ggml.tokens", [])
@@ -236,7 +236,7 @@ class GgufModel:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Says whether two tensors are stored alike, byte by byte; read some at a time, for both are mapped from the file."""
+    """Returns whether two stored tensors are equal byte by byte; reads parts, because both are mapped from the file."""
     if first.tensor_type != second.tensor_type or first.data.shape != second.data.shape:
         return False
     ours, theirs = (tensor.data.reshape(-1).view(np.uint8) for tensor in (first, second))
@@ -247,5 +247,5 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def decimal(value: Any) -> float:
-    """Returns a float32 as the shortest decimal that stands for it: 1e-06 instead of 9.99999997e-07."""
+    """Returns the shortest decimal that rounds to a float32: 1e-06 instead of 9.99999997e-07."""
     return float(str(np.float32(value)))

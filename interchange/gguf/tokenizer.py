@@ -1,7 +1,7 @@
 """Vocabularies in GGUF's terms and in those of `tokenizer.json`.
 
-GGUF knows two that Gemma-style models use. "llama" is SentencePiece's BPE, which merges the pair whose result has the best
-score; `tokenizer.json` has it as a list of merges with byte fallback. "gpt2" is byte-level BPE with its merges as they are.
+GGUF has two kinds that Gemma-style models use. "llama" is SentencePiece's BPE, which merges the pair whose result has the best
+score; in `tokenizer.json` it is a list of merges with byte fallback. "gpt2" is byte-level BPE with the same merges.
 """
 
 import json
@@ -16,18 +16,18 @@ from tokenizers import Tokenizer as Backend
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
 
-# What SentencePiece writes for a space.
+# SentencePiece's symbol for a space.
 _SPACE = "▁"
-# What GPT-2 splits text with (openai/gpt-2, encoder.py) as tiktoken spells it; tokenizers' ByteLevel has it built in.
+# GPT-2's pattern (openai/gpt-2, encoder.py) in tiktoken's spelling; tokenizers' ByteLevel has it built in.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _GPT2_PRE = ("gpt-2", "gpt2")
 _PAD_PREFIX = "[PAD"
-# Gemma's longest token has 31 characters; a token of a million would be taken apart in a million ways.
+# Maximum length of a token in characters. Gemma's longest has 31; a token of a million could be split in a million ways.
 _MAX_TOKEN_CHARACTERS = 1024
 
 
 class TokenType(IntEnum):
-    """GGUF's kinds of token."""
+    """GGUF's kinds of tokens."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -38,7 +38,7 @@ class TokenType(IntEnum):
 
 
 def from_gguf(fields: Mapping[str, Any], path: Path, max_length: int) -> Tokenizer:
-    """Returns the tokenizer that a GGUF file's metadata describe.
+    """Returns the tokenizer described by the metadata of a GGUF file.
 
     Args:
         fields: The metadata.
@@ -57,7 +57,7 @@ def from_gguf(fields: Mapping[str, Any], path: Path, max_length: int) -> Tokeniz
         raise SlmError(f"{path} carries no whole vocabulary ({len(tokens):,} tokens, {len(types):,} types)")
     if kind == "llama":
         backend = _sentencepiece(tokens, fields.get("tokenizer.ggml.scores", []), types, path)
-        # llama.cpp escapes spaces itself and looks for these tokens before; tokenizers looks for them as they are spelt.
+        # llama.cpp matches these tokens before it escapes spaces; tokenizers matches them as spelled.
         if fields.get("tokenizer.ggml.add_space_prefix", True):
             backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), backend.normalizer])
     elif kind == "gpt2" and pre in _GPT2_PRE:
@@ -91,7 +91,7 @@ def from_gguf(fields: Mapping[str, Any], path: Path, max_length: int) -> Tokeniz
 def _sentencepiece(tokens: list[str], scores: Sequence[float], types: list[TokenType], path: Path) -> Backend:
     if len(scores) != len(tokens):
         raise SlmError(f"{path}: {len(scores):,} scores for {len(tokens):,} tokens")
-    # GGUF spells a user's run of spaces with spaces; SentencePiece and tokenizer.json spell it as the text is searched.
+    # In GGUF a user-defined run of spaces has spaces; in SentencePiece and tokenizer.json the spaces are escaped.
     spelt = [
         token.replace(" ", _SPACE) if kind == TokenType.USER_DEFINED else token
         for token, kind in zip(tokens, types, strict=True)
@@ -111,9 +111,9 @@ def _sentencepiece(tokens: list[str], scores: Sequence[float], types: list[Token
 
 
 def _merges(vocabulary: Mapping[str, int], scores: Sequence[float], types: list[TokenType]) -> list[tuple[str, str]]:
-    """Returns the merges that a score for each token amounts to: every way to make a token of two, best score first.
+    """Returns the merges that are equivalent to scores of tokens: every way to make a token of two, best score first.
 
-    Tokens defined by a user come first, the longest before the shorter ones: SentencePiece never takes them apart.
+    User-defined tokens come first, longer ones before shorter ones, because SentencePiece never splits them.
     """
     ranked = []
     for token, i in vocabulary.items():
@@ -146,7 +146,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _add_special(backend: Backend, tokens: list[str], types: list[TokenType]) -> None:
-    """Declares the tokens that are matched before anything is merged; control tokens do not appear in decoded text."""
+    """Adds the tokens that are matched before merges; control tokens do not appear in decoded text."""
     kinds = list(zip(tokens, types, strict=True))
     user = [AddedToken(token, normalized=False) for token, kind in kinds if kind == TokenType.USER_DEFINED]
     control = [
@@ -159,14 +159,14 @@ def _add_special(backend: Backend, tokens: list[str], types: list[TokenType]) ->
 
 
 def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Returns the metadata that describe a tokenizer, by GGUF's keys without their prefix "tokenizer.ggml.".
+    """Returns the metadata of a tokenizer by GGUF's keys, without their prefix "tokenizer.ggml.".
 
     Args:
         tokenizer: The tokenizer.
-        vocab_size: Rows of the embedding; ids that no token has are written as unused ones.
+        vocab_size: Rows of the embedding; ids without a token are written as unused.
 
     Raises:
-        SlmError: When GGUF has no way to say what it does.
+        SlmError: When GGUF cannot express the tokenizer.
     """
     document = json.loads(tokenizer.backend.to_str())
     model = document["model"]
@@ -182,7 +182,7 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     for token, i in model["vocab"].items():
         tokens[i], types[i] = token, TokenType.NORMAL
     for i, token in added.items():
-        if i < vocab_size:  # a multimodal tokenizer has one for pictures beyond the text model's rows
+        if i < vocab_size:  # a multimodal tokenizer has an image token beyond the text model's rows
             tokens[i], types[i] = token["content"], TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     merges = [tuple(_pair(merge) if isinstance(merge, str) else merge) for merge in model["merges"]]
     fields: dict[str, Any]
@@ -218,7 +218,7 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 def _escapes_spaces(document: Mapping[str, Any]) -> bool:
     normalizer, split = document["normalizer"] or {}, document["pre_tokenizer"]
     escaped = normalizer.get("type") == "Replace" and normalizer["pattern"] == {"String": " "}
-    # Gemma's own file splits at spaces, of which there are none once they are escaped.
+    # Gemma's file splits at spaces, which has no effect after escaping.
     unsplit = split is None or (split["type"] == "Split" and split["pattern"] == {"String": " "})
     return escaped and normalizer["content"] == _SPACE and unsplit
 
@@ -241,7 +241,7 @@ def _is_gpt2(document: Mapping[str, Any]) -> bool:
 
 
 def _scores(tokens: list[str], types: list[TokenType], merges: Sequence[tuple[str, ...]]) -> list[float]:
-    """Returns a score for each token that orders merges as the list does; -1000 where there is nothing to order."""
+    """Returns scores of tokens that give the order of the merges; -1000 for tokens without a merge."""
     order: dict[str, int] = {}
     for merge in merges:
         order.setdefault("".join(merge), len(order))

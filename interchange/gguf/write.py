@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file that llama.cpp runs, read back and compared before it appears."""
+"""Export of a checkpoint as a GGUF file for llama.cpp, which is read back and compared before it appears."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ from slm.version import __version__
 
 GgufType = Literal["f32", "f16", "q8_0"]
 
-# Within so many bytes a file says which slm wrote it.
+# The version of slm that wrote a file is within this many bytes.
 _HEAD = 4096
-# Q8_0 rounds blocks of 32 to 127 steps of their largest value; the step itself is kept in half precision.
+# Q8_0 rounds blocks of 32 to 127 steps of their largest value; the step itself has half precision.
 _Q8_BLOCK = 32
 _Q8_ERROR = 0.5 / 127 + 2**-11
 _PROBE = 'Once upon a time,  there were 3 foxes.\n\nThey said: "¿Qué?" — naïve 東京 🦊\tfin'
@@ -45,9 +45,10 @@ class Written:
 
     Attributes:
         path: The file.
-        bytes: Its size.
-        types: How many tensors are stored as what.
-        largest_difference: Between a tensor as stored and the checkpoint's, in units of that tensor's largest value.
+        bytes: Size of the file.
+        types: Number of tensors by stored type.
+        largest_difference: Largest difference between a stored tensor and the checkpoint's, relative to the tensor's largest
+            value.
     """
 
     path: Path
@@ -63,13 +64,13 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
 
     Args:
         checkpoint: The checkpoint's directory.
-        path: The file to make, or the GGUF file to replace; the model is called as it is.
-        kind: How matrices are stored.
-        progress: Told of each tensor.
+        path: The file to create, or the GGUF file to replace; its name becomes the model's.
+        kind: Type of the stored matrices.
+        progress: Receives the number of tensors done.
 
     Raises:
-        SlmError: When the checkpoint cannot be read, something else stands at the path, llama.cpp's Gemma 3 cannot express
-            the configuration or the tokenizer, or the file that was written does not hold what the checkpoint holds.
+        SlmError: When the checkpoint cannot be read, another file is at the path, llama.cpp's Gemma 3 cannot express the
+            configuration or the tokenizer, or the written file does not match the checkpoint.
     """
     progress = progress or Silent()
     check_gguf_output(path)
@@ -90,12 +91,12 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
 
 
 def check_gguf_output(path: Path) -> None:
-    """Makes sure that a GGUF file can be written: nothing is there, or one that slm wrote.
+    """Checks that a GGUF file can be written: nothing is there, or a file that slm wrote.
 
-    Of a link to such a file the link is replaced, not what it leads to.
+    A link to such a file is replaced, and its target is kept.
 
     Raises:
-        SlmError: When the place cannot be written to, or another file stands there.
+        SlmError: When the place cannot be written to, or another file is there.
     """
     check_writable(path)
     if not path.exists():
@@ -109,7 +110,7 @@ def check_gguf_output(path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a file is made from."""
+    """The contents of a file."""
 
     config: ModelConfig
     weights: Weights
@@ -119,14 +120,14 @@ class _Source:
 
     @property
     def scalar(self) -> int:
-        """The number whose inverse square root llama.cpp scales this model's scores with."""
+        """The number whose inverse square root is llama.cpp's scale of this model's attention scores."""
         c = self.config
         return query_scalar(c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.head_dim)
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
-        """Yields each tensor as llama.cpp computes with it, norms without their 1.
+        """Yields each tensor as llama.cpp uses it, norms without their 1.
 
-        Where the model's scale of attention is not llama.cpp's, the norm of the queries carries the rest.
+        If the model's scale of attention differs from llama.cpp's, the norm of the queries compensates.
         """
         rest = np.float32((self.scalar / self.config.query_pre_attn_scalar) ** 0.5)
         for name in tensor_shapes(self.config):
@@ -182,7 +183,7 @@ def _write(path: Path, source: _Source, kind: GgufType, progress: Progress) -> N
 
 
 def _add_shape(writer: Any, config: ModelConfig) -> None:
-    """Adds the settings of architecture gemma3, those that official files leave out only where they differ."""
+    """Adds the settings of architecture gemma3; settings that official files omit are added only if they differ."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -205,7 +206,7 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
 
 
 def _add_pattern(writer: Any, config: ModelConfig) -> None:
-    """Adds which layers slide, unless it is every sixth that does not: as a period, or layer by layer where there is none."""
+    """Adds the pattern of sliding layers, as a period if there is one, unless every sixth layer is global."""
     key, layers = f"{ARCHITECTURE}.attention.sliding_window_pattern", config.num_hidden_layers
     periods = [every for every in range(1, layers + 2) if layer_pattern(layers, every) == config.layer_types]
     if not periods:  # only recent versions of llama.cpp read this one
@@ -247,7 +248,7 @@ def _declare(writer: Any, name: str, shape: tuple[int, ...], kind: GgufType) -> 
 
 
 def _stored(source: _Source, kind: GgufType) -> Iterator[Array]:
-    """Yields each tensor as it is written."""
+    """Yields each tensor in its stored form."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -260,13 +261,13 @@ def _stored(source: _Source, kind: GgufType) -> Iterator[Array]:
 
 
 def _compare(written: GgufModel, source: _Source, progress: Progress) -> float:
-    """Compares what was written with the checkpoint and returns the largest difference found.
+    """Compares the written file with the checkpoint, and returns the largest difference.
 
     Raises:
-        SlmError: When a setting, the tokenizer or a tensor is not what it should be.
+        SlmError: When a setting, the tokenizer or a tensor differs.
     """
     config, nothing = source.config, "nothing was written"
-    # Numbers are kept in float32, in which llama.cpp computes with them.
+    # llama.cpp computes with numbers in float32, and stores them so.
     ropes = {
         kind: rope.model_copy(update={"rope_theta": decimal(rope.rope_theta), "factor": decimal(rope.factor)})
         for kind, rope in config.rope_parameters.items()
@@ -275,11 +276,11 @@ def _compare(written: GgufModel, source: _Source, progress: Progress) -> float:
     wanted = config.model_copy(update={"query_pre_attn_scalar": source.scalar} | changes)
     for field in type(config).model_fields:
         ours, theirs = getattr(wanted, field), getattr(written.config, field)
-        if field == "rope_parameters":  # a kind of layer that does not occur has none in the file
+        if field == "rope_parameters":  # the file has no value for a kind of layer that does not occur
             ours, theirs = ({kind: rope[kind] for kind in set(config.layer_types)} for rope in (ours, theirs))
         if field == "sliding_window" and SLIDING not in config.layer_types:
             continue
-        # A chat template adds to what ends a text; how weights were first drawn is not written.
+        # A chat template adds stop tokens; the initialization of weights is not stored.
         if field not in ("eos_token_id", "initializer_range") and ours != theirs:
             raise SlmError(f"the GGUF file would say {field} {theirs!r} instead of {ours!r}", nothing)
     if not set(config.stop_token_ids[:2]) <= set(written.config.stop_token_ids):
@@ -301,7 +302,7 @@ def _compare(written: GgufModel, source: _Source, progress: Progress) -> float:
 
 
 def _difference(ours: Array, theirs: Array, norm: bool, kind: str) -> tuple[float, float]:
-    """Returns the largest difference in units of what it may grow with, and how large that may be."""
+    """Returns the largest relative difference, and its limit."""
     if kind == "Q8_0":
         blocks = ours.reshape(-1, _Q8_BLOCK)
         unit = np.abs(blocks).max(axis=1, keepdims=True)

@@ -46,7 +46,7 @@ def test_prepare_then_info(slm: Callable) -> None:
 def test_info_checks_every_byte(slm: Callable) -> None:
     slm(*PREPARE, "--out", "out")
     result = slm("data", "info", "out", "--check")
-    assert "every token file is as it was made" in result.out
+    assert "every token file matches the manifest" in result.out
     assert "as it was made" not in slm("data", "info", "out").out
     assert json.loads(slm("data", "info", "out", "--check", "--json").out)["checked"] is True
     file = Path("out/train-00001.bin")
@@ -147,12 +147,12 @@ def test_training_on_a_dataset_is_training_on_its_text(slm: Callable) -> None:
     ("arguments", "code", "message"),
     [
         (["--data", "missing.txt"], 1, "error: data not found: missing.txt"),
-        (["--data", "sample"], 1, "error: --data sample stands alone"),
+        (["--data", "sample"], 1, "error: --data sample cannot be combined with other data"),
         (["--data", "done"], 1, "error: a prepared dataset holds tokens, not text: done"),
         (["--val", "missing.txt"], 1, "error: data not found: missing.txt"),
-        (["--tokenizer", "missing.json"], 2, "error: --vocab-size is for --tokenizer bpe"),
-        (["--split", "train"], 2, "error: --split is for Hugging Face datasets"),
-        (["--streaming"], 2, "error: --streaming is for Hugging Face datasets"),
+        (["--tokenizer", "missing.json"], 2, "error: --vocab-size requires --tokenizer bpe"),
+        (["--split", "train"], 2, "error: --split requires a Hugging Face dataset"),
+        (["--streaming"], 2, "error: --streaming requires a Hugging Face dataset"),
         (["--workers", "0"], 2, "error: Invalid value for '--workers'"),
         (["--out", "train.txt"], 1, "train.txt exists and is not a directory"),
         (["--out", "train.txt/below"], 1, "error: cannot write train.txt/below: "),
@@ -204,7 +204,7 @@ def test_info_of_something_else(slm: Callable) -> None:
 
 def test_help_teaches(slm: Callable) -> None:
     assert "slm data prepare" in slm("data", "--help").out
-    for expected in ("--dedup", "hf:OWNER/NAME", "the same command goes on", "--streaming"):
+    for expected in ("--dedup", "hf:OWNER/NAME", "the same command resumes", "--streaming"):
         assert expected in slm("data", "prepare", "--help").out
 
 

@@ -172,7 +172,7 @@ def test_what_a_text_has_is_counted_only_in_doubt(slm: Slm, mistaken: None, monk
     ("arguments", "code", "message"),
     [
         (["--recipe", "tiny", "--dry-run", "--on", "t5"], 1, "error: slm has no figures for a t5"),
-        (["--recipe", "tiny", "--on", "t4"], 2, "error: --on goes with --dry-run"),
+        (["--recipe", "tiny", "--on", "t4"], 2, "error: --on requires --dry-run"),
         (["--resume", "--dry-run"], 2, "leave out --dry-run"),
         (["--recipe", "stories-4m", "--dry-run"], 1, "error: schedule.epochs cannot be turned into updates"),
     ],

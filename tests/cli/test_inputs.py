@@ -38,7 +38,7 @@ finally:
         ("train --resume", "there is no run under ./runs"),
         ("train --resume --seed 3", "leave out --seed"),
         ("train --data text.txt --out text.txt/run", "cannot write text.txt/run"),
-        ("train --on t4", "--on goes with --dry-run"),
+        ("train --on t4", "--on requires --dry-run"),
         ("data prepare --data text.txt --val nosuch.txt", "data not found: nosuch.txt"),
         ("data prepare --data text.txt --tokenizer nosuch.json", "tokenizer not found: nosuch.json"),
         ("data prepare --data text.txt --out text.txt/set", "cannot write text.txt/set"),

@@ -122,7 +122,7 @@ def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monk
         (["--data", "rows.jsonl"], 1, 'error: rows.jsonl, line 1: is not a row with a "text"'),
         (["--data", "nothing"], 1, "error: no .txt, .jsonl or .parquet file in nothing"),
         (["--val", "short.txt"], 1, "error: the validation text is too short"),
-        (["--data", "sample"], 1, "error: --data sample stands alone"),
+        (["--data", "sample"], 1, "error: --data sample cannot be combined with other data"),
         (["--tokenizer", "missing.json"], 1, "error: tokenizer not found: missing.json"),
         (["--recipe", "huge"], 1, "error: recipe not found: huge"),
         (["--set", "batch.size=3"], 1, "error: --set batch.size=3: the recipe has no value 'batch.size'"),
@@ -141,7 +141,7 @@ def test_the_recipe_that_fits_the_machine_is_taken_and_named(slm: Callable, monk
         (["--out", "train.txt"], 1, "error: not a directory: train.txt"),
         (["--seed", "x"], 2, "error: Invalid value for '--seed'"),
         (["--epochs", "3"], 2, "error: No such option"),
-        (["--resume"], 2, "error: --resume goes on with the run's own settings: leave out --recipe, --data, --val"),
+        (["--resume"], 2, "error: --resume uses the run's own settings: leave out --recipe, --data, --val"),
     ],
 )
 def test_mistakes(slm: Callable, arguments: list[str], code: int, message: str) -> None:

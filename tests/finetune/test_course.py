@@ -149,7 +149,7 @@ def test_a_run_whose_rows_were_split_otherwise_is_not_gone_on_with(
 @pytest.mark.parametrize(
     ("count", "keep", "said"),
     [
-        (9, "best", "warning: no rows are held out (there are fewer than 10, or they are all alike)"),
+        (9, "best", "warning: no rows are held out (there are fewer than 10, or they are all equal)"),
         (30, "best", "warning: 3 held-out rows are too few to choose an epoch by (fewer than 20)"),
         (30, "last", None),
         (200, "best", None),

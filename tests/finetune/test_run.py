@@ -20,7 +20,6 @@ from slm.core.files import sha256_file
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
-from slm.finetune import loop
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Example, Renderer
@@ -269,7 +268,7 @@ def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
 ) -> None:
     data = write_rows(PAIRS)
     finetune(shared_checkpoint, data, Path("whole"), QUICK)
-    monkeypatch.setattr(loop, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("slm.train.loop._SAVE_EVERY_S", 0.0)
     with pytest.raises(SystemExit):
         finetune(shared_checkpoint, data, Path("parts"), QUICK, Killed(5))
     half_written = Path("parts/.trainer.partial-999999999")  # of a process that is no more

@@ -323,7 +323,7 @@ def test_a_directory_used_as_it_is_ends_where_an_imported_one_does(directory: Pa
 
 def test_a_source_is_kept(directory: Path) -> None:
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
-    with pytest.raises(SlmError, match="it is kept"):
+    with pytest.raises(SlmError, match="is the source itself"):
         import_model(str(directory), directory)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 

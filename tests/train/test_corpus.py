@@ -118,7 +118,7 @@ def test_tinystories_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     full, empty = dump(tmp_path / "a.txt", ["a"]), dump(tmp_path / "empty.txt", [" ", ""])
-    with pytest.raises(SlmError, match="stands alone"):
+    with pytest.raises(SlmError, match="cannot be combined with other data"):
         open_corpus(["sample", full], None)
     with pytest.raises(SlmError, match=r"no text in .*empty.txt"):
         open_corpus([full, empty], None)

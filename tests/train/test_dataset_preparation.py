@@ -267,7 +267,7 @@ def test_another_text_starts_anew(small_batches: None, stories: list[str]) -> No
     notes = Notes()
     make("cut", "stories.txt", progress=notes)
     make("whole", "stories.txt")
-    assert any(line.startswith("starting anew") for line in notes.lines)
+    assert any(line.startswith("starting over") for line in notes.lines)
     assert not any(line.startswith("going on") for line in notes.lines)
     assert contents("cut") == contents("whole")
 
@@ -280,7 +280,7 @@ def test_other_settings_start_anew(small_batches: None, changed: dict[str, objec
     notes = Notes()
     make("cut", "stories.txt", progress=notes, **changed)
     make("whole", "stories.txt", **changed)
-    assert any(line.startswith("starting anew") for line in notes.lines)
+    assert any(line.startswith("starting over") for line in notes.lines)
     assert contents("cut") == contents("whole")
 
 
@@ -291,11 +291,11 @@ def test_text_that_changed_in_secret_is_found(small_batches: None) -> None:
     before = file.stat()
     file.write_text("Q" + file.read_text(encoding="utf-8")[1:], encoding="utf-8")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(SlmError, match=r"no longer what train-00000.bin was made from"):
+    with pytest.raises(SlmError, match=r"train-00000.bin was made from another text"):
         make("cut", "stories.txt")
     notes = Notes()
     make("cut", "stories.txt", progress=notes)
-    assert any(line.startswith("starting anew") for line in notes.lines)
+    assert any(line.startswith("starting over") for line in notes.lines)
 
 
 def test_a_killed_worker_is_one_clear_error(
@@ -439,7 +439,7 @@ def test_what_a_hugging_face_dataset_lacks(hub: Path, stories: list[str]) -> Non
     with pytest.raises(SlmError, match="there is no validation text") as error:
         make("out", "hf:hub")  # ten documents, none of them held out by its hash
     assert "--val" in (error.value.hint or "")
-    with pytest.raises(SlmError, match=r"hf:hub stands alone"):
+    with pytest.raises(SlmError, match=r"hf:hub cannot be combined with other data"):
         make("out", "hf:hub", "stories.txt")
     assert not list(Path().glob("*out*"))
 

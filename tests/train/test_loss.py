@@ -122,7 +122,7 @@ def test_rows_stand_in_the_place_of_the_head_s(chunk: int | None) -> None:
 
 def test_rows_of_a_head_that_is_learned_are_refused() -> None:
     hidden, weight, targets = inputs()
-    with pytest.raises(ValueError, match="not learned"):
+    with pytest.raises(ValueError, match="frozen head"):
         linear_cross_entropy(hidden, weight, targets, rows=([1], torch.zeros(1, weight.shape[1])))
 
 

@@ -1,1 +1,1 @@
-"""Text to tokens: readers, corpora, tokenizers, token files and the rows drawn from them."""
+"""From text to tokens: corpora, tokenizers, token files and the windows drawn from them."""

@@ -1,4 +1,4 @@
-"""What is trained on and what it is measured on: files, the text that ships with slm, or Hugging Face datasets."""
+"""Training and validation text: files, the text that ships with slm, or Hugging Face datasets."""
 
 import hashlib
 from collections import deque
@@ -23,12 +23,12 @@ HUB_PREFIX = "hf:"
 _TINYSTORIES_ID = "roneneldan/TinyStories"
 _TINYSTORIES_LICENCE = "CDLA-Sharing-1.0"
 
-# Without validation text of its own, a corpus gives up its last documents: this share of its bytes, more where that would
-# measure next to nothing, but never more than a tenth.
+# Without validation text, the last documents of a corpus are held out: this share of its bytes, or more if that is too little
+# to measure a loss on, but at most a tenth.
 _HELD_OUT = 0.01
 _HELD_OUT_BYTES = 64 * 1024
 _HELD_OUT_MOST = 0.1
-# Of a dataset whose end is not known before it is read, one document in so many, by its hash.
+# Of a dataset of unknown length, one document in this many is held out, by its hash.
 _ONE_IN = 100
 
 Documents = Callable[[], Iterator[str]]
@@ -39,11 +39,11 @@ class Reading:
     """How rows and Hugging Face datasets are read.
 
     Attributes:
-        column: What the text is called in rows.
-        config: Of a Hugging Face dataset; None takes its only one.
-        split: Of a Hugging Face dataset, to train on.
+        column: Name of the field that holds the text, in rows.
+        config: Configuration of a Hugging Face dataset; None uses its only one.
+        split: Training split of a Hugging Face dataset.
         streaming: Whether to read a Hugging Face dataset over the network instead of downloading it.
-        limit: Bytes of UTF-8 that a row may have. A longer document of a text file comes in parts.
+        limit: Maximum UTF-8 bytes of a row. A longer document of a text file is read in parts.
     """
 
     column: str = TEXT_COLUMN
@@ -55,20 +55,20 @@ class Reading:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents to measure on; each call reads them anew, in the same order.
+    """Training and validation documents. Each call reads them again, in the same order.
 
-    A document that is longer than the limit comes in parts, of which all but the last are `Beginning`.
+    A document longer than the limit comes in parts, all of them `Beginning` but the last.
 
     Attributes:
-        train: The documents trained on.
-        validation: The documents measured on.
-        about: What they are and where they come from, in one line.
+        train: The training documents.
+        validation: The validation documents.
+        about: A one-line description of the text and its origin.
         held_out: How the validation text was chosen.
-        sources: Where the text comes from.
-        licence: Of the text, where the source states one.
-        counts: Number of documents to train on and to measure on, where known.
-        fingerprint: What changes with the text, as far as that is known before it is read.
-        limit: Bytes of the longest document that comes whole.
+        sources: Origin of the text.
+        licence: Licence of the text, if the source states one.
+        counts: Number of training and of validation documents, if known.
+        fingerprint: Values that change with the text, as far as they are known before reading it.
+        limit: Maximum bytes of a document that comes whole.
     """
 
     train: Documents
@@ -83,21 +83,24 @@ class Corpus:
 
 
 def open_corpus(train: Sequence[str], validation: str | None, reading: Reading | None = None) -> Corpus:
-    """Opens a corpus and reads all of its files once, so that what is wrong with them shows now.
+    """Opens a corpus, and reads all of its files once to check them.
 
     Args:
         train: Paths of files or directories, or one name: "sample", "tinystories", or "hf:OWNER/NAME".
-        validation: Path of a file or directory. None takes the validation split of a named corpus; of files it holds out
-            the last documents, and of a Hugging Face dataset without such a split one document in a hundred, by its hash.
+        validation: Path of a file or directory. None uses the validation split of a named corpus; for files it holds out the
+            last documents, and for a Hugging Face dataset without such a split one document in a hundred, by its hash.
         reading: How rows and Hugging Face datasets are read.
 
     Raises:
-        SlmError: When anything cannot be read or holds no text.
+        SlmError: When a source cannot be read or holds no text.
     """
     reading = reading or Reading()
     named = [name for name in train if is_named(name)]
     if named and len(train) > 1:
-        raise SlmError(f"--data {named[0]} stands alone", f"for a file of that name write --data ./{named[0]}")
+        raise SlmError(
+            f"--data {named[0]} cannot be combined with other data",
+            f"for a file of that name write --data ./{named[0]}",
+        )
     if not named:
         return _from_files(_all_files(train), validation, reading)
     corpus = _sample() if named[0] == SAMPLE else _from_hub(named[0], reading)
@@ -107,7 +110,7 @@ def open_corpus(train: Sequence[str], validation: str | None, reading: Reading |
 
 
 def is_named(name: str) -> bool:
-    """Says whether `--data` names a corpus and not a path."""
+    """Returns whether a value of `--data` names a corpus and not a path."""
     return name in NAMED or name.startswith(HUB_PREFIX)
 
 
@@ -116,15 +119,15 @@ def _all_files(paths: Sequence[str]) -> list[Path]:
 
 
 class _Files:
-    """Files of documents, read once to check and to measure them."""
+    """Files of documents, read once to check them and to count their bytes."""
 
     def __init__(self, files: Sequence[Path], split: Literal["train", "validation"], reading: Reading) -> None:
         self._reading = reading
         self._split = split
         self.files = files
         self.documents = self.bytes = self.characters = 0
-        # Sizes of the last documents, so many that their sum reaches what is held out. What is wanted grows by less than a
-        # document's size with each, so what has fallen out at the front is never missed.
+        # Sizes of the last documents, enough to reach the bytes to hold out. Each document adds less than its size to those
+        # bytes, so a size that was dropped at the front is never needed again.
         tail: deque[int] = deque()
         tail_bytes = 0
         for file in files:
@@ -142,7 +145,7 @@ class _Files:
                 size = 0
             if self.documents == before:
                 raise SlmError(f"no text in {file}", "leave it out, or check that it is the right file")
-        # How many documents at the end to hold out: at least one, and all but one at most.
+        # Number of documents at the end to hold out: at least one, and at most all but one.
         self.tail = min(len(tail), self.documents - 1)
 
     def read(self) -> Iterator[str]:
@@ -197,7 +200,7 @@ def _from_files(files: Sequence[Path], validation: str | None, reading: Reading)
 
 
 def _measured_on(corpus: Corpus, measured: _Files) -> Corpus:
-    """Returns the corpus with other validation text."""
+    """Returns the corpus with the given validation text."""
     return replace(
         corpus,
         validation=measured.read,
@@ -220,7 +223,7 @@ def _after_documents(parts: Iterator[str], count: int) -> Iterator[str]:
 
 
 def _split_document(whole: Corpus, text: _Files) -> Corpus:
-    """Holds out the end of a single document, from a white space on."""
+    """Holds out the end of a single document, starting at white space."""
     share = _held_out_bytes(text.bytes) / text.bytes
     cut = _space_before(text.read(), int(text.characters * (1 - share)))
     if not cut:
@@ -236,7 +239,7 @@ def _split_document(whole: Corpus, text: _Files) -> Corpus:
 
 
 def _space_before(parts: Iterator[str], place: int) -> int:
-    """Returns where the last white space at or before a place of a document is; 0 where there is none after its start."""
+    """Returns the last white space of a document at or before a position; 0 if there is none after its start."""
     start = 0
     for part in parts:
         if start + len(part) > place:
@@ -324,12 +327,12 @@ def _from_hub(name: str, reading: Reading) -> Corpus:
 
 
 def _held_out_by_hash(document: str) -> bool:
-    """Says whether a document is held out: all of the same text are, or none."""
+    """Returns whether a document is held out. Documents of equal text are treated alike."""
     return int.from_bytes(hashlib.sha256(document.strip().encode()).digest()[:8]) % _ONE_IN == 0
 
 
 def _local_files(name: str) -> list[object]:
-    """Returns size and time of every file of a dataset that is a local directory."""
+    """Returns size and modification time of every file of a dataset in a local directory."""
     files = sorted(file for file in Path(name).rglob("*") if file.is_file()) if Path(name).is_dir() else []
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 

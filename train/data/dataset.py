@@ -1,8 +1,8 @@
-"""A prepared dataset: the directory of token files that `slm data prepare` and `slm train` make, and its manifest.
+"""A prepared dataset: the directory of token files that `slm data prepare` and `slm train` write, and its manifest.
 
     DIR/dataset.json  tokenizer.json  tokenizer_config.json  train-00000.bin …  validation-00000.bin …
 
-A run that trains on a dataset elsewhere holds the tokenizer and, as its `dataset.json`, a reference.
+A run that trains on a dataset elsewhere contains the tokenizer, and a reference as its `dataset.json`.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ _RecordT = TypeVar("_RecordT", bound=_Record)
 
 
 class Source(_Record):
-    """Where text came from.
+    """The origin of text.
 
     Attributes:
-        name: As it was given: a path, the name of a corpus, or of a Hugging Face dataset.
-        kind: What that is.
-        split: What the text was read for.
-        bytes: Size of the file; None where the text is in no file of the user's.
+        name: A path, or the name of a corpus or of a Hugging Face dataset, as the user gave it.
+        kind: Kind of the source.
+        split: Split that the text belongs to.
+        bytes: Size of the file; None if the text is not in a file of the user's.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Split(_Record):
     """One stream of tokens.
 
     Attributes:
-        shards: Its files, in order.
-        tokens: Number of ids, the end-of-text after every document included.
+        shards: The files, in order.
+        tokens: Number of ids, including the end-of-text after every document.
         documents: Number of documents.
         text_bytes: UTF-8 bytes of the documents.
-        text_sha256: Of all documents, each followed by a zero byte.
-        duplicates_removed: Documents left out because they occurred before or are validation text.
+        text_sha256: SHA-256 of all documents, each followed by a zero byte.
+        duplicates_removed: Documents removed because they occurred before or are validation text.
     """
 
     shards: tuple[Shard, ...] = Field(min_length=1)
@@ -68,7 +68,7 @@ class Split(_Record):
 
     @classmethod
     def of(cls, shards: tuple[Shard, ...], text_sha256: str, duplicates_removed: int) -> Self:
-        """Adds up shards."""
+        """Returns the sum of shards."""
         tokens, documents, text_bytes = _totals(shards)
         return cls(
             shards=shards,
@@ -87,20 +87,20 @@ class Split(_Record):
 
 
 class DatasetManifest(_Record):
-    """Everything there is to know of a dataset without reading its tokens.
+    """The description of a dataset, complete without its tokens.
 
     Attributes:
-        format_version: Of the directory.
-        slm_version: That made it.
-        tokenizer_sha256: Of the tokenizer, as `Tokenizer.sha256`.
-        vocab_size: Its number of tokens.
-        dtype: Of the stored ids.
-        train: The tokens trained on.
-        validation: The tokens measured on.
+        format_version: Version of the directory's format.
+        slm_version: Version of slm that wrote it.
+        tokenizer_sha256: SHA-256 of the tokenizer, as `Tokenizer.sha256`.
+        vocab_size: Number of tokens of the tokenizer.
+        dtype: Type of the stored ids.
+        train: The training tokens.
+        validation: The validation tokens.
         held_out: How the validation text was chosen.
         deduplicated: Whether exact duplicates were removed.
-        sources: Where the text came from.
-        licence: Of the text, as given or as the source states it; None where nothing is stated.
+        sources: Origin of the text.
+        licence: Licence of the text, as given or as the source states it; None if neither.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -117,7 +117,7 @@ class DatasetManifest(_Record):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The names of all files that a dataset with this manifest consists of."""
+        """The names of all files of a dataset with this manifest."""
         shards = (shard.file for shard in (*self.train.shards, *self.validation.shards))
         return (DATASET_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *shards)
 
@@ -127,12 +127,12 @@ class DatasetManifest(_Record):
 
 
 class DatasetReference(_Record):
-    """What a run holds in place of a dataset that lies elsewhere.
+    """A reference from a run to a dataset that lies elsewhere.
 
     Attributes:
-        format_version: As the manifest has it.
+        format_version: Format version of the dataset.
         dataset: Absolute path of the dataset.
-        manifest_sha256: Of its `dataset.json`, which in turn knows every file.
+        manifest_sha256: SHA-256 of its `dataset.json`, which lists every file.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -145,11 +145,11 @@ class Dataset:
     """An opened dataset.
 
     Attributes:
-        path: Where the token files lie.
-        manifest: What it says of itself.
-        tokenizer: The one that made the tokens.
-        train: The tokens trained on.
-        validation: The tokens measured on.
+        path: Directory of the token files.
+        manifest: The manifest.
+        tokenizer: The tokenizer of the tokens.
+        train: The training tokens.
+        validation: The validation tokens.
     """
 
     path: Path
@@ -160,7 +160,7 @@ class Dataset:
 
 
 def refer_to(path: Path) -> DatasetReference:
-    """Returns a reference to a dataset as it is now."""
+    """Returns a reference to a dataset in its current state."""
     path = path.resolve()
     return DatasetReference(dataset=str(path), manifest_sha256=sha256_file(path / DATASET_FILE))
 
@@ -169,7 +169,7 @@ def read_manifest(path: Path) -> DatasetManifest:
     """Reads a dataset's manifest.
 
     Raises:
-        SlmError: When the directory holds none, or it is damaged or of another version.
+        SlmError: When the directory has no manifest, or it is damaged or of another version.
     """
     if not is_dataset(path):
         raise SlmError(f"not a prepared dataset: {path} has no {DATASET_FILE}", _AGAIN)
@@ -177,11 +177,11 @@ def read_manifest(path: Path) -> DatasetManifest:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """Opens a dataset, or the one that a run's data directory refers to; its tokens stay on the disk.
+    """Opens a dataset, or the one that a run's data directory refers to. Its tokens stay on the disk.
 
     Raises:
-        SlmError: When a file is missing, truncated, not the one that the manifest lists, or of another tokenizer, or when
-            the dataset that is referred to is no longer the same.
+        SlmError: When a file is missing, truncated, not the one in the manifest, or of another tokenizer, or when the dataset
+            that a run refers to has changed.
     """
     if not is_dataset(path):
         raise SlmError(f"not a prepared dataset: {path} has no {DATASET_FILE}", _AGAIN)
@@ -196,17 +196,17 @@ def open_dataset(path: Path) -> Dataset:
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """Loads a dataset's own tokenizer, none of whose files leads out of the directory."""
+    """Loads a dataset's tokenizer; none of its files may be a link out of the directory."""
     for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE):
         member(path, name)
     return Tokenizer.load(path)
 
 
 def check_files(path: Path, manifest: DatasetManifest) -> None:
-    """Reads every token file whole and compares it with the manifest.
+    """Compares every token file with the manifest, byte for byte.
 
     Raises:
-        SlmError: When one is missing or was altered; it is named.
+        SlmError: When a file is missing or was altered; the message names it.
     """
     for shard in (*manifest.train.shards, *manifest.validation.shards):
         file = member(path, shard.file)
@@ -234,7 +234,7 @@ def _parse(kind: type[_RecordT], path: Path) -> _RecordT:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise SlmError(f"{file} is wrong: {first_mistake(error)}", "copy it again, or prepare the data anew") from None
+        raise SlmError(f"{file} is wrong: {first_mistake(error)}", "copy it again, or prepare the data again") from None
 
 
 def _followed(reference: DatasetReference) -> Path:
@@ -243,7 +243,8 @@ def _followed(reference: DatasetReference) -> Path:
         raise SlmError(f"the dataset that the run was started with is gone: {path}", "put it back where it was")
     if sha256_file(path / DATASET_FILE) != reference.manifest_sha256:
         raise SlmError(
-            f"the dataset is not the one that the run was started with: {path}", "put that one back, or start a new run"
+            f"the dataset is not the one that the run was started with: {path}",
+            "restore that dataset, or start a new run",
         )
     return path
 

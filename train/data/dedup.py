@@ -1,4 +1,4 @@
-"""Exact duplicates, found with little memory however many documents there are."""
+"""Detection of exact duplicates, with memory that does not grow with the number of documents."""
 
 import hashlib
 import sqlite3
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from slm.core.errors import SlmError
 
-# sqlite3's page cache, in KiB; what does not fit is on the disk.
+# Page cache of sqlite3, in KiB; the rest is on the disk.
 _CACHE_KIB = 64 << 10
 
 
 class Seen:
-    """The documents met so far, as hashes in a file. It is scratch: nothing of it outlives the command.
+    """The documents seen so far, as hashes in a temporary file.
 
-    Two documents are the same when their SHA-256 without the white space around them is.
+    Two documents are equal if their SHA-256 without surrounding white space is.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -24,10 +24,10 @@ class Seen:
         self.removed: Counter[str] = Counter()
 
     def first(self, documents: Iterable[str], split: str) -> Iterator[str]:
-        """Yields the documents that were not met before, in this split or another; counts the others in `removed`.
+        """Yields the documents that were not seen before, in any split, and counts the others in `removed`.
 
         Raises:
-            SlmError: When the file can take no more.
+            SlmError: When the file cannot be written.
         """
         for document in documents:
             digest = hashlib.sha256(document.strip().encode()).digest()
@@ -43,11 +43,11 @@ class Seen:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Seen]:
-    """Yields an empty `Seen` kept in a file, which is removed in the end."""
+    """Yields an empty `Seen` in a file, which is removed at the end."""
     file.unlink(missing_ok=True)
     try:
         with closing(sqlite3.connect(file, isolation_level=None)) as connection:
-            # No journal: a killed command's file is thrown away.
+            # No journal: the file of a killed command is discarded.
             for pragma in (
                 "journal_mode=OFF",
                 "synchronous=OFF",

@@ -1,11 +1,11 @@
-"""Encoding at scale: a tokenizer that remembers the words it has met.
+"""Encoding at scale: a tokenizer with a cache of words.
 
-Splitting a text by GPT-2's pattern takes the tokenizers library most of its time, and text repeats its words. So a text
-is cut where its pattern always cuts, and the ids of what is between are looked up; only what was not met before goes
-through the library. The pattern always cuts before a space that something else than white space follows, because it
-puts the space before it, and before white space that something else precedes. The ids are those of
-`Tokenizer.encode_literal`. That holds for byte-level BPE with GPT-2's pattern alone, which is what slm makes; with any
-other tokenizer whole documents go through the library.
+The tokenizers library spends most of its time splitting text by GPT-2's pattern, and words repeat. Text is therefore cut at
+places where the pattern always cuts, and the ids of the words between are looked up; only new words go through the library.
+The pattern always cuts before a space that is followed by something else than white space, because it attaches the space to
+what follows, and before white space that is preceded by something else. The ids equal those of `Tokenizer.encode_literal`.
+This holds only for byte-level BPE with GPT-2's pattern, which is what slm makes; with any other tokenizer whole documents go
+through the library.
 """
 
 import re
@@ -17,13 +17,13 @@ from slm.core.text.cuts import cuts_at_spaces
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.train.data.tokens import dtype_name, little_endian
 
-# Words remembered, by their characters: with Python's objects around them about ten times as many bytes.
+# Size of the cache in characters of words; with Python's objects it takes about ten times as many bytes.
 _MEMORY_CHARACTERS = 4 << 20
 
-# White space and what follows it, up to the next white space of ASCII. Python's \s holds all of the pattern's and four
-# control characters more, which here only make words longer.
+# White space and what follows it, up to the next ASCII white space. Python's \s covers all white space of the pattern and four
+# control characters more, which only make words longer here.
 _WORD = re.compile(r"\s*\S+(?:[^\S \t\n\r]\s*\S*)*|\s+")
-# A space that nothing but white space follows: looking words up by the spaces between them would be wrong there.
+# A space followed only by white space: looking up words by the spaces between them would be wrong there.
 _UNEVEN = re.compile(r" (?:\s|\Z)")
 
 
@@ -31,19 +31,19 @@ class Encoder:
     """Encodes pieces of documents into the bytes that a token file holds.
 
     Args:
-        tokenizer: Special tokens spelt in a text are only characters to it here.
+        tokenizer: The tokenizer; special tokens spelled in a text are encoded as plain characters.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._dtype = little_endian(dtype_name(tokenizer))
         self._cuts = cuts_at_spaces(tokenizer)
-        self._ids: dict[str, bytes] = {}  # of a text as it stands
-        self._ids_after_space: dict[str, bytes] = {}  # of a word with the space before it, which the key leaves out
+        self._ids: dict[str, bytes] = {}  # ids of a word as it stands
+        self._ids_after_space: dict[str, bytes] = {}  # ids of a word with a space before it, which the key leaves out
         self._characters = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Returns the ids of each text, as they are stored."""
+        """Returns the ids of each text, in the stored type."""
         if not self._cuts:
             return self._encode(texts)
         if self._characters > _MEMORY_CHARACTERS:
@@ -66,7 +66,7 @@ class Encoder:
         return encoded
 
     def _look_up(self, text: str) -> bytes:
-        # In an uneven text a word is empty or begins with white space, and no such key is ever made: a KeyError.
+        # In an uneven text a word is empty or begins with white space. No key does, so the lookup raises a KeyError.
         first, *words = text.split(" ")
         return self._ids[first] + b"".join(map(self._ids_after_space.__getitem__, words))
 
@@ -74,7 +74,7 @@ class Encoder:
         return b"".join(map(self._ids.__getitem__, _WORD.findall(text)))
 
     def _learn(self, even: Sequence[str], uneven: Sequence[str]) -> None:
-        """Encodes what was not met before."""
+        """Encodes the words that are not in the cache."""
         as_they_stand: set[str] = set()
         after_space: set[str] = set()
         for text in even:
@@ -87,7 +87,7 @@ class Encoder:
         after_space.difference_update(self._ids_after_space)
         new, spaced = list(as_they_stand), list(after_space)
         ids = self._encode([*new, *(f" {word}" for word in spaced)])
-        self._ids.update(zip(new, ids, strict=False))  # the first of them
+        self._ids.update(zip(new, ids, strict=False))  # the first part of the ids
         self._ids_after_space.update(zip(spaced, ids[len(new) :], strict=True))
         self._characters += sum(map(len, new)) + sum(map(len, spaced))
 
@@ -96,5 +96,5 @@ class Encoder:
 
 
 def end_of_text(tokenizer: Tokenizer) -> bytes:
-    """Returns the end of a document as it is stored."""
+    """Returns the end-of-text token in the stored type."""
     return np.array(tokenizer.token_id(END_OF_TEXT), dtype=little_endian(dtype_name(tokenizer))).tobytes()

@@ -8,25 +8,25 @@ from typing import Any
 from slm.core.errors import SlmError
 from slm.core.text.streams import DOCUMENT_BYTES, RAISE_LIMIT, size
 
-# What datasets call the split that they mean to be measured on.
+# Names of validation splits.
 _VALIDATION = ("validation", "valid", "val", "dev")
 _ROWS = 1024
-# Rows of a table that has more bytes are turned into texts one by one.
+# Rows of a table with more bytes are converted to text one by one.
 _AT_ONCE_BYTES = 16 << 20
 
 _OTHER_COLUMN = "--column NAME reads another column"
 
 
 class HubDataset:
-    """One split of a Hugging Face dataset to train on, and its own validation split if it has one.
+    """The training split of a Hugging Face dataset, and its validation split if it has one.
 
     Args:
         name: OWNER/NAME, or a local directory that `datasets.load_dataset` understands.
-        config: Which of its configurations; None takes the only one.
-        split: Which split to train on.
-        column: What the text is called.
+        config: Name of a configuration; None uses the only one.
+        split: Name of the training split.
+        column: Name of the column that holds the text.
         streaming: Whether to read it over the network each time instead of downloading it.
-        limit: Bytes of UTF-8 that a document may have.
+        limit: Maximum UTF-8 bytes of a document.
 
     Raises:
         SlmError: When it cannot be loaded, or has no such split or column.
@@ -47,14 +47,14 @@ class HubDataset:
         self.name = name
         self._column = column
         self._limit = limit
-        # Its five warnings about five retries say no more than the one error below.
+        # The five warnings about five retries add nothing to the error below.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         arguments: dict[str, Any] = ({} if config is None else {"name": config}) | (
             {"streaming": True} if streaming else {}
         )
         try:
             splits: Any = datasets.load_dataset(name, **arguments)
-        except Exception as error:  # whichever of datasets', huggingface_hub's and httpx's errors it is
+        except Exception as error:  # an error of datasets, huggingface_hub or httpx
             raise _not_loaded(name, error) from None
         if split not in splits:
             raise SlmError(
@@ -64,36 +64,36 @@ class HubDataset:
         validation = next((other for other in _VALIDATION if other in splits and other != split), None)
         self._validation = None if validation is None else splits[validation]
         for rows in (self._train, self._validation):
-            names = None if rows is None else rows.column_names  # None also of a stream that was not looked into
+            names = None if rows is None else rows.column_names  # None also for a stream that was not opened
             if names is not None and column not in names:
                 raise SlmError(f"{name} has no column {column!r}", f"{_OTHER_COLUMN}; there is {', '.join(names)}")
 
     @property
     def has_validation(self) -> bool:
-        """Whether it brings text to measure on."""
+        """Whether there is a validation split."""
         return self._validation is not None
 
     @property
     def licence(self) -> str | None:
-        """The licence that its card states."""
+        """The licence in the dataset's card."""
         return self._train.info.license or None
 
     @property
     def fingerprint(self) -> list[str | None]:
-        """What changes with the rows, as far as that is known before they are read."""
+        """Values that change with the rows, as far as they are known before reading them."""
         return [getattr(rows, "_fingerprint", None) for rows in (self._train, self._validation)]
 
     @property
     def rows(self) -> tuple[int | None, int | None]:
-        """How many rows there are to train on and to measure on, if known."""
+        """Number of training and of validation rows, if known."""
         return _length(self._train), _length(self._validation)
 
     def train(self) -> Iterator[str]:
-        """Yields the documents to train on."""
+        """Yields the training documents."""
         return self._documents(self._train)
 
     def validation(self) -> Iterator[str]:
-        """Yields the documents to measure on."""
+        """Yields the validation documents."""
         return self._documents(self._validation)
 
     def _documents(self, rows: Any) -> Iterator[str]:
@@ -107,7 +107,7 @@ class HubDataset:
                     yield document.strip("\r\n")
         except (SlmError, GeneratorExit):
             raise
-        except Exception as error:  # the network fails in the middle of a stream
+        except Exception as error:  # the network failed in the middle of a stream
             raise _not_loaded(self.name, error) from None
 
 
@@ -119,7 +119,7 @@ def _texts(rows: Any, column: str) -> Iterator[object]:
     if _length(rows) is None:  # a stream
         yield from (row.get(column) for row in rows)
         return
-    # A table at a time: rows one by one take longer than their tokens.
+    # One table at a time: reading rows one by one takes longer than tokenizing them.
     for table in rows.select_columns([column]).with_format("arrow").iter(_ROWS):
         texts = table.column(0)
         yield from texts.to_pylist() if texts.nbytes <= _AT_ONCE_BYTES else (text.as_py() for text in texts)

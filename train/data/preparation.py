@@ -1,4 +1,4 @@
-"""From a corpus to a dataset on the disk, in one go or after interruptions: the bytes are the same."""
+"""Writes a corpus as a dataset. The bytes are the same with and without interruptions."""
 
 import fcntl
 import hashlib
@@ -28,19 +28,19 @@ from slm.train.data.tokenizer import resolve_tokenizer
 from slm.train.data.tokens import dtype_name
 from slm.version import __version__
 
-# In the directory that is worked in, beside the dataset's own files.
+# In the work directory, besides the dataset's own files.
 _STATE_FILE = "preparation.json"
 _LOCK_FILE = "lock"
 _SEEN_FILE = "seen.sqlite3"
 
-# What `tokenizer_config.json` allows as long as there is no model: Gemma 3's. A run writes its own model's.
+# Maximum length in `tokenizer_config.json` as long as there is no model: Gemma 3's. A run writes that of its model.
 _MAX_LENGTH = 32_768
-# A vocabulary of some ten thousand tokens gains nothing from more text than this.
+# A vocabulary of about ten thousand tokens gains nothing from more text than this.
 _BPE_CHARACTERS = 64 << 20
 
 
 def beginning(documents: Documents) -> Iterator[str]:
-    """Yields as many of the first documents as a tokenizer is learned from."""
+    """Yields the first documents, as many as a tokenizer is learned from."""
     characters = 0
 
     def fits(document: str) -> bool:
@@ -62,26 +62,26 @@ def write_dataset(
     deduplicate: bool = False,
     licence: str | None = None,
 ) -> DatasetManifest:
-    """Writes a dataset's files; shards that lie there already are compared with the text and kept.
+    """Writes a dataset's files. Finished shards in the directory are compared with the text and kept.
 
     Args:
-        directory: Where to write.
+        directory: The directory.
         corpus: The text.
-        tokenizer: Encodes it; saved with it.
-        progress: Is told how it goes.
-        shard_tokens: A shard ends with the document that reaches so many; None writes one file a split.
-        workers: How many processes encode; the bytes do not depend on it.
-        deduplicate: Whether exact duplicates are removed, and training documents that occur in the validation text.
-        licence: Of the text; None takes what the source states.
+        tokenizer: The tokenizer; saved with the dataset.
+        progress: Receives progress and notes.
+        shard_tokens: A shard ends with the document that reaches this many tokens; None writes one file per split.
+        workers: Number of processes that encode; the bytes do not depend on it.
+        deduplicate: Whether to remove exact duplicates, and training documents that occur in the validation text.
+        licence: Licence of the text; None uses the one that the source states.
 
     Raises:
-        SlmError: When the text cannot be read or is not what finished shards were made from, or a worker is killed.
+        SlmError: When the text cannot be read, finished shards were made from another text, or a worker is killed.
     """
     if not (directory / TOKENIZER_FILE).is_file():
         tokenizer.save(directory)
     splits: dict[str, Split] = {}
     with dedup.opened(directory / _SEEN_FILE) if deduplicate else nullcontext() as seen:
-        # Validation text first: so what occurs in both is known when the training text streams by.
+        # Validation text first, so that its documents are known when the training text is read.
         for name, documents, total in (
             ("validation", corpus.validation, corpus.counts[1]),
             ("train", corpus.train, corpus.counts[0]),
@@ -128,24 +128,24 @@ def prepare_dataset(
     licence: str | None = None,
     overwrite: bool = False,
 ) -> DatasetManifest:
-    """Makes a dataset, going on where the same preparation was interrupted before.
+    """Creates a dataset, resuming where the same preparation was interrupted.
 
-    Until it is whole it lies in a hidden directory beside `out`.
+    Until it is complete it lies in a hidden directory beside `out`.
 
     Args:
         corpus: The text.
-        out: The directory to make; an empty one will do.
-        progress: Is told how it goes.
-        tokenizer: "gpt2", "bpe" to learn one from the text to train on, or a path to a `tokenizer.json`.
-        vocab_size: The vocabulary that "bpe" learns, special tokens included.
-        shard_tokens: A shard ends with the document that reaches so many.
-        workers: How many processes encode; the bytes do not depend on it.
-        deduplicate: Whether exact duplicates are removed.
-        licence: Of the text; None takes what the source states.
+        out: The directory to create; it may be empty.
+        progress: Receives progress and notes.
+        tokenizer: "gpt2", "bpe" to learn one from the training text, or a path to a `tokenizer.json`.
+        vocab_size: Number of tokens that "bpe" learns, including special tokens.
+        shard_tokens: A shard ends with the document that reaches this many tokens.
+        workers: Number of processes that encode; the bytes do not depend on it.
+        deduplicate: Whether to remove exact duplicates.
+        licence: Licence of the text; None uses the one that the source states.
         overwrite: Whether a dataset there may be replaced.
 
     Raises:
-        SlmError: When the directory is taken or being made, or anything about text, tokenizer or workers fails.
+        SlmError: When the directory is taken or in use, or text, tokenizer or workers fail.
     """
     out = out.resolve()
     check_out(out, overwrite=overwrite)
@@ -184,7 +184,7 @@ def prepare_dataset(
                 licence=licence,
             )
         except ChangedTextError:
-            (work / _STATE_FILE).unlink()  # so that the next time starts anew
+            (work / _STATE_FILE).unlink()  # so that the next call starts over
             raise
         _tidy(work, manifest)
         replace_directory(work, out)
@@ -192,7 +192,7 @@ def prepare_dataset(
 
 
 def check_out(out: Path, *, overwrite: bool = False) -> None:
-    """Makes sure that a dataset may be made at a path: nothing is there, an empty directory, or a dataset to replace.
+    """Checks that a dataset may be created at a path: nothing is there, an empty directory, or a dataset to replace.
 
     Raises:
         SlmError: When the path is taken or cannot be written to.
@@ -203,7 +203,7 @@ def check_out(out: Path, *, overwrite: bool = False) -> None:
 
 
 def _files_of(dataset: Path) -> tuple[str, ...]:
-    """Returns the files of a dataset; none of a damaged one, which is not replaced then."""
+    """Returns the files of a dataset; none for a damaged one, which is then not replaced."""
     try:
         return DatasetManifest.model_validate(read_json(dataset / DATASET_FILE, DATASET_FILE)).files
     except (SlmError, ValidationError):
@@ -211,17 +211,17 @@ def _files_of(dataset: Path) -> tuple[str, ...]:
 
 
 def _tokenizer_settings(choice: str) -> str:
-    """Returns the choice, of a file its contents."""
+    """Returns the choice of a tokenizer; for a file, its contents."""
     file = Path(choice) / TOKENIZER_FILE if Path(choice).is_dir() else Path(choice)
     return hashlib.sha256(file.read_bytes()).hexdigest() if choice not in ("gpt2", "bpe") and file.is_file() else choice
 
 
 @contextmanager
 def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
-    """Yields the directory beside `out` that is worked in, for this process alone; it stays when the block fails."""
+    """Locks and yields the work directory beside `out`, which stays if the block fails."""
     work = out.parent / f".{out.name}.unfinished"
     work.mkdir(parents=True, exist_ok=True)
-    with (work / _LOCK_FILE).open("w") as lock:  # the system lets go of it however the process ends
+    with (work / _LOCK_FILE).open("w") as lock:  # the system releases the lock however the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -230,14 +230,14 @@ def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
             yield work
         except BaseException:
             if any(path.suffix == ".bin" for path in work.iterdir()):
-                progress.note("what is finished is kept: the same command goes on with it")
+                progress.note("finished files are kept: the same command resumes")
             else:
                 shutil.rmtree(work, ignore_errors=True)
             raise
 
 
 def _go_on_or_start(work: Path, settings: dict[str, Any], progress: Progress) -> None:
-    """Leaves in the directory only what the same preparation made."""
+    """Removes everything from the directory unless the same preparation wrote it."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     state = {"settings_sha256": hashlib.sha256(text.encode()).hexdigest()}
     file = work / _STATE_FILE
@@ -251,14 +251,14 @@ def _go_on_or_start(work: Path, settings: dict[str, Any], progress: Progress) ->
         return
     left = [path for path in work.iterdir() if path.name not in (_LOCK_FILE, _STATE_FILE)]
     if left or found is not None:
-        progress.note("starting anew: what was begun there had other settings or another text")
-    file.unlink(missing_ok=True)  # first: what is left without it is never gone on with
+        progress.note("starting over: the unfinished dataset there has other settings or another text")
+    file.unlink(missing_ok=True)  # first: without it nothing in the directory is resumed
     _remove(left)
     write_text(file, json.dumps(state) + "\n")
 
 
 def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
-    """Saves a tokenizer so that its files are there whole or not at all; the one looked for comes last."""
+    """Saves a tokenizer whole or not at all; the file that marks it complete comes last."""
     scratch = work / "tokenizer.unfinished"
     scratch.mkdir(exist_ok=True)
     tokenizer.save(scratch)
@@ -268,7 +268,7 @@ def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
 
 
 def _tidy(work: Path, manifest: DatasetManifest) -> None:
-    """Removes what does not belong to the dataset."""
+    """Removes files that do not belong to the dataset."""
     _remove(path for path in work.iterdir() if path.name not in manifest.files)
 
 

@@ -1,4 +1,4 @@
-"""Shards: one split's text as token files of about the same length, each of them whole or not there."""
+"""Shards: the text of one split as token files of about the same length, each whole or absent."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.train.data.tokens import TokenFileWriter, TokenHeader, dtype_name, little_endian, read_header
 from slm.train.data.workers import Piece, encoded
 
-# How often the progress is told of documents that are only compared.
+# Interval, in documents, of progress updates while documents are only compared.
 _KEPT_AT_ONCE = 10_000
 
 
@@ -23,13 +23,13 @@ class Shard(BaseModel):
     """One token file of a dataset.
 
     Attributes:
-        file: Its name in the dataset's directory.
-        bytes: Its size.
-        sha256: Of the file.
-        tokens: Number of ids, the end-of-text after every document included.
+        file: Name in the dataset's directory.
+        bytes: Size of the file.
+        sha256: SHA-256 of the file.
+        tokens: Number of ids, including the end-of-text after every document.
         documents: Number of documents.
         text_bytes: UTF-8 bytes of the documents.
-        text_sha256: Of the documents, each followed by a zero byte.
+        text_sha256: SHA-256 of the documents, each followed by a zero byte.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,16 +44,16 @@ class Shard(BaseModel):
 
 
 class ChangedTextError(SlmError):
-    """The text is not what finished shards were made from."""
+    """Finished shards were made from another text."""
 
 
 def shard_file(split: str, number: int | None) -> str:
-    """Returns the name of a token file; a split that is never divided has a single one without a number."""
+    """Returns the name of a token file. The only file of an undivided split has no number."""
     return f"{split}.bin" if number is None else f"{split}-{number:05}.bin"
 
 
 def finished_shards(directory: Path, split: str, tokenizer: Tokenizer) -> list[TokenHeader]:
-    """Returns the headers of the shards that lie whole in a directory, from the first on; one that is damaged is none."""
+    """Returns the headers of the complete shards in a directory, from the first up to one that is missing or damaged."""
     headers: list[TokenHeader] = []
     with suppress(SlmError):
         while True:
@@ -72,18 +72,18 @@ def write_shards(
     workers: int = 1,
     total: int | None = None,
 ) -> tuple[tuple[Shard, ...], str]:
-    """Writes a split; the same text gives the same bytes.
+    """Writes a split. The same text gives the same bytes.
 
-    Shards that lie in the directory already are kept: their documents are read again and compared, not encoded.
+    Finished shards in the directory are kept: their documents are read again and compared, not encoded.
 
     Args:
-        directory: Where to write; holds the tokenizer.
-        split: What the documents are: "train" or "validation".
-        documents: Texts; special tokens spelt in them are only characters.
-        tokenizer: Encodes them.
-        progress: Is told how many documents are done.
-        shard_tokens: A shard ends with the document that reaches so many; None writes one file.
-        workers: How many processes encode.
+        directory: The directory, which holds the tokenizer.
+        split: "train" or "validation".
+        documents: The texts; special tokens spelled in them are encoded as plain characters.
+        tokenizer: The tokenizer.
+        progress: Receives the number of documents done.
+        shard_tokens: A shard ends with the document that reaches this many tokens; None writes one file.
+        workers: Number of processes that encode.
         total: Number of documents, if known.
 
     Returns:
@@ -98,7 +98,7 @@ def write_shards(
     try:
         for header in [] if shard_tokens is None else finished_shards(directory, split, tokenizer):
             writer.keep(header, documents, progress)
-        # Closed here and now, whatever happens: the workers end with it.
+        # Closed at once in any case, because the workers end with it.
         with closing(encoded(documents, tokenizer, directory / TOKENIZER_FILE, workers)) as batches:
             for batch in batches:
                 writer.add(batch)
@@ -109,12 +109,14 @@ def write_shards(
         progress.finish()
     if not writer.shards:
         hint = "give more text" if split == "train" else "name validation text with --val"
-        raise SlmError(f"there is no {split} text", f"{hint}; --dedup also removes what is in both")
+        raise SlmError(
+            f"there is no {split} text", f"{hint}; --dedup also removes training text that is validation text"
+        )
     return tuple(writer.shards), writer.text.hexdigest()
 
 
 class _Writer:
-    """The shards so far and the one in the making."""
+    """The finished shards and the current one."""
 
     def __init__(self, directory: Path, split: str, tokenizer: Tokenizer, shard_tokens: int | None) -> None:
         self._directory = directory
@@ -136,7 +138,7 @@ class _Writer:
         return self._file.with_name(f".{self._file.name}.unfinished")
 
     def keep(self, header: TokenHeader, documents: Iterator[str], progress: Progress) -> None:
-        """Passes over the documents of a finished shard, if they are still the same."""
+        """Skips the documents of a finished shard after checking that they are the same."""
         text, count = hashlib.sha256(), 0
         for part in first_documents(documents, header.documents):
             ends = not isinstance(part, Beginning)
@@ -148,13 +150,11 @@ class _Writer:
                 progress.advance(_KEPT_AT_ONCE)
         progress.advance(count % _KEPT_AT_ONCE)
         if text.hexdigest() != header.text_sha256:
-            raise ChangedTextError(
-                f"the text is no longer what {self._file.name} was made from", "the same command starts anew now"
-            )
+            raise ChangedTextError(f"{self._file.name} was made from another text", "the same command starts over now")
         self._append(header)
 
     def add(self, batch: list[tuple[Piece, bytes]]) -> None:
-        """Appends pieces, ending a shard wherever it is due."""
+        """Appends pieces, and ends shards that are full."""
         first = 0
         tokens = self._open().tokens
         for index, (piece, ids) in enumerate(batch, 1):
@@ -167,7 +167,7 @@ class _Writer:
             self._append_pieces(batch[first:])
 
     def _open(self) -> TokenFileWriter:
-        """Returns the shard in the making, a new one where there is none."""
+        """Returns the current shard; opens a new one if there is none."""
         if self._current is None:
             self._current = TokenFileWriter(self._unfinished, dtype_name(self._tokenizer), self._tokenizer.sha256)
         return self._current
@@ -178,7 +178,7 @@ class _Writer:
         self.text.update(text)
 
     def finish(self) -> None:
-        """Ends the shard in the making, if there is one."""
+        """Ends the current shard, if any."""
         if self._current is not None:
             header = self._current.close()
             self._unfinished.rename(self._file)
@@ -186,7 +186,7 @@ class _Writer:
             self._append(header)
 
     def abandon(self) -> None:
-        """Removes the shard in the making, if there is one."""
+        """Removes the current shard, if any."""
         if self._current is not None:
             self._current.abandon()
             self._unfinished.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Making tokenizers: GPT-2's byte-pair encoding through tiktoken, or one learned from the user's own text."""
+"""Tokenizers: GPT-2's byte-pair encoding through tiktoken, or one learned from the user's text."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from slm.core.errors import SlmError
 from slm.core.text.cuts import cuts_at_spaces
 from slm.core.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, TOKENIZER_FILE, Tokenizer
 
-# Of GPT-2's tokens in their order, spelt as byte-level vocabularies spell them, with line breaks between.
+# SHA-256 of GPT-2's tokens in order, in the spelling of byte-level vocabularies, separated by line breaks.
 _GPT2_TOKENS_SHA256 = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
 
 
@@ -20,13 +20,13 @@ def resolve_tokenizer(choice: str, texts: Iterable[str], vocab_size: int, max_le
     """Returns the tokenizer that a recipe or `--tokenizer` asks for.
 
     Args:
-        choice: "gpt2", "bpe" to learn one from `texts`, or a path to a `tokenizer.json`.
-        texts: Documents to learn from; read only for "bpe".
+        choice: "gpt2", "bpe" to learn one from `texts`, or the path of a `tokenizer.json`.
+        texts: Documents to learn from; only "bpe" reads them.
         vocab_size: The model's vocabulary, special tokens included.
         max_length: The longest context, in tokens.
 
     Raises:
-        SlmError: When GPT-2's files cannot be had, or the vocabulary does not fit the model.
+        SlmError: When GPT-2's files are not available, or the vocabulary does not fit the model.
     """
     if choice == "gpt2":
         tokenizer = gpt2(max_length)
@@ -39,10 +39,10 @@ def resolve_tokenizer(choice: str, texts: Iterable[str], vocab_size: int, max_le
 
 
 def is_choice(choice: str, tokenizer: Tokenizer, max_length: int) -> bool:
-    """Says whether a tokenizer is what a recipe or `--tokenizer` asks for; "bpe" asks for none in particular.
+    """Returns whether a tokenizer is the one that a recipe or `--tokenizer` asks for; any tokenizer satisfies "bpe".
 
     Raises:
-        SlmError: When the file that is asked for cannot be read.
+        SlmError: When the file of the tokenizer cannot be read.
     """
     if choice == "bpe":
         return True
@@ -50,7 +50,7 @@ def is_choice(choice: str, tokenizer: Tokenizer, max_length: int) -> bool:
 
 
 def is_gpt2(tokenizer: Tokenizer) -> bool:
-    """Says whether a tokenizer is the one that `gpt2` makes; GPT-2's files are not needed for that."""
+    """Returns whether a tokenizer is GPT-2's, without its files."""
     tokens = tokenizer.backend.get_vocab(with_added_tokens=False)
     text = "\n".join(sorted(tokens, key=tokens.__getitem__))
     added = tokenizer.vocab_size - len(tokens)
@@ -59,7 +59,7 @@ def is_gpt2(tokenizer: Tokenizer) -> bool:
 
 
 def check_vocabulary(tokens: int, vocab_size: int) -> None:
-    """Makes sure that a tokenizer's ids fit a model.
+    """Checks that a tokenizer's ids fit a model.
 
     Raises:
         SlmError: When they do not.
@@ -72,12 +72,12 @@ def check_vocabulary(tokens: int, vocab_size: int) -> None:
 
 
 def vocabulary_for(tokens: int) -> str:
-    """Returns what to `--set` for a model to have room for so many tokens: a multiple of 64, which products like."""
+    """Returns the `--set` value of a vocabulary with room for a number of tokens: a multiple of 64, for fast products."""
     return f"model.vocab_size={-(-tokens // 64) * 64}"
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:
-    """Learns a byte-level BPE (arXiv:1508.07909) of exactly `vocab_size` tokens or fewer if the text has no more pairs."""
+    """Learns a byte-level BPE (arXiv:1508.07909) of `vocab_size` tokens, or fewer if the text has no more pairs."""
     backend = Backend(models.BPE())
     _byte_level(backend)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -92,16 +92,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokeniz
 
 
 def gpt2(max_length: int) -> Tokenizer:
-    """Returns GPT-2's 50,257 tokens with the turn tokens after them.
+    """Returns GPT-2's 50,257 tokens followed by the turn tokens.
 
     Raises:
-        SlmError: When tiktoken has them neither in its cache nor over the network.
+        SlmError: When tiktoken finds them neither in its cache nor over the network.
     """
     import tiktoken
 
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # requests' and urllib3's errors, whichever tiktoken happens to use
+    except Exception as error:  # an error of requests or urllib3, whichever tiktoken uses
         raise SlmError(
             f"GPT-2's vocabulary could not be downloaded ({type(error).__name__})",
             "point TIKTOKEN_CACHE_DIR at a directory that holds it, use --tokenizer FILE, or --tokenizer bpe to learn one",
@@ -111,7 +111,7 @@ def gpt2(max_length: int) -> Tokenizer:
 
 
 def from_file(path: Path, max_length: int) -> Tokenizer:
-    """Loads a `tokenizer.json` and reserves the turn tokens in it if it lacks them.
+    """Loads a `tokenizer.json`, and adds the turn tokens if it lacks them.
 
     Raises:
         SlmError: When it is missing or not a tokenizer.
@@ -128,8 +128,7 @@ def from_file(path: Path, max_length: int) -> Tokenizer:
 def _from_ranks(ranks: Mapping[bytes, int], pattern: str) -> Backend:
     """Turns tiktoken's ranks into a BPE model.
 
-    A token's rank is the order of its merge; the pair that was merged is what encoding the token with the merges before it
-    leaves.
+    A token's rank is the order of its merge. Encoding the token with the earlier merges leaves the pair that was merged.
     """
     to_text = _byte_to_text()
     vocabulary = {"".join(to_text[b] for b in token): rank for token, rank in ranks.items()}
@@ -172,7 +171,7 @@ def _byte_level(backend: Backend, pattern: str | None = None) -> None:
 
 
 def _finished(backend: Backend, max_length: int) -> Tokenizer:
-    """Adds the special tokens that are not there yet and puts end-of-text, which also begins a text, before every prompt."""
+    """Adds missing special tokens, and a rule that puts end-of-text, which also begins a text, before every prompt."""
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     end_of_text = backend.token_to_id(END_OF_TEXT)
     backend.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""Token files: text as one stream of ids on disk, in one file or in many, read through memory maps.
+"""Token files: text as one stream of ids on disk, in one or more files, read through memory maps.
 
 offset 0     magic, 8 bytes; the last one is the version of the format
 offset 8     header, a JSON object in UTF-8, padded with spaces
@@ -26,19 +26,19 @@ DtypeName = Literal["uint16", "uint32"]
 _MAGIC = b"SLMTOK\x00\x01"
 _START = 1024  # a multiple of a cache line and of every dtype
 
-_AGAIN = "copy it again from where it was made, or prepare the data anew"
+_AGAIN = "copy it again, or prepare the data again"
 
 
 class TokenHeader(BaseModel):
-    """What a token file says of itself.
+    """The header of a token file.
 
     Attributes:
-        dtype: Of the ids: uint16 where the vocabulary fits.
-        tokens: Number of ids, the end-of-text after every document included.
+        dtype: Type of the ids: uint16 if the vocabulary fits.
+        tokens: Number of ids, including the end-of-text after every document.
         documents: Number of documents.
-        text_bytes: UTF-8 bytes of the documents; with `tokens` they turn nats a token into bits a byte.
-        text_sha256: Of the documents, each followed by a zero byte.
-        tokenizer_sha256: Of the tokenizer, as `Tokenizer.sha256`.
+        text_bytes: UTF-8 bytes of the documents, which convert nats per token to bits per byte.
+        text_sha256: SHA-256 of the documents, each followed by a zero byte.
+        tokenizer_sha256: SHA-256 of the tokenizer, as `Tokenizer.sha256`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,7 +52,7 @@ class TokenHeader(BaseModel):
 
 
 class TokenIds:
-    """The ids of one token file or of several in a row, mapped and read only: `len(ids)`, `ids[start:stop]`.
+    """The ids of one or more token files, mapped and read-only: `len(ids)`, `ids[start:stop]`.
 
     Args:
         files: The ids of each file, (tokens,).
@@ -66,7 +66,7 @@ class TokenIds:
         return self._ends[-1]
 
     def __getitem__(self, where: slice) -> NDArray[np.unsignedinteger]:
-        """Returns the ids of a slice of step 1, (n,): a view into the map where one file holds them all."""
+        """Returns the ids of a slice of step 1, (n,): a view into the map if they lie in one file."""
         start, stop, step = where.indices(len(self))
         assert step == 1
         parts = []
@@ -86,7 +86,7 @@ class Tokens:
     """Opened token files that are one stream.
 
     Attributes:
-        header: What they say of themselves, added up.
+        header: The sum of their headers.
         ids: All ids.
     """
 
@@ -95,7 +95,7 @@ class Tokens:
 
 
 def dtype_name(tokenizer: Tokenizer) -> DtypeName:
-    """Returns what the ids of a tokenizer are stored as."""
+    """Returns the stored type of a tokenizer's ids."""
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
@@ -105,12 +105,12 @@ def little_endian(dtype: str) -> np.dtype[np.unsignedinteger]:
 
 
 class TokenFileWriter:
-    """Writes one token file. What it is named to in the end is the caller's affair: until `close` it is not valid.
+    """Writes one token file, which is not valid until `close`. Renaming it to its final name is up to the caller.
 
     Args:
-        file: The file to make.
-        dtype: Of the ids.
-        tokenizer_sha256: Of the tokenizer that makes them.
+        file: The file to create.
+        dtype: Type of the ids.
+        tokenizer_sha256: SHA-256 of the tokenizer.
     """
 
     def __init__(self, file: Path, dtype: DtypeName, tokenizer_sha256: str) -> None:
@@ -124,12 +124,12 @@ class TokenFileWriter:
         self._out.write(bytes(_START))
 
     def add(self, text: bytes, ids: bytes, documents: int) -> None:
-        """Appends what documents end in, of which the first may have begun and the last may go on elsewhere.
+        """Appends text; its first document may have begun before, and its last may continue in the next call.
 
         Args:
-            text: In UTF-8, a zero byte after every document that ends.
-            ids: As they are stored, end-of-text after every document that ends.
-            documents: How many end.
+            text: UTF-8 text, with a zero byte after every document that ends.
+            ids: Ids in the stored type, with end-of-text after every document that ends.
+            documents: Number of documents that end.
         """
         self._out.write(ids)
         self._digest.update(text)
@@ -138,7 +138,7 @@ class TokenFileWriter:
         self.tokens += len(ids) // self._itemsize
 
     def close(self) -> TokenHeader:
-        """Writes the header and waits until all of it is on the disk."""
+        """Writes the header, and waits until the file is on the disk."""
         header = TokenHeader(
             dtype=self._dtype,
             tokens=self.tokens,
@@ -155,12 +155,12 @@ class TokenFileWriter:
         return header
 
     def abandon(self) -> None:
-        """Closes a file that nobody will want."""
+        """Closes a file that is to be discarded."""
         self._out.close()
 
 
 def read_header(file: Path, tokenizer_sha256: str) -> TokenHeader:
-    """Reads what a token file says of itself and checks its size against it.
+    """Reads the header of a token file and checks the file's size.
 
     Raises:
         SlmError: When the file is missing, damaged, truncated, or was made with another tokenizer.
@@ -184,8 +184,8 @@ def read_header(file: Path, tokenizer_sha256: str) -> TokenHeader:
 
 
 def map_ids(file: Path, header: TokenHeader) -> NDArray[np.unsignedinteger]:
-    """Maps the ids of a token file whose header was read; (tokens,), read only."""
-    # A plain array over the map: slices of np.memmap itself cost microseconds each.
+    """Maps the ids of a token file whose header was read: (tokens,), read-only."""
+    # A plain array over the map: each slice of an np.memmap costs microseconds.
     mapped = np.memmap(file, dtype=little_endian(header.dtype), mode="r", offset=_START, shape=(header.tokens,))
     return np.asarray(mapped)
 

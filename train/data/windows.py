@@ -1,4 +1,4 @@
-"""Windows of a token stream to train on; those that are measured on are in `slm.core.windows`.
+"""Training windows of a token stream; `slm.core.windows` has those of evaluations.
 
 Dimensions: B windows, T positions.
 """
@@ -17,9 +17,9 @@ Ids = NDArray[np.unsignedinteger] | TokenIds
 
 
 def random_starts(length: int, batch_size: int, context: int, seed: int, micro_step: int) -> NDArray[np.int64]:
-    """Returns where the windows of a micro-step begin, uniform over every place where a window and its targets fit.
+    """Returns the starts of a micro-step's windows, uniform over all positions at which a window and its targets fit.
 
-    They follow from the seed and the number of the micro-step alone: going on with a run needs no generator's state.
+    They follow from the seed and the number of the micro-step alone: resuming a run needs no generator state.
 
     Args:
         length: Tokens of the stream, more than `context`.
@@ -32,11 +32,10 @@ def random_starts(length: int, batch_size: int, context: int, seed: int, micro_s
 
 
 def packed_starts(length: int, batch_size: int, context: int, seed: int, micro_step: int) -> NDArray[np.int64]:
-    """Returns where the rows of a micro-step begin when every epoch goes through the whole stream once.
+    """Returns the starts of a micro-step's rows when every epoch reads the whole stream once.
 
-    An epoch cuts the stream into rows of `context` tokens, from an offset of its own so that no two epochs cut alike, and
-    takes them in an order of its own; a micro-step may end one epoch and begin the next. As above, everything follows from
-    the seed and the number.
+    Each epoch cuts the stream into rows of `context` tokens, starting at a random offset, and reads them in a random order. A
+    micro-step may end one epoch and begin the next. Everything follows from the seed and the number of the micro-step.
 
     Args:
         length: Tokens of the stream, more than `context`.
@@ -45,9 +44,9 @@ def packed_starts(length: int, batch_size: int, context: int, seed: int, micro_s
         seed: The run's seed.
         micro_step: Number of the micro-step, from 0.
     """
-    rows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the offset may be anything up to a row
+    rows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the offset can be any number up to a row
     numbers = np.arange(micro_step * batch_size, (micro_step + 1) * batch_size)
-    offsets = length - context * rows  # so many leave a target after the last row
+    offsets = length - context * rows  # these offsets leave a target after the last row
     starts = np.empty(batch_size, np.int64)
     for epoch in range(numbers[0] // rows, numbers[-1] // rows + 1):
         mine = numbers // rows == epoch
@@ -56,7 +55,7 @@ def packed_starts(length: int, batch_size: int, context: int, seed: int, micro_s
     return starts
 
 
-@lru_cache(maxsize=2)  # a micro-step sees two epochs at most, and the next one the same
+@lru_cache(maxsize=2)  # a micro-step spans at most two epochs, and the next one needs the same two
 def _epoch(seed: int, epoch: int, rows: int, offsets: int) -> tuple[int, NDArray[np.int64]]:
     random = np.random.default_rng([seed, epoch])
     return int(random.integers(0, offsets)), random.permutation(rows)

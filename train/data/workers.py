@@ -1,7 +1,7 @@
-"""Tokenizing on several cores: processes that read text and write ids through pipes, in the order of the text.
+"""Tokenization on several cores: processes that read text and write ids through pipes, in the order of the text.
 
-A worker runs `work`, below. It ends when its input does, so that none outlives the command,
-however that ends. Both directions carry the same frames: the number of parts, the length of each, the parts.
+A worker runs `work`, below. It ends when its input ends, so that no worker outlives the command, however the command ends. Both
+directions carry the same frames: the number of parts, the length of each part, the parts.
 """
 
 import os
@@ -27,20 +27,20 @@ from slm.core.text.streams import RAISE_LIMIT
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.train.data.encoder import Encoder, end_of_text
 
-# Text that one worker encodes at once: enough that the pipes do not matter.
+# Size of a batch: large enough that the pipes do not matter.
 _BATCH_CHARACTERS = 1 << 20
-# Text of no more batches than this is done before workers have started and met its words.
+# A text of at most this many batches is done before workers have started and filled their caches.
 _WORTH_WORKERS = 32
 _PIPE_BYTES = 1 << 20
 _LENGTH = np.dtype("<u8")
 
 
 class Piece(NamedTuple):
-    """A document or a part of one.
+    """A document, or a part of one.
 
     Attributes:
-        text: In UTF-8.
-        ends: Whether the document ends with it.
+        text: The text, in UTF-8.
+        ends: Whether the document ends with this piece.
     """
 
     text: bytes
@@ -50,16 +50,16 @@ class Piece(NamedTuple):
 def encoded(
     documents: Iterable[str], tokenizer: Tokenizer, file: Path, workers: int
 ) -> Generator[list[tuple[Piece, bytes]]]:
-    """Yields batches of pieces with their ids as they are stored, end-of-text after every document; in order.
+    """Yields batches of pieces with their ids in the stored type, in order, with end-of-text after every document.
 
-    At most two batches a worker are held at any time, and at the start as many as show whether workers pay. What is yielded
-    does not depend on `workers`, save for who did it.
+    At most two batches per worker are in memory, and at the start as many as it takes to decide whether workers pay. The
+    result does not depend on `workers`.
 
     Args:
         documents: The texts.
-        tokenizer: Encodes them.
-        file: The tokenizer's `tokenizer.json`, for the workers to read.
-        workers: How many processes; 1 encodes in this one, as do any for text that is not worth them.
+        tokenizer: The tokenizer.
+        file: The tokenizer's `tokenizer.json`, which the workers read.
+        workers: Number of processes; 1 encodes in this process, and so does any number for a short text.
 
     Raises:
         SlmError: When a worker is killed.
@@ -85,7 +85,7 @@ def encoded(
 
 
 def _popped(batches: list[list[Piece]]) -> Iterator[list[Piece]]:
-    """Yields the batches and lets go of each."""
+    """Yields the batches, and drops the reference to each."""
     batches.reverse()
     while batches:
         yield batches.pop()
@@ -122,7 +122,7 @@ def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[Piece]]:
 
 
 class _Pool:
-    """Worker processes, and a thread for each that waits for it."""
+    """Worker processes, each with a thread that waits for it."""
 
     def __init__(self, file: Path, workers: int) -> None:
         self._threads = ThreadPoolExecutor(workers)
@@ -138,7 +138,7 @@ class _Pool:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     pipesize=_PIPE_BYTES,
-                    start_new_session=True,  # Ctrl-C is for the command, which ends its workers
+                    start_new_session=True,  # the command handles Ctrl-C and ends its workers
                 )
                 self._processes.append(process)
                 self._idle.put(process)
@@ -147,7 +147,7 @@ class _Pool:
             raise
 
     def encode(self, texts: list[bytes]) -> "Future[list[bytes]]":
-        """Gives texts to whichever worker is free first."""
+        """Gives each batch to the first free worker."""
         return self._threads.submit(self._ask, texts)
 
     def _ask(self, texts: list[bytes]) -> list[bytes]:
@@ -156,7 +156,7 @@ class _Pool:
         try:
             _send(process.stdin, texts)
             ids = _receive(process.stdout)
-        except OSError:  # nobody reads any more
+        except OSError:  # the reader is gone
             ids = None
         self._idle.put(process)
         if ids is None:
@@ -165,12 +165,12 @@ class _Pool:
 
     def _end(self) -> None:
         for process in self._processes:
-            process.kill()  # which also wakes the thread that waits for it
+            process.kill()  # this also wakes the thread that waits for it
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
-                with suppress(OSError):  # what was not written yet has nowhere to go
+                with suppress(OSError):  # discards what was not written yet
                     pipe.close()
             process.wait()
 
@@ -197,7 +197,7 @@ def _send(stream: IO[bytes], parts: list[bytes]) -> None:
 
 
 def _receive(stream: IO[bytes]) -> list[bytes] | None:
-    """Reads a frame; None where the stream ends before it does."""
+    """Reads a frame. Returns None if the stream ends within it."""
     start = stream.read(_LENGTH.itemsize)
     if len(start) < _LENGTH.itemsize:
         return None
@@ -214,11 +214,11 @@ def _receive(stream: IO[bytes]) -> list[bytes] | None:
 
 
 def work() -> None:
-    """Is a worker: encodes with the tokenizer that its argument names until its input ends."""
+    """Runs a worker: encodes with the tokenizer that its argument names until its input ends."""
     encoder = Encoder(Tokenizer.load(Path(sys.argv[1])))
     while (texts := _receive(sys.stdin.buffer)) is not None:
         try:
             _send(sys.stdout.buffer, encoder.encode([text.decode() for text in texts]))
-        except BrokenPipeError:  # the command is gone
+        except BrokenPipeError:  # the command has ended
             break
-    os._exit(0)  # without flushing into a closed pipe
+    os._exit(0)  # exits without flushing into a closed pipe

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from slm.core.sample.lexicon import (
+from slm.train.stories.lexicon import (
     ANIMAL,
     CHILD,
     ELDERS,

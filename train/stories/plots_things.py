@@ -1,6 +1,6 @@
 """Plots about things and about growing up. The grammar's docstring explains the text."""
 
-from slm.core.sample.grammar import Plot
+from slm.train.stories.grammar import Plot
 
 LOST = Plot(
     name="lost",

@@ -4,7 +4,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from slm.core.sample.grammar import Plot, draw, expand, fill, narrate, pick, shuffled
+from slm.train.stories.grammar import Plot, draw, expand, fill, narrate, pick, shuffled
 
 MAX_SENTENCES = 4
 _SENTENCE_END = re.compile(r'[.!?]"?(?= [A-Z"]|$)')

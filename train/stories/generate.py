@@ -1,4 +1,4 @@
-"""Write the sample files: `python -m slm.core.sample.generate [--out DIR] [--seed N]`.
+"""Write the sample files: `python -m slm.train.stories.generate [--out DIR] [--seed N]`.
 
 The default seed writes the files that ship, byte for byte; a test holds it to that.
 """
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slm.core import sample
-from slm.core.sample import plots_friends, plots_things
-from slm.core.sample.grammar import Plot, Story, shuffled, tell
-from slm.core.sample.pairs import Pair, make_pairs
+from slm.train.stories import plots_friends, plots_things
+from slm.train.stories.grammar import Plot, Story, shuffled, tell
+from slm.train.stories.pairs import Pair, make_pairs
 
 SEED = 7
 TRAIN_BYTES = 440_000

@@ -1,6 +1,6 @@
 """Plots about others, near and far from home. The grammar's docstring explains the text."""
 
-from slm.core.sample.grammar import Plot
+from slm.train.stories.grammar import Plot
 
 QUARREL = Plot(
     name="quarrel",

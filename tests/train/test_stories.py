@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from slm.core import sample
-from slm.core.sample import generate
-from slm.core.sample.grammar import MAX_WORDS, MIN_WORDS, Story, article, draw, expand, narrate, pick, shuffled
-from slm.core.sample.pairs import MAX_SENTENCES, make_pairs
+from slm.train.stories import generate
+from slm.train.stories.grammar import MAX_WORDS, MIN_WORDS, Story, article, draw, expand, narrate, pick, shuffled
+from slm.train.stories.pairs import MAX_SENTENCES, make_pairs
 
 FILES = (sample.stories_path(), sample.validation_path(), sample.pairs_path())
 

@@ -1,0 +1,245 @@
+"""The weights that fine-tuning trains: batches by number, updates with AdamW, evaluation, and the epoch that is kept."""
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from slm.core.errors import SlmError
+from slm.core.nn import CausalLM
+from slm.finetune.adapter import TunableLM
+from slm.finetune.batches import Batch, Packed, batch_loss, epoch_batches, mean_loss
+from slm.finetune.examples import Example
+from slm.finetune.settings import FinetuneSettings
+from slm.finetune.state import START_OVER, Standing, State
+from slm.train.evaluate import Check
+from slm.train.learner import Learner
+from slm.train.metrics import Row
+from slm.train.optimizer import Optimizers
+from slm.train.precision import Precision, restore_scaler
+from slm.train.schedule import learning_rate
+
+# Share of the updates in which the rate rises to its peak; it then falls to 0 along a cosine.
+WARMUP = 0.05
+_BETAS = (0.9, 0.999)
+# An adapter starts as no change at all, and decay would only pull it back there; a whole model starts as a good one.
+_WEIGHT_DECAY = 0.0
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model on its device, as it is before the first update.
+
+    Attributes:
+        model: The model.
+        parameters: The parameters that are trained, by their names in the file that is written.
+    """
+
+    model: TunableLM | CausalLM
+    parameters: Mapping[str, nn.Parameter]
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Returns names and parameters."""
+        return self.parameters.items()
+
+
+@dataclass(frozen=True)
+class Material:
+    """The rows of a run.
+
+    Attributes:
+        rows: The rows to train on, each of one example or of several that are packed.
+        measured: The examples on which the loss is measured.
+        loss_name: Name of that loss in messages.
+    """
+
+    rows: Sequence[Packed]
+    measured: Sequence[Example]
+    loss_name: str = "held-out loss"
+
+
+class _Objective(nn.Module):
+    """A model and its loss on a batch as one module, which is what `Learner` takes."""
+
+    def __init__(self, model: TunableLM | CausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return batch_loss(self.model, batch)
+
+
+class Fit:
+    """The weights of a run, its position, and the weights of the epoch that is kept."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        material: Material,
+        settings: FinetuneSettings,
+        precision: Precision,
+        standing: Standing,
+    ) -> None:
+        """Prepares the first update.
+
+        Args:
+            trainable: The model.
+            material: The rows.
+            settings: Resolved hyperparameters.
+            precision: The type of the products.
+            standing: The position of a run that has not begun.
+        """
+        assert settings.epochs is not None and settings.learning_rate is not None
+        self.standing = standing
+        self.material = material
+        self.epochs = settings.epochs
+        self.updates_per_epoch = math.ceil(len(material.rows) / settings.batch_size)
+        self.updates = self.epochs * self.updates_per_epoch
+        self.kept: dict[str, Tensor] = {}
+        self._trainable, self._settings, self._autocast = trainable, settings, precision.autocast
+        group = {"params": list(trainable.parameters.values()), "weight_decay": _WEIGHT_DECAY, "rate": 1.0}
+        self._learner = Learner(
+            _Objective(trainable.model),
+            Optimizers([torch.optim.AdamW([group], betas=_BETAS, fused=True)]),
+            batch=self._inputs,
+            # One update more than there are, so that the last one is not made at a rate of 0.
+            rate=partial(
+                learning_rate,
+                peak=settings.learning_rate,
+                final=0.0,
+                start=0.0,
+                warmup=round(WARMUP * self.updates),
+                total=self.updates + 1,
+            ),
+            precision=precision,
+            accumulation=1,
+            max_grad_norm=settings.max_grad_norm,
+            trained=trainable.parameters.values(),
+        )
+        self._batches: tuple[int, list[Batch]] = (0, [])
+
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights are kept, from 1; 0 before the first."""
+        if self._settings.keep == "best":
+            return self.standing.best_epoch
+        epoch: int = self.standing.evaluations[-1]["epoch"]
+        return epoch
+
+    @property
+    def kept_loss(self) -> float:
+        """The measured loss of the weights that are kept; of the base before the first epoch."""
+        losses: dict[int, float] = {row["epoch"]: row["loss"] for row in self.standing.evaluations}
+        return losses[self.kept_epoch]
+
+    def state(self) -> State:
+        """Returns the state for resuming. Its tensors share memory with the weights."""
+        standing = self.standing.model_copy(update={"scaler": self._learner.scaler.state_dict()})
+        weights = {name: parameter.detach() for name, parameter in self._trainable.named_parameters()}
+        return State(standing, weights, self._learner.optimizers.state_tensors(self._trainable), self.kept)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Returns to the state of a run with the same course.
+
+        Raises:
+            SlmError: When the state is of other parameters, or contradicts itself.
+        """
+        shapes = {name: parameter.shape for name, parameter in self._trainable.named_parameters()}
+        for saved, may_be_empty in ((state.weights, False), (state.kept, True)):
+            found = {name: tensor.shape for name, tensor in saved.items()}
+            odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+            if odd and (found or not may_be_empty):
+                raise SlmError(f"the saved state does not fit the model: {odd[0]}", START_OVER)
+        self._check_position(state)
+        self.standing, self.kept = state.standing, state.kept
+        for name, parameter in self._trainable.named_parameters():
+            parameter.copy_(state.weights[name])
+        self._learner.optimizers.load_state_tensors(self._trainable, state.optimizer, hint=START_OVER)
+        restore_scaler(self._learner.scaler, state.standing.scaler, hint=START_OVER)
+
+    def _check_position(self, state: State) -> None:
+        where = state.standing
+        epoch, into = divmod(where.updates, self.updates_per_epoch)
+        # A run that is saved at the end of an epoch may not have evaluated it yet.
+        evaluated = where.evaluations[-1]["epoch"] if where.evaluations else None
+        fits = evaluated == epoch or (into == 0 and evaluated == (epoch - 1 if epoch else None))
+        after_an_epoch = bool(evaluated)
+        if (
+            where.updates > self.updates
+            or not fits
+            or after_an_epoch != (where.loss is not None)
+            or after_an_epoch != bool(state.kept)
+        ):
+            raise SlmError("the saved state contradicts itself: updates, epochs and losses do not match", START_OVER)
+
+    def _inputs(self, update: int) -> tuple[Batch]:
+        """Returns the batch of an update, and seeds dropout for it: a resumed run draws what it would have drawn."""
+        digest = hashlib.sha256(f"{self._settings.seed} {update + 1}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return (self._batch(update),)
+
+    def _batch(self, update: int) -> Batch:
+        """Returns the batch of an update, which follows from its number and the seed."""
+        epoch, place = divmod(update, self.updates_per_epoch)
+        if self._batches[0] != epoch or not self._batches[1]:
+            order = random.Random(f"{self._settings.seed} {epoch}")
+            self._batches = epoch, epoch_batches(self.material.rows, self._settings.batch_size, order)
+        return self._batches[1][place]
+
+    def update(self, check: Check) -> tuple[Row, float]:
+        """Makes one update; returns its loss and learning rate, and tokens per second.
+
+        Args:
+            check: Called before the weights change; may raise to abandon the update.
+
+        Raises:
+            FloatingPointError: When the loss or the gradient is not finite; the weights are unchanged.
+        """
+        began, number = time.perf_counter(), self.standing.updates
+        update = self._learner.update(number, check)
+        batch = self._batch(number)
+        self.standing.updates, self.standing.tokens = number + 1, self.standing.tokens + batch.trained
+        row = {"loss": update.loss, "learning_rate": update.learning_rate}
+        return row, batch.input_ids.numel() / (time.perf_counter() - began)
+
+    def evaluate(self, check: Check) -> float:
+        """Returns the measured loss, and keeps the weights if it is the best so far, or if the last epoch is kept.
+
+        Args:
+            check: Called between batches; may raise to abandon the evaluation.
+
+        Raises:
+            FloatingPointError: When the loss is not finite.
+        """
+        standing, epoch = self.standing, self.standing.updates // self.updates_per_epoch
+        loss = mean_loss(
+            self._trainable.model, self.material.measured, self._settings.batch_size, self._autocast, check
+        )
+        self._learner.objective.train()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the {self.material.loss_name} is {loss}")
+        standing.history.append(("eval", {"epoch": epoch, **self.position(), "loss": loss}))
+        if epoch == 0:
+            standing.loss_before = loss
+        elif standing.loss is None or loss < standing.loss:
+            standing.loss, standing.best_epoch = loss, epoch
+        if epoch and (self._settings.keep == "last" or standing.best_epoch == epoch):
+            self.kept = {name: p.detach().cpu().clone() for name, p in self._trainable.named_parameters()}
+        return loss
+
+    def position(self) -> Row:
+        """Returns the fields of a row of metrics that place it in the run."""
+        return {"updates": self.standing.updates, "tokens": self.standing.tokens}
+
+    @torch.no_grad()
+    def put_kept(self) -> None:
+        """Puts the weights that are kept into the model."""
+        for name, parameter in self._trainable.named_parameters():
+            parameter.copy_(self.kept[name])

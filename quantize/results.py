@@ -1,0 +1,123 @@
+"""Results of quantization and of sweeps as data; `page` renders them, `report` and `sweep` measure and write them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from slm.quantize.quality import Change, Divergence, Speeds
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """The quantization error of one weight.
+
+    Attributes:
+        path: Path of the product.
+        scheme: Name of the scheme.
+        bytes: Size of the stored weight.
+        snr_db: Signal-to-noise ratio of the product's output for average inputs, in dB; of the weight itself without statistics
+            of the inputs. None if there is no error.
+        error: Relative error of the weight.
+        harm_nats: KL divergence when this weight alone had few bits; None if not measured.
+    """
+
+    path: str
+    scheme: str
+    bytes: int
+    snr_db: float | None
+    error: float
+    harm_nats: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The measurements of one quantization.
+
+    Attributes:
+        source: Name of the source bundle.
+        settings: The settings, requested and decided.
+        bytes_before: Size of the source's graph and weights.
+        bytes_after: Size of the result's graph and weights.
+        parts: Bytes by part of the model.
+        change: Comparison of the predictions before and after.
+        divergence: Comparison of greedy texts before and after.
+        speeds: Speeds before and after, measured alternately; None for a bundle for CUDA, because the measurement runs on the CPU.
+        tensors: The error of each weight.
+        seconds: Total time.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    bytes_before: int
+    bytes_after: int
+    parts: dict[str, int]
+    change: Change
+    divergence: Divergence
+    speeds: Speeds | None
+    tensors: tuple[TensorError, ...]
+    seconds: float
+
+    @property
+    def in_words(self) -> str:
+        """The schemes of the weights, with the number of products of each."""
+        products: dict[str, int] = self.settings["products"]
+        return ", ".join(f"{count} × {name}" for name, count in products.items())
+
+    @property
+    def worst(self) -> list[TensorError]:
+        """Weights in order of their signal-to-noise ratio, lowest first."""
+        return sorted((each for each in self.tensors if each.snr_db is not None), key=lambda each: each.snr_db or 0.0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The result of one set of options.
+
+    Attributes:
+        options: Options of `slm quantize`.
+        decided: The decisions that the settings left open (`Recipe.words`).
+        bytes: Size of graph and weights.
+        change: Comparison of the predictions before and after.
+        decode_ratio: Decode speed relative to the source.
+        prefill_ratio: Prefill speed relative to the source.
+    """
+
+    options: str
+    decided: dict[str, Any]
+    bytes: int
+    change: Change
+    decode_ratio: float
+    prefill_ratio: float
+
+
+@dataclass
+class Sweep:
+    """The trials of one bundle.
+
+    Attributes:
+        bundle: Name of the source bundle.
+        bytes_before: Size of its graph and weights.
+        text: Name of the text on which predictions were compared.
+        tokens: Number of its tokens.
+        key: Hash of everything that trials depend on; trials with another key are not reused.
+        trials: The trials, in order.
+        skipped: Options that this model does not support, with the reason.
+    """
+
+    bundle: str
+    bytes_before: int
+    text: str
+    tokens: int
+    key: str
+    trials: list[Trial] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def frontier(self, cost: Callable[[Trial], float]) -> set[str]:
+        """Returns the options of the Pareto-optimal trials in divergence and cost."""
+
+        def beaten(trial: Trial) -> bool:
+            mine = trial.change.kl_nats, cost(trial)
+            others = [(other.change.kl_nats, cost(other)) for other in self.trials]
+            return any(kl <= mine[0] and paid <= mine[1] and (kl, paid) != mine for kl, paid in others)
+
+        return {trial.options for trial in self.trials if not beaten(trial)}

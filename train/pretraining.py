@@ -1,0 +1,206 @@
+"""Training from scratch as a task of the loop: makes updates, records metrics, and keeps the best checkpoint."""
+
+import math
+import time
+from typing import Protocol
+
+import torch
+from typing_extensions import override
+
+from slm.core.machine import peak_rss_mib
+from slm.core.progress import Progress
+from slm.train.evaluate import Check, Evaluation
+from slm.train.learner import Learner, Update
+from slm.train.loop import Plan, Task, duration
+from slm.train.metrics import Metrics, Row
+from slm.train.state import Counters
+
+# The speed reported at the start is that of this micro-step: the earlier ones also pay for allocations.
+_TYPICAL_MICRO_STEP = 3
+
+
+class Actions(Protocol):
+    """What a run directory does for the task; every process of a group calls it."""
+
+    def updated(self) -> None:
+        """Takes the new weights into account after an update."""
+
+    def evaluate(self, check: Check) -> Evaluation:
+        """Evaluates the current weights, calling `check` between batches."""
+
+    def samples(self) -> list[tuple[str, str]]:
+        """Returns prompts with the texts that the current weights write for them."""
+
+    def keep_best(self, row: Row) -> None:
+        """Saves the current weights as the best checkpoint, with their metrics."""
+
+    def save(self, counters: Counters, number: int | None = None) -> None:
+        """Saves the state for resuming, and a checkpoint under a number if one is given."""
+
+    def last_saved(self) -> str:
+        """Returns a phrase that names the last checkpoint."""
+
+    def best_saved(self) -> str:
+        """Returns a phrase that names the best checkpoint."""
+
+    def less_memory(self) -> str:
+        """Returns a hint that names the settings to lower when memory runs out."""
+
+
+class Pretraining(Task):
+    """A run of `slm train`; see `slm.train.loop.Task`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        actions: Actions,
+        learner: Learner,
+        counters: Counters,
+        metrics: Metrics,
+        progress: Progress,
+        tokens_per_micro_step: int,
+    ) -> None:
+        """Prepares the task.
+
+        Args:
+            plan: The schedule.
+            actions: The run directory.
+            learner: Makes the updates.
+            counters: The position in the run.
+            metrics: The metrics so far.
+            progress: Receives progress and notes.
+            tokens_per_micro_step: Tokens in a micro-step, over all processes.
+        """
+        self.counters = counters
+        self._tokens_per_micro_step = tokens_per_micro_step
+        self._plan, self._actions, self._learner = plan, actions, learner
+        self._metrics, self._progress = metrics, progress
+        self._began = time.perf_counter() - counters.elapsed_s
+        self._micro_steps_timed = 0
+        self._micro_step_ended = 0.0
+
+    @property
+    @override
+    def micro_steps(self) -> int:
+        return self.counters.micro_steps
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, including those before the run was resumed."""
+        return time.perf_counter() - self._began
+
+    @property
+    @override
+    def evaluated(self) -> bool:
+        rows = self._metrics.evaluations
+        return bool(rows) and rows[-1]["updates"] == self._updates
+
+    @property
+    @override
+    def evaluations_since_best(self) -> int:
+        best = self._metrics.best
+        return 0 if best is None else sum(row["updates"] > best["updates"] for row in self._metrics.evaluations)
+
+    @property
+    def _updates(self) -> int:
+        return self.micro_steps // self._plan.accumulation
+
+    @override
+    def update(self, check: Check) -> None:
+        began = time.perf_counter()
+
+        def after_micro_step() -> None:
+            self._progress.advance()
+            self._report_speed()
+            check()
+
+        update = self._learner.update(self.micro_steps, after_micro_step)
+        self._actions.updated()
+        self.counters = self.counters.model_copy(update={"micro_steps": self.micro_steps + self._plan.accumulation})
+        tokens = self._plan.accumulation * self._tokens_per_micro_step
+        self._record(update, tokens / (time.perf_counter() - began))
+
+    def _record(self, update: Update, speed: float) -> None:
+        self._metrics.add(
+            "train",
+            {
+                **self._position(),
+                "loss": update.loss,
+                "learning_rate": update.learning_rate,
+                # JSON has no infinity.
+                "grad_norm": update.grad_norm if math.isfinite(update.grad_norm) else None,
+                "tokens_s": round(speed, 1),
+            },
+        )
+        self._progress.advance(0, loss=f"{update.loss:.3f}", tok_s=f"{speed:,.0f}")
+
+    @override
+    def evaluate(self, check: Check) -> None:
+        """Evaluates the current weights, draws samples, and keeps the weights if they are the best so far."""
+        measured = self._actions.evaluate(check)
+        if not math.isfinite(measured.loss):
+            raise FloatingPointError(f"the validation loss is {measured.loss}")
+        row = {
+            **self._position(),
+            "loss": measured.loss,
+            "perplexity": measured.perplexity,
+            "bits_per_byte": measured.bits_per_byte,
+        }
+        best = self._metrics.best
+        if self.micro_steps > 0 and (best is None or measured.loss < best["loss"]):
+            self._actions.keep_best(row)  # before the row is written that claims it
+        for prompt, text in self._actions.samples():
+            self._metrics.add("sample", {**self._position(), "prompt": prompt, "text": text})
+            self._progress.note(f"sample: {text!r}")
+        self._metrics.add("eval", row)
+        self._metrics.draw()
+        self._progress.note(
+            f"{self.micro_steps:,} micro-steps: validation loss {measured.loss:.4f}, "
+            f"{measured.bits_per_byte:.4f} bits per byte"
+        )
+
+    @override
+    def save(self, number: int | None) -> None:
+        scaler = self._learner.scaler.state_dict()
+        self._actions.save(self.counters.model_copy(update={"elapsed_s": self.elapsed_s, "scaler": scaler}), number)
+
+    @override
+    def last_saved(self) -> str:
+        return self._actions.last_saved()
+
+    @override
+    def advice_on_divergence(self) -> str:
+        return (
+            f"{self._actions.best_saved()}; try a lower schedule.learning_rate, a longer warm-up, or "
+            "machine.precision=float32"
+        )
+
+    @override
+    def advice_on_memory(self) -> str:
+        return self._actions.less_memory()
+
+    def _position(self) -> Row:
+        return {
+            "micro_steps": self.micro_steps,
+            "updates": self._updates,
+            "tokens": self.micro_steps * self._tokens_per_micro_step,
+            "elapsed_s": round(self.elapsed_s, 3),
+        }
+
+    def _report_speed(self) -> None:
+        """Reports once the time of a micro-step, the peak memory, and the time that the run will take."""
+        if self._micro_steps_timed == _TYPICAL_MICRO_STEP:
+            return
+        cuda = self._learner.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds, self._micro_step_ended = now - self._micro_step_ended, now
+        self._micro_steps_timed += 1
+        if self._micro_steps_timed == _TYPICAL_MICRO_STEP:
+            memory = torch.cuda.max_memory_allocated() / (1 << 20) if cuda else peak_rss_mib()
+            rest = seconds * (self._plan.micro_steps - self.micro_steps)
+            self._progress.note(
+                f"{seconds:.2f} s a micro-step, {self._tokens_per_micro_step / seconds:,.0f} tokens/s, peak memory "
+                f"{memory:,.0f} MiB; about {duration(rest)} for all of it at this speed"
+            )

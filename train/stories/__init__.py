@@ -1,0 +1,1 @@
+"""The generator of the stories and instructions that ship in `slm.core.sample`; nothing else imports it."""
