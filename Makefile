@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 FILES  := $(sort $(shell find core train export interchange quantize finetune runtime serve web cli src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
-.PHONY: install web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install web demo test test-fast test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -31,10 +31,14 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer and not fuzz'
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer and not fuzz'
+
+# The drawn cases of `make test`, ten times as many and more: hours on two cores.
+test-fuzz: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz
 
 # The server and the command line with the oldest versions that pyproject.toml permits. What tests need beside them comes from the environment; PEFT
 # and the maker of requests do not run with versions as old.
@@ -54,7 +58,7 @@ build/oldest/.installed: pyproject.toml | install $(UV)
 	@touch $@
 
 test-oldest: build/oldest/.installed
-	SLM_TEST_OLDEST=1 build/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer' -p no:schemathesis \
+	SLM_TEST_OLDEST=1 build/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer and not fuzz' -p no:schemathesis \
 		--ignore tests/serve/test_adapters.py --ignore tests/serve/test_openapi.py tests/serve tests/deploy/test_bounds.py \
 		tests/cli/test_main.py tests/cli/test_bounds.py
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ AWKWARD = ModelConfig(
 )
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives a test marked `examples` its number of cases: the few of `make test`, and the many of `make test-fuzz`."""
+    mark = metafunc.definition.get_closest_marker("examples")
+    if mark is not None:
+        many = pytest.param(mark.kwargs["many"], marks=[pytest.mark.fuzz, pytest.mark.timeout(3000)])
+        metafunc.parametrize("examples", [mark.kwargs["few"], many])
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in its own directory, so that ./runs is its own and nothing of the user's is read."""
@@ -47,6 +56,18 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for console in (STDOUT, STDERR):  # which looked at the width of wherever it was imported
         monkeypatch.setattr(console, "width", 160)
+
+
+@pytest.fixture(autouse=True)
+def curves_are_placeholders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process write a placeholder as `loss.png`, unless the test is marked `draws`.
+
+    To draw the curve takes matplotlib four fifths of the processor time of a small run.
+    """
+    if request.node.get_closest_marker("draws") is None:
+        figure = MagicMock()
+        figure.savefig.side_effect = lambda file, **_: Path(file).write_bytes(b"placeholder")
+        monkeypatch.setattr("slm.train.metrics.new_figure", lambda *_: figure)
 
 
 @pytest.fixture(scope="session", autouse=True)
