@@ -1,5 +1,6 @@
 """What tests share: a config that is small and awkward on purpose, models with varied weights, an isolated home."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -78,9 +79,16 @@ def ctrl_c_is_heard() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def single_thread() -> None:
-    """Tests run on two workers: one thread each."""
+def single_thread() -> Iterator[None]:
+    """PyTorch and onnxruntime compute with one thread by default: the tests run in a worker for each processor.
+
+    With more, the threads of one worker wait for processors that another worker uses, and spin while they wait.
+    """
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slm.runtime.session.usable_cores", lambda: 1)
+        patch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # in the processes that tests start
+        yield
 
 
 @pytest.fixture

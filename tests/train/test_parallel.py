@@ -25,7 +25,7 @@ from torch import Tensor
 from slm.core.errors import SlmError
 from slm.core.nn import load_checkpoint
 from slm.core.progress import Silent
-from slm.train import parallel, run
+from slm.train import metrics, parallel, run
 from slm.train.build import build_learner, build_model, with_special_tokens
 from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import evaluate
@@ -171,6 +171,7 @@ def tell(processes: Processes) -> None:
 def work(jobs: Jobs) -> None:
     """Does the jobs as one of the processes."""
     torch.set_num_threads(1)
+    metrics.Metrics.draw = lambda self: None  # which takes longer than the training
     with joined() as processes:
         for job in jobs:
             if job["kind"] == "train":
