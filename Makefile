@@ -31,10 +31,10 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer and not fuzz'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not peer and not fuzz'
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer and not fuzz'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not fuzz'
 
 # The drawn cases of `make test`, ten times as many and more: hours on two cores.
 test-fuzz: install

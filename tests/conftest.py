@@ -1,5 +1,6 @@
 """What tests share: a config that is small and awkward on purpose, models with varied weights, an isolated home."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,12 @@ AWKWARD = ModelConfig(
     eos_token_id=(0, 2),
     pad_token_id=3,
 )
+
+
+def pytest_collection_finish() -> None:
+    """Takes what has been imported out of garbage collections: export starts some, and each would walk through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,6 +94,7 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slm.runtime.session.usable_cores", lambda: 1)
+        patch.setattr("slm.runtime.hugepages._HUGE_PAGE_SIZE", Path("/nowhere"))  # all memory of all tests is looked at
         patch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # in the processes that tests start
         yield
 
