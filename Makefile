@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web demo test test-fast test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web demo test test-fast test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -45,10 +45,14 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer' --rehearse
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not peer and not fuzz' --rehearse
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not fuzz'
+
+# The drawn cases of `make test`, ten times as many and more: hours on two cores.
+test-fuzz: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz
 
 # The checks of a GPU, after `make install-gpu`: docs/gpu.md. `make test` rehearses them on the CPU, and so does
 # `make test-gpu REHEARSE=--rehearse` alone. Leaves build/gpu/report.json and report.md (build/gpu-rehearsal).
@@ -74,7 +78,7 @@ build/oldest/.installed: pyproject.toml | install $(UV)
 	@touch $@
 
 test-oldest: build/oldest/.installed
-	SLM_TEST_OLDEST=1 build/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer' -p no:schemathesis \
+	SLM_TEST_OLDEST=1 build/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not peer and not fuzz' -p no:schemathesis \
 		--ignore tests/serve/test_adapters.py --ignore tests/serve/test_openapi.py tests/serve tests/deploy/test_bounds.py \
 		tests/cli/test_main.py tests/cli/test_bounds.py
 

@@ -20,9 +20,11 @@ from typing import Any
 
 from slm.core import child
 from slm.core.errors import SlmError
-from slm.core.template_worker import MAX_SECONDS, MAX_TEXT_CHARACTERS
+from slm.core.template_worker import MAX_TEXT_CHARACTERS
 
 MAX_TEMPLATE_CHARACTERS = 64 << 10
+# Processor time of one rendering.
+MAX_SECONDS = 4
 # Wall clock time of one rendering, on a machine that has other work too.
 _MAX_WAIT_SECONDS = 2 * MAX_SECONDS
 # Wall-clock limit for the start of a process, which takes a fifth of a second on an idle machine.
@@ -83,7 +85,7 @@ def render_all(template: str, conversations: Sequence[Conversation], tokens: Map
     with _PROCESSES.one() as process:
         try:
             for some in _portions(conversations):
-                request = {"template": template, "conversations": some, "tokens": dict(tokens)}
+                request = {"template": template, "conversations": some, "tokens": dict(tokens), "seconds": MAX_SECONDS}
                 process.send(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"))
                 answers += [json.loads(process.receive(_MAX_WAIT_SECONDS)) for _ in some]
         except TimeoutError:

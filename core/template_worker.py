@@ -16,8 +16,6 @@ from typing import Any, NoReturn
 
 from slm.core.machine import peak_rss_mib
 
-# Processor time of one rendering.
-MAX_SECONDS = 4
 # Address space of the process, of which Python and Jinja take a tenth.
 MAX_BYTES = 512 << 20
 # The longest rendered text; it is longer than any model's context.
@@ -50,7 +48,7 @@ def work() -> None:
     _send({})
     while (request := _receive()) is not None:
         for messages, begins in request["conversations"]:
-            signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
             answer = _answer(request["template"], messages, begins, request["tokens"])
             _send(answer | {"large": peak_rss_mib() > _LARGE_MIB})
             signal.setitimer(signal.ITIMER_PROF, 0)

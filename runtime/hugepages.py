@@ -10,10 +10,11 @@ import errno
 import mmap
 import re
 import sys
-from array import array
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+
+import numpy as np
 
 _HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _MAPS = Path("/proc/self/maps")
@@ -21,7 +22,7 @@ _PAGEMAP = Path("/proc/self/pagemap")
 # Private memory that is no file's: the heap and what malloc maps beside it. The last column is a name, if any.
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0 *(\[heap\])?$", re.MULTILINE)
 # Of /proc/self/pagemap's entries, 64 bits a page: present in memory.
-_PRESENT = 1 << 63
+_PRESENT = np.uint64(1 << 63)
 # A block with fewer pages than this share is left alone: filling it up would take memory that nothing uses.
 _RESIDENT = 0.875
 # asm-generic/mman-common.h: mark for huge pages; move into them now (Linux 6.1 on).
@@ -65,11 +66,9 @@ def _resident(size: int) -> Iterator[tuple[int, int]]:
             if not blocks:
                 continue
             pagemap.seek(first * pages * 8)
-            entries = array("Q", pagemap.read(len(blocks) * pages * 8))
-            full = [
-                sum(entry >= _PRESENT for entry in entries[i * pages : (i + 1) * pages]) >= _RESIDENT * pages
-                for i in range(len(entries) // pages)
-            ]
+            entries = np.frombuffer(pagemap.read(len(blocks) * pages * 8), np.uint64)
+            whole = entries[: len(entries) // pages * pages].reshape(-1, pages)
+            full = (np.count_nonzero(whole >= _PRESENT, axis=1) >= _RESIDENT * pages).tolist()
             for resident, run in groupby(range(len(full)), full.__getitem__):
                 if resident:
                     indices = list(run)

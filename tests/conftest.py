@@ -1,11 +1,14 @@
 """What tests share: a config that is small and awkward on purpose, models with varied weights, an isolated home."""
 
+import gc
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -47,6 +50,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_finish() -> None:
+    """Takes what has been imported out of garbage collections: export starts some, and each would walk through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Gives a test marked `examples` its number of cases: the few of `make test`, and the many of `make test-fuzz`."""
+    mark = metafunc.definition.get_closest_marker("examples")
+    if mark is not None:
+        many = pytest.param(mark.kwargs["many"], marks=[pytest.mark.fuzz, pytest.mark.timeout(3000)])
+        metafunc.parametrize("examples", [mark.kwargs["few"], many])
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in its own directory, so that ./runs is its own and nothing of the user's is read."""
@@ -54,6 +71,18 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for console in (STDOUT, STDERR):  # which looked at the width of wherever it was imported
         monkeypatch.setattr(console, "width", 160)
+
+
+@pytest.fixture(autouse=True)
+def curves_are_placeholders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process write a placeholder as `loss.png`, unless the test is marked `draws`.
+
+    To draw the curve takes matplotlib four fifths of the processor time of a small run.
+    """
+    if request.node.get_closest_marker("draws") is None:
+        figure = MagicMock()
+        figure.savefig.side_effect = lambda file, **_: Path(file).write_bytes(b"placeholder")
+        monkeypatch.setattr("slm.train.metrics.new_figure", lambda *_: figure)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,9 +93,17 @@ def ctrl_c_is_heard() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def single_thread() -> None:
-    """Tests run on two workers: one thread each."""
+def single_thread() -> Iterator[None]:
+    """PyTorch and onnxruntime compute with one thread by default: the tests run in a worker for each processor.
+
+    With more, the threads of one worker wait for processors that another worker uses, and spin while they wait.
+    """
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slm.runtime.session.usable_cores", lambda: 1)
+        patch.setattr("slm.runtime.hugepages._HUGE_PAGE_SIZE", Path("/nowhere"))  # all memory of all tests is looked at
+        patch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # in the processes that tests start
+        yield
 
 
 @pytest.fixture

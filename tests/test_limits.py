@@ -46,7 +46,7 @@ def mib(number: int) -> str:
         ("connections", [f"{connections._ENOUGH:,}"]),
         ("a client that does not read", [f"{Limits().patience_s:g} s"]),
         ("a template", [f"{template.MAX_TEMPLATE_CHARACTERS:,}"]),
-        ("rendering one conversation", [f"{template_worker.MAX_SECONDS} s", mib(template_worker.MAX_BYTES)]),
+        ("rendering one conversation", [f"{template.MAX_SECONDS} s", mib(template_worker.MAX_BYTES)]),
         ("the rendered text", [f"{template_worker.MAX_TEXT_CHARACTERS:,}"]),
         ("file |", [mib(tokenizer_rules.MAX_BYTES)]),
         ("components", [f"{tokenizer_rules.MAX_COMPONENTS}", f"{tokenizer_rules.MAX_NESTING} deep"]),

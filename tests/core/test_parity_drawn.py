@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.nn import CausalLM, KVCache
 
-# How many different models are compared.
-FAST, SLOW = 20, 200
+drawn_models = pytest.mark.examples(few=20, many=200)
 
 # Two float32 implementations that add in another order, in units of the largest logit where that passes 1. Of 1,500
 # random models all but one were within 1e-5; the worst are as far from float64 as transformers is.
@@ -196,7 +195,7 @@ def check_bfloat16(make_model: Function, reference: Function) -> Function:
 
 
 def test_the_draws_have_everything() -> None:
-    drawn = each_drawn(SLOW, lambda example: None)
+    drawn = each_drawn(200, lambda example: None)
     configs = [example.config for example in drawn]
     assert {config.num_hidden_layers for config in configs} == {1, 2, 3, 4, 5, 6}
     assert {config.sliding_window for config in configs} >= {2, 20}
@@ -217,31 +216,19 @@ def test_the_draws_have_everything() -> None:
     assert {(e.side, len(set(e.lengths))) for e in drawn} == {("left", 1), ("left", 2), ("right", 1), ("right", 2)}
 
 
-def test_logits(check_logits: Function) -> None:
-    each_drawn(FAST, check_logits)
+@drawn_models
+def test_logits(check_logits: Function, examples: int) -> None:
+    each_drawn(examples, check_logits)
 
 
-def test_gradients(check_gradients: Function) -> None:
-    each_drawn(FAST, check_gradients)
+@drawn_models
+def test_gradients(check_gradients: Function, examples: int) -> None:
+    each_drawn(examples, check_gradients)
 
 
-def test_bfloat16(check_bfloat16: Function) -> None:
-    each_drawn(FAST, check_bfloat16)
-
-
-@pytest.mark.slow
-def test_logits_of_many(check_logits: Function) -> None:
-    each_drawn(SLOW, check_logits)
-
-
-@pytest.mark.slow
-def test_gradients_of_many(check_gradients: Function) -> None:
-    each_drawn(SLOW, check_gradients)
-
-
-@pytest.mark.slow
-def test_bfloat16_of_many(check_bfloat16: Function) -> None:
-    each_drawn(SLOW, check_bfloat16)
+@drawn_models
+def test_bfloat16(check_bfloat16: Function, examples: int) -> None:
+    each_drawn(examples, check_bfloat16)
 
 
 def test_a_wider_window_is_noticed_wherever_one_slides(
@@ -259,5 +246,5 @@ def test_a_wider_window_is_noticed_wherever_one_slides(
         theirs = hf(drawn.ids()).logits
         noticed.append(difference(model(drawn.ids()), theirs) > 10 * TOLERANCE * max(1.0, theirs.abs().max().item()))
 
-    each_drawn(FAST, check)
+    each_drawn(20, check)
     assert noticed and all(noticed)

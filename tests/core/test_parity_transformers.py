@@ -345,7 +345,7 @@ def test_the_270m_shape(reference: Reference, token_ids: TokenIds, difference: D
     config = preset("gemma3-270m")
     model = CausalLM(config).eval()
     model.init_weights(torch.Generator().manual_seed(0))
+    hf = reference(model)
     for length in (config.sliding_window + 1, 3 * config.sliding_window):
         ids = token_ids(config, length)
-        hf = reference(model)
         assert difference(model(ids, num_logits_to_keep=64), hf(ids, logits_to_keep=64).logits) < TOLERANCE

@@ -101,11 +101,11 @@ def _seconds(expression: str, length: int) -> float:
     return worst
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(6000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_drawn_expressions_that_pass_run_in_linear_time(count: int) -> None:
-    generator = random.Random(count)
+@pytest.mark.examples(few=300, many=6000)
+def test_drawn_expressions_that_pass_run_in_linear_time(examples: int) -> None:
+    generator = random.Random(examples)
     passed = 0
-    for _ in range(count):
+    for _ in range(examples):
         expression = _drawn(generator)
         try:
             made = linear_regex(expression).expression
@@ -119,7 +119,7 @@ def test_drawn_expressions_that_pass_run_in_linear_time(count: int) -> None:
         # Quadratic time at 16,384 characters is 0.4 s and more; exponential never ends at 64.
         assert _seconds(made, 64) < 0.2, expression
         assert _seconds(made, 16_384) < 0.2 or _seconds(made, 16_384) < 0.2, expression
-    assert passed > count / 20
+    assert passed > examples / 20
 
 
 def test_the_test_notices() -> None:

@@ -288,13 +288,13 @@ def test_regular_expressions_take_no_time(
 ) -> None:
     path = random_adapter(shared_checkpoint, [], rank=2)
     edit(path, alpha_pattern={pattern: 4.0})
-    started = time.perf_counter()
+    started = time.process_time()
     if said is None:
         read_peft_adapter(path, read_config(shared_checkpoint))
     else:
         with pytest.raises(SlmError, match=said):
             read_peft_adapter(path, read_config(shared_checkpoint))
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(

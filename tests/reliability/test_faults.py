@@ -53,10 +53,11 @@ def quantizing(bundle: Bundle, text: Path) -> list[str]:
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", [".int8.partial-*", ".trial-*", ".int8.partial-*/onnx/*_data"])
 def test_a_command_that_is_stopped_while_it_writes(
-    shared_bundle: Bundle, text: Path, tmp_path: Path, signum: signal.Signals, moment: str
+    slm: Callable[..., Any], shared_bundle: Bundle, text: Path, tmp_path: Path, signum: signal.Signals, moment: str
 ) -> None:
     """What a killed process leaves, the next one removes; others leave nothing."""
-    command = [sys.executable, "-m", "slm", *quantizing(shared_bundle, text)]
+    arguments = quantizing(shared_bundle, text)
+    command = [sys.executable, "-m", "slm", *arguments]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     end = time.monotonic() + SECONDS
     while not any(tmp_path.glob(f"made/{moment}")):
@@ -68,8 +69,8 @@ def test_a_command_that_is_stopped_while_it_writes(
     assert started.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[signum]
     assert "Traceback" not in said and not (tmp_path / "made/int8").exists()
     assert bool(hidden(tmp_path)) is (signum == signal.SIGKILL)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = slm(*arguments)
+    assert done.code == 0, done.err
     assert Bundle.open(tmp_path / "made/int8") and hidden(tmp_path) == []
 
 

@@ -10,10 +10,7 @@ import pytest
 
 from slm.core.manifest import Bundle
 
-FEW, MANY = 40, 600
-amounts = pytest.mark.parametrize(
-    "examples", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
+examples = pytest.mark.examples(few=40, many=600)
 
 
 def sealed_again(path: Path) -> None:
@@ -33,7 +30,7 @@ def contents(bundle: Bundle, *names: str) -> dict[str, bytes]:
     return {name: (bundle.path / name).read_bytes() for name in names}
 
 
-@amounts
+@examples
 def test_manifests(fuzz: Any, damage: Any, shared_bundle: Bundle, examples: int) -> None:
     seen = fuzz.explore(
         "bundle", shared_bundle.path, damage.of(contents(shared_bundle, "manifest.json"), links=True), examples
@@ -42,14 +39,14 @@ def test_manifests(fuzz: Any, damage: Any, shared_bundle: Bundle, examples: int)
     assert seen["refused"] > examples
 
 
-@amounts
+@examples
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_fields_of_sealed_files(fuzz: Any, shared_bundle: Bundle, name: str, examples: int) -> None:
     seen = fuzz.every("bundle", shared_bundle.path, name, examples, sealed_again)
     assert seen["refused"] or name == "tokenizer_config.json"
 
 
-@amounts
+@examples
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "onnx/model.onnx"])
 def test_files_that_were_sealed_again(fuzz: Any, damage: Any, shared_bundle: Bundle, name: str, examples: int) -> None:
     files = damage.of(contents(shared_bundle, name), links=True)
@@ -57,7 +54,7 @@ def test_files_that_were_sealed_again(fuzz: Any, damage: Any, shared_bundle: Bun
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_what_else_lies_in_a_bundle(fuzz: Any, damage: Any, shared_bundle: Bundle, examples: int) -> None:
     names = ("tokenizer_config.json", "generation_config.json", "genai_config.json", "onnx/model.onnx_data")
     files = damage.of(contents(shared_bundle, *names), links=True)

@@ -18,10 +18,7 @@ from slm.finetune.settings import FinetuneSettings
 from slm.interchange.gguf import write_gguf
 from slm.interchange.onnx_adapter import adapter_from_peft, write_onnx_adapter
 
-FEW, MANY = 40, 600
-amounts = pytest.mark.parametrize(
-    "examples", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
+examples = pytest.mark.examples(few=40, many=600)
 
 WEIGHTS = "model.safetensors"
 
@@ -83,7 +80,7 @@ def lying_headers(damage: Any, content: bytes, most: int) -> list[Any]:
     return [swapped, *cases[:: max(1, len(cases) // most) | 1]]
 
 
-@amounts
+@examples
 def test_checkpoints(fuzz: Any, damage: Any, shared_checkpoint: Path, examples: int) -> None:
     names = ("config.json", WEIGHTS, "tokenizer.json", "generation_config.json", "slm.json")
     files = {name: (shared_checkpoint / name).read_bytes() for name in names}
@@ -92,7 +89,7 @@ def test_checkpoints(fuzz: Any, damage: Any, shared_checkpoint: Path, examples: 
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_headers_of_weights(fuzz: Any, damage: Any, shared_checkpoint: Path, examples: int) -> None:
     content = (shared_checkpoint / WEIGHTS).read_bytes()
     _, data = header_of(content)
@@ -112,7 +109,7 @@ def test_lengths_of_headers(fuzz: Any, damage: Any, shared_checkpoint: Path, len
         assert outcome == "refused", what
 
 
-@amounts
+@examples
 def test_indexes_of_shards(fuzz: Any, damage: Any, sharded: Path, examples: int) -> None:
     index = "model.safetensors.index.json"
     seen = fuzz.every("checkpoint", sharded, index, examples // 2)
@@ -123,7 +120,7 @@ def test_indexes_of_shards(fuzz: Any, damage: Any, sharded: Path, examples: int)
     assert seen["refused"] > seen["works"]
 
 
-@amounts
+@examples
 def test_what_info_says_of_damaged_checkpoints(fuzz: Any, damage: Any, shared_checkpoint: Path, examples: int) -> None:
     names = ("config.json", WEIGHTS, "slm.json")
     files = {name: (shared_checkpoint / name).read_bytes() for name in names}
@@ -131,7 +128,7 @@ def test_what_info_says_of_damaged_checkpoints(fuzz: Any, damage: Any, shared_ch
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_imports_of_damaged_directories(fuzz: Any, damage: Any, shared_checkpoint: Path, examples: int) -> None:
     names = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "generation_config.json", "slm.json")
     files = {name: (shared_checkpoint / name).read_bytes() for name in names}
@@ -139,7 +136,7 @@ def test_imports_of_damaged_directories(fuzz: Any, damage: Any, shared_checkpoin
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_chat_templates(fuzz: Any, damage: Any, shared_checkpoint: Path, examples: int) -> None:
     content = (shared_checkpoint / "tokenizer_config.json").read_bytes()
     seen = fuzz.every("chat", shared_checkpoint, "tokenizer_config.json", examples // 2)
@@ -147,7 +144,7 @@ def test_chat_templates(fuzz: Any, damage: Any, shared_checkpoint: Path, example
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_adapters(
     fuzz: Any, damage: Any, shared_checkpoint: Path, slotted: Bundle, peft_adapter: Path, examples: int
 ) -> None:
@@ -165,7 +162,7 @@ def test_adapters(
             assert outcome != "wrong", (what, str(header)[:400])
 
 
-@amounts
+@examples
 def test_adapters_of_onnxruntime(
     fuzz: Any, damage: Any, slotted: Bundle, peft_adapter: Path, tmp_path: Path, examples: int
 ) -> None:
@@ -176,7 +173,7 @@ def test_adapters_of_onnxruntime(
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_gguf_files(fuzz: Any, damage: Any, shared_checkpoint: Path, tmp_path: Path, examples: int) -> None:
     file = tmp_path / "small.gguf"
     write_gguf(shared_checkpoint, file, "f32")

@@ -21,10 +21,7 @@ from slm.train.data.preparation import prepare_dataset
 from slm.train.recipe import Recipe
 from slm.train.run import train
 
-FEW, MANY = 40, 600
-amounts = pytest.mark.parametrize(
-    "examples", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
+examples = pytest.mark.examples(few=40, many=600)
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "Say <end_of_turn>."}, {"role": "assistant", "content": "ho"}]},
@@ -58,7 +55,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory, stories: list[str]) -> Path:
     return path
 
 
-@amounts
+@examples
 def test_fields_of_rows(fuzz: Any, damage: Any, shared_checkpoint: Path, tmp_path: Path, examples: int) -> None:
     """Every nasty value in place of every field of every kind of row."""
     cases = [(row, where, value) for row in ROWS for where in damage.pointers(row) for value in damage.nasty]
@@ -73,7 +70,7 @@ def test_fields_of_rows(fuzz: Any, damage: Any, shared_checkpoint: Path, tmp_pat
     assert seen == {"works", "refused"}
 
 
-@amounts
+@examples
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_files_of_rows(
     fuzz: Any, damage: Any, shared_checkpoint: Path, tmp_path: Path, ending: str, examples: int
@@ -94,7 +91,7 @@ def test_files_of_rows(
     assert seen["refused"]
 
 
-@amounts
+@examples
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz", "txt.xz", "txt.zst", "parquet"])
 def test_texts(fuzz: Any, damage: Any, tmp_path: Path, ending: str, examples: int) -> None:
     file = tmp_path / f"text.{ending}"
@@ -119,7 +116,7 @@ def test_texts(fuzz: Any, damage: Any, tmp_path: Path, ending: str, examples: in
     assert seen["refused"] or ending == "txt"
 
 
-@amounts
+@examples
 def test_datasets(fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples: int) -> None:
     source = tmp_path / "dataset"
     corpus = open_corpus([str(texts)], None)
@@ -132,7 +129,7 @@ def test_datasets(fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples:
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_runs_that_go_on(
     fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples: int, small_recipe: Callable[..., Recipe]
 ) -> None:
@@ -151,7 +148,7 @@ def test_runs_that_go_on(
     assert seen["refused"]
 
 
-@amounts
+@examples
 def test_fine_tuning_that_goes_on(
     fuzz: Any, damage: Any, shared_checkpoint: Path, tmp_path: Path, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,6 @@ import pytest
 
 from slm.core.manifest import Bundle
 
-FEW, MANY = 60, 2000
-
 
 def _replace(draw: random.Random) -> dict[str, Any]:
     texts = ["a", "e", " ", "aa", "ee", "▁", "x" * 50, "ﷺ", "", "x" * 10_000]
@@ -95,16 +93,16 @@ def composed(draw: random.Random, document: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
-def test_compositions_are_bounded(worker: Any, shared_bundle: Bundle, tmp_path: Path, count: int) -> None:
-    draw = random.Random(count)
+@pytest.mark.examples(few=60, many=2000)
+def test_compositions_are_bounded(worker: Any, shared_bundle: Bundle, tmp_path: Path, examples: int) -> None:
+    draw = random.Random(examples)
     document = json.loads((shared_bundle.path / "tokenizer.json").read_bytes())
     shutil.copy(shared_bundle.path / "tokenizer_config.json", tmp_path)
     seen: Counter[str] = Counter()
-    for _ in range(count):
+    for _ in range(examples):
         content = json.dumps(composed(draw, document))
         (tmp_path / "tokenizer.json").write_text(content)
         outcome, what = worker.ask("expansion", tmp_path)
         seen[outcome] += 1
         assert outcome != "wrong", (what, content[:3000])
-    assert seen["works"] > count / 20 and seen["refused"] > count / 20, seen
+    assert seen["works"] > examples / 20 and seen["refused"] > examples / 20, seen

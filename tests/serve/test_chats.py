@@ -52,19 +52,21 @@ def test_no_chat_is_rendered_on_the_event_loop(
     assert len(rendered_on) == 1 and rendered_on[0].startswith("slm-chat")
 
 
-def test_a_conversation_that_takes_long_holds_nobody_up(serve: Callable[..., Any], foreign: Path) -> None:
+def test_a_conversation_that_takes_long_holds_nobody_up(
+    serve: Callable[..., Any], foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.core.template.MAX_SECONDS", 1.5)  # of processor time, which the quick ones hardly take
     running = serve(bundle=foreign)
     assert running.post("/v1/chat/completions", chat("hi")).status_code == 200
     with ThreadPoolExecutor(2) as threads:
         slow = [threads.submit(running.post, "/v1/chat/completions", chat(f"slow {i}")) for i in range(2)]
         time.sleep(0.3)
-        began = time.monotonic()
         for path, body in (
             ("/v1/completions", {"model": "random", "prompt": "One", "max_tokens": 1}),
             ("/v1/chat/completions", chat("quick")),
         ):
             assert running.post(path, body).status_code == 200
-        assert time.monotonic() - began < 3 and not any(each.done() for each in slow)
+        assert not any(each.done() for each in slow)
         for each in slow:
             assert (
                 each.result().status_code == 400 and "chat template failed" in each.result().json()["error"]["message"]

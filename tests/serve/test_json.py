@@ -110,14 +110,10 @@ def check(answers: list[tuple[str, str, str]]) -> None:
     assert len({text for _, text, _ in answers}) > len(answers) / 2  # chance had a say
 
 
-def test_answers_keep_to_their_schemas(shipped: Any) -> None:
-    check(all_written(shipped, range(4)))
-
-
-@pytest.mark.slow
-def test_two_hundred_answers_keep_to_their_schemas(shipped: Any) -> None:
-    answers = all_written(shipped, range(100, 140))
-    assert len(answers) == 200
+@pytest.mark.examples(few=4, many=40)
+def test_answers_keep_to_their_schemas(shipped: Any, examples: int) -> None:
+    answers = all_written(shipped, range(100, 100 + examples))
+    assert len(answers) == examples * len(SCHEMAS)
     check(answers)
 
 

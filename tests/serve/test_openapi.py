@@ -83,14 +83,9 @@ def test_what_is_refused_before_it_is_looked_at_is_described(serve: Callable[...
             assert path.startswith("/v1/") == ({"401", "403", "421", "431"} <= set(operation["responses"])), path
 
 
-def test_a_few_hundred_cases(serve: Callable[..., Any]) -> None:
-    assert check(serve(Limits(new_tokens=4)), 60) >= 250
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_thousands_of_cases(serve: Callable[..., Any]) -> None:
-    assert check(serve(Limits(new_tokens=4)), 600) >= 2000
+@pytest.mark.examples(few=60, many=600)
+def test_drawn_cases(serve: Callable[..., Any], examples: int) -> None:
+    assert check(serve(Limits(new_tokens=4)), examples) > 3.3 * examples
 
 
 def test_a_defect_would_be_found(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

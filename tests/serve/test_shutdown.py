@@ -74,7 +74,7 @@ class Process:
         return self._log.read_text()
 
     def ask(self, path: str, body: Any = None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         content = None if body is None else json.dumps(body)
         connection.request("GET" if body is None else "POST", path, content, {"content-type": "application/json"})
         answer = connection.getresponse()
@@ -85,10 +85,9 @@ class Process:
             "/v1/completions", {"model": NAME, "prompt": "One", "max_tokens": 200, "ignore_eos": True, **fields}
         )
 
-    def ends(self, patience_s: float = 30) -> tuple[int, float]:
-        """Returns the exit code, and how long that took in seconds."""
-        began = time.monotonic()
-        return self.process.wait(patience_s), time.monotonic() - began
+    def ends(self) -> int:
+        """Returns the exit code."""
+        return self.process.wait(60)
 
 
 @pytest.fixture
@@ -118,17 +117,14 @@ def test_a_stuck_step_shows_and_the_process_ends_all_the_same(start: Callable[..
     status, body = server.complete()  # nothing is put behind a stuck step
     assert status == 503 and "stuck" in json.loads(body)["error"]["message"]
     server.process.send_signal(signal.SIGTERM)
-    code, took = server.ends()
-    assert code == 128 + signal.SIGTERM and took < 8 and "Traceback" not in server.said
+    assert server.ends() == 128 + signal.SIGTERM and "Traceback" not in server.said
 
 
 def test_deadlines_fire_while_a_step_is_stuck(start: Callable[..., Process]) -> None:
     server = start(1e6, "--timeout", "1", "--step-timeout", "60", "--slots", "1", "--grace", "1")
-    began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: server.complete(), range(2)))
-    assert time.monotonic() - began < 10
-    # The first one has its first token, which comes of the prompt; the second one never had a slot.
+    # The first has its first token, which the prompt gives; the second never had a slot. A stuck step would end both.
     assert sorted(status for status, _ in found) == [200, 503]
     assert server.ask("/health")[0] == 200  # a minute is what was asked for
 
@@ -140,16 +136,16 @@ def test_answers_that_take_too_long_end_with_an_error(start: Callable[..., Proce
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(server.complete, stream=bool(i % 2)) for i in range(5)]
         quick = pool.submit(server.complete, max_tokens=3)
-        half = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        half = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         half.putrequest("POST", "/v1/completions")
         half.putheader("content-length", "100")
         half.endheaders(b"{")
         time.sleep(1)
         server.process.send_signal(number)
-        code, took = server.ends()
+        code = server.ends()
         answers = [each.result() for each in asked]
         quick.result()
-    assert code == 128 + number and took < 6
+    assert code == 128 + number
     for index, (status, body) in enumerate(answers):
         assert status == (200 if index % 2 else 503)
         error = json.loads(body.split(b"data: ")[-1])["error"]
@@ -162,17 +158,17 @@ def test_answers_that_take_too_long_end_with_an_error(start: Callable[..., Proce
 
 
 def test_answers_that_can_be_finished_are(start: Callable[..., Process]) -> None:
-    server = start(0.02, "--grace", "20")
+    server = start(0.02, "--grace", "90")
     with ThreadPoolExecutor(2) as pool:
         whole, stream = (pool.submit(server.complete, max_tokens=60, stream=each) for each in (False, True))
         time.sleep(0.5)
         server.process.send_signal(signal.SIGTERM)
-        code, took = server.ends()
+        code = server.ends()
         status, body = whole.result()
         assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 60
         assert stream.result()[1].endswith(b"data: [DONE]\n\n")
-    assert code == 128 + signal.SIGTERM and took < 15  # not the whole of the grace period
-    assert "\nstopping: 2 requests have up to 20 s; Ctrl-C again ends them at once\n" in server.said
+    assert code == 128 + signal.SIGTERM  # before the grace period ends, for which `ends` would not wait
+    assert "\nstopping: 2 requests have up to 90 s; Ctrl-C again ends them at once\n" in server.said
 
 
 def cut_off(server: Process) -> None:
@@ -186,13 +182,13 @@ def test_an_event_loop_that_is_held_up_ends_too(start: Callable[..., Process]) -
     thread.start()
     time.sleep(0.5)
     server.process.send_signal(signal.SIGTERM)
-    code, took = server.ends()
-    assert code == 128 + signal.SIGTERM and took < 8 and server.said.endswith("did not end in time\n")
+    code = server.ends()
+    assert code == 128 + signal.SIGTERM and server.said.endswith("did not end in time\n")
     thread.join(10)
 
 
 def test_a_second_ctrl_c_ends_at_once(start: Callable[..., Process]) -> None:
-    server = start(0.1, "--grace", "60")
+    server = start(0.1, "--grace", "90")
     thread = threading.Thread(target=cut_off, args=(server,))
     thread.start()
     time.sleep(0.5)
@@ -202,8 +198,8 @@ def test_a_second_ctrl_c_ends_at_once(start: Callable[..., Process]) -> None:
     time.sleep(1)
     assert server.process.poll() is None
     server.process.send_signal(signal.SIGINT)
-    code, took = server.ends()
-    assert code == 130 and took < 2 and "Traceback" not in server.said
+    code = server.ends()
+    assert code == 130 and "Traceback" not in server.said
     thread.join(10)
 
 
@@ -233,7 +229,7 @@ def test_a_request_that_waits_for_something_else_ends_too(serve: Callable[..., A
         asked = pool.submit(running.post, "/v1/completions", {"model": NAME, "prompt": "One"})
         time.sleep(0.5)
         running.ask_to_stop()
-        response = asked.result(timeout=15)
+        response = asked.result(timeout=60)
     released.set()
     assert response.status_code == 503 and "shutting down" in response.json()["error"]["message"]
 
@@ -255,7 +251,7 @@ def test_a_stream_that_nobody_ends_is_ended(serve: Callable[..., Any], monkeypat
         asked = pool.submit(running.post, "/v1/completions", body)
         time.sleep(0.5)
         running.ask_to_stop()
-        response = asked.result(timeout=15)
+        response = asked.result(timeout=60)
     *pieces, last = response.text.removesuffix("\n\n").split("\n\n")
     assert response.status_code == 200 and len(pieces) > 3
     assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]

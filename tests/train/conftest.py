@@ -1,7 +1,11 @@
-"""A recipe that trains in a second, text to train it on, and torchrun."""
+"""A recipe that trains in a tenth of a second, text to train it on, what a run leaves, and torchrun."""
 
+import hashlib
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from slm.core.progress import Silent
 from slm.core.tokenizer import END_OF_TEXT
 from slm.train.recipe import Recipe
+from slm.train.run import train
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -41,25 +47,126 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def story_file(tmp_path: Path, stories: list[str]) -> Path:
-    """Sixty stories as TinyStories has them."""
-    file = tmp_path / "stories.txt"
+# What the recipe is changed by. "everything" has all that a resumed run could forget: two optimizers, random numbers, a moving
+# average, a place in an epoch.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "everything": {
+        "data": {"sampler": "packed"},
+        "optimizer": {"name": "muon", "ema": 0.9},
+        "regularization": {"dropout": 0.1},
+        "schedule": {"shape": "wsd"},
+        "evaluation": {"prompts": ["Once upon a time"], "sample_tokens": 5},
+        "checkpoints": {"every_updates": 2, "keep": 2},
+    },
+    "float16": {"machine": {"precision": "float16"}},
+}
+TIMES = ("elapsed_s", "tokens_s")
+# Artifacts record one time of making, so that runs can be compared byte for byte.
+MADE_AT = ("SOURCE_DATE_EPOCH", "1767225600")
+
+
+@pytest.fixture(scope="session")
+def story_file(tmp_path_factory: pytest.TempPathFactory, stories: list[str]) -> Path:
+    """Sixty stories as TinyStories has them; not to be changed."""
+    file = tmp_path_factory.mktemp("stories") / "stories.txt"
     file.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_recipe(story_file: Path) -> Callable[..., Recipe]:
-    """The factory of small recipes: sections given replace single values."""
+    """The factory of small recipes: a variant, and sections whose values replace single ones."""
 
-    def make(**sections: dict[str, Any]) -> Recipe:
+    def make(variant: str = "plain", **sections: dict[str, Any]) -> Recipe:
         fields = {**SMALL, "data": {"train": [str(story_file)]}}
-        for name, values in sections.items():
-            fields[name] = {**fields.get(name, {}), **values}
+        for changes in (VARIANTS[variant], sections):
+            for name, values in changes.items():
+                fields[name] = {**fields.get(name, {}), **values}
         return Recipe.model_validate(fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_run(small_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain recipe's run in one piece; not to be changed."""
+    path = tmp_path_factory.mktemp("whole") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*MADE_AT)
+        train(small_recipe(), path)
+    return path
+
+
+@pytest.fixture
+def finished(whole_run: Path) -> Path:
+    """A copy of that run in `runs/small`."""
+    return Path(shutil.copytree(whole_run, "runs/small"))
+
+
+@pytest.fixture(scope="session")
+def uncut(whole_run: Path) -> dict[str, Any]:
+    """What that run leaves."""
+    return _fingerprint(whole_run)
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _fingerprint(run: Path) -> dict[str, Any]:
+    files = [*run.glob("checkpoint/*/*"), *run.glob("data/*"), *run.glob("trainer/*.safetensors"), run / "config.yaml"]
+    hashes: dict[str, Any] = {
+        str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)
+    }
+    return hashes | {"rows": [{k: v for k, v in row.items() if k not in TIMES} for row in _rows(run)]}
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Path], list[dict[str, Any]]]:
+    """The rows of a run's metrics."""
+    return _rows
+
+
+@pytest.fixture(scope="session")
+def fingerprint() -> Callable[[Path], dict[str, Any]]:
+    """Everything a run leaves except times: bytes of its checkpoints and of the optimizer, rows of its metrics."""
+    return _fingerprint
+
+
+class Stopper(Silent):
+    """Sends this process a signal after a number of micro-steps."""
+
+    def __init__(self, micro_steps: int, signum: int = signal.SIGINT) -> None:
+        self.left, self.signum = micro_steps, signum
+
+    def advance(self, amount: int = 1, **fields: str) -> None:
+        if amount == 1 and not fields:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.signum)
+
+
+@pytest.fixture(scope="session")
+def stopper() -> type[Stopper]:
+    """A progress that stops its run."""
+    return Stopper
+
+
+class Notes(Silent):
+    """Keeps the notes of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def notes() -> Notes:
+    """A progress that keeps its notes."""
+    return Notes()
 
 
 _SECONDS = 100
@@ -110,5 +217,5 @@ def end_of() -> Callable[[subprocess.Popen[str]], Ended]:
 
 @pytest.fixture(autouse=True)
 def one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts record one time of making, so that runs can be compared to the byte."""
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
+    """Artifacts record one time of making."""
+    monkeypatch.setenv(*MADE_AT)

@@ -152,6 +152,7 @@ def test_a_process_that_is_not_the_first_remembers_and_writes_nothing() -> None:
     assert list(RUN.iterdir()) == []
 
 
+@pytest.mark.draws
 def test_the_curve_is_a_picture() -> None:
     metrics = Metrics(RUN, 0)
     metrics.draw()  # of nothing

@@ -1,14 +1,17 @@
-"""Several processes under torchrun, on the CPU: they learn what one process learns; `test_torchrun.py` has the command line.
+"""Several processes on the CPU learn what one process learns; `test_torchrun.py` has torchrun and the command line.
 
-Run as a script this file is what torchrun starts: it does the jobs of a file, one after another, in processes that have
-joined once, for joining takes longer than they do.
+Run as a script this file does the jobs of a file. It imports PyTorch once and forks the processes, with the variables that
+torchrun sets: to import takes longer than the jobs do.
 """
 
 import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +25,7 @@ from torch import Tensor
 from slm.core.errors import SlmError
 from slm.core.nn import load_checkpoint
 from slm.core.progress import Silent
-from slm.train import parallel, run
+from slm.train import metrics, parallel, run
 from slm.train.build import build_learner, build_model, with_special_tokens
 from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import evaluate
@@ -32,7 +35,8 @@ from slm.train.prepare import prepare
 from slm.train.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
-Do = Callable[[int, list[dict[str, Any]], Path], None]
+Jobs = list[dict[str, Any]]
+Do = Callable[[dict[int, Jobs], Path], None]
 Measured = dict[str, Tensor]
 
 # Gradients in float32, as the norm of the difference over the norm: the processes' parts are summed in another order.
@@ -50,6 +54,7 @@ WEIGHTS_TOLERANCE = 1e-5
 RUN_LOSS_TOLERANCE = 1e-6
 
 STOPPED_AT = 6
+SECONDS = 200
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "random-tied": {},
@@ -163,11 +168,12 @@ def tell(processes: Processes) -> None:
     assert error.value.hint == "why"
 
 
-def work(jobs: Path) -> None:
-    """What torchrun starts."""
+def work(jobs: Jobs) -> None:
+    """Does the jobs as one of the processes."""
     torch.set_num_threads(1)
+    metrics.Metrics.draw = lambda self: None  # which takes longer than the training
     with joined() as processes:
-        for job in json.loads(jobs.read_text(encoding="utf-8")):
+        for job in jobs:
             if job["kind"] == "train":
                 train_for(job, processes)
                 continue
@@ -179,15 +185,44 @@ def work(jobs: Path) -> None:
                 safetensors.torch.save_file(measured, job["file"])
 
 
-@pytest.fixture(scope="module")
-def do(torchrun: Callable[..., Any], end_of: Callable[..., Any]) -> Do:
-    """Has so many processes do jobs, with a directory to write them to."""
+def forked(processes: int, jobs: Jobs) -> None:
+    """Has a number of new processes do the jobs together.
 
-    def start(processes: int, jobs: list[dict[str, Any]], at: Path) -> None:
-        file = at / "jobs.json"
-        file.write_text(json.dumps(jobs), encoding="utf-8")
-        ended = end_of(torchrun(processes, __file__, file))
-        assert ended.code == 0, ended.err
+    Raises:
+        AssertionError: When one of them fails.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    children = []
+    for rank in map(str, range(processes)):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            code = 1
+            try:
+                work(jobs)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * processes, codes
+
+
+@pytest.fixture(scope="module")
+def do() -> Do:
+    """Has so many processes do jobs, one number of processes after the other, with a directory to write the jobs to."""
+
+    def start(jobs: dict[int, Jobs], at: Path) -> None:
+        file = at / f"jobs-{max(jobs)}.json"
+        file.write_text(json.dumps(list(jobs.items())), encoding="utf-8")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            [sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=SECONDS
+        )
+        assert ended.returncode == 0, ended.stderr
 
     return start
 
@@ -245,7 +280,7 @@ def data(place: Path, recipes: MakeRecipe) -> Path:
     return place / "prepared/data"
 
 
-def measuring(recipes: MakeRecipe, data: Path, processes: int, at: Path) -> list[dict[str, Any]]:
+def measuring(recipes: MakeRecipe, data: Path, processes: int, at: Path) -> Jobs:
     jobs = [
         {
             "kind": "measure",
@@ -290,15 +325,16 @@ def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]
     for before in ("ddp", "fsdp"):
         for kind in ("ddp", "fsdp"):
             jobs.append(going_on(place, f"2-{before}-stopped", kind, f"2-{before}-to-2-{kind}"))
-    do(2, jobs, place)
+    do({2: [*jobs, {"kind": "tell"}]}, place)
     return place
 
 
 @pytest.fixture(scope="module")
 def four(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured], do: Do) -> Path:
     """Four processes, which two go on from."""
-    do(4, [*measuring(recipes, data, 4, place), stopped(recipes, "fsdp", place / "4-stopped")], place)
-    do(2, [going_on(place, "4-stopped", kind, f"4-to-2-{kind}") for kind in ("ddp", "fsdp")], place)
+    as_four = [*measuring(recipes, data, 4, place), stopped(recipes, "fsdp", place / "4-stopped")]
+    as_two = [going_on(place, "4-stopped", kind, f"4-to-2-{kind}") for kind in ("ddp", "fsdp")]
+    do({4: as_four, 2: as_two}, place)
     return place
 
 
@@ -421,10 +457,6 @@ def test_both_kinds_write_the_same_samples(two: Path) -> None:
     assert texts["1"] == texts["2-ddp"] == texts["2-fsdp"]
 
 
-def test_what_the_first_says_all_hear(tmp_path: Path, do: Do) -> None:
-    do(2, [{"kind": "tell"}], tmp_path)
-
-
 def test_the_first_does_it_and_alone_nothing_is_asked() -> None:
     assert by_first(Alone(), lambda: 3) == 3
     with pytest.raises(SlmError, match="no"):
@@ -433,4 +465,5 @@ def test_the_first_does_it_and_alone_nothing_is_asked() -> None:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    for number, some in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        forked(number, some)

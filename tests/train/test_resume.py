@@ -44,19 +44,6 @@ EVERY_UPDATE = {"checkpoints": {"every_updates": 1, "keep": 2}}
 WEIGHTS = "model.safetensors"
 
 
-class Stopper(Silent):
-    """Interrupts this process after so many micro-steps."""
-
-    def __init__(self, micro_steps: int) -> None:
-        self.left = micro_steps
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        if amount == 1 and not fields:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-
 def left_by(run: Path) -> dict[str, Any]:
     """Returns everything that a run leaves but times."""
     tensors = {
@@ -170,12 +157,12 @@ def how(request: pytest.FixtureRequest) -> tuple[float, int]:
 
 
 @pytest.fixture
-def stopped(how: tuple[float, int], small_recipe: MakeRecipe) -> Path:
+def stopped(how: tuple[float, int], small_recipe: MakeRecipe, stopper: Any) -> Path:
     """A run that was stopped half way; the run in one piece lies beside it."""
     recipe = small_recipe(optimizer={"ema": how[0]}, **EVERY_UPDATE)
     train(recipe, Path("uncut"))
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, Path("stopped"), Stopper(STOPPED_AT))
+        train(recipe, Path("stopped"), stopper(STOPPED_AT))
     assert check_what_is_there(Path("stopped")) == STOPPED_AT - 2  # the update that was under way is not in it
     return Path("stopped")
 
@@ -289,12 +276,12 @@ def edit(run: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("replacing", [False, True])
 def test_a_best_checkpoint_newer_than_the_state_stays_until_there_is_a_better(
-    small_recipe: MakeRecipe, replacing: bool
+    small_recipe: MakeRecipe, stopper: Any, replacing: bool
 ) -> None:
     """As after a kill between an evaluation and a save, or within the evaluation's; the run then takes another way."""
     better = train(small_recipe(), Path("uncut"))
     with pytest.raises(KeyboardInterrupt):
-        train(small_recipe(), Path("run"), Stopper(STOPPED_AT))
+        train(small_recipe(), Path("run"), stopper(STOPPED_AT))
     best = Path("run/checkpoint/best")
     shutil.rmtree(best)
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
@@ -309,12 +296,12 @@ def test_a_best_checkpoint_newer_than_the_state_stays_until_there_is_a_better(
 
 
 def test_patience_counts_evaluations_though_micro_steps_have_another_size(
-    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    small_recipe: MakeRecipe, stopper: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter((5.0, 3.0, 4.0, 4.0, 4.0, 4.0))
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: Evaluation(next(losses), bits_per_byte=1.0, tokens=1))
     with pytest.raises(KeyboardInterrupt):
-        train(small_recipe(evaluation={"patience": 1}), Path("run"), Stopper(STOPPED_AT))
+        train(small_recipe(evaluation={"patience": 1}), Path("run"), stopper(STOPPED_AT))
     edit(Path("run"), batch__batch_size=8, batch__accumulation=1, evaluation__every_micro_steps=1)
     assert resume(Path("run")).updates == 3  # the best was at 2, which were 4 micro-steps then
 
@@ -323,32 +310,62 @@ def test_patience_counts_evaluations_though_micro_steps_have_another_size(
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1767225600"}
 
 
-def slm_train(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "slm", "train", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+# For each line, forks a process that trains, and prints its number and how it ended: a command would first have to import
+# PyTorch. The tests' own process cannot be forked for this: it has trained, and PyTorch's threads do not survive a fork.
+FORKS = """
+import os, sys
+from pathlib import Path
+from slm.train.recipe import load_recipe
+from slm.train.run import resume, train
+
+for line in sys.stdin:
+    run = Path("run")
+    if not (child := os.fork()):
+        resume(run) if (run / "config.yaml").exists() else train(load_recipe(Path("recipe.yaml")), run)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def trainer() -> Iterator[Callable[[str], int]]:
+    """Sends a line to the process that forks, if it is not empty, and returns the number that it prints next."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        sending, receiving = process.stdin, process.stdout
+
+        def ask(line: str = "") -> int:
+            sending.write(line)
+            sending.flush()
+            return int(receiving.readline())
+
+        yield ask
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again(small_recipe: MakeRecipe) -> None:
+def test_a_run_that_is_killed_again_and_again(small_recipe: MakeRecipe, trainer: Callable[..., int]) -> None:
     length = {"schedule": {"micro_steps": 120}, "evaluation": {"every_micro_steps": 12}}
-    Path("recipe.yaml").write_text(small_recipe(**length, **EVERY_UPDATE).to_yaml(), encoding="utf-8")
-    torch.set_num_threads(1)
-    train(small_recipe(**length, **EVERY_UPDATE), Path("uncut"))
+    recipe = small_recipe(**length, **EVERY_UPDATE)
+    Path("recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    train(recipe, Path("uncut"))
     dice, killed_writing, reached = random.Random(SEED), 0, 0
     run = Path("run")
     for kill in range(KILLS):
-        started = slm_train(
-            "--out", run, *(("--resume",) if (run / "config.yaml").exists() else ("--recipe", "recipe.yaml"))
-        )
+        started = trainer("train\n")
         rows = run / "metrics.jsonl"
         before = rows.stat().st_mtime_ns if rows.exists() else 0
         wait_for(lambda rows=rows, before=before: rows.exists() and rows.stat().st_mtime_ns > before)  # it trains
-        time.sleep(dice.uniform(0, 0.4))
+        for _ in range(dice.randrange(4)):
+            last = saved_at(run)
+            wait_for(lambda last=last: saved_at(run) not in (0, last))
+        time.sleep(dice.uniform(0, 0.05))
         if kill % 2:
             wait_for(lambda: any(run.glob("**/.*.partial-*")))  # it writes
-        started.kill()
-        started.communicate()
-        assert started.returncode == -signal.SIGKILL, kill  # rather than at its end before it was killed
+        os.kill(started, signal.SIGKILL)
+        assert trainer() == -signal.SIGKILL, kill  # rather than at its end before it was killed
         killed_writing += any(run.glob("**/.*.partial-*"))
         copy = Path(f"copy-{kill}")
         shutil.copytree(run, copy)
@@ -357,11 +374,19 @@ def test_a_run_that_is_killed_again_and_again(small_recipe: MakeRecipe) -> None:
         reached = then
     assert killed_writing >= KILLS // 4
     assert reached > 0
-    ended = slm_train("--out", run, "--resume")
-    _, said = ended.communicate(timeout=SECONDS)
-    assert ended.returncode == 0, said
-    assert f"going on after {reached:,} micro-steps" in said
+    command = [sys.executable, "-m", "slm", "train", "--out", run, "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after {reached:,} micro-steps" in done.stderr
     assert same(left_by(run), left_by(Path("uncut")))
+
+
+def saved_at(run: Path) -> int:
+    """Returns when the state of a run was saved last, in nanoseconds; 0 before, and while it is replaced."""
+    try:
+        return (run / "trainer/state.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -382,12 +407,12 @@ def unshare() -> list[str] | None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full(small_recipe: MakeRecipe) -> None:
+def test_a_disk_that_is_full(small_recipe: MakeRecipe, stopper: Any) -> None:
     if (apart := unshare()) is None:
         pytest.skip("a small disk takes user namespaces, which this machine does not allow")
     recipe = small_recipe(**EVERY_UPDATE)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe, Path("stopped"), Stopper(STOPPED_AT))
+        train(recipe, Path("stopped"), stopper(STOPPED_AT))
     size = sum(-(-file.stat().st_size // 4096) * 4 for file in Path("stopped").rglob("*") if file.is_file())
     Path("small").mkdir()
     # Room for the weights, but not for the optimizer's moments, which are twice as large.
