@@ -13,7 +13,7 @@ from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
-    from slm.runtime.streaming import Piece
+    from slm.runtime.generation import Piece
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -17,7 +17,10 @@ from slm.core.tokenizer import Tokenizer
 from slm.export.graph.builder import Array
 from slm.runtime.bench import read_and_write
 from slm.runtime.decoder import OnnxDecoder, comparable_positions
+from slm.runtime.generation import Generation, Request
 from slm.runtime.logprobs import log_softmax
+from slm.runtime.sampling import GREEDY
+from slm.runtime.streaming import run
 
 DEFAULT_TOKENS = 2048
 # Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
@@ -223,26 +226,20 @@ class Divergence:
 def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergence:
     """Continues the beginnings of some rows greedily.
 
-    One bundle writes, the other reads that at once: until the first token that it would not have chosen, both write the same.
+    One bundle generates, and the other reads the text at once: up to the first token that it would not have chosen, both
+    generate the same.
     """
     prompt = min(_PROMPT_TOKENS, text.rows.shape[1], before.context // 2)
     new = min(_NEW_TOKENS, before.context - prompt)
     equal = []
     for row in text.rows[:_PROMPTS, :prompt]:
-        written = _greedy(after, row.tolist(), new)
+        request = Request(row.tolist(), GREEDY, new)
+        written = run(after, Generation(request, after.context, after.vocab_size)).finish().tokens
         before.reset()
         read = np.array([[*row, *written[:-1]]], np.int64)
         chosen = before.step(read, keep=0)[0, prompt - 1 :].argmax(axis=-1)  # (new,)
         equal.append(next((i for i, pair in enumerate(zip(chosen, written, strict=True)) if pair[0] != pair[1]), new))
     return Divergence(new, tuple(equal))
-
-
-def _greedy(decoder: OnnxDecoder, ids: list[int], new: int) -> list[int]:
-    decoder.reset()
-    tokens = [int(decoder.read(ids).argmax())]
-    while len(tokens) < new:
-        tokens.append(int(decoder.read([tokens[-1]]).argmax()))
-    return tokens
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,17 @@ A step reads the weights once for all rows, and reading weights is what a step m
 V vocabulary.
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter, check_slots_of, stacked
+from slm.runtime.backend import DecoderAround
 from slm.runtime.cache import Extent, KVBuffers
-from slm.runtime.decoder import PREFILL_CHUNK, Decoder, DecoderAround, OnnxDecoder, OnnxSnapshot
-from slm.runtime.generate import Generated, generate
+from slm.runtime.decoder import PREFILL_CHUNK, OnnxDecoder, OnnxSnapshot
 from slm.runtime.memory import Array
-from slm.runtime.prefix import PrefixDecoder
-from slm.runtime.sampling import Sampler, Sampling
-
-# Rows that `generate_batch` steps together by default.
-SLOTS = 8
 
 
 class Slot(DecoderAround):
@@ -230,107 +223,3 @@ class Batch:
 
 def _same(first: Sequence[object], second: Sequence[object]) -> bool:
     return len(first) == len(second) and all(one is other for one, other in zip(first, second, strict=True))
-
-
-@dataclass
-class _Text:
-    """A text under way."""
-
-    index: int
-    sampler: Sampler
-    tokens: list[int] = field(default_factory=list)
-
-
-def batched(decoder: Decoder) -> OnnxDecoder | None:
-    """Returns what takes the steps of several texts together; None where a decoder reads one text at a time.
-
-    A chat's decoder does as well: a batch has caches of its own and leaves what was read of the chat alone.
-    """
-    if isinstance(decoder, PrefixDecoder):
-        decoder = decoder.decoder
-    if not isinstance(decoder, OnnxDecoder) or decoder.bundle.manifest.target == "portable":
-        return None
-    return decoder
-
-
-def generate_batch(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    samplings: Sequence[Sampling],
-    max_new_tokens: int,
-    stop: Sequence[int],
-    slots: int = SLOTS,
-    ended: Callable[[int, int], bool] | None = None,
-) -> list[list[int]]:
-    """Continues several prompts, each as it would be continued alone, a text's slot being free for the next as it ends.
-
-    A row's logits are those it would have alone, bit for bit in float32 and with INT8 weights in blocks of at most 64 (on
-    AVX-512 VNNI and with no more threads than heads); in blocks of 128 the kernel adds in another order for a row alone, which
-    rounding makes more of.
-
-    Args:
-        decoder: The model. A fused bundle takes its steps together; anything else goes through the prompts one by one.
-        prompts: Token ids of each, at least one.
-        samplings: How tokens are chosen, for each.
-        max_new_tokens: How many at most, for each.
-        stop: Tokens that end a text.
-        slots: How many texts are under way at once.
-        ended: Is called with the number of a prompt and each of its new tokens, and says whether the text ends with it.
-
-    Returns:
-        The new tokens of each prompt, in the order of the prompts, the one that ended a text left out.
-
-    Raises:
-        SlmError: When a prompt is empty or fills the whole context, or a value will not do.
-    """
-    # Each alone is refused what it would be refused anyway, before anything is read.
-    alone = [
-        generate(decoder, prompt, sampling, max_new_tokens, stop)
-        for prompt, sampling in zip(prompts, samplings, strict=True)
-    ]
-    together = batched(decoder)
-    if together is None:
-        return [_taken(tokens, index, ended) for index, (_, tokens) in enumerate(alone)]
-    batch = Batch(together, max(1, min(slots, len(prompts))))
-    waiting = deque(enumerate(prompts))
-    texts: dict[Slot, _Text] = {}
-    made: list[list[int]] = [[] for _ in prompts]
-
-    def goes_on(slot: Slot, logits: Array) -> bool:
-        """Chooses a text's next token; says whether it is to be read."""
-        text = texts[slot]
-        token = text.sampler.choose(logits)
-        if token in stop:
-            return False
-        text.tokens.append(token)
-        if ended is not None and ended(text.index, token):
-            return False
-        return len(text.tokens) < max_new_tokens and slot.length < decoder.context
-
-    while waiting or texts:
-        found: dict[Slot, Array] = {}
-        if texts:
-            found = batch.step({slot: text.tokens[-1] for slot, text in texts.items()})
-        while True:
-            for slot, logits in found.items():
-                if not goes_on(slot, logits):
-                    text = texts.pop(slot)
-                    made[text.index] = text.tokens
-                    batch.release(slot)
-            if not (waiting and batch.free):
-                break
-            index, prompt = waiting.popleft()
-            slot = batch.take(together.adapter)
-            texts[slot] = _Text(index, Sampler(samplings[index], prompt, decoder.vocab_size))
-            found = {slot: slot.read(prompt)}
-    return made
-
-
-def _taken(tokens: Generated, index: int, ended: Callable[[int, int], bool] | None) -> list[int]:
-    """Returns the tokens of a text that is generated alone, up to the one that ends it."""
-    taken = []
-    for token in tokens:
-        taken.append(token)
-        if ended is not None and ended(index, token):
-            break
-    return taken

@@ -19,8 +19,12 @@ from slm.core.config import ModelConfig
 from slm.core.contract import CacheLayer
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress, Silent
-from slm.runtime.decoder import PREFILL_CHUNK, Decoder, OnnxDecoder
+from slm.runtime.backend import Decoder
+from slm.runtime.decoder import PREFILL_CHUNK, OnnxDecoder
+from slm.runtime.generation import Generation, Request
 from slm.runtime.growing import GrowingCaches
+from slm.runtime.sampling import GREEDY
+from slm.runtime.streaming import run
 
 # Tokens of the visit that warms up: threads are started, memory is taken.
 _WARM_UP = 4
@@ -292,15 +296,10 @@ def prompt_ids(length: int, vocab_size: int) -> list[int]:
 
 
 def read_and_write(decoder: Decoder, prompt: int, new: int) -> tuple[float, float]:
-    """Reads a prompt and writes greedily; returns the seconds to the first token and from there to the last."""
-    ids = prompt_ids(prompt, decoder.vocab_size)
-    decoder.reset()
-    started = time.perf_counter()
-    token = int(decoder.read(ids).argmax())
-    first = time.perf_counter()
-    for _ in range(new - 1):
-        token = int(decoder.read([token]).argmax())
-    return first - started, time.perf_counter() - first
+    """Reads a prompt and decodes greedily; returns the seconds to the first token and from there to the last."""
+    request = Request(prompt_ids(prompt, decoder.vocab_size), GREEDY, new)
+    result = run(decoder, Generation(request, decoder.context, decoder.vocab_size)).finish()
+    return result.ttft_ms / 1e3, result.decode_s
 
 
 def _steps(rows: Rows, batch: int, steps: int) -> float:

@@ -1,6 +1,6 @@
-"""A conversation with a model: what was said is asked anew with every turn, in the turns that the model was trained on."""
+"""A conversation with a model: every request contains the whole conversation, in the turns that the model was trained on."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Unpack, cast
 
@@ -8,12 +8,13 @@ from slm.core.arguments import check_type
 from slm.core.chat import Message, chat_ids, foreign_template
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.tokenizer import END_OF_TURN
+from slm.runtime.generation import Piece
 from slm.runtime.model import Model
 from slm.runtime.options import MAX_NEW_TOKENS, GenerationOptions, check_options
 from slm.runtime.prefix import PrefixCache, PrefixDecoder
 from slm.runtime.sampling import Sampling
 from slm.runtime.speculative import SpeculativeDecoder
-from slm.runtime.streaming import Piece
+from slm.runtime.streaming import Stream, texts
 
 # Snapshots of what was read: a turn asked again is not read again.
 _SNAPSHOT_BYTES = 64 << 20
@@ -61,7 +62,7 @@ class Chat:
         self._model = model
         self.seed = drawn
         self._asked = 0
-        self._answering: Generator[Piece, None, None] | None = None
+        self._answering: Stream[Piece] | None = None
         self._cut: list[Message] = []
         self.messages: list[Message] = []
         decoder = model.decoder
@@ -101,17 +102,17 @@ class Chat:
         check_options("ask", options)
         return "".join(piece.text for piece in self.pieces(request, **options)).strip()
 
-    def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
+    def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[str]:
         """Returns the answer to what the user says in pieces of text; see `pieces`."""
         check_options("stream", options)
-        return (piece.text for piece in self.pieces(request, **options) if piece.text)
+        return texts(self.pieces(request, **options))
 
     def retry(self, **options: Unpack[GenerationOptions]) -> str:
         """Returns another answer to what was asked last, in place of the one before; see `pieces`."""
         check_options("retry", options)
         return "".join(piece.text for piece in self.retry_pieces(**options)).strip()
 
-    def pieces(self, request: str, **options: Unpack[GenerationOptions]) -> Iterator[Piece]:
+    def pieces(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
         """Returns the answer token by token; it joins the conversation when the iterator ends or is closed.
 
         Where the context is too short for all that was said and an answer, the oldest exchanges are forgotten.
@@ -139,10 +140,10 @@ class Chat:
             self.messages, self.forgotten = before, forgotten
             raise
         self._asked += 1
-        self._answering = self._told(pieces)
+        self._answering = pieces.through(self._recorded(pieces))
         return self._answering
 
-    def retry_pieces(self, **options: Unpack[GenerationOptions]) -> Iterator[Piece]:
+    def retry_pieces(self, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
         """Returns another answer to what was asked last, in place of the one before, token by token; see `pieces`.
 
         Raises:
@@ -172,7 +173,8 @@ class Chat:
         if self.messages and self.messages[-1]["role"] == "user":
             del self.messages[-1]
 
-    def _told(self, pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
+    def _recorded(self, pieces: Stream[Piece]) -> Generator[Piece, None, None]:
+        """Yields the pieces of an answer, which joins the conversation at the end."""
         said, whole = [], False
         try:
             for piece in pieces:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
-from slm.runtime.decoder import Decoder, DecoderAround, Snapshot, TextSnapshot
+from slm.runtime.backend import Decoder, DecoderAround, Snapshot, TextSnapshot
 
 Array = NDArray[Any]
 _TOKEN = np.dtype(np.int32)
@@ -49,6 +49,23 @@ class PrefixCache:
             return None
         self._entries.move_to_end(key)
         return self._entries[key]
+
+    def restore(self, decoder: Decoder, ids: Sequence[int]) -> int:
+        """Brings a decoder to the longest known beginning of a prompt, at least one token short of the whole prompt.
+
+        Returns:
+            How many tokens need not be read; 0 leaves the decoder empty.
+        """
+        snapshot = self.longest(ids)
+        if snapshot is not None:
+            try:
+                decoder.restore(snapshot)
+                decoder.rewind(min(snapshot.length, len(ids) - 1))
+                return decoder.length
+            except SlmError:  # caches of the portable target cannot go back once the window is full
+                pass
+        decoder.reset()
+        return 0
 
     def add(self, ids: Sequence[int], snapshot: Snapshot) -> bool:
         """Keeps a snapshot of these tokens, in place of others if need be; says whether there is room for it at all."""
@@ -136,15 +153,7 @@ class PrefixDecoder(DecoderAround):
                 return min(common, most)
             except SlmError:  # out of the windows
                 pass
-        if snapshot is not None:
-            try:
-                self.decoder.restore(snapshot)
-                self.decoder.rewind(min(snapshot.length, most))
-                return self.decoder.length
-            except SlmError:  # the portable target, whose caches let nothing go back once the window is full
-                pass
-        self.decoder.reset()
-        return 0
+        return self.cache.restore(self.decoder, ids)
 
     def _begin(self) -> None:
         """Begins with nothing, where something else than a prompt comes first."""

@@ -1,17 +1,16 @@
-"""How what the engine's thread writes comes to the event loop: everything that a step made with one call.
+"""Carries events from the engine's thread to the event loop: all events of one step with one call.
 
-A call into the loop wakes it, and whatever it does then it does while the next step is computed, holding the lock that Python
-code needs: the fewer calls the better.
+A call wakes the loop, and what the loop does then it does while the next step is computed, holding the lock that Python code
+needs: the fewer calls the better.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from slm.runtime.streaming import Piece
-from slm.serve.engine import Done
+from slm.runtime.generation import Piece, Result
 
-Event = Piece | Done
+Event = Piece | Result
 
 
 class Inbox:

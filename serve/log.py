@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.types import Scope
 
+from slm.runtime.generation import Generation, Result
 from slm.serve.defects import frames_of
-from slm.serve.engine import Done, Ticket
 
 log = logging.getLogger("slm.serve")
 
@@ -32,26 +32,26 @@ class Record:
     Attributes:
         model: The name of the model that answers, as the server knows it.
         prompt_tokens: Of all prompts.
-        tickets: What the engine gave for the answers.
-        ended: How they ended, by their index; filled in as they do.
+        texts: The texts of the answers.
+        ended: Their results by index, added as they end.
     """
 
     model: str | None = None
     prompt_tokens: int | None = None
-    tickets: Sequence[Ticket] = ()
-    ended: Mapping[int, Done] = field(default_factory=dict)
+    texts: Sequence[Generation] = ()
+    ended: Mapping[int, Result] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """Returns what the log says: tokens as far as they came, and each reason for an end once."""
+        """Returns what the log says: the tokens so far, and each finish reason once."""
         if self.model is None:
             return {}
-        reasons = {done.reason for done in self.ended.values()}
-        if len(self.ended) < len(self.tickets):
+        reasons = {str(result.stopped) for result in self.ended.values()}
+        if len(self.ended) < len(self.texts):
             reasons.add("cancelled")
         return {
             "model": self.model,
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": sum(len(ticket.tokens) for ticket in self.tickets),
+            "completion_tokens": sum(len(text.tokens) for text in self.texts),
             "finish_reason": ",".join(sorted(reasons)),
         }
 
@@ -109,12 +109,12 @@ def open_record(scope: Scope) -> Record:
 
 
 def record_answers(
-    scope: Scope, model: str, prompts: Sequence[Sequence[int]], tickets: Sequence[Ticket], ended: Mapping[int, Done]
+    scope: Scope, model: str, prompts: Sequence[Sequence[int]], texts: Sequence[Generation], ended: Mapping[int, Result]
 ) -> None:
     """Fills in a request's record, once its answers are asked for."""
     record = scope.get(_KEY)
     if isinstance(record, Record):
-        record.model, record.tickets, record.ended = model, tickets, ended
+        record.model, record.texts, record.ended = model, texts, ended
         record.prompt_tokens = sum(map(len, prompts))
 
 
