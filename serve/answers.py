@@ -24,8 +24,9 @@ from slm.runtime.generation import Generation, Piece, Request, Result
 from slm.runtime.sampling import Sampling
 from slm.runtime.token_bytes import token_bytes
 from slm.serve.constraint import Busy, JsonConstraint
-from slm.serve.engine import Closed, Full
+from slm.serve.engine import Closed
 from slm.serve.inbox import Inbox, Post
+from slm.serve.jobs import Full
 from slm.serve.log import record_answers
 from slm.serve.refusals import Refused, said
 from slm.serve.schema import Request as AnyRequest

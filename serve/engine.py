@@ -7,10 +7,9 @@ another client's long prompt than that piece takes. `slm.runtime.scheduler` has 
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 from slm.core.errors import SlmError
@@ -24,6 +23,7 @@ from slm.runtime.stopping import StopTexts
 from slm.serve.defects import named
 from slm.serve.figures import Figures
 from slm.serve.heartbeat import Heartbeat
+from slm.serve.jobs import Deliver, Job, Jobs
 
 # Lists of stop texts that are kept: all answers to a request have the same one, and reading it may take 20 ms.
 _STOPS = 16
@@ -33,42 +33,12 @@ _LOOK_S = 0.1
 _LATE_S = 0.3
 # How long closing waits for the engine's thread after the grace period, in seconds.
 _JOIN_S = 1.0
-
-# Called by the engine's thread with each piece and then the result; must not block.
-Deliver = Callable[[Piece | Result], None]
-
-
-class Full(SlmError):
-    """The queue has no room for another request now."""
+# How long a step takes before the first one was timed, in seconds.
+_STEP_S = 0.05
 
 
 class Closed(SlmError):
     """No more requests are accepted."""
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request in the queue or in a slot.
-
-    Attributes:
-        generation: Its text.
-        deliver: Takes what comes of it.
-        adapter: The adapter to answer with.
-        deadline: When it ends at the latest, in seconds of `time.monotonic`.
-        cancelled: Whether it is to end before its next token.
-        over: Whether its result has been delivered.
-    """
-
-    generation: Generation
-    deliver: Deliver
-    adapter: Adapter | None
-    deadline: float | None
-    cancelled: bool = False
-    over: bool = False
-
-    def late(self, now: float) -> bool:
-        """Returns whether the deadline has passed."""
-        return self.deadline is not None and now >= self.deadline
 
 
 class Engine:
@@ -108,14 +78,8 @@ class Engine:
         self._masks = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2)), "slm-masks")
         batch = Batch(decoder, slots)
         self.scheduler = Scheduler(batch, prefill_tokens=prefill_tokens, prefix_bytes=prefix_bytes, threads=self._masks)
-        self.slots, self._queue = slots, queue
-        self._jobs: dict[Generation, _Job] = {}  # every request that has not ended
-        self._waiting: deque[_Job] = deque()
-        self._running: list[_Job] = []
-        self._asked = self._refused = 0
-        self._done: dict[str, int] = {}
-        self._delivering = threading.Lock()
-        self._changed = threading.Condition()
+        self.slots = slots
+        self._jobs = Jobs(slots, queue)
         self._heartbeat = Heartbeat(step_timeout_s)
         self._closing = False
         self._failed: str | None = None
@@ -129,13 +93,14 @@ class Engine:
     @property
     def figures(self) -> Figures:
         """What the engine has done, as of now."""
+        jobs = self._jobs
         return Figures(
             **vars(self.scheduler.work),
-            asked=self._asked,
-            refused=self._refused,
-            done=dict(self._done),
-            waiting=len(self._waiting),
-            running=len(self._running),
+            asked=jobs.asked,
+            refused=jobs.refused,
+            done=dict(jobs.done),
+            waiting=len(jobs.waiting),
+            running=len(jobs.running),
             cache_bytes=self.scheduler.bytes,
         )
 
@@ -182,42 +147,27 @@ class Engine:
         """
         stops = self._stops(tuple(request.stop)).fresh()
         generation = Generation(request, self._context, self._vocab_size, self._tokenizer, stops=stops)
-        with self._changed:
+        with self._jobs.changed:
             reason = self.unavailable
             if reason is not None:
                 raise Closed(reason, "ask another one")
-            if len(self._waiting) >= self._queue + self.slots - len(self._running):
-                self._refused += 1
-                raise Full(f"{len(self._waiting)} texts wait already", "try again in a while")
-            job = self._jobs[generation] = _Job(generation, deliver, adapter, deadline)
-            self._waiting.append(job)
-            self._asked += 1
-            self._changed.notify()
+            self._jobs.add(Job(generation, deliver, adapter, deadline))
         return generation
 
     def cancel(self, generation: Generation) -> None:
         """Ends a text before its next token, unless it has ended; its result says "cancelled"."""
-        with self._changed:
-            job = self._jobs.get(generation)
-            if job is not None:
-                job.cancelled = True
-                self._changed.notify()
+        self._jobs.cancel(generation)
 
     def expected_wait_s(self) -> float:
         """Returns about how long a request would wait for a slot now, in whole seconds, at least 1."""
-        with self._changed:
-            ahead = len(self._waiting)
-            texts = [job.generation for job in self._running]
-        left = [text.request.max_new_tokens - len(text.tokens) for text in texts]
-        turns = 1 + ahead // self.slots
-        return float(max(1, round(turns * (self.scheduler.step_s or 0.05) * (sum(left) / len(left) if left else 1))))
+        return self._jobs.expected_wait_s(self.scheduler.step_s or _STEP_S)
 
     def stop(self, grace_s: float = 0.0) -> None:
         """Accepts no more requests; texts end after a grace period at the latest. Does not wait for them."""
-        with self._changed:
+        with self._jobs.changed:
             self._closing = True
             self._until = min(self._until, time.monotonic() + grace_s)
-            self._changed.notify()
+            self._jobs.changed.notify()
 
     def close(self, grace_s: float = 0.0) -> bool:
         """Stops, and waits for the thread to end.
@@ -238,77 +188,55 @@ class Engine:
         except Exception as error:  # a defect: every client hears of it, and none waits for ever
             self._failed = f"the engine ended: {named(error)}"
         self._heartbeat.rest()
-        with self._changed:
-            self._waiting.clear()
-            left = list(self._jobs.values())
         self._masks.shutdown(wait=False, cancel_futures=True)
-        for job in left:
+        for job in self._jobs.unfinished():
             self._end(job, "error" if self._failed else "cancelled", self._failed)
         self.delivered()
 
     def _turn(self) -> bool:
         """Admits, ends and runs texts once; waits when there is nothing to do. Returns whether to go on."""
-        with self._changed:
+        jobs = self._jobs
+        with jobs.changed:
             self._heartbeat.rest()
-            while not (self._waiting or self._running or self._closing):
-                self._changed.wait()
+            while not (jobs.waiting or jobs.running or self._closing):
+                jobs.changed.wait()
             self._heartbeat.beat()
             now = time.monotonic()
-            if self._closing and (now >= self._until or not (self._waiting or self._running)):
+            if self._closing and (now >= self._until or not (jobs.waiting or jobs.running)):
                 return False
-            gone = [job for job in (*self._waiting, *self._running) if job.cancelled or job.over or job.late(now)]
-            self._waiting = deque(job for job in self._waiting if job not in gone)
-            room = self.slots - len(self._running)
-            begun = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            gone, begun = jobs.turn(now)
         for job in gone:
             self._end(job, "cancelled" if job.cancelled else "deadline")
         for job in begun:
             self._heartbeat.beat()
-            self._running.append(job)
             self.scheduler.admit(job.generation, job.adapter)
-        jobs = {job.generation: job for job in self._running}
+        running = {job.generation: job for job in jobs.running}
         self._heartbeat.beat()
         for events in self.scheduler.turn():
             for generation, pieces in events:
-                self._advance(jobs[generation], pieces)
+                self._advance(running[generation], pieces)
             self.delivered()
             self._heartbeat.beat()
         return True
 
-    def _advance(self, job: _Job, pieces: Sequence[Piece]) -> None:
-        """Delivers pieces, and the result where they are the last."""
-        for piece in pieces:
-            self._deliver(job, piece)
-        if job.generation.done:
-            if job in self._running:
-                self._running.remove(job)
-            self._finish(job, job.generation.result)
-
-    def _end(self, job: _Job, reason: StopReason, error: str | None = None) -> None:
-        """Ends a text and frees its slot; from the engine's thread."""
+    def _end(self, job: Job, reason: StopReason, error: str | None = None) -> None:
+        """Ends a text and frees its slot."""
         pieces = job.generation.end(reason, error)
         self.scheduler.release(job.generation)
         self._advance(job, pieces)
 
-    def _deliver(self, job: _Job, event: Piece | Result) -> None:
-        """Delivers an event; nothing comes after the result, which the watchdog may have delivered already."""
-        with self._delivering:
-            if job.over:
-                return
-            job.over = isinstance(event, Result)
-            try:
-                job.deliver(event)
-            except Exception:  # the client's end is gone; other texts must not suffer from it
-                job.cancelled = True
+    def _advance(self, job: Job, pieces: Sequence[Piece]) -> None:
+        """Delivers pieces, and the result where they are the last."""
+        self._jobs.deliver(job, pieces)
+        if job.generation.done:
+            self._jobs.leave(job)
+            self._finish(job, job.generation.result)
 
-    def _finish(self, job: _Job, result: Result) -> None:
+    def _finish(self, job: Job, result: Result) -> None:
         """Delivers the result of a text, once."""
-        with self._changed:
-            if self._jobs.pop(job.generation, None) is None:
-                return
-            self._done[result.stopped] = self._done.get(result.stopped, 0) + 1
-        self.ended(result)
-        self._deliver(job, result)
+        if self._jobs.finish(job, result):
+            self.ended(result)
+            self._jobs.deliver(job, [result])
 
     def _watch(self) -> None:
         """Ends texts that are due while the engine's thread is held up in a step."""
@@ -332,9 +260,7 @@ class Engine:
             error: What went wrong.
             due: Only those whose deadline lies before this time; None for all.
         """
-        with self._changed:
-            jobs = [job for job in self._jobs.values() if due is None or job.late(due)]
-            self._waiting = deque(job for job in self._waiting if job not in jobs)
+        jobs = self._jobs.unfinished(due)
         for job in jobs:
             self._finish(job, replace(job.generation.result, stopped=reason, error=error))
         if jobs:
