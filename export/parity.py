@@ -22,11 +22,9 @@ from slm.export.graph import graph_tensors
 from slm.runtime.backend import Decoder
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import Caches, OnnxDecoder, comparable_positions
-from slm.runtime.generation import Generation, Request
 from slm.runtime.memory import Array
-from slm.runtime.sampling import GREEDY
 from slm.runtime.session import Device
-from slm.runtime.streaming import run
+from slm.runtime.streaming import greedy
 
 # Two float32 implementations that add in another order, through 18 layers. Rounding grows with the numbers: logits are
 # compared in units of their standard deviation, caches in units of their largest value, where those pass 1. Measured
@@ -74,8 +72,8 @@ def check_parity(
     }
     progress.start("compare with PyTorch", len(arrangements), "arrangements")
     found: dict[str, _Difference] = {}
-    for name, compare in arrangements.items():
-        found[name] = compare()
+    for name, run in arrangements.items():
+        found[name] = run()
         progress.advance()
     progress.finish()
     greedy, gap = comparison.greedy()
@@ -231,11 +229,7 @@ class _Comparison:
             return 0, 0.0
         decoders: list[Decoder] = [self.decoder, TorchDecoder(self.reference)]
         prompt = self.ids[0, :GREEDY_PROMPT].tolist()
-        request = Request(prompt, GREEDY, count)
-        ours, theirs = (
-            run(decoder, Generation(request, decoder.context, decoder.vocab_size)).finish().tokens
-            for decoder in decoders
-        )
+        ours, theirs = (greedy(decoder, prompt, count).tokens for decoder in decoders)
         equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), count)
         if equal == count:
             return equal, 0.0

@@ -17,10 +17,8 @@ from slm.core.tokenizer import Tokenizer
 from slm.export.graph.builder import Array
 from slm.runtime.bench import read_and_write
 from slm.runtime.decoder import OnnxDecoder, comparable_positions
-from slm.runtime.generation import Generation, Request
 from slm.runtime.logprobs import log_softmax
-from slm.runtime.sampling import GREEDY
-from slm.runtime.streaming import run
+from slm.runtime.streaming import greedy
 
 DEFAULT_TOKENS = 2048
 # Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
@@ -233,8 +231,7 @@ def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergenc
     new = min(_NEW_TOKENS, before.context - prompt)
     equal = []
     for row in text.rows[:_PROMPTS, :prompt]:
-        request = Request(row.tolist(), GREEDY, new)
-        written = run(after, Generation(request, after.context, after.vocab_size)).finish().tokens
+        written = greedy(after, row.tolist(), new).tokens
         before.reset()
         read = np.array([[*row, *written[:-1]]], np.int64)
         chosen = before.step(read, keep=0)[0, prompt - 1 :].argmax(axis=-1)  # (new,)

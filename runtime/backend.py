@@ -117,6 +117,11 @@ class DecoderAround:
         """How many logits there are."""
         return self.decoder.vocab_size
 
+    @property
+    def description(self) -> str:
+        """What runs where, in a few words."""
+        return self.decoder.description
+
     def logits(self, ids: Array) -> Array:
         """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
         return self.decoder.logits(ids)

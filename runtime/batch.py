@@ -1,7 +1,11 @@
-"""Several texts at once on one bundle: each is read by itself, all take their steps together.
+"""Several texts at once on one bundle: prompts are read one by one, and steps are taken together.
 
-A step reads the weights once for all rows, and reading weights is what a step mostly does. Dimensions: B batch, T positions,
-V vocabulary.
+A step reads the weights once for all rows, and most of the time of a step goes into reading weights. A row's logits are those
+that it would have alone, bit for bit in float32 and with INT8 weights in blocks of at most 64 (on AVX-512 VNNI and with no more
+threads than heads). In blocks of 128 the kernel adds a single row in another order, and rounding of activations amplifies the
+difference.
+
+Dimensions: B batch, T positions, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +22,11 @@ from slm.runtime.memory import Array
 
 
 class Slot(DecoderAround):
-    """One text of a batch: a decoder like any other, whose tokens can be read together with those of others.
+    """One text of a batch: a decoder like any other, which can also take a step together with other slots.
 
     Attributes:
         decoder: The one that computes.
-        adapter: The adapter that this text is read and written with.
+        adapter: The adapter that this text uses; None for the base.
     """
 
     def __init__(self, batch: "Batch", adapter: Adapter | None) -> None:
@@ -33,7 +37,7 @@ class Slot(DecoderAround):
 
     @property
     def length(self) -> int:
-        """Tokens read since the start."""
+        """Tokens read since the last reset."""
         return self.extent.length
 
     @property
@@ -88,13 +92,12 @@ class Slot(DecoderAround):
 class Batch:
     """Slots that texts are read into, on one slab of buffers (slots, K, C, H) a layer.
 
-    With past positions the graph takes several tokens of one row, or one token of several rows. So a prompt is read
-    through a view of its row, and a step goes through a view of as many rows as there are texts to step, which are moved to
-    the front when they are not there.
+    With past positions the graph takes several tokens of one row, or one token of several rows. A prompt is read through a
+    view of its row. A step goes through a view of the first rows, to which the rows that step are moved.
 
     Attributes:
-        decoder: The bundle; what it has read by itself is another matter.
-        slots: How many there are.
+        decoder: The bundle; the batch leaves the decoder's own caches alone.
+        slots: The number of slots.
         slab: The buffers.
     """
 
@@ -113,7 +116,7 @@ class Batch:
 
     @property
     def free(self) -> int:
-        """How many slots can be taken."""
+        """The number of free slots."""
         return self._rows.count(None)
 
     @property
@@ -122,7 +125,7 @@ class Batch:
         return self.slab.bytes
 
     def take(self, adapter: Adapter | None = None) -> Slot:
-        """Returns a free slot, empty, for a text with an adapter of its own; None is the base.
+        """Returns a free, empty slot for a text with this adapter; None is the base.
 
         Raises:
             SlmError: When there is an adapter and the bundle has no slots for any.
@@ -135,18 +138,18 @@ class Batch:
         return slot
 
     def release(self, slot: Slot) -> None:
-        """Frees a slot, which is not to be used again; its row waits for the next text and costs a step nothing."""
+        """Frees a slot, which must not be used again. A free row costs a step nothing."""
         self._rows[self.row(slot)] = None
 
     def row(self, slot: Slot) -> int:
-        """Returns where a slot's text is now."""
+        """Returns the row of a slot now; steps move rows."""
         return self._rows.index(slot)
 
     def step(self, tokens: Mapping[Slot, int]) -> dict[Slot, Array]:
         """Reads one token into each of some slots, together, and returns the logits (V,) for those that follow.
 
         Args:
-            tokens: The token by slot, at least one; slots that are not named wait.
+            tokens: The token of each slot that steps; at least one.
 
         Raises:
             SlmError: When a slot's context is full.
@@ -187,7 +190,7 @@ class Batch:
             self.decoder.make_room(self.slab, length, used + 1)
 
     def _bring_to_front(self, slots: list[Slot]) -> None:
-        """Moves the rows of some slots to the front, to free rows or in exchange with those of others."""
+        """Moves the rows of some slots to the front, into free rows or in exchange with other rows."""
         for place in range(len(slots)):
             other = self._rows[place]
             if other in slots:
@@ -207,14 +210,14 @@ class Batch:
             logits = self.decoder.run(ids, mask, view, keep, self._adapter_of(slots))
             for slot, extent in zip(slots, extents, strict=True):
                 slot.extent = extent
-        except BaseException:  # Ctrl-C too: nobody knows then what the rows hold
+        except BaseException:  # Ctrl-C too: what the rows hold is unknown then
             for slot in slots:
                 slot.reset()
             raise
         return logits
 
     def _adapter_of(self, slots: Sequence[Slot]) -> Adapter | None:
-        """Returns the adapters of some rows as one; the last one again while they are the same."""
+        """Returns the adapters of some rows as one; the previous result while they are the same."""
         wanted = tuple(slot.adapter for slot in slots)
         if self._stacked is None or not _same(self._stacked[0], wanted):
             self._stacked = (wanted, stacked(wanted))

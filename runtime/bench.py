@@ -21,10 +21,8 @@ from slm.core.manifest import Bundle
 from slm.core.progress import Progress, Silent
 from slm.runtime.backend import Decoder
 from slm.runtime.decoder import PREFILL_CHUNK, OnnxDecoder
-from slm.runtime.generation import Generation, Request
 from slm.runtime.growing import GrowingCaches
-from slm.runtime.sampling import GREEDY
-from slm.runtime.streaming import run
+from slm.runtime.streaming import greedy
 
 # Tokens of the visit that warms up: threads are started, memory is taken.
 _WARM_UP = 4
@@ -297,8 +295,7 @@ def prompt_ids(length: int, vocab_size: int) -> list[int]:
 
 def read_and_write(decoder: Decoder, prompt: int, new: int) -> tuple[float, float]:
     """Reads a prompt and decodes greedily; returns the seconds to the first token and from there to the last."""
-    request = Request(prompt_ids(prompt, decoder.vocab_size), GREEDY, new)
-    result = run(decoder, Generation(request, decoder.context, decoder.vocab_size)).finish()
+    result = greedy(decoder, prompt_ids(prompt, decoder.vocab_size), new)
     return result.ttft_ms / 1e3, result.decode_s
 
 

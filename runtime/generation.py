@@ -7,10 +7,10 @@ Dimensions: V vocabulary.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
 
@@ -26,13 +26,6 @@ from slm.runtime.token_bytes import token_bytes
 Array = NDArray[Any]
 OnFull = Literal["stop", "slide"]
 StopReason = Literal["end", "stop", "length", "context", "interrupted", "cancelled", "deadline", "error", "stalled"]
-
-
-class Chooser(Protocol):
-    """Chooses tokens; `Sampler` is one."""
-
-    def choose(self, logits: Array) -> int:
-        """Returns the next token, by logits (V,)."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +150,7 @@ class Generation:
         tokenizer: Tokenizer | None = None,
         *,
         stops: StopTexts | None = None,
-        chooser: Chooser | None = None,
+        choose: Callable[[Array], int] | None = None,
     ) -> None:
         """Checks the request.
 
@@ -167,7 +160,7 @@ class Generation:
             vocab_size: The number of its logits.
             tokenizer: Makes text of tokens; without it pieces have no text, and stop texts are not possible.
             stops: The request's stop texts, where they have been read before; a fresh copy.
-            chooser: Takes the place of the request's sampling.
+            choose: Chooses the next token by logits (V,), in place of the request's sampling.
 
         Raises:
             SlmError: When the prompt is empty, has tokens that the model lacks or fills the context, or an option is out of
@@ -181,7 +174,7 @@ class Generation:
         self.reused = 0
         self.done = False
         self._context = context
-        self._chooser = chooser or Sampler(request.sampling, request.prompt, vocab_size)
+        self._next = choose or Sampler(request.sampling, request.prompt, vocab_size).choose
         self._text = None if tokenizer is None else TextStream(tokenizer)
         self._raw = None if tokenizer is None else token_bytes(tokenizer)
         self._stops = stops or StopTexts(request.stop, tokenizer)
@@ -193,7 +186,8 @@ class Generation:
         self._stopped: StopReason = "interrupted"
         self._error: str | None = None
         self._slides = self._steps = 0
-        self._decode_s = self._ttft_s = 0.0
+        self._decode_s = 0.0
+        self._ttft_s: float | None = None
         self._created = time.perf_counter()
         self._begun: float | None = None
         self._ended: float | None = None
@@ -212,7 +206,7 @@ class Generation:
             slides=self._slides,
             reused_tokens=self.reused,
             waited_s=(now if self._begun is None else self._begun) - self._created,
-            ttft_ms=self._ttft_s * 1e3,
+            ttft_ms=(self._ttft_s or 0.0) * 1e3,
             took_s=(now if self._ended is None else self._ended) - self._created,
             decode_s=self._decode_s,
             steps=self._steps,
@@ -283,7 +277,7 @@ class Generation:
         guide, request = self._guide, self.request
         if guide is not None and guide.complete:
             return self.end("end")
-        token = self._chooser.choose(logits if guide is None else guide.masked(logits))
+        token = self._next(logits if guide is None else guide.masked(logits))
         self._count(began)
         if token in request.stop_tokens:
             return self.end("end")
@@ -312,7 +306,7 @@ class Generation:
 
     def _count(self, began: float) -> None:
         now = time.perf_counter()
-        if not self._ttft_s:
+        if self._ttft_s is None:
             self._ttft_s = now - (began if self._begun is None else self._begun)
         else:
             self._decode_s += now - began

@@ -1,4 +1,4 @@
-"""The Python face of a model that answers, whichever backend runs it."""
+"""The Python interface of a model, whichever backend runs it."""
 
 import threading
 from collections.abc import Generator, Sequence
@@ -41,9 +41,9 @@ class About:
 
     Attributes:
         path: The checkpoint or bundle.
-        precision: Of its weights, such as "float32" or "int8".
-        device: Where it runs.
-        parameters: How many it has, a tied head counted once.
+        precision: Precision of its weights, such as "float32" or "int8".
+        device: The device that it runs on.
+        parameters: The number of its parameters; a tied head counts once.
     """
 
     path: Path
@@ -53,11 +53,12 @@ class About:
 
 
 class Model:
-    """A model that continues texts: what `slm.load` returns.
+    """A model that continues texts; `slm.load` returns one.
 
         model = slm.load("runs/tiny/onnx-int8")
         text = model.generate("Once upon a time", max_new_tokens=50, seed=1)
         texts = model.generate(["Once", "One day"])
+        result = model.complete("Once"); result.tokens, result.stopped, result.seed
         for text in model.stream("The fox"): ...
         chat = model.chat(system="Be brief."); answer = chat.ask("Hi.")
 
@@ -68,7 +69,7 @@ class Model:
         tokenizer: Text to ids and back.
         decoder: The backend.
         stop_token_ids: Tokens that end a text.
-        about: What it was loaded from; None where it was put together by hand.
+        about: What it was loaded from; None for a model that a program put together.
     """
 
     def __init__(
@@ -170,12 +171,12 @@ class Model:
     def chat(self, system: str = "", *, messages: "Sequence[Message]" = (), seed: int | None = None) -> "Chat":
         """Begins a conversation: `chat.ask("Hi.")` returns an answer, `chat.stream` yields it as it comes.
 
-        From now on the model keeps what it has read, so that a turn is not read again with the next one.
+        From now on the model reuses what it has read, so that the next turn does not read earlier turns again.
 
         Args:
             system: The system message; none when empty.
             messages: Earlier messages, oldest first, each {"role": "user" or "assistant", "content": text}.
-            seed: The same seed gives the same answers to the same requests. None draws one; `chat.seed` has it.
+            seed: The same seed gives the same answers to the same requests. None draws a seed; `chat.seed` has it.
 
         Raises:
             SlmError: When the model knows no turns, or the messages are not a conversation.
@@ -200,8 +201,8 @@ class Model:
         return Generation(request, self.decoder.context, self.decoder.vocab_size, self.tokenizer)
 
     def _begin(self, prompt: Any, options: GenerationOptions) -> Stream[Piece]:
-        generation = self._generation(prompt, options)
-        return Stream(generation, self._alone(run(self.decoder, generation)))
+        pieces = run(self.decoder, self._generation(prompt, options))
+        return pieces.through(self._alone(pieces))
 
     def _alone(self, pieces: Stream[Piece]) -> Generator[Piece, None, None]:
         """Yields pieces as long as no other text is begun, which would be read into the same decoder."""
@@ -258,7 +259,7 @@ class Model:
 
 
 def _is_one(prompt: object) -> bool:
-    """Says whether something is one prompt, and not several.
+    """Returns whether an argument is one prompt; otherwise it is several.
 
     Raises:
         ArgumentError: When it is neither.

@@ -1,11 +1,12 @@
 """Runs one text on any backend, and hands it out as it comes."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import TypeVar
 
-from slm.runtime.backend import Reader
-from slm.runtime.generation import Generation, Piece, Result
+from slm.runtime.backend import Decoder, Reader
+from slm.runtime.generation import Generation, Piece, Request, Result
+from slm.runtime.sampling import GREEDY
 
 Item = TypeVar("Item")
 
@@ -53,6 +54,11 @@ def run(decoder: Reader, generation: Generation) -> Stream[Piece]:
     Ctrl-C during a step yields the text that was held back, and then raises `KeyboardInterrupt`.
     """
     return Stream(generation, _pieces(decoder, generation))
+
+
+def greedy(decoder: Decoder, prompt: Sequence[int], new: int) -> Result:
+    """Continues a prompt by exactly `new` tokens, the likeliest each, without text; the context must have room for them."""
+    return run(decoder, Generation(Request(prompt, GREEDY, new), decoder.context, decoder.vocab_size)).finish()
 
 
 def _pieces(decoder: Reader, generation: Generation) -> Generator[Piece, None, None]:

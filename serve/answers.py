@@ -310,7 +310,6 @@ async def _whole(
 ) -> tuple[list[str], list[Result]]:
     """Returns the JSON of each text's choice, and how it ended. A client that has gone is not answered."""
     own = token_bytes(service.model.tokenizer)
-    texts: list[list[str]] = [[] for _ in submitted.texts]
     scores = [shape.scores(own) for _ in submitted.texts]
     done = submitted.ended
     clock = asyncio.get_running_loop().time
@@ -328,18 +327,16 @@ async def _whole(
         for index, event in events:
             if isinstance(event, Result):
                 done[index] = event
-            else:
-                texts[index].append(event.text)
-                if submitted.logprobs:
-                    scores[index].add(event)
+            elif submitted.logprobs:
+                scores[index].add(event)
         await asyncio.sleep(0)
     choices = []
-    for index, text in enumerate(texts):
-        _check(service, done[index])
-        content = shape.whole("".join(text))
+    results = [done[index] for index in range(len(submitted.texts))]
+    for index, result in enumerate(results):
+        _check(service, result)
         told = scores[index].taken() if submitted.logprobs else None
-        choices.append(choice(index, content, FINISH[done[index].stopped], told))
-    return choices, [done[index] for index in range(len(texts))]
+        choices.append(choice(index, shape.whole(result.text), FINISH[result.stopped], told))
+    return choices, results
 
 
 def _check(service: Service, result: Result) -> None:

@@ -48,6 +48,7 @@ class Engine:
         scheduler: Runs the texts; for the engine's thread alone.
         delivered: Called by the engine's thread when everything that there is now has been delivered, about once a step.
         ended: Called by the engine's thread with the result of each text.
+        failed: What ended the engine, where something did.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Engine:
         self._jobs = Jobs(slots, queue)
         self._heartbeat = Heartbeat(step_timeout_s)
         self._closing = False
-        self._failed: str | None = None
+        self.failed: str | None = None
         self._until = float("inf")
         self.delivered: Callable[[], None] = lambda: None
         self.ended: Callable[[Result], None] = lambda result: None
@@ -105,11 +106,6 @@ class Engine:
         )
 
     @property
-    def failed(self) -> str | None:
-        """What ended the engine, where something did."""
-        return self._failed
-
-    @property
     def stalled(self) -> str | None:
         """Why the engine counts as stuck; None while its steps return in time."""
         return self._heartbeat.stalled
@@ -127,7 +123,7 @@ class Engine:
     @property
     def unavailable(self) -> str | None:
         """Why no request is accepted; None where one is as long as there is room."""
-        return self._failed or self.stalled or ("the server is shutting down" if self._closing else None)
+        return self.failed or self.stalled or ("the server is shutting down" if self._closing else None)
 
     def submit(
         self, request: Request, deliver: Deliver, *, adapter: Adapter | None = None, deadline: float | None = None
@@ -186,11 +182,11 @@ class Engine:
             while self._turn():
                 pass
         except Exception as error:  # a defect: every client hears of it, and none waits for ever
-            self._failed = f"the engine ended: {named(error)}"
+            self.failed = f"the engine ended: {named(error)}"
         self._heartbeat.rest()
         self._masks.shutdown(wait=False, cancel_futures=True)
         for job in self._jobs.unfinished():
-            self._end(job, "error" if self._failed else "cancelled", self._failed)
+            self._end(job, "error" if self.failed else "cancelled", self.failed)
         self.delivered()
 
     def _turn(self) -> bool:

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM, KVCache
 from slm.core.tokenizer import Tokenizer
-from slm.runtime.generation import Chooser, Generation, Request
+from slm.runtime.generation import Generation, Request
 from slm.runtime.sampling import GREEDY
 from slm.runtime.streaming import run
 from slm.train.parallel import Alone, Processes
@@ -24,12 +24,11 @@ TEMPERATURE = 0.7
 class _Reader:
     """A model that is being trained, as the reader of a text.
 
-    Reads under the caller's `torch.no_grad`, not in inference mode: whatever a layer caches must remain usable for training.
+    It reads under the caller's `torch.no_grad`, not in inference mode: what a layer caches must remain usable for training.
     """
 
     def __init__(self, config: ModelConfig, logits: Callable[[Tensor, KVCache], Tensor], device: torch.device) -> None:
         self._config, self._logits, self._device = config, logits, device
-        self.reset()
 
     def reset(self) -> None:
         """Forgets everything read."""
@@ -37,25 +36,8 @@ class _Reader:
 
     def read(self, ids: Sequence[int]) -> NDArray[Any]:
         """Reads tokens and returns the logits (V,) for the one that follows."""
-        logits: NDArray[Any] = (
-            self._logits(torch.tensor([list(ids)], device=self._device), self._cache).float().cpu().numpy()
-        )
-        return logits
-
-
-class _Dice:
-    """Samples at `TEMPERATURE`, alike in all processes."""
-
-    def __init__(self, seed: int, processes: Processes) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._processes = processes
-
-    def choose(self, logits: NDArray[Any]) -> int:
-        """Returns the next token, by logits (V,)."""
-        shares = torch.softmax(torch.from_numpy(np.ascontiguousarray(logits)) / TEMPERATURE, -1)
-        # Rank 0 samples for all ranks: a last-bit difference in the logits would make them diverge.
-        token: int = self._processes.from_first(int(torch.multinomial(shares, 1, generator=self._generator)))
-        return token
+        row: NDArray[Any] = self._logits(torch.tensor([ids], device=self._device), self._cache).float().cpu().numpy()
+        return row
 
 
 def continued(
@@ -63,8 +45,8 @@ def continued(
     logits: Callable[[Tensor, KVCache], Tensor],
     device: torch.device,
     request: Request,
-    until: float = float("inf"),
-    chooser: Chooser | None = None,
+    until: float,
+    choose: Callable[[NDArray[Any]], int] | None = None,
 ) -> list[int]:
     """Returns the tokens that follow a prompt; none where the request leaves no room for any.
 
@@ -74,17 +56,15 @@ def continued(
         device: Where tokens are read.
         request: The prompt and its limits.
         until: When to end at the latest, in seconds of `time.perf_counter`.
-        chooser: Takes the place of the request's sampling.
+        choose: Chooses tokens in place of the request's sampling.
     """
     if request.max_new_tokens < 1:
         return []
-    tokens: list[int] = []
-    generation = Generation(request, config.max_position_embeddings, config.vocab_size, chooser=chooser)
-    for piece in run(_Reader(config, logits, device), generation):
-        if piece.token is None or time.perf_counter() > until:
-            break
-        tokens.append(piece.token)
-    return tokens
+    generation = Generation(request, config.max_position_embeddings, config.vocab_size, choose=choose)
+    pieces = run(_Reader(config, logits, device), generation)
+    return [
+        piece.token for piece in takewhile(lambda _: time.perf_counter() <= until, pieces) if piece.token is not None
+    ]
 
 
 @torch.no_grad()
@@ -120,10 +100,16 @@ def continue_prompts(
 
     texts = []
     for prompt in prompts:
+        dice = torch.Generator().manual_seed(seed)
         ids = [*tokenizer.prefix_ids, *tokenizer.encode_rendered(prompt)]  # training adds nothing after a text
-        room = config.max_position_embeddings - len(ids)
-        request = Request(ids, GREEDY, min(tokens, room), config.stop_token_ids)
-        written = continued(config, logits, device, request, until, _Dice(seed, processes))
-        texts.append(prompt + tokenizer.decode(written))
+
+        def choose(row: NDArray[Any], dice: torch.Generator = dice) -> int:
+            shares = torch.softmax(torch.from_numpy(row) / TEMPERATURE, -1)
+            # Rank 0 samples for all ranks: a last-bit difference in the logits would make them diverge.
+            token: int = processes.from_first(int(torch.multinomial(shares, 1, generator=dice)))
+            return token
+
+        request = Request(ids, GREEDY, min(tokens, config.max_position_embeddings - len(ids)), config.stop_token_ids)
+        texts.append(prompt + tokenizer.decode(continued(config, logits, device, request, until, choose)))
     model.train(training)
     return texts

@@ -235,7 +235,7 @@ def test_metrics_and_health(serve: Callable[..., Any]) -> None:
     for what in ("slm_time_to_first_token_seconds", "slm_queue_seconds", "slm_text_tokens_per_second"):
         assert f"{what}_count 1.0" in text
     assert httpx.get(f"{running.url}/ready").json() == {"status": "ready"}
-    running.service.engine._failed = "broken"
+    running.service.engine.failed = "broken"
     assert httpx.get(f"{running.url}/health").status_code == 503
     assert running.post("/v1/completions", {"model": NAME, "prompt": "x"}).status_code == 503
-    running.service.engine._failed = None
+    running.service.engine.failed = None
