@@ -27,9 +27,9 @@ class Inbox:
             self._waiting.set_result(None)
 
     async def take(self, most: int) -> list[tuple[int, Event]]:
-        """Returns the events there are, at most so many, in the order in which they came; waits for one.
+        """Waits for an event, and returns up to `most` of them in the order in which they came.
 
-        A caller that stops waiting loses none.
+        A caller that stops waiting loses no event.
         """
         while not self._events:
             self._waiting = asyncio.get_running_loop().create_future()
@@ -46,7 +46,7 @@ class Post:
         self._underway: deque[tuple[Inbox, int, Event]] = deque()
 
     def to(self, inbox: Inbox, index: int) -> Callable[[Event], None]:
-        """Returns what takes the events of one text, on any thread; they arrive after the next `deliver`."""
+        """Returns a function that takes the events of one text, on any thread; they arrive after the next `deliver`."""
 
         def take(event: Event) -> None:
             self._underway.append((inbox, index, event))
@@ -59,7 +59,7 @@ class Post:
             return
         try:
             self.loop.call_soon_threadsafe(self._arrive)
-        except RuntimeError:  # the loop has ended, and with it everybody who waited
+        except RuntimeError:  # the loop has ended, and every client that waited with it
             self._underway.clear()
 
     def _arrive(self) -> None:

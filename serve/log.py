@@ -1,4 +1,4 @@
-"""The log: one JSON object a line with the time, never what was asked or answered."""
+"""The log: one JSON object a line with the time, without prompts and answers."""
 
 import json
 import logging
@@ -15,13 +15,13 @@ from slm.serve.defects import frames_of
 
 log = logging.getLogger("slm.serve")
 
-# What libraries log is cut off after so many characters, and the same line comes once in so many seconds.
+# Messages of libraries are truncated to so many characters, and the same one is logged once in so many seconds.
 _MESSAGE = 200
 _AGAIN_S = 10.0
 
-# Of a path that somebody sent, this many characters are logged.
+# A path is truncated to so many characters.
 _PATH = 200
-# Where in the scope of a request its record is.
+# The key of a request's record in its scope.
 _KEY = "slm.record"
 
 
@@ -57,7 +57,7 @@ class Record:
 
 
 class JsonLines(logging.Formatter):
-    """Makes a line of each record: ours as they are, those of libraries without their tracebacks, which may quote a text."""
+    """Makes a line of each record. Tracebacks of libraries, which may quote a text, are left out."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line."""
@@ -70,7 +70,7 @@ class JsonLines(logging.Formatter):
 
 
 class Seldom(logging.Filter):
-    """Lets a library say the same thing once in a while only: failures of accept() come thousands a second."""
+    """Limits how often a library repeats one message: failures of accept() come thousands of times a second."""
 
     def __init__(self, every_s: float = _AGAIN_S) -> None:
         super().__init__()
@@ -89,21 +89,21 @@ class Seldom(logging.Filter):
 
 
 def configure() -> None:
-    """Has every log line of this process go to standard error as JSON."""
+    """Sends every log line of this process to standard error as JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     handler.addFilter(Seldom())
-    logging.raiseExceptions = False  # a log that nobody reads any longer stops no server
+    logging.raiseExceptions = False  # a closed log must not stop the server
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def write(level: int = logging.INFO, **fields: Any) -> None:
-    """Logs a line with the time in UTC, as RFC 3339 has it. Fields that are None are left out."""
+    """Logs a line with the time in UTC in the format of RFC 3339. Fields that are None are left out."""
     log.log(level, _line({name: value for name, value in fields.items() if value is not None}))
 
 
 def open_record(scope: Scope) -> Record:
-    """Returns the record of a request, which whoever answers it fills in."""
+    """Returns a new record of a request; `record_answers` fills it in."""
     record = scope[_KEY] = Record()
     return record
 
@@ -111,7 +111,7 @@ def open_record(scope: Scope) -> Record:
 def record_answers(
     scope: Scope, model: str, prompts: Sequence[Sequence[int]], texts: Sequence[Generation], ended: Mapping[int, Result]
 ) -> None:
-    """Fills in a request's record, once its answers are asked for."""
+    """Fills in the record of a request once its texts are submitted."""
     record = scope.get(_KEY)
     if isinstance(record, Record):
         record.model, record.texts, record.ended = model, texts, ended
@@ -119,7 +119,7 @@ def record_answers(
 
 
 def path_of(scope: Scope) -> str:
-    """Returns the path of a request, cut off where it is long."""
+    """Returns the path of a request, truncated where it is long."""
     path = str(scope["path"])
     return path if len(path) <= _PATH else f"{path[:_PATH]}…"
 

@@ -1,4 +1,4 @@
-"""What Prometheus asks for."""
+"""Metrics for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ _RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """Counters of an engine, and how its texts went, those too whose clients have gone."""
+    """Counters of an engine and timings of its texts, including texts whose clients have gone."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
@@ -43,7 +43,7 @@ class Metrics:
                 self._rate.observe((len(result.tokens) - 1) / (result.took_s - first_s))
 
     def text(self) -> bytes:
-        """Returns all of it in Prometheus's text format."""
+        """Returns all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
