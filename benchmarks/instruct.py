@@ -30,13 +30,11 @@ def main() -> None:
     stopped, lengths = 0, []
     for index, row in enumerate(rows):
         request = "\n\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
-        pieces = model.pieces(turn_ids(model.tokenizer, request), max_new_tokens=args.new, temperature=0.0)
-        answer = "".join(piece.text for piece in pieces)
-        assert model.last_run is not None
-        stopped += model.last_run.stopped == "end"
-        lengths.append(len(model.last_run.tokens))
+        answer = model.complete(turn_ids(model.tokenizer, request), max_new_tokens=args.new, temperature=0.0)
+        stopped += answer.stopped == "end"
+        lengths.append(len(answer.tokens))
         if index < args.show:
-            print(f"> {request}\n{answer}\n")
+            print(f"> {request}\n{answer.text}\n")
     found = {
         "rows": len(rows),
         "ended_by_themselves": round(stopped / len(rows), 4),

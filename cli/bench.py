@@ -36,8 +36,8 @@ from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_free
 from slm.version import __version__
 
 if TYPE_CHECKING:
+    from slm.runtime.backend import Decoder
     from slm.runtime.bench import Case, MakeRows, Spread, Timing
-    from slm.runtime.decoder import Decoder
 
 _PROMPTS = "128,512,2048"
 _FRESH_TOKENS = 8

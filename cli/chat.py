@@ -24,8 +24,8 @@ from slm.core.manifest import Bundle, is_bundle
 
 if TYPE_CHECKING:
     from slm.runtime.chat import Chat
-    from slm.runtime.model import Model
-    from slm.runtime.streaming import Piece
+    from slm.runtime.generation import Piece
+    from slm.runtime.streaming import Stream
 
 _COMMANDS = {
     "/help": "show these",
@@ -103,7 +103,7 @@ def chat(
     conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=draft)
     if options["temperature"] > 0:
         say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
-    talk = _Talk(loaded, conversation, options, as_json)
+    talk = _Talk(conversation, options, as_json)
     with suppress(_Quit):
         if sys.stdin.isatty():
             _converse(talk)
@@ -168,8 +168,8 @@ def _piped() -> Iterator[str]:
 class _Talk:
     """Takes lines and shows the answers."""
 
-    def __init__(self, model: "Model", chat: "Chat", options: dict[str, Any], as_json: bool) -> None:
-        self._model, self._chat, self._options, self._as_json = model, chat, options, as_json
+    def __init__(self, chat: "Chat", options: dict[str, Any], as_json: bool) -> None:
+        self._chat, self._options, self._as_json = chat, options, as_json
 
     def hear(self, line: str) -> None:
         """Takes a line: a command, or something said.
@@ -208,28 +208,29 @@ class _Talk:
             case _:
                 raise SlmError(f"{name} is not a command", "/help shows them; // begins a line with a slash")
 
-    def _answer(self, ask: "Callable[[], Iterator[Piece]]") -> None:
+    def _answer(self, ask: "Callable[[], Stream[Piece]]") -> None:
         forgotten = self._chat.forgotten
         answer = ask()
         if self._chat.forgotten > forgotten:
             say(f"the context is full: exchanges forgotten so far: {self._chat.forgotten}")
-        with closing(answer):  # type: ignore[type-var]  # a generator
-            made, interrupted = listen(answer, show=not self._as_json)
-        text, run = "".join(piece.text for piece in made), self._model.last_run
+        with closing(answer):
+            _, interrupted = listen(answer, show=not self._as_json)
+        result = answer.result
+        text = result.text
         if not self._as_json:
             click.echo()
-        elif run is not None:
-            shown = {} if run.seed is None else {"seed": self._chat.seed}  # which repeats the conversation
-            print_json({"text": text} | figures(run) | shown)
+        else:
+            shown = {} if result.seed is None else {"seed": self._chat.seed}  # which repeats the conversation
+            print_json({"text": text} | figures(result) | shown)
             sys.stdout.flush()
         if not text.strip():
             say("the model said nothing, and the question is forgotten")
         if interrupted:
             raise KeyboardInterrupt
-        if text.strip() and run is not None and run.stopped in ("length", "context"):
+        if text.strip() and result.stopped in ("length", "context"):
             say(
-                f"cut after {len(run.tokens)} tokens: "
-                + ("--max-new-tokens" if run.stopped == "length" else "the context is full")
+                f"cut after {len(result.tokens)} tokens: "
+                + ("--max-new-tokens" if result.stopped == "length" else "the context is full")
             )
 
     def _save(self, name: str) -> None:

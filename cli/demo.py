@@ -211,7 +211,5 @@ def _answer(path: Path, tuned: bool) -> tuple[str, float]:
 
     model = load(path)
     prompt = turn_ids(model.tokenizer, REQUEST, model.stop_token_ids) if tuned else PROMPT
-    text = model.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
-    run = model.last_run
-    assert run is not None
-    return text, run.decode_tok_s or 0.0
+    result = model.complete(prompt, max_new_tokens=NEW_TOKENS, temperature=0)
+    return result.text, result.decode_tok_s or 0.0

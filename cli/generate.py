@@ -17,8 +17,7 @@ from slm.core.machine import peak_rss_mib, return_freed_memory
 if TYPE_CHECKING:
     from slm.core.tokenizer import Tokenizer
     from slm.runtime.ensemble import Average
-    from slm.runtime.generate import Run
-    from slm.runtime.streaming import Piece
+    from slm.runtime.generation import Piece, Result
 
 # What a shell says of a command that Ctrl-C ended.
 _INTERRUPTED = 130
@@ -123,36 +122,35 @@ def generate(
         keep=keep,
         **sampling | ({"temperature": 0.0} if greedy else {}),
     )
-    run = loaded.last_run
-    assert run is not None
     if not as_json:
         click.echo("" if instruct else text, nl=False)
     made, interrupted = listen(pieces, show=not as_json)
+    result = pieces.result
     if as_json:
-        answer = {"text": "".join(piece.text for piece in made), "model": path}
+        answer = {"text": result.text, "model": path}
         scores = {} if logprobs is None else {"logprobs": _logprobs(made, loaded.tokenizer)}
         drafts = {} if drafting is None else {"drafted": drafting.drafted, "accepted": drafting.accepted}
-        print_json(answer | {"backend": loaded.decoder.description} | figures(run) | drafts | scores)
+        print_json(answer | {"backend": loaded.decoder.description} | figures(result) | drafts | scores)
     else:
         click.echo()
-        _summarize(run)
+        _summarize(result)
         if drafting is not None:
             say(f"{drafting.accepted:,} of {drafting.drafted:,} drafted tokens came true")
     if interrupted:
         sys.exit(_INTERRUPTED)
 
 
-def figures(run: "Run") -> dict[str, Any]:
+def figures(result: "Result") -> dict[str, Any]:
     """Returns how a text was made, for machines."""
     return {
-        "tokens": run.tokens,
-        "prompt_tokens": run.prompt_tokens,
-        "stopped": run.stopped,
-        "slides": run.slides,
-        "seed": run.seed,
-        "ttft_ms": round(run.ttft_ms, 2),
-        "prefill_tok_s": round(run.prefill_tok_s, 1),
-        "decode_tok_s": None if run.decode_tok_s is None else round(run.decode_tok_s, 1),
+        "tokens": result.tokens,
+        "prompt_tokens": result.prompt_tokens,
+        "stopped": result.stopped,
+        "slides": result.slides,
+        "seed": result.seed,
+        "ttft_ms": round(result.ttft_ms, 2),
+        "prefill_tok_s": round(result.prefill_tok_s, 1),
+        "decode_tok_s": None if result.decode_tok_s is None else round(result.decode_tok_s, 1),
         "peak_rss_mib": round(peak_rss_mib(), 1),
     }
 
@@ -173,20 +171,20 @@ def _logprobs(pieces: "Sequence[Piece]", tokenizer: "Tokenizer") -> list[dict[st
     ]
 
 
-def _summarize(run: "Run") -> None:
+def _summarize(result: "Result") -> None:
     reasons: Mapping[str, str] = {
         "end": "the end of the text",
         "stop": "a stop text",
-        "length": f"{len(run.tokens)} tokens",
+        "length": f"{len(result.tokens)} tokens",
         "context": "a full context (--on-full slide goes on)",
         "interrupted": "Ctrl-C",
     }
-    times = "once" if run.slides == 1 else f"{run.slides} times"
-    slid = f", the context full and its older half forgotten {times}" if run.slides else ""
-    rate = f", {run.decode_tok_s:.0f} tokens/s" if run.decode_tok_s else ""
-    say(f"stopped at {reasons[run.stopped]}{slid}; first token after {run.ttft_ms:.0f} ms{rate}")
-    if run.seed is not None:
-        say(f"seed: {run.seed} (--seed {run.seed} writes the same text again)")
+    times = "once" if result.slides == 1 else f"{result.slides} times"
+    slid = f", the context full and its older half forgotten {times}" if result.slides else ""
+    rate = f", {result.decode_tok_s:.0f} tokens/s" if result.decode_tok_s else ""
+    say(f"stopped at {reasons[result.stopped]}{slid}; first token after {result.ttft_ms:.0f} ms{rate}")
+    if result.seed is not None:
+        say(f"seed: {result.seed} (--seed {result.seed} writes the same text again)")
 
 
 def chat_model(path: Path, adapter: Path | None, tokenizer: "Tokenizer") -> bool:

@@ -22,7 +22,7 @@ from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
-    from slm.runtime.streaming import Piece
+    from slm.runtime.generation import Piece
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -254,7 +254,8 @@ def warn_of_saturation(decoder: object) -> None:
 
 def warn_of_conversions(decoder: object, device: str) -> None:
     """Says when a bundle is slow on a device because it was exported for another one."""
-    from slm.runtime.decoder import DecoderAround, OnnxDecoder
+    from slm.runtime.backend import DecoderAround
+    from slm.runtime.decoder import OnnxDecoder
     from slm.runtime.ensemble import EnsembleDecoder
     from slm.runtime.placement import conversion_note
 

@@ -169,7 +169,6 @@ def serve(
     engine = Engine(
         decoder,
         loaded.tokenizer,
-        loaded.stop_token_ids,
         slots=slots,
         queue=queue,
         prefill_tokens=prefill_tokens,

@@ -39,7 +39,7 @@ def app(settings: dict[str, Any]) -> Application:
         """Returns the ASGI application of one replica, created in its process."""
         model = slm.load(path, threads=threads)
         assert isinstance(model.decoder, OnnxDecoder)
-        engine = Engine(model.decoder, model.tokenizer, model.stop_token_ids, slots=slots, queue=queue)
+        engine = Engine(model.decoder, model.tokenizer, slots=slots, queue=queue)
         return make_app(Service(model, settings.get("name") or path.name, engine, limits=Limits(), grace_s=GRACE_S))
 
     deployment = serve.deployment(

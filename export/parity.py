@@ -20,12 +20,12 @@ from slm.core.nn import CausalLM, KVCache
 from slm.core.nn.decoder import TorchDecoder
 from slm.core.progress import Progress
 from slm.export.graph import graph_tensors
+from slm.runtime.backend import Decoder
 from slm.runtime.cache import KVBuffers
-from slm.runtime.decoder import Caches, Decoder, OnnxDecoder, comparable_positions
-from slm.runtime.generate import generate
+from slm.runtime.decoder import Caches, OnnxDecoder, comparable_positions
 from slm.runtime.memory import Array
-from slm.runtime.sampling import GREEDY
 from slm.runtime.session import Device
+from slm.runtime.streaming import greedy
 
 # Two float32 implementations that add in another order, through 18 layers. Rounding grows with the numbers: logits are
 # compared in units of their standard deviation, caches in units of their largest value, where those pass 1. Measured
@@ -250,7 +250,7 @@ class _Comparison:
             return 0, 0.0
         decoders: list[Decoder] = [self.decoder, TorchDecoder(self.reference)]
         prompt = self.ids[0, :GREEDY_PROMPT].tolist()
-        ours, theirs = (list(generate(decoder, prompt, GREEDY, count, stop=())[1]) for decoder in decoders)
+        ours, theirs = (greedy(decoder, prompt, count).tokens for decoder in decoders)
         equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), count)
         if equal == count:
             return equal, 0.0

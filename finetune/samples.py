@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from slm.finetune.adapter import TunableLM
 from slm.finetune.batches import casting
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.rows import ChatRow, CompletionRow, Row
+from slm.runtime.generation import Request
+from slm.runtime.sampling import GREEDY
 from slm.train.samples import continued
 
 # Maximum tokens of an answer.
@@ -115,18 +117,11 @@ def _asked(row: Row, example: Example, start: int, wanted: str, renderer: Render
 def _answer(model: TunableLM | CausalLM, renderer: Renderer, ids: list[int], until: float) -> str:
     config, device = model.model.config, model.model.norm.weight.device
     ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids()}
-    cache = KVCache(config)
 
-    def logits(new: Sequence[int]) -> Tensor:
-        hidden = model.model(torch.tensor([new], device=device), cache=cache)  # (1, T, D)
+    def logits(new: Tensor, cache: KVCache) -> Tensor:
+        hidden = model.model(new, cache=cache)  # (1, T, D)
         row: Tensor = model.lm_head(hidden[:, -1:])[0, -1]
         return row
 
-    def tokens() -> Iterator[int]:
-        room = config.max_position_embeddings - len(ids)
-        for token in continued(logits, ids, min(TOKENS, room), lambda row: int(row.argmax())):
-            if token in ends or time.perf_counter() > until:
-                return
-            yield token
-
-    return renderer.tokenizer.decode(list(tokens())).strip()
+    request = Request(ids, GREEDY, min(TOKENS, config.max_position_embeddings - len(ids)), ends)
+    return renderer.tokenizer.decode(continued(config, logits, device, request, until)).strip()

@@ -17,13 +17,11 @@ from lm_eval.tasks import TaskManager
 
 from slm.core.errors import SlmError
 from slm.core.progress import Progress, Silent
-from slm.core.tokenizer import TextStream
 from slm.runtime.evaluate import end_of_text, score
-from slm.runtime.generate import generate
+from slm.runtime.generation import Generation, Request
 from slm.runtime.model import Model
 from slm.runtime.sampling import Sampling
-from slm.runtime.stopping import StopTexts
-from slm.runtime.streaming import stream_pieces
+from slm.runtime.streaming import run
 
 # Rows scored together, sorted by length.
 _POOL = 256
@@ -162,9 +160,9 @@ class HarnessModel(TemplateLM):
         sampling = Sampling(temperature, options.get("top_k", 0), options.get("top_p", 1.0), seed)
         ids = self.tok_encode(context)[-room:]
         stops = {self.eot_token_id, *model.stop_token_ids}
-        run, tokens = generate(model.decoder, ids, sampling, limit, tuple(stops))
-        pieces = stream_pieces(run, tokens, TextStream(model.tokenizer), StopTexts(until, model.tokenizer))
-        return "".join(piece.text for piece in pieces)
+        request = Request(ids, sampling, limit, stops, until)
+        generation = Generation(request, model.decoder.context, model.decoder.vocab_size, model.tokenizer)
+        return run(model.decoder, generation).finish().text
 
 
 def run_tasks(

@@ -1,4 +1,4 @@
-"""What quantization changed: two bundles read the same text, and their predictions are compared.
+"""The effect of quantization: two bundles read the same text, and their predictions are compared.
 
 Dimensions: T positions, V vocabulary.
 """
@@ -18,6 +18,7 @@ from slm.export.graph.builder import Array
 from slm.runtime.bench import read_and_write
 from slm.runtime.decoder import OnnxDecoder, comparable_positions
 from slm.runtime.logprobs import log_softmax
+from slm.runtime.streaming import greedy
 
 DEFAULT_TOKENS = 2048
 # Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
@@ -39,25 +40,25 @@ class Text:
 
 
 class Opened:
-    """The source's decoder, opened when it is first asked for, and again after it was closed to make room."""
+    """The source's decoder, opened when it is first needed, and again after it was closed to free memory."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._decoder: OnnxDecoder | None = None
 
     def __call__(self) -> OnnxDecoder:
-        """Returns it."""
+        """Returns the decoder."""
         self._decoder = self._decoder or OnnxDecoder(self._bundle)
         return self._decoder
 
     def close(self) -> None:
-        """Lets go of its memory."""
+        """Frees its memory."""
         self._decoder = None
 
 
 @dataclass(frozen=True)
 class Change:
-    """What changed, averaged over positions.
+    """Differences between two bundles, averaged over positions.
 
     Attributes:
         tokens: Positions compared.
@@ -79,9 +80,9 @@ class Change:
 def calibration_text(
     bundle: Bundle, path: Path | TextSource | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
 ) -> Text:
-    """Cuts a text to choose settings by, which must not be the one that they are measured on; see `measuring_text`.
+    """Cuts a text for choosing settings; see `measuring_text`. It must not be the text that they are measured on.
 
-    By default the stories that slm ships for training.
+    The default is the training stories that ship with slm.
     """
     name = "the training stories that ship with slm" if path is None else str(_source(path).path)
     return Text(name, _rows(bundle, _source(path or stories_path()), tokens, row_tokens))
@@ -93,10 +94,10 @@ def measuring_text(
     """Cuts a text into rows, each begun as the tokenizer begins a text.
 
     Args:
-        bundle: Whose tokenizer and window count.
+        bundle: Its tokenizer and sliding window are used.
         path: Text of any kind that slm reads; None takes the stories that ship with slm.
-        tokens: How many tokens to use at most.
-        row_tokens: How long a row is; by default long enough to pass the sliding window.
+        tokens: The most tokens.
+        row_tokens: The length of a row; by default long enough to pass the sliding window.
 
     Raises:
         SlmError: When the text cannot be read or has fewer than two tokens.
@@ -127,13 +128,13 @@ def _rows(bundle: Bundle, source: TextSource, tokens: int, row_tokens: int | Non
 
 
 def measure(before: OnnxDecoder, after: OnnxDecoder, text: Text, progress: Progress) -> Change:
-    """Reads the text with two bundles and compares what they expect at every position.
+    """Reads the text with two bundles and compares their predictions at every position.
 
     Args:
-        before: The bundle that the other was made from.
-        after: The other.
-        text: What both read.
-        progress: Told of each row.
+        before: The source bundle.
+        after: The quantized bundle.
+        text: The text that both read.
+        progress: Advances with each row.
     """
     progress.start("compare predictions", text.rows.shape[0], "rows")
     sums = _Sums()
@@ -209,7 +210,7 @@ def _shared(before: Array, after: Array) -> float:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How long a greedy text stays the same.
+    """How long greedy texts of two bundles are equal.
 
     Attributes:
         tokens: Length of the texts.
@@ -223,13 +224,14 @@ class Divergence:
 def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergence:
     """Continues the beginnings of some rows greedily.
 
-    One bundle writes, the other reads that at once: until the first token that it would not have chosen, both write the same.
+    One bundle generates, and the other reads the text at once: up to the first token that it would not have chosen, both
+    generate the same.
     """
     prompt = min(_PROMPT_TOKENS, text.rows.shape[1], before.context // 2)
     new = min(_NEW_TOKENS, before.context - prompt)
     equal = []
     for row in text.rows[:_PROMPTS, :prompt]:
-        written = _greedy(after, row.tolist(), new)
+        written = greedy(after, row.tolist(), new).tokens
         before.reset()
         read = np.array([[*row, *written[:-1]]], np.int64)
         chosen = before.step(read, keep=0)[0, prompt - 1 :].argmax(axis=-1)  # (new,)
@@ -237,22 +239,14 @@ def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergenc
     return Divergence(new, tuple(equal))
 
 
-def _greedy(decoder: OnnxDecoder, ids: list[int], new: int) -> list[int]:
-    decoder.reset()
-    tokens = [int(decoder.read(ids).argmax())]
-    while len(tokens) < new:
-        tokens.append(int(decoder.read([tokens[-1]]).argmax()))
-    return tokens
-
-
 @dataclass(frozen=True)
 class Speeds:
-    """Medians of some rounds in which both bundles took turns; tokens a second.
+    """Tokens a second of two bundles, medians of rounds in which they take turns.
 
     Attributes:
-        prompt: Tokens read before writing.
-        decode: Of the source, and of what was made.
-        prefill: The same.
+        prompt: Tokens of the prompt.
+        decode: Decoding speed of the source and of the quantized bundle.
+        prefill: Prefill speed of both.
     """
 
     prompt: int
@@ -261,17 +255,17 @@ class Speeds:
 
     @property
     def decode_ratio(self) -> float:
-        """How many times as fast."""
+        """The speed of the quantized bundle over that of the source."""
         return self.decode[1] / self.decode[0]
 
     @property
     def prefill_ratio(self) -> float:
-        """How many times as fast."""
+        """The speed of the quantized bundle over that of the source."""
         return self.prefill[1] / self.prefill[0]
 
 
 def speeds(before: OnnxDecoder, after: OnnxDecoder) -> Speeds:
-    """Reads a prompt and writes some tokens with each bundle in turn; both have run before, so that nothing is cold."""
+    """Times prefill and decoding with each bundle in turn; both must have run before, so that neither is cold."""
     prompt = min(_PROMPT_TOKENS * 4, before.context // 2)
     rates: list[list[tuple[float, float]]] = [[], []]
     for _ in range(_ROUNDS):

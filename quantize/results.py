@@ -41,7 +41,7 @@ class Report:
         parts: Bytes by part of the model.
         change: Comparison of the predictions before and after.
         divergence: Comparison of greedy texts before and after.
-        speeds: Speeds before and after, measured alternately; None for a bundle for CUDA, because the measurement runs on the CPU.
+        speeds: Speeds before and after, measured alternately on the CPU; None for a bundle for CUDA.
         tensors: The error of each weight.
         seconds: Total time.
     """

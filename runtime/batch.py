@@ -1,35 +1,32 @@
-"""Several texts at once on one bundle: each is read by itself, all take their steps together.
+"""Several texts at once on one bundle: prompts are read one by one, and steps are taken together.
 
-A step reads the weights once for all rows, and reading weights is what a step mostly does. Dimensions: B batch, T positions,
-V vocabulary.
+A step reads the weights once for all rows, and most of the time of a step goes into reading weights. A row's logits are those
+that it would have alone, bit for bit in float32 and with INT8 weights in blocks of at most 64 (on AVX-512 VNNI and with no more
+threads than heads). In blocks of 128 the kernel adds a single row in another order, and rounding of activations amplifies the
+difference.
+
+Dimensions: B batch, T positions, V vocabulary.
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter, check_slots_of, stacked
+from slm.runtime.backend import DecoderAround
 from slm.runtime.cache import Extent, KVBuffers
-from slm.runtime.decoder import PREFILL_CHUNK, Decoder, DecoderAround, OnnxDecoder, OnnxSnapshot
-from slm.runtime.generate import Generated, generate
+from slm.runtime.decoder import PREFILL_CHUNK, OnnxDecoder, OnnxSnapshot
 from slm.runtime.memory import Array
-from slm.runtime.prefix import PrefixDecoder
-from slm.runtime.sampling import Sampler, Sampling
-
-# Rows that `generate_batch` steps together by default.
-SLOTS = 8
 
 
 class Slot(DecoderAround):
-    """One text of a batch: a decoder like any other, whose tokens can be read together with those of others.
+    """One text of a batch: a decoder like any other, which can also take a step together with other slots.
 
     Attributes:
         decoder: The one that computes.
-        adapter: The adapter that this text is read and written with.
+        adapter: The adapter that this text uses; None for the base.
     """
 
     def __init__(self, batch: "Batch", adapter: Adapter | None) -> None:
@@ -40,7 +37,7 @@ class Slot(DecoderAround):
 
     @property
     def length(self) -> int:
-        """Tokens read since the start."""
+        """Tokens read since the last reset."""
         return self.extent.length
 
     @property
@@ -95,13 +92,12 @@ class Slot(DecoderAround):
 class Batch:
     """Slots that texts are read into, on one slab of buffers (slots, K, C, H) a layer.
 
-    With past positions the graph takes several tokens of one row, or one token of several rows. So a prompt is read
-    through a view of its row, and a step goes through a view of as many rows as there are texts to step, which are moved to
-    the front when they are not there.
+    With past positions the graph takes several tokens of one row, or one token of several rows. A prompt is read through a
+    view of its row. A step goes through a view of the first rows, to which the rows that step are moved.
 
     Attributes:
-        decoder: The bundle; what it has read by itself is another matter.
-        slots: How many there are.
+        decoder: The bundle; the batch leaves the decoder's own caches alone.
+        slots: The number of slots.
         slab: The buffers.
     """
 
@@ -120,7 +116,7 @@ class Batch:
 
     @property
     def free(self) -> int:
-        """How many slots can be taken."""
+        """The number of free slots."""
         return self._rows.count(None)
 
     @property
@@ -129,7 +125,7 @@ class Batch:
         return self.slab.bytes
 
     def take(self, adapter: Adapter | None = None) -> Slot:
-        """Returns a free slot, empty, for a text with an adapter of its own; None is the base.
+        """Returns a free, empty slot for a text with this adapter; None is the base.
 
         Raises:
             SlmError: When there is an adapter and the bundle has no slots for any.
@@ -142,18 +138,18 @@ class Batch:
         return slot
 
     def release(self, slot: Slot) -> None:
-        """Frees a slot, which is not to be used again; its row waits for the next text and costs a step nothing."""
+        """Frees a slot, which must not be used again. A free row costs a step nothing."""
         self._rows[self.row(slot)] = None
 
     def row(self, slot: Slot) -> int:
-        """Returns where a slot's text is now."""
+        """Returns the row of a slot now; steps move rows."""
         return self._rows.index(slot)
 
     def step(self, tokens: Mapping[Slot, int]) -> dict[Slot, Array]:
         """Reads one token into each of some slots, together, and returns the logits (V,) for those that follow.
 
         Args:
-            tokens: The token by slot, at least one; slots that are not named wait.
+            tokens: The token of each slot that steps; at least one.
 
         Raises:
             SlmError: When a slot's context is full.
@@ -194,7 +190,7 @@ class Batch:
             self.decoder.make_room(self.slab, length, used + 1)
 
     def _bring_to_front(self, slots: list[Slot]) -> None:
-        """Moves the rows of some slots to the front, to free rows or in exchange with those of others."""
+        """Moves the rows of some slots to the front, into free rows or in exchange with other rows."""
         for place in range(len(slots)):
             other = self._rows[place]
             if other in slots:
@@ -214,14 +210,14 @@ class Batch:
             logits = self.decoder.run(ids, mask, view, keep, self._adapter_of(slots))
             for slot, extent in zip(slots, extents, strict=True):
                 slot.extent = extent
-        except BaseException:  # Ctrl-C too: nobody knows then what the rows hold
+        except BaseException:  # Ctrl-C too: what the rows hold is unknown then
             for slot in slots:
                 slot.reset()
             raise
         return logits
 
     def _adapter_of(self, slots: Sequence[Slot]) -> Adapter | None:
-        """Returns the adapters of some rows as one; the last one again while they are the same."""
+        """Returns the adapters of some rows as one; the previous result while they are the same."""
         wanted = tuple(slot.adapter for slot in slots)
         if self._stacked is None or not _same(self._stacked[0], wanted):
             self._stacked = (wanted, stacked(wanted))
@@ -230,107 +226,3 @@ class Batch:
 
 def _same(first: Sequence[object], second: Sequence[object]) -> bool:
     return len(first) == len(second) and all(one is other for one, other in zip(first, second, strict=True))
-
-
-@dataclass
-class _Text:
-    """A text under way."""
-
-    index: int
-    sampler: Sampler
-    tokens: list[int] = field(default_factory=list)
-
-
-def batched(decoder: Decoder) -> OnnxDecoder | None:
-    """Returns what takes the steps of several texts together; None where a decoder reads one text at a time.
-
-    A chat's decoder does as well: a batch has caches of its own and leaves what was read of the chat alone.
-    """
-    if isinstance(decoder, PrefixDecoder):
-        decoder = decoder.decoder
-    if not isinstance(decoder, OnnxDecoder) or decoder.bundle.manifest.target == "portable":
-        return None
-    return decoder
-
-
-def generate_batch(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    samplings: Sequence[Sampling],
-    max_new_tokens: int,
-    stop: Sequence[int],
-    slots: int = SLOTS,
-    ended: Callable[[int, int], bool] | None = None,
-) -> list[list[int]]:
-    """Continues several prompts, each as it would be continued alone, a text's slot being free for the next as it ends.
-
-    A row's logits are those it would have alone, bit for bit in float32 and with INT8 weights in blocks of at most 64 (on
-    AVX-512 VNNI and with no more threads than heads); in blocks of 128 the kernel adds in another order for a row alone, which
-    rounding makes more of.
-
-    Args:
-        decoder: The model. A fused bundle takes its steps together; anything else goes through the prompts one by one.
-        prompts: Token ids of each, at least one.
-        samplings: How tokens are chosen, for each.
-        max_new_tokens: How many at most, for each.
-        stop: Tokens that end a text.
-        slots: How many texts are under way at once.
-        ended: Is called with the number of a prompt and each of its new tokens, and says whether the text ends with it.
-
-    Returns:
-        The new tokens of each prompt, in the order of the prompts, the one that ended a text left out.
-
-    Raises:
-        SlmError: When a prompt is empty or fills the whole context, or a value will not do.
-    """
-    # Each alone is refused what it would be refused anyway, before anything is read.
-    alone = [
-        generate(decoder, prompt, sampling, max_new_tokens, stop)
-        for prompt, sampling in zip(prompts, samplings, strict=True)
-    ]
-    together = batched(decoder)
-    if together is None:
-        return [_taken(tokens, index, ended) for index, (_, tokens) in enumerate(alone)]
-    batch = Batch(together, max(1, min(slots, len(prompts))))
-    waiting = deque(enumerate(prompts))
-    texts: dict[Slot, _Text] = {}
-    made: list[list[int]] = [[] for _ in prompts]
-
-    def goes_on(slot: Slot, logits: Array) -> bool:
-        """Chooses a text's next token; says whether it is to be read."""
-        text = texts[slot]
-        token = text.sampler.choose(logits)
-        if token in stop:
-            return False
-        text.tokens.append(token)
-        if ended is not None and ended(text.index, token):
-            return False
-        return len(text.tokens) < max_new_tokens and slot.length < decoder.context
-
-    while waiting or texts:
-        found: dict[Slot, Array] = {}
-        if texts:
-            found = batch.step({slot: text.tokens[-1] for slot, text in texts.items()})
-        while True:
-            for slot, logits in found.items():
-                if not goes_on(slot, logits):
-                    text = texts.pop(slot)
-                    made[text.index] = text.tokens
-                    batch.release(slot)
-            if not (waiting and batch.free):
-                break
-            index, prompt = waiting.popleft()
-            slot = batch.take(together.adapter)
-            texts[slot] = _Text(index, Sampler(samplings[index], prompt, decoder.vocab_size))
-            found = {slot: slot.read(prompt)}
-    return made
-
-
-def _taken(tokens: Generated, index: int, ended: Callable[[int, int], bool] | None) -> list[int]:
-    """Returns the tokens of a text that is generated alone, up to the one that ends it."""
-    taken = []
-    for token in tokens:
-        taken.append(token)
-        if ended is not None and ended(index, token):
-            break
-    return taken

@@ -1,6 +1,6 @@
-"""How fast a model reads and writes here, with the speed at which memory can be read measured beside it.
+"""The speed of prefill and decoding on this machine, with the speed at which its memory can be read.
 
-Cases take turns, so that whatever else the machine does falls on all of them. Dimensions: B batch, V vocabulary.
+Cases take turns, so that other load on the machine affects all of them. Dimensions: B batch, V vocabulary.
 """
 
 import time
@@ -19,8 +19,10 @@ from slm.core.config import ModelConfig
 from slm.core.contract import CacheLayer
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress, Silent
-from slm.runtime.decoder import PREFILL_CHUNK, Decoder, OnnxDecoder
+from slm.runtime.backend import Decoder
+from slm.runtime.decoder import PREFILL_CHUNK, OnnxDecoder
 from slm.runtime.growing import GrowingCaches
+from slm.runtime.streaming import greedy
 
 # Tokens of the visit that warms up: threads are started, memory is taken.
 _WARM_UP = 4
@@ -38,7 +40,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: steps of `batch` rows after `prompt` tokens; the prompt is read with one row only."""
+    """One benchmark: steps of `batch` rows after `prompt` tokens. The prompt is read only where there is one row."""
 
     prompt: int
     batch: int = 1
@@ -46,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Spread:
-    """What several rounds came to."""
+    """Median, minimum and maximum of several rounds."""
 
     median: float
     min: float
@@ -60,14 +62,14 @@ class Spread:
 
 @dataclass
 class Timing:
-    """One case, a value for each round.
+    """The timings of one case, a value for each round.
 
     Attributes:
-        case: What was timed.
-        step_bytes: Bytes of weights and caches that a step at the prompt's end reads.
-        read_s: Seconds from the prompt's first token read to the first new token chosen; empty for several rows.
+        case: The case.
+        step_bytes: Bytes of weights and caches that a step after the prompt reads.
+        read_s: Seconds from the beginning of the prompt to the first new token; empty for several rows.
         decode_s: Seconds that all new tokens after the first took together.
-        read_rate: Bytes a second that memory was read at in the same round; empty where nobody asked.
+        read_rate: Bytes of memory read a second in the same round; empty where it was not measured.
         steps: New tokens after the first, of each row.
     """
 
@@ -85,7 +87,7 @@ class Timing:
 
     @property
     def prefill_tok_s(self) -> Spread | None:
-        """Tokens of the prompt read a second."""
+        """Prompt tokens read a second."""
         return Spread.of([self.case.prompt / seconds for seconds in self.read_s]) if self.read_s else None
 
     @property
@@ -100,7 +102,7 @@ class Timing:
 
     @property
     def memory_share(self) -> Spread | None:
-        """Bytes a second that steps read, as a share of what the memory gave in the same round."""
+        """Bytes that steps read a second, as a share of the memory speed of the same round."""
         if not self.read_rate:
             return None
         pairs = zip(self.decode_s, self.read_rate, strict=True)
@@ -117,9 +119,9 @@ class Rows(Protocol):
 class OnnxRows:
     """Rows of a bundle as if each had read a prompt.
 
-    Buffers are as long as after one and filled with ones: what they hold makes no difference to the time, but memory that
-    was never written does, for it is one page of zeros again and again. Caches that grow, as the portable target's do, are
-    filled by reading.
+    Buffers have the length that they have after a prompt, and are filled with ones: their values do not affect the time, but
+    memory that was never written does, because all of it is one page of zeros. Caches that grow, as those of the portable
+    target, are filled by reading.
     """
 
     def __init__(self, decoder: OnnxDecoder, case: Case, new: int) -> None:
@@ -152,15 +154,14 @@ MakeRows = Callable[[Case, int], Rows]
 
 
 def onnx_rows(decoder: OnnxDecoder) -> MakeRows:
-    """Returns what makes rows of a bundle for a case and a number of steps."""
+    """Returns a function that makes rows of a bundle for a case and a number of steps."""
     return lambda case, new: OnnxRows(decoder, case, new)
 
 
 def weight_bytes_read(bundle: Bundle) -> int:
     """Returns the bytes of weights that one step of a bundle reads, whatever the number of rows.
 
-    All that is stored beside the graph, but of rotation tables and of an embedding that is not the head only a row is
-    read.
+    That is everything stored beside the graph, except rotation tables and an untied embedding, of which a step reads one row.
     """
     manifest, config = bundle.manifest, bundle.config
     beside = (
@@ -180,7 +181,7 @@ def weight_bytes_read(bundle: Bundle) -> int:
 
 
 def _has_tables(bundle: Bundle) -> bool:
-    """Says whether rotation tables are among the weights, as in bundles that slm wrote before 2026-11-23."""
+    """Returns whether rotation tables are among the weights, as in bundles that slm wrote before 2026-11-23."""
     return f"positions.{bundle.config.layer_types[0]}_cos".encode() in bundle.model_path.read_bytes()
 
 
@@ -191,7 +192,7 @@ def float32_weight_bytes_read(config: ModelConfig) -> int:
 
 
 def cache_bytes_read(layers: Sequence[CacheLayer], positions: int) -> int:
-    """Returns the bytes of keys and values that a row's next token looks at after that many positions."""
+    """Returns the bytes of keys and values that the next token of a row attends to after that many positions."""
     return sum(
         2
         * layer.kv_heads
@@ -203,10 +204,10 @@ def cache_bytes_read(layers: Sequence[CacheLayer], positions: int) -> int:
 
 
 class ReadProbe:
-    """Reads memory as fast as it goes with some threads.
+    """Reads memory as fast as possible with several threads.
 
-    What is read is as large as what a token reads, so that it comes from where that comes from: the caches of a server's
-    processor hold a small model whole.
+    It reads as much as a token does, so that both come from the same level of memory: a server's processor caches hold a whole
+    small model.
     """
 
     def __init__(self, size: int, threads: int) -> None:
@@ -214,7 +215,7 @@ class ReadProbe:
 
         Args:
             size: Bytes; at least 256 KiB and at most 1 GiB are taken.
-            threads: How many threads read, each its own part.
+            threads: The number of threads; each reads a part of its own.
         """
         count = min(max(size, _SMALLEST_PROBE), _LARGEST_PROBE) // 8 // threads
         self._parts = [np.ones(count, np.int64) for _ in range(threads)]
@@ -223,7 +224,7 @@ class ReadProbe:
         self._pool = ThreadPoolExecutor(threads)
 
     def rate(self) -> float:
-        """Returns the bytes a second of the median of some times."""
+        """Returns the bytes read a second, the median of several measurements."""
         return median(self._rate() for _ in range(_TIMES))
 
     def _rate(self) -> float:
@@ -236,7 +237,7 @@ class ReadProbe:
             np.bitwise_or.reduce(part)
 
     def close(self) -> None:
-        """Ends the threads and gives the memory back."""
+        """Ends the threads and frees the memory."""
         self._pool.shutdown()
         self._parts = []
 
@@ -252,17 +253,17 @@ def measure(
     rounds: int,
     progress: Progress | None = None,
 ) -> list[Timing]:
-    """Times cases in turn, after one visit that warms up.
+    """Times cases in turn, after one warm-up.
 
     Args:
-        decoder: The model; single rows are read and written through it.
-        make_rows: Makes several rows.
-        cases: What to time; prompt and new tokens fit into the context.
-        step_bytes: Bytes that a step of a case reads.
-        probe: Measures the memory once a round, where that is what limits.
-        new: New tokens a row, the first of them chosen from the prompt's logits: at least 2.
-        rounds: How often every case has its turn.
-        progress: Told of every visit.
+        decoder: The model; it runs cases of one row.
+        make_rows: Makes the rows of other cases.
+        cases: The cases; prompt and new tokens fit into the context.
+        step_bytes: Returns the bytes that a step of a case reads.
+        probe: Measures the memory speed once a round; None where memory is not the limit.
+        new: New tokens a row, at least 2; the first comes from the prompt's logits.
+        rounds: How often every case is timed.
+        progress: Advances with every timing.
     """
     progress = progress or Silent()
     timings = [Timing(case, step_bytes(case), new - 1) for case in cases]
@@ -287,24 +288,18 @@ def measure(
 
 
 def prompt_ids(length: int, vocab_size: int) -> list[int]:
-    """Returns a prompt, the same every time."""
+    """Returns a prompt; the same every time."""
     return [int(token) for token in np.random.default_rng(0).integers(vocab_size, size=length)]
 
 
 def read_and_write(decoder: Decoder, prompt: int, new: int) -> tuple[float, float]:
-    """Reads a prompt and writes greedily; returns the seconds to the first token and from there to the last."""
-    ids = prompt_ids(prompt, decoder.vocab_size)
-    decoder.reset()
-    started = time.perf_counter()
-    token = int(decoder.read(ids).argmax())
-    first = time.perf_counter()
-    for _ in range(new - 1):
-        token = int(decoder.read([token]).argmax())
-    return first - started, time.perf_counter() - first
+    """Reads a prompt and decodes greedily; returns the seconds to the first token and from there to the last."""
+    result = greedy(decoder, prompt_ids(prompt, decoder.vocab_size), new)
+    return result.ttft_ms / 1e3, result.decode_s
 
 
 def _steps(rows: Rows, batch: int, steps: int) -> float:
-    """Has rows take greedy steps; returns the seconds. The one before the first is not timed: it touches the memory."""
+    """Returns the seconds of greedy steps of rows. One step before them is not timed: it touches the memory."""
     ids = rows.step(np.zeros((batch, 1), np.int64)).argmax(-1)[:, None]
     started = time.perf_counter()
     for _ in range(steps):
@@ -313,7 +308,7 @@ def _steps(rows: Rows, batch: int, steps: int) -> float:
 
 
 def resident_mib() -> float | None:
-    """Returns the memory that this process has resident now, in MiB; None where the system does not say."""
+    """Returns the resident memory of this process, in MiB; None where the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmRSS:")[1].split()[0]) / (1 << 10)  # KiB

@@ -1,6 +1,6 @@
-"""A conversation with a model: what was said is asked anew with every turn, in the turns that the model was trained on."""
+"""A conversation with a model: every request contains the whole conversation, in the turns that the model was trained on."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Unpack, cast
 
@@ -8,21 +8,22 @@ from slm.core.arguments import check_type
 from slm.core.chat import Message, chat_ids, foreign_template
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.tokenizer import END_OF_TURN
+from slm.runtime.generation import Piece
 from slm.runtime.model import Model
 from slm.runtime.options import MAX_NEW_TOKENS, GenerationOptions, check_options
 from slm.runtime.prefix import PrefixCache, PrefixDecoder
 from slm.runtime.sampling import Sampling
 from slm.runtime.speculative import SpeculativeDecoder
-from slm.runtime.streaming import Piece
+from slm.runtime.streaming import Stream, texts
 
-# Snapshots of what was read: a turn asked again is not read again.
+# Memory for snapshots of prompts: a retried turn is not read again.
 _SNAPSHOT_BYTES = 64 << 20
-# Of the context, what is kept free for the answer when more is allowed than that.
+# A quarter of the context is kept free for the answer, where so many new tokens are allowed.
 _LEAST_ROOM = 4
 
 
 class Chat:
-    """A conversation with a model: what `Model.chat` returns.
+    """A conversation with a model; `Model.chat` returns one.
 
         chat = model.chat(system="Be brief.")
         print(chat.ask("Name a colour.", max_new_tokens=20))
@@ -30,7 +31,7 @@ class Chat:
 
     Attributes:
         messages: All messages, oldest first, a system message at the beginning.
-        forgotten: Exchanges at the beginning that no longer fit into the context, since the start or the last reset.
+        forgotten: Exchanges dropped from the beginning because they no longer fit into the context, since the last reset.
         seed: Seed of the conversation; the n-th answer is sampled with seed + n, counted from 0.
     """
 
@@ -46,14 +47,14 @@ class Chat:
         """Begins a conversation.
 
         Args:
-            model: Answers; its decoder keeps what it read from one turn to the next from now on.
+            model: The model; from now on its decoder reuses what it read from one turn to the next.
             system: The system message; none when empty.
             messages: Earlier messages, oldest first; a system message at their beginning takes the place of `system`.
             seed: Seed of the conversation; None draws one.
             draft_tokens: Read up to this many tokens ahead where the text repeats; None never does.
 
         Raises:
-            SlmError: When the model knows no turns, or the messages are not a conversation that a question may follow.
+            SlmError: When the model knows no turns, or the messages are not a conversation that a request may follow.
         """
         check_type("system", system, str, "a str")
         drawn = Sampling(seed=seed).seed  # which is checked so
@@ -61,7 +62,7 @@ class Chat:
         self._model = model
         self.seed = drawn
         self._asked = 0
-        self._answering: Generator[Piece, None, None] | None = None
+        self._answering: Stream[Piece] | None = None
         self._cut: list[Message] = []
         self.messages: list[Message] = []
         decoder = model.decoder
@@ -83,7 +84,7 @@ class Chat:
         return f"<slm.Chat of {len(self.messages)} messages with {self._model!r}>"
 
     def reset(self, system: str | None = None) -> None:
-        """Forgets what was said; what the system says stays unless something else is given, even nothing."""
+        """Begins a new conversation; the system message stays unless another one is given (an empty one removes it)."""
         if system is None:
             system = self.system
         self._settle()
@@ -92,36 +93,36 @@ class Chat:
 
     @property
     def system(self) -> str:
-        """What the model is told before anything else."""
+        """The system message; empty where there is none."""
         begins = self.messages[:1]
         return begins[0]["content"] if begins and begins[0]["role"] == "system" else ""
 
     def ask(self, request: str, **options: Unpack[GenerationOptions]) -> str:
-        """Returns the answer to what the user says; see `pieces`."""
+        """Returns the answer to a request; see `pieces`."""
         check_options("ask", options)
         return "".join(piece.text for piece in self.pieces(request, **options)).strip()
 
-    def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Iterator[str]:
-        """Returns the answer to what the user says in pieces of text; see `pieces`."""
+    def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[str]:
+        """Returns the answer to a request in pieces of text; see `pieces`."""
         check_options("stream", options)
-        return (piece.text for piece in self.pieces(request, **options) if piece.text)
+        return texts(self.pieces(request, **options))
 
     def retry(self, **options: Unpack[GenerationOptions]) -> str:
-        """Returns another answer to what was asked last, in place of the one before; see `pieces`."""
+        """Returns another answer to the last request, which replaces the last answer; see `pieces`."""
         check_options("retry", options)
         return "".join(piece.text for piece in self.retry_pieces(**options)).strip()
 
-    def pieces(self, request: str, **options: Unpack[GenerationOptions]) -> Iterator[Piece]:
+    def pieces(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
         """Returns the answer token by token; it joins the conversation when the iterator ends or is closed.
 
-        Where the context is too short for all that was said and an answer, the oldest exchanges are forgotten.
+        The oldest exchanges are dropped where the context is too short for the conversation and an answer.
 
         Args:
-            request: What the user says.
+            request: The user's message.
             **options: See `slm.GenerationOptions`; a `seed` takes the place of the conversation's.
 
         Raises:
-            SlmError: When the request is empty or too long, or an option is wrong; it is as if nothing was said.
+            SlmError: When the request is empty or too long, or an option is wrong; the conversation is unchanged.
         """
         check_options("pieces", options)
         check_type("the request", request, str, "a str")
@@ -139,14 +140,14 @@ class Chat:
             self.messages, self.forgotten = before, forgotten
             raise
         self._asked += 1
-        self._answering = self._told(pieces)
+        self._answering = pieces.through(self._recorded(pieces))
         return self._answering
 
-    def retry_pieces(self, **options: Unpack[GenerationOptions]) -> Iterator[Piece]:
-        """Returns another answer to what was asked last, in place of the one before, token by token; see `pieces`.
+    def retry_pieces(self, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
+        """Returns another answer to the last request token by token; it replaces the last answer. See `pieces`.
 
         Raises:
-            SlmError: When nothing was asked yet.
+            SlmError: When there is no answer yet.
         """
         self._settle()
         if not self.messages or self.messages[-1]["role"] != "assistant":
@@ -161,18 +162,19 @@ class Chat:
             raise
 
     def was_interrupted(self, message: Message) -> bool:
-        """Says whether a message of `messages` is an answer that was broken off."""
+        """Returns whether a message of `messages` is an answer that was interrupted."""
         return any(message is each for each in self._cut)
 
     def _settle(self) -> None:
-        """Ends an answer that was not read to its end; a question whose answer was not begun is forgotten."""
+        """Ends an answer that was not read to its end, and drops a request whose answer has no text."""
         if self._answering is not None:
             self._answering.close()
             self._answering = None
         if self.messages and self.messages[-1]["role"] == "user":
             del self.messages[-1]
 
-    def _told(self, pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
+    def _recorded(self, pieces: Stream[Piece]) -> Generator[Piece, None, None]:
+        """Yields the pieces of an answer, which joins the conversation at the end."""
         said, whole = [], False
         try:
             for piece in pieces:
@@ -185,7 +187,7 @@ class Chat:
                 self.messages.append({"role": "assistant", "content": answer})
                 self._cut += [] if whole else self.messages[-1:]
             else:
-                del self.messages[-1]  # a question that nobody answered: turns alternate
+                del self.messages[-1]  # a request without an answer: turns alternate
 
     def _ids(self, max_new_tokens: int) -> list[int]:
         context = self._model.decoder.context
@@ -200,7 +202,7 @@ class Chat:
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:
-    """Returns messages that a question may follow.
+    """Returns messages that a request may follow.
 
     Raises:
         SlmError: When they are not a conversation that ends with an answer.

@@ -1,4 +1,4 @@
-"""A model that has read some tokens and says what it expects next.
+"""A bundle as a decoder: onnxruntime behind the interface of `slm.runtime.backend`.
 
 Dimensions: B batch, T positions, V vocabulary.
 """
@@ -6,7 +6,7 @@ Dimensions: B batch, T positions, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +16,7 @@ from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, LOGITS_TO_KEEP,
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, Scheme
 from slm.runtime.adapters import Adapter, check_slots_of
+from slm.runtime.backend import log_probabilities
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.cuda_graph import CUDA_OPTIONS, StepGraphs, check_bundle, without_graph
 from slm.runtime.growing import GrowingCaches
@@ -43,141 +44,9 @@ def comparable_positions(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
-def log_probabilities(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Returns the log-probabilities of targets (B, T) by logits (B, T, V), summed in float64; and which are the largest."""
-    largest = logits.max(axis=-1, keepdims=True)
-    sums = np.exp(logits - largest).sum(axis=-1, dtype=np.float64)  # (B, T)
-    of_targets = np.take_along_axis(logits, targets[..., None], axis=-1) - largest
-    likely = of_targets[..., 0] - np.log(sums)
-    return likely.astype(np.float32), logits.argmax(axis=-1) == targets
-
-
 def _alike(scheme: Scheme) -> bool:
     """Whether a product adds alike for one row and for several; sums of integers do."""
     return scheme.dynamic or scheme.block_size <= _LARGEST_ALIKE[scheme.bits]
-
-
-class Snapshot(Protocol):
-    """What a decoder had read, to go back to or to begin with again and again."""
-
-    @property
-    def length(self) -> int:
-        """Tokens read."""
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-
-
-class Decoder(Protocol):
-    """What generation needs of a backend."""
-
-    @property
-    def context(self) -> int:
-        """The longest sequence, in tokens."""
-
-    @property
-    def vocab_size(self) -> int:
-        """How many logits there are."""
-
-    @property
-    def length(self) -> int:
-        """Tokens read since the start."""
-
-    @property
-    def description(self) -> str:
-        """What runs where, in a few words."""
-
-    def reset(self) -> None:
-        """Forgets everything read."""
-
-    def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens and returns the logits (V,) for the one that follows."""
-
-    @property
-    def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
-
-    def read_each(self, ids: Sequence[int]) -> Array:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
-
-    def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; what is read next is as if it followed these directly.
-
-        Raises:
-            SlmError: When that cannot be, with the reason: sliding layers forget what is out of their windows.
-        """
-
-    def snapshot(self) -> Snapshot:
-        """Returns a copy of what was read, sliding layers included."""
-
-    def restore(self, snapshot: Any) -> None:
-        """Forgets everything read and goes back to a snapshot, exactly; it can be used again.
-
-        Raises:
-            SlmError: When it is another model's.
-        """
-
-    def logits(self, ids: Array) -> Array:
-        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
-
-    def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns how likely the tokens of complete rows were, in bounded memory, independent of what was read.
-
-        Args:
-            ids: Rows (B, T) of at most one token more than the context: the last one is predicted and not read.
-
-        Returns:
-            The natural logarithms of the probabilities of every row's tokens from the second on, given those before, float32
-            (B, T - 1); and whether each was the likeliest, bool (B, T - 1).
-        """
-
-
-class DecoderAround:
-    """What a decoder that works through another one has in common with it.
-
-    Attributes:
-        decoder: The one that computes.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-
-    @property
-    def context(self) -> int:
-        """The longest sequence, in tokens."""
-        return self.decoder.context
-
-    @property
-    def vocab_size(self) -> int:
-        """How many logits there are."""
-        return self.decoder.vocab_size
-
-    def logits(self, ids: Array) -> Array:
-        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
-        return self.decoder.logits(ids)
-
-    def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns log-probabilities and whether each token was the likeliest; see `Decoder.score`."""
-        return self.decoder.score(ids)
-
-
-@dataclass(frozen=True)
-class TextSnapshot:
-    """A snapshot and the tokens that it is of, for a decoder that knows its text."""
-
-    inner: Snapshot
-    ids: NDArray[np.int32]
-
-    @property
-    def length(self) -> int:
-        """Tokens read."""
-        return self.inner.length
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        return self.inner.bytes + self.ids.nbytes
 
 
 @dataclass(frozen=True)
@@ -334,7 +203,7 @@ class OnnxDecoder:
         return logits
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        """Forgets all but the first `length` tokens read; see `slm.runtime.backend.Decoder.rewind`."""
         self._extent = self.buffers.rewind(0, self._extent, length)
 
     def snapshot(self) -> OnnxSnapshot:
@@ -342,7 +211,7 @@ class OnnxDecoder:
         return OnnxSnapshot(self.identified(self.adapter), self.buffers.copy_row(0, self._extent))
 
     def restore(self, snapshot: Any) -> None:
-        """Goes back to a snapshot; see `Decoder.restore`."""
+        """Goes back to a snapshot; see `slm.runtime.backend.Decoder.restore`."""
         row = self.own(snapshot, self.adapter)
         self.make_room(self.buffers, snapshot.length)
         self._extent = self.buffers.put_row(0, row)
@@ -424,7 +293,7 @@ class OnnxDecoder:
         return self.run(ids, np.ones((batch, length), np.int64), buffers, 0, self.adapter)
 
     def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns log-probabilities and whether each token was the likeliest, both (B, T - 1); see `Decoder.score`."""
+        """Returns log-probabilities and whether each token was the likeliest, both (B, T - 1); see `Scorer.score`."""
         inputs, targets = ids[:, :-1], ids[:, 1:]
         positions = min(comparable_positions(self.vocab_size), PREFILL_CHUNK)
         if inputs.shape[1] > positions:  # with past positions, several tokens are read a row at a time

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
-from slm.runtime.decoder import Decoder, Snapshot, log_probabilities
+from slm.runtime.backend import Decoder, Snapshot, log_probabilities
 from slm.runtime.logprobs import log_softmax
 
 Average = Literal["mean", "geometric"]

@@ -18,7 +18,7 @@ from slm.core.text.cuts import PieceEncoder
 from slm.core.text.documents import batches
 from slm.core.tokenizer import END_OF_TEXT
 from slm.core.windows import fixed_starts
-from slm.runtime.decoder import Decoder
+from slm.runtime.backend import Decoder
 from slm.runtime.model import Model
 from slm.runtime.token_bytes import bytes_of_tokens
 

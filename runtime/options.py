@@ -1,4 +1,4 @@
-"""The keyword arguments of `Model.generate`, `Model.stream`, `Model.pieces` and of a chat's answers: names, types, checks."""
+"""The keyword arguments of `Model.generate`, `complete`, `stream`, `pieces` and of a chat's answers: names, types, checks."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -8,7 +8,7 @@ import numpy as np
 
 from slm.core.arguments import check_keywords, check_type
 from slm.core.errors import ArgumentError
-from slm.runtime.generate import OnFull
+from slm.runtime.generation import OnFull
 from slm.runtime.sampling import Sampling
 
 
@@ -25,7 +25,7 @@ class SamplingOptions(TypedDict, total=False):
         presence_penalty: Subtracted from the logit of each new token used so far. Default 0.
         frequency_penalty: Subtracted as often as the new token was used. Default 0.
         logit_bias: Added to the logits of these token ids; -inf rules one out.
-        seed: Same seed, same text. None, the default, draws one; `Model.last_run.seed` has it.
+        seed: Same seed, same text. None, the default, draws one; `Result.seed` has it.
     """
 
     temperature: float
@@ -46,11 +46,11 @@ class GenerationOptions(SamplingOptions, total=False):
     Attributes:
         max_new_tokens: At most this many tokens. Default 256.
         stop: A text that ends the continuation and is not part of it, or several.
-        on_full: When the context is full: "stop", the default, or "slide": the older part is forgotten, and the model does
-            not see it any longer (`Model.last_run.slides` counts).
-        keep: Tokens at the beginning that sliding never forgets. Default: those that the tokenizer puts there.
-        logprobs: How many of the likeliest tokens each `Piece`, and `Model.last_run.logprobs`, names, besides the
-            log-probability of the token chosen. They are the model's own, whatever the sampling. Default None: neither.
+        on_full: When the context is full: "stop", the default, or "slide": the older part is dropped, and the model no
+            longer sees it (`Result.slides` counts).
+        keep: Tokens at the beginning that sliding never drops. Default: those that the tokenizer puts there.
+        logprobs: How many of the likeliest tokens each `Piece`, and `Result.logprobs`, names, besides the log-probability of
+            the token chosen. They are the model's own, whatever the sampling. Default None: neither.
     """
 
     max_new_tokens: int

@@ -1,7 +1,7 @@
-"""Prompts that begin like earlier ones: what was read then is not read again.
+"""Reuse of prompts that begin alike: tokens that were read for an earlier prompt are not read again.
 
-A prompt read in other portions adds its sums in another order: the logits are those of a prompt read at once but for rounding,
-as between any two ways to cut it (see `slm.runtime.speculative` for how much that is).
+A prompt that is read in other portions adds its sums in another order, so that its logits differ by rounding
+(`slm.runtime.speculative` says by how much).
 
 Dimensions: T positions, V vocabulary.
 """
@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
-from slm.runtime.decoder import Decoder, DecoderAround, Snapshot, TextSnapshot
+from slm.runtime.backend import Decoder, DecoderAround, Snapshot, TextSnapshot
 
 Array = NDArray[Any]
 _TOKEN = np.dtype(np.int32)
 
 
 class PrefixCache:
-    """Snapshots by the tokens they are of, up to a number of bytes; what was not used for longest goes first.
+    """Snapshots by their tokens, up to a number of bytes; the least recently used is dropped first.
 
     Attributes:
-        max_bytes: What snapshots and tokens may take together.
-        bytes: What they take.
+        max_bytes: The most memory for snapshots and their tokens.
+        bytes: The memory that they take.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -42,7 +42,7 @@ class PrefixCache:
         return _key(ids) in self._entries
 
     def longest(self, ids: Sequence[int]) -> Snapshot | None:
-        """Returns the longest snapshot of a beginning of these tokens, or of all of them, and counts as its use."""
+        """Returns the longest snapshot of a beginning of these tokens, or of all of them; this counts as a use."""
         wanted = _key(ids)
         key = max((key for key in self._entries if wanted.startswith(key)), key=len, default=None)
         if key is None:
@@ -50,8 +50,25 @@ class PrefixCache:
         self._entries.move_to_end(key)
         return self._entries[key]
 
+    def restore(self, decoder: Decoder, ids: Sequence[int]) -> int:
+        """Brings a decoder to the longest known beginning of a prompt, at least one token short of the whole prompt.
+
+        Returns:
+            How many tokens need not be read; 0 leaves the decoder empty.
+        """
+        snapshot = self.longest(ids)
+        if snapshot is not None:
+            try:
+                decoder.restore(snapshot)
+                decoder.rewind(min(snapshot.length, len(ids) - 1))
+                return decoder.length
+            except SlmError:  # caches of the portable target cannot go back once the window is full
+                pass
+        decoder.reset()
+        return 0
+
     def add(self, ids: Sequence[int], snapshot: Snapshot) -> bool:
-        """Keeps a snapshot of these tokens, in place of others if need be; says whether there is room for it at all."""
+        """Keeps a snapshot of these tokens, and drops others to make room. Returns False if it is larger than the cache."""
         assert snapshot.length == len(ids)
         key = _key(ids)
         if key in self._entries:
@@ -67,25 +84,25 @@ class PrefixCache:
         return True
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Drops all snapshots."""
         self._entries.clear()
         self.bytes = 0
 
 
 def _key(ids: Sequence[int]) -> bytes:
-    # Every token takes as many bytes, so that a beginning of the tokens is a beginning of the bytes and the other way round.
+    # Every token takes 4 bytes, so that a beginning of the bytes is a beginning of the tokens.
     return np.asarray(ids, _TOKEN).tobytes()
 
 
 class PrefixDecoder(DecoderAround):
-    """A decoder whose first read after a reset begins with what is known of the prompt.
+    """A decoder whose first read after a reset reuses the known beginning of the prompt.
 
-    That is the text before, as far as the prompt begins like it (a chat's next turn begins with all that was said), or the
-    longest snapshot, whichever is more. Afterwards there is a snapshot of the whole prompt.
+    The beginning is known from the previous text (the next turn of a chat begins with the whole conversation), or from a
+    snapshot; the longer one counts. After a prompt is read, a snapshot of it is kept.
 
     Attributes:
-        decoder: The one that computes.
-        cache: The snapshots, which several decoders of one model can share.
+        decoder: The decoder that computes.
+        cache: The snapshots; several decoders of one model can share them.
         reused: Tokens of the last prompt that were not read again.
     """
 
@@ -98,20 +115,15 @@ class PrefixDecoder(DecoderAround):
 
     @property
     def length(self) -> int:
-        """Tokens read since the start."""
+        """Tokens read since the last reset."""
         return self.decoder.length if self._begun else 0
 
-    @property
-    def description(self) -> str:
-        """What runs where, in a few words."""
-        return self.decoder.description
-
     def reset(self) -> None:
-        """Forgets everything read, as far as anybody can see."""
+        """Forgets everything read; the next prompt may still reuse it."""
         self._begun = False
 
     def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens and returns the logits (V,) for the one that follows; the first ones perhaps from what is known."""
+        """Reads tokens and returns the logits (V,) for the one that follows; the first read reuses a known beginning."""
         if self._begun:
             logits = self.decoder.read(ids)
             self._ids += ids
@@ -125,7 +137,7 @@ class PrefixDecoder(DecoderAround):
         return logits
 
     def _go_to_known(self, ids: Sequence[int]) -> int:
-        """Brings the decoder to where the prompt goes on and returns how many tokens are behind it; one is always left."""
+        """Brings the decoder to the known beginning of a prompt and returns its length; at least one token is left to read."""
         most = len(ids) - 1
         # A step that was cut off left nothing read.
         common = common_length(self._ids, ids) if self.decoder.length == len(self._ids) else 0
@@ -136,18 +148,10 @@ class PrefixDecoder(DecoderAround):
                 return min(common, most)
             except SlmError:  # out of the windows
                 pass
-        if snapshot is not None:
-            try:
-                self.decoder.restore(snapshot)
-                self.decoder.rewind(min(snapshot.length, most))
-                return self.decoder.length
-            except SlmError:  # the portable target, whose caches let nothing go back once the window is full
-                pass
-        self.decoder.reset()
-        return 0
+        return self.cache.restore(self.decoder, ids)
 
     def _begin(self) -> None:
-        """Begins with nothing, where something else than a prompt comes first."""
+        """Begins an empty text, where the first call after a reset is not `read`."""
         if not self._begun:
             self.decoder.reset()
             self._ids, self._begun = [], True

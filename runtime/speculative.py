@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
-from slm.runtime.decoder import Decoder, DecoderAround, OnnxDecoder, TextSnapshot
+from slm.runtime.backend import Decoder, DecoderAround, TextSnapshot
+from slm.runtime.decoder import OnnxDecoder
 
 Array = NDArray[Any]
 _Tokens = TypeVar("_Tokens")

@@ -1,69 +1,78 @@
-"""Tokens as they are chosen, with their text and how likely they were."""
+"""Runs one text on any backend, and hands it out as it comes."""
 
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import TypeVar
 
-from slm.core.tokenizer import TextStream
-from slm.runtime.generate import Generated, Run
-from slm.runtime.stopping import StopTexts
-from slm.runtime.token_bytes import token_bytes
+from slm.runtime.backend import Decoder, Reader
+from slm.runtime.generation import Generation, Piece, Request, Result
+from slm.runtime.sampling import GREEDY
+
+Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A token, and the text that became certain with it.
+class Stream(Iterator[Item]):
+    """The items of one text as they come: pieces, or their texts.
 
-    The texts of all pieces are the whole text. One is empty while a character is incomplete, or a stop text may have begun.
-
-    Attributes:
-        text: Whole characters; those that earlier tokens began come with the one that completes them.
-        token: The token; None in a last piece, for text that was held back when the text ended.
-        logprob: The natural logarithm of its probability in the model's own distribution, before bias, penalties,
-            temperature and all else in `Sampling`; None unless asked for.
-        top: The likeliest tokens there, with theirs, likeliest first; as many as were asked for.
-        raw: The token's own bytes, also where it is part of a character; of a special token, those of its spelling.
+    Nothing is computed before the first is asked for.
     """
 
-    text: str
-    token: int | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    raw: bytes = b""
+    def __init__(self, generation: Generation, items: Generator[Item, None, None]) -> None:
+        self._generation, self._items = generation, items
+
+    def __next__(self) -> Item:
+        return next(self._items)
+
+    @property
+    def result(self) -> Result:
+        """The result so far; final once the stream has ended."""
+        return self._generation.result
+
+    def finish(self) -> Result:
+        """Reads the stream to its end and returns the result."""
+        for _ in self:
+            pass
+        return self.result
+
+    def close(self) -> None:
+        """Ends the stream; without its end the result says "interrupted"."""
+        self._items.close()
+
+    def through(self, items: Generator[Item, None, None]) -> "Stream[Item]":
+        """Returns a stream of the same text whose items come from another generator."""
+        return Stream(self._generation, items)
 
 
-def stream_pieces(run: Run, tokens: Generated, text: TextStream, stops: StopTexts) -> Iterator[Piece]:
-    """Yields a piece for each token, and one more when text was still held back; on Ctrl-C too, before it goes on its way.
+def texts(pieces: Stream[Piece]) -> Stream[str]:
+    """Returns a stream of the texts of pieces, without empty ones."""
+    return Stream(pieces._generation, (piece.text for piece in pieces if piece.text))
 
-    Args:
-        run: The run of the tokens; it is told when a stop text ends it.
-        tokens: The new tokens as they come.
-        text: Makes text of them.
-        stops: Texts that end the text and are not part of it.
+
+def run(decoder: Reader, generation: Generation) -> Stream[Piece]:
+    """Runs a generation on a decoder, which forgets what it read before.
+
+    Ctrl-C during a step yields the text that was held back, and then raises `KeyboardInterrupt`.
     """
-    own = token_bytes(text.tokenizer)
-    with closing(tokens):
-        try:
-            for token in tokens:
-                raw = own.at(token, first=not text.begun)
-                piece = stops.push(text.push(token), token)
-                if stops.found:
-                    run.stopped = "stop"
-                if run.logprobs:
-                    yield Piece(piece, token, run.logprobs[-1].chosen, run.logprobs[-1].top, raw)
-                else:
-                    yield Piece(piece, token, raw=raw)
-                if stops.found:
-                    return
-        except KeyboardInterrupt:
-            yield from _rest(run, text, stops)
-            raise
-        yield from _rest(run, text, stops)
+    return Stream(generation, _pieces(decoder, generation))
 
 
-def _rest(run: Run, text: TextStream, stops: StopTexts) -> Iterator[Piece]:
-    rest = stops.push(text.finish()) + stops.finish()
-    if stops.found:
-        run.stopped = "stop"
-    if rest:
-        yield Piece(rest)
+def greedy(decoder: Decoder, prompt: Sequence[int], new: int) -> Result:
+    """Continues a prompt by exactly `new` tokens, the likeliest each, without text; the context must have room for them."""
+    return run(decoder, Generation(Request(prompt, GREEDY, new), decoder.context, decoder.vocab_size)).finish()
+
+
+def _pieces(decoder: Reader, generation: Generation) -> Generator[Piece, None, None]:
+    decoder.reset()
+    generation.begin()
+    try:
+        while not generation.done:
+            if generation.waiting:
+                yield from generation.resume()
+                continue
+            began = time.perf_counter()
+            if generation.slid:
+                decoder.reset()
+            yield from generation.feed(decoder.read(generation.unread), began)
+    except KeyboardInterrupt:
+        yield from generation.end("interrupted")
+        raise

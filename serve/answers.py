@@ -1,6 +1,6 @@
-"""From a request to its answer: asked of the engine, then whole or as a stream of events.
+"""From a request to its answer: submitted to the engine, then sent whole or as a stream of events.
 
-The event loop serves everybody, so that nothing here holds it for long: what takes a time that a request decides goes to a
+The event loop serves every client, so that nothing here holds it for long: work whose length a request decides goes to a
 thread, or into pieces.
 """
 
@@ -14,17 +14,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Request as Connection
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter
+from slm.runtime.generation import Generation, Piece, Request, Result
 from slm.runtime.sampling import Sampling
-from slm.runtime.streaming import Piece
 from slm.runtime.token_bytes import token_bytes
 from slm.serve.constraint import Busy, JsonConstraint
-from slm.serve.engine import Ask, Closed, Done, Full, Ticket
+from slm.serve.engine import Closed
 from slm.serve.inbox import Inbox, Post
+from slm.serve.jobs import Full
 from slm.serve.log import record_answers
 from slm.serve.refusals import Refused, said
 from slm.serve.schema import Request as AnyRequest
@@ -52,33 +54,31 @@ _PIECES = 64
 
 
 @dataclass
-class _Asked:
-    """What was asked of the engine.
+class _Submitted:
+    """The texts that one request submitted to the engine.
 
     Attributes:
         prompts: Token ids of each prompt.
-        texts: What was asked, in the order of the answers.
-        tickets: And what the engine gave for it.
-        inbox: Where the answers come.
-        ended: How each text ended, by its index.
+        texts: The texts, in the order of the answers.
+        inbox: Where their events arrive.
+        ended: The result of each text, by its index.
     """
 
     prompts: Sequence[Sequence[int]]
-    texts: Sequence[Ask]
-    tickets: list[Ticket]
+    texts: list[Generation]
     inbox: Inbox
-    ended: dict[int, Done] = field(default_factory=dict)
+    ended: dict[int, Result] = field(default_factory=dict)
 
     @property
     def logprobs(self) -> bool:
-        """Whether tokens are to be told with how likely they were."""
-        return self.texts[0].logprobs is not None
+        """Whether answers include log-probabilities."""
+        return self.texts[0].request.logprobs is not None
 
 
 async def answer(
     service: Service,
     request: AnyRequest,
-    connection: Request,
+    connection: Connection,
     prompts: Sequence[Sequence[int]],
     new_tokens: int | None,
     logprobs: int | None,
@@ -88,7 +88,7 @@ async def answer(
 
     Args:
         service: What answers.
-        request: What was asked.
+        request: The request.
         connection: Tells whether the client is still there.
         prompts: Token ids; each gets as many answers as the request wants.
         new_tokens: At most, for each answer.
@@ -108,16 +108,16 @@ async def answer(
     post = service.post(asyncio.get_running_loop())
     size = sum(map(len, prompts)) + sum(map(len, request.stops)) + texts * len(request.logit_bias or ())
     submit = partial(_submit, service, post, request, prompts, adapter, constraints, new_tokens, logprobs)
-    asked = await aside(size, submit) if size > _SHORT else submit()
-    record_answers(connection.scope, name, prompts, asked.tickets, asked.ended)
+    submitted = await aside(size, submit) if size > _SHORT else submit()
+    record_answers(connection.scope, name, prompts, submitted.texts, submitted.ended)
     if request.stream:
         options = request.stream_options
-        events = _stream(service, asked, shape, head, options is not None and bool(options.include_usage))
+        events = _stream(service, submitted, shape, head, options is not None and bool(options.include_usage))
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
     try:
-        choices, done = await _whole(service, asked, shape, connection)
+        choices, done = await _whole(service, submitted, shape, connection)
     finally:
-        _cancel(service, asked.tickets)
+        _cancel(service, submitted.texts)
     body = answer_of({**head, "object": shape.kind}, choices, usage=usage_of(prompts, done)).encode()
     if len(body) <= _LARGE:
         return Response(body, media_type="application/json")
@@ -263,29 +263,28 @@ def _submit(
     constraints: Sequence[JsonConstraint | None],
     new_tokens: int | None,
     logprobs: int | None,
-) -> _Asked:
-    """Asks for all answers, or for none."""
+) -> _Submitted:
+    """Submits all answers to the engine, or none."""
     limits, count, stop = service.limits, request.n or 1, tuple(request.stops)
-    inbox, tickets, texts = Inbox(), list[Ticket](), list[Ask]()
+    inbox, texts = Inbox(), list[Generation]()
     try:
         for place, constraint in enumerate(constraints):
-            text = Ask(
+            wanted = Request(
                 prompt=prompts[place // count],
                 sampling=_sampling(request, place % count),
                 max_new_tokens=min(new_tokens or limits.new_tokens, limits.new_tokens),
+                stop_tokens=() if request.ignore_eos else frozenset(service.model.stop_token_ids),
                 stop=stop,
                 logprobs=logprobs,
-                adapter=adapter,
                 constraint=constraint,
-                ignore_end=bool(request.ignore_eos),
-                deadline=time.monotonic() + limits.seconds,
             )
-            texts.append(text)
-            tickets.append(service.engine.submit(text, post.to(inbox, place)))
+            deadline = time.monotonic() + limits.seconds
+            deliver = post.to(inbox, place)
+            texts.append(service.engine.submit(wanted, deliver, adapter=adapter, deadline=deadline))
     except SlmError as error:
-        _cancel(service, tickets)
+        _cancel(service, texts)
         raise _not_now(service, error) from None
-    return _Asked(prompts, texts, tickets, inbox)
+    return _Submitted(prompts, texts, inbox)
 
 
 def _not_now(service: Service, error: SlmError) -> Refused:
@@ -301,61 +300,60 @@ def _too_many(why: str, after_s: int) -> Refused:
     return Refused(429, why, "rate_limit_error", code="rate_limit_exceeded", headers=after)
 
 
-def _cancel(service: Service, tickets: Sequence[Ticket]) -> None:
-    for ticket in tickets:
-        service.engine.cancel(ticket)
+def _cancel(service: Service, texts: Sequence[Generation]) -> None:
+    for text in texts:
+        service.engine.cancel(text)
 
 
-async def _whole(service: Service, asked: _Asked, shape: Shape, connection: Request) -> tuple[list[str], list[Done]]:
+async def _whole(
+    service: Service, submitted: _Submitted, shape: Shape, connection: Connection
+) -> tuple[list[str], list[Result]]:
     """Returns the JSON of each text's choice, and how it ended. A client that has gone is not answered."""
     own = token_bytes(service.model.tokenizer)
-    texts: list[list[str]] = [[] for _ in asked.texts]
-    scores = [shape.scores(own) for _ in asked.texts]
-    done = asked.ended
+    scores = [shape.scores(own) for _ in submitted.texts]
+    done = submitted.ended
     clock = asyncio.get_running_loop().time
     look = clock() + _LOOK_S
-    while len(done) < len(asked.texts):
+    while len(done) < len(submitted.texts):
         if clock() >= look:
             if await connection.is_disconnected():
                 raise Refused(499, "the client is gone")
             look = clock() + _LOOK_S
         try:
             async with asyncio.timeout_at(look):
-                events = await asked.inbox.take(_PIECES)
+                events = await submitted.inbox.take(_PIECES)
         except TimeoutError:
             continue
         for index, event in events:
-            if isinstance(event, Done):
+            if isinstance(event, Result):
                 done[index] = event
-            else:
-                texts[index].append(event.text)
-                if asked.logprobs:
-                    scores[index].add(event)
+            elif submitted.logprobs:
+                scores[index].add(event)
         await asyncio.sleep(0)
     choices = []
-    for index, text in enumerate(texts):
-        _check(service, done[index])
-        content = shape.whole("".join(text))
-        told = scores[index].taken() if asked.logprobs else None
-        choices.append(choice(index, content, FINISH[done[index].reason], told))
-    return choices, [done[index] for index in range(len(texts))]
+    results = [done[index] for index in range(len(submitted.texts))]
+    for index, result in enumerate(results):
+        _check(service, result)
+        told = scores[index].taken() if submitted.logprobs else None
+        choices.append(choice(index, shape.whole(result.text), FINISH[result.stopped], told))
+    return choices, results
 
 
-def _check(service: Service, done: Done) -> None:
-    if done.reason == "error":
-        if service.engine.failed is None and done.error is not None:
-            raise Refused(400, done.error)
+def _check(service: Service, result: Result) -> None:
+    if result.stopped == "error":
+        if service.engine.failed is None and result.error is not None:
+            raise Refused(400, result.error)
         raise Refused(500, "something went wrong here", "server_error")
-    if done.reason == "stalled":
-        raise Refused(503, done.error or "the engine is stuck", "server_error")
-    if done.reason == "cancelled":
+    if result.stopped == "stalled":
+        raise Refused(503, result.error or "the engine is stuck", "server_error")
+    if result.stopped == "cancelled":
         raise Refused(503, "the server is shutting down", "server_error")
-    if done.reason == "deadline" and done.ttft_s is None:
+    if result.stopped == "deadline" and not result.ttft_ms:
         raise Refused(503, f"nothing was answered within {service.limits.seconds:g} seconds", "server_error")
 
 
 async def _stream(
-    service: Service, asked: _Asked, shape: Shape, head: Mapping[str, Any], usage_too: bool
+    service: Service, submitted: _Submitted, shape: Shape, head: Mapping[str, Any], usage_too: bool
 ) -> AsyncIterator[bytes]:
     """Yields server-sent events: for each text what has come of it since the last one, often several tokens."""
 
@@ -364,27 +362,27 @@ async def _stream(
         return b"data: %s\n\n" % answer_of({**head, "object": shape.chunk}, choices, **(usage | more)).encode()
 
     own = token_bytes(service.model.tokenizer)
-    scores = [shape.scores(own) for _ in asked.texts]
+    scores = [shape.scores(own) for _ in submitted.texts]
 
     def written(index: int, pieces: Sequence[Piece]) -> bytes:
         text = "".join(piece.text for piece in pieces)
-        if asked.logprobs:
+        if submitted.logprobs:
             for piece in pieces:
                 scores[index].add(piece)
         elif not text:
             return b""
-        return event([choice(index, shape.part(text), None, scores[index].taken() if asked.logprobs else None)])
+        return event([choice(index, shape.part(text), None, scores[index].taken() if submitted.logprobs else None)])
 
-    ended = asked.ended
+    ended = submitted.ended
     try:
         opening = shape.opening()
         if opening is not None:
-            yield event([choice(index, opening) for index in range(len(asked.texts))])
-        while len(ended) < len(asked.texts):
+            yield event([choice(index, opening) for index in range(len(submitted.texts))])
+        while len(ended) < len(submitted.texts):
             pieces: dict[int, list[Piece]] = {}
-            ends: dict[int, Done] = {}
-            for index, found in await asked.inbox.take(_PIECES):
-                if isinstance(found, Done):
+            ends: dict[int, Result] = {}
+            for index, found in await submitted.inbox.take(_PIECES):
+                if isinstance(found, Result):
                     ends[index] = found
                 else:
                     pieces.setdefault(index, []).append(found)
@@ -396,12 +394,12 @@ async def _stream(
                 except Refused as refused:
                     yield b"".join(parts) + b"data: %s\n\n" % json.dumps(refused.body).encode()
                     return
-                parts.append(event([choice(index, shape.part(None), FINISH[end.reason])]))
+                parts.append(event([choice(index, shape.part(None), FINISH[end.stopped])]))
             if chunk := b"".join(parts):
                 yield chunk
             await asyncio.sleep(0)
         if usage_too:
-            yield event([], usage=usage_of(asked.prompts, [ended[index] for index in range(len(ended))]))
+            yield event([], usage=usage_of(submitted.prompts, [ended[index] for index in range(len(ended))]))
         yield b"data: [DONE]\n\n"
     finally:  # a client that has gone is noticed here
-        _cancel(service, asked.tickets)
+        _cancel(service, submitted.texts)

@@ -1,17 +1,16 @@
-"""How what the engine's thread writes comes to the event loop: everything that a step made with one call.
+"""Carries events from the engine's thread to the event loop: all events of one step with one call.
 
-A call into the loop wakes it, and whatever it does then it does while the next step is computed, holding the lock that Python
-code needs: the fewer calls the better.
+A call wakes the loop, and what the loop does then it does while the next step is computed, holding the lock that Python code
+needs: the fewer calls the better.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from slm.runtime.streaming import Piece
-from slm.serve.engine import Done
+from slm.runtime.generation import Piece, Result
 
-Event = Piece | Done
+Event = Piece | Result
 
 
 class Inbox:
@@ -28,9 +27,9 @@ class Inbox:
             self._waiting.set_result(None)
 
     async def take(self, most: int) -> list[tuple[int, Event]]:
-        """Returns the events there are, at most so many, in the order in which they came; waits for one.
+        """Waits for an event, and returns up to `most` of them in the order in which they came.
 
-        A caller that stops waiting loses none.
+        A caller that stops waiting loses no event.
         """
         while not self._events:
             self._waiting = asyncio.get_running_loop().create_future()
@@ -47,7 +46,7 @@ class Post:
         self._underway: deque[tuple[Inbox, int, Event]] = deque()
 
     def to(self, inbox: Inbox, index: int) -> Callable[[Event], None]:
-        """Returns what takes the events of one text, on any thread; they arrive after the next `deliver`."""
+        """Returns a function that takes the events of one text, on any thread; they arrive after the next `deliver`."""
 
         def take(event: Event) -> None:
             self._underway.append((inbox, index, event))
@@ -60,7 +59,7 @@ class Post:
             return
         try:
             self.loop.call_soon_threadsafe(self._arrive)
-        except RuntimeError:  # the loop has ended, and with it everybody who waited
+        except RuntimeError:  # the loop has ended, and every client that waited with it
             self._underway.clear()
 
     def _arrive(self) -> None:

@@ -1,4 +1,4 @@
-"""The log: one JSON object a line with the time, never what was asked or answered."""
+"""The log: one JSON object a line with the time, without prompts and answers."""
 
 import json
 import logging
@@ -10,18 +10,18 @@ from typing import Any
 
 from starlette.types import Scope
 
+from slm.runtime.generation import Generation, Result
 from slm.serve.defects import frames_of
-from slm.serve.engine import Done, Ticket
 
 log = logging.getLogger("slm.serve")
 
-# What libraries log is cut off after so many characters, and the same line comes once in so many seconds.
+# Messages of libraries are truncated to so many characters, and the same one is logged once in so many seconds.
 _MESSAGE = 200
 _AGAIN_S = 10.0
 
-# Of a path that somebody sent, this many characters are logged.
+# A path is truncated to so many characters.
 _PATH = 200
-# Where in the scope of a request its record is.
+# The key of a request's record in its scope.
 _KEY = "slm.record"
 
 
@@ -32,32 +32,32 @@ class Record:
     Attributes:
         model: The name of the model that answers, as the server knows it.
         prompt_tokens: Of all prompts.
-        tickets: What the engine gave for the answers.
-        ended: How they ended, by their index; filled in as they do.
+        texts: The texts of the answers.
+        ended: Their results by index, added as they end.
     """
 
     model: str | None = None
     prompt_tokens: int | None = None
-    tickets: Sequence[Ticket] = ()
-    ended: Mapping[int, Done] = field(default_factory=dict)
+    texts: Sequence[Generation] = ()
+    ended: Mapping[int, Result] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """Returns what the log says: tokens as far as they came, and each reason for an end once."""
+        """Returns what the log says: the tokens so far, and each finish reason once."""
         if self.model is None:
             return {}
-        reasons = {done.reason for done in self.ended.values()}
-        if len(self.ended) < len(self.tickets):
+        reasons = {str(result.stopped) for result in self.ended.values()}
+        if len(self.ended) < len(self.texts):
             reasons.add("cancelled")
         return {
             "model": self.model,
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": sum(len(ticket.tokens) for ticket in self.tickets),
+            "completion_tokens": sum(len(text.tokens) for text in self.texts),
             "finish_reason": ",".join(sorted(reasons)),
         }
 
 
 class JsonLines(logging.Formatter):
-    """Makes a line of each record: ours as they are, those of libraries without their tracebacks, which may quote a text."""
+    """Makes a line of each record. Tracebacks of libraries, which may quote a text, are left out."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line."""
@@ -70,7 +70,7 @@ class JsonLines(logging.Formatter):
 
 
 class Seldom(logging.Filter):
-    """Lets a library say the same thing once in a while only: failures of accept() come thousands a second."""
+    """Limits how often a library repeats one message: failures of accept() come thousands of times a second."""
 
     def __init__(self, every_s: float = _AGAIN_S) -> None:
         super().__init__()
@@ -89,37 +89,37 @@ class Seldom(logging.Filter):
 
 
 def configure() -> None:
-    """Has every log line of this process go to standard error as JSON."""
+    """Sends every log line of this process to standard error as JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     handler.addFilter(Seldom())
-    logging.raiseExceptions = False  # a log that nobody reads any longer stops no server
+    logging.raiseExceptions = False  # a closed log must not stop the server
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def write(level: int = logging.INFO, **fields: Any) -> None:
-    """Logs a line with the time in UTC, as RFC 3339 has it. Fields that are None are left out."""
+    """Logs a line with the time in UTC in the format of RFC 3339. Fields that are None are left out."""
     log.log(level, _line({name: value for name, value in fields.items() if value is not None}))
 
 
 def open_record(scope: Scope) -> Record:
-    """Returns the record of a request, which whoever answers it fills in."""
+    """Returns a new record of a request; `record_answers` fills it in."""
     record = scope[_KEY] = Record()
     return record
 
 
 def record_answers(
-    scope: Scope, model: str, prompts: Sequence[Sequence[int]], tickets: Sequence[Ticket], ended: Mapping[int, Done]
+    scope: Scope, model: str, prompts: Sequence[Sequence[int]], texts: Sequence[Generation], ended: Mapping[int, Result]
 ) -> None:
-    """Fills in a request's record, once its answers are asked for."""
+    """Fills in the record of a request once its texts are submitted."""
     record = scope.get(_KEY)
     if isinstance(record, Record):
-        record.model, record.tickets, record.ended = model, tickets, ended
+        record.model, record.texts, record.ended = model, texts, ended
         record.prompt_tokens = sum(map(len, prompts))
 
 
 def path_of(scope: Scope) -> str:
-    """Returns the path of a request, cut off where it is long."""
+    """Returns the path of a request, truncated where it is long."""
     path = str(scope["path"])
     return path if len(path) <= _PATH else f"{path[:_PATH]}…"
 

@@ -1,4 +1,4 @@
-"""What Prometheus asks for."""
+"""Metrics for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,15 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from slm.serve.engine import Done, Engine
+from slm.runtime.generation import Result
+from slm.serve.engine import Engine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """Counters of an engine, and how its texts went, those too whose clients have gone."""
+    """Counters of an engine and timings of its texts, including texts whose clients have gone."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
@@ -32,16 +33,17 @@ class Metrics:
             "slm_text_tokens_per_second", "New tokens of a text.", registry=self._registry, buckets=_RATES
         )
 
-    def ended(self, done: Done) -> None:
-        """Takes a text that ended."""
-        self._waited.observe(done.waited_s)
-        if done.ttft_s is not None:
-            self._ttft.observe(done.ttft_s)
-            if done.new_tokens > 1 and done.took_s > done.ttft_s:
-                self._rate.observe((done.new_tokens - 1) / (done.took_s - done.ttft_s))
+    def ended(self, result: Result) -> None:
+        """Takes the result of a text."""
+        self._waited.observe(result.waited_s)
+        if result.ttft_ms:
+            first_s = result.waited_s + result.ttft_ms / 1e3
+            self._ttft.observe(first_s)
+            if len(result.tokens) > 1 and result.took_s > first_s:
+                self._rate.observe((len(result.tokens) - 1) / (result.took_s - first_s))
 
     def text(self) -> bytes:
-        """Returns all of it in Prometheus's text format."""
+        """Returns all metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 

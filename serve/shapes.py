@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
-from slm.runtime.streaming import Piece
+from slm.runtime.generation import Piece, Result, StopReason
 from slm.runtime.token_bytes import TokenBytes
-from slm.serve.engine import Done, Reason
 from slm.serve.service import Service
 
 # OpenAI's words for how a text ended.
-FINISH: Mapping[Reason, str] = {
+FINISH: Mapping[StopReason, str] = {
     "end": "stop",
     "stop": "stop",
     "length": "length",
@@ -206,12 +205,12 @@ def card(service: Service, name: str) -> dict[str, Any]:
     return card if name == service.name else card | {"parent": service.name}
 
 
-def usage_of(prompts: Sequence[Sequence[int]], done: Sequence[Done]) -> dict[str, Any]:
+def usage_of(prompts: Sequence[Sequence[int]], results: Sequence[Result]) -> dict[str, Any]:
     """Returns the tokens read and written."""
-    read, written = sum(map(len, prompts)), sum(each.new_tokens for each in done)
+    read, written = sum(map(len, prompts)), sum(len(each.tokens) for each in results)
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,
-        "prompt_tokens_details": {"cached_tokens": sum(each.reused_tokens for each in done)},
+        "prompt_tokens_details": {"cached_tokens": sum(each.reused_tokens for each in results)},
     }

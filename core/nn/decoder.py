@@ -1,4 +1,4 @@
-"""A checkpoint as a decoder: PyTorch behind the interface that generation uses (`slm.runtime.decoder.Decoder`).
+"""A checkpoint as a decoder: PyTorch behind the interface that generation uses (`slm.runtime.backend.Decoder`).
 
 Dimensions: B batch, T positions, V vocabulary.
 """
@@ -89,7 +89,7 @@ class TorchDecoder:
         return self._step(ids, keep=0)
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `slm.runtime.decoder.Decoder.rewind`."""
+        """Forgets all but the first `length` tokens read; see `slm.runtime.backend.Decoder.rewind`."""
         self._cache.rewind(length)
 
     def snapshot(self) -> TorchSnapshot:
@@ -97,7 +97,7 @@ class TorchDecoder:
         return TorchSnapshot(self.model, self._cache.snapshot())
 
     def restore(self, snapshot: Any) -> None:
-        """Goes back to a snapshot; see `slm.runtime.decoder.Decoder.restore`."""
+        """Goes back to a snapshot; see `slm.runtime.backend.Decoder.restore`."""
         if not isinstance(snapshot, TorchSnapshot) or snapshot.model is not self.model:
             raise SlmError("the snapshot is not of this model", "read the text with this model")
         self._cache.restore(snapshot.caches)
@@ -120,7 +120,7 @@ class TorchDecoder:
     def score(self, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Returns log-probabilities of tokens and whether each was the likeliest, both (B, T - 1), for rows (B, T).
 
-        See `slm.runtime.decoder.Decoder.score`. Only a few logits exist at a time, and they stay where the model is.
+        See `slm.runtime.backend.Scorer.score`. Only a few logits exist at a time, and they stay where the model is.
         """
         inputs, targets = self._tensor(ids[:, :-1]), self._tensor(ids[:, 1:])
         positions = max(1, _LOGITS_BYTES // (4 * self.vocab_size * len(ids)))

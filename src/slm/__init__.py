@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from slm.core.errors import ArgumentError, SlmError
     from slm.loading import load, load_ensemble
     from slm.runtime.chat import Chat
-    from slm.runtime.generate import Run
+    from slm.runtime.generation import Piece, Result
     from slm.runtime.model import Model
     from slm.runtime.options import GenerationOptions
-    from slm.runtime.streaming import Piece
+    from slm.runtime.streaming import Stream
 
 __all__ = [
     "ArgumentError",
@@ -46,8 +46,9 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Piece",
-    "Run",
+    "Result",
     "SlmError",
+    "Stream",
     "__version__",
     "load",
     "load_ensemble",
@@ -59,9 +60,10 @@ _HOMES = {
     "GenerationOptions": "slm.runtime.options",
     "Model": "slm.runtime.model",
     "ModelConfig": "slm.core.config",
-    "Piece": "slm.runtime.streaming",
-    "Run": "slm.runtime.generate",
+    "Piece": "slm.runtime.generation",
+    "Result": "slm.runtime.generation",
     "SlmError": "slm.core.errors",
+    "Stream": "slm.runtime.streaming",
     "load": "slm.loading",
     "load_ensemble": "slm.loading",
 }

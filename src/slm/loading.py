@@ -15,7 +15,7 @@ from slm.core.manifest import Bundle, is_bundle
 from slm.core.names import resolve
 from slm.core.tokenizer import Tokenizer
 from slm.runtime import shipped
-from slm.runtime.decoder import Decoder
+from slm.runtime.backend import Decoder
 from slm.runtime.model import About, Model
 from slm.runtime.placement import check_placement
 from slm.runtime.session import Device

@@ -128,9 +128,7 @@ class Bundles:
         model = slm.load(self.path(name))
         texts = []
         for prompt in prompts or self.prompts:
-            model.generate(prompt, max_new_tokens=self.count, temperature=0)
-            assert model.last_run is not None
-            texts.append(model.last_run.tokens)
+            texts.append(model.complete(prompt, max_new_tokens=self.count, temperature=0).tokens)
         return texts
 
     def cut(self, texts: list[list[int]]) -> list[list[int]]:

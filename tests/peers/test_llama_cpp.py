@@ -44,9 +44,8 @@ def ours(checkpoint: Path) -> list[list[int]]:
     model = slm.load(checkpoint)
     texts = []
     for prompt in PROMPTS:
-        model.generate(prompt, max_new_tokens=TOKENS, temperature=0)
-        assert model.last_run is not None
-        tokens, read = model.last_run.tokens, model.tokenizer.encode(prompt)
+        tokens = model.complete(prompt, max_new_tokens=TOKENS, temperature=0).tokens
+        read = model.tokenizer.encode(prompt)
         best = np.sort(model.logits([read + tokens])[0, len(read) - 1 : -1], axis=-1)
         ties = np.flatnonzero(best[:, -1] - best[:, -2] < NEAR_TIE)
         texts.append(tokens[: ties[0]] if len(ties) else tokens)

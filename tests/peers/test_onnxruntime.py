@@ -19,8 +19,7 @@ import onnxruntime, slm
 model = slm.load(sys.argv[1])
 texts = []
 for prompt in json.loads(sys.argv[3]):
-    model.generate(prompt, max_new_tokens=int(sys.argv[2]), temperature=0)
-    texts.append(model.last_run.tokens)
+    texts.append(model.complete(prompt, max_new_tokens=int(sys.argv[2]), temperature=0).tokens)
 print(json.dumps({"version": onnxruntime.__version__, "texts": texts}))
 """
 

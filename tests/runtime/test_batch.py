@@ -16,13 +16,14 @@ from slm.export.bundle import export_bundle
 from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
-from slm.runtime.batch import Batch, Slot, generate_batch
+from slm.runtime.backend import Decoder
+from slm.runtime.batch import Batch, Slot
 from slm.runtime.cache import KVBuffers
-from slm.runtime.decoder import Decoder, OnnxDecoder
-from slm.runtime.generate import generate
+from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.prefix import PrefixCache, PrefixDecoder
 from slm.runtime.sampling import GREEDY, Sampling
 from slm.runtime.speculative import SpeculativeDecoder
+from tests.runtime.texts import completed, completed_together
 
 WINDOW = 16
 CAPACITY = WINDOW + CACHE_SLACK
@@ -43,7 +44,7 @@ def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory)
 
 
 def alone(decoder: Decoder, prompt: list[int], sampling: Sampling, new: int, stop: tuple[int, ...] = ()) -> list[int]:
-    return list(generate(decoder, prompt, sampling, new, stop)[1])
+    return completed(decoder, prompt, sampling, new, stop).tokens
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
@@ -52,7 +53,7 @@ def test_ragged_prompts(shared_bundle: Bundle, slots: int, sampling: Sampling) -
     """Prompts around the window and beyond, each going on for more than two windows."""
     decoder = OnnxDecoder(shared_bundle, threads=1)
     samplings = [Sampling(**vars(sampling) | {"seed": seed}) for seed in range(len(PROMPTS))]
-    made = generate_batch(decoder, PROMPTS, samplings, 40, (), slots)
+    made = completed_together(decoder, PROMPTS, samplings, 40, (), slots)
     assert made == [alone(decoder, prompt, each, 40) for prompt, each in zip(PROMPTS, samplings, strict=True)]
     assert len({tuple(text) for text in made}) == len(PROMPTS)
 
@@ -81,7 +82,7 @@ def test_int8_rows_are_the_same_bits(int8_bundle: Bundle) -> None:
 def test_one_by_one_where_there_is_no_slab(shared_checkpoint: Path, tmp_path: Path) -> None:
     portable = OnnxDecoder(export_bundle(shared_checkpoint, tmp_path / "portable", target="portable"), threads=1)
     for decoder in (slm.load(shared_checkpoint).decoder, portable):
-        made = generate_batch(decoder, PROMPTS[:4], [GREEDY] * 4, 20, ())
+        made = completed_together(decoder, PROMPTS[:4], [GREEDY] * 4, 20, ())
         assert made == [alone(decoder, prompt, GREEDY, 20) for prompt in PROMPTS[:4]]
     with pytest.raises(SlmError, match="portable bundle, which reads one text at a time"):
         Batch(portable, 2)
@@ -96,7 +97,7 @@ def test_texts_end_where_they_end_alone(shared_bundle: Bundle) -> None:
     wanted = [alone(decoder, prompt, GREEDY, 30, stop) for prompt in prompts]
     assert len({len(text) for text in wanted}) >= 4 and [] in wanted
     for slots in (1, 2, 5):
-        assert generate_batch(decoder, prompts, [GREEDY] * 5, 30, stop, slots) == wanted
+        assert completed_together(decoder, prompts, [GREEDY] * 5, 30, stop, slots) == wanted
 
 
 def test_what_is_refused_alone_is_refused_before_anything_is_read(
@@ -106,8 +107,8 @@ def test_what_is_refused_alone_is_refused_before_anything_is_read(
     monkeypatch.setattr(OnnxDecoder, "run", None)
     for prompts, said in (([[1], []], "no tokens"), ([[1], [1] * 256], "256 tokens"), ([[1], [320]], "id 320")):
         with pytest.raises(SlmError, match=said):
-            generate_batch(decoder, prompts, [GREEDY] * 2, 5, ())
-    assert generate_batch(decoder, [], [], 5, ()) == []
+            completed_together(decoder, prompts, [GREEDY] * 2, 5, ())
+    assert completed_together(decoder, [], [], 5, ()) == []
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])

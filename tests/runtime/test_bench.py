@@ -22,7 +22,7 @@ from slm.export.bundle import export_bundle
 from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
-from slm.runtime import bench
+from slm.runtime import bench, generation, streaming
 from slm.runtime.bench import Case, OnnxRows, ReadProbe, Spread, measure
 from slm.runtime.decoder import OnnxDecoder
 
@@ -43,7 +43,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=clock))
+    for module in (bench, generation, streaming):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock))
     return clock
 
 

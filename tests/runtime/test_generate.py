@@ -12,9 +12,10 @@ import torch
 import slm
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.runtime.decoder import Decoder
-from slm.runtime.generate import generate, what_stays
+from slm.runtime.backend import Decoder
+from slm.runtime.generation import what_stays
 from slm.runtime.sampling import GREEDY
+from tests.runtime.texts import completed, started
 
 # Logits of one position by two ways of reading what is before it, in float32.
 LOGITS_TOLERANCE = 1e-4
@@ -62,9 +63,9 @@ def test_greedy_tokens_are_the_same_on_both_backends(shared_bundle: Bundle, shar
     texts = []
     for path in (shared_bundle.path, shared_checkpoint):
         model = slm.load(path)
-        run, tokens = generate(model.decoder, [5, 6, 7, 8], GREEDY, 60, stop=())
-        texts.append(list(tokens))
-        assert run.stopped == "length" and run.steps == 59
+        result = completed(model.decoder, [5, 6, 7, 8], GREEDY, 60)
+        texts.append(result.tokens)
+        assert result.stopped == "length" and result.steps == 59
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 5  # a text of two or three tokens would prove little
 
@@ -84,35 +85,37 @@ def test_same_seed_same_text(shared_bundle: Bundle) -> None:
 
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it(shared_bundle: Bundle) -> None:
     model = slm.load(shared_bundle.path)
-    free = list(generate(model.decoder, [5, 6], GREEDY, 20, stop=())[1])
-    run, tokens = generate(model.decoder, [5, 6], GREEDY, 20, stop=[free[4]])
-    assert list(tokens) == free[: free.index(free[4])]
-    assert run.stopped == "end"
+    free = completed(model.decoder, [5, 6], GREEDY, 20).tokens
+    result = completed(model.decoder, [5, 6], GREEDY, 20, stop=[free[4]])
+    assert result.tokens == free[: free.index(free[4])]
+    assert result.stopped == "end"
 
 
 def test_the_context_limit_ends_the_text(shared_bundle: Bundle) -> None:
     model = slm.load(shared_bundle.path)
     context = model.decoder.context
-    run, tokens = generate(model.decoder, [5] * (context - 3), GREEDY, 99, stop=())
-    assert len(list(tokens)) == 4 and run.stopped == "context"
+    result = completed(model.decoder, [5] * (context - 3), GREEDY, 99)
+    assert len(result.tokens) == 4 and result.stopped == "context"
 
 
 def test_a_prompt_that_fills_the_context_is_refused(shared_bundle: Bundle) -> None:
     model = slm.load(shared_bundle.path)
     with pytest.raises(SlmError, match="the prompt has 256 tokens"):
-        generate(model.decoder, [5] * model.decoder.context, GREEDY, 1, stop=())
+        started(model.decoder, [5] * model.decoder.context, GREEDY, 1)
     with pytest.raises(SlmError, match="no tokens"):
-        generate(model.decoder, [], GREEDY, 1, stop=())
+        started(model.decoder, [], GREEDY, 1)
 
 
 def test_the_stream_is_the_text(shared_bundle: Bundle) -> None:
     model = slm.load(shared_bundle.path)
     sampling = {"temperature": 1.0, "seed": 3}
-    streamed = "".join(model.stream("Once", max_new_tokens=40, **sampling))
-    assert model.last_run is not None
-    assert streamed == model.tokenizer.decode(model.last_run.tokens)
-    assert model.last_run.prompt_tokens == len(model.tokenizer.encode("Once"))
-    assert model.last_run.ttft_ms > 0 and (model.last_run.decode_tok_s or 0) > 0
+    stream = model.stream("Once", max_new_tokens=40, **sampling)
+    streamed = "".join(stream)
+    result = stream.result
+    assert streamed == result.text == model.tokenizer.decode(result.tokens)
+    assert result.prompt_tokens == len(model.tokenizer.encode("Once"))
+    assert result.ttft_ms > 0 and (result.decode_tok_s or 0) > 0 and result.took_s >= result.ttft_ms / 1e3
+    assert model.complete("Once", max_new_tokens=40, **sampling).tokens == result.tokens
 
 
 def test_logits_of_something_else_are_refused(shared_bundle: Bundle) -> None:
@@ -131,9 +134,7 @@ def test_logits_of_something_else_are_refused(shared_bundle: Bundle) -> None:
 def test_the_loop_needs_the_protocol_alone(shared_bundle: Bundle) -> None:
     """What wraps a decoder is as good as one."""
     decoder = watched(shared_bundle)
-    assert list(generate(decoder, [5, 6], GREEDY, 20, stop=())[1]) == list(
-        generate(decoder.decoder, [5, 6], GREEDY, 20, stop=())[1]
-    )
+    assert completed(decoder, [5, 6], GREEDY, 20).tokens == completed(decoder.decoder, [5, 6], GREEDY, 20).tokens
 
 
 @pytest.mark.parametrize(
@@ -154,12 +155,12 @@ def test_after_sliding_the_logits_are_those_of_what_stays(shared_bundle: Bundle,
     decoder = watched(shared_bundle)
     context, count = decoder.context, 300
     prompt = np.random.default_rng(0).integers(4, 320, 200).tolist()
-    run, tokens = generate(decoder, prompt, GREEDY, count, stop=(), on_full="slide", keep=keep)
-    made = list(tokens)
-    assert len(made) == count and run.stopped == "length" and run.steps == count - 1
+    result = completed(decoder, prompt, GREEDY, count, on_full="slide", keep=keep)
+    made = result.tokens
+    assert len(made) == count and result.stopped == "length" and result.steps == count - 1
     slides = [i for i in range(1, len(decoder.reads)) if len(decoder.reads[i][0]) <= len(decoder.reads[i - 1][0])]
     # Each time the later half of what is not kept goes on, so that the other half of it, rounded, is filled again.
-    assert run.slides == len(slides) == -(-(len(prompt) + count - 1 - context) // -(-(context - keep) // 2))
+    assert result.slides == len(slides) == -(-(len(prompt) + count - 1 - context) // -(-(context - keep) // 2))
     full, after = decoder.reads[slides[0] - 1][0], decoder.reads[slides[0]][0]
     text = prompt + made
     assert full == text[:context]
@@ -174,9 +175,9 @@ def test_after_sliding_the_logits_are_those_of_what_stays(shared_bundle: Bundle,
 def test_before_it_slides_the_text_is_the_same(shared_bundle: Bundle) -> None:
     model = slm.load(shared_bundle.path)
     prompt = [5] * (model.decoder.context - 3)
-    stopped = list(generate(model.decoder, prompt, GREEDY, 9, stop=())[1])
-    run, tokens = generate(model.decoder, prompt, GREEDY, 9, stop=(), on_full="slide")
-    assert list(tokens)[:4] == stopped and len(run.tokens) == 9 and run.slides == 1
+    stopped = completed(model.decoder, prompt, GREEDY, 9).tokens
+    result = completed(model.decoder, prompt, GREEDY, 9, on_full="slide")
+    assert result.tokens[:4] == stopped and len(result.tokens) == 9 and result.slides == 1
 
 
 def test_logprobs_are_those_of_the_raw_distribution(shared_bundle: Bundle) -> None:
@@ -185,9 +186,12 @@ def test_logprobs_are_those_of_the_raw_distribution(shared_bundle: Bundle) -> No
     model = slm.load(shared_bundle.path)
     model.decoder, model.stop_token_ids = decoder, ()
     options = {"temperature": 1.7, "top_k": 5, "repetition_penalty": 1.5, "logit_bias": {9: 3.0}, "seed": 4}
-    pieces = list(model.pieces("Once", max_new_tokens=20, logprobs=3, **options))
-    assert model.last_run is not None
-    assert [piece.token for piece in pieces if piece.token is not None] == model.last_run.tokens
+    stream = model.pieces("Once", max_new_tokens=20, logprobs=3, **options)
+    pieces = list(stream)
+    assert [piece.token for piece in pieces if piece.token is not None] == stream.result.tokens
+    assert [(each.chosen, each.top) for each in stream.result.logprobs] == [
+        (piece.logprob, piece.top) for piece in pieces if piece.token is not None
+    ]
     for piece, (_, logits) in zip(pieces, decoder.reads, strict=False):
         assert piece.token is not None
         expected = torch.from_numpy(logits).log_softmax(-1)
@@ -199,9 +203,10 @@ def test_logprobs_are_those_of_the_raw_distribution(shared_bundle: Bundle) -> No
     with_none = list(model.pieces("Once", max_new_tokens=20, logprobs=0, **options))
     assert [piece.logprob for piece in with_none] == [piece.logprob for piece in pieces]
     assert not any(piece.top for piece in with_none)
-    silent = list(model.pieces("Once", max_new_tokens=20, **options))
+    stream = model.pieces("Once", max_new_tokens=20, **options)
+    silent = list(stream)
     assert [piece.text for piece in silent] == [piece.text for piece in pieces]
-    assert all(piece.logprob is None for piece in silent) and not model.last_run.logprobs
+    assert all(piece.logprob is None for piece in silent) and not stream.result.logprobs
 
 
 def test_a_stop_text_ends_the_text_and_is_not_part_of_it(shared_bundle: Bundle) -> None:
@@ -210,39 +215,44 @@ def test_a_stop_text_ends_the_text_and_is_not_part_of_it(shared_bundle: Bundle) 
     options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.5, "seed": 3}
     free = model.generate("Once", **options)
     stop = free[len(free) // 2 :][:3]  # three characters: it will lie across tokens
-    assert model.generate("Once", stop=stop, **options) == free[: free.index(stop)]
-    assert model.last_run is not None and model.last_run.stopped == "stop"
-    assert stop in model.tokenizer.decode(model.last_run.tokens)
+    cut = model.complete("Once", stop=stop, **options)
+    assert cut.text == free[: free.index(stop)] and cut.stopped == "stop"
+    assert stop in model.tokenizer.decode(cut.tokens)
     assert "".join(model.stream("Once", stop=["never", stop], **options)) == free[: free.index(stop)]
-    assert model.generate("Once", stop=["never"], **options) == free and model.last_run.stopped == "length"
+    uncut = model.complete("Once", stop=["never"], **options)
+    assert uncut.text == free and uncut.stopped == "length"
 
 
 def test_ctrl_c_leaves_what_there_is(shared_bundle: Bundle) -> None:
     decoder = watched(shared_bundle)
     model = slm.load(shared_bundle.path)
     model.stop_token_ids = ()
-    whole = model.generate("Once", max_new_tokens=30, temperature=0)
-    all_tokens = model.last_run.tokens  # type: ignore[union-attr]
+    whole = model.complete("Once", max_new_tokens=30, temperature=0)
     decoder.fail_at = 6
     model.decoder = decoder
     shown = ""
+    stream = model.stream("Once", max_new_tokens=30, temperature=0)
     with pytest.raises(KeyboardInterrupt):
-        for text in model.stream("Once", max_new_tokens=30, temperature=0):
+        for text in stream:
             shown += text
-    run = model.last_run
-    assert run is not None and run.stopped == "interrupted"
-    assert run.tokens == all_tokens[:6] and run.steps == 5 and (run.decode_tok_s or 0) > 0
-    assert shown == model.tokenizer.decode(run.tokens) and whole.startswith(shown.rstrip("�"))
+    result = stream.result
+    assert result.stopped == "interrupted"
+    assert result.tokens == whole.tokens[:6] and result.steps == 5 and (result.decode_tok_s or 0) > 0
+    assert shown == model.tokenizer.decode(result.tokens) and whole.text.startswith(shown.rstrip("�"))
     decoder.fail_at = len(decoder.reads)
+    stream = model.stream("Once")
     with pytest.raises(KeyboardInterrupt):
-        model.generate("Once")
-    assert model.last_run is not None and model.last_run.tokens == [] and model.last_run.prefill_tok_s == 0
+        stream.finish()
+    assert stream.result.tokens == [] and stream.result.prefill_tok_s == 0
 
 
 def test_nobody_listening_is_an_interruption(shared_bundle: Bundle) -> None:
     model = slm.load(shared_bundle.path)
-    next(iter(model.pieces("Once", max_new_tokens=9)))
-    assert model.last_run is not None and model.last_run.stopped == "interrupted"
+    stream = model.pieces("Once", max_new_tokens=9)
+    next(stream)
+    assert stream.result.stopped == "interrupted" and len(stream.result.tokens) == 1
+    stream.close()
+    assert list(stream) == [] and stream.result.stopped == "interrupted"
 
 
 @pytest.mark.parametrize(
@@ -255,8 +265,7 @@ def test_sliding_keeps_what_begins_a_text(
     model = slm.load(shared_bundle.path)
     model.decoder = decoder = watched(shared_bundle)
     model.stop_token_ids = ()
-    model.generate(prompt, max_new_tokens=200, temperature=0, on_full="slide", keep=keep)
-    assert model.last_run is not None and model.last_run.slides == 1
+    assert model.complete(prompt, max_new_tokens=200, temperature=0, on_full="slide", keep=keep).slides == 1
     reads = [read for read, _ in decoder.reads]
     full, after = next(pair for pair in pairwise(reads) if len(pair[1]) < len(pair[0]))
     stayed = (decoder.context - kept) // 2

@@ -22,23 +22,25 @@ def run() -> None:
 
 def test_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {}
     printed = []
     for block in blocks:
         exec(block, names)
         printed.append(capsys.readouterr().out)
     assert " happy 391 " in printed[0].splitlines()[2]
-    model, decode = names["model"], names["model"].tokenizer.decode
-    alone = [model.generate(prompt, max_new_tokens=20, temperature=0) for prompt in names["prompts"]]
-    assert [decode(tokens) for tokens in names["made"]] == alone
-    roles = printed[1].splitlines()[-1][printed[1].splitlines()[-1].index("[") :]
-    assert roles in blocks[1] and names["again"].messages == names["chat"].messages
+    assert printed[1] == "20 length None\nTrue\n" and "# 20 length None" in blocks[1]
+    roles = printed[2].splitlines()[-1][printed[2].splitlines()[-1].index("[") :]
+    assert roles in blocks[2] and names["again"].messages == names["chat"].messages
     assert names["answer"] == names["chat"].messages[2]["content"]
-    assert printed[2].strip() in blocks[2]
-    assert printed[3] == "18 0\n18 16\n" and "# 18 0, then 18 16" in blocks[3]
-    assert printed[4] == "5 15360\n" and "# 5 15360" in blocks[4]
-    drafted, accepted, steps = map(int, printed[5].split())
+    model = names["model"]
+    assert names["first"].text == model.generate("Once upon a time", max_new_tokens=20, temperature=0)
+    assert names["second"].text == model.generate("The fox", max_new_tokens=40, seed=1, stop=".")
+    text, stopped = printed[3].splitlines()
+    assert text in blocks[3] and stopped == "stop"
+    assert printed[4] == "18 0\n18 16\n" and "# 18 0, then 18 16" in blocks[4]
+    assert printed[5] == "5 15360\n" and "# 5 15360" in blocks[5]
+    drafted, accepted, steps = map(int, printed[6].split())
     assert 0 < accepted <= drafted and steps > 0
 
 

@@ -21,13 +21,14 @@ from slm.export.bundle import export_bundle
 from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
-from slm.runtime.batch import Batch, generate_batch
+from slm.runtime.batch import Batch
 from slm.runtime.bench import Case, OnnxRows
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.memory import Buffer, DeviceBuffer, HostBuffer
 from slm.runtime.sampling import GREEDY
 from slm.runtime.session import takes_from
+from tests.runtime.texts import completed_together
 
 WINDOW = 16
 CAPACITY = WINDOW + CACHE_SLACK
@@ -118,7 +119,7 @@ def test_a_batch(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("slm.runtime.cache.FIRST_CAPACITY", 8)
     prompts = [IDS[length : 2 * length] for length in (1, 9, WINDOW, CAPACITY + 1, 60, 3)]
     made = [
-        generate_batch(decoder, prompts, [GREEDY] * len(prompts), 25, (), slots=3)
+        completed_together(decoder, prompts, [GREEDY] * len(prompts), 25, (), slots=3)
         for decoder in (on_device(shared_bundle), OnnxDecoder(shared_bundle, threads=1))
     ]
     assert made[0] == made[1] and len({tuple(text) for text in made[0]}) == len(prompts)

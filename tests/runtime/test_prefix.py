@@ -11,11 +11,12 @@ import slm
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.export.bundle import export_bundle
-from slm.runtime.decoder import Decoder, OnnxDecoder
-from slm.runtime.generate import generate
+from slm.runtime.backend import Decoder
+from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.prefix import PrefixCache, PrefixDecoder, common_length
 from slm.runtime.sampling import GREEDY
 from slm.runtime.speculative import SpeculativeDecoder
+from tests.runtime.texts import completed
 
 IDS = np.random.default_rng(9).integers(4, 320, 250).tolist()
 # A prompt in two portions against one: float32 sums in another order, measured 3e-6 on logits of standard deviation 0.4.
@@ -108,7 +109,7 @@ def test_a_chat_goes_on_where_it_is(shared_bundle: Bundle) -> None:
     said = IDS[:10]
     for turn in ([1, 2, 3], [4, 5], [6, 7, 8, 9]):
         said = [*said, *turn]
-        texts = [list(generate(each, said, GREEDY, 6, ())[1]) for each in (decoder, plain)]
+        texts = [completed(each, said, GREEDY, 6).tokens for each in (decoder, plain)]
         assert texts[0] == texts[1]
         said += texts[0]
     assert (
@@ -161,7 +162,7 @@ def test_drafts_on_known_prompts(shared_bundle: Bundle) -> None:
     inner = PrefixDecoder(OnnxDecoder(shared_bundle, threads=1), PrefixCache(10 << 20))
     decoder = SpeculativeDecoder(inner, 8)
     for prompt in (IDS[:50], IDS[:90], IDS[:50]):
-        texts = [list(generate(each, prompt, GREEDY, 60, ())[1]) for each in (decoder, plain)]
+        texts = [completed(each, prompt, GREEDY, 60).tokens for each in (decoder, plain)]
         assert texts[0] == texts[1]
         assert (inner.reused > 0) == (prompt != IDS[:50] or inner.reused == 49)
     assert decoder.accepted > 20 and inner.reused == 49

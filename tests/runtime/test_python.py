@@ -57,14 +57,17 @@ def test_a_list_answers_with_each_prompt_s_own_text(
     model = slm.load(path, threads=1, draft_tokens=4 if kind == "drafts" else None)
     if kind == "chat":
         model.chat()  # whose decoder stands around the model's
+    several = model.complete(PROMPTS, seed=3, stop=stop, **BOLD)
     texts = model.generate(PROMPTS, seed=3, stop=stop, **BOLD)
-    several = model.last_runs
-    assert isinstance(texts, list)
+    assert isinstance(texts, list) and texts == [each.text for each in several]
+    assert [each.tokens for each in model.last_runs] == [each.tokens for each in several]
     for number, prompt in enumerate(PROMPTS):
         assert texts[number] == model.generate(prompt, seed=3 + number, stop=stop, **BOLD)
         alone = model.last_run
-        assert alone is not None and several[number].seed == alone.seed == 3 + number
+        assert alone is not None
+        assert several[number].seed == alone.seed == 3 + number
         assert (several[number].tokens, several[number].stopped) == (alone.tokens, alone.stopped)
+        assert several[number].ttft_ms > 0
     assert len(set(texts)) > 1
     assert texts != model.generate(PROMPTS, seed=4, stop=stop, **BOLD)  # the control
 
@@ -82,11 +85,11 @@ def test_a_list_of_ids_and_an_array_are_prompts_too(model: slm.Model) -> None:
 def test_a_full_context_ends_each_of_several(model: slm.Model) -> None:
     ends = {token: -np.inf for token in model.stop_token_ids}
     prompts = ["x" * 240, "The"]
-    texts = model.generate(prompts, max_new_tokens=50, temperature=0, logit_bias=ends)
-    assert [run.stopped for run in model.last_runs] == ["context", "length"]
-    assert texts[0] == model.generate(prompts[0], max_new_tokens=50, temperature=0, logit_bias=ends)
-    slid = model.generate(prompts, max_new_tokens=50, temperature=0, logit_bias=ends, on_full="slide")
-    assert [run.stopped for run in model.last_runs] == ["length", "length"] and slid[0].startswith(texts[0])
+    made = model.complete(prompts, max_new_tokens=50, temperature=0, logit_bias=ends)
+    assert [each.stopped for each in made] == ["context", "length"]
+    assert made[0].text == model.generate(prompts[0], max_new_tokens=50, temperature=0, logit_bias=ends)
+    slid = model.complete(prompts, max_new_tokens=50, temperature=0, logit_bias=ends, on_full="slide")
+    assert [each.stopped for each in slid] == ["length", "length"] and slid[0].text.startswith(made[0].text)
 
 
 def test_one_prompt_at_fault_is_named_before_anything_is_read(
@@ -244,13 +247,13 @@ def test_ids_of_logits_are_whole_numbers_in_a_rectangle(model: slm.Model) -> Non
 def test_a_seed_is_drawn_and_can_be_had(model: slm.Model) -> None:
     texts, seeds = [], []
     for _ in range(3):
-        texts.append(model.generate("The", **BOLD))
-        assert model.last_run is not None and model.last_run.seed is not None
-        seeds.append(model.last_run.seed)
+        result = model.complete("The", **BOLD)
+        assert result.seed is not None
+        texts.append(result.text)
+        seeds.append(result.seed)
     assert len(set(seeds)) == 3 and max(seeds) < 2**32
     assert [model.generate("The", seed=seed, **BOLD) for seed in seeds] == texts
-    model.generate(["The", "The"], **BOLD)
-    first, second = (run.seed for run in model.last_runs)
+    first, second = (each.seed for each in model.complete(["The", "The"], **BOLD))
     assert first is not None and second == first + 1
 
 
@@ -258,7 +261,7 @@ def test_greedy_needs_no_seed(model: slm.Model) -> None:
     assert model.generate("The", temperature=0, max_new_tokens=8) == model.generate(
         "The", temperature=0, seed=9, max_new_tokens=8
     )
-    assert model.last_run is not None and model.last_run.seed is None
+    assert model.complete("The", temperature=0, seed=9, max_new_tokens=8).seed is None
 
 
 # --- what is loaded ---

@@ -17,8 +17,9 @@ from slm.export.bundle import export_bundle
 from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
+from slm.runtime.backend import Decoder
 from slm.runtime.cache import KVBuffers, resident_positions
-from slm.runtime.decoder import Decoder, OnnxDecoder
+from slm.runtime.decoder import OnnxDecoder
 
 WINDOW = 16
 CAPACITY = WINDOW + CACHE_SLACK

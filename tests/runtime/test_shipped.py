@@ -21,10 +21,9 @@ def test_it_is_a_sound_int8_bundle() -> None:
 
 def test_it_tells_a_story_past_its_window() -> None:
     model = package.load(model_path())
-    text = model.generate("Once upon a time", max_new_tokens=220, temperature=0.7, seed=1)
-    assert model.last_run is not None
-    assert len(model.last_run.tokens) > model.decoder.bundle.config.sliding_window  # type: ignore[attr-defined]
-    words = [word.strip('.,!?"').lower() for word in text.split()]
+    result = model.complete("Once upon a time", max_new_tokens=220, temperature=0.7, seed=1)
+    assert len(result.tokens) > model.decoder.bundle.config.sliding_window  # type: ignore[attr-defined]
+    words = [word.strip('.,!?"').lower() for word in result.text.split()]
     assert sum(word.replace("'", "").isalpha() for word in words) / len(words) > 0.95
     assert len(set(words)) > 50
     # it does not run in circles: hardly any four words in a row come back

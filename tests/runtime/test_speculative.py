@@ -16,10 +16,11 @@ from slm.export.bundle import export_bundle
 from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
-from slm.runtime.decoder import Decoder, OnnxDecoder
-from slm.runtime.generate import generate
+from slm.runtime.backend import Decoder
+from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.sampling import GREEDY, Sampling
 from slm.runtime.speculative import Lookup, SpeculativeDecoder, Trust
+from tests.runtime.texts import completed
 
 NEW = 400  # tokens, of windows of 16
 PROMPT = [5, 6, 7, 8]
@@ -74,7 +75,7 @@ def plain(request: pytest.FixtureRequest, checkpoint: Path) -> Decoder:
 
 
 def text_of(decoder: Decoder, sampling: Sampling, new: int = NEW) -> list[int]:
-    return list(generate(decoder, PROMPT, sampling, new, stop=())[1])
+    return completed(decoder, PROMPT, sampling, new).tokens
 
 
 def needs_equal_rows(bundle: Bundle) -> None:
@@ -166,9 +167,9 @@ def test_the_context_ends_a_text_where_it_would_end_anyway(float_bundle: Bundle)
     decoder = OnnxDecoder(float_bundle, threads=1)
     texts = []
     for each in (decoder, SpeculativeDecoder(decoder, 15)):
-        run, tokens = generate(each, [9] * (decoder.context - 40), GREEDY, 100, stop=())
-        texts.append(list(tokens))
-        assert run.stopped == "context" and len(texts[-1]) == 41
+        result = completed(each, [9] * (decoder.context - 40), GREEDY, 100)
+        texts.append(result.tokens)
+        assert result.stopped == "context" and len(texts[-1]) == 41
         with pytest.raises(SlmError, match="do not fit into the context"):
             each.read([1])
         assert each.length == decoder.context  # and nothing was lost by asking

@@ -112,8 +112,8 @@ def test_a_model_stops_at_a_special_token(shared_checkpoint: Path) -> None:
     assert token is not None and token not in Model(checkpoint.tokenizer, checkpoint.decoder, ()).stop_token_ids
     model = Model(checkpoint.tokenizer, checkpoint.decoder, ())
     options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 5, "logit_bias": {token: 1000.0}}
-    pieces = list(model.pieces("One", stop=[end], **options))
+    stream = model.pieces("One", stop=[end], **options)
+    pieces = list(stream)
     assert [piece.token for piece in pieces] == [token] and pieces[0].text == ""
-    assert model.last_run is not None and model.last_run.stopped == "stop"
-    list(model.pieces("One", stop=["x" + end], **options))
-    assert model.last_run.stopped == "length"
+    assert stream.result.stopped == "stop"
+    assert model.complete("One", stop=["x" + end], **options).stopped == "length"

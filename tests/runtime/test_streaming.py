@@ -1,8 +1,9 @@
 """Text as tokens come: whole characters whatever the vocabulary, the same text however it was cut."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,9 +11,10 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from slm.core.tokenizer import TextStream, Tokenizer
-from slm.runtime.generate import Generated, Run
+from slm.runtime.generation import Generation, Piece, Request
+from slm.runtime.sampling import GREEDY
 from slm.runtime.stopping import StopTexts
-from slm.runtime.streaming import stream_pieces
+from slm.runtime.streaming import Stream, run
 
 # Fixtures here are read and never changed.
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -109,31 +111,38 @@ def test_the_text_of_one_token(tokenizer: Tokenizer) -> None:
         assert [vocabulary.text_of(256 + i) for i in range(4)] == [" ", " the", "the", "a"]
 
 
-def given_tokens(ids: Sequence[int], run: Run, fail_after: int | None = None) -> Generated:
-    """Tokens as a generation gives them."""
-    for number, token in enumerate(ids):
-        if number == fail_after:
+class Scripted:
+    """A reader whose logits name the next of some tokens."""
+
+    def __init__(self, ids: Sequence[int], fail_after: int | None = None) -> None:
+        self.ids, self.fail_after = ids, fail_after
+
+    def reset(self) -> None:
+        self.number = 0
+
+    def read(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        if self.number == self.fail_after:
             raise KeyboardInterrupt
-        run.tokens.append(token)
-        yield token
-    run.stopped = "length"
+        self.number += 1
+        return np.arange(320) == self.ids[self.number - 1]
 
 
-def start(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str], **options: Any) -> tuple[Run, Iterator[Any]]:
-    run = Run(prompt_tokens=1, tokens=[])
-    return run, stream_pieces(run, given_tokens(ids, run, **options), TextStream(tokenizer), StopTexts(stops))
+def start(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str], **options: Any) -> Stream[Piece]:
+    request = Request([1], GREEDY, len(ids), stop=stops)
+    return run(Scripted(ids, **options), Generation(request, 4096, 320, tokenizer))
 
 
 @given(cut=cuts(), stops=st.lists(st.text("thea bé🦊", min_size=1, max_size=3), max_size=2))
 def test_any_cut_ends_at_the_same_stop_text(cut: tuple[str, list[int]], stops: list[str]) -> None:
     text, ids = cut
-    run, pieces = start(VOCABULARIES["llama"], ids, stops)
+    pieces = start(VOCABULARIES["llama"], ids, stops)
     made = list(pieces)
-    assert "".join(piece.text for piece in made) == StopTexts(stops).push(text) + _held(text, stops)
-    assert run.stopped == ("stop" if any(stop in text for stop in stops) else "length")
+    result = pieces.result
+    assert "".join(piece.text for piece in made) == result.text == StopTexts(stops).push(text) + _held(text, stops)
+    assert result.stopped == ("stop" if any(stop in text for stop in stops) else "length")
     tokens = [piece.token for piece in made if piece.token is not None]
-    assert tokens == run.tokens == ids[: len(tokens)]
-    if run.stopped == "stop":  # nothing is asked of the model once the stop text is there
+    assert tokens == result.tokens == ids[: len(tokens)]
+    if result.stopped == "stop":  # nothing is asked of the model once the stop text is there
         complete = VOCABULARIES["llama"].decode(tokens)
         assert any(stop in complete for stop in stops)
         assert not any(stop in VOCABULARIES["llama"].decode(tokens[:-1]) for stop in stops)
@@ -146,16 +155,16 @@ def _held(text: str, stops: list[str]) -> str:
 
 
 def test_a_piece_for_every_token_and_one_for_what_was_held_back() -> None:
-    _, pieces = start(VOCABULARIES["llama"], [257, 0xC3, 0xA9, 259, 0xC3], ["éab"])
+    pieces = start(VOCABULARIES["llama"], [257, 0xC3, 0xA9, 259, 0xC3], ["éab"])
     shown = [(piece.text, piece.token) for piece in pieces]
     assert shown == [("the", 257), ("", 0xC3), ("", 0xA9), ("", 259), ("", 0xC3), ("éa�", None)]
 
 
 def test_ctrl_c_shows_what_was_held_back_and_goes_on_its_way() -> None:
-    run, pieces = start(VOCABULARIES["llama"], [257, 259, 260, 259], ["ab!"], fail_after=3)
+    pieces = start(VOCABULARIES["llama"], [257, 259, 260, 259], ["ab!"], fail_after=3)
     shown = []
     with pytest.raises(KeyboardInterrupt):
         for piece in pieces:
             shown.append(piece.text)
     assert shown == ["the", "", "", "ab"]
-    assert run.stopped == "interrupted" and run.tokens == [257, 259, 260]
+    assert pieces.result.stopped == "interrupted" and pieces.result.tokens == [257, 259, 260]

@@ -26,9 +26,13 @@ chat: slm.Chat = model.chat(system="a", messages=[{"role": "user", "content": "a
 answer: str = chat.ask("Hi.", top_k=3)
 options: slm.GenerationOptions = {"temperature": 0, "max_new_tokens": 8}
 answer = chat.retry(**options)
-run = model.last_run
-if run is not None:
-    print(run.seed, run.stopped)
+stream = model.stream("The")
+print("".join(stream), stream.result.seed)
+result: slm.Result = model.complete("The")
+results: list[slm.Result] = model.complete(["The", "A"])
+last = model.last_run
+print("" if last is None else last.text)
+print(result.seed, result.stopped, [each.text for each in results])
 try:
     slm.load(Path("x"), adapter=Path("y"))
 except slm.SlmError as error:

@@ -69,7 +69,7 @@ def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
     ) -> Running:
         model = slm.load(bundle or shared_bundle.path)
         assert isinstance(model.decoder, OnnxDecoder)
-        engine = Engine(model.decoder, model.tokenizer, model.stop_token_ids, **options)
+        engine = Engine(model.decoder, model.tokenizer, **options)
         known = {name: load_adapter(path, model.decoder.bundle) for name, path in (adapters or {}).items()}
         limits = limits or Limits(new_tokens=64)
         service = Service(model, NAME, engine, known, limits, keys, grace_s, hosts=hosts, origins=origins)

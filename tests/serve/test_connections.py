@@ -102,13 +102,13 @@ def test_who_is_being_answered_keeps_the_place(serve: Callable[..., Any]) -> Non
         {"model": NAME, "prompt": "One", "stream": True, "max_tokens": 10_000, "ignore_eos": True}
     ).encode()
     engine = running.service.engine
-    step = engine._step
+    step = engine.scheduler.step
 
-    def slow(tickets: Any) -> None:
+    def slow() -> Any:
         time.sleep(0.01)
-        step(tickets)
+        return step()
 
-    engine._step = slow
+    engine.scheduler.step = slow
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     busy = [connect(running, head % len(body) + body) for _ in range(4)]
     assert all(each.recv(12) == b"HTTP/1.1 200" for each in busy)

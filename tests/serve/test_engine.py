@@ -13,10 +13,11 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.decoder import OnnxDecoder
-from slm.runtime.generate import generate
+from slm.runtime.generation import Generation, Piece, Request, Result
 from slm.runtime.sampling import Sampling
-from slm.runtime.streaming import Piece
-from slm.serve.engine import Ask, Done, Engine, Full, Ticket
+from slm.serve.engine import Engine
+from slm.serve.jobs import Full
+from tests.runtime.texts import completed
 
 GREEDY = Sampling(temperature=0)
 PATIENCE_S = 60
@@ -26,16 +27,16 @@ class Listener:
     """Collects what comes of a text."""
 
     def __init__(self) -> None:
-        self.events: Queue[Piece | Done] = Queue()
+        self.events: Queue[Piece | Result] = Queue()
         self.pieces: list[Piece] = []
 
-    def __call__(self, event: Piece | Done) -> None:
+    def __call__(self, event: Piece | Result) -> None:
         self.events.put(event)
 
-    def done(self) -> Done:
+    def done(self) -> Result:
         while True:
             event = self.events.get(timeout=PATIENCE_S)
-            if isinstance(event, Done):
+            if isinstance(event, Result):
                 return event
             self.pieces.append(event)
 
@@ -54,8 +55,8 @@ class Listener:
 def start(shared_bundle: Bundle) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
-    def make(stop: Sequence[int] = (), **options: Any) -> Engine:
-        engine = Engine(OnnxDecoder(shared_bundle), Tokenizer.load(shared_bundle.path), stop, **options)
+    def make(**options: Any) -> Engine:
+        engine = Engine(OnnxDecoder(shared_bundle), Tokenizer.load(shared_bundle.path), **options)
         engines.append(engine)
         return engine
 
@@ -64,17 +65,18 @@ def start(shared_bundle: Bundle) -> Iterator[Callable[..., Engine]]:
         engine.close()
 
 
-def ask(engine: Engine, prompt: Sequence[int], **fields: Any) -> tuple[Ticket, Listener]:
+def ask(
+    engine: Engine, prompt: Sequence[int], deadline: float | None = None, **fields: Any
+) -> tuple[Generation, Listener]:
     listener = Listener()
-    return engine.submit(Ask(prompt, **{"sampling": GREEDY, "max_new_tokens": 12} | fields), listener), listener
+    request = Request(prompt, **{"sampling": GREEDY, "max_new_tokens": 12} | fields)
+    return engine.submit(request, listener, deadline=deadline), listener
 
 
 def alone(
     bundle: Bundle, prompt: Sequence[int], sampling: Sampling = GREEDY, new: int = 12, stop: Sequence[int] = ()
 ) -> list[int]:
-    run, tokens = generate(OnnxDecoder(bundle), prompt, sampling, new, stop)
-    list(tokens)
-    return run.tokens
+    return completed(OnnxDecoder(bundle), prompt, sampling, new, stop).tokens
 
 
 def prompts(bundle: Bundle, lengths: Sequence[int]) -> list[list[int]]:
@@ -93,7 +95,7 @@ def test_texts_that_come_and_go_are_what_they_are_alone(start: Callable[..., Eng
         time.sleep(0.002 * (i % 3))
     for i, (prompt, sampling, listener) in enumerate(zip(asked, samplings, listeners, strict=True)):
         done = listener.done()
-        assert (done.reason, done.prompt_tokens, done.new_tokens) == ("length", len(prompt), 6 + i)
+        assert (done.stopped, done.prompt_tokens, len(done.tokens)) == ("length", len(prompt), 6 + i)
         assert listener.tokens == alone(shared_bundle, prompt, sampling, 6 + i)
     figures = engine.figures
     assert figures.asked == len(asked) and figures.done == {"length": len(asked)}
@@ -107,18 +109,18 @@ def test_a_long_prompt_does_not_hold_others_up(start: Callable[..., Engine], sha
     _, first = ask(engine, short, max_new_tokens=40)
     first.next()
     order: list[str] = []
-    read = engine._read_on
-    step = engine._step
+    batch = engine.scheduler.batch
+    read, step = batch.read, batch.step
 
-    def reading(ticket: Ticket) -> None:
+    def reading(*arguments: Any, **options: Any) -> Any:
         order.append("read")
-        read(ticket)
+        return read(*arguments, **options)
 
-    def stepping(tickets: Sequence[Ticket]) -> None:
-        order.append("step" if tickets else "idle")
-        step(tickets)
+    def stepping(tokens: Any) -> Any:
+        order.append("step")
+        return step(tokens)
 
-    engine._read_on, engine._step = reading, stepping  # type: ignore[method-assign]
+    batch.read, batch.step = reading, stepping  # type: ignore[method-assign]
     _, second = ask(engine, long, max_new_tokens=2)
     second.done()
     first.done()
@@ -132,29 +134,27 @@ def test_short_prompts_are_read_between_the_same_steps(start: Callable[..., Engi
     """As many as one piece may have tokens: those that come together take their first step together."""
     engine = start(slots=5, prefill_tokens=10, prefix_bytes=0)
     order: list[int] = []
-    step = engine._step
+    step = engine.scheduler.batch.step
 
-    def stepping(tickets: Sequence[Ticket]) -> None:
-        order.append(len(tickets))
-        step(tickets)
+    def stepping(tokens: Any) -> Any:
+        order.append(len(tokens))
+        return step(tokens)
 
     hold, begun = threading.Event(), threading.Event()
-    engine._step = stepping  # type: ignore[method-assign]
+    engine.scheduler.batch.step = stepping  # type: ignore[method-assign]
     first, *short = prompts(shared_bundle, [3, 4, 4, 4, 4])
 
-    def held(event: Piece | Done) -> None:
+    def held(event: Piece | Result) -> None:
         begun.set()
         hold.wait(PATIENCE_S)
 
-    engine.submit(Ask(first, GREEDY, 1), held)
+    engine.submit(Request(first, GREEDY, 1), held)
     begun.wait(PATIENCE_S)
     listeners = [ask(engine, prompt, max_new_tokens=3)[1] for prompt in short]
     hold.set()
     for prompt, listener in zip(short, listeners, strict=True):
         listener.done()
         assert listener.tokens == alone(shared_bundle, prompt, new=3)
-    while 0 in order:
-        order.remove(0)
     assert order == [2, 4, 2]  # two prompts, a step of theirs; two more, a step of all; the last of the later two
 
 
@@ -164,17 +164,17 @@ def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(
     engine = start(slots=2, prefill_tokens=4, prefix_bytes=0)
     first, long, short = prompts(shared_bundle, [3, 60, 3])
     hold = threading.Event()
-    engine.submit(Ask(first, GREEDY, 1), lambda event: hold.wait(PATIENCE_S) and None)  # until the others are there
+    engine.submit(Request(first, GREEDY, 1), lambda event: hold.wait(PATIENCE_S) and None)  # until the others are there
     order: list[str] = []
     listeners = []
     for name, prompt in (("long", long), ("short", short)):
         listener = Listener()
 
-        def told(event: Piece | Done, name: str = name, listener: Listener = listener) -> None:
+        def told(event: Piece | Result, name: str = name, listener: Listener = listener) -> None:
             order.append(name)
             listener(event)
 
-        engine.submit(Ask(prompt, GREEDY, 3), told)
+        engine.submit(Request(prompt, GREEDY, 3), told)
         listeners.append((prompt, listener))
     hold.set()
     for prompt, listener in listeners:
@@ -187,53 +187,53 @@ def test_stop_tokens_stop_texts_and_contexts_end_a_text(start: Callable[..., Eng
     (prompt,) = prompts(shared_bundle, [6])
     tokens = alone(shared_bundle, prompt)
     tokenizer = Tokenizer.load(shared_bundle.path)
-    _, listener = ask(start([tokens[4]]), prompt)
-    assert listener.done().reason == "end" and listener.tokens == alone(shared_bundle, prompt, stop=[tokens[4]])
+    _, listener = ask(start(), prompt, stop_tokens=[tokens[4]])
+    assert listener.done().stopped == "end" and listener.tokens == alone(shared_bundle, prompt, stop=[tokens[4]])
     text = tokenizer.decode(alone(shared_bundle, prompt, new=40))
     cut = next(text[i : i + 2] for i in range(3, len(text) - 2) if "�" not in text[i : i + 2])
     _, listener = ask(start(), prompt, stop=(cut,), max_new_tokens=40)
-    assert listener.done().reason == "stop"
+    assert listener.done().stopped == "stop"
     assert "".join(piece.text for piece in listener.pieces) == text[: text.index(cut)]
     context = shared_bundle.manifest.context
     _, listener = ask(start(), prompt, max_new_tokens=10 * context)
     done = listener.done()
-    assert done.reason == "context" and done.new_tokens == context - len(prompt) + 1
+    assert done.stopped == "context" and len(done.tokens) == context - len(prompt) + 1
 
 
 def test_a_text_nobody_wants_any_more_frees_its_slot(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
     engine = start(slots=1)
     first, second = prompts(shared_bundle, [4, 5])
-    ticket, listener = ask(engine, first, max_new_tokens=shared_bundle.manifest.context)
+    text, listener = ask(engine, first, max_new_tokens=shared_bundle.manifest.context)
     listener.next()
     _, other = ask(engine, second)
-    engine.cancel(ticket)
-    assert listener.done().reason == "cancelled"
-    assert other.done().reason == "length" and other.tokens == alone(shared_bundle, second)
+    engine.cancel(text)
+    assert listener.done().stopped == "cancelled"
+    assert other.done().stopped == "length" and other.tokens == alone(shared_bundle, second)
 
 
 def test_a_listener_that_fails_harms_nobody_else(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
     engine = start(slots=2)
     first, second = prompts(shared_bundle, [4, 5])
 
-    def gone(event: Piece | Done) -> None:
+    def gone(event: Piece | Result) -> None:
         raise ConnectionResetError
 
-    engine.submit(Ask(first, GREEDY, 50), gone)
+    engine.submit(Request(first, GREEDY, 50), gone)
     _, other = ask(engine, second)
-    assert other.done().reason == "length" and other.tokens == alone(shared_bundle, second)
+    assert other.done().stopped == "length" and other.tokens == alone(shared_bundle, second)
     assert engine.failed is None
 
 
 def test_deadlines_end_those_that_wait_and_those_under_way(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
     engine = start(slots=1)
     first, second = prompts(shared_bundle, [4, 5])
-    ticket, running = ask(engine, first, max_new_tokens=shared_bundle.manifest.context)
+    text, running = ask(engine, first, max_new_tokens=shared_bundle.manifest.context)
     running.next()
     _, waiting = ask(engine, second, deadline=time.monotonic())
-    assert waiting.done().reason == "deadline" and not waiting.pieces
-    engine.cancel(ticket)
+    assert waiting.done().stopped == "deadline" and not waiting.pieces
+    engine.cancel(text)
     _, late = ask(engine, first, max_new_tokens=shared_bundle.manifest.context, deadline=time.monotonic() + 0.02)
-    assert late.done().reason in ("deadline", "context")
+    assert late.done().stopped in ("deadline", "context")
 
 
 def test_when_the_queue_is_full_more_are_refused(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
@@ -242,11 +242,11 @@ def test_when_the_queue_is_full_more_are_refused(start: Callable[..., Engine], s
     hold = threading.Event()
     first = Listener()
 
-    def slow(event: Piece | Done) -> None:
+    def slow(event: Piece | Result) -> None:
         first(event)
         hold.wait(PATIENCE_S)
 
-    engine.submit(Ask(prompt, GREEDY, 3), slow)
+    engine.submit(Request(prompt, GREEDY, 3), slow)
     first.next()  # under way, and held up
     others = [ask(engine, prompt)[1] for _ in range(2)]
     with pytest.raises(Full):
@@ -254,7 +254,7 @@ def test_when_the_queue_is_full_more_are_refused(start: Callable[..., Engine], s
     assert engine.expected_wait_s() >= 1
     hold.set()
     for other in others:
-        assert other.done().reason == "length"
+        assert other.done().stopped == "length"
     assert engine.figures.refused == 1
 
 
@@ -287,7 +287,7 @@ def test_a_constraint_decides_what_may_come(start: Callable[..., Engine], shared
 
     (prompt,) = prompts(shared_bundle, [4])
     _, listener = ask(start(), prompt, constraint=Only())
-    assert listener.done().reason == "end" and listener.tokens == [45, 44, 43]
+    assert listener.done().stopped == "end" and listener.tokens == [45, 44, 43]
 
 
 def test_what_will_not_do_is_refused_at_once(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
@@ -310,14 +310,14 @@ def test_closing_lets_texts_finish_or_cuts_them_off(start: Callable[..., Engine]
     engine = start()
     _, listener = ask(engine, prompt)
     engine.close(grace_s=PATIENCE_S)
-    assert listener.done().reason == "length"
+    assert listener.done().stopped == "length"
     with pytest.raises(SlmError, match="shutting down"):
         ask(engine, prompt)
     engine = start()
     _, listener = ask(engine, prompt, max_new_tokens=shared_bundle.manifest.context)
     listener.next()
     engine.close()
-    assert listener.done().reason in ("cancelled", "context")
+    assert listener.done().stopped in ("cancelled", "context")
 
 
 def test_a_defect_is_told_to_everybody(
@@ -326,26 +326,26 @@ def test_a_defect_is_told_to_everybody(
     engine = start()
     (prompt,) = prompts(shared_bundle, [4])
 
-    def broken(tickets: Sequence[Ticket]) -> None:
+    def broken() -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(engine, "_step", broken)
+    monkeypatch.setattr(engine.scheduler, "step", broken)
     _, listener = ask(engine, prompt)
     done = listener.done()
-    assert done.reason == "error" and done.error is not None and "broken" not in done.error
+    assert done.stopped == "error" and done.error is not None and "broken" not in done.error
     with pytest.raises(SlmError, match=r"RuntimeError at test_engine.py:\d+"):
         ask(engine, prompt)
 
 
 def hold_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Has steps wait for an event, as if onnxruntime did not return."""
-    go_on, step = threading.Event(), engine._batch.step
+    go_on, step = threading.Event(), engine.scheduler.batch.step
 
     def held_up(tokens: Any) -> Any:
         assert go_on.wait(PATIENCE_S)
         return step(tokens)
 
-    monkeypatch.setattr(engine._batch, "step", held_up)
+    monkeypatch.setattr(engine.scheduler.batch, "step", held_up)
     return go_on
 
 
@@ -353,10 +353,10 @@ def test_a_step_that_does_not_return_is_noticed(start: Callable[..., Engine], mo
     """Everybody hears of it, nothing comes after that, and once the step returns the engine goes on."""
     engine = start(slots=1, step_timeout_s=0.4)
     go_on = hold_up(engine, monkeypatch)
-    (ticket, running), (_, waiting) = ask(engine, [5, 6, 7]), ask(engine, [8, 9])
+    (_, running), (_, waiting) = ask(engine, [5, 6, 7]), ask(engine, [8, 9])
     for listener in (running, waiting):
         done = listener.done()
-        assert done.reason == "stalled" and done.error is not None and "stuck" in done.error
+        assert done.stopped == "stalled" and done.error is not None and "stuck" in done.error
         assert 0.3 < done.took_s < 5
     assert engine.stalled is not None and engine.unavailable == engine.stalled
     with pytest.raises(SlmError, match="stuck"):
@@ -367,8 +367,8 @@ def test_a_step_that_does_not_return_is_noticed(start: Callable[..., Engine], mo
     while engine.unavailable and time.monotonic() < until:
         time.sleep(0.01)
     _, after = ask(engine, [5, 6, 7])
-    assert after.done().reason == "length" and len(after.tokens) == 12
-    assert running.events.empty() and ticket.slot is None  # its slot is free again
+    assert after.done().stopped == "length" and len(after.tokens) == 12
+    assert running.events.empty() and engine.scheduler.free == 1  # its slot is free again
 
 
 def test_a_slow_prompt_of_many_pieces_is_not_stuck(
@@ -376,16 +376,16 @@ def test_a_slow_prompt_of_many_pieces_is_not_stuck(
 ) -> None:
     """The limit holds for one piece, not for a whole prompt."""
     engine = start(step_timeout_s=0.5, prefill_tokens=16)
-    read = engine._batch.read
+    read = engine.scheduler.batch.read
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(0.15)
         return read(*arguments, **options)
 
-    monkeypatch.setattr(engine._batch, "read", slow)
+    monkeypatch.setattr(engine.scheduler.batch, "read", slow)
     _, listener = ask(engine, [5 + i % 300 for i in range(120)], max_new_tokens=2)
     done = listener.done()
-    assert done.reason == "length" and done.took_s > 1
+    assert done.stopped == "length" and done.took_s > 1
 
 
 def test_deadlines_hold_while_a_step_does_not_return(
@@ -397,10 +397,10 @@ def test_deadlines_hold_while_a_step_does_not_return(
     _, waiting = ask(engine, [8, 9], deadline=time.monotonic() + 0.5)
     _, patient = ask(engine, [8, 9])
     for listener in (running, waiting):
-        assert listener.done().reason == "deadline"
+        assert listener.done().stopped == "deadline"
     assert engine.unavailable is None and patient.events.empty()
     go_on.set()
-    assert patient.done().reason == "length"
+    assert patient.done().stopped == "length"
 
 
 def test_closing_ends_texts_though_a_step_does_not_return(
@@ -411,6 +411,6 @@ def test_closing_ends_texts_though_a_step_does_not_return(
     listeners = [ask(engine, [5, 6, 7])[1] for _ in range(3)]
     began = time.monotonic()
     assert engine.close(0.2) is False and time.monotonic() - began < 5
-    assert [listener.done().reason for listener in listeners] == ["cancelled"] * 3
+    assert [listener.done().stopped for listener in listeners] == ["cancelled"] * 3
     go_on.set()
     assert engine.close() is True

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import httpx2 as httpx
@@ -12,20 +12,18 @@ import pytest
 import slm
 from slm.core.chat import chat_ids
 from slm.core.manifest import Bundle
-from slm.runtime.generate import generate
 from slm.runtime.model import Model
 from slm.runtime.sampling import Sampling
-from slm.serve.engine import Ticket
+from slm.runtime.scheduler import Events
 from slm.serve.service import Limits
+from tests.runtime.texts import completed
 
 NAME = "random"
 
 
 def alone(bundle: Bundle, ids: list[int], new: int, **sampling: Any) -> str:
     model: Model = slm.load(bundle.path)
-    run, tokens = generate(model.decoder, ids, Sampling(**sampling), new, model.stop_token_ids)
-    list(tokens)
-    return model.tokenizer.decode(run.tokens)
+    return model.tokenizer.decode(completed(model.decoder, ids, Sampling(**sampling), new, model.stop_token_ids).tokens)
 
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
@@ -184,13 +182,14 @@ def test_keys_are_asked_for(serve: Callable[..., Any]) -> None:
 
 def slow_down(running: Any) -> None:
     """Has every step take a tenth of a second."""
-    step = running.service.engine._step
+    scheduler = running.service.engine.scheduler
+    step = scheduler.step
 
-    def slow(tickets: Sequence[Ticket]) -> None:
+    def slow() -> Events:
         time.sleep(0.1)
-        step(tickets)
+        return step()
 
-    running.service.engine._step = slow  # type: ignore[method-assign]
+    scheduler.step = slow
 
 
 def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Any]) -> None:
@@ -236,7 +235,7 @@ def test_metrics_and_health(serve: Callable[..., Any]) -> None:
     for what in ("slm_time_to_first_token_seconds", "slm_queue_seconds", "slm_text_tokens_per_second"):
         assert f"{what}_count 1.0" in text
     assert httpx.get(f"{running.url}/ready").json() == {"status": "ready"}
-    running.service.engine._failed = "broken"
+    running.service.engine.failed = "broken"
     assert httpx.get(f"{running.url}/health").status_code == 503
     assert running.post("/v1/completions", {"model": NAME, "prompt": "x"}).status_code == 503
-    running.service.engine._failed = None
+    running.service.engine.failed = None

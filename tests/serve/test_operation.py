@@ -38,13 +38,13 @@ def test_an_answer_is_cut_off_at_its_deadline(serve: Callable[..., Any]) -> None
 def test_what_only_waited_until_its_deadline_is_no_answer(serve: Callable[..., Any]) -> None:
     running = serve(Limits(new_tokens=10_000, seconds=0.5), slots=1)
     engine, body = running.service.engine, {"model": NAME, "prompt": "One", "max_tokens": 10_000, "ignore_eos": True}
-    step = engine._step
+    step = engine.scheduler.step
 
-    def slow(tickets: Any) -> None:
+    def slow() -> Any:
         time.sleep(0.1)
-        step(tickets)
+        return step()
 
-    engine._step = slow
+    engine.scheduler.step = slow
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: running.post("/v1/completions", body), range(2))
     cut, none = sorted((first, second), key=lambda response: response.status_code)

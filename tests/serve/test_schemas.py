@@ -15,10 +15,11 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.generation import Request, Result
 from slm.runtime.sampling import Sampling
 from slm.serve import schema_check
 from slm.serve.constraint import Busy, Grammars, JsonConstraint
-from slm.serve.engine import Ask, Done, Engine
+from slm.serve.engine import Engine
 from slm.serve.schema_check import MAX_SECONDS
 
 STEP: dict[str, Any] = {
@@ -228,10 +229,10 @@ class Heard:
         self.times: list[float] = []
         self.tokens: list[int] = []
         self._done = threading.Event()
-        self.end: Done | None = None
+        self.end: Result | None = None
 
     def __call__(self, event: Any) -> None:
-        if isinstance(event, Done):
+        if isinstance(event, Result):
             self.end = event
             self._done.set()
         elif event.token is not None:
@@ -240,19 +241,19 @@ class Heard:
 
     def reason(self) -> str:
         assert self._done.wait(60) and self.end is not None
-        return self.end.reason
+        return self.end.stopped
 
 
 @pytest.fixture
 def engine(shared_bundle: Bundle) -> Iterator[Engine]:
-    made = Engine(OnnxDecoder(shared_bundle), Tokenizer.load(shared_bundle.path), (), slots=4)
+    made = Engine(OnnxDecoder(shared_bundle), Tokenizer.load(shared_bundle.path), slots=4)
     yield made
     made.close()
 
 
 def asked(engine: Engine, new: int, constraint: Any = None) -> Heard:
     heard = Heard()
-    engine.submit(Ask((5, 6, 7), Sampling(temperature=0), new, constraint=constraint), heard)
+    engine.submit(Request((5, 6, 7), Sampling(temperature=0), new, constraint=constraint), heard)
     return heard
 
 

@@ -239,13 +239,13 @@ def test_a_stream_that_nobody_ends_is_ended(serve: Callable[..., Any], monkeypat
     running = serve(Limits(new_tokens=10_000), grace_s=0.3)
     service, engine = running.service, running.service.engine
     monkeypatch.setattr(service, "stop", lambda: setattr(service, "stopping", True))
-    step = engine._step
+    step = engine.scheduler.step
 
-    def slow(tickets: Any) -> None:
+    def slow() -> Any:
         time.sleep(0.05)
-        step(tickets)
+        return step()
 
-    monkeypatch.setattr(engine, "_step", slow)
+    monkeypatch.setattr(engine.scheduler, "step", slow)
     body = {"model": NAME, "prompt": "One", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(running.post, "/v1/completions", body)

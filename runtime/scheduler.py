@@ -1,0 +1,265 @@
+"""Continuous batching: many texts on one bundle, which join and leave between steps and take their steps together.
+
+A scheduler has no thread and no clock of its own: `slm.serve.engine.Engine` drives one from a thread, `run_batch` until a list
+of texts is complete. Each text is the one that its request gets alone; `slm.runtime.batch` says when that holds bit for bit.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+from slm.core.errors import SlmError
+from slm.runtime.adapters import Adapter
+from slm.runtime.backend import Decoder
+from slm.runtime.batch import Batch, Slot
+from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.generation import Generation, Piece, Result
+from slm.runtime.memory import Array
+from slm.runtime.prefix import PrefixCache, PrefixDecoder
+from slm.runtime.streaming import run
+
+# Texts that `run_batch` steps together by default.
+SLOTS = 8
+# A prompt shorter than this is read faster than its caches are copied.
+_WORTH_KEEPING = 64
+# How long a step waits for the masks of constrained texts, and how long a scheduler that has nothing else to do, in seconds.
+_MASK_S = 0.002
+_IDLE_S = 0.005
+
+# What came of a piece of work: texts with their new pieces. A text that is `done` has left the scheduler.
+Events = list[tuple[Generation, list[Piece]]]
+
+
+@dataclass
+class Work:
+    """What a scheduler has done.
+
+    Attributes:
+        prompt_tokens: Tokens of prompts read.
+        reused_tokens: Tokens of prompts that did not have to be read.
+        new_tokens: Tokens generated.
+        steps: Steps taken.
+        rows: Rows of all steps together.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    rows: int = 0
+
+
+@dataclass(eq=False)
+class _Row:
+    """A text in a slot, and how far its prompt is read."""
+
+    generation: Generation
+    slot: Slot
+    prefixes: PrefixCache | None
+    read: int = 0
+    read_at: float = 0.0
+    reading: bool = True
+
+
+class Scheduler:
+    """Texts in the slots of a batch.
+
+    Attributes:
+        batch: The slots.
+        work: What was done so far; not to be written.
+        step_s: How long a step takes, in seconds, smoothed; 0 before the first.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        *,
+        prefill_tokens: int | None = None,
+        prefix_bytes: int = 0,
+        threads: Executor | None = None,
+    ) -> None:
+        """Begins without texts.
+
+        Args:
+            batch: Its slots are the scheduler's alone.
+            prefill_tokens: The most tokens of prompts that `read` reads; None reads a prompt as a whole.
+            prefix_bytes: Memory for snapshots of prompts, for each adapter: prompts that begin alike are not read again.
+            threads: Where constraints compute; None computes them in the calling thread.
+        """
+        self.batch = batch
+        self.work = Work()
+        self.step_s = 0.0
+        self._prefill = prefill_tokens or batch.decoder.context
+        self._prefix_bytes = prefix_bytes
+        self._prefixes: dict[str, PrefixCache] = {}
+        self._threads = threads
+        self._rows: dict[Generation, _Row] = {}
+        self._mask_until = 0.0
+
+    @property
+    def free(self) -> int:
+        """How many more texts can be admitted."""
+        return self.batch.free
+
+    @property
+    def running(self) -> int:
+        """How many texts there are."""
+        return len(self._rows)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of caches and snapshots."""
+        return self.batch.bytes + sum(cache.bytes for cache in list(self._prefixes.values()))
+
+    def admit(self, generation: Generation, adapter: Adapter | None = None) -> None:
+        """Takes a text into a free slot, at the longest known beginning of its prompt; computes nothing yet.
+
+        Texts in a batch end where the context is full.
+        """
+        assert generation.request.on_full == "stop"
+        slot = self.batch.take(adapter)
+        prefixes = None
+        if self._prefix_bytes:
+            digest = "" if adapter is None else adapter.digest
+            prefixes = self._prefixes.setdefault(digest, PrefixCache(self._prefix_bytes))
+        row = self._rows[generation] = _Row(generation, slot, prefixes)
+        generation.begin(self._threads)
+        if prefixes is not None:
+            row.read = generation.reused = prefixes.restore(slot, generation.unread)
+            self.work.reused_tokens += row.read
+
+    def release(self, generation: Generation) -> None:
+        """Frees the slot of a text, where it has one."""
+        row = self._rows.pop(generation, None)
+        if row is not None:
+            self.batch.release(row.slot)
+
+    def turn(self) -> Iterator[Events]:
+        """Reads some of the prompts, and then one token of every other text; yields after each piece of work."""
+        self._mask_until = time.perf_counter() + _MASK_S
+        yield from self.read()
+        yield [*self.resume(), *self.step()]
+
+    def read(self) -> Iterator[Events]:
+        """Reads pieces of prompts: one, and others while all together are at most `prefill_tokens`.
+
+        Prompts take turns, so that none waits for all of a long one. Where a prompt is cut does not depend on the others, so
+        that its sums are added as if it were alone.
+        """
+        left = self._prefill
+        while reading := [row for row in self._rows.values() if row.reading]:
+            row = min(reading, key=lambda each: each.read_at)
+            size = self._piece_end(row) - row.read
+            if size > left and left < self._prefill:
+                break
+            yield self._read_on(row)
+            left -= size
+
+    def step(self) -> Events:
+        """Takes one step with all texts whose prompts are read and that do not wait for their constraints."""
+        stepping = [row for row in self._rows.values() if not row.reading and not row.generation.waiting]
+        if not stepping:
+            return []
+        rows = {row.slot: row for row in stepping}
+        began = time.perf_counter()
+        found = self.batch.step({slot: row.generation.tokens[-1] for slot, row in rows.items()})
+        now = time.perf_counter()
+        self.step_s = now - began if not self.step_s else 0.9 * self.step_s + 0.1 * (now - began)
+        self.work.steps += 1
+        self.work.rows += len(rows)
+        self._mask_until = now + _MASK_S
+        return [self._feed(rows[slot], logits, began) for slot, logits in found.items()]
+
+    def resume(self) -> Events:
+        """Goes on with texts whose constraints were late."""
+        held = [row for row in self._rows.values() if row.generation.waiting]
+        patience = _IDLE_S / len(held) if held and len(held) == len(self._rows) else 0.0
+        return [self._advance(row, partial(row.generation.resume, patience)) for row in held]
+
+    def _piece_end(self, row: _Row) -> int:
+        """Returns where the next piece of a prompt ends."""
+        last = len(row.generation.unread) - 1
+        # The last token is read by itself where the tokens before it are kept for other prompts.
+        alone = row.prefixes is not None and last >= _WORTH_KEEPING and row.read < last
+        return min(row.read + self._prefill, last if alone else last + 1)
+
+    def _read_on(self, row: _Row) -> Events:
+        """Reads the next piece of a prompt; the last piece gives the first token."""
+        ids, stop = row.generation.unread, self._piece_end(row)
+        last = len(ids) - 1
+        began = time.perf_counter()
+        logits = row.slot.read(list(ids[row.read : stop]))
+        self.work.prompt_tokens += stop - row.read
+        row.read, row.read_at = stop, time.perf_counter()
+        if row.prefixes is not None and stop == last >= _WORTH_KEEPING:
+            row.prefixes.add(list(ids[:last]), row.slot.snapshot())
+        if stop <= last:
+            return []
+        row.reading = False
+        return [self._feed(row, logits, began)]
+
+    def _feed(self, row: _Row, logits: Array, began: float) -> tuple[Generation, list[Piece]]:
+        patience = max(0.0, self._mask_until - time.perf_counter())
+        return self._advance(row, partial(row.generation.feed, logits, began, patience))
+
+    def _advance(self, row: _Row, take: Callable[[], list[Piece]]) -> tuple[Generation, list[Piece]]:
+        """Takes a text further, and frees its slot where that ends it."""
+        generation, before = row.generation, len(row.generation.tokens)
+        try:
+            pieces = take()
+        except SlmError as error:  # a constraint or a bias of this text alone
+            pieces = generation.end("error", error.message)
+        self.work.new_tokens += len(generation.tokens) - before
+        if generation.done:
+            self.release(generation)
+        return generation, pieces
+
+
+def batched(decoder: Decoder, generations: Sequence[Generation]) -> OnnxDecoder | None:
+    """Returns the decoder that steps these texts together; None where each runs by itself.
+
+    Only a fused bundle steps several texts. A chat's decoder does too: a batch has caches of its own and leaves those of the
+    chat alone. Texts that slide, and those with log-probabilities, run by themselves: in a batch, INT8 products may round
+    differently.
+    """
+    if isinstance(decoder, PrefixDecoder):
+        decoder = decoder.decoder
+    if not isinstance(decoder, OnnxDecoder) or decoder.bundle.manifest.target == "portable":
+        return None
+    plain = all(each.request.on_full == "stop" and each.request.logprobs is None for each in generations)
+    return decoder if plain else None
+
+
+def run_batch(decoder: Decoder, generations: Sequence[Generation], slots: int = SLOTS) -> list[Result]:
+    """Runs several texts, each as it would run alone; the slot of a text that ends is free for the next.
+
+    They step together where `batched` says so, on caches of their own; otherwise they run one after the other.
+
+    Args:
+        decoder: The model.
+        generations: The texts, none of them begun.
+        slots: How many run at once.
+
+    Raises:
+        SlmError: When no token can be chosen for one of them, or its constraint cannot be followed.
+    """
+    together = batched(decoder, generations)
+    if together is None:
+        return [run(decoder, each).finish() for each in generations]
+    scheduler = Scheduler(Batch(together, max(1, min(slots, len(generations)))))
+    waiting = deque(generations)
+    while waiting or scheduler.running:
+        while waiting and scheduler.free:  # a prompt may end with its first token, and leave its slot to the next
+            scheduler.admit(waiting.popleft(), together.adapter)
+            for _ in scheduler.read():
+                pass
+        for _ in scheduler.turn():
+            pass
+    results = [generation.result for generation in generations]
+    for result in results:
+        if result.error is not None:
+            raise SlmError(result.error)
+    return results

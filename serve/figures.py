@@ -1,0 +1,26 @@
+"""What an engine has done, for metrics."""
+
+from dataclasses import dataclass, field
+
+from slm.runtime.scheduler import Work
+
+
+@dataclass
+class Figures(Work):
+    """What an engine has done since it started, and what it is doing.
+
+    Attributes:
+        asked: Requests accepted.
+        refused: Requests rejected because the queue was full.
+        done: Texts that ended, by reason.
+        waiting: Requests in the queue now.
+        running: Texts in slots now.
+        cache_bytes: Memory of caches, snapshots included.
+    """
+
+    asked: int = 0
+    refused: int = 0
+    done: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0
+    running: int = 0
+    cache_bytes: int = 0
