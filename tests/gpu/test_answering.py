@@ -16,7 +16,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
@@ -188,12 +187,7 @@ def test_a_cpu_bundle_computes_what_pytorch_does_with_its_weights(
 def test_a_quantized_cuda_bundle_computes_what_pytorch_does_with_its_weights(
     rig: Rig, made: Made, record: Record, precision: str
 ) -> None:
-    try:
-        bundle = quantized(made.cuda, precision)
-    except SlmError as error:
-        if "is float16 already" not in error.message:
-            raise
-        pytest.skip(f"slm quantize does not take bundles for CUDA: {error.message}")
+    bundle = quantized(made.cuda, precision)
     taken = take_steps(bundle, rig.provider)
     assert taken.about["caches"] == rig.provider
     found = differences(taken, model_of(bundle))
