@@ -1,4 +1,4 @@
-// The page: what it shows and what it is told. Answers come from local.js or remote.js.
+// The page: its display and its controls. local.js or remote.js generates the answers.
 import { Local } from "./local.js";
 import { Problem, asProblem } from "./problem.js";
 import { Remote } from "./remote.js";
@@ -11,13 +11,13 @@ const WORDS = {
   context: "cut because the context is full",
   stopped: "stopped",
 };
-// What is loaded without being asked: somebody may pay for every byte.
+// The largest model, in bytes, that is downloaded without a click: the user may pay for the traffic.
 const UNASKED_BYTES = 32 << 20;
 
 let site = null;
 let backend = null;
-let messages = []; // of the conversation
-let running = null; // an AbortController while an answer comes
+let messages = []; // the messages of the conversation
+let running = null; // an AbortController while an answer is generated
 let ready = false;
 
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
@@ -28,7 +28,7 @@ function show(problem) {
   if (problem) $("problem").textContent = problem.hint ? `${problem.message}: ${problem.hint}` : problem.message;
 }
 
-// Does something and shows what went wrong, if anything did.
+// Runs an action and shows its error, if it fails.
 async function attempt(action) {
   try {
     show(null);
@@ -129,7 +129,7 @@ async function write() {
   }
 }
 
-// The conversation with what is said now.
+// Returns the conversation with the new message.
 function begin(prompt) {
   const system = site.model.system ? $("system").value.trim() : "";
   const before = messages.filter(({ role }) => role !== "system");
@@ -137,7 +137,7 @@ function begin(prompt) {
   return [...first, ...before, { role: "user", content: prompt }];
 }
 
-// An answer joins the conversation; a question that nobody answered does not: turns alternate.
+// Adds an answer to the conversation. Without an answer the question is removed too, because turns alternate.
 function end(asked, text, failed, into) {
   if (text.trim()) messages = [...asked, { role: "assistant", content: text.trim() }];
   else if (failed) {
@@ -162,7 +162,7 @@ function report(run, chosen) {
 
 const memory = ({ runtime, caches }) => `memory ${megabytes(runtime)}, of it caches ${megabytes(caches)}`;
 
-// What the browser itself measures, where it does: that takes it some seconds.
+// Shows the browser's own memory measurement, if it has one; that takes some seconds.
 async function measured() {
   const before = $("figures").textContent;
   const found = await performance.measureUserAgentSpecificMemory?.().catch(() => null);
@@ -212,7 +212,7 @@ function describe(found, milliseconds) {
   void keep(found.kept);
 }
 
-// Says whether there is everything that it takes without a network.
+// Shows whether everything that the page needs offline is stored.
 async function keep(model) {
   const late = new Promise((resolve) => setTimeout(resolve, 10_000, null));
   const page = model && navigator.serviceWorker ? await Promise.race([navigator.serviceWorker.ready, late]) : null;
@@ -237,7 +237,7 @@ async function connect() {
   refresh();
 }
 
-// Keeps the page for when there is no network, and says when there is a newer one.
+// Stores the page for offline use, and shows when there is a newer version.
 async function register() {
   if (!("serviceWorker" in navigator)) return;
   const registration = await navigator.serviceWorker.register("sw.js", { updateViaCache: "none" }).catch(() => null);
@@ -251,7 +251,7 @@ async function register() {
     registration.waiting?.postMessage("now");
   };
   told();
-  registration.update().catch(() => {}); // without a network there is none
+  registration.update().catch(() => {}); // fails when offline
 }
 
 async function start() {
@@ -271,7 +271,7 @@ async function start() {
     backend = new Remote();
     $("new-tokens").max = site.new_tokens;
     if ($("new-tokens").valueAsNumber > site.new_tokens) $("new-tokens").value = site.new_tokens;
-    await register(); // which removes what another site left at this address
+    await register(); // removes the service worker of another site at this address
     await connect();
     return;
   }

@@ -1,13 +1,13 @@
-// The one way a conversation becomes tokens: Gemma's turns, as in slm.core.chat. What is said stays what it is:
-// "<end_of_turn>" in a message is only characters.
+// Converts conversations to tokens: Gemma's turns, as in slm.core.chat. "<end_of_turn>" in a message is encoded as plain
+// characters.
 
 const START = "<start_of_turn>";
 const END = "<end_of_turn>";
-// Of the context, what is kept free for the answer when more is allowed than that.
+// A prompt leaves room for the new tokens, but for no more than 1 / LEAST_ROOM of the context.
 const LEAST_ROOM = 4;
 
-// The ids that ask for the next answer. messages: [{role: "system" | "user" | "assistant", content}]. stops: ids of the model's stop
-// tokens, which a message must not form either.
+// Returns the ids of the prompt for the next answer. messages: [{role: "system" | "user" | "assistant", content}].
+// stops: ids of the model's stop tokens, which messages must not form.
 export function chatIds(text, messages, stops = []) {
   const besides = text.lengthy(stops);
   const [start, end] = [text.id(START), text.id(END)];
@@ -22,7 +22,7 @@ export function chatIds(text, messages, stops = []) {
   return [...ids, start, ...model];
 }
 
-// The same of as much of a conversation as leaves room for an answer: the oldest exchanges are forgotten.
+// Returns the prompt for as much of a conversation as leaves room for an answer; the oldest exchanges are dropped.
 export function fittingIds(text, messages, context, newTokens, stops = []) {
   const room = Math.min(newTokens, Math.floor(context / LEAST_ROOM));
   const first = messages[0]?.role === "system" ? 1 : 0;
@@ -36,7 +36,7 @@ export function fittingIds(text, messages, context, newTokens, stops = []) {
   }
 }
 
-// The token that ends a turn, which ends an answer too.
+// The token that ends a turn, and so an answer.
 export function endOfTurn(text) {
   return text.id(END);
 }

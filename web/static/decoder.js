@@ -1,7 +1,7 @@
-// A bundle's graph, run by onnxruntime-web with the caches of what it read; the contract is that of slm.core.contract.
+// Runs a bundle's graph with onnxruntime-web, with its caches; the contract is slm.core.contract.
 
 const SIDES = ["key", "value"];
-// Tokens read in one step: so often can reading be stopped, and attention's scores take so much memory at most.
+// Tokens per prefill step. A prefill can be stopped between steps, and the size of a step limits the memory of attention scores.
 export const PIECE = 128;
 const BYTES = { float32: 4, float16: 2, int8: 1 };
 
@@ -13,7 +13,7 @@ export class Decoder {
   #session;
   #manifest;
   #outputs;
-  #saved = null; // what was read up to the end of the last prompt
+  #saved = null; // the state after the last prompt
 
   constructor(ort, session, manifest) {
     this.#ort = ort;
@@ -27,12 +27,12 @@ export class Decoder {
     return this.#manifest.context;
   }
 
-  // Bytes of the caches.
+  // Size of the caches in bytes.
   get cacheBytes() {
     return Object.values(this.caches).reduce((sum, { dims, type }) => sum + dims.reduce((a, b) => a * b) * BYTES[type], 0);
   }
 
-  // Forgets everything read.
+  // Empties the caches.
   reset() {
     this.#saved = null;
     this.#forget();
@@ -43,7 +43,7 @@ export class Decoder {
     }
   }
 
-  // Goes back to where a text left the one that was read, as far as that is kept; returns how many of its tokens are read.
+  // Reuses the current state if it is a prefix of the text, or else the saved state; returns the number of tokens reused.
   resume(ids) {
     const begins = (read) => read.length < ids.length && read.every((id, i) => id === ids[i]);
     if (begins(this.ids)) return this.ids.length;
@@ -52,14 +52,14 @@ export class Decoder {
     return this.ids.length;
   }
 
-  // Keeps what was read so far to resume from. Tensors are never written to, so that nothing is copied; on a GPU they are
-  // given back as soon as others take their place, and nothing is kept.
+  // Saves the current state to resume from. Tensors are never modified, so nothing is copied. On a GPU, old tensors are disposed
+  // when new ones replace them, and nothing is saved.
   keep() {
     const onHost = Object.values(this.caches).every((tensor) => tensor.location === "cpu");
     this.#saved = onHost ? { ids: this.ids, caches: this.caches } : null;
   }
 
-  // Reads tokens in one step and returns the logits (V,) for the one that follows.
+  // Reads tokens in one step and returns the logits (V,) of the next token.
   async step(ids) {
     const length = this.ids.length + ids.length;
     const int64 = (values) => new this.#ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
@@ -73,14 +73,14 @@ export class Decoder {
     this.caches = caches;
     this.ids = [...this.ids, ...ids];
     const { data, dims } = found.logits;
-    return data.subarray(data.length - dims.at(-1)); // the last position's, should there be more
+    return data.subarray(data.length - dims.at(-1)); // the logits of the last position, if there are several
   }
 
   #forget() {
     for (const tensor of Object.values(this.caches ?? {})) if (tensor.location === "gpu-buffer") tensor.dispose();
   }
 
-  // A sliding layer's cache has all of its positions from the beginning, others grow with the text.
+  // A sliding layer's cache has all its positions from the start; other caches grow with the text.
   #empty({ kv_heads, head_dim, window, slack = 16, dtype = "float32" }) {
     const positions = this.#manifest.target === "fused" && window !== null ? window + slack : 0;
     const size = kv_heads * positions * head_dim;
@@ -89,14 +89,14 @@ export class Decoder {
   }
 }
 
-// Where a browser has numbers of 16 bits onnxruntime-web wants those.
+// onnxruntime-web requires the browser's 16-bit array type where it exists.
 function halves(size) {
   return typeof Float16Array === "undefined" ? new Uint16Array(size) : new Float16Array(size);
 }
 
-// Has the graph give the logits of one position unless it is told otherwise, instead of all. onnxruntime-web can tell it nothing:
-// it knows no inputs that have defaults. model: a ModelProto; the default is a tensor whose fields name (8) and raw_data (9) follow
-// each other.
+// Makes the graph compute the logits of one position by default instead of all: onnxruntime-web does not support inputs with
+// defaults, so it cannot set the number itself. model: a ModelProto; the default is a tensor whose fields name (8) and
+// raw_data (9) are adjacent.
 export function keepOneLogit(model) {
   const name = new TextEncoder().encode("num_logits_to_keep");
   const wanted = [0x42, name.length, ...name, 0x4a, 8, ...Array(8).fill(0)];
@@ -109,7 +109,7 @@ export function keepOneLogit(model) {
   return false;
 }
 
-// Where the caches are to stay on a GPU: what InferenceSession.create is told.
+// Options of InferenceSession.create that keep the caches on a GPU.
 export function outputLocations(manifest, location) {
   return Object.fromEntries(manifest.cache.flatMap(({ layer }) => SIDES.map((side) => [present(layer, side), location])));
 }

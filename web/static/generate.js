@@ -4,7 +4,7 @@ import { Problem } from "./problem.js";
 import { Sampler } from "./sampling.js";
 import { TextStream } from "./text.js";
 
-// Lets messages in, the one that says stop among them: a step of onnxruntime gives way to none.
+// Lets the worker receive messages, such as "stop": a step of onnxruntime does not yield.
 const { port1, port2 } = new MessageChannel();
 const breath = () =>
   new Promise((resolve) => {
@@ -12,8 +12,8 @@ const breath = () =>
     port2.postMessage(null);
   });
 
-// Writes a text: pieces go to `told` as {text} and while a long prompt is read as {read, of}; returns how it went.
-// options: those of Sampler and newTokens; stops: ids that end a text; resume: go on from what was read before if ids do.
+// Generates text: calls `told` with pieces {text}, and with {read, of} during the prefill of a long prompt; returns figures.
+// options: those of Sampler and newTokens; stops: ids that end a text; resume: whether to reuse the caches of a common prefix.
 export async function generate(decoder, text, ids, options, { stops, resume = false, told, stopped }) {
   if (!ids.length) throw new Problem("there is nothing to continue", "type something");
   if (ids.length >= decoder.context) {
@@ -46,7 +46,7 @@ export async function generate(decoder, text, ids, options, { stops, resume = fa
     if (stopped()) break;
     const before = performance.now();
     token = sampler.choose(await decoder.step([token]));
-    decodeMs += performance.now() - before; // the time that it takes to show a piece is not the model's
+    decodeMs += performance.now() - before; // the time to display a piece does not count
     run.tokensPerSecond = (1e3 * run.tokens.length) / decodeMs;
   }
   if (stops.has(token)) run.reason = "end";

@@ -1,4 +1,4 @@
-// Answers from the model in this browser, which runs in a worker.
+// Generates answers with the model in this browser, which runs in a worker.
 import { Problem } from "./problem.js";
 import { remove, stored } from "./store.js";
 
@@ -13,14 +13,14 @@ export class Local {
     this.#site = site;
   }
 
-  // Bytes that are to be loaded, and whether all of them are here already.
+  // Bytes to download, and whether all files are stored already.
   async size() {
     const files = this.#files();
     const bytes = Object.values(files).reduce((sum, file) => sum + file.bytes, 0);
     return { bytes, here: (await stored(files)).length === Object.keys(files).length };
   }
 
-  // Loads the model; told of {loaded, total} as it comes. Returns what runs it.
+  // Loads the model; calls back with {loaded, total}. Returns a description of the backend.
   load(told) {
     this.#worker?.terminate();
     this.#worker = new Worker(new URL("worker.js", import.meta.url), { type: "module", name: "model" });
@@ -39,7 +39,7 @@ export class Local {
     });
   }
 
-  // Asks; told of pieces. Returns how it went. signal: an AbortSignal that stops it.
+  // Generates an answer; calls back with pieces. Returns figures. signal: an AbortSignal that stops it.
   answer(ask, options, { told, signal }) {
     const id = ++this.#count;
     return new Promise((resolve, reject) => {
@@ -59,7 +59,7 @@ export class Local {
     });
   }
 
-  // Removes what the browser keeps of the site.
+  // Removes the site's files from the browser.
   async remove() {
     await remove();
     const registration = await navigator.serviceWorker?.getRegistration();

@@ -1,4 +1,4 @@
-// What went wrong, in one line, and what to do about it.
+// An error in one line, with a hint on how to fix it.
 export class Problem extends Error {
   constructor(message, hint = "") {
     super(message);

@@ -1,4 +1,4 @@
-// Answers from the server that the page came from, over OpenAI's interface.
+// Generates answers with the server that the page comes from, over its OpenAI-compatible API.
 import { Problem } from "./problem.js";
 
 const at = (path) => new URL(path, import.meta.url);
@@ -7,13 +7,13 @@ export class Remote {
   key = "";
   model = "";
 
-  // The models that the server has.
+  // The models of the server.
   async models() {
     const { data } = await (await this.#fetch("v1/models")).json();
     return data.map(({ id }) => id);
   }
 
-  // Asks; told of pieces. Returns how it went. signal: an AbortSignal that stops it.
+  // Generates an answer; calls back with pieces. Returns figures. signal: an AbortSignal that stops it.
   async answer(ask, options, { told, signal }) {
     const started = performance.now();
     const run = { promptTokens: null, tokens: null, ttftMs: null, tokensPerSecond: null, reason: "stopped" };
@@ -75,7 +75,7 @@ export class Remote {
   }
 }
 
-// The JSON of server-sent events, as bytes come: a character may be cut anywhere.
+// Parses the JSON of server-sent events from a stream of bytes, which may split characters.
 export async function* events(body) {
   const decoder = new TextDecoder();
   let held = "";
@@ -91,7 +91,7 @@ export async function* events(body) {
   }
 }
 
-// Not every browser can go through a stream with `for await`.
+// Some browsers do not support `for await` on streams.
 async function* chunks(body) {
   const reader = body.getReader();
   try {

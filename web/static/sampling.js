@@ -1,5 +1,5 @@
-// Choosing the next token from logits (V,): the same steps in the same order as slm.runtime.sampling. The chance is another:
-// the same seed gives the same text here, not that of `slm generate`.
+// Chooses the next token from logits (V,), with the same steps in the same order as slm.runtime.sampling. The random numbers
+// differ: a seed gives the same text here each time, but not that of `slm generate`.
 
 const DEFAULTS = { temperature: 0.8, topK: 40, topP: 0.95, minP: 0, seed: 0 };
 
@@ -7,7 +7,7 @@ export class Sampler {
   #options;
   #random;
 
-  // options: temperature (0 takes the likeliest), topK (0 keeps all), topP (1 keeps all), minP (0 keeps all), seed.
+  // options: temperature (0 is greedy), topK (0 keeps all), topP (1 keeps all), minP (0 keeps all), seed.
   constructor(options) {
     this.#options = { ...DEFAULTS, ...options };
     this.#random = randomNumbers(this.#options.seed);
@@ -26,7 +26,7 @@ export function likeliest(row) {
   return best;
 }
 
-// The ids that can be chosen, ascending, and their probabilities; for a temperature above 0.
+// Returns the candidate ids in ascending order and their probabilities, for a temperature above 0.
 export function distribution(logits, { temperature, topK, topP, minP }) {
   let ids = keepTopK(logits, topK);
   let row = softmax(ids.map((i) => logits[i]), temperature);
@@ -47,7 +47,7 @@ export function softmax(logits, temperature) {
   return weights.map((weight) => weight / sum);
 }
 
-// The indices of the k largest, ascending; ties at the border stay. 0 keeps all.
+// Returns the indices of the k largest, in ascending order; ties at the limit stay. 0 keeps all.
 export function keepTopK(row, k) {
   const border = k > 0 && k < row.length ? kthLargest(row, k) : -Infinity;
   const kept = [];
@@ -55,9 +55,9 @@ export function keepTopK(row, k) {
   return kept;
 }
 
-// The fewest likeliest that reach p together; one always stays, of equal ones the first.
+// Returns the smallest set of the likeliest whose probabilities sum to p; at least one, and of equal ones the first.
 export function keepTopP(probabilities, p) {
-  for (let size = 64; ; size *= 16) { // a model that knows what it says needs few: only as many are sorted as are needed
+  for (let size = 64; ; size *= 16) { // confident models need few candidates, so only a few are sorted at first
     const among = keepTopK(probabilities, size).sort((a, b) => probabilities[b] - probabilities[a] || a - b);
     let mass = 0;
     const count = among.findIndex((i) => (mass += probabilities[i]) >= p) + 1;
@@ -65,13 +65,13 @@ export function keepTopP(probabilities, p) {
   }
 }
 
-// Those at least p times as likely as the likeliest.
+// Returns the candidates at least p times as likely as the likeliest.
 export function keepMinP(probabilities, p) {
   const border = p * probabilities.reduce((a, b) => Math.max(a, b), 0);
   return probabilities.map((_, i) => i).filter((i) => probabilities[i] >= border);
 }
 
-// An index with these probabilities, for a number from 0 to 1.
+// Returns an index drawn from probabilities, for a number from 0 to 1.
 export function draw(probabilities, point) {
   let last = 0;
   for (let i = 0; i < probabilities.length; i++) {
@@ -83,7 +83,7 @@ export function draw(probabilities, point) {
   return last;
 }
 
-// Numbers from 0 to 1, 53 bits each, by xoshiro128** (Blackman and Vigna, 2018), its state from splitmix32.
+// Random numbers from 0 to 1, 53 bits each, by xoshiro128** (Blackman and Vigna, 2018), seeded with splitmix32.
 export function randomNumbers(seed) {
   const parts = [seed >>> 0, Math.floor(seed / 2 ** 32) >>> 0];
   const state = new Uint32Array(4);
@@ -110,7 +110,7 @@ export function randomNumbers(seed) {
   return () => ((next() >>> 5) * 2 ** 26 + (next() >>> 6)) / 2 ** 53;
 }
 
-// The k-th largest, by a heap of the k largest so far whose root is the smallest of them.
+// Returns the k-th largest value: the root of a min-heap of the k largest so far.
 function kthLargest(row, k) {
   const heap = Float64Array.from(row.slice(0, k)).sort();
   for (let i = k; i < row.length; i++) {

@@ -1,15 +1,15 @@
-// The large files, kept in the browser under the hash of their contents: each is fetched once and works offline.
+// Stores large files in the browser under their hashes: each is downloaded once and works offline.
 import { Problem } from "./problem.js";
 
 const ROOT = new URL("./", import.meta.url);
-// Sites in other directories of the same host have stores of their own.
+// Sites in other directories of the same host have their own stores.
 export const STORE = `slm files ${ROOT.pathname}`;
 const key = (sha256) => new URL(`stored/${sha256}`, ROOT).href;
-// Pages that come without encryption from another machine have neither.
+// Pages that come over plain HTTP from another machine have neither caches nor hashes.
 const checks = globalThis.crypto?.subtle !== undefined;
 const open = () => (globalThis.caches ? caches.open(STORE) : null);
 
-// Which of the files are kept already, by name. files: {name: {bytes, sha256}}.
+// Returns which files are stored, by name. files: {name: {bytes, sha256}}.
 export async function stored(files) {
   const store = await open();
   const found = [];
@@ -17,8 +17,8 @@ export async function stored(files) {
   return found;
 }
 
-// The contents of files, from the store or else from the site, each as it was sealed; told of every part that came.
-// Returns {contents: {name: Uint8Array}, kept: whether all of them will be there without a network}.
+// Returns the contents of files, from the store or the site, after a check of their hashes; calls back with each part.
+// Result: {contents: {name: Uint8Array}, kept: whether all of them are available offline}.
 export async function fetchAll(files, told) {
   const store = await open();
   const total = Object.values(files).reduce((sum, file) => sum + file.bytes, 0);
@@ -43,7 +43,7 @@ export async function remove() {
   await globalThis.caches?.delete(STORE);
 }
 
-// Removes what no longer belongs to the site.
+// Removes files that no longer belong to the site.
 export async function forget(files) {
   const wanted = new Set(Object.values(files).map((file) => key(file.sha256)));
   const store = await open();
@@ -87,7 +87,7 @@ async function check(name, { sha256 }, content, store) {
   if (!checks) return;
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
   if ([...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("") === sha256) return;
-  await store?.delete(key(sha256)); // next time it is fetched anew
+  await store?.delete(key(sha256)); // the next use downloads it again
   throw new Problem(`${name} was altered (SHA-256 differs)`, "the site has changed or is not whole: reload the page");
 }
 
@@ -96,6 +96,6 @@ async function keep(store, { sha256 }, content) {
     await store.put(key(sha256), new Response(content));
     return true;
   } catch {
-    return false; // no room: it works, but not offline
+    return false; // the quota is exceeded: the file works, but not offline
   }
 }

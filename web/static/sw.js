@@ -1,10 +1,10 @@
-// Lets the page be opened without a network. A first line is written above this one when the site is: SITE, with its version and the
-// hash of each small file; null where the page comes from `slm serve`, which removes whatever another site left here.
-// The model's files are no matter of this one: store.js keeps them.
+// Serves the page offline. The site puts a line before this one: SITE, with its version and the hash of each small file, or null
+// for the page of `slm serve`, which removes the service worker of another site at this address.
+// store.js stores the model's files; this worker ignores them.
 const ROOT = new URL("./", self.location.href);
 const PAGES = `slm page ${ROOT.pathname} `;
 const CURRENT = `${PAGES}${SITE?.version}`;
-// With these a page may use threads, on hosts too that cannot be told to send them.
+// These headers let a page use threads, also on hosts that cannot send them.
 const ISOLATION = {
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",

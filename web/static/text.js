@@ -1,16 +1,17 @@
-// Text to token ids and back, and text as it streams; the same as slm.core.tokenizer.
+// Converts text to token ids and back, also incrementally; gives the same results as slm.core.tokenizer.
 import { ByteFallbackDecoder, Tokenizer } from "./vendor/tokenizers.min.mjs";
 
-// Tokens that slm's own models have besides those that tokenizer_config.json names.
+// Tokens of slm's own models, in addition to those named in tokenizer_config.json.
 const SPECIAL_TOKENS = ["<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<pad>"];
 const CONTROL = /^(?:[<[][|｜][^]*[|｜][>\]]|<[/A-Za-z0-9]*_[/A-Za-z0-9_]*>|\[\/?[A-Z_]+\])$/;
 const MARKER = /[<[](?=[^<>[\]]{0,64}[A-Za-z])[^\s<>[\]{}'"]{1,64}[>\]]/g;
 const BYTE = /^<0x[0-9A-Fa-f]{2}>$/;
-const UNKNOWN = "\u{10fffd}"; // a character that vocabularies do not have
+const UNKNOWN = "\u{10fffd}"; // a character that vocabularies do not contain
 
-const REPLACEMENT = "\ufffd"; // stands in a text for bytes that are no character
+const REPLACEMENT = "\ufffd"; // replaces bytes that are not a character
 
-// Bytes in a row that are no whole characters are one REPLACEMENT each, as the Rust library has it; this one would show what it can.
+// Decodes a run of bytes as a whole: if it is not valid UTF-8, each byte becomes a REPLACEMENT, as in the Rust library. This
+// library would decode the valid parts of the run.
 ByteFallbackDecoder.prototype.decode_chain = (tokens) => {
   const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
   const found = [];
@@ -40,10 +41,10 @@ export class Text {
   #config;
   #tokenizer;
   #literal = null;
-  #controls; // ids that mean something besides their characters: Tokenizer.control_ids in Python
-  #forbidden = null; // those that no text may come to
+  #controls; // ids that have a meaning besides their characters: Tokenizer.control_ids in Python
+  #forbidden = null; // ids that plain text must not form
 
-  // json: the contents of tokenizer.json; config: those of tokenizer_config.json.
+  // json: the contents of tokenizer.json; config: the contents of tokenizer_config.json.
   constructor(json, config) {
     this.#json = json;
     this.#config = config;
@@ -52,13 +53,13 @@ export class Text {
     this.#controls = this.#controlIds();
   }
 
-  // The ids of a prompt: what the tokenizer puts before a text, and special tokens where they are spelt.
+  // Returns the ids of a prompt: with the tokens of the post-processor, and with special tokens for their text.
   encode(text) {
     return this.#tokenizer.encode(text).ids;
   }
 
-  // The ids of a text as it stands: nothing put before it, and no control token, however it is spelled.
-  // besides: ids of further control tokens.
+  // Returns the ids of plain text: without the tokens of the post-processor; text of control tokens is encoded as plain characters.
+  // besides: further ids to avoid.
   encodeLiteral(text, besides = new Set()) {
     const plain = this.#plain(text);
     if (!plain.some((id) => this.#controls.has(id) || besides.has(id))) return plain;
@@ -75,7 +76,7 @@ export class Text {
     return ids.length === 0 ? "" : this.#tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
   }
 
-  // Those of some ids that can be control tokens: neither white space nor a single character, which any text has.
+  // Returns the ids that can be control tokens: not white space or a single character, which occur in any text.
   lengthy(ids) {
     return new Set([...ids].filter((id) => this.#spelled(id).trim().length > 1));
   }
@@ -90,7 +91,7 @@ export class Text {
     return this.#tokenizer.encode(text, { add_special_tokens: false }).ids;
   }
 
-  // Cuts a text within a control token that the vocabulary forms from plain characters.
+  // Splits a text within a control token that the vocabulary forms from plain characters.
   #avoiding(text, besides) {
     const ids = this.#literal.encode(text, { add_special_tokens: false }).ids;
     const avoided = (id) => this.#forbidden.has(id) || besides.has(id);
@@ -124,7 +125,7 @@ export class Text {
   }
 }
 
-// The special tokens that a tokenizer_config.json names, plainly or in objects.
+// Returns the special tokens named in a tokenizer_config.json, as strings or in objects.
 function named(config) {
   const values = Object.entries(config).filter(([key]) => key.endsWith("_token")).map(([, value]) => value);
   for (const key of ["additional_special_tokens", "extra_special_tokens"]) values.push(...Object.values(config[key] ?? {}));
@@ -134,25 +135,25 @@ function named(config) {
 
 export class TextStream {
   #text;
-  #before = []; // the tokens of the last piece: decoders join and strip at the beginning of a text
+  #before = []; // the tokens of the last piece: decoders join and strip at the start of a text
   #held = [];
 
   constructor(text) {
     this.#text = text;
   }
 
-  // Takes a token and returns the whole characters that are complete with it, often none.
+  // Takes a token and returns the characters that it completes, often none.
   push(token) {
     if (this.#text.specialIds.has(token)) return "";
     this.#held.push(token);
     const piece = this.#piece();
-    if (piece.endsWith(REPLACEMENT)) return ""; // perhaps the beginning of a character
+    if (piece.endsWith(REPLACEMENT)) return ""; // perhaps the start of a character
     this.#before = this.#held;
     this.#held = [];
     return piece;
   }
 
-  // Returns the rest: the text ended within a character.
+  // Returns the rest of a text that ended within a character.
   finish() {
     const piece = this.#piece();
     this.#held = [];

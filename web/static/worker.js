@@ -1,4 +1,4 @@
-// Runs the model beside the page. Messages in: {load: site}, {ask, options, id}, {stop: true}, {reset: true}.
+// Runs the model outside the page's thread. Messages in: {load: site}, {ask, options, id}, {stop: true}, {reset: true}.
 import { endOfTurn, fittingIds } from "./chat.js";
 import { Decoder, keepOneLogit, outputLocations } from "./decoder.js";
 import { generate } from "./generate.js";
@@ -6,7 +6,7 @@ import { Problem, asProblem } from "./problem.js";
 import { fetchAll, forget } from "./store.js";
 import { Text } from "./text.js";
 
-// onnxruntime's memory, to be measured: it makes one and tells nobody.
+// Keeps a reference to onnxruntime's memory, to measure it: onnxruntime does not expose it.
 const memories = [];
 WebAssembly.Memory = class extends WebAssembly.Memory {
   constructor(descriptor) {
@@ -31,7 +31,7 @@ self.onmessage = async ({ data }) => {
   }
 };
 
-// Loads the site's model; returns what runs it.
+// Loads the site's model; returns a description of the backend.
 async function load(site) {
   const gpu = site.model.device === "webgpu" && (await usableGpu(site.model.precision));
   const names = gpu ? site.runtime.webgpu : site.runtime.wasm;
@@ -88,19 +88,19 @@ function figures(run) {
   return { ...run, tokens: run.tokens.length, ids: run.tokens, memory: memory() };
 }
 
-// Bytes of onnxruntime's memory, weights and caches included, and of the caches.
+// Returns the bytes of onnxruntime's memory, including weights and caches, and the bytes of the caches.
 function memory() {
   const runtime = memories.reduce((sum, each) => sum + each.buffer.byteLength, 0);
   return { runtime, caches: model?.decoder.cacheBytes ?? 0 };
 }
 
-// As many threads as there are cores; processors with two threads a core tell twice as many.
+// Returns the number of threads: of more than four reported processors half, because most cores report two.
 function threads() {
   const said = navigator.hardwareConcurrency || 1;
   return Math.min(MOST_THREADS, said > 4 ? Math.ceil(said / 2) : said);
 }
 
-// Whether there is a GPU that knows the model's numbers, and what onnxruntime needs to wait for it.
+// Returns whether WebGPU is usable: a GPU supports the model's types, and the browser has JSPI, which onnxruntime needs.
 async function usableGpu(precision) {
   if (!("Suspending" in WebAssembly)) return false;
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
@@ -108,7 +108,7 @@ async function usableGpu(precision) {
   return precision !== "float16" || adapter.features.has("shader-f16");
 }
 
-// The weights, by the name that the graph has for their file.
+// The weights, by the file name in the graph.
 function weights(manifest, contents) {
   const folder = `model/${manifest.model}`.replace(/[^/]*$/, "");
   return Object.keys(contents)
