@@ -128,7 +128,7 @@ build/peers/.installed: Makefile | install
 
 # onnxruntime-gpu on a simulated CUDA that computes nothing: part of test-peers; needs gcc, no GPU.
 test-fake-cuda: peers
-	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py
+	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py tests/peers/test_fresh_cuda.py
 
 test-peers: peers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
