@@ -108,10 +108,10 @@ def _gpu_finding(gpu: NvidiaGpu, cuda: str | None) -> Finding:
 def builds_findings(builds: Mapping[str, str | None], driver: Driver | None) -> list[Finding]:
     """Returns which CUDA the installed packages were built for, and whether they agree."""
     built = {name: cuda for name, cuda in builds.items() if cuda}
-    if not built:
+    there = driver is not None and driver.present
+    if not built and not there:
         return []
     value = ", ".join(f"{_NAMES[name]} {builds[name] or 'without'}" for name in builds)
-    there = driver is not None and driver.present
     if there and not builds.get("onnxruntime", ""):
         instead = f"pip uninstall onnxruntime, then {install_hint('cuda')}, to answer on the GPU"
         return [Finding("CUDA versions", value, instead, "note")]

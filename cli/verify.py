@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    help="Where to run the bundle. [default: the CPU, and CUDA where it is available and the bundle was exported for it]",
+    help="Where to run the bundle. [default: the CPU, and CUDA where it is available and would run the bundle's attention]",
 )
 @trust_option
 @allow_slow_option

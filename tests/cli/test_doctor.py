@@ -263,6 +263,7 @@ def test_a_gpu_that_is_too_old_for_the_kernels(
         ({"onnxruntime": "13.0", "torch": "12.8"}, "note", "onnxruntime 13.0, PyTorch 12.8: the majors differ"),
         ({"onnxruntime": "13.0", "torch": None}, "ok", "PyTorch without"),
         ({"onnxruntime": None, "torch": "13.0"}, "note", "pip uninstall onnxruntime, then"),
+        ({"onnxruntime": None, "torch": None}, "note", "pip uninstall onnxruntime, then"),
     ],
 )
 def test_the_cuda_versions_of_both_are_compared(
@@ -279,7 +280,9 @@ def test_the_cuda_versions_of_both_are_compared(
     assert said["level"] == level and words in f"{said['value']} {said['advice']}"
 
 
-def test_without_cuda_nothing_is_said_of_versions(slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+def test_without_cuda_and_a_driver_nothing_is_said_of_versions(
+    slm: Slm, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
     monkeypatch.setattr(probes, "cuda_builds", lambda: {"onnxruntime": None, "torch": None})
     assert all(found["name"] != "CUDA versions" for found in json.loads(slm("doctor", "--json").out)["findings"])
 
