@@ -50,7 +50,7 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not fuzz'
 
-# The drawn cases of `make test`, ten times as many and more: hours on two cores.
+# Ten to thirty times as many drawn cases as in `make test`: tens of minutes on two cores.
 test-fuzz: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz
 
