@@ -25,7 +25,10 @@ def extras() -> set[str]:
     """Returns what the extras bring, as it is imported."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [line for extra in ("convert", "train", "eval") for line in project["optional-dependencies"][extra]]
-    names = {re.split(r"[\[<>=;, ]", line)[0] for line in lines} - {"slm-edge"}
+    names = {re.split(r"[\[<>=;, ]", line)[0] for line in lines} - {
+        "slm-edge",
+        "typing_extensions",
+    }  # pydantic brings the latter
     return {IMPORTED.get(name, name) for name in names} | set(MORE)
 
 
