@@ -214,9 +214,8 @@ class _Talk:
         if self._chat.forgotten > forgotten:
             say(f"the context is full: exchanges forgotten so far: {self._chat.forgotten}")
         with closing(answer):
-            _, interrupted = listen(answer, show=not self._as_json)
-        result = answer.result
-        text = result.text
+            made, interrupted = listen(answer, show=not self._as_json)
+        text, result = "".join(piece.text for piece in made), answer.result
         if not self._as_json:
             click.echo()
         else:

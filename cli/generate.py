@@ -127,7 +127,7 @@ def generate(
     made, interrupted = listen(pieces, show=not as_json)
     result = pieces.result
     if as_json:
-        answer = {"text": result.text, "model": path}
+        answer = {"text": "".join(piece.text for piece in made), "model": path}
         scores = {} if logprobs is None else {"logprobs": _logprobs(made, loaded.tokenizer)}
         drafts = {} if drafting is None else {"drafted": drafting.drafted, "accepted": drafting.accepted}
         print_json(answer | {"backend": loaded.decoder.description} | figures(result) | drafts | scores)

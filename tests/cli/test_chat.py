@@ -202,7 +202,7 @@ def test_a_keyboard_is_told_how_to_go_on(typed: Slm, piped: Slm) -> None:
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     typed: Slm, monkeypatch: pytest.MonkeyPatch, shared_bundle: Bundle
 ) -> None:
-    pieces = Chat._told
+    pieces = Chat._recorded
     times = iter([0, 6])
 
     def interrupted(self: Chat, made: Any) -> Any:
@@ -216,7 +216,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
 
         return pieces(self, some())
 
-    monkeypatch.setattr(Chat, "_told", interrupted)
+    monkeypatch.setattr(Chat, "_recorded", interrupted)
     result = typed("Never heard.", "Hi.", "/save talk.jsonl")
     assert result.code == 0, result.err
     assert result.err.count("interrupted; the conversation goes on, /quit or Ctrl-D ends it") == 2
