@@ -205,6 +205,33 @@ def test_what_is_no_command_is_noticed(line: str) -> None:
         parsed(command)
 
 
+def unknown_in_text(text: str) -> list[str]:
+    """Commands in backticks, which may be fragments, that name a command or an option that does not exist."""
+    found = []
+    for shown in re.findall(r"`slm ([a-z][^`|]*)`", text):
+        words = shlex.split(shown)
+        command: click.Command = cli
+        while isinstance(command, click.Group) and words and command.get_command(click.Context(command), words[0]):
+            command = command.get_command(click.Context(command), words.pop(0)) or command
+        options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+        named = [word.partition("=")[0].rstrip(",") for word in words if re.match(r"--?[a-z]", word)]
+        if command is cli or not set(named) <= options | {"--help"}:
+            found.append(shown)
+    return found
+
+
+def test_commands_in_sentences_exist() -> None:
+    root = Path(__file__).parent.parent
+    pages = [*root.glob("*.md"), *(path for path in (root / "docs").glob("*.md") if path.name != "LOG.md")]
+    assert {page.name: found for page in pages if (found := unknown_in_text(page.read_text(encoding="utf-8")))} == {}
+
+
+def test_an_unknown_option_in_a_sentence_is_noticed() -> None:
+    """The control."""
+    text = "`slm finetune rows --data rows.jsonl`, `slm quantize --int8`, `slm answer`, `slm data info --check DIR`"
+    assert unknown_in_text(text) == ["finetune rows --data rows.jsonl", "answer"]
+
+
 def test_no_document_has_a_place_left_to_fill() -> None:
     root = Path(__file__).parent.parent
     for document in (root / "README.md", root / "CHANGELOG.md", *(root / "docs").glob("*.md")):
