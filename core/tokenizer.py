@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from slm.core.errors import SlmError
 from slm.core.files import check_readable, read_json, read_text
-from slm.core.tokenizer_rules import MAX_ADDED_TOKENS, MAX_BYTES, MAX_TOKEN, Rules, Unsupported
+from slm.core.tokenizer_fields import MAX_BYTES, MAX_TOKEN, Unsupported
+from slm.core.tokenizer_rules import MAX_ADDED_TOKENS, Rules
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

@@ -7,7 +7,16 @@ import click
 import pytest
 
 from slm.cli.finetune import finetune
-from slm.core import name_patterns, peft_fields, template, template_worker, tokenizer_regex, tokenizer_rules
+from slm.core import (
+    name_patterns,
+    peft_fields,
+    template,
+    template_worker,
+    tokenizer_components,
+    tokenizer_fields,
+    tokenizer_regex,
+    tokenizer_rules,
+)
 from slm.core.machine import MAX_THREADS
 from slm.core.text import csv_rows, files, parquet_rows, streams
 from slm.finetune import rows
@@ -48,14 +57,14 @@ def mib(number: int) -> str:
         ("a template", [f"{template.MAX_TEMPLATE_CHARACTERS:,}"]),
         ("rendering one conversation", [f"{template.MAX_SECONDS} s", mib(template_worker.MAX_BYTES)]),
         ("the rendered text", [f"{template_worker.MAX_TEXT_CHARACTERS:,}"]),
-        ("file |", [mib(tokenizer_rules.MAX_BYTES)]),
-        ("components", [f"{tokenizer_rules.MAX_COMPONENTS}", f"{tokenizer_rules.MAX_NESTING} deep"]),
-        ("normalizers and", [f"{tokenizer_rules.MAX_GROWTH}"]),
-        ("decoders together", [f"{tokenizer_rules.MAX_DECODED_GROWTH}"]),
-        ("`Replace`", [f"{tokenizer_rules.MAX_INSERT}"]),
+        ("file |", [mib(tokenizer_fields.MAX_BYTES)]),
+        ("components", [f"{tokenizer_fields.MAX_COMPONENTS}", f"{tokenizer_fields.MAX_NESTING} deep"]),
+        ("normalizers and", [f"{tokenizer_fields.MAX_GROWTH}"]),
+        ("decoders together", [f"{tokenizer_fields.MAX_DECODED_GROWTH}"]),
+        ("`Replace`", [f"{tokenizer_fields.MAX_INSERT}"]),
         ("regular expressions", [f"{tokenizer_regex.MAX_CHARACTERS:,}"]),
-        ("`TemplateProcessing`", [f"{tokenizer_rules.MAX_TEMPLATE_TOKENS} tokens"]),
-        ("a token of the vocabulary", [f"{tokenizer_rules.MAX_TOKEN:,}"]),
+        ("`TemplateProcessing`", [f"{tokenizer_components.MAX_TEMPLATE_TOKENS} tokens"]),
+        ("a token of the vocabulary", [f"{tokenizer_fields.MAX_TOKEN:,}"]),
         ("added tokens", [f"{tokenizer_rules.MAX_ADDED_TOKENS:,}", f"{tokenizer_rules.MAX_ADDED_CHARACTERS:,}"]),
         ("WordPiece", [f"{tokenizer_rules.MAX_WORD}"]),
         ("names in a list", [f"{peft_fields._MOST_NAMES:,}"]),

@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
-from slm.core.tokenizer_rules import Rules, Unsupported, charsmap_growth
+from slm.core.tokenizer_components import charsmap_growth
+from slm.core.tokenizer_fields import Unsupported
+from slm.core.tokenizer_rules import Rules
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
