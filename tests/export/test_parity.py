@@ -124,7 +124,7 @@ def test_a_bundle_wrong_in_one_place_fails(
         "activation": {"hidden_activation": "gelu"},
     }.get(knob, {})
     bundle = rebuilt(shared_checkpoint, shared_bundle, tmp_path / "b", change, weights.get(knob))
-    with pytest.raises(SlmError, match="the bundle is not the checkpoint"):
+    with pytest.raises(SlmError, match="the bundle does not match the checkpoint"):
         check_parity(bundle, load_checkpoint(shared_checkpoint), Silent())
 
 

@@ -118,7 +118,7 @@ def test_a_bundle_wrong_in_one_place_fails(
     change: Callable[[ir.Model], None],
 ) -> None:
     bundle = altered(bundles[kind], tmp_path / "altered", change)
-    with pytest.raises(SlmError, match="the bundle is not the checkpoint") as caught:
+    with pytest.raises(SlmError, match="the bundle does not match the checkpoint") as caught:
         verify_bundle(bundle, shared_checkpoint, Silent())
     assert ("down_proj" in caught.value.message) == (change is one_weight)
 
@@ -142,6 +142,6 @@ def test_the_command(
     assert result.code == 0 and "(the checkpoint that it was exported from)" in result.err
     wrong = altered(bundles["int8"], tmp_path / "wrong", rope_base)
     result = slm("verify", wrong.path, "--against", shared_checkpoint)
-    assert result.code == 1 and "is not the checkpoint" in result.err and "Traceback" not in result.err
+    assert result.code == 1 and "does not match the checkpoint" in result.err and "Traceback" not in result.err
     result = slm("verify", bundles["float32"].path, "--against", tmp_path / "nowhere")
     assert result.code == 1 and len(result.err.splitlines()) <= 3

@@ -88,7 +88,7 @@ def test_a_gpu_that_does_not_start_is_an_error_only_when_it_is_named(
     progress = Silent()
     monkeypatch.setattr(progress, "note", noted.append)
     assert "cuda" not in verify_bundle(bundle, shared_checkpoint, progress).parity
-    assert any("not compared on CUDA" in note for note in noted)
+    assert any("skipping CUDA" in note for note in noted)
 
 
 def test_another_result_on_cuda_is_named(
@@ -97,7 +97,7 @@ def test_another_result_on_cuda_is_named(
     """As where norms folded into attention compute something else: right on the CPU, wrong on the GPU."""
     difference = compared._Difference(0.3, 0.01)
     with pytest.raises(
-        SlmError, match=r"not the checkpoint on CUDA: logits differ by 0\.3 \(whole\), allowed 5e-02"
+        SlmError, match=r"not match the checkpoint on CUDA: logits differ by 0\.3 \(whole\), limit 5e-02"
     ) as caught:
         compared._check({"whole": difference}, 0.05, "cuda")
     assert "slm verify --device cpu" in str(caught.value.hint)

@@ -130,7 +130,7 @@ def test_a_wrong_scale_is_noticed(
     made: dict[str, Bundle], shared_checkpoint: Path, tmp_path: Path, change: Callable[[ir.Model], None]
 ) -> None:
     """The control."""
-    with pytest.raises(SlmError, match="the bundle is not the checkpoint"):
+    with pytest.raises(SlmError, match="the bundle does not match the checkpoint"):
         verify_bundle(changed(made["int8"], tmp_path / "wrong", change), shared_checkpoint, Silent())
 
 
