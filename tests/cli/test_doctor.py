@@ -175,7 +175,7 @@ FAILED = json.dumps(ANSWER | {"loaded": [], "error": "CUDA failure 35: the drive
     [
         (_Done(0, FELL_BACK, LIBRARY), "libcudnn.so.9: cannot open shared object file: No such file or directory"),
         (_Done(0, FAILED, ""), "CUDA failure 35: the driver is insufficient"),
-        (_Done(0, FELL_BACK, ""), "onnxruntime does not say why"),
+        (_Done(0, FELL_BACK, ""), "onnxruntime reports no reason"),
         (
             _Done(1, "", "Traceback ...\nImportError: libgomp.so.1: no such file\n"),
             "ImportError: libgomp.so.1: no such file",

@@ -136,7 +136,7 @@ def test_a_failed_comparison_writes_nothing(
     monkeypatch.setattr(
         module, "build_graph", lambda c, w, t, n: build_graph(c.model_copy(update={"rms_norm_eps": 1e-3}), w, t, n)
     )
-    with pytest.raises(SlmError, match="not the checkpoint"):
+    with pytest.raises(SlmError, match="does not match the checkpoint"):
         export_bundle(shared_checkpoint, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -109,7 +109,7 @@ def test_another_result_on_cuda_is_named(
 def test_what_is_recorded_and_shown(slm: Slm, bundle: Bundle, gpu: list[tuple[str, bool]]) -> None:
     assert parity_devices(bundle.manifest) == ["cpu"]
     shown = " ".join(slm("info", "b").out.split())
-    assert "cpu; not proved on cuda (slm verify --device cuda, on a GPU)" in shown
+    assert "cpu; not verified on cuda (slm verify --device cuda, on a GPU)" in shown
     result = slm("verify", "b", "--device", "cuda", "--json")
     assert result.code == 0
     report = json.loads(result.out)
@@ -121,7 +121,7 @@ def test_what_is_recorded_and_shown(slm: Slm, bundle: Bundle, gpu: list[tuple[st
     assert again.manifest.gpu_parity["cuda"].runtime.startswith("onnxruntime ")
     info = json.loads(slm("info", "b", "--json").out)
     assert info["parity_devices"] == ["cpu", "cuda"] and info["gpu_parity"]["cuda"]["tokens"] == 48
-    assert "not proved" not in " ".join(slm("info", "b").out.split())
+    assert "not verified" not in " ".join(slm("info", "b").out.split())
 
 
 def test_the_cpu_alone_changes_no_file(slm: Slm, bundle: Bundle, gpu: list[tuple[str, bool]]) -> None:
@@ -148,9 +148,9 @@ def test_export_says_what_it_has_not_proved(slm: Slm, shared_checkpoint: Path) -
     assert report["parity_missing"].endswith("slm verify e --device cuda")
     assert report["next"] == "slm verify e --device cuda"
     result = slm("export", "--onnx", shared_checkpoint, "--device", "cuda", "--out", "e")
-    assert "Parity was checked on the CPU provider. It is not proved on CUDA" in result.err
+    assert "Verified on the CPU only. The bundle is not verified on CUDA" in result.err
     result = slm("export", "--onnx", shared_checkpoint, "--device", "webgpu", "--out", "w")
-    assert "not proved on WebGPU" in result.err
+    assert "not verified on WebGPU" in result.err
     report = json.loads(slm("export", "--onnx", shared_checkpoint, "--out", "c", "--json").out)
     assert report["parity_devices"] == ["cpu"] and report["parity_missing"] is None
 

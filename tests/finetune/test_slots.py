@@ -241,7 +241,7 @@ def test_what_slots_do_not_hold_is_refused(
     ):
         with refused(match=words):
             checked(Adapter("wrong", good.arrays | wrong), slotted, tmp_path)
-    with refused(match="slots are for fused"):
+    with refused(match="only fused bundles for the CPU support adapter slots"):
         export_bundle(shared_checkpoint, tmp_path / "portable", target="portable", adapter_slots=True)
 
 

@@ -227,7 +227,7 @@ def said_of_grids(bundle: Bundle, wish: Wish, block_size: int | None = None) -> 
 
 def test_notes_say_what_is_exact_and_what_would_be(qat: tuple[Path, Bundle], shared_bundle: Bundle) -> None:
     kept, said = said_of_grids(qat[1], INT4_WISH)
-    assert len(kept) == 16 and "16 of 16 products lie on a grid that int4 in blocks of 32 stores" in said
+    assert len(kept) == 16 and "16 of 16 products lie on a grid that int4 in blocks of 32 stores exactly" in said
     kept, said = said_of_grids(qat[1], INT8_WISH["auto"])  # blocks of up to 128; 96 inputs make blocks of 32
     assert kept == {f"model.layers.{i}.mlp.down_proj" for i in range(4)}
     assert "12 of 16 products lie on a 4-bit grid in blocks of 32" in said

@@ -197,7 +197,7 @@ def test_smaller_blocks_are_more_exact(
 
 
 def test_the_gate_refuses_and_writes_nothing(shared_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(SlmError, match=r"moved by .* kept least well: model\.") as caught:
+    with pytest.raises(SlmError, match=r"KL divergence .* least accurate layers: model\.") as caught:
         make(shared_bundle, tmp_path / "b", gate=Gate(1e-7))
     assert caught.value.hint is not None and "--prefer quality" in caught.value.hint and "--max-kl" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
@@ -206,9 +206,9 @@ def test_the_gate_refuses_and_writes_nothing(shared_bundle: Bundle, tmp_path: Pa
 def test_the_gate() -> None:
     change = Change(10, 0.01, 1.0, 1.0, 10.0, 10.3)
     assert Gate(None).refuses(change) is None and Gate(0.01).refuses(change) is None
-    assert "allowed 0.009" in str(Gate(0.009).refuses(change))
+    assert "limit 0.009" in str(Gate(0.009).refuses(change))
     assert Gate(None, 0.031).refuses(change) is None
-    assert "grew by 3.0%" in str(Gate(None, 0.029).refuses(change))
+    assert "increase 3.0%" in str(Gate(None, 0.029).refuses(change))
     for nothing in (Change(10, float("nan"), 1.0, 1.0, 10.0, 10.3), Change(10, 0.01, 1.0, 1.0, 10.0, float("nan"))):
         assert Gate(0.02, 0.5).refuses(nothing) is not None  # what is no number is refused
 
@@ -225,7 +225,7 @@ def test_a_broken_quantizer_does_not_pass_the_default_gate(
         return arrays | {"weight_quantized": np.roll(arrays["weight_quantized"], 1, axis=-1)}
 
     monkeypatch.setattr(rounding, "quantize_nearest", off_by_one)
-    with pytest.raises(SlmError, match="moved by"):
+    with pytest.raises(SlmError, match="quality check failed: KL divergence"):
         make(shared_bundle, tmp_path / "b", gate=GATES["int8"])
     assert list(tmp_path.iterdir()) == []
 
@@ -254,7 +254,7 @@ def uneven(
 
 def test_a_bad_setting_is_stopped_and_smoothing_makes_it_a_good_one(uneven: Bundle, tmp_path: Path) -> None:
     """One scale for all channels of a token, of which one is far larger than the others."""
-    with pytest.raises(SlmError, match="moved by"):
+    with pytest.raises(SlmError, match="quality check failed: KL divergence"):
         make(uneven, tmp_path / "b", dynamic=True, smooth=False, gate=GATES["int8"])
     assert list(tmp_path.iterdir()) == []
     bundle, report = make(
@@ -321,7 +321,7 @@ def test_mixed_precision_keeps_a_target_size(
     assert report.change.kl_nats < made["int4-size"][1].change.kl_nats
     tried = {each.path: each.harm_nats for each in report.tensors if each.harm_nats is not None}
     assert len(tried) == 16 and max(tried.values()) > 0
-    with pytest.raises(SlmError, match="at the fewest bits"):
+    with pytest.raises(SlmError, match="the weights take at least"):
         make(shared_bundle, tmp_path / "c", precision="int4", target_bytes=least // 2)
     assert not (tmp_path / "c").exists()
 
@@ -342,11 +342,11 @@ def test_mixed_precision_keeps_a_divergence(
 def test_what_cannot_be_quantized_is_refused(
     shared_checkpoint: Path, shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path
 ) -> None:
-    with pytest.raises(SlmError, match="int8 already"):
+    with pytest.raises(SlmError, match="is already int8"):
         make(int8_bundle, tmp_path / "b")
-    with pytest.raises(SlmError, match="blocks of 128") as caught:
+    with pytest.raises(SlmError, match="the block size 128") as caught:
         make(shared_bundle, tmp_path / "b", block_size=128)
-    assert caught.value.hint == "--block-size 64 fits it"
+    assert caught.value.hint == "use --block-size 64"
     with pytest.raises(SlmError, match="is the bundle to quantize"):
         make(shared_bundle, shared_bundle.path)
     with pytest.raises(SlmError, match="portable bundle"):
@@ -419,7 +419,7 @@ def test_int8_caches_with_wrong_steps_are_noticed(
     monkeypatch.setattr(
         decide, "cache_steps", lambda *args: {name: steps / 20 for name, steps in measured(*args).items()}
     )
-    with pytest.raises(SlmError, match="the predictions moved"):
+    with pytest.raises(SlmError, match="quality check failed: KL divergence"):
         make(shared_bundle, tmp_path / "b", cache="int8", gate=GATES["int8"])
 
 

@@ -94,7 +94,7 @@ def test_the_page_of_a_quantization(made: tuple[Bundle, Report]) -> None:
         report.in_words,
         *report.parts,
         *[each.path for each in report.tensors],
-        "Harm, by layer",
+        "Sensitivity by layer",
     ):
         assert figure in text, figure
     plots = [drawn(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
@@ -112,7 +112,7 @@ def test_without_harm_there_is_no_such_part(made: tuple[Bundle, Report]) -> None
     report = made[1]
     plain = replace(report, tensors=tuple(replace(each, harm_nats=None) for each in report.tensors))
     page = report_page(plain)
-    assert "Harm, by layer" not in checked(page).text and len(re.findall("<svg", page)) == 5
+    assert "Sensitivity by layer" not in checked(page).text and len(re.findall("<svg", page)) == 5
 
 
 def test_names_do_no_harm(made: tuple[Bundle, Report]) -> None:

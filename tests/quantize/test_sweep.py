@@ -54,8 +54,8 @@ def run(source: Bundle, out: Path, seed: int = 5) -> tuple[Sweep, list[str]]:
 def test_trials_are_what_quantize_makes(shared_bundle: Bundle, tmp_path: Path) -> None:
     sweep, notes = run(shared_bundle, tmp_path / "sweep")
     assert [trial.options for trial in sweep.trials] == [INT8, INT4]
-    assert "do not divide into blocks of 128" in sweep.skipped["--int8 --block-size 128 --smooth"]
-    assert any("left out" in note for note in notes)
+    assert "not a multiple of the block size 128" in sweep.skipped["--int8 --block-size 128 --smooth"]
+    assert any("skipped" in note for note in notes)
     for trial in sweep.trials:
         settings = FEW[trial.options]
         shut = Settings(**settings.__dict__ | {"gate": Gate(None)})
@@ -80,7 +80,7 @@ def test_a_second_run_keeps_what_was_tried(
     monkeypatch.setattr(module, "_try", lambda *given: (tried.append(given[2]), original(*given))[1])
     second, notes = run(shared_bundle, tmp_path / "sweep")
     assert second.trials == first.trials and INT8 not in tried and INT4 not in tried
-    assert any("2 of 3 were tried before" in note for note in notes)
+    assert any("reusing 2 of 3 trials" in note for note in notes)
     run(shared_bundle, tmp_path / "sweep", seed=8)  # another text: everything anew
     assert {INT8, INT4} <= set(tried)
 
