@@ -253,7 +253,7 @@ def test_a_gpu_that_is_too_old_for_the_kernels(
     monkeypatch.setattr(probes, "cuda_builds", lambda: {"onnxruntime": cuda, "torch": None})
     said = finding(slm, "GPU")
     assert said["level"] == level and gpu.name in said["value"]
-    assert ("no kernels for it (from 7.5 on)" in said["value"]) == (level == "problem")
+    assert ("no kernels for it (it needs 7.5 or higher)" in said["value"]) == (level == "problem")
 
 
 @pytest.mark.parametrize(

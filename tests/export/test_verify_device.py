@@ -1,4 +1,4 @@
-"""On which devices a bundle is proved: `slm verify --device`, what it records, and where that is shown."""
+"""Verification on devices: `slm verify --device`, the record in the manifest, and its display."""
 
 import json
 import shutil
@@ -23,20 +23,20 @@ Slm = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def made(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for CUDA; not to be changed."""
+    """Returns a bundle for CUDA, which tests must not change."""
     return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("made") / "cuda", device="cuda").path
 
 
 @pytest.fixture
 def bundle(made: Path) -> Bundle:
-    """A copy of it, as ./b."""
+    """Returns a copy of the bundle as ./b."""
     shutil.copytree(made, "b")
     return Bundle.open(Path("b"))
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """A device "cuda" that computes as the CPU does; what is compared on it: (device, whether optimized)."""
+    """Replaces CUDA with the CPU, and returns the list of comparisons: (device, whether optimized)."""
     asked: list[tuple[str, bool]] = []
     check = module.check_parity
 
@@ -94,7 +94,7 @@ def test_a_gpu_that_does_not_start_is_an_error_only_when_it_is_named(
 def test_another_result_on_cuda_is_named(
     bundle: Bundle, shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where norms folded into attention compute something else: right on the CPU, wrong on the GPU."""
+    """A bundle that is right on the CPU and wrong on the GPU fails, such as one with wrongly fused norms."""
     difference = compared._Difference(0.3, 0.01)
     with pytest.raises(
         SlmError, match=r"not match the checkpoint on CUDA: logits differ by 0\.3 \(whole\), limit 5e-02"
@@ -114,8 +114,8 @@ def test_what_is_recorded_and_shown(slm: Slm, bundle: Bundle, gpu: list[tuple[st
     assert result.code == 0
     report = json.loads(result.out)
     assert report["recorded"] and set(report["parity"]) == {"cuda", "cuda, graph as written"}
-    assert "generate" in report["next"]  # not verify again
-    again = Bundle.open(Path("b"))  # which is sealed as before
+    assert "generate" in report["next"]  # does not suggest verify again
+    again = Bundle.open(Path("b"))  # its files still match the manifest
     assert parity_devices(again.manifest) == ["cpu", "cuda"]
     assert again.manifest.model_copy(update={"gpu_parity": {}}) == bundle.manifest
     assert again.manifest.gpu_parity["cuda"].runtime.startswith("onnxruntime ")
