@@ -97,10 +97,10 @@ def _rows(findings: Sequence[Finding]) -> list[tuple[str, str, str]]:
 def _verdict(problems: Sequence[str], packages: Mapping[str, str | None]) -> str:
     """Returns a line that names the tasks for which this machine is ready."""
     if problems:
-        return f"Verdict: {len(problems)} problem{'s' * (len(problems) > 1)} to solve first, listed above."
-    does = ["answering"]
+        return f"Verdict: {len(problems)} problem{'s' * (len(problems) > 1)}, listed above."
+    does = ["generation"]
     lacking: list[str] = []
-    for what, extra in (("importing and quantizing", "convert"), ("training and exporting", "train")):
+    for what, extra in (("import and quantization", "convert"), ("training and export", "train")):
         missing = [name for name, brought_by in _PACKAGES.items() if brought_by == extra and not packages[name]]
         if missing:
             lacking.append(f"{what} needs {', '.join(missing)}")

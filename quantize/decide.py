@@ -327,7 +327,7 @@ def _spend_bits(
         return recipe.smoothing.revert(name, restored(arrays, low[linear.path]))
 
     recipe.harm = sensitivities(Lab(source, layers), layers, _part(calibration, _SENSITIVITY_ROWS), rounded, progress)
-    # Eight bits would store a product less exactly that lies on a 4-bit grid.
+    # A product that lies on a 4-bit grid keeps four bits, because eight bits would be less exact.
     eight = schemes_of([linear for linear in layers if linear.path not in recipe.kept], INT8["auto"])
     high = low | on_device(eight, source, recipe.device)
     picked = partial(choose, linears, low, high, recipe.harm)

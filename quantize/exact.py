@@ -25,7 +25,7 @@ _ROUNDING, _Q8_ROUNDING = 2.0**-7, 2.0**-10
 _TINY = 2.0**-16  # the absolute tolerance in steps, for a 0 stored as a tiny number
 # The share of an output channel's blocks that must lie on a grid. A few damaged blocks do not matter.
 _ENOUGH = 0.9
-# The number of output channels to check first. None of an ordinary weight's lies on a grid; checking all takes seconds.
+# The number of output channels to check first: none of them lies on a grid in an ordinary weight. Checking all takes seconds.
 _SAMPLE_ROWS = 64
 # The number of weights of a block to check first.
 _FIRST = 6

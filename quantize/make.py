@@ -184,7 +184,7 @@ def _refusal(reason: str, change: Change, report: Report, settings: Settings) ->
     return SlmError(
         f"quality check failed: {reason}; perplexity {change.perplexity_before:.2f} to {change.perplexity_after:.2f}; "
         f"least accurate layers: {blamed}; nothing was written",
-        "; ".join(ways),
+        ", or ".join(ways),
     )
 
 

@@ -21,7 +21,7 @@ from slm.runtime.logprobs import log_softmax
 from slm.runtime.streaming import greedy
 
 DEFAULT_TOKENS = 2048
-# The default length of a row. A larger sliding window makes rows longer, by this many tokens past the window.
+# The default length of a row, and the tokens past the sliding window in a row for a larger window.
 ROW_TOKENS = 256
 PAST_THE_WINDOW = 64
 _LIKELIEST = 5

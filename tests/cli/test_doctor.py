@@ -94,7 +94,7 @@ def test_advice_stands_beside_what_was_found(slm: Slm, monkeypatch: pytest.Monke
     assert "tiktoken 1.0" in rows["packages"][0]
     assert (
         result.err
-        == "Verdict: ready for answering; importing and quantizing needs gguf; training and exporting needs peft.\n"
+        == "Verdict: ready for generation; import and quantization needs gguf; training and export needs peft.\n"
     )
 
 
@@ -114,7 +114,7 @@ def test_no_onnxruntime_at_all(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> Non
     assert report["problems"] == [
         f"no onnxruntime: {install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
     ]
-    assert slm("doctor").err.endswith("Verdict: 1 problem to solve first, listed above.\n")
+    assert slm("doctor").err.endswith("Verdict: 1 problem, listed above.\n")
 
 
 def test_what_the_base_installation_brings_is_a_problem_when_missing(
