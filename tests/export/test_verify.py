@@ -141,7 +141,7 @@ def test_the_command(
     figures = json.loads(result.out)
     assert figures["weights"] == 42 and figures["parity"]["cpu"]["tokens"] == 48
     result = slm("verify", bundles["portable"].path)  # the checkpoint still exists
-    assert result.code == 0 and "(the checkpoint that it was exported from)" in result.err
+    assert result.code == 0 and "(the checkpoint that the bundle was exported from)" in result.err
     wrong = altered(bundles["int8"], tmp_path / "wrong", rope_base)
     result = slm("verify", wrong.path, "--against", shared_checkpoint)
     assert result.code == 1 and "does not match the checkpoint" in result.err and "Traceback" not in result.err
