@@ -1,4 +1,4 @@
-"""`slm doctor`: what was found on this machine, and what to do about it."""
+"""`slm doctor`: examines the machine and gives advice."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from slm.version import __version__
 
 _T = TypeVar("_T")
 
-# Packages of the chain and the extra that brings each; None: the base installation.
+# Packages that slm uses, with the extra that installs each; None is the base installation.
 _PACKAGES = {
     "numpy": None,
     "tokenizers": None,
@@ -45,7 +45,7 @@ _PACKAGES = {
 }
 _ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
-# Peaks as docs/LOG.md has them: the documented recipe on a CPU, and `make demo`.
+# Peak memory in bytes, from docs/LOG.md: of the documented recipe on a CPU, and of `make demo`.
 _DOCUMENTED_RECIPE = int(11.3 * (1 << 30))
 _DEMO = 631 << 20
 
@@ -53,14 +53,14 @@ _DEMO = 631 << 20
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Report what this machine has, what is missing, and what to do about it.
+    """Examine this machine, and report problems with advice.
 
-    Each provider of onnxruntime runs one step of a tiny model, and the numbers are checked. For NVIDIA GPUs the report has the
-    driver, the compute capability and the CUDA versions that onnxruntime and PyTorch were built for.
+    Each provider of onnxruntime runs one step of a tiny model, and the result is checked. For NVIDIA GPUs, the report shows
+    the driver, the compute capability, and the CUDA versions that onnxruntime and PyTorch were built for.
 
     \b
       slm doctor
-      slm doctor --json      for a bug report; holds no token
+      slm doctor --json      for a bug report; contains no token
     """
     found, findings = _examine()
     findings.sort(key=lambda finding: finding.level != "problem")
@@ -72,14 +72,14 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    print_table("this machine", ("", "found", "what to do"), _rows(findings))
+    print_table("this machine", ("", "found", "advice"), _rows(findings))
     for problem in found["problems"]:
         say(f"problem: {problem}")
     say(_verdict(found["problems"], found["packages"]))
 
 
 def _rows(findings: Sequence[Finding]) -> list[tuple[str, str, str]]:
-    """Returns the table: problems, then what could be better, then the rest; packages together, by what there is to do."""
+    """Returns the rows of the table: problems, then notes, then the rest. Packages with the same advice share a row."""
     rows: list[tuple[str, str, str]] = []
     rank = {"problem": 0, "note": 1, "ok": 2}
     together: dict[str, list[Finding]] = {}
@@ -95,12 +95,12 @@ def _rows(findings: Sequence[Finding]) -> list[tuple[str, str, str]]:
 
 
 def _verdict(problems: Sequence[str], packages: Mapping[str, str | None]) -> str:
-    """Returns what works on this machine, in one line."""
+    """Returns a line that names the tasks for which this machine is ready."""
     if problems:
-        return f"Verdict: {len(problems)} problem{'s' * (len(problems) > 1)} to solve first, listed above."
-    does = ["answering"]
+        return f"Verdict: {len(problems)} problem{'s' * (len(problems) > 1)}, listed above."
+    does = ["generation"]
     lacking: list[str] = []
-    for what, extra in (("importing and quantizing", "convert"), ("training and exporting", "train")):
+    for what, extra in (("import and quantization", "convert"), ("training and export", "train")):
         missing = [name for name, brought_by in _PACKAGES.items() if brought_by == extra and not packages[name]]
         if missing:
             lacking.append(f"{what} needs {', '.join(missing)}")
@@ -111,14 +111,14 @@ def _verdict(problems: Sequence[str], packages: Mapping[str, str | None]) -> str
 
 
 def _examine() -> tuple[dict[str, Any], list[Finding]]:
-    """Measures everything; a probe that fails is a finding, and its value None."""
+    """Runs all probes. A probe that fails becomes a finding, and its value is None."""
     failed: list[Finding] = []
 
     def tried(name: str, probe: Callable[[], _T]) -> _T | None:
         try:
             return probe()
-        except Exception as error:  # whatever it is, the other probes still have something to say
-            failed.append(Finding(name, f"could not be asked ({_one_line(error)})", None, "note"))
+        except Exception as error:  # one failed probe must not stop the others
+            failed.append(Finding(name, f"probe failed ({_one_line(error)})", None, "note"))
             return None
 
     packages = {name: probes.package_version(name) for name in _PACKAGES}
@@ -162,7 +162,7 @@ def _examine() -> tuple[dict[str, Any], list[Finding]]:
 
 
 def _providers() -> dict[str, Provider]:
-    return probes.providers()  # each is tried in a process of its own: nothing of theirs fails here
+    return probes.providers()  # runs each provider in a separate process and does not raise
 
 
 def _cores() -> dict[str, int]:
@@ -183,17 +183,17 @@ def _type_finding(found: TrainingType) -> Finding:
 def _sets_finding(sets: Mapping[str, bool]) -> Finding:
     name = "instruction sets"
     if not sets:
-        return Finding(name, "unknown: the system does not say")
-    value = ", ".join(one for one, has in sets.items() if has) or "none of those that matter"
+        return Finding(name, "unknown: not reported by the system")
+    value = ", ".join(one for one, has in sets.items() if has) or "no relevant ones"
     lacks = [one for one, has in sets.items() if not has]
     value += f"; not {', '.join(lacks)}" if lacks else ""
     if not sets.get("AVX2", True):
-        return Finding(name, value, "without AVX2 INT8 is slow: compare with the float32 bundle", "note")
+        return Finding(name, value, "INT8 is slow without AVX2: compare with the float32 bundle", "note")
     if products_saturate(sets):
-        slower = "without VNNI INT8 products are slower, and those of slm quantize --int8-dynamic saturate: add --reduce-range"
+        slower = "INT8 is slower without VNNI, and slm quantize --int8-dynamic needs --reduce-range to avoid overflow"
         return Finding(name, value, slower, "note")
     if not sets.get("dot product", True):
-        return Finding(name, value, "without dot product INT8 products are slower", "note")
+        return Finding(name, value, "INT8 is slower without dot product instructions", "note")
     return Finding(name, value)
 
 
@@ -202,30 +202,30 @@ def _cores_finding(cores: Mapping[str, int], quota: float | None) -> Finding:
     if quota is not None:
         value += f" (the container's quota is {quota:g})"
     if quota is not None and quota < min(cores["allowed"], 2):
-        return Finding("cores", value, "threads are suspended at the quota: give the container more CPU", "note")
+        return Finding("cores", value, "the quota suspends threads: give the container more CPU", "note")
     if cores["allowed"] < cores["machine"]:
-        return Finding("cores", value, "taskset or a cpuset keeps the others from this process", "note")
+        return Finding("cores", value, "taskset or a cpuset limits this process to some of the cores", "note")
     return Finding("cores", value)
 
 
 def _memory_finding(room: Memory) -> Finding:
-    sizes = {"in all": room.total, "available": room.available, "container's limit": room.container_limit}
+    sizes = {"total": room.total, "available": room.available, "container's limit": room.container_limit}
     value = ", ".join(f"{size / (1 << 30):.1f} GiB {name}" for name, size in sizes.items() if size is not None)
     if room.usable is None:
-        return Finding("memory", "unknown: the system does not say")
+        return Finding("memory", "unknown: not reported by the system")
     if room.usable < _DEMO:
-        return Finding("memory", value, "training needs more: slm demo took 631 MiB; answering needs less", "note")
+        return Finding("memory", value, "training needs more: slm demo takes 631 MiB; generation needs less", "note")
     if room.usable < _DOCUMENTED_RECIPE:
-        return Finding("memory", value, "the documented recipe took 11.3 GiB on a CPU: train a smaller one", "note")
+        return Finding("memory", value, "the documented recipe takes 11.3 GiB on a CPU: train a smaller model", "note")
     return Finding("memory", value)
 
 
 def _offline_findings(offline: Offline) -> list[Finding]:
     gpt2 = Finding("GPT-2's tokenizer", f"in {offline.gpt2_directory}")
     if not offline.gpt2:
-        fetch = "for --tokenizer gpt2 point TIKTOKEN_CACHE_DIR at a directory with its files, or be online once"
+        fetch = "for --tokenizer gpt2, set TIKTOKEN_CACHE_DIR to a directory with its files, or download them once"
         gpt2 = Finding(
-            "GPT-2's tokenizer", f"not in {offline.gpt2_directory or 'any cache: caching is off'}", fetch, "note"
+            "GPT-2's tokenizer", f"not in {offline.gpt2_directory or 'a cache: caching is disabled'}", fetch, "note"
         )
     models = f"{offline.hub_models} model{'s' * (offline.hub_models != 1)} in {offline.hub_directory}"
     hub = Finding("Hugging Face cache", models)

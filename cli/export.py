@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 @click.option(
     "--gguf-type",
     type=click.Choice(["f32", "f16", "q8_0"]),
-    help="How a GGUF file stores matrices. [default: f16]",
+    help="Type of matrices in a GGUF file. [default: f16]",
 )
 @click.option("--adapter", type=adapter_type, metavar="ADAPTER", help="Merge this LoRA adapter first.")
-@click.option("--adapter-slots", is_flag=True, help="With --onnx: a graph that takes LoRA adapters when it runs.")
-@click.option("--onnx-adapter", is_flag=True, help="Write --adapter as an .onnx_adapter file for such a graph.")
+@click.option("--adapter-slots", is_flag=True, help="With --onnx: add inputs for LoRA adapters to the graph.")
+@click.option("--onnx-adapter", is_flag=True, help="Write --adapter as an .onnx_adapter file for adapter slots.")
 @click.option(
     "--context",
     type=Whole(2),
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
 @click.option(
     "--target",
     type=click.Choice(["fused", "portable"]),
-    help="Operators: onnxruntime's own, or standard ONNX alone. [default: fused]",
+    help="Operators: onnxruntime's own, or only standard ONNX. [default: fused]",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda", "webgpu"]),
-    help="Where it will run; products and caches are float16 on GPUs. [default: cpu]",
+    help="Device that will run the bundle; products and caches are float16 on GPUs. [default: cpu]",
 )
 @click.option(
     "--text",
     type=InputFile("text"),
     metavar="FILE",
-    help="Text that shows which products float16 would overflow. [default: stories that ship]",
+    help="Text for finding the products that overflow float16. [default: stories that ship with slm]",
 )
 @out_option_for("bundle, or the GGUF or adapter file", "RUN/onnx, RUN/gguf/NAME.gguf, or beside the adapter")
 @json_option
@@ -76,38 +76,38 @@ def export(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Export a checkpoint to an ONNX bundle or a GGUF file and prove it equal.
+    """Export a checkpoint to an ONNX bundle or a GGUF file, and verify the result.
 
-    Without CHECKPOINT, the newest under ./runs, or the one that --adapter was trained on.
-    A bundle is compared with PyTorch past the sliding window: in one go,
-    in chunks, step by step and as a batch. It appears only if logits and caches agree. A GGUF file is read back and
-    compared with the checkpoint: every tensor, the settings and the tokenizer.
+    The default CHECKPOINT is the newest one in ./runs, or the one that --adapter was trained on. A bundle is verified
+    against PyTorch beyond the sliding window: in one step, in chunks, token by token, and as a batch. Nothing is written
+    if logits or caches differ. A GGUF file is read back and compared with the checkpoint: every tensor, the settings and
+    the tokenizer.
 
     \b
       slm export --onnx
       slm export --gguf --gguf-type q8_0
       slm export --onnx runs/tiny/checkpoint/best --context 1024
-      slm export --onnx --target portable      # for transformers.js, optimum, any runtime of ONNX
+      slm export --onnx --target portable      # for transformers.js, optimum, any ONNX runtime
       slm export --onnx --device cuda
       slm export --onnx --adapter runs/tiny/adapters/data
-      slm export --onnx --adapter-slots        # one bundle, adapters when it runs: slm generate --adapter
+      slm export --onnx --adapter-slots        # one bundle for many adapters: slm generate --adapter
       slm export --onnx-adapter --adapter runs/tiny/adapters/data
     """
     if onnx + gguf + onnx_adapter != 1:
-        raise click.UsageError("name one format: --onnx, --gguf or --onnx-adapter")
+        raise click.UsageError("choose one format: --onnx, --gguf or --onnx-adapter")
     if onnx_adapter:
         _export_adapter(checkpoint, adapter, out, as_json)
         return
     if adapter_slots and (gguf or adapter is not None):
-        raise click.UsageError("--adapter-slots is for --onnx without --adapter, which would be merged")
+        raise click.UsageError("--adapter-slots requires --onnx and excludes --adapter, which merges an adapter")
     if gguf and context is not None:
-        raise click.UsageError("--context is for --onnx; llama.cpp takes its context when it loads the file")
+        raise click.UsageError("--context requires --onnx; llama.cpp sets the context when it loads the file")
     if gguf and (target, device, text) != (None, None, None):
-        raise click.UsageError("--target, --device and --text are for --onnx")
+        raise click.UsageError("--target, --device and --text require --onnx")
     if text is not None and device in (None, "cpu"):
-        raise click.UsageError("--text is for --device cuda or webgpu, where products are float16")
+        raise click.UsageError("--text requires --device cuda or webgpu, where products are float16")
     if onnx and gguf_type is not None:
-        raise click.UsageError("--gguf-type is for --gguf")
+        raise click.UsageError("--gguf-type requires --gguf")
     progress = RichProgress()
     started = time.perf_counter()
     if checkpoint is None:
@@ -144,7 +144,7 @@ def _export_adapter(checkpoint: Path | None, adapter: Path | None, out: Path | N
     from slm.runtime.adapters import SUFFIX, Adapter
 
     if adapter is None:
-        raise click.UsageError("--onnx-adapter needs --adapter DIR")
+        raise click.UsageError("--onnx-adapter requires --adapter DIR")
     base = checkpoint or base_of(adapter)
     path = out or adapter.with_name(f"{adapter.resolve().name}{SUFFIX}")
     _check_adapter_output(path)
@@ -162,7 +162,7 @@ def _export_adapter(checkpoint: Path | None, adapter: Path | None, out: Path | N
 
 
 def _check_adapter_output(path: Path) -> None:
-    """Makes sure that an adapter's file can be written: nothing is there, or such a file."""
+    """Checks that an adapter file can be written: the path does not exist, or is an adapter file."""
     from slm.runtime.adapters import SUFFIX
 
     check_writable(path)
@@ -171,7 +171,7 @@ def _check_adapter_output(path: Path) -> None:
 
 
 def _after_onnx_adapter(path: Path, base: Path, weights: str) -> str:
-    """Returns the command that asks a bundle with slots with the adapter, or the one that makes such a bundle."""
+    """Returns a command that uses the adapter with a bundle, or one that exports a bundle with adapter slots."""
     for bundle in sorted(run_of(base).glob("onnx*")):
         if is_bundle(bundle):
             manifest = Bundle.open(bundle).manifest
@@ -182,7 +182,7 @@ def _after_onnx_adapter(path: Path, base: Path, weights: str) -> str:
 
 def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path | None) -> Path:
     run = run_of(checkpoint)
-    of_a_run = run != checkpoint.parent  # else the checkpoint's own name says more than that of what it lies in
+    of_a_run = run != checkpoint.parent  # outside a run, the checkpoint's own name is used
     name = (run if of_a_run else checkpoint).resolve().name + ("" if adapter is None else f"-{adapter.resolve().name}")
     file = f"{name}-{gguf_type}.gguf"
     if out is None:
@@ -191,9 +191,9 @@ def _gguf_path(checkpoint: Path, adapter: Path | None, gguf_type: str, out: Path
 
 
 def base_of(adapter: Path | None) -> Path:
-    """Returns the checkpoint that an adapter was trained on, where it is there; else the newest. Says which.
+    """Returns the checkpoint that an adapter was trained on, or the newest one if it does not exist. Prints its path.
 
-    An adapter records the path of its base, which may have moved with the run since.
+    An adapter records the path of its base. If the run was moved, the base is searched in the run.
     """
     recorded = {} if adapter is None else read_info(adapter).get("base", {})
     base = Path(str(recorded.get("path", "")))
@@ -208,7 +208,7 @@ def base_of(adapter: Path | None) -> Path:
 
 @contextmanager
 def source_checkpoint(checkpoint: Path, adapter: Path | None) -> Iterator[Path]:
-    """Yields the checkpoint itself, or one with the adapter merged into it that is there only as long as it is used."""
+    """Yields the checkpoint, or a temporary checkpoint with the adapter merged into it."""
     if adapter is None:
         yield checkpoint
         return
@@ -233,7 +233,7 @@ def _report(bundle: Bundle, seconds: float, as_json: bool) -> None:
         return
     rows = [(name, f"{parity.logits[name]:.1e}", f"{parity.caches[name]:.1e}") for name in parity.logits]
     print_table(
-        f"{bundle.path}: equal to {parity.reference} over {parity.tokens} tokens (allowed {parity.tolerance:.0e})",
+        f"Verified: {bundle.path} matches {parity.reference} over {parity.tokens} tokens (limit {parity.tolerance:.0e})",
         ("read", "logits", "caches"),
         rows,
     )
@@ -242,18 +242,18 @@ def _report(bundle: Bundle, seconds: float, as_json: bool) -> None:
         f"{seconds:.1f} s"
     )
     if (missing := _unproved(bundle)) is not None:
-        say(f"Parity was checked on the CPU provider. {missing}")
+        say(f"Verified on the CPU only. {missing}")
     next_step(after_bundle(bundle))
 
 
 def _unproved(bundle: Bundle) -> str | None:
-    """Returns a line about the device for which a bundle is and on which it was not compared; None where there is none."""
+    """Returns a line if a bundle was not verified on the device that it is for; otherwise None."""
     device = bundle.manifest.device
     if device in parity_devices(bundle.manifest):
         return None
     if device == "cuda":
-        return f"It is not proved on CUDA; on a machine with a GPU: {proving(bundle)}"
-    return "It is not proved on WebGPU, which onnxruntime for Python does not have."
+        return f"The bundle is not verified on CUDA; on a machine with a GPU, run: {proving(bundle)}"
+    return "The bundle is not verified on WebGPU, which onnxruntime for Python does not support."
 
 
 def _report_gguf(written: "Written", seconds: float, as_json: bool) -> None:
@@ -272,12 +272,12 @@ def _report_gguf(written: "Written", seconds: float, as_json: bool) -> None:
         return
     stored = ", ".join(f"{count} {kind}" for kind, count in written.types.items())
     print_table(
-        f"{written.path}: read back and equal to the checkpoint",
+        f"Verified: {written.path} matches the checkpoint",
         ("", ""),
         [
             ("size", f"{written.bytes / 1e6:,.1f} MB"),
             ("tensors", stored),
-            ("largest rounding", f"{written.largest_difference:.1g} of a block's or tensor's largest value"),
+            ("largest rounding error", f"{written.largest_difference:.1g} of a block's or tensor's largest value"),
             ("time", f"{seconds:.0f} s"),
         ],
     )

@@ -38,7 +38,7 @@ def after_adapter(adapter: Path, base: Path | None = None) -> str:
 
 
 def after_bundle(bundle: "Bundle", *, verified: bool = False) -> str:
-    """Returns what to do with a bundle: quantize one of float32, verify a quantized one or one for CUDA, then ask it.
+    """Returns the next command for a bundle: quantize a float32 one, verify a quantized or CUDA one, otherwise run it.
 
     Args:
         bundle: The bundle.
@@ -64,7 +64,7 @@ def after_bundle(bundle: "Bundle", *, verified: bool = False) -> str:
 
 
 def proving(bundle: "Bundle") -> str:
-    """Returns how to compare a bundle for CUDA with its checkpoint on a GPU."""
+    """Returns the command that verifies a bundle for CUDA on a GPU."""
     return slm_command("verify", bundle.path, "--device", "cuda")
 
 

@@ -1,4 +1,4 @@
-"""What `slm doctor` reports of onnxruntime's providers, the NVIDIA driver and its GPUs, and what to do about each."""
+"""Findings of `slm doctor` about onnxruntime's providers, the NVIDIA driver and its GPUs, with advice for each."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from slm.core.install import install_hint
 
 # The oldest driver for any release of a CUDA major version (docs.nvidia.com/deploy/cuda-compatibility).
 _DRIVERS = {11: 450, 12: 525, 13: 580}
-# The lowest compute capability that the compilers of a CUDA major version have: none for Maxwell, Pascal and Volta from 13 on.
+# The lowest compute capability that a CUDA major version supports. CUDA 13 dropped Maxwell, Pascal and Volta.
 _CAPABILITIES = {13: (7, 5)}
 _CUDA = "CUDAExecutionProvider"
 _USED = ("CPUExecutionProvider", _CUDA)
@@ -19,11 +19,11 @@ _NAMES = {"onnxruntime": "onnxruntime", "torch": "PyTorch"}
 
 
 def onnxruntime_findings(packages: Mapping[str, str | None], providers: Mapping[str, Provider]) -> list[Finding]:
-    """Returns which onnxruntime is installed, and what each of its providers does.
+    """Returns the installed onnxruntime and the state of each of its providers.
 
     Args:
-        packages: Versions of onnxruntime and onnxruntime-gpu, None for one that is not installed.
-        providers: By name.
+        packages: Versions of onnxruntime and onnxruntime-gpu; None if a package is not installed.
+        providers: The state of each provider, by name.
     """
     value = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     if all(packages.values()):
@@ -39,38 +39,36 @@ def onnxruntime_findings(packages: Mapping[str, str | None], providers: Mapping[
 
 def _provider_finding(name: str, provider: Provider) -> Finding:
     if provider.runs:
-        return Finding(name, "runs a step, the numbers are right")
+        return Finding(name, "runs a step correctly")
     advice = {
         _CUDA: _cuda_advice(provider),
         "CPUExecutionProvider": "install onnxruntime again; slm does not run without it",
-    }.get(name, "nothing: slm runs on the CPU and on CUDA only")
+    }.get(name, "none needed: slm uses the CPU and CUDA only")
     fails = "loads, but does not run a step correctly" if provider.loads else "is listed but does not load"
     return Finding(name, f"{name} {fails} ({provider.error})", advice, "problem" if name in _USED else "note")
 
 
 def _cuda_advice(provider: Provider) -> str:
     error = provider.error or ""
-    until = "until then --device cpu"
+    until = "until then, use --device cpu"
     if "libcuda.so" in error:
-        return (
-            f"install the NVIDIA driver, {_oldest_driver(13)} or newer for CUDA 13; without an NVIDIA GPU --device cpu"
-        )
+        return f"install the NVIDIA driver, {_oldest_driver(13)} or newer for CUDA 13; without an NVIDIA GPU, use --device cpu"
     if _LIBRARY.search(error):
         return (
-            f"{install_hint('cuda')}, which brings CUDA's libraries, or put those of the system on the loader's path "
-            f"(LD_LIBRARY_PATH); {until}"
+            f"{install_hint('cuda')}, which includes CUDA's libraries, or add the system's libraries to LD_LIBRARY_PATH; "
+            f"{until}"
         )
     if provider.loads:
-        return f"update the driver, and see that nothing else is wrong with the GPU (nvidia-smi -q); {until}"
-    return f"see that nvidia-smi finds the GPU, and that the driver is new enough; {until}"
+        return f"update the driver, and check the GPU with nvidia-smi -q; {until}"
+    return f"check that nvidia-smi finds the GPU and that the driver is new enough; {until}"
 
 
 def driver_findings(driver: Driver, builds: Mapping[str, str | None]) -> list[Finding]:
-    """Returns the driver, whether it is new enough for the installed packages, and its GPUs.
+    """Returns the driver with its GPUs, and a problem if it is too old for the installed packages.
 
     Args:
         driver: The driver.
-        builds: The CUDA version that each package was built for, None where it was built without.
+        builds: The CUDA version that each package was built for; None for a build without CUDA.
     """
     wants = {name: cuda for name, cuda in builds.items() if cuda}
     needed = "; ".join(
@@ -87,7 +85,7 @@ def driver_findings(driver: Driver, builds: Mapping[str, str | None]) -> list[Fi
         finding = Finding("NVIDIA driver", f"the NVIDIA driver is too old ({value})", f"update it: {needed}", "problem")
     if not driver.gpus:
         why = driver.error or "the driver finds none"
-        return [finding, Finding("GPU", f"none ({why})", "see what nvidia-smi says", "note")]
+        return [finding, Finding("GPU", f"none ({why})", "check with nvidia-smi", "note")]
     return [finding, *(_gpu_finding(gpu, builds.get("onnxruntime")) for gpu in driver.gpus)]
 
 
@@ -99,21 +97,21 @@ def _gpu_finding(gpu: NvidiaGpu, cuda: str | None) -> Finding:
         return Finding("GPU", value)
     return Finding(
         "GPU",
-        f"{value}: onnxruntime for CUDA {cuda} has no kernels for it (from {oldest[0]}.{oldest[1]} on)",
-        "answer with --device cpu; PyTorch may still train on it",
+        f"{value}: onnxruntime for CUDA {cuda} has no kernels for it (it needs {oldest[0]}.{oldest[1]} or higher)",
+        "generate with --device cpu; PyTorch may still be able to train on it",
         "problem",
     )
 
 
 def builds_findings(builds: Mapping[str, str | None], driver: Driver | None) -> list[Finding]:
-    """Returns which CUDA the installed packages were built for, and whether they agree."""
+    """Returns the CUDA versions that the installed packages were built for, and whether their major versions match."""
     built = {name: cuda for name, cuda in builds.items() if cuda}
     there = driver is not None and driver.present
     if not built and not there:
         return []
     value = ", ".join(f"{_NAMES[name]} {builds[name] or 'without'}" for name in builds)
     if there and not builds.get("onnxruntime", ""):
-        instead = f"pip uninstall onnxruntime, then {install_hint('cuda')}, to answer on the GPU"
+        instead = f"pip uninstall onnxruntime, then {install_hint('cuda')}, to run bundles on the GPU"
         return [Finding("CUDA versions", value, instead, "note")]
     majors = {_major(cuda) for cuda in built.values()}
     if len(majors) > 1:
@@ -123,12 +121,12 @@ def builds_findings(builds: Mapping[str, str | None], driver: Driver | None) -> 
 
 def _matching(built: Mapping[str, str], there: bool) -> str:
     wanted = _major(built["onnxruntime"])
-    each = "each loads libraries of its own, and the driver must be new enough for both"
-    return f"{each}; a PyTorch for CUDA {wanted} shares them (pytorch.org)" if there else each
+    each = "each package loads its own libraries, and the driver must be new enough for both"
+    return f"{each}; a PyTorch for CUDA {wanted} shares the libraries (pytorch.org)" if there else each
 
 
 def torch_gpu_finding(gpu: Gpu) -> Finding:
-    """Returns the GPU that PyTorch sees, and whether it has kernels for it."""
+    """Returns the GPU that PyTorch finds, and a problem if PyTorch has no kernels for it."""
     if not gpu.name:
         return Finding("GPU in PyTorch", f"none ({gpu.missing})", gpu.advice, "note" if gpu.advice else "ok")
     value = f"{gpu.name}, compute capability {gpu.compute_capability}"
@@ -138,7 +136,7 @@ def torch_gpu_finding(gpu: Gpu) -> Finding:
 
 
 def _is_enough(driver: Driver, major: int) -> bool:
-    """Says whether a driver runs programs of a CUDA major version, as far as the driver tells."""
+    """Returns whether a driver runs programs for a CUDA major version. An unknown driver version counts as new enough."""
     if driver.cuda is not None:
         return driver.cuda[0] >= major
     release = (driver.release or "").partition(".")[0]

@@ -1,4 +1,4 @@
-"""Tables of `slm info`; the figures are those of its JSON object."""
+"""Tables of `slm info`, with the figures of its JSON object."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def print_info(name: str, config: ModelConfig, report: Report, details: Report, 
         config: The model's shape.
         report: The JSON object.
         details: The facts within `report` that are specific to the kind of artifact.
-        history: The steps that made the artifact, in order.
+        history: The steps that created the artifact, in order.
     """
     # Skips facts that the report computes itself or that the lineage shows.
     steps = {step["step"] for step in report["lineage"]} - {"made_by"}
@@ -138,14 +138,14 @@ def _parity_devices(report: Report) -> str:
     found = ", ".join(devices) or "none"
     if wanted in devices or wanted == "cpu":
         return found
-    return f"{found}; not proved on {wanted}" + (" (slm verify --device cuda, on a GPU)" if wanted == "cuda" else "")
+    return f"{found}; not verified on {wanted}" + (" (slm verify --device cuda, on a GPU)" if wanted == "cuda" else "")
 
 
 def _compared(parity: Mapping[str, Any]) -> str:
     largest = max(*parity["logits"].values(), *parity["caches"].values())
     return (
-        f"{largest:.1e} from {parity['reference']} (allowed {parity['tolerance']:.0e}), "
-        f"{parity['greedy_tokens_equal']} greedy tokens equal; {parity['tokens']:,} tokens"
+        f"largest difference from {parity['reference']} {largest:.1e} (limit {parity['tolerance']:.0e}), "
+        f"{parity['greedy_tokens_equal']} equal greedy tokens; {parity['tokens']:,} tokens"
     )
 
 
@@ -159,7 +159,7 @@ def _ranges(report: Report) -> str:
 
 
 _METHODS = {"nearest": "rounded to nearest", "searched": "with searched scales", "gptq": "by GPTQ"}
-# Fields of bundles that are shown as a sentence.
+# Functions that return the text of a bundle's field.
 _OF_BUNDLES = {
     "cache": _bundle_cache,
     "quantization": _quantization,

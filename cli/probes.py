@@ -1,4 +1,4 @@
-"""What `slm doctor` asks of other packages, which may be missing, broken or noisy."""
+"""Probes of `slm doctor` for other packages, which can be missing or broken, or print messages."""
 
 import json
 import os
@@ -19,8 +19,8 @@ _CPU = "CPUExecutionProvider"
 _NO_DEVICE = ("AzureExecutionProvider",)  # calls a service
 _LOADING_SECONDS = 120
 
-# In a process of its own: a provider may print, hang or crash while its libraries are loaded. onnxruntime writes why one
-# did not load to standard error and nowhere else. PyTorch is not imported there: it would load CUDA's libraries itself.
+# The code of a separate process, because a provider can print, hang or crash while its libraries load. onnxruntime reports
+# the reason of a failed load on standard error only. The process does not import PyTorch, which would load CUDA's libraries.
 _STEP = """
 import json, sys
 from slm.runtime.trial import try_provider
@@ -29,18 +29,18 @@ print(json.dumps(try_provider(sys.argv[1])))
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LOG_PREFIX = re.compile(r"^.*\[[EF]:onnxruntime:[^\]]*\] ")
 
-# The files of GPT-2's vocabulary in tiktoken's cache: SHA-1 of their addresses.
+# The file names of GPT-2's vocabulary in tiktoken's cache, which are the SHA-1 hashes of their URLs.
 _GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """What a provider of onnxruntime does here.
+    """The state of one provider of onnxruntime on this machine.
 
     Attributes:
         loads: Whether its libraries load and a session opens with it.
-        runs: Whether one step of a tiny model gives the right numbers (`slm.runtime.trial`).
-        error: Why it does not.
+        runs: Whether one step of a tiny model computes the expected result (`slm.runtime.trial`).
+        error: The reason if the provider does not load or run.
     """
 
     loads: bool
@@ -50,7 +50,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that PyTorch sees, or why it sees none or cannot use it, and what to do about that."""
+    """The GPU that PyTorch finds, or the reason why it finds none or cannot use it, with advice."""
 
     name: str | None = None
     compute_capability: str | None = None
@@ -60,7 +60,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class TrainingType:
-    """What products are computed in by a training run here: by preset, as a narrow model may gain less, and why."""
+    """The type of products in training on this machine, by preset, and the reason. Narrow models can gain less."""
 
     device: Literal["cpu", "cuda"] | None
     presets: dict[str, str]
@@ -69,7 +69,7 @@ class TrainingType:
 
 @dataclass(frozen=True)
 class Offline:
-    """What there is without a network. Of a token only whether there is one."""
+    """Tokenizers and models that are available offline. `hub_token` is whether a token is configured."""
 
     gpt2: bool
     gpt2_directory: str | None
@@ -80,7 +80,7 @@ class Offline:
 
 
 def package_version(package: str) -> str | None:
-    """Returns the version of an installed distribution, None when there is none."""
+    """Returns the version of an installed distribution; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -88,7 +88,7 @@ def package_version(package: str) -> str | None:
 
 
 def providers() -> dict[str, Provider]:
-    """Takes a step with each provider that onnxruntime lists; never fails itself."""
+    """Runs a step with each provider that onnxruntime lists. Does not raise."""
     if find_spec("onnxruntime") is None:
         return {}
     found: dict[str, Provider] = {}
@@ -100,24 +100,24 @@ def providers() -> dict[str, Provider]:
 
 
 def step_with(provider: str) -> tuple[list[str], Provider]:
-    """Takes a step of a tiny model with one provider; returns the providers that there are, and how it went."""
+    """Runs a step of a tiny model with one provider; returns the available providers and the result."""
     try:
         done = child.run(_STEP, provider, timeout=_LOADING_SECONDS)
         if done.returncode:
             return [], Provider(False, False, _reason(done.stderr) or f"the process ended with {done.returncode}")
         said = json.loads(done.stdout.splitlines()[-1])
-    except Exception as error:  # no process to be had, not a word from it in time
+    except Exception as error:  # the process does not start, or does not reply in time
         return [], Provider(False, False, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
     if said["ran"]:
         return said["available"], Provider(True, True)
     loads = provider in said["loaded"]
-    # Where the provider did not load, onnxruntime has written why before it fails in another way.
+    # If the provider did not load, onnxruntime printed the reason before the final error.
     reason = said["error"] if loads else _reason(done.stderr) or said["error"]
-    return said["available"], Provider(loads, False, (reason or "onnxruntime does not say why")[:200])
+    return said["available"], Provider(loads, False, (reason or "onnxruntime reports no reason")[:200])
 
 
 def _reason(stderr: str) -> str | None:
-    """Picks the line that says why: onnxruntime's first error, else what was said last."""
+    """Returns the line with the reason: onnxruntime's first error, or else the last line."""
     lines = [line.strip() for line in _COLOUR.sub("", stderr).splitlines() if line.strip()]
     errors = [line for line in lines if _LOG_PREFIX.match(line)]
     if not lines:
@@ -127,7 +127,7 @@ def _reason(stderr: str) -> str | None:
 
 
 def cuda() -> Gpu:
-    """Asks PyTorch for a GPU."""
+    """Returns the GPU that PyTorch finds, or the reason why it finds none."""
     driver = Path("/proc/driver/nvidia/version").exists()
     if find_spec("torch") is None:
         return Gpu(missing="PyTorch is not installed", advice=f"{install_hint('train')} to train" if driver else None)
@@ -143,18 +143,18 @@ def cuda() -> Gpu:
     if torch.version.cuda is None:
         return Gpu(
             missing="this PyTorch is built without CUDA",
-            advice="there is an NVIDIA driver: install PyTorch built for CUDA (pytorch.org)" if driver else None,
+            advice="an NVIDIA driver is installed: install PyTorch built for CUDA (pytorch.org)" if driver else None,
         )
-    advice = "there is an NVIDIA driver: does nvidia-smi find the GPU, and is it new enough for this PyTorch?"
+    advice = "an NVIDIA driver is installed: check that nvidia-smi finds the GPU and that it is new enough for PyTorch"
     return Gpu(missing="PyTorch finds no GPU", advice=advice if driver else None)
 
 
 def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Says whether a build runs on a GPU: machine code of the same major version, or PTX, which the driver translates.
+    """Returns whether a build runs on a GPU: with machine code of the same major version, or PTX for the driver to compile.
 
     Args:
-        capability: Compute capability of the GPU.
-        architectures: What the build has, such as "sm_75" and "compute_90"; empty where that is not known.
+        capability: The compute capability of the GPU.
+        architectures: The architectures of the build, such as "sm_75" and "compute_90"; empty if unknown.
     """
     found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", each) for each in architectures]
     versions = [(each[1], (int(each[2]), int(each[3]))) for each in found if each]
@@ -164,7 +164,7 @@ def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bo
 
 
 def cuda_builds() -> dict[str, str | None]:
-    """Returns the CUDA version that onnxruntime and PyTorch were built for; None for a build without, or no package."""
+    """Returns the CUDA versions that onnxruntime and PyTorch were built for; None without CUDA or without the package."""
     found: dict[str, str | None] = {"onnxruntime": _onnxruntime_cuda(), "torch": None}
     if find_spec("torch") is not None:
         import torch
@@ -174,7 +174,7 @@ def cuda_builds() -> dict[str, str | None]:
 
 
 def _onnxruntime_cuda() -> str | None:
-    """Returns what onnxruntime states, or what its wheel requires."""
+    """Returns the CUDA version that onnxruntime reports, or that its wheel requires."""
     if find_spec("onnxruntime") is None:
         return None
     import onnxruntime
@@ -190,7 +190,7 @@ def _onnxruntime_cuda() -> str | None:
 
 
 def training_type() -> TrainingType:
-    """Asks the training code what it would compute in here."""
+    """Returns the types that training uses on this machine."""
     if find_spec("torch") is None:
         return TrainingType(None, {}, "PyTorch is not installed")
     import torch
@@ -201,15 +201,15 @@ def training_type() -> TrainingType:
     why = {
         ("cuda", True): "the GPU multiplies bfloat16 in hardware",
         ("cuda", False): "the GPU does not multiply bfloat16 in hardware",
-        ("cpu", True): "the CPU multiplies bfloat16 with AMX, from which narrow models gain nothing",
-        ("cpu", False): "the CPU has no AMX to multiply bfloat16 with",
+        ("cpu", True): "the CPU multiplies bfloat16 with AMX, which does not help narrow models",
+        ("cpu", False): "the CPU has no AMX for bfloat16",
     }[able.device, able.bf16]
     chosen = {name: choose_precision("auto", able, config.hidden_size).name for name, config in PRESETS.items()}
     return TrainingType(able.device, chosen, why)
 
 
 def offline() -> Offline:
-    """Looks for tokenizers and models that need no network."""
+    """Returns the tokenizers and models that are available offline."""
     cache = _tiktoken_cache()
     hub, token_file = _hub()
     token = any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or _has_content(token_file)
@@ -224,7 +224,7 @@ def offline() -> Offline:
 
 
 def _tiktoken_cache() -> Path | None:
-    """Where tiktoken looks first; None where it is told to keep nothing."""
+    """Returns tiktoken's cache directory; None if its cache is disabled."""
     for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if name in os.environ:
             return Path(os.environ[name]) if os.environ[name] else None
@@ -232,7 +232,7 @@ def _tiktoken_cache() -> Path | None:
 
 
 def _hub() -> tuple[Path, Path]:
-    """Returns where the Hub's client keeps models, and where it keeps a token."""
+    """Returns the model cache and the token file of the Hub's client."""
     if find_spec("huggingface_hub") is not None:
         from huggingface_hub import constants
 

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from slm.quantize.rounding import Method
     from slm.quantize.sweep import Sweep
 
-# Tensors in the table.
+# The number of least accurate layers in the table.
 _WORST = 5
 _MAX_SHARE = 1000.0
 
 
 class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
-    """A share: "2%" or "0.02"."""
+    """A share such as "2%" or "0.02"."""
 
     name = "share"
 
@@ -55,62 +55,66 @@ class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
         except ValueError:
             share = -1.0
         if not 0 <= share <= _MAX_SHARE:
-            self.fail(f"{value!r} is not a share; 2% and 0.02 are, and 100,000% is the largest", param, ctx)
+            self.fail(f"{value!r} is not a share such as 2% or 0.02, up to 100,000%", param, ctx)
         return share
 
 
 @click.command(epilog=REPLACING)
 @click.argument("bundle", type=Artifact(checkpoints=False), required=False)
-@click.option("--int8", is_flag=True, help="Weights in 8 bits, by block.")
-@click.option("--int8-dynamic", is_flag=True, help="Weights and activations in 8 bits: long prompts are read faster.")
-@click.option("--reduce-range", is_flag=True, help="With --int8-dynamic: for processors without VNNI (slm doctor).")
-@click.option("--int4", is_flag=True, help="Weights in 4 bits, by block; in 8 for layers that need them.")
-@click.option("--sweep", is_flag=True, help="Try all sensible settings; write what each comes to, and no bundle.")
+@click.option("--int8", is_flag=True, help="Store weights in 8 bits, by block.")
+@click.option(
+    "--int8-dynamic", is_flag=True, help="Multiply 8-bit weights and activations: faster prefill of long prompts."
+)
+@click.option(
+    "--reduce-range", is_flag=True, help="With --int8-dynamic: 7-bit weights for processors without VNNI (slm doctor)."
+)
+@click.option("--int4", is_flag=True, help="Store weights in 4 bits, by block; in 8 bits for sensitive layers.")
+@click.option(
+    "--sweep", is_flag=True, help="Try many settings and write a report of size, speed and quality; no bundle."
+)
 @click.option(
     "--prefer",
     type=click.Choice(["auto", "speed", "size", "quality"]),
     default="auto",
     show_default=True,
-    help="What to weigh most.",
+    help="Property to optimize.",
 )
 @click.option(
     "--block-size",
     type=click.Choice(["128", "64", "32", "16"]),
-    help="Weights that share a scale: smaller is more exact and slower. [default: by --prefer]",
+    help="Weights that share a scale; smaller blocks are more accurate and slower. [default: by --prefer]",
 )
 @click.option(
     "--method",
     type=click.Choice(["nearest", "searched", "gptq"]),
-    help="How 4-bit integers are chosen; those of 8 bits are the nearest. [default: gptq]",
+    help="Rounding method for 4 bits; 8 bits always use nearest. [default: gptq]",
 )
+@click.option("--smooth/--no-smooth", default=None, help="Smooth activations first. [default: if it measures better]")
 @click.option(
-    "--smooth/--no-smooth", default=None, help="Smooth activations first. [default: where it measures better]"
-)
-@click.option(
-    "--target-size", type=ByteCount("MB"), metavar="SIZE", help="With --int4: the largest model file, such as 110MB."
+    "--target-size", type=ByteCount("MB"), metavar="SIZE", help="With --int4: limit of the model's size, such as 110MB."
 )
 @click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),
-    help="How keys and values are cached; int8 writes faster and reads prompts slower. [default: by --prefer]",
+    help="Type of cached keys and values; int8 has faster decode and slower prefill. [default: by --prefer]",
 )
-@click.option("--data", type=FilePath(), metavar="PATH", help="Text to measure the quality on.")
+@click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
 @column_option
 @document_option
-@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="How much of it to read.")
+@click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="Number of tokens of --data to read.")
 @click.option("--window", type=Whole(2), metavar="N",
               help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
 @click.option("--calibration", type=FilePath(), metavar="PATH",
-              help="Text to choose settings by; another than --data.")  # fmt: skip
+              help="Calibration text; must differ from --data.")  # fmt: skip
 @click.option("--calibration-tokens", type=Whole(2), metavar="N",
-              help=f"How much of it. [default: {CALIBRATION_TOKENS['int8']}; "
+              help=f"Number of calibration tokens. [default: {CALIBRATION_TOKENS['int8']}; "
                    f"{CALIBRATION_TOKENS['int4']} for --int4]")  # fmt: skip
 @click.option("--max-kl", type=Real(0, 1000), metavar="NATS",
-              help="Refuse a bundle whose predictions moved by more, on average; --int4 spends bits to stay below. "
+              help="Limit of the KL divergence; with --int4, layers get 8 bits to stay below it. "
                    f"[default: {MAX_KL_NATS['int8']}; {MAX_KL_NATS['int4']} for --int4]")  # fmt: skip
 @click.option("--max-ppl-increase", type=Share(), metavar="SHARE",
-              help="Refuse a bundle whose perplexity grew by more, such as 2%.")  # fmt: skip
-@out_option_for("bundle", "BUNDLE-int8, -int4 and so on, beside the input")
+              help="Limit of the increase of perplexity, such as 2%.")  # fmt: skip
+@out_option_for("bundle", "BUNDLE-int8, BUNDLE-int4 and so on")
 @json_option
 def quantize(
     bundle: Path | None,
@@ -137,37 +141,37 @@ def quantize(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Quantize a float32 bundle, or a float16 one for CUDA, and measure what that changed.
+    """Quantize a float32 bundle, or a float16 bundle for CUDA, and check its quality.
 
-    Without BUNDLE, the newest float32 bundle under ./runs. Settings are chosen on one text and measured on another; if the
-    predictions moved by more than --max-kl, nothing is written. The bundle gets a report.json and a report.html.
+    The default BUNDLE is the newest float32 bundle in ./runs. Settings are chosen on a calibration text, and quality is
+    measured on a held-out text. If the KL divergence is above --max-kl, nothing is written. The bundle contains a
+    report.json and a report.html.
 
     \b
       slm quantize --int8
-      slm quantize --int8 --prefer speed          # caches in 8 bits too
+      slm quantize --int8 --prefer speed          # also caches in 8 bits
       slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
-      slm quantize --int4 runs/tiny/onnx-cuda     # made by slm export --onnx --device cuda
+      slm quantize --int4 runs/tiny/onnx-cuda     # from slm export --onnx --device cuda
 
     docs/quantization.md compares the settings.
     """
     if int8 + int8_dynamic + int4 + sweep != 1:
-        raise click.UsageError("name one: --int8, --int8-dynamic, --int4 or --sweep")
+        raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
     chosen = [block_size, method, smooth, target_size, kv_cache, max_kl, max_ppl_increase]
     if sweep and (prefer != "auto" or any(value is not None for value in chosen)):
-        raise SlmError("--sweep tries the settings itself, and lets everything through", "leave the other settings out")
+        raise SlmError("--sweep tries all settings and has no limits", "omit the other settings")
     precision = "int4" if int4 else "int8"
     if target_size is not None and not int4:
         raise SlmError(
-            "--target-size chooses between 4 and 8 bits for each layer", "slm quantize --int4 --target-size SIZE"
+            "--target-size requires --int4: it chooses between 4 and 8 bits for each layer",
+            "use slm quantize --int4 --target-size SIZE",
         )
     if reduce_range and not int8_dynamic:
-        raise SlmError("--reduce-range is for --int8-dynamic; products by block do not saturate", "leave it out")
+        raise SlmError("--reduce-range requires --int8-dynamic; other products do not overflow", "omit --reduce-range")
     if int8_dynamic and (block_size or method):
-        raise SlmError(
-            "--int8-dynamic has a scale for each channel, no blocks and no method", "leave them out, or --int8"
-        )
+        raise SlmError("--int8-dynamic does not support --block-size or --method", "omit them, or use --int8")
     for each in (data, calibration):
         if each is not None:
             check_input(each, "text", directories=True)
@@ -176,7 +180,7 @@ def quantize(
     ending = "sweep" if sweep else "int8-dynamic" if int8_dynamic else precision
     target = out or bundle.with_name(f"{bundle.name}-{ending}")
     if target.resolve() == bundle.resolve():
-        raise SlmError(f"{target} is the bundle to quantize; it is kept", "name another --out")
+        raise SlmError(f"{target} is the bundle to quantize and cannot be overwritten", "choose another --out")
     check_output(target, {"sweep.json", "sweep.html"} if sweep else sealed_files(target))
     source = Bundle.open(bundle)
     from slm.quantize.decide import GATES, Gate, Settings
@@ -190,7 +194,10 @@ def quantize(
 
     text = measuring_text(source, given(data), tokens, window)
     if text.rows.shape[1] <= source.config.sliding_window:
-        say(f"warning: {text.rows.shape[1]} tokens of text do not pass the window of {source.config.sliding_window}")
+        say(
+            f"warning: the text has rows of {text.rows.shape[1]} tokens, which do not exceed the sliding window of "
+            f"{source.config.sliding_window}"
+        )
     chosen_by = {
         name: calibration_text(source, given(calibration), calibration_tokens or usual, window)
         for name, usual in CALIBRATION_TOKENS.items()

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     "--against",
     type=Artifact(bundles=False),
     metavar="CHECKPOINT",
-    help="The checkpoint that it must be. [default: the one that it was exported from]",
+    help="Checkpoint to compare with. [default: the one that the bundle was exported from]",
 )
-@click.option("--adapter", type=adapter_type, metavar="ADAPTER", help="LoRA adapter that was merged into it.")
+@click.option("--adapter", type=adapter_type, metavar="ADAPTER", help="LoRA adapter that was merged into the bundle.")
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    help="Where to run the bundle. [default: the CPU, and CUDA where it is available and would run the bundle's attention]",
+    help="Device that runs the bundle. [default: the CPU, and CUDA if it is available and runs the bundle's attention]",
 )
 @trust_option
 @allow_slow_option
@@ -45,15 +45,16 @@ def verify(
     allow_slow: bool,
     as_json: bool,
 ) -> None:
-    """Prove that a bundle is the checkpoint that it was made from.
+    """Verify a bundle against its checkpoint.
 
-    Every weight is compared with the checkpoint's: equal in float32, rounded in float16, within half a step in INT8. Then
-    logits, caches and greedy tokens are compared with PyTorch past the sliding window: read in one go, in chunks, step by
-    step and as a ragged batch, with and without onnxruntime's optimizations. INT8 is also run on the CPU with activations
-    in floats, where nothing but the order of additions may differ. Anything beyond what is allowed is an error.
+    Every weight is compared with the checkpoint: it must be equal in float32, rounded in float16, and have the recorded
+    rounding error if it is quantized. Then logits, caches and greedy tokens are compared with PyTorch beyond the sliding
+    window: in one step, in chunks, token by token, and as a ragged batch, with and without onnxruntime's optimizations. A
+    quantized bundle also runs on the CPU with float activations, where only the order of sums may differ. A difference
+    above its limit is an error.
 
-    onnxruntime changes the graph in another way on CUDA, so export, which compares on the CPU, does not prove that a bundle
-    computes the same there: --device cuda does, on the GPU at hand, and records it in the bundle's manifest.
+    On CUDA, onnxruntime optimizes the graph differently. slm export verifies bundles on the CPU only; --device cuda verifies
+    a bundle on this machine's GPU, and records the result in the bundle's manifest.
 
     \b
       slm verify
@@ -67,11 +68,11 @@ def verify(
     if against is None:
         against = Path(str(origin.get("checkpoint", "")))
         if "checkpoint" not in origin or not is_checkpoint(against):
-            raise SlmError(f"the checkpoint of {bundle} is not at {against}", "name one: --against CHECKPOINT")
-        say(f"Comparing with {against} (the checkpoint that it was exported from).")
+            raise SlmError(f"the checkpoint of {bundle} is not at {against}", "use --against CHECKPOINT")
+        say(f"Comparing with {against} (the checkpoint that the bundle was exported from).")
         adapter = adapter or (Path(str(origin["adapter"])) if "adapter" in origin else None)
         if adapter is not None and not adapter.exists():
-            raise SlmError(f"the adapter of {bundle} is not at {adapter}", "name it: --adapter ADAPTER")
+            raise SlmError(f"the adapter of {bundle} is not at {adapter}", "use --adapter ADAPTER")
     from slm.export.verify import record_parity, verify_bundle
 
     started = time.perf_counter()
@@ -95,10 +96,10 @@ def verify(
         for provider, parity in found.parity.items()
         for read in parity.logits
     ]
-    print_table(f"Verified: {bundle} matches {against}", ("provider", "read", "logits", "caches", "allowed"), rows)
+    print_table(f"Verified: {bundle} matches {against}", ("provider", "read", "logits", "caches", "limit"), rows)
     greedy = ", ".join(f"{parity.greedy_tokens_equal} ({provider})" for provider, parity in found.parity.items())
     tokens = next(iter(found.parity.values())).tokens
-    say(f"{found.weights} weights equal, {tokens:,} tokens compared, greedy tokens equal: {greedy}; {seconds:.1f} s")
+    say(f"{found.weights} weights match, {tokens:,} tokens compared, equal greedy tokens: {greedy}; {seconds:.1f} s")
     if not recorded:
-        say(f"note: {bundle} cannot be written to, so its manifest does not record the comparison on CUDA")
+        say(f"note: {bundle} is not writable, so its manifest does not record the comparison on CUDA")
     next_step(after_bundle(opened, verified=True))

@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on, as its `slm.json` records it: weights and tokenizer by their hashes."""
+"""The base model of an adapter, recorded in its `slm.json` with the hashes of weights and tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from slm.core.weights import weights_sha256
 
 
 def base_record(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Returns what an adapter's record says of the base that it is trained on."""
+    """Returns the record of a base model for an adapter's `slm.json`."""
     return {
         "path": str(base.resolve()),
         "weights_sha256": weights_sha256(base),
@@ -19,15 +19,15 @@ def base_record(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def check_base(adapter: Path, base: Path, weights: str | None) -> None:
-    """Compares a base with the one that an adapter says it was trained on; an adapter made elsewhere may not say.
+    """Checks that an adapter was trained on a base. Adapters of other programs do not record a base and pass.
 
     Args:
-        adapter: PEFT's directory.
-        base: A checkpoint or a bundle; its tokenizer lies in it.
-        weights: Hash of the base's weights; None where nobody knows.
+        adapter: The adapter's directory in PEFT's format.
+        base: A checkpoint or a bundle, which contains its tokenizer.
+        weights: The hash of the base's weights; None if unknown.
 
     Raises:
-        SlmError: When weights or tokenizer are others; both bases are named.
+        SlmError: If the recorded weights or tokenizer differ from the base's. The message names both bases.
     """
     recorded: Any = read_info(adapter).get("base")
     if not isinstance(recorded, dict):
@@ -37,11 +37,11 @@ def check_base(adapter: Path, base: Path, weights: str | None) -> None:
         raise SlmError(
             f"{adapter} was trained on {recorded.get('path')} (weights {str(wanted)[:12]}), not on {base} "
             f"({weights[:12]})",
-            "name the base that it was trained on, or fine-tune again on this one",
+            "use the base that the adapter was trained on, or fine-tune again on this one",
         )
     wanted = recorded.get("tokenizer_sha256")
     if wanted and wanted != Tokenizer.load(base).sha256:
         raise SlmError(
-            f"{adapter} was trained with another tokenizer than that of {base}",
-            "its ids would mean other texts; name the base that it was trained on, or fine-tune again on this one",
+            f"{adapter} was trained with a tokenizer that differs from the one of {base}",
+            "use the base that the adapter was trained on, or fine-tune again on this one",
         )

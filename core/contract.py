@@ -1,8 +1,8 @@
-"""The ONNX contract: names of inputs, outputs and dimensions, and the order of the caches.
+"""The contract of a graph: names of inputs, outputs and dimensions, and the order of the caches.
 
-Other clients read these names: transformers.js and onnxruntime-genai look for `past_key_values.{i}.key` and `batch_size`,
-lm-evaluation-harness sizes unknown inputs by dimension names, and transformers.js takes the sequence length from the first
-cache, which is therefore a global layer's.
+Other programs depend on these names: transformers.js and onnxruntime-genai read `past_key_values.{i}.key` and `batch_size`,
+and lm-evaluation-harness sizes unknown inputs by dimension names. transformers.js takes the sequence length from the first
+cache, which must therefore belong to a global layer.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ ATTENTION_MASK = "attention_mask"
 LOGITS_TO_KEEP = "num_logits_to_keep"
 LOGITS = "logits"
 
-# The longest context that a bundle gets by default, and that commands count with: the file does not grow with it, but programs
-# like onnxruntime-genai make caches as long unless they are told otherwise.
+# The limit of a bundle's default context, which commands also use for estimates. The file does not grow with the context, but
+# programs like onnxruntime-genai allocate caches for all of it by default.
 DEFAULT_CONTEXT = 4096
 
-# Positions of a sliding cache beyond its window: the CPU kernel moves the window up once every SLACK + 1 steps instead of
-# at every step (16 measured best by onnxruntime-genai).
+# The positions of a sliding cache beyond its window. With them, the CPU kernel moves the window once every SLACK + 1 steps
+# instead of at every step. onnxruntime-genai measured 16 as best.
 CACHE_SLACK = 16
 
 
@@ -45,7 +45,7 @@ CacheType = Literal["float32", "float16", "int8"]
 
 
 class TensorSpec(BaseModel):
-    """One input or output: `shape` has a number where the length is fixed and a name where it is not."""
+    """One input or output. `shape` has numbers for fixed dimensions and names for dynamic ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,7 +56,7 @@ class TensorSpec(BaseModel):
 
 
 class CacheLayer(BaseModel):
-    """One layer's cache: (batch_size, kv_heads, capacity, head_dim), `window` positions of it needed when it slides."""
+    """One layer's cache (batch_size, kv_heads, capacity, head_dim). `window` is None for a global layer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,15 +68,15 @@ class CacheLayer(BaseModel):
     dtype: CacheType = "float32"
 
     def capacity(self, context: int) -> int:
-        """Returns the positions the buffer must hold for a context of that many: bounded where the layer slides."""
+        """Returns the number of positions in the buffer for a context in tokens; constant for a sliding layer."""
         return context if self.window is None else self.window + self.slack
 
 
 def cache_layers(config: ModelConfig, device: Device = "cpu", dtype: CacheType = "float32") -> tuple[CacheLayer, ...]:
-    """Returns the caches in the order of inputs and outputs: global layers first.
+    """Returns the caches in the order of inputs and outputs, with global layers first.
 
-    onnxruntime's CUDA kernel takes sliding buffers of exactly the window; its WebGPU kernel has none that slide, so every
-    layer keeps the whole sequence there.
+    onnxruntime's CUDA kernel requires sliding buffers of exactly the window. Its WebGPU kernel does not support sliding
+    buffers, so every layer keeps the whole sequence.
     """
     layers = (
         CacheLayer(
@@ -93,7 +93,7 @@ def cache_layers(config: ModelConfig, device: Device = "cpu", dtype: CacheType =
 
 
 def input_specs(caches: Sequence[CacheLayer], slots: Sequence[TensorSpec] = ()) -> tuple[TensorSpec, ...]:
-    """Returns the graph's inputs in order; `slots` are those for adapters."""
+    """Returns the graph's inputs in order. `slots` are the inputs for adapters."""
     return (
         TensorSpec(name=INPUT_IDS, dtype="int64", shape=("batch_size", "sequence_length")),
         TensorSpec(name=ATTENTION_MASK, dtype="int64", shape=("batch_size", "total_sequence_length")),
@@ -112,15 +112,15 @@ def output_specs(vocab_size: int, caches: Sequence[CacheLayer]) -> tuple[TensorS
 
 
 def slot_names(path: str) -> tuple[str, str]:
-    """Returns the inputs that take a LoRA adapter of a product: A and B of x W + x A B."""
+    """Returns the names of a product's adapter inputs: A and B of x W + x A B."""
     return f"lora.{path}.A", f"lora.{path}.B"
 
 
 def slot_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """Returns the inputs for adapters, one pair for each product of the layers.
 
-    A is (1 or batch, inputs, rank) and B (1 or batch, rank, outputs), so that rows may have adapters of their own. Left out,
-    they have rank 0, and the product is exactly the base's.
+    A is (1 or batch, inputs, rank) and B is (1 or batch, rank, outputs), so that each row can have its own adapter. The
+    default has rank 0, with which the product is exactly that of the base model.
     """
     return tuple(
         TensorSpec(name=name, dtype="float32", shape=shape, optional=True)
@@ -132,7 +132,7 @@ def slot_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def product_sizes(config: ModelConfig) -> list[tuple[str, int, int]]:
-    """Returns path, inputs and outputs of each product of the layers, in order; q, k, v are one and gate, up are one."""
+    """Returns path, inputs and outputs of each product of the layers, in order. q, k, v are joined, and so are gate, up."""
     hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
     joint = width + 2 * config.num_key_value_heads * config.head_dim
     return [

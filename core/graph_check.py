@@ -10,11 +10,11 @@ from slm.core.errors import SlmError
 from slm.core.graph_file import FileGraph, FileNode, FileTensor, read_graph
 from slm.core.graph_plan import Constant, Input, Kind, Node, Output, Value, Weight, plan_graph
 
-# The most elements of a constant. slm writes shapes, starts and ends as constants.
+# The limit of elements in a constant. slm writes shapes, starts and ends as constants.
 _LONGEST_CONSTANT = 16
-# Relative tolerance of numbers, which are stored in float32 or in float16.
+# The relative tolerance of numbers, which are stored as float32 or float16.
 _RELATIVE = 1e-3
-# The largest rotation table, in bytes; 131,072 positions of Gemma's heads take 67 MB.
+# The limit of a rotation table in bytes. 131,072 positions of Gemma's heads take 67 MB.
 _LARGEST_TABLE = 512 << 20
 _HINT = (
     "export the bundle again with this version of slm; commands that run a bundle take --trust if you trust its author"
@@ -32,7 +32,7 @@ def check_graph(path: Path, config: ModelConfig, kind: Kind, sizes: Mapping[str,
         path: The `.onnx` file.
         config: The model's shape.
         kind: The other properties that determine the graph.
-        sizes: Bytes of the files beside the graph, by the names that the graph uses for them.
+        sizes: Sizes in bytes of the files in the graph's directory, by the names that the graph uses for them.
 
     Raises:
         SlmError: If the file is not an ONNX file, or differs from the plan; the message names the first difference.
@@ -47,7 +47,7 @@ def check_graph(path: Path, config: ModelConfig, kind: Kind, sizes: Mapping[str,
 
 
 class _Comparison:
-    """One pass over the nodes: each must equal the planned one, and its inputs must be defined before it."""
+    """Compares the nodes in order. Each must equal the planned node, and its inputs must be defined before it."""
 
     def __init__(self, graph: FileGraph, sizes: Mapping[str, int]) -> None:
         self._graph = graph

@@ -15,7 +15,7 @@ from typing import Any
 
 from slm.core.errors import SlmError
 
-# For each type of message: the fields that contain messages which may lead to a tensor, and the types of those.
+# For each type of message: the fields whose messages can contain a tensor, and the types of these messages.
 _WAYS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
@@ -29,15 +29,15 @@ _WAYS: dict[str, dict[int, str]] = {
 }
 _KEY, _VALUE = 1, 2
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
-# The formats of protobuf's fixed-length numbers that ONNX uses; an attribute's float is one.
+# `struct` formats of protobuf's fixed-length numbers, such as an attribute's float.
 _FIXED = {_EIGHT_BYTES: "<d", _FOUR_BYTES: "<f"}
-# The deepest nesting of messages; protobuf has the same limit.
+# The limit of nested messages, which is also protobuf's.
 _DEEPEST = 100
-# The most nodes and tensors; a model of 1,024 layers has about 60,000.
+# The limit of nodes and tensors. A model of 1,024 layers has about 60,000.
 _MAX_ENTRIES = 200_000
-# The most bytes of a tensor in the graph itself; slm stores only constants there.
+# The limit of a tensor's bytes in the graph itself, where slm stores only constants.
 _MAX_RAW = 1 << 20
-# Bits of an element and its letter in `struct`, by ONNX's number of the type.
+# The bits of an element and its `struct` format, by ONNX type number.
 _ELEMENTS = {
     1: (32, "f"),
     2: (8, "B"),
@@ -53,7 +53,7 @@ _ELEMENTS = {
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor; its data is `raw`, or `external`: a file name, an offset, and a length or None."""
+    """A tensor. Its data is `raw`, or `external` (a file name, an offset, and a length or None)."""
 
     name: str
     dtype: int
@@ -77,7 +77,7 @@ class FileTensor:
 
 @dataclass
 class FileNode:
-    """A node; attributes are numbers, strings, lists of integers or tensors. `extras` names its unsupported parts."""
+    """A node. Attributes are numbers, strings, lists of integers, or tensors. `extras` names its unsupported parts."""
 
     type: str = ""
     domain: str = ""
@@ -90,7 +90,7 @@ class FileNode:
 
 @dataclass
 class FileGraph:
-    """A graph; `extras` names its unsupported parts: everything but nodes, tensors, inputs and outputs."""
+    """A graph. `extras` names its unsupported parts: everything except nodes, tensors, inputs and outputs."""
 
     opsets: dict[str, int] = field(default_factory=dict)
     nodes: list[FileNode] = field(default_factory=list)
@@ -215,7 +215,7 @@ def _read_tensor(data: mmap, start: int, stop: int) -> FileTensor:
             name = _words(data, value)
         elif number == 9 and form == _BYTES:
             if value[1] - value[0] > _MAX_RAW:
-                raise ValueError("a tensor in the graph is larger than those that slm writes there")
+                raise ValueError(f"a tensor in the graph has more than {_MAX_RAW:,} bytes")
             raw = data[value[0] : value[1]]
         elif number == 13 and form == _BYTES:
             fields = {n: _words(data, v) for n, f, v in _all_fields(data, *value) if f == _BYTES}

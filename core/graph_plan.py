@@ -1,8 +1,8 @@
-"""The graph that a bundle must have, node by node: its manifest and configuration determine all of it but the weights.
+"""The expected graph of a bundle, node by node. The manifest and the configuration determine everything except the weights.
 
-`slm.export.graph` writes these graphs. The nodes stand here a second time because a device has no onnx package, and because a
-list of permitted operators is not enough: a chain of concatenations can double a tensor forty times. The tests compare the two
-for every kind of bundle. Values are `Node` outputs, names of inputs, `Weight`s and constants.
+`slm.export.graph` writes these graphs. This module repeats their nodes, because the onnx package is not installed on devices,
+and because a list of permitted operators is not enough: a chain of concatenations can double a tensor forty times. The tests
+compare both modules for every kind of bundle.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -24,14 +24,14 @@ from slm.core.contract import (
 )
 
 MICROSOFT = "com.microsoft"
-# ONNX's numbers of types (onnx.proto, TensorProto.DataType).
+# Type numbers of ONNX (onnx.proto, TensorProto.DataType).
 FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 9, 10, 21, 22
 _TO_THE_END = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a product's weight is stored; fields as in the manifest's `Scheme`. `bits` is 0 for floats."""
+    """The storage of a product's weight, with the fields of the manifest's `Scheme`. `bits` is 0 for floats."""
 
     bits: int = 0
     block_size: int = 1
@@ -42,12 +42,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Kind:
-    """What decides about a graph besides the configuration.
+    """The properties that determine a graph in addition to the configuration.
 
     Attributes:
-        stored: How each product is stored, by its path.
-        slots: Whether there are inputs for adapters.
-        quantized_cache: Whether keys and values are cached in INT8.
+        target: The operators: onnxruntime's own ("fused") or standard ("portable").
+        device: The device that the bundle is for.
+        context: The longest sequence in tokens.
+        accuracy_level: The attribute of MatMulNBits.
+        stored: Returns the storage of a product's weight, by path.
+        slots: Whether the graph has inputs for adapters.
+        quantized_cache: Whether keys and values are cached as INT8.
     """
 
     target: Target
@@ -61,7 +65,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Output:
-    """An output of a node, by the node's number."""
+    """An output of a node, by the node's index in the plan."""
 
     node: int
     index: int = 0
@@ -76,7 +80,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the file: ONNX's number of its type, and its shape."""
+    """A tensor of the file, with its ONNX type number and shape."""
 
     name: str
     dtype: int
@@ -85,7 +89,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Constant:
-    """A number, or a short list of them."""
+    """A number or a short list of numbers."""
 
     value: float | tuple[float, ...]
 
@@ -95,7 +99,7 @@ Value: TypeAlias = Output | Input | Weight | Constant
 
 @dataclass(frozen=True)
 class Node:
-    """A node: its operator, inputs (None where one is left out), number of outputs and attributes."""
+    """A node: its operator, inputs (None if omitted), number of outputs, and attributes."""
 
     type: str
     domain: str
@@ -114,7 +118,7 @@ class Plan:
     defaults: dict[str, Weight] = field(default_factory=dict)
 
     def __call__(self, type: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Adds a node; returns its output, or a tuple of several. Numbers and lists become constants."""
+        """Adds a node and returns its output, or a tuple of outputs. Numbers and lists become constants."""
         self.nodes.append(Node(type, domain, tuple(map(_value, inputs)), outputs, attributes))
         made = tuple(Output(len(self.nodes) - 1, index) for index in range(outputs))
         return made if outputs > 1 else made[0]
@@ -127,13 +131,13 @@ def _value(given: Any) -> Value | None:
 
 
 def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> Plan:
-    """Returns the graph of a bundle.
+    """Returns the expected graph of a bundle.
 
     Args:
         config: The model's shape.
-        kind: What else decides.
-        names: Tensors that the graph has. The manifest does not say whether slots have smoothing's factors, nor whether
-            rotations are stored: earlier versions wrote a table of every position.
+        kind: The other properties that determine the graph.
+        names: The names of the graph's tensors. They determine two properties that the manifest does not record: whether
+            adapter slots have smoothing factors, and whether rotation tables are stored, as by earlier versions.
     """
     portable = kind.target == "portable"
     plan = Plan({"": 23} if portable else {"": 21, MICROSOFT: 1})
@@ -161,7 +165,7 @@ def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> 
 
 @dataclass
 class _Step:
-    """What the layers share; see `slm.export.graph.fused.Step` and `portable.Step`."""
+    """Values that all layers share; see `slm.export.graph.fused.Step` and `portable.Step`."""
 
     cos: dict[LayerType, Any] = field(default_factory=dict)
     sin: dict[LayerType, Any] = field(default_factory=dict)
@@ -307,7 +311,7 @@ class _Model:
         return x if have == want else self._op("Cast", x, to=want)
 
     def _normed_as(self, product: Any, dtype: int) -> Any:
-        """The norm of CUDA takes float16 itself."""
+        """Casts a product to float32, except on CUDA, whose norm takes float16."""
         return product if self._kind.device == "cuda" else self._cast(product, dtype, FLOAT)
 
     def _type(self, path: str) -> int:
@@ -477,7 +481,7 @@ class _Model:
         return self._cast(looked_up, self._type(path), FLOAT)
 
     def head(self, hidden: Any) -> Any:
-        """Adds the product that makes logits."""
+        """Adds the product that computes the logits."""
         op, config = self._op, self._config
         tied = config.tie_word_embeddings
         path = "model.embed_tokens" if tied else "lm_head"

@@ -1,4 +1,4 @@
-"""Bundles: directories for deployment, with a `manifest.json` that describes the model and contains all files' hashes."""
+"""Bundles: directories for deployment, with a `manifest.json` that describes the model and lists the hashes of all files."""
 
 import os
 from pathlib import Path, PurePosixPath
@@ -30,7 +30,7 @@ SCHEMA_VERSION: Literal[1] = 1
 _AGAIN = "copy or export the bundle again"
 
 Precision = Literal["float32", "float16", "int8", "int4"]
-# transformers.js's names for the precisions.
+# File names of the precisions in transformers.js.
 MODEL_NAMES: dict[Precision, str] = {
     "float32": "model",
     "float16": "model_fp16",
@@ -51,12 +51,16 @@ class FileEntry(_Record):
 
 
 class Parity(_Record):
-    """How far a bundle is from the model it was exported from, over several arrangements of the same tokens.
-
-    Largest absolute differences; the tolerance applies to each.
+    """The differences between a bundle and its reference, for the same tokens read in several arrangements.
 
     Attributes:
-        runtime: What ran the bundle, such as "onnxruntime 1.31.1"; empty where a bundle does not record it.
+        reference: The reference, such as "PyTorch float32".
+        tokens: The number of tokens.
+        tolerance: The limit of each difference.
+        logits: The largest absolute difference of the logits, by arrangement.
+        caches: The largest absolute difference of the caches, by arrangement.
+        greedy_tokens_equal: The number of equal greedy tokens.
+        runtime: The runtime of the bundle, such as "onnxruntime 1.31.1"; empty in older manifests.
     """
 
     reference: str
@@ -76,8 +80,8 @@ class Parity(_Record):
 class Ranges(_Record):
     """The largest activations of a float32 model on a text, and the layers that stay float32 in a float16 graph.
 
-    `largest` has the largest absolute input or output of each linear layer by its path. A layer stays float32 if this value
-    times `margin` exceeds float16's range.
+    `largest` has the largest absolute input or output of each linear layer, by path. A layer stays float32 if this value
+    times `margin` exceeds the range of float16.
     """
 
     text: str
@@ -88,7 +92,7 @@ class Ranges(_Record):
 
 
 class Scheme(_Record):
-    """How one weight (N, K) is stored: unsigned integers, and a scale for each block of input channels.
+    """The storage of one weight (N, K): unsigned integers, and a scale for each block of input channels.
 
     A b-bit integer q represents (q - z) * scale. z is 2^(b - 1), or the block's own zero point.
 
@@ -96,11 +100,11 @@ class Scheme(_Record):
         bits: Bits of an integer.
         block_size: Number of input channels that share a scale.
         zero_points: Whether each block has its own z.
-        dynamic: Whether the layer multiplies 8-bit integers: activations are quantized per token. Weights are signed then,
-            and a block is as long as the input, so that a scale belongs to an output channel.
-        reduced: Of a dynamic scheme, whether weights keep to seven bits: processors without VNNI add pairs of products in 16
-            bits, and cut off what eight bits can come to.
-        half: Whether scales are float16, and the product takes and gives float16, as on a GPU; float32 otherwise.
+        dynamic: Whether the layer multiplies 8-bit integers, with activations quantized per token. Weights are then signed
+            and have one scale for each output channel: a block is as long as the input.
+        reduced: Whether the weights of a dynamic scheme have only seven bits. Processors without VNNI add pairs of products
+            in 16 bits, which eight bits can overflow.
+        half: Whether scales, and the input and output of the product, are float16, as on a GPU. Otherwise they are float32.
     """
 
     bits: Literal[4, 8] = 8
@@ -125,15 +129,15 @@ class Scheme(_Record):
 
 
 class Quantization(_Record):
-    """How the weights are quantized.
+    """The quantization of a bundle's weights.
 
     Attributes:
-        method: How integers were chosen: rounded to nearest, with a search for scales, or by GPTQ.
-        accuracy_level: How MatMulNBits quantizes activations: 4 is INT8 by block, 0 is not at all.
+        method: The rounding method: nearest, nearest with searched scales, or GPTQ.
+        accuracy_level: The quantization of activations in MatMulNBits: 4 is INT8 by block, 0 is none.
         smoothing: The exponent of activations in the smoothing factors; None without smoothing.
-        schemes: The scheme of each layer, by its path.
-        errors: The relative error of each weight after smoothing: the root of the sum of squared errors over that of squared
-            weights. `slm verify` recomputes it.
+        schemes: The scheme of each layer, by path.
+        errors: The relative error of each weight after smoothing: the norm of the error divided by the norm of the weight.
+            `slm verify` recomputes it.
     """
 
     method: Literal["nearest", "searched", "gptq"] = "nearest"
@@ -162,11 +166,11 @@ class Quality(_Record):
 
 
 class Manifest(_Record):
-    """Everything a client must know before it opens the graph.
+    """The description of a bundle that a client reads before it loads the graph.
 
     Attributes:
-        parity: What export found on the CPU provider.
-        gpu_parity: What `slm verify` found on GPUs, such as "cuda" and "cuda, graph as written".
+        parity: The differences that `slm export` measured on the CPU.
+        gpu_parity: The differences that `slm verify` measured on GPUs: "cuda" and "cuda, graph as written".
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -193,7 +197,7 @@ class Manifest(_Record):
 
 
 def parity_devices(manifest: Manifest) -> list[str]:
-    """Returns the devices on which a bundle is known to compute what its checkpoint computes."""
+    """Returns the devices on which a bundle was verified against its checkpoint."""
     recorded = [name.partition(",")[0] for name in manifest.gpu_parity]
     return list(dict.fromkeys(["cpu"] * (manifest.parity is not None) + recorded))
 
@@ -204,7 +208,7 @@ def is_bundle(path: Path) -> bool:
 
 
 class Bundle:
-    """An opened bundle; its files match the manifest."""
+    """An opened bundle, whose files match the manifest."""
 
     def __init__(self, path: Path, manifest: Manifest, config: ModelConfig) -> None:
         self.path = path
@@ -213,7 +217,7 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The graph's file; its weights are in files beside it, which are memory-mapped when it is opened."""
+        """The graph's file. Its weights are in files in the same directory, which are memory-mapped."""
         return member(self.path, self.manifest.model)
 
     @property
@@ -356,6 +360,6 @@ def seal(directory: Path, manifest: Manifest) -> Bundle:
 
 
 def amend(directory: Path, manifest: Manifest) -> Bundle:
-    """Writes `manifest.json` again, whole or not at all; the files beside it are as they were sealed. Returns the bundle."""
+    """Replaces `manifest.json` atomically and returns the bundle. The other files must not have changed since `seal`."""
     write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
     return Bundle(directory, manifest, ModelConfig.from_hf(read_json(directory / CONFIG_FILE, CONFIG_FILE)))

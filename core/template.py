@@ -1,4 +1,4 @@
-"""Renders chat templates of imported models in a long-lived child process, so that a bad template does no harm.
+"""Renders chat templates of imported models in a long-lived child process with limits of time and memory.
 
 A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, which blocks access to Python's internals,
 and in a separate process, which the operating system ends if it exceeds limits of time or memory. A process is needed
@@ -23,15 +23,15 @@ from slm.core.errors import SlmError
 from slm.core.template_worker import MAX_TEXT_CHARACTERS
 
 MAX_TEMPLATE_CHARACTERS = 64 << 10
-# Processor time of one rendering.
+# The limit of CPU time for one rendering, in seconds.
 MAX_SECONDS = 4
-# Wall clock time of one rendering, on a machine that has other work too.
+# The limit of wall-clock time for one rendering, which is longer for busy machines.
 _MAX_WAIT_SECONDS = 2 * MAX_SECONDS
-# Wall-clock limit for the start of a process, which takes a fifth of a second on an idle machine.
+# The limit of wall-clock time for the start of a process, which takes 0.2 s on an idle machine.
 _START_SECONDS = 60
-# The largest reply: a rendered text in JSON takes at most six bytes a character.
+# The limit of a reply: a rendered text in JSON takes at most six bytes per character.
 _MAX_REPLY_BYTES = 6 * MAX_TEXT_CHARACTERS + 1024
-# The most characters of conversations to send at a time; parent and child also hold them as JSON.
+# The limit of characters to send at a time. Parent and child also hold them as JSON.
 _CHARACTERS_AT_ONCE = 1 << 20
 # A rendering takes about a millisecond. If callers wait and no process has finished anything for this time, another process
 # is started, so that one slow conversation does not delay the others. The number of processes is limited, because they take
@@ -39,7 +39,7 @@ _CHARACTERS_AT_ONCE = 1 << 20
 _PATIENCE_SECONDS = 0.05
 _MAX_PROCESSES = 4
 _LENGTH = struct.Struct("<Q")
-_HINT = "the chat template came with the model; without --instruct it is not used"
+_HINT = "the chat template is part of the model; without --instruct it is not used"
 
 Conversation = tuple[Sequence[Mapping[str, Any]], bool]
 

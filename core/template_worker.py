@@ -18,11 +18,11 @@ from slm.core.machine import peak_rss_mib
 
 # Address space of the process, of which Python and Jinja take a tenth.
 MAX_BYTES = 512 << 20
-# The longest rendered text; it is longer than any model's context.
+# The limit of a rendered text, which is longer than any model's context.
 MAX_TEXT_CHARACTERS = 4 << 20
-# The longest error message of a template, in characters.
+# The limit of a template's error message, in characters.
 _MAX_REASON = 200
-# Number of compiled templates to keep; a process serves one model or a few.
+# The number of compiled templates to keep. A process serves one model or a few.
 _COMPILED = 8
 # Resident memory that marks the process for replacement: Python does not return the memory of a large rendering.
 _LARGE_MIB = 192

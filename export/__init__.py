@@ -1,1 +1,1 @@
-"""Checkpoint to ONNX: the graph, the bundle around it, and the proof that it computes the same."""
+"""Export of a checkpoint to ONNX: the graph, the bundle around it, and its verification against PyTorch."""

@@ -1,4 +1,7 @@
-"""A checkpoint becomes a bundle: graph, tokenizer, configuration and manifest in one directory, proved before it appears."""
+"""Export of a checkpoint to a bundle: one directory with graph, tokenizer, configuration and manifest.
+
+The bundle is verified against PyTorch before its directory appears.
+"""
 
 import shutil
 from pathlib import Path
@@ -41,37 +44,37 @@ def export_bundle(
     text: Path | None = None,
     adapter_slots: bool = False,
 ) -> Bundle:
-    """Exports a checkpoint and proves the bundle equal to it.
+    """Exports a checkpoint to a bundle and verifies the bundle against PyTorch.
 
     Args:
         checkpoint: The checkpoint's directory.
-        out: The bundle's directory; made or replaced once everything is proved.
-        context: The longest sequence in tokens; by default the model's own, at most 4,096.
-        progress: Told of each step.
-        origin: Where the checkpoint came from, for the manifest, when its own path will not last.
-        target: "fused" for onnxruntime, "portable" for any runtime of standard ONNX operators.
-        device: Where the bundle is to run: on "cuda" and "webgpu" products and caches are float16.
-        text: What the model reads to find out which products float16 would overflow; by default the stories that ship.
-        adapter_slots: Whether the graph takes LoRA adapters when it runs.
+        out: The bundle's directory. It is created or replaced only after verification.
+        context: The longest sequence in tokens. The default is the model's context, at most 4,096.
+        progress: Receives the progress of each step.
+        origin: The origin of the checkpoint for the manifest; needed if the checkpoint's path is temporary.
+        target: "fused" for onnxruntime, "portable" for any runtime with standard ONNX operators.
+        device: The device that will run the bundle. On "cuda" and "webgpu", products and caches are float16.
+        text: A text file for finding the products that overflow float16. The default is the stories that ship with slm.
+        adapter_slots: Whether the graph has inputs for LoRA adapters.
 
     Returns:
-        The bundle, its manifest carrying the differences found.
+        The bundle. Its manifest holds the measured differences from PyTorch.
 
     Raises:
-        SlmError: When the checkpoint cannot be read, the context is longer than the model's, or the bundle's output
-            differs from PyTorch's.
+        SlmError: If the checkpoint cannot be read, the context is out of range, the target does not support the
+            device, or the bundle's output differs from PyTorch's.
     """
     if target == "portable" and device != "cpu":
-        raise SlmError(f"the portable target has no version for {device}", "--target fused, or --device cpu")
+        raise SlmError(f"the portable target does not support {device}", "use --target fused, or --device cpu")
     progress = progress or Silent()
     config = read_config(checkpoint)
-    tokenizer = Tokenizer.load(checkpoint)  # a bundle without one would answer nothing
+    tokenizer = Tokenizer.load(checkpoint)  # fails early: a bundle needs a tokenizer
     longest = config.max_position_embeddings
     context = min(longest, DEFAULT_CONTEXT) if context is None else context
     if not min(config.sliding_window + 1, longest) <= context <= longest:
         raise SlmError(
-            f"the context of {context:,} tokens must be above the window of {config.sliding_window:,} "
-            f"and at most the model's {longest:,}",
+            f"the context of {context:,} tokens must be larger than the window ({config.sliding_window:,}) "
+            f"and at most the model's context ({longest:,})",
             "choose another --context",
         )
     precision: Precision = "float32" if device == "cpu" else "float16"
@@ -133,15 +136,15 @@ def _scan(checkpoint: Path, tokenizer: Tokenizer, text: Path | None, progress: P
 
     ranges = scan_ranges(load_checkpoint(checkpoint), tokenizer, text)
     if ranges.float32:
-        progress.note(f"{len(ranges.float32)} products stay in float32: float16 would overflow")
+        progress.note(f"{len(ranges.float32)} products stay in float32, because float16 would overflow")
     return ranges
 
 
 def prove(bundle: Bundle, checkpoint: Path, progress: Progress) -> None:
-    """Compares a bundle with its checkpoint in PyTorch and writes the differences into its manifest.
+    """Compares a bundle with its checkpoint in PyTorch and records the differences in its manifest.
 
     Raises:
-        SlmError: When they are too large.
+        SlmError: If a difference is above the tolerance.
     """
     from slm.core.nn import load_checkpoint
     from slm.export.parity import check_parity

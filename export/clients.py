@@ -1,6 +1,6 @@
-"""What other programs read in a bundle: transformers.js, onnxruntime-genai and those that follow its layout, transformers.
+"""Files of a bundle for other programs: transformers.js, transformers, and onnxruntime-genai with its derivatives.
 
-docs/clients.md says which of them opens which bundle, and what they ask of a user.
+docs/clients.md lists which program opens which bundle, and the code that a user writes.
 """
 
 import json
@@ -16,19 +16,19 @@ from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
 
 GENAI_CONFIG_FILE = "genai_config.json"
 
-# transformers.js makes file names of these; core.manifest.MODEL_NAMES has what comes out.
+# transformers.js builds the file names in core.manifest.MODEL_NAMES from these.
 _JS_DTYPES: dict[Precision, str] = {"float32": "fp32", "float16": "fp16", "int8": "q8", "int4": "q4"}
-# Fields of generation_config.json that onnxruntime-genai has under the same names.
+# Fields of generation_config.json that have the same names in genai_config.json.
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def write_client_files(directory: Path, config: ModelConfig, manifest: Manifest) -> None:
-    """Writes what other programs read, in place of what was there; the bundle is sealed afterwards.
+    """Writes config.json, genai_config.json and tokenizer_config.json for other programs, before the bundle is sealed.
 
     Args:
-        directory: The bundle's directory, its tokenizer and generation_config.json already in it.
+        directory: The bundle's directory, with its tokenizer and generation_config.json in it.
         config: The model's shape.
-        manifest: What the bundle will be sealed with; `files` is not looked at.
+        manifest: The bundle's manifest; `files` is ignored.
     """
     file = directory / GENERATION_CONFIG_FILE
     generation = read_json(file, GENERATION_CONFIG_FILE) if file.is_file() else {}
@@ -41,32 +41,27 @@ def write_client_files(directory: Path, config: ModelConfig, manifest: Manifest)
 
 
 def _tokenizer(target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns what tokenizer_config.json has to say besides.
-
-    Args:
-        target: The bundle's.
-        tokenizer: The bundle's.
-    """
-    # transformers makes token types as well, if it is not told, and refuses to generate from them.
+    """Returns the fields to add to tokenizer_config.json."""
+    # Without this list, transformers also passes token types, and then refuses to generate.
     fields: dict[str, Any] = {"model_input_names": [INPUT_IDS, ATTENTION_MASK]}
     begins, ends = tokenizer.prefix_ids, tokenizer.suffix_ids
-    if len(begins) <= 1:  # onnxruntime-genai does not look into tokenizer.json for it, and takes an end for granted
+    if len(begins) <= 1:  # onnxruntime-genai ignores tokenizer.json here and adds an end token by default
         fields |= {"add_bos_token": bool(begins), "add_eos_token": bool(ends)}
-    if target == "portable":  # rows that go on must end together
+    if target == "portable":  # rows of a batch must end together, so that all can continue
         fields["padding_side"] = "left"
     return fields
 
 
 def _transformers_js(manifest: Manifest) -> dict[str, Any]:
-    """Returns which file transformers.js opens unless it is told otherwise, and that its weights lie beside it."""
+    """Returns the default precision for transformers.js, and that the weights are in a separate file."""
     return {"dtype": _JS_DTYPES[manifest.precision], "use_external_data_format": True}
 
 
 def _genai(config: ModelConfig, manifest: Manifest, generation: dict[str, Any]) -> dict[str, Any]:
-    """Returns onnxruntime-genai's description of a model (onnxruntime.ai/docs/genai/reference/config).
+    """Returns the contents of genai_config.json (onnxruntime.ai/docs/genai/reference/config).
 
-    It keeps caches as the fused graph wants them. The portable graph's it can follow up to the window, and stops there:
-    it expects every cache to grow for as long as the sequence does.
+    onnxruntime-genai supports the caches of a fused graph. With a portable graph it is limited to the window, because it
+    expects every cache to grow with the sequence.
     """
     windows = {cache.layer: cache.window for cache in manifest.cache if cache.window is not None}
     fused = manifest.target == "fused"
@@ -98,7 +93,7 @@ def _genai(config: ModelConfig, manifest: Manifest, generation: dict[str, Any]) 
             "window_size": config.sliding_window,
             "layers": sorted(windows),
             "cache_slack": max(cache.slack for cache in manifest.cache),
-            # The operator does it.
+            # The attention operator slides the cache.
             "slide_key_value_cache": False,
             "slide_inputs": False,
         }
@@ -107,7 +102,7 @@ def _genai(config: ModelConfig, manifest: Manifest, generation: dict[str, Any]) 
         "type": "gemma3_text",
         "vocab_size": config.vocab_size,
         "context_length": manifest.context,
-        **{name: token for name, token in tokens.items() if token is not None},  # null is refused
+        **{name: token for name, token in tokens.items() if token is not None},  # onnxruntime-genai rejects null
         "decoder": decoder,
     }
     search = {

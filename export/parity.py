@@ -1,8 +1,8 @@
-"""The proof that a bundle computes what its checkpoint computes: the only place of export that needs PyTorch.
+"""Numerical comparison of a bundle with its checkpoint in PyTorch.
 
-The reference is the plain model, not one prepared for export, and the session is the one that ships. The same tokens go
-through both past the window, in one go, in chunks, step by step and as a ragged batch; logits at every position and the
-cached positions that matter are compared.
+The reference is the plain PyTorch model, without changes for export. The session uses the options that the runtime uses.
+Both read the same tokens, beyond the window: in one step, in chunks, token by token, and as a ragged batch. The comparison
+covers the logits at every position and the valid part of the caches.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,16 +27,16 @@ from slm.runtime.memory import Array
 from slm.runtime.session import Device
 from slm.runtime.streaming import greedy
 
-# Two float32 implementations that add in another order, through 18 layers. Rounding grows with the numbers: logits are
-# compared in units of their standard deviation, caches in units of their largest value, where those pass 1. Measured
-# 6e-6 with random weights at the 270M shape and 4e-5 with Gemma's own, whose logits for random tokens reach 131; there
-# PyTorch's float32 is as far from float64 (docs/LOG.md).
+# The limit for two float32 implementations that sum in different orders, through 18 layers. Rounding errors scale with the
+# values, so logits are compared in units of their standard deviation and caches in units of their largest value, if these
+# exceed 1. Measured: 6e-6 with random weights at the 270M shape, and 4e-5 with Gemma's weights, whose logits for random
+# tokens reach 131. There, PyTorch's own float32 differs from float64 by as much (docs/LOG.md).
 TOLERANCE = 1e-4
-# float16 has 11 bits: products, keys and values are rounded to 1 / 2,048 of themselves in every layer.
+# float16 has 11 significant bits: each layer rounds products, keys and values with a relative error of up to 1 / 2,048.
 TOLERANCES: dict[Precision, float] = {"float32": TOLERANCE, "float16": 0.05}
 
 _HINTS: dict[Device, str] = {
-    "cpu": "the checkpoint's values may be out of float32's comfortable range; nothing was written",
+    "cpu": "the checkpoint's values may be too large for accurate float32; nothing was written",
     "cuda": "do not use the bundle on this GPU; slm verify --device cpu checks the graph itself, slm doctor the GPU",
 }
 
@@ -52,21 +52,22 @@ def check_parity(
     device: Device = "cpu",
     optimize: bool = True,
 ) -> Parity:
-    """Compares a bundle with a model that has its weights.
+    """Compares a bundle with a PyTorch model that has the same weights.
 
     Args:
         bundle: The bundle.
-        reference: The model.
-        progress: Told of each arrangement.
-        tolerance: The largest difference allowed; by default that of the bundle's precision.
-        device: Where the bundle is run.
-        optimize: Whether onnxruntime may change the graph.
+        reference: The PyTorch model.
+        progress: Receives one advance for each arrangement of the tokens.
+        tolerance: The largest accepted difference. The default is the tolerance of the bundle's precision.
+        device: The device that runs the bundle.
+        optimize: Whether onnxruntime optimizes the graph.
 
     Returns:
-        The differences found, all within the tolerance.
+        The measured differences, all within the tolerance.
 
     Raises:
-        SlmError: When one is larger, or greedy texts part where the reference sees a clear difference.
+        SlmError: If a difference is above the tolerance, or the greedy tokens diverge at a position where the
+            reference clearly prefers one of the two tokens.
     """
     tolerance = TOLERANCES[bundle.manifest.precision] if tolerance is None else tolerance
     comparison = _Comparison(bundle, OnnxDecoder(bundle, device, optimize=optimize), reference)
@@ -93,9 +94,10 @@ def check_parity(
         greedy_tokens_equal=greedy,
         runtime=f"onnxruntime {ort.__version__}",
     )
-    if not gap <= 2 * tolerance:  # nearer than that, either of two tokens may come out the likelier
+    if not gap <= 2 * tolerance:  # a smaller gap can change sign within the tolerance
         raise SlmError(
-            f"the bundle is not the checkpoint: greedy tokens part after {greedy}, where their logits differ by {gap:.2g}",
+            f"the bundle does not match the checkpoint: greedy decoding diverges after {greedy} tokens, "
+            f"where the two logits differ by {gap:.2g}",
             "the comparison of logits passed; a step with caches differs",
         )
     return parity
@@ -108,28 +110,29 @@ class _Difference:
 
 
 def _check(found: Mapping[str, _Difference], tolerance: float, device: Device) -> None:
-    """Makes sure that differences are within the tolerance.
+    """Checks that every difference is within the tolerance.
 
     Raises:
-        SlmError: When one is not; it says which, and on which device where that is not the CPU.
+        SlmError: If a difference is above the tolerance. The message names the difference, and the device unless it is
+            the CPU.
     """
     where = "" if device == "cpu" else f" on {device.upper()}"
     for kind in ("logits", "caches"):
         for name, differences in found.items():
             difference = getattr(differences, kind)
-            if not difference <= tolerance:  # NaN fails too
+            if not difference <= tolerance:  # NaN fails, too
                 raise SlmError(
-                    f"the bundle is not the checkpoint{where}: {kind} differ by {difference:.2g} ({name}), "
-                    f"allowed {tolerance:.0e}",
+                    f"the bundle does not match the checkpoint{where}: {kind} differ by {difference:.2g} ({name}), "
+                    f"limit {tolerance:.0e}",
                     _HINTS[device],
                 )
 
 
 class _Comparison:
-    """The tokens, and what PyTorch makes of them: at any position the logits, at any length the caches.
+    """The tokens, with the reference's logits at each position and caches at each length.
 
-    Logits of the whole text would take gigabytes with a large vocabulary. Of a long step the last positions are compared,
-    as many as fit; the chunks are short enough to have every position compared once.
+    With a large vocabulary, logits for all positions would take gigabytes. A long step is therefore compared at its last
+    positions only. The chunks are short enough that every position is compared once.
     """
 
     def __init__(self, bundle: Bundle, decoder: OnnxDecoder, reference: CausalLM) -> None:
@@ -141,7 +144,7 @@ class _Comparison:
         self.length = min(3 * self.window, bundle.manifest.context)
         self.positions = comparable_positions(bundle.config.vocab_size)
         self.ids = np.random.default_rng(0).integers(0, bundle.config.vocab_size, (1, self.length))
-        # The reference keeps every position, so that any arrangement can be compared with it.
+        # The reference's cache keeps every position, so that it can be compared at any length.
         self.cache = KVCache(bundle.config)
         for layer in self.cache.layers:
             layer.window = None
@@ -156,27 +159,29 @@ class _Comparison:
         return array
 
     def difference(self, logits: Array, positions: slice | list[int]) -> float:
-        """Compares logits (1, positions, V) with the reference's."""
+        """Returns the largest difference of logits (1, positions, V) from the reference's, in units of their deviation."""
         reference = self.logits(positions)
         if logits.shape != reference.shape:
-            raise SlmError(f"the bundle is not the checkpoint: logits are {logits.shape}, not {reference.shape}")
+            raise SlmError(
+                f"the bundle does not match the checkpoint: logits are {logits.shape}, not {reference.shape}"
+            )
         np.subtract(reference, logits, out=reference)
         return _largest(reference) / self.unit
 
     def chunks(self) -> list[int]:
-        """Chunks whose borders lie on both sides of the window."""
+        """Returns the sizes of chunks with borders just before, at and after the window."""
         borders = {0, self.window - 1, self.window, self.window + 1, self.window + CACHE_SLACK + 1, 2 * self.window + 7}
         borders = {border for border in borders if border < self.length} | {self.length}
         borders |= {*range(0, self.length, self.positions)}
         return [end - start for start, end in pairwise(sorted(borders))]
 
     def steps(self) -> list[int]:
-        """A prompt that ends before the window is full, then one token at a time until its cache moved up twice."""
+        """Returns the sizes of a prompt shorter than the window, and of single tokens until the cache slides twice."""
         prompt = max(1, min(self.window - 2, self.length - 1))
         return [prompt] + [1] * min(2 * CACHE_SLACK + 6, self.length - prompt)
 
     def in_chunks(self, sizes: list[int]) -> _Difference:
-        """Compares logits at every position and the caches at the end."""
+        """Reads the tokens in steps of these sizes; compares the logits of each step and the caches at the end."""
         self.decoder.reset()
         worst, start = 0.0, 0
         for size in sizes:
@@ -187,14 +192,14 @@ class _Comparison:
         return _Difference(worst, self.caches(self.decoder.buffers, 0, start))
 
     def caches(self, buffers: Caches, row: int, length: int) -> float:
-        """Compares one row's resident positions with the reference's at that length."""
+        """Returns the largest difference of one row's resident keys and values from the reference's at that length."""
         worst = 0.0
         for layer in self.layers:
             for side in SIDES:
                 ours = buffers.resident(layer, side, length)[row]
                 if layer.dtype == "int8":
                     ours = ours * self._stored[f"model.layers.{layer.layer}.self_attn.{side[0]}_scale"][0]
-                ours = ours[:, -min(length, ours.shape[1]) :]  # what is before a row's beginning is padding
+                ours = ours[:, -min(length, ours.shape[1]) :]  # positions before a row's beginning are padding
                 theirs = self._reference(layer, side)[:, length - ours.shape[1] : length]
                 worst = _larger(worst, _largest(ours - theirs) / max(1.0, float(np.abs(theirs).max())))
         return worst
@@ -205,7 +210,7 @@ class _Comparison:
         return array
 
     def ragged_batch(self) -> _Difference:
-        """Two beginnings of the tokens, of different lengths, then steps of both together."""
+        """Reads two prefixes of different lengths as a batch, then steps both rows together."""
         steps = min(3, self.length - 2)
         lengths = [self.length - steps, max(1, self.length // 2 - steps)]
         buffers = self.decoder.caches(batch=2)
@@ -228,7 +233,7 @@ class _Comparison:
         return _Difference(worst, caches)
 
     def _read_rows(self, lengths: list[int], buffers: KVBuffers) -> tuple[float, Array]:
-        """Reads each beginning into its row: a windowed cache takes several tokens of one row at a time."""
+        """Reads each prefix into its row. A windowed cache takes several tokens at a time for a single row only."""
         worst, mask = 0.0, np.ones((1, 0), np.int64)
         for row, length in enumerate(lengths):
             mask = np.ones((1, length), np.int64)
@@ -237,14 +242,14 @@ class _Comparison:
         return worst, mask
 
     def _read_padded(self, lengths: list[int], buffers: Caches) -> tuple[float, Array]:
-        """Reads both at once, the shorter one padded on the left, as other people's tools do it."""
+        """Reads both prefixes in one step, the shorter one padded on the left, as transformers does."""
         ids = np.stack([np.pad(self.ids[0, :length], (max(lengths) - length, 0)) for length in lengths])
         mask = np.stack([np.arange(max(lengths)) >= max(lengths) - length for length in lengths]).astype(np.int64)
         logits = self.decoder.run(ids, mask, buffers, keep=1)
         return self.difference(logits[None, :, 0], [length - 1 for length in lengths]), mask
 
     def greedy(self) -> tuple[int, float]:
-        """Returns how many greedy tokens both choose alike, and how far apart the reference sees the first that differ."""
+        """Returns the number of equal greedy tokens, and the reference's gap between the first two that differ."""
         count = min(GREEDY_TOKENS, self.length - GREEDY_PROMPT - 1)
         if count < 1:
             return 0, 0.0
@@ -264,5 +269,5 @@ def _largest(difference: Array) -> float:
 
 
 def _larger(a: float, b: float) -> float:
-    """Returns the larger; NaN where either is, so that it cannot be lost."""
+    """Returns the larger number, or NaN if either is NaN (`max` would lose it)."""
     return float(np.maximum(a, b))

@@ -1,7 +1,7 @@
-"""How large a model's activations grow, and which products that leaves to float16.
+"""Measurement of a model's activations, and the choice of the products that run in float16.
 
-float16 ends at 65,504, and activations of Gemma's size of numbers pass it: then a GPU answers infinity, or nothing that
-anybody notices. So the model reads text in float32 first; products that come near the end stay in float32.
+The largest float16 is 65,504. Activations of Gemma exceed it, and overflow to infinity on a GPU, possibly without a visible
+error. The model therefore reads a text in float32 first. Products whose activations come near the limit stay in float32.
 """
 
 from collections import defaultdict
@@ -19,12 +19,12 @@ from slm.core.text.tokens import TextSource
 from slm.core.tokenizer import Tokenizer
 
 LARGEST_FLOAT16 = 65_504.0
-# Other text reaches further than the one that was read: 8 times leaves three of float16's sixteen powers of two.
+# Other texts can have larger activations than the measured one. A factor of 8 is three of float16's sixteen powers of two.
 MARGIN = 8.0
 TOKENS = 2048
 _ROW = 512
 
-# A product of the graph is several of the model's.
+# The graph joins several of the model's products into one.
 _PRODUCTS = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -35,31 +35,31 @@ _PRODUCTS = {
 
 
 def scan_ranges(model: CausalLM, tokenizer: Tokenizer, text: Path | None = None) -> Ranges:
-    """Reads text and decides which products stay in float32.
+    """Measures activations on a text and chooses the products that stay in float32.
 
     Args:
         model: The model, in float32.
-        tokenizer: Its tokenizer.
-        text: A text file; by default the stories that ship with slm.
+        tokenizer: The model's tokenizer.
+        text: A text file. The default is the stories that ship with slm.
 
     Returns:
-        The largest absolute values that go into or come out of each product, and the products to keep in float32.
+        The largest absolute input or output of each product, and the products that stay in float32.
 
     Raises:
-        SlmError: When the text is too short, or values are too large for float16 caches.
+        SlmError: If the text is too short, or the attention values are too large for float16 caches.
     """
     file = text or validation_path()
     ids = [id for document in TextSource(file).first_tokens(tokenizer, TOKENS) for id in document][:TOKENS]
     length = min(len(ids), _ROW, model.config.max_position_embeddings)
     if length < 2:
-        raise SlmError(f"too little text to measure activations on: {file}", "give at least a few sentences")
+        raise SlmError(f"{file} has too little text to measure activations", "use at least a few sentences")
     rows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
     largest = _largest(model, rows)
     values = max(value for path, value in largest.items() if path.endswith("v_proj"))
     if not values * MARGIN < LARGEST_FLOAT16:
         raise SlmError(
-            f"the values of attention reach {values:,.0f}: too near the end of float16, in which caches are kept",
-            "--device cpu keeps float32",
+            f"attention values reach {values:,.0f}, too close to the limit of float16 caches",
+            "use --device cpu, which keeps float32",
         )
     products: dict[str, float] = {}
     for path, value in largest.items():
@@ -76,14 +76,14 @@ def scan_ranges(model: CausalLM, tokenizer: Tokenizer, text: Path | None = None)
 
 
 def _largest(model: CausalLM, rows: Tensor) -> dict[str, float]:
-    """Returns the largest absolute value in and out of every linear layer by its path."""
+    """Returns the largest absolute input or output of every linear layer, by path."""
     largest: dict[str, float] = defaultdict(float)
 
     def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             reached = max(float(tensor.abs().max()) for tensor in (*inputs, output))
             largest[path] = max(largest[path], reached)
-            if path.endswith("down_proj"):  # what goes in is made by the product before it, in its type
+            if path.endswith("down_proj"):  # its input is computed in the type of the product before it
                 before = path.replace("down_proj", "gate_proj")
                 largest[before] = max(largest[before], float(inputs[0].abs().max()))
 
@@ -101,6 +101,6 @@ def _largest(model: CausalLM, rows: Tensor) -> dict[str, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    if "lm_head" in largest and model.config.tie_word_embeddings:  # the graph has the head in the embedding
+    if "lm_head" in largest and model.config.tie_word_embeddings:  # in the graph, the embedding computes a tied head
         largest["model.embed_tokens"] = largest.pop("lm_head")
     return dict(largest)

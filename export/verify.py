@@ -1,10 +1,10 @@
-"""Whether a bundle is the checkpoint it says it is: its weights one by one, and what it computes on each provider.
+"""Verification of a bundle against its checkpoint: each weight, and the output on each provider.
 
-Weights are compared with the checkpoint's: equal in float32, rounded in float16, and where they are integers exactly as
-far off as rounding moved them. What the bundle computes is compared with PyTorch running the bundle's own weights, so that
-rounding of weights does not hide an error in the graph. A graph of integers is run twice: with activations in floats, where
-it must agree as closely as a float graph, and as it ships, where the kernel rounds activations too. A portable graph of
-integers says floats: it is run as it is written, and with what onnxruntime's optimizations make of it.
+Weights must match the checkpoint's weights: exactly in float32, up to rounding in float16. Integer weights must have exactly
+the error that the manifest records. The output is compared with PyTorch running the bundle's own weights, so that the
+rounding of weights cannot hide an error in the graph. A quantized graph runs twice: with float activations, where it must be
+as accurate as a float graph, and unchanged, where the kernel also rounds activations. A portable quantized graph runs as
+written, which computes in floats, and with onnxruntime's optimizations.
 """
 
 import os
@@ -33,23 +33,23 @@ from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
 from slm.runtime.placement import attends_on, check_placement
 from slm.runtime.session import Device, DeviceUnavailable, check_available
 
-# The kernel rounds activations to 8 bits block by block, in every layer.
+# The kernel rounds activations to 8 bits, block by block, in every layer.
 INT8_TOLERANCE = 0.3
-# Keys and values rounded too, at its worst with random weights and tokens: 0.4 there, and 1.3 with a wrong window.
+# With keys and values rounded as well, random weights and tokens (the worst case) give 0.4; a wrong window gives 1.3.
 INT8_CACHE_TOLERANCE = 0.6
-# The error of a rounded weight is computed from the same numbers in the same way as when it was written.
+# The recorded error of a rounded weight was computed from the same numbers by the same function.
 _SAME_ERROR = 1e-9
 _HALF_ULP_FLOAT16 = 2.0**-11
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found, all within what is allowed.
+    """The result of a successful verification.
 
     Attributes:
-        weights: How many tensors are the checkpoint's.
-        weights_off: The largest difference of a weight, in units of what rounding allows it; 0 in float32.
-        parity: Differences from PyTorch, by provider; "cpu, graph as written" without onnxruntime's optimizations.
+        weights: The number of tensors that match the checkpoint.
+        weights_off: The largest difference of a weight, as a fraction of its limit; 0 in float32.
+        parity: Differences from PyTorch by provider; "graph as written" means without onnxruntime's optimizations.
     """
 
     weights: int
@@ -64,29 +64,32 @@ def verify_bundle(
     device: Device | None = None,
     allow_slow: bool = False,
 ) -> Verification:
-    """Compares a bundle with a checkpoint.
+    """Verifies a bundle against a checkpoint.
 
     Args:
         bundle: The bundle.
-        checkpoint: What it must be.
-        progress: Is told of each comparison.
-        device: Where the bundle is run. By default on the CPU, and on CUDA too where that starts and the bundle's attention
-            runs there.
-        allow_slow: Whether attention may run on the CPU when the rest runs on CUDA.
+        checkpoint: The checkpoint's directory.
+        progress: Receives the progress of each comparison.
+        device: The device that runs the bundle. The default is the CPU, and also CUDA if it is available and runs the
+            bundle's attention.
+        allow_slow: Whether attention may run on the CPU while the rest runs on CUDA.
+
+    Returns:
+        The number of compared weights and the measured differences.
 
     Raises:
-        DeviceUnavailable: When the device that is named cannot be used.
-        SlmError: When anything differs by more than is allowed; it says what.
+        DeviceUnavailable: If the requested device cannot be used.
+        SlmError: If the configuration differs, or a difference is above its limit. The message names the difference.
     """
     if device is not None:
         check_placement(bundle, device, allow_slow)
     theirs = read_config(checkpoint)
     if bundle.config != theirs:
         changed = [name for name, value in bundle.config if value != getattr(theirs, name)]
-        raise SlmError(f"the bundle is not the checkpoint: their configurations differ in {', '.join(changed)}")
+        raise SlmError(f"the bundle does not match the checkpoint: their configurations differ in {', '.join(changed)}")
     with released():
         count, off = _compare_weights(bundle, checkpoint)
-    progress.note(f"{count} weights are the checkpoint's")
+    progress.note(f"{count} weights match the checkpoint")
     with released():
         reference = model_of(bundle)
     precision = bundle.manifest.precision
@@ -94,14 +97,14 @@ def verify_bundle(
     quantized = bundle.manifest.quantization
     on_gpu = (
         bundle.manifest.device != "cpu"
-    )  # where products take activations in float16, which nothing rounds to integers
+    )  # products for GPUs take float16 activations, which no kernel rounds to integers
     tolerance = TOLERANCES["float16"] if on_gpu else TOLERANCES[precision] if quantized is None else INT8_TOLERANCE
     tolerance = INT8_CACHE_TOLERANCE if rounded_caches else tolerance
     found: dict[str, Parity] = {}
     if device != "cpu" and (device == "cuda" or attends_on(bundle, "cuda") == "cuda" or allow_slow):
         try:
             check_available("cuda")
-            # onnxruntime folds the norms of queries and keys into attention on CUDA alone, so both graphs are run there.
+            # Only on CUDA does onnxruntime fuse the norms of queries and keys into attention, so both graphs run there.
             found["cuda"] = check_parity(bundle, reference, progress, tolerance, "cuda")
             found["cuda, graph as written"] = check_parity(
                 bundle, reference, progress, tolerance, "cuda", optimize=False
@@ -109,7 +112,7 @@ def verify_bundle(
         except DeviceUnavailable as error:
             if device == "cuda":
                 raise
-            progress.note(f"not compared on CUDA: {error.message}")
+            progress.note(f"skipping CUDA: {error.message}")
     if device == "cuda":
         return Verification(count, off, found)
     found = {"cpu": check_parity(bundle, reference, progress, tolerance)} | found
@@ -125,10 +128,10 @@ def verify_bundle(
 
 
 def record_parity(bundle: Bundle, found: Verification) -> bool:
-    """Writes what was found on GPUs into the bundle's manifest, which `slm info` shows.
+    """Records the differences measured on GPUs in the bundle's manifest. `slm info` shows them.
 
     Returns:
-        Whether the manifest has it; False where the bundle cannot be written to, as on a medium that is read-only.
+        True if the manifest holds the differences; False if the bundle is not writable.
     """
     ours = {name: parity for name, parity in found.parity.items() if name.partition(",")[0] != "cpu"}
     recorded = bundle.manifest.gpu_parity | ours
@@ -143,7 +146,7 @@ def record_parity(bundle: Bundle, found: Verification) -> bool:
 
 @contextmanager
 def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
-    """Yields the bundle with one attribute of its products changed, so that they take activations as they are."""
+    """Yields a copy of the bundle whose quantized products do not round activations (`accuracy_level` 0)."""
     model = ir.load(bundle.model_path)
     for node in model.graph:
         if "accuracy_level" in node.attributes:
@@ -152,17 +155,17 @@ def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
         changed = Bundle(directory, bundle.manifest, bundle.config)
         path = directory / bundle.manifest.model
         path.parent.mkdir(parents=True, exist_ok=True)
-        ir.save(model, path)  # the weights stay where they are, beside it
+        ir.save(model, path)  # writes the graph only; the weights stay in their data file
         data = bundle.model_path.with_name(f"{path.name}_data")
         try:
             os.link(data, path.with_name(data.name))
-        except OSError:  # a file system without links
+        except OSError:  # the file system does not support links
             shutil.copy(data, path.with_name(data.name))
         yield changed
 
 
 def model_of(bundle: Bundle) -> CausalLM:
-    """Returns PyTorch's model with a bundle's weights."""
+    """Returns the PyTorch model with a bundle's weights, in float32."""
     tensors = float_tensors(bundle.model_path, _schemes(bundle))
     config = bundle.config
     with torch.device("meta"):
@@ -192,25 +195,25 @@ def model_of(bundle: Bundle) -> CausalLM:
 
 
 def _compare_weights(bundle: Bundle, checkpoint: Path) -> tuple[int, float]:
-    """Returns how many weights were compared, and the largest difference in units of what is allowed."""
+    """Returns the number of compared weights, and the largest difference as a fraction of its limit."""
     config = bundle.config
     quantization = bundle.manifest.quantization
     theirs = checkpoint_tensors(Weights(checkpoint), config)
     ours = float_tensors(bundle.model_path, _schemes(bundle))
     if missing := set(theirs) ^ set(ours):
-        raise SlmError(f"the bundle is not the checkpoint: it has other weights, {min(missing)} among them")
+        raise SlmError(f"the bundle does not match the checkpoint: only one of them has {min(missing)}")
     if quantization is not None and quantization.smoothing is not None:
         theirs = smoothing_between(theirs, ours, config, quantization.smoothing).apply(theirs)
     worst = 0.0
     for name in theirs:
         wanted, found = theirs[name], ours[name]
         if wanted.shape != found.shape:
-            raise SlmError(f"the bundle is not the checkpoint: {name} is {found.shape}, not {wanted.shape}")
+            raise SlmError(f"the bundle does not match the checkpoint: {name} is {found.shape}, not {wanted.shape}")
         off = _off(bundle.manifest, name, wanted, found)
         if not off <= 1:
             raise SlmError(
-                f"the bundle is not the checkpoint: {name} differs by {float(np.abs(found - wanted).max()):.2g}",
-                "name the checkpoint that it was exported from with --against",
+                f"the bundle does not match the checkpoint: {name} differs by {float(np.abs(found - wanted).max()):.2g}",
+                "use --against to name the checkpoint that the bundle was exported from",
             )
         worst = max(worst, off)
     return len(theirs), worst
@@ -221,15 +224,15 @@ def _schemes(bundle: Bundle) -> Mapping[str, Scheme]:
 
 
 def _off(manifest: Manifest, name: str, wanted: Array, found: Array) -> float:
-    """Returns the largest difference in units of what is allowed.
+    """Returns the largest difference of a weight as a fraction of its limit.
 
-    Integers are as far from the weight as the manifest says that rounding moved it: by GPTQ some move by several steps, so
-    that a bound on each would let much through. A weight that is not quantized is off by rounding to its type alone.
+    The error of an integer weight must equal the error in the manifest. A limit for each element would be too weak, because
+    GPTQ moves some elements by several steps. Other weights may differ by rounding to their type only.
     """
     path = name.removesuffix(".weight")
     if manifest.quantization is not None and path in manifest.quantization.schemes:
         recorded = manifest.quantization.errors[path]
-        if manifest.quantization.schemes[path].half:  # integers were chosen for the weights of the float16 bundle
+        if manifest.quantization.schemes[path].half:  # the weights were rounded to float16 before they were quantized
             wanted = wanted.astype(np.float16).astype(np.float32)
         return abs(relative_error(wanted, found) - recorded) / max(
             recorded * _SAME_ERROR, float(np.finfo(np.float32).tiny)

@@ -1,1 +1,1 @@
-"""Smaller weights, and the measurement of what they cost. Needs onnx but not torch."""
+"""Quantization of bundles, and measurement of its effect. Needs onnx but not torch."""

@@ -1,4 +1,4 @@
-"""Rounding weights to integers in blocks: the arithmetic, in numpy.
+"""Rounding of weights to integers in blocks, in numpy.
 
 Dimensions: N output channels, K input channels.
 """
@@ -13,24 +13,24 @@ from slm.export.graph.builder import Array
 from slm.quantize.exact import exact_grid, rows_on_grid
 from slm.quantize.grid import Grid, as_stored
 
-# Weights rounded at a time: what is in between takes several times as much memory.
+# The number of weights that are rounded at a time. Intermediate arrays take several times as much memory.
 _CHUNK_VALUES = 1 << 22
-# How far the ends of a block's range are drawn in, to find what rounds it best.
+# The factors that `searched` tries on the range of a block.
 _SHRINKS = np.linspace(1.0, 0.68, 17, dtype=np.float32)
 
 
 def fitted(blocks: Array, scheme: Scheme) -> Grid:
-    """Returns the grid that reaches from end to end of each block (..., blocks, block)."""
+    """Returns the grid that covers the full range of each block (..., blocks, block)."""
     return _between(*_ends(blocks, scheme), scheme)
 
 
 def searched(blocks: Array, scheme: Scheme, importance: Array | None = None) -> Grid:
-    """Returns the grid that rounds each block best: of several, drawn in by different shares, the one of least squared error.
+    """Returns the grid with the least squared error for each block, from several grids with smaller ranges.
 
     Args:
         blocks: Values (..., blocks, block).
-        scheme: How they will be stored.
-        importance: What the error of an input channel weighs, (blocks, block): the mean square of its activations.
+        scheme: The scheme of the weight.
+        importance: The weight of each input channel's error, (blocks, block): the mean square of its activations.
     """
     low, high = _ends(blocks, scheme)
     best, error = _between(low, high, scheme), None
@@ -52,7 +52,7 @@ def searched(blocks: Array, scheme: Scheme, importance: Array | None = None) -> 
 
 
 def stored(integers: Array, grid: Grid, scheme: Scheme) -> dict[str, Array]:
-    """Returns the arrays of the graph's parameters for integers (N, blocks, block) on a grid (N, blocks), by name."""
+    """Returns the graph's parameters, by name, for integers (N, blocks, block) on a grid (N, blocks)."""
     if scheme.dynamic:
         return {
             QUANTIZED: np.ascontiguousarray(integers.reshape(len(integers), -1).T.astype(np.int8)),
@@ -67,16 +67,16 @@ def stored(integers: Array, grid: Grid, scheme: Scheme) -> dict[str, Array]:
 def quantize_nearest(
     weight: Array, scheme: Scheme, search: bool = False, importance: Array | None = None
 ) -> dict[str, Array]:
-    """Rounds each weight to the nearest value of its block's grid; an output channel that lies on a grid keeps it.
+    """Rounds each weight to the nearest value of its block's grid. An output channel that lies on a grid keeps its grid.
 
     Args:
         weight: float32 (N, K); K is a multiple of the block size.
-        scheme: How to store it.
-        search: Whether to search for the scales.
-        importance: For the search, what the error of each input channel weighs, (K,).
+        scheme: The scheme of the weight.
+        search: Whether to search for the best scales.
+        importance: For the search, the weight of each input channel's error, (K,).
 
     Returns:
-        The arrays of the graph's parameters by name.
+        The arrays of the graph's parameters, by name.
     """
     blocks = weight.shape[1] // scheme.block_size
     weights = None if importance is None else importance.reshape(blocks, -1).astype(np.float32)
@@ -99,18 +99,18 @@ def quantize_nearest(
 
 
 def _of_rows(chosen: Array, grid: Grid, other: Grid) -> Grid:
-    """Returns one grid for the chosen output channels (N,) and another for the rest."""
+    """Returns `grid` for the chosen output channels (N,) and `other` for the rest."""
     scale, zero = (np.where(chosen[:, None], a, b) for a, b in ((grid.scale, other.scale), (grid.zero, other.zero)))
     return Grid(scale, zero, grid.lowest, grid.highest)
 
 
 def _ends(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:
-    if scheme.zero_points:  # 0 is always among the values
+    if scheme.zero_points:  # the range always includes 0
         return np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     if scheme.bits == 8:
         largest = np.abs(blocks).max(axis=-1)
         return -largest, largest
-    # Of 4-bit integers there is one more below zero than above: it goes where the largest value is, and the scale with it.
+    # 4-bit integers have one more negative value than positive ones. The sign of the scale puts it at the largest weight.
     low, high = blocks.min(axis=-1), blocks.max(axis=-1)
     furthest = np.where(-low >= high, low, high)
     return furthest, -furthest

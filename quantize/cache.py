@@ -1,6 +1,6 @@
-"""Steps of keys and values for caches of 8-bit integers, measured on text.
+"""Calibration of 8-bit caches: quantization steps of keys and values, measured on a text.
 
-A quarter of float32's memory, and a quarter of what a step reads of a long context.
+An 8-bit cache takes a quarter of the memory of float32, and a step reads a quarter of the bytes.
 """
 
 import numpy as np
@@ -13,17 +13,17 @@ from slm.quantize.quality import Text
 from slm.runtime.decoder import OnnxDecoder
 
 LEVELS = 127
-# Other text reaches a little further; what is beyond is cut off.
+# Other text can have slightly larger values. Values beyond this headroom are clipped.
 _HEADROOM = 1.1
 
 
 def cache_steps(bundle: Bundle, text: Text, progress: Progress) -> dict[str, Array]:
-    """Reads text and returns the step of each channel, float32 (1, K, 1, H), by parameter name.
+    """Returns the quantization step of each channel, float32 (1, K, 1, H), by parameter name.
 
     Args:
         bundle: A bundle with float caches.
-        text: What it reads.
-        progress: Told of each row.
+        text: The calibration text.
+        progress: Advances with each row.
     """
     decoder = OnnxDecoder(bundle)
     largest: dict[str, Array] = {}

@@ -1,4 +1,4 @@
-"""From what was asked for to what is done: settings are few, and what they leave open is measured.
+"""Choice of a quantization recipe. Whatever the settings leave open is decided by measurement.
 
 Dimensions: K input channels.
 """
@@ -37,34 +37,34 @@ from slm.quantize.statistics import root_mean_squares
 from slm.quantize.write import ACCURACY_LEVEL, Contents, tried
 from slm.runtime.decoder import OnnxDecoder
 
-# How many rows of it, cut off at so many tokens, it takes to tell what smoothing does, each layer, and several together.
+# Calibration rows for trying smoothing, for the sensitivity of each layer, and for trying mixed precision; tokens in a row.
 _SMOOTHING_ROWS, _SENSITIVITY_ROWS, _TOGETHER_ROWS, _ROW_TOKENS = 1, 2, 4, 256
-# A product counts as one that lies on a grid if so many of its output channels do.
+# The share of output channels on a grid from which the whole product counts as being on a grid.
 _KEPT_SHARE = 0.5
-# What INT4 is to move the predictions by at most, nats, as the layers' harms add up; measured afterwards it is more
+# The KL divergence that INT4 aims for, in nats, as the sum of the layers' divergences. The measured divergence is higher
 # (docs/quantization.md).
 _FINE_KL_NATS: Mapping[Prefer, float] = {"auto": 0.02, "speed": 0.02, "quality": 0.012}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What is let through; None asks for nothing.
+    """The limits of the quality check. None means no limit.
 
     Attributes:
-        max_kl_nats: The largest mean divergence from the source's predictions.
-        max_perplexity_increase: The largest share by which perplexity may grow.
+        max_kl_nats: Limit of the mean KL divergence from the source's predictions, in nats.
+        max_perplexity_increase: Limit of the relative increase of perplexity.
     """
 
     max_kl_nats: float | None
     max_perplexity_increase: float | None = None
 
     def refuses(self, change: Change) -> str | None:
-        """Returns why not, or None; what is not a number is refused."""
+        """Returns the reason for rejection, or None. Rejects NaN."""
         if self.max_kl_nats is not None and not change.kl_nats <= self.max_kl_nats:
-            return f"the predictions moved by {change.kl_nats:.4f} nats, allowed {self.max_kl_nats:g}"
+            return f"KL divergence {change.kl_nats:.4f} nats (limit {self.max_kl_nats:g})"
         grown = change.perplexity_after / change.perplexity_before - 1
         if self.max_perplexity_increase is not None and not grown <= self.max_perplexity_increase:
-            return f"perplexity grew by {grown:.1%}, allowed {self.max_perplexity_increase:.1%}"
+            return f"perplexity increase {grown:.1%} (limit {self.max_perplexity_increase:.1%})"
         return None
 
 
@@ -73,20 +73,20 @@ GATES = {precision: Gate(nats) for precision, nats in MAX_KL_NATS.items()}
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantize.
+    """The settings of a quantization.
 
     Attributes:
-        precision: "int8" or "int4", where layers that need more may get eight bits.
-        prefer: What to weigh most.
-        dynamic: Products of 8-bit integers, activations rounded a token at a time, in place of blocks.
-        reduce_range: With `dynamic`, weights in seven bits, for processors without VNNI.
-        block_size: Input channels of a layer's weight that share one scale; None takes what `prefer` says.
-        method: How integers are chosen; None takes GPTQ for four bits and the nearest for eight.
-        smooth: Whether activations are smoothed first; None does where it measures better.
-        cache: How keys and values are cached; None takes what `prefer` says.
-        target_bytes: For INT4, the largest graph and weights together.
-        target_kl_nats: For INT4, how far the predictions may move: as many layers get eight bits as that takes.
-        gate: What to let through.
+        precision: "int8" or "int4". With "int4", sensitive layers can get eight bits.
+        prefer: The property to optimize.
+        dynamic: Use products of 8-bit integers with a dynamic scale for each token, instead of blocks.
+        reduce_range: With `dynamic`, limit weights to seven bits, for processors without VNNI.
+        block_size: The number of input channels that share one scale in the layers' weights. None: `prefer` decides.
+        method: The rounding method. None: GPTQ for four bits, nearest for eight bits.
+        smooth: Whether to smooth activations first. None: only if it measures better.
+        cache: The type of cached keys and values. None: `prefer` decides.
+        target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
+        target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
+        gate: The limits of the quality check. None: the default limits of the precision.
     """
 
     precision: Literal["int8", "int4"] = "int8"
@@ -102,14 +102,14 @@ class Settings:
     gate: Gate | None = None
 
     def words(self) -> dict[str, object]:
-        """Returns what was asked for, without what was left open."""
+        """Returns the requested settings, without those left open."""
         asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
         asked |= {"block_size": self.block_size}
         asked |= {"target_bytes": self.target_bytes, "target_kl_nats": self.target_kl_nats}
         return {name: value for name, value in asked.items() if value is not None}
 
     def finer(self) -> str | None:
-        """Returns options that round less, None where there are none."""
+        """Returns options that reduce the rounding error, or None if there are none."""
         if self.precision == "int4":
             if self.target_bytes:
                 return "a larger --target-size"
@@ -121,19 +121,19 @@ class Settings:
 
 @dataclass
 class Recipe:
-    """What was decided: everything that the graph is built from.
+    """The decisions that a quantized graph is built from.
 
     Attributes:
-        schemes: Of each product, by path.
-        method: How integers are chosen.
-        smoothing: Factors.
-        cache: How keys and values are cached.
-        cache_steps: Their steps, by name of the parameter.
-        rms: Root mean square of each input channel (K,) of each product, by path, where it was measured; before smoothing.
-        done: Arrays of weights that are rounded already, by path.
-        harm: What few bits of each product did, nats, by path, where that was tried.
-        kept: Paths of the products whose weights lie on grids that their schemes store.
-        device: Where the bundle is to run.
+        schemes: The scheme of each product, by path.
+        method: The rounding method.
+        smoothing: The smoothing factors.
+        cache: The type of cached keys and values.
+        cache_steps: The quantization steps of keys and values, by name of the parameter.
+        rms: Root mean square of each input channel (K,) before smoothing, by path of the product; empty if not measured.
+        done: Arrays of the weights that are already rounded, by path.
+        harm: KL divergence when only this product has few bits, in nats, by path; empty if not measured.
+        kept: Paths of the products whose weights lie on grids that their schemes store exactly.
+        device: The device that will run the bundle.
     """
 
     schemes: dict[str, Scheme]
@@ -149,23 +149,27 @@ class Recipe:
 
     @property
     def inputs_rms(self) -> dict[str, Array]:
-        """Root mean square of each input channel as it is after smoothing, by path."""
+        """The root mean square of each input channel (K,) after smoothing, by path."""
         return {path: self.smoothing.activations(f"{path}.weight", values) for path, values in self.rms.items()}
 
     @property
     def importance(self) -> dict[str, Array]:
-        """What the error of each input channel weighs: the mean square of its activations, by path."""
+        """The weight of each input channel's error (K,), which is the mean square of its activations, by path."""
         return {path: np.square(values) for path, values in self.inputs_rms.items()}
 
     def contents(self, source: Bundle) -> Contents:
-        """Returns what a bundle made of a float32 one is to hold."""
+        """Returns the contents of the quantized bundle.
+
+        Args:
+            source: The float32 bundle.
+        """
         plain = self.smoothing.apply(graph_tensors(source.model_path))
         rounded = rounded_tensors(plain, self.schemes, self.method != "nearest", self.importance, self.done)
         tensors = ChainMap(dict(self.cache_steps), rounded)  # type: ignore[arg-type]  # only read
         return Contents(tensors, self.describe(), self.cache, self.smoothing, self.device)
 
     def words(self) -> dict[str, object]:
-        """Returns what was decided."""
+        """Returns the decisions for reports."""
         count: dict[str, int] = {}
         for scheme in self.schemes.values():
             count[scheme.name] = count.get(scheme.name, 0) + 1
@@ -175,7 +179,7 @@ class Recipe:
     def describe(self) -> Quantization:
         """Returns the manifest's record."""
         exponent = self.smoothing.exponent if self.smoothing.columns else None
-        level = ACCURACY_LEVEL if self.device == "cpu" else 0  # CUDA's products take activations as they are
+        level = ACCURACY_LEVEL if self.device == "cpu" else 0  # products on CUDA do not round activations
         return Quantization(method=self.method, accuracy_level=level, smoothing=exponent, schemes=self.schemes)
 
 
@@ -191,13 +195,13 @@ def decide(
     """Chooses everything that the settings leave open, by measurement on the calibration text.
 
     Args:
-        source: The bundle in float32 (`slm.quantize.plain`).
-        before: Runs the bundle that predictions are compared with; closed while memory is wanted for something else.
-        calibration: What is read.
-        settings: What was asked for.
-        progress: Told of each step.
-        scratch: A directory for what is only tried.
-        device: Where the new bundle is to run.
+        source: The float32 bundle (`slm.quantize.plain`).
+        before: Runs the bundle that predictions are compared with. It is closed while other steps need the memory.
+        calibration: The calibration text.
+        settings: The requested settings.
+        progress: Receives the progress of each step.
+        scratch: A directory for temporary bundles.
+        device: The device that will run the new bundle.
     """
     linears = linears_of(source.config)
     wish = INT4 if settings.precision == "int4" else INT8_DYNAMIC if settings.dynamic else INT8[settings.prefer]
@@ -225,7 +229,7 @@ def decide(
 
 
 def on_device(schemes: dict[str, Scheme], source: Bundle, device: Device) -> dict[str, Scheme]:
-    """Returns schemes as products of a device take them: in float16 on CUDA, but where float16 would overflow."""
+    """Returns the schemes for a device. On CUDA, scales are float16 except for products that overflow float16."""
     if device == "cpu":
         return schemes
     return with_half_scales(schemes, source.manifest.ranges.float32 if source.manifest.ranges else ())
@@ -234,7 +238,10 @@ def on_device(schemes: dict[str, Scheme], source: Bundle, device: Device) -> dic
 def kept_products(
     tensors: Mapping[str, Array], layers: Sequence[Linear], schemes: Schemes, progress: Progress
 ) -> frozenset[str]:
-    """Returns the paths of the products whose weights lie on grids that their schemes store; notes say what that means."""
+    """Returns the paths of the products whose weights lie on grids that their schemes store exactly.
+
+    Prints a note if there are such products, or if `--int4 --block-size 32` would keep products exactly.
+    """
     kept = frozenset(
         linear.path
         for linear in layers
@@ -242,8 +249,8 @@ def kept_products(
     )
     if kept:
         progress.note(
-            f"{len(kept)} of {len(layers)} products lie on a grid that {schemes[min(kept)].name} stores: their weights are"
-            " kept exactly and not smoothed"
+            f"{len(kept)} of {len(layers)} products lie on a grid that {schemes[min(kept)].name} stores exactly; their"
+            " weights keep their values and are not smoothed"
         )
     four_bits = Scheme(bits=4, block_size=GRID_BLOCK_SIZE, zero_points=True)
     missed = [
@@ -255,7 +262,7 @@ def kept_products(
     ]
     if missed:
         progress.note(
-            f"{len(missed)} of {len(layers)} products lie on a 4-bit grid in blocks of {GRID_BLOCK_SIZE}, as Q4_0 has:"
+            f"{len(missed)} of {len(layers)} products lie on a 4-bit grid in blocks of {GRID_BLOCK_SIZE}, as in Q4_0;"
             f" --int4 --block-size {GRID_BLOCK_SIZE} keeps their weights exactly"
         )
     return kept
@@ -270,13 +277,13 @@ def _better(
     progress: Progress,
     scratch: Path,
 ) -> bool:
-    """Tries a recipe with and without smoothing; says whether the predictions move less with it."""
+    """Tries a recipe with and without smoothing, and returns whether smoothing reduces the KL divergence."""
     part = _part(calibration, _SMOOTHING_ROWS)
     plain = replace(recipe, method="searched" if recipe.method == "gptq" else recipe.method)
     moved = [
         _moved(source, before, each, part, progress, scratch) for each in (plain, replace(plain, smoothing=smooth))
     ]
-    progress.note(f"smoothing moves the predictions by {moved[1]:.4f} nats instead of {moved[0]:.4f}")
+    progress.note(f"KL divergence with smoothing {moved[1]:.4f} nats, without {moved[0]:.4f}")
     return moved[1] < moved[0]
 
 
@@ -285,7 +292,7 @@ def _part(text: Text, rows: int) -> Text:
 
 
 def _moved(source: Bundle, before: Opened, recipe: Recipe, text: Text, progress: Progress, scratch: Path) -> float:
-    """Returns how far a recipe moves the predictions, nats."""
+    """Returns the KL divergence of a recipe on a text, in nats."""
     with tried(source, recipe.contents(source), scratch) as bundle:
         return measure(before(), OnnxDecoder(bundle), text, progress).kl_nats
 
@@ -299,12 +306,12 @@ def _spend_bits(
     progress: Progress,
     scratch: Path,
 ) -> None:
-    """Rounds to four bits, and gives eight to the layers that need them, within what the settings allow."""
+    """Rounds to four bits, then gives eight bits to the most sensitive layers, within the budget of the settings."""
     linears = linears_of(source.config)
     layers = [linear for linear in linears if linear.layer is not None]
     tensors = recipe.smoothing.apply(graph_tensors(source.model_path))
     low = recipe.schemes
-    # GPTQ fits what it reads, so what it comes to is judged on rows that it has not read.
+    # GPTQ fits the rows that it reads, so its KL divergence is measured on other rows.
     kept_back = 0 if settings.target_kl_nats is None else min(_TOGETHER_ROWS, len(calibration.rows) // 2)
     fitted = Text(calibration.name, calibration.rows[kept_back:])
     if recipe.method == "gptq":
@@ -320,7 +327,7 @@ def _spend_bits(
         return recipe.smoothing.revert(name, restored(arrays, low[linear.path]))
 
     recipe.harm = sensitivities(Lab(source, layers), layers, _part(calibration, _SENSITIVITY_ROWS), rounded, progress)
-    # A product that four bits store exactly would lose by more.
+    # A product that lies on a 4-bit grid keeps four bits, because eight bits would be less exact.
     eight = schemes_of([linear for linear in layers if linear.path not in recipe.kept], INT8["auto"])
     high = low | on_device(eight, source, recipe.device)
     picked = partial(choose, linears, low, high, recipe.harm)
@@ -338,7 +345,7 @@ def _spend_bits(
         def moved(schemes: Schemes) -> float:
             found = _moved(source, before, with_schemes(schemes), part, progress, scratch)
             count = sum(scheme.bits == 8 for scheme in schemes.values())
-            progress.note(f"{count} of {len(schemes)} products in 8 bits: the predictions move by {found:.4f} nats")
+            progress.note(f"{count} of {len(schemes)} products in 8 bits: KL divergence {found:.4f} nats")
             return found
 
         schemes = within_kl(linears, low, high, recipe.harm, settings.target_kl_nats, moved)
@@ -349,7 +356,7 @@ def _spend_bits(
 
 
 def _bytes_of_files(source: Bundle, recipe: Recipe, linears: Sequence[Linear], scratch: Path, schemes: Schemes) -> int:
-    """Returns what graph and weights take with these schemes, tables and paddings included."""
+    """Returns the size of graph and weights with these schemes in bytes, padding included."""
     each = replace(recipe, schemes=schemes, done=placeholders(linears, schemes))
     with tried(source, each.contents(source), scratch) as bundle:
         return sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())

@@ -1,6 +1,7 @@
-"""Defaults of `slm quantize` that its help names: here, so that the help imports nothing else."""
+"""Defaults that the help of `slm quantize` shows, in a module without other imports."""
 
-# How much text settings are chosen by: GPTQ wants more than it takes to tell how large activations are.
+# The number of calibration tokens. GPTQ needs more text than a measurement of activations.
 CALIBRATION_TOKENS = {"int8": 1024, "int4": 8192}
-# Largest mean divergence in nats. INT8 moves models by 0.001 to 0.01, INT4 by 0.02 to 0.15 (docs/quantization.md).
+# The limit of the KL divergence in nats. Typical values are 0.001 to 0.01 for INT8, 0.02 to 0.15 for INT4
+# (docs/quantization.md).
 MAX_KL_NATS = {"int8": 0.02, "int4": 0.15}

@@ -1,9 +1,9 @@
-"""Weights that lie on a grid already, which rounding must not move to another one.
+"""Detection of weights that already lie on a quantization grid. Rounding must not move them to another grid.
 
-Quantization-aware training for llama.cpp's Q4_0, and checkpoints that were dequantized from 4-bit integers, leave blocks of 32
-weights that are multiples d * j of one step, j from -8 to 7 or -7 to 8, or with a zero point any 16 integers in a row. Q8_0
-leaves multiples from -127 to 127. A grid that reaches from end to end of such a block has another step, unless the block
-happens to have both ends. Here the step is found from the largest weight of a block, which is one of few multiples of it.
+Quantization-aware training for llama.cpp's Q4_0, and checkpoints dequantized from 4-bit integers, have blocks of 32 weights
+that are multiples d * j of one step, with j from -8 to 7 or -7 to 8, or 16 consecutive integers with a zero point. Q8_0 has
+multiples from -127 to 127. A grid over the range of such a block has a different step, unless the block contains both ends.
+This module finds the step from the largest weight of a block, which is one of a few multiples of the step.
 
 Dimensions: N output channels, K input channels, M blocks of any channels.
 """
@@ -14,26 +14,26 @@ from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
 from slm.quantize.grid import Grid, as_stored
 
-# The block size of the formats whose grids are looked for.
+# The block size of the supported grid formats.
 BLOCK_SIZE = 32
-# Multiples of the step that the largest weight of a block can be, the likeliest first.
+# The multiples of the step that the largest weight of a block can be, the most likely first.
 _MULTIPLES = (8, 7, 15, 14, 13, 12, 11, 10, 9, 6, 5, 4, 3, 2, 1)
 _Q8_MULTIPLE = 127
-# How far a multiple may be off, as a share of it: two roundings to bfloat16, of it and of the largest weight. Thirty
-# weights that are not multiples do not pass by chance. Q8_0's larger multiples leave room for two roundings to float16.
+# The relative tolerance of a multiple: two roundings to bfloat16, of the weight and of the largest weight. Thirty other
+# weights do not pass by chance. The larger multiples of Q8_0 need a smaller tolerance, of two roundings to float16.
 _ROUNDING, _Q8_ROUNDING = 2.0**-7, 2.0**-10
-_TINY = 2.0**-16  # of a step, for a 0 that was not stored as one
-# An output channel lies on a grid if so many of its blocks do: one that was damaged does not make the others ordinary.
+_TINY = 2.0**-16  # the absolute tolerance in steps, for a 0 stored as a tiny number
+# The share of an output channel's blocks that must lie on a grid. A few damaged blocks do not matter.
 _ENOUGH = 0.9
-# Output channels that are looked at first: of ordinary weights none lies on a grid, and to look at all would take seconds.
+# The number of output channels to check first: none of them lies on a grid in an ordinary weight. Checking all takes seconds.
 _SAMPLE_ROWS = 64
-# Weights of a block that are looked at first.
+# The number of weights of a block to check first.
 _FIRST = 6
 _CHUNK_VALUES = 1 << 21
 
 
 def rows_on_grid(weight: Array, scheme: Scheme) -> Array | None:
-    """Returns which output channels (N,) of a weight (N, K) lie on grids that a scheme can store; None if none does."""
+    """Returns a mask (N,) of the output channels of a weight (N, K) that lie on grids of a scheme; None if none does."""
     if not _can_look(scheme):
         return None
     sample = np.unique(np.linspace(0, len(weight) - 1, _SAMPLE_ROWS).astype(int))
@@ -44,13 +44,13 @@ def rows_on_grid(weight: Array, scheme: Scheme) -> Array | None:
 
 
 def share_on_grid(weight: Array, scheme: Scheme) -> float:
-    """Returns the share of a weight's output channels that lie on grids that a scheme can store."""
+    """Returns the share of a weight's output channels that lie on grids of a scheme."""
     rows = rows_on_grid(weight, scheme)
     return 0.0 if rows is None else float(rows.mean())
 
 
 def exact_grid(blocks: Array, fallback: Grid, scheme: Scheme) -> Grid:
-    """Returns the grids that blocks (N, blocks, block) lie on, and the fallback's where that is as near."""
+    """Returns the grids that blocks (N, blocks, block) lie on, or the fallback's where its error is not larger."""
     scale, zero, exact = (found.reshape(blocks.shape[:-1]) for found in _fitted(_flat(blocks), scheme))
     grid = Grid(scale, zero, fallback.lowest, fallback.highest)
     better = exact & (_squared_error(blocks, grid) < _squared_error(blocks, fallback))
@@ -84,7 +84,7 @@ def _rows(weight: Array, scheme: Scheme) -> Array:
 
 
 def _fitted(blocks: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
-    """Returns the step (M,), the zero (M,) and whether they represent each block (M, block) within its stored precision."""
+    """Returns the step (M,), the zero (M,), and whether they represent each block (M, block) within the tolerance."""
     size = len(blocks)
     scale, zero, exact = np.zeros(size, np.float32), np.zeros(size, np.float32), np.zeros(size, bool)
     largest = np.abs(blocks).max(axis=1)
@@ -95,7 +95,7 @@ def _fitted(blocks: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
             break
         share = _Q8_ROUNDING if multiple == _Q8_MULTIPLE else _ROUNDING
         step = largest / np.float32(multiple)
-        # Of ordinary weights the first few are not all multiples.
+        # In an ordinary block, the first few weights are enough to see that not all are multiples.
         near = left[_multiples(blocks[left, :_FIRST], step[left], share)]
         near = near[_multiples(blocks[near], step[near], share)]
         integers = np.rint(blocks[near] / step[near, None])
@@ -108,7 +108,7 @@ def _fitted(blocks: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
 
 
 def _multiples(blocks: Array, step: Array, share: float) -> Array:
-    """Says of each block (M, block) whether all of its values are multiples of its step (M,)."""
+    """Returns whether all values of each block (M, block) are multiples of its step (M,)."""
     usable = step >= np.finfo(np.float32).tiny
     steps = blocks / np.where(usable, step, 1)[:, None]
     integers = np.rint(steps)
@@ -117,7 +117,7 @@ def _multiples(blocks: Array, step: Array, share: float) -> Array:
 
 
 def _stored(integers: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
-    """Returns the sign of the scale (M,), the zero (M,) and whether a scheme can store multiples (M, block) with them."""
+    """Returns the sign of the scale (M,), the zero (M,), and whether a scheme can store the integers (M, block) so."""
     low, high = np.minimum(integers.min(axis=1), 0), np.maximum(integers.max(axis=1), 0)
     middle, top = 1 << (scheme.bits - 1), (1 << scheme.bits) - 1
     zero, sign = np.full_like(low, middle), np.ones_like(low)
@@ -131,7 +131,7 @@ def _stored(integers: Array, scheme: Scheme) -> tuple[Array, Array, Array]:
 
 
 def _refined(blocks: Array, integers: Array, step: Array) -> Array:
-    """Returns the step (M,) that represents blocks best: the one found, a neighbour of it, or that of least squares."""
+    """Returns the step (M,) with the least error: the given one, an adjacent float32, or the least-squares solution."""
     squares = np.einsum("mk,mk->m", integers, integers, dtype=np.float64)
     fitted = np.einsum("mk,mk->m", blocks, integers, dtype=np.float64) / np.maximum(squares, 1)
     best, error = step, np.full(len(step), np.inf)

@@ -1,4 +1,4 @@
-"""GPTQ: each column is rounded in turn, and the columns after it make up for what that changed (arXiv:2210.17323).
+"""GPTQ (arXiv:2210.17323): rounds the columns of a weight in turn, and later columns compensate for earlier errors.
 
 Dimensions: N output channels, K input channels.
 """
@@ -11,27 +11,27 @@ from slm.quantize.blocks import quantize_nearest, searched, stored
 from slm.quantize.exact import rows_on_grid
 from slm.quantize.grid import Grid
 
-# Added to the diagonal, as a share of its mean: a channel that hardly varied would be divided by nearly nothing.
+# The term added to the diagonal, relative to its mean. It avoids a division by almost zero for a channel with little variance.
 DAMPING = 0.01
-# Columns whose errors are handed on to all later ones together.
+# The number of columns whose errors are applied to all later columns at once.
 _TOGETHER = 128
 
 
 def quantize_gptq(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Array]:
-    """Rounds a weight so that the product changes least; an output channel that lies on a grid keeps it.
+    """Rounds a weight so that the product's output changes least. An output channel that lies on a grid keeps its grid.
 
     Args:
         weight: float32 (N, K); K is a multiple of the block size.
-        moments: The sum of x xᵀ (K, K) over the inputs x that the product was seen with.
-        scheme: How to store it. Each block's grid is searched for when its first column's turn comes.
+        moments: The sum of x xᵀ (K, K) over measured inputs x of the product.
+        scheme: The scheme of the weight. The grid of each block is searched before its first column is rounded.
 
     Returns:
-        The arrays of the graph's parameters by name.
+        The arrays of the graph's parameters, by name.
     """
     kept = rows_on_grid(weight, scheme)
     if kept is None:
         return _compensated(weight, moments, scheme)
-    # Output channels do not depend on each other.
+    # Output channels are independent of each other.
     exact = quantize_nearest(weight, scheme, search=True, importance=np.diagonal(moments))
     if not kept.all():
         for name, array in _compensated(weight[~kept], moments, scheme).items():
@@ -43,7 +43,7 @@ def _compensated(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Arr
     outputs, inputs = weight.shape
     size = scheme.block_size
     factor = _inverse_factor(moments)  # (K, K), upper
-    rest = weight.T.copy()  # (K, N): a column's turn is a row here, which lies together
+    rest = weight.T.copy()  # (K, N): transposed, so that each column is contiguous
     integers = np.empty((inputs, outputs), np.float32)
     importance = np.diagonal(moments).reshape(-1, 1, size)
     grids: list[Grid] = []
@@ -61,7 +61,7 @@ def _compensated(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Arr
             integers[k] = rounded
             error = (column - (rounded - zero) * scale) / factor[k, k]
             errors[k - start] = error
-            # Within the columns that are handed on together, at once.
+            # Columns of the same group are corrected immediately.
             rest[k + 1 : stop] -= factor[k, k + 1 : stop, None] * error
         rest[stop:] -= factor[start:stop, stop:].T @ errors
     grid = Grid(
@@ -74,11 +74,11 @@ def _compensated(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Arr
 
 
 def _inverse_factor(moments: Array) -> Array:
-    """Returns the upper Cholesky factor of the inverse of the moments, damped; float32 (K, K)."""
+    """Returns the upper Cholesky factor of the inverse of the damped moments, float32 (K, K)."""
     damped = moments.astype(np.float64)
     damped /= max(float(np.diagonal(damped).mean()), np.finfo(np.float64).tiny)
     damped[np.diag_indices_from(damped)] += DAMPING
-    # With the order of rows and columns turned round, the lower factor of a matrix is the inverse of what is wanted.
+    # With rows and columns in reverse order, the result is the inverse of the lower factor.
     lower = np.linalg.cholesky(damped[::-1, ::-1])
     upper = np.linalg.inv(lower)[::-1, ::-1]
     return np.ascontiguousarray(upper, np.float32)

@@ -13,7 +13,7 @@ from slm.export.graph.builder import Array
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that blocks can take: (q - zero) * scale for integers q from `lowest` to `highest`; both (..., blocks)."""
+    """The values of blocks: (q - zero) * scale for integers q from `lowest` to `highest`. Zero and scale: (..., blocks)."""
 
     scale: Array
     zero: Array
@@ -21,7 +21,7 @@ class Grid:
     highest: int
 
     def round(self, blocks: Array) -> Array:
-        """Returns the nearest integers, float32, for values (..., blocks, block); where a scale is 0, the zero."""
+        """Returns the nearest integers, as float32, of values (..., blocks, block); the zero if the scale is 0."""
         scale, zero = self.scale[..., None], self.zero[..., None]
         steps = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0)
         np.rint(steps, out=steps)
@@ -30,16 +30,16 @@ class Grid:
         return clipped
 
     def values(self, integers: Array) -> Array:
-        """Returns what integers (..., blocks, block) stand for."""
+        """Returns the values of integers (..., blocks, block)."""
         found: Array = (integers - self.zero[..., None]) * self.scale[..., None]
         return found
 
 
 def as_stored(scale: Array, scheme: Scheme) -> Array:
-    """Returns scales as a scheme stores them, float32: integers are chosen for these, so no error is added when they are saved.
+    """Returns scales, as float32, rounded to the type in which a scheme stores them.
 
-    Below float16's normal range, where a step is a large share of the scale, they are rounded away from zero: integers end at
-    the ends of their range, and the largest weight of the block must not be beyond them.
+    Integers are chosen for the rounded scales, so that saving adds no error. Below float16's normal range, where rounding is
+    coarse, scales are rounded away from zero: a smaller scale would clip the largest weight of the block.
     """
     if not scheme.half:
         return scale

@@ -1,4 +1,4 @@
-"""A float bundle taken apart: what goes into each product can be looked at, and each weight exchanged for another.
+"""Instrumented runs of a float bundle, which return the inputs of each product and accept replacements for weights.
 
 Dimensions: T positions, D hidden, N output channels, K input channels, V vocabulary.
 """
@@ -27,12 +27,12 @@ from slm.export.graph.builder import Array
 from slm.quantize.linears import EMBEDDING, HEAD, Linear
 from slm.runtime.session import session_options
 
-# Where onnxruntime looks for the weights of a graph that it is given as bytes.
+# The session option for the directory of the weights if the graph is passed as bytes.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class Lab:
-    """Runs whole rows through the graph, with weights of its own where some are given."""
+    """Runs rows of tokens through the whole graph, optionally with other weights."""
 
     def __init__(self, bundle: Bundle, linears: Sequence[Linear]) -> None:
         self._caches, self._target = bundle.manifest.cache, bundle.manifest.target
@@ -44,12 +44,17 @@ class Lab:
         self._session = _session(model, bundle)
 
     def predictions(self, row: Array, weights: Mapping[str, Array] | None = None) -> Array:
-        """Returns the logits float32 (T, V) for a row of tokens (T,), with these weights (N, K) in place of the model's."""
+        """Returns the logits, float32 (T, V), of a row of tokens (T,).
+
+        Args:
+            row: The tokens.
+            weights: Replacements for weights, float32 (N, K), by path.
+        """
         logits: Array = self._run(row, [LOGITS], 0, weights)[0][0]
         return logits
 
     def products_inputs(self, row: Array, paths: Sequence[str]) -> dict[str, Array]:
-        """Returns what goes into each of these products, float32 (T, K), by path."""
+        """Returns the input of each of these products, float32 (T, K), by path."""
         keep = 0 if {EMBEDDING, HEAD} & set(paths) else 1
         found = self._run(row, [self._names[path] for path in paths], keep, None)
         return {path: array.reshape(-1, array.shape[-1]) for path, array in zip(paths, found, strict=True)}
@@ -63,9 +68,9 @@ class Lab:
 
 @dataclass(frozen=True)
 class Stream:
-    """What runs between two layers, float32 (1, T, D): the residual stream, and the update that is not yet added to it.
+    """The values between two layers, float32 (1, T, D): the residual stream, and the update not yet added to it.
 
-    In the portable graph (T, D), the update always added: an operator of its own does it.
+    In the portable graph, the residual stream is (T, D) and includes the update.
     """
 
     x: Array
@@ -73,15 +78,15 @@ class Stream:
 
 
 class LayerLab:
-    """One layer of the graph alone: a walk through all layers costs two passes, not one for every layer.
+    """Runs a single layer of the graph, so that processing all layers in turn costs only two passes over the model.
 
-    What goes into the layer is fed; where it came from is cut off.
+    The inputs of the layer become inputs of the graph, and everything before them is removed.
     """
 
     def __init__(self, bundle: Bundle, linears: Sequence[Linear], layer: int) -> None:
-        """Takes the products of the layer."""
+        """Takes a bundle, the products of one layer, and the index of the layer."""
         self._target = bundle.manifest.target
-        # The portable graph sees by the length of some sliding layer's cache what of the past is left in all of them.
+        # The portable graph gets the length of all sliding caches from one of them, which can be in another layer.
         everything = self._target == "portable"
         self._caches = [cache for cache in bundle.manifest.cache if everything or cache.layer == layer]
         model = ir.load(bundle.model_path)
@@ -91,7 +96,7 @@ class LayerLab:
         after = after or _stream(graph, "model.norm.weight")
         self._after = [_named(value) for value in after]
         self._names = {path: _named(value) for path, value in inputs.items()}
-        # The portable graph's attention takes no past where nobody wants what it becomes.
+        # The portable graph's attention accepts a past only if its present outputs are used.
         present = [value for value in graph.outputs if value.name in {present_name(layer, side) for side in SIDES}]
         del graph.outputs[:]
         graph.outputs.extend(present)
@@ -108,12 +113,12 @@ class LayerLab:
         self._wanted = {value.name for value in graph.inputs}
 
     def inputs(self, row: Array, stream: Stream) -> dict[str, Array]:
-        """Returns what goes into each product, float32 (T, K), by path."""
+        """Returns the input of each product, float32 (T, K), by path."""
         found = self._run(row, stream, list(self._names.values()), None)
         return {path: array.reshape(-1, array.shape[-1]) for path, array in zip(self._names, found, strict=True)}
 
     def after(self, row: Array, stream: Stream, weights: Mapping[str, Array]) -> Stream:
-        """Returns what comes out of the layer with these weights (N, K), by path, in place of its own."""
+        """Returns the layer's output with other weights, float32 (N, K), by path."""
         return Stream(*self._run(row, stream, self._after, weights))
 
     def _run(
@@ -129,7 +134,7 @@ class LayerLab:
 
 
 def embedded(bundle: Bundle, rows: Array) -> list[Stream]:
-    """Returns what comes into the first layer for each of some rows of tokens (rows, T)."""
+    """Returns the input of the first layer for each row of tokens (rows, T)."""
     model = ir.load(bundle.model_path)
     (value,) = _stream(model.graph, "model.layers.0.input_layernorm.weight")
     del model.graph.outputs[:]
@@ -140,7 +145,7 @@ def embedded(bundle: Bundle, rows: Array) -> list[Stream]:
 
 
 def _product(graph: ir.Graph, path: str) -> ir.Value:
-    """Returns what is multiplied with a weight."""
+    """Returns the value that is multiplied with a weight."""
     products = [node for node, _ in graph.initializers[f"{path}.weight"].uses() if node.op_type != "Gather"]
     (product,) = products
     value = product.inputs[0]
@@ -149,7 +154,7 @@ def _product(graph: ir.Graph, path: str) -> ir.Value:
 
 
 def _stream(graph: ir.Graph, norm: str) -> list[ir.Value]:
-    """Returns what goes into a norm before its weight: the residual stream, and the update if it adds one; [] without it."""
+    """Returns the inputs of a norm: the residual stream, and the update if the norm adds one. Empty if there is no norm."""
     if norm not in graph.initializers:
         return []
     weight = graph.initializers[norm]
@@ -165,7 +170,7 @@ def _show(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
 
 
 def _trim(model: ir.Model) -> None:
-    """Removes what no output needs."""
+    """Removes the nodes and inputs that no output needs."""
     RemoveUnusedNodesPass()(model)
     for value in list(model.graph.inputs):
         if not value.uses():
@@ -173,7 +178,7 @@ def _trim(model: ir.Model) -> None:
 
 
 def _exchangeable(graph: ir.Graph, linears: Sequence[Linear]) -> None:
-    """Makes weights inputs, whose initializers are their defaults from then on."""
+    """Turns weights into inputs of the graph, with their initializers as defaults."""
     graph.inputs.extend(graph.initializers[f"{linear.path}.weight"] for linear in linears)
 
 
@@ -195,7 +200,7 @@ def _tokens(row: Array) -> dict[str, Array]:
 
 
 def _empty(caches: Sequence[CacheLayer], target: Target, length: int) -> dict[str, Array]:
-    """Returns caches with nothing in them: of the fused graph with room for a row, of the portable without."""
+    """Returns empty caches: with capacity for a row for a fused graph, of length 0 for a portable one."""
     feeds: dict[str, Array] = {}
     for layer in caches:
         capacity = layer.capacity(length) if target == "fused" else 0

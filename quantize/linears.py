@@ -1,4 +1,4 @@
-"""The products of the graph: their paths, their sizes, and what stands before each.
+"""The products of the graph: their paths, kinds and sizes.
 
 Dimensions: N output channels, K input channels.
 """
@@ -16,7 +16,7 @@ Kind = Literal["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens"
 
 @dataclass(frozen=True)
 class Linear:
-    """One product with a weight (N, K); `layer` is None for embedding and head."""
+    """One product with a weight (N, K). `layer` is None for embedding and head."""
 
     path: str
     kind: Kind
@@ -26,12 +26,12 @@ class Linear:
 
     @property
     def size(self) -> int:
-        """Weights."""
+        """The number of weights."""
         return self.outputs * self.inputs
 
 
 def linears_of(config: ModelConfig) -> tuple[Linear, ...]:
-    """Returns a model's products in the order in which a step meets them, the embedding first."""
+    """Returns a model's products in the order of execution, with the embedding first."""
     found = [Linear(EMBEDDING, "embed_tokens", config.vocab_size, config.hidden_size)]
     for path, inputs, outputs in product_sizes(config):
         _, _, layer, _, kind = path.split(".")

@@ -1,4 +1,4 @@
-"""Quantizing a bundle: a float bundle in, a smaller one out, if it is good enough."""
+"""Quantization of a float bundle. The result is written only if it passes the quality check."""
 
 import time
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, wr
 from slm.quantize.write import write_bundle
 from slm.runtime.decoder import OnnxDecoder
 
-# Tensors that a refusal names.
+# The number of least accurate layers that a rejection names.
 _BLAMED = 3
 
 
@@ -31,25 +31,28 @@ def quantize_bundle(
     progress: Progress | None = None,
     calibration: Text | None = None,
 ) -> tuple[Bundle, Report]:
-    """Quantizes a float bundle and measures on the CPU what that changed.
+    """Quantizes a float bundle and measures the effect on the CPU.
 
     Args:
-        source: The bundle to quantize: a float32 one, or a float16 one for CUDA.
-        out: The new bundle's directory; made or replaced once the quality is good enough.
-        text: What both bundles read for the measurement.
-        settings: How to quantize.
-        progress: Told of each step.
-        calibration: What settings are chosen by; by default stories that ship with slm, others than those measured on.
+        source: The bundle to quantize: float32, or float16 for CUDA.
+        out: The new bundle's directory. It is created or replaced only if the result passes the quality check.
+        text: The held-out text for the measurement.
+        settings: The settings. The default is INT8.
+        progress: Receives the progress of each step.
+        calibration: The calibration text. The default is the training stories that ship with slm.
+
+    Returns:
+        The new bundle and the report.
 
     Raises:
-        SlmError: When the source is quantized already, no block size fits, a budget cannot be kept, or the gate does not let
-            it through; nothing is written then.
+        SlmError: If the source is already quantized, the settings do not fit it, a budget is too small, or the result
+            fails the quality check. Nothing is written then.
     """
     settings, progress = settings or Settings(), progress or Silent()
     check_source(source, settings)
     settings = fitted_settings(source, settings, progress)
     if out.resolve() == source.path.resolve():
-        raise SlmError(f"{out} is the bundle to quantize; it is kept", "name another --out")
+        raise SlmError(f"{out} is the bundle to quantize and cannot be overwritten", "choose another --out")
     started = time.perf_counter()
     calibration = calibration or calibration_text(source, None, CALIBRATION_TOKENS[settings.precision])
     device = source.manifest.device
@@ -66,7 +69,7 @@ def quantize_bundle(
         change = measure(before(), after, text, progress)
         progress.note("comparing texts, speeds and tensors")
         texts = divergence(before(), after, text)
-        speed = speeds(before(), after) if device == "cpu" else None  # the CPU's say nothing about another device's
+        speed = speeds(before(), after) if device == "cpu" else None  # speed is measured on the CPU only
         before.close()
         report = _report(source, plain, made, recipe, settings, change, texts, speed)
         gate = settings.gate or GATES[settings.precision]
@@ -84,30 +87,32 @@ def quantize_bundle(
 
 
 def check_source(source: Bundle, settings: Settings) -> None:
-    """Checks that a bundle can be quantized so.
+    """Checks that a bundle can be quantized with these settings.
 
     Raises:
-        SlmError: When it cannot.
+        SlmError: If the bundle is already quantized, or its target or device does not support a setting.
     """
     manifest = source.manifest
     if manifest.quantization is not None:
-        raise SlmError(f"{source.path} is {manifest.precision} already", "quantize the bundle that it was made from")
+        raise SlmError(
+            f"{source.path} is already {manifest.precision}", "quantize the float bundle that it was created from"
+        )
     if manifest.device == "webgpu":
         raise SlmError(
-            f"{source.path} was exported for WebGPU: bundles for the CPU and for CUDA can be quantized",
-            "slm export --onnx",
+            f"{source.path} is for WebGPU; only bundles for the CPU and for CUDA can be quantized",
+            "export a bundle for the CPU: slm export --onnx",
         )
     if settings.precision == "int8" and settings.method not in (None, "nearest"):
         raise SlmError(
-            f"8-bit integers are the nearest ones, not {settings.method}",
-            f"slm quantize --int4 --method {settings.method}",
+            f"INT8 supports the method nearest only, not {settings.method}",
+            f"use slm quantize --int4 --method {settings.method}",
         )
     if manifest.target == "portable":
-        what = "products of 8-bit integers" if settings.dynamic else "INT8 caches" if settings.cache == "int8" else None
+        what = "--int8-dynamic" if settings.dynamic else "--kv-cache int8" if settings.cache == "int8" else None
         if what is not None:
             raise SlmError(
-                f"{source.path} is a portable bundle, and {what} need onnxruntime's own operators",
-                "quantize a fused one (slm export --onnx)",
+                f"{source.path} is a portable bundle, which does not support {what}",
+                "quantize a fused bundle (slm export --onnx)",
             )
     if manifest.device == "cuda":
         _check_cuda(source, settings)
@@ -116,27 +121,30 @@ def check_source(source: Bundle, settings: Settings) -> None:
 def _check_cuda(source: Bundle, settings: Settings) -> None:
     if settings.dynamic:
         raise SlmError(
-            f"{source.path} is for CUDA, and products of 8-bit integers run on the CPU only",
-            "slm quantize --int8 stores 8-bit weights for CUDA",
+            f"{source.path} is for CUDA, which does not support --int8-dynamic",
+            "use slm quantize --int8, which stores 8-bit weights for CUDA",
         )
     if settings.cache is not None:
         raise SlmError(
-            f"{source.path} is for CUDA, and its caches stay float16, not {settings.cache}", "leave --kv-cache out"
+            f"{source.path} is for CUDA, which supports float16 caches only, not {settings.cache}", "omit --kv-cache"
         )
     if settings.smooth:
         raise SlmError(
-            f"{source.path} is for CUDA, and smoothed activations could exceed float16: their range was measured without",
-            "leave --smooth out",
+            f"{source.path} is for CUDA, where smoothed activations could overflow float16",
+            "omit --smooth",
         )
 
 
 def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> Settings:
-    """Returns settings with what a bundle's target and device leave no choice about; a note says what `prefer` does not get."""
+    """Returns the settings with the values that a bundle's target and device require.
+
+    Prints a note if `prefer` asks for something that the device does not support.
+    """
     if source.manifest.target == "portable":
         return replace(settings, cache="float32")
     if source.manifest.device == "cuda":
         if settings.prefer == "speed":
-            progress.note("caches stay float16 on CUDA")
+            progress.note("CUDA supports float16 caches only; --prefer speed does not change them")
         return replace(settings, cache="float16", smooth=False)
     return settings
 
@@ -171,12 +179,12 @@ def _report(
 def _refusal(reason: str, change: Change, report: Report, settings: Settings) -> SlmError:
     blamed = ", ".join(f"{each.path} ({each.snr_db:.0f} dB)" for each in report.worst[:_BLAMED])
     finer = settings.finer()
-    ways = [f"{finer} is more exact"] if finer else []
-    ways.append(f"--max-kl {change.kl_nats * 1.1:.2g} would let it through")
+    ways = [f"use {finer} for a smaller error"] if finer else []
+    ways.append(f"raise the limit with --max-kl {change.kl_nats * 1.1:.2g}")
     return SlmError(
-        f"{reason} (perplexity {change.perplexity_before:.2f} to {change.perplexity_after:.2f}); nothing was written; "
-        f"kept least well: {blamed}",
-        "; ".join(ways),
+        f"quality check failed: {reason}; perplexity {change.perplexity_before:.2f} to {change.perplexity_after:.2f}; "
+        f"least accurate layers: {blamed}; nothing was written",
+        ", or ".join(ways),
     )
 
 

@@ -1,4 +1,4 @@
-"""What was measured as one page that needs nothing else: readable on a telephone, in the dark, and without a network."""
+"""Quantization reports as self-contained HTML pages, for small screens, with dark mode, and without network access."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -8,10 +8,10 @@ from slm.quantize.results import Report, Sweep, TensorError, Trial
 
 Rows = Sequence[Sequence[str]]
 
-# What the four products of a layer are.
+# Titles of the four products of a layer.
 _KINDS = {
     "qkv_proj": "queries, keys, values",
-    "o_proj": "attention's output",
+    "o_proj": "attention output",
     "gate_up_proj": "MLP: gate and up",
     "down_proj": "MLP: down",
 }
@@ -35,7 +35,7 @@ svg text { fill: var(--ink); } .bar { fill: var(--bar); } .level { stroke: var(-
 
 
 def report_page(report: Report) -> str:
-    """Returns the page of one quantization."""
+    """Returns the HTML page of one quantization."""
     stored = (
         f"<p>{escape(report.in_words)}. Measured over {report.change.tokens:,} tokens; {report.seconds:,.1f} s.</p>"
     )
@@ -43,42 +43,42 @@ def report_page(report: Report) -> str:
         f"<h1>{escape(report.source)}, quantized</h1>",
         stored,
         table(("", "before", "after"), figures(report)),
-        "<h2>What was asked for and decided</h2>",
+        "<h2>Settings</h2>",
         table(("", ""), [(_words(name), _said(value)) for name, value in report.settings.items()]),
-        "<h2>Where the bytes are</h2>",
+        "<h2>Size by part</h2>",
         lying_bars(
             [Bar(name, size, f"{_mb(size)} ({size / report.bytes_after:.0%})") for name, size in report.parts.items()],
             "bytes by part of the model",
         ),
-        "<h2>Signal over error, by layer</h2>",
-        "<p>How much of what each product gives for average inputs is left, in decibels: 6 more are one bit more.</p>",
+        "<h2>Signal-to-noise ratio by layer</h2>",
+        "<p>Signal-to-noise ratio (dB) of each product's output for average inputs. 6 dB correspond to one bit.</p>",
         *_by_layer(report.tensors, "snr_db", "dB"),
     ]
     if any(each.harm_nats is not None for each in report.tensors):
         parts += [
-            "<h2>Harm, by layer</h2>",
-            "<p>How far the predictions move when this product alone has four bits, in thousandths of a nat.</p>",
+            "<h2>Sensitivity by layer</h2>",
+            "<p>KL divergence if only this product has four bits, in thousandths of a nat.</p>",
             *_by_layer(report.tensors, "harm_nats", "millinats"),
         ]
     every = [
         (each.path, each.scheme, _mb(each.bytes), _or_dash(each.snr_db, ".1f"), f"{each.error:.2%}", _harm(each))
         for each in report.tensors
     ]
-    columns = ("weight", "stored as", "size", "signal over error, dB", "error", "harm, nats")
-    parts += ["<h2>Every weight</h2>", f"<details><summary>all {len(every)}</summary>{table(columns, every)}</details>"]
+    columns = ("weight", "stored as", "size", "signal-to-noise ratio, dB", "relative error", "sensitivity, nats")
+    parts += ["<h2>All weights</h2>", f"<details><summary>all {len(every)}</summary>{table(columns, every)}</details>"]
     return _page(f"{report.source}, quantized", parts)
 
 
 def figures(report: Report) -> list[tuple[str, str, str]]:
-    """Returns what changed: what it is, before, after."""
+    """Returns the rows of the summary table: name, value before, value after."""
     change, speeds, texts = report.change, report.speeds, sorted(report.divergence.equal)
-    same = f"{texts[len(texts) // 2]} of {report.divergence.tokens} tokens, the middle of {len(texts)}"
+    same = f"{texts[len(texts) // 2]} of {report.divergence.tokens} (median of {len(texts)} texts)"
     rows = [
         ("graph and weights", _mb(report.bytes_before), _mb(report.bytes_after)),
         ("perplexity", f"{change.perplexity_before:.3f}", f"{change.perplexity_after:.3f}"),
         ("KL divergence", "", f"{change.kl_nats:.5f} nats"),
         ("same top-1, top-5", "", f"{change.same_top1:.1%}, {change.same_top5:.1%}"),
-        ("greedy text the same for", "", same),
+        ("equal greedy tokens", "", same),
     ]
     if speeds is None:
         return rows
@@ -91,28 +91,28 @@ def figures(report: Report) -> list[tuple[str, str, str]]:
 
 
 def sweep_page(sweep: Sweep) -> str:
-    """Returns the page of everything that was tried."""
+    """Returns the HTML page of a sweep."""
     trials = sweep.trials
     smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
     parts = [
         f"<h1>{escape(sweep.bundle)}, quantized in {len(trials)} ways</h1>",
-        f"<p>{_mb(sweep.bytes_before)} in float32. Divergence over {sweep.tokens:,} tokens of {escape(sweep.text)}.</p>",
-        "<h2>Quality against size</h2>",
+        f"<p>{_mb(sweep.bytes_before)} in float32. KL divergence over {sweep.tokens:,} tokens of {escape(sweep.text)}.</p>",
+        "<h2>Quality and size</h2>",
         points(_points(trials, smaller, lambda trial: trial.bytes / 1e6), "MB", "KL divergence, nats", "quality, size"),
-        "<h2>Quality against the speed of writing</h2>",
+        "<h2>Quality and decode speed</h2>",
         points(
             _points(trials, faster, lambda trial: trial.decode_ratio),
             "decode, times float32",
             "KL divergence, nats",
             "quality, speed",
         ),
-        "<p>Filled points are on the frontier: nothing that was tried is better in one and no worse in the other.</p>",
-        "<h2>Everything tried</h2>",
+        "<p>Filled points are on the Pareto frontier: no other trial is better in one value and as good in the other.</p>",
+        "<h2>All trials</h2>",
         table(SWEEP_COLUMNS, sweep_rows(sweep)),
     ]
     if sweep.skipped:
         parts += [
-            "<h2>Not for this model</h2>",
+            "<h2>Not supported for this model</h2>",
             table(("", ""), [(f"slm quantize {k}", v) for k, v in sweep.skipped.items()]),
         ]
     return _page(f"{sweep.bundle}, quantized in {len(trials)} ways", parts)
@@ -122,7 +122,7 @@ SWEEP_COLUMNS = ("", "slm quantize", "MB", "KL, nats", "same top-1", "perplexity
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """Returns a row for each trial, under `SWEEP_COLUMNS`."""
+    """Returns a row for each trial, with the columns of `SWEEP_COLUMNS`."""
     smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
     return [
         (
@@ -141,7 +141,7 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
 
 
 def table(columns: Sequence[str], rows: Rows) -> str:
-    """Returns a table; without a head where no column has a name."""
+    """Returns an HTML table. It has a header row only if a column has a name."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in ([head] if any(columns) else []) + lines)
@@ -162,7 +162,7 @@ def _points(trials: Sequence[Trial], front: set[str], x: Callable[[Trial], float
 
 
 def _by_layer(tensors: Sequence[TensorError], field: str, unit: str) -> list[str]:
-    """Returns a plot for each kind of product, and the embedding's and the head's in words."""
+    """Returns a plot for each kind of product, and a paragraph each for embedding and head."""
     scale = 1000 if unit == "millinats" else 1
     parts, outside = [], []
     for each in tensors:

@@ -1,4 +1,4 @@
-"""The float32 bundle that settings are chosen on: for a CUDA bundle, a temporary one with the same weights."""
+"""The float32 bundle for calibration. For a CUDA bundle, this is a temporary bundle with the same weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from slm.export.graph import FloatFormat, Fused, build_graph, float_tensors, sav
 
 @contextmanager
 def plain_bundle(source: Bundle, scratch: Path) -> Iterator[Bundle]:
-    """Yields a float bundle whose activations and weights can be looked at in float32: the source, where it is float32.
+    """Yields the source if it is a float32 bundle, or a temporary float32 bundle with its weights.
 
     Args:
         source: A float bundle.
-        scratch: Where a temporary bundle is written; it takes four bytes a parameter.
+        scratch: The parent of a temporary bundle, which takes four bytes per parameter.
     """
     if source.manifest.device == "cpu":
         yield source

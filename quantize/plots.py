@@ -1,22 +1,22 @@
-"""Plots as inline SVG: bars and points, in colours that the page around them sets, with nothing fetched from elsewhere."""
+"""Bar and point plots as inline SVG. The page's style sheet sets the colours."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# As wide as a telephone's screen, so that text keeps about its size there; wider screens enlarge it.
+# The width of a phone's screen, where text keeps its size. Wider screens enlarge the plot.
 _WIDTH, _FONT = 400, 11
 _LEFT, _RIGHT, _TOP = 46, 10, 8
-# Values along an axis, about.
+# The approximate number of ticks on an axis.
 _TICKS = 4
-# Names below bars need this much each.
+# The minimum distance between labels below bars.
 _LABEL_WIDTH = 24
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One value; None leaves a gap. `label` stands below it, `told` is shown where the pointer rests on it."""
+    """One value, or a gap if it is None. `label` is shown below the bar, `told` as its tooltip."""
 
     label: str
     value: float | None
@@ -25,7 +25,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    """One point; marked ones are filled, and joined by a line from left to right."""
+    """One point. Marked points are filled and connected by a line from left to right."""
 
     label: str
     x: float
@@ -35,12 +35,12 @@ class Point:
 
 
 def bars(values: Sequence[Bar], title: str, height: int = 120) -> str:
-    """Returns standing bars from 0 up.
+    """Returns a plot of vertical bars that start at 0.
 
     Args:
-        values: From left to right; none may be below 0.
-        title: What they are, for those who cannot see them.
-        height: Of the plot, in the units of its width of 400.
+        values: The bars from left to right. Values must not be negative.
+        title: The description for screen readers.
+        height: The height of the plot in SVG units; the width is 400.
     """
     top = max((bar.value for bar in values if bar.value is not None), default=0.0) or 1.0
     ticks = _ticks(0.0, top)
@@ -66,7 +66,7 @@ def bars(values: Sequence[Bar], title: str, height: int = 120) -> str:
 
 
 def lying_bars(values: Sequence[Bar], title: str) -> str:
-    """Returns bars below each other, each with its label and what is told of it above."""
+    """Returns a plot of horizontal bars, each with its label and tooltip text above it."""
     top = max((bar.value or 0.0 for bar in values), default=0.0) or 1.0
     parts = []
     for i, bar in enumerate(values):
@@ -78,14 +78,14 @@ def lying_bars(values: Sequence[Bar], title: str) -> str:
 
 
 def points(values: Sequence[Point], x_title: str, y_title: str, title: str, height: int = 280) -> str:
-    """Returns points over two axes, the upright one by powers of ten.
+    """Returns a plot of points with a linear x axis and a logarithmic y axis.
 
     Args:
-        values: The points; what is 0 or less along y is drawn at the lower end.
-        x_title: What lies along the flat axis.
-        y_title: What lies along the upright one.
-        title: What they are, for those who cannot see them.
-        height: Of the plot, in the units of its width of 400.
+        values: The points. A y of 0 or less is drawn at the lower end.
+        x_title: The title of the x axis.
+        y_title: The title of the y axis.
+        title: The description for screen readers.
+        height: The height of the plot in SVG units; the width is 400.
     """
     positive = [point.y for point in values if point.y > 0] or [1.0]
     low, high = math.log10(min(positive)) - 0.1, math.log10(max(positive)) + 0.1
@@ -116,7 +116,7 @@ def points(values: Sequence[Point], x_title: str, y_title: str, title: str, heig
         path = " ".join(f"{x_of(point.x):.1f},{y_of(point.y):.1f}" for point in marked)
         parts.append(f'<polyline points="{path}" class="frontier"/>')
     labels: list[tuple[float, float, list[str]]] = []
-    for point in sorted(values, key=lambda point: point.marked):  # marked ones are drawn over the others
+    for point in sorted(values, key=lambda point: point.marked):  # draws marked points last, above the others
         x, y = x_of(point.x), y_of(point.y)
         kind = "marked" if point.marked else "other"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{kind}">{_told(point.told)}</circle>')
@@ -130,7 +130,7 @@ def points(values: Sequence[Point], x_title: str, y_title: str, title: str, heig
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Returns round values from `low` on, the last at or past `high`."""
+    """Returns round values from at least `low` to the first one at or above `high`."""
     raw = (high - low) / _TICKS or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -143,7 +143,7 @@ def _level(y: float, label: str) -> str:
 
 
 def _beside(x: float, y: float, label: str) -> str:
-    """Returns a label to the right of a point, or to the left where it would not fit."""
+    """Returns a label to the right of a point, or to the left if it does not fit."""
     fits = x + 6 + len(label) * _FONT * 0.6 < _WIDTH
     return _text(x + 6, y - 5, label, "start") if fits else _text(x - 6, y - 5, label, "end")
 

@@ -1,4 +1,4 @@
-"""The effect of quantization: two bundles read the same text, and their predictions are compared.
+"""Measurement of the effect of quantization: comparison of two bundles' predictions on the same text.
 
 Dimensions: T positions, V vocabulary.
 """
@@ -21,26 +21,26 @@ from slm.runtime.logprobs import log_softmax
 from slm.runtime.streaming import greedy
 
 DEFAULT_TOKENS = 2048
-# Long enough for a row to pass any window that is shorter, short enough for the logits of a row to stay small.
+# The default length of a row, and the tokens past the sliding window in a row for a larger window.
 ROW_TOKENS = 256
 PAST_THE_WINDOW = 64
 _LIKELIEST = 5
 _TOGETHER = 32
-# Greedy texts: so many, after so long a beginning, so long.
+# Greedy comparison: the number of prompts, their length, and the number of generated tokens.
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 32, 32
 _ROUNDS, _TIMED_TOKENS = 3, 16
 
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens to measure on: rows (rows, T), and where they came from."""
+    """Tokens for a measurement, int64 (rows, T), and the name of their source."""
 
     name: str
     rows: Array
 
 
 class Opened:
-    """The source's decoder, opened when it is first needed, and again after it was closed to free memory."""
+    """The decoder of a bundle, opened on first use, and again if it is used after `close`."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
@@ -52,7 +52,7 @@ class Opened:
         return self._decoder
 
     def close(self) -> None:
-        """Frees its memory."""
+        """Closes the decoder to free its memory."""
         self._decoder = None
 
 
@@ -61,12 +61,12 @@ class Change:
     """Differences between two bundles, averaged over positions.
 
     Attributes:
-        tokens: Positions compared.
-        kl_nats: Kullback-Leibler divergence of the predictions after from those before.
-        same_top1: Share of positions where the likeliest token is the same.
-        same_top5: How many of the five likeliest tokens still are, as a share, on average.
-        perplexity_before: exp of the mean loss on the text, before.
-        perplexity_after: The same, after.
+        tokens: Number of compared positions.
+        kl_nats: Kullback-Leibler divergence of the new predictions from the old ones, in nats.
+        same_top1: Share of positions with the same most likely token.
+        same_top5: Mean share of the five most likely tokens that stay among the five most likely.
+        perplexity_before: Perplexity of the source on the text.
+        perplexity_after: Perplexity of the result on the text.
     """
 
     tokens: int
@@ -80,7 +80,7 @@ class Change:
 def calibration_text(
     bundle: Bundle, path: Path | TextSource | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
 ) -> Text:
-    """Cuts a text for choosing settings; see `measuring_text`. It must not be the text that they are measured on.
+    """Returns rows of a calibration text; see `measuring_text`. The held-out text of the measurement must be another one.
 
     The default is the training stories that ship with slm.
     """
@@ -91,16 +91,16 @@ def calibration_text(
 def measuring_text(
     bundle: Bundle, path: Path | TextSource | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
 ) -> Text:
-    """Cuts a text into rows, each begun as the tokenizer begins a text.
+    """Cuts a text into rows of tokens. Each row starts with the tokenizer's prefix, such as `<bos>`.
 
     Args:
-        bundle: Its tokenizer and sliding window are used.
-        path: Text of any kind that slm reads; None takes the stories that ship with slm.
-        tokens: The most tokens.
-        row_tokens: The length of a row; by default long enough to pass the sliding window.
+        bundle: The bundle, for its tokenizer and sliding window.
+        path: A text in any format that slm reads. The default is the validation stories that ship with slm.
+        tokens: The limit of the number of tokens.
+        row_tokens: The length of a row. The default is longer than the sliding window.
 
     Raises:
-        SlmError: When the text cannot be read or has fewer than two tokens.
+        SlmError: If the text cannot be read or has fewer than two tokens.
     """
     name = "the stories that ship with slm" if path is None else str(_source(path).path)
     return Text(name, _rows(bundle, _source(path or validation_path()), tokens, row_tokens))
@@ -112,7 +112,7 @@ def _source(text: Path | TextSource) -> TextSource:
 
 def _rows(bundle: Bundle, source: TextSource, tokens: int, row_tokens: int | None) -> Array:
     tokenizer = Tokenizer.load(bundle.path)
-    # What the tokenizer puts before a text: models like Gemma make little of one that begins without it.
+    # Models like Gemma predict badly without the tokenizer's prefix.
     prefix = tokenizer.prefix_ids
     longest = row_tokens or max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
     ids: list[int] = []
@@ -121,14 +121,14 @@ def _rows(bundle: Bundle, source: TextSource, tokens: int, row_tokens: int | Non
     length = min(bundle.manifest.context, longest, len(prefix) + len(ids))
     new = length - len(prefix)
     if length < 2 or new < 1:
-        raise SlmError(f"too little text to measure on: {source.path}", "give at least a few sentences")
+        raise SlmError(f"{source.path} has too little text to measure on", "use at least a few sentences")
     count = max(1, min(tokens // length, len(ids) // new))
     starts = np.tile(np.array(prefix, np.int64), (count, 1))
     return np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)
 
 
 def measure(before: OnnxDecoder, after: OnnxDecoder, text: Text, progress: Progress) -> Change:
-    """Reads the text with two bundles and compares their predictions at every position.
+    """Compares the predictions of two bundles at every position of a text.
 
     Args:
         before: The source bundle.
@@ -138,7 +138,7 @@ def measure(before: OnnxDecoder, after: OnnxDecoder, text: Text, progress: Progr
     """
     progress.start("compare predictions", text.rows.shape[0], "rows")
     sums = _Sums()
-    step = max(1, comparable_positions(before.vocab_size) // 2)  # of two bundles
+    step = max(1, comparable_positions(before.vocab_size) // 2)  # both bundles' logits are in memory
     for row in text.rows:
         before.reset()
         after.reset()
@@ -170,7 +170,13 @@ class _Sums:
     loss_after: float = 0.0
 
     def add(self, old: Array, new: Array, targets: Array) -> None:
-        """Adds positions: log-probabilities before and after (T, V), and the tokens that came."""
+        """Adds positions.
+
+        Args:
+            old: Log-probabilities of the source (T, V).
+            new: Log-probabilities of the result (T, V). Both arrays are overwritten.
+            targets: The next tokens of the text, (T,) or one fewer at the end of a row.
+        """
         self.loss_before -= _of_targets(old, targets)
         self.loss_after -= _of_targets(new, targets)
         self.same += float((old.argmax(-1) == new.argmax(-1)).sum())
@@ -179,16 +185,16 @@ class _Sums:
 
 
 def kl_sum(before: Array, after: Array) -> float:
-    """Returns the Kullback-Leibler divergence of predictions from others, nats, by logits (T, V), summed over positions."""
+    """Returns the Kullback-Leibler divergence between two arrays of logits (T, V) in nats, summed over positions."""
     total = 0.0
-    for start in range(0, len(before), _TOGETHER):  # few positions at a time: memory
+    for start in range(0, len(before), _TOGETHER):  # a few positions at a time, to save memory
         old, new = (log_softmax(logits[start : start + _TOGETHER]) for logits in (before, after))
         total += _kl_in_place(old, new)
     return total
 
 
 def _kl_in_place(old: Array, new: Array) -> float:
-    """Returns the divergence of log-probabilities (T, V), summed over positions; both arrays are used up."""
+    """Returns the divergence of log-probabilities (T, V), summed over positions. Overwrites both arrays."""
     np.subtract(old, new, out=new)
     return float(np.einsum("tv,tv->", np.exp(old, out=old), new, dtype=np.float64))
 
@@ -198,23 +204,23 @@ def _of_targets(log_probabilities: Array, targets: Array) -> float:
 
 
 def _likeliest(log_probabilities: Array) -> Array:
-    """Returns the five likeliest tokens (T, 5) of each position, in any order; all where there are fewer."""
+    """Returns the five most likely tokens of each position (T, 5), in any order; fewer if the vocabulary is smaller."""
     count = min(_LIKELIEST, log_probabilities.shape[-1])
     return np.argpartition(log_probabilities, -count, axis=-1)[:, -count:]
 
 
 def _shared(before: Array, after: Array) -> float:
-    """Returns the share of each row that both have, summed over rows."""
+    """Returns the share of common tokens of each row, summed over rows."""
     return float((before[:, :, None] == after[:, None]).any(axis=-1).mean(axis=-1).sum())
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How long greedy texts of two bundles are equal.
+    """Comparison of two bundles' greedy texts.
 
     Attributes:
-        tokens: Length of the texts.
-        equal: Tokens until the first that differs, of each prompt.
+        tokens: The length of each text.
+        equal: The number of equal tokens before the first difference, for each prompt.
     """
 
     tokens: int
@@ -222,10 +228,10 @@ class Divergence:
 
 
 def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergence:
-    """Continues the beginnings of some rows greedily.
+    """Continues prompts greedily with both bundles and counts the equal tokens.
 
-    One bundle generates, and the other reads the text at once: up to the first token that it would not have chosen, both
-    generate the same.
+    One bundle generates, and the other reads that text in one step: both generate the same tokens up to the first one that
+    the reader would not choose.
     """
     prompt = min(_PROMPT_TOKENS, text.rows.shape[1], before.context // 2)
     new = min(_NEW_TOKENS, before.context - prompt)
@@ -241,12 +247,12 @@ def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergenc
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens a second of two bundles, medians of rounds in which they take turns.
+    """Speeds of two bundles in tokens per second, as medians of alternating rounds.
 
     Attributes:
-        prompt: Tokens of the prompt.
-        decode: Decoding speed of the source and of the quantized bundle.
-        prefill: Prefill speed of both.
+        prompt: The length of the prompt in tokens.
+        decode: Decode speed of the source and of the quantized bundle.
+        prefill: Prefill speed of the source and of the quantized bundle.
     """
 
     prompt: int
@@ -255,17 +261,17 @@ class Speeds:
 
     @property
     def decode_ratio(self) -> float:
-        """The speed of the quantized bundle over that of the source."""
+        """The decode speed of the quantized bundle relative to the source."""
         return self.decode[1] / self.decode[0]
 
     @property
     def prefill_ratio(self) -> float:
-        """The speed of the quantized bundle over that of the source."""
+        """The prefill speed of the quantized bundle relative to the source."""
         return self.prefill[1] / self.prefill[0]
 
 
 def speeds(before: OnnxDecoder, after: OnnxDecoder) -> Speeds:
-    """Times prefill and decoding with each bundle in turn; both must have run before, so that neither is cold."""
+    """Measures prefill and decode speed with each bundle in turn. Both must be warm: they must have run before."""
     prompt = min(_PROMPT_TOKENS * 4, before.context // 2)
     rates: list[list[tuple[float, float]]] = [[], []]
     for _ in range(_ROUNDS):

@@ -31,15 +31,15 @@ def tensor_errors(
     rms: Mapping[str, Array],
     harm: Mapping[str, float],
 ) -> tuple[TensorError, ...]:
-    """Compares weights (N, K) before and after, both under the float graph's names.
+    """Compares weights (N, K) before and after quantization, both under the float graph's names.
 
     Args:
         linears: The products.
-        schemes: How each is stored, by path.
-        before: The weights that were rounded.
-        after: What their integers stand for.
-        rms: Root mean square of each input channel (K,), by path; where it is known.
-        harm: What few bits of each did, by path; where that was tried.
+        schemes: The scheme of each product, by path.
+        before: The float weights.
+        after: The dequantized weights.
+        rms: Root mean square of each input channel (K,), by path of the product; empty if not measured.
+        harm: KL divergence when only this product has few bits, in nats, by path; empty if not measured.
     """
     found = []
     for linear in linears:
@@ -63,7 +63,7 @@ def tensor_errors(
 
 
 def parts_of(bundle: Bundle, linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> dict[str, int]:
-    """Returns the bytes of graph and weights by part of the model."""
+    """Returns the size of graph and weights in bytes, by part of the model."""
     parts = {"embedding and head": 0, "attention": 0, "MLP": 0}
     for linear in linears:
         part = "MLP" if ".mlp." in linear.path else "attention" if linear.layer is not None else "embedding and head"
@@ -72,12 +72,12 @@ def parts_of(bundle: Bundle, linears: Sequence[Linear], schemes: Mapping[str, Sc
 
 
 def model_bytes(bundle: Bundle) -> int:
-    """Returns what graph and weights take together."""
+    """Returns the size of graph and weights in bytes."""
     return sum(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith(bundle.manifest.model))
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    """Returns what goes into `report.json`."""
+    """Returns the contents of `report.json`."""
     return asdict(report)
 
 

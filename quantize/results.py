@@ -18,7 +18,7 @@ class TensorError:
         snr_db: Signal-to-noise ratio of the product's output for average inputs, in dB; of the weight itself without statistics
             of the inputs. None if there is no error.
         error: Relative error of the weight.
-        harm_nats: KL divergence when this weight alone had few bits; None if not measured.
+        harm_nats: KL divergence if only this weight has few bits, in nats; None if not measured.
     """
 
     path: str

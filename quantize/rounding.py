@@ -1,4 +1,4 @@
-"""A model's weights as integers: each rounded by itself when it is asked for, or by GPTQ, layer after layer.
+"""Rounding of a model's weights: each weight alone, when it is read, or layer by layer with GPTQ.
 
 Dimensions: N output channels, K input channels.
 """
@@ -34,17 +34,17 @@ def rounded_tensors(
     importance: Mapping[str, Array],
     done: Mapping[str, Arrays],
 ) -> LazyTensors:
-    """Returns the tensors of the quantized graph: integers and scales in place of each weight, the others as they are.
+    """Returns the tensors of the quantized graph: integers and scales for each weight, and the other tensors unchanged.
 
     Args:
-        tensors: The float graph's.
-        schemes: How to store each product's weight, by path.
-        search: Whether to search for the scales of 4-bit weights.
-        importance: For the search, the mean square of each input channel (K,), by path; where it is known.
-        done: Arrays of weights that are rounded already, by path.
+        tensors: The float graph's tensors.
+        schemes: The scheme of each product, by path.
+        search: Whether to search for the best scales of 4-bit weights.
+        importance: For the search, the mean square of each input channel (K,), by path; empty if not measured.
+        done: Arrays of the weights that are already rounded, by path.
     """
 
-    @lru_cache(maxsize=1)  # integers and scales of one weight are asked for one after the other
+    @lru_cache(maxsize=1)  # the integers and scales of a weight are read one after the other
     def rounded(path: str) -> Arrays:
         if path in done:
             return done[path]
@@ -71,16 +71,16 @@ def gptq(
     text: Text,
     progress: Progress,
 ) -> dict[str, Arrays]:
-    """Rounds the layers' weights one after the other, each on what the rounded ones before it hand on.
+    """Rounds the layers' weights in order. Each layer is fitted to its inputs from the rounded layers before it.
 
     Args:
         source: The float bundle, without smoothing.
         linears: The layers' products, in order.
-        schemes: How to store each, by path.
-        smoothing: What was done to the tensors.
-        tensors: The float graph's, smoothed.
-        text: What is read for it.
-        progress: Told of each layer.
+        schemes: The scheme of each product, by path.
+        smoothing: The smoothing factors of the tensors.
+        tensors: The float graph's tensors, after smoothing.
+        text: The calibration text.
+        progress: Advances with each layer.
 
     Returns:
         The arrays of each weight, by path.
@@ -97,7 +97,7 @@ def gptq(
         for linear in group:
             path, name = linear.path, f"{linear.path}.weight"
             seen = moments.pop(path)
-            if name in smoothing.columns:  # the inputs were divided by the factors
+            if name in smoothing.columns:  # smoothing divides the inputs by these factors
                 factors = smoothing.columns[name]
                 seen /= factors[:, None] * factors
             done[path] = quantize_gptq(tensors[name], seen, schemes[path])
@@ -109,7 +109,7 @@ def gptq(
 
 
 def placeholders(linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> dict[str, Arrays]:
-    """Returns arrays of zeros in the shapes of each weight's, by path: what a file takes can be found with them."""
+    """Returns arrays of zeros in the shapes of each weight's arrays, by path, for measuring the size of a file."""
     found: dict[str, Arrays] = {}
     for linear in linears:
         scheme, blocks = schemes[linear.path], linear.inputs // schemes[linear.path].block_size
@@ -125,7 +125,7 @@ def placeholders(linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> di
 
 
 def restored(arrays: Arrays, scheme: Scheme) -> Array:
-    """Returns the weight float32 (N, K) that a product's arrays stand for."""
+    """Returns the dequantized weight of a product, float32 (N, K)."""
     return dequantize(arrays[QUANTIZED], arrays[SCALE], arrays.get(ZERO_POINTS), scheme)
 
 

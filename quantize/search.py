@@ -1,6 +1,7 @@
-"""Mixed precision: which layers get more bits, decided by what fewer bits of each do to the predictions.
+"""Mixed precision: the most sensitive layers get more bits.
 
-Harm is taken to add up: that of many layers together is about the sum of each alone while it is small.
+The sensitivity of a layer is the KL divergence if only this layer has few bits. As long as divergences are small, the
+divergence of several layers is approximately the sum.
 """
 
 import math
@@ -18,16 +19,16 @@ from slm.quantize.quality import Text, kl_sum
 
 Schemes = dict[str, Scheme]
 
-# To stay within a divergence on other text too, this share of it is aimed for; what uses so much of that is small enough.
+# The share of the target divergence to aim for, since other text can diverge more; and the share of this aim that is enough.
 _SAFELY, _ENOUGH = 0.8, 0.85
-# So many assignments are measured at most.
+# The limit of measured assignments.
 _TRIALS = 5
 _TINY = 1e-9
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What mixed precision must keep to: bytes of all weights at most, or the harm that is expected; one of them."""
+    """The limit for mixed precision: the size of all weights in bytes, or the expected KL divergence in nats."""
 
     bytes: int | None = None
     kl_nats: float | None = None
@@ -36,7 +37,7 @@ class Budget:
 def sensitivities(
     lab: Lab, linears: Sequence[Linear], text: Text, rounded: Callable[[Linear], Array], progress: Progress
 ) -> dict[str, float]:
-    """Returns how far the predictions move, nats, when one product alone has its rounded weight (N, K), by path."""
+    """Returns the KL divergence in nats if only one product has its rounded weight (N, K), by path of the product."""
     before = [lab.predictions(row) for row in text.rows]
     progress.start("try each layer alone", len(linears), "products")
     harm: dict[str, float] = {}
@@ -56,24 +57,24 @@ def choose(
     harm: Mapping[str, float],
     budget: Budget,
 ) -> Schemes:
-    """Gives more bits to the products that need them most for what they take, until the budget is used.
+    """Gives more bits to the products with the largest sensitivity per byte, until the budget is used.
 
     Args:
         linears: The products.
-        low: The scheme of each with few bits.
-        high: The scheme of each with more; the same where there is no choice.
-        harm: What the low scheme does to the predictions, nats, of each product that has a choice.
-        budget: What to keep to.
+        low: The scheme of each product with few bits.
+        high: The scheme of each product with more bits; equal to `low` if there is no choice.
+        harm: KL divergence in nats if only this product has the low scheme, for each product with a choice.
+        budget: The limit.
 
     Raises:
-        SlmError: When the budget is smaller than what everything takes with few bits.
+        SlmError: If the budget is smaller than the size with the low schemes.
     """
     schemes = dict(low)
     if budget.bytes is not None and bytes_of(linears, schemes) > budget.bytes:
         raise SlmError(
-            f"the weights take {bytes_of(linears, schemes) / 1e6:,.1f} MB at the fewest bits, "
-            f"more than the {budget.bytes / 1e6:,.1f} that are left for them",
-            "a larger --target-size",
+            f"the weights take at least {bytes_of(linears, schemes) / 1e6:,.1f} MB, "
+            f"but the target size leaves {budget.bytes / 1e6:,.1f} MB for them",
+            "choose a larger --target-size",
         )
     size, left = bytes_of(linears, schemes), sum(harm.values())
 
@@ -97,12 +98,12 @@ def within_bytes(picked: Callable[[Budget], Schemes], sized: Callable[[Schemes],
     """Chooses schemes whose files take at most `target` bytes.
 
     Args:
-        picked: Chooses within a budget; what it counts may be less than the files take.
-        sized: Bytes of the files.
-        target: The most.
+        picked: Chooses schemes within a budget. Its estimate may be smaller than the files.
+        sized: Returns the size of the files in bytes.
+        target: The limit in bytes.
 
     Raises:
-        SlmError: When not even the fewest bits are that few.
+        SlmError: If the files are larger than the limit even with the fewest bits.
     """
     budget = target
     while True:
@@ -121,23 +122,23 @@ def within_kl(
     target: float,
     moved: Callable[[Schemes], float],
 ) -> Schemes:
-    """Chooses the fewest bits found that move the predictions by at most a little less than `target` nats.
+    """Searches the schemes with the fewest bits whose measured KL divergence is slightly below the target.
 
-    What products do together is only about the sum of what each does alone, so the budget is corrected by what is measured.
+    The divergence of several products is only approximately the sum, so each measurement corrects the budget.
 
     Args:
-        linears: As for `choose`, like the next three.
-        low: The schemes with few bits.
-        high: The schemes with more.
-        harm: What the low ones do.
-        target: The most.
-        moved: Measures how far schemes move the predictions.
+        linears: The products.
+        low: The scheme of each product with few bits.
+        high: The scheme of each product with more bits.
+        harm: KL divergence in nats if only this product has the low scheme.
+        target: The target KL divergence in nats.
+        moved: Measures the KL divergence of schemes.
 
     Returns:
-        The schemes; those with the most bits where nothing measured was good enough.
+        The best schemes found, or those with the most bits if no measurement reaches the target.
     """
     aim = target * _SAFELY
-    # Of budgets: the largest that was good enough, and the smallest that was not.
+    # The largest budget that reached the aim, and the smallest that did not.
     good, bad = 0.0, math.inf
     best = choose(linears, low, high, harm, Budget(kl_nats=0.0))
     budget = aim
@@ -150,7 +151,7 @@ def within_kl(
             if found >= _ENOUGH * aim or schemes == low:
                 break
         else:
-            bad = expected  # any budget from here on picks these or worse
+            bad = expected  # a larger budget chooses these schemes or fewer bits
         budget = expected * aim / max(found, _TINY)
         if not good < budget < bad:
             budget = (good + min(bad, 2 * good + aim)) / 2

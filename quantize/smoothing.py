@@ -1,11 +1,13 @@
-"""Smoothing: what is hard to round is moved from activations into weights and back, at no cost when the model runs.
+"""Smoothing (SmoothQuant, arXiv:2211.10438): moves large activations of a few channels into the weights.
 
-Activations of a few channels are large, and rounding them costs the others of their block their precision. A channel of
-a product's input can be divided by a factor and the weight's column multiplied with it; what made the channel divides it in
-advance: a norm's weight (before q, k, v and gate, up), rows of the up projection (before down), rows of the values'
-projection (before o). Factors are x^a / w^(1 - a), x being the root mean square of the channel's activations and w its
-column's largest weight (SmoothQuant, arXiv:2211.10438), divided by their geometric mean and rounded to eighths of a power of
-two, so that `slm verify` can tell them from the weights.
+A few channels have large activations, and rounding them reduces the precision of the other channels in their block. Smoothing
+divides a channel of a product's input by a factor and multiplies the weight's column by the same factor. The division costs
+nothing at run time, because it is applied in advance to the weight that produces the channel: a norm (before q, k, v and
+gate, up), rows of the up projection (before down), or rows of the value projection (before o).
+
+The factors are x^a / w^(1 - a), where x is the root mean square of the channel's activations and w the largest weight of its
+column. They are divided by their geometric mean, and their base-2 logarithms are rounded to eighths, so that `slm verify` can
+recover them from the weights.
 
 Dimensions: N output channels, K input channels, H head dim.
 """
@@ -20,7 +22,7 @@ from slm.export.graph.smoothing import NO_SMOOTHING, Smoothing, nearest_factors,
 
 __all__ = ["EXPONENT", "NO_SMOOTHING", "Smoothing", "nearest_factors", "smoothing", "smoothing_between"]
 
-# The share of the activations: 0.5 to 0.8 measured, best from 0.5 to 0.7 (docs/LOG.md).
+# The exponent a of the activations. Of the measured 0.5 to 0.8, 0.5 to 0.7 are best (docs/LOG.md).
 EXPONENT = 0.6
 
 
@@ -31,14 +33,14 @@ def smoothing(
     exponent: float = EXPONENT,
     kept: Collection[str] = (),
 ) -> Smoothing:
-    """Returns the factors for a model.
+    """Returns the smoothing factors for a model.
 
     Args:
         tensors: The float graph's tensors.
         config: The model's shape.
         rms: Root mean square of each input channel (K,), by path of the product.
-        exponent: The share of the activations in the factors.
-        kept: Paths of products whose columns keep their values, because they lie on a grid; their factors are 1.
+        exponent: The exponent of the activations in the factors.
+        kept: Paths of products that get factors of 1, because their weights lie on a grid.
     """
     columns: dict[str, Array] = {}
     rows: dict[str, Array] = {}
@@ -51,7 +53,7 @@ def smoothing(
         within = _factors(rms[down], _widest(tensors[f"{down}.weight"]), exponent)
         if down in kept:
             within = np.ones_like(within)
-        # One head of values feeds all query heads of its group.
+        # A value head feeds all query heads of its group, so they share its factors.
         grouped = np.sqrt((rms[o].reshape(kv_heads, group, size) ** 2).mean(axis=1)).reshape(-1)
         widest = _widest(tensors[f"{o}.weight"]).reshape(kv_heads, group, size).max(axis=1).reshape(-1)
         values = _factors(grouped, widest, exponent)
@@ -73,7 +75,7 @@ def smoothing(
 def _factors(rms: Array, widest: Array, exponent: float) -> Array:
     smallest = np.finfo(np.float32).tiny
     logs = exponent * np.log(np.maximum(rms, smallest)) - (1 - exponent) * np.log(np.maximum(widest, smallest))
-    # A channel that is always 0, or that nothing reads, needs none.
+    # A channel whose activations or weights are all 0 gets a factor of 1.
     used = (rms > 0) & (widest > 0)
     logs = np.where(used, logs - logs[used].mean() if used.any() else 0, 0)
     return nearest_factors(np.exp(logs))

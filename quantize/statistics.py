@@ -1,4 +1,4 @@
-"""What a model's products are given to multiply with, measured on text.
+"""Statistics of the inputs of a model's products, measured on a text.
 
 Dimensions: T positions, K input channels.
 """
@@ -28,13 +28,13 @@ def root_mean_squares(lab: Lab, linears: Sequence[Linear], text: Text, progress:
 
 
 def second_moments(lab: LayerLab, linears: Sequence[Linear], text: Text, streams: Sequence[Stream]) -> dict[str, Array]:
-    """Returns the sum of x xᵀ (K, K) of what goes into each product of a layer, float32, by path.
+    """Returns the sum of x xᵀ, float32 (K, K), over the inputs x of each product of a layer, by path.
 
     Args:
-        lab: The layer.
-        linears: Its products.
-        text: The tokens.
-        streams: What comes into the layer for each row of the text.
+        lab: Runs the layer.
+        linears: The layer's products.
+        text: The calibration text.
+        streams: The inputs of the layer for each row of the text.
     """
     moments = {linear.path: np.zeros((linear.inputs, linear.inputs), np.float32) for linear in linears}
     for row, stream in zip(text.rows, streams, strict=True):

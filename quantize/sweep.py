@@ -1,4 +1,4 @@
-"""Trying everything that is sensible: which settings are worth having for a model, of its size, its speed and its quality."""
+"""Sweep: quantizes a bundle with many settings and compares size, speed and quality."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from slm.version import __version__
 
 SWEEP_FILE, SWEEP_PAGE = "sweep.json", "sweep.html"
 
-# What is tried, by the options that make it.
+# The settings to try, by their command-line options.
 TRIALS: Mapping[str, Settings] = {
     "--int8 --block-size 128 --no-smooth": Settings(block_size=128, smooth=False),
     "--int8 --block-size 128 --smooth": Settings(block_size=128, smooth=True),
@@ -46,23 +46,26 @@ TRIALS: Mapping[str, Settings] = {
 
 
 def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, Text], progress: Progress) -> Sweep:
-    """Tries all settings; writes `sweep.json` and `sweep.html` anew after each, so that a run that was ended goes on.
+    """Tries all settings. Rewrites `sweep.json` and `sweep.html` after each trial, so that an interrupted sweep continues.
 
     Args:
         source: The float bundle.
         out: The directory of the two files.
-        text: What bundles read for the measurement.
-        calibration: What settings are chosen by, by precision.
-        progress: Told of each step.
+        text: The held-out text for the measurement.
+        calibration: The calibration text, by precision.
+        progress: Receives the progress of each step.
+
+    Returns:
+        The sweep with all trials.
 
     Raises:
-        SlmError: When the source cannot be quantized, or something else is in `out`.
+        SlmError: If the source cannot be quantized, or `out` contains other files.
     """
     check_source(source, Settings())
     if source.manifest.device != "cpu":
         raise SlmError(
-            f"{source.path} is for {source.manifest.device.upper()}, and a sweep compares speeds on the CPU",
-            "sweep the bundle for the CPU of the same checkpoint, then quantize this one with --int8 or --int4",
+            f"{source.path} is for {source.manifest.device.upper()}, but a sweep measures speed on the CPU",
+            "sweep a CPU bundle of the same checkpoint, then quantize this bundle with --int8 or --int4",
         )
     check_replaceable(out.resolve(), {SWEEP_FILE, SWEEP_PAGE})
     sweep = Sweep(
@@ -70,7 +73,7 @@ def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, T
     )
     earlier = _earlier(out / SWEEP_FILE, sweep.key)
     if earlier:
-        progress.note(f"{len(earlier)} of {len(TRIALS)} were tried before, and are kept: {out / SWEEP_FILE}")
+        progress.note(f"reusing {len(earlier)} of {len(TRIALS)} trials from {out / SWEEP_FILE}")
     out.mkdir(parents=True, exist_ok=True)
     before = Opened(source)
     for number, (options, settings) in enumerate(TRIALS.items(), start=1):
@@ -85,7 +88,7 @@ def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, T
             sweep.trials.append(trial)
         except SlmError as error:
             sweep.skipped[options] = error.message
-            progress.note(f"left out: {error.message}")
+            progress.note(f"skipped: {error.message}")
         rest = [trial for name, trial in earlier.items() if name not in {each.options for each in sweep.trials}]
         _write(out, replace(sweep, trials=[*sweep.trials, *rest]))
     _write(out, sweep)
@@ -93,7 +96,7 @@ def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, T
 
 
 def as_dict(sweep: Sweep) -> dict[str, Any]:
-    """Returns what goes into `sweep.json`."""
+    """Returns the contents of `sweep.json`."""
     smaller, faster = sweep.frontier(lambda trial: trial.bytes), sweep.frontier(lambda trial: -trial.decode_ratio)
     return asdict(sweep) | {
         "frontier": {
@@ -124,7 +127,7 @@ def _try(
 
 
 def _key(source: Bundle, text: Text, calibration: Mapping[str, Text]) -> str:
-    """Returns a hash of everything that a trial's figures depend on but its settings."""
+    """Returns a hash of everything except the settings that a trial's figures depend on."""
     found = hashlib.sha256(__version__.encode())
     for name, entry in sorted(source.manifest.files.items()):
         if name.startswith(source.manifest.model):
@@ -135,7 +138,7 @@ def _key(source: Bundle, text: Text, calibration: Mapping[str, Text]) -> str:
 
 
 def _earlier(path: Path, key: str) -> dict[str, Trial]:
-    """Returns the trials of an earlier run of the same, by their options."""
+    """Returns the trials of an earlier sweep with the same key, by their options."""
     if not path.is_file():
         return {}
     fields = read_json(path, "sweep")
@@ -144,7 +147,7 @@ def _earlier(path: Path, key: str) -> dict[str, Trial]:
     try:
         trials = [Trial(**each | {"change": Change(**each["change"])}) for each in fields["trials"]]
     except (KeyError, TypeError):
-        raise SlmError(f"{path} is not what slm wrote", "remove it, or name another --out") from None
+        raise SlmError(f"{path} is not a sweep file of slm", "remove it, or choose another --out") from None
     return {trial.options: trial for trial in trials if trial.options in TRIALS}
 
 

@@ -1,7 +1,4 @@
-"""Writing a quantized bundle: the graph built anew with another weight format, and what lies beside it.
-
-Nothing is searched for in the finished graph.
-"""
+"""Writing of a quantized bundle. The graph is built again with a quantized weight format, not rewritten."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,20 +30,20 @@ from slm.quantize.report import PAGE_FILE, REPORT_FILE
 from slm.quantize.smoothing import Smoothing
 from slm.version import __version__
 
-# Activations are rounded to INT8 block by block inside the kernel: 18 times faster to decode on a CPU than floats.
+# The kernel rounds activations to INT8 block by block. On a CPU, this decodes 18 times faster than float activations.
 ACCURACY_LEVEL = 4
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a quantized bundle is made from.
+    """The contents of a quantized bundle.
 
     Attributes:
-        tensors: The graph's, by name; evaluated one at a time.
-        quantization: How they are stored.
-        cache: How keys and values are cached.
-        smoothing: What was done to the tensors, which slots do to adapters.
-        device: Where the bundle is to run.
+        tensors: The graph's tensors, by name; evaluated one at a time.
+        quantization: The manifest's record of the quantization.
+        cache: The type of cached keys and values.
+        smoothing: The smoothing factors of the tensors. Adapter slots apply them to adapters.
+        device: The device that will run the bundle.
     """
 
     tensors: Mapping[str, Array]
@@ -57,12 +54,12 @@ class Contents:
 
 
 def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
-    """Writes everything but the report into an empty directory; returns the sealed bundle.
+    """Writes everything except the report into an empty directory, and returns the sealed bundle.
 
     Args:
         source: The float bundle.
-        contents: What it is made from.
-        directory: Where to.
+        contents: The contents of the new bundle.
+        directory: The empty directory.
     """
     bundle = _write_graph(source, contents, directory)
     for name in source.manifest.files:
@@ -88,12 +85,12 @@ def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
 
 @contextmanager
 def tried(source: Bundle, contents: Contents, scratch: Path) -> Iterator[Bundle]:
-    """Yields a bundle that can be run, in a directory that is removed afterwards.
+    """Yields a runnable bundle in a temporary directory.
 
     Args:
         source: The float bundle.
-        contents: What it is made from.
-        scratch: Where the directory is made.
+        contents: The contents of the temporary bundle.
+        scratch: The parent of the temporary directory.
     """
     with scratch_directory(scratch, "trial") as directory:
         yield _write_graph(source, contents, directory)
@@ -103,7 +100,7 @@ def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     tensors, quantization = contents.tensors, contents.quantization
     precision: Precision = "int4" if quantization.bits == 4 else "int8"
     target: Target[Any]
-    if source.manifest.target == "portable":  # which computes in floats; what a runtime makes of that is its own matter
+    if source.manifest.target == "portable":  # as written, the portable graph computes in floats
         quantization = quantization.model_copy(update={"accuracy_level": 0})
         tensors = portable_tensors(tensors, quantization.schemes)
         target = Portable(DequantizedFormat(quantization.schemes))

@@ -1,4 +1,4 @@
-"""A checkpoint as a decoder: PyTorch behind the interface that generation uses (`slm.runtime.backend.Decoder`).
+"""The PyTorch backend: a checkpoint's model with the interface `slm.runtime.backend.Decoder`.
 
 Dimensions: B batch, T positions, V vocabulary.
 """
@@ -16,7 +16,7 @@ from slm.core.nn.model import CausalLM
 
 # Tokens that `score` reads in one step; the attention mask has the size (chunk, length).
 _SCORE_CHUNK = 1024
-# The most logits that `score` holds at a time, in bytes.
+# The limit of logits that `score` holds at a time, in bytes.
 _LOGITS_BYTES = 256 << 20
 # Tokens that can always be rewound: the length of useful drafts in speculative decoding.
 _SLACK = 16
@@ -89,15 +89,15 @@ class TorchDecoder:
         return self._step(ids, keep=0)
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `slm.runtime.backend.Decoder.rewind`."""
+        """Removes all but the first `length` tokens from the caches; see `slm.runtime.backend.Decoder.rewind`."""
         self._cache.rewind(length)
 
     def snapshot(self) -> TorchSnapshot:
-        """Returns the state of the caches; it shares their tensors, which are never modified in place."""
+        """Returns the state of the caches. It shares their tensors, which are never modified in place."""
         return TorchSnapshot(self.model, self._cache.snapshot())
 
     def restore(self, snapshot: Any) -> None:
-        """Goes back to a snapshot; see `slm.runtime.backend.Decoder.restore`."""
+        """Restores a snapshot; see `slm.runtime.backend.Decoder.restore`."""
         if not isinstance(snapshot, TorchSnapshot) or snapshot.model is not self.model:
             raise SlmError("the snapshot is not of this model", "read the text with this model")
         self._cache.restore(snapshot.caches)
@@ -118,9 +118,9 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def score(self, ids: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Returns log-probabilities of tokens and whether each was the likeliest, both (B, T - 1), for rows (B, T).
+        """Returns log-probabilities of tokens and whether each is the most likely, both (B, T - 1), for rows (B, T).
 
-        See `slm.runtime.backend.Scorer.score`. Only a few logits exist at a time, and they stay where the model is.
+        See `slm.runtime.backend.Scorer.score`. Only a few logits exist at a time, and they stay on the model's device.
         """
         inputs, targets = self._tensor(ids[:, :-1]), self._tensor(ids[:, 1:])
         positions = max(1, _LOGITS_BYTES // (4 * self.vocab_size * len(ids)))

@@ -1,4 +1,4 @@
-"""The model as an ONNX graph, built module by module from a description; needs neither torch nor tracing."""
+"""The model as an ONNX graph, built module by module from the configuration, without torch or tracing."""
 
 from slm.export.graph.dequantized import DequantizedFormat, portable_tensors
 from slm.export.graph.formats import BlockFormat, FloatFormat, GemmFormat, WeightFormat

@@ -1,4 +1,4 @@
-"""What integers in blocks stand for, in numpy.
+"""Packing and dequantization of block-quantized weights, in numpy.
 
 Dimensions: N output channels, K input channels.
 """
@@ -8,12 +8,12 @@ import numpy as np
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
 
-# What a weight's data is called in a graph that stores it in integers.
+# Names of a quantized weight's tensors in the graph.
 QUANTIZED, SCALE, ZERO_POINTS = "weight_quantized", "weight_scale", "weight_zero_points"
 
 
 def pack(integers: Array, bits: int) -> Array:
-    """Packs unsigned integers uint8 (..., n) into bytes (..., n * bits / 8, rounded up), the first in the lowest bits."""
+    """Packs unsigned integers uint8 (..., n) into bytes (..., ceil(n * bits / 8)), low bits first."""
     if bits == 8:
         return integers
     if integers.shape[-1] % 2:
@@ -23,7 +23,7 @@ def pack(integers: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, bits: int, count: int) -> Array:
-    """Returns the unsigned integers uint8 (..., count) of bytes that `pack` made."""
+    """Returns the unsigned integers uint8 (..., count) that `pack` packed."""
     if bits == 8:
         return packed
     integers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
@@ -32,14 +32,15 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
 
 
 def dequantize(quantized: Array, scale: Array, zero_points: Array | None, scheme: Scheme) -> Array:
-    """Returns the weight float32 (N, K) that stored integers stand for.
+    """Returns the dequantized weight, float32 (N, K).
 
     Args:
-        quantized: uint8 (N, blocks, bytes of a block); int8 (K, N) where the scheme is dynamic; of a portable graph, 4- or
+        quantized: uint8 (N, blocks, bytes of a block); int8 (K, N) if the scheme is dynamic; in a portable graph, 4- or
             8-bit integers by columns, (K, N), or by rows, (N, K).
-        scale: float32 (N, blocks); (N,) where the scheme is dynamic; of a portable graph by columns or rows too.
-        zero_points: uint8 (N, bytes of all blocks), where the scheme has some; of a portable graph integers, as scales are.
-        scheme: How they are stored.
+        scale: float32 (N, blocks); (N,) if the scheme is dynamic; in a portable graph (blocks, N) or (N, blocks).
+        zero_points: uint8 (N, bytes of all blocks), or None if the scheme has none; in a portable graph, 4- or 8-bit
+            integers in the shape of the scales.
+        scheme: The quantization scheme.
     """
     if scheme.dynamic:
         return quantized.T.astype(np.float32) * scale[:, None]
@@ -67,7 +68,7 @@ def _of_portable(quantized: Array, scale: Array, zero_points: Array | None) -> A
 
 
 def relative_error(before: Array, after: Array) -> float:
-    """Returns the root of the sum of squares of a difference over that of what was before; 0 where that is 0."""
+    """Returns the norm of `after - before` divided by the norm of `before`; 0 if `before` is all zeros."""
     whole = float(np.einsum("nk,nk->", before, before, dtype=np.float64))
     off = after - before
     return (float(np.einsum("nk,nk->", off, off, dtype=np.float64)) / whole) ** 0.5 if whole else 0.0

@@ -1,4 +1,4 @@
-"""All that this package uses of onnxscript's graph builder, which is young: what changes there is mended here."""
+"""The only module that uses onnxscript's graph builder. Its API is young, so changes to it stay in one place."""
 
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ Array = NDArray[Any]
 Op: TypeAlias = OpBuilder
 Value: TypeAlias = ir.Value
 
-# The first IR version that knows an opset: readers older than that cannot run the graph anyway.
+# The first IR version that supports the opset. Older readers cannot run the graph anyway.
 _IR_VERSIONS = {21: 10, 23: 11}
 DTYPES = {
     "int64": ir.DataType.INT64,
@@ -31,12 +31,12 @@ def fused(op: Op) -> Op:
 
 
 def cast(op: Op, x: Value, have: ir.DataType, want: ir.DataType) -> Value:
-    """Returns x in the wanted type; x itself where it has it."""
+    """Returns x cast to a type, or x itself if it already has that type."""
     return x if have == want else op.Cast(x, to=want)
 
 
 class GraphUnderWay:
-    """A graph that is being built: inputs by name, the operator builder, and outputs as they are given."""
+    """A graph under construction: its inputs by name, its operator builder, and its outputs in order."""
 
     def __init__(
         self, name: str, opsets: dict[str, int], inputs: tuple[TensorSpec, ...], defaults: dict[str, Array]
@@ -50,7 +50,9 @@ class GraphUnderWay:
             default = ir.tensor(defaults[spec.name], name=spec.name) if spec.optional else None
             shape = spec.shape if default is None else default.shape
             value = self._builder.input(spec.name, dtype=DTYPES[spec.dtype], shape=shape, const_value=default)
-            value.shape = ir.Shape(spec.shape)  # where the default has a number others may have another
+            value.shape = ir.Shape(
+                spec.shape
+            )  # symbolic again: a caller's value may have another size than the default
             self.inputs[spec.name] = value
 
     def output(self, value: Value, spec: TensorSpec) -> None:
@@ -60,7 +62,7 @@ class GraphUnderWay:
         self._builder.add_output(value, spec.name)
 
     def finish(self, producer_version: str) -> ir.Model:
-        """Returns the model; its parameters still want their data."""
+        """Returns the model. The caller sets the data of its parameters."""
         return ir.Model(
             self._builder.graph, ir_version=self._ir_version, producer_name="slm", producer_version=producer_version
         )

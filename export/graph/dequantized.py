@@ -1,8 +1,9 @@
-"""Weights in integers for the portable target: standard operators, laid out so that onnxruntime fuses them.
+"""Integer weights for the portable target: standard operators in a layout that onnxruntime fuses.
 
-A weight (N, K) is stored by columns, (K, N), its blocks along the first axis: what onnxruntime makes one product in integers
-of is a DequantizeLinear of that, and a MatMul. Others compute in floats what the graph says. The embedding, of which rows are
-looked up, is stored by rows. Dimensions: N output channels, K input channels, V vocabulary, D hidden, T tokens.
+A weight (N, K) is stored by columns as (K, N), with its blocks along the first axis. In this layout, onnxruntime fuses
+DequantizeLinear and MatMul into one integer product. Other runtimes compute both operators in floats. The embedding is
+stored by rows, because lookups gather rows.
+Dimensions: N output channels, K input channels, V vocabulary, D hidden, T tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +20,12 @@ from slm.export.graph.builder import Array, Module, Op, Parameter, Value
 from slm.export.graph.store import LazyTensors
 
 _Make: TypeAlias = Callable[[Mapping[str, Array], str, Scheme], Array]
-# Rows of it are looked up.
+# The weight that is stored by rows.
 _TABLE = "model.embed_tokens"
 
 
 def integers(scheme: Scheme) -> ir.DataType:
-    """Returns the type of a scheme's integers: signed where zero is the middle."""
+    """Returns the type of a scheme's integers: signed if the scheme is symmetric, unsigned if it has zero points."""
     return {
         (8, False): ir.DataType.INT8,
         (8, True): ir.DataType.UINT8,
@@ -34,7 +35,7 @@ def integers(scheme: Scheme) -> ir.DataType:
 
 
 class DequantizedLinear(Module):
-    """y = x Wᵀ with W in integers, one scale for each block along the input (DequantizeLinear, MatMul)."""
+    """y = x Wᵀ with an integer weight and one scale for each block along the input (DequantizeLinear, MatMul)."""
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme) -> None:
         super().__init__()
@@ -54,10 +55,10 @@ class DequantizedLinear(Module):
 
 
 class DequantizedEmbedding(Module):
-    """One table (V, D) for lookup and head; of looked-up rows the integers are taken, then restored.
+    """One integer table (V, D) for the lookup and the tied head. The lookup dequantizes only the gathered rows.
 
-    The head has it transposed, which runtimes do once, when they open the graph. onnxruntime makes a product in integers of
-    it only so: of a weight that something else reads too it makes none.
+    The head reads a transposed copy, which runtimes compute once, when they load the graph. onnxruntime needs this copy: it
+    fuses a product only if no other operator reads its weight.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, scheme: Scheme) -> None:
@@ -83,10 +84,10 @@ class DequantizedEmbedding(Module):
 
 
 class DequantizedFormat:
-    """Linear layers, embedding and head in integers and standard operators, each by a scheme of its own."""
+    """Linear layers, embedding and head as integers in standard operators, each with its own scheme."""
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
-        """Takes the scheme of each product by its path; none is dynamic."""
+        """Takes the scheme of each product, by path. Dynamic schemes are not supported."""
         self._schemes = schemes
 
     def linear(self, path: str, in_features: int, out_features: int) -> DequantizedLinear:
@@ -99,11 +100,11 @@ class DequantizedFormat:
 
 
 def portable_tensors(tensors: Mapping[str, Array], schemes: Mapping[str, Scheme]) -> LazyTensors:
-    """Returns tensors of a fused quantized graph as the portable one wants them, under the same names.
+    """Converts the tensors of a fused quantized graph to the layout of a portable one, under the same names.
 
     Args:
-        tensors: Integers in blocks, scales and zero points as `blocks.dequantize` describes them; others stay as they are.
-        schemes: How each product's weight is stored, by path.
+        tensors: Integers, scales and zero points in the fused layout of `blocks.dequantize`. Other tensors are unchanged.
+        schemes: The scheme of each product, by path.
     """
 
     def arranged(make: _Make, path: str) -> Array:
@@ -133,7 +134,7 @@ def _zero_points(tensors: Mapping[str, Array], path: str, scheme: Scheme) -> Arr
 
 
 def _typed(unsigned: Array, scheme: Scheme) -> Array:
-    """Returns unsigned integers in a scheme's type; where that is signed, less the middle."""
+    """Returns unsigned integers in a scheme's type. For a signed type, subtracts half of the range."""
     if not scheme.zero_points:
         unsigned = (unsigned - np.uint8(1 << (scheme.bits - 1))).view(np.int8)  # modulo 256
     if scheme.bits == 4:

@@ -1,8 +1,8 @@
-"""How weights are stored and multiplied: one small interface, behind which a format decides both.
+"""Weight formats of the fused target: how weights are stored and which operators multiply them.
 
-The graph asks a format for its linear layers and its embedding, by the path of each, for a format may treat them
-differently; the parameters that those declare name the tensors that `build_graph` is given. Dimensions: B batch,
-T positions, V vocabulary, D hidden.
+The graph gets its linear layers and its embedding from a format, by path, because a format can treat each one differently.
+The parameters of these modules are the names of the tensors that `build_graph` reads.
+Dimensions: B batch, T positions, V vocabulary, D hidden.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,12 +14,12 @@ import onnx_ir as ir
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Module, Op, Parameter, Value, cast, fused
 
-# A row of activations from -1 to 1 in 8 bits; no row counts as smaller than this, or zeros would be divided by zero.
+# The 8-bit step for activations from -1 to 1, and the smallest divisor of a row, which avoids a division by zero.
 _STEP, _SMALLEST_ROW = 1 / 127, 1e-9
 
 
 class Linear(Protocol):
-    """A product with a weight; `dtype` is what it takes and gives."""
+    """A product with a weight. `dtype` is the type of its input and output."""
 
     dtype: ir.DataType
 
@@ -28,17 +28,17 @@ class Linear(Protocol):
 
 
 class Embedding(Protocol):
-    """A token embedding that can also serve as a tied head; its hidden states and logits are float32."""
+    """A token embedding that can also compute the tied head. Its hidden states and logits are float32."""
 
     def __call__(self, op: Op, input_ids: Value) -> Value:
-        """Looks up ids (...) as (..., D)."""
+        """Maps ids (...) to (..., D)."""
 
     def head(self, op: Op, hidden: Value) -> Value:
-        """Multiplies hidden states (..., D) with the same table to logits (..., V)."""
+        """Maps hidden states (..., D) to logits (..., V) with the same table."""
 
 
 class WeightFormat(Protocol):
-    """Makes the modules that hold weights."""
+    """Creates the modules that hold weights."""
 
     def linear(self, path: str, in_features: int, out_features: int) -> Linear:
         """Returns a module that maps (..., in) to (..., out)."""
@@ -48,18 +48,18 @@ class WeightFormat(Protocol):
 
 
 class _Halves:
-    """Which products are computed in float16: all but those named, or none."""
+    """The products that are computed in float16: none, or all except those in `kept`."""
 
     def __init__(self, half: bool = False, kept: Collection[str] = ()) -> None:
         self._half, self._kept = half, frozenset(kept)
 
     def dtype(self, path: str) -> ir.DataType:
-        """Returns the type in which a product is computed."""
+        """Returns the type of a product."""
         return ir.DataType.FLOAT16 if self._half and path not in self._kept else ir.DataType.FLOAT
 
 
 class FloatLinear(Module):
-    """y = x Wᵀ, W as Hugging Face stores it: (out, in)."""
+    """y = x Wᵀ with W (out, in), the layout of Hugging Face."""
 
     def __init__(self, in_features: int, out_features: int, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class FloatLinear(Module):
 
 
 class FloatEmbedding(Module):
-    """A table (V, D), looked up on the way in and multiplied with on the way out."""
+    """A table (V, D) for the lookup and the tied head."""
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class FloatEmbedding(Module):
 
 
 class FloatFormat(_Halves):
-    """Everything in float32, or products in float16."""
+    """All products in float32, or most products in float16 (`half`)."""
 
     def linear(self, path: str, in_features: int, out_features: int) -> FloatLinear:
         """Returns a linear layer."""
@@ -105,7 +105,7 @@ class FloatFormat(_Halves):
 
 
 class GemmLinear(FloatLinear):
-    """The same in a standard operator, on hidden states of two dimensions."""
+    """y = x Wᵀ with the standard operator Gemm, for hidden states of two dimensions."""
 
     def forward(self, op: Op, x: Value) -> Value:
         """Maps (N, in) to (N, out)."""
@@ -113,14 +113,14 @@ class GemmLinear(FloatLinear):
 
 
 class GemmEmbedding(FloatEmbedding):
-    """The same in standard operators, on hidden states of two dimensions."""
+    """An embedding in standard operators, for hidden states of two dimensions."""
 
     def _product(self, op: Op, hidden: Value) -> Value:
         return op.Gemm(hidden, self.weight, transB=1)
 
 
 class GemmFormat:
-    """Everything in float32, in standard operators."""
+    """All products in float32, in standard operators."""
 
     def linear(self, path: str, in_features: int, out_features: int) -> GemmLinear:
         """Returns a linear layer."""
@@ -132,7 +132,7 @@ class GemmFormat:
 
 
 class BlockLinear(Module):
-    """y = x Wᵀ with W in unsigned integers, one scale for each block along the input (com.microsoft MatMulNBits)."""
+    """y = x Wᵀ with W as unsigned integers and one scale for each block along the input (com.microsoft MatMulNBits)."""
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, accuracy_level: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class BlockLinear(Module):
 
 
 class BlockEmbedding(BlockLinear):
-    """One table for lookup and head: the head wants it in blocks (V, blocks, bytes), the lookup as (V, bytes)."""
+    """One table for the lookup, which reads it as (V, bytes), and the tied head, which reads it as (V, blocks, bytes)."""
 
     def __init__(self, vocab_size: int, hidden_size: int, scheme: Scheme, accuracy_level: int) -> None:
         super().__init__(hidden_size, vocab_size, scheme, accuracy_level)
@@ -188,10 +188,11 @@ class BlockEmbedding(BlockLinear):
 
 
 class DynamicLinear(Module):
-    """y = x Wᵀ as a product of 8-bit integers: W has a scale for each output, x one for each token, found as it comes.
+    """y = x Wᵀ as a product of 8-bit integers. W has a static scale for each output, x a dynamic one for each token.
 
-    Rows are divided by their largest value first. onnxruntime's product takes one scale for all rows, with which one token's
-    outlier would cost every other token its precision, and a row's result would depend on those beside it.
+    Each row is first divided by its largest absolute value, because onnxruntime's product takes one scale for all rows. With
+    a common scale, an outlier in one token would reduce the precision of all tokens, and the result of a row would depend on
+    the other rows of the batch.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -210,10 +211,10 @@ class DynamicLinear(Module):
 
 
 class BlockFormat:
-    """Linear layers, embedding and head in integers, each by a scheme of its own; norms stay in float32."""
+    """Linear layers, embedding and head as integers, each with its own scheme. Norms stay in float32."""
 
     def __init__(self, schemes: Mapping[str, Scheme], accuracy_level: int) -> None:
-        """Takes the scheme of each product by its path."""
+        """Takes the scheme of each product, by path, and the `accuracy_level` of MatMulNBits."""
         self._schemes, self._accuracy_level = schemes, accuracy_level
 
     def linear(self, path: str, in_features: int, out_features: int) -> BlockLinear | DynamicLinear:

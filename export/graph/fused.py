@@ -1,7 +1,7 @@
-"""The fused target: onnxruntime's own operators, in-place caches, windows that slide (docs/bundles.md).
+"""The fused target: onnxruntime's own operators, in-place caches and sliding windows (docs/bundles.md).
 
-On the CPU everything is float32. For CUDA and WebGPU, whose attention takes no float32, products, attention and caches are
-float16, and norms and the residual stream, which Gemma's activations would overflow, stay float32.
+On the CPU, everything is float32. On CUDA and WebGPU, the attention operator does not support float32, so products, attention
+and caches are float16. Norms and the residual stream stay float32, because Gemma's activations would overflow float16.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from slm.export.graph.target import AttentionShape, Norm, inverse_frequencies, l
 
 @dataclass(frozen=True)
 class Step:
-    """What the layers need to know of where the new tokens stand.
+    """Values that all layers share in one step.
 
     Attributes:
         inputs: The graph's inputs.
-        cos: Cosine of rotations by kind of layer, (rows, H / 2): of the new tokens, or of every position there can be.
-        sin: Sine of the same.
-        rows: Which row each new token turns by, (B, T); None where rows are of every position.
+        cos: Cosine of rotations, (rows, H / 2), by kind of layer: one row for each new token, or for every position.
+        sin: Sine of rotations, in the shape of `cos`.
+        rows: The row of `cos` and `sin` for each new token, (B, T); None if they have a row for every position.
         lengths: Length of each row, past included, int64 (B,).
         last_index: Index of each row's last valid position, int32 (B,).
         total: Length of the longest row, past included, int32 scalar.
@@ -40,15 +40,15 @@ class Step:
 
 
 class FusedPositions(Module):
-    """Rotations, and lengths from the mask: rows are padded on the right.
+    """Computes rotations, and lengths from the mask. Rows are padded on the right.
 
-    Rotations are those of the new tokens, worked out at each step, which on a CPU costs nothing that can be measured. For
-    GPUs, where each operator more is a launch, they are tables of every position: these depend on no input, and onnxruntime
-    computes them once, when it opens the graph. Nothing in the file is as long as the context.
+    On a CPU, each step computes the rotations of the new tokens, at no measurable cost. On a GPU, each operator is a kernel
+    launch, so rotations are tables of every position. The tables depend on no input, so onnxruntime computes them once, when
+    it loads the graph, and the file does not contain them.
     """
 
     def __init__(self, config: ModelConfig, context: int | None, dtype: ir.DataType) -> None:
-        """Takes the context that tables are to reach over, None for rotations of the new tokens alone."""
+        """Takes the number of positions in the tables, or None to compute the rotations of the new tokens at each step."""
         super().__init__()
         self._context, self._dtype = context, dtype
         self._kinds: list[LayerType] = sorted(set(config.layer_types))
@@ -58,7 +58,7 @@ class FusedPositions(Module):
             setattr(self, f"{kind}_inv_freq", Parameter([config.head_dim // 2], ir.DataType.FLOAT))
 
     def forward(self, op: Op, inputs: Mapping[str, Value]) -> Step:
-        """Returns what the layers need to know."""
+        """Returns the shared values of the step."""
         lengths = op.ReduceSum(inputs[ATTENTION_MASK], [-1], keepdims=0)
         rows, positions = (
             self._new(op, inputs, lengths) if self._context is None else (None, op.Range(0, self._context, 1))
@@ -81,9 +81,9 @@ class FusedPositions(Module):
         )
 
     def _new(self, op: Op, inputs: Mapping[str, Value], lengths: Value) -> tuple[Value, Value]:
-        """Returns a number for each new token and its position, both (B, T).
+        """Returns the index and the position of each new token, both (B, T).
 
-        Rows may be padded only while there is no past, as attention has it: then every row begins at 0.
+        The attention operator allows padded rows only without a past. Then every row starts at position 0.
         """
         ids = inputs[INPUT_IDS]
         new = op.Shape(ids, start=1, end=2)  # T, (1,)
@@ -93,15 +93,15 @@ class FusedPositions(Module):
 
 
 class Fused:
-    """Graphs for onnxruntime."""
+    """The target for onnxruntime's own operators."""
 
     def __init__(self, weights: WeightFormat, device: Device = "cpu", cache: CacheType = "float32") -> None:
-        """Chooses a device and how caches are stored.
+        """Creates the target for a device.
 
         Args:
-            weights: How weights are stored.
-            device: Where the graph is to run.
-            cache: The caches' type: float32 or int8 on the CPU, float16 elsewhere.
+            weights: The weight format.
+            device: The device that will run the graph.
+            cache: The type of the caches: float32 or int8 on the CPU, float16 on other devices.
         """
         self.opsets = {"": 21, "com.microsoft": 1}
         self.weights = weights
@@ -114,7 +114,7 @@ class Fused:
         return cache_layers(config, self._device, self._cache)
 
     def positions(self, config: ModelConfig, context: int) -> FusedPositions:
-        """Returns the module that reads a step's inputs."""
+        """Returns the module that computes a step's shared values."""
         return FusedPositions(config, None if self._device == "cpu" else context, self.dtype)
 
     def rms_norm(self, op: Op, x: Value, weight: Value, epsilon: float) -> Value:
@@ -127,7 +127,7 @@ class Fused:
         return normed, total
 
     def activate(self, op: Op, name: Activation, x: Value) -> Value:
-        """Applies an activation, in the operator that onnxruntime has the fastest kernel for."""
+        """Applies an activation, with the operator that has onnxruntime's fastest kernel."""
         match name:
             case "gelu_pytorch_tanh":
                 return fused(op).FastGelu(x)
@@ -149,10 +149,10 @@ class Fused:
         past: tuple[Value, Value],
         scales: tuple[Value, ...],
     ) -> tuple[Value, Value, Value]:
-        """Norms each head, and caches and attends in one operator (com.microsoft GroupQueryAttention).
+        """Norms each head, then updates the cache and attends in one operator (com.microsoft GroupQueryAttention).
 
-        Tables of every position are that operator's to look up; rotations of the new tokens are an operator of their own
-        before it.
+        The operator also applies rotations if they are tables of every position. Otherwise a separate operator applies the
+        rotations of the new tokens first.
         """
         q, k, v = op.Split(qkv, shape.sizes, axis=-1, _outputs=3)
         q, k = (
@@ -185,13 +185,13 @@ class Fused:
         return attended, key, value
 
     def arranged(self, op: Op, input_ids: Value) -> Value:
-        """Returns the ids as they are: hidden states are (B, T, D)."""
+        """Returns the ids (B, T) unchanged."""
         return input_ids
 
     def kept(self, op: Op, hidden: Value, step: Step) -> Value:
         """Returns the hidden states (B, kept, D) of each row's last valid positions.
 
-        Rows are padded only while there is no past: a row's valid tokens are then the first min(length, T) of the new ones.
+        Rows are padded only without a past, so a row's valid new tokens are its first min(length, T) ones.
         """
         new = op.Squeeze(op.Shape(step.inputs[INPUT_IDS], start=1, end=2))
         if self._device == "cuda":
@@ -199,25 +199,25 @@ class Fused:
         return last_rows(op, hidden, step.inputs, ends=op.Min(step.lengths, new))
 
     def normed_as(self, op: Op, product: Value, dtype: ir.DataType) -> Value:
-        """Returns a product as it is on CUDA, whose norm takes float16 and computes in float32; elsewhere in float32."""
+        """Returns a product unchanged on CUDA, whose norm takes float16 and computes in float32; otherwise in float32."""
         return product if self._device == "cuda" else cast(op, product, dtype, ir.DataType.FLOAT)
 
     def logits(self, op: Op, logits: Value, step: Step, vocab_size: int) -> Value:
-        """Returns the logits (B, kept, V) as they are."""
+        """Returns the logits (B, kept, V) unchanged."""
         return logits
 
 
 def _last_rows_on_gpu(op: Op, hidden: Value, step: Step, new: Value) -> Value:
-    """Returns the same rows as `last_rows`, with every number that shapes depend on kept on the host.
+    """Returns the same rows as `last_rows`, and keeps every number that determines a shape on the host.
 
-    onnxruntime leaves a node on the CPU if all of its inputs come from a shape or from the caller. So each node that reads
-    `num_logits_to_keep` reads T too, and a host number reaches the GPU only as an end of a Range, which takes its ends from the
-    host. A copy between the two would make each step wait, and would rule out CUDA graphs.
+    onnxruntime runs a node on the CPU if all of its inputs come from a shape or from the caller. Therefore each node that
+    reads `num_logits_to_keep` also reads T, and a host number reaches the GPU only as a limit of a Range, which reads its
+    limits from the host. A copy between host and GPU would synchronize each step and prevent CUDA graphs.
 
     Args:
         op: The builder.
         hidden: Hidden states (B, T, D).
-        step: What is known of the step.
+        step: The step's shared values.
         new: T, scalar.
     """
     keep = step.inputs[LOGITS_TO_KEEP]

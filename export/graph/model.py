@@ -1,4 +1,4 @@
-"""The whole graph: what happens before, between and after the modules.
+"""The complete graph: embedding, decoder layers, last norm and head.
 
 Dimensions: B batch, T new positions, D hidden, V vocabulary.
 """
@@ -32,7 +32,7 @@ from slm.version import __version__
 
 
 class TextModel(Module):
-    """Embedding, blocks and last norm."""
+    """Embedding, decoder layers and last norm."""
 
     def __init__(self, config: ModelConfig, target: Target[Any]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class TextModel(Module):
 
 
 class CausalLM(Module):
-    """The decoder with its head."""
+    """The text model with its head."""
 
     def __init__(self, config: ModelConfig, target: Target[Any], context: int) -> None:
         super().__init__(name="")
@@ -81,20 +81,20 @@ class CausalLM(Module):
 
 
 def build_graph(config: ModelConfig, target: Target[Any], tensors: Mapping[str, Array], context: int) -> ir.Model:
-    """Builds a target's graph (docs/bundles.md has the contract).
+    """Builds the graph for a target. docs/bundles.md specifies its inputs and outputs.
 
     Args:
         config: The model's shape.
-        target: The operators, and how weights are stored.
-        tensors: Data of every parameter under its name; looked up when the graph is saved, one at a time, and rounded where
-            the target stores it in float16.
-        context: The longest sequence, past included, in tokens; what a GPU's rotation tables reach over.
+        target: The target, which chooses the operators and the weight format.
+        tensors: The data of every parameter, by name. Each array is read when the graph is saved, and rounded if the
+            target stores it in float16.
+        context: The longest sequence, past included, in tokens: the length of a GPU's rotation tables.
 
     Returns:
-        The model, its initializers not yet evaluated.
+        The model, with initializers that are evaluated on saving.
     """
     caches = target.caches(config)
-    # Other clients do not know this input, and expect the logits of everything they pass.
+    # Other clients do not pass this input, and expect the logits of all positions.
     defaults: dict[str, Array] = {LOGITS_TO_KEEP: np.array(0)}
     weights = target.weights
     slots: tuple[TensorSpec, ...] = ()
@@ -137,6 +137,7 @@ def _halved(name: str, array: Array) -> Array:
         half: Array = array.astype(np.float16)
     if not np.isfinite(half).all():
         raise SlmError(
-            f"{name} holds values up to {np.abs(array).max():.0f}, beyond float16", "--device cpu keeps float32"
+            f"{name} has values up to {np.abs(array).max():.0f}, beyond float16",
+            "use --device cpu, which keeps float32",
         )
     return half

@@ -1,7 +1,7 @@
-"""The decoder's modules, one for one those of `core/nn`: read side by side, they match.
+"""The decoder's modules, which correspond one to one to those of `core/nn`.
 
-What differs is what the runtime's kernels want: q, k, v as one product and gate, up as one product; norm weights with
-the 1 already added; each residual sum made together with the norm that follows it. The operators are the target's.
+They differ where the runtime's kernels require it: q, k, v are one product, gate and up are one product, norm weights include
+the 1 that Gemma adds, and one operator computes a residual sum and the norm after it. The target supplies the operators.
 Hidden states are (..., D): B batch, T positions, N heads, K kv heads, H head dim, D hidden, F intermediate.
 """
 
@@ -18,7 +18,7 @@ FLOAT = ir.DataType.FLOAT
 
 
 class RMSNorm(Module):
-    """Root-mean-square norm, alone or on the sum of a residual stream and an update to it."""
+    """Root-mean-square norm of x, or of the sum of a residual stream x and an update."""
 
     def __init__(self, dim: int, epsilon: float, target: Target[Any], dtype: ir.DataType = FLOAT) -> None:
         super().__init__()
@@ -98,7 +98,10 @@ class DecoderLayer(Module):
     def forward(
         self, op: Op, x: Value, update: Value | None, step: Any, past: tuple[Value, Value]
     ) -> tuple[Value, Value, Value, Value]:
-        """Takes the residual stream and the update not yet added to it; returns both anew, and the present cache."""
+        """Returns the new residual stream, the new update, and the present keys and values.
+
+        An update is added to the residual stream together with the next norm.
+        """
         normed, x = self.input_layernorm(op, x, update)
         attended, key, value = self.self_attn(op, normed, step, past)
         update, _ = self.post_attention_layernorm(op, attended)

@@ -1,7 +1,7 @@
-"""The portable target: standard ONNX operators alone, caches that start empty and grow.
+"""The portable target: only standard ONNX operators, and caches that start empty and grow.
 
-Any runtime with opset 23 can run it. There is no position input: positions come from counting the mask, so rows may be
-padded on either side. Hidden states are (B * T, D), which makes every linear layer one Gemm on a weight as it is stored.
+Any runtime with opset 23 can run the graph. It has no position input: positions are counted from the mask, so rows may be
+padded on either side. Hidden states are (B * T, D), so that every linear layer is one Gemm with the weight as stored.
 """
 
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ _TO_THE_END = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Step:
-    """What the layers need to know of the new tokens.
+    """Values that all layers share in one step.
 
     Attributes:
         inputs: The graph's inputs.
-        cos: Cosine of the new positions' rotations by kind of layer, (B, T, H / 2).
-        sin: Sine of the same.
-        mask: Which of the positions in a layer's cache and the new ones each new position sees, bool (B, 1, T, positions).
+        cos: Cosine of the new positions' rotations, (B, T, H / 2), by kind of layer.
+        sin: Sine of the new positions' rotations, (B, T, H / 2), by kind of layer.
+        mask: True where a new position attends to a cached or new position, bool (B, 1, T, positions), by kind of layer.
         heads: The shape (B, T, N, H).
         kv_heads: The shape (B, T, K, H).
-        ends: Where each row's valid new positions end, (B,).
+        ends: End of the valid new positions of each row, (B,).
     """
 
     inputs: Mapping[str, Value]
@@ -42,7 +42,7 @@ class Step:
 
 
 class PortablePositions(Module):
-    """Positions, rotations and masks of the new tokens, from the mask and the lengths of the caches."""
+    """Computes positions, rotations and masks of the new tokens from the mask and the lengths of the caches."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class PortablePositions(Module):
             setattr(self, f"{kind}_inv_freq", Parameter([config.head_dim // 2], ir.DataType.FLOAT))
 
     def forward(self, op: Op, inputs: Mapping[str, Value]) -> Step:
-        """Returns what the layers need to know."""
+        """Returns the shared values of the step."""
         config, mask = self._config, inputs[ATTENTION_MASK]
         batch_new = op.Shape(inputs[INPUT_IDS])  # (2,): B, T
         total = total_length(op, inputs)
@@ -77,7 +77,11 @@ class PortablePositions(Module):
         )
 
     def _masks(self, op: Op, inputs: Mapping[str, Value], past: Value, total: Value) -> dict[LayerType, Value]:
-        """A position sees the valid ones up to itself, and always itself: rows of padding would see nothing, which is NaN."""
+        """Returns the attention mask for each kind of layer.
+
+        A position attends to the valid positions up to itself and always to itself: attention of a padding position to
+        nothing would be NaN.
+        """
         slots = op.Range(0, op.Squeeze(total), 1)  # (L,)
         back = op.Sub(op.Unsqueeze(op.Slice(slots, past, total, [0]), [-1]), slots)  # (T, L)
         valid = op.Cast(op.Unsqueeze(inputs[ATTENTION_MASK], [1, 2]), to=ir.DataType.BOOL)  # (B, 1, 1, L)
@@ -86,12 +90,12 @@ class PortablePositions(Module):
         if SLIDING in self._kinds:
             near = op.And(seen, op.Less(back, self._config.sliding_window))
             cached = op.Shape(inputs[past_name(self._config.layer_types.index(SLIDING), "key")], start=2, end=3)
-            masks[SLIDING] = op.Slice(near, op.Sub(past, cached), total, [3])  # what such a layer no longer has
+            masks[SLIDING] = op.Slice(near, op.Sub(past, cached), total, [3])  # drops positions outside the cache
         return masks
 
 
 class Portable:
-    """Graphs of standard operators."""
+    """The target for standard operators."""
 
     quantized_cache = False
     dtype = ir.DataType.FLOAT
@@ -105,7 +109,7 @@ class Portable:
         return cache_layers(config)
 
     def positions(self, config: ModelConfig, context: int) -> PortablePositions:
-        """Returns the module that reads a step's inputs; nothing in it is as long as the context."""
+        """Returns the module that computes a step's shared values. It does not depend on the context."""
         return PortablePositions(config)
 
     def rms_norm(self, op: Op, x: Value, weight: Value, epsilon: float) -> Value:
@@ -118,7 +122,7 @@ class Portable:
         return self.rms_norm(op, total, weight, epsilon), total
 
     def normed_as(self, op: Op, product: Value, dtype: ir.DataType) -> Value:
-        """Returns a product as it is: all are float32."""
+        """Returns the product unchanged, because all products are float32."""
         return product
 
     def activate(self, op: Op, name: Activation, x: Value) -> Value:
@@ -144,7 +148,7 @@ class Portable:
         past: tuple[Value, Value],
         scales: tuple[Value, ...],
     ) -> tuple[Value, Value, Value]:
-        """Norms each head, rotates, and attends to what was cached and what is new."""
+        """Norms each head, rotates, and attends to cached and new positions."""
         q, k, v = op.Split(qkv, shape.sizes, axis=-1, _outputs=3)
         q, k, v = (op.Reshape(x, to) for x, to in ((q, step.heads), (k, step.kv_heads), (v, step.kv_heads)))
         q, k, v = (
@@ -154,13 +158,13 @@ class Portable:
         attended, key, value = op.Attention(
             q, k, v, step.mask[shape.kind], *past, scale=shape.scale, _outputs=3
         )  # (B, N, T, H), (B, K, positions, H) twice
-        if shape.window is not None:  # the next token sees itself and so many before it
+        if shape.window is not None:  # the next token attends to itself and the window - 1 positions before it
             start = 1 - shape.window or _TO_THE_END
             key, value = (op.Slice(x, [start], [_TO_THE_END], [2]) for x in (key, value))
         return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [-1, shape.sizes[0]]), key, value
 
     def arranged(self, op: Op, input_ids: Value) -> Value:
-        """Returns the ids in one row: hidden states are (B * T, D)."""
+        """Returns the ids as (B * T,)."""
         return op.Reshape(input_ids, [-1])
 
     def kept(self, op: Op, hidden: Value, step: Step) -> Value:

@@ -1,4 +1,4 @@
-"""Room for LoRA adapters in a graph: every product takes A and B as inputs, which are empty unless somebody gives some.
+"""Adapter slots of a graph: every product takes LoRA matrices A and B as inputs, which are empty by default.
 
 Dimensions: B batch, T positions.
 """
@@ -15,15 +15,15 @@ from slm.export.graph.formats import Embedding, Linear, WeightFormat
 
 
 class SlottedLinear(Module):
-    """y = x Wᵀ + x A B. Where the weight was smoothed (`slm.quantize.smoothing`), A and B are, in the same way.
+    """y = x Wᵀ + x A B. A and B are scaled by the same smoothing factors as the weight (`slm.quantize.smoothing`).
 
-    An empty adapter adds zeros, which change nothing.
+    An empty adapter adds zeros.
     """
 
     def __init__(self, inner: Linear, a: Value, b: Value, sizes: tuple[int, int], smoothed: tuple[bool, bool]) -> None:
         super().__init__()
         self.dtype = inner.dtype
-        self._inner = (inner,)  # not a child: its parameters keep the names that they have without a slot
+        self._inner = (inner,)  # in a tuple it is not a child module, so its parameters keep their names
         self._a, self._b = a, b
         self._columns, self._rows = smoothed
         if self._columns:
@@ -39,22 +39,22 @@ class SlottedLinear(Module):
 
 
 class SlotFormat:
-    """Another format's products with room for adapters; the embedding has none."""
+    """Adds adapter slots to the linear layers of another format. The embedding has no slot."""
 
     def __init__(
         self, inner: WeightFormat, columns: Mapping[str, Array] | None = None, rows: Mapping[str, Array] | None = None
     ) -> None:
-        """Takes smoothing's factors by name of the weight, where there was some."""
+        """Takes the format to extend, and the smoothing factors of columns and rows by name of the weight."""
         self._inner = inner
         self._factors = columns or {}, rows or {}
         self._inputs: Mapping[str, Value] = {}
 
     def bind(self, inputs: Mapping[str, Value]) -> None:
-        """Takes the graph's inputs, before its modules are made."""
+        """Takes the graph's inputs. Must be called before the modules are created."""
         self._inputs = inputs
 
     def linear(self, path: str, in_features: int, out_features: int) -> Linear:
-        """Returns a linear layer with its slot; the head has none."""
+        """Returns a linear layer with a slot, or without one if the graph has no adapter inputs for it (the head)."""
         linear = self._inner.linear(path, in_features, out_features)
         a, b = slot_names(path)
         if a not in self._inputs:
@@ -68,26 +68,26 @@ class SlotFormat:
 
     @property
     def tensors(self) -> dict[str, Array]:
-        """Data of the parameters that slots add, by name."""
+        """The data of the parameters that slots add, by name."""
         columns, rows = self._factors
         found = {f"{name.removesuffix('.weight')}.slot_columns": array[:, None] for name, array in columns.items()}
-        products = {name: array for name, array in rows.items() if name in columns}  # norms have rows alone
+        products = {name: array for name, array in rows.items() if name in columns}  # norms have rows only
         return found | {f"{name.removesuffix('.weight')}.slot_rows": array for name, array in products.items()}
 
 
 def empty(spec: TensorSpec) -> Array:
-    """Returns what an adapter's input is when nobody gives one: rank 0."""
+    """Returns the default of an adapter input: a matrix of rank 0."""
     first, second = (size if isinstance(size, int) else 0 for size in spec.shape[1:])
     return np.zeros((1, first, second), np.float32)
 
 
 def check_slots(target: str, device: str) -> None:
-    """Checks that a graph can have slots.
+    """Checks that a target and device support adapter slots.
 
     Raises:
-        SlmError: When it cannot.
+        SlmError: If the target is not "fused" or the device is not "cpu".
     """
     if (target, device) != ("fused", "cpu"):
         raise SlmError(
-            "adapter slots are for fused bundles on the CPU", "merge the adapter: slm export --onnx --adapter DIR"
+            "only fused bundles for the CPU support adapter slots", "merge the adapter: slm export --onnx --adapter DIR"
         )

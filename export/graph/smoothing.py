@@ -1,4 +1,4 @@
-"""What smoothing did to a graph's tensors: factors on columns and rows (`slm.quantize.smoothing` chooses them).
+"""Smoothing factors on the columns and rows of a graph's tensors. `slm.quantize.smoothing` chooses the factors.
 
 Dimensions: N output channels, K input channels.
 """
@@ -13,20 +13,20 @@ from slm.core.config import ModelConfig
 from slm.export.graph.builder import Array
 from slm.export.graph.store import LazyTensors
 
-# Factors are rounded to eighths of a power of two, so that they can be told from tensors that were rounded since.
+# The logarithms (base 2) of factors are rounded to eighths, so that they can be recovered from quantized tensors.
 _STEPS_A_DOUBLING = 8
-# Where nothing was rounded: what float32 leaves of two equal rows.
+# The floor of the variance estimate: the float32 rounding error of two equal rows.
 _SUREST = 1e-12
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Factors by name of a tensor: its columns are multiplied with some, its rows divided by others.
+    """Smoothing factors by name of a tensor.
 
     Attributes:
-        exponent: The share of the activations in them.
-        columns: Of products' weights, (K,).
-        rows: Of products' and norms' weights, (N,).
+        exponent: The exponent of the activations in the factors.
+        columns: The factors (K,) that multiply the columns of a product's weight.
+        rows: The factors (N,) that divide the rows of a product's or norm's weight.
     """
 
     exponent: float
@@ -34,11 +34,11 @@ class Smoothing:
     rows: Mapping[str, Array]
 
     def apply(self, tensors: Mapping[str, Array]) -> LazyTensors:
-        """Returns the tensors of a float graph that computes the same with smoother activations."""
+        """Returns the smoothed tensors. The graph computes the same function, with smoother activations."""
         return LazyTensors({name: partial(self._scaled, tensors, name) for name in tensors})
 
     def revert(self, name: str, array: Array) -> Array:
-        """Returns a tensor as it would be without smoothing."""
+        """Returns a smoothed tensor without its factors."""
         if name in self.columns:
             array = array / self.columns[name]
         if name in self.rows:
@@ -46,7 +46,7 @@ class Smoothing:
         return array
 
     def activations(self, name: str, channels: Array) -> Array:
-        """Returns what was measured of the input channels (K,) of a product as it is after smoothing."""
+        """Returns measured magnitudes of a product's input channels (K,) as they are after smoothing."""
         return channels / self.columns[name] if name in self.columns else channels
 
     def _scaled(self, tensors: Mapping[str, Array], name: str) -> Array:
@@ -64,10 +64,11 @@ NO_SMOOTHING = Smoothing(0.0, {}, {})
 def smoothing_between(
     before: Mapping[str, Array], after: Mapping[str, Array], config: ModelConfig, exponent: float
 ) -> Smoothing:
-    """Returns the factors that were used, told from the tensors before and after, which may have been rounded since.
+    """Recovers the factors from the tensors before and after smoothing. The later tensors may be quantized.
 
-    Factors are a ninth apart. What rounding to 4 bits does to a short row can be half of that, so a factor between two products
-    is told from both: the first's row was divided by it, the second's columns were multiplied.
+    Neighbouring factors differ by 9 %, and quantizing a short row to 4 bits can change its magnitude by half of that. A factor
+    between two products is therefore estimated from both: it divided the first one's row and multiplied the second one's
+    columns.
     """
     columns: dict[str, Array] = {}
     rows: dict[str, Array] = {}
@@ -96,9 +97,14 @@ def smoothing_between(
 
 
 def _of_both(rows: tuple[Array, Array], columns: tuple[Array, Array]) -> Array:
-    """Returns what channels of a product (N, K) were divided by and of the next, (N, M), multiplied with.
+    """Estimates the factors (N,) that divided the rows of a product and multiplied the columns of the next product.
 
-    Each is told from before and after; the surer counts more.
+    Args:
+        rows: The first product's rows (N, K) before and after smoothing.
+        columns: The next product's columns (N, M) before and after smoothing.
+
+    Returns:
+        The mean of both estimates, weighted by their inverse variances.
     """
     divided, first = _log_changes(*rows)
     multiplied, second = _log_changes(*columns)
@@ -107,7 +113,7 @@ def _of_both(rows: tuple[Array, Array], columns: tuple[Array, Array]) -> Array:
 
 
 def _log_changes(before: Array, after: Array) -> tuple[Array, Array]:
-    """Returns log2 of how many times as large each row is after, and how sure that is: one over the variance."""
+    """Returns log2 of the factor by which each row grew, and the inverse variance of that estimate."""
     tiny = np.finfo(np.float64).tiny
     along, whole, changed = (
         np.einsum("nk,nk->n", *pair, dtype=np.float64) for pair in ((before, after), (before, before), (after, after))
@@ -116,19 +122,19 @@ def _log_changes(before: Array, after: Array) -> tuple[Array, Array]:
     share = np.divide(along, whole, out=np.ones_like(whole), where=told)
     rest = (
         np.divide(whole * changed, along * along, out=np.ones_like(whole), where=told) - 1
-    )  # tan² of what they enclose
+    )  # tan² of the angle between the rows before and after
     sure = np.where(told, before.shape[1] / np.maximum(rest, _SUREST), tiny)
     return np.log2(share), sure
 
 
 def _channels(weight: Array, groups: int, size: int) -> Array:
-    """Returns columns of a weight (M, K) by channel, (groups * size, n): a group's channels go to several runs of columns."""
+    """Returns the columns of a weight (M, K) by channel, (groups * size, n). Several runs of columns share a group."""
     runs = weight.reshape(len(weight), groups, -1, size).transpose(1, 3, 2, 0)  # (groups, size, runs, M)
     return runs.reshape(groups * size, -1)
 
 
 def _ratios(before: Array, after: Array) -> Array:
-    """Returns how many times as large each row (N, K) was before; 1 where there is nothing to tell it from."""
+    """Returns the ratio of each row (N, K) before to after; 1 for a row of zeros."""
     along = np.einsum("nk,nk->n", before, after)
     whole = np.einsum("nk,nk->n", before, before)
     told = (whole > 0) & (along > 0)
@@ -137,7 +143,7 @@ def _ratios(before: Array, after: Array) -> Array:
 
 
 def nearest_factors(ratios: Array) -> Array:
-    """Returns the factors that smoothing can have used nearest to these ratios."""
+    """Rounds ratios to the nearest factors that smoothing uses."""
     exponents = np.rint(np.log2(ratios) * _STEPS_A_DOUBLING) / _STEPS_A_DOUBLING
     factors: Array = np.exp2(exponents).astype(np.float32)
     return factors

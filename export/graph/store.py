@@ -1,6 +1,6 @@
-"""Where the graph's tensors come from and where they go: a checkpoint's safetensors, a bundle's graph, a new file.
+"""Reading a graph's tensors from a checkpoint or a bundle, and saving a graph.
 
-Tensors are read one at a time, so that a conversion never holds a second copy of the model.
+Tensors are read one at a time, so that a conversion never holds a second copy of the model in memory.
 """
 
 import gc
@@ -19,14 +19,14 @@ from slm.core.weights import Weights
 from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
 from slm.export.graph.builder import Array
 
-# The operating system maps files page by page; tensors that begin on a page are mapped without a copy.
+# The operating system maps files by page. A tensor that starts on a page boundary is mapped without a copy.
 PAGE_BYTES = 4096
 # Smaller tensors stay inside the graph file.
 EXTERNAL_FROM_BYTES = 1024
 
 
 class LazyTensors(Mapping[str, Array]):
-    """Arrays by name, each made when it is asked for."""
+    """Arrays by name. Each access creates the array."""
 
     def __init__(self, makers: dict[str, Callable[[], Array]]) -> None:
         self._makers = makers
@@ -42,16 +42,16 @@ class LazyTensors(Mapping[str, Array]):
 
 
 def checkpoint_tensors(weights: Weights, config: ModelConfig) -> LazyTensors:
-    """Returns a checkpoint's tensors as the float32 graph wants them, under the graph's names.
+    """Converts a checkpoint's tensors to those of the float32 graph, under the graph's names.
 
-    q, k, v and gate, up are joined along their outputs, norm weights get the 1 that Gemma leaves out.
+    q, k, v and gate, up are joined along their outputs. Norm weights include the 1 that Gemma adds.
 
     Args:
         weights: The checkpoint's tensors under Hugging Face's names.
         config: The model's shape.
 
     Raises:
-        SlmError: When the configuration ties a head that the weights do not.
+        SlmError: If the configuration ties the head but the weights contain a separate head.
     """
     weights.untied(config)
 
@@ -88,10 +88,10 @@ def checkpoint_tensors(weights: Weights, config: ModelConfig) -> LazyTensors:
 
 
 def graph_tensors(path: Path) -> LazyTensors:
-    """Returns the tensors of a saved graph under their names, each mapped from its file for as long as it is used.
+    """Returns the tensors of a saved graph, by name. Each is mapped from its file while it is used.
 
     Args:
-        path: The `.onnx` file; its external data lies beside it.
+        path: The `.onnx` file; its external data is in the same directory.
     """
     model = ir.load(path)
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
@@ -99,23 +99,23 @@ def graph_tensors(path: Path) -> LazyTensors:
 
 
 def _mapped(tensor: ir.TensorProtocol) -> Array:
-    """Returns a tensor's array; of one in a file from a mapping of its own, since the tensor would keep that open."""
+    """Returns a tensor's array. External data gets its own mapping, because the tensor would keep its mapping open."""
     if isinstance(tensor, ir.ExternalTensor):
         place = tensor.location, tensor.offset, tensor.length, tensor.dtype
         tensor = ir.ExternalTensor(*place, shape=tensor.shape, name=tensor.name, base_dir=tensor.base_dir)
     try:
         array: Array = tensor.numpy()
-    except ValueError as error:  # a file with several names, which onnx_ir does not follow
+    except ValueError as error:  # onnx_ir does not follow hard links
         raise SlmError(f"cannot read the weights: {str(error).splitlines()[0]}", "copy the bundle") from None
     return array
 
 
 def float_tensors(path: Path, schemes: Mapping[str, Scheme]) -> LazyTensors:
-    """Returns the weights of a saved graph in float32, under the names that they have in the float32 graph.
+    """Returns the weights of a saved graph in float32, under the names of the float32 graph.
 
     Args:
-        path: The `.onnx` file; its external data lies beside it.
-        schemes: How integers are stored, by path of the product.
+        path: The `.onnx` file; its external data is in the same directory.
+        schemes: The scheme of each quantized product, by path.
     """
     stored = graph_tensors(path)
     makers: dict[str, Callable[[], Array]] = {}
@@ -139,10 +139,10 @@ def _float32(stored: LazyTensors, name: str) -> Array:
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Writes `NAME.onnx` and, beside it, `NAME.onnx_data` with the weights.
+    """Writes `NAME.onnx`, and its weights to `NAME.onnx_data` in the same directory.
 
     Args:
-        model: The model; its lazy initializers are evaluated one by one.
+        model: The model. Its lazy initializers are evaluated one at a time.
         path: The `.onnx` file; its directory must exist.
     """
     ir.save(
@@ -157,6 +157,6 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Frees at its end the graphs that were dropped within it: they hold each other, and the files they are mapped from."""
+    """Runs the garbage collector on exit: graphs are reference cycles that keep their weight files mapped."""
     yield
     gc.collect()

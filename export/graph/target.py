@@ -1,8 +1,8 @@
-"""What a target decides: the operators in which it says what the modules mean.
+"""The interface of a target, which supplies the operators of a graph.
 
-The modules (`modules.py`) are the same for every target; where they need a norm, an attention or a product they ask it.
-Dimensions: B batch, T new positions, L all positions, N heads, K kv heads, H head dim, D hidden, V vocabulary. A target
-may hold hidden states as (B, T, D) or as (B * T, D); modules do not look.
+The modules (`modules.py`) are the same for every target. They get norms, attention, activations and products from the target.
+A target keeps hidden states as (B, T, D) or as (B * T, D); modules do not depend on it.
+Dimensions: B batch, T new positions, L all positions, N heads, K kv heads, H head dim, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ Norm = Callable[[Op, Value], Value]
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The numbers of one layer's attention; `window` is None where it is global."""
+    """The dimensions of one layer's attention. `window` is None for global attention."""
 
     kind: LayerType
     heads: int
@@ -45,7 +45,7 @@ class AttentionShape:
 
     @property
     def sizes(self) -> list[int]:
-        """Widths of q, k and v in their joint product."""
+        """The widths of q, k and v in their joint product."""
         return [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
 
 
@@ -54,16 +54,16 @@ S_co = TypeVar("S_co", covariant=True)
 
 
 class Positions(Protocol[S_co]):
-    """A module that works out once a step what all layers share. `tensors` is the data of its parameters."""
+    """A module that computes the values that all layers share in one step. `tensors` is the data of its parameters."""
 
     tensors: Mapping[str, Array]
 
     def __call__(self, op: Op, inputs: Mapping[str, Value]) -> S_co:
-        """Returns what is known of the step."""
+        """Returns the shared values of the step."""
 
 
 class Target(Protocol[S]):
-    """The operators of a target; `S` is what it knows of a step."""
+    """The operators of a target. `S` is the type of a step's shared values."""
 
     opsets: dict[str, int]
     weights: WeightFormat
@@ -74,7 +74,7 @@ class Target(Protocol[S]):
         """Returns the caches in the order of inputs and outputs."""
 
     def positions(self, config: ModelConfig, context: int) -> Positions[S]:
-        """Returns the module that reads a step's inputs; `context` is the longest sequence, past included."""
+        """Returns the module that computes a step's shared values; `context` is the longest sequence, past included."""
 
     def rms_norm(self, op: Op, x: Value, weight: Value, epsilon: float) -> Value:
         """Returns the root-mean-square norm of x over its last dimension."""
@@ -83,7 +83,7 @@ class Target(Protocol[S]):
         """Returns the norm of x + update, and x + update."""
 
     def normed_as(self, op: Op, product: Value, dtype: ir.DataType) -> Value:
-        """Returns a product of that type in the type in which the norm after it takes it."""
+        """Casts a product of type `dtype` to the input type of the norm after it."""
 
     def activate(self, op: Op, name: Activation, x: Value) -> Value:
         """Applies an activation."""
@@ -103,30 +103,30 @@ class Target(Protocol[S]):
 
         Args:
             op: The builder.
-            qkv: The product of all three, in the arrangement of hidden states.
-            norms: Those of queries and keys.
-            shape: The layer's.
-            dtype: The type of the product; values attended to are of the target's.
-            step: What `positions` returned.
+            qkv: The joint product, in the layout of hidden states.
+            norms: The norms of queries and keys.
+            shape: The dimensions of the layer's attention.
+            dtype: The type of the joint product. The result has the target's type.
+            step: The step's shared values, from `positions`.
             past: Cached keys and values.
-            scales: Steps of quantized keys and values (1, K, 1, H), where caches are quantized.
+            scales: Scales of quantized keys and values, (1, K, 1, H) each; empty if caches are not quantized.
 
         Returns:
-            The attended values, as wide as the queries, and the present keys and values.
+            The attention output, as wide as the queries, and the present keys and values.
         """
 
     def arranged(self, op: Op, input_ids: Value) -> Value:
-        """Returns ids (B, T) so that their embeddings are in the arrangement of hidden states."""
+        """Reshapes ids (B, T) so that their embeddings have the layout of hidden states."""
 
     def kept(self, op: Op, hidden: Value, step: S) -> Value:
-        """Returns the hidden states whose logits are asked for: each row's last valid ones."""
+        """Returns the hidden states of each row's last valid positions, for which the caller requests logits."""
 
     def logits(self, op: Op, logits: Value, step: S, vocab_size: int) -> Value:
-        """Returns what the head made of them as (B, kept, V)."""
+        """Reshapes the output of the head to (B, kept, V)."""
 
 
 def inverse_frequencies(config: ModelConfig, kind: LayerType) -> Array:
-    """Returns by how many radians a position turns each pair of channels, float32 (H / 2,)."""
+    """Returns the rotation of each pair of channels in radians per position, float32 (H / 2,)."""
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     rope = config.rope_parameters[kind]
     frequencies: Array = (rope.rope_theta**-exponents / rope.factor).astype(np.float32)
@@ -140,7 +140,7 @@ def last_rows(op: Op, hidden: Value, inputs: Mapping[str, Value], ends: Value) -
         op: The builder.
         hidden: Hidden states (B, T, D).
         inputs: The graph's inputs.
-        ends: Where each row's valid new positions end, (B,).
+        ends: End of the valid new positions of each row, (B,).
     """
     new = op.Squeeze(op.Shape(inputs[INPUT_IDS], start=1, end=2))  # T, scalar
     keep = inputs[LOGITS_TO_KEEP]

@@ -31,7 +31,7 @@ def test_each_step_finds_the_one_before(slm: Slm, run: Path) -> None:
     result = slm("export", "--onnx")
     assert result.code == 0, result.err
     assert "Using runs/tiny/checkpoint/best (newest checkpoint)." in result.err
-    assert "runs/tiny/onnx: equal to PyTorch" in result.out
+    assert "Verified: runs/tiny/onnx matches PyTorch" in result.out
     result = slm("quantize", "--int8", "--tokens", "200", "--max-kl", "1")
     assert result.code == 0, result.err
     assert "Using runs/tiny/onnx (newest float32 bundle)." in result.err and "int8 in blocks of 64" in result.out
@@ -44,7 +44,7 @@ def test_each_step_finds_the_one_before(slm: Slm, run: Path) -> None:
 def test_a_text_shorter_than_the_window_is_said(slm: Slm, exported: Path) -> None:
     Path("short.txt").write_text("One day.")
     result = slm("quantize", "--int8", "--data", "short.txt", "--max-kl", "1")
-    assert result.code == 0 and "do not pass the window of 16" in result.err
+    assert result.code == 0 and "do not exceed the sliding window of 16" in result.err
     assert "warning" not in slm("quantize", "--int8", "--max-kl", "1", "--tokens", "200").err
 
 
@@ -152,9 +152,9 @@ def test_nothing_of_the_users_is_replaced(slm: Slm, exported: Path, tmp_path: Pa
     for command in (("export", "--onnx"), ("quantize", "--int8", "--max-kl", "1", "--tokens", "100")):
         for out in (tmp_path / "app", tmp_path / "annotated", Path(), exported / "checkpoint" / "best"):
             result = slm(*command, *([exported / "onnx"] if command[0] == "quantize" else []), "--out", out)
-            assert result.code == 1 and "name another --out" in result.err, (command, out, result.err)
+            assert result.code == 1 and "another --out" in result.err, (command, out, result.err)
     result = slm("quantize", "--int8", exported / "onnx", "--out", exported / "onnx")
-    assert result.code == 1 and "it is kept" in result.err
+    assert result.code == 1 and "cannot be overwritten" in result.err
     assert sorted(tmp_path.rglob("*")) == before
 
 

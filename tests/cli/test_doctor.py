@@ -94,7 +94,7 @@ def test_advice_stands_beside_what_was_found(slm: Slm, monkeypatch: pytest.Monke
     assert "tiktoken 1.0" in rows["packages"][0]
     assert (
         result.err
-        == "Verdict: ready for answering; importing and quantizing needs gguf; training and exporting needs peft.\n"
+        == "Verdict: ready for generation; import and quantization needs gguf; training and export needs peft.\n"
     )
 
 
@@ -114,7 +114,7 @@ def test_no_onnxruntime_at_all(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> Non
     assert report["problems"] == [
         f"no onnxruntime: {install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
     ]
-    assert slm("doctor").err.endswith("Verdict: 1 problem to solve first, listed above.\n")
+    assert slm("doctor").err.endswith("Verdict: 1 problem, listed above.\n")
 
 
 def test_what_the_base_installation_brings_is_a_problem_when_missing(
@@ -175,7 +175,7 @@ FAILED = json.dumps(ANSWER | {"loaded": [], "error": "CUDA failure 35: the drive
     [
         (_Done(0, FELL_BACK, LIBRARY), "libcudnn.so.9: cannot open shared object file: No such file or directory"),
         (_Done(0, FAILED, ""), "CUDA failure 35: the driver is insufficient"),
-        (_Done(0, FELL_BACK, ""), "onnxruntime does not say why"),
+        (_Done(0, FELL_BACK, ""), "onnxruntime reports no reason"),
         (
             _Done(1, "", "Traceback ...\nImportError: libgomp.so.1: no such file\n"),
             "ImportError: libgomp.so.1: no such file",
@@ -253,7 +253,7 @@ def test_a_gpu_that_is_too_old_for_the_kernels(
     monkeypatch.setattr(probes, "cuda_builds", lambda: {"onnxruntime": cuda, "torch": None})
     said = finding(slm, "GPU")
     assert said["level"] == level and gpu.name in said["value"]
-    assert ("no kernels for it (from 7.5 on)" in said["value"]) == (level == "problem")
+    assert ("no kernels for it (it needs 7.5 or higher)" in said["value"]) == (level == "problem")
 
 
 @pytest.mark.parametrize(

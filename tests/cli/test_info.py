@@ -178,7 +178,7 @@ def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
     assert "float16, 0.0778 MB at 256 tokens, batch 1: 1 layer with all positions, 3 layers with 16 " in text
     path, largest = max(cuda.manifest.ranges.largest.items(), key=lambda item: item[1])  # type: ignore[union-attr]
     assert f"ranges largest activation {largest:,.1f} in {path}; 0 of " in text
-    assert f"parity {cuda.manifest.parity.largest:.1e} from" in text  # type: ignore[union-attr]
+    assert f"parity largest difference from PyTorch float32 {cuda.manifest.parity.largest:.1e} (limit" in text  # type: ignore[union-attr]
 
     measured = Text("some text", np.random.default_rng(0).integers(0, 320, (2, 64)))
     int8 = quantize_bundle(shared_bundle, tmp_path / "int8", measured, Settings(gate=Gate(1), cache="int8"))[0]

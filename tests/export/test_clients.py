@@ -1,4 +1,4 @@
-"""What bundles tell other programs; that these programs then do as slm does is in tests/peers."""
+"""The files of a bundle for other programs. tests/peers runs these programs and compares their output."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_a_portable_bundle(shared_checkpoint: Path, tmp_path: Path) -> None:
     genai = read(bundle.path, "genai_config.json")
     assert "sliding_window" not in genai["model"]["decoder"]
     assert genai["search"] == {"max_length": 16, "past_present_share_buffer": False}
-    assert genai["model"]["context_length"] == 256  # what lm-evaluation-harness goes by
+    assert genai["model"]["context_length"] == 256  # lm-evaluation-harness reads this limit
     assert read(bundle.path, "tokenizer_config.json")["padding_side"] == "left"
 
 
@@ -67,7 +67,7 @@ def test_devices(shared_bundle: Bundle, tmp_path: Path, device: Device) -> None:
     decoder = read(tmp_path / "b", "genai_config.json")["model"]["decoder"]
     assert decoder["session_options"]["provider_options"] == [{device: {}}]
     slack = {name: value for name, value in decoder.get("sliding_window", {}).items() if name == "cache_slack"}
-    assert slack == ({"cache_slack": 0} if device == "cuda" else {})  # whole caches on WebGPU
+    assert slack == ({"cache_slack": 0} if device == "cuda" else {})  # caches do not slide on WebGPU
 
 
 def test_what_a_model_does_not_have_is_left_out(shared_bundle: Bundle, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_what_a_model_does_not_have_is_left_out(shared_bundle: Bundle, tmp_path:
     write_client_files(tmp_path / "b", config, manifest)
     genai = read(tmp_path / "b", "genai_config.json")
     assert {name for name in genai["model"] if name.endswith("_id")} == {"eos_token_id"}
-    assert genai["search"]["max_length"] == 256  # nothing slides: onnxruntime-genai follows to the end
+    assert genai["search"]["max_length"] == 256  # without sliding caches, onnxruntime-genai supports the whole context
 
 
 def test_sampling_of_generation_config(shared_bundle: Bundle, tmp_path: Path) -> None:

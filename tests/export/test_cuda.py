@@ -1,4 +1,4 @@
-"""What the graph for CUDA does differently, on the CPU, which computes the same."""
+"""The differences of the graph for CUDA, run on the CPU, which computes the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from slm.export.bundle import export_bundle
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import OnnxDecoder
 
-# The same step in the same kernels: only rounding to float16 of sums in another order may differ.
+# The same step in the same kernels. Only the float16 rounding of sums in another order may differ.
 SAME_LOGITS = 2e-3
 
 
@@ -61,7 +61,7 @@ def test_rows_padded_on_the_right_keep_their_own_last_positions(
 
 
 def test_a_mask_may_be_longer_than_the_sequence(bundle: Bundle) -> None:
-    """A recorded step has a mask as long as the buffers have room for, whatever the length of the sequence."""
+    """A recorded step has a mask as long as the buffers' capacity, for any length of the sequence."""
     decoder = OnnxDecoder(bundle)
     for length in (2, 15, 16, 17, 40):
         found = []
@@ -72,19 +72,19 @@ def test_a_mask_may_be_longer_than_the_sequence(bundle: Bundle) -> None:
             mask[:, :length] = 1
             found.append(decoder.run(np.array([[7]]), mask, buffers, 1))
         np.testing.assert_allclose(found[0], found[1], atol=SAME_LOGITS, err_msg=str(length))
-    # The control: one more position in the mask is another step.
+    # Negative control: one more position in the mask changes the step.
     mask[:, length] = 1
     other = decoder.run(np.array([[7]]), mask, buffers, 1)
     assert np.abs(other - found[0]).max() > 10 * SAME_LOGITS
 
 
 def test_norms_take_float16_products(bundle: Bundle, shared_bundle: Bundle) -> None:
-    """A cast each layer less before the norms after attention and MLP; none of the CPU's graph changes."""
+    """The norms after attention and MLP need no cast. The graph for the CPU is unchanged."""
 
     def casts(path: Path) -> int:
         return sum(node.op_type == "Cast" for node in ir.load(path).graph)
 
     layers, kinds = bundle.config.num_hidden_layers, 2
-    # Of each layer: before qkv and gate_up. Besides: lookup and head, the tables, and the two lengths.
+    # Casts in each layer: before qkv and gate_up. Other casts: lookup and head, the tables, and the two lengths.
     assert casts(bundle.model_path) == 2 * layers + 3 + 2 * kinds + 3
     assert casts(shared_bundle.model_path) == 3

@@ -1,4 +1,4 @@
-"""A bundle's graph is the one that slm writes, node by node: every kind passes, whatever else stands in it is rejected."""
+"""The check of a bundle's graph, node by node: every kind of graph that slm writes passes, and any other is rejected."""
 
 import itertools
 import time
@@ -40,7 +40,7 @@ def paths_of(config: ModelConfig) -> list[str]:
 
 
 def schemes_of(config: ModelConfig, bits: int, zero_points: bool, dynamic: bool = False) -> dict[str, Scheme]:
-    """Schemes of which every other product's differs; the embedding is never dynamic."""
+    """Returns schemes that alternate between two kinds. The embedding is never dynamic."""
     plain = Scheme(bits=8, block_size=16)
     special = Scheme(bits=bits, block_size=32, zero_points=zero_points)
     by_channel = Scheme(bits=8, block_size=32, dynamic=True)
@@ -60,7 +60,7 @@ def kind_of(**changes: Any) -> Kind:
 
 
 def written(path: Path, config: ModelConfig, target: Any) -> dict[str, int]:
-    """Writes a graph with zeros for weights; returns the sizes of the files beside it."""
+    """Writes a graph with zeros as weights, and returns the sizes of the other files in its directory."""
     model = build_graph(config, target, {}, CONTEXT)
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.LazyTensor):
@@ -73,7 +73,7 @@ def written(path: Path, config: ModelConfig, target: Any) -> dict[str, int]:
 
 
 KEPT = ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.qkv_proj", "model.embed_tokens")
-# What smoothing multiplied and divided, by weight: not in every slot.
+# Smoothing factors by weight. Not every slot has some.
 COLUMNS = {
     f"model.layers.{path}_proj.weight": np.ones(size) for path, size in (("0.mlp.down", 96), ("1.mlp.gate_up", 64))
 }
@@ -140,7 +140,7 @@ def test_with_every_activation_and_kind_of_layer(
 
 
 def test_the_model_that_ships_opens() -> None:
-    """Its graph is of an earlier version, with tables of rotations."""
+    """An earlier version exported its graph, with rotation tables."""
     from slm.runtime.shipped import model_path
 
     assert Bundle.open(model_path()).manifest.precision == "int8"
@@ -150,7 +150,7 @@ def test_the_model_that_ships_opens() -> None:
 
 
 def at_the_end(model: onnx.ModelProto, *nodes: onnx.NodeProto) -> None:
-    """Puts nodes between what the graph computes for its logits and the output; the last one gives "bomb"."""
+    """Inserts nodes between the logits and the output. The output of the last one is "bomb"."""
     for node in model.graph.node:
         for index, name in enumerate(node.output):
             if name == "logits":
@@ -182,14 +182,14 @@ def endless_loop(model: onnx.ModelProto) -> None:
 
 
 def doubling_chain(kind: str) -> Callable[[onnx.ModelProto], None]:
-    """Nodes of permitted operators whose outputs double: what amplifies is the composition."""
+    """Chains permitted operators whose outputs double in size at each node."""
 
     def change(model: onnx.ModelProto) -> None:
         constant(model, "x0", np.zeros((1, 1024), np.float32))
         nodes = []
         for number in range(22):
             inputs, output = [f"x{number}"] * 2, f"x{number + 1}"
-            if kind == "Add":  # by broadcasting: (n, 1) and (n)
+            if kind == "Add":  # broadcasts (n, 1) and (n)
                 nodes.append(
                     helper.make_node("Unsqueeze", [inputs[0], constant(model, f"axis{number}", [0])], [f"u{number}"])
                 )
@@ -202,7 +202,7 @@ def doubling_chain(kind: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def long_range(model: onnx.ModelProto) -> None:
-    """A permitted operator on another constant."""
+    """Uses a permitted operator with an unexpected constant."""
     for node in model.graph.node:
         if node.op_type == "Range":
             node.input[1] = constant(model, "many", np.array(1 << 33, np.int64))
@@ -224,7 +224,7 @@ def function(model: onnx.ModelProto) -> None:
 
 
 def another(type: str, field: str, value: Any) -> Callable[[onnx.ModelProto], None]:
-    """Gives the first node of a type another attribute."""
+    """Changes an attribute of the first node of a type."""
 
     def change(model: onnx.ModelProto) -> None:
         node = next(node for node in model.graph.node if node.op_type == type)
@@ -297,7 +297,7 @@ def output_twice(model: onnx.ModelProto) -> None:
 
 
 def constant_with_more(model: onnx.ModelProto) -> None:
-    """A constant node in place of a tensor, with an attribute that was not looked at."""
+    """Replaces a tensor with a constant node that has an extra attribute."""
     found = next(each for each in model.graph.initializer if each.name == "const_1_i64")
     node = helper.make_node("Constant", [], [found.name], value=found)
     node.attribute.append(helper.make_attribute("value_int", 3))
@@ -362,7 +362,7 @@ def test_another_graph_is_rejected(tmp_path: Path, config: ModelConfig, name: st
 
 
 def test_an_empty_adapter_has_the_sizes_of_its_product(tmp_path: Path, config: ModelConfig) -> None:
-    """With more rows it is as empty, and its product by the other one is not."""
+    """With more rows, the adapter is still empty, but its product with the other matrix is not."""
     target, kind = kinds(config)["slots"]
     path = tmp_path / "onnx" / "model.onnx"
     sizes = written(path, config, target)
@@ -382,7 +382,7 @@ def test_an_empty_adapter_has_the_sizes_of_its_product(tmp_path: Path, config: M
 
 
 def test_a_graph_of_another_configuration_is_rejected(tmp_path: Path, config: ModelConfig) -> None:
-    """The negative control for what the plan takes from the configuration and the manifest."""
+    """Negative control: the plan depends on the configuration and the manifest."""
     path = tmp_path / "onnx" / "model.onnx"
     sizes = written(path, config, Fused(FloatFormat()))
     changed = [
@@ -437,7 +437,7 @@ def test_a_foreign_graph_runs_when_it_is_trusted(
 
 
 def test_a_scale_of_another_type_is_foreign(tmp_path: Path, config: ModelConfig) -> None:
-    """Float32 scales in a bundle that says float16 would make each product take float32."""
+    """Float32 scales in a float16 bundle would change each product to float32."""
     target, kind = kinds(config)["cuda int8"]
     path = tmp_path / "onnx" / "model.onnx"
     check_graph(path, config, kind, written(path, config, target))

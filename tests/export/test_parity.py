@@ -1,4 +1,4 @@
-"""The exported graph against PyTorch, and the comparison against bundles that are wrong in one place."""
+"""Comparison of exported graphs with PyTorch, including bundles with one error, which must fail."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_variant(
 def rebuilt(
     shared_checkpoint: Path, shared_bundle: Bundle, out: Path, change: dict[str, object], weight: str | None = None
 ) -> Bundle:
-    """A bundle whose graph was built from a changed configuration, or with one element of one weight changed."""
+    """Returns a bundle with a changed configuration in its graph, or with one changed element of one weight."""
     config = shared_bundle.config.model_copy(update=change)
     tensors = dict(checkpoint_tensors(Weights(shared_checkpoint), config))
     if weight is not None:
@@ -124,7 +124,7 @@ def test_a_bundle_wrong_in_one_place_fails(
         "activation": {"hidden_activation": "gelu"},
     }.get(knob, {})
     bundle = rebuilt(shared_checkpoint, shared_bundle, tmp_path / "b", change, weights.get(knob))
-    with pytest.raises(SlmError, match="the bundle is not the checkpoint"):
+    with pytest.raises(SlmError, match="the bundle does not match the checkpoint"):
         check_parity(bundle, load_checkpoint(shared_checkpoint), Silent())
 
 
@@ -136,7 +136,7 @@ def test_a_failed_comparison_writes_nothing(
     monkeypatch.setattr(
         module, "build_graph", lambda c, w, t, n: build_graph(c.model_copy(update={"rms_norm_eps": 1e-3}), w, t, n)
     )
-    with pytest.raises(SlmError, match="not the checkpoint"):
+    with pytest.raises(SlmError, match="does not match the checkpoint"):
         export_bundle(shared_checkpoint, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -164,7 +164,7 @@ def test_the_contract(shared_bundle: Bundle) -> None:
 def test_weights_lie_beside_the_graph_once(shared_bundle: Bundle) -> None:
     data = shared_bundle.model_path.with_name("model.onnx_data")
     matrices = 4 * shared_bundle.config.parameter_count()
-    assert matrices * 0.95 < data.stat().st_size < matrices * 1.05 + 4096 * 40  # each tensor begins on a page
+    assert matrices * 0.95 < data.stat().st_size < matrices * 1.05 + 4096 * 40  # each tensor starts on a page boundary
     assert shared_bundle.model_path.stat().st_size < 200_000
 
 
@@ -195,7 +195,7 @@ def test_num_logits_to_keep_has_a_default(shared_bundle: Bundle) -> None:
 def test_rows_padded_on_the_right_keep_their_own_last_positions(
     config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Only global layers take a ragged prompt at once; there each row's logits are those of its last valid token."""
+    """With global layers only, a ragged prompt is read in one step. Each row's logits are those of its last valid token."""
     everywhere = config.model_copy(update={"layer_types": (FULL,) * config.num_hidden_layers})
     model = make_model(everywhere)
     save_checkpoint(tmp_path / "c", model, tokenizer, {})
@@ -234,7 +234,7 @@ def test_the_builder_leaves_no_dead_nodes(shared_bundle: Bundle) -> None:
 @pytest.mark.parametrize("tables", [True, False], ids=["every position", "new tokens"])
 @pytest.mark.parametrize("factor", [1.0, 8.0])
 def test_both_sides_turn_alike(factor: float, tables: bool) -> None:
-    """At the 270M shape's head width and far beyond what the small models reach."""
+    """Rotations agree at the head size of the 270M shape, at positions far beyond those of the small models."""
     from slm.core.nn.rope import rope_angles
     from slm.core.presets import preset
 
@@ -245,14 +245,14 @@ def test_both_sides_turn_alike(factor: float, tables: bool) -> None:
     for kind, rope in config.rope_parameters.items():
         positions = torch.arange(0 if tables else past, length)[None]
         for name, theirs in zip(("cos", "sin"), rope_angles(positions, config.head_dim, rope), strict=True):
-            # The angles are equal bit for bit; the last place of their cosines belongs to each library.
+            # The angles are equal bit for bit. Cosines of different libraries can differ in the last bit.
             np.testing.assert_allclose(turned[f"{kind}.{name}"], theirs[0, 0].numpy(), atol=2e-7, rtol=0)
             later = rope_angles(positions + 1, config.head_dim, rope)[name == "sin"][0, 0].numpy()
-            assert np.abs(turned[f"{kind}.{name}"] - later).max() > 0.1  # the control: a position further
+            assert np.abs(turned[f"{kind}.{name}"] - later).max() > 0.1  # negative control: the next position
 
 
 def rotations(config: ModelConfig, context: int | None, past: int, length: int) -> dict[str, np.ndarray]:
-    """What the fused graph turns by, (rows, H / 2), for `length - past` new tokens: "KIND.cos" and "KIND.sin"."""
+    """Returns the rotations (rows, H / 2) of `length - past` new tokens in the fused graph: "KIND.cos" and "KIND.sin"."""
     inputs = input_specs(cache_layers(config))[:2]
     under_way = GraphUnderWay("rotations", {"": 21}, inputs, {})
     positions = FusedPositions(config, context, ir.DataType.FLOAT)
@@ -274,7 +274,7 @@ def rotations(config: ModelConfig, context: int | None, past: int, length: int) 
 
 
 def test_nothing_is_as_long_as_the_context(shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path) -> None:
-    """A context of 200 in place of 256 changes no byte of the weights, and of the graph only numbers in it."""
+    """A context of 200 instead of 256 changes no byte of the weights, and only numbers in the graph."""
     config, tensors = shared_bundle.config, checkpoint_tensors(Weights(shared_checkpoint), shared_bundle.config)
     for device, cache in DEVICES.items():
         files = []
@@ -289,7 +289,7 @@ def test_nothing_is_as_long_as_the_context(shared_checkpoint: Path, shared_bundl
 
 @pytest.mark.parametrize("device", ["cuda", "webgpu"])
 def test_onnxruntime_computes_tables_once(shared_checkpoint: Path, tmp_path: Path, device: Device) -> None:
-    """It finds that they depend on nothing: the graph that it runs has no cosine. The control has one unoptimized."""
+    """onnxruntime folds the rotation tables: the optimized graph has no cosine. Negative control: the unoptimized graph."""
     bundle = export_bundle(shared_checkpoint, tmp_path / device, device=device)
     for level, wanted in (("ORT_ENABLE_ALL", 0), ("ORT_DISABLE_ALL", 4)):
         options = ort.SessionOptions()

@@ -1,4 +1,4 @@
-"""The portable graph where no runtime's own operators help: ONNX's checker and its reference evaluator, against PyTorch."""
+"""The portable graph on ONNX's checker and reference evaluator, compared with PyTorch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from slm.core.weights import Weights
 from slm.export.graph import GemmFormat, Portable, build_graph, checkpoint_tensors, save_graph
 
 Array = NDArray[np.generic]
-# The same sums in float32 in another order; 9e-6 seen, and 3e-4 or more when a knob is turned.
+# float32 sums in another order. Measured: 9e-6, and at least 3e-4 with one wrong parameter.
 TOLERANCE = 3e-5
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @pytest.fixture
 def written(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[CausalLM, ModelConfig], Path]:
-    """Writes a model's weights into the portable graph of a configuration."""
+    """Saves the portable graph of a configuration with a model's weights."""
 
     def write(model: CausalLM, config: ModelConfig) -> Path:
         save_checkpoint(tmp_path / "c", model, tokenizer, {})
@@ -55,7 +55,7 @@ def written(tokenizer: Tokenizer, tmp_path: Path) -> Callable[[CausalLM, ModelCo
 
 
 class Reference:
-    """The graph on ONNX's reference evaluator, its caches carried from step to step."""
+    """Runs the graph on ONNX's reference evaluator and keeps its caches between steps."""
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(path)
@@ -76,12 +76,12 @@ class Reference:
         return logits
 
 
-# Around the window of 16, and past it.
+# Lengths around the window of 16, and beyond it.
 CHUNKS = (15, 1, 1, 9, 20, 1, 1)
 
 
 def differences(graph: Reference, model: CausalLM) -> dict[str, float]:
-    """The largest differences of logits from PyTorch's: in one go, in chunks, and both as a batch padded on the left."""
+    """Returns the largest differences of logits from PyTorch: in one step, in chunks, and as a batch padded on the left."""
     length, padding = sum(CHUNKS), 9
     ids = np.random.default_rng(0).integers(4, model.config.vocab_size, (2, length))
     mask = np.ones_like(ids)
@@ -154,8 +154,8 @@ def test_the_contract(
     ):
         described = [(v.name, tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim)) for v in values]
         assert described == [(spec.name, spec.shape) for spec in specs]
-    # Nothing is as long as the context: positions are worked out as they come.
+    # No tensor depends on the context, because each step computes its positions.
     assert max(initializer.dims[0] for initializer in model.graph.initializer if initializer.dims) == config.vocab_size
-    # What a viewer of graphs shows: every node under the path of the module that it comes from.
+    # Graph viewers show every node under the path of its module.
     layers = [node.name for node in model.graph.node if node.name.startswith("model/layers.2/")]
     assert {name.split("/")[2] for name in layers} >= {"self_attn", "mlp", "input_layernorm"}

@@ -1,4 +1,4 @@
-"""Models whose activations pass float16: what stays in float32, what is refused, and what would happen otherwise."""
+"""Models whose activations overflow float16: products that stay in float32, rejected models, and negative controls."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ MakeModel = Callable[..., CausalLM]
 
 
 def loud(model: CausalLM, layer: int, product: str, factor: float) -> CausalLM:
-    """Returns the model with one projection much larger; the norm after its block hides it from everything else."""
+    """Returns the model with one much larger projection. The norm after its block hides the change from other layers."""
     with torch.no_grad():
         model.get_submodule(f"model.layers.{layer}.{product}").weight.mul_(factor)
     return model
@@ -28,7 +28,7 @@ def loud(model: CausalLM, layer: int, product: str, factor: float) -> CausalLM:
 
 @pytest.fixture
 def saved(config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer) -> Callable[[str, float], Path]:
-    """Saves a checkpoint with one projection larger by a factor."""
+    """Saves a checkpoint with one projection multiplied by a factor."""
 
     def save(product: str, factor: float) -> Path:
         path = Path(f"checkpoint-{product}")
@@ -54,7 +54,7 @@ def test_what_fits_is_float16(shared_checkpoint: Path, tmp_path: Path) -> None:
     [
         ("mlp.down_proj", {"model.layers.1.mlp.down_proj"}),
         ("self_attn.o_proj", {"model.layers.1.self_attn.o_proj"}),
-        # What the product before it makes goes into the next.
+        # The output of one product is the input of the next.
         ("mlp.up_proj", {"model.layers.1.mlp.gate_up_proj", "model.layers.1.mlp.down_proj"}),
         ("self_attn.q_proj", {"model.layers.1.self_attn.qkv_proj"}),
     ],
@@ -63,7 +63,7 @@ def test_what_would_overflow_stays_float32(
     saved: Callable[[str, float], Path], monkeypatch: pytest.MonkeyPatch, product: str, kept: set[str]
 ) -> None:
     checkpoint = saved(product, 3e5)
-    bundle = export_bundle(checkpoint, Path("b"), device="cuda")  # compared with PyTorch before it appears
+    bundle = export_bundle(checkpoint, Path("b"), device="cuda")  # export verifies it against PyTorch
     assert bundle.manifest.ranges is not None and set(bundle.manifest.ranges.float32) == kept
     assert bundle.manifest.parity is not None and bundle.manifest.parity.largest < 0.05
 
@@ -77,7 +77,7 @@ def test_what_would_overflow_stays_float32(
 
 def test_caches_that_would_overflow_are_refused(saved: Callable[[str, float], Path]) -> None:
     checkpoint = saved("self_attn.v_proj", 3e5)
-    with pytest.raises(SlmError, match="values of attention reach"):
+    with pytest.raises(SlmError, match="attention values reach"):
         export_bundle(checkpoint, Path("b"), device="cuda")
     assert not Path("b").exists()
 
@@ -102,5 +102,5 @@ def test_webgpu_keeps_whole_caches(shared_checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_the_portable_target_has_no_devices(shared_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(SlmError, match="no version for cuda"):
+    with pytest.raises(SlmError, match="does not support cuda"):
         export_bundle(shared_checkpoint, tmp_path / "b", target="portable", device="cuda")

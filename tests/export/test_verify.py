@@ -1,4 +1,4 @@
-"""`slm verify`: bundles of every kind pass, and those that are wrong in one place fail, whatever their precision."""
+"""`slm verify`: bundles of every kind pass, and bundles of every precision fail with a single error."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
 
-# How the bundles of integers are made.
+# Settings of the quantized bundles.
 QUANTIZED: dict[str, dict[str, Any]] = {
     "int8": {},
     "int8 smoothed": {"smooth": True},
@@ -38,7 +38,7 @@ KINDS = ("float32", *QUANTIZED, "portable", "cuda", "webgpu")
 def bundles(
     shared_checkpoint: Path, shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Bundle]:
-    """A bundle of each kind, of the same checkpoint."""
+    """Returns a bundle of each kind, all from the same checkpoint."""
     home = tmp_path_factory.mktemp("bundles")
     text, calibration = (
         Text("random", np.random.default_rng(seed).integers(0, shared_bundle.config.vocab_size, (4, 60)))
@@ -62,7 +62,7 @@ def bundles(
 def test_a_bundle_is_its_checkpoint(bundles: dict[str, Bundle], shared_checkpoint: Path, kind: str) -> None:
     found = verify_bundle(bundles[kind], shared_checkpoint, Silent())
     assert found.weights == 42
-    # A weight in float16 is off by rounding; integers are as far off as was recorded when they were made.
+    # float16 weights differ by rounding. Integer weights have exactly the recorded error.
     assert (found.weights_off > 0) == (kind in ("cuda", "webgpu"))
     assert {"cpu", "cpu, graph as written"} <= found.parity.keys()
     for parity in found.parity.values():
@@ -72,14 +72,16 @@ def test_a_bundle_is_its_checkpoint(bundles: dict[str, Bundle], shared_checkpoin
 
 
 def altered(bundle: Bundle, out: Path, change: Callable[[ir.Model], None]) -> Bundle:
-    """The bundle, sealed again after somebody changed its graph."""
+    """Returns a copy of the bundle that was sealed again after a change of its graph."""
     shutil.copytree(bundle.path, out)
     model = ir.load(out / bundle.manifest.model)
-    for value in model.graph.initializers.values():  # read before the file is written again
+    for value in model.graph.initializers.values():  # read the data before the file is overwritten
         value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)  # type: ignore[union-attr]
     change(model)
     ir.save(model, out / bundle.manifest.model, external_data=f"{Path(bundle.manifest.model).name}_data")
-    return Bundle.open(seal(out, bundle.manifest).path, trust=True)  # which graph it is, is for verify to find out
+    return Bundle.open(
+        seal(out, bundle.manifest).path, trust=True
+    )  # opens a changed graph, so that verify must find the change
 
 
 def one_weight(model: ir.Model) -> None:
@@ -94,7 +96,7 @@ def window(model: ir.Model) -> None:
     for node in model.graph:
         if "local_window_size" in node.attributes:
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 15)
-        for value in node.inputs:  # the portable graph has it as a number that distances are compared with
+        for value in node.inputs:  # the portable graph stores the window as a constant
             if node.op_type == "Less" and value is not None and value.const_value is not None:
                 value.const_value = ir.tensor(value.const_value.numpy() - 1, name=value.name)
 
@@ -118,7 +120,7 @@ def test_a_bundle_wrong_in_one_place_fails(
     change: Callable[[ir.Model], None],
 ) -> None:
     bundle = altered(bundles[kind], tmp_path / "altered", change)
-    with pytest.raises(SlmError, match="the bundle is not the checkpoint") as caught:
+    with pytest.raises(SlmError, match="the bundle does not match the checkpoint") as caught:
         verify_bundle(bundle, shared_checkpoint, Silent())
     assert ("down_proj" in caught.value.message) == (change is one_weight)
 
@@ -138,10 +140,10 @@ def test_the_command(
     assert result.code == 0
     figures = json.loads(result.out)
     assert figures["weights"] == 42 and figures["parity"]["cpu"]["tokens"] == 48
-    result = slm("verify", bundles["portable"].path)  # exported from where it still is
-    assert result.code == 0 and "(the checkpoint that it was exported from)" in result.err
+    result = slm("verify", bundles["portable"].path)  # the checkpoint still exists
+    assert result.code == 0 and "(the checkpoint that the bundle was exported from)" in result.err
     wrong = altered(bundles["int8"], tmp_path / "wrong", rope_base)
     result = slm("verify", wrong.path, "--against", shared_checkpoint)
-    assert result.code == 1 and "is not the checkpoint" in result.err and "Traceback" not in result.err
+    assert result.code == 1 and "does not match the checkpoint" in result.err and "Traceback" not in result.err
     result = slm("verify", bundles["float32"].path, "--against", tmp_path / "nowhere")
     assert result.code == 1 and len(result.err.splitlines()) <= 3

@@ -1,4 +1,4 @@
-"""On which devices a bundle is proved: `slm verify --device`, what it records, and where that is shown."""
+"""Verification on devices: `slm verify --device`, the record in the manifest, and its display."""
 
 import json
 import shutil
@@ -23,20 +23,20 @@ Slm = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def made(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for CUDA; not to be changed."""
+    """Returns a bundle for CUDA, which tests must not change."""
     return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("made") / "cuda", device="cuda").path
 
 
 @pytest.fixture
 def bundle(made: Path) -> Bundle:
-    """A copy of it, as ./b."""
+    """Returns a copy of the bundle as ./b."""
     shutil.copytree(made, "b")
     return Bundle.open(Path("b"))
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """A device "cuda" that computes as the CPU does; what is compared on it: (device, whether optimized)."""
+    """Replaces CUDA with the CPU, and returns the list of comparisons: (device, whether optimized)."""
     asked: list[tuple[str, bool]] = []
     check = module.check_parity
 
@@ -88,16 +88,16 @@ def test_a_gpu_that_does_not_start_is_an_error_only_when_it_is_named(
     progress = Silent()
     monkeypatch.setattr(progress, "note", noted.append)
     assert "cuda" not in verify_bundle(bundle, shared_checkpoint, progress).parity
-    assert any("not compared on CUDA" in note for note in noted)
+    assert any("skipping CUDA" in note for note in noted)
 
 
 def test_another_result_on_cuda_is_named(
     bundle: Bundle, shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where norms folded into attention compute something else: right on the CPU, wrong on the GPU."""
+    """A bundle that is right on the CPU and wrong on the GPU fails, such as one with wrongly fused norms."""
     difference = compared._Difference(0.3, 0.01)
     with pytest.raises(
-        SlmError, match=r"not the checkpoint on CUDA: logits differ by 0\.3 \(whole\), allowed 5e-02"
+        SlmError, match=r"not match the checkpoint on CUDA: logits differ by 0\.3 \(whole\), limit 5e-02"
     ) as caught:
         compared._check({"whole": difference}, 0.05, "cuda")
     assert "slm verify --device cpu" in str(caught.value.hint)
@@ -109,19 +109,19 @@ def test_another_result_on_cuda_is_named(
 def test_what_is_recorded_and_shown(slm: Slm, bundle: Bundle, gpu: list[tuple[str, bool]]) -> None:
     assert parity_devices(bundle.manifest) == ["cpu"]
     shown = " ".join(slm("info", "b").out.split())
-    assert "cpu; not proved on cuda (slm verify --device cuda, on a GPU)" in shown
+    assert "cpu; not verified on cuda (slm verify --device cuda, on a GPU)" in shown
     result = slm("verify", "b", "--device", "cuda", "--json")
     assert result.code == 0
     report = json.loads(result.out)
     assert report["recorded"] and set(report["parity"]) == {"cuda", "cuda, graph as written"}
-    assert "generate" in report["next"]  # not verify again
-    again = Bundle.open(Path("b"))  # which is sealed as before
+    assert "generate" in report["next"]  # does not suggest verify again
+    again = Bundle.open(Path("b"))  # its files still match the manifest
     assert parity_devices(again.manifest) == ["cpu", "cuda"]
     assert again.manifest.model_copy(update={"gpu_parity": {}}) == bundle.manifest
     assert again.manifest.gpu_parity["cuda"].runtime.startswith("onnxruntime ")
     info = json.loads(slm("info", "b", "--json").out)
     assert info["parity_devices"] == ["cpu", "cuda"] and info["gpu_parity"]["cuda"]["tokens"] == 48
-    assert "not proved" not in " ".join(slm("info", "b").out.split())
+    assert "not verified" not in " ".join(slm("info", "b").out.split())
 
 
 def test_the_cpu_alone_changes_no_file(slm: Slm, bundle: Bundle, gpu: list[tuple[str, bool]]) -> None:
@@ -148,9 +148,9 @@ def test_export_says_what_it_has_not_proved(slm: Slm, shared_checkpoint: Path) -
     assert report["parity_missing"].endswith("slm verify e --device cuda")
     assert report["next"] == "slm verify e --device cuda"
     result = slm("export", "--onnx", shared_checkpoint, "--device", "cuda", "--out", "e")
-    assert "Parity was checked on the CPU provider. It is not proved on CUDA" in result.err
+    assert "Verified on the CPU only. The bundle is not verified on CUDA" in result.err
     result = slm("export", "--onnx", shared_checkpoint, "--device", "webgpu", "--out", "w")
-    assert "not proved on WebGPU" in result.err
+    assert "not verified on WebGPU" in result.err
     report = json.loads(slm("export", "--onnx", shared_checkpoint, "--out", "c", "--json").out)
     assert report["parity_devices"] == ["cpu"] and report["parity_missing"] is None
 

@@ -224,7 +224,10 @@ def test_what_slots_do_not_hold_is_refused(
         adapter_from_peft(make_adapter(tmp_path / "dora", shared_checkpoint, dora=True), slotted)
     with refused(match="more than the slots' products"):
         adapter_from_peft(make_adapter(tmp_path / "turns", shared_checkpoint, token_ids=(1, 2)), slotted)
-    for key, words in (("weights_sha256", "trained on elsewhere"), ("tokenizer_sha256", "another tokenizer")):
+    for key, words in (
+        ("weights_sha256", "trained on elsewhere"),
+        ("tokenizer_sha256", "with a tokenizer that differs"),
+    ):
         (plain / "slm.json").write_text(json.dumps({"base": {"path": "elsewhere", key: "0" * 64}}))
         with refused(match=words):
             adapter_from_peft(plain, slotted)
@@ -241,7 +244,7 @@ def test_what_slots_do_not_hold_is_refused(
     ):
         with refused(match=words):
             checked(Adapter("wrong", good.arrays | wrong), slotted, tmp_path)
-    with refused(match="slots are for fused"):
+    with refused(match="only fused bundles for the CPU support adapter slots"):
         export_bundle(shared_checkpoint, tmp_path / "portable", target="portable", adapter_slots=True)
 
 

@@ -55,7 +55,7 @@ def command(fake_cuda: Run) -> Callable[..., dict[str, Any]]:
 
 def test_verify_on_cuda_sees_that_nothing_is_computed(command: Run, bundles: dict[str, Path]) -> None:
     done = command(bundles["cuda"], "verify", "{}", "--device", "cuda")
-    assert done["code"] == 1 and "error: the bundle is not the checkpoint" in done["err"], done
+    assert done["code"] == 1 and "error: the bundle does not match the checkpoint" in done["err"], done
     assert done["launches"] > 0
     assert Bundle.open(bundles["cuda"]).manifest.gpu_parity == {}  # nothing is recorded that was not found
 

@@ -131,7 +131,7 @@ def test_without_the_libraries_of_the_extra_cuda_does_not_load(
         nvidia.symlink_to(target)
     provider = report["providers"]["CUDAExecutionProvider"]
     assert not provider["loads"] and "libcublas" in provider["error"], provider
-    assert any("brings CUDA's libraries" in problem for problem in report["problems"])
+    assert any("includes CUDA's libraries" in problem for problem in report["problems"])
 
 
 def test_pip_finds_one_set_for_onnxruntime_and_pytorch() -> None:

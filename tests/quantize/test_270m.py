@@ -1,4 +1,4 @@
-"""The full shape, from random weights to an INT8 bundle: equal where it must be equal, and small enough."""
+"""The 270M shape with random weights: export and INT8 quantization, verified, within a size limit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Integers in blocks: the arithmetic against a plain loop, the kernels against the arithmetic."""
+"""Block quantization: the numpy code against a plain loop, and onnxruntime's kernels against the numpy code."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ INT4, INT4_POINTS = Scheme(bits=4, block_size=32), Scheme(bits=4, block_size=32,
 INT8_POINTS = Scheme(bits=8, block_size=32, zero_points=True)
 SCHEMES = [INT8, INT8_POINTS, INT4, INT4_POINTS, INT8_DYNAMIC]
 BLOCKS = [each for each in SCHEMES if not each.dynamic]
-# Normal weights, levels that spread over their block: measured 47 to 50 dB in 8 bits and 19 to 21 in 4.
+# Normally distributed weights. Measured: 47 to 50 dB with 8 bits, 19 to 21 dB with 4 bits.
 SIGNAL_TO_NOISE_DB = {8: 40.0, 4: 17.0}
-# Kernel and numpy add up 128 products of numbers around 1 in another order, in float32.
+# The kernel and numpy sum 128 products of numbers around 1 in different orders, in float32.
 PRODUCT_TOLERANCE = 1e-4
 
 
@@ -31,12 +31,12 @@ def name_of(scheme: Scheme) -> str:
 def weight(rows: int = 24, columns: int = 128, seed: int = 0) -> np.ndarray:
     values = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
     values[3, :64] = 0
-    values[4] += 2  # hardly anything below zero
+    values[4] += 2  # almost no negative weights
     return values
 
 
 def plain_loop(values: np.ndarray, scheme: Scheme) -> np.ndarray:
-    """What the definition gives, block by block and value by value, in double precision."""
+    """Returns the dequantized weight by the definition, value by value, in double precision."""
     size = values.shape[1] if scheme.dynamic else scheme.block_size
     found = np.zeros_like(values)
     for n in range(len(values)):
@@ -50,7 +50,7 @@ def plain_loop(values: np.ndarray, scheme: Scheme) -> np.ndarray:
                 zero = round(-low / step) if step else 0
             elif scheme.bits == 8:
                 step, zero, lowest, highest = max(-low, high) / 127, 0, -127, 127
-            else:  # the end that is further out is -8 steps away
+            else:  # the largest weight is at -8 steps
                 step, zero, lowest, highest = (low if -low >= high else high) / -8, 0, -8, 7
             for k, value in enumerate(block):
                 integer = min(max(round(value / step) + zero, lowest), highest) if step else zero
@@ -62,7 +62,7 @@ def plain_loop(values: np.ndarray, scheme: Scheme) -> np.ndarray:
 def test_against_a_plain_loop(scheme: Scheme) -> None:
     values = weight()
     found, wanted = restored(quantize_nearest(values, scheme), scheme), plain_loop(values, scheme)
-    # float32 against double: a value half way between two integers may go to either, and no other may differ
+    # float32 and double can round a value half way between two integers differently; no other value may differ.
     step = np.abs(values).max() / (1 << (scheme.bits - 1))
     off = np.abs(found - wanted)
     assert (off > 1e-5).sum() <= 1 and off.max() <= 2 * step
@@ -76,10 +76,11 @@ def test_the_error_is_small(scheme: Scheme) -> None:
     assert 10 * np.log10((values**2).mean() / (error**2).mean()) > SIGNAL_TO_NOISE_DB[scheme.bits]
     size = values.shape[1] if scheme.dynamic else scheme.block_size
     grid = fitted(values.reshape(24, -1, size), scheme)
-    # Within half a step; where the range has one integer more at one end, the other end is cut off by less than another half.
+    # The error is within half a step. If the range has one more integer at one end, the other end is clipped by less than
+    # another half step.
     reach = 0.5 if scheme.bits == 8 or scheme.zero_points else 1.0
     if scheme.zero_points:
-        reach = 1.0  # the zero is an integer too
+        reach = 1.0  # the zero point is also rounded
     assert (np.abs(error.reshape(24, -1, size)) <= np.abs(grid.scale[..., None]) * reach * (1 + 1e-4)).all()
 
 
@@ -91,7 +92,7 @@ def test_zero_blocks_and_extremes() -> None:
     assert (arrays[QUANTIZED][0] == 128).all() and arrays[SCALE][0].tolist() == [0, 0]
     assert (arrays[QUANTIZED][1, 0, 3], arrays[QUANTIZED][1, 0, 7]) == (1, 255)
     np.testing.assert_array_equal(restored(arrays, scheme), values)
-    for each in SCHEMES:  # zeros are kept as zeros, whatever the scheme
+    for each in SCHEMES:  # every scheme keeps zeros exactly
         zeros = np.zeros((2, 128), np.float32)
         for search in (False, True):
             np.testing.assert_array_equal(restored(quantize_nearest(zeros, each, search), each), zeros)
@@ -102,10 +103,10 @@ def test_packing_and_back(count: int) -> None:
     integers = np.random.default_rng(0).integers(0, 16, (3, 5, count)).astype(np.uint8)
     packed = pack(integers, 4)
     assert packed.shape == (3, 5, (count + 1) // 2)
-    assert packed[0, 0, 0] == integers[0, 0, 0] + 16 * integers[0, 0, 1]  # the first in the lowest bits
+    assert packed[0, 0, 0] == integers[0, 0, 0] + 16 * integers[0, 0, 1]  # low bits first
     np.testing.assert_array_equal(unpack(packed, 4, count), integers)
     np.testing.assert_array_equal(unpack(pack(integers, 8), 8, count), integers)
-    assert (unpack((packed >> 4) | (packed << 4), 4, count) != integers).any()  # the control: the other way round
+    assert (unpack((packed >> 4) | (packed << 4), 4, count) != integers).any()  # negative control: high bits first
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
@@ -136,7 +137,7 @@ def test_searching_is_never_worse(scheme: Scheme, weighed: bool) -> None:
     assert (better <= plain * (1 + 1e-5)).all()
     if scheme.bits == 4:
         assert better.sum() < 0.97 * plain.sum()
-    # and what is searched is what is stored
+    # the search uses the stored scales
     arrays = quantize_nearest(values, scheme, True, importance)
     error = (((restored(arrays, scheme) - values) ** 2) * weighs).sum()
     assert error == pytest.approx(better.sum(), rel=1e-4)
@@ -145,7 +146,7 @@ def test_searching_is_never_worse(scheme: Scheme, weighed: bool) -> None:
 def session_of(
     scheme: Scheme, arrays: dict[str, np.ndarray], columns: int, level: int = 0, threads: int = 1
 ) -> ort.InferenceSession:
-    """One product, as the graph has it, with a weight (N, columns)."""
+    """Returns a session with one product of the graph, with a weight (N, columns)."""
     constants = dict(arrays)
     if scheme.dynamic:
         rows = arrays[QUANTIZED].shape[1]
@@ -205,7 +206,7 @@ def inputs(rows: int = 9, columns: int = 128) -> np.ndarray:
 
 @pytest.mark.parametrize("scheme", BLOCKS, ids=name_of)
 def test_the_product_multiplies_with_what_was_rounded(scheme: Scheme) -> None:
-    """With activations left in float, MatMulNBits gives the product with the weights that numpy restores."""
+    """With float activations, MatMulNBits computes the product with the weights that numpy dequantizes."""
     x, arrays = inputs(), quantize_nearest(weight(), scheme)
     wanted = x @ restored(arrays, scheme).T
     (found,) = session_of(scheme, arrays, 128).run(None, {"x": x})
@@ -244,7 +245,7 @@ def test_the_lookup_gives_what_was_rounded(scheme: Scheme) -> None:
 
 
 def dynamic_product(x: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The product of 8-bit integers, a token at a time."""
+    """Returns the product of 8-bit integers with a dynamic scale for each token."""
     found = np.zeros((1, x.shape[1], arrays[SCALE].size))
     for t, row in enumerate(x[0].astype(np.float64)):
         largest = np.abs(row).max()
@@ -255,12 +256,12 @@ def dynamic_product(x: np.ndarray, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def test_the_dynamic_product_rounds_each_token_by_itself() -> None:
     scheme, x = INT8_DYNAMIC, inputs()
-    x[0, 2] *= 1000  # an outlier, which must cost the others nothing
+    x[0, 2] *= 1000  # an outlier, which must not reduce the precision of other tokens
     arrays = quantize_nearest(weight(), scheme)
     session = session_of(scheme, arrays, 128)
     (found,) = session.run(None, {"x": x})
     wanted = dynamic_product(x, arrays)
-    # A value half way between two integers may go to either: one step of 127, times the largest weight.
+    # A value half way between two integers can round to either: one step of 127, times the largest weight.
     one_step = np.abs(x).max(axis=-1, keepdims=True) / 127 * np.abs(weight()).max()
     assert (np.abs(found - wanted) <= one_step + PRODUCT_TOLERANCE).all()
     assert (np.abs(found - wanted) <= PRODUCT_TOLERANCE * np.abs(wanted).max(axis=-1, keepdims=True)).mean() > 0.8
@@ -272,7 +273,7 @@ def test_the_dynamic_product_rounds_each_token_by_itself() -> None:
 
 
 def adds_alike(scheme: Scheme) -> bool:
-    """Whether rows come out the same bits alone and beside others, of products as large as the 270M shape's."""
+    """Returns whether rows have the same bits alone and in a batch, with products as large as the 270M shape's."""
     columns, x = 2048, inputs(20, 2048)
     arrays = quantize_nearest(weight(320, columns), scheme)
     same = True
@@ -305,7 +306,7 @@ def test_which_blocks_add_alike(bits: int, block: int, alike: bool, zero_points:
 
 
 def test_products_of_integers_add_alike() -> None:
-    """Sums of integers are exact, so that their order does not matter."""
+    """Integer sums are exact, so their order does not matter."""
     from slm.runtime.decoder import _alike
 
     scheme = Scheme(bits=8, block_size=2048, dynamic=True)

@@ -1,4 +1,4 @@
-"""Quantized bundles for CUDA, made and measured on the CPU."""
+"""Quantized bundles for CUDA, created and measured on the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +30,9 @@ from slm.quantize.sweep import run_sweep
 from slm.runtime.decoder import OnnxDecoder
 
 HALF = Scheme(bits=8, block_size=32, half=True)
-# Signal over error of random weights: what the same schemes come to with float32 scales, less half a decibel.
+# Signal-to-noise ratio (dB) of random weights: that of the same schemes with float32 scales, minus 0.5 dB.
 FLOORS = {"int8": 42.0, "int4": 16.5}
-# Mean divergence of a random model, nats: INT8 comes to 0.0002 and INT4 to 0.01.
+# Limits of the KL divergence of a random model, in nats. Measured: 0.0002 for INT8, 0.01 for INT4.
 KL_LIMITS = {"int8": 0.002, "int4": 0.05}
 
 
@@ -58,7 +58,7 @@ def made(source: Bundle) -> dict[str, tuple[Bundle, Report]]:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_products_take_float16(made: dict[str, tuple[Bundle, Report]], shared_checkpoint: Path, precision: str) -> None:
     bundle, report = made[precision]
-    manifest = Bundle.open(bundle.path).manifest  # whose graph is compared with the one that slm writes
+    manifest = Bundle.open(bundle.path).manifest  # opening compares the graph with the plan
     assert (manifest.device, manifest.precision) == ("cuda", precision)
     assert {layer.dtype for layer in manifest.cache} == {"float16"}
     quantization = manifest.quantization
@@ -73,7 +73,7 @@ def test_products_take_float16(made: dict[str, tuple[Bundle, Report]], shared_ch
     assert nodes.count("GatherBlockQuantized") == 1 and "FusedMatMul" not in nodes
     assert manifest.quality is not None and manifest.quality.kl_nats < KL_LIMITS[precision]
     assert min(each.snr_db or 0 for each in report.tensors) > FLOORS[precision]
-    # Speed on the CPU says nothing about CUDA.
+    # The report has no speeds: they are measured on the CPU only.
     assert report.speeds is None and not any("tokens/s" in row[0] for row in figures(report))
     found = verify_bundle(bundle, shared_checkpoint, Silent())
     assert found.weights_off <= 1 and {parity.tolerance for parity in found.parity.values()} == {0.05}
@@ -109,7 +109,7 @@ def test_products_that_would_overflow_stay_in_float32(
 
 
 def test_the_float32_twin_is_the_same_model(source: Bundle, shared_bundle: Bundle) -> None:
-    """Weights rounded to float16 and nothing else; the source itself, where it is float32."""
+    """The float32 bundle has the weights rounded to float16, and a float32 source is used directly."""
     ids = np.arange(40)[None]
     with plain_bundle(source, source.path.parent) as plain:
         assert plain.path != source.path
@@ -126,10 +126,10 @@ def test_the_float32_twin_is_the_same_model(source: Bundle, shared_bundle: Bundl
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dynamic": True}, "products of 8-bit integers run on the CPU only"),
-        ({"cache": "int8"}, "its caches stay float16, not int8"),
-        ({"cache": "float32"}, "its caches stay float16, not float32"),
-        ({"smooth": True}, "smoothed activations could exceed float16"),
+        ({"dynamic": True}, "is for CUDA, which does not support --int8-dynamic"),
+        ({"cache": "int8"}, "supports float16 caches only, not int8"),
+        ({"cache": "float32"}, "supports float16 caches only, not float32"),
+        ({"smooth": True}, "smoothed activations could overflow float16"),
     ],
 )
 def test_what_cuda_does_not_run_is_refused(source: Bundle, settings: dict[str, Any], message: str) -> None:
@@ -141,13 +141,13 @@ def test_what_cuda_does_not_run_is_refused(source: Bundle, settings: dict[str, A
 def test_what_was_quantized_and_what_is_for_browsers_is_refused(
     made: dict[str, tuple[Bundle, Report]], source: Bundle, shared_checkpoint: Path
 ) -> None:
-    with pytest.raises(SlmError, match="is int4 already"):
+    with pytest.raises(SlmError, match="is already int4"):
         make(made["int4"][0], Path("out"))
     webgpu = export_bundle(shared_checkpoint, Path("webgpu"), device="webgpu")
-    with pytest.raises(SlmError, match="exported for WebGPU"):
+    with pytest.raises(SlmError, match="is for WebGPU"):
         make(webgpu, Path("out"))
     text = random_text(source, 5)
-    with pytest.raises(SlmError, match="a sweep compares speeds on the CPU"):
+    with pytest.raises(SlmError, match="a sweep measures speed on the CPU"):
         run_sweep(source, Path("sweep"), text, {"int8": text, "int4": text}, Silent())
     assert not Path("out").exists() and not Path("sweep").exists()
 
@@ -159,14 +159,14 @@ def test_speed_leaves_caches_in_float16(source: Bundle) -> None:
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4, 1e-6])
 def test_integers_are_chosen_for_the_scales_that_are_stored(size: float) -> None:
-    """No weight is off by more than half a step, however small: below 6e-5, float16 has few digits for a scale."""
+    """No error exceeds half a step, also for small weights: below 6e-5, float16 has few digits for a scale."""
     weight = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32) * np.float32(size)
     arrays = quantize_nearest(weight, HALF)
     scale = arrays["weight_scale"]
     np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
     off = np.abs(restored(arrays, HALF) - weight).reshape(64, -1, 32)
     assert (off <= 0.502 * scale[..., None]).all()
-    # The control: scales that are rounded afterwards, as a cast of the finished tensor would.
+    # Negative control: scales that are rounded after the integers were chosen.
     plain = HALF.model_copy(update={"half": False})
     arrays = quantize_nearest(weight, plain)
     arrays["weight_scale"] = arrays["weight_scale"].astype(np.float16).astype(np.float32)

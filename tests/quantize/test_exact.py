@@ -1,4 +1,4 @@
-"""Weights that lie on a grid of few bits keep it with every method, and ordinary weights are rounded as before."""
+"""Weights on a quantization grid keep their values with every method. Other weights are rounded as usual."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ from slm.quantize.rounding import restored
 INT4, INT4_POINTS = Scheme(bits=4, block_size=32), Scheme(bits=4, block_size=32, zero_points=True)
 INT8 = Scheme(bits=8, block_size=32)
 SIZE = 32
-# Both the step and the multiples of it are rounded to bfloat16's eight bits.
+# The step and its multiples are both rounded to the eight bits of bfloat16.
 BFLOAT16_DB = 45.0
 
 
@@ -41,7 +41,7 @@ def ordinary(rows: int = 24, columns: int = 128, seed: int = 0) -> np.ndarray:
 
 
 def q4_0(weight: np.ndarray, half: bool = True) -> np.ndarray:
-    """As llama.cpp's Q4_0: blocks of 32, d * (q - 8), d being the value furthest from 0 divided by -8."""
+    """Rounds as llama.cpp's Q4_0: blocks of 32, d * (q - 8), where d is the value furthest from 0 divided by -8."""
     blocks = weight.reshape(-1, SIZE)
     furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
     step = (furthest / -8).astype(np.float16 if half else np.float32).astype(np.float32)
@@ -49,14 +49,14 @@ def q4_0(weight: np.ndarray, half: bool = True) -> np.ndarray:
 
 
 def inner(weight: np.ndarray) -> np.ndarray:
-    """Multiples from -5 to 6 of a step: no block spans all 16 values."""
+    """Rounds to multiples from -5 to 6 of a step, so that no block spans all 16 values."""
     blocks = weight.reshape(-1, SIZE)
     step = np.abs(blocks).max(axis=1, keepdims=True) / 6
     return (np.clip(np.rint(blocks / step), -5, 6) * step.astype(np.float16).astype(np.float32)).reshape(weight.shape)
 
 
 def with_zero_points(weight: np.ndarray) -> np.ndarray:
-    """As AWQ stores them: scale * (q - zero), a zero for each block."""
+    """Rounds as AWQ: scale * (q - zero), with a zero for each block."""
     blocks = weight.reshape(-1, SIZE)
     low, high = np.minimum(blocks.min(axis=1), 0), np.maximum(blocks.max(axis=1), 0)
     scale = ((high - low) / 15).astype(np.float16).astype(np.float32)[:, None]
@@ -65,7 +65,7 @@ def with_zero_points(weight: np.ndarray) -> np.ndarray:
 
 
 def by_channel(weight: np.ndarray) -> np.ndarray:
-    """One step for each output channel, multiples from -7 to 7."""
+    """Rounds to multiples from -7 to 7 of one step for each output channel."""
     step = np.abs(weight).max(axis=1, keepdims=True) / np.float32(7)
     return np.rint(weight / step) * step
 
@@ -104,7 +104,7 @@ def test_a_grid_is_kept_by_every_method(grid: str, method: str) -> None:
             arrays = quantize_gptq(weight, x.T @ x, scheme)
         else:
             arrays = quantize_nearest(weight, scheme, search=method == "searched")
-        # float32 steps are found to a last bit or two.
+        # float32 steps are found up to the last one or two bits.
         assert decibels(weight, restored(arrays, scheme)) > 130
 
 
@@ -116,7 +116,7 @@ def test_a_grid_that_was_rounded_to_half_precision(stored: str) -> None:
     assert rows is not None and rows.all()
     after = restored(quantize_nearest(weight, INT4_POINTS), INT4_POINTS)
     assert decibels(weight, after) > BFLOAT16_DB
-    # Q4_0's own numbers come back nearer than they were stored.
+    # The result is as close to the Q4_0 values as the stored weights, up to 1 dB.
     assert decibels(plain, after) > decibels(plain, weight) - 1
 
 
@@ -125,16 +125,16 @@ def test_ordinary_weights_lie_on_no_grid() -> None:
         for scheme in (INT4, INT4_POINTS, INT8):
             assert rows_on_grid(ordinary(64, 640, seed), scheme) is None
     assert rows_on_grid(np.zeros((8, 64), np.float32), INT4) is None
-    # A quarter of a step off, which is what a grid is not.
+    # Values a quarter of a step away from the grid do not lie on it.
     weight = q4_0(ordinary())
     off = weight + 0.25 * np.abs(weight).max() / 8 * np.random.default_rng(2).uniform(-1, 1, weight.shape)
     assert rows_on_grid(off.astype(np.float32), INT4_POINTS) is None
-    # Other blocks than those that share a step.
+    # Blocks of another size than those that share a step.
     assert rows_on_grid(weight, Scheme(bits=4, block_size=64, zero_points=True)) is None
 
 
 def test_rows_on_a_grid_beside_ordinary_ones() -> None:
-    """As q and k beside v where a format stores v finer: each row as if it were alone."""
+    """Each row is handled alone, as for a format that stores q and k with fewer bits than v."""
     weight = np.concatenate([q4_0(ordinary(16)), ordinary(8, seed=5)])
     x = np.random.default_rng(1).normal(size=(256, 128)).astype(np.float32)
     moments = x.T @ x
@@ -161,7 +161,7 @@ def test_a_damaged_block_does_not_cost_the_others_their_grid() -> None:
 
 @pytest.fixture(scope="module")
 def qat(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
-    """A checkpoint whose layers' weights came through a GGUF file in Q4_0, and its bundle; not to be changed."""
+    """Returns a checkpoint whose layers were stored as Q4_0 in a GGUF file, and its bundle. Tests must not change them."""
     place = tmp_path_factory.mktemp("qat")
     write_gguf(shared_checkpoint, place / "f32.gguf", "f32")
     reader, writer = GGUFReader(place / "f32.gguf"), GGUFWriter(place / "q4_0.gguf", "gemma3")
@@ -190,13 +190,13 @@ def qat(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         {},
         {"smooth": True},
         {"method": "nearest"},
-        {"target_bytes": 1 << 20},  # more than eight bits take, which would be less exact
+        {"target_bytes": 1 << 20},  # eight bits would be less exact
         {"precision": "int8", "block_size": 32},
     ],
     ids=["defaults", "smooth", "nearest", "target size", "int8"],
 )
 def test_from_q4_0_to_four_bits_and_nothing_lost(qat: tuple[Path, Bundle], settings: dict[str, object]) -> None:
-    """GGUF to float to INT4, with GPTQ, the search for scales and smoothing: every layer's weight is what it was."""
+    """From GGUF to float to INT4 with GPTQ, searched scales and smoothing, every layer's weight keeps its values."""
     imported, bundle = qat
     text = Text("random", np.random.default_rng(3).integers(0, 320, (2, 40)))
     chosen = Settings(**({"precision": "int4"} | settings), gate=Gate(9))  # type: ignore[arg-type]
@@ -227,8 +227,8 @@ def said_of_grids(bundle: Bundle, wish: Wish, block_size: int | None = None) -> 
 
 def test_notes_say_what_is_exact_and_what_would_be(qat: tuple[Path, Bundle], shared_bundle: Bundle) -> None:
     kept, said = said_of_grids(qat[1], INT4_WISH)
-    assert len(kept) == 16 and "16 of 16 products lie on a grid that int4 in blocks of 32 stores" in said
-    kept, said = said_of_grids(qat[1], INT8_WISH["auto"])  # blocks of up to 128; 96 inputs make blocks of 32
+    assert len(kept) == 16 and "16 of 16 products lie on a grid that int4 in blocks of 32 stores exactly" in said
+    kept, said = said_of_grids(qat[1], INT8_WISH["auto"])  # blocks of up to 128; 96 inputs allow blocks of 32
     assert kept == {f"model.layers.{i}.mlp.down_proj" for i in range(4)}
     assert "12 of 16 products lie on a 4-bit grid in blocks of 32" in said
     assert "--int4 --block-size 32 keeps their weights exactly" in said

@@ -1,4 +1,4 @@
-"""GPTQ: less error of what a product gives, exactly nearest rounding where nothing can be made up for, and no surprises."""
+"""GPTQ: a smaller error of the product's output, nearest rounding without correlations, and degenerate inputs."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SCHEMES = [
     Scheme(bits=4, block_size=64),
     Scheme(bits=8, block_size=32),
 ]
-OUTPUTS, INPUTS = 48, 256  # more inputs than are handed on together
+OUTPUTS, INPUTS = 48, 256  # more inputs than one group of columns
 
 
 def weight() -> np.ndarray:
@@ -21,7 +21,7 @@ def weight() -> np.ndarray:
 
 
 def correlated(rows: int = 600, seed: int = 1) -> np.ndarray:
-    """Activations of a few directions and a little noise, as a model's are."""
+    """Returns activations with a few directions and a little noise, like those of a model."""
     rng = np.random.default_rng(seed)
     directions = rng.normal(size=(24, INPUTS)) * np.linspace(3, 0.3, 24)[:, None]
     return (rng.normal(size=(rows, 24)) @ directions + 0.3 * rng.normal(size=(rows, INPUTS))).astype(np.float32)
@@ -39,7 +39,7 @@ def test_less_error_than_nearest_on_correlated_inputs(scheme: Scheme) -> None:
     for search in (False, True):
         nearest = quantize_nearest(weight(), scheme, search, np.diagonal(moments))
         assert output_error(x, made, scheme) < 0.5 * output_error(x, nearest, scheme)
-    # The control: moments of other inputs help these no more than nothing does.
+    # Negative control: moments of other inputs do not reduce the error.
     y = correlated(seed=3)[:, ::-1]
     other = quantize_gptq(weight(), y.T @ y, scheme)
     assert output_error(x, other, scheme) > 2 * output_error(x, made, scheme)
@@ -47,7 +47,7 @@ def test_less_error_than_nearest_on_correlated_inputs(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_with_nothing_to_make_up_for_it_is_nearest(scheme: Scheme) -> None:
-    """Channels that never vary together hand no errors on: grids and integers are those of the search."""
+    """Without correlations between channels, grids and integers equal those of the scale search."""
     power = np.random.default_rng(3).lognormal(size=INPUTS).astype(np.float32)
     made = quantize_gptq(weight(), np.diag(power), scheme)
     nearest = quantize_nearest(weight(), scheme, True, power)
@@ -55,7 +55,7 @@ def test_with_nothing_to_make_up_for_it_is_nearest(scheme: Scheme) -> None:
     for name, array in made.items():
         np.testing.assert_array_equal(array, nearest[name])
     moments = np.diag(power)
-    moments[0, 1] = moments[1, 0] = 0.9 * np.sqrt(power[0] * power[1])  # the control: two that do
+    moments[0, 1] = moments[1, 0] = 0.9 * np.sqrt(power[0] * power[1])  # negative control: two correlated channels
     changed = restored(quantize_gptq(weight(), moments, scheme), scheme) != restored(nearest, scheme)
     assert changed.any() and not changed[:, scheme.block_size :].any()
 
@@ -69,21 +69,21 @@ def test_same_input_same_integers() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 40])
 def test_moments_that_have_no_inverse(rows: int) -> None:
-    """Fewer inputs than channels, channels that were always 0, nothing at all: damping makes up for it."""
+    """Damping handles singular moments: fewer inputs than channels, channels that are always 0, and no inputs."""
     x = correlated(rows)
     x[:, 7] = 0
     for scheme in SCHEMES:
         made = quantize_gptq(weight(), x.T @ x, scheme)
         values = restored(made, scheme)
         assert np.isfinite(values).all()
-        assert np.abs(values[:, 7] - weight()[:, 7]).max() < 1  # a channel nobody saw is still about itself
+        assert np.abs(values[:, 7] - weight()[:, 7]).max() < 1  # an unused channel is still rounded normally
         if rows:
             nearest = quantize_nearest(weight(), scheme, True, np.diagonal(x.T @ x))
             assert output_error(x, made, scheme) < output_error(x, nearest, scheme)
 
 
 def test_a_channel_in_other_units_changes_nothing() -> None:
-    """The moments may be large or small: only how they compare matters."""
+    """Only the ratios of the moments matter, not their scale."""
     x = correlated()
     moments = (x.T @ x).astype(np.float32)
     made, scaled = (quantize_gptq(weight(), moments * np.float32(factor), SCHEMES[0]) for factor in (1, 2.0**-40))

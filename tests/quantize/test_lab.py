@@ -1,4 +1,4 @@
-"""A bundle taken apart: whole rows and single layers compute what the bundle computes, with exchanged weights too."""
+"""Instrumented runs: the whole graph and single layers compute the same as the bundle, also with replaced weights."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from slm.quantize.quality import Text
 from slm.quantize.statistics import root_mean_squares, second_moments
 from slm.runtime.decoder import OnnxDecoder
 
-# float32, the same sums in another order: weights that are inputs are not arranged in advance.
+# float32 sums in another order, because onnxruntime does not prepack weights that are inputs.
 SAME = 1e-5
 ROW = np.random.default_rng(11).integers(0, 320, 50)
 
@@ -34,7 +34,7 @@ def normed(stream: Stream, bundle: Bundle) -> Array:
 
 
 def with_weights(bundle: Bundle, weights: dict[str, Array], out: Path) -> Bundle:
-    """The bundle's graph built anew with some weights exchanged."""
+    """Returns a bundle with the same graph and some replaced weights."""
     stored = graph_tensors(bundle.model_path)
     makers = {name: (lambda name=name: weights.get(name.removesuffix(".weight"), stored[name])) for name in stored}
     (out / "onnx").mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_layer_after_layer_is_the_model(shared_bundle: Bundle) -> None:
         before, stream = stream, LayerLab(shared_bundle, linears, i).after(ROW, stream, {})
     found = normed(stream, shared_bundle)
     np.testing.assert_allclose(found, wanted, atol=10 * SAME * wanted.std())
-    assert np.abs(normed(before, shared_bundle) - wanted).max() > 0.1  # the control: one layer is missing
+    assert np.abs(normed(before, shared_bundle) - wanted).max() > 0.1  # negative control: one layer is missing
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
@@ -76,7 +76,7 @@ def test_exchanged_weights_change_what_they_should(shared_bundle: Bundle, tmp_pa
         wanted = OnnxDecoder(with_weights(shared_bundle, weights, tmp_path / linear.kind)).logits(ROW[None])[0]
         np.testing.assert_allclose(lab.predictions(ROW, weights), wanted, atol=10 * SAME * wanted.std())
         assert np.abs(wanted - plain).max() > 100 * SAME
-    np.testing.assert_array_equal(lab.predictions(ROW), plain)  # nothing of it stays
+    np.testing.assert_array_equal(lab.predictions(ROW), plain)  # the replacement does not persist
 
 
 def test_a_layer_with_exchanged_weights(shared_bundle: Bundle, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_layer_with_exchanged_weights(shared_bundle: Bundle, tmp_path: Path) -
 
 
 def test_what_goes_into_products(shared_bundle: Bundle) -> None:
-    """Whole and by layer alike; and the first product's input is the norm of the embedding, computed here."""
+    """Both kinds of runs return the same inputs, and the first product's input is the norm of the embedding."""
     groups = layers_of(shared_bundle)
     linears = [linear for group in groups for linear in group]
     whole = Lab(shared_bundle, linears).products_inputs(ROW, [linear.path for linear in linears])

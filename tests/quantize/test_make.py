@@ -1,4 +1,4 @@
-"""From a float bundle to a smaller one: the gate, the figures, and what is refused."""
+"""Quantization of a float bundle: the quality check, the figures, and rejected inputs."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ from slm.quantize.quality import Change, Text, calibration_text, measure, measur
 from slm.quantize.report import REPORT_FILE, Report, model_bytes
 from slm.runtime.decoder import OnnxDecoder
 
-# Kernel and numpy add up in another order: 1e-6 of logits around 1, through four layers.
+# The kernel and numpy sum in different orders: 1e-6 for logits around 1, through four layers.
 SAME_LOGITS = 1e-4
 OPEN = Gate(None)
 
@@ -55,7 +55,7 @@ def make(source: Bundle, out: Path, **settings: Any) -> tuple[Bundle, Report]:
 
 @pytest.fixture(scope="module")
 def made(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Bundle, Report]]:
-    """A bundle of each kind."""
+    """Returns a bundle of each kind."""
     home = tmp_path_factory.mktemp("made")
     wanted: dict[str, dict[str, Any]] = {
         "int8": {},
@@ -80,7 +80,7 @@ def int8_bundle(made: dict[str, tuple[Bundle, Report]]) -> Bundle:
 def test_the_bundle_multiplies_with_the_restored_weights(
     shared_bundle: Bundle, made: dict[str, tuple[Bundle, Report]], tmp_path: Path, kind: str
 ) -> None:
-    """With activations left in float, the bundle equals a float bundle whose weights were rounded in numpy."""
+    """With float activations, the bundle equals a float bundle whose weights were rounded in numpy."""
     bundle = made[kind][0]
     schemes = bundle.manifest.quantization.schemes  # type: ignore[union-attr]
     stored = graph_tensors(bundle.model_path)
@@ -89,7 +89,7 @@ def test_the_bundle_multiplies_with_the_restored_weights(
     def scaled(name: str) -> Array:
         values: Array = stored[name].copy()
         if name == wrong_name:
-            values[:4] *= np.float32(1.1)  # of all rows alike, the norm that follows would take it back
+            values[:4] *= np.float32(1.1)  # not all rows: the next norm would cancel a common factor
         return values
 
     logits = {}
@@ -105,7 +105,7 @@ def test_the_bundle_multiplies_with_the_restored_weights(
         (out / "config.json").write_bytes((shared_bundle.path / "config.json").read_bytes())
         logits[name] = OnnxDecoder(seal(out, shared_bundle.manifest)).logits(random_text(shared_bundle).rows)
     np.testing.assert_allclose(logits["float"], logits["integers"], atol=SAME_LOGITS)
-    assert np.abs(logits["wrong"] - logits["integers"]).max() > 10 * SAME_LOGITS  # a few scales of one layer
+    assert np.abs(logits["wrong"] - logits["integers"]).max() > 10 * SAME_LOGITS  # changes a few scales of one layer
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +119,7 @@ def test_what_is_recorded(shared_bundle: Bundle, made: dict[str, tuple[Bundle, R
     assert quality.perplexity_after == pytest.approx(quality.perplexity_before, rel=0.2 if int4 else 0.02)
     assert bundle.manifest.precision == ("int4" if int4 else "int8") and bundle.manifest.parity is None
     assert bundle.model_path.name == ("model_q4.onnx" if int4 else "model_quantized.onnx")
-    # The report is the manifest's and the files' figures.
+    # The report matches the manifest and the files.
     written = read_json(bundle.path / REPORT_FILE, "report")
     assert written["change"]["kl_nats"] == quality.kl_nats == report.change.kl_nats
     assert report.bytes_after == model_bytes(bundle) == sum(report.parts.values())
@@ -197,7 +197,7 @@ def test_smaller_blocks_are_more_exact(
 
 
 def test_the_gate_refuses_and_writes_nothing(shared_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(SlmError, match=r"moved by .* kept least well: model\.") as caught:
+    with pytest.raises(SlmError, match=r"KL divergence .* least accurate layers: model\.") as caught:
         make(shared_bundle, tmp_path / "b", gate=Gate(1e-7))
     assert caught.value.hint is not None and "--prefer quality" in caught.value.hint and "--max-kl" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
@@ -206,11 +206,11 @@ def test_the_gate_refuses_and_writes_nothing(shared_bundle: Bundle, tmp_path: Pa
 def test_the_gate() -> None:
     change = Change(10, 0.01, 1.0, 1.0, 10.0, 10.3)
     assert Gate(None).refuses(change) is None and Gate(0.01).refuses(change) is None
-    assert "allowed 0.009" in str(Gate(0.009).refuses(change))
+    assert "limit 0.009" in str(Gate(0.009).refuses(change))
     assert Gate(None, 0.031).refuses(change) is None
-    assert "grew by 3.0%" in str(Gate(None, 0.029).refuses(change))
+    assert "increase 3.0%" in str(Gate(None, 0.029).refuses(change))
     for nothing in (Change(10, float("nan"), 1.0, 1.0, 10.0, 10.3), Change(10, 0.01, 1.0, 1.0, 10.0, float("nan"))):
-        assert Gate(0.02, 0.5).refuses(nothing) is not None  # what is no number is refused
+        assert Gate(0.02, 0.5).refuses(nothing) is not None  # NaN is rejected
 
 
 def test_a_broken_quantizer_does_not_pass_the_default_gate(
@@ -225,7 +225,7 @@ def test_a_broken_quantizer_does_not_pass_the_default_gate(
         return arrays | {"weight_quantized": np.roll(arrays["weight_quantized"], 1, axis=-1)}
 
     monkeypatch.setattr(rounding, "quantize_nearest", off_by_one)
-    with pytest.raises(SlmError, match="moved by"):
+    with pytest.raises(SlmError, match="quality check failed: KL divergence"):
         make(shared_bundle, tmp_path / "b", gate=GATES["int8"])
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +234,7 @@ def test_a_broken_quantizer_does_not_pass_the_default_gate(
 def uneven(
     shared_checkpoint: Path, shared_bundle: Bundle, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
-    """The same model with one channel of what goes into every layer's products a few hundred times as large as the others."""
+    """Returns the same model with one input channel of every layer's products a few hundred times larger than the others."""
 
     home = tmp_path_factory.mktemp("uneven")
     model, config = load_checkpoint(shared_checkpoint), shared_bundle.config
@@ -253,19 +253,17 @@ def uneven(
 
 
 def test_a_bad_setting_is_stopped_and_smoothing_makes_it_a_good_one(uneven: Bundle, tmp_path: Path) -> None:
-    """One scale for all channels of a token, of which one is far larger than the others."""
-    with pytest.raises(SlmError, match="moved by"):
+    """A token with one much larger channel has a bad common scale. Smoothing fixes it."""
+    with pytest.raises(SlmError, match="quality check failed: KL divergence"):
         make(uneven, tmp_path / "b", dynamic=True, smooth=False, gate=GATES["int8"])
     assert list(tmp_path.iterdir()) == []
-    bundle, report = make(
-        uneven, tmp_path / "b", dynamic=True, gate=GATES["int8"]
-    )  # smooths because it measures better
+    bundle, report = make(uneven, tmp_path / "b", dynamic=True, gate=GATES["int8"])  # chooses smoothing by measurement
     assert report.settings["smoothing"] and bundle.manifest.quantization.smoothing  # type: ignore[union-attr]
     assert report.change.kl_nats < 0.01
 
 
 def test_dynamic_rows_do_not_depend_on_each_other(made: dict[str, tuple[Bundle, Report]]) -> None:
-    """With one scale for a whole tensor, what a row gives would depend on the largest value of its neighbours."""
+    """The result of a row does not depend on other rows, because each token has its own scale."""
     bundle = made["int8-dynamic"][0]
     decoder = OnnxDecoder(bundle, threads=1)
     rows = random_text(bundle).rows
@@ -280,7 +278,7 @@ def test_dynamic_rows_do_not_depend_on_each_other(made: dict[str, tuple[Bundle, 
 def test_one_scale_a_tensor_would_be_noticed(
     shared_bundle: Bundle, made: dict[str, tuple[Bundle, Report]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other half of that test: with the largest value of all rows for each, rows do depend on each other."""
+    """Negative control of the previous test: with one scale for all rows, rows depend on each other."""
     from slm.export.graph import formats
     from slm.export.graph.builder import Op, Value, fused
 
@@ -321,7 +319,7 @@ def test_mixed_precision_keeps_a_target_size(
     assert report.change.kl_nats < made["int4-size"][1].change.kl_nats
     tried = {each.path: each.harm_nats for each in report.tensors if each.harm_nats is not None}
     assert len(tried) == 16 and max(tried.values()) > 0
-    with pytest.raises(SlmError, match="at the fewest bits"):
+    with pytest.raises(SlmError, match="the weights take at least"):
         make(shared_bundle, tmp_path / "c", precision="int4", target_bytes=least // 2)
     assert not (tmp_path / "c").exists()
 
@@ -342,11 +340,11 @@ def test_mixed_precision_keeps_a_divergence(
 def test_what_cannot_be_quantized_is_refused(
     shared_checkpoint: Path, shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path
 ) -> None:
-    with pytest.raises(SlmError, match="int8 already"):
+    with pytest.raises(SlmError, match="is already int8"):
         make(int8_bundle, tmp_path / "b")
-    with pytest.raises(SlmError, match="blocks of 128") as caught:
+    with pytest.raises(SlmError, match="the block size 128") as caught:
         make(shared_bundle, tmp_path / "b", block_size=128)
-    assert caught.value.hint == "--block-size 64 fits it"
+    assert caught.value.hint == "use --block-size 64"
     with pytest.raises(SlmError, match="is the bundle to quantize"):
         make(shared_bundle, shared_bundle.path)
     with pytest.raises(SlmError, match="portable bundle"):
@@ -355,7 +353,7 @@ def test_what_cannot_be_quantized_is_refused(
 
 
 def test_files_with_several_names_are_refused_in_a_line(shared_bundle: Bundle, tmp_path: Path) -> None:
-    """onnx_ir reads none: another name may lead where a bundle's owner may not write."""
+    """onnx_ir does not read hard links, which can point to a file that the bundle's owner cannot write."""
     shutil.copytree(shared_bundle.path, tmp_path / "copy")
     (data,) = (tmp_path / "copy").rglob("*_data")
     os.link(data, tmp_path / "other")
@@ -405,7 +403,7 @@ def test_int8_caches_take_a_quarter_and_cost_little(shared_bundle: Bundle, int8_
     for decoder in decoders:
         decoder.read(text.rows[0].tolist())
     assert decoders[0].buffers.bytes == 4 * decoders[1].buffers.bytes
-    # Measured 0.0008 against 0.0001 for the weights alone, on random weights and random tokens.
+    # Measured: 0.0008 nats, and 0.0001 for the weights alone, with random weights and random tokens.
     assert int8_bundle.manifest.quality is not None
     assert int8_bundle.manifest.quality.kl_nats < report.change.kl_nats < 0.01
 
@@ -419,12 +417,12 @@ def test_int8_caches_with_wrong_steps_are_noticed(
     monkeypatch.setattr(
         decide, "cache_steps", lambda *args: {name: steps / 20 for name, steps in measured(*args).items()}
     )
-    with pytest.raises(SlmError, match="the predictions moved"):
+    with pytest.raises(SlmError, match="quality check failed: KL divergence"):
         make(shared_bundle, tmp_path / "b", cache="int8", gate=GATES["int8"])
 
 
 def test_a_report_of_an_older_bundle_does_not_stay(shared_bundle: Bundle, tmp_path: Path) -> None:
-    """Quantizing over a quantized bundle replaces all of it."""
+    """Quantization replaces all files of an existing quantized bundle."""
     first = make(shared_bundle, tmp_path / "b")[1]
     second = make(shared_bundle, tmp_path / "b", precision="int4", prefer="size")[1]
     written = read_json(tmp_path / "b" / REPORT_FILE, "report")

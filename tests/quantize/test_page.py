@@ -1,4 +1,4 @@
-"""The pages: complete, self-contained, nothing outside its plot, and what they show is what was measured."""
+"""The HTML reports are complete and self-contained, plots stay in their frames, and figures match the measurements."""
 
 import re
 from dataclasses import replace
@@ -21,7 +21,7 @@ _EMPTY = {"meta", "br"}
 
 
 class Checker(HTMLParser):
-    """Notes tags that are not closed, and everything that a browser would fetch."""
+    """Collects unclosed tags, and references that a browser would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def checked(page: str) -> Checker:
 
 
 def drawn(svg: str) -> ElementTree.Element:
-    """The plot, everything of it within its frame."""
+    """Parses a plot and checks that all elements are within its frame."""
     root = ElementTree.fromstring(svg)
     _, _, width, height = (float(value) for value in root.attrib["viewBox"].split())
     for each in root.iter():
@@ -83,7 +83,7 @@ def made(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def test_the_page_of_a_quantization(made: tuple[Bundle, Report]) -> None:
     bundle, report = made
-    assert PAGE_FILE in bundle.manifest.files  # sealed like everything else
+    assert PAGE_FILE in bundle.manifest.files  # sealed like the other files
     page = (bundle.path / PAGE_FILE).read_text(encoding="utf-8")
     assert page == report_page(report)
     text = checked(page).text
@@ -94,14 +94,14 @@ def test_the_page_of_a_quantization(made: tuple[Bundle, Report]) -> None:
         report.in_words,
         *report.parts,
         *[each.path for each in report.tensors],
-        "Harm, by layer",
+        "Sensitivity by layer",
     ):
         assert figure in text, figure
     plots = [drawn(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
-    assert len(plots) == 1 + 4 + 4  # bytes; signal over error and harm of each kind of product
+    assert len(plots) == 1 + 4 + 4  # sizes; signal-to-noise ratio and sensitivity of each kind of product
     layers = bundle.config.num_hidden_layers
     assert [len(plot.findall("rect")) for plot in plots] == [4, *[layers] * 8]
-    # The height of a bar is the value, from a common 0.
+    # The height of a bar is proportional to its value.
     for kind, plot in zip(("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), plots[1:5], strict=True):
         values = [each.snr_db for each in report.tensors if each.path.endswith(f".{kind}")]
         heights = [float(bar.attrib["height"]) for bar in plot.findall("rect")]
@@ -112,7 +112,7 @@ def test_without_harm_there_is_no_such_part(made: tuple[Bundle, Report]) -> None
     report = made[1]
     plain = replace(report, tensors=tuple(replace(each, harm_nats=None) for each in report.tensors))
     page = report_page(plain)
-    assert "Harm, by layer" not in checked(page).text and len(re.findall("<svg", page)) == 5
+    assert "Sensitivity by layer" not in checked(page).text and len(re.findall("<svg", page)) == 5
 
 
 def test_names_do_no_harm(made: tuple[Bundle, Report]) -> None:
@@ -142,7 +142,7 @@ def test_points() -> None:
     assert at["a"][0] < at["b"][0] < at["no divergence at all"][0] and at["a"][1] < at["b"][1]
     assert at["no divergence at all"][1] >= at["b"][1]
     labels = [each.text for each in root.findall("text")]
-    assert "3, 1" in labels and "2" in labels  # what lies together is named together
+    assert "3, 1" in labels and "2" in labels  # overlapping points share a label
     assert len(root.findall("polyline")) == 1
     drawn(points([Point("1", 3.0, 0.1, True, "alone")], "MB", "nats", "one"))
     drawn(points([], "MB", "nats", "none"))

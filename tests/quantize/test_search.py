@@ -1,4 +1,4 @@
-"""Mixed precision: budgets are kept, the choice is the same every time, and harm is what a measurement gives."""
+"""Mixed precision: budgets are kept, the choice is deterministic, and sensitivities equal a direct measurement."""
 
 from pathlib import Path
 
@@ -38,9 +38,9 @@ def test_bytes_are_kept() -> None:
     for budget in range(least, most + 1, 4001):
         schemes = choose(LINEARS, LOW, HIGH, HARM, Budget(bytes=budget))
         assert bytes_of(LINEARS, schemes) <= budget
-        assert schemes["embed"] == LOW["embed"]  # no choice was given there
+        assert schemes["embed"] == LOW["embed"]  # has no choice
         left.append(sum(HARM[path] for path in HARM if path not in high_ones(schemes)))
-        # what is left over would not pay for another one
+        # the rest of the budget is too small for another product
         cheapest = min(
             (
                 bytes_of([linear], HIGH) - bytes_of([linear], LOW)
@@ -56,7 +56,7 @@ def test_bytes_are_kept() -> None:
 
 @pytest.mark.parametrize("together", [0.7, 1.0, 1.8])
 def test_a_divergence_is_kept_although_harms_do_not_add_up(together: float) -> None:
-    """Expected harm is off by a factor; what is measured decides."""
+    """If the expected divergence is wrong by a factor, the measured divergence decides."""
     asked: list[float] = []
 
     def moved(schemes: dict[str, Scheme]) -> float:
@@ -71,7 +71,7 @@ def test_a_divergence_is_kept_although_harms_do_not_add_up(together: float) -> N
         assert len(asked) <= 6
         bits.append(sum(scheme.bits for scheme in schemes.values()))
     assert bits == sorted(bits, reverse=True) and bits[0] > bits[-1]
-    assert schemes == LOW and len(asked) == 2  # what is good enough at once is measured once
+    assert schemes == LOW and len(asked) == 2  # a sufficient first choice is measured once
     none = choose(LINEARS, LOW, HIGH, HARM, Budget(kl_nats=0.0))
     assert within_kl(LINEARS, LOW, HIGH, HARM, 0.1, lambda schemes: 9.0) == none
 
@@ -81,7 +81,7 @@ def test_harm_is_kept_within() -> None:
         high = high_ones(choose(LINEARS, LOW, HIGH, HARM, Budget(kl_nats=budget)))
         left = sum(HARM[path] for path in HARM if path not in high)
         assert left <= budget + 1e-12
-        # the last one given was needed
+        # the last product was necessary
         assert not high or left + max(HARM[path] for path in high) > budget
     assert high_ones(choose(LINEARS, LOW, HIGH, HARM, Budget(kl_nats=0.2))) == set()
 
@@ -91,16 +91,16 @@ def test_most_harm_for_its_bytes_goes_first() -> None:
     order = sorted(ratio, key=lambda path: -ratio[path])
     high = high_ones(choose(LINEARS, LOW, HIGH, HARM, Budget(kl_nats=0.05)))
     assert high == set(order[: len(high)]) and high
-    # the same however the products come
+    # does not depend on the order of the products
     for seed in range(5):
         mixed = [LINEARS[i] for i in np.random.default_rng(seed).permutation(len(LINEARS))]
         assert high_ones(choose(mixed, LOW, HIGH, HARM, Budget(kl_nats=0.05))) == high
 
 
 def test_a_budget_that_cannot_be_kept() -> None:
-    with pytest.raises(SlmError, match="at the fewest bits") as caught:
+    with pytest.raises(SlmError, match="the weights take at least") as caught:
         choose(LINEARS, LOW, HIGH, HARM, Budget(bytes=bytes_of(LINEARS, LOW) - 1))
-    assert caught.value.hint == "a larger --target-size"
+    assert caught.value.hint == "choose a larger --target-size"
 
 
 @pytest.mark.parametrize("wish", [INT8["auto"], INT8["quality"], INT4, INT8_DYNAMIC])
@@ -113,7 +113,7 @@ def test_schemes_fit(shared_bundle: Bundle, wish: object) -> None:
         arrays = quantize_nearest(np.ones((linear.outputs, linear.inputs), np.float32), scheme)
         assert sum(array.nbytes for array in arrays.values()) == scheme.bytes(linear.outputs, linear.inputs)
         assert scheme.dynamic == (wish is INT8_DYNAMIC and linear.layer is not None)
-        if not scheme.dynamic:  # the largest that fits and is not larger than wished
+        if not scheme.dynamic:  # the largest block size that fits, up to the preferred one
             wished = (wish.vocabulary if linear.layer is None else wish.layers).block_size  # type: ignore[attr-defined]
             assert scheme.block_size == max(
                 size for size in BLOCK_SIZES if size <= wished and linear.inputs % size == 0
@@ -124,10 +124,10 @@ def test_blocks_that_do_not_fit() -> None:
     odd = [Linear("odd", "o_proj", 8, 40, 0)]
     with pytest.raises(SlmError, match="odd has 40 inputs") as caught:
         schemes_of(odd, INT4)
-    assert caught.value.hint == "blocks need multiples of 16"
-    with pytest.raises(SlmError, match="blocks of 128") as caught:
+    assert caught.value.hint == "quantization needs a multiple of 16 inputs"
+    with pytest.raises(SlmError, match="the block size 128") as caught:
         schemes_of([Linear("small", "o_proj", 8, 96, 0)], INT4, 128)
-    assert caught.value.hint == "--block-size 32 fits it"
+    assert caught.value.hint == "use --block-size 32"
 
 
 def test_harm_is_what_a_measurement_gives(shared_bundle: Bundle, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_harm_is_what_a_measurement_gives(shared_bundle: Bundle, tmp_path: Path)
         save_graph(model, out / "onnx" / "model.onnx")
         changed = OnnxDecoder(Bundle(out, shared_bundle.manifest, shared_bundle.config))
         change = measure(OnnxDecoder(shared_bundle), changed, text, Silent())
-        # Differences of float32 logarithms: 1e-7 of each, against harms of 1e-4 and more.
+        # The error of float32 logarithms is 1e-7; divergences are at least 1e-4.
         assert harm[linear.path] == pytest.approx(change.kl_nats, rel=0.02, abs=1e-6)
         assert change.kl_nats > 1e-5
-    assert max(harm.values()) > 1.5 * min(harm.values())  # the control: they can be told apart
+    assert max(harm.values()) > 1.5 * min(harm.values())  # negative control: the values differ

@@ -1,4 +1,4 @@
-"""Smoothing: the model computes the same, what was done can be told and undone, and a wrong factor is noticed."""
+"""Smoothing: the model computes the same, factors can be recovered and reverted, and a wrong factor is detected."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from slm.quantize.smoothing import Smoothing, smoothing, smoothing_between
 from slm.quantize.statistics import root_mean_squares
 from slm.runtime.decoder import OnnxDecoder
 
-# Factors are rounded to float32 like weights: as far off as another order of adding up, 1e-6 of logits around 1.
+# Products with factors are rounded to float32, which has the effect of another order of sums: 1e-6 for logits around 1.
 SAME_LOGITS = 2e-5
 
 
@@ -41,7 +41,7 @@ def logits_with(bundle: Bundle, tensors: Mapping[str, Array], out: Path) -> Arra
 
 
 def with_factor(given: Smoothing, name: str, rows: bool, channel: int, factor: float) -> Smoothing:
-    """The same with one factor changed on one side alone."""
+    """Returns the smoothing with one factor changed on one side only."""
     side = dict(given.rows if rows else given.columns)
     side[name] = side[name].copy()
     side[name][channel] *= np.float32(factor)
@@ -73,18 +73,18 @@ def test_factors_do_something(shared_bundle: Bundle, found: Smoothing) -> None:
         eighths = np.log2(factors) * 8
         np.testing.assert_allclose(eighths, np.rint(eighths), atol=1e-4)
         assert len(set(factors.tolist())) > 2, name
-    # keys and queries are normed after their product, and are left alone
+    # queries and keys are not smoothed, because a norm follows their product
     config = shared_bundle.config
     untouched = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     assert (found.rows["model.layers.0.self_attn.qkv_proj.weight"][:untouched] == 1).all()
-    # heads of a group share their values' factors
+    # query heads of a group share the factors of their value head
     o = found.columns["model.layers.0.self_attn.o_proj.weight"].reshape(config.num_attention_heads, -1)
     np.testing.assert_array_equal(o[0], o[1])
     assert (o[1] != o[2]).any()
 
 
 def test_smoothing_evens_activations_out(shared_bundle: Bundle) -> None:
-    """A channel 64 times as large as the others is brought down, and is measured so afterwards."""
+    """Smoothing reduces a channel that is 64 times larger than the others, which a new measurement confirms."""
     config = shared_bundle.config
     layers = [linear for linear in linears_of(config) if linear.layer is not None]
     rms = {linear.path: np.ones(linear.inputs, np.float32) for linear in layers}
@@ -130,7 +130,7 @@ def test_factors_are_found_exactly(shared_bundle: Bundle, found: Smoothing, sche
         assert side.keys() == wanted.keys()
         for name, factors in wanted.items():
             np.testing.assert_array_equal(side[name], factors, err_msg=name)
-    # The control: another factor is told from the right one.
+    # Negative control: a wrong factor is detected.
     name = "model.layers.2.mlp.gate_up_proj.weight"
     wrong = with_factor(found, name, True, -1, 2 ** (1 / 8))
     wrong = with_factor(wrong, "model.layers.2.mlp.down_proj.weight", False, -1, 2 ** (1 / 8))
@@ -139,7 +139,7 @@ def test_factors_are_found_exactly(shared_bundle: Bundle, found: Smoothing, sche
 
 
 def test_factors_are_found_behind_more_noise(shared_bundle: Bundle, found: Smoothing) -> None:
-    """A tenth of what each row's weights are large, as GPTQ leaves behind in 4 bits. The control: half of it hides some."""
+    """Factors are recovered with noise of a tenth of each row, as from 4-bit GPTQ. Negative control: noise of a half."""
     tensors = graph_tensors(shared_bundle.model_path)
     smooth, rng = found.apply(tensors), np.random.default_rng(0)
 

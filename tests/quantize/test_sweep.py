@@ -1,4 +1,4 @@
-"""Sweeps: every trial is what `slm quantize` would make, the frontier is one, and a second run goes on."""
+"""Sweeps: trials match `slm quantize`, the frontier is Pareto-optimal, and a second run continues."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ FEW = {
 
 
 class Notes(Silent):
-    """Remembers what was said."""
+    """Records notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -54,8 +54,8 @@ def run(source: Bundle, out: Path, seed: int = 5) -> tuple[Sweep, list[str]]:
 def test_trials_are_what_quantize_makes(shared_bundle: Bundle, tmp_path: Path) -> None:
     sweep, notes = run(shared_bundle, tmp_path / "sweep")
     assert [trial.options for trial in sweep.trials] == [INT8, INT4]
-    assert "do not divide into blocks of 128" in sweep.skipped["--int8 --block-size 128 --smooth"]
-    assert any("left out" in note for note in notes)
+    assert "not a multiple of the block size 128" in sweep.skipped["--int8 --block-size 128 --smooth"]
+    assert any("skipped" in note for note in notes)
     for trial in sweep.trials:
         settings = FEW[trial.options]
         shut = Settings(**settings.__dict__ | {"gate": Gate(None)})
@@ -64,9 +64,9 @@ def test_trials_are_what_quantize_makes(shared_bundle: Bundle, tmp_path: Path) -
         assert trial.change == report.change and trial.bytes == report.bytes_after
         assert trial.decode_ratio > 0 and trial.decided["products"] == report.settings["products"]
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [SWEEP_PAGE, SWEEP_FILE]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "sweep"]  # and no trial's
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "sweep"]  # no temporary bundle remains
     written = read_json(tmp_path / "sweep" / SWEEP_FILE, "sweep")
-    assert written["frontier"]["size"] == [INT8, INT4]  # one is better, the other smaller
+    assert written["frontier"]["size"] == [INT8, INT4]  # one is more accurate, the other smaller
     page = (tmp_path / "sweep" / SWEEP_PAGE).read_text(encoding="utf-8")
     assert page.count("<circle") == 4 and "in 2 ways" in page and INT4 in page and "http" not in page
 
@@ -80,8 +80,8 @@ def test_a_second_run_keeps_what_was_tried(
     monkeypatch.setattr(module, "_try", lambda *given: (tried.append(given[2]), original(*given))[1])
     second, notes = run(shared_bundle, tmp_path / "sweep")
     assert second.trials == first.trials and INT8 not in tried and INT4 not in tried
-    assert any("2 of 3 were tried before" in note for note in notes)
-    run(shared_bundle, tmp_path / "sweep", seed=8)  # another text: everything anew
+    assert any("reusing 2 of 3 trials" in note for note in notes)
+    run(shared_bundle, tmp_path / "sweep", seed=8)  # another text repeats all trials
     assert {INT8, INT4} <= set(tried)
 
 
@@ -98,7 +98,7 @@ def test_ctrl_c_keeps_what_was_finished(shared_bundle: Bundle, tmp_path: Path, m
     monkeypatch.setattr(module, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(shared_bundle, tmp_path / "sweep")
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]  # the trial's directory is gone
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]  # the temporary bundle was removed
     assert [trial["options"] for trial in read_json(tmp_path / "sweep" / SWEEP_FILE, "sweep")["trials"]] == [INT8]
     sweep, notes = run(shared_bundle, tmp_path / "sweep")
     assert [trial.options for trial in sweep.trials] == [INT8, INT4] and "1 of 3" in notes[0]
@@ -134,7 +134,7 @@ def test_the_frontier() -> None:
 
 
 def test_options_say_what_settings_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each name, typed after `slm quantize`, gives exactly the settings that it stands for."""
+    """The options of each trial, parsed by `slm quantize`, produce the trial's settings."""
     import importlib
 
     from slm.cli.quantize import quantize
