@@ -294,7 +294,7 @@ def _compare(written: GgufModel, source: _Source, progress: Progress) -> float:
             difference, allowed = _difference(array, written.read(name), is_norm(name), written.stored_as(name))
             progress.advance()
             if not difference <= allowed:
-                raise SlmError(f"the GGUF file's {name} is off by {difference:.2g}, allowed {allowed:.1g}", nothing)
+                raise SlmError(f"the GGUF file's {name} differs by {difference:.2g} (limit {allowed:.1g})", nothing)
             largest = max(largest, difference)
     finally:
         progress.finish()
