@@ -32,8 +32,8 @@ class Adapter:
 
     Attributes:
         name: The adapter's name in requests and messages.
-        arrays: float32 by input: A (1, K, r) and B (1, r, N), with the scale included. A product that the adapter does
-            not change has no entry.
+        arrays: float32 by input: A (1, K, r) and B (1, r, N), with the scale included. A product that the adapter does not
+            change has no entry.
     """
 
     name: str
@@ -89,11 +89,11 @@ def read_adapter(path: Path, bundle: Bundle) -> Adapter:
         arrays = {name: value.numpy().copy() for name, value in parameters.items()}
         made_for = int(file.get_model_version())
     except Exception as error:  # onnxruntime's exceptions share no narrower base class
-        raise SlmError(f"{path} is no adapter that onnxruntime reads ({str(error).splitlines()[0]})") from None
+        raise SlmError(f"{path} is not an adapter that onnxruntime can read ({str(error).splitlines()[0]})") from None
     base = model_version(bundle.manifest.provenance.get("weights_sha256"))
     if made_for and base and made_for != base:
         raise SlmError(
-            f"{path} is for other weights than {bundle.path} was exported from", "name the bundle of its own base"
+            f"{path} was made for other weights than those of {bundle.path}", "use the bundle of the adapter's base"
         )
     return checked(Adapter(path.stem, arrays), bundle, path)
 
@@ -113,7 +113,9 @@ def checked(adapter: Adapter, bundle: Bundle, path: Path) -> Adapter:
         other = name[:-1] + ("B" if name.endswith("A") else "A")
         axis = 1 if name.endswith("A") else 2
         if name not in sizes or other not in adapter.arrays:
-            raise SlmError(f"{path} has {name}, for which {bundle.path} has no slot", "it was made for another model")
+            raise SlmError(
+                f"{path} has {name}, for which {bundle.path} has no slot", "the adapter belongs to another model"
+            )
         if array.ndim != 3 or array.dtype != np.float32 or len(array) != 1 or array.shape[axis] != sizes[name]:
             raise SlmError(
                 f"{path}: {name} is {array.dtype} {array.shape}, and the slot takes {sizes[name]:,} channels"
@@ -134,12 +136,10 @@ def check_slots_of(bundle: Bundle) -> None:
     if not bundle.manifest.adapter_slots:
         raise SlmError(
             f"{bundle.path} has no slots for adapters",
-            "slm export --onnx --adapter-slots makes one that has; or merge: slm export --onnx --adapter DIR",
+            "export one with slots: slm export --onnx --adapter-slots; or merge: slm export --onnx --adapter DIR",
         )
 
 
 def model_version(weights_sha256: object) -> int:
-    """Returns the number that identifies a base model in an adapter file: 31 bits of its hash, or 0 if it is
-    unknown.
-    """
+    """Returns the number that identifies a base model in an adapter file: 31 bits of its hash, or 0 if it is unknown."""
     return int(str(weights_sha256)[:8], 16) & 0x7FFF_FFFF if weights_sha256 else 0

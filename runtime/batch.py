@@ -1,9 +1,9 @@
 """Several texts at once on one bundle: prompts are read one at a time, decoding steps run together.
 
-A step reads the weights once for all rows, and reading weights takes most of a step's time. A row's logits are
-bit-identical to those of the row alone in float32, and with INT8 weights in blocks of at most 64 (on AVX-512 VNNI, with
-no more threads than heads). In blocks of 128 the kernel sums a single row in another order, and the rounding of
-activations amplifies the difference.
+A step reads the weights once for all rows, and reading weights takes most of a step's time. A row's logits are bit-identical
+to those of the row alone in float32, and with INT8 weights in blocks of at most 64 (on AVX-512 VNNI, with no more threads
+than heads). In blocks of 128 the kernel sums a single row in another order, and the rounding of activations amplifies the
+difference.
 
 Dimensions: B batch, T positions, V vocabulary.
 """
@@ -92,8 +92,8 @@ class Slot(DecoderAround):
 class Batch:
     """Slots for texts, on one slab of buffers (slots, K, C, H) per layer.
 
-    With past positions the graph takes several tokens of one row, or one token of several rows. A prompt is read
-    through a view of its row. A step uses a view of the first rows, and the rows that step are moved there first.
+    With past positions the graph takes several tokens of one row, or one token of several rows. A prompt is read through a
+    view of its row. A step uses a view of the first rows, and the rows that step are moved there first.
 
     Attributes:
         decoder: The bundle's decoder. The batch does not touch the decoder's own caches.
@@ -105,7 +105,7 @@ class Batch:
         caches = decoder.caches(slots)
         if not isinstance(caches, KVBuffers):
             raise SlmError(
-                f"{decoder.bundle.path} is a portable bundle, which reads one text at a time", "export a fused one"
+                f"{decoder.bundle.path} is a portable bundle, which reads one text at a time", "export a fused bundle"
             )
         self.decoder = decoder
         self.slots = slots

@@ -26,8 +26,8 @@ from slm.runtime.streaming import greedy
 
 # Tokens of the warm-up, which starts threads and allocates memory.
 _WARM_UP = 4
-# A probe reads at least this many bytes, in several passes if necessary: threads that wake up on the same core need a
-# few milliseconds to spread over the cores.
+# A probe reads at least this many bytes, in several passes if necessary: threads that wake up on the same core need a few
+# milliseconds to spread over the cores.
 _PROBE_BYTES = 2 << 30
 # More bytes measure the same memory speed; with fewer, the time of calls exceeds the time of reading.
 _LARGEST_PROBE = 1 << 30
@@ -119,9 +119,9 @@ class Rows(Protocol):
 class OnnxRows:
     """Rows of a bundle in the state that they have after a prompt.
 
-    Buffers have the length that they have after a prompt, and are filled with ones. The values do not affect the time,
-    but memory that was never written does, because the system maps all of it to one page of zeros. Growing caches
-    (portable target) are filled by reading tokens.
+    Buffers have the length that they have after a prompt, and are filled with ones. The values do not affect the time, but
+    memory that was never written does, because the system maps all of it to one page of zeros. Growing caches (portable
+    target) are filled by reading tokens.
     """
 
     def __init__(self, decoder: OnnxDecoder, case: Case, new: int) -> None:
@@ -161,8 +161,8 @@ def onnx_rows(decoder: OnnxDecoder) -> MakeRows:
 def weight_bytes_read(bundle: Bundle) -> int:
     """Returns the bytes of weights that one step of a bundle reads, independent of the number of rows.
 
-    These are all weights stored beside the graph, except rotation tables and an untied embedding: a step reads one row
-    of each.
+    These are all weights stored beside the graph, except rotation tables and an untied embedding: a step reads one row of
+    each.
     """
     manifest, config = bundle.manifest, bundle.config
     beside = (
@@ -207,8 +207,8 @@ def cache_bytes_read(layers: Sequence[CacheLayer], positions: int) -> int:
 class ReadProbe:
     """Measures the read speed of memory with several threads.
 
-    The probe reads as many bytes as a step, so that both use the same level of memory: the processor caches of a server
-    hold a whole small model.
+    The probe reads as many bytes as a step, so that both use the same level of memory: the processor caches of a server hold
+    a whole small model.
     """
 
     def __init__(self, size: int, threads: int) -> None:

@@ -17,8 +17,8 @@ from slm.core.rewind import check_rewind
 from slm.runtime.memory import Array, Buffer, HostBuffer, Located, Place
 
 # Buffers of global layers start at this length and grow in multiples of it, by at least a quarter, so that a short
-# completion does not pay for the longest context. Up to 32,768 positions at the 270M shape, all copies together take
-# 0.7 s of several minutes; doubling would take 0.3 s and up to 1.56 times the memory.
+# completion does not pay for the longest context. Up to 32,768 positions at the 270M shape, all copies together take 0.7 s
+# of several minutes; doubling would take 0.3 s and up to 1.56 times the memory.
 FIRST_CAPACITY = 256
 
 
@@ -37,9 +37,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class CachedRow:
-    """A copy of one row's buffers (K, positions, H): all positions of global layers, the last ones of sliding
-    layers.
-    """
+    """A copy of one row's buffers (K, positions, H): all positions of global layers, the last ones of sliding layers."""
 
     extent: Extent
     arrays: Mapping[tuple[int, Side], Array]
@@ -53,8 +51,8 @@ class CachedRow:
 class KVBuffers:
     """One pair of buffers (B, K, C, H) per layer, bound as past and as present at the same time.
 
-    The capacity of a sliding layer is its window plus some slack, whatever the context. The capacity of a global layer
-    grows with the sequence. Positions after the resident ones hold arbitrary but finite values.
+    The capacity of a sliding layer is its window plus some slack, whatever the context. The capacity of a global layer grows
+    with the sequence. Positions after the resident ones hold arbitrary but finite values.
 
     Attributes:
         growths: How often the buffers were replaced by longer ones. A replacement invalidates earlier bindings.
@@ -83,9 +81,7 @@ class KVBuffers:
         return length <= self._length
 
     def reserve(self, length: int, rows: int | None = None) -> None:
-        """Makes room for sequences of this length. Keeps the cached positions of the first `rows` rows, by default
-        of all.
-        """
+        """Makes room for sequences of this length. Keeps the cached positions of the first `rows` rows, by default of all."""
         if self.fits(length):
             return
         length = max(length, self._length + self._length // 4)
@@ -105,7 +101,8 @@ class KVBuffers:
         except (MemoryError, ValueError):  # np.zeros raises ValueError for sizes beyond the address space
             size = math.prod(shape) * np.dtype(layer.dtype).itemsize / 2**30
             raise SlmError(
-                f"no memory for caches: {size:,.1f} GiB for a layer's keys alone", "fewer slots, or a shorter context"
+                f"not enough memory for caches: the keys of one layer take {size:,.1f} GiB",
+                "use fewer slots or a shorter context",
             ) from None
         if old is not None:
             array[:rows, :, : old.shape[2]] = old.read(slice(rows), 0, old.shape[2])
@@ -140,8 +137,8 @@ class KVBuffers:
     def row(self, index: int) -> "KVBuffers":
         """Returns one row as buffers of its own, on the same memory until one of the two grows.
 
-        With past positions the graph takes several tokens of only one row at a time: a prompt is read through such a
-        view, and all rows take single-token steps together.
+        With past positions the graph takes several tokens of only one row at a time: a prompt is read through such a view,
+        and all rows take single-token steps together.
         """
         return self.rows(index, index + 1)
 
@@ -198,8 +195,8 @@ class KVBuffers:
         """Forgets the positions of a row from `length` on. Returns the row's new extent.
 
         The graph expects the rows of a sliding buffer where reading exactly these positions would have put them. If the
-        buffer has moved up since, its rows are moved back down. The positions before them are outside every window and
-        only need to be finite.
+        buffer has moved up since, its rows are moved back down. The positions before them are outside every window and only
+        need to be finite.
 
         Raises:
             SlmError: If sliding layers no longer hold the positions that the next token attends to.

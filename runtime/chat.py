@@ -1,6 +1,4 @@
-"""A conversation with a model. Every request contains the whole conversation, in the turn format of the model's
-template.
-"""
+"""A conversation with a model. Every request contains the whole conversation, in the turn format of the model's template."""
 
 from collections.abc import Generator, Mapping, Sequence
 from itertools import pairwise
@@ -33,8 +31,7 @@ class Chat:
 
     Attributes:
         messages: All messages, oldest first, a system message at the beginning.
-        forgotten: Exchanges dropped from the beginning because they no longer fit into the context, since the last
-            reset.
+        forgotten: Exchanges dropped from the beginning because they no longer fit into the context, since the last reset.
         seed: Seed of the conversation; answer n is sampled with seed + n, counted from 0.
     """
 
@@ -131,7 +128,7 @@ class Chat:
         check_options("pieces", options)
         check_type("the request", request, str, "a str")
         if not request.strip():
-            raise SlmError("nothing is asked", "type something")
+            raise SlmError("the request is empty", "enter a message")
         self._settle()
         before, forgotten = list(self.messages), self.forgotten
         self.messages.append({"role": "user", "content": request})
@@ -155,7 +152,7 @@ class Chat:
         """
         self._settle()
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            raise SlmError("nothing was asked yet", "type something")
+            raise SlmError("there is no request to retry", "enter a message first")
         before = list(self.messages)
         del self.messages[-1]
         request = self.messages.pop()["content"]

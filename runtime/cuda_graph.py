@@ -3,14 +3,14 @@
 Dimensions: B batch, L longest sequence that the buffers have room for, V vocabulary.
 
 A graph stores the addresses and host-side numbers of its recording. A recorded step therefore reads its tokens and its
-mask from fixed buffers on the GPU, and writes its logits to another. The mask always has L columns, zeros at the end,
-and each row's length is its sum, computed on the GPU. GroupQueryAttention reads lengths and positions from these sums
-(`GetSequenceLengths` in onnxruntime's group_query_attention_impl.cu). The host-side number L determines only the size
-of the scratch memory and whether there is a past.
+mask from fixed buffers on the GPU, and writes its logits to another. The mask always has L columns, zeros at the end, and
+each row's length is its sum, computed on the GPU. GroupQueryAttention reads lengths and positions from these sums
+(`GetSequenceLengths` in onnxruntime's group_query_attention_impl.cu). The host-side number L determines only the size of the
+scratch memory and whether there is a past.
 
-onnxruntime records a step at its first run: one call runs the step twice as usual, records it and replays it. Global
-layers write the same key and value to the same position each time. Sliding layers move up each time, so their buffers
-are restored afterwards, and the step is replayed once more.
+onnxruntime records a step at its first run: one call runs the step twice as usual, records it and replays it. Global layers
+write the same key and value to the same position each time. Sliding layers move up each time, so their buffers are restored
+afterwards, and the step is replayed once more.
 """
 
 import threading
@@ -25,14 +25,14 @@ from slm.core.manifest import Bundle
 from slm.runtime.cache import KVBuffers
 from slm.runtime.memory import Array, Located
 
-# Flash, memory-efficient or unfused attention (onnxruntime's AttentionBackend), all of which read lengths on the GPU.
-# cuDNN attention, which onnxruntime prefers from compute capability 9.0 on, is untested in graphs.
+# Flash, memory-efficient or unfused attention (onnxruntime's AttentionBackend), all of which read lengths on the GPU. cuDNN
+# attention, which onnxruntime prefers from compute capability 9.0 on, is untested in graphs.
 _ATTENTION = 1 | 2 | 16
 CUDA_OPTIONS = {"enable_cuda_graph": "1", "sdpa_kernel": str(_ATTENTION)}
 # The run option that selects a graph, and the value that selects none.
 _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
-# The most recorded arrangements of buffers: one for each number of rows and each length that buffers grow to.
-# onnxruntime keeps every graph until the session ends; further arrangements run without graphs.
+# The most recorded arrangements of buffers: one for each number of rows and each length that buffers grow to. onnxruntime
+# keeps every graph until the session ends; further arrangements run without graphs.
 _MOST_GRAPHS = 64
 # A single token without a past uses another kernel, which a graph with a past does not contain.
 _SHORTEST = 2
@@ -139,8 +139,8 @@ class RecordedStep:
         """Reads tokens (B, 1), with a mask (B, past + 1) padded on the right, and returns the logits (B, 1, V).
 
         Args:
-            buffers: The caches, at the addresses that the step was recorded with. No reference is kept, so that they
-                can be freed.
+            buffers: The caches, at the addresses that the step was recorded with. No reference is kept, so that they can be
+                freed.
             ids: The tokens.
             mask: The mask.
         """

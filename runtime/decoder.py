@@ -29,8 +29,8 @@ PREFILL_CHUNK = 512
 # Steps of at least this many tokens take much more memory than single-token steps.
 _MANY = 64
 
-# The largest block size, by bits of a weight, with which MatMulNBits (AVX-512 VNNI, accuracy level 4) sums in the same
-# order for one row and for many.
+# The largest block size, by bits of a weight, with which MatMulNBits (AVX-512 VNNI, accuracy level 4) sums in the same order
+# for one row and for many.
 _LARGEST_ALIKE = {8: 64, 4: 32}
 
 # Logits of one step of a comparison: 64 positions of Gemma's vocabulary, or a whole prompt of a small one.
@@ -46,9 +46,7 @@ def comparable_positions(vocab_size: int) -> int:
 
 
 def _alike(scheme: Scheme) -> bool:
-    """Returns whether a product sums in the same order for one row and for many. Integer sums are exact in any
-    order.
-    """
+    """Returns whether a product sums in the same order for one row and for many. Integer sums are exact in any order."""
     return scheme.dynamic or scheme.block_size <= _LARGEST_ALIKE[scheme.bits]
 
 
@@ -124,8 +122,8 @@ class OnnxDecoder:
         self.cache_device: Device = "cpu"
         self.place: Place = HostBuffer
         if device == "cuda":
-            # Only attention reads the caches of a fused graph; in a portable graph another operator also reads the
-            # shape of keys.
+            # Only attention reads the caches of a fused graph; in a portable graph another operator also reads the shape of
+            # keys.
             values = [past_name(layer.layer, "value") for layer in bundle.manifest.cache]
             self.cache_device = takes_from(self.session, values)
         if self.cache_device == "cuda":
@@ -224,8 +222,8 @@ class OnnxDecoder:
     def steps_alike(self) -> bool:
         """Whether logits are bit-identical for any number of tokens or rows per step (docs/generation.md).
 
-        This holds for two of onnxruntime's CPU kernels: the one for INT8 caches, unless there are more threads than
-        heads and it splits positions among threads; and products with INT8 weights in blocks of at most 64.
+        This holds for two of onnxruntime's CPU kernels: the one for INT8 caches, unless there are more threads than heads and
+        it splits positions among threads; and products with INT8 weights in blocks of at most 64.
         """
         manifest = self.bundle.manifest
         return (
@@ -271,17 +269,15 @@ class OnnxDecoder:
         return logits
 
     def _attended(self, length: int) -> Array:
-        """Returns the mask (1, length) of an unpadded row. One array is reused and grows, because a context may be
-        very long.
+        """Returns the mask (1, length) of an unpadded row. One array is reused and grows, because a context may be very
+        long.
         """
         if length > self._mask.shape[1]:
             self._mask = np.ones((1, min(self.context, 2 * length)), np.int64)
         return self._mask[:, :length]
 
     def make_room(self, buffers: Caches, length: int, rows: int | None = None) -> None:
-        """Makes room for sequences of this length. Keeps the cached positions of the first `rows` rows, by default
-        of all.
-        """
+        """Makes room for sequences of this length. Keeps the cached positions of the first `rows` rows, by default of all."""
         if not buffers.fits(length):
             self._bound = None  # otherwise the binding keeps the replaced buffers in memory until the next step
             buffers.reserve(length, rows)
@@ -301,9 +297,7 @@ class OnnxDecoder:
         return self.run(ids, np.ones((batch, length), np.int64), buffers, 0, self.adapter)
 
     def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns log-probabilities, and whether each token was the most likely one, both (B, T - 1); see
-        `Scorer.score`.
-        """
+        """Returns log-probabilities, and whether each token was the most likely one, both (B, T - 1); see `Scorer.score`."""
         inputs, targets = ids[:, :-1], ids[:, 1:]
         positions = min(comparable_positions(self.vocab_size), PREFILL_CHUNK)
         if inputs.shape[1] > positions:  # with past positions, the graph reads several tokens of only one row at a time
@@ -375,7 +369,7 @@ class OnnxDecoder:
         except Exception as error:  # onnxruntime's exceptions share no narrower base class
             raise self._failure(error) from error
         if logits.shape[::2] != (len(ids), self.vocab_size):
-            raise SlmError(f"{self.bundle.model_path} answers with logits of the shape {logits.shape}")
+            raise SlmError(f"{self.bundle.model_path} returned logits of shape {logits.shape}")
         buffers.written(outputs[1:])
         return logits
 

@@ -41,8 +41,7 @@ class EnsembleDecoder:
 
     Attributes:
         decoders: The models, which share a vocabulary. Nothing else may use them at the same time.
-        average: "mean" averages probabilities; "geometric" averages their logarithms, so that one model can exclude a
-            token.
+        average: "mean" averages probabilities; "geometric" averages their logarithms, so that one model can exclude a token.
     """
 
     def __init__(self, decoders: Sequence[Decoder], average: Average = "mean") -> None:

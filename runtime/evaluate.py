@@ -27,8 +27,7 @@ Array = NDArray[Any]
 
 # The default context: long enough for most documents; a model's longest context may need more memory than there is.
 _DEFAULT_CONTEXT = 4096
-# Tokens, padding included, of rows that are read together; and tokens of rows that are sorted by length to reduce
-# padding.
+# Tokens, padding included, of rows that are read together; and tokens of rows that are sorted by length to reduce padding.
 _BATCH_TOKENS = 2048
 _POOL_TOKENS = 32 * _BATCH_TOKENS
 # The most tokens of the stream that windows are cut out of, four bytes each.
@@ -59,8 +58,7 @@ class Measurement:
             stream.
         bytes: UTF-8 bytes of the predicted tokens; None if the tokenizer does not allow an exact count.
         end_of_text: The token predicted after a document; None if the model has none.
-        end_of_text_tokens: How often it was predicted. These predictions count in `nats` and `tokens`, and have no
-            bytes.
+        end_of_text_tokens: How often it was predicted. These predictions count in `nats` and `tokens`, and have no bytes.
         end_of_text_nats: Their share of `nats`.
         seconds: Duration, including tokenizing.
     """
@@ -117,8 +115,7 @@ def evaluate_documents(
         context: The most tokens that a row reads; by default the model's context, up to 4,096.
         stride: Tokens that each further row of a longer document predicts, with at least context - stride tokens before
             them; by default half of the context.
-        tokens: The most tokens to predict. If tokens have no bytes of their own, the last document is measured
-            completely.
+        tokens: The most tokens to predict. If tokens have no bytes of their own, the last document is measured completely.
 
     Raises:
         SlmError: If the context or stride is out of range, or there is nothing to predict.
@@ -159,8 +156,7 @@ def evaluate_windows(
         tokens: The most tokens to predict, but at least one window; an alternative to `windows`.
 
     Raises:
-        SlmError: If the context is out of range, the text is shorter than a window, or the model has no end-of-text
-            token.
+        SlmError: If the context is out of range, the text is shorter than a window, or the model has no end-of-text token.
     """
     context = _context(model.decoder, context)
     if tokens is not None:
@@ -196,9 +192,7 @@ def evaluate_windows(
 
 
 def end_of_text(model: Model) -> int | None:
-    """Returns the token that ends a document: "<|endoftext|>" if there is one, otherwise the first end-of-text
-    token.
-    """
+    """Returns the token that ends a document: "<|endoftext|>" if there is one, otherwise the first end-of-text token."""
     token = model.tokenizer.token_id(END_OF_TEXT)
     return token if token is not None else next(iter(model.stop_token_ids), None)
 
@@ -263,8 +257,8 @@ def _documents(
         if sizes is not None and predicted > left:
             predicted = int(left)
             ids = ids[: predicted + (not prefix)]
-        # Without bytes per token, the first row counts the bytes of the whole document. It counts none if the
-        # document's first token, whose bytes are unknown, is not predicted.
+        # Without bytes per token, the first row counts the bytes of the whole document. It counts none if the document's
+        # first token, whose bytes are unknown, is not predicted.
         whole = len(text.encode()) if prefix else None
         for number, (row, new) in enumerate(cut(prefix, ids, measured.context, measured.stride)):
             in_whole = whole if number == 0 or whole is None else 0
@@ -285,9 +279,7 @@ def _bytes_by_token(model: Model, end: int | None) -> Array | None:
 
 
 def _spelt(own: Array | None, body: Sequence[int], text: str) -> bool:
-    """Returns whether the tokens' bytes add up to the text's. They do not if the vocabulary lacks a token for some
-    byte.
-    """
+    """Returns whether the tokens' bytes add up to the text's. They do not if the vocabulary lacks a token for some byte."""
     return own is not None and int(own[np.array(body, np.int64)].sum()) == len(text.encode())
 
 
@@ -302,8 +294,8 @@ def _tokenized(model: Model, documents: Iterable[str]) -> Iterator[tuple[str, li
         for text, ids in zip(texts, literal.encode_documents(texts), strict=True):
             if ids and max(ids) >= model.decoder.vocab_size:
                 raise SlmError(
-                    f"the text has a token of id {max(ids):,}, and the model {model.decoder.vocab_size:,} of them",
-                    "the tokenizer.json is another model's, or the token stands for a picture",
+                    f"the text has token id {max(ids):,}, and the model's vocabulary has {model.decoder.vocab_size:,} tokens",
+                    "tokenizer.json may belong to another model, or the token may represent an image",
                 )
             if ids:
                 yield text, ids
@@ -329,7 +321,7 @@ def _measure(
     finally:
         progress.finish()
     if not measured.tokens:
-        raise SlmError("there is no text to predict", "name text with --data")
+        raise SlmError("there is no text to predict", "pass text with --data")
 
 
 def _pools(rows: Iterable[Row]) -> Iterator[list[Row]]:

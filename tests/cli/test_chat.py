@@ -174,7 +174,7 @@ def test_two_slashes_begin_a_line_with_one(piped: Slm, shared_bundle: Bundle) ->
     ("lines", "said"),
     [
         (("/nothing",), "/nothing is not a command"),
-        (("/retry",), "nothing was asked yet"),
+        (("/retry",), "there is no request to retry"),
         (("/save",), "/save needs a file"),
         (("/save talk.jsonl",), "nothing was said yet"),
         (("Hi.", "/save ."), "is a directory"),

@@ -282,7 +282,7 @@ def test_sliding_keeps_what_begins_a_text(
         ({"keep": -1}, "keep is -1"),
         ({"stop": ""}, "stop text is empty"),
         ({"stop": ["a", ""]}, "stop text is empty"),
-        ({"logit_bias": {320: 1.0}}, "logit_bias names the token 320"),
+        ({"logit_bias": {320: 1.0}}, "logit_bias has token id 320"),
         ({"min_p": 2}, "min_p is 2"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],

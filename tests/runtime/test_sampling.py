@@ -180,7 +180,7 @@ def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_bias_for_a_token_that_is_not_there_is_refused() -> None:
     for token in (-1, 4):
-        with pytest.raises(SlmError, match=f"names the token {token}, and ids go from 0 to 3"):
+        with pytest.raises(SlmError, match=f"has token id {token}; ids are from 0 to 3"):
             Sampler(Sampling(logit_bias={token: 1}), [0], 4)
 
 
