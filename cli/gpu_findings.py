@@ -1,4 +1,4 @@
-"""What `slm doctor` reports of onnxruntime's providers, the NVIDIA driver and its GPUs, and what to do about each."""
+"""Findings of `slm doctor` about onnxruntime's providers, the NVIDIA driver and its GPUs, each with advice."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ from slm.core.install import install_hint
 
 # The oldest driver for any release of a CUDA major version (docs.nvidia.com/deploy/cuda-compatibility).
 _DRIVERS = {11: 450, 12: 525, 13: 580}
-# The lowest compute capability that the compilers of a CUDA major version have: none for Maxwell, Pascal and Volta from 13 on.
+# The lowest compute capability that the compilers of a CUDA major version support: Maxwell, Pascal and Volta end with CUDA
+# 12.
 _CAPABILITIES = {13: (7, 5)}
 _CUDA = "CUDAExecutionProvider"
 _USED = ("CPUExecutionProvider", _CUDA)
@@ -19,50 +20,48 @@ _NAMES = {"onnxruntime": "onnxruntime", "torch": "PyTorch"}
 
 
 def onnxruntime_findings(packages: Mapping[str, str | None], providers: Mapping[str, Provider]) -> list[Finding]:
-    """Returns which onnxruntime is installed, and what each of its providers does.
+    """Returns the installed onnxruntime, and the state of each of its providers.
 
     Args:
-        packages: Versions of onnxruntime and onnxruntime-gpu, None for one that is not installed.
+        packages: Versions of onnxruntime and onnxruntime-gpu; None if not installed.
         providers: By name.
     """
     value = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     if all(packages.values()):
         both = " and ".join(packages) + " overwrite each other"
-        findings = [Finding("onnxruntime", both, "uninstall both, then install one", "problem")]
+        findings = [Finding("onnxruntime", both, "uninstall both, then install one of them", "problem")]
     elif not any(packages.values()) and not providers:
-        either = f"{install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
+        either = f"{install_hint('cpu')}; with an NVIDIA GPU: {install_hint('cuda')}"
         return [Finding("onnxruntime", "no onnxruntime", either, "problem")]
     else:
-        findings = [Finding("onnxruntime", value or "of another distribution")]
+        findings = [Finding("onnxruntime", value or "from another distribution")]
     return findings + [_provider_finding(name, provider) for name, provider in providers.items()]
 
 
 def _provider_finding(name: str, provider: Provider) -> Finding:
     if provider.runs:
-        return Finding(name, "runs a step, the numbers are right")
+        return Finding(name, "runs a step with the correct result")
     advice = {
         _CUDA: _cuda_advice(provider),
-        "CPUExecutionProvider": "install onnxruntime again; slm does not run without it",
-    }.get(name, "nothing: slm runs on the CPU and on CUDA only")
+        "CPUExecutionProvider": "reinstall onnxruntime, which slm requires",
+    }.get(name, "none needed: slm uses only the CPU and CUDA")
     fails = "loads, but does not run a step correctly" if provider.loads else "is listed but does not load"
     return Finding(name, f"{name} {fails} ({provider.error})", advice, "problem" if name in _USED else "note")
 
 
 def _cuda_advice(provider: Provider) -> str:
     error = provider.error or ""
-    until = "until then --device cpu"
+    until = "until then, use --device cpu"
     if "libcuda.so" in error:
-        return (
-            f"install the NVIDIA driver, {_oldest_driver(13)} or newer for CUDA 13; without an NVIDIA GPU --device cpu"
-        )
+        return f"install the NVIDIA driver, {_oldest_driver(13)} or newer for CUDA 13; without an NVIDIA GPU, use --device cpu"
     if _LIBRARY.search(error):
         return (
-            f"{install_hint('cuda')}, which brings CUDA's libraries, or put those of the system on the loader's path "
+            f"{install_hint('cuda')}, which installs CUDA's libraries, or add the system's libraries to the loader's path "
             f"(LD_LIBRARY_PATH); {until}"
         )
     if provider.loads:
-        return f"update the driver, and see that nothing else is wrong with the GPU (nvidia-smi -q); {until}"
-    return f"see that nvidia-smi finds the GPU, and that the driver is new enough; {until}"
+        return f"update the driver, and check the GPU for other faults (nvidia-smi -q); {until}"
+    return f"check that nvidia-smi finds the GPU and that the driver is new enough; {until}"
 
 
 def driver_findings(driver: Driver, builds: Mapping[str, str | None]) -> list[Finding]:
@@ -70,7 +69,7 @@ def driver_findings(driver: Driver, builds: Mapping[str, str | None]) -> list[Fi
 
     Args:
         driver: The driver.
-        builds: The CUDA version that each package was built for, None where it was built without.
+        builds: The CUDA version that each package was built for; None for a build without CUDA.
     """
     wants = {name: cuda for name, cuda in builds.items() if cuda}
     needed = "; ".join(
@@ -79,15 +78,15 @@ def driver_findings(driver: Driver, builds: Mapping[str, str | None]) -> list[Fi
     )
     if not driver.present:
         return [Finding("NVIDIA driver", "none", needed or None, "note" if needed else "ok")]
-    runs = "" if driver.cuda is None else f", runs CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    runs = "" if driver.cuda is None else f", supports CUDA {driver.cuda[0]}.{driver.cuda[1]}"
     value = f"{driver.release or 'unknown release'}{runs}"
     if all(_is_enough(driver, _major(cuda)) for cuda in wants.values()):
         finding = Finding("NVIDIA driver", value + (f" ({needed})" if needed else ""))
     else:
         finding = Finding("NVIDIA driver", f"the NVIDIA driver is too old ({value})", f"update it: {needed}", "problem")
     if not driver.gpus:
-        why = driver.error or "the driver finds none"
-        return [finding, Finding("GPU", f"none ({why})", "see what nvidia-smi says", "note")]
+        why = driver.error or "the driver finds no GPU"
+        return [finding, Finding("GPU", f"none ({why})", "check the output of nvidia-smi", "note")]
     return [finding, *(_gpu_finding(gpu, builds.get("onnxruntime")) for gpu in driver.gpus)]
 
 
@@ -100,20 +99,20 @@ def _gpu_finding(gpu: NvidiaGpu, cuda: str | None) -> Finding:
     return Finding(
         "GPU",
         f"{value}: onnxruntime for CUDA {cuda} has no kernels for it (from {oldest[0]}.{oldest[1]} on)",
-        "answer with --device cpu; PyTorch may still train on it",
+        "use --device cpu to run models; PyTorch may still train on the GPU",
         "problem",
     )
 
 
 def builds_findings(builds: Mapping[str, str | None], driver: Driver | None) -> list[Finding]:
-    """Returns which CUDA the installed packages were built for, and whether they agree."""
+    """Returns the CUDA versions that the installed packages were built for, and whether their majors match."""
     built = {name: cuda for name, cuda in builds.items() if cuda}
     there = driver is not None and driver.present
     if not built and not there:
         return []
-    value = ", ".join(f"{_NAMES[name]} {builds[name] or 'without'}" for name in builds)
+    value = ", ".join(f"{_NAMES[name]} {builds[name] or 'without CUDA'}" for name in builds)
     if there and not builds.get("onnxruntime", ""):
-        instead = f"pip uninstall onnxruntime, then {install_hint('cuda')}, to answer on the GPU"
+        instead = f"pip uninstall onnxruntime, then {install_hint('cuda')}, to run models on the GPU"
         return [Finding("CUDA versions", value, instead, "note")]
     majors = {_major(cuda) for cuda in built.values()}
     if len(majors) > 1:
@@ -123,8 +122,8 @@ def builds_findings(builds: Mapping[str, str | None], driver: Driver | None) -> 
 
 def _matching(built: Mapping[str, str], there: bool) -> str:
     wanted = _major(built["onnxruntime"])
-    each = "each loads libraries of its own, and the driver must be new enough for both"
-    return f"{each}; a PyTorch for CUDA {wanted} shares them (pytorch.org)" if there else each
+    each = "each package loads its own libraries, and the driver must be new enough for both"
+    return f"{each}; a PyTorch for CUDA {wanted} shares the libraries (pytorch.org)" if there else each
 
 
 def torch_gpu_finding(gpu: Gpu) -> Finding:
@@ -138,7 +137,7 @@ def torch_gpu_finding(gpu: Gpu) -> Finding:
 
 
 def _is_enough(driver: Driver, major: int) -> bool:
-    """Says whether a driver runs programs of a CUDA major version, as far as the driver tells."""
+    """Returns whether a driver supports a CUDA major version; True if the driver's version is unknown."""
     if driver.cuda is not None:
         return driver.cuda[0] >= major
     release = (driver.release or "").partition(".")[0]

@@ -1,4 +1,4 @@
-"""What the NVIDIA driver and its GPUs are, asked of the driver itself: without PyTorch, and in a process of its own."""
+"""Queries the NVIDIA driver for its version and GPUs, without PyTorch and in a separate process."""
 
 import ctypes
 import json
@@ -32,9 +32,9 @@ class Driver:
     """An NVIDIA driver.
 
     Attributes:
-        release: Such as "580.65.06"; None where there is no driver, or it does not say.
-        cuda: The newest CUDA that it runs, (13, 0); None where its library cannot be loaded.
-        gpus: What it finds.
+        release: The release, such as "580.65.06"; None if there is no driver or the release is unknown.
+        cuda: The newest CUDA version that it supports, such as (13, 0); None if its library cannot be loaded.
+        gpus: The GPUs that it finds.
         error: Why it finds none.
     """
 
@@ -45,17 +45,17 @@ class Driver:
 
     @property
     def present(self) -> bool:
-        """Whether there is a driver."""
+        """Whether a driver is installed."""
         return self.release is not None or self.cuda is not None
 
 
 def driver() -> Driver:
-    """Asks for the driver and its GPUs; a driver that hangs or crashes is an error in what is returned."""
+    """Returns the driver and its GPUs. If the driver hangs or crashes, the result has an error."""
     release = _release()
     try:
         done = child.run("from slm.cli.nvidia import answer; answer()", timeout=_ASKING_SECONDS)
         said = json.loads(done.stdout.splitlines()[-1])
-    except Exception as error:  # no process to be had, no answer in time, or a crash before one
+    except Exception as error:  # the process cannot start, times out, or crashes before its output
         return Driver(release, error=f"{type(error).__name__}: {error}"[:200])
     gpus = tuple(
         NvidiaGpu(gpu["name"], (gpu["capability"][0], gpu["capability"][1]), gpu["memory"]) for gpu in said["gpus"]
@@ -67,11 +67,11 @@ def driver() -> Driver:
 
 
 def answer() -> None:
-    """Is that process: prints one JSON object."""
+    """Runs in the separate process: prints one JSON object."""
     found: dict[str, Any] = {"release": None, "cuda": None, "gpus": [], "error": None}
     library = _library("libcuda.so.1", "nvcuda.dll")
     if library is None:
-        found["error"] = "its library (libcuda) is not there"
+        found["error"] = "the driver library libcuda is missing"
     else:
         number = ctypes.c_int()
         found["release"] = _nvml_release()
@@ -87,7 +87,7 @@ def _gpus(library: ctypes.CDLL) -> list[dict[str, Any]]:
     """Returns the GPUs.
 
     Raises:
-        OSError: When the driver fails, with its reason.
+        OSError: If the driver fails, with its reason.
     """
 
     def call(name: str, *arguments: Any) -> None:
@@ -114,7 +114,7 @@ def _gpus(library: ctypes.CDLL) -> list[dict[str, Any]]:
 
 
 def _release() -> str | None:
-    """Returns the release that the kernel module states; None where it does not, as under Windows and WSL."""
+    """Returns the release that the kernel module reports; None if it does not, as on Windows and WSL."""
     try:
         found = _RELEASE.search(_VERSION_FILE.read_text(encoding="utf-8", errors="replace"))
     except OSError:

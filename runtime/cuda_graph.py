@@ -47,7 +47,7 @@ def check_bundle(bundle: Bundle) -> None:
     if bundle.manifest.device != "cuda":
         raise SlmError(
             f"{bundle.path} was exported for {bundle.manifest.device}: CUDA graphs need a bundle whose nodes all run on CUDA",
-            "slm export --onnx --device cuda, or leave CUDA graphs out",
+            "use a bundle from slm export --onnx --device cuda, or omit CUDA graphs",
         )
 
 

@@ -49,7 +49,7 @@ class EnsembleDecoder:
         if len(sizes) != 1:
             raise SlmError(
                 f"the models have vocabularies of {', '.join(f'{size:,}' for size in sorted(sizes))} tokens",
-                "an ensemble shares a tokenizer",
+                "the models of an ensemble share one tokenizer",
             )
         self.decoders, self.average = tuple(decoders), average
 

@@ -211,7 +211,7 @@ async def _constraints(service: Service, request: AnyRequest, texts: int) -> Seq
     if form is None or form.type == "text":
         return [None] * texts
     if request.ignore_eos:
-        raise Refused(400, "a completion that follows a schema ends when it is complete", param="ignore_eos")
+        raise Refused(400, "ignore_eos is not supported with a JSON schema", param="ignore_eos")
     schema = None if form.json_schema is None else form.json_schema.schema_
     try:
         return await asyncio.wrap_future(service.grammars.submit(schema, texts))

@@ -56,7 +56,7 @@ class _Request:
         self._status = 0
         self._size, self._complete = 0, False  # bytes of the body
         self._began = time.monotonic()
-        self._events = self._ended = self._stalled = False  # status of the response
+        self._events = self._ended = self._stalled = False  # state of the response
 
     async def serve(self) -> None:
         """Serves the request, with a response in every case."""

@@ -74,7 +74,7 @@ class Jobs:
         with self.changed:
             if len(self.waiting) >= self._queue + self._slots - len(self.running):
                 self.refused += 1
-                raise Full(f"{len(self.waiting)} requests are waiting already", "try again later")
+                raise Full(f"{len(self.waiting)} completions are waiting already", "try again later")
             self._unfinished[job.generation] = job
             self.waiting.append(job)
             self.asked += 1

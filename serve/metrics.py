@@ -57,8 +57,8 @@ class _Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         figures = self._engine.figures
         for name, text, value in (
-            ("slm_requests", "Requests accepted.", figures.asked),
-            ("slm_refused", "Requests rejected because the queue was full.", figures.refused),
+            ("slm_requests", "Completions accepted.", figures.asked),
+            ("slm_refused", "Completions rejected because the queue was full.", figures.refused),
             ("slm_prompt_tokens", "Prompt tokens read.", figures.prompt_tokens),
             ("slm_reused_tokens", "Prompt tokens reused from cached prefixes.", figures.reused_tokens),
             ("slm_new_tokens", "Tokens generated.", figures.new_tokens),
@@ -66,13 +66,13 @@ class _Figures(Collector):
             ("slm_step_rows", "Rows of all steps; divided by slm_steps, the mean batch size.", figures.rows),
         ):
             yield CounterMetricFamily(name, text, value=value)
-        ended = CounterMetricFamily("slm_ended", "Texts ended.", labels=["reason"])
+        ended = CounterMetricFamily("slm_ended", "Completions ended, by reason.", labels=["reason"])
         for reason, count in sorted(figures.done.items()):
             ended.add_metric([reason], count)
         yield ended
         for name, text, size in (
-            ("slm_waiting", "Requests waiting for a slot.", figures.waiting),
-            ("slm_running", "Requests running in a slot.", figures.running),
+            ("slm_waiting", "Completions waiting for a slot.", figures.waiting),
+            ("slm_running", "Completions running in a slot.", figures.running),
             ("slm_slots", "Number of slots.", self._engine.slots),
             ("slm_step_age_seconds", "Age of the current step.", self._engine.step_age_s),
             ("slm_cache_bytes", "Memory of caches, including snapshots.", figures.cache_bytes),

@@ -176,7 +176,7 @@ def test_two_slashes_begin_a_line_with_one(piped: Slm, shared_bundle: Bundle) ->
         (("/nothing",), "/nothing is not a command"),
         (("/retry",), "there is no request to retry"),
         (("/save",), "/save needs a file"),
-        (("/save talk.jsonl",), "nothing was said yet"),
+        (("/save talk.jsonl",), "the conversation has no answer yet"),
         (("Hi.", "/save ."), "is a directory"),
         (("word " * 500,), "context"),
         (("\udcff",), "not UTF-8"),
@@ -219,7 +219,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     monkeypatch.setattr(Chat, "_recorded", interrupted)
     result = typed("Never heard.", "Hi.", "/save talk.jsonl")
     assert result.code == 0, result.err
-    assert result.err.count("interrupted; the conversation goes on, /quit or Ctrl-D ends it") == 2
+    assert result.err.count("interrupted; the conversation continues, /quit or Ctrl-D ends it") == 2
     (row,) = [json.loads(line) for line in Path("talk.jsonl").read_text().splitlines()]
     (whole,) = answers(shared_bundle, "Hi.", seed=1)  # the second that is asked
     said = [message["content"] for message in row["messages"]]

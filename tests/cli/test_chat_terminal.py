@@ -124,7 +124,7 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(terminal: Callable[.
     chat.until("interrupted; the conversation goes on")
     chat.prompt()
     chat.type(b"half a line" + CTRL_C)
-    chat.until("Ctrl-C again, Ctrl-D or /quit ends the conversation")
+    chat.until("press Ctrl-C again, Ctrl-D or /quit to end the conversation")
     chat.prompt()
     chat.type(b"And more?\n")  # after which Ctrl-C has to be pressed twice again
     chat.until("And more?")

@@ -123,7 +123,7 @@ def test_a_full_context_stops_or_slides(slm: Slm, shared_bundle: Bundle) -> None
     assert slid["stopped"] == "length" and slid["slides"] == 2 and len(slid["tokens"]) == 200
     assert slid["tokens"][: len(stopped["tokens"])] == stopped["tokens"]
     assert kept["slides"] > slid["slides"]
-    assert "stopped at a full context (--on-full slide goes on)" in slm(*common).err
+    assert "stopped at a full context (--on-full slide continues)" in slm(*common).err
     assert "its older half forgotten 2 times" in slm(*common, "--on-full", "slide").err
 
 
@@ -141,10 +141,10 @@ def test_a_full_context_stops_or_slides(slm: Slm, shared_bundle: Bundle) -> None
         (("--frequency-penalty", "x"), 2, "--frequency-penalty"),
         (("--stop", ""), 1, "a stop text is empty"),
         (("--stop", "\udcff"), 1, "the stop text is not UTF-8"),
-        (("--logprobs", "1"), 2, "--logprobs is shown with --json"),
+        (("--logprobs", "1"), 2, "--logprobs requires --json"),
         (("--logprobs", "999", "--json"), 1, "logprobs is 999; it must be from 0 to 320"),
         (("--on-full", "wrap"), 2, "--on-full"),
-        (("--keep", "3"), 2, "--keep says what stays with --on-full slide"),
+        (("--keep", "3"), 2, "--keep requires --on-full slide"),
         (("--keep", "255", "--on-full", "slide"), 1, "keep is 255"),
         (tuple(each for i in range(320) for each in ("--logit-bias", f"{i}=-inf")), 1, "no token can be chosen"),
     ],
@@ -227,7 +227,7 @@ def test_drafts_change_the_time_alone(ask: Callable[..., Any], slm: Slm, shared_
         if "--greedy" in options:
             assert drafted["drafted"] >= drafted["accepted"] > 0
     result = slm("generate", shared_bundle.path, "-p", "The", "--greedy", "--draft", "6")
-    assert "drafted tokens came true" in result.err and "almost equally likely" not in result.err
+    assert "drafted tokens accepted" in result.err and "almost equally likely" not in result.err
     assert slm("generate", shared_bundle.path, "--draft", "0").code == 2
 
 

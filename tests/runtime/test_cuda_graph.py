@@ -174,7 +174,7 @@ def test_only_bundles_for_cuda_are_recorded(shared_bundle: Bundle, bundle: Bundl
 
 
 def test_cuda_graphs_need_cuda(shared_bundle: Bundle, shared_checkpoint: Path) -> None:
-    with pytest.raises(ArgumentError, match="cuda_graph is for CUDA alone"):
+    with pytest.raises(ArgumentError, match="cuda_graph requires CUDA"):
         slm.load(shared_bundle.path, cuda_graph=True)
     with pytest.raises(ArgumentError, match="cuda_graph is"):
         slm.load(shared_bundle.path, device="cuda", cuda_graph="yes")  # type: ignore[arg-type]

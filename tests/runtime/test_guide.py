@@ -50,4 +50,4 @@ def test_the_commands(slm: Callable[..., Any]) -> None:
     for line in lines:
         result = slm(*shlex.split(line.split(" | ")[0]))
         assert result.code == 0 and result.out, result.err
-    assert re.search(r"\d+ of \d+ drafted tokens came true", result.err)
+    assert re.search(r"\d+ of \d+ drafted tokens accepted", result.err)
