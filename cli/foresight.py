@@ -40,7 +40,7 @@ def foresee(
     from slm.train.prepare import check_free
 
     if gpu is not None and gpu.lower() not in GPUS:
-        raise SlmError(f"the GPU {gpu} is unknown to --on", f"--on {', '.join(GPUS)}")
+        raise SlmError(f"unknown GPU {gpu}", f"--on {', '.join(GPUS)}")
     check_machine(recipe, pick_device(recipe.machine.device) if gpu is None else torch.device("cuda"), processes)
 
     def first() -> None:

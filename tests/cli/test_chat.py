@@ -102,7 +102,7 @@ def test_every_answer_is_an_object_for_machines(piped: Slm, shared_bundle: Bundl
 
 
 def test_a_model_that_knows_no_turns_is_noted(piped: Slm, shared_checkpoint: Path, tmp_path: Path) -> None:
-    note = "note: it was trained on plain text"
+    note = "note: this model was trained on plain text"
     assert note in piped("Hi.").err and note in piped("Hi.", model=shared_checkpoint).err
     tuned = tmp_path / "tuned"
     shutil.copytree(shared_checkpoint, tuned)

@@ -121,7 +121,7 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(terminal: Callable[.
     chat.until("Hello there.")
     chat.some(40)  # of the answer
     chat.type(CTRL_C)
-    chat.until("interrupted; the conversation goes on")
+    chat.until("interrupted; the conversation continues")
     chat.prompt()
     chat.type(b"half a line" + CTRL_C)
     chat.until("press Ctrl-C again, Ctrl-D or /quit to end the conversation")
@@ -130,7 +130,7 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(terminal: Callable[.
     chat.until("And more?")
     chat.some(40)
     chat.type(CTRL_C)
-    chat.until("interrupted; the conversation goes on")
+    chat.until("interrupted; the conversation continues")
     chat.prompt()
     chat.type(b"/save talk.jsonl\n")
     chat.until("appended to talk.jsonl")

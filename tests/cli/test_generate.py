@@ -124,7 +124,7 @@ def test_a_full_context_stops_or_slides(slm: Slm, shared_bundle: Bundle) -> None
     assert slid["tokens"][: len(stopped["tokens"])] == stopped["tokens"]
     assert kept["slides"] > slid["slides"]
     assert "stopped at a full context (--on-full slide continues)" in slm(*common).err
-    assert "its older half forgotten 2 times" in slm(*common, "--on-full", "slide").err
+    assert "the older half of the full context dropped 2 times" in slm(*common, "--on-full", "slide").err
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_drafts_that_may_change_the_text_are_said_to(slm: Slm, shared_bundle: Bu
 def test_a_seed_is_drawn_and_printed_and_repeats_the_text(slm: Slm, shared_bundle: Bundle) -> None:
     command = ("generate", shared_bundle.path, "-p", "The", "--max-new-tokens", "20", "--temperature", "1.5")
     first, second = slm(*command), slm(*command)
-    (seed,) = re.findall(r"^seed: (\d+) \(--seed \1 writes the same text again\)$", first.err, flags=re.MULTILINE)
+    (seed,) = re.findall(r"^seed: (\d+) \(--seed \1 generates the same text\)$", first.err, flags=re.MULTILINE)
     assert (
         first.out != second.out == slm(*command, "--seed", re.findall(r"^seed: (\d+)", second.err, re.MULTILINE)[0]).out
     )

@@ -178,7 +178,7 @@ def test_cuda_graphs_need_cuda(shared_bundle: Bundle, shared_checkpoint: Path) -
         slm.load(shared_bundle.path, cuda_graph=True)
     with pytest.raises(ArgumentError, match="cuda_graph is"):
         slm.load(shared_bundle.path, device="cuda", cuda_graph="yes")  # type: ignore[arg-type]
-    with pytest.raises(SlmError, match="is a checkpoint, and CUDA graphs are for bundles"):
+    with pytest.raises(SlmError, match="is a checkpoint; CUDA graphs require a bundle"):
         slm.load(shared_checkpoint, device="cuda", cuda_graph=True)
 
 

@@ -335,7 +335,7 @@ def test_tokens_without_rows_are_refused(
 ) -> None:
     small = make_model(config.model_copy(update={"vocab_size": 300}))
     model = Model(tokenizer, TorchDecoder(small), (0,))
-    with pytest.raises(SlmError, match=r"id 3\d\d, and the model 300"):
+    with pytest.raises(SlmError, match=r"id 3\d\d, and the model's vocabulary has 300"):
         evaluate_documents(model, TEXTS, Silent())
 
 

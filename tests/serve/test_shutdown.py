@@ -168,7 +168,7 @@ def test_answers_that_can_be_finished_are(start: Callable[..., Process]) -> None
         assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 60
         assert stream.result()[1].endswith(b"data: [DONE]\n\n")
     assert code == 128 + signal.SIGTERM  # before the grace period ends, for which `ends` would not wait
-    assert "\nstopping: 2 requests have up to 90 s; Ctrl-C again ends them at once\n" in server.said
+    assert "\nstopping: 2 requests have up to 90 s to finish; press Ctrl-C again to end immediately\n" in server.said
 
 
 def cut_off(server: Process) -> None:
