@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service),
-                http=partial(Connection, connections=self._connections),  # called like the class
+                http=partial(Connection, connections=self._connections),  # type: ignore[arg-type]  # called like the class
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
