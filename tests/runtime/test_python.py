@@ -1,4 +1,4 @@
-"""`slm` from Python: what is loaded, several prompts, options that are checked, seeds, conversations, errors."""
+"""The Python interface: loading, several prompts, checks of options, seeds, conversations, errors."""
 
 import copy
 import pickle

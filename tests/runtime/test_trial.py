@@ -1,4 +1,4 @@
-"""The tiny model with which `slm doctor` tries a provider: what onnx's checker reads, and numbers that can be wrong."""
+"""The tiny model of `slm doctor`: onnx's checker accepts it, and wrong numbers are found."""
 
 from typing import Any
 
