@@ -269,9 +269,7 @@ class OnnxDecoder:
         return logits
 
     def _attended(self, length: int) -> Array:
-        """Returns the mask (1, length) of an unpadded row. One array is reused and grows, because a context may be very
-        long.
-        """
+        """Returns the mask (1, length) of an unpadded row, a view of an array that grows as needed."""
         if length > self._mask.shape[1]:
             self._mask = np.ones((1, min(self.context, 2 * length)), np.int64)
         return self._mask[:, :length]
@@ -377,9 +375,7 @@ class OnnxDecoder:
         return SlmError(f"onnxruntime cannot run {self.bundle.model_path} ({first_line(error)})")
 
     def _binding_of(self, buffers: Caches, adapter: Adapter | None) -> ort.IOBinding:
-        """Returns a binding of caches and adapter. Reuses the last one while both are unchanged (saves 3 % of a 270M
-        step).
-        """
+        """Returns a binding of caches and adapter, reused while both are unchanged (saves 3 % of a 270M step)."""
         bound = self._bound
         if (
             bound is None

@@ -223,9 +223,7 @@ class Generation:
 
     @property
     def waiting(self) -> bool:
-        """Whether the text waits for its constraint: for the allowed next tokens, or for the check whether the text is
-        complete.
-        """
+        """Whether the text waits for its constraint: for the allowed tokens, or to know whether it is complete."""
         return self._guide is not None and (self._held is not None or self._full() is not None)
 
     def begin(self, threads: Executor | None = None) -> None:

@@ -91,9 +91,7 @@ class Model:
 
     @property
     def last_runs(self) -> tuple[Result, ...]:
-        """Results of the last call, in the order of its prompts. The result of an unfinished stream covers what was read
-        so far.
-        """
+        """Results of the last call, in the order of its prompts; for an unfinished stream, its result so far."""
         return tuple(generation.result for generation in self._last)
 
     @property

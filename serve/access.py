@@ -101,9 +101,7 @@ class Access:
         )
 
     def _foreign(self, headers: Headers) -> Refused | None:
-        """Rejects requests that another site's page makes a browser send without a preflight, because they can have
-        effects.
-        """
+        """Rejects requests that another site's page makes a browser send without a preflight."""
         origins = list(_all(headers, b"origin"))
         if not origins or all(_is_own(origin, headers) or self._allows(origin) for origin in origins):
             return None

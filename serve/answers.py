@@ -180,9 +180,7 @@ def _encoded(service: Service, prompts: Sequence[Any]) -> list[list[int]]:
 
 
 async def aside(size: int, function: Callable[[], Value]) -> Value:
-    """Calls a function in a thread if it processes many characters or tokens; there are few threads for the largest
-    inputs.
-    """
+    """Calls a function in a thread if it processes many characters or tokens; the largest share a few threads."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(_ASIDE if size > _LONG else None, function)
 

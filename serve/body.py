@@ -131,9 +131,7 @@ def _refuse_head(body: bytes, kind: type[BaseModel], excess: str) -> NoReturn:
 
 
 def _cut_off(error: Mapping[str, Any], head: Any) -> bool:
-    """Returns whether an error is only due to the cut: the missing field may follow, unless it is missing in a complete
-    element.
-    """
+    """Returns whether an error may be due to the cut: the missing field may still follow."""
     if not str(error["type"]).startswith("missing"):
         return False
     for part in error["loc"]:

@@ -111,9 +111,7 @@ def test_no_onnxruntime_at_all(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> Non
     without(monkeypatch, "onnxruntime")
     report = json.loads(slm("doctor", "--json").out)
     assert report["providers"] == {}
-    assert report["problems"] == [
-        f"no onnxruntime: {install_hint('cpu')}; with an NVIDIA GPU: {install_hint('cuda')}"
-    ]
+    assert report["problems"] == [f"no onnxruntime: {install_hint('cpu')}; with an NVIDIA GPU: {install_hint('cuda')}"]
     assert slm("doctor").err.endswith("Verdict: 1 problem to solve first, listed above.\n")
 
 

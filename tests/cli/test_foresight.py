@@ -61,7 +61,9 @@ def test_both_recipes_fit_a_t4_and_the_table_says_why(slm: Slm, recipe: str, tok
 
     said = fits()
     assert said.startswith("yes: ") and "% of it activations" in said
-    assert f"{tokens} tokens per micro-step, {accumulation} micro-steps per update, without gradient checkpointing" in said
+    assert (
+        f"{tokens} tokens per micro-step, {accumulation} micro-steps per update, without gradient checkpointing" in said
+    )
     assert fits(f"batch.batch_size={32 * 16}").startswith("no: ")
     assert "with gradient checkpointing" in fits("machine.gradient_checkpointing=true")
 

@@ -113,9 +113,7 @@ def test_what_is_refused_alone_is_refused_before_anything_is_read(
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 def test_a_random_walk(shared_bundle: Bundle, int8_bundle: Bundle, int8: bool) -> None:
-    """Texts join, are read in portions, step in any combination, rewind, are copied and leave; each is compared with a
-    decoder alone.
-    """
+    """Texts join, are read in portions, step, rewind, are copied and leave; each is compared with a decoder alone."""
     bundle = int8_bundle if int8 else shared_bundle
     chance = np.random.default_rng(4)
     batch = Batch(OnnxDecoder(bundle, threads=1), 4)

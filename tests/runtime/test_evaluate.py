@@ -342,9 +342,7 @@ def test_tokens_without_rows_are_refused(
 def test_windows_equal_trainings_evaluation(
     config: Any, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, stories: list[str]
 ) -> None:
-    """The same windows of the same stream have the same mean cross-entropy; `slm train`'s own figure is tested in
-    tests/cli.
-    """
+    """The same windows of the same stream have the same mean cross-entropy as in training."""
     import torch
     import torch.nn.functional as F
 

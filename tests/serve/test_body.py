@@ -1,6 +1,4 @@
-"""Bodies that are expensive to parse: each is rejected for its first error, in little time and memory, outside the event
-loop.
-"""
+"""Expensive bodies: each is rejected for its first error, in little time and memory, outside the event loop."""
 
 import asyncio
 import gc
