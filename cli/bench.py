@@ -44,7 +44,7 @@ _FRESH_TOKENS = 8
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    """Reads 128,512,2048."""
+    """Parses a list of numbers such as 128,512,2048."""
     try:
         numbers = [int(part) for part in value.split(",")]
     except ValueError:
@@ -63,18 +63,23 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     callback=_numbers,
     show_default=True,
     metavar="N,N",
-    help="Lengths of the prompt, in tokens.",
+    help="Prompt lengths, in tokens.",
 )
 @click.option(
-    "--batch", "batches", default="1,8", callback=_numbers, show_default=True, metavar="B,B", help="Rows at a time."
+    "--batch", "batches", default="1,8", callback=_numbers, show_default=True, metavar="B,B", help="Batch sizes."
 )
-@click.option("--new", type=Whole(2), default=32, show_default=True, metavar="N", help="New tokens a row.")
-@click.option("--rounds", type=Whole(1, 10_000), default=5, show_default=True, help="Turns of each case.")
+@click.option("--new", type=Whole(2), default=32, show_default=True, metavar="N", help="New tokens per row.")
+@click.option("--rounds", type=Whole(1, 10_000), default=5, show_default=True, help="Timings of each case.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @cuda_graph_option
 @threads_option
-@click.option("--plot", type=FilePath(directories=False), metavar="FILE.png", help="Draw the speeds.")
-@click.option("--compare", type=FilePath(directories=False), metavar="OLD.json", help="Beside an earlier --json.")
+@click.option("--plot", type=FilePath(directories=False), metavar="FILE.png", help="Write a plot of the speeds.")
+@click.option(
+    "--compare",
+    type=FilePath(directories=False),
+    metavar="OLD.json",
+    help="Compare with the --json report of an earlier run.",
+)
 @trust_option
 @allow_slow_option
 @json_option
@@ -93,18 +98,18 @@ def bench(
     allow_slow: bool,
     as_json: bool,
 ) -> None:
-    """Measure how fast a bundle (onnxruntime) or a checkpoint (PyTorch) answers, and in how much memory.
+    """Measure the speed and memory of a bundle (onnxruntime) or a checkpoint (PyTorch).
 
-    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
-    Time to first token, prefill and decode tokens a second are medians of rounds in which all cases take turns; the rate at
-    which memory can be read is measured in every round. Loading and memory are measured in processes of their own.
+    Without MODEL, uses the newest finished model under ./runs, or the bundled demo model if there is none. Time to first
+    token, prefill and decode speed are medians of rounds in which all cases take turns; every round also measures the read
+    speed of memory. Loading and memory are measured in separate processes.
 
     \b
       slm bench
       slm bench runs/tiny/onnx-int8 --prompt 128,4000 --batch 1,4 --plot speed.png
       slm bench --json > before.json;  slm bench --compare before.json
 
-    docs/benchmarks.md says what each figure means.
+    docs/benchmarks.md defines each figure.
     """
     check_cuda_graph(device, cuda_graph)
     from slm.loading import load
@@ -129,7 +134,7 @@ def bench(
     prompts = _fitting(prompts, new, decoder.context)
     report = _about(path, decoder) | {"device": device, "rounds": rounds, "new_tokens": new}
     timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], device)
-    del loaded, decoder  # what follows has the memory for itself
+    del loaded, decoder  # frees the memory for the following measurements
     fresh = _fresh_processes(path, prompts, new, how)
     report |= {
         "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
@@ -149,27 +154,28 @@ def bench(
 
 
 def _fitting(prompts: list[int], new: int, context: int) -> list[int]:
-    """Returns the prompts that fit.
+    """Returns the prompt lengths that fit into the context.
 
     Raises:
-        SlmError: When one does not that somebody asked for, or none does.
+        SlmError: If a requested length does not fit, or none of the defaults does.
     """
     fitting = [prompt for prompt in prompts if prompt + new <= context]
     asked = click.get_current_context().get_parameter_source("prompts") != click.core.ParameterSource.DEFAULT
     if not fitting or (asked and fitting != prompts):
         raise SlmError(
             f"{prompts[-1] if asked else prompts[0]:,} tokens and {new:,} new ones do not fit into the context of {context:,}",
-            "a shorter --prompt or fewer --new",
+            "use a shorter --prompt or a smaller --new",
         )
     if fitting != prompts:
         say(
-            f"the context is {context:,}: left out {', '.join(f'{prompt:,}' for prompt in prompts if prompt not in fitting)}"
+            f"the context is {context:,} tokens; omitted prompt lengths: "
+            + ", ".join(f"{prompt:,}" for prompt in prompts if prompt not in fitting)
         )
     return fitting
 
 
 def _about(path: Path, decoder: "Decoder") -> dict[str, Any]:
-    """Returns what a report says of the model, the machine and the versions."""
+    """Returns the report's fields about the model, the machine and the versions."""
     import onnxruntime
 
     from slm.core.weights import bytes_on_disk, weights_sha256
@@ -231,7 +237,7 @@ def _measure(
 
     cases = [Case(prompt, batch) for batch in batches for prompt in prompts]
     make_rows, step_bytes = _backend(decoder)
-    # What limits a GPU is not this memory.
+    # A GPU is not limited by the host's memory.
     probe = ReadProbe(step_bytes(cases[0]), threads) if device == "cpu" else None
     try:
         return measure(decoder, make_rows, cases, step_bytes, probe, new=new, rounds=rounds, progress=RichProgress())
@@ -241,7 +247,7 @@ def _measure(
 
 
 def _backend(decoder: "Decoder") -> "tuple[MakeRows, Callable[[Case], int]]":
-    """Returns what makes rows, and how many bytes a step of a case reads."""
+    """Returns the function that creates rows, and the one that returns the bytes that a step of a case reads."""
     from slm.core.contract import cache_layers
     from slm.runtime import bench
     from slm.runtime.decoder import OnnxDecoder
@@ -259,7 +265,7 @@ def _backend(decoder: "Decoder") -> "tuple[MakeRows, Callable[[Case], int]]":
 
 
 def _torch_rows(decoder: Any) -> "MakeRows":
-    """Returns what makes rows of a checkpoint, with caches of ones as long as a prompt."""
+    """Returns a function that creates rows of a checkpoint, with caches of ones of the prompt's length."""
     import torch
 
     from slm.core.nn.cache import KVCache
@@ -308,11 +314,11 @@ def fresh_process(path: Path, prompt: int, *, new: int = _FRESH_TOKENS, **how: A
         **how: Options of `slm.load`, such as `device` and `threads`.
 
     Returns:
-        `load_ms`, packages imported and files checked included; `ttft_ms` of the first prompt; `rss_mib`, resident while
-        it writes, and `peak_rss_mib`, of the whole process.
+        `load_ms`, including imports and file checks; `ttft_ms` of the first prompt; `rss_mib`, resident memory during
+        decode; and `peak_rss_mib`, its peak in the whole process.
 
     Raises:
-        SlmError: When the process fails, with the last line that it said.
+        SlmError: If the process fails; the message is the last line of its output.
     """
     arguments = json.dumps([str(path.resolve()), prompt, new, how])
     done = child.run("from slm.cli.bench import in_fresh_process; in_fresh_process()", arguments)
@@ -324,9 +330,9 @@ def fresh_process(path: Path, prompt: int, *, new: int = _FRESH_TOKENS, **how: A
 
 
 def in_fresh_process() -> None:
-    """Is that process."""
+    """Runs in the new process of `fresh_process` and prints its figures."""
     path, prompt, new, how = json.loads(sys.argv[1])
-    return_freed_memory()  # as slm generate does
+    return_freed_memory()  # the same setting as slm generate
     started = time.perf_counter()
     from slm.loading import load
     from slm.runtime.bench import prompt_ids, resident_mib

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from slm.runtime.streaming import Stream
 
 _COMMANDS = {
-    "/help": "show these",
-    "/reset": "forget what was said",
-    "/system TEXT": "tell the model TEXT before anything else, and begin anew; nothing takes it back",
-    "/retry": "answer the last question again",
-    "/save FILE": "append the conversation to FILE, as a row that slm finetune takes; interrupted answers have the weight 0",
-    "/quit": "end, as Ctrl-D does",
+    "/help": "list the commands",
+    "/reset": "begin a new conversation",
+    "/system TEXT": "begin a new conversation with the system message TEXT; without TEXT, with none",
+    "/retry": "replace the last answer by another one",
+    "/save FILE": "append the conversation to FILE as a row for slm finetune; interrupted answers have the weight 0",
+    "/quit": "end the conversation, like Ctrl-D",
 }
 
 
@@ -43,7 +43,7 @@ class _Quit(Exception):
 
 @click.command(cls=Sections)
 @click.argument("model", type=Artifact(), required=False)
-@click.option("--system", default="", metavar="TEXT", help="What the model is told before anything else.")
+@click.option("--system", default="", metavar="TEXT", help="System message.")
 @json_option
 @generation_options
 def chat(
@@ -62,11 +62,11 @@ def chat(
     seed: int | None,
     **options: Any,
 ) -> None:
-    """Talk with a bundle (onnxruntime) or a checkpoint (PyTorch) that was tuned on conversations.
+    """Chat with a bundle (onnxruntime) or a checkpoint (PyTorch) that was fine-tuned on conversations.
 
-    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none. Every turn is
-    asked with the whole conversation; what no longer fits into the context is forgotten, oldest first. Lines that begin with
-    a slash are commands, and /help shows them; // begins a line with a slash. Ctrl-C ends an answer and keeps the
+    Without MODEL, uses the newest finished model under ./runs, or the bundled demo model if there is none. Every request
+    contains the whole conversation; if it no longer fits into the context, the oldest exchanges are dropped. Lines that begin
+    with a slash are commands, and /help lists them; // begins a line with a slash. Ctrl-C ends an answer and keeps the
     conversation; pressed twice at the prompt it ends the conversation, as Ctrl-D does. From a pipe every line is a turn; with
     --json every answer is one object.
 
@@ -76,7 +76,7 @@ def chat(
       printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
     """
     if keep is not None and options["on_full"] != "slide":
-        raise click.UsageError("--keep says what stays with --on-full slide")
+        raise click.UsageError("--keep requires --on-full slide")
     check_cuda_graph(device, cuda_graph)
     from slm.loading import load
     from slm.runtime.chat import Chat
@@ -96,7 +96,7 @@ def chat(
     warn_of_conversions(loaded.decoder, device)
     if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):
         say(
-            "note: it was trained on plain text, and will go on with yours rather than answer; slm finetune teaches turns"
+            "note: this model was trained on plain text and continues it rather than answering; slm finetune trains on turns"
         )
     options |= {"keep": keep, "stop": [utf8(each, "stop text") for each in options["stop"]]}
     options |= {"temperature": 0.0} if greedy else {}
@@ -114,7 +114,7 @@ def chat(
 
 
 def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
-    """Returns what is known of how a model, or the adapter that it answers with, was made; empty where nothing is."""
+    """Returns the recorded training of a model or its adapter; empty if there is no record."""
     if adapter is not None:
         return {"finetuned": read_info(adapter)}
     if not is_bundle(path):
@@ -124,13 +124,13 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
 
 
 def _converse(talk: "_Talk") -> None:
-    """Takes lines from a keyboard until Ctrl-D, /quit, or Ctrl-C twice at the prompt; lines can be edited and called back.
+    """Reads lines from a terminal until Ctrl-D, /quit, or Ctrl-C twice at the prompt. Lines can be edited and recalled.
 
     Raises:
-        _Quit: When /quit is typed.
+        _Quit: If the user enters /quit.
     """
     with suppress(ImportError):
-        import readline  # noqa: F401  # which `input` uses when it is there
+        import readline  # noqa: F401  # `input` uses it if it is available
     say("/help shows the commands; Ctrl-D ends")
     again = answering = False
     while True:
@@ -146,13 +146,13 @@ def _converse(talk: "_Talk") -> None:
             say_error(error.message, error.hint)
         except KeyboardInterrupt:
             if answering:
-                say("interrupted; the conversation goes on, /quit or Ctrl-D ends it")
+                say("interrupted; the conversation continues, /quit or Ctrl-D ends it")
                 continue
-            click.echo()  # leaves the line that was begun
+            click.echo()  # leaves the unfinished line
             if again:
                 return
             again = True
-            say("Ctrl-C again, Ctrl-D or /quit ends the conversation")
+            say("press Ctrl-C again, Ctrl-D or /quit to end the conversation")
 
 
 def _piped() -> Iterator[str]:
@@ -161,22 +161,22 @@ def _piped() -> Iterator[str]:
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise SlmError(
-            f"what is piped in is not UTF-8 text (byte {error.start})", "convert it, for example with iconv"
+            f"standard input is not UTF-8 text (byte {error.start})", "convert it, for example with iconv"
         ) from None
 
 
 class _Talk:
-    """Takes lines and shows the answers."""
+    """Processes lines and shows the answers."""
 
     def __init__(self, chat: "Chat", options: dict[str, Any], as_json: bool) -> None:
         self._chat, self._options, self._as_json = chat, options, as_json
 
     def hear(self, line: str) -> None:
-        """Takes a line: a command, or something said.
+        """Processes a line: a command, or a message.
 
         Raises:
-            SlmError: When the command is none, or there is no answer.
-            KeyboardInterrupt: When Ctrl-C ended the answer; what was said of it is part of the conversation by then.
+            SlmError: If the command is unknown, or there is no answer.
+            KeyboardInterrupt: If Ctrl-C ended the answer. The generated part is in the conversation then.
         """
         if not utf8(line, "line").strip():
             return
@@ -195,10 +195,10 @@ class _Talk:
                     say(f"{command:14} {what}")
             case "/reset":
                 self._chat.reset()
-                say("what was said is forgotten")
+                say("the conversation is empty")
             case "/system":
                 self._chat.reset(rest)
-                say("a new conversation" + (f", and before it: {rest}" if rest else ""))
+                say("a new conversation" + (f", system message: {rest}" if rest else ""))
             case "/retry":
                 self._answer(lambda: self._chat.retry_pieces(**self._options))
             case "/save":
@@ -206,24 +206,24 @@ class _Talk:
             case "/quit" | "/exit":
                 raise _Quit
             case _:
-                raise SlmError(f"{name} is not a command", "/help shows them; // begins a line with a slash")
+                raise SlmError(f"{name} is not a command", "/help lists the commands; // begins a line with a slash")
 
     def _answer(self, ask: "Callable[[], Stream[Piece]]") -> None:
         forgotten = self._chat.forgotten
         answer = ask()
         if self._chat.forgotten > forgotten:
-            say(f"the context is full: exchanges forgotten so far: {self._chat.forgotten}")
+            say(f"the context is full: exchanges dropped so far: {self._chat.forgotten}")
         with closing(answer):
             made, interrupted = listen(answer, show=not self._as_json)
         text, result = "".join(piece.text for piece in made), answer.result
         if not self._as_json:
             click.echo()
         else:
-            shown = {} if result.seed is None else {"seed": self._chat.seed}  # which repeats the conversation
+            shown = {} if result.seed is None else {"seed": self._chat.seed}  # reproduces the conversation
             print_json({"text": text} | figures(result) | shown)
             sys.stdout.flush()
         if not text.strip():
-            say("the model said nothing, and the question is forgotten")
+            say("the answer is empty, and the question was dropped")
         if interrupted:
             raise KeyboardInterrupt
         if text.strip() and result.stopped in ("length", "context"):
@@ -236,10 +236,10 @@ class _Talk:
         if not name:
             raise SlmError("/save needs a file", "/save talk.jsonl")
         if not any(message["role"] == "assistant" for message in self._chat.messages):
-            raise SlmError("nothing was said yet", "type something")
+            raise SlmError("the conversation has no answer yet", "enter a message")
         path = Path(name).expanduser()
         before = read_text(path, "the file to append to") if path.exists() else ""
-        # A weight of 0, as in OpenAI's format: half an answer is read, and not learned.
+        # The weight 0 of OpenAI's format excludes an interrupted answer from the loss.
         messages = [m | ({"weight": 0} if self._chat.was_interrupted(m) else {}) for m in self._chat.messages]
         row = json.dumps({"messages": messages}, ensure_ascii=False)
         write_text(path, before + ("\n" if before and not before.endswith("\n") else "") + row + "\n")

@@ -1,4 +1,4 @@
-"""`slm train --dry-run`: what a recipe would do, what it would take, and what looks wrong in it."""
+"""`slm train --dry-run`: estimates a recipe's time and memory, and warns about its settings."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from slm.train.parallel import Processes
     from slm.train.recipe import Recipe
 
-# GPT-2's vocabulary on English prose; only for text that nobody has tokenized yet.
+# Bytes per token of GPT-2's vocabulary on English prose; used only for text without a dataset.
 _BYTES_PER_TOKEN = 4.0
 _MIB = 1 << 20
 
@@ -26,11 +26,11 @@ def foresee(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Refuses what training would refuse; else the first process prints recipe and estimate, and what is odd about them.
+    """Runs the checks of training; then the first process prints the recipe, the estimate and the warnings.
 
     Raises:
-        SlmError: As training would raise it; or when the GPU is not known, or the length hangs on a text whose length is
-            not known.
+        SlmError: As training would raise it; or if the GPU is unknown, or the number of updates depends on a text of unknown
+            length.
     """
     import torch
 
@@ -40,7 +40,7 @@ def foresee(
     from slm.train.prepare import check_free
 
     if gpu is not None and gpu.lower() not in GPUS:
-        raise SlmError(f"slm has no figures for a {gpu}", f"--on {', '.join(GPUS)}")
+        raise SlmError(f"unknown GPU {gpu}", f"--on {', '.join(GPUS)}")
     check_machine(recipe, pick_device(recipe.machine.device) if gpu is None else torch.device("cuda"), processes)
 
     def first() -> None:
@@ -60,15 +60,15 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
     text_tokens, measured, text_bytes = _text_size(recipe)
     if text_tokens is None and recipe.schedule.epochs is not None:
         raise SlmError(
-            "schedule.epochs cannot be turned into updates before the text is there",
-            "slm data prepare --data … first, or --set schedule.epochs=null --set schedule.micro_steps=N",
+            "schedule.epochs cannot be converted to updates, because the length of the text is unknown",
+            "run slm data prepare --data … first, or set --set schedule.epochs=null --set schedule.micro_steps=N",
         )
     recipe = recipe.for_tokens(text_tokens or 0)
     est = estimate(recipe, gpu and gpu.lower(), memory().usable, processes)
     passes = est.tokens / text_tokens if text_tokens else None
     odd = review(recipe, passes, processes, text_bytes)
     if est.advice is not None:
-        odd.append(f"it does not fit into the memory of the device: {est.advice}")
+        odd.append(f"the run does not fit into the memory of the device: {est.advice}")
     if as_json:
         print_json(
             {
@@ -93,18 +93,18 @@ def _foresee(recipe: "Recipe", gpu: str | None, as_json: bool, processes: int) -
         ("attention", ", ".join(f"{kernel} in {layers} layers" for kernel, layers in est.kernels.items())),
         (
             "memory",
-            f"about {est.memory.total / _MIB:,.0f} MiB: {parts} (MiB), not counting Python, PyTorch and CUDA themselves",
+            f"about {est.memory.total / _MIB:,.0f} MiB: {parts} (MiB), without Python, PyTorch and CUDA",
         ),
         *([] if est.memory_available is None else [("fits", _fit(recipe, est))]),
         ("time", f"about {duration(est.seconds)}, {duration(est.update_seconds)} of it updates ({est.basis})"),
     ]
-    print_table("what it would take: estimates", ("", ""), rows)
+    print_table("estimated time and memory", ("", ""), rows)
     for sentence in odd:
         say(f"warning: {sentence}")
 
 
 def _fit(recipe: "Recipe", est: "Estimate") -> str:
-    """Says whether a recipe fits into a device's memory, and why: its largest part and the settings that decide it."""
+    """Returns whether a recipe fits into a device's memory, with the largest part and the settings that determine it."""
     assert est.memory_available is not None
     total, available = est.memory.total, est.memory_available
     verdict = "yes" if total < available else "no"
@@ -112,14 +112,14 @@ def _fit(recipe: "Recipe", est: "Estimate") -> str:
     reasons = [f"{verdict}: {total / _MIB:,.0f} of {available / _MIB:,.0f} MiB ({100 * total / available:.0f} %)"]
     batch, anew = recipe.batch, recipe.machine.gradient_checkpointing
     reasons.append(f"{100 * size / total:.0f} % of it {largest}")
-    reasons.append(f"{batch.batch_size} x {batch.context} tokens a micro-step")
-    reasons.append(f"{batch.accumulation} micro-step{'s' * (batch.accumulation > 1)} an update")
+    reasons.append(f"{batch.batch_size} x {batch.context} tokens per micro-step")
+    reasons.append(f"{batch.accumulation} micro-step{'s' * (batch.accumulation > 1)} per update")
     reasons.append(f"{'with' if anew else 'without'} gradient checkpointing")
     return ", ".join(reasons)
 
 
 def _text_size(recipe: "Recipe") -> tuple[int | None, bool, int | None]:
-    """Returns the tokens of the training text, whether they were counted rather than guessed by its size, and its bytes."""
+    """Returns the tokens of the training text, whether they were counted rather than estimated, and the text's bytes."""
     from slm.train.prepare import check_text, prepared_dataset
 
     dataset = prepared_dataset(recipe)

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from slm.runtime.ensemble import Average
     from slm.runtime.generation import Piece, Result
 
-# What a shell says of a command that Ctrl-C ended.
+# The exit code that shells use for a command ended by Ctrl-C.
 _INTERRUPTED = 130
 
 
 @click.command(cls=Sections)
 @click.argument("models", metavar="[MODEL]...", type=Artifact(), nargs=-1)
 @click.option("-p", "--prompt", default="", help='The text to continue; "-" reads standard input.')
-@click.option("--instruct", is_flag=True, help="Ask as a user's turn, for a model tuned on instructions.")
+@click.option("--instruct", is_flag=True, help="Send the prompt as a user turn, for a model tuned on instructions.")
 @click.option(
     "--ensemble",
     type=click.Choice(["mean", "geometric"]),
@@ -37,8 +37,8 @@ _INTERRUPTED = 130
     "--logprobs",
     type=Whole(0, 1_000_000),
     metavar="N",
-    help="With --json: each token's log-probability and the N likeliest there, as the model has them, before any option "
-    "changes them.",
+    help="With --json: each token's log-probability and the N most likely tokens, in the model's own distribution, before "
+    "any option changes it.",
 )
 @generation_options
 def generate(
@@ -64,7 +64,7 @@ def generate(
 ) -> None:
     """Continue a text with a bundle (onnxruntime) or a checkpoint (PyTorch).
 
-    Without MODEL, the newest finished model under ./runs, or the small one that ships where there is none.
+    Without MODEL, uses the newest finished model under ./runs, or the bundled demo model if there is none.
     Ctrl-C ends the text.
 
     \b
@@ -75,13 +75,13 @@ def generate(
       slm generate runs/a/onnx-int8 runs/b/onnx-int8 --ensemble mean -p "One day"
     """
     if (len(models) > 1) != (ensemble is not None):
-        raise click.UsageError("--ensemble says how several models are averaged; name them all")
+        raise click.UsageError("--ensemble requires several models, and several models require --ensemble")
     if logprobs is not None and not as_json:
-        raise click.UsageError("--logprobs is shown with --json")
+        raise click.UsageError("--logprobs requires --json")
     if keep is not None and on_full != "slide":
-        raise click.UsageError("--keep says what stays with --on-full slide")
+        raise click.UsageError("--keep requires --on-full slide")
     if ensemble is not None and adapter is not None:
-        raise click.UsageError("--adapter is for one model")
+        raise click.UsageError("--adapter cannot be combined with --ensemble")
     check_cuda_graph(device, cuda_graph)
     stops = [utf8(each, "stop text") for each in stop]
     text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
@@ -110,9 +110,9 @@ def generate(
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)
     if not instruct and ensemble is None and chat_model(Path(path), adapter, loaded.tokenizer):
-        say("note: this model was tuned on conversations; --instruct asks it in a user's turn, slm chat in several")
+        say("note: this model was tuned on conversations; use --instruct for one user turn, or slm chat")
     if loaded.tokenizer.suffix_ids and not instruct:
-        say("the tokenizer adds tokens after the prompt, as in transformers; the text continues after them")
+        say("the tokenizer appends tokens to the prompt, as in transformers; the text continues after them")
     pieces = loaded.pieces(
         turn_ids(loaded.tokenizer, text, loaded.stop_token_ids) if instruct else text,
         max_new_tokens=max_new_tokens,
@@ -135,13 +135,13 @@ def generate(
         click.echo()
         _summarize(result)
         if drafting is not None:
-            say(f"{drafting.accepted:,} of {drafting.drafted:,} drafted tokens came true")
+            say(f"{drafting.accepted:,} of {drafting.drafted:,} drafted tokens accepted")
     if interrupted:
         sys.exit(_INTERRUPTED)
 
 
 def figures(result: "Result") -> dict[str, Any]:
-    """Returns how a text was made, for machines."""
+    """Returns the figures of a generated text for --json."""
     return {
         "tokens": result.tokens,
         "prompt_tokens": result.prompt_tokens,
@@ -156,7 +156,7 @@ def figures(result: "Result") -> dict[str, Any]:
 
 
 def _logprobs(pieces: "Sequence[Piece]", tokenizer: "Tokenizer") -> list[dict[str, Any]]:
-    """Returns each token's id, text, own bytes and log-probability, and the same of the likeliest."""
+    """Returns each token's id, text, bytes and log-probability, and those of the most likely tokens."""
     from slm.runtime.token_bytes import token_bytes
 
     own = token_bytes(tokenizer)
@@ -173,22 +173,22 @@ def _logprobs(pieces: "Sequence[Piece]", tokenizer: "Tokenizer") -> list[dict[st
 
 def _summarize(result: "Result") -> None:
     reasons: Mapping[str, str] = {
-        "end": "the end of the text",
+        "end": "the end-of-text token",
         "stop": "a stop text",
         "length": f"{len(result.tokens)} tokens",
-        "context": "a full context (--on-full slide goes on)",
+        "context": "a full context (--on-full slide continues)",
         "interrupted": "Ctrl-C",
     }
     times = "once" if result.slides == 1 else f"{result.slides} times"
-    slid = f", the context full and its older half forgotten {times}" if result.slides else ""
+    slid = f", the older half of the full context dropped {times}" if result.slides else ""
     rate = f", {result.decode_tok_s:.0f} tokens/s" if result.decode_tok_s else ""
     say(f"stopped at {reasons[result.stopped]}{slid}; first token after {result.ttft_ms:.0f} ms{rate}")
     if result.seed is not None:
-        say(f"seed: {result.seed} (--seed {result.seed} writes the same text again)")
+        say(f"seed: {result.seed} (--seed {result.seed} generates the same text)")
 
 
 def chat_model(path: Path, adapter: Path | None, tokenizer: "Tokenizer") -> bool:
-    """Says whether a model, with its adapter, was tuned on conversations."""
+    """Returns whether a model, with its adapter, was fine-tuned on conversations."""
     from slm.core.artifacts import read_artifact
     from slm.core.chat import knows_turns
     from slm.core.checkpoint import INFO_FILE, read_info

@@ -1,4 +1,4 @@
-"""Findings of `slm doctor` about onnxruntime's providers, the NVIDIA driver and its GPUs, with advice for each."""
+"""Findings of `slm doctor` about onnxruntime's providers, the NVIDIA driver and its GPUs, each with advice."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ from slm.core.install import install_hint
 
 # The oldest driver for any release of a CUDA major version (docs.nvidia.com/deploy/cuda-compatibility).
 _DRIVERS = {11: 450, 12: 525, 13: 580}
-# The lowest compute capability that a CUDA major version supports. CUDA 13 dropped Maxwell, Pascal and Volta.
+# The lowest compute capability that the compilers of a CUDA major version support: Maxwell, Pascal and Volta end with CUDA
+# 12.
 _CAPABILITIES = {13: (7, 5)}
 _CUDA = "CUDAExecutionProvider"
 _USED = ("CPUExecutionProvider", _CUDA)
@@ -19,31 +20,31 @@ _NAMES = {"onnxruntime": "onnxruntime", "torch": "PyTorch"}
 
 
 def onnxruntime_findings(packages: Mapping[str, str | None], providers: Mapping[str, Provider]) -> list[Finding]:
-    """Returns the installed onnxruntime and the state of each of its providers.
+    """Returns the installed onnxruntime, and the state of each of its providers.
 
     Args:
-        packages: Versions of onnxruntime and onnxruntime-gpu; None if a package is not installed.
-        providers: The state of each provider, by name.
+        packages: Versions of onnxruntime and onnxruntime-gpu; None if not installed.
+        providers: By name.
     """
     value = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     if all(packages.values()):
         both = " and ".join(packages) + " overwrite each other"
-        findings = [Finding("onnxruntime", both, "uninstall both, then install one", "problem")]
+        findings = [Finding("onnxruntime", both, "uninstall both, then install one of them", "problem")]
     elif not any(packages.values()) and not providers:
-        either = f"{install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
+        either = f"{install_hint('cpu')}; with an NVIDIA GPU: {install_hint('cuda')}"
         return [Finding("onnxruntime", "no onnxruntime", either, "problem")]
     else:
-        findings = [Finding("onnxruntime", value or "of another distribution")]
+        findings = [Finding("onnxruntime", value or "from another distribution")]
     return findings + [_provider_finding(name, provider) for name, provider in providers.items()]
 
 
 def _provider_finding(name: str, provider: Provider) -> Finding:
     if provider.runs:
-        return Finding(name, "runs a step correctly")
+        return Finding(name, "runs a step with the correct result")
     advice = {
         _CUDA: _cuda_advice(provider),
-        "CPUExecutionProvider": "install onnxruntime again; slm does not run without it",
-    }.get(name, "none needed: slm uses the CPU and CUDA only")
+        "CPUExecutionProvider": "reinstall onnxruntime, which slm requires",
+    }.get(name, "none needed: slm uses only the CPU and CUDA")
     fails = "loads, but does not run a step correctly" if provider.loads else "is listed but does not load"
     return Finding(name, f"{name} {fails} ({provider.error})", advice, "problem" if name in _USED else "note")
 
@@ -55,11 +56,11 @@ def _cuda_advice(provider: Provider) -> str:
         return f"install the NVIDIA driver, {_oldest_driver(13)} or newer for CUDA 13; without an NVIDIA GPU, use --device cpu"
     if _LIBRARY.search(error):
         return (
-            f"{install_hint('cuda')}, which includes CUDA's libraries, or add the system's libraries to LD_LIBRARY_PATH; "
-            f"{until}"
+            f"{install_hint('cuda')}, which installs CUDA's libraries, or add the system's libraries to the loader's path "
+            f"(LD_LIBRARY_PATH); {until}"
         )
     if provider.loads:
-        return f"update the driver, and check the GPU with nvidia-smi -q; {until}"
+        return f"update the driver, and check the GPU for other faults (nvidia-smi -q); {until}"
     return f"check that nvidia-smi finds the GPU and that the driver is new enough; {until}"
 
 
@@ -77,15 +78,15 @@ def driver_findings(driver: Driver, builds: Mapping[str, str | None]) -> list[Fi
     )
     if not driver.present:
         return [Finding("NVIDIA driver", "none", needed or None, "note" if needed else "ok")]
-    runs = "" if driver.cuda is None else f", runs CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    runs = "" if driver.cuda is None else f", supports CUDA {driver.cuda[0]}.{driver.cuda[1]}"
     value = f"{driver.release or 'unknown release'}{runs}"
     if all(_is_enough(driver, _major(cuda)) for cuda in wants.values()):
         finding = Finding("NVIDIA driver", value + (f" ({needed})" if needed else ""))
     else:
         finding = Finding("NVIDIA driver", f"the NVIDIA driver is too old ({value})", f"update it: {needed}", "problem")
     if not driver.gpus:
-        why = driver.error or "the driver finds none"
-        return [finding, Finding("GPU", f"none ({why})", "check with nvidia-smi", "note")]
+        why = driver.error or "the driver finds no GPU"
+        return [finding, Finding("GPU", f"none ({why})", "check the output of nvidia-smi", "note")]
     return [finding, *(_gpu_finding(gpu, builds.get("onnxruntime")) for gpu in driver.gpus)]
 
 
@@ -98,20 +99,20 @@ def _gpu_finding(gpu: NvidiaGpu, cuda: str | None) -> Finding:
     return Finding(
         "GPU",
         f"{value}: onnxruntime for CUDA {cuda} has no kernels for it (it needs {oldest[0]}.{oldest[1]} or higher)",
-        "generate with --device cpu; PyTorch may still be able to train on it",
+        "use --device cpu to run models; PyTorch may still train on the GPU",
         "problem",
     )
 
 
 def builds_findings(builds: Mapping[str, str | None], driver: Driver | None) -> list[Finding]:
-    """Returns the CUDA versions that the installed packages were built for, and whether their major versions match."""
+    """Returns the CUDA versions that the installed packages were built for, and whether their majors match."""
     built = {name: cuda for name, cuda in builds.items() if cuda}
     there = driver is not None and driver.present
     if not built and not there:
         return []
-    value = ", ".join(f"{_NAMES[name]} {builds[name] or 'without'}" for name in builds)
+    value = ", ".join(f"{_NAMES[name]} {builds[name] or 'without CUDA'}" for name in builds)
     if there and not builds.get("onnxruntime", ""):
-        instead = f"pip uninstall onnxruntime, then {install_hint('cuda')}, to run bundles on the GPU"
+        instead = f"pip uninstall onnxruntime, then {install_hint('cuda')}, to run models on the GPU"
         return [Finding("CUDA versions", value, instead, "note")]
     majors = {_major(cuda) for cuda in built.values()}
     if len(majors) > 1:
@@ -136,7 +137,7 @@ def torch_gpu_finding(gpu: Gpu) -> Finding:
 
 
 def _is_enough(driver: Driver, major: int) -> bool:
-    """Returns whether a driver runs programs for a CUDA major version. An unknown driver version counts as new enough."""
+    """Returns whether a driver supports a CUDA major version; True if the driver's version is unknown."""
     if driver.cuda is not None:
         return driver.cuda[0] >= major
     release = (driver.release or "").partition(".")[0]

@@ -32,10 +32,10 @@ class Driver:
     """An NVIDIA driver.
 
     Attributes:
-        release: The release, such as "580.65.06"; None without a driver, or if it does not report a release.
-        cuda: The newest CUDA version that it runs, such as (13, 0); None if its library cannot be loaded.
+        release: The release, such as "580.65.06"; None if there is no driver or the release is unknown.
+        cuda: The newest CUDA version that it supports, such as (13, 0); None if its library cannot be loaded.
         gpus: The GPUs that it finds.
-        error: The reason if it finds none.
+        error: Why it finds none.
     """
 
     release: str | None = None
@@ -50,12 +50,12 @@ class Driver:
 
 
 def driver() -> Driver:
-    """Returns the driver and its GPUs. If the driver hangs or crashes, the result contains the error."""
+    """Returns the driver and its GPUs. If the driver hangs or crashes, the result has an error."""
     release = _release()
     try:
         done = child.run("from slm.cli.nvidia import answer; answer()", timeout=_ASKING_SECONDS)
         said = json.loads(done.stdout.splitlines()[-1])
-    except Exception as error:  # the process does not start, does not reply in time, or crashes
+    except Exception as error:  # the process cannot start, times out, or crashes before its output
         return Driver(release, error=f"{type(error).__name__}: {error}"[:200])
     gpus = tuple(
         NvidiaGpu(gpu["name"], (gpu["capability"][0], gpu["capability"][1]), gpu["memory"]) for gpu in said["gpus"]
@@ -67,11 +67,11 @@ def driver() -> Driver:
 
 
 def answer() -> None:
-    """Runs in the separate process and prints the driver and its GPUs as a JSON object."""
+    """Runs in the separate process: prints one JSON object."""
     found: dict[str, Any] = {"release": None, "cuda": None, "gpus": [], "error": None}
     library = _library("libcuda.so.1", "nvcuda.dll")
     if library is None:
-        found["error"] = "its library (libcuda) is not installed"
+        found["error"] = "the driver library libcuda is missing"
     else:
         number = ctypes.c_int()
         found["release"] = _nvml_release()
@@ -87,7 +87,7 @@ def _gpus(library: ctypes.CDLL) -> list[dict[str, Any]]:
     """Returns the GPUs.
 
     Raises:
-        OSError: If the driver fails; the message has the reason.
+        OSError: If the driver fails, with its reason.
     """
 
     def call(name: str, *arguments: Any) -> None:
@@ -114,7 +114,7 @@ def _gpus(library: ctypes.CDLL) -> list[dict[str, Any]]:
 
 
 def _release() -> str | None:
-    """Returns the release of the kernel module; None if it is not available, as on Windows and WSL."""
+    """Returns the release that the kernel module reports; None if it does not, as on Windows and WSL."""
     try:
         found = _RELEASE.search(_VERSION_FILE.read_text(encoding="utf-8", errors="replace"))
     except OSError:

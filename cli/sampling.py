@@ -1,4 +1,4 @@
-"""What a command that generates text has in common with another: its options, under the same names and headings."""
+"""The common options of commands that generate text, with the same names and headings."""
 
 import math
 import sys
@@ -43,24 +43,24 @@ ENDING = ("max_new_tokens", "stop", "on_full", "keep")
 
 
 class Sections(click.Command):
-    """Shows the options under three headings; what chooses a token stands in the order in which it is applied."""
+    """Shows the options of `--help` under three headings; sampling options are in the order in which they are applied."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes them."""
+        """Writes the options."""
         options = [each for each in self.get_params(ctx) if isinstance(each, click.Option)]
         lines = {each.name or "": line for each in options if (line := each.get_help_record(ctx))}
         others = [name for name in lines if name not in CHOOSING + ENDING]
         for title, names in (
             ("Options", others),
-            ("Where it ends", ENDING),
-            ("Which token comes next, applied in this order", CHOOSING),
+            ("End of the text", ENDING),
+            ("Sampling, applied in this order", CHOOSING),
         ):
             with formatter.section(title):
                 formatter.write_dl([lines[name] for name in names])
 
 
 def _biases(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[int, float]:
-    """Returns what is added to the logits of which tokens."""
+    """Parses biases and returns them by token id."""
     biases = {}
     for value in values:
         token, _, bias = value.partition("=")
@@ -68,8 +68,8 @@ def _biases(ctx: click.Context, parameter: click.Parameter, values: Sequence[str
             number, added = int(token), float(bias)
         except ValueError:
             number, added = -1, math.nan
-        if not 0 <= number <= MAX_COUNT or not added < math.inf:  # NaN is not
-            raise click.BadParameter(f"{value!r} is not ID=VALUE, such as 42=-1.5, or 42=-inf to rule a token out")
+        if not 0 <= number <= MAX_COUNT or not added < math.inf:  # rejects NaN
+            raise click.BadParameter(f"{value!r} is not ID=VALUE, such as 42=-1.5, or 42=-inf to exclude a token")
         biases[number] = added
     return biases
 
@@ -86,13 +86,13 @@ _OPTIONS = (
         "--draft",
         type=Whole(1, 1024),
         metavar="N",
-        help="Read up to N tokens ahead where the text repeats: faster there, the same tokens but for rounding.",
+        help="Read up to N tokens ahead where the text repeats: faster there, same tokens except for rounding.",
     ),
     click.option(
         "--adapter",
         type=adapter_type,
         metavar="ADAPTER",
-        help="Answer with this LoRA adapter: PEFT's directory, or an .onnx_adapter file; a bundle needs slots for it.",
+        help="LoRA adapter: a PEFT directory, or an .onnx_adapter file; a bundle needs adapter slots.",
     ),
     trust_option,
     allow_slow_option,
@@ -101,27 +101,27 @@ _OPTIONS = (
         "--stop",
         multiple=True,
         metavar="TEXT",
-        help="End before this text; may be repeated. In bash $'\\n' is a new line.",
+        help="End before this text (repeatable). In bash $'\\n' is a new line.",
     ),
     click.option(
         "--on-full",
         type=click.Choice(["stop", "slide"]),
         default="stop",
         show_default=True,
-        help="When the context is full: stop, or forget its older half and go on.",
+        help="When the context is full: stop, or drop its older half and continue.",
     ),
     click.option(
         "--keep",
         type=Whole(0),
         metavar="N",
-        help="With --on-full slide: never forget the first N tokens. [default: what begins a text, such as <bos>]",
+        help="With --on-full slide: never drop the first N tokens. [default: the tokenizer's prefix, such as <bos>]",
     ),
     click.option(
         "--logit-bias",
         multiple=True,
         callback=_biases,
         metavar="ID=VALUE",
-        help="Add to a token's logit; may be repeated. -inf rules it out.",
+        help="Add VALUE to a token's logit (repeatable); -inf excludes the token.",
     ),
     click.option(
         "--repetition-penalty",
@@ -137,7 +137,7 @@ _OPTIONS = (
         default=0.0,
         show_default=True,
         metavar="A",
-        help="Subtracted from the logit of each token that the text has used.",
+        help="Subtracted once from the logit of each new token used so far.",
     ),
     click.option(
         "--frequency-penalty",
@@ -145,16 +145,16 @@ _OPTIONS = (
         default=0.0,
         show_default=True,
         metavar="A",
-        help="Subtracted once for each time that the text has used it.",
+        help="Subtracted from the logit of a new token for each use so far.",
     ),
-    click.option("--greedy", is_flag=True, help="Take the likeliest token; what follows has no effect then."),
+    click.option("--greedy", is_flag=True, help="Take the most likely token; the options below have no effect then."),
     click.option(
         "--temperature",
         type=Real(0, 100),
         default=0.8,
         show_default=True,
         metavar="T",
-        help="Below 1 prefers what is likely; above 1 evens it out; 0 is --greedy.",
+        help="Divides the logits: below 1 favours likely tokens, above 1 unlikely ones; 0 is --greedy.",
     ),
     click.option(
         "--top-k",
@@ -162,7 +162,7 @@ _OPTIONS = (
         default=40,
         show_default=True,
         metavar="K",
-        help="Keep the K likeliest tokens; 0 keeps all.",
+        help="Keep the K most likely tokens; 0 keeps all.",
     ),
     click.option(
         "--top-p",
@@ -170,7 +170,7 @@ _OPTIONS = (
         default=0.95,
         show_default=True,
         metavar="P",
-        help="Keep the likeliest whose probabilities reach P together.",
+        help="Keep the most likely tokens whose total probability reaches P.",
     ),
     click.option(
         "--min-p",
@@ -178,7 +178,7 @@ _OPTIONS = (
         default=0.0,
         show_default=True,
         metavar="P",
-        help="Keep those at least P times as likely as the likeliest.",
+        help="Keep tokens at least P times as likely as the most likely one.",
     ),
     click.option(
         "--typical-p",
@@ -186,29 +186,29 @@ _OPTIONS = (
         default=1.0,
         show_default=True,
         metavar="P",
-        help="Keep those that surprise about as much as expected, until they reach P together.",
+        help="Keep the tokens closest to the expected surprise whose total probability reaches P.",
     ),
     click.option(
         "--seed",
         type=Whole(0, MAX_SEED),
         metavar="N",
-        help="Same seed, same output. [default: one is drawn and printed]",
+        help="Random seed; the same seed gives the same text. [default: random, and printed]",
     ),
 )
 
 
 def generation_options(command: Command) -> Command:
-    """Adds the options that say where a model runs, where a text ends and which token comes next."""
+    """Adds the options for running a model, ending a text and sampling."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def listen(pieces: "Iterable[Piece]", *, show: bool) -> "tuple[list[Piece], bool]":
-    """Returns the pieces and whether Ctrl-C ended them; shows their text as it comes.
+    """Shows the text as it is generated. Returns the pieces, and whether Ctrl-C ended them.
 
     Raises:
-        KeyboardInterrupt: When it came before the first.
+        KeyboardInterrupt: If Ctrl-C comes before the first piece.
     """
     made: list[Piece] = []
     try:
@@ -225,10 +225,10 @@ def listen(pieces: "Iterable[Piece]", *, show: bool) -> "tuple[list[Piece], bool
 
 
 def utf8(text: str, what: str) -> str:
-    """Returns the text; bytes that are no UTF-8 come from the shell as lone surrogates.
+    """Returns the text. Bytes that are not UTF-8 arrive from the shell as lone surrogates.
 
     Raises:
-        SlmError: When there are such bytes.
+        SlmError: If there are such bytes.
     """
     try:
         text.encode()
@@ -240,7 +240,7 @@ def utf8(text: str, what: str) -> str:
 
 
 def warn_of_saturation(decoder: object) -> None:
-    """Says when a bundle's products come out wrong on this CPU."""
+    """Warns if a bundle's 8-bit products saturate on this CPU."""
     from slm.core.machine import instruction_sets, products_saturate
     from slm.runtime.decoder import OnnxDecoder
 
@@ -249,11 +249,11 @@ def warn_of_saturation(decoder: object) -> None:
     quantization = decoder.bundle.manifest.quantization
     schemes = [] if quantization is None else quantization.schemes.values()
     if any(scheme.dynamic and not scheme.reduced for scheme in schemes) and products_saturate(instruction_sets()):
-        say("warning: no VNNI here, so products of 8-bit integers saturate: slm quantize --int8-dynamic --reduce-range")
+        say("warning: this CPU has no VNNI, so 8-bit products saturate; use slm quantize --int8-dynamic --reduce-range")
 
 
 def warn_of_conversions(decoder: object, device: str) -> None:
-    """Says when a bundle is slow on a device because it was exported for another one."""
+    """Prints a note if a bundle is slow on a device because it was exported for another one."""
     from slm.runtime.backend import DecoderAround
     from slm.runtime.decoder import OnnxDecoder
     from slm.runtime.ensemble import EnsembleDecoder

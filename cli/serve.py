@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from slm.serve.service import Service
 
 _KEYS = "SLM_API_KEYS"
-# A key shorter than this, in characters, can be guessed.
+# A shorter key, in characters, can be guessed.
 _SHORT_KEY = 16
-# By default: when a step counts as stuck, in seconds, for pieces of a prompt of up to so many tokens.
+# The default limit of a step in seconds, which holds for pieces of a prompt of up to so many tokens.
 _STEP_S = 30.0
 _PIECE = 1024
 _DAY_S = 86_400.0
@@ -63,36 +63,45 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @click.command()
 @click.argument("model", type=Artifact(checkpoints=False), required=False)
 @click.option(
-    "--host", type=Word(), default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one."
+    "--host",
+    type=Word(),
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 is every address.",
 )
-@click.option("--port", type=Whole(0, MAX_PORT), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--name", type=Word(), help="What requests call the model. [default: RUN/BUNDLE]")
+@click.option("--port", type=Whole(0, MAX_PORT), default=8000, show_default=True, help="Port; 0 takes a free one.")
+@click.option("--name", type=Word(), help="Name of the model in requests. [default: RUN/BUNDLE]")
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="NAME=PATH",
-    help="A LoRA adapter that requests may name as their model; may be repeated.",
+    help="LoRA adapter that requests can select as their model (repeatable).",
 )  # fmt: skip
-@click.option("--slots", type=Whole(1, 256), default=8, show_default=True, help="Answers under way at once.")
-@click.option("--queue", type=Whole(0, 100_000), default=64, show_default=True, help="Answers that may wait.")
+@click.option("--slots", type=Whole(1, 256), default=8, show_default=True, help="Completions that run at once.")
+@click.option(
+    "--queue", type=Whole(0, 100_000), default=64, show_default=True, help="Completions that may wait for a slot."
+)
 @click.option("--prefill-tokens", type=Whole(1, 1 << 20), default=256, show_default=True,
-              help="The most of prompts that is read between two steps.")  # fmt: skip
+              help="The most prompt tokens read between two steps.")  # fmt: skip
 @click.option("--prefix-mib", type=Whole(0, 1 << 20), default=256, show_default=True,
-              help="Memory for beginnings of prompts, which are not read again; as much for each adapter.")  # fmt: skip
-@click.option("--max-tokens", type=Whole(1, 1 << 20), default=1024, show_default=True, help="New tokens of an answer.")
-@click.option("--max-prompt-tokens", type=Whole(1, 1 << 20), help="Tokens of a prompt. [default: the context]")
+              help="Memory for cached prefixes of prompts, for the base and for each adapter.")  # fmt: skip
+@click.option(
+    "--max-tokens", type=Whole(1, 1 << 20), default=1024, show_default=True, help="The most new tokens of a completion."
+)
+@click.option("--max-prompt-tokens", type=Whole(1, 1 << 20), help="The most tokens of a prompt. [default: the context]")
 @click.option("--timeout", type=Real(0, _DAY_S, min_open=True), default=300.0, show_default=True, metavar="S",
-              help="When an answer is cut off.")  # fmt: skip
+              help="Time limit of a request, in seconds.")  # fmt: skip
 @click.option("--step-timeout", type=Real(0, _DAY_S, min_open=True), metavar="S",
-              help="When a step counts as stuck: /health and /ready are 503 until it returns. "
-                   "[default: 30, or --timeout where that is shorter]")  # fmt: skip
+              help="Time limit of a step, in seconds: after it, /health and /ready return 503 until the step returns. "
+                   "[default: 30, or --timeout if shorter]")  # fmt: skip
 @click.option("--api-key-file", type=FilePath(), metavar="FILE",
-              help=f"API keys, one a line; or {_KEYS} in the environment, with commas. [default: none asked for]")  # fmt: skip
+              help=f"API keys, one per line; or {_KEYS} in the environment, separated by commas. "
+                   "[default: no key required]")  # fmt: skip
 @click.option("--allow-host", "hosts", type=HostName(), multiple=True, metavar="NAME",
-              help="A Host name that requests may use; may be repeated. [default: localhost, 127.0.0.1 and [::1] for a server "
+              help="Host name that requests may use (repeatable). [default: localhost, 127.0.0.1 and [::1] for a server "
                    "on this machine without keys, any name otherwise]")  # fmt: skip
 @click.option("--cors-origin", "origins", type=_Origin(), multiple=True, metavar="ORIGIN",
-              help="Origin of a web page that may use the API from a browser; may be repeated; * is every one.")  # fmt: skip
+              help="Origin of web pages that may use the API from a browser (repeatable); * is every origin.")  # fmt: skip
 @click.option("--grace", type=Real(0, _DAY_S), default=30.0, show_default=True, metavar="S",
-              help="How long answers may go on when the server is stopped.")  # fmt: skip
+              help="Time that running requests have after the server is stopped, in seconds.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @cuda_graph_option
 @threads_option
@@ -122,11 +131,11 @@ def serve(
     trust: bool,
     allow_slow: bool,
 ) -> None:
-    """Answer over HTTP as OpenAI's API does: chats, completions, streams, JSON schemas.
+    """Serve a bundle over HTTP with an OpenAI-compatible API: chats, completions, streams, JSON schemas.
 
-    Without MODEL, the newest bundle under ./runs, or the small model that ships inside. New requests join between steps;
-    when all slots and the queue are taken, the answer is 429 with Retry-After. Logs are JSON lines without what was asked or
-    answered. It listens on this machine alone unless --host says otherwise.
+    Without MODEL, uses the newest bundle under ./runs, or the bundled demo model if there is none. New requests join between
+    steps. When all slots and the queue are full, the status is 429 with Retry-After. Logs are JSON lines without prompts and
+    completions. The server accepts connections from this machine only, unless --host sets another address.
 
     \b
       slm serve
@@ -134,7 +143,7 @@ def serve(
       slm serve runs/tiny/onnx-slots --adapter pirate=pirate.onnx_adapter
       curl localhost:8000/v1/completions -d '{"prompt": "One day", "max_tokens": 20}'
 
-    docs/serve.md says what is served.
+    docs/serve.md describes the API.
     """
     check_cuda_graph(device, cuda_graph)
     from slm.loading import load, load_adapter
@@ -145,7 +154,7 @@ def serve(
 
     return_freed_memory()
     keys = _api_keys(api_key_file)
-    listening = _listen(host, port)  # before anything is loaded, which may take a while
+    listening = _listen(host, port)  # checked before the model is loaded, which may take a while
     path = model or default_model(bundle=True)
     how: Any = {
         "device": device,
@@ -157,7 +166,7 @@ def serve(
     loaded = load(path, **how)
     decoder = loaded.decoder
     if not isinstance(decoder, OnnxDecoder):
-        raise SlmError(f"{path} is a checkpoint", "slm export --onnx makes a bundle of it, which can be served")
+        raise SlmError(f"{path} is a checkpoint", "export it to a bundle first: slm export --onnx")
     warn_of_saturation(decoder)
     warn_of_conversions(decoder, device)
     known = {}
@@ -185,30 +194,30 @@ def serve(
     say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
     for warning in _warnings(address, keys, origins):
         say(f"warning: {warning}")
-    # Collections of garbage hold every thread; they need not go through what is loaded, which stays.
+    # Garbage collection stops every thread; the loaded objects stay alive, so collections can skip them.
     gc.collect()
     gc.freeze()
     _run(service, listening)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that connections can come to.
+    """Returns a socket that accepts connections.
 
     Raises:
-        SlmError: When the address is taken or not this machine's.
+        SlmError: If the address is in use or does not belong to this machine.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "another --port, or another --host") from None
+        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "use another --port or --host") from None
 
 
 def _api_keys(file: Path | None) -> list[str]:
-    """Returns the API keys; none where neither a file nor the environment names any.
+    """Returns the API keys; none if neither a file nor the environment has any.
 
     Raises:
-        SlmError: When the file or the variable is there but holds no key, so that a typing error makes no open server.
+        SlmError: If the file or the variable exists but holds no key, so that a typing error does not open the server.
     """
     if file is not None:
         given, where = read_text(file, "API keys").removeprefix("\ufeff").split("\n"), str(file)
@@ -220,15 +229,17 @@ def _api_keys(file: Path | None) -> list[str]:
     if not keys:
         raise SlmError(
             f"no API key in {where}",
-            "write one on each line" if file else f"separate keys with commas, or unset {_KEYS} to serve without keys",
+            "write one key per line" if file else f"separate keys with commas, or unset {_KEYS} to serve without keys",
         )
     if any(not key.isprintable() for key in keys):
-        raise SlmError(f"an API key in {where} has a character that no header can carry", "use letters and digits")
+        raise SlmError(
+            f"an API key in {where} has a character that is not allowed in HTTP headers", "use letters and digits"
+        )
     return keys
 
 
 def _warnings(address: str, keys: Sequence[str], origins: Sequence[str]) -> list[str]:
-    """Returns what is unsafe about how the server is started."""
+    """Returns warnings about unsafe settings."""
     found = []
     if not keys and not is_loopback(address):
         found.append("any client that reaches this address can use the server; --api-key-file requires a key")
@@ -242,7 +253,7 @@ def _warnings(address: str, keys: Sequence[str], origins: Sequence[str]) -> list
 
 
 def _run(service: "Service", listening: socket.socket) -> None:
-    """Serves until it is stopped, and prints where once it does."""
+    """Serves until the server is stopped, and prints its addresses once it accepts connections."""
     from slm.serve.server import Server, exit_now
 
     address, port = listening.getsockname()[:2]
@@ -253,7 +264,8 @@ def _run(service: "Service", listening: socket.socket) -> None:
     def say_where() -> None:
         names = ", ".join((service.name, *service.adapters))
         say(
-            f"model {names}: prompts up to {prompt:,} tokens, answers up to {limits.new_tokens:,} in {limits.seconds:g} s"
+            f"model {names}: prompts up to {prompt:,} tokens, "
+            f"completions up to {limits.new_tokens:,} in {limits.seconds:g} s"
         )
         say(f"page: {page}/")
         say(f"listening on {page}/v1")
@@ -261,14 +273,14 @@ def _run(service: "Service", listening: socket.socket) -> None:
     def say_what_is_left(requests: int) -> None:
         if requests:
             under_way = "1 request has" if requests == 1 else f"{requests} requests have"
-            say(f"stopping: {under_way} up to {service.grace_s:g} s; Ctrl-C again ends them at once")
+            say(f"stopping: {under_way} up to {service.grace_s:g} s to finish; press Ctrl-C again to end immediately")
 
     server = Server(service, say_where, on_stop=say_what_is_left)
     server.run(sockets=[listening])
     if server.stopped_by is None:
         return
-    if service.engine.alive:  # stuck in a step, so that threads of onnxruntime would be waited for
+    if service.engine.alive:  # a thread of onnxruntime is stuck in a step, and a normal exit would wait for it
         exit_now(server.stopped_by, b"stopped: the engine was stuck\n")
     say("stopped")
-    # Told to end, it has ended as it should: that is no error, though the exit code says by which signal.
+    # A signal is a normal end of the server: no error message, but the exit code names the signal.
     raise SystemExit(128 + server.stopped_by)

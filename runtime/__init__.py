@@ -1,1 +1,1 @@
-"""Running bundles with onnxruntime: session, caches, sampling, generation. Needs neither torch nor onnx."""
+"""Runs bundles with onnxruntime: session, caches, sampling, generation. Needs neither torch nor onnx."""

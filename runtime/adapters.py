@@ -1,4 +1,6 @@
-"""LoRA adapters for a bundle with slots: read from onnxruntime's file, given to a step as inputs, one for each row.
+"""LoRA adapters for bundles with adapter slots.
+
+An adapter is read from onnxruntime's adapter file and passed to each step as inputs, one adapter per row.
 
 Dimensions: B batch, K inputs, N outputs, r rank.
 """
@@ -26,11 +28,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as the graph takes it.
+    """An adapter in the form of the graph's inputs.
 
     Attributes:
-        name: What to call it.
-        arrays: float32 by input: A (1, K, r) and B (1, r, N), scale included; of products it leaves alone, none.
+        name: The adapter's name in requests and messages.
+        arrays: float32 by input: A (1, K, r) and B (1, r, N), with the scale included. A product that the adapter does not
+            change has no entry.
     """
 
     name: str
@@ -38,12 +41,12 @@ class Adapter:
 
     @cached_property
     def values(self) -> dict[str, ort.OrtValue]:
-        """The same for IO binding, on the same memory."""
+        """The arrays as OrtValues for IO binding, on the same memory."""
         return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
 
     @cached_property
     def digest(self) -> str:
-        """What tells adapters apart."""
+        """A hash that distinguishes adapters."""
         found = hashlib.sha256()
         for name in sorted(self.arrays):
             found.update(name.encode() + str(self.arrays[name].shape).encode() + self.arrays[name].tobytes())
@@ -51,7 +54,7 @@ class Adapter:
 
 
 def stacked(adapters: Sequence[Adapter | None]) -> Adapter | None:
-    """Returns one adapter for rows that each have their own, or none: ranks are filled up with zeros."""
+    """Returns one adapter that holds one adapter per row, or None if no row has one. Smaller ranks are padded."""
     if all(adapter is None for adapter in adapters):
         return None
     present = [adapter for adapter in adapters if adapter is not None]
@@ -76,7 +79,7 @@ def read_adapter(path: Path, bundle: Bundle) -> Adapter:
     """Reads a `.onnx_adapter` file for a bundle.
 
     Raises:
-        SlmError: When the bundle has no slots, or the file cannot be read, is for another base or does not fit.
+        SlmError: If the bundle has no slots, or the file is unreadable, belongs to another base model or does not fit.
     """
     check_slots_of(bundle)
     check_readable(path, "the adapter")
@@ -85,21 +88,21 @@ def read_adapter(path: Path, bundle: Bundle) -> Adapter:
         parameters = file.get_parameters()
         arrays = {name: value.numpy().copy() for name, value in parameters.items()}
         made_for = int(file.get_model_version())
-    except Exception as error:  # onnxruntime's exceptions share no base but this
-        raise SlmError(f"{path} is no adapter that onnxruntime reads ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # onnxruntime's exceptions share no narrower base class
+        raise SlmError(f"{path} is not an adapter that onnxruntime can read ({str(error).splitlines()[0]})") from None
     base = model_version(bundle.manifest.provenance.get("weights_sha256"))
     if made_for and base and made_for != base:
         raise SlmError(
-            f"{path} is for other weights than {bundle.path} was exported from", "name the bundle of its own base"
+            f"{path} was made for other weights than those of {bundle.path}", "use the bundle of the adapter's base"
         )
     return checked(Adapter(path.stem, arrays), bundle, path)
 
 
 def checked(adapter: Adapter, bundle: Bundle, path: Path) -> Adapter:
-    """Returns an adapter whose arrays fit a bundle's slots.
+    """Returns an adapter after checking that its arrays fit the bundle's slots.
 
     Raises:
-        SlmError: When they do not.
+        SlmError: If an array does not fit.
     """
     sizes = {
         name: size
@@ -110,7 +113,9 @@ def checked(adapter: Adapter, bundle: Bundle, path: Path) -> Adapter:
         other = name[:-1] + ("B" if name.endswith("A") else "A")
         axis = 1 if name.endswith("A") else 2
         if name not in sizes or other not in adapter.arrays:
-            raise SlmError(f"{path} has {name}, for which {bundle.path} has no slot", "it was made for another model")
+            raise SlmError(
+                f"{path} has {name}, for which {bundle.path} has no slot", "the adapter belongs to another model"
+            )
         if array.ndim != 3 or array.dtype != np.float32 or len(array) != 1 or array.shape[axis] != sizes[name]:
             raise SlmError(
                 f"{path}: {name} is {array.dtype} {array.shape}, and the slot takes {sizes[name]:,} channels"
@@ -123,18 +128,18 @@ def checked(adapter: Adapter, bundle: Bundle, path: Path) -> Adapter:
 
 
 def check_slots_of(bundle: Bundle) -> None:
-    """Checks that a bundle takes adapters.
+    """Checks that a bundle has adapter slots.
 
     Raises:
-        SlmError: When it does not.
+        SlmError: If it has none.
     """
     if not bundle.manifest.adapter_slots:
         raise SlmError(
             f"{bundle.path} has no slots for adapters",
-            "slm export --onnx --adapter-slots makes one that has; or merge: slm export --onnx --adapter DIR",
+            "export one with slots: slm export --onnx --adapter-slots; or merge: slm export --onnx --adapter DIR",
         )
 
 
 def model_version(weights_sha256: object) -> int:
-    """Returns what identifies a base in an adapter's file, which has room for 31 bits; 0 for one that is not known."""
+    """Returns the number that identifies a base model in an adapter file: 31 bits of its hash, or 0 if it is unknown."""
     return int(str(weights_sha256)[:8], 16) & 0x7FFF_FFFF if weights_sha256 else 0

@@ -1,4 +1,4 @@
-"""What generation and evaluation need of a backend. It needs neither onnxruntime nor torch.
+"""The interface between generation or evaluation and a backend. Needs neither onnxruntime nor torch.
 
 Dimensions: B batch, T positions, V vocabulary.
 """
@@ -14,47 +14,47 @@ Array = NDArray[Any]
 
 
 class Snapshot(Protocol):
-    """A copy of what a decoder had read; it can be restored any number of times."""
+    """A copy of a decoder's state. It can be restored any number of times."""
 
     @property
     def length(self) -> int:
-        """Tokens read."""
+        """The number of tokens in the state."""
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the copy, in bytes."""
 
 
 class Reader(Protocol):
-    """What generating one text needs of a backend (`slm.runtime.streaming.run`)."""
+    """The methods that generation needs from a backend (`slm.runtime.streaming.run`)."""
 
     def reset(self) -> None:
-        """Forgets everything read."""
+        """Forgets all tokens."""
 
     def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens and returns the logits (V,) for the one that follows."""
+        """Reads tokens and returns the logits (V,) for the next token."""
 
 
 class Scorer(Protocol):
-    """What evaluation needs of a backend; both methods leave what was read alone."""
+    """The methods that evaluation needs from a backend. Neither changes the decoder's state."""
 
     def logits(self, ids: Array) -> Array:
         """Returns the logits float32 (B, T, V) at every position of complete rows (B, T)."""
 
     def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns how likely the tokens of complete rows were, in bounded memory.
+        """Returns the log-probabilities of the tokens in complete rows, in bounded memory.
 
         Args:
-            ids: Rows (B, T) of at most one token more than the context: the last one is predicted and not read.
+            ids: Rows (B, T) of at most context + 1 tokens: the last token is predicted and not read.
 
         Returns:
-            The natural logarithms of the probabilities of every row's tokens from the second on, given those before, float32
-            (B, T - 1); and whether each was the likeliest, bool (B, T - 1).
+            Natural logarithms of the probability of each token from the second on, given the tokens before it, float32
+            (B, T - 1); and whether each token was the most likely one, bool (B, T - 1).
         """
 
 
 class Decoder(Reader, Scorer, Protocol):
-    """A backend: it reads tokens, goes back, and scores."""
+    """A backend that reads tokens, rewinds and scores."""
 
     @property
     def context(self) -> int:
@@ -62,46 +62,46 @@ class Decoder(Reader, Scorer, Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """How many logits there are."""
+        """The number of logits."""
 
     @property
     def length(self) -> int:
-        """Tokens read since the last reset."""
+        """The number of tokens read since the last reset."""
 
     @property
     def description(self) -> str:
-        """What runs where, in a few words."""
+        """A short description of the backend and its device."""
 
     @property
     def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        """The most tokens that `read_each` may read next so that all of them can be rewound."""
 
     def read_each(self, ids: Sequence[int]) -> Array:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        """Reads a few tokens in one step and returns the logits (T, V) after each of them."""
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; what is read next is as if it followed these directly.
+        """Forgets all tokens after the first `length`. The next token is read directly after these.
 
         Raises:
-            SlmError: When that cannot be, with the reason: sliding layers forget what is out of their windows.
+            SlmError: If the decoder cannot rewind that far: sliding layers drop what is outside their windows.
         """
 
     def snapshot(self) -> Snapshot:
-        """Returns a copy of what was read, sliding layers included."""
+        """Returns a copy of the state, including sliding layers."""
 
     def restore(self, snapshot: Any) -> None:
-        """Forgets everything read and goes back to a snapshot, exactly; it can be used again.
+        """Replaces the state by a snapshot, exactly. The snapshot can be used again.
 
         Raises:
-            SlmError: When it is another model's.
+            SlmError: If the snapshot belongs to another model.
         """
 
 
 class DecoderAround:
-    """The part of a wrapping decoder that it passes on to the decoder inside.
+    """Base class of wrapping decoders: forwards what the wrapper does not change to the inner decoder.
 
     Attributes:
-        decoder: The one that computes.
+        decoder: The inner decoder.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -114,43 +114,46 @@ class DecoderAround:
 
     @property
     def vocab_size(self) -> int:
-        """How many logits there are."""
+        """The number of logits."""
         return self.decoder.vocab_size
 
     @property
     def description(self) -> str:
-        """What runs where, in a few words."""
+        """A short description of the backend and its device."""
         return self.decoder.description
 
     def logits(self, ids: Array) -> Array:
-        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of the state."""
         return self.decoder.logits(ids)
 
     def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns log-probabilities and whether each token was the likeliest; see `Scorer.score`."""
+        """Returns log-probabilities, and whether each token was the most likely one; see `Scorer.score`."""
         return self.decoder.score(ids)
 
 
 @dataclass(frozen=True)
 class TextSnapshot:
-    """A snapshot and the tokens that it is of, for a decoder that knows its text."""
+    """A snapshot with its tokens, for a decoder that keeps track of its text."""
 
     inner: Snapshot
     ids: NDArray[np.int32]
 
     @property
     def length(self) -> int:
-        """Tokens read."""
+        """The number of tokens in the state."""
         return self.inner.length
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the copy, in bytes."""
         return self.inner.bytes + self.ids.nbytes
 
 
 def log_probabilities(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Returns the log-probabilities of targets (B, T) by logits (B, T, V), summed in float64; and which are the largest."""
+    """Returns the log-probabilities of targets (B, T) under logits (B, T, V), and which targets have the largest logit.
+
+    Sums are computed in float64.
+    """
     largest = logits.max(axis=-1, keepdims=True)
     sums = np.exp(logits - largest).sum(axis=-1, dtype=np.float64)  # (B, T)
     of_targets = np.take_along_axis(logits, targets[..., None], axis=-1) - largest

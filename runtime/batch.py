@@ -1,8 +1,8 @@
-"""Several texts at once on one bundle: prompts are read one by one, and steps are taken together.
+"""Several texts at once on one bundle: prompts are read one at a time, decoding steps run together.
 
-A step reads the weights once for all rows, and most of the time of a step goes into reading weights. A row's logits are those
-that it would have alone, bit for bit in float32 and with INT8 weights in blocks of at most 64 (on AVX-512 VNNI and with no more
-threads than heads). In blocks of 128 the kernel adds a single row in another order, and rounding of activations amplifies the
+A step reads the weights once for all rows, and reading weights takes most of a step's time. A row's logits are bit-identical
+to those of the row alone in float32, and with INT8 weights in blocks of at most 64 (on AVX-512 VNNI, with no more threads
+than heads). In blocks of 128 the kernel sums a single row in another order, and the rounding of activations amplifies the
 difference.
 
 Dimensions: B batch, T positions, V vocabulary.
@@ -22,11 +22,11 @@ from slm.runtime.memory import Array
 
 
 class Slot(DecoderAround):
-    """One text of a batch: a decoder like any other, which can also take a step together with other slots.
+    """One text of a batch. A slot is a decoder, and can also take a step together with other slots.
 
     Attributes:
-        decoder: The one that computes.
-        adapter: The adapter that this text uses; None for the base.
+        decoder: The bundle's decoder.
+        adapter: The adapter of this text; None for the base model.
     """
 
     def __init__(self, batch: "Batch", adapter: Adapter | None) -> None:
@@ -37,23 +37,23 @@ class Slot(DecoderAround):
 
     @property
     def length(self) -> int:
-        """Tokens read since the last reset."""
+        """The number of tokens read since the last reset."""
         return self.extent.length
 
     @property
     def description(self) -> str:
-        """What runs where, in a few words."""
+        """A short description of the backend and its device."""
         return f"{self.decoder.description}, {self._batch.slots} slots"
 
     def reset(self) -> None:
-        """Forgets everything read."""
+        """Forgets all tokens."""
         self.extent = Extent()
 
     def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens, long prompts in chunks, and returns the logits (V,) for the one that follows.
+        """Reads tokens, long prompts in chunks, and returns the logits (V,) for the next token.
 
         Raises:
-            SlmError: When they do not fit into the context.
+            SlmError: If the tokens do not fit into the context.
         """
         self._batch.make_room([self], len(ids))
         new = np.asarray(ids, np.int64)[None]
@@ -64,25 +64,25 @@ class Slot(DecoderAround):
 
     @property
     def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        """The most tokens that `read_each` may read next so that all of them can be rewound."""
         return min(self._batch.slab.revocable(self.extent), self.context - self.length)
 
     def read_each(self, ids: Sequence[int]) -> Array:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        """Reads a few tokens in one step and returns the logits (T, V) after each of them."""
         self._batch.make_room([self], len(ids))
         return self._batch.read(self, np.asarray(ids, np.int64)[None], keep=0)
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        """Forgets all tokens after the first `length`; see `Decoder.rewind`."""
         self.extent = self._batch.slab.rewind(self._batch.row(self), self.extent, length)
 
     def snapshot(self) -> OnnxSnapshot:
-        """Returns a copy of what was read, for any slot or decoder of this model."""
+        """Returns a copy of the state that any slot or decoder of this model can restore."""
         row = self._batch.slab.copy_row(self._batch.row(self), self.extent)
         return OnnxSnapshot(self._batch.decoder.identified(self.adapter), row)
 
     def restore(self, snapshot: Any) -> None:
-        """Goes back to a snapshot of any slot or decoder of this model; see `Decoder.restore`."""
+        """Replaces the state by a snapshot of any slot or decoder of this model; see `Decoder.restore`."""
         row = self._batch.decoder.own(snapshot, self.adapter)
         self.reset()
         self._batch.make_room([self], snapshot.length)
@@ -90,13 +90,13 @@ class Slot(DecoderAround):
 
 
 class Batch:
-    """Slots that texts are read into, on one slab of buffers (slots, K, C, H) a layer.
+    """Slots for texts, on one slab of buffers (slots, K, C, H) per layer.
 
     With past positions the graph takes several tokens of one row, or one token of several rows. A prompt is read through a
-    view of its row. A step goes through a view of the first rows, to which the rows that step are moved.
+    view of its row. A step uses a view of the first rows, and the rows that step are moved there first.
 
     Attributes:
-        decoder: The bundle; the batch leaves the decoder's own caches alone.
+        decoder: The bundle's decoder. The batch does not touch the decoder's own caches.
         slots: The number of slots.
         slab: The buffers.
     """
@@ -105,12 +105,12 @@ class Batch:
         caches = decoder.caches(slots)
         if not isinstance(caches, KVBuffers):
             raise SlmError(
-                f"{decoder.bundle.path} is a portable bundle, which reads one text at a time", "export a fused one"
+                f"{decoder.bundle.path} is a portable bundle, which reads one text at a time", "export a fused bundle"
             )
         self.decoder = decoder
         self.slots = slots
         self.slab = caches
-        self._rows: list[Slot | None] = [None] * slots  # whose text each row holds
+        self._rows: list[Slot | None] = [None] * slots  # the slot whose text each row holds
         self._view: tuple[int, int, KVBuffers] | None = None
         self._stacked: tuple[tuple[Adapter | None, ...], Adapter | None] | None = None
 
@@ -121,14 +121,14 @@ class Batch:
 
     @property
     def bytes(self) -> int:
-        """Memory of all slots' buffers."""
+        """Memory of the buffers of all slots, in bytes."""
         return self.slab.bytes
 
     def take(self, adapter: Adapter | None = None) -> Slot:
-        """Returns a free, empty slot for a text with this adapter; None is the base.
+        """Returns a free, empty slot for a text with this adapter; None is the base model.
 
         Raises:
-            SlmError: When there is an adapter and the bundle has no slots for any.
+            SlmError: If an adapter is given and the bundle has no adapter slots.
         """
         assert self.free, "no slot is free"
         if adapter is not None:
@@ -138,21 +138,21 @@ class Batch:
         return slot
 
     def release(self, slot: Slot) -> None:
-        """Frees a slot, which must not be used again. A free row costs a step nothing."""
+        """Frees a slot, which must not be used afterwards. A free row costs no time in a step."""
         self._rows[self.row(slot)] = None
 
     def row(self, slot: Slot) -> int:
-        """Returns the row of a slot now; steps move rows."""
+        """Returns the current row of a slot; steps move rows."""
         return self._rows.index(slot)
 
     def step(self, tokens: Mapping[Slot, int]) -> dict[Slot, Array]:
-        """Reads one token into each of some slots, together, and returns the logits (V,) for those that follow.
+        """Reads one token into each of the given slots in one step, and returns the next logits (V,) of each.
 
         Args:
-            tokens: The token of each slot that steps; at least one.
+            tokens: The next token of each slot; at least one.
 
         Raises:
-            SlmError: When a slot's context is full.
+            SlmError: If a slot's context is full.
         """
         self.make_room(list(tokens), 1)
         self._bring_to_front(list(tokens))
@@ -173,10 +173,10 @@ class Batch:
         return logits
 
     def make_room(self, slots: Sequence[Slot], tokens: int) -> None:
-        """Makes room for so many more tokens in some slots.
+        """Makes room for `tokens` more tokens in some slots.
 
         Raises:
-            SlmError: When they do not fit into the context.
+            SlmError: If they do not fit into the context.
         """
         length = max(slot.length for slot in slots) + tokens
         if length > self.decoder.context:
@@ -185,7 +185,7 @@ class Batch:
                 "a shorter prompt, or slm export --onnx --context N",
             )
         if not self.slab.fits(length):
-            self._view = None  # which keeps what is replaced in memory
+            self._view = None  # the binding would keep the replaced buffers in memory
             used = max(row for row, slot in enumerate(self._rows) if slot is not None)
             self.decoder.make_room(self.slab, length, used + 1)
 
@@ -210,14 +210,14 @@ class Batch:
             logits = self.decoder.run(ids, mask, view, keep, self._adapter_of(slots))
             for slot, extent in zip(slots, extents, strict=True):
                 slot.extent = extent
-        except BaseException:  # Ctrl-C too: what the rows hold is unknown then
+        except BaseException:  # includes Ctrl-C: the content of the rows is unknown after an interrupted step
             for slot in slots:
                 slot.reset()
             raise
         return logits
 
     def _adapter_of(self, slots: Sequence[Slot]) -> Adapter | None:
-        """Returns the adapters of some rows as one; the previous result while they are the same."""
+        """Returns the adapters of some rows as one. The result is cached until the rows change."""
         wanted = tuple(slot.adapter for slot in slots)
         if self._stacked is None or not _same(self._stacked[0], wanted):
             self._stacked = (wanted, stacked(wanted))

@@ -1,4 +1,4 @@
-"""The speed of prefill and decoding on this machine, with the speed at which its memory can be read.
+"""Measures the speed of prefill and decoding, and the read speed of this machine's memory.
 
 Cases take turns, so that other load on the machine affects all of them. Dimensions: B batch, V vocabulary.
 """
@@ -24,12 +24,12 @@ from slm.runtime.decoder import PREFILL_CHUNK, OnnxDecoder
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.streaming import greedy
 
-# Tokens of the visit that warms up: threads are started, memory is taken.
+# Tokens of the warm-up, which starts threads and allocates memory.
 _WARM_UP = 4
-# A probe reads at least this much at a time, in as many passes as that takes: threads that wake up on one core need some
-# milliseconds until they have one each.
+# A probe reads at least this many bytes, in several passes if necessary: threads that wake up on the same core need a few
+# milliseconds to spread over the cores.
 _PROBE_BYTES = 2 << 30
-# More than this says nothing else about memory; with less, the time goes into calls and not into reading.
+# More bytes measure the same memory speed; with fewer, the time of calls exceeds the time of reading.
 _LARGEST_PROBE = 1 << 30
 _SMALLEST_PROBE = 256 << 10
 _TIMES = 3
@@ -40,7 +40,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark: steps of `batch` rows after `prompt` tokens. The prompt is read only where there is one row."""
+    """One benchmark: steps of `batch` rows after `prompt` tokens. The prompt is read only if there is one row."""
 
     prompt: int
     batch: int = 1
@@ -62,15 +62,15 @@ class Spread:
 
 @dataclass
 class Timing:
-    """The timings of one case, a value for each round.
+    """The timings of one case, one value per round.
 
     Attributes:
         case: The case.
         step_bytes: Bytes of weights and caches that a step after the prompt reads.
-        read_s: Seconds from the beginning of the prompt to the first new token; empty for several rows.
-        decode_s: Seconds that all new tokens after the first took together.
-        read_rate: Bytes of memory read a second in the same round; empty where it was not measured.
-        steps: New tokens after the first, of each row.
+        read_s: Seconds from the start of the prompt to the first new token; empty for several rows.
+        decode_s: Total seconds of all new tokens after the first.
+        read_rate: Memory read speed in the same round, in bytes per second; empty if not measured.
+        steps: New tokens of each row after the first.
     """
 
     case: Case
@@ -82,27 +82,27 @@ class Timing:
 
     @property
     def ttft_ms(self) -> Spread | None:
-        """Time to first token."""
+        """Time to first token, in milliseconds."""
         return Spread.of([1e3 * seconds for seconds in self.read_s]) if self.read_s else None
 
     @property
     def prefill_tok_s(self) -> Spread | None:
-        """Prompt tokens read a second."""
+        """Prompt tokens per second."""
         return Spread.of([self.case.prompt / seconds for seconds in self.read_s]) if self.read_s else None
 
     @property
     def decode_tok_s(self) -> Spread:
-        """New tokens a second, of all rows together."""
+        """New tokens per second, summed over rows."""
         return Spread.of([self.case.batch * self.steps / seconds for seconds in self.decode_s])
 
     @property
     def step_ms(self) -> Spread:
-        """Milliseconds a step."""
+        """Milliseconds per step."""
         return Spread.of([1e3 * seconds / self.steps for seconds in self.decode_s])
 
     @property
     def memory_share(self) -> Spread | None:
-        """Bytes that steps read a second, as a share of the memory speed of the same round."""
+        """Bytes per second that steps read, divided by the memory speed of the same round."""
         if not self.read_rate:
             return None
         pairs = zip(self.decode_s, self.read_rate, strict=True)
@@ -110,18 +110,18 @@ class Timing:
 
 
 class Rows(Protocol):
-    """Rows with a past that take steps together."""
+    """Rows with a past that step together."""
 
     def step(self, ids: Array) -> Array:
-        """Reads one token of every row (B, 1) and returns the logits (B, V) for those that follow."""
+        """Reads one token of every row (B, 1) and returns the next logits (B, V)."""
 
 
 class OnnxRows:
-    """Rows of a bundle as if each had read a prompt.
+    """Rows of a bundle in the state that they have after a prompt.
 
-    Buffers have the length that they have after a prompt, and are filled with ones: their values do not affect the time, but
-    memory that was never written does, because all of it is one page of zeros. Caches that grow, as those of the portable
-    target, are filled by reading.
+    Buffers have the length that they have after a prompt, and are filled with ones. The values do not affect the time, but
+    memory that was never written does, because the system maps all of it to one page of zeros. Growing caches (portable
+    target) are filled by reading tokens.
     """
 
     def __init__(self, decoder: OnnxDecoder, case: Case, new: int) -> None:
@@ -139,11 +139,11 @@ class OnnxRows:
         self._length = case.prompt
 
     def step(self, ids: Array) -> Array:
-        """Reads one token of every row (B, 1) and returns the logits (B, V) for those that follow."""
+        """Reads one token of every row (B, 1) and returns the next logits (B, V)."""
         return self._run(ids)
 
     def _run(self, ids: Array) -> Array:
-        """Reads tokens (B, T) and returns the logits (B, V) for those that follow."""
+        """Reads tokens (B, T) and returns the logits (B, V) after the last of each row."""
         self._length += ids.shape[1]
         mask = np.ascontiguousarray(self._mask[:, : self._length])
         logits: Array = self._decoder.run(ids, mask, self._caches, keep=1)[:, -1]
@@ -154,14 +154,15 @@ MakeRows = Callable[[Case, int], Rows]
 
 
 def onnx_rows(decoder: OnnxDecoder) -> MakeRows:
-    """Returns a function that makes rows of a bundle for a case and a number of steps."""
+    """Returns a function that creates the rows of a case for a number of steps."""
     return lambda case, new: OnnxRows(decoder, case, new)
 
 
 def weight_bytes_read(bundle: Bundle) -> int:
-    """Returns the bytes of weights that one step of a bundle reads, whatever the number of rows.
+    """Returns the bytes of weights that one step of a bundle reads, independent of the number of rows.
 
-    That is everything stored beside the graph, except rotation tables and an untied embedding, of which a step reads one row.
+    These are all weights stored beside the graph, except rotation tables and an untied embedding: a step reads one row of
+    each.
     """
     manifest, config = bundle.manifest, bundle.config
     beside = (
@@ -181,18 +182,18 @@ def weight_bytes_read(bundle: Bundle) -> int:
 
 
 def _has_tables(bundle: Bundle) -> bool:
-    """Returns whether rotation tables are among the weights, as in bundles that slm wrote before 2026-11-23."""
+    """Returns whether the weights include rotation tables, as in bundles exported before 2026-11-23."""
     return f"positions.{bundle.config.layer_types[0]}_cos".encode() in bundle.model_path.read_bytes()
 
 
 def float32_weight_bytes_read(config: ModelConfig) -> int:
-    """Returns the same for a checkpoint in float32."""
+    """Returns the bytes of weights that one step of a float32 checkpoint reads."""
     tied = config.tie_word_embeddings
     return weights_bytes(config, FLOAT32_BYTES) - (0 if tied else FLOAT32_BYTES * parameters(config).embedding)
 
 
 def cache_bytes_read(layers: Sequence[CacheLayer], positions: int) -> int:
-    """Returns the bytes of keys and values that the next token of a row attends to after that many positions."""
+    """Returns the bytes of keys and values that the next token of a row attends to after `length` positions."""
     return sum(
         2
         * layer.kv_heads
@@ -204,18 +205,18 @@ def cache_bytes_read(layers: Sequence[CacheLayer], positions: int) -> int:
 
 
 class ReadProbe:
-    """Reads memory as fast as possible with several threads.
+    """Measures the read speed of memory with several threads.
 
-    It reads as much as a token does, so that both come from the same level of memory: a server's processor caches hold a whole
-    small model.
+    The probe reads as many bytes as a step, so that both use the same level of memory: the processor caches of a server hold
+    a whole small model.
     """
 
     def __init__(self, size: int, threads: int) -> None:
-        """Takes the memory.
+        """Allocates the memory.
 
         Args:
-            size: Bytes; at least 256 KiB and at most 1 GiB are taken.
-            threads: The number of threads; each reads a part of its own.
+            size: Bytes, limited to the range from 256 KiB to 1 GiB.
+            threads: The number of threads; each reads its own part.
         """
         count = min(max(size, _SMALLEST_PROBE), _LARGEST_PROBE) // 8 // threads
         self._parts = [np.ones(count, np.int64) for _ in range(threads)]
@@ -224,7 +225,7 @@ class ReadProbe:
         self._pool = ThreadPoolExecutor(threads)
 
     def rate(self) -> float:
-        """Returns the bytes read a second, the median of several measurements."""
+        """Returns the read speed in bytes per second, the median of several measurements."""
         return median(self._rate() for _ in range(_TIMES))
 
     def _rate(self) -> float:
@@ -256,13 +257,13 @@ def measure(
     """Times cases in turn, after one warm-up.
 
     Args:
-        decoder: The model; it runs cases of one row.
-        make_rows: Makes the rows of other cases.
+        decoder: The model, for cases of one row.
+        make_rows: Creates the rows of other cases.
         cases: The cases; prompt and new tokens fit into the context.
         step_bytes: Returns the bytes that a step of a case reads.
-        probe: Measures the memory speed once a round; None where memory is not the limit.
-        new: New tokens a row, at least 2; the first comes from the prompt's logits.
-        rounds: How often every case is timed.
+        probe: Measures the memory speed once per round; None if memory is not the limit.
+        new: New tokens per row, at least 2; the first comes from the prompt's logits.
+        rounds: The number of timings per case.
         progress: Advances with every timing.
     """
     progress = progress or Silent()
@@ -288,18 +289,18 @@ def measure(
 
 
 def prompt_ids(length: int, vocab_size: int) -> list[int]:
-    """Returns a prompt; the same every time."""
+    """Returns a prompt of random ids from a fixed seed."""
     return [int(token) for token in np.random.default_rng(0).integers(vocab_size, size=length)]
 
 
 def read_and_write(decoder: Decoder, prompt: int, new: int) -> tuple[float, float]:
-    """Reads a prompt and decodes greedily; returns the seconds to the first token and from there to the last."""
+    """Reads a prompt and decodes greedily. Returns the seconds to the first token, and from there to the last."""
     result = greedy(decoder, prompt_ids(prompt, decoder.vocab_size), new)
     return result.ttft_ms / 1e3, result.decode_s
 
 
 def _steps(rows: Rows, batch: int, steps: int) -> float:
-    """Returns the seconds of greedy steps of rows. One step before them is not timed: it touches the memory."""
+    """Returns the seconds of greedy steps of rows. One untimed step before them touches the memory."""
     ids = rows.step(np.zeros((batch, 1), np.int64)).argmax(-1)[:, None]
     started = time.perf_counter()
     for _ in range(steps):
@@ -308,7 +309,7 @@ def _steps(rows: Rows, batch: int, steps: int) -> float:
 
 
 def resident_mib() -> float | None:
-    """Returns the resident memory of this process, in MiB; None where the system does not report it."""
+    """Returns the resident memory of this process in MiB; None if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("VmRSS:")[1].split()[0]) / (1 << 10)  # KiB

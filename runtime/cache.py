@@ -16,19 +16,19 @@ from slm.core.errors import SlmError
 from slm.core.rewind import check_rewind
 from slm.runtime.memory import Array, Buffer, HostBuffer, Located, Place
 
-# Global layers' buffers begin with this and grow in multiples of it, by a quarter at least: a short answer should not pay
-# for the longest context. Up to 32,768 positions at the 270M shape all copies together take
-# 0.7 s, of some minutes; doubling takes 0.3 s and up to 1.56 times the memory.
+# Buffers of global layers start at this length and grow in multiples of it, by at least a quarter, so that a short
+# completion does not pay for the longest context. Up to 32,768 positions at the 270M shape, all copies together take 0.7 s
+# of several minutes; doubling would take 0.3 s and up to 1.56 times the memory.
 FIRST_CAPACITY = 256
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What the caches hold of one row.
+    """The positions of one row that the caches hold.
 
     Attributes:
-        length: Positions seen.
-        oldest: The first of them that sliding layers still hold.
+        length: The number of positions read.
+        oldest: The first position that sliding layers still hold.
     """
 
     length: int = 0
@@ -37,35 +37,35 @@ class Extent:
 
 @dataclass(frozen=True)
 class CachedRow:
-    """A copy of what one row's buffers hold: all positions of a global layer, the last of a sliding one; (K, positions, H)."""
+    """A copy of one row's buffers (K, positions, H): all positions of global layers, the last ones of sliding layers."""
 
     extent: Extent
     arrays: Mapping[tuple[int, Side], Array]
 
     @property
     def bytes(self) -> int:
-        """Memory of the copy."""
+        """Memory of the copy, in bytes."""
         return sum(array.nbytes for array in self.arrays.values())
 
 
 class KVBuffers:
-    """One pair of buffers (B, K, C, H) a layer, bound as past and as present at once.
+    """One pair of buffers (B, K, C, H) per layer, bound as past and as present at the same time.
 
-    A sliding layer's capacity is its window and some slack, whatever the context. A global layer's grows as the
-    sequence does. Rows past the resident ones hold nothing of meaning, but they are finite.
+    The capacity of a sliding layer is its window plus some slack, whatever the context. The capacity of a global layer grows
+    with the sequence. Positions after the resident ones hold arbitrary but finite values.
 
     Attributes:
-        growths: How often the buffers were replaced by longer ones; what was bound before no longer counts then.
+        growths: How often the buffers were replaced by longer ones. A replacement invalidates earlier bindings.
     """
 
     def __init__(self, layers: Sequence[CacheLayer], context: int, batch: int = 1, place: Place = HostBuffer) -> None:
-        """Takes memory for short sequences.
+        """Allocates buffers for short sequences.
 
         Args:
             layers: The caches of the graph.
             context: The longest sequence, in tokens.
             batch: Rows.
-            place: Makes the buffers, and so says where they lie.
+            place: Creates the buffers, and thereby chooses their device.
         """
         self._layers = layers
         self._context = context
@@ -77,11 +77,11 @@ class KVBuffers:
         self.reserve(min(FIRST_CAPACITY, context))
 
     def fits(self, length: int) -> bool:
-        """Whether there is room for sequences of that length."""
+        """Returns whether the buffers have room for sequences of this length."""
         return length <= self._length
 
     def reserve(self, length: int, rows: int | None = None) -> None:
-        """Makes room for sequences of that length; what is cached stays, of so many rows at the front if not of all."""
+        """Makes room for sequences of this length. Keeps the cached positions of the first `rows` rows, by default of all."""
         if self.fits(length):
             return
         length = max(length, self._length + self._length // 4)
@@ -97,11 +97,12 @@ class KVBuffers:
         if old is not None and old.shape == shape:
             return
         try:
-            array = np.zeros(shape, layer.dtype)  # memory that is taken page by page as it is written
-        except (MemoryError, ValueError):  # the latter of more than an address can say
+            array = np.zeros(shape, layer.dtype)  # the system allocates this memory page by page as it is written
+        except (MemoryError, ValueError):  # np.zeros raises ValueError for sizes beyond the address space
             size = math.prod(shape) * np.dtype(layer.dtype).itemsize / 2**30
             raise SlmError(
-                f"no memory for caches: {size:,.1f} GiB for a layer's keys alone", "fewer slots, or a shorter context"
+                f"not enough memory for caches: the keys of one layer take {size:,.1f} GiB",
+                "use fewer slots or a shorter context",
             ) from None
         if old is not None:
             array[:rows, :, : old.shape[2]] = old.read(slice(rows), 0, old.shape[2])
@@ -109,16 +110,16 @@ class KVBuffers:
 
     @property
     def room(self) -> int:
-        """Positions that the longest sequence can have before the buffers grow."""
+        """The longest sequence that fits before the buffers grow."""
         return self._length
 
     @property
     def located(self) -> tuple[Located, ...]:
-        """Where every buffer begins, and its shape."""
+        """The address and the shape of every buffer."""
         return tuple(buffer.located for buffer in self._buffers.values())
 
     def copy_sliding(self) -> dict[tuple[int, Side], Array]:
-        """Returns a copy of all that sliding layers hold."""
+        """Returns a copy of the buffers of all sliding layers."""
         return {
             (layer.layer, side): self._buffers[layer.layer, side]
             .read(slice(None), 0, layer.capacity(self._length))
@@ -129,15 +130,15 @@ class KVBuffers:
         }
 
     def put_sliding(self, copied: Mapping[tuple[int, Side], Array]) -> None:
-        """Makes what sliding layers hold what was copied."""
+        """Restores the buffers of all sliding layers from a copy."""
         for key, array in copied.items():
             self._buffers[key].write(slice(None), 0, array)
 
     def row(self, index: int) -> "KVBuffers":
-        """Returns one row as buffers of its own, on the same memory as long as neither grows.
+        """Returns one row as buffers of its own, on the same memory until one of the two grows.
 
-        With past positions the graph takes several tokens of one row at a time: a row is read through such a view, and
-        all rows take single steps together.
+        With past positions the graph takes several tokens of only one row at a time: a prompt is read through such a view,
+        and all rows take single-token steps together.
         """
         return self.rows(index, index + 1)
 
@@ -154,20 +155,20 @@ class KVBuffers:
             buffer.bind(binding, past_name(layer, side), present_name(layer, side))
 
     def written(self, outputs: Sequence[ort.OrtValue]) -> None:
-        """Does nothing after a step: what it wrote is in place."""
+        """Does nothing: a step writes in place."""
 
     def resident(self, layer: CacheLayer, side: Side, length: int) -> Array:
-        """Returns the cached positions that matter, oldest first: (B, K, min(length, window), H).
+        """Returns the cached positions that attention can still use, oldest first: (B, K, min(length, window), H).
 
         Args:
             layer: The layer.
             side: Keys or values.
-            length: Positions seen so far, the same in every row.
+            length: Positions read so far, the same in every row.
         """
         return self._buffers[layer.layer, side].read(slice(None), *_needed(layer, length))
 
     def fill(self, length: int) -> None:
-        """Writes ones where every row would have its resident positions, as if it had read so many tokens."""
+        """Writes ones at the resident positions of every row, as if it had read `length` tokens."""
         for layer in self._layers:
             start, stop = _needed(layer, length)
             ones = np.ones((self._batch, layer.kv_heads, stop - start, layer.head_dim), layer.dtype)
@@ -176,29 +177,29 @@ class KVBuffers:
 
     @property
     def bytes(self) -> int:
-        """Memory of all buffers."""
+        """Memory of all buffers, in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def extended(self, extent: Extent, tokens: int) -> Extent:
-        """Returns what a row holds after so many more tokens."""
+        """Returns the extent of a row after `tokens` more tokens."""
         length = extent.length + tokens
         return Extent(length, max(extent.oldest, *(length - resident_positions(each, length) for each in self._layers)))
 
     def revocable(self, extent: Extent) -> int:
-        """Returns how many tokens fit until a sliding buffer moves up; read in one step, all can be forgotten again."""
+        """Returns how many tokens fit before a sliding buffer moves up. One step of so many tokens can be rewound."""
         length = extent.length
         resident = ((each, resident_positions(each, length)) for each in self._layers if each.window is not None)
         return min((each.capacity(length) - count for each, count in resident), default=self._context - length)
 
     def rewind(self, row: int, extent: Extent, length: int) -> Extent:
-        """Forgets the positions of a row from `length` on; returns what it holds then.
+        """Forgets the positions of a row from `length` on. Returns the row's new extent.
 
-        The graph takes the rows of a sliding buffer to be where reading just these positions would have put them. Where
-        it has moved up since, they are moved back down; what lies before them is outside of every window, and need only be
-        finite.
+        The graph expects the rows of a sliding buffer where reading exactly these positions would have put them. If the
+        buffer has moved up since, its rows are moved back down. The positions before them are outside every window and only
+        need to be finite.
 
         Raises:
-            SlmError: When sliding layers no longer hold what the next token would look at.
+            SlmError: If sliding layers no longer hold the positions that the next token attends to.
         """
         for layer in self._layers:
             check_rewind(extent.length, length, layer.window, extent.oldest)
@@ -228,7 +229,7 @@ class KVBuffers:
         return CachedRow(extent, arrays)
 
     def put_row(self, row: int, cached: CachedRow) -> Extent:
-        """Makes a row what was copied; there must be room. Returns what it holds then."""
+        """Writes a copied row, for which there must be room. Returns the row's new extent."""
         for layer in self._layers:
             end = resident_positions(layer, cached.extent.length)
             for side in SIDES:
@@ -238,9 +239,9 @@ class KVBuffers:
 
 
 def resident_positions(layer: CacheLayer, length: int) -> int:
-    """Returns how many positions a layer's buffer holds after `length` were seen.
+    """Returns how many positions a layer's buffer holds after `length` positions were read.
 
-    A sliding buffer that is full drops capacity - window + 1 positions at once (operator specification of
+    A full sliding buffer drops capacity - window + 1 positions at once (operator specification of
     com.microsoft GroupQueryAttention, "Windowed KV Cache").
     """
     if layer.window is None:
@@ -253,6 +254,6 @@ def resident_positions(layer: CacheLayer, length: int) -> int:
 
 
 def _needed(layer: CacheLayer, length: int) -> tuple[int, int]:
-    """Returns from where to where a layer's buffer holds what matters after `length` positions were seen."""
+    """Returns the range of a layer's buffer that later tokens can attend to after `length` positions were read."""
     count = resident_positions(layer, length)
     return count - (length if layer.window is None else min(length, layer.window)), count

@@ -1,4 +1,4 @@
-"""A conversation with a model: every request contains the whole conversation, in the turns that the model was trained on."""
+"""A conversation with a model. Every request contains the whole conversation, in the turn format of the model's template."""
 
 from collections.abc import Generator, Mapping, Sequence
 from itertools import pairwise
@@ -16,9 +16,9 @@ from slm.runtime.sampling import Sampling
 from slm.runtime.speculative import SpeculativeDecoder
 from slm.runtime.streaming import Stream, texts
 
-# Memory for snapshots of prompts: a retried turn is not read again.
+# Memory for snapshots of prompts, so that retrying a turn does not read the prompt again.
 _SNAPSHOT_BYTES = 64 << 20
-# A quarter of the context is kept free for the answer, where so many new tokens are allowed.
+# A quarter of the context is kept free for the completion, if `max_new_tokens` is that large.
 _LEAST_ROOM = 4
 
 
@@ -32,7 +32,7 @@ class Chat:
     Attributes:
         messages: All messages, oldest first, a system message at the beginning.
         forgotten: Exchanges dropped from the beginning because they no longer fit into the context, since the last reset.
-        seed: Seed of the conversation; the n-th answer is sampled with seed + n, counted from 0.
+        seed: Seed of the conversation; answer n is sampled with seed + n, counted from 0.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class Chat:
         """Begins a conversation.
 
         Args:
-            model: The model; from now on its decoder reuses what it read from one turn to the next.
-            system: The system message; none when empty.
-            messages: Earlier messages, oldest first; a system message at their beginning takes the place of `system`.
+            model: The model. From now on its decoder reuses the tokens of the previous turns.
+            system: The system message; empty for none.
+            messages: Earlier messages, oldest first. A system message at the beginning replaces `system`.
             seed: Seed of the conversation; None draws one.
-            draft_tokens: Read up to this many tokens ahead where the text repeats; None never does.
+            draft_tokens: The longest draft of prompt-lookup decoding; None disables drafts.
 
         Raises:
-            SlmError: When the model knows no turns, or the messages are not a conversation that a request may follow.
+            SlmError: If the model has no turns, or the messages are not a conversation that a request can follow.
         """
         check_type("system", system, str, "a str")
-        drawn = Sampling(seed=seed).seed  # which is checked so
+        drawn = Sampling(seed=seed).seed  # `_checked` verified the role
         assert drawn is not None
         self._model = model
         self.seed = drawn
@@ -66,14 +66,15 @@ class Chat:
         self._cut: list[Message] = []
         self.messages: list[Message] = []
         decoder = model.decoder
-        if not isinstance(decoder, PrefixDecoder):  # as another conversation left it
+        # restores the state that the decoder had before another conversation used it
+        if not isinstance(decoder, PrefixDecoder):
             decoder = PrefixDecoder(decoder, PrefixCache(_SNAPSHOT_BYTES))
         model.decoder = decoder if draft_tokens is None else SpeculativeDecoder(decoder, draft_tokens)
         end_of_turn = model.tokenizer.token_id(END_OF_TURN)
         if end_of_turn is not None and end_of_turn not in model.stop_token_ids:
             model.stop_token_ids = (*model.stop_token_ids, end_of_turn)
         if foreign_template(model.tokenizer) is None:
-            chat_ids(model.tokenizer, [])  # which says so when there are no turns
+            chat_ids(model.tokenizer, [])  # raises if the model has no turns
         before = _checked(messages)
         if before and before[0]["role"] == "system":
             system = before.pop(0)["content"]
@@ -84,7 +85,7 @@ class Chat:
         return f"<slm.Chat of {len(self.messages)} messages with {self._model!r}>"
 
     def reset(self, system: str | None = None) -> None:
-        """Begins a new conversation; the system message stays unless another one is given (an empty one removes it)."""
+        """Begins a new conversation. The system message stays unless `system` is given; an empty one removes it."""
         if system is None:
             system = self.system
         self._settle()
@@ -93,7 +94,7 @@ class Chat:
 
     @property
     def system(self) -> str:
-        """The system message; empty where there is none."""
+        """The system message; empty if there is none."""
         begins = self.messages[:1]
         return begins[0]["content"] if begins and begins[0]["role"] == "system" else ""
 
@@ -103,31 +104,31 @@ class Chat:
         return "".join(piece.text for piece in self.pieces(request, **options)).strip()
 
     def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[str]:
-        """Returns the answer to a request in pieces of text; see `pieces`."""
+        """Returns the answer to a request as a stream of text; see `pieces`."""
         check_options("stream", options)
         return texts(self.pieces(request, **options))
 
     def retry(self, **options: Unpack[GenerationOptions]) -> str:
-        """Returns another answer to the last request, which replaces the last answer; see `pieces`."""
+        """Replaces the last answer with another one and returns it; see `pieces`."""
         check_options("retry", options)
         return "".join(piece.text for piece in self.retry_pieces(**options)).strip()
 
     def pieces(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
-        """Returns the answer token by token; it joins the conversation when the iterator ends or is closed.
+        """Returns the answer token by token. The answer joins the conversation when the iterator ends or is closed.
 
-        The oldest exchanges are dropped where the context is too short for the conversation and an answer.
+        Drops the oldest exchanges if the context is too short for the conversation and an answer.
 
         Args:
             request: The user's message.
-            **options: See `slm.GenerationOptions`; a `seed` takes the place of the conversation's.
+            **options: See `slm.GenerationOptions`; a `seed` overrides the conversation's seed.
 
         Raises:
-            SlmError: When the request is empty or too long, or an option is wrong; the conversation is unchanged.
+            SlmError: If the request is empty or too long, or an option is invalid. The conversation is unchanged then.
         """
         check_options("pieces", options)
         check_type("the request", request, str, "a str")
         if not request.strip():
-            raise SlmError("nothing is asked", "type something")
+            raise SlmError("the request is empty", "enter a message")
         self._settle()
         before, forgotten = list(self.messages), self.forgotten
         self.messages.append({"role": "user", "content": request})
@@ -144,14 +145,14 @@ class Chat:
         return self._answering
 
     def retry_pieces(self, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
-        """Returns another answer to the last request token by token; it replaces the last answer. See `pieces`.
+        """Returns another answer to the last request token by token. It replaces the last answer; see `pieces`.
 
         Raises:
-            SlmError: When there is no answer yet.
+            SlmError: If there is no answer yet.
         """
         self._settle()
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            raise SlmError("nothing was asked yet", "type something")
+            raise SlmError("there is no request to retry", "enter a message first")
         before = list(self.messages)
         del self.messages[-1]
         request = self.messages.pop()["content"]
@@ -162,11 +163,11 @@ class Chat:
             raise
 
     def was_interrupted(self, message: Message) -> bool:
-        """Returns whether a message of `messages` is an answer that was interrupted."""
+        """Returns whether a message of `messages` is an interrupted answer."""
         return any(message is each for each in self._cut)
 
     def _settle(self) -> None:
-        """Ends an answer that was not read to its end, and drops a request whose answer has no text."""
+        """Ends an answer that was not read completely, and drops a request whose answer has no text."""
         if self._answering is not None:
             self._answering.close()
             self._answering = None
@@ -174,7 +175,7 @@ class Chat:
             del self.messages[-1]
 
     def _recorded(self, pieces: Stream[Piece]) -> Generator[Piece, None, None]:
-        """Yields the pieces of an answer, which joins the conversation at the end."""
+        """Yields the pieces of an answer, and appends the answer to the conversation at the end."""
         said, whole = [], False
         try:
             for piece in pieces:
@@ -187,7 +188,7 @@ class Chat:
                 self.messages.append({"role": "assistant", "content": answer})
                 self._cut += [] if whole else self.messages[-1:]
             else:
-                del self.messages[-1]  # a request without an answer: turns alternate
+                del self.messages[-1]  # a request without an answer is dropped, because turns alternate
 
     def _ids(self, max_new_tokens: int) -> list[int]:
         context = self._model.decoder.context
@@ -202,10 +203,10 @@ class Chat:
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:
-    """Returns messages that a request may follow.
+    """Returns the messages after checking that a request can follow them.
 
     Raises:
-        SlmError: When they are not a conversation that ends with an answer.
+        SlmError: If they are not a conversation that ends with an answer.
     """
     check_type("messages", messages, (list, tuple), 'a list of {"role": ..., "content": ...}')
     found: list[Message] = []

@@ -1,16 +1,16 @@
-"""Single-token steps recorded as CUDA graphs: the GPU replays a step's launches without the host.
+"""Records single-token steps as CUDA graphs: the GPU replays a step's kernel launches without the host.
 
 Dimensions: B batch, L longest sequence that the buffers have room for, V vocabulary.
 
-A graph holds addresses and numbers of the host as they were when it was recorded. So a recorded step reads its tokens and its
-mask from fixed buffers on the GPU, and writes its logits to another. The mask always has L columns, zeros at the end, and each
-row's length is its sum, computed on the GPU. GroupQueryAttention reads lengths and positions from these sums
-(`GetSequenceLengths` in onnxruntime's group_query_attention_impl.cu). The number that it reads on the host, L, only says how
-much scratch memory to take and whether there is a past.
+A graph stores the addresses and host-side numbers of its recording. A recorded step therefore reads its tokens and its
+mask from fixed buffers on the GPU, and writes its logits to another. The mask always has L columns, zeros at the end, and
+each row's length is its sum, computed on the GPU. GroupQueryAttention reads lengths and positions from these sums
+(`GetSequenceLengths` in onnxruntime's group_query_attention_impl.cu). The host-side number L determines only the size of the
+scratch memory and whether there is a past.
 
-onnxruntime records a step when it runs for the first time: it runs it twice as usual, records it and replays it, all in one
-call. Global layers write the same key and value to the same position each time. Sliding layers move up each time, so what they
-held is put back afterwards, and the step is replayed once more.
+onnxruntime records a step at its first run: one call runs the step twice as usual, records it and replays it. Global layers
+write the same key and value to the same position each time. Sliding layers move up each time, so their buffers are restored
+afterwards, and the step is replayed once more.
 """
 
 import threading
@@ -25,34 +25,34 @@ from slm.core.manifest import Bundle
 from slm.runtime.cache import KVBuffers
 from slm.runtime.memory import Array, Located
 
-# Flash, memory-efficient or unfused attention (onnxruntime's AttentionBackend), all of which read lengths on the GPU. cuDNN's,
-# which onnxruntime prefers from compute capability 9.0 on, has not been tried in a graph.
+# Flash, memory-efficient or unfused attention (onnxruntime's AttentionBackend), all of which read lengths on the GPU. cuDNN
+# attention, which onnxruntime prefers from compute capability 9.0 on, is untested in graphs.
 _ATTENTION = 1 | 2 | 16
 CUDA_OPTIONS = {"enable_cuda_graph": "1", "sdpa_kernel": str(_ATTENTION)}
-# The option of a run that names its graph, and the name that stands for none.
+# The run option that selects a graph, and the value that selects none.
 _GRAPH, _NO_GRAPH = "gpu_graph_id", "-1"
-# Arrangements of buffers that are recorded: one for each number of rows and each length that buffers grow to. onnxruntime
-# keeps each graph until the session ends; steps of further ones run as usual.
+# The most recorded arrangements of buffers: one for each number of rows and each length that buffers grow to. onnxruntime
+# keeps every graph until the session ends; further arrangements run without graphs.
 _MOST_GRAPHS = 64
-# A single token without a past takes another kernel, which a graph with a past does not hold.
+# A single token without a past uses another kernel, which a graph with a past does not contain.
 _SHORTEST = 2
 
 
 def check_bundle(bundle: Bundle) -> None:
-    """Checks that a bundle's steps can be recorded.
+    """Checks that the steps of a bundle can be recorded.
 
     Raises:
-        SlmError: When some of its nodes would run on the CPU.
+        SlmError: If some of its nodes would run on the CPU.
     """
     if bundle.manifest.device != "cuda":
         raise SlmError(
             f"{bundle.path} was exported for {bundle.manifest.device}: CUDA graphs need a bundle whose nodes all run on CUDA",
-            "slm export --onnx --device cuda, or leave CUDA graphs out",
+            "use a bundle from slm export --onnx --device cuda, or omit CUDA graphs",
         )
 
 
 def without_graph(options: ort.RunOptions) -> ort.RunOptions:
-    """Makes runs with these options run as usual; returns the options."""
+    """Makes runs with these options run without graphs. Returns the options."""
     options.add_run_config_entry(_GRAPH, _NO_GRAPH)
     return options
 
@@ -69,7 +69,7 @@ class StepGraphs:
         self._of_thread = _Recorded()
 
     def step_of(self, buffers: object, ids: Array, mask: Array) -> "RecordedStep | None":
-        """Returns the step that reads these tokens from a graph; None if they are to be read without one.
+        """Returns the recorded step that reads these tokens; None if they must be read without a graph.
 
         Args:
             buffers: The caches.
@@ -81,7 +81,7 @@ class StepGraphs:
         mine = self._of_thread
         if mine.last is not None and mine.last[0]() is buffers and mine.last[1] == buffers.growths:
             return mine.last[2]
-        # Buffers are known by their addresses: others that lie there later are read and written by the same launches.
+        # Addresses identify buffers: the same launches read and write any later buffers at the same addresses.
         key = buffers.located
         if key not in mine.steps:
             if len(mine.steps) == _MOST_GRAPHS:
@@ -93,11 +93,11 @@ class StepGraphs:
 
 
 class _Recorded(threading.local):
-    """What a thread has recorded.
+    """The recorded steps of one thread.
 
     Attributes:
         steps: By the addresses and shapes of the caches.
-        last: The buffers of the last step, how often they had grown, and the step.
+        last: The buffers of the last step, their number of growths, and the step.
     """
 
     def __init__(self) -> None:
@@ -111,14 +111,14 @@ class RecordedStep:
     def __init__(
         self, session: ort.InferenceSession, number: int, buffers: KVBuffers, batch: int, vocab_size: int
     ) -> None:
-        """Binds everything that the step reads and writes.
+        """Binds all inputs and outputs of the step.
 
         Args:
             session: The graph.
-            number: What onnxruntime calls the recorded step by, of this thread.
+            number: onnxruntime's identifier of the recorded step in this thread.
             buffers: The caches.
             batch: Rows.
-            vocab_size: How many logits there are.
+            vocab_size: The number of logits.
         """
         self._session = session
         self._mask = np.zeros((batch, buffers.room), np.int64)
@@ -128,7 +128,7 @@ class RecordedStep:
         self._binding.bind_ortvalue_output(LOGITS, self._logits)
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
-        # Of a single token all logits are those of the last one.
+        # For a single token, the logits of all positions are those of the last position.
         self._binding.bind_ortvalue_input(LOGITS_TO_KEEP, ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64)))
         buffers.bind(self._binding)
         self._options = ort.RunOptions()
@@ -139,7 +139,8 @@ class RecordedStep:
         """Reads tokens (B, 1), with a mask (B, past + 1) padded on the right, and returns the logits (B, 1, V).
 
         Args:
-            buffers: The caches, where those lie that the step was made for. They are not kept, so that they can be freed.
+            buffers: The caches, at the addresses that the step was recorded with. No reference is kept, so that they can be
+                freed.
             ids: The tokens.
             mask: The mask.
         """

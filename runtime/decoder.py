@@ -1,4 +1,4 @@
-"""A bundle as a decoder: onnxruntime behind the interface of `slm.runtime.backend`.
+"""Runs a bundle with onnxruntime as a decoder (the interface of `slm.runtime.backend`).
 
 Dimensions: B batch, T positions, V vocabulary.
 """
@@ -23,16 +23,17 @@ from slm.runtime.growing import GrowingCaches
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
 from slm.runtime.session import Device, first_line, open_session, takes_from
 
-# Tokens read in one step. Attention's scores are (heads, chunk, length): this bounds them.
+# Tokens per step of a prompt. It bounds the attention scores, which are (heads, chunk, length).
 PREFILL_CHUNK = 512
 
-# Tokens from which on a step takes much more memory than a single one.
+# Steps of at least this many tokens take much more memory than single-token steps.
 _MANY = 64
 
-# Up to these blocks, by bits of a weight, MatMulNBits (AVX-512 VNNI, accuracy level 4) adds alike for one row and for several.
+# The largest block size, by bits of a weight, with which MatMulNBits (AVX-512 VNNI, accuracy level 4) sums in the same order
+# for one row and for many.
 _LARGEST_ALIKE = {8: 64, 4: 32}
 
-# Logits of one step that a comparison looks at: 64 positions of Gemma's vocabulary, all of a prompt with a small one.
+# Logits of one step of a comparison: 64 positions of Gemma's vocabulary, or a whole prompt of a small one.
 LOGITS_BYTES = 64 << 20
 
 Array = NDArray[Any]
@@ -40,21 +41,21 @@ Caches = KVBuffers | GrowingCaches
 
 
 def comparable_positions(vocab_size: int) -> int:
-    """Returns at how many positions a comparison should ask for logits in one step, to bound its memory."""
+    """Returns the number of positions per step whose logits a comparison can request in bounded memory."""
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
 def _alike(scheme: Scheme) -> bool:
-    """Whether a product adds alike for one row and for several; sums of integers do."""
+    """Returns whether a product sums in the same order for one row and for many. Integer sums are exact in any order."""
     return scheme.dynamic or scheme.block_size <= _LARGEST_ALIKE[scheme.bits]
 
 
 @dataclass(frozen=True)
 class OnnxSnapshot:
-    """What a bundle had read.
+    """A snapshot of a bundle.
 
     Attributes:
-        model: What identifies the graph and its weights.
+        model: Identifies the graph and its weights.
         row: The caches.
     """
 
@@ -63,18 +64,18 @@ class OnnxSnapshot:
 
     @property
     def length(self) -> int:
-        """Tokens read."""
+        """The number of tokens in the state."""
         return self.row.extent.length
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the copy, in bytes."""
         return self.row.bytes
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """A binding, and what it is of."""
+    """A binding and the objects that it binds."""
 
     buffers: Caches
     growths: int
@@ -83,14 +84,14 @@ class _Bound:
 
 
 class OnnxDecoder:
-    """A bundle, run by onnxruntime with its caches in place.
+    """A bundle that onnxruntime runs, with its caches in place.
 
     Attributes:
         bundle: The bundle.
-        session: Its graph, opened.
-        cache_device: Where attention runs, and so where caches lie.
-        place: Makes their buffers there.
-        buffers: Those of what was read.
+        session: The open graph.
+        cache_device: The device of attention, and therefore of the caches.
+        place: Creates cache buffers on that device.
+        buffers: The caches of the current text.
     """
 
     def __init__(
@@ -106,12 +107,12 @@ class OnnxDecoder:
         Args:
             bundle: The bundle.
             device: Where to run.
-            threads: Threads for one operator; by default the usable physical cores.
-            optimize: Whether onnxruntime may change the graph.
-            cuda_graph: Whether single-token steps on CUDA are recorded once and replayed (`slm.runtime.cuda_graph`).
+            threads: Threads per operator; by default the usable physical cores.
+            optimize: Whether onnxruntime may optimize the graph.
+            cuda_graph: Whether to record single-token steps on CUDA and replay them (`slm.runtime.cuda_graph`).
 
         Raises:
-            SlmError: When the bundle cannot be opened there, or its steps cannot be recorded.
+            SlmError: If the bundle cannot be opened on the device, or its steps cannot be recorded.
         """
         self.bundle = bundle
         if cuda_graph:
@@ -121,14 +122,15 @@ class OnnxDecoder:
         self.cache_device: Device = "cpu"
         self.place: Place = HostBuffer
         if device == "cuda":
-            # Attention reads them, and nothing else does; of a portable graph's keys something else wants the shape.
+            # Only attention reads the caches of a fused graph; in a portable graph another operator also reads the shape of
+            # keys.
             values = [past_name(layer.layer, "value") for layer in bundle.manifest.cache]
             self.cache_device = takes_from(self.session, values)
         if self.cache_device == "cuda":
             self.place = partial(DeviceBuffer, session=self.session, device=self.cache_device)
         self._threads = self.session.get_session_options().intra_op_num_threads
         self._mask = np.ones((1, 0), np.int64)
-        self._many = ort.RunOptions()  # which has what it took given back, for single steps take little
+        self._many = ort.RunOptions()  # shrinks the arena after large steps
         self._many.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._few: ort.RunOptions | None = None
         self._graphs: StepGraphs | None = None
@@ -147,17 +149,17 @@ class OnnxDecoder:
 
     @property
     def vocab_size(self) -> int:
-        """How many logits there are."""
+        """The number of logits."""
         return self.bundle.config.vocab_size
 
     @property
     def length(self) -> int:
-        """Tokens read since the start."""
+        """The number of tokens read since the last reset."""
         return self._extent.length
 
     @property
     def description(self) -> str:
-        """What runs where, in a few words."""
+        """A short description of the backend and its device."""
         elsewhere = " (attention on the CPU)" * (self.cache_device != self._device)
         graphs = " with CUDA graphs" * (self._graphs is not None)
         where = self._device.upper() + elsewhere + graphs
@@ -165,24 +167,24 @@ class OnnxDecoder:
         return f"onnxruntime {ort.__version__} on {where}, {threads}, {self.bundle.manifest.precision}"
 
     def reset(self) -> None:
-        """Forgets everything read."""
+        """Forgets all tokens."""
         self._extent = Extent()
-        if self._graphs is None:  # whose steps are recorded with the addresses of these buffers
-            self._bound = None  # which keeps buffers alive
+        if self._graphs is None:  # recorded steps hold the addresses of these buffers
+            self._bound = None  # a binding keeps its buffers alive
             self.buffers = self.caches()
 
     def caches(self, batch: int = 1) -> Caches:
-        """Returns empty caches for so many rows, of the kind that the bundle's target has."""
+        """Returns empty caches for `batch` rows, of the kind that the bundle's target uses."""
         manifest = self.bundle.manifest
         if manifest.target == "portable":
             return GrowingCaches(manifest.cache, batch, self.cache_device)
         return KVBuffers(manifest.cache, self.context, batch, self.place)
 
     def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens, long prompts in chunks, and returns the logits (V,) for the one that follows.
+        """Reads tokens, long prompts in chunks, and returns the logits (V,) for the next token.
 
         Raises:
-            SlmError: When they do not fit into the context.
+            SlmError: If the tokens do not fit into the context.
         """
         self._check_room(len(ids))
         new = np.asarray(ids, np.int64)[None]
@@ -193,35 +195,35 @@ class OnnxDecoder:
 
     @property
     def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        """The most tokens that `read_each` may read next so that all of them can be rewound."""
         return min(self.buffers.revocable(self._extent), self.context - self.length)
 
     def read_each(self, ids: Sequence[int]) -> Array:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        """Reads a few tokens in one step and returns the logits (T, V) after each of them."""
         self._check_room(len(ids))
         logits: Array = self.step(np.asarray(ids, np.int64)[None], keep=0)[0]
         return logits
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `slm.runtime.backend.Decoder.rewind`."""
+        """Forgets all tokens after the first `length`; see `slm.runtime.backend.Decoder.rewind`."""
         self._extent = self.buffers.rewind(0, self._extent, length)
 
     def snapshot(self) -> OnnxSnapshot:
-        """Returns a copy of what was read, of what is cached in the buffers alone."""
+        """Returns a copy of the cached positions."""
         return OnnxSnapshot(self.identified(self.adapter), self.buffers.copy_row(0, self._extent))
 
     def restore(self, snapshot: Any) -> None:
-        """Goes back to a snapshot; see `slm.runtime.backend.Decoder.restore`."""
+        """Replaces the state by a snapshot; see `slm.runtime.backend.Decoder.restore`."""
         row = self.own(snapshot, self.adapter)
         self.make_room(self.buffers, snapshot.length)
         self._extent = self.buffers.put_row(0, row)
 
     @property
     def steps_alike(self) -> bool:
-        """Whether logits are the same bits however many tokens or rows a step has (docs/generation.md).
+        """Whether logits are bit-identical for any number of tokens or rows per step (docs/generation.md).
 
-        Of onnxruntime's CPU kernels, the one for INT8 caches computes position by position alike, until it has more threads
-        than heads and splits positions among them; and products with INT8 weights do up to blocks of 64.
+        This holds for two of onnxruntime's CPU kernels: the one for INT8 caches, unless there are more threads than heads and
+        it splits positions among threads; and products with INT8 weights in blocks of at most 64.
         """
         manifest = self.bundle.manifest
         return (
@@ -234,19 +236,19 @@ class OnnxDecoder:
 
     @property
     def identity(self) -> frozenset[str]:
-        """What identifies the graph and its weights: bundles with the same compute the same."""
+        """Identifies the graph and its weights: bundles with the same identity compute the same logits."""
         manifest = self.bundle.manifest
         return frozenset(each.sha256 for name, each in manifest.files.items() if name.startswith(manifest.model))
 
     def identified(self, adapter: Adapter | None) -> frozenset[str]:
-        """What identifies the model with an adapter."""
+        """Returns what identifies the model with an adapter."""
         return self.identity if adapter is None else self.identity | {adapter.digest}
 
     def own(self, snapshot: Any, adapter: Adapter | None = None) -> CachedRow:
         """Returns the caches of a snapshot.
 
         Raises:
-            SlmError: When it is another model's or another adapter's, or does not fit into the context.
+            SlmError: If the snapshot belongs to another model or adapter, or does not fit into the context.
         """
         if not isinstance(snapshot, OnnxSnapshot) or snapshot.model != self.identified(adapter):
             raise SlmError(f"the snapshot is not of {self.bundle.path}", "read the text with this model")
@@ -255,27 +257,27 @@ class OnnxDecoder:
         return snapshot.row
 
     def step(self, ids: Array, keep: int = 1) -> Array:
-        """Reads one row of tokens (1, T) after those before it and returns the logits (1, keep or T, V); 0 keeps all."""
+        """Reads tokens (1, T) of one row and returns the logits (1, keep or T, V); `keep` = 0 returns all positions."""
         extent = self.buffers.extended(self._extent, ids.shape[1])
         self.make_room(self.buffers, extent.length)
         try:
             logits = self.run(ids, self._attended(extent.length), self.buffers, keep, self.adapter)
             self._extent = extent
-        except BaseException:  # Ctrl-C too: nobody knows then what the buffers hold
+        except BaseException:  # includes Ctrl-C: the content of the buffers is unknown after an interrupted step
             self.reset()
             raise
         return logits
 
     def _attended(self, length: int) -> Array:
-        """Returns the mask (1, length) of a row that is whole; one that grows, for a context may be stated of any length."""
+        """Returns the mask (1, length) of an unpadded row, a view of an array that grows as needed."""
         if length > self._mask.shape[1]:
             self._mask = np.ones((1, min(self.context, 2 * length)), np.int64)
         return self._mask[:, :length]
 
     def make_room(self, buffers: Caches, length: int, rows: int | None = None) -> None:
-        """Makes room for sequences of that length; what was cached in the first rows stays, by default in all."""
+        """Makes room for sequences of this length. Keeps the cached positions of the first `rows` rows, by default of all."""
         if not buffers.fits(length):
-            self._bound = None  # or what is replaced would stay in memory until the next step
+            self._bound = None  # otherwise the binding keeps the replaced buffers in memory until the next step
             buffers.reserve(length, rows)
 
     def _check_room(self, tokens: int) -> None:
@@ -286,17 +288,17 @@ class OnnxDecoder:
             )
 
     def logits(self, ids: Array) -> Array:
-        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of the state."""
         batch, length = ids.shape
         buffers = self.caches(batch)
         buffers.reserve(length)
         return self.run(ids, np.ones((batch, length), np.int64), buffers, 0, self.adapter)
 
     def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns log-probabilities and whether each token was the likeliest, both (B, T - 1); see `Scorer.score`."""
+        """Returns log-probabilities, and whether each token was the most likely one, both (B, T - 1); see `Scorer.score`."""
         inputs, targets = ids[:, :-1], ids[:, 1:]
         positions = min(comparable_positions(self.vocab_size), PREFILL_CHUNK)
-        if inputs.shape[1] > positions:  # with past positions, several tokens are read a row at a time
+        if inputs.shape[1] > positions:  # with past positions, the graph reads several tokens of only one row at a time
             scored = [self._score_in_chunks(*row, positions) for row in zip(inputs, targets, strict=True)]
         else:
             rows = comparable_positions(self.vocab_size) // max(1, inputs.shape[1])
@@ -320,10 +322,10 @@ class OnnxDecoder:
         return np.concatenate(likely, axis=1), np.concatenate(likeliest, axis=1)
 
     def use(self, adapter: Adapter | None) -> None:
-        """Answers with an adapter from now on, None being the base; what was read is forgotten if that is a change.
+        """Uses an adapter from now on; None is the base model. A change of adapter forgets all tokens.
 
         Raises:
-            SlmError: When the bundle has no slots.
+            SlmError: If the bundle has no adapter slots.
         """
         if adapter is not None:
             check_slots_of(self.bundle)
@@ -337,9 +339,9 @@ class OnnxDecoder:
         Args:
             ids: Tokens (B, T).
             mask: (B, past + T).
-            buffers: Caches, in place.
-            keep: Positions of which logits are wanted; 0 for all.
-            adapter: For all rows, or one for each (`slm.runtime.adapters.stacked`).
+            buffers: Caches, updated in place.
+            keep: The number of last positions whose logits are returned; 0 for all.
+            adapter: One adapter for all rows, or one per row (`slm.runtime.adapters.stacked`).
 
         Returns:
             Logits (B, keep or T, V).
@@ -355,17 +357,17 @@ class OnnxDecoder:
         binding.bind_output(LOGITS)
         binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input(ATTENTION_MASK, mask)
-        # An optional input can only be bound as a value: by name, onnxruntime looks among the others alone.
+        # onnxruntime binds an optional input only as an OrtValue: by name it searches the required inputs only.
         kept = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         try:
             self.session.run_with_iobinding(binding, self._many if ids.size >= _MANY else self._few)
             outputs = binding.get_outputs()
             logits: Array = outputs[0].numpy()
-        except Exception as error:  # onnxruntime's exceptions share no base but this
+        except Exception as error:  # onnxruntime's exceptions share no narrower base class
             raise self._failure(error) from error
         if logits.shape[::2] != (len(ids), self.vocab_size):
-            raise SlmError(f"{self.bundle.model_path} answers with logits of the shape {logits.shape}")
+            raise SlmError(f"{self.bundle.model_path} returned logits of shape {logits.shape}")
         buffers.written(outputs[1:])
         return logits
 
@@ -373,7 +375,7 @@ class OnnxDecoder:
         return SlmError(f"onnxruntime cannot run {self.bundle.model_path} ({first_line(error)})")
 
     def _binding_of(self, buffers: Caches, adapter: Adapter | None) -> ort.IOBinding:
-        """Returns a binding with caches and adapter; the last one again while they are the same (3 % of a 270M step)."""
+        """Returns a binding of caches and adapter, reused while both are unchanged (saves 3 % of a 270M step)."""
         bound = self._bound
         if (
             bound is None
@@ -382,7 +384,7 @@ class OnnxDecoder:
             or bound.adapter is not adapter
         ):
             binding = self.session.io_binding()
-            binding.bind_output(LOGITS)  # first bound, first among the outputs
+            binding.bind_output(LOGITS)  # logits are bound first, so they are the first output
             buffers.bind(binding)
             for name, value in ({} if adapter is None else adapter.values).items():
                 binding.bind_ortvalue_input(name, value)

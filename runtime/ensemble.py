@@ -1,4 +1,4 @@
-"""Several models as one: each reads the same tokens, and their predictions are averaged.
+"""Several models as one decoder: each reads the same tokens, and their predictions are averaged.
 
 Dimensions: B batch, T positions, V vocabulary.
 """
@@ -27,12 +27,12 @@ class EnsembleSnapshot:
 
     @property
     def length(self) -> int:
-        """Tokens read."""
+        """The number of tokens in the state."""
         return self.inner[0].length
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the copies, in bytes."""
         return sum(each.bytes for each in self.inner)
 
 
@@ -40,8 +40,8 @@ class EnsembleDecoder:
     """A decoder whose logits are the logarithms of averaged probabilities.
 
     Attributes:
-        decoders: The models, which share a vocabulary; they are read by nobody else meanwhile.
-        average: "mean" of the probabilities, or "geometric": of their logarithms, where one model can rule a token out.
+        decoders: The models, which share a vocabulary. Nothing else may use them at the same time.
+        average: "mean" averages probabilities; "geometric" averages their logarithms, so that one model can exclude a token.
     """
 
     def __init__(self, decoders: Sequence[Decoder], average: Average = "mean") -> None:
@@ -49,81 +49,81 @@ class EnsembleDecoder:
         if len(sizes) != 1:
             raise SlmError(
                 f"the models have vocabularies of {', '.join(f'{size:,}' for size in sorted(sizes))} tokens",
-                "an ensemble shares a tokenizer",
+                "the models of an ensemble share one tokenizer",
             )
         self.decoders, self.average = tuple(decoders), average
 
     @property
     def context(self) -> int:
-        """The longest sequence, in tokens: the shortest of all."""
+        """The longest sequence, in tokens: the minimum over all models."""
         return min(decoder.context for decoder in self.decoders)
 
     @property
     def vocab_size(self) -> int:
-        """How many logits there are."""
+        """The number of logits."""
         return self.decoders[0].vocab_size
 
     @property
     def length(self) -> int:
-        """Tokens read since the start."""
+        """The number of tokens read since the last reset."""
         return self.decoders[0].length
 
     @property
     def description(self) -> str:
-        """What runs where, in a few words."""
+        """A short description of the backends and their devices."""
         return f"{self.average} of {len(self.decoders)}: {'; '.join(decoder.description for decoder in self.decoders)}"
 
     def reset(self) -> None:
-        """Forgets everything read."""
+        """Forgets all tokens."""
         for decoder in self.decoders:
             decoder.reset()
 
     def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens and returns the logits (V,) for the one that follows."""
+        """Reads tokens and returns the logits (V,) for the next token."""
         return self._together("read", ids)
 
     @property
     def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        """The most tokens that `read_each` may read next so that all of them can be rewound."""
         return min(self.context - self.length, *(decoder.revocable for decoder in self.decoders))
 
     def read_each(self, ids: Sequence[int]) -> Array:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        """Reads a few tokens in one step and returns the logits (T, V) after each of them."""
         return self._together("read_each", ids)
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        """Forgets all tokens after the first `length`; see `Decoder.rewind`."""
         before = self.snapshot()
         try:
             for decoder in self.decoders:
                 decoder.rewind(length)
-        except SlmError:  # one cannot: all stay where they were
+        except SlmError:  # if one model cannot rewind, all models keep their state
             self.restore(before)
             raise
 
     def snapshot(self) -> EnsembleSnapshot:
-        """Returns a copy of what was read."""
+        """Returns a copy of the state of every model."""
         return EnsembleSnapshot(tuple(decoder.snapshot() for decoder in self.decoders))
 
     def restore(self, snapshot: Any) -> None:
-        """Forgets everything read and goes back to a snapshot; see `Decoder.restore`."""
+        """Replaces the state by a snapshot; see `Decoder.restore`."""
         if not isinstance(snapshot, EnsembleSnapshot) or len(snapshot.inner) != len(self.decoders):
             raise SlmError("the snapshot is not of this ensemble", "read the text with it")
         for decoder, each in zip(self.decoders, snapshot.inner, strict=True):
             decoder.restore(each)
 
     def logits(self, ids: Array) -> Array:
-        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of what was read."""
+        """Returns the logits float32 (B, T, V) at every position of complete rows (B, T), independent of the state."""
         return self._averaged([decoder.logits(ids) for decoder in self.decoders])
 
     def score(self, ids: Array) -> tuple[Array, Array]:
-        """Returns log-probabilities and whether each token was the likeliest; see `Decoder.score`."""
+        """Returns log-probabilities, and whether each token was the most likely one; see `Scorer.score`."""
         found = [log_probabilities(self.logits(row[None, :-1]), row[None, 1:]) for row in ids]
         likely, likeliest = zip(*found, strict=True)
         return np.concatenate(likely), np.concatenate(likeliest)
 
     def _together(self, what: Literal["read", "read_each"], ids: Sequence[int]) -> Array:
-        """Has every model read the same; if one cannot, all forget, since nobody knows then who read what."""
+        """Runs the same call on every model. If one fails, resets all of them, because their states may differ."""
         try:
             return self._averaged([getattr(decoder, what)(ids) for decoder in self.decoders])
         except BaseException:

@@ -1,6 +1,6 @@
-"""How well a model predicts a text: loss, perplexity and bits per byte, the same for every backend; see docs/evaluation.md.
+"""Measures how well a model predicts a text: loss, perplexity and bits per byte. See docs/evaluation.md.
 
-Dimensions: B rows, T positions.
+The measurement is the same for every backend. Dimensions: B rows, T positions.
 """
 
 import math
@@ -25,18 +25,18 @@ from slm.runtime.token_bytes import bytes_of_tokens
 Protocol = Literal["documents", "windows"]
 Array = NDArray[Any]
 
-# Unless another is asked for: long enough for most documents, and a model's longest may be more than memory takes.
+# The default context: long enough for most documents; a model's longest context may need more memory than there is.
 _DEFAULT_CONTEXT = 4096
-# Tokens of the rows that are read together, padding included; and of those that are sorted by length to need little of it.
+# Tokens, padding included, of rows that are read together; and tokens of rows that are sorted by length to reduce padding.
 _BATCH_TOKENS = 2048
 _POOL_TOKENS = 32 * _BATCH_TOKENS
-# Tokens of a stream that windows are cut out of, four bytes each.
+# The most tokens of the stream that windows are cut out of, four bytes each.
 _MOST_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Row:
-    """Ids (T,), of which the last `predicted` are measured, and the bytes of text that those stand for, where known."""
+    """Ids (T,), of which the last `predicted` are measured, and the UTF-8 bytes of these, if known."""
 
     ids: Array
     predicted: int
@@ -45,21 +45,22 @@ class Row:
 
 @dataclass
 class Measurement:
-    """A model measured on text; complete once the evaluation returns it.
+    """The measurement of a model on a text; complete when the evaluation returns it.
 
     Attributes:
         protocol: How the text was cut: "documents" or "windows".
         context: Tokens that a row holds before its last target.
-        stride: Of documents longer than that, tokens that a further row predicts; None for windows.
-        windows: How many were measured; None for documents.
+        stride: Tokens that each further row of a longer document predicts; None for windows.
+        windows: The number of measured windows; None for documents.
         nats: The sum of -log p over all predicted tokens.
-        tokens: How many were predicted, ends of text included.
-        documents: How many the text had, of which the last may be measured in part; all of the stream's for windows.
-        bytes: UTF-8 bytes of the predicted tokens; None where a tokenizer's cannot be counted exactly.
-        end_of_text: The token predicted after a document, None where the model has none.
-        end_of_text_tokens: How often it was predicted; these add to `nats` and `tokens`, and no bytes.
+        tokens: Predicted tokens, including end-of-text tokens.
+        documents: Documents of the text, of which the last may be measured partially; for windows, all documents of the
+            stream.
+        bytes: UTF-8 bytes of the predicted tokens; None if the tokenizer does not allow an exact count.
+        end_of_text: The token predicted after a document; None if the model has none.
+        end_of_text_tokens: How often it was predicted. These predictions count in `nats` and `tokens`, and have no bytes.
         end_of_text_nats: Their share of `nats`.
-        seconds: Reading and predicting, tokenizing included.
+        seconds: Duration, including tokenizing.
     """
 
     protocol: Protocol
@@ -77,22 +78,22 @@ class Measurement:
 
     @property
     def loss(self) -> float:
-        """Mean of -log p, nats a predicted token."""
+        """Mean negative log-likelihood in nats per predicted token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
         """The exponential of the loss."""
-        return math.exp(min(self.loss, 700.0))  # a model that diverged does not overflow a float
+        return math.exp(min(self.loss, 700.0))  # avoids float overflow for a model that diverged
 
     @property
     def bits_per_byte(self) -> float | None:
-        """The nats as bits, by byte of text; None where the bytes are not known or there are none."""
+        """Bits per byte of text; None if the number of bytes is unknown or 0."""
         return self.nats / math.log(2) / self.bytes if self.bytes else None
 
     @property
     def tokens_s(self) -> float:
-        """Tokens predicted a second."""
+        """Predicted tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -105,24 +106,26 @@ def evaluate_documents(
     stride: int | None = None,
     tokens: int | None = None,
 ) -> Measurement:
-    """Measures every document by itself: begun as the tokenizer begins a text, every token and the end predicted once.
+    """Measures every document separately: begun as the tokenizer begins a text, every token and the end predicted once.
 
     Args:
         model: The model.
-        documents: Texts; empty ones are left out.
-        progress: Is told how many tokens are done.
-        context: Tokens that are read at most; by default all that the model takes, up to 4,096.
-        stride: What a further row of a longer document predicts, with at least context - stride tokens before it; by
-            default half of the context.
-        tokens: How many to predict at most. Where tokens have no bytes of their own, the document is finished.
+        documents: Texts; empty ones are skipped.
+        progress: Receives the number of predicted tokens.
+        context: The most tokens that a row reads; by default the model's context, up to 4,096.
+        stride: Tokens that each further row of a longer document predicts, with at least context - stride tokens before
+            them; by default half of the context.
+        tokens: The most tokens to predict. If tokens have no bytes of their own, the last document is measured completely.
 
     Raises:
-        SlmError: When the context or stride do not fit, or there is nothing to predict.
+        SlmError: If the context or stride is out of range, or there is nothing to predict.
     """
     context = _context(model.decoder, context)
     prefix = list(model.tokenizer.prefix_ids)
     stride = max(1, context // 2) if stride is None else stride
-    room = context + 1 - max(1, len(prefix))  # what the first row predicts; a further one at most
+    room = (
+        context + 1 - max(1, len(prefix))
+    )  # the number of predictions of the first row; a further row has at most this many
     if not 1 <= stride <= room:
         raise SlmError(f"a stride of {stride:,} does not fit a context of {context:,}", f"--stride 1 to {max(1, room)}")
     measured = Measurement("documents", context, stride, end_of_text=end_of_text(model))
@@ -142,18 +145,18 @@ def evaluate_windows(
     windows: int | None = None,
     tokens: int | None = None,
 ) -> Measurement:
-    """Measures as training does: windows of one stream of documents, end-of-text after each, evenly spread.
+    """Measures like training: evenly spread windows of one stream of documents, with end-of-text after each document.
 
     Args:
         model: The model.
-        documents: Texts; empty ones are left out.
-        progress: Is told how many tokens are done.
-        context: Tokens that a window reads, and predicts; by default all that the model takes, up to 4,096.
-        windows: How many at most; by default as many as do not overlap.
-        tokens: How many to predict at most, but for one window; in place of `windows`.
+        documents: Texts; empty ones are skipped.
+        progress: Receives the number of predicted tokens.
+        context: Tokens that a window reads, and predicts; by default the model's context, up to 4,096.
+        windows: The most windows; by default as many as fit without overlap.
+        tokens: The most tokens to predict, but at least one window; an alternative to `windows`.
 
     Raises:
-        SlmError: When the context does not fit, the text is shorter than a window, or no token ends a text.
+        SlmError: If the context is out of range, the text is shorter than a window, or the model has no end-of-text token.
     """
     context = _context(model.decoder, context)
     if tokens is not None:
@@ -189,19 +192,20 @@ def evaluate_windows(
 
 
 def end_of_text(model: Model) -> int | None:
-    """Returns the token that ends a document: "<|endoftext|>" where there is one, else the first that ends a text."""
+    """Returns the token that ends a document: "<|endoftext|>" if there is one, otherwise the first end-of-text token."""
     token = model.tokenizer.token_id(END_OF_TEXT)
     return token if token is not None else next(iter(model.stop_token_ids), None)
 
 
 def cut(prefix: Sequence[int], ids: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:
-    """Cuts a document into rows that predict each of its tokens once, all but its first where nothing begins a text.
+    """Cuts a document into rows that predict each token once. The first token has no prediction without a prefix.
 
     Args:
-        prefix: What begins every row.
-        ids: The document and its end.
-        context: Tokens of a row before its last.
-        stride: Tokens that every row after the first predicts; the last one may predict fewer, with more before them.
+        prefix: Tokens at the beginning of every row.
+        ids: The document and its end-of-text token.
+        context: Tokens of a row before its last target.
+        stride: Tokens that every row after the first predicts. The last row may predict fewer, with more tokens before
+            them.
 
     Yields:
         Ids of at most context + 1 tokens, and how many of the last ones are predicted for the first time.
@@ -215,9 +219,9 @@ def cut(prefix: Sequence[int], ids: Array, context: int, stride: int) -> Iterato
 
 
 def score(decoder: Decoder, rows: Sequence[Array]) -> list[tuple[Array, Array]]:
-    """Scores rows of any lengths, those of similar ones together; in the order given, see `Decoder.score`.
+    """Scores rows of any lengths, grouped by length. Results are in the order of the rows; see `Scorer.score`.
 
-    Shorter rows are filled up on the right: no token sees what comes after it, so that changes nothing before.
+    Shorter rows are padded on the right. Attention is causal, so padding does not change the tokens before it.
     """
     scored: list[tuple[Array, Array]] = [(np.zeros(0, np.float32), np.zeros(0, np.bool_))] * len(rows)
     by_length = sorted((i for i in range(len(rows)) if len(rows[i]) > 1), key=lambda i: -len(rows[i]))
@@ -253,8 +257,8 @@ def _documents(
         if sizes is not None and predicted > left:
             predicted = int(left)
             ids = ids[: predicted + (not prefix)]
-        # Without bytes for each token the first row counts the whole document's, or none where its first token, whose
-        # bytes are not known, is not predicted.
+        # Without bytes per token, the first row counts the bytes of the whole document. It counts none if the document's
+        # first token, whose bytes are unknown, is not predicted.
         whole = len(text.encode()) if prefix else None
         for number, (row, new) in enumerate(cut(prefix, ids, measured.context, measured.stride)):
             in_whole = whole if number == 0 or whole is None else 0
@@ -265,33 +269,33 @@ def _documents(
 
 
 def _bytes_by_token(model: Model, end: int | None) -> Array | None:
-    """Returns the bytes of text behind each token, where that is certain; none behind an end, special token or not."""
+    """Returns the bytes of text of each token where they are certain. End-of-text tokens have none."""
     own = bytes_of_tokens(model.tokenizer)
     if own is None or end is None:
         return own
-    own = np.pad(own, (0, max(0, end + 1 - len(own))))  # the model's end may be no token of the tokenizer's
+    own = np.pad(own, (0, max(0, end + 1 - len(own))))  # the model's end-of-text token may be missing in the tokenizer
     own[end] = 0
     return own
 
 
 def _spelt(own: Array | None, body: Sequence[int], text: str) -> bool:
-    """Whether the tokens' own bytes add up to the text's; not so where a vocabulary has no token for some byte."""
+    """Returns whether the tokens' bytes add up to the text's. They do not if the vocabulary lacks a token for some byte."""
     return own is not None and int(own[np.array(body, np.int64)].sum()) == len(text.encode())
 
 
 def _tokenized(model: Model, documents: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
-    """Yields documents that have tokens, with them.
+    """Yields documents that have tokens, with their tokens.
 
     Raises:
-        SlmError: When the tokenizer has tokens that the model does not.
+        SlmError: If the tokenizer has tokens that the model lacks.
     """
     literal = PieceEncoder(model.tokenizer)
     for texts in batches(documents):
         for text, ids in zip(texts, literal.encode_documents(texts), strict=True):
             if ids and max(ids) >= model.decoder.vocab_size:
                 raise SlmError(
-                    f"the text has a token of id {max(ids):,}, and the model {model.decoder.vocab_size:,} of them",
-                    "the tokenizer.json is another model's, or the token stands for a picture",
+                    f"the text has token id {max(ids):,}, and the model's vocabulary has {model.decoder.vocab_size:,} tokens",
+                    "tokenizer.json may belong to another model, or the token may represent an image",
                 )
             if ids:
                 yield text, ids
@@ -300,7 +304,7 @@ def _tokenized(model: Model, documents: Iterable[str]) -> Iterator[tuple[str, li
 def _measure(
     decoder: Decoder, rows: Iterable[Row], measured: Measurement, progress: Progress, total: int | None
 ) -> None:
-    """Scores rows, pool by pool, and adds up what they come to."""
+    """Scores rows, pool by pool, and adds up the results."""
     progress.start("evaluating", total, "tokens")
     try:
         for pool in _pools(rows):
@@ -317,7 +321,7 @@ def _measure(
     finally:
         progress.finish()
     if not measured.tokens:
-        raise SlmError("there is no text to predict", "name text with --data")
+        raise SlmError("there is no text to predict", "pass text with --data")
 
 
 def _pools(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -1,7 +1,7 @@
-"""One text as a state machine: logits go in, pieces of text come out.
+"""Generates one text as a state machine: logits in, pieces of text out.
 
-A `Generation` knows no decoder. Two drivers feed it: `slm.runtime.streaming.run` for one text on any backend, and
-`slm.runtime.scheduler.Scheduler` for many texts on one bundle. It needs neither onnxruntime nor torch.
+A `Generation` has no decoder. Two drivers feed it: `slm.runtime.streaming.run` for one text on any backend, and
+`slm.runtime.scheduler.Scheduler` for many texts on one bundle. The module needs neither onnxruntime nor torch.
 
 Dimensions: V vocabulary.
 """
@@ -30,19 +30,19 @@ StopReason = Literal["end", "stop", "length", "context", "interrupted", "cancell
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate.
+    """A prompt and the settings of its completion.
 
     Attributes:
         prompt: Token ids, at least one.
         sampling: How tokens are chosen.
         max_new_tokens: The most new tokens.
-        stop_tokens: Tokens that end the text; they are not part of it.
-        stop: Texts that end the text; they are not part of it.
-        logprobs: How many of the likeliest tokens each piece names; None records no log-probabilities.
+        stop_tokens: End tokens. The result does not include them.
+        stop: Stop texts. The result does not include them.
+        logprobs: The number of most likely tokens recorded per piece; None records no log-probabilities.
         on_full: What to do when the context is full: stop, or slide, which drops the older part (`what_stays`) and reads
-            the rest again from position 0. The model no longer sees what was dropped.
+            the rest again from position 0. The model no longer sees dropped tokens.
         keep: Tokens at the beginning that sliding never drops.
-        constraint: What the text must follow; None for nothing.
+        constraint: The grammar that the text must follow; None for no constraint.
     """
 
     prompt: Sequence[int]
@@ -60,15 +60,16 @@ class Request:
 class Piece:
     """A token, and the text that became certain with it.
 
-    The texts of all pieces are the whole text. One is empty while a character is incomplete, or a stop text may have begun.
+    The texts of all pieces add up to the whole text. A piece's text is empty while a character is incomplete or a stop text
+    may have begun.
 
     Attributes:
-        text: Whole characters; those that earlier tokens began come with the one that completes them.
-        token: The token; None in a last piece, for text that was held back when the text ended.
-        logprob: The natural logarithm of its probability in the model's own distribution, before bias, penalties,
-            temperature and all else in `Sampling`; None unless requested.
-        top: The likeliest tokens there, with theirs, likeliest first; as many as were requested.
-        raw: The token's own bytes, also where it is part of a character; of a special token, those of its spelling.
+        text: Whole characters. A character of several tokens comes with the token that completes it.
+        token: The token; None in a last piece, for text that was held back until the end.
+        logprob: Natural logarithm of the token's probability in the model's own distribution, before bias, penalties,
+            temperature and every other setting of `Sampling`; None unless requested.
+        top: The most likely tokens and their log-probabilities, most likely first; as many as were requested.
+        raw: The token's own bytes, even if it is part of a character; for a special token, those of its spelling.
     """
 
     text: str
@@ -80,25 +81,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class Result:
-    """A generated text and how it was generated.
+    """A generated text and its figures.
 
     Attributes:
-        text: The new text; empty where no tokenizer was given.
+        text: The new text; empty without a tokenizer.
         prompt_tokens: Tokens of the prompt.
-        tokens: The new tokens without the end token. Those of a stop text are included: it may begin within a token.
-        logprobs: How likely each new token was, where that was requested.
-        stopped: Why the text ended: an end token, a stop text, `max_new_tokens`, or a full context; "interrupted" until then,
-            by Ctrl-C or because the iterator was not read to its end. A server also ends texts as "cancelled", at a
+        tokens: The new tokens without the end token. Tokens of a stop text are included: it may begin within a token.
+        logprobs: The log-probabilities of each new token, if requested.
+        stopped: Why the text ended: an end token, a stop text, `max_new_tokens`, or a full context. Until then, and after
+            Ctrl-C or if the iterator was not read to its end, "interrupted". A server also ends texts as "cancelled", at a
             "deadline", with an "error", or because a step has "stalled".
         seed: Seed of the sampling; None for greedy decoding.
         slides: How often the context was full and its older part was dropped.
-        reused_tokens: Tokens of the prompt that were not read, because an earlier text began with them.
-        waited_s: Seconds from the request to the beginning of the prompt.
-        ttft_ms: Milliseconds from the beginning of the prompt to the first new token; 0 where there was none.
+        reused_tokens: Tokens of the prompt that were not read, because their state was cached.
+        waited_s: Seconds from the request to the start of its prefill.
+        ttft_ms: Milliseconds from the start of the prefill to the first new token; 0 without a new token.
         took_s: Seconds from the request to the end.
-        decode_s: Seconds that the steps after the first token took, without the time between steps.
+        decode_s: Seconds of the steps after the first token, without the time between steps.
         steps: New tokens chosen in `decode_s`.
-        error: What went wrong, where something did.
+        error: The error message, if an error ended the text.
     """
 
     text: str
@@ -118,21 +119,21 @@ class Result:
 
     @property
     def prefill_tok_s(self) -> float:
-        """Prompt tokens read a second; 0 where there was no new token."""
+        """Prompt tokens per second; 0 without a new token."""
         return self.prompt_tokens / (self.ttft_ms / 1e3) if self.ttft_ms else 0.0
 
     @property
     def decode_tok_s(self) -> float | None:
-        """New tokens a second after the first; None when there were no steps to time."""
+        """New tokens per second after the first token; None without decoding steps."""
         return self.steps / self.decode_s if self.steps else None
 
 
 class Generation:
-    """A request and how far it has come.
+    """The state of one text that is being generated.
 
-    A driver calls `begin`, then repeats: the model reads `unread` (after a reset when `slid`), and `feed` takes the logits of
-    the last of these tokens and returns the pieces that they lead to, until `done`. While `waiting`, `resume` takes the place
-    of reading and feeding.
+    A driver calls `begin`, then repeats until `done`: the model reads `unread` (after a reset if `slid`), and `feed` takes
+    the logits of the last of these tokens and returns the resulting pieces. While `waiting`, the driver calls `resume`
+    instead of reading and feeding.
 
     Attributes:
         request: The request.
@@ -155,15 +156,15 @@ class Generation:
         """Checks the request.
 
         Args:
-            request: What to generate.
+            request: The prompt and its settings.
             context: The model's context, in tokens.
-            vocab_size: The number of its logits.
-            tokenizer: Makes text of tokens; without it pieces have no text, and stop texts are not possible.
-            stops: The request's stop texts, where they have been read before; a fresh copy.
-            choose: Chooses the next token by logits (V,), in place of the request's sampling.
+            vocab_size: The number of the model's logits.
+            tokenizer: Decodes tokens to text. Without it, pieces have no text and stop texts are not possible.
+            stops: A fresh copy of the request's stop texts, if they were parsed before.
+            choose: Chooses the next token from logits (V,), instead of the request's sampling.
 
         Raises:
-            SlmError: When the prompt is empty, has tokens that the model lacks or fills the context, or an option is out of
+            SlmError: If the prompt is empty, has tokens outside the vocabulary or fills the context, or an option is out of
                 range.
         """
         _check(request, context, vocab_size)
@@ -179,8 +180,10 @@ class Generation:
         self._raw = None if tokenizer is None else token_bytes(tokenizer)
         self._stops = stops or StopTexts(request.stop, tokenizer)
         self._guide: Guide | None = None
-        self._held: tuple[Array, float] | None = None  # logits that wait for the guide, and when their step began
-        self._read: list[int] = []  # since the last reset
+        self._held: tuple[Array, float] | None = (
+            None  # logits that wait for the guide, and the start time of their step
+        )
+        self._read: list[int] = []  # tokens read since the last reset
         self._texts: list[str] = []
         self._logprobs: list[Logprobs] = []
         self._stopped: StopReason = "interrupted"
@@ -215,19 +218,19 @@ class Generation:
 
     @property
     def slid(self) -> bool:
-        """Whether the model has to forget what it read before it reads `unread`."""
+        """Whether the model has to be reset before it reads `unread`."""
         return bool(self._slides) and not self._read
 
     @property
     def waiting(self) -> bool:
-        """Whether the text waits for its constraint: for the tokens allowed next, or to know whether its last completes it."""
+        """Whether the text waits for its constraint: for the allowed tokens, or to know whether it is complete."""
         return self._guide is not None and (self._held is not None or self._full() is not None)
 
     def begin(self, threads: Executor | None = None) -> None:
-        """Starts the clock, and the constraint where there is one.
+        """Starts the clock, and the constraint if there is one.
 
         Args:
-            threads: Where the constraint computes; None computes in the calling thread.
+            threads: Runs the constraint; None runs it in the calling thread.
         """
         self._begun = time.perf_counter()
         if self.request.constraint is not None:
@@ -237,12 +240,12 @@ class Generation:
         """Takes the logits (V,) after `unread`, and chooses the next token.
 
         Args:
-            logits: They are not changed, and copied where they are needed later.
-            began: When the step that computed them began, in seconds of `time.perf_counter`.
+            logits: The logits. They are not modified, and copied if they are needed later.
+            began: Start time of the step that computed the logits (`time.perf_counter`, seconds).
             patience_s: How long to wait for the constraint, in seconds; after that the text is `waiting`.
 
         Raises:
-            SlmError: When no token can be chosen, or the constraint cannot be followed further.
+            SlmError: If no token can be chosen, or the constraint cannot continue.
         """
         self._read += self.unread
         if self._guide is not None and not self._guide.ready(patience_s):
@@ -251,7 +254,7 @@ class Generation:
         return self._choose(logits, began)
 
     def resume(self, patience_s: float = 0.0) -> list[Piece]:
-        """Goes on with a text that is `waiting`, where its constraint is ready within `patience_s` seconds; see `feed`."""
+        """Continues a text that is `waiting`, if its constraint is ready within `patience_s` seconds; see `feed`."""
         assert self._guide is not None
         if not self._guide.ready(patience_s):
             return []
@@ -261,7 +264,7 @@ class Generation:
         return self.end("end" if self._guide.complete else self._full() or "length")
 
     def end(self, reason: StopReason, error: str | None = None) -> list[Piece]:
-        """Ends the text; returns one more piece where text was held back."""
+        """Ends the text. Returns one more piece if text was held back."""
         if self.done:
             return []
         self.done, self._stopped, self._error, self._ended = True, reason, error, time.perf_counter()
@@ -292,14 +295,14 @@ class Generation:
         if full is not None:
             return (
                 [piece] if guide is not None else [piece, *self.end(full)]
-            )  # a constraint first says whether it is complete
+            )  # the constraint first reports whether the text is complete
         if len(self._read) >= self._context:
             self.unread, self._read = [*what_stays(self._read, request.keep), token], []
             self._slides += 1
         return [piece]
 
     def _full(self) -> StopReason | None:
-        """Returns why the text can have no further token, or None."""
+        """Returns why the text cannot have another token, or None if it can."""
         if len(self.tokens) >= self.request.max_new_tokens:
             return "length"
         return "context" if len(self._read) >= self._context and self.request.on_full == "stop" else None
@@ -326,30 +329,36 @@ class Generation:
 
 
 def what_stays(read: Sequence[int], keep: int) -> list[int]:
-    """Returns what a full context keeps when it slides: its first `keep` tokens and the later half of the rest."""
+    """Returns the tokens that stay when a full context slides: the first `keep` and the later half of the rest."""
     rest = read[keep:]
     return [*read[:keep], *rest[len(rest) - len(rest) // 2 :]]
 
 
 def _check(request: Request, context: int, vocab_size: int) -> None:
-    """Raises an SlmError when a request cannot be generated from; see `Generation`."""
+    """Checks a request.
+
+    Raises:
+        SlmError: If it is invalid; see `Generation`.
+    """
     prompt = request.prompt
     if not prompt:
-        raise SlmError("the prompt has no tokens", "give some text")
+        raise SlmError("the prompt has no tokens", "pass some text")
     if min(prompt) < 0:
-        raise SlmError(f"the prompt has a token of id {min(prompt):,}", f"ids are from 0 to {vocab_size - 1:,}")
+        raise SlmError(f"the prompt has token id {min(prompt):,}", f"ids are from 0 to {vocab_size - 1:,}")
     if max(prompt) >= vocab_size:
         raise SlmError(
-            f"the prompt has a token of id {max(prompt):,}, and the model {vocab_size:,} of them",
-            "a token for pictures, perhaps, which this model does not see; leave it out",
+            f"the prompt has token id {max(prompt):,}, and the model's vocabulary has {vocab_size:,} tokens",
+            "it may be an image token, which this model does not support; leave it out",
         )
     if len(prompt) >= context:
         raise SlmError(f"the prompt has {len(prompt):,} tokens and the context {context:,}", "shorten the prompt")
     if not is_whole(request.max_new_tokens, 1, MAX_COUNT):
         raise SlmError(f"max_new_tokens is {request.max_new_tokens}; it must be from 1 to {MAX_COUNT:,}")
     if not 0 <= (request.logprobs or 0) <= vocab_size:
-        raise SlmError(f"logprobs is {request.logprobs}; it must be from 0 to {vocab_size:,}, the tokens of the model")
+        raise SlmError(f"logprobs is {request.logprobs}; it must be from 0 to {vocab_size:,}, the vocabulary size")
     if request.on_full not in get_args(OnFull):
         raise SlmError(f'on_full is {request.on_full!r}; it must be "stop" or "slide"')
-    if request.keep and not 0 <= request.keep <= context - 2:  # one of the others must stay, with room for a new one
-        raise SlmError(f"keep is {request.keep:,}; it must be from 0 to {context - 2:,}, the context less two")
+    if (
+        request.keep and not 0 <= request.keep <= context - 2
+    ):  # at least one other token must stay, with room for a new one
+        raise SlmError(f"keep is {request.keep:,}; it must be from 0 to {context - 2:,}, the context minus two")

@@ -1,4 +1,4 @@
-"""Keys and values of the portable target: what one step puts out, the next one takes in.
+"""Keys and values of the portable target: the outputs of one step are the inputs of the next.
 
 Dimensions: B batch, K kv heads, H head dim.
 """
@@ -18,24 +18,24 @@ from slm.runtime.session import Device
 
 Array = NDArray[Any]
 
-# More tokens than any context has.
+# Longer than any context.
 UNBOUNDED = 1 << 31
 
 
 class GrowingCaches:
-    """One pair (B, K, positions, H) a layer, empty at first; a sliding layer's stays shorter than its window.
+    """One pair (B, K, positions, H) per layer, empty at first. A sliding layer's pair stays shorter than its window.
 
     Attributes:
-        growths: How often they were replaced; what was bound before no longer counts then.
+        growths: How often the pairs were replaced. A replacement invalidates earlier bindings.
     """
 
     def __init__(self, layers: Sequence[CacheLayer], batch: int = 1, device: Device = "cpu") -> None:
-        """Begins with nothing.
+        """Starts with empty caches.
 
         Args:
             layers: The caches of the graph.
             batch: Rows.
-            device: In whose memory onnxruntime puts what a step adds to; what is read here is copied from there.
+            device: The device where onnxruntime allocates new pairs. The host reads copies.
         """
         self._layers = layers
         self._device = device
@@ -49,21 +49,21 @@ class GrowingCaches:
         }
 
     def fits(self, length: int) -> bool:
-        """Whether there is room: there always is."""
+        """Returns True: the caches always have room."""
         return True
 
     def reserve(self, length: int, rows: int | None = None) -> None:
-        """Does nothing: the graph puts out what it needs."""
+        """Does nothing: the graph allocates its outputs."""
 
     def bind(self, binding: ort.IOBinding) -> None:
-        """Binds what is cached as past input, and has present outputs allocated by onnxruntime."""
+        """Binds the cached pairs as past inputs, and lets onnxruntime allocate the present outputs."""
         for (layer, side), value in self._values.items():
             binding.bind_ortvalue_input(past_name(layer, side), value)
         for layer, side in self._values:
             binding.bind_output(present_name(layer, side), self._device)
 
     def written(self, outputs: Sequence[ort.OrtValue]) -> None:
-        """Takes the present outputs of a step, in the order in which they were bound."""
+        """Stores the present outputs of a step, in the order in which they were bound."""
         self._values = dict(zip(self._values, outputs, strict=True))
         self.growths += 1
 
@@ -74,7 +74,7 @@ class GrowingCaches:
 
     @property
     def bytes(self) -> int:
-        """Memory of all caches."""
+        """Memory of all caches, in bytes."""
         return sum(
             math.prod(self._values[layer.layer, side].shape()) * np.dtype(layer.dtype).itemsize
             for layer in self._layers
@@ -82,21 +82,21 @@ class GrowingCaches:
         )
 
     def extended(self, extent: Extent, tokens: int) -> Extent:
-        """Returns what a row holds after so many more tokens."""
+        """Returns the extent of a row after `tokens` more tokens."""
         length = extent.length + tokens
         kept = [each.window - 1 for each in self._layers if each.window is not None]
         return Extent(length, max(extent.oldest, length - min([length, *kept])))
 
     def revocable(self, extent: Extent) -> int:
-        """Returns how many tokens fit into the window; what is pushed out of it cannot come back."""
+        """Returns how many tokens fit into the window. Positions that leave the window cannot be restored."""
         left = [each.window - 1 - extent.length for each in self._layers if each.window is not None]
         return max(0, min(left)) if left else UNBOUNDED
 
     def rewind(self, row: int, extent: Extent, length: int) -> Extent:
-        """Forgets the positions from `length` on; returns what the only row holds then.
+        """Forgets the positions from `length` on. Returns the row's new extent.
 
         Raises:
-            SlmError: When sliding layers no longer hold what the next token would look at.
+            SlmError: If sliding layers no longer hold the positions that the next token attends to.
         """
         for layer in self._layers:
             check_rewind(extent.length, length, layer.window, extent.oldest)
@@ -107,11 +107,11 @@ class GrowingCaches:
         return self.put_row(row, CachedRow(Extent(length, oldest), arrays))
 
     def copy_row(self, row: int, extent: Extent) -> CachedRow:
-        """Returns the only row as it is: what is cached is replaced by the next step, never written to."""
+        """Returns the only row without copying: the next step replaces the cached pairs and never writes to them."""
         return CachedRow(extent, {key: value.numpy()[0] for key, value in self._values.items()})
 
     def put_row(self, row: int, cached: CachedRow) -> Extent:
-        """Makes the only row what was copied. Returns what it holds then."""
+        """Replaces the only row by a copied one. Returns the row's new extent."""
         self._values = {
             key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(cached.arrays[key][None]))
             for key in self._values

@@ -1,6 +1,6 @@
-"""Constraints beside the thread that decodes: the tokens that may come next are found while the model computes, or later.
+"""Applies constraints in other threads: the allowed next tokens are computed while the model runs, or later.
 
-A schema can make that take many times as long as a step. Then its own text waits, and no other.
+For some schemas this takes many times as long as a step. Then only the constrained text waits.
 """
 
 from concurrent.futures import Executor, Future
@@ -14,34 +14,34 @@ Array = NDArray[Any]
 
 
 class Constraint(Protocol):
-    """What a text must follow."""
+    """A grammar or schema that a text must follow."""
 
     def allowed(self) -> Array:
-        """Returns which tokens may come next, bool (V,)."""
+        """Returns the tokens that may come next, bool (V,)."""
 
     def accept(self, token: int) -> bool:
-        """Takes the token that was chosen. Returns whether the text is complete with it."""
+        """Consumes the chosen token. Returns whether the text is complete with it."""
 
 
 class Guide:
     """Applies a constraint to one text."""
 
     def __init__(self, constraint: Constraint, threads: Executor | None = None) -> None:
-        """Begins to find the tokens that may come first.
+        """Starts to compute the allowed first tokens.
 
         Args:
-            constraint: What the text must follow.
-            threads: Where allowed tokens are computed; None computes them in the calling thread.
+            constraint: The grammar or schema of the text.
+            threads: Computes the allowed tokens; None computes them in the calling thread.
         """
         self._constraint, self._threads = constraint, threads or _Inline()
         self._next: Future[Array | None] = self._threads.submit(constraint.allowed)
 
     def advance(self, token: int) -> None:
-        """Takes the token that was chosen, and begins to find those that may come next."""
+        """Consumes the chosen token, and starts to compute the allowed next tokens."""
         self._next = self._threads.submit(self._after, token)
 
     def ready(self, patience_s: float = 0.0) -> bool:
-        """Returns whether the next tokens are known; waits up to `patience_s` seconds for them."""
+        """Returns whether the allowed next tokens are known. Waits up to `patience_s` seconds for them."""
         try:
             self._next.exception(patience_s)
         except NotReady:
@@ -53,15 +53,15 @@ class Guide:
         """Whether the text is complete. Valid once `ready`.
 
         Raises:
-            SlmError: When the constraint cannot be followed further.
+            SlmError: If the constraint cannot continue.
         """
         return self._next.result() is None
 
     def masked(self, logits: Array) -> Array:
-        """Returns the logits (V,) with every token that is not allowed at -inf. Valid once `ready`, before `complete`.
+        """Returns the logits (V,) with -inf for every token that is not allowed. Valid once `ready`, before `complete`.
 
         Raises:
-            SlmError: When the constraint cannot be followed further.
+            SlmError: If the constraint cannot continue.
         """
         allowed = self._next.result()
         assert allowed is not None
@@ -72,13 +72,13 @@ class Guide:
 
 
 class _Inline(Executor):
-    """Runs each call at once, in the calling thread."""
+    """An executor that runs each call immediately, in the calling thread."""
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Returns a future that is done."""
+        """Returns a completed future."""
         future: Future[Any] = Future()
         try:
             future.set_result(function(*args, **kwargs))
-        except Exception as error:  # a future raises it where its result is read
+        except Exception as error:  # the future raises the exception when its result is read
             future.set_exception(error)
         return future

@@ -1,8 +1,8 @@
-"""Has Linux keep what a session reads at every step in huge pages.
+"""Moves the memory that a session reads at every step into Linux's huge pages.
 
-A step reads each weight once, so nearly every page of 4 KiB is one that the processor has no translation for any more; a
-translation of a huge page (2 MiB on x86) serves 512 times as much. glibc's malloc asks for none unless told by
-GLIBC_TUNABLES before the process starts, so what it took is moved afterwards.
+A step reads each weight once, so most 4 KiB pages miss the processor's translation cache. A translation of a huge page (2 MiB
+on x86) covers 512 times as much memory. glibc's malloc requests huge pages only if GLIBC_TUNABLES was set before the process
+started, so the memory is moved after its allocation.
 """
 
 import ctypes
@@ -19,20 +19,20 @@ import numpy as np
 _HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _MAPS = Path("/proc/self/maps")
 _PAGEMAP = Path("/proc/self/pagemap")
-# Private memory that is no file's: the heap and what malloc maps beside it. The last column is a name, if any.
+# Private anonymous memory: the heap, and the mappings that malloc creates. The last column is an optional name.
 _ANONYMOUS = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0 *(\[heap\])?$", re.MULTILINE)
-# Of /proc/self/pagemap's entries, 64 bits a page: present in memory.
+# A bit of the 64-bit entries in /proc/self/pagemap: the page is present in memory.
 _PRESENT = np.uint64(1 << 63)
-# A block with fewer pages than this share is left alone: filling it up would take memory that nothing uses.
+# Blocks with a smaller share of present pages are left alone: filling them up would take memory that nothing uses.
 _RESIDENT = 0.875
-# asm-generic/mman-common.h: mark for huge pages; move into them now (Linux 6.1 on).
+# asm-generic/mman-common.h: mark for huge pages; move into them now (since Linux 6.1).
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 
 
 def use_huge_pages() -> int:
-    """Moves this process's large resident blocks of memory into huge pages, where Linux lets it.
+    """Moves this process's large resident blocks of memory into huge pages, if Linux allows it.
 
-    Before Linux 6.1 the blocks are marked only, and the kernel moves them in its own time.
+    Before Linux 6.1 the blocks are only marked, and the kernel moves them later.
 
     Returns:
         Bytes moved; 0 on other systems.
@@ -42,7 +42,7 @@ def use_huge_pages() -> int:
     try:
         size = int(_HUGE_PAGE_SIZE.read_text(encoding="ascii"))
         runs = list(_resident(size))
-    except (OSError, ValueError):  # a kernel or a sandbox without
+    except (OSError, ValueError):  # a kernel or a sandbox without huge pages
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -51,13 +51,15 @@ def use_huge_pages() -> int:
         libc.madvise(start, length, _MADV_HUGEPAGE)
         if libc.madvise(start, length, _MADV_COLLAPSE) == 0:
             moved += length
-        elif ctypes.get_errno() != errno.EAGAIN:  # which says that a page was busy; anything else, that it cannot be
+        elif (
+            ctypes.get_errno() != errno.EAGAIN
+        ):  # EAGAIN reports a busy page; any other error, that the block cannot be moved
             break
     return moved
 
 
 def _resident(size: int) -> Iterator[tuple[int, int]]:
-    """Yields address and length of each run of blocks of `size` bytes, aligned to it, that are in memory."""
+    """Yields address and length of each run of resident blocks of `size` bytes, aligned to `size`."""
     pages = size // mmap.PAGESIZE
     with _PAGEMAP.open("rb", buffering=0) as pagemap:
         for found in _ANONYMOUS.finditer(_MAPS.read_text(encoding="utf-8", errors="replace")):

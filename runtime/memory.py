@@ -1,4 +1,4 @@
-"""Where cached keys and values lie: in memory that numpy sees too, or on a device.
+"""Memory of cached keys and values: shared with numpy, or on a device.
 
 Dimensions: B batch, K kv heads, C capacity, H head dim.
 """
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-# Where a buffer begins, and its shape.
+# The address of a buffer, and its shape.
 Located = tuple[int, tuple[int, ...]]
 
 
 class Buffer(Protocol):
-    """Keys or values of one layer (B, K, C, H), bound as past and as present at once."""
+    """Keys or values of one layer (B, K, C, H), bound as past and as present at the same time."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,39 +28,39 @@ class Buffer(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the buffer, in bytes."""
 
     @property
     def located(self) -> Located:
-        """Where it begins, and its shape."""
+        """The address and the shape."""
 
     def rows(self, start: int, stop: int) -> "Buffer":
         """Returns some rows as a buffer of their own, on the same memory."""
 
     def bind(self, binding: ort.IOBinding, past: str, present: str) -> None:
-        """Binds it as an input and as an output; it has to be kept as long as the binding is used."""
+        """Binds the buffer as an input and as an output. The buffer must outlive the binding."""
 
     def read(self, rows: slice, start: int, stop: int) -> Array:
-        """Returns some positions of some rows (rows, K, stop - start, H), to look at before the next step or write."""
+        """Returns some positions of some rows (rows, K, stop - start, H), valid until the next step or write."""
 
     def write(self, rows: slice, start: int, array: Array) -> None:
         """Replaces the positions of some rows (rows, K, positions, H) from `start` on."""
 
 
-# Makes a buffer of what it holds at first (B, K, C, H), which may become the buffer's own memory.
+# Creates a buffer from its initial content (B, K, C, H), whose memory the buffer may take over.
 Place = Callable[[Array], Buffer]
 
 
 class HostBuffer:
-    """A buffer that numpy and the graph share; reading and writing cost a copy at most.
+    """A buffer that numpy and the graph share: reading takes no copy, and writing takes one.
 
     Attributes:
-        array: Its memory.
+        array: The memory.
     """
 
     def __init__(self, array: Array) -> None:
         self.array = array
-        # On the CPU an OrtValue made from an array shares its memory: what the graph writes is seen in the array.
+        # On the CPU, an OrtValue created from an array shares its memory: the array shows what the graph writes.
         self._value = ort.OrtValue.ortvalue_from_numpy(array)
 
     @property
@@ -70,12 +70,12 @@ class HostBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the buffer, in bytes."""
         return self.array.nbytes
 
     @property
     def located(self) -> Located:
-        """Where it begins, and its shape."""
+        """The address and the shape."""
         return self.array.ctypes.data, self.array.shape
 
     def rows(self, start: int, stop: int) -> "HostBuffer":
@@ -83,7 +83,7 @@ class HostBuffer:
         return HostBuffer(self.array[start:stop])
 
     def bind(self, binding: ort.IOBinding, past: str, present: str) -> None:
-        """Binds it as an input and as an output."""
+        """Binds the buffer as an input and as an output."""
         binding.bind_ortvalue_input(past, self._value)
         binding.bind_ortvalue_output(present, self._value)
 
@@ -97,22 +97,22 @@ class HostBuffer:
 
 
 class DeviceBuffer:
-    """A buffer in a device's memory: a step copies nothing of it, and numpy gets copies.
+    """A buffer in a device's memory. A step copies nothing; numpy receives copies.
 
-    Reading and writing go through the host, for onnxruntime copies no parts of a tensor within a device. They move the bytes
-    named and no others, in one transfer for each head of each row, after which the host waits for the device. So what costs
-    nothing much on a CPU is better done seldom: a snapshot is all that is cached, once over the bus (9.0 MiB after 512 tokens
-    of the 270M shape in float16), a row that changes places with another four times that, a growing buffer itself twice.
+    Reading and writing go through the host, because onnxruntime cannot copy parts of a tensor within a device. They transfer
+    exactly the requested bytes, one transfer per head of each row, and then the host waits for the device. Operations that
+    are cheap on a CPU should therefore be rare here: a snapshot moves all cached bytes over the bus once (9.0 MiB after 512
+    tokens of the 270M shape in float16), an exchange of two rows four times as much, and a growing buffer moves itself twice.
     """
 
     def __init__(self, array: Array, session: ort.InferenceSession, device: str, device_id: int = 0) -> None:
-        """Takes memory and fills it.
+        """Allocates memory and fills it.
 
         Args:
-            array: What it holds at first (B, K, C, H), which stays the caller's.
-            session: What the buffer is for.
+            array: The initial content (B, K, C, H), which is copied.
+            session: The session that will use the buffer.
             device: onnxruntime's name of the device, such as "cuda".
-            device_id: Which one of several.
+            device_id: The index of the device.
         """
         self.shape: tuple[int, ...] = array.shape
         self.dtype = array.dtype
@@ -120,16 +120,16 @@ class DeviceBuffer:
         self._device = (device, device_id)
         self._value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, device, device_id)
         self._value.update_inplace(array)
-        self._first = 0  # of the value's rows
+        self._first = 0  # the rows of the OrtValue that this buffer covers
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the buffer, in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
     def located(self) -> Located:
-        """Where it begins, and its shape."""
+        """The address and the shape."""
         return self._address(0), self.shape
 
     def rows(self, start: int, stop: int) -> "DeviceBuffer":
@@ -139,7 +139,7 @@ class DeviceBuffer:
         return view
 
     def bind(self, binding: ort.IOBinding, past: str, present: str) -> None:
-        """Binds it as an input and as an output, by its address, as there are no values of some rows."""
+        """Binds the buffer as an input and as an output, by its address: an OrtValue cannot represent a subset of rows."""
         where = (*self._device, self.dtype.type, self.shape, self._address(0))
         binding.bind_input(past, *where)
         binding.bind_output(present, *where)
@@ -166,9 +166,9 @@ class DeviceBuffer:
         return int(self._value.data_ptr()) + before * self.dtype.itemsize
 
     def _part(self, row: int, head: int, start: int, stop: int) -> ort.OrtValue:
-        """Returns positions of one head (positions, H), which lie together, as a value on the same memory.
+        """Returns positions of one head (positions, H), which are contiguous, as an OrtValue on the same memory.
 
-        onnxruntime makes such values of addresses when they are bound, and nowhere else.
+        onnxruntime creates such values from addresses only through a binding.
         """
         binding = self._session.io_binding()
         name = self._session.get_outputs()[0].name

@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 # One prompt: a text, or its token ids.
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
-# Several. Not any sequence of str: a str is one itself.
+# Several prompts. Not any sequence of str, because a str is one itself.
 Prompts = list[str] | tuple[str, ...] | list[list[int]] | tuple[list[int], ...]
 
 
 @dataclass(frozen=True)
 class About:
-    """What a model was loaded from.
+    """The source of a loaded model.
 
     Attributes:
         path: The checkpoint or bundle.
-        precision: Precision of its weights, such as "float32" or "int8".
-        device: The device that it runs on.
-        parameters: The number of its parameters; a tied head counts once.
+        precision: Precision of the weights, such as "float32" or "int8".
+        device: The device that the model runs on.
+        parameters: The number of parameters; a tied head counts once.
     """
 
     path: Path
@@ -62,14 +62,14 @@ class Model:
         for text in model.stream("The fox"): ...
         chat = model.chat(system="Be brief."); answer = chat.ask("Hi.")
 
-    One thread at a time: `generate` and `logits` wait for each other; a stream that is not finished when another text begins
-    ends with an error. Load a model for each thread to answer in parallel.
+    Use a model from one thread at a time: `generate` and `logits` wait for each other, and a stream that is not finished when
+    another text begins ends with an error. Load one model per thread to generate in parallel.
 
     Attributes:
         tokenizer: Text to ids and back.
-        decoder: The backend.
+        decoder: The backend that computes logits.
         stop_token_ids: Tokens that end a text.
-        about: What it was loaded from; None for a model that a program put together.
+        about: The source of the model; None if a program assembled it.
     """
 
     def __init__(
@@ -91,20 +91,20 @@ class Model:
 
     @property
     def last_runs(self) -> tuple[Result, ...]:
-        """Results of the last call, in the order of its prompts; of a stream as far as it was read."""
+        """Results of the last call, in the order of its prompts; for an unfinished stream, its result so far."""
         return tuple(generation.result for generation in self._last)
 
     @property
     def last_run(self) -> Result | None:
-        """Result of the text that was begun last; None before the first."""
+        """Result of the text that was started last; None before the first."""
         return self._last[-1].result if self._last else None
 
     def logits(self, ids: Sequence[Sequence[int]] | NDArray[Any]) -> NDArray[np.float32]:
         """Returns the logits, float32 (batch, sequence, vocab), at every position of rows of one length.
 
         Raises:
-            ValueError: When the ids are not whole numbers in a rectangle (batch, sequence), longer than the context, or not in
-                the vocabulary.
+            ValueError: If the ids are not integers in a rectangle (batch, sequence), exceed the context, or are outside the
+                vocabulary.
         """
         try:
             array = np.asarray(ids)
@@ -122,10 +122,10 @@ class Model:
             return self.decoder.logits(array.astype(np.int64))
 
     def pieces(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
-        """Returns the continuation of a prompt token by token, each with the text that became certain with it.
+        """Returns the completion of a prompt token by token, each with the text that became certain with it.
 
         Args:
-            prompt: The text to continue, or its token ids.
+            prompt: A text, or token ids.
             **options: See `slm.GenerationOptions`: temperature, top_k, top_p, min_p, typical_p, repetition_penalty,
                 presence_penalty, frequency_penalty, logit_bias, seed, max_new_tokens, stop, on_full, keep, logprobs.
 
@@ -133,14 +133,14 @@ class Model:
             An iterator; its `result` has the figures, final after the last piece.
 
         Raises:
-            SlmError: Before anything is generated, when the prompt or an option is wrong; an `ArgumentError`, which is a
-                `TypeError` too, for an unknown option and a wrong type. Later, when another text was begun meanwhile.
+            SlmError: Before anything is generated, if the prompt or an option is invalid: an `ArgumentError`, which is also a
+                `TypeError`, for an unknown option or a wrong type. Later, if another text was started on this model.
         """
         check_options("pieces", options)
         return self._begin(prompt, options)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream[str]:
-        """Returns the continuation of a prompt in pieces of text, never half a character; as `pieces` otherwise."""
+        """Returns the completion of a prompt in pieces of text, each of whole characters; otherwise like `pieces`."""
         check_options("stream", options)
         return texts(self._begin(prompt, options))
 
@@ -151,7 +151,7 @@ class Model:
     def generate(self, prompt: Prompts, **options: Unpack[GenerationOptions]) -> list[str]: ...
 
     def generate(self, prompt: Prompt | Prompts, **options: Unpack[GenerationOptions]) -> str | list[str]:
-        """Returns the continuation of a prompt, or a list with that of each of several; see `complete`."""
+        """Returns the completion of a prompt, or a list of completions for a list of prompts; see `complete`."""
         check_options("generate", options)
         completed = self._complete(prompt, options)
         return [each.text for each in completed] if isinstance(completed, list) else completed.text
@@ -163,41 +163,41 @@ class Model:
     def complete(self, prompt: Prompts, **options: Unpack[GenerationOptions]) -> list[Result]: ...
 
     def complete(self, prompt: Prompt | Prompts, **options: Unpack[GenerationOptions]) -> Result | list[Result]:
-        """Returns the continuation of a prompt with its tokens and figures, or a list with that of each of several.
+        """Returns the completion of a prompt with its tokens and figures, or a list of these for a list of prompts.
 
-        The i-th of several is the result of `complete(prompts[i], seed=seed + i)`. A fused bundle steps all of them together
-        (`slm.runtime.scheduler`); other models, drafts, `on_full="slide"` and `logprobs` take the prompts one by one.
+        Result i of several is the result of `complete(prompts[i], seed=seed + i)`. A fused bundle steps all prompts together
+        (`slm.runtime.scheduler`). Other models, drafts, `on_full="slide"` and `logprobs` run the prompts one by one.
 
         Args:
-            prompt: The text to continue, or its token ids; or a list of texts or of lists of ids.
+            prompt: A text or token ids; or a list of texts or of lists of ids.
             **options: As for `pieces`.
 
         Raises:
-            SlmError: As for `pieces`; of several prompts the one at fault is named.
+            SlmError: As for `pieces`; for several prompts, the message names the invalid one.
         """
         check_options("complete", options)
         return self._complete(prompt, options)
 
     @keywords_checked
     def chat(self, system: str = "", *, messages: "Sequence[Message]" = (), seed: int | None = None) -> "Chat":
-        """Begins a conversation: `chat.ask("Hi.")` returns an answer, `chat.stream` yields it as it comes.
+        """Begins a conversation: `chat.ask("Hi.")` returns an answer, `chat.stream` yields it as it is generated.
 
-        From now on the model reuses what it has read, so that the next turn does not read earlier turns again.
+        From now on the model caches the tokens that it read, so that the next turn does not read earlier turns again.
 
         Args:
-            system: The system message; none when empty.
+            system: The system message; empty for none.
             messages: Earlier messages, oldest first, each {"role": "user" or "assistant", "content": text}.
             seed: The same seed gives the same answers to the same requests. None draws a seed; `chat.seed` has it.
 
         Raises:
-            SlmError: When the model knows no turns, or the messages are not a conversation.
+            SlmError: If the model has no chat template, or the messages are not a conversation.
         """
         from slm.runtime.chat import Chat
 
         return Chat(self, system, messages=messages, seed=seed)
 
     def _generation(self, prompt: Any, options: GenerationOptions, seed: int | None = None) -> Generation:
-        """Checks everything that a text needs; nothing is computed yet."""
+        """Checks the arguments and returns the generation of one text; computes nothing."""
         ids, keep = self._ids(prompt), options.get("keep")
         request = Request(
             prompt=ids,
@@ -218,7 +218,7 @@ class Model:
         return pieces.through(self._alone(pieces))
 
     def _alone(self, pieces: Stream[Piece]) -> Generator[Piece, None, None]:
-        """Yields pieces as long as no other text is begun, which would be read into the same decoder."""
+        """Yields pieces until another text is started on the same decoder."""
         mine = object()
         with closing(pieces):
             with self._lock:
@@ -240,7 +240,7 @@ class Model:
         if _is_one(prompt):
             with self._lock:
                 return self._begin(prompt, options).finish()
-        seed = sampling_of(options).seed  # of the first; the others count on from there
+        seed = sampling_of(options).seed  # the seed of the first prompt; the others count up from it
         generations = []
         for number, each in enumerate(prompt):
             try:
@@ -250,7 +250,7 @@ class Model:
                 raise type(error)(message, error.hint) from None
         with self._lock:
             self._last = generations
-            if batched(self.decoder, generations) is None:  # each is read into the decoder, one after the other
+            if batched(self.decoder, generations) is None:  # generations run on the decoder one after the other
                 self._under_way = None
             return run_batch(self.decoder, generations)
 
@@ -258,7 +258,7 @@ class Model:
         """Returns the token ids of one prompt.
 
         Raises:
-            ArgumentError: When it is neither a text nor token ids.
+            ArgumentError: If it is neither a text nor token ids.
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
@@ -267,16 +267,16 @@ class Model:
         return token_ids(prompt)
 
     def _begins_with(self, ids: Sequence[int]) -> int:
-        """Returns how many of the ids are what the tokenizer puts before a text."""
+        """Returns how many of the ids are the prefix that the tokenizer adds to a text."""
         begins = self.tokenizer.prefix_ids
         return len(begins) if tuple(ids[: len(begins)]) == begins else 0
 
 
 def _is_one(prompt: object) -> bool:
-    """Returns whether an argument is one prompt; otherwise it is several.
+    """Returns whether an argument is one prompt, rather than several.
 
     Raises:
-        ArgumentError: When it is neither.
+        ArgumentError: If it is neither.
     """
     if isinstance(prompt, str):
         return True

@@ -1,4 +1,4 @@
-"""The keyword arguments of `Model.generate`, `complete`, `stream`, `pieces` and of a chat's answers: names, types, checks."""
+"""The keyword arguments of `Model.generate`, `complete`, `stream`, `pieces` and of chats: names, types, checks."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -13,19 +13,19 @@ from slm.runtime.sampling import Sampling
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How the next token is chosen: the fields of `slm.runtime.sampling.Sampling`, which has the defaults.
+    """How the next token is chosen: the fields of `slm.runtime.sampling.Sampling`, which defines the defaults.
 
     Attributes:
         temperature: Divides the logits; 0 is greedy. Default 0.8.
-        top_k: Keep this many of the likeliest tokens; 0 keeps all. Default 40.
-        top_p: Keep the fewest likeliest tokens whose probability reaches this. Default 0.95; 1 keeps all.
-        min_p: Keep tokens at least this fraction as likely as the likeliest. Default 0.
+        top_k: Keep this many of the most likely tokens; 0 keeps all. Default 40.
+        top_p: Keep the fewest most likely tokens whose total probability reaches this. Default 0.95; 1 keeps all.
+        min_p: Keep tokens at least this fraction as likely as the most likely one. Default 0.
         typical_p: Keep the fewest tokens closest to the expected surprise. Default 1 keeps all.
         repetition_penalty: Above 1 makes tokens of the prompt and the text less likely. Default 1.
-        presence_penalty: Subtracted from the logit of each new token used so far. Default 0.
-        frequency_penalty: Subtracted as often as the new token was used. Default 0.
-        logit_bias: Added to the logits of these token ids; -inf rules one out.
-        seed: Same seed, same text. None, the default, draws one; `Result.seed` has it.
+        presence_penalty: Subtracted once from the logit of each new token used so far. Default 0.
+        frequency_penalty: Subtracted from the logit of a new token for each use so far. Default 0.
+        logit_bias: Added to the logits of these token ids; -inf excludes one.
+        seed: The same seed gives the same text. None, the default, draws one; `Result.seed` has it.
     """
 
     temperature: float
@@ -44,13 +44,13 @@ class GenerationOptions(SamplingOptions, total=False):
     """How the next token is chosen, and where a text ends.
 
     Attributes:
-        max_new_tokens: At most this many tokens. Default 256.
-        stop: A text that ends the continuation and is not part of it, or several.
-        on_full: When the context is full: "stop", the default, or "slide": the older part is dropped, and the model no
-            longer sees it (`Result.slides` counts).
+        max_new_tokens: The most new tokens. Default 256.
+        stop: One or several texts that end the completion. The completion does not include them.
+        on_full: What to do when the context is full: "stop", the default, or "slide", which drops the older part; the
+            model no longer sees it (`Result.slides` counts).
         keep: Tokens at the beginning that sliding never drops. Default: those that the tokenizer puts there.
-        logprobs: How many of the likeliest tokens each `Piece`, and `Result.logprobs`, names, besides the log-probability of
-            the token chosen. They are the model's own, whatever the sampling. Default None: neither.
+        logprobs: How many of the most likely tokens each `Piece` and `Result.logprobs` has, besides the log-probability of
+            the chosen token. They are the model's own, independent of the sampling. Default None: no log-probabilities.
     """
 
     max_new_tokens: int
@@ -66,14 +66,14 @@ MAX_NEW_TOKENS = 256
 
 
 def check_options(function: str, options: GenerationOptions) -> None:
-    """Checks names, and the types of what `Sampling` does not check.
+    """Checks the names of options, and the types that `Sampling` does not check.
 
     Args:
-        function: Which one was called, for the message.
+        function: The called function, for the message.
         options: Its keyword arguments.
 
     Raises:
-        ArgumentError: When a name is unknown or a value has the wrong type.
+        ArgumentError: If a name is unknown or a value has the wrong type.
     """
     check_keywords(function, options, OPTION_NAMES)
     check_type("max_new_tokens", options.get("max_new_tokens", MAX_NEW_TOKENS), Integral, "a whole number")
@@ -83,19 +83,19 @@ def check_options(function: str, options: GenerationOptions) -> None:
 
 
 def sampling_of(options: GenerationOptions) -> Sampling:
-    """Returns how tokens are chosen.
+    """Returns the sampling settings of the options.
 
     Raises:
-        SlmError: When a value is out of range or has the wrong type.
+        SlmError: If a value is out of range or has the wrong type.
     """
     return Sampling(**{name: value for name, value in options.items() if name in _SAMPLING_NAMES})  # type: ignore[arg-type]
 
 
 def stop_texts(options: GenerationOptions) -> list[str]:
-    """Returns the texts that end a text.
+    """Returns the stop texts of the options.
 
     Raises:
-        ArgumentError: When one is not a text.
+        ArgumentError: If one is not a text.
     """
     stop = options.get("stop")
     if stop is None:
@@ -108,10 +108,10 @@ def stop_texts(options: GenerationOptions) -> list[str]:
 
 
 def token_ids(prompt: Sequence[object]) -> list[int]:
-    """Returns token ids as plain numbers.
+    """Returns token ids as ints.
 
     Raises:
-        ArgumentError: When an element is none.
+        ArgumentError: If an element is not an integer.
     """
     for each in prompt:
         if isinstance(each, bool) or not isinstance(each, int | np.integer):

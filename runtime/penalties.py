@@ -1,4 +1,4 @@
-"""What the text so far, or the user, does to the logits (V,) before a token is chosen. Every function returns a new row."""
+"""Changes of the logits (V,) before a token is chosen: bias and penalties. Every function returns a new row."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ class History:
     """The tokens of a text.
 
     Attributes:
-        seen: Which are in the prompt or the text, bool (V,).
-        uses: How often each was chosen, int32 (V,); the prompt does not count.
+        seen: Whether each token is in the prompt or the text, bool (V,).
+        uses: How often each token was chosen, int32 (V,); tokens of the prompt do not count.
     """
 
     def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
@@ -23,13 +23,13 @@ class History:
         self.uses = np.zeros(vocab_size, np.int32)
 
     def add(self, token: int) -> None:
-        """Counts a token that was chosen."""
+        """Counts a chosen token."""
         self.seen[token] = True
         self.uses[token] += 1
 
 
 def add_bias(logits: Array, bias: Mapping[int, float]) -> Array:
-    """Adds to the logits of some tokens."""
+    """Adds a bias to the logits of some tokens."""
     changed = logits.copy()
     for token, value in bias.items():
         changed[token] += value
@@ -37,9 +37,10 @@ def add_bias(logits: Array, bias: Mapping[int, float]) -> Array:
 
 
 def penalize_repetition(logits: Array, seen: Array, penalty: float) -> Array:
-    """Divides the positive logits of the ids seen by the penalty and multiplies the negative ones, each once.
+    """Divides the positive logits of the seen ids by the penalty, and multiplies the negative ones.
 
-    CTRL (arXiv:1909.05858, section 4.1) divides both, which makes what is unlikely likelier; everybody does this since.
+    CTRL (arXiv:1909.05858, section 4.1) divides both, which makes tokens with negative logits more likely. Later
+    implementations multiply these, as here.
     """
     changed = logits.copy()
     values = logits[seen]
@@ -48,7 +49,7 @@ def penalize_repetition(logits: Array, seen: Array, penalty: float) -> Array:
 
 
 def penalize_use(logits: Array, uses: Array, presence: float, frequency: float) -> Array:
-    """Subtracts `presence` from the logits of the tokens used, counted in uses (V,), and `frequency` for each use.
+    """Subtracts `presence` from the logit of every used token, and `frequency` for each use, counted in uses (V,).
 
     OpenAI's definition: https://platform.openai.com/docs/api-reference/completions
     """

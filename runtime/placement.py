@@ -1,8 +1,8 @@
-"""Whether a bundle's graph suits the device that is to run it.
+"""Checks whether a bundle's graph suits a device.
 
-Attention decides. onnxruntime's CUDA kernel of `GroupQueryAttention` takes 16-bit types, so of a fused bundle that was exported
-for the CPU every attention runs on the CPU, and every layer copies from the GPU and back at each step. A portable bundle's
-`Attention` runs on CUDA in float32.
+Attention decides. onnxruntime's CUDA kernel of `GroupQueryAttention` takes 16-bit types. A fused bundle that was exported for
+the CPU therefore runs every attention on the CPU, and every layer copies from the GPU and back at each step. A portable
+bundle's `Attention` runs on CUDA in float32.
 """
 
 import shlex
@@ -15,28 +15,28 @@ from slm.core.manifest import Bundle
 from slm.core.runs import bundle_path
 from slm.runtime.session import Device, check_available
 
-# What a fused bundle is called that was exported for a device.
+# The descriptions of fused bundles, by the device that they were exported for.
 _NAMES = {"cpu": "the CPU", "cuda": "CUDA", "webgpu": "WebGPU"}
 _QUANTIZE = {"int8": "--int8", "int4": "--int4"}
 
 
 def attends_on(bundle: Bundle, device: Device) -> Device:
-    """Returns where a bundle's attention runs when the bundle is run on a device."""
+    """Returns the device on which a bundle's attention runs when the bundle runs on `device`."""
     on_cpu = bundle.manifest.target == "fused" and bundle.manifest.device == "cpu"
     return "cpu" if on_cpu else device
 
 
 def check_placement(bundle: Bundle, device: Device, allow_slow: bool = False) -> None:
-    """Makes sure that a bundle's attention runs on the device.
+    """Checks that a bundle's attention runs on the device.
 
     Args:
         bundle: The bundle.
-        device: Where it is to run.
+        device: The requested device.
         allow_slow: Whether attention may run elsewhere.
 
     Raises:
-        DeviceUnavailable: When onnxruntime has no provider for the device.
-        SlmError: When attention would run elsewhere; the hint is the command that makes a bundle for the device.
+        DeviceUnavailable: If onnxruntime has no provider for the device.
+        SlmError: If attention would run elsewhere; the hint is the command that makes a bundle for the device.
     """
     check_available(device)
     if allow_slow or attends_on(bundle, device) == device:
@@ -48,7 +48,7 @@ def check_placement(bundle: Bundle, device: Device, allow_slow: bool = False) ->
 
 
 def conversion_note(bundle: Bundle, device: Device) -> str:
-    """Returns a line that says why a bundle is slow on a device which runs it with conversions; empty for other bundles."""
+    """Returns a note on a bundle that is slow on a device because of conversions; empty for other bundles."""
     made_for = bundle.manifest.device
     if device != "cpu" or made_for == "cpu":
         return ""
@@ -59,7 +59,7 @@ def conversion_note(bundle: Bundle, device: Device) -> str:
 
 
 def _remedy(bundle: Bundle) -> str:
-    """Returns the commands that make the same model's bundle for CUDA."""
+    """Returns the commands that make a CUDA bundle of the same model."""
     manifest = bundle.manifest
     source = _source(bundle)
     longest = min(bundle.config.max_position_embeddings, DEFAULT_CONTEXT)
@@ -76,7 +76,7 @@ _UNKNOWN = "CHECKPOINT"
 
 
 def _source(bundle: Bundle) -> list[str]:
-    """Returns the arguments of `slm export` that name what a bundle was exported from; a placeholder where that is gone."""
+    """Returns the arguments of `slm export` that name a bundle's source; a placeholder if the source no longer exists."""
     provenance = bundle.manifest.provenance
     checkpoint, adapter = provenance.get("checkpoint"), provenance.get("adapter")
     if not isinstance(checkpoint, str) or not is_checkpoint(Path(checkpoint)):

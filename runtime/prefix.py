@@ -1,7 +1,7 @@
-"""Reuse of prompts that begin alike: tokens that were read for an earlier prompt are not read again.
+"""Prefix caching: tokens that an earlier prompt begins with are not read again.
 
-A prompt that is read in other portions adds its sums in another order, so that its logits differ by rounding
-(`slm.runtime.speculative` says by how much).
+A prompt that is read in other portions is summed in another order, so that its logits differ by rounding
+(`slm.runtime.speculative` states by how much).
 
 Dimensions: T positions, V vocabulary.
 """
@@ -21,11 +21,11 @@ _TOKEN = np.dtype(np.int32)
 
 
 class PrefixCache:
-    """Snapshots by their tokens, up to a number of bytes; the least recently used is dropped first.
+    """Snapshots by their tokens, up to a number of bytes. The least recently used snapshot is dropped first.
 
     Attributes:
         max_bytes: The most memory for snapshots and their tokens.
-        bytes: The memory that they take.
+        bytes: The memory in use.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -42,7 +42,7 @@ class PrefixCache:
         return _key(ids) in self._entries
 
     def longest(self, ids: Sequence[int]) -> Snapshot | None:
-        """Returns the longest snapshot of a beginning of these tokens, or of all of them; this counts as a use."""
+        """Returns the longest snapshot that is a prefix of these tokens, or equals them, and marks it as used."""
         wanted = _key(ids)
         key = max((key for key in self._entries if wanted.startswith(key)), key=len, default=None)
         if key is None:
@@ -51,7 +51,7 @@ class PrefixCache:
         return self._entries[key]
 
     def restore(self, decoder: Decoder, ids: Sequence[int]) -> int:
-        """Brings a decoder to the longest known beginning of a prompt, at least one token short of the whole prompt.
+        """Restores the longest known prefix of a prompt into a decoder, at least one token shorter than the prompt.
 
         Returns:
             How many tokens need not be read; 0 leaves the decoder empty.
@@ -62,13 +62,13 @@ class PrefixCache:
                 decoder.restore(snapshot)
                 decoder.rewind(min(snapshot.length, len(ids) - 1))
                 return decoder.length
-            except SlmError:  # caches of the portable target cannot go back once the window is full
+            except SlmError:  # caches of the portable target cannot rewind once the window is full
                 pass
         decoder.reset()
         return 0
 
     def add(self, ids: Sequence[int], snapshot: Snapshot) -> bool:
-        """Keeps a snapshot of these tokens, and drops others to make room. Returns False if it is larger than the cache."""
+        """Stores a snapshot of these tokens, and drops others to make room. Returns False if it is larger than the cache."""
         assert snapshot.length == len(ids)
         key = _key(ids)
         if key in self._entries:
@@ -90,40 +90,40 @@ class PrefixCache:
 
 
 def _key(ids: Sequence[int]) -> bytes:
-    # Every token takes 4 bytes, so that a beginning of the bytes is a beginning of the tokens.
+    # Every token takes 4 bytes, so that a prefix of the bytes is a prefix of the tokens.
     return np.asarray(ids, _TOKEN).tobytes()
 
 
 class PrefixDecoder(DecoderAround):
-    """A decoder whose first read after a reset reuses the known beginning of the prompt.
+    """A decoder whose first read after a reset reuses the known prefix of the prompt.
 
-    The beginning is known from the previous text (the next turn of a chat begins with the whole conversation), or from a
-    snapshot; the longer one counts. After a prompt is read, a snapshot of it is kept.
+    The prefix is known from the previous text (the next turn of a chat begins with the whole conversation), or from a
+    snapshot; the longer one is used. After a prompt was read, a snapshot of it is stored.
 
     Attributes:
         decoder: The decoder that computes.
         cache: The snapshots; several decoders of one model can share them.
-        reused: Tokens of the last prompt that were not read again.
+        reused: Tokens of the last prompt that were reused.
     """
 
     def __init__(self, decoder: Decoder, cache: PrefixCache) -> None:
         super().__init__(decoder)
         self.cache = cache
         self.reused = 0
-        self._ids: list[int] = []  # what the decoder has read
+        self._ids: list[int] = []  # the tokens in the decoder's state
         self._begun = False
 
     @property
     def length(self) -> int:
-        """Tokens read since the last reset."""
+        """The number of tokens read since the last reset."""
         return self.decoder.length if self._begun else 0
 
     def reset(self) -> None:
-        """Forgets everything read; the next prompt may still reuse it."""
+        """Forgets all tokens; the next prompt may still reuse them."""
         self._begun = False
 
     def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens and returns the logits (V,) for the one that follows; the first read reuses a known beginning."""
+        """Reads tokens and returns the logits (V,) for the next token. The first read reuses a known prefix."""
         if self._begun:
             logits = self.decoder.read(ids)
             self._ids += ids
@@ -137,51 +137,51 @@ class PrefixDecoder(DecoderAround):
         return logits
 
     def _go_to_known(self, ids: Sequence[int]) -> int:
-        """Brings the decoder to the known beginning of a prompt and returns its length; at least one token is left to read."""
+        """Brings the decoder to the known prefix of a prompt and returns its length; at least one token is left to read."""
         most = len(ids) - 1
-        # A step that was cut off left nothing read.
+        # An interrupted step leaves the decoder empty.
         common = common_length(self._ids, ids) if self.decoder.length == len(self._ids) else 0
         snapshot = self.cache.longest(ids)
         if common and (snapshot is None or min(common, most) >= min(snapshot.length, most)):
             try:
                 self.decoder.rewind(min(common, most))
                 return min(common, most)
-            except SlmError:  # out of the windows
+            except SlmError:  # sliding layers dropped the needed positions
                 pass
         return self.cache.restore(self.decoder, ids)
 
     def _begin(self) -> None:
-        """Begins an empty text, where the first call after a reset is not `read`."""
+        """Starts an empty text if the first call after a reset is not `read`."""
         if not self._begun:
             self.decoder.reset()
             self._ids, self._begun = [], True
 
     @property
     def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        """The most tokens that `read_each` may read next so that all of them can be rewound."""
         self._begin()
         return self.decoder.revocable
 
     def read_each(self, ids: Sequence[int]) -> Array:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        """Reads a few tokens in one step and returns the logits (T, V) after each of them."""
         self._begin()
         logits = self.decoder.read_each(ids)
         self._ids += ids
         return logits
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        """Forgets all tokens after the first `length`; see `Decoder.rewind`."""
         self._begin()
         self.decoder.rewind(length)
         del self._ids[length:]
 
     def snapshot(self) -> TextSnapshot:
-        """Returns a copy of what was read."""
+        """Returns a copy of the state."""
         self._begin()
         return TextSnapshot(self.decoder.snapshot(), np.array(self._ids, _TOKEN))
 
     def restore(self, snapshot: Any) -> None:
-        """Goes back to a snapshot; see `Decoder.restore`."""
+        """Replaces the state by a snapshot; see `Decoder.restore`."""
         if not isinstance(snapshot, TextSnapshot):
             raise SlmError("the snapshot is not of this decoder", "read the text with this one")
         self._begun = True
@@ -190,7 +190,7 @@ class PrefixDecoder(DecoderAround):
 
 
 def common_length(some: Sequence[int], others: Sequence[int]) -> int:
-    """Returns how many tokens two texts have in common from the start."""
+    """Returns the length of the common prefix of two token sequences."""
     size = min(len(some), len(others))
     unequal = np.asarray(some[:size], _TOKEN) != np.asarray(others[:size], _TOKEN)
     return int(unequal.argmax()) if unequal.any() else size

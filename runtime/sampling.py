@@ -1,6 +1,7 @@
-"""Choosing the next token from logits: small pure functions over one row (V,).
+"""Chooses the next token from logits: small pure functions over one row (V,).
 
-Each `keep_...` returns the indices that stay, in ascending order; what follows works on these few alone. V is the vocabulary.
+Each `keep_...` returns the indices of the kept tokens, in ascending order; later functions process only these. V is the
+vocabulary.
 """
 
 import secrets
@@ -18,15 +19,16 @@ from slm.runtime.penalties import History, add_bias, penalize_repetition, penali
 
 Array = NDArray[Any]
 
-# A row is looked at in this many strides first: the largest of each column bounds the k-th largest of all from below.
+# Top-k first views a row in this many columns: the k-th largest column maximum is a lower bound of the k-th largest logit.
 _STRIDES = 64
-# Beyond this, chance first finds a block and then a token in it: a running sum over a whole vocabulary takes milliseconds.
+# Longer rows are drawn in two stages, first a block and then a token in it: a running sum over a vocabulary takes
+# milliseconds.
 _BLOCK = 512
-# Below it float32 would divide 0 by 0; the likeliest token has everything long before.
+# Lower temperatures would make float32 divide 0 by 0; the most likely token has all probability long before.
 _COLDEST = 1e-30
-# A drawn seed is below it, short enough to be typed again.
+# Drawn seeds are below this limit, so that a user can type them again.
 _SEEDS = 1 << 32
-# A seed is below it. Callers accept 63 bits and count on from there for one text after the other.
+# The exclusive limit of seeds. Callers accept 63 bits and count up from there for several texts.
 _SEED_LIMIT = 2**64
 # Fields of `Sampling` that are real numbers.
 _REAL = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -41,23 +43,24 @@ def draw_seed() -> int:
 class Sampling:
     """How the next token is chosen.
 
-    Applied in transformers' order: logit bias, repetition penalty, presence and frequency penalty (which transformers does
-    not have; here they come where vLLM and llama.cpp have them), temperature, top-k, top-p, min-p, typical. Each works on
-    what those before it left. llama.cpp differs in taking typical before top-p and dividing by the temperature last.
+    Settings apply in transformers' order: logit bias, repetition penalty, presence and frequency penalty (transformers has
+    neither; vLLM and llama.cpp apply them here), temperature, top-k, top-p, min-p, typical. Each filters the tokens that the
+    previous ones kept. llama.cpp applies typical before top-p, and the temperature last.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token, penalties and bias included.
-        top_k: Keep this many of the likeliest tokens; 0 keeps all.
-        top_p: Keep the fewest likeliest tokens whose probability reaches this (arXiv:1904.09751); 1 keeps all.
-        seed: Same seed, same choices; None draws one, which is then the value here. Greedy choice needs none.
-        min_p: Keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082); 0 keeps all.
-        typical_p: Keep the fewest tokens closest to the expected surprise whose probability reaches this
+        temperature: Divides the logits; 0 takes the most likely token after bias and penalties.
+        top_k: Keep this many of the most likely tokens; 0 keeps all.
+        top_p: Keep the fewest most likely tokens whose total probability reaches this (arXiv:1904.09751); 1 keeps all.
+        seed: The same seed gives the same choices. None draws one, which replaces None. Greedy sampling has None.
+        min_p: Keep tokens at least this fraction as likely as the most likely one (arXiv:2407.01082); 0 keeps all.
+        typical_p: Keep the fewest tokens closest to the expected surprise whose total probability reaches this
             (arXiv:2202.00666); 1 keeps all.
         repetition_penalty: Divides the positive and multiplies the negative logits of tokens in the prompt or the text
-            (CTRL, arXiv:1909.05858); 1 changes nothing, more repeats less.
-        presence_penalty: Subtracted from the logit of each new token used so far, the prompt's not counted (OpenAI's API).
-        frequency_penalty: Subtracted as often as the new token was used (OpenAI's API).
-        logit_bias: Added to the logits of these ids; -inf rules one out.
+            (CTRL, arXiv:1909.05858); 1 changes nothing, higher values reduce repetition.
+        presence_penalty: Subtracted once from the logit of each new token used so far, not counting the prompt (OpenAI's
+            API).
+        frequency_penalty: Subtracted from the logit of a new token for each use so far (OpenAI's API).
+        logit_bias: Added to the logits of these ids; -inf excludes one.
     """
 
     temperature: float = 0.8
@@ -93,15 +96,15 @@ class Sampling:
             if not good:
                 raise SlmError(f"{name} is {value}; it must be {wanted}")
         if self.temperature == 0:
-            object.__setattr__(self, "seed", None)  # it chooses nothing
+            object.__setattr__(self, "seed", None)  # greedy sampling draws nothing
         elif self.seed is None:
             object.__setattr__(self, "seed", draw_seed())
 
     def _check_types(self) -> None:
-        """Makes sure that numbers are numbers.
+        """Checks the types of all numbers.
 
         Raises:
-            ArgumentError: When one is not; it is named.
+            ArgumentError: If a value is not a number; the message names it.
         """
         for name in _REAL:
             check_type(name, getattr(self, name), Real, "a number")
@@ -113,7 +116,7 @@ class Sampling:
             check_type(f"logit_bias of token {token}", bias, Real, "a number or -inf")
 
     def generator(self) -> np.random.Generator:
-        """Returns the source of chance for one text."""
+        """Returns the random generator of one text."""
         return np.random.default_rng(self.seed or 0)
 
     @property
@@ -133,7 +136,7 @@ class Sampling:
         return logits
 
     def distribution(self, logits: Array) -> tuple[Array, Array]:
-        """Returns the ids that can be chosen, ascending, and their probabilities; for a temperature above 0."""
+        """Returns the ids that can be chosen, ascending, and their probabilities. Requires a temperature above 0."""
         ids = keep_top_k(logits, self.top_k)
         row = softmax(logits if ids.size == logits.size else logits[ids], self.temperature)
         for keep, value, everything in (
@@ -147,15 +150,13 @@ class Sampling:
         return ids, row
 
     def choose(self, logits: Array, generator: np.random.Generator) -> int:
-        """Returns the next token's id, from logits that are adjusted already.
+        """Returns the next token's id from adjusted logits.
 
         Raises:
-            SlmError: When the logits are no numbers, or every token was ruled out.
+            SlmError: If the logits are not finite, or every token is excluded.
         """
-        if not np.isfinite(logits.max()):  # NaN wherever one is
-            raise SlmError(
-                "no token can be chosen: the model's logits are no numbers, or the bias rules all of them out"
-            )
+        if not np.isfinite(logits.max()):  # the maximum is NaN if any logit is
+            raise SlmError("no token can be chosen: the logits are not finite, or the bias excludes every token")
         if self.temperature == 0:
             return int(logits.argmax())
         ids, probabilities = self.distribution(logits)
@@ -166,23 +167,23 @@ GREEDY = Sampling(temperature=0)
 
 
 class Sampler:
-    """The choices of one text: its chance, and what it has used so far."""
+    """The sampling state of one text: its random generator and its token history."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int) -> None:
-        """Begins a text.
+        """Starts a text.
 
         Raises:
-            SlmError: When the bias names a token that the model does not have.
+            SlmError: If the bias has a token id outside the vocabulary.
         """
         for token in sampling.logit_bias:
             if not 0 <= token < vocab_size:
-                raise SlmError(f"logit_bias names the token {token:,}, and ids go from 0 to {vocab_size - 1:,}")
+                raise SlmError(f"logit_bias has token id {token:,}; ids are from 0 to {vocab_size - 1:,}")
         self.sampling = sampling
         self._generator = sampling.generator()
         self._history = History(prompt, vocab_size) if sampling.adjusts else None
 
     def choose(self, logits: Array) -> int:
-        """Returns the next token's id and remembers it; the logits (V,) stay as they are."""
+        """Returns the next token's id and adds it to the history. The logits (V,) are not modified."""
         if self._history is None:
             return self.sampling.choose(logits, self._generator)
         token = self.sampling.choose(self.sampling.adjust(logits, self._history), self._generator)
@@ -191,9 +192,10 @@ class Sampler:
 
 
 def softmax(logits: Array, temperature: float = 1.0) -> Array:
-    """Returns probabilities (V,) of the logits divided by a temperature above 0; a logit of -inf gets 0."""
-    weights = logits - logits.max()  # one new row, changed in place: rows of megabytes cost more than the arithmetic
-    with np.errstate(over="ignore"):  # next to a temperature of nothing the others go to -inf, which is right
+    """Returns probabilities (V,) of the logits divided by a temperature above 0; a logit of -inf has probability 0."""
+    # one new row, changed in place: allocating rows of megabytes costs more than the arithmetic
+    weights = logits - logits.max()
+    with np.errstate(over="ignore"):  # near temperature 0, all other logits go to -inf, which is correct
         weights /= max(temperature, _COLDEST)
     np.exp(weights, out=weights)
     weights /= weights.sum()
@@ -201,30 +203,30 @@ def softmax(logits: Array, temperature: float = 1.0) -> Array:
 
 
 def keep_top_k(row: Array, k: int) -> Array:
-    """Keeps the k largest; ties at the border stay. 0 keeps all."""
+    """Returns the k largest; includes ties with the k-th largest. 0 keeps all."""
     if not 0 < k < row.size:
         return np.arange(row.size)
     columns = row.size // _STRIDES
     if k >= columns:
         return np.flatnonzero(row >= _kth_largest(row, k))
-    # k columns have something as large as the bound, so that the k largest are all among those that reach it.
+    # k columns have a maximum of at least the bound, so that the k largest logits all reach it.
     bound = _kth_largest(row[: _STRIDES * columns].reshape(_STRIDES, columns).max(0), k)
     among = np.flatnonzero(row >= bound)
     return among[row[among] >= _kth_largest(row[among], k)]
 
 
 def keep_top_p(probabilities: Array, p: float) -> Array:
-    """Keeps the fewest likeliest that reach p together; one always stays."""
+    """Returns the fewest most likely indices whose total reaches p, at least one."""
     return _fewest(probabilities, probabilities, p)
 
 
 def keep_min_p(probabilities: Array, p: float) -> Array:
-    """Keeps those at least p times as likely as the likeliest."""
+    """Returns those at least p times as likely as the most likely one."""
     return np.flatnonzero(probabilities >= p * probabilities.max())
 
 
 def keep_typical(probabilities: Array, p: float) -> Array:
-    """Keeps the fewest that reach p together, those first whose surprise is closest to the one expected, the entropy."""
+    """Returns the fewest indices whose total reaches p, ordered by how close their surprise is to the entropy."""
     with np.errstate(divide="ignore"):
         surprise = -np.log(probabilities)
     entropy = probabilities @ np.where(probabilities > 0, surprise, 0)
@@ -243,7 +245,7 @@ def draw(probabilities: Array, generator: np.random.Generator) -> int:
 
 
 def _locate(cumulative: Array, point: float) -> int:
-    """Returns the first index whose cumulative sum passes the point; never one that adds nothing, whatever was rounded."""
+    """Returns the first index whose cumulative sum exceeds the point; never one with weight 0, despite rounding."""
     return int(np.searchsorted(cumulative, min(point, np.nextafter(cumulative[-1], 0)), side="right"))
 
 
@@ -252,9 +254,9 @@ def _kth_largest(row: Array, k: int) -> Any:
 
 
 def _fewest(scores: Array, weights: Array, mass: float) -> Array:
-    """Returns the fewest indices, of the largest scores, whose weights reach the mass; of equal scores the first."""
+    """Returns the fewest indices, by descending score, whose weights reach the mass; of equal scores the first."""
     size = _STRIDES
-    while True:  # a model that knows what it says needs few: only as many are sorted as turn out to be needed
+    while True:  # a confident model needs few: the sorted part grows only as needed
         among = keep_top_k(scores, size)
         among = among[np.argsort(-scores[among], kind="stable")]
         reached = np.cumsum(weights[among], dtype=np.float64)

@@ -1,7 +1,8 @@
-"""Continuous batching: many texts on one bundle, which join and leave between steps and take their steps together.
+"""Continuous batching: many texts on one bundle join and leave between steps, and step together.
 
-A scheduler has no thread and no clock of its own: `slm.serve.engine.Engine` drives one from a thread, `run_batch` until a list
-of texts is complete. Each text is the one that its request gets alone; `slm.runtime.batch` says when that holds bit for bit.
+A scheduler has no thread and no clock of its own: `slm.serve.engine.Engine` drives one from a thread, and `run_batch` drives
+one until a list of texts is complete. Each text equals the text that its request gets alone; `slm.runtime.batch` states when
+this holds bit for bit.
 """
 
 import time
@@ -21,28 +22,28 @@ from slm.runtime.memory import Array
 from slm.runtime.prefix import PrefixCache, PrefixDecoder
 from slm.runtime.streaming import run
 
-# Texts that `run_batch` steps together by default.
+# The default number of texts that `run_batch` steps together.
 SLOTS = 8
-# A prompt shorter than this is read faster than its caches are copied.
+# Reading a shorter prompt is faster than copying its caches.
 _WORTH_KEEPING = 64
-# How long a step waits for the masks of constrained texts, and how long a scheduler that has nothing else to do, in seconds.
+# Seconds that a step waits for the masks of constrained texts, and that an otherwise idle scheduler waits.
 _MASK_S = 0.002
 _IDLE_S = 0.005
 
-# What came of a piece of work: texts with their new pieces. A text that is `done` has left the scheduler.
+# Texts and their new pieces. A text that is `done` has left the scheduler.
 Events = list[tuple[Generation, list[Piece]]]
 
 
 @dataclass
 class Work:
-    """What a scheduler has done.
+    """Counters of a scheduler.
 
     Attributes:
         prompt_tokens: Tokens of prompts read.
-        reused_tokens: Tokens of prompts that did not have to be read.
+        reused_tokens: Tokens of prompts that were reused from snapshots.
         new_tokens: Tokens generated.
         steps: Steps taken.
-        rows: Rows of all steps together.
+        rows: Total rows of all steps.
     """
 
     prompt_tokens: int = 0
@@ -54,7 +55,7 @@ class Work:
 
 @dataclass(eq=False)
 class _Row:
-    """A text in a slot, and how far its prompt is read."""
+    """A text in a slot, and how much of its prompt was read."""
 
     generation: Generation
     slot: Slot
@@ -69,8 +70,8 @@ class Scheduler:
 
     Attributes:
         batch: The slots.
-        work: What was done so far; not to be written.
-        step_s: How long a step takes, in seconds, smoothed; 0 before the first.
+        work: Counters; read-only for callers.
+        step_s: Smoothed seconds per step; 0 before the first.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class Scheduler:
         prefix_bytes: int = 0,
         threads: Executor | None = None,
     ) -> None:
-        """Begins without texts.
+        """Starts without texts.
 
         Args:
-            batch: Its slots are the scheduler's alone.
-            prefill_tokens: The most tokens of prompts that `read` reads; None reads a prompt as a whole.
-            prefix_bytes: Memory for snapshots of prompts, for each adapter: prompts that begin alike are not read again.
-            threads: Where constraints compute; None computes them in the calling thread.
+            batch: The batch, which only this scheduler may use.
+            prefill_tokens: The most prompt tokens per call of `read`; None reads each prompt in one piece.
+            prefix_bytes: Memory for snapshots of prompts, per adapter: common prefixes of prompts are not read again.
+            threads: Runs constraints; None runs them in the calling thread.
         """
         self.batch = batch
         self.work = Work()
@@ -101,23 +102,23 @@ class Scheduler:
 
     @property
     def free(self) -> int:
-        """How many more texts can be admitted."""
+        """The number of texts that can be admitted."""
         return self.batch.free
 
     @property
     def running(self) -> int:
-        """How many texts there are."""
+        """The number of texts."""
         return len(self._rows)
 
     @property
     def bytes(self) -> int:
-        """Memory of caches and snapshots."""
+        """Memory of caches and snapshots, in bytes."""
         return self.batch.bytes + sum(cache.bytes for cache in list(self._prefixes.values()))
 
     def admit(self, generation: Generation, adapter: Adapter | None = None) -> None:
-        """Takes a text into a free slot, at the longest known beginning of its prompt; computes nothing yet.
+        """Puts a text into a free slot, and restores the longest known prefix of its prompt. Computes nothing.
 
-        Texts in a batch end where the context is full.
+        Texts in a batch end when the context is full.
         """
         assert generation.request.on_full == "stop"
         slot = self.batch.take(adapter)
@@ -132,22 +133,22 @@ class Scheduler:
             self.work.reused_tokens += row.read
 
     def release(self, generation: Generation) -> None:
-        """Frees the slot of a text, where it has one."""
+        """Frees the slot of a text, if it has one."""
         row = self._rows.pop(generation, None)
         if row is not None:
             self.batch.release(row.slot)
 
     def turn(self) -> Iterator[Events]:
-        """Reads some of the prompts, and then one token of every other text; yields after each piece of work."""
+        """Reads some of the prompts, and then one token of every other text. Yields after each piece of work."""
         self._mask_until = time.perf_counter() + _MASK_S
         yield from self.read()
         yield [*self.resume(), *self.step()]
 
     def read(self) -> Iterator[Events]:
-        """Reads pieces of prompts: one, and others while all together are at most `prefill_tokens`.
+        """Reads pieces of prompts: at least one, and more while their sum is at most `prefill_tokens`.
 
-        Prompts take turns, so that none waits for all of a long one. Where a prompt is cut does not depend on the others, so
-        that its sums are added as if it were alone.
+        Prompts take turns, so that a short prompt does not wait for a whole long one. The cuts of a prompt do not depend on
+        the other prompts, so that its sums are those of the prompt alone.
         """
         left = self._prefill
         while reading := [row for row in self._rows.values() if row.reading]:
@@ -174,20 +175,20 @@ class Scheduler:
         return [self._feed(rows[slot], logits, began) for slot, logits in found.items()]
 
     def resume(self) -> Events:
-        """Goes on with texts whose constraints were late."""
+        """Continues texts that waited for their constraints."""
         held = [row for row in self._rows.values() if row.generation.waiting]
         patience = _IDLE_S / len(held) if held and len(held) == len(self._rows) else 0.0
         return [self._advance(row, partial(row.generation.resume, patience)) for row in held]
 
     def _piece_end(self, row: _Row) -> int:
-        """Returns where the next piece of a prompt ends."""
+        """Returns the end of the next piece of a prompt."""
         last = len(row.generation.unread) - 1
-        # The last token is read by itself where the tokens before it are kept for other prompts.
+        # The last token is read separately if a snapshot of the tokens before it is stored for other prompts.
         alone = row.prefixes is not None and last >= _WORTH_KEEPING and row.read < last
         return min(row.read + self._prefill, last if alone else last + 1)
 
     def _read_on(self, row: _Row) -> Events:
-        """Reads the next piece of a prompt; the last piece gives the first token."""
+        """Reads the next piece of a prompt; the last piece yields the first token."""
         ids, stop = row.generation.unread, self._piece_end(row)
         last = len(ids) - 1
         began = time.perf_counter()
@@ -206,11 +207,11 @@ class Scheduler:
         return self._advance(row, partial(row.generation.feed, logits, began, patience))
 
     def _advance(self, row: _Row, take: Callable[[], list[Piece]]) -> tuple[Generation, list[Piece]]:
-        """Takes a text further, and frees its slot where that ends it."""
+        """Advances a text, and frees its slot if the text ends."""
         generation, before = row.generation, len(row.generation.tokens)
         try:
             pieces = take()
-        except SlmError as error:  # a constraint or a bias of this text alone
+        except SlmError as error:  # an error in the constraint or bias of this text only
             pieces = generation.end("error", error.message)
         self.work.new_tokens += len(generation.tokens) - before
         if generation.done:
@@ -219,10 +220,10 @@ class Scheduler:
 
 
 def batched(decoder: Decoder, generations: Sequence[Generation]) -> OnnxDecoder | None:
-    """Returns the decoder that steps these texts together; None where each runs by itself.
+    """Returns the decoder that steps these texts together; None if each has to run alone.
 
-    Only a fused bundle steps several texts. A chat's decoder does too: a batch has caches of its own and leaves those of the
-    chat alone. Texts that slide, and those with log-probabilities, run by themselves: in a batch, INT8 products may round
+    Only a fused bundle steps several texts. This includes a chat's decoder: a batch has its own caches and does not touch
+    those of the chat. Texts that slide, and those with log-probabilities, run alone: in a batch, INT8 products may round
     differently.
     """
     if isinstance(decoder, PrefixDecoder):
@@ -234,17 +235,17 @@ def batched(decoder: Decoder, generations: Sequence[Generation]) -> OnnxDecoder 
 
 
 def run_batch(decoder: Decoder, generations: Sequence[Generation], slots: int = SLOTS) -> list[Result]:
-    """Runs several texts, each as it would run alone; the slot of a text that ends is free for the next.
+    """Runs several texts. Each has the result that it has alone; a slot is reused when its text ends.
 
-    They step together where `batched` says so, on caches of their own; otherwise they run one after the other.
+    The texts step together if `batched` allows it, on caches of their own; otherwise they run one after the other.
 
     Args:
         decoder: The model.
-        generations: The texts, none of them begun.
+        generations: The texts, none of them started.
         slots: How many run at once.
 
     Raises:
-        SlmError: When no token can be chosen for one of them, or its constraint cannot be followed.
+        SlmError: If no token can be chosen for one of them, or its constraint cannot continue.
     """
     together = batched(decoder, generations)
     if together is None:
@@ -252,7 +253,7 @@ def run_batch(decoder: Decoder, generations: Sequence[Generation], slots: int = 
     scheduler = Scheduler(Batch(together, max(1, min(slots, len(generations)))))
     waiting = deque(generations)
     while waiting or scheduler.running:
-        while waiting and scheduler.free:  # a prompt may end with its first token, and leave its slot to the next
+        while waiting and scheduler.free:  # a text may end with its first token and free its slot
             scheduler.admit(waiting.popleft(), together.adapter)
             for _ in scheduler.read():
                 pass

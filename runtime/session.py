@@ -1,4 +1,4 @@
-"""Opening a bundle's graph with onnxruntime, with the options that ship."""
+"""Opens a bundle's graph with onnxruntime, with the same options for every command."""
 
 import io
 import re
@@ -22,23 +22,23 @@ Device = Literal["cpu", "cuda"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
-# What onnxruntime calls a GPU's own memory; "CudaPinned" is the host's.
+# onnxruntime's name of a GPU's own memory; "CudaPinned" is host memory.
 _CUDA_MEMORY = "Cuda"
 _SEVERITY_ERROR = 3
 _DOCTOR = "slm doctor checks the driver, the libraries and the GPU; or --device cpu"
-# Products of float32 stay float32: TF32 would keep 10 of 23 bits of what is multiplied, without a word.
+# Disables TF32, which keeps only 10 of the 23 mantissa bits of factors.
 CUDA_OPTIONS = {"use_tf32": "0"}
-# What onnxruntime calls the types of tensors.
+# onnxruntime's names of tensor types.
 _TYPES = {name: f"tensor({ort_name})" for name, ort_name in
           (("int64", "int64"), ("float32", "float"), ("float16", "float16"), ("int8", "int8"))}  # fmt: skip
 
 
-# onnxruntime puts its own source lines before what CUDA says.
+# onnxruntime puts its own source lines before the message of CUDA.
 _CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")
 
 
 class DeviceUnavailable(SlmError):
-    """A device that this onnxruntime has no provider for, or whose provider cannot start here."""
+    """Raised if this onnxruntime has no provider for a device, or the provider cannot start."""
 
 
 def available_devices() -> list[Device]:
@@ -50,24 +50,24 @@ def available_devices() -> list[Device]:
 
 @lru_cache(maxsize=1)
 def load_cuda_libraries() -> str:
-    """Loads the libraries of CUDA that pip installs beside onnxruntime-gpu, where its provider does not look by itself.
+    """Loads the CUDA libraries that pip installs beside onnxruntime-gpu, where the provider does not search by itself.
 
     Returns:
-        What onnxruntime says about those that it does not find; empty when all are there, or this onnxruntime has no CUDA.
+        onnxruntime's messages about missing libraries; empty if all were found, or this onnxruntime has no CUDA.
     """
     if "cuda" not in available_devices() or not hasattr(ort, "preload_dlls"):
         return ""
     said = io.StringIO()
-    with redirect_stdout(said):  # onnxruntime prints
+    with redirect_stdout(said):  # onnxruntime prints its messages
         ort.preload_dlls()
     return " ".join(said.getvalue().split())
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:
-    """Returns the options that ship; by default one thread for each usable physical core.
+    """Returns the session options of every command; by default one thread per usable physical core.
 
     Raises:
-        SlmError: When the number of threads is out of range.
+        SlmError: If the number of threads is out of range.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = usable_cores() if threads is None else check_threads(threads)
@@ -77,10 +77,10 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
 
 
 def check_available(device: Device) -> None:
-    """Makes sure that this onnxruntime has a device's provider.
+    """Checks that this onnxruntime has a provider for the device.
 
     Raises:
-        DeviceUnavailable: When it has none.
+        DeviceUnavailable: If it has none.
     """
     if device not in available_devices():
         raise DeviceUnavailable(
@@ -96,19 +96,19 @@ def open_session(
     optimize: bool = True,
     cuda_options: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
-    """Opens the graph; its weights are mapped from the file, not read into memory.
+    """Opens the graph. Its weights are mapped from the file, not read into memory.
 
     Args:
         bundle: The bundle.
-        device: Where to run. CUDA's attention kernel takes the float16 caches of bundles exported for it. A bundle exported
-            for the CPU has its matrix products there and its attention on the CPU (`takes_from` says which it is).
-        threads: Threads for one operator; by default the usable physical cores.
-        optimize: Whether onnxruntime may change the graph, as it does by default.
+        device: Where to run. CUDA's attention kernel takes the float16 caches of bundles exported for CUDA. A bundle
+            exported for the CPU runs its matrix products on CUDA and its attention on the CPU (`takes_from` returns which).
+        threads: Threads per operator; by default the usable physical cores.
+        optimize: Whether onnxruntime may optimize the graph.
         cuda_options: Further options of the CUDA provider.
 
     Raises:
-        DeviceUnavailable: When the device's provider is missing or cannot start.
-        SlmError: When the graph cannot be opened.
+        DeviceUnavailable: If the device's provider is missing or cannot start.
+        SlmError: If the graph cannot be opened.
     """
     check_available(device)
     options = session_options(threads)
@@ -119,9 +119,9 @@ def open_session(
     cuda = (_PROVIDERS["cuda"], CUDA_OPTIONS | dict(cuda_options or {}))
     providers = [cuda] * (device == "cuda") + [_PROVIDERS["cpu"]]
     try:
-        # Without the fallback, which prints to standard output and runs everything on the CPU.
+        # Without disable_fallback, a failing provider prints to standard output and everything runs on the CPU.
         session = ort.InferenceSession(str(bundle.model_path), options, providers=providers, enable_fallback=0)
-    except Exception as error:  # onnxruntime's exceptions share no base but this
+    except Exception as error:  # onnxruntime's exceptions share no narrower base class
         if _CUDA_FAILURE.search(str(error)):
             raise DeviceUnavailable(f"the CUDA provider could not start ({first_line(error)})", _DOCTOR) from None
         raise SlmError(f"onnxruntime cannot open {bundle.model_path} ({first_line(error)})") from None
@@ -134,10 +134,10 @@ def open_session(
 
 
 def _check_signature(session: ort.InferenceSession, bundle: Bundle) -> None:
-    """Makes sure that the graph takes and gives what the manifest says: buffers are made by that.
+    """Checks that the graph's inputs and outputs match the manifest, which determines the buffers.
 
     Raises:
-        SlmError: When it does not; the first of them is named.
+        SlmError: If they do not match; the message names the first difference.
     """
     taken = [*session.get_inputs(), *session.get_overridable_initializers()]
     for said, there in ((bundle.manifest.inputs, taken), (bundle.manifest.outputs, session.get_outputs())):
@@ -149,18 +149,18 @@ def _check_signature(session: ort.InferenceSession, bundle: Bundle) -> None:
             )
             if kind != _TYPES[spec.dtype] or not fixed:
                 raise SlmError(
-                    f"{bundle.model_path}: {spec.name} is not what {bundle.path / MANIFEST_FILE} says",
+                    f"{bundle.model_path}: {spec.name} does not match {bundle.path / MANIFEST_FILE}",
                     "copy or export the bundle again",
                 )
 
 
 def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
-    """Returns in whose memory a session wants some of its inputs: where the operators run that read them.
+    """Returns the memory from which a session reads some of its inputs: that of the operators that use them.
 
-    What lies elsewhere is copied when it is bound, and not again when it changes.
+    An input elsewhere is copied once when it is bound, and later changes are not seen.
 
     Raises:
-        SlmError: When it wants some here and some there.
+        SlmError: If the inputs are read from different memories.
     """
     names = [each.name for each in session.get_inputs()]
     places = dict(zip(names, session.get_input_memory_infos(), strict=True))
@@ -171,7 +171,7 @@ def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
 
 
 def first_line(error: Exception) -> str:
-    """Returns what onnxruntime says of a failure in a line; of a failure of CUDA what CUDA says."""
+    """Returns onnxruntime's error message in one line; for a failure of CUDA, CUDA's message."""
     if failure := _CUDA_FAILURE.search(str(error)):
         return failure[0]
     return str(error).strip().partition("\n")[0]

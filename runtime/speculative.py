@@ -1,13 +1,14 @@
-"""Drafts from the text itself: where it repeats, several tokens are read in one step and kept as far as they come true.
+"""Prompt-lookup decoding: where the text repeats, several tokens are read in one step, and the correct ones are kept.
 
-Speculative decoding (arXiv:2211.17192) with what followed the same words before as the draft (prompt lookup,
-arXiv:2304.04487). Nothing is accepted on trust: each token is chosen from the model's own logits, and what was read ahead of a
-token that then is not chosen is forgotten. A step of several tokens adds its sums in another order than single steps do:
+This is speculative decoding (arXiv:2211.17192) whose draft is the continuation of an earlier occurrence of the last tokens
+(prompt lookup, arXiv:2304.04487). Each token is chosen from the model's own logits; if it differs from the draft, the tokens
+read ahead are rewound. A step of several tokens sums in another order than single-token steps:
 
 - float32: logits differ by 1e-5 of their standard deviation, as they do between prompts read in other portions;
-- INT8 weights in blocks of at most 64 with INT8 caches: not at all (`OnnxDecoder.steps_alike` says when);
-- INT8 otherwise: rounding of activations makes more of it, up to a few tenths of the standard deviation, so that of two
-  tokens almost as likely the other may be chosen. Such a text is neither better nor worse, but it is not the same text.
+- INT8 weights in blocks of at most 64 with INT8 caches: no difference (`OnnxDecoder.steps_alike` states when);
+- INT8 otherwise: rounding of activations amplifies the difference to a few tenths of the standard deviation, so that the
+choice
+  between two almost equally likely tokens can change. The text is of equal quality, but not the same.
 
 Dimensions: T positions, V vocabulary.
 """
@@ -25,20 +26,20 @@ from slm.runtime.decoder import OnnxDecoder
 Array = NDArray[Any]
 _Tokens = TypeVar("_Tokens")
 
-# A longer match says little more than that the text repeats.
+# A longer match predicts little better than a match of this length.
 _LONGEST_MATCH = 8
 
-# What a step of n tokens costs, in steps of one: measured 1.3, 1.5, 1.9 and 2.7 for 2, 4, 8 and 16 tokens of the INT8
+# The cost of a step of n tokens, in single-token steps: measured 1.3, 1.5, 1.9 and 2.7 for 2, 4, 8 and 16 tokens of the INT8
 # model of 270M parameters.
 _STEP_COST, _TOKEN_COST = 1.2, 0.1
 
-# How soon the estimate of how often drafts come true follows the text, and what a draft must promise: estimates that happen to
-# be high are acted on and low ones are not. Counted over stories, source code, JSON and noise: no text loses 1 %.
+# The learning rate of the acceptance estimate, and the speedup that a draft must promise: overestimates are acted on, and
+# underestimates are not. Tuned on stories, source code, JSON and noise: no text slows down by more than 1 %.
 _FOLLOW, _WORTH = 0.05, 1.1
 
 
 class Lookup:
-    """A text, and what followed its last words where they stood before."""
+    """A text that is searched for earlier occurrences of its last tokens."""
 
     def __init__(self, longest: int) -> None:
         self._ids: NDArray[np.int32] = np.empty(longest, np.int32)
@@ -55,14 +56,14 @@ class Lookup:
         self.length += len(ids)
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first tokens."""
+        """Removes all but the first `length` tokens."""
         self.length = length
 
     def draft(self, count: int) -> tuple[list[int], int]:
-        """Returns what may follow, and how many of the last tokens stood before it the last time.
+        """Returns the likely continuation, and how many of the last tokens match the earlier occurrence.
 
-        Of the places that end as the text does, it is the one with the longest match, and of these the most recent. A text
-        that repeats at a distance shorter than the draft goes on repeating.
+        Uses the earlier occurrence with the longest match, and the most recent one of equal matches. A text that repeats with
+        a period shorter than the draft continues to repeat.
         """
         ids = self.ids
         found, matched = np.empty(0, np.int64), 0
@@ -80,20 +81,20 @@ class Lookup:
 
 
 class Trust:
-    """How often drafts have come true lately, by how long a match they rest on, and how long a draft pays accordingly."""
+    """Estimates how often drafts are accepted, by length of the match, and the draft length that pays off."""
 
     def __init__(self) -> None:
-        # The longer the match the likelier; after a single token it is barely worth a try.
+        # A longer match is more reliable; a match of one token barely pays off.
         self._share = [matched / (matched + 2) for matched in range(_LONGEST_MATCH + 1)]
 
     def learn(self, matched: int, true: bool) -> None:
-        """Counts one drafted token, whether it was read ahead or only thought of."""
+        """Counts one drafted token, whether or not it was read ahead."""
         self._share[matched] += _FOLLOW * (true - self._share[matched])
 
     def length(self, matched: int, longest: int) -> int:
-        """Returns the length of draft that gives most tokens for its cost; 0 when single steps give about as many."""
+        """Returns the draft length with the most tokens per cost; 0 if single-token steps give about as many."""
         share, best, best_rate = self._share[matched], 0, _WORTH
-        expected, chance = 1.0, 1.0  # tokens that a step yields; chance that the whole draft comes true
+        expected, chance = 1.0, 1.0  # expected tokens of a step; probability that the whole draft is accepted
         for count in range(1, longest + 1):
             chance *= share
             expected += chance
@@ -104,14 +105,14 @@ class Trust:
 
 
 class SpeculativeDecoder(DecoderAround):
-    """A decoder that reads ahead where the text repeats; for whoever uses it, it is one like any other.
+    """A decoder that reads ahead where the text repeats. It has the interface of any other decoder.
 
     Attributes:
-        decoder: The one that computes.
+        decoder: The decoder that computes.
         draft_tokens: The longest draft.
         drafted: Tokens read ahead so far.
-        accepted: Those that came true.
-        steps: Steps that single tokens took, with and without drafts.
+        accepted: Drafted tokens that were accepted.
+        steps: Steps after the prompt, with and without drafts.
     """
 
     def __init__(self, decoder: Decoder, draft_tokens: int) -> None:
@@ -122,41 +123,41 @@ class SpeculativeDecoder(DecoderAround):
         self.drafted = self.accepted = self.steps = 0
         self._trust = Trust()
         self._text = Lookup(decoder.context)
-        self._guess: list[int] = []  # what may follow the text; the first of it may have been read ahead
+        self._guess: list[int] = []  # the expected continuation; its first tokens may have been read ahead
         self._matched = 0
-        self._ahead: list[Array] = []  # logits after each token that was
+        self._ahead: list[Array] = []  # logits after each token that was read ahead
 
     @property
     def length(self) -> int:
-        """Tokens read since the start, those read ahead left out."""
+        """The number of tokens read since the last reset, without those read ahead."""
         return self._text.length
 
     @property
     def description(self) -> str:
-        """What runs where, in a few words."""
+        """A short description of the backend and its device."""
         return f"{self.decoder.description}, drafts of up to {self.draft_tokens}"
 
     @property
     def caveat(self) -> str | None:
-        """What to know before drafts are used with this model: None when they leave its text as it is."""
+        """A warning about drafts with this model; None if drafts never change its text."""
         inner = self.decoder
         if not isinstance(inner, OnnxDecoder) or inner.bundle.manifest.quantization is None or inner.steps_alike:
             return None
         heads = inner.bundle.config.num_attention_heads
         return (
-            "with this bundle drafts may choose the other of two tokens almost as likely; not with one from "
+            "with this bundle, drafts may change the choice between almost equally likely tokens; not with one from "
             f"slm quantize --int8 --block-size 64 --kv-cache int8 on at most {heads} threads"
         )
 
     def reset(self) -> None:
-        """Forgets everything read."""
+        """Forgets all tokens."""
         self.decoder.reset()
         self._text.rewind(0)
-        self._trust = Trust()  # so that the same prompt gets the same drafts
+        self._trust = Trust()  # the same prompt gets the same drafts after a reset
         self._forget()
 
     def read(self, ids: Sequence[int]) -> Array:
-        """Reads tokens and returns the logits (V,) for the one that follows."""
+        """Reads tokens and returns the logits (V,) for the next token."""
         if len(ids) != 1:
             self._settle()
             return self._guarded(self._read, ids)
@@ -174,9 +175,9 @@ class SpeculativeDecoder(DecoderAround):
         return logits
 
     def _step(self, token: int) -> Array:
-        """Reads a token, and ahead of it what may follow, as far as that pays."""
+        """Reads a token, and as much of its expected continuation as pays off."""
         room = min(self.draft_tokens, self.decoder.revocable - 1)
-        if self.length < self.context:  # or the decoder says why not
+        if self.length < self.context:  # otherwise the decoder below raises the error
             self._text.extend([token])
         self._guess, self._matched = self._text.draft(max(1, room))
         count = self._trust.length(self._matched, room) if self._matched else 0
@@ -193,7 +194,7 @@ class SpeculativeDecoder(DecoderAround):
         return logits
 
     def _settle(self) -> None:
-        """Forgets what was read ahead."""
+        """Rewinds the tokens that were read ahead."""
         if self._ahead:
             self.decoder.rewind(self.length)
         self._forget()
@@ -202,7 +203,7 @@ class SpeculativeDecoder(DecoderAround):
         self._guess, self._matched, self._ahead = [], 0, []
 
     def _guarded(self, read: Callable[[_Tokens], Array], tokens: _Tokens) -> Array:
-        """Reads; when it fails, the text is again what the decoder holds: as before, or nothing after a step cut off."""
+        """Calls `read`. After a failure, matches the text to the decoder: unchanged, or empty after an interrupted step."""
         before = self.length
         try:
             return read(tokens)
@@ -215,30 +216,30 @@ class SpeculativeDecoder(DecoderAround):
 
     @property
     def revocable(self) -> int:
-        """How many tokens `read_each` may read next so that any number of them can be forgotten again."""
+        """The most tokens that `read_each` may read next so that all of them can be rewound."""
         self._settle()
         return self.decoder.revocable
 
     def read_each(self, ids: Sequence[int]) -> Array:
-        """Reads a few tokens in one step and returns the logits (T, V) for what follows each of them."""
+        """Reads a few tokens in one step and returns the logits (T, V) after each of them."""
         self._settle()
         logits = self.decoder.read_each(ids)
         self._text.extend(ids)
         return logits
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens read; see `Decoder.rewind`."""
+        """Forgets all tokens after the first `length`; see `Decoder.rewind`."""
         self._settle()
         self.decoder.rewind(length)
         self._text.rewind(length)
 
     def snapshot(self) -> TextSnapshot:
-        """Returns a copy of what was read."""
+        """Returns a copy of the state."""
         self._settle()
         return TextSnapshot(self.decoder.snapshot(), self._text.ids.copy())
 
     def restore(self, snapshot: Any) -> None:
-        """Goes back to a snapshot; see `Decoder.restore`."""
+        """Replaces the state by a snapshot; see `Decoder.restore`."""
         if not isinstance(snapshot, TextSnapshot):
             raise SlmError("the snapshot is not of this decoder", "read the text with this one")
         self.decoder.restore(snapshot.inner)

@@ -1,4 +1,4 @@
-"""Texts that end a text, wherever tokens cut them."""
+"""Finds stop texts, independent of token boundaries."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -6,35 +6,35 @@ from copy import copy
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
 
-# Special tokens that a stop text spells are matched as one character each: surrogates, which no decoded text contains.
+# Special tokens within a stop text are matched as one character each: surrogates, which no decoded text contains.
 _FIRST_MARK = 0xD800
 _MOST_MARKS = 0x800
 
 
 class StopTexts:
-    """Lets text through up to the first stop text, and holds back what may be the beginning of one.
+    """Passes text through up to the first stop text, and holds back text that may be the beginning of one.
 
-    The first is the one that is complete first when the text is read character by character; of several that are complete
-    at the same character, the longest. So it does not matter how the text is cut into pieces.
+    The first stop text is the one that is complete first, reading character by character; of several that are complete at the
+    same character, the longest. The result therefore does not depend on how the text is cut into pieces.
 
-    A stop text that spells special tokens also matches the tokens themselves, which the text does not show.
+    A stop text that spells special tokens also matches the tokens themselves, which have no text.
 
     Attributes:
-        found: Whether one has come; nothing after it is let through.
+        found: Whether a stop text was found; nothing after it is passed through.
     """
 
     def __init__(self, stops: Sequence[str], tokenizer: Tokenizer | None = None) -> None:
-        """Begins a text.
+        """Starts a text.
 
         Args:
             stops: The stop texts.
-            tokenizer: Reads special tokens out of them; None matches characters only.
+            tokenizer: Finds special tokens in them; None matches characters only.
 
         Raises:
-            SlmError: When a stop text is empty, or not valid Unicode.
+            SlmError: If a stop text is empty, or not valid Unicode.
         """
         if "" in stops:
-            raise SlmError("a stop text is empty", "leave it out, or say which text ends the answer")
+            raise SlmError("a stop text is empty", "leave it out, or pass the text that ends the completion")
         self.found = False
         self._marks: dict[int, str] = {}
         with_tokens = [] if tokenizer is None else [self._with_marks(stop, tokenizer) for stop in stops]
@@ -44,16 +44,16 @@ class StopTexts:
         self._held = ""
 
     def fresh(self) -> "StopTexts":
-        """Returns the same stop texts for another text that begins."""
+        """Returns the same stop texts for another text."""
         other = copy(self)
         other.found, other._held = False, ""
         return other
 
     def push(self, text: str, token: int | None = None) -> str:
-        """Takes the next piece of text and returns what is certain not to belong to a stop text.
+        """Takes the next piece of text. Returns the text that is certain not to belong to a stop text.
 
         Args:
-            text: Of the token.
+            text: The text of the token.
             token: The token; special ones have no text.
         """
         if self.found:
@@ -70,7 +70,7 @@ class StopTexts:
         return self._shown(certain)
 
     def finish(self) -> str:
-        """Returns what is held back still: the text is over, and no stop text came of it."""
+        """Returns the text that is still held back: the text has ended, and it is not part of a stop text."""
         rest, self._held = self._held, ""
         return self._shown(rest)
 
@@ -81,7 +81,7 @@ class StopTexts:
         return text.translate(self._hidden) if self._hidden else text
 
     def _with_marks(self, stop: str, tokenizer: Tokenizer) -> str:
-        """Returns a stop text with a mark in place of each special token that it spells."""
+        """Returns a stop text with a surrogate in place of each special token that it spells."""
         parts, end = [], 0
         for token, start, stop_at in tokenizer.special_tokens_in(stop):
             if token not in self._marks and len(self._marks) == _MOST_MARKS:

@@ -1,4 +1,4 @@
-"""Runs one text on any backend, and hands it out as it comes."""
+"""Runs one text on any backend and streams it."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -12,9 +12,9 @@ Item = TypeVar("Item")
 
 
 class Stream(Iterator[Item]):
-    """The items of one text as they come: pieces, or their texts.
+    """An iterator over one text: its pieces, or their texts.
 
-    Nothing is computed before the first is asked for.
+    Nothing is computed before the first item is requested.
     """
 
     def __init__(self, generation: Generation, items: Generator[Item, None, None]) -> None:
@@ -35,7 +35,7 @@ class Stream(Iterator[Item]):
         return self.result
 
     def close(self) -> None:
-        """Ends the stream; without its end the result says "interrupted"."""
+        """Ends the stream. If the text was not complete, its result is "interrupted"."""
         self._items.close()
 
     def through(self, items: Generator[Item, None, None]) -> "Stream[Item]":
@@ -49,7 +49,7 @@ def texts(pieces: Stream[Piece]) -> Stream[str]:
 
 
 def run(decoder: Reader, generation: Generation) -> Stream[Piece]:
-    """Runs a generation on a decoder, which forgets what it read before.
+    """Runs a generation on a decoder, after a reset.
 
     Ctrl-C during a step yields the text that was held back, and then raises `KeyboardInterrupt`.
     """
@@ -57,7 +57,7 @@ def run(decoder: Reader, generation: Generation) -> Stream[Piece]:
 
 
 def greedy(decoder: Decoder, prompt: Sequence[int], new: int) -> Result:
-    """Continues a prompt by exactly `new` tokens, the likeliest each, without text; the context must have room for them."""
+    """Decodes exactly `new` tokens after a prompt greedily, without text. Prompt and new tokens must fit into the context."""
     return run(decoder, Generation(Request(prompt, GREEDY, new), decoder.context, decoder.vocab_size)).finish()
 
 

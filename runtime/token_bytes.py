@@ -1,4 +1,4 @@
-"""The bytes of text that each token stands for, also where a token is only part of a character."""
+"""The bytes of text that each token represents, even if a token is only part of a character."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from tokenizers import decoders, pre_tokenizers
 
 from slm.core.tokenizer import Tokenizer
 
-# What tokenizers change: case, composed and wide characters, runs of spaces, a space put in front.
+# Text that tokenizers may change: case, composed and wide characters, runs of spaces, a space put in front.
 _PROBE = "Once  upon\n\n a\ttime, é e\u0301 Å ﬁ ＡＢ 🦊 ４２ \u00a0 end. "
-# How a byte-fallback vocabulary spells a single byte.
+# The spelling of a single byte in a byte-fallback vocabulary.
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Returns the byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted)."""
+    """Returns the byte of each character of a byte-level vocabulary (the inverse of GPT-2's `bytes_to_unicode`)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -30,10 +30,10 @@ _ALPHABET = _byte_level_alphabet()
 
 
 class TokenBytes:
-    """The bytes that each token of one vocabulary adds to a text.
+    """The bytes that each token of a vocabulary adds to a text.
 
-    Covers byte-level, byte-fallback and metaspace vocabularies exactly. Other decoders do not work token by token: there a
-    token's bytes are those of the text that it decodes to.
+    Covers byte-level, byte-fallback and metaspace vocabularies exactly. Other decoders do not work token by token: there the
+    bytes of a token are those of the text that it decodes to.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -44,14 +44,14 @@ class TokenBytes:
         self._known: dict[int, bytes] = {}
 
     def __getitem__(self, token: int) -> bytes:
-        """Returns a token's bytes; of a special token, those of its spelling; of an id without a token, none."""
+        """Returns a token's bytes: for a special token those of its spelling, for an id without a token none."""
         found = self._known.get(token)
         if found is None:
             found = self._known[token] = self._bytes_of(token)
         return found
 
     def at(self, token: int, first: bool) -> bytes:
-        """Returns a token's bytes where it stands: some decoders drop the space of the first token of a text."""
+        """Returns a token's bytes at its position: some decoders drop the space of the first token of a text."""
         spelt = self[token]
         return spelt.removeprefix(b" ") if first and self._drops_space and not self.is_special(token) else spelt
 
@@ -61,7 +61,7 @@ class TokenBytes:
         return max(map(len, self._tokenizer.backend.get_vocab(with_added_tokens=True)))
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is not part of the text."""
+        """Returns whether a token is not part of the text."""
         return token in self._special
 
     def _bytes_of(self, token: int) -> bytes:
@@ -84,7 +84,7 @@ _known: "WeakKeyDictionary[Tokenizer, TokenBytes]" = WeakKeyDictionary()
 
 
 def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    """Returns the bytes of a tokenizer's tokens; the same table for all who ask."""
+    """Returns the bytes of a tokenizer's tokens. The table is cached per tokenizer."""
     if tokenizer not in _known:
         _known[tokenizer] = TokenBytes(tokenizer)
     return _known[tokenizer]
@@ -94,7 +94,7 @@ _Step = Callable[[str], str | bytes]
 
 
 def _steps_of(tokenizer: Tokenizer) -> list[_Step] | None:
-    """Returns what a tokenizer's decoder does to each token's spelling; None where it does not go token by token."""
+    """Returns the steps that a tokenizer's decoder applies to each token; None if it does not work token by token."""
     decoder = tokenizer.backend.decoder
     if decoder is None:
         return None
@@ -115,7 +115,7 @@ def _flat(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if decoder["type"] == "Sequence":
         for each in decoder["decoders"]:
             yield from _flat(each)
-    elif decoder["type"] not in ("Fuse", "Strip"):  # which join tokens, and trim the ends of the whole text
+    elif decoder["type"] not in ("Fuse", "Strip"):  # these join tokens, or trim the ends of the whole text
         yield decoder
 
 
@@ -135,7 +135,7 @@ def _step_of(decoder: dict[str, Any]) -> _Step | None:
 def _from_byte_level(spelling: str) -> bytes:
     try:
         return bytes(_ALPHABET[character] for character in spelling)
-    except KeyError:  # an added token, which is spelt as it stands
+    except KeyError:  # an added token is spelled literally
         return spelling.encode()
 
 
@@ -149,10 +149,10 @@ def _replacing(old: str, new: str) -> _Step:
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> NDArray[np.int64] | None:
-    """Returns how many UTF-8 bytes of text stand behind each token id, 0 for special tokens.
+    """Returns the number of UTF-8 bytes of each token id, 0 for special tokens.
 
-    None where tokens have none of their own: a byte-level vocabulary spells every byte of a text. Others (SentencePiece's,
-    with a mark for spaces), and one that changes text first, do not preserve it.
+    Returns None if tokens have no bytes of their own. A byte-level vocabulary spells every byte of a text. Others
+    (SentencePiece's, with a mark for spaces), and tokenizers that normalize text, do not preserve it.
     """
     backend = tokenizer.backend
     if not isinstance(backend.decoder, decoders.ByteLevel):
@@ -166,7 +166,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> NDArray[np.int64] | None:
 
 
 def _spells(tokenizer: Tokenizer) -> bool:
-    """Whether the tokens of a text with all that is awkward spell its bytes, one after the other."""
+    """Returns whether the tokens of a test text with difficult characters spell its bytes, one after the other."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     spelt = [tokenizer.backend.id_to_token(i) or "" for i in tokenizer.encode_literal(_PROBE)]
     return set("".join(spelt)) <= alphabet and decoders.ByteLevel().decode(spelt) == _PROBE

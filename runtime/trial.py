@@ -1,9 +1,9 @@
-"""One step of a tiny model on one of onnxruntime's providers, compared with NumPy, for `slm doctor`.
+"""Runs one step of a tiny model on one of onnxruntime's providers and compares it with NumPy, for `slm doctor`.
 
-A session that opens proves little: kernels for the GPU may be missing, and a driver may fail at the first launch. The model
-consists of matrix products and `GroupQueryAttention`, as slm's bundles do, with heads of 64 and of 256 numbers. On CUDA it is
+Opening a session proves little: kernels for the GPU may be missing, and a driver may fail at the first launch. The model
+consists of matrix products and `GroupQueryAttention`, like slm's bundles, with head dims of 64 and 256. On CUDA it is
 float16, and no node may run elsewhere; on other providers it is float32. Its file is written here byte by byte, because the
-onnx package is not part of the base installation. On the CPU the model that ships with slm takes a step as well.
+onnx package is not part of the base installation. On the CPU, the bundled demo model also runs a step.
 
 Dimensions: T positions, D hidden, N query heads on one key head, H head dim.
 """
@@ -26,9 +26,9 @@ Array = NDArray[Any]
 HEAD_DIMS = (64, 256)
 _POSITIONS, _HIDDEN, _HEADS = 5, 64, 2
 _SCALE = 0.25
-# Products of 64 numbers near 1, rounded to float16 three times.
+# The tolerance of products of 64 numbers near 1, rounded to float16 three times.
 _TOLERANCE = 0.03
-# ONNX's numbers of the types, and of an attribute's.
+# ONNX's codes of the tensor types, and of an attribute's type.
 _ELEMENTS = {np.dtype(np.float32): 1, np.dtype(np.int32): 6, np.dtype(np.float16): 10}
 _FLOAT, _INT = 1, 2
 _IR_VERSION, _OPSET = 10, 21
@@ -38,8 +38,8 @@ def try_provider(provider: str) -> dict[str, Any]:
     """Opens the model with a provider and runs one step of it.
 
     Returns:
-        `available` and `loaded`, the providers of onnxruntime and of the session; `ran`, whether the step gave the right
-        numbers; `error`, why it did not, or None.
+        `available` and `loaded`, the providers of onnxruntime and of the session; `ran`, whether the step matched the
+        reference; `error`, the reason if it did not, otherwise None.
     """
     load_cuda_libraries()
     kind = np.dtype(np.float16 if provider == CUDA else np.float32)
@@ -56,8 +56,8 @@ def try_provider(provider: str) -> dict[str, Any]:
         if provider in found["loaded"]:
             off = _difference(session, kind)
             found["ran"] = off <= _TOLERANCE
-            found["error"] = None if found["ran"] else f"one step differs from the right result by {off:.2g}"
-    except Exception as error:  # onnxruntime's exceptions share no base but this
+            found["error"] = None if found["ran"] else f"one step differs from the reference by {off:.2g}"
+    except Exception as error:  # onnxruntime's exceptions share no narrower base class
         found["error"] = first_line(error)
     return found
 
@@ -91,18 +91,18 @@ def tiny_model(kind: "np.dtype[Any]") -> bytes:
 
 
 def _try_shipped() -> None:
-    """Takes a step with the model that ships with slm.
+    """Runs a step of the bundled demo model.
 
     Raises:
-        SlmError: When the model is damaged or cannot be run, or its logits are not numbers.
+        SlmError: If the model is damaged or cannot run, or its logits are not finite.
     """
     logits = OnnxDecoder(Bundle.open(model_path()), threads=1).read([0, 1, 2])
     if not np.isfinite(logits).all():
-        raise SlmError("the model that ships with slm gives logits that are no numbers")
+        raise SlmError("the bundled demo model returned logits that are not finite")
 
 
 def _difference(session: ort.InferenceSession, kind: "np.dtype[Any]") -> float:
-    """Returns the largest difference of a step from what NumPy computes; infinity where a result is no number."""
+    """Returns the largest difference between a step and NumPy's result; infinity if a result is not finite."""
     hidden = _random(0, (1, _POSITIONS, _HIDDEN))
     feeds = {
         "hidden": hidden.astype(kind),
@@ -132,7 +132,7 @@ def _weights(size: int) -> list[Array]:
 
 
 def _random(seed: int, shape: tuple[int, ...]) -> Array:
-    """Returns numbers that float16 holds exactly."""
+    """Returns random numbers that float16 represents exactly."""
     numbers = np.random.default_rng(seed).standard_normal(shape)
     return numbers.astype(np.float16).astype(np.float32)
 

@@ -1,1 +1,1 @@
-"""Answers over HTTP, many at once, on one bundle."""
+"""An HTTP server that runs many requests at once on one bundle."""

@@ -1,7 +1,7 @@
-"""Who may ask: API keys, Host names and origins, decided on the request as it came, never on a URL made of it.
+"""Access control: API keys, Host names and origins. Decisions use the request as received, never a URL built from it.
 
-A URL is put together from the Host header and parsed again, by rules that the router does not share: `Host: a?` once turned
-every path into a query, and a check of the URL's path let the request through without a key.
+A URL is built from the Host header and parsed again, by rules that the router does not share: `Host: a?` turns every path
+into a query, so that a check of the URL's path would accept the request without a key.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from slm.web.hosts import Hosts
 
 Headers = Sequence[tuple[bytes, bytes]]
 
-# What a browser may keep a preflight's answer for, in seconds, and the longest list of headers that is repeated to it.
+# How long a browser may cache a preflight's response, in seconds, and the longest list of headers that it repeats.
 _PREFLIGHT_S = 600
 _MOST_HEADERS = 4096
 
 
 class Access:
-    """Decides whether a request is answered, before anything of it is read."""
+    """Decides whether a request is allowed, before its body is read."""
 
     def __init__(
         self,
@@ -32,22 +32,22 @@ class Access:
         origins: Collection[str] = (),
         public: Collection[str] = (),
     ) -> None:
-        """Takes the rules.
+        """Stores the rules.
 
         Args:
-            keys: One of which a request must have; none, and everybody may ask.
-            hosts: Host names that are answered; None for all.
-            origins: Of pages elsewhere that may ask, "*" for every one.
-            public: Paths that ask for no key. Every other path does, whether it exists or not.
+            keys: API keys, one of which a request must have; empty to allow requests without a key.
+            hosts: Allowed Host names; None for all.
+            origins: Allowed origins of other sites' pages; "*" for all.
+            public: Paths that need no key. Every other path needs one, whether it exists or not.
         """
-        # Clients send what is beyond ASCII in UTF-8 or, as old ones do, in Latin-1.
+        # Clients send non-ASCII characters in UTF-8 or, as old clients do, in Latin-1.
         spelt = {spelling for key in keys if key for spelling in _spellings(key)}
         self._locked, self._keys = bool(keys), [hashlib.sha256(each).digest() for each in spelt]
         self._hosts, self._public = hosts, frozenset(public)
         self._origins = frozenset(origin.lower() for origin in origins)
 
     def refusal(self, scope: Scope) -> Refused | None:
-        """Returns why a request is not answered, or None."""
+        """Returns why a request is rejected, or None."""
         headers: Headers = scope["headers"]
         if (wrong := self._wrong_host(headers)) is not None:
             return wrong
@@ -58,7 +58,7 @@ class Access:
         return Refused(401, "the API key is missing or wrong", "authentication_error", code="invalid_api_key")
 
     def preflight(self, scope: Scope) -> list[tuple[bytes, bytes]] | None:
-        """Returns the headers that tell a browser that a page elsewhere may ask, beside `cors`; None for another request."""
+        """Returns the headers of a preflight's response, in addition to `cors`; None for any other request."""
         headers: Headers = scope["headers"]
         wanted = _only(headers, b"access-control-request-method")
         if scope["method"] != "OPTIONS" or wanted is None or not self.cors(headers):
@@ -74,7 +74,7 @@ class Access:
         return answer
 
     def cors(self, headers: Headers) -> list[tuple[bytes, bytes]]:
-        """Returns the headers that let a page elsewhere read an answer; none where its origin is not allowed."""
+        """Returns the headers that let another site's page read a response; none if its origin is not allowed."""
         origin = _only(headers, b"origin")
         if origin is None or not self._allows(origin):
             return []
@@ -91,23 +91,23 @@ class Access:
         if self._hosts is None:
             return None
         hosts = list(_all(headers, b"host"))
-        # Browsers always send one; without any it was no browser, and nothing was rebound.
+        # Browsers always send a Host header; a request without one is not from a browser, so DNS rebinding does not apply.
         if not hosts or (len(hosts) == 1 and self._hosts.accept(hosts[0].decode("latin-1"))):
             return None
         return Refused(
             421,
-            "this server does not answer to that Host name; slm serve --allow-host NAME allows one",
+            "the Host name is not allowed; allow it with slm serve --allow-host NAME",
             code="host_not_allowed",
         )
 
     def _foreign(self, headers: Headers) -> Refused | None:
-        """Refuses what a page elsewhere has a browser send; such a request needs no leave of the server's to have effects."""
+        """Rejects requests that another site's page makes a browser send without a preflight."""
         origins = list(_all(headers, b"origin"))
         if not origins or all(_is_own(origin, headers) or self._allows(origin) for origin in origins):
             return None
         return Refused(
             403,
-            "a page of another origin may not use this server; slm serve --cors-origin ORIGIN allows one",
+            "the origin of the web page is not allowed; allow it with slm serve --cors-origin ORIGIN",
             code="origin_not_allowed",
         )
 
@@ -119,12 +119,12 @@ class Access:
         if scheme.lower() != b"bearer":
             return False
         digest = hashlib.sha256(key.strip(b" \t")).digest()
-        # Every key is compared, so that the time taken says nothing.
+        # Every key is compared in constant time, so that the duration reveals nothing.
         return sum(hmac.compare_digest(digest, each) for each in self._keys) > 0
 
 
 def origin_of(text: str) -> str | None:
-    """Returns an origin as browsers spell it, "*" or "null"; None where the text is none."""
+    """Returns an origin as browsers spell it, "*" or "null"; None if the text is not an origin."""
     text = text.strip().lower()
     if text in ("*", "null"):
         return text
@@ -143,7 +143,7 @@ def origin_of(text: str) -> str | None:
 
 
 def _is_own(origin: bytes, headers: Headers) -> bool:
-    """Whether a page comes from this server, by the name that the browser asks it by."""
+    """Returns whether a page comes from this server, judged by the Host name that the browser used."""
     host = _only(headers, b"host")
     scheme, _, authority = origin.lower().partition(b"://")
     if host is None or scheme not in (b"http", b"https") or not authority:
@@ -153,7 +153,7 @@ def _is_own(origin: bytes, headers: Headers) -> bool:
 
 
 def _public_path(scope: Scope) -> str | None:
-    """Returns the path that the router will see; None where it was spelt with escapes, as no client of ours does."""
+    """Returns the path that the router will see; None if it has escapes, which no known client sends in these paths."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if "%" in scope.get("raw_path", b"").decode("latin-1"):
@@ -166,7 +166,7 @@ def _all(headers: Headers, name: bytes) -> Iterable[bytes]:
 
 
 def _only(headers: Headers, name: bytes) -> bytes | None:
-    """Returns a header's value; None where there is none, or several."""
+    """Returns a header's value; None if it is absent or repeated."""
     found = list(_all(headers, name))
     return found[0] if len(found) == 1 else None
 

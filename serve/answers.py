@@ -1,7 +1,7 @@
-"""From a request to its answer: submitted to the engine, then sent whole or as a stream of events.
+"""Handles completion requests: submits them to the engine, and sends the result whole or as a stream of events.
 
-The event loop serves every client, so that nothing here holds it for long: work whose length a request decides goes to a
-thread, or into pieces.
+One event loop serves every client, so that nothing here may block it for long: work whose size depends on the request runs in
+a thread, or in pieces.
 """
 
 import asyncio
@@ -35,21 +35,21 @@ from slm.serve.shapes import FINISH, Shape, answer_of, choice, usage_of
 
 Value = TypeVar("Value")
 
-# How often to check for a disconnected client while a whole answer is made, in seconds.
+# How often to check for a disconnected client, in seconds.
 _LOOK_S = 0.5
-# What a request has in characters, tokens and biases is worked on in a thread where there is more than this: so many characters
-# take up to 1.5 ms, and a request's texts, stop texts and biases count together.
+# Requests with more characters, tokens and biases than this are processed in a thread: so many characters take up to 1.5 ms,
+# and a request's texts, stop texts and biases add up.
 _SHORT = 1024
-# Threads for texts longer than this: each takes hundreds of megabytes for a megabyte of text while it is cut into tokens.
+# Threads for texts longer than this: tokenizing a megabyte of text takes hundreds of megabytes.
 _LONG = 4096
 _ASIDE = ThreadPoolExecutor(2, "slm-aside")
-# Answers beyond this many bytes are sent in pieces of this size.
+# Responses beyond this many bytes are sent in pieces of this size.
 _LARGE = 1 << 18
-# Normalization makes a text shorter by no more than this factor, but for whitespace that it strips.
+# Normalization shortens a text by at most this factor, except for whitespace that it strips.
 _SHRINKS = 4
-# Keeps the likeliest token alone, as OpenAI's 0 does.
+# Keeps only the most likely token, as 0 does in OpenAI's API.
 _LEAST_TOP_P = 1e-9
-# Pieces that one event has at most; 20 log-probabilities with each of them take 5 ms to write.
+# The most pieces per event; with 20 log-probabilities each they take 5 ms to write.
 _PIECES = 64
 
 
@@ -59,9 +59,9 @@ class _Submitted:
 
     Attributes:
         prompts: Token ids of each prompt.
-        texts: The texts, in the order of the answers.
-        inbox: Where their events arrive.
-        ended: The result of each text, by its index.
+        texts: The texts, in the order of the choices.
+        inbox: Receives their events.
+        ended: The result of each text, by index.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -71,7 +71,7 @@ class _Submitted:
 
     @property
     def logprobs(self) -> bool:
-        """Whether answers include log-probabilities."""
+        """Whether the response includes log-probabilities."""
         return self.texts[0].request.logprobs is not None
 
 
@@ -84,19 +84,19 @@ async def answer(
     logprobs: int | None,
     shape: Shape,
 ) -> Response:
-    """Answers a request, whole or as a stream.
+    """Runs a request and returns its response, whole or as a stream.
 
     Args:
-        service: What answers.
+        service: The served models and limits.
         request: The request.
-        connection: Tells whether the client is still there.
-        prompts: Token ids; each gets as many answers as the request wants.
-        new_tokens: At most, for each answer.
-        logprobs: How many of the likeliest tokens are named; None for none of it.
-        shape: Of the JSON.
+        connection: The HTTP request, which reports whether the client is still connected.
+        prompts: Token ids; each prompt gets as many completions as the request wants.
+        new_tokens: The most new tokens of each completion.
+        logprobs: The number of most likely tokens per token; None for no log-probabilities.
+        shape: The JSON format.
 
     Raises:
-        Refused: When it cannot be answered, or not now.
+        Refused: If the request is invalid, or cannot be accepted now.
     """
     adapter = adapter_of(service, request.model)
     texts = len(prompts) * (request.n or 1)
@@ -126,20 +126,20 @@ async def answer(
 
 
 async def _cut(body: bytes) -> AsyncIterator[bytes]:
-    """Yields a large answer in pieces, between which the event loop serves others."""
+    """Yields a large response in pieces, between which the event loop serves other clients."""
     for start in range(0, len(body), _LARGE):
         yield body[start : start + _LARGE]
 
 
 def adapter_of(service: Service, name: str | None) -> Adapter | None:
-    """Returns the adapter that a request names as its model; None for the base.
+    """Returns the adapter that a request names as its model; None for the base model.
 
     Args:
-        service: Has the models.
-        name: What the request says; without a name it is the only model.
+        service: The served models.
+        name: The request's model; it may be absent if there is only one.
 
     Raises:
-        Refused: When there is no such model, or no name and several models.
+        Refused: If the model does not exist, or the request names none of several models.
     """
     known = ", ".join((service.name, *service.adapters))
     if name is None and service.adapters:
@@ -159,10 +159,10 @@ def adapter_of(service: Service, name: str | None) -> Adapter | None:
 async def prompts_of(
     service: Service, prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]]
 ) -> list[list[int]]:
-    """Returns the token ids of a prompt or several, texts or ids.
+    """Returns the token ids of one or several prompts, given as texts or ids.
 
     Raises:
-        Refused: When there is none, or more than may be answered at once.
+        Refused: If there is no prompt, or more than the limit.
     """
     one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
     several: Sequence[Any] = [prompt] if one else prompt
@@ -180,16 +180,16 @@ def _encoded(service: Service, prompts: Sequence[Any]) -> list[list[int]]:
 
 
 async def aside(size: int, function: Callable[[], Value]) -> Value:
-    """Calls, in a thread, what works on so many characters or tokens: in one of a few threads where there are many."""
+    """Calls a function in a thread if it processes many characters or tokens; the largest share a few threads."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(_ASIDE if size > _LONG else None, function)
 
 
 def check_size(service: Service, texts: Sequence[object], param: str) -> None:
-    """Rejects a text that cannot fit into the context, whatever its tokens are, before it is cut into tokens.
+    """Rejects a text that cannot fit into the context, before it is tokenized.
 
     Raises:
-        Refused: When it cannot.
+        Refused: If the text is too long.
     """
     longest = token_bytes(service.model.tokenizer).longest
     most = _SHRINKS * longest * service.model.decoder.context
@@ -204,12 +204,12 @@ def check_size(service: Service, texts: Sequence[object], param: str) -> None:
 
 
 async def _constraints(service: Service, request: AnyRequest, texts: int) -> Sequence[JsonConstraint | None]:
-    """Returns what each of so many answers must keep to."""
+    """Returns the constraint of each completion."""
     form = request.response_format
     if form is None or form.type == "text":
         return [None] * texts
     if request.ignore_eos:
-        raise Refused(400, "an answer that follows a schema ends where it is complete", param="ignore_eos")
+        raise Refused(400, "ignore_eos is not supported with a JSON schema", param="ignore_eos")
     schema = None if form.json_schema is None else form.json_schema.schema_
     try:
         return await asyncio.wrap_future(service.grammars.submit(schema, texts))
@@ -226,7 +226,7 @@ def _check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:
         if len(ids) > most:
             raise Refused(
                 400,
-                f"the prompt has {len(ids):,} tokens; the most is {most:,}, of a context of {context:,}",
+                f"the prompt has {len(ids):,} tokens; the limit is {most:,}, in a context of {context:,}",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -234,11 +234,11 @@ def _check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:
 
 def _check_count(service: Service, answers: int, param: str) -> None:
     if answers > service.limits.texts:
-        raise Refused(400, f"{answers:,} answers in one request; the most is {service.limits.texts}", param=param)
+        raise Refused(400, f"{answers:,} completions in one request; the limit is {service.limits.texts}", param=param)
 
 
 def _sampling(request: AnyRequest, index: int) -> Sampling:
-    """Returns how tokens are chosen: OpenAI's defaults, which keep every token, where nothing else is said."""
+    """Returns the sampling settings. The defaults are OpenAI's, which keep every token."""
     seed = int(uuid.uuid4().int % 2**32) if request.seed is None else request.seed % 2**63
     return Sampling(
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -264,7 +264,7 @@ def _submit(
     new_tokens: int | None,
     logprobs: int | None,
 ) -> _Submitted:
-    """Submits all answers to the engine, or none."""
+    """Submits all texts to the engine, or none."""
     limits, count, stop = service.limits, request.n or 1, tuple(request.stops)
     inbox, texts = Inbox(), list[Generation]()
     try:
@@ -308,7 +308,7 @@ def _cancel(service: Service, texts: Sequence[Generation]) -> None:
 async def _whole(
     service: Service, submitted: _Submitted, shape: Shape, connection: Connection
 ) -> tuple[list[str], list[Result]]:
-    """Returns the JSON of each text's choice, and how it ended. A client that has gone is not answered."""
+    """Returns the JSON of each text's choice, and its result. Stops if the client disconnects."""
     own = token_bytes(service.model.tokenizer)
     scores = [shape.scores(own) for _ in submitted.texts]
     done = submitted.ended
@@ -317,7 +317,7 @@ async def _whole(
     while len(done) < len(submitted.texts):
         if clock() >= look:
             if await connection.is_disconnected():
-                raise Refused(499, "the client is gone")
+                raise Refused(499, "the client disconnected")
             look = clock() + _LOOK_S
         try:
             async with asyncio.timeout_at(look):
@@ -343,19 +343,19 @@ def _check(service: Service, result: Result) -> None:
     if result.stopped == "error":
         if service.engine.failed is None and result.error is not None:
             raise Refused(400, result.error)
-        raise Refused(500, "something went wrong here", "server_error")
+        raise Refused(500, "internal server error", "server_error")
     if result.stopped == "stalled":
         raise Refused(503, result.error or "the engine is stuck", "server_error")
     if result.stopped == "cancelled":
         raise Refused(503, "the server is shutting down", "server_error")
     if result.stopped == "deadline" and not result.ttft_ms:
-        raise Refused(503, f"nothing was answered within {service.limits.seconds:g} seconds", "server_error")
+        raise Refused(503, f"no token was generated within {service.limits.seconds:g} seconds", "server_error")
 
 
 async def _stream(
     service: Service, submitted: _Submitted, shape: Shape, head: Mapping[str, Any], usage_too: bool
 ) -> AsyncIterator[bytes]:
-    """Yields server-sent events: for each text what has come of it since the last one, often several tokens."""
+    """Yields server-sent events. An event has all pieces of a text since the previous event, often several tokens."""
 
     def event(choices: list[str], **more: Any) -> bytes:
         usage = {"usage": None} if usage_too else {}
@@ -401,5 +401,5 @@ async def _stream(
         if usage_too:
             yield event([], usage=usage_of(submitted.prompts, [ended[index] for index in range(len(ended))]))
         yield b"data: [DONE]\n\n"
-    finally:  # a client that has gone is noticed here
+    finally:  # also runs when the client disconnects
         _cancel(service, submitted.texts)

@@ -1,4 +1,4 @@
-"""OpenAI's HTTP interface over an engine (platform.openai.com/docs/api-reference)."""
+"""OpenAI's HTTP API over an engine (platform.openai.com/docs/api-reference)."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -38,9 +38,9 @@ from slm.version import __version__
 from slm.web.mount import mount, paths_of
 from slm.web.site import Site, server_site
 
-# Chats that are rendered and tokenized at a time; more wait.
+# Chats that are rendered and tokenized at the same time; others wait.
 _CHATS = 8
-# Paths that ask for no key, beside those of the page.
+# Paths that need no key, in addition to those of the page.
 _PUBLIC = ("/health", "/ready", "/metrics", "/openapi.json", "/docs")
 
 
@@ -48,7 +48,7 @@ def make_app(service: Service) -> FastAPI:
     """Returns the application; stopping it stops the engine."""
     _warm(service)
 
-    # A model's own chat template may take seconds: beside the event loop, and not in the threads that other requests need.
+    # A model's chat template may take seconds. It runs outside the event loop, and not in the threads of other requests.
     chats = ThreadPoolExecutor(_CHATS, "slm-chat")
 
     @asynccontextmanager
@@ -65,7 +65,7 @@ def make_app(service: Service) -> FastAPI:
         lifespan=life,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # where to would be made of the Host header
+        redirect_slashes=False,  # the redirect's target would contain the Host header
     )
     add_envelopes(app)
     site = _page(service)
@@ -139,20 +139,20 @@ def make_app(service: Service) -> FastAPI:
     mount(app, site)
     description = describe(app.openapi(), keys=bool(service.keys))
     page = docs_page(description)
-    # Made once, before anybody is served: it takes longer than a request may hold the event loop.
+    # The description is built before the first request: it would block the event loop for too long.
     app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
     return app
 
 
 def _warm(service: Service) -> None:
-    """Makes now what takes a large vocabulary seconds: the first request would hold the event loop for them."""
+    """Prepares tables that take seconds for a large vocabulary, so that the first request does not block the event loop."""
     service.model.tokenizer.encode_literal("")
     _ = token_bytes(service.model.tokenizer).longest
 
 
 def _page(service: Service) -> Site:
-    """Returns the page that talks to this server."""
+    """Returns the chat page of this server."""
     decoder = service.model.decoder
-    assert isinstance(decoder, OnnxDecoder)  # the engine runs no other
+    assert isinstance(decoder, OnnxDecoder)  # the engine supports no other kind of model
     limit, keys = service.limits.new_tokens, bool(service.keys)
     return server_site(decoder.bundle, service.model.tokenizer, service.name, key=keys, new_tokens=limit)

@@ -1,7 +1,8 @@
-"""How a request's body is read: beside the event loop when it is large, and never at a cost out of proportion to its size.
+"""Reads request bodies: in a thread if they are large, and with a bounded cost per body.
 
-The parser and the validator hold Python's lock, which stalls the event loop from any thread. So what one call of them may
-take is bounded: by the number of values of each kind, and by stopping at the first error.
+The parser and the validator hold Python's lock, which blocks the event loop from any thread. The cost of one call is
+therefore
+bounded: by the number of values of each kind, and by stopping at the first error.
 """
 
 import asyncio
@@ -21,28 +22,28 @@ from slm.serve.refusals import Refused, invalid
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
-# Bodies up to this many bytes are read on the loop: it takes about a millisecond.
+# Bodies of up to this many bytes are read in the event loop, which takes about a millisecond.
 _SMALL = 1 << 14
-# A megabyte of empty objects would take 60 ms and 50 MiB. Within these limits it is 10 ms and 10 MiB.
+# A megabyte of empty objects would take 60 ms and 50 MiB. Within these limits a body takes 10 ms and 10 MiB.
 MOST_CONTAINERS = 20_000
 MOST_STRINGS = 50_000
-MOST_VALUES = 150_000  # the ids of a context of 131,072 tokens are among them
-# Of a body beyond the limits, what is read to name its first error.
+MOST_VALUES = 150_000  # covers the ids of a context of 131,072 tokens
+# How much of a body beyond the limits is parsed to find its first error.
 _HEAD = 1 << 15
-# One large body at a time, so that memory is bounded too.
+# One large body at a time, which bounds memory.
 _READER = ThreadPoolExecutor(1, "slm-body")
 
 
 async def read(connection: Request, kind: type[Asked]) -> Asked:
-    """Returns the request in a body, whatever its content type says.
+    """Returns the request in a body, whatever its content type.
 
     Raises:
-        Refused: When it is not JSON, or not such a request.
+        Refused: If the body is not JSON, or not a valid request.
     """
     try:
         body = await connection.body()
     except ClientDisconnect:
-        raise Refused(499, "the client is gone") from None
+        raise Refused(499, "the client disconnected") from None
     if connection.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(415, "compressed bodies are not supported")
     if len(body) <= _SMALL:
@@ -51,10 +52,10 @@ async def read(connection: Request, kind: type[Asked]) -> Asked:
 
 
 def parsed(body: bytes, kind: type[Asked]) -> Asked:
-    """Returns the request that a body has.
+    """Parses a body.
 
     Raises:
-        Refused: When it is not JSON, or not such a request; names the first error.
+        Refused: If the body is not JSON, or not a valid request; the message names the first error.
     """
     body = body.removeprefix(b"\xef\xbb\xbf")
     if len(body) > _SMALL and (excess := _excess(body)):
@@ -73,7 +74,7 @@ def _json(body: bytes) -> Any:
         return from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         why = str(error)
-    # The quick parser rejects half a surrogate pair and 200 levels without saying in which field: these are looked at again.
+    # The fast parser rejects unpaired surrogates and 200 levels without naming the field, so these bodies are parsed again.
     if "hex escape" in why or "recursion" in why:
         try:
             return json.loads(body, parse_constant=_refuse_constant)
@@ -93,7 +94,7 @@ def _errors(error: ValidationError) -> Sequence[Mapping[str, Any]]:
 
 
 def _excess(body: bytes) -> str | None:
-    """Returns what a body has too much of, if anything."""
+    """Returns which limit a body exceeds, or None."""
     limits = {
         "objects and arrays": (b"{[", MOST_CONTAINERS, 1),
         "strings": (b'"', MOST_STRINGS, 2),
@@ -101,7 +102,7 @@ def _excess(body: bytes) -> str | None:
     }
     if all(sum(body.count(mark) for mark in marks) // each <= most for marks, most, each in limits.values()):
         return None
-    # What stands in texts does not count.
+    # Characters within JSON strings do not count.
     plain = np.frombuffer(body.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
     quotes = plain == ord('"')
     inside = np.bitwise_and(np.cumsum(quotes, dtype=np.int32), 1).astype(bool)
@@ -113,7 +114,7 @@ def _excess(body: bytes) -> str | None:
 
 
 def _refuse_head(body: bytes, kind: type[BaseModel], excess: str) -> NoReturn:
-    """Refuses a body for the first error in its beginning, or else for what it has too much of."""
+    """Rejects a body for the first error in its beginning, or else for the limit that it exceeds."""
     try:
         head = from_json(body[:_HEAD], allow_inf_nan=False, allow_partial=True)
     except ValueError as error:
@@ -130,7 +131,7 @@ def _refuse_head(body: bytes, kind: type[BaseModel], excess: str) -> NoReturn:
 
 
 def _cut_off(error: Mapping[str, Any], head: Any) -> bool:
-    """Whether what is missing may only come after the beginning: it is, except in an element that others follow."""
+    """Returns whether an error may be due to the cut: the missing field may still follow."""
     if not str(error["type"]).startswith("missing"):
         return False
     for part in error["loc"]:

@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema, by llguidance: before each token it gives the tokens that may come next.
+"""Constrains completions to a JSON schema with llguidance, which computes the allowed tokens before each step.
 
 Dimensions: V vocabulary.
 """
@@ -22,30 +22,30 @@ from slm.core.tokenizer import Tokenizer
 from slm.runtime.memory import Array
 from slm.serve.schema_check import Impossible, grammar_of, matcher_of, tokenizer_of
 
-# Schemas whose grammar, or the reason for whose rejection, is kept.
+# Cached schemas: their grammar, or the reason for their rejection.
 _KEPT = 64
-# Schemas that may wait to be compiled, one after the other, each a few seconds at most.
+# The most schemas in the queue; each takes at most a few seconds, one after the other.
 _WAITING = 16
-# Characters of the library's reason that are passed on.
+# The most characters of the library's reason in an error message.
 _QUOTED = 200
-# Characters of a schema: a megabyte would take the library seconds.
+# The most characters of a schema: the library takes seconds for a megabyte.
 _LONGEST = 1 << 16
-# Regular expressions are compared in pairs, so that their number counts squared.
+# Regular expressions are compared in pairs, so that the cost grows with the square of their number.
 _MOST_PATTERNS = 64
-# Of the processor, what the masks of one text may take: at the beginning, and for each of its tokens.
+# The processor time for the masks of one text: an initial budget, and an addition per token.
 _FIRST_S, _TOKEN_S = 0.25, 0.01
 _HINT = "use a simpler schema"
 
 
 class Busy(SlmError):
-    """Too many schemas wait to be compiled."""
+    """Raised if too many schemas wait to be compiled."""
 
 
 class Grammars:
-    """Makes constraints for one vocabulary. For any number of threads, which are served one after the other."""
+    """Compiles constraints for one vocabulary. Any number of threads may use it; schemas are compiled one at a time."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...]) -> None:
-        """Takes the tokenizer; the model may have more tokens than it."""
+        """Stores the tokenizer; the model may have more tokens than it."""
         self._vocab_size = vocab_size
         self._vocabulary = {"tokenizer": tokenizer.backend.to_str(), "size": vocab_size, "stops": list(stop_tokens)}
         self._tokenizer = tokenizer_of(self._vocabulary)
@@ -57,20 +57,20 @@ class Grammars:
         self._waiting = 0
 
     def submit(self, schema: dict[str, Any] | None, texts: int = 1) -> "Future[list[JsonConstraint]]":
-        """Begins to compile a schema; returns what keeps each of several answers to it, or to any object where there is none.
+        """Starts to compile a schema, or any JSON object if None. The result has one constraint per completion.
 
-        The result takes up to seconds for a schema that is made to be expensive. It raises `SlmError` when the schema is
-        invalid, too expensive, or uses what is not supported.
+        An expensive schema can take seconds. The result raises `SlmError` if the schema is invalid, too expensive or not
+        supported.
 
         Raises:
-            Busy: When too many others wait.
+            Busy: If too many schemas wait.
         """
         with self._counting:
             if self._waiting >= _WAITING:
-                raise Busy("too many JSON schemas wait to be compiled", "try again in a few seconds")
+                raise Busy("too many JSON schemas are waiting to be compiled", "try again in a few seconds")
             self._waiting += 1
         future = self._compiling.submit(self._constraints, schema, texts)
-        future.add_done_callback(self._waited)  # also of one that is cancelled before it begins
+        future.add_done_callback(self._waited)  # also runs for a future that is cancelled before it starts
         return future
 
     def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "list[JsonConstraint]":
@@ -78,12 +78,12 @@ class Grammars:
         return self.submit(schema, texts).result()
 
     def close(self) -> None:
-        """Ends the process that tries schemas."""
+        """Ends the process that checks schemas."""
         self._compiling.shutdown(wait=False, cancel_futures=True)
         self._closed = True
         checker = self._checker
         if checker is not None:
-            checker.kill()  # whoever waits for its answer reads the end
+            checker.kill()  # a thread that waits for its output reads end of file
             checker.wait()
 
     def _constraints(self, schema: dict[str, Any] | None, texts: int) -> "list[JsonConstraint]":
@@ -114,15 +114,15 @@ class Grammars:
         return matcher_of(found, self._tokenizer)
 
     def _check(self, schema: str) -> None:
-        """Has a schema tried in another process, where it can be stopped.
+        """Checks a schema in another process, which can be stopped.
 
         Raises:
-            Impossible: When it cannot be followed.
+            Impossible: If the schema is invalid or not supported.
         """
-        for _ in range(2):  # the process may have been killed while it had nothing to do
+        for _ in range(2):  # the process may have been killed while it was idle
             try:
                 line = self._tried(schema)
-            except OSError:  # it cannot be started, or does not read
+            except OSError:  # the process cannot start, or does not read
                 line = b""
             if line:
                 wrong = json.loads(line)
@@ -130,11 +130,11 @@ class Grammars:
                     raise Impossible(wrong)
                 return
             self._end_checker()
-        # Nothing about the schema, which may be sent again.
+        # This failure does not depend on the schema, so the schema is not cached as rejected.
         raise Busy("the process that compiles JSON schemas has ended", "try again in a few seconds")
 
     def _tried(self, schema: str) -> bytes:
-        """Returns the other process's answer; nothing where it has ended."""
+        """Returns the line from the other process; empty if the process has ended."""
         if self._closed:
             return b""
         checker = self._checker
@@ -155,7 +155,7 @@ class Grammars:
             checker.wait()
             for pipe in (checker.stdin, checker.stdout):
                 if pipe is not None:
-                    with suppress(OSError):  # what could not be written
+                    with suppress(OSError):  # a failed write may leave unsent data
                         pipe.close()
 
 
@@ -166,7 +166,7 @@ def _send(checker: "subprocess.Popen[bytes]", said: Any) -> None:
 
 
 def _yield_to_others() -> None:
-    """Gives this thread a low priority, so that answers under way come first; only Linux has priorities of threads."""
+    """Lowers the priority of this thread in favour of requests in progress. Only Linux has priorities per thread."""
     with suppress(AttributeError, OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
@@ -179,10 +179,10 @@ def _dumped(schema: dict[str, Any]) -> str:
     except ValueError:
         raise _impossible("it has a number that is not finite") from None
     if len(dumped) > _LONGEST:
-        raise _impossible(f"it has {len(dumped):,} characters; the most is {_LONGEST:,}")
+        raise _impossible(f"it has {len(dumped):,} characters; the limit is {_LONGEST:,}")
     patterns = dumped.count('"patternProperties"')
     if patterns and (most := _most_patterns(schema)) > _MOST_PATTERNS:
-        raise _impossible(f"an object has {most:,} patternProperties; the most is {_MOST_PATTERNS}")
+        raise _impossible(f"an object has {most:,} patternProperties; the limit is {_MOST_PATTERNS}")
     return dumped
 
 
@@ -205,17 +205,17 @@ def _impossible(why: str) -> SlmError:
 
 
 class JsonConstraint:
-    """One answer under way. For one thread at a time, but not always the same one."""
+    """The constraint of one completion. Only one thread at a time may use it, but not always the same one."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._left_s = _FIRST_S
 
     def allowed(self) -> Array:
-        """Returns which tokens may come next, bool (V,).
+        """Returns the tokens that may come next, bool (V,).
 
         Raises:
-            SlmError: When it takes too long.
+            SlmError: If the computation exceeds its budget.
         """
         started = time.thread_time()
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -224,10 +224,10 @@ class JsonConstraint:
         return allowed
 
     def accept(self, token: int) -> bool:
-        """Takes the token that was chosen; says whether the answer is complete with it.
+        """Consumes the chosen token. Returns whether the completion is complete with it.
 
         Raises:
-            SlmError: When it takes too long.
+            SlmError: If the computation exceeds its budget.
         """
         started = time.thread_time()
         self._matcher.consume_token(token)
@@ -236,9 +236,9 @@ class JsonConstraint:
         return bool(self._matcher.is_stopped())
 
     def _spend(self, started: float) -> None:
-        """Takes the processor's time since then off the budget."""
+        """Subtracts the processor time since `began` from the budget."""
         if self._matcher.is_error():
             raise _impossible(self._matcher.get_error())
         self._left_s -= time.thread_time() - started
         if self._left_s < 0:
-            raise _impossible("it takes too long to find the tokens that may come next")
+            raise _impossible("computing the allowed tokens takes too long")

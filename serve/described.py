@@ -1,6 +1,6 @@
-"""The OpenAPI description: what FastAPI finds out by itself, and what it cannot know.
+"""The OpenAPI description: FastAPI's own, with additions.
 
-Bodies are read by `slm.serve.body` and not by FastAPI, so that their schemas are added here.
+`slm.serve.body` reads bodies instead of FastAPI, so that their schemas are added here.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def describe(found: dict[str, Any], *, keys: bool) -> dict[str, Any]:
     """Returns the whole description.
 
     Args:
-        found: FastAPI's; it is changed.
+        found: FastAPI's description, which is modified.
         keys: Whether requests need an API key.
     """
     schemas = found.setdefault("components", {}).setdefault("schemas", {})
@@ -31,7 +31,7 @@ def describe(found: dict[str, Any], *, keys: bool) -> dict[str, Any]:
         schema = kind.model_json_schema(ref_template=_SCHEMAS)
         schemas.update(schema.pop("$defs", {}))
         schemas[kind.__name__] = schema
-    # FastAPI would answer 422 to a wrong field; here it is a 400, also for a path's parameter.
+    # FastAPI describes a 422 for an invalid field; this server responds with 400, also for path parameters.
     for path in found["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)

@@ -1,4 +1,4 @@
-"""`/docs`: the OpenAPI description as one page of HTML, without scripts and without anything from the network."""
+"""`/docs`: the OpenAPI description as one HTML page, without scripts or external resources."""
 
 import base64
 import hashlib
@@ -85,7 +85,7 @@ def _object(name: str, schema: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """Returns a schema's type in a few words, as HTML; null goes without saying."""
+    """Returns a schema's type in a few words, as HTML; omits null."""
     if "$ref" in schema:
         name = escape(str(schema["$ref"]).rpartition("/")[2])
         return f'<a href="#{name}">{name}</a>'

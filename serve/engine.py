@@ -1,7 +1,7 @@
 """The thread that owns the model: a queue, deadlines and delivery around a `Scheduler`.
 
-Each turn reads a bounded piece of the prompts, and then one token of every running text, so that nobody waits longer for
-another client's long prompt than that piece takes. `slm.runtime.scheduler` has the details.
+Each turn reads a bounded piece of the prompts, and then one token of every running text, so that another client's long prompt
+delays a text by at most that piece. `slm.runtime.scheduler` has the details.
 """
 
 import os
@@ -25,30 +25,30 @@ from slm.serve.figures import Figures
 from slm.serve.heartbeat import Heartbeat
 from slm.serve.jobs import Deliver, Job, Jobs
 
-# Lists of stop texts that are kept: all answers to a request have the same one, and reading it may take 20 ms.
+# Cached lists of stop texts: all completions of a request share one list, and parsing it may take 20 ms.
 _STOPS = 16
-# How often the watchdog looks at the engine's thread, and how long one piece of work may take before the watchdog ends texts
-# that are due in its place, in seconds.
+# In seconds: how often the watchdog checks the engine's thread, and how long one piece of work may take before the watchdog
+# itself ends texts whose deadline has passed.
 _LOOK_S = 0.1
 _LATE_S = 0.3
-# How long closing waits for the engine's thread after the grace period, in seconds.
+# How long `close` waits for the engine's thread after the grace period, in seconds.
 _JOIN_S = 1.0
-# How long a step takes before the first one was timed, in seconds.
+# The assumed duration of a step before the first one was timed, in seconds.
 _STEP_S = 0.05
 
 
 class Closed(SlmError):
-    """No more requests are accepted."""
+    """Raised if the engine accepts no more requests."""
 
 
 class Engine:
-    """Requests to one bundle.
+    """Runs requests on one bundle.
 
     Attributes:
-        scheduler: Runs the texts; for the engine's thread alone.
-        delivered: Called by the engine's thread when everything that there is now has been delivered, about once a step.
-        ended: Called by the engine's thread with the result of each text.
-        failed: What ended the engine, where something did.
+        scheduler: Runs the texts; only the engine's thread may use it.
+        delivered: The engine's thread calls it after it has delivered all events of a step.
+        ended: The engine's thread calls it with the result of each text.
+        failed: The error that ended the engine, if any.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class Engine:
         prefix_bytes: int = 256 << 20,
         step_timeout_s: float = 30.0,
     ) -> None:
-        """Starts the thread, and another one that watches it.
+        """Starts the engine's thread and its watchdog.
 
         Args:
             decoder: The bundle; nothing else may use it from now on.
             tokenizer: Its tokenizer.
-            slots: Texts that run at once; caches take room for so many.
-            queue: Requests that may wait for a slot.
-            prefill_tokens: The most tokens of prompts that are read between two steps.
-            prefix_bytes: Memory for the beginnings of prompts, which are not read again; 0 keeps none.
-            step_timeout_s: When one step, or one piece of a prompt, counts as stuck: every text ends with an error, and
-                `stalled` gives the reason until the step returns.
+            slots: Texts that run at once; the caches have so many rows.
+            queue: The most requests that may wait for a slot.
+            prefill_tokens: The most prompt tokens that are read between two steps.
+            prefix_bytes: Memory for snapshots of prompts, whose tokens are then not read again; 0 stores none.
+            step_timeout_s: How long one step, or one piece of a prompt, may take. After that every text ends with an error,
+                and `stalled` has the reason until the step returns.
         """
         self._context, self._vocab_size, self._tokenizer = decoder.context, decoder.vocab_size, tokenizer
         self._stops = lru_cache(_STOPS)(partial(StopTexts, tokenizer=tokenizer))
@@ -93,7 +93,7 @@ class Engine:
 
     @property
     def figures(self) -> Figures:
-        """What the engine has done, as of now."""
+        """The current counters of the engine."""
         jobs = self._jobs
         return Figures(
             **vars(self.scheduler.work),
@@ -112,54 +112,54 @@ class Engine:
 
     @property
     def step_age_s(self) -> float:
-        """How long the present step has been running, in seconds; 0 where there is none."""
+        """Age of the current step in seconds; 0 if none is running."""
         return self._heartbeat.age_s
 
     @property
     def alive(self) -> bool:
-        """Whether the thread has not ended, stuck or not."""
+        """Whether the thread is running, stuck or not."""
         return self._thread.is_alive()
 
     @property
     def unavailable(self) -> str | None:
-        """Why no request is accepted; None where one is as long as there is room."""
+        """Why the engine accepts no requests; None if it does, as long as the queue has room."""
         return self.failed or self.stalled or ("the server is shutting down" if self._closing else None)
 
     def submit(
         self, request: Request, deliver: Deliver, *, adapter: Adapter | None = None, deadline: float | None = None
     ) -> Generation:
-        """Accepts a request; pieces and then the result come to `deliver`.
+        """Accepts a request. `deliver` receives its pieces, and then its result.
 
         Args:
-            request: What to generate.
-            deliver: Called by the engine's thread; must not block.
-            adapter: The adapter to answer with; None for the base.
-            deadline: When the text ends at the latest, in seconds of `time.monotonic`.
+            request: The request.
+            deliver: The engine's thread calls it; it must not block.
+            adapter: The adapter to use; None for the base model.
+            deadline: The latest end of the text, in seconds of `time.monotonic`.
 
         Raises:
-            Full: When the queue is full.
-            Closed: When the engine is closing, or has ended.
-            SlmError: When the prompt or an option is out of range.
+            Full: If the queue is full.
+            Closed: If the engine is closing, or has ended.
+            SlmError: If the prompt or an option is out of range.
         """
         stops = self._stops(tuple(request.stop)).fresh()
         generation = Generation(request, self._context, self._vocab_size, self._tokenizer, stops=stops)
         with self._jobs.changed:
             reason = self.unavailable
             if reason is not None:
-                raise Closed(reason, "ask another one")
+                raise Closed(reason, "send the request to another server")
             self._jobs.add(Job(generation, deliver, adapter, deadline))
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """Ends a text before its next token, unless it has ended; its result says "cancelled"."""
+        """Ends a text before its next token, unless it has ended; its result is "cancelled"."""
         self._jobs.cancel(generation)
 
     def expected_wait_s(self) -> float:
-        """Returns about how long a request would wait for a slot now, in whole seconds, at least 1."""
+        """Returns the estimated wait for a slot in whole seconds, at least 1."""
         return self._jobs.expected_wait_s(self.scheduler.step_s or _STEP_S)
 
     def stop(self, grace_s: float = 0.0) -> None:
-        """Accepts no more requests; texts end after a grace period at the latest. Does not wait for them."""
+        """Stops accepting requests; texts end after the grace period at the latest. Does not wait for them."""
         with self._jobs.changed:
             self._closing = True
             self._until = min(self._until, time.monotonic() + grace_s)
@@ -169,7 +169,7 @@ class Engine:
         """Stops, and waits for the thread to end.
 
         Returns:
-            Whether it has ended. A thread that is stuck in a step has not; its texts have, all the same.
+            Whether it has ended. A thread that is stuck in a step has not, but its texts have ended.
         """
         self.stop(grace_s)
         self._thread.join(max(0.0, self._until - time.monotonic()) + _JOIN_S)
@@ -181,7 +181,7 @@ class Engine:
         try:
             while self._turn():
                 pass
-        except Exception as error:  # a defect: every client hears of it, and none waits for ever
+        except Exception as error:  # a defect: every client receives an error, and none waits forever
             self.failed = f"the engine ended: {named(error)}"
         self._heartbeat.rest()
         self._masks.shutdown(wait=False, cancel_futures=True)
@@ -190,7 +190,7 @@ class Engine:
         self.delivered()
 
     def _turn(self) -> bool:
-        """Admits, ends and runs texts once; waits when there is nothing to do. Returns whether to go on."""
+        """Admits, ends and runs texts once; waits if there is nothing to do. Returns whether to continue."""
         jobs = self._jobs
         with jobs.changed:
             self._heartbeat.rest()
@@ -222,7 +222,7 @@ class Engine:
         self._advance(job, pieces)
 
     def _advance(self, job: Job, pieces: Sequence[Piece]) -> None:
-        """Delivers pieces, and the result where they are the last."""
+        """Delivers pieces, and the result if the text has ended."""
         self._jobs.deliver(job, pieces)
         if job.generation.done:
             self._jobs.leave(job)
@@ -235,7 +235,7 @@ class Engine:
             self._jobs.deliver(job, [result])
 
     def _watch(self) -> None:
-        """Ends texts that are due while the engine's thread is held up in a step."""
+        """Ends texts whose deadline has passed while the engine's thread is blocked in a step."""
         while self._thread.is_alive():
             time.sleep(_LOOK_S)
             if self._heartbeat.age_s < _LATE_S:
@@ -249,12 +249,12 @@ class Engine:
                 self._end_unfinished("deadline", due=now)
 
     def _end_unfinished(self, reason: StopReason, error: str | None = None, due: float | None = None) -> None:
-        """Ends texts from another thread than the engine's, which frees their slots when it comes back.
+        """Ends texts from another thread than the engine's, which frees their slots when its step returns.
 
         Args:
-            reason: Why.
-            error: What went wrong.
-            due: Only those whose deadline lies before this time; None for all.
+            reason: The stop reason of the results.
+            error: The error message.
+            due: Only texts whose deadline is before this time; None for all.
         """
         jobs = self._jobs.unfinished(due)
         for job in jobs:

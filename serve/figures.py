@@ -1,4 +1,4 @@
-"""What an engine has done, for metrics."""
+"""The counters of an engine, for metrics."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from slm.runtime.scheduler import Work
 
 @dataclass
 class Figures(Work):
-    """What an engine has done since it started, and what it is doing.
+    """The counters and the current load of an engine.
 
     Attributes:
         asked: Requests accepted.
@@ -15,7 +15,7 @@ class Figures(Work):
         done: Texts that ended, by reason.
         waiting: Requests in the queue now.
         running: Texts in slots now.
-        cache_bytes: Memory of caches, snapshots included.
+        cache_bytes: Memory of caches, including snapshots.
     """
 
     asked: int = 0

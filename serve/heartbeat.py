@@ -1,27 +1,27 @@
-"""How long the engine has been at one piece of work, and from when on it counts as stuck."""
+"""Measures how long the engine's current piece of work takes, and reports whether it is stuck."""
 
 import time
 
 
 class Heartbeat:
-    """Beats at the beginning of each piece of work. Written by the engine's thread, read by others."""
+    """The start of the current piece of work. The engine's thread writes it, others read it."""
 
     def __init__(self, limit_s: float) -> None:
-        """Takes how long one piece of work may take, in seconds."""
+        """Stores the limit for one piece of work, in seconds."""
         self.limit_s = limit_s
         self._since: float | None = None
 
     def beat(self) -> None:
-        """Marks the beginning of a piece of work, which is the end of the one before."""
+        """Marks the start of a piece of work, and the end of the previous one."""
         self._since = time.monotonic()
 
     def rest(self) -> None:
-        """Marks that there is no work."""
+        """Marks that the engine is idle."""
         self._since = None
 
     @property
     def age_s(self) -> float:
-        """How long the present piece of work has been going on, in seconds; 0 where there is none."""
+        """Age of the current piece of work in seconds; 0 if the engine is idle."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 

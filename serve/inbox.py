@@ -1,7 +1,6 @@
-"""Carries events from the engine's thread to the event loop: all events of one step with one call.
+"""Carries events from the engine's thread to the event loop: all events of one step in one call.
 
-A call wakes the loop, and what the loop does then it does while the next step is computed, holding the lock that Python code
-needs: the fewer calls the better.
+A call wakes the event loop, which then runs while the next step is computed and holds Python's lock: fewer calls cost less.
 """
 
 import asyncio
@@ -14,7 +13,7 @@ Event = Piece | Result
 
 
 class Inbox:
-    """Events of one request's texts, by their index, until they are taken. For the event loop alone."""
+    """Events of one request's texts, by index, until they are taken. Only the event loop may use it."""
 
     def __init__(self) -> None:
         self._events: list[tuple[int, Event]] = []
@@ -27,9 +26,9 @@ class Inbox:
             self._waiting.set_result(None)
 
     async def take(self, most: int) -> list[tuple[int, Event]]:
-        """Waits for an event, and returns up to `most` of them in the order in which they came.
+        """Waits for an event, and returns up to `most` events in the order of their arrival.
 
-        A caller that stops waiting loses no event.
+        Cancelling the wait loses no event.
         """
         while not self._events:
             self._waiting = asyncio.get_running_loop().create_future()
@@ -46,7 +45,7 @@ class Post:
         self._underway: deque[tuple[Inbox, int, Event]] = deque()
 
     def to(self, inbox: Inbox, index: int) -> Callable[[Event], None]:
-        """Returns a function that takes the events of one text, on any thread; they arrive after the next `deliver`."""
+        """Returns a thread-safe function that receives the events of one text; they arrive after the next `deliver`."""
 
         def take(event: Event) -> None:
             self._underway.append((inbox, index, event))
@@ -54,12 +53,12 @@ class Post:
         return take
 
     def deliver(self) -> None:
-        """Has the loop put everything into the inboxes; on any thread."""
+        """Makes the event loop put all events into the inboxes; thread-safe."""
         if not self._underway:
             return
         try:
             self.loop.call_soon_threadsafe(self._arrive)
-        except RuntimeError:  # the loop has ended, and every client that waited with it
+        except RuntimeError:  # the event loop has ended, with every client that waited in it
             self._underway.clear()
 
     def _arrive(self) -> None:

@@ -1,4 +1,4 @@
-"""The requests that have not ended, and the delivery of what comes of them. Several threads use it."""
+"""The requests that have not ended, and the delivery of their events. Thread-safe."""
 
 import threading
 from collections import deque
@@ -9,12 +9,12 @@ from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter
 from slm.runtime.generation import Generation, Piece, Result
 
-# Called with each piece and then the result; must not block.
+# Receives each piece and then the result; must not block.
 Deliver = Callable[[Piece | Result], None]
 
 
 class Full(SlmError):
-    """The queue has no room for another request now."""
+    """Raised if the queue has no room for another request."""
 
 
 @dataclass(eq=False)
@@ -23,10 +23,10 @@ class Job:
 
     Attributes:
         generation: Its text.
-        deliver: Takes what comes of it.
-        adapter: The adapter to answer with.
-        deadline: When it ends at the latest, in seconds of `time.monotonic`; None for never.
-        cancelled: Whether it is to end before its next token.
+        deliver: Receives its pieces and its result.
+        adapter: The adapter to use; None for the base model.
+        deadline: Its latest end, in seconds of `time.monotonic`; None for no deadline.
+        cancelled: Whether it must end before its next token.
         over: Whether its result has been delivered.
     """
 
@@ -43,7 +43,7 @@ class Job:
 
 
 class Jobs:
-    """Requests that wait, and requests that run.
+    """The waiting and the running requests.
 
     Attributes:
         changed: The lock of everything here; notified when there is something to do.
@@ -55,7 +55,7 @@ class Jobs:
     """
 
     def __init__(self, slots: int, queue: int) -> None:
-        """Takes how many jobs may run, and how many may wait besides."""
+        """Sets the most jobs that may run, and the most that may wait."""
         self.changed = threading.Condition()
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
@@ -69,12 +69,12 @@ class Jobs:
         """Puts a job into the queue.
 
         Raises:
-            Full: When the queue is full.
+            Full: If the queue is full.
         """
         with self.changed:
             if len(self.waiting) >= self._queue + self._slots - len(self.running):
                 self.refused += 1
-                raise Full(f"{len(self.waiting)} texts wait already", "try again in a while")
+                raise Full(f"{len(self.waiting)} completions are waiting already", "try again later")
             self._unfinished[job.generation] = job
             self.waiting.append(job)
             self.asked += 1
@@ -89,7 +89,7 @@ class Jobs:
                 self.changed.notify()
 
     def turn(self, now: float) -> tuple[list[Job], list[Job]]:
-        """Returns the jobs that are to end, and those that leave the queue for a free slot, which run from now on."""
+        """Returns the jobs that must end, and those that leave the queue for a free slot and now count as running."""
         with self.changed:
             gone = [job for job in (*self.waiting, *self.running) if job.cancelled or job.over or job.late(now)]
             self.waiting = deque(job for job in self.waiting if job not in gone)
@@ -99,10 +99,10 @@ class Jobs:
         return gone, begun
 
     def unfinished(self, due: float | None = None) -> list[Job]:
-        """Takes jobs out of the queue and returns them with those that run.
+        """Empties the queue. Returns its jobs and the running ones.
 
         Args:
-            due: Only jobs whose deadline lies before this time; None for all.
+            due: Only jobs whose deadline is before this time; None for all.
         """
         with self.changed:
             jobs = [job for job in self._unfinished.values() if due is None or job.late(due)]
@@ -110,7 +110,7 @@ class Jobs:
         return jobs
 
     def expected_wait_s(self, step_s: float) -> float:
-        """Returns about how long a request would wait for a slot, in whole seconds, at least 1; by the time of a step."""
+        """Returns the estimated wait for a slot in whole seconds, at least 1, from the duration of a step."""
         with self.changed:
             ahead, texts = len(self.waiting), [job.generation for job in self.running]
         left = [text.request.max_new_tokens - len(text.tokens) for text in texts]
@@ -118,13 +118,13 @@ class Jobs:
         return float(max(1, round(turns * step_s * (sum(left) / len(left) if left else 1))))
 
     def leave(self, job: Job) -> None:
-        """Takes a job out of those that run, once its slot is free."""
+        """Removes a running job, once its slot is free."""
         with self.changed:
             if job in self.running:
                 self.running.remove(job)
 
     def deliver(self, job: Job, events: Sequence[Piece | Result]) -> None:
-        """Delivers events. Nothing comes after a result, which another thread may have delivered already."""
+        """Delivers events. Nothing follows a result, which another thread may have delivered already."""
         with self._delivering:
             for event in events:
                 if job.over:
@@ -132,11 +132,11 @@ class Jobs:
                 job.over = isinstance(event, Result)
                 try:
                     job.deliver(event)
-                except Exception:  # the client is gone; other texts must not suffer from it
+                except Exception:  # the client has disconnected; other texts must not fail because of it
                     job.cancelled = True
 
     def finish(self, job: Job, result: Result) -> bool:
-        """Counts the end of a text. Returns whether this is the first one, whose result is to be delivered."""
+        """Counts the end of a text. Returns whether this is the first end, whose result must be delivered."""
         with self.changed:
             if self._unfinished.pop(job.generation, None) is None:
                 return False

@@ -1,4 +1,4 @@
-"""The log: one JSON object a line with the time, without prompts and answers."""
+"""The log: one JSON object per line with a timestamp, without prompts and completions."""
 
 import json
 import logging
@@ -15,24 +15,24 @@ from slm.serve.defects import frames_of
 
 log = logging.getLogger("slm.serve")
 
-# Messages of libraries are truncated to so many characters, and the same one is logged once in so many seconds.
+# Library messages are truncated to so many characters, and a repeated message is logged once per so many seconds.
 _MESSAGE = 200
 _AGAIN_S = 10.0
 
-# A path is truncated to so many characters.
+# Paths are truncated to so many characters.
 _PATH = 200
-# The key of a request's record in its scope.
+# The key of a request's record in its ASGI scope.
 _KEY = "slm.record"
 
 
 @dataclass
 class Record:
-    """The answers of a request, for its line in the log.
+    """The completions of a request, for its log line.
 
     Attributes:
-        model: The name of the model that answers, as the server knows it.
-        prompt_tokens: Of all prompts.
-        texts: The texts of the answers.
+        model: The server's name of the model that the request uses.
+        prompt_tokens: Tokens of all prompts.
+        texts: The texts of the completions.
         ended: Their results by index, added as they end.
     """
 
@@ -42,7 +42,7 @@ class Record:
     ended: Mapping[int, Result] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """Returns what the log says: the tokens so far, and each finish reason once."""
+        """Returns the fields of the log line: the tokens so far, and each finish reason once."""
         if self.model is None:
             return {}
         reasons = {str(result.stopped) for result in self.ended.values()}
@@ -57,7 +57,7 @@ class Record:
 
 
 class JsonLines(logging.Formatter):
-    """Makes a line of each record. Tracebacks of libraries, which may quote a text, are left out."""
+    """Formats each record as one line. Omits tracebacks of libraries, which may quote a text."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line."""
@@ -70,7 +70,7 @@ class JsonLines(logging.Formatter):
 
 
 class Seldom(logging.Filter):
-    """Limits how often a library repeats one message: failures of accept() come thousands of times a second."""
+    """Limits how often a library repeats one message: failures of accept() can occur thousands of times a second."""
 
     def __init__(self, every_s: float = _AGAIN_S) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Seldom(logging.Filter):
         self._last: dict[tuple[str, object, int], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is logged."""
+        """Returns whether a record is logged."""
         if record.name == log.name:
             return True
         key, now = (record.name, record.pathname, record.lineno), time.monotonic()
@@ -98,7 +98,7 @@ def configure() -> None:
 
 
 def write(level: int = logging.INFO, **fields: Any) -> None:
-    """Logs a line with the time in UTC in the format of RFC 3339. Fields that are None are left out."""
+    """Logs a line with the time in UTC in the format of RFC 3339. Omits fields that are None."""
     log.log(level, _line({name: value for name, value in fields.items() if value is not None}))
 
 
@@ -119,7 +119,7 @@ def record_answers(
 
 
 def path_of(scope: Scope) -> str:
-    """Returns the path of a request, truncated where it is long."""
+    """Returns the path of a request, truncated if it is long."""
     path = str(scope["path"])
     return path if len(path) <= _PATH else f"{path[:_PATH]}…"
 

@@ -22,19 +22,22 @@ class Metrics:
         engine.ended = self.ended
         self._ttft = Histogram(
             "slm_time_to_first_token_seconds",
-            "From asking to the first token.",
+            "Seconds from the request to the first token.",
             registry=self._registry,
             buckets=_SECONDS,
         )
         self._waited = Histogram(
-            "slm_queue_seconds", "From asking until the prompt is begun.", registry=self._registry, buckets=_SECONDS
+            "slm_queue_seconds",
+            "Seconds from the request to the start of its prefill.",
+            registry=self._registry,
+            buckets=_SECONDS,
         )
         self._rate = Histogram(
-            "slm_text_tokens_per_second", "New tokens of a text.", registry=self._registry, buckets=_RATES
+            "slm_text_tokens_per_second", "New tokens per text.", registry=self._registry, buckets=_RATES
         )
 
     def ended(self, result: Result) -> None:
-        """Takes the result of a text."""
+        """Records the result of a text."""
         self._waited.observe(result.waited_s)
         if result.ttft_ms:
             first_s = result.waited_s + result.ttft_ms / 1e3
@@ -54,24 +57,24 @@ class _Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         figures = self._engine.figures
         for name, text, value in (
-            ("slm_requests", "Texts taken.", figures.asked),
-            ("slm_refused", "Texts refused because there was no room.", figures.refused),
-            ("slm_prompt_tokens", "Tokens of prompts read.", figures.prompt_tokens),
-            ("slm_reused_tokens", "Tokens of prompts that were known already.", figures.reused_tokens),
-            ("slm_new_tokens", "Tokens written.", figures.new_tokens),
-            ("slm_steps", "Steps taken.", figures.steps),
-            ("slm_step_rows", "Rows of all steps; over steps, the mean batch.", figures.rows),
+            ("slm_requests", "Completions accepted.", figures.asked),
+            ("slm_refused", "Completions rejected because the queue was full.", figures.refused),
+            ("slm_prompt_tokens", "Prompt tokens read.", figures.prompt_tokens),
+            ("slm_reused_tokens", "Prompt tokens reused from cached prefixes.", figures.reused_tokens),
+            ("slm_new_tokens", "Tokens generated.", figures.new_tokens),
+            ("slm_steps", "Decoding steps.", figures.steps),
+            ("slm_step_rows", "Rows of all steps; divided by slm_steps, the mean batch size.", figures.rows),
         ):
             yield CounterMetricFamily(name, text, value=value)
-        ended = CounterMetricFamily("slm_ended", "Texts ended.", labels=["reason"])
+        ended = CounterMetricFamily("slm_ended", "Completions ended, by reason.", labels=["reason"])
         for reason, count in sorted(figures.done.items()):
             ended.add_metric([reason], count)
         yield ended
         for name, text, size in (
-            ("slm_waiting", "Texts that wait for a slot.", figures.waiting),
-            ("slm_running", "Texts under way.", figures.running),
-            ("slm_slots", "Texts that can be under way.", self._engine.slots),
-            ("slm_step_age_seconds", "How long the present step has been running.", self._engine.step_age_s),
-            ("slm_cache_bytes", "Memory of caches, snapshots included.", figures.cache_bytes),
+            ("slm_waiting", "Completions waiting for a slot.", figures.waiting),
+            ("slm_running", "Completions running in a slot.", figures.running),
+            ("slm_slots", "Number of slots.", self._engine.slots),
+            ("slm_step_age_seconds", "Age of the current step.", self._engine.step_age_s),
+            ("slm_cache_bytes", "Memory of caches, including snapshots.", figures.cache_bytes),
         ):
             yield GaugeMetricFamily(name, text, value=size)

@@ -1,4 +1,4 @@
-"""Requests that are not answered: every one of them ends in OpenAI's envelope."""
+"""Error responses in OpenAI's envelope."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from starlette.exceptions import HTTPException
 
 from slm.core.errors import SlmError
 
-# Of what somebody sent, no more than this comes back in a message.
+# The most characters of a client's input that a message quotes.
 _QUOTED = 200
 
 
 class Refused(Exception):
-    """A request that is not answered, in OpenAI's envelope."""
+    """An error response in OpenAI's envelope."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Refused(Exception):
 
 
 def add_envelopes(app: FastAPI) -> None:
-    """Has an application put everything that is raised into the envelope."""
+    """Makes an application return every HTTP error in the envelope."""
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
@@ -41,7 +41,7 @@ def add_envelopes(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         path = _short(request.scope["path"])
         if error.status_code == 404:
-            wrong = Refused(404, f"there is nothing at {path}; /docs shows the API", code="unknown_url")
+            wrong = Refused(404, f"{path} does not exist; see /docs for the API", code="unknown_url")
         elif error.status_code == 405:
             wrong = Refused(405, f"{request.method[:20]} is not allowed for {path}", headers=error.headers)
         else:
@@ -53,18 +53,18 @@ def add_envelopes(app: FastAPI) -> None:
 
 
 def sent(refused: Refused) -> Response:
-    """Returns the response that says so."""
-    # In ASCII: what is quoted may have halves of characters, which UTF-8 has no bytes for.
+    """Returns the HTTP response of an error."""
+    # ASCII only: quoted input may have unpaired surrogates, which UTF-8 cannot encode.
     return Response(json.dumps(refused.body), refused.status, refused.headers, "application/json")
 
 
 def said(error: SlmError) -> str:
-    """Returns what is wrong and what to do about it, in one line."""
+    """Returns the message and the hint of an error in one line."""
     return error.message if error.hint is None else f"{error.message}; {error.hint}"
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> Refused:
-    """Returns the refusal for pydantic's errors: it names the first field that is wrong, and all that it may be."""
+    """Returns the response for pydantic's errors. It names the first invalid field and all types that it accepts."""
     first = errors[0]
     where = _where(first)
     same = [each for each in errors if f"{_where(each)}.".startswith(f"{where}.")]
@@ -74,14 +74,14 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> Refused:
 
 
 def _wrong(error: Mapping[str, Any]) -> str:
-    """Returns what is wrong; pydantic's own words for an object would name a class of ours."""
+    """Returns an error's message; pydantic's message for an object would name an internal class."""
     if error["type"] in ("model_type", "dict_type"):
         return "Input should be an object"
     return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _where(error: Mapping[str, Any]) -> str:
-    """Returns the path of a field, without what pydantic adds for the kinds it may be of."""
+    """Returns the path of a field, without pydantic's names of the alternatives of a union."""
     parts = [part for part in error["loc"] if not isinstance(part, str) or (part != "str" and "[" not in part)]
     field = error.get("ctx", {}).get("field")
     return ".".join(map(str, [*parts, *([] if field is None else [field])]))

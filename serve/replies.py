@@ -1,6 +1,6 @@
-"""What the OpenAPI description says is answered: OpenAI's objects, as far as they are filled in here.
+"""The responses in the OpenAPI description: OpenAI's objects, with the fields that this server fills in.
 
-Answers are put together as plain dictionaries (`slm.serve.shapes`), which is quicker; tests hold them against these.
+Responses are built as plain dictionaries (`slm.serve.shapes`), which is faster; tests validate them against these classes.
 """
 
 from typing import Any, Literal
@@ -13,7 +13,7 @@ class _Reply(BaseModel):
 
 
 class Problem(_Reply):
-    """What was wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -22,13 +22,13 @@ class Problem(_Reply):
 
 
 class ErrorReply(_Reply):
-    """OpenAI's envelope around every refusal."""
+    """OpenAI's envelope of an error."""
 
     error: Problem
 
 
 class Status(_Reply):
-    """For probes."""
+    """The state of the server, for probes."""
 
     status: str
 
@@ -44,20 +44,20 @@ class Card(_Reply):
 
 
 class Cards(_Reply):
-    """All of them."""
+    """All models and adapters."""
 
     object: Literal["list"]
     data: list[Card]
 
 
 class PromptDetails(_Reply):
-    """How much of the prompt was known."""
+    """How many prompt tokens were reused."""
 
     cached_tokens: int
 
 
 class Usage(_Reply):
-    """Tokens read and written."""
+    """Tokens read and generated."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -77,20 +77,20 @@ class LikelyToken(_Reply):
 
 
 class ChosenToken(LikelyToken):
-    """The one that was chosen, beside the likeliest."""
+    """The chosen token, with the most likely tokens."""
 
     top_logprobs: list[LikelyToken]
 
 
 class ChatLogprobs(_Reply):
-    """How likely the tokens of a message were."""
+    """The log-probabilities of a message's tokens."""
 
     content: list[ChosenToken] | None
     refusal: None = None
 
 
 class ChatAnswer(_Reply):
-    """What was said."""
+    """The generated message."""
 
     role: Literal["assistant"]
     content: str
@@ -98,7 +98,7 @@ class ChatAnswer(_Reply):
 
 
 class ChatChoice(_Reply):
-    """One of the answers."""
+    """One of the completions."""
 
     index: int
     message: ChatAnswer
@@ -107,7 +107,7 @@ class ChatChoice(_Reply):
 
 
 class ChatCompletion(_Reply):
-    """Answers to a conversation."""
+    """Completions of a conversation."""
 
     id: str
     object: Literal["chat.completion"]
@@ -118,7 +118,7 @@ class ChatCompletion(_Reply):
 
 
 class TextLogprobs(_Reply):
-    """How likely the tokens of a text were."""
+    """The log-probabilities of a text's tokens."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -127,7 +127,7 @@ class TextLogprobs(_Reply):
 
 
 class TextChoice(_Reply):
-    """One of the texts."""
+    """One of the completions."""
 
     index: int
     text: str
@@ -136,7 +136,7 @@ class TextChoice(_Reply):
 
 
 class TextCompletion(_Reply):
-    """Texts that continue prompts."""
+    """Completions of prompts."""
 
     id: str
     object: Literal["text_completion"]
@@ -149,30 +149,30 @@ class TextCompletion(_Reply):
 _WHY = {
     400: "a field is invalid or not supported",
     401: "the API key is missing or wrong",
-    403: "a web page of another origin asks, which --cors-origin does not allow",
+    403: "the origin of the web page is not allowed (--cors-origin)",
     404: "the model does not exist",
-    408: "the body did not come in time",
+    408: "the body was not received in time",
     413: "the body is too large",
-    415: "the body is compressed",
-    421: "the server does not answer to the Host name",
+    415: "the body is compressed, which is not supported",
+    421: "the Host name is not allowed (--allow-host)",
     431: "the headers are too large",
-    429: "all slots and the queue are taken; Retry-After says when to ask again",
-    500: "a defect",
-    503: "the server is shutting down, its engine has ended, or nothing was answered in time",
+    429: "all slots and the queue are full; retry after the seconds in Retry-After",
+    500: "internal server error",
+    503: "the server is shutting down, its engine has ended, or no token was generated in time",
 }
-# What any request may be answered before it is looked at.
+# Statuses that any request may receive before its body is read.
 TURNED_AWAY = (403, 421, 431)
 
 
 def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Returns the description of responses that refuse."""
+    """Returns the description of error responses."""
     return {status: {"model": ErrorReply, "description": _WHY[status]} for status in statuses}
 
 
 def answered_or_refused() -> dict[int | str, dict[str, Any]]:
-    """Returns the description of what may come of a request for answers, besides the whole answer."""
+    """Returns the description of the responses to a completion request, besides the whole response."""
     events: dict[str, Any] = {"text/event-stream": {}}
     return {
-        200: {"description": "the answers, or events that end with [DONE]", "content": events},
+        200: {"description": "the completions, or events that end with [DONE]", "content": events},
         **refused(400, 401, *TURNED_AWAY, 404, 408, 413, 415, 429, 500, 503),
     }

@@ -1,8 +1,8 @@
-"""The requests: OpenAI's fields, and slm's own beside them.
+"""The request objects: OpenAI's fields and slm's own.
 
-Each object has three lists. Fields that are understood are pydantic's. Fields that cannot change the answer are accepted, and
-named in a debug line of the log. Fields that would change it are rejected with the reason, unless their value asks for
-nothing. `null` means that a field is absent, everywhere.
+Each object has three lists. Understood fields are pydantic's. Fields that cannot change the completion are accepted, and
+named in a debug line of the log. Fields that would change it are rejected with the reason, unless their value is neutral.
+`null` always means that a field is absent.
 """
 
 import json
@@ -27,14 +27,14 @@ from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
-# A stop text longer than most answers matches nothing.
+# A stop text longer than most completions never matches.
 LONGEST_STOP = 1024
 MOST_BIASES = 1024
 MOST_MESSAGES = 4096
 MOST_PARTS = 1024
 # The longest context of any Gemma 3.
 MOST_IDS = 1 << 17
-# Of an unknown field's name, what a message quotes.
+# The most characters of an unknown field's name that a message quotes.
 _QUOTED = 100
 
 log = logging.getLogger("slm.serve")
@@ -42,54 +42,54 @@ log = logging.getLogger("slm.serve")
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A field that would change the answer.
+    """A field that would change the completion.
 
     Attributes:
         why: The reason for rejection.
-        neutral: Values that ask for nothing, which are accepted.
+        neutral: Values without an effect, which are accepted.
     """
 
     why: str
     neutral: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value asks for nothing."""
+        """Returns whether a value has no effect."""
         return any(type(value) is type(each) and value == each for each in self.neutral)
 
 
 def wrong(why: str, field: str | None = None, kind: str = "unsupported") -> PydanticCustomError:
-    """Returns the error for a field of the object that is being read; `slm.serve.refusals` puts its name into the path."""
+    """Returns the error for a field of the current object; `slm.serve.refusals` adds the field's name to the path."""
     return PydanticCustomError(kind, "{why}", {"why": why, "field": field})
 
 
 def _quoted(name: str) -> str:
-    """Returns a field's name as a message can have it."""
+    """Returns a field's name, truncated and printable for a message."""
     return name[:_QUOTED].encode(errors="replace").decode()
 
 
 def _whole(text: str) -> str:
-    """Rejects half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """Rejects unpaired surrogates, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text has half of a surrogate pair") from None
+        raise ValueError("the text has an unpaired surrogate") from None
     return text
 
 
 def _integral(value: Any) -> Any:
-    """Takes 16.0 for 16: JSON has one kind of number, and some clients write all of them as floats."""
+    """Accepts 16.0 as 16: JSON has one type of number, and some clients write all numbers as floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _integral_ids(value: Any) -> Any:
-    """Takes token ids that are written as floats."""
+    """Accepts token ids that are written as floats."""
     if isinstance(value, list) and float in set(map(type, value)):
         return [_integral(each) for each in value]
     return value
 
 
 def _biases(value: Any) -> Any:
-    """Checks a bias by token, up to the first that is wrong; null is none."""
+    """Checks a bias by token, up to the first invalid one; null means no bias."""
     if not isinstance(value, dict):
         return value
     value = {token: bias for token, bias in value.items() if bias is not None}
@@ -105,7 +105,7 @@ def _biases(value: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_whole)]
 StopText = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
-# Beside the bounds of each integer: around the whole field they would be missing in its description.
+# Separate from the bounds of each integer: a validator around the whole field would hide them in the description.
 INTEGRAL = BeforeValidator(_integral)
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[
@@ -117,7 +117,7 @@ Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 def _listed(schema: dict[str, Any], kind: "type[_Object]") -> None:
-    """Adds to an object's description the fields of the other two lists, and that null is absent."""
+    """Adds the fields of the other two lists, and null for absent fields, to an object's description."""
     properties = schema.setdefault("properties", {})
     schema["additionalProperties"] = {"type": "null"}
     if kind.forms:
@@ -133,13 +133,13 @@ class _Object(BaseModel):
 
     harmless: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
-    # JSON schemas, of which one at least must be met: for the description alone.
+    # JSON schemas, at least one of which must match; used only in the description.
     forms: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _sorted_out(cls, data: Any) -> Any:
-        """Leaves the fields that are understood, up to the first that must be rejected."""
+        """Returns the understood fields. Rejects the first unknown or unsupported one."""
         if not isinstance(data, dict):
             return data
         understood, ignored = {}, []
@@ -160,7 +160,7 @@ class _Object(BaseModel):
 
 
 def _names(kind: type[BaseModel]) -> frozenset[str]:
-    """Returns the names of the fields that an object understands, as JSON has them."""
+    """Returns the names of the fields that an object understands, as spelled in JSON."""
     found = _NAMES.get(kind)
     if found is None:
         found = frozenset(field.alias or name for name, field in kind.model_fields.items())
@@ -175,12 +175,12 @@ def _unknown(name: str, kind: "type[_Object]") -> str:
 
 _NAMES: dict[type[BaseModel], frozenset[str]] = {}
 
-_TEXT_ONLY = "the model reads and writes text only"
+_TEXT_ONLY = "only text is supported"
 _TOOLS = "tools and functions are not supported"
 
 
 class Part(_Object):
-    """A part of a message: text."""
+    """A text part of a message."""
 
     harmless = frozenset({"annotations", "cache_control", "prompt_cache_breakpoint"})
     forms = tuple(
@@ -190,7 +190,7 @@ class Part(_Object):
 
     type: Literal["text", "refusal"]
     text: Text | None = None
-    refusal: Text | None = Field(None, description="The text of a part of type refusal, as an earlier answer had it.")
+    refusal: Text | None = Field(None, description="Text of a refusal part of an earlier message.")
 
     @model_validator(mode="before")
     @classmethod
@@ -226,7 +226,7 @@ Content = Annotated[
 
 
 class ChatMessage(_Object):
-    """A message of a conversation. The fields that the official clients add to an answer are accepted when it is sent back."""
+    """A message of a conversation. Accepts the fields that the official clients add to a returned message."""
 
     harmless = frozenset(
         {"annotations", "id", "name", "parsed", "reasoning", "reasoning_content", "reasoning_details"}
@@ -238,7 +238,7 @@ class ChatMessage(_Object):
         "tool_call_id": Unsupported(_TOOLS),
         "audio": Unsupported(_TEXT_ONLY),
         "images": Unsupported(_TEXT_ONLY, ([],)),
-        "prefix": Unsupported("an answer cannot be continued", (False,)),
+        "prefix": Unsupported("continuing a message is not supported", (False,)),
     }
     forms = (
         {"properties": {"role": {"const": "assistant"}}},
@@ -246,8 +246,8 @@ class ChatMessage(_Object):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = Field(None, description="Required, but for an assistant's message without text.")
-    refusal: Text | None = Field(None, description="Text of an assistant's message that has no content.")
+    content: Content | None = Field(None, description="Required, except in an assistant message without text.")
+    refusal: Text | None = Field(None, description="Text of an assistant message without content.")
 
     @model_validator(mode="before")
     @classmethod
@@ -264,7 +264,7 @@ class ChatMessage(_Object):
 
     @property
     def text(self) -> str:
-        """All parts, or the refusal where there is no content."""
+        """The text of all parts, or the refusal if there is no content."""
         if isinstance(self.content, list):
             return "".join(part.content for part in self.content)
         return self.content or self.refusal or ""
@@ -274,16 +274,16 @@ class JsonSchema(_Object):
     """A schema and its name."""
 
     name: Text
-    schema_: dict[str, Any] | None = Field(None, alias="schema", description="Without it, any JSON object.")
-    description: Text | None = Field(None, description="The model does not read it.")
-    strict: bool | None = Field(None, description="Answers keep to the schema in either case.")
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="If absent, any JSON object.")
+    description: Text | None = Field(None, description="The model does not see it.")
+    strict: bool | None = Field(None, description="Completions follow the schema in either case.")
 
 
 class ResponseFormat(_Object):
-    """What the answer must be."""
+    """The format that the completion must follow."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "schema": Unsupported("a schema goes into json_schema, with type json_schema"),
+        "schema": Unsupported("put the schema into json_schema, with type json_schema"),
     }
     forms = (
         {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
@@ -299,57 +299,57 @@ class ResponseFormat(_Object):
     @model_validator(mode="after")
     def _named(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type json_schema")
+            raise ValueError("json_schema requires type json_schema")
         return self
 
 
 class StreamOptions(_Object):
-    """What a stream has besides its pieces."""
+    """Additional events of a stream."""
 
     harmless = frozenset({"include_obfuscation"})
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "continuous_usage_stats": Unsupported("usage comes once, at the end", (False,)),
+        "continuous_usage_stats": Unsupported("usage is sent once, at the end", (False,)),
     }
 
-    include_usage: bool | None = Field(None, description="A last event with the tokens read and written.")
+    include_usage: bool | None = Field(None, description="Send a last event with the token usage.")
 
 
 class Request(_Object):
-    """What chats and completions have in common; slm's own fields begin at top_k."""
+    """The common fields of chats and completions; slm's own fields start at top_k."""
 
     harmless = frozenset(
         {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
         | {"prompt_cache_options", "store", "cache_prompt", "priority", "request_id", "spaces_between_special_tokens"}
     )
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "skip_special_tokens": Unsupported("special tokens are never part of the text", (True,)),
-        "include_stop_str_in_output": Unsupported("a stop text is never part of the text", (False,)),
-        "use_beam_search": Unsupported("there is no beam search", (False,)),
-        "length_penalty": Unsupported("there is no beam search", (1, 1.0)),
-        "min_tokens": Unsupported("there is no least length; ignore_eos ignores the end", (0,)),
-        "repeat_penalty": Unsupported("the field is repetition_penalty", (1, 1.0)),
-        "stop_token_ids": Unsupported("stop takes the spelling of a special token", ([],)),
-        "guided_json": Unsupported("a schema goes into response_format"),
-        "guided_regex": Unsupported("a schema with a pattern goes into response_format"),
-        "guided_choice": Unsupported("a schema with an enum goes into response_format"),
+        "skip_special_tokens": Unsupported("completions never contain special tokens", (True,)),
+        "include_stop_str_in_output": Unsupported("completions never contain the stop text", (False,)),
+        "use_beam_search": Unsupported("beam search is not supported", (False,)),
+        "length_penalty": Unsupported("beam search is not supported", (1, 1.0)),
+        "min_tokens": Unsupported("a minimum length is not supported; use ignore_eos", (0,)),
+        "repeat_penalty": Unsupported("use repetition_penalty", (1, 1.0)),
+        "stop_token_ids": Unsupported("use stop with the spelling of the special token", ([],)),
+        "guided_json": Unsupported("use a schema in response_format"),
+        "guided_regex": Unsupported("use a schema with a pattern in response_format"),
+        "guided_choice": Unsupported("use a schema with an enum in response_format"),
         "guided_grammar": Unsupported("grammars are not supported"),
         "grammar": Unsupported("grammars are not supported", ("",)),
     }
 
-    model: Text | None = Field(None, description="May be left out where there is only one.")
-    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    model: Text | None = Field(None, description="Optional if there is only one.")
+    stream: bool | None = Field(None, description="Stream the completion as server-sent events.")
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), INTEGRAL] | None = Field(
-        None, description="Answers to each prompt."
+        None, description="Completions per prompt."
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS, fail_fast=True)] | None = Field(
-        None, description="Texts that end the answer, special tokens among them."
+        None, description="Texts that end the completion; they may contain special tokens."
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), INTEGRAL] | None = Field(
-        None, description="The same seed gives the same answer."
+        None, description="The same seed gives the same completion."
     )
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1, description="0 keeps the likeliest token alone.")
+    top_p: float | None = Field(None, ge=0, le=1, description="0 keeps only the most likely token.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[Digits, Bias | None] | None, BeforeValidator(_biases)] = Field(
@@ -357,27 +357,27 @@ class Request(_Object):
     )
     response_format: ResponseFormat | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31), INTEGRAL] | None = Field(
-        None, description="Keep the K likeliest tokens; 0 and -1 keep all."
+        None, description="Keep the K most likely tokens; 0 and -1 keep all."
     )
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    ignore_eos: bool | None = Field(None, description="Go on after tokens that end a text.")
+    ignore_eos: bool | None = Field(None, description="Continue after end-of-text tokens.")
 
     @model_validator(mode="after")
     def _possible(self) -> "Request":
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
-            raise ValueError("stream_options goes with stream")
+            raise ValueError("stream_options requires stream")
         return self
 
     @property
     def stops(self) -> list[str]:
-        """Texts that end the answer."""
+        """Texts that end the completion."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
 class ChatRequest(Request):
-    """A conversation to answer."""
+    """A conversation to continue with a message."""
 
     harmless = Request.harmless | {"parallel_tool_calls", "prediction", "reasoning_effort", "verbosity", "moderation"}
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
@@ -388,26 +388,26 @@ class ChatRequest(Request):
         "function_call": Unsupported(_TOOLS, ("none", "auto")),
         "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
         "audio": Unsupported(_TEXT_ONLY),
-        "web_search_options": Unsupported("there is no web search"),
-        "add_generation_prompt": Unsupported("the model's turn always begins after the messages", (True,)),
-        "continue_final_message": Unsupported("an answer cannot be continued", (False,)),
+        "web_search_options": Unsupported("web search is not supported"),
+        "add_generation_prompt": Unsupported("the model's turn always follows the messages", (True,)),
+        "continue_final_message": Unsupported("continuing a message is not supported", (False,)),
         "chat_template": Unsupported("chats use the model's own template"),
         "chat_template_kwargs": Unsupported("chats use the model's own template", ({},)),
         "best_of": Unsupported("not supported", (1,)),
-        "documents": Unsupported("the template takes no documents", ([],)),
+        "documents": Unsupported("documents are not supported", ([],)),
         "echo": Unsupported("not supported", (False,)),
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
-    max_tokens: Limit | None = Field(None, description="New tokens; the server's limit where it is lower.")
-    max_completion_tokens: Limit | None = Field(None, description="OpenAI's newer name of max_tokens.")
+    max_tokens: Limit | None = Field(None, description="The most new tokens, up to the server's limit.")
+    max_completion_tokens: Limit | None = Field(None, description="OpenAI's current name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = None
 
     @model_validator(mode="after")
     def _logprobs(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs goes with logprobs")
+            raise ValueError("top_logprobs requires logprobs")
         return self
 
 
@@ -434,17 +434,17 @@ Prompt = Annotated[
 
 
 class CompletionRequest(Request):
-    """A text to continue, or several."""
+    """One or several prompts to complete."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **Request.unsupported,
-        "suffix": Unsupported("the model writes at the end of a text only", ("",)),
+        "suffix": Unsupported("inserting text is not supported", ("",)),
         "echo": Unsupported("not supported", (False,)),
-        "prompt_logprobs": Unsupported("the prompt's tokens have no logprobs"),
+        "prompt_logprobs": Unsupported("logprobs of prompt tokens are not supported"),
     }
 
     prompt: Prompt
-    max_tokens: Limit | None = Field(None, description="New tokens; the server's limit where it is lower.")
+    max_tokens: Limit | None = Field(None, description="The most new tokens, up to the server's limit.")
     logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = None
     best_of: Annotated[Annotated[int, INTEGRAL] | None, WithJsonSchema({"enum": [1, None], "title": "Best Of"})] = (
         Field(None, description="Not supported: 1, or the same as n.")

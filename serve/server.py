@@ -1,4 +1,4 @@
-"""The server around the application: signals, the end of a server within a bounded time, and its connections."""
+"""The HTTP server around the application: signals, shutdown within a bounded time, and connections."""
 
 import asyncio
 import contextlib
@@ -20,24 +20,24 @@ from slm.serve.app import make_app
 from slm.serve.connections import ACCEPTED, Connection, Connections
 from slm.serve.service import Service
 
-# What stops a server. A closed terminal is one of them, unless the server was started with nohup.
+# The signals that stop a server. SIGHUP (a closed terminal) is one of them, unless the server was started with nohup.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# After the grace period, in seconds: when requests still under way are ended, when connections are, and when the process ends
-# whatever it is doing.
+# Seconds after the grace period until open requests are ended, until connections are closed, and until the process exits
+# unconditionally.
 _END_S = 0.5
 _CLOSE_S = 2
 _EXIT_S = 4.0
-# Two Ctrl-C closer than this are one that a wrapper passed on a second time.
+# Two Ctrl-C closer than this count as one, which a wrapper passed on twice.
 _TWICE_S = 0.3
-# Connections that the system keeps until they are accepted.
+# Connections that the system queues until they are accepted.
 _BACKLOG = 1024
 
 
 class Server(uvicorn.Server):
     """Serves until a signal stops it.
 
-    The first signal lets answers under way go on for the grace period; those that are not done then end with an error. A second
-    Ctrl-C ends the process at once, and so does a thread of its own a few seconds after the grace period, even where a step of
+    After the first signal, requests in progress continue for the grace period; unfinished ones then end with an error. A
+    second Ctrl-C ends the process at once. A separate thread ends it a few seconds after the grace period, even if a step of
     the engine or the event loop does not return.
 
     Attributes:
@@ -54,10 +54,10 @@ class Server(uvicorn.Server):
         """Prepares a server.
 
         Args:
-            service: What is served.
+            service: The served models and limits.
             on_start: Called once connections are accepted.
-            connections: Limits other than the default ones.
-            on_stop: Called when the server is stopped, with the number of requests under way.
+            connections: The limits of connections; None for the defaults.
+            on_stop: Called when the server is stopped, with the number of requests in progress.
         """
         self._service, self._on_start, self._on_stop = service, on_start, on_stop
         self._connections = Connections() if connections is None else connections
@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service),
-                http=partial(Connection, connections=self._connections),  # type: ignore[arg-type]  # called as the class is
+                http=partial(Connection, connections=self._connections),  # type: ignore[arg-type]  # called like the class
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
@@ -80,23 +80,23 @@ class Server(uvicorn.Server):
         )
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serves until a signal stops it, and all work that it began has ended."""
+        """Serves until a signal stops the server and all its work has ended."""
         try:
             super().run(sockets)
         finally:
             if self._signals is not None:
-                os.close(self._signals)  # which ends `_exit_in_time`
+                os.close(self._signals)  # ends `_exit_in_time`
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to accept connections."""
         await super().startup(sockets)
         for each in sockets or ():
-            each.listen(_BACKLOG)  # what uvicorn takes for this number is also how many are accepted in one go
+            each.listen(_BACKLOG)  # uvicorn also uses this number as the limit of connections accepted at once
         self._watch = asyncio.create_task(self._connections.watch())
         self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops accepting, waits for answers under way, and ends those that take too long."""
+        """Stops accepting, waits for requests in progress, and ends those that exceed the grace period."""
         self._service.stop()
         self._on_stop(len(self._service.requests))
         ending = asyncio.get_running_loop().call_later(self._service.grace_s + _END_S, self._service.end_requests)
@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Has signals stop the server; gives them back afterwards."""
+        """Makes signals stop the server; restores the previous handlers afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -114,7 +114,7 @@ class Server(uvicorn.Server):
         before = {each: signal.signal(each, self.handle_exit) for each in ours}
         reading, self._signals = os.pipe()
         os.set_blocking(self._signals, False)
-        # Written to by the interpreter's handler in C, even while Python code of the main thread does not come to run.
+        # The interpreter's C handler writes to it, even while the main thread cannot run Python code.
         wakeup = signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
         threading.Thread(target=_exit_in_time, args=(reading, ours, self._service.grace_s), daemon=True).start()
         try:
@@ -125,14 +125,14 @@ class Server(uvicorn.Server):
                 signal.signal(each, signal.SIG_DFL if handler is None else handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stops the server at the first signal; `_exit_in_time` sees to the others."""
+        """Stops the server at the first signal; `_exit_in_time` handles later ones."""
         if self.stopped_by is None:
             self.stopped_by = sig
         self.should_exit = True
 
 
 def exit_now(number: int, message: bytes) -> NoReturn:
-    """Ends the process whatever its threads are doing, with the exit code of a signal."""
+    """Ends the process immediately, with the exit code of a signal."""
     with contextlib.suppress(OSError):
         os.write(2, message)
     os._exit(128 + number)
@@ -142,9 +142,9 @@ def _exit_in_time(reading: int, signals: Sequence[int], grace_s: float) -> None:
     """Waits for signals; ends the process at a second Ctrl-C, or some time after the grace period.
 
     Args:
-        reading: Where the numbers of signals come. Once it is closed, nothing is left to end.
-        signals: Those that stop the server.
-        grace_s: How long answers may go on after the first, in seconds.
+        reading: Receives the numbers of signals. After it is closed, there is nothing left to end.
+        signals: The signals that stop the server.
+        grace_s: How long requests may continue after the first signal, in seconds.
     """
     first: int | None = None
     until, again = math.inf, 0.0

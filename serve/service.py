@@ -1,4 +1,4 @@
-"""What is served, and what one request may take."""
+"""The served models, and the limits of a request."""
 
 import asyncio
 import time
@@ -17,16 +17,16 @@ from slm.web.hosts import Hosts
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take.
+    """The limits of one request.
 
     Attributes:
-        body_bytes: Of its body.
-        prompt_tokens: Of its prompt; None leaves it to the context.
-        new_tokens: Of each answer; also what it gets when it does not say.
-        seconds: Until its answers are cut off.
-        texts: Answers it may ask for at once.
-        bodies_bytes: Of the bodies of all requests under way.
-        patience_s: How long a client may take to send its whole body, or to read a piece of what it is sent.
+        body_bytes: Bytes of its body.
+        prompt_tokens: Tokens of its prompt; None for the context.
+        new_tokens: New tokens of each completion; also the default.
+        seconds: Seconds until its completions are cut off.
+        texts: Completions.
+        bodies_bytes: Bytes of the bodies of all requests in progress.
+        patience_s: Seconds for a client to send its whole body, or to read a piece of the response.
     """
 
     body_bytes: int = 1 << 20
@@ -40,21 +40,21 @@ class Limits:
 
 @dataclass
 class Service:
-    """What the interface serves.
+    """The served models, and the state of the server.
 
     Attributes:
-        model: The base.
-        name: What requests call it.
+        model: The base model.
+        name: Its name in requests.
         engine: Runs it.
-        adapters: Others, by what requests call them.
-        limits: What one request may take.
-        keys: API keys, one of which a request must have; none, and everybody may ask.
-        grace_s: How long answers under way may go on when the server is stopped.
-        started: When the server was started, in seconds since 1970.
-        hosts: Host names that are answered; None for all.
-        origins: Of pages elsewhere that may ask; "*" for every one.
-        requests: Tasks of the requests under way.
-        bodies_bytes: What the bodies of the requests under way take together.
+        adapters: Adapters by their names in requests.
+        limits: The limits of one request.
+        keys: API keys, one of which a request must have; empty to allow requests without a key.
+        grace_s: How long requests in progress may continue when the server is stopped, in seconds.
+        started: The start of the server, in seconds since 1970.
+        hosts: Allowed Host names; None for all.
+        origins: Allowed origins of other sites' pages; "*" for all.
+        requests: Tasks of the requests in progress.
+        bodies_bytes: Total bytes of the bodies of the requests in progress.
         stopping: Whether the server is being stopped.
     """
 
@@ -78,18 +78,18 @@ class Service:
         self._post: Post | None = None
 
     def post(self, loop: asyncio.AbstractEventLoop) -> Post:
-        """Returns what brings the engine's events to an event loop: to one, all the time."""
+        """Returns the post from the engine to an event loop, always the same loop."""
         if self._post is None or self._post.loop is not loop:
             self._post = Post(loop)
             self.engine.delivered = self._post.deliver
         return self._post
 
     def stop(self) -> None:
-        """Accepts no more requests for answers; those under way have the grace period."""
+        """Stops accepting requests for completions; requests in progress have the grace period."""
         self.stopping = True
         self.engine.stop(self.grace_s)
 
     def end_requests(self) -> None:
-        """Ends every request under way, each with an error that its client can read."""
+        """Ends every request in progress, each with an error that its client can read."""
         for task in list(self.requests):
             task.cancel()

@@ -1,7 +1,7 @@
-"""How answers are put into OpenAI's JSON.
+"""Formats results as OpenAI's JSON.
 
-Log-probabilities are written as JSON token by token, as they come: those of a long answer are megabytes, and the event loop
-has others to serve.
+Log-probabilities are formatted token by token as they arrive: those of a long completion are megabytes, and formatting them
+at once would block the event loop.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from slm.runtime.generation import Piece, Result, StopReason
 from slm.runtime.token_bytes import TokenBytes
 from slm.serve.service import Service
 
-# OpenAI's words for how a text ended.
+# OpenAI's finish reasons.
 FINISH: Mapping[StopReason, str] = {
     "end": "stop",
     "stop": "stop",
@@ -23,24 +23,24 @@ FINISH: Mapping[StopReason, str] = {
     "context": "length",
     "deadline": "length",
 }
-# OpenAI's figure for a token that cannot come: JSON has no infinity.
+# OpenAI's figure for a token with probability 0: JSON has no infinity.
 _NEVER = -9999.0
-# Tokens whose JSON is kept.
+# Tokens whose JSON is cached.
 _KEPT = 1 << 15
 
 
 class Scores(Protocol):
-    """Writes the log-probabilities of one text."""
+    """Formats the log-probabilities of one text."""
 
     def add(self, piece: Piece) -> None:
-        """Takes a piece."""
+        """Adds a piece."""
 
     def taken(self) -> str:
-        """Returns the JSON for the pieces since the last call."""
+        """Returns the JSON of the pieces since the last call."""
 
 
 class ChatScores:
-    """Log-probabilities as chats have them: an object for each token."""
+    """Log-probabilities in the format of chats: an object per token."""
 
     def __init__(self, own: TokenBytes) -> None:
         self._own = own
@@ -48,7 +48,7 @@ class ChatScores:
         self._first = True
 
     def add(self, piece: Piece) -> None:
-        """Takes a piece."""
+        """Adds a piece."""
         if piece.token is None:
             return
         likeliest = ", ".join(f"{{{self._entry(*likely)}}}" for likely in piece.top)
@@ -56,7 +56,7 @@ class ChatScores:
         self._first = self._first and self._own.is_special(piece.token)
 
     def taken(self) -> str:
-        """Returns the JSON for the pieces since the last call."""
+        """Returns the JSON of the pieces since the last call."""
         content, self._content = ", ".join(self._content), []
         return f'{{"content": [{content}], "refusal": null}}'
 
@@ -65,25 +65,25 @@ class ChatScores:
 
 
 class CompletionScores:
-    """Log-probabilities as completions have them: a list for each of the figures."""
+    """Log-probabilities in the format of completions: a list per field."""
 
     def __init__(self, own: TokenBytes) -> None:
         self._own = own
         self._columns: tuple[list[str], ...] = ([], [], [], [])
-        # Counts the characters of the text, of which tokens may be parts.
+        # Counts the characters of the text; a token may be part of a character.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0
         self._first = True
 
     def add(self, piece: Piece) -> None:
-        """Takes a piece."""
+        """Adds a piece."""
         if piece.token is None:
             return
         likeliest: dict[str, str] = {}
         for token, logprob in piece.top:
             spelling = self._own.at(token, self._first)
             name = _spelt(spelling)
-            if name in likeliest:  # several tokens may have one spelling
+            if name in likeliest:  # several tokens may have the same spelling
                 name = _escaped(spelling)
             likeliest.setdefault(name, _number(logprob))
         top = ", ".join(f"{json.dumps(name)}: {logprob}" for name, logprob in likeliest.items())
@@ -100,7 +100,7 @@ class CompletionScores:
             self._length += len(self._decoder.decode(piece.raw))
 
     def taken(self) -> str:
-        """Returns the JSON for the pieces since the last call."""
+        """Returns the JSON of the pieces since the last call."""
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         told = ", ".join(f'"{name}": [{", ".join(each)}]' for name, each in zip(names, self._columns, strict=True))
         for column in self._columns:
@@ -109,7 +109,7 @@ class CompletionScores:
 
 
 def _spelt(own: bytes) -> str:
-    """Returns a token's text; where it has part of a character, OpenAI's spelling of its bytes."""
+    """Returns a token's text; for a part of a character, OpenAI's spelling of its bytes."""
     try:
         return own.decode()
     except UnicodeDecodeError:
@@ -122,7 +122,7 @@ def _escaped(own: bytes) -> str:
 
 @lru_cache(_KEPT)
 def _identity(own: TokenBytes, token: int, first: bool) -> str:
-    """Returns the members that name a token in a chat; bytes that are part of a character are escaped in its text."""
+    """Returns the members that identify a token in a chat; its text escapes bytes that are part of a character."""
     spelling = own.at(token, first)
     return f'"token": {json.dumps(spelling.decode(errors="backslashreplace"))}, "bytes": {list(spelling)}'
 
@@ -137,9 +137,9 @@ def choice(index: int, content: Mapping[str, Any], reason: str | None = None, sc
     """Returns the JSON of a choice.
 
     Args:
-        index: Of the text.
-        content: What a shape made of it.
-        reason: Why it ended, where it has.
+        index: The index of the text.
+        content: The content, from a shape.
+        reason: The finish reason, if the text has ended.
         scores: The JSON of its log-probabilities.
     """
     fields = json.dumps({"index": index, **content, "finish_reason": reason})
@@ -147,52 +147,52 @@ def choice(index: int, content: Mapping[str, Any], reason: str | None = None, sc
 
 
 def answer_of(head: Mapping[str, Any], choices: Sequence[str], **more: Any) -> str:
-    """Returns the JSON of an answer or event, from what all of them say and the JSON of its choices."""
+    """Returns the JSON of a response or event, from its common fields and the JSON of its choices."""
     last = "".join(f", {json.dumps(name)}: {json.dumps(value)}" for name, value in more.items())
     return f'{json.dumps(head)[:-1]}, "choices": [{", ".join(choices)}]{last}}}'
 
 
 class Chat:
-    """How chats are put into JSON."""
+    """The JSON format of chats."""
 
     kind, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def whole(self, text: str) -> dict[str, Any]:
-        """Returns a choice's text."""
+        """Returns the content of a whole choice."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def opening(self) -> dict[str, Any] | None:
-        """Returns what a stream's choice begins with, where it does."""
+        """Returns the first content of a stream's choice, if there is one."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def part(self, text: str | None) -> dict[str, Any]:
-        """Returns a stream's piece; None is that of the end."""
+        """Returns the content of a stream's piece; None stands for the end."""
         return {"delta": {} if text is None else {"content": text}}
 
     def scores(self, own: TokenBytes) -> Scores:
-        """Returns what writes the log-probabilities of one text."""
+        """Returns the formatter of one text's log-probabilities."""
         return ChatScores(own)
 
 
 class Completion:
-    """How completions are put into JSON."""
+    """The JSON format of completions."""
 
     kind, chunk, prefix = "text_completion", "text_completion", "cmpl-"
 
     def whole(self, text: str) -> dict[str, Any]:
-        """Returns a choice's text."""
+        """Returns the content of a whole choice."""
         return {"text": text}
 
     def opening(self) -> dict[str, Any] | None:
-        """Returns what a stream's choice begins with, where it does."""
+        """Returns the first content of a stream's choice, if there is one."""
         return None
 
     def part(self, text: str | None) -> dict[str, Any]:
-        """Returns a stream's piece; None is that of the end."""
+        """Returns the content of a stream's piece; None stands for the end."""
         return {"text": text or ""}
 
     def scores(self, own: TokenBytes) -> Scores:
-        """Returns what writes the log-probabilities of one text."""
+        """Returns the formatter of one text's log-probabilities."""
         return CompletionScores(own)
 
 
@@ -200,13 +200,13 @@ Shape = Chat | Completion
 
 
 def card(service: Service, name: str) -> dict[str, Any]:
-    """Returns what `/v1/models` says of a model or adapter."""
+    """Returns the entry of a model or adapter in `/v1/models`."""
     card = {"id": name, "object": "model", "created": service.started, "owned_by": "slm"}
     return card if name == service.name else card | {"parent": service.name}
 
 
 def usage_of(prompts: Sequence[Sequence[int]], results: Sequence[Result]) -> dict[str, Any]:
-    """Returns the tokens read and written."""
+    """Returns the token usage."""
     read, written = sum(map(len, prompts)), sum(len(each.tokens) for each in results)
     return {
         "prompt_tokens": read,

@@ -1,4 +1,4 @@
-"""slm: small language models from raw text to a verified, quantized model that answers on a CPU or a GPU.
+"""slm: small language models, from raw text to a verified, quantized model that runs on a CPU or a GPU.
 
     import slm
 
@@ -10,17 +10,15 @@
     chat = model.chat(system="Be brief.")
     print(chat.ask("Name a colour."))
 
-Errors are `slm.SlmError`, with a `message` and a `hint`; `slm.ArgumentError`, for wrong calls, is a `TypeError` as well.
+Errors are `slm.SlmError`, with a `message` and a `hint`; `slm.ArgumentError`, for invalid calls, is also a `TypeError`.
 Training, fine-tuning, export and quantization are commands: `slm --help`.
 
-The public names are imported on first use, so that `import slm` is quick and needs neither torch nor onnx.
+The public names are imported on first use, so that `import slm` is fast and needs neither torch nor onnx.
 """
 
 import sys
 
-if (
-    sys.argv[:1] == ["-m"] and not sys.flags.safe_path
-):  # which holds only while Python looks for the module of `python -m`
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:  # true only while Python looks up the module of `python -m`
     from slm.isolation import leave_working_directory
 
     leave_working_directory()

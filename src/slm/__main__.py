@@ -1,4 +1,4 @@
-"""`python -m slm` is `slm`."""
+"""Makes `python -m slm` run `slm`."""
 
 from slm.cli.main import main
 

@@ -1,6 +1,6 @@
-"""What keeps `python -m slm` from importing what lies in the directory where it is run.
+"""Keeps `python -m slm` from importing modules of the working directory.
 
-Only modules that Python has loaded by itself are imported here: any other would be looked for in that directory first.
+This module imports only modules that Python has loaded at startup: Python would search any other in that directory first.
 """
 
 import os
@@ -8,9 +8,9 @@ import sys
 
 
 def leave_working_directory() -> None:
-    """Takes the working directory off the module path, where `python -m slm` put it; `slm` has it not there.
+    """Removes the working directory, which `python -m slm` adds, from the module path.
 
-    Does nothing when another module is run, or when the package itself lies in that directory.
+    Does nothing if another module is run, or if the package itself is in that directory.
     """
     if not _runs_slm(sys.orig_argv) or not sys.path:
         return
@@ -20,7 +20,7 @@ def leave_working_directory() -> None:
 
 
 def _runs_slm(command: list[str]) -> bool:
-    """Says whether a command line of Python, such as `python -u -m slm chat`, runs this package or a module in it."""
+    """Returns whether a command line of Python, such as `python -u -m slm chat`, runs this package or a module in it."""
     for place, argument in enumerate(command[1:], 1):
         option, m, rest = argument.partition("m")
         if m and option.startswith("-") and not option.startswith("--"):

@@ -1,4 +1,4 @@
-"""`slm.load`: a bundle with onnxruntime, a checkpoint with PyTorch, behind one class."""
+"""`slm.load`: loads a bundle with onnxruntime or a checkpoint with PyTorch, behind one class."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -45,20 +45,20 @@ def load(
         model = slm.load("tiny/checkpoint/best") # a checkpoint, which PyTorch runs; ./runs need not be named
 
     Args:
-        path: A bundle or a checkpoint; None takes the newest under ./runs, as commands do, or the model that ships with slm
-            where there is none. `model.about.path` says which.
+        path: A bundle or a checkpoint. None takes the newest under ./runs, as commands do, or the bundled demo model if there
+            is none; `model.about.path` is its path.
         device: "cpu" or "cuda".
-        cuda_graph: On CUDA, record the kernel launches of a single-token step once and replay them (docs/generation.md). For
-            bundles exported with `--device cuda`.
-        threads: Threads for one operator; by default the usable physical cores.
-        draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None never does.
-        adapter: A LoRA adapter: PEFT's directory, or for a bundle with slots an `.onnx_adapter` file.
-        trust: Whether to run a bundle whose graph slm did not write; such a graph can take any time and memory.
-        allow_slow: Whether to run a bundle on "cuda" that was exported for the CPU; its attention runs on the CPU then.
+        cuda_graph: On CUDA, record the kernel launches of a single-token step once and replay them (docs/generation.md).
+            Requires a bundle exported with `--device cuda`.
+        threads: Threads per operator; by default the usable physical cores.
+        draft_tokens: Read up to this many tokens ahead where the text repeats (`slm.runtime.speculative`); None disables it.
+        adapter: A LoRA adapter: a PEFT directory, or an `.onnx_adapter` file for a bundle with slots.
+        trust: Whether to run a bundle whose graph slm did not write. Such a graph can take any time and memory.
+        allow_slow: Whether to run a bundle on "cuda" that was exported for the CPU. Its attention then runs on the CPU.
 
     Raises:
-        SlmError: When there is nothing that can be run at the path, it is damaged, it was exported for another device, or
-            the adapter is not for it; an `ArgumentError`, which is a `TypeError` too, for a wrong keyword or type.
+        SlmError: If the path is not a model, the model is damaged or was exported for another device, or the adapter belongs
+            to another model; an `ArgumentError`, which is also a `TypeError`, for an unknown keyword or a wrong type.
     """
     _check(path, device, threads, draft_tokens, adapter)
     _check_graph(device, cuda_graph)
@@ -89,8 +89,8 @@ def _load(
     if is_checkpoint(path):
         if cuda_graph:
             raise SlmError(
-                f"{path} is a checkpoint, and CUDA graphs are for bundles",
-                "slm export --onnx --device cuda, or leave CUDA graphs out",
+                f"{path} is a checkpoint; CUDA graphs require a bundle",
+                "use a bundle from slm export --onnx --device cuda, or omit CUDA graphs",
             )
         import torch
 
@@ -98,7 +98,7 @@ def _load(
         from slm.core.nn.decoder import TorchDecoder
 
         if device == "cuda" and not torch.cuda.is_available():
-            raise SlmError("PyTorch here sees no CUDA device", "--device cpu")
+            raise SlmError("PyTorch finds no CUDA device", "--device cpu")
         if threads is not None:
             torch.set_num_threads(check_threads(threads))
         model = (load_checkpoint(path) if adapter is None else _merged(path, adapter)).to(device)
@@ -113,16 +113,16 @@ def _load(
 
 
 def _check(*arguments: object) -> None:
-    """Makes sure that the arguments of `load` have their types.
+    """Checks the arguments of `load`.
 
     Raises:
-        SlmError: When one does not, or is out of range.
+        SlmError: If one has the wrong type or is out of range.
     """
     path, device, threads, draft_tokens, adapter = arguments
     for name, value in (("path", path), ("adapter", adapter)):
-        check_type(name, value, (str, PathLike, type(None)), "a path, as a str or a pathlib.Path")
+        check_type(name, value, (str, PathLike, type(None)), "a path (str or pathlib.Path)")
         if isinstance(value, str) and not value.strip():
-            raise SlmError(f"{name} is empty", "name a bundle or a checkpoint, or leave it out for the newest")
+            raise SlmError(f"{name} is empty", "name a bundle or a checkpoint, or omit it for the newest")
     if device not in get_args(Device):
         raise ArgumentError(f"device is {device!r}", f"one of {', '.join(map(repr, get_args(Device)))}")
     for name, value in (("threads", threads), ("draft_tokens", draft_tokens)):
@@ -134,11 +134,11 @@ def _check(*arguments: object) -> None:
 def _check_graph(device: Device, cuda_graph: object) -> None:
     check_type("cuda_graph", cuda_graph, bool, "True or False")
     if cuda_graph and device != "cuda":
-        raise ArgumentError("cuda_graph is for CUDA alone", "device='cuda'")
+        raise ArgumentError("cuda_graph requires CUDA", "device='cuda'")
 
 
 def _resolved(path: str | PathLike[str] | None) -> Path:
-    """Returns the artifact that a name stands for; the newest for none."""
+    """Returns the artifact of a name; the newest for None."""
     if path is not None:
         return resolve(str(path), ("checkpoint", "bundle"))[0]
     choice = newest_model()
@@ -161,7 +161,7 @@ def load_ensemble(
 
     Args:
         paths: Bundles and checkpoints.
-        average: "mean" of the probabilities, or "geometric".
+        average: "mean" averages probabilities; "geometric" averages their logarithms.
         device: See `load`.
         cuda_graph: See `load`.
         threads: See `load`.
@@ -170,7 +170,7 @@ def load_ensemble(
         allow_slow: See `load`.
 
     Raises:
-        SlmError: As `load`, and when tokenizers differ.
+        SlmError: As `load`, and if tokenizers differ.
     """
     from slm.runtime.ensemble import EnsembleDecoder
 
@@ -188,17 +188,19 @@ def load_ensemble(
     first = models[0]
     for path, model in zip(paths, models, strict=True):
         if model.tokenizer.sha256 != first.tokenizer.sha256:
-            raise SlmError(f"{path} and {paths[0]} have different tokenizers", "an ensemble shares one")
+            raise SlmError(
+                f"{path} and {paths[0]} have different tokenizers", "the models of an ensemble share one tokenizer"
+            )
     stops = dict.fromkeys(token for model in models for token in model.stop_token_ids)
     decoder = EnsembleDecoder([model.decoder for model in models], average)
     return Model(first.tokenizer, _drafting(decoder, draft_tokens), tuple(stops))
 
 
 def load_adapter(path: Path, bundle: Bundle) -> "Adapter":
-    """Reads an adapter for a bundle with slots: PEFT's directory, or an `.onnx_adapter` file.
+    """Reads an adapter for a bundle with slots: a PEFT directory, or an `.onnx_adapter` file.
 
     Raises:
-        SlmError: When the bundle has no slots, or the adapter is not for it.
+        SlmError: If the bundle has no slots, or the adapter belongs to another model.
     """
     if path.is_dir():
         from slm.interchange.onnx_adapter import adapter_from_peft

@@ -215,7 +215,7 @@ def test_wrong_input_ends_with_one_line(slm: Slm, exported: Path, arguments: tup
 def test_prompts_by_default_are_those_that_fit(slm: Slm, quick: None, exported: Path) -> None:
     result = slm("bench", "--json", "--new", "2", "--rounds", "1", "--threads", "1")
     assert {row["prompt"] for row in json.loads(result.out)["results"]} == {128}
-    assert "the context is 256: left out 512, 2,048" in result.err
+    assert "the context is 256 tokens; omitted prompt lengths: 512, 2,048" in result.err
 
 
 def test_a_process_of_its_own_that_fails_is_named(shared_bundle: Bundle) -> None:

@@ -102,7 +102,7 @@ def test_every_answer_is_an_object_for_machines(piped: Slm, shared_bundle: Bundl
 
 
 def test_a_model_that_knows_no_turns_is_noted(piped: Slm, shared_checkpoint: Path, tmp_path: Path) -> None:
-    note = "note: it was trained on plain text"
+    note = "note: this model was trained on plain text"
     assert note in piped("Hi.").err and note in piped("Hi.", model=shared_checkpoint).err
     tuned = tmp_path / "tuned"
     shutil.copytree(shared_checkpoint, tuned)
@@ -174,9 +174,9 @@ def test_two_slashes_begin_a_line_with_one(piped: Slm, shared_bundle: Bundle) ->
     ("lines", "said"),
     [
         (("/nothing",), "/nothing is not a command"),
-        (("/retry",), "nothing was asked yet"),
+        (("/retry",), "there is no request to retry"),
         (("/save",), "/save needs a file"),
-        (("/save talk.jsonl",), "nothing was said yet"),
+        (("/save talk.jsonl",), "the conversation has no answer yet"),
         (("Hi.", "/save ."), "is a directory"),
         (("word " * 500,), "context"),
         (("\udcff",), "not UTF-8"),
@@ -219,7 +219,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     monkeypatch.setattr(Chat, "_recorded", interrupted)
     result = typed("Never heard.", "Hi.", "/save talk.jsonl")
     assert result.code == 0, result.err
-    assert result.err.count("interrupted; the conversation goes on, /quit or Ctrl-D ends it") == 2
+    assert result.err.count("interrupted; the conversation continues, /quit or Ctrl-D ends it") == 2
     (row,) = [json.loads(line) for line in Path("talk.jsonl").read_text().splitlines()]
     (whole,) = answers(shared_bundle, "Hi.", seed=1)  # the second that is asked
     said = [message["content"] for message in row["messages"]]

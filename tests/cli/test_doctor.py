@@ -111,9 +111,7 @@ def test_no_onnxruntime_at_all(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> Non
     without(monkeypatch, "onnxruntime")
     report = json.loads(slm("doctor", "--json").out)
     assert report["providers"] == {}
-    assert report["problems"] == [
-        f"no onnxruntime: {install_hint('cpu')}; on a machine with an NVIDIA GPU {install_hint('cuda')}"
-    ]
+    assert report["problems"] == [f"no onnxruntime: {install_hint('cpu')}; with an NVIDIA GPU: {install_hint('cuda')}"]
     assert slm("doctor").err.endswith("Verdict: 1 problem, listed above.\n")
 
 
@@ -208,9 +206,9 @@ FOR_13 = {"onnxruntime": "13.0", "torch": "13.0"}
 @pytest.mark.parametrize(
     ("driver", "builds", "level", "words"),
     [
-        (Driver("580.65.06", (13, 0), (T4,)), FOR_13, "ok", "580.65.06, runs CUDA 13.0"),
+        (Driver("580.65.06", (13, 0), (T4,)), FOR_13, "ok", "580.65.06, supports CUDA 13.0"),
         (Driver("580.65.06", (13, 0), (T4,)), FOR_13, "ok", "onnxruntime for CUDA 13.0 needs driver 580 or newer"),
-        (Driver("550.54.15", (12, 4), (T4,)), FOR_13, "problem", "too old (550.54.15, runs CUDA 12.4)"),
+        (Driver("550.54.15", (12, 4), (T4,)), FOR_13, "problem", "too old (550.54.15, supports CUDA 12.4)"),
         (Driver("550.54.15", (12, 4), (T4,)), {"onnxruntime": "12.8", "torch": None}, "ok", "needs driver 525"),
         (
             Driver("550.54.15", (12, 4), (T4,)),
@@ -220,7 +218,7 @@ FOR_13 = {"onnxruntime": "13.0", "torch": "13.0"}
         ),
         (Driver("550.54.15", None, (), "no libcuda"), FOR_13, "problem", "too old (550.54.15)"),  # by its release alone
         (Driver("580.65.06", None, (), "no libcuda"), FOR_13, "ok", "580.65.06"),
-        (Driver(None, (13, 0), (T4,)), FOR_13, "ok", "unknown release, runs CUDA 13.0"),
+        (Driver(None, (13, 0), (T4,)), FOR_13, "ok", "unknown release, supports CUDA 13.0"),
         (Driver(error="no libcuda"), FOR_13, "note", "none"),
         (Driver(error="no libcuda"), {"onnxruntime": None, "torch": None}, "ok", "none"),
     ],
@@ -368,7 +366,7 @@ def test_a_provider_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_onnxruntime_that_cannot_be_imported_is_a_problem(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "step_with", lambda provider: ([], Provider(False, False, "ImportError: libgomp.so.1")))
     [problem] = json.loads(slm("doctor", "--json").out)["problems"]
-    assert "libgomp.so.1" in problem and "install onnxruntime again" in problem
+    assert "libgomp.so.1" in problem and "reinstall onnxruntime" in problem
 
 
 @pytest.mark.parametrize("name", ["instruction_sets", "memory", "cpu_quota", "usable_cores"])

@@ -19,7 +19,7 @@ Slm = Callable[..., Any]
 def test_it_prints_a_recipe_that_can_be_run_and_makes_nothing(slm: Slm) -> None:
     result = slm("train", "--recipe", "tiny", "--dry-run", "--set", "schedule.warmup_micro_steps=600", "--on", "t4")
     assert result.code == 0, result.err
-    shown = result.out[: result.out.index("what it would take")]
+    shown = result.out[: result.out.index("estimated time and memory")]
     wanted = load_recipe("tiny", ["schedule.warmup_micro_steps=600"])
     assert Recipe.model_validate(yaml.safe_load(shown)) == wanted
     for part in (
@@ -61,7 +61,9 @@ def test_both_recipes_fit_a_t4_and_the_table_says_why(slm: Slm, recipe: str, tok
 
     said = fits()
     assert said.startswith("yes: ") and "% of it activations" in said
-    assert f"{tokens} tokens a micro-step, {accumulation} micro-steps an update, without gradient checkpointing" in said
+    assert (
+        f"{tokens} tokens per micro-step, {accumulation} micro-steps per update, without gradient checkpointing" in said
+    )
     assert fits(f"batch.batch_size={32 * 16}").startswith("no: ")
     assert "with gradient checkpointing" in fits("machine.gradient_checkpointing=true")
 
@@ -171,10 +173,10 @@ def test_what_a_text_has_is_counted_only_in_doubt(slm: Slm, mistaken: None, monk
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--recipe", "tiny", "--dry-run", "--on", "t5"], 1, "error: slm has no figures for a t5"),
+        (["--recipe", "tiny", "--dry-run", "--on", "t5"], 1, "error: unknown GPU t5"),
         (["--recipe", "tiny", "--on", "t4"], 2, "error: --on requires --dry-run"),
         (["--resume", "--dry-run"], 2, "leave out --dry-run"),
-        (["--recipe", "stories-4m", "--dry-run"], 1, "error: schedule.epochs cannot be turned into updates"),
+        (["--recipe", "stories-4m", "--dry-run"], 1, "error: schedule.epochs cannot be converted to updates"),
     ],
 )
 def test_mistakes(slm: Slm, arguments: list[str], code: int, message: str) -> None:

@@ -123,8 +123,8 @@ def test_a_full_context_stops_or_slides(slm: Slm, shared_bundle: Bundle) -> None
     assert slid["stopped"] == "length" and slid["slides"] == 2 and len(slid["tokens"]) == 200
     assert slid["tokens"][: len(stopped["tokens"])] == stopped["tokens"]
     assert kept["slides"] > slid["slides"]
-    assert "stopped at a full context (--on-full slide goes on)" in slm(*common).err
-    assert "its older half forgotten 2 times" in slm(*common, "--on-full", "slide").err
+    assert "stopped at a full context (--on-full slide continues)" in slm(*common).err
+    assert "the older half of the full context dropped 2 times" in slm(*common, "--on-full", "slide").err
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_full_context_stops_or_slides(slm: Slm, shared_bundle: Bundle) -> None
         (("--logit-bias", "5"), 2, "'5' is not ID=VALUE, such as 42=-1.5"),
         (("--logit-bias", "x=1"), 2, "'x=1' is not ID=VALUE"),
         (("--logit-bias", "5=nan"), 2, "'5=nan' is not ID=VALUE"),
-        (("--logit-bias", "320=1"), 1, "logit_bias names the token 320, and ids go from 0 to 319"),
+        (("--logit-bias", "320=1"), 1, "logit_bias has token id 320; ids are from 0 to 319"),
         (("--min-p", "2"), 2, "--min-p"),
         (("--typical-p", "0"), 2, "--typical-p"),
         (("--repetition-penalty", "0"), 2, "--repetition-penalty"),
@@ -141,10 +141,10 @@ def test_a_full_context_stops_or_slides(slm: Slm, shared_bundle: Bundle) -> None
         (("--frequency-penalty", "x"), 2, "--frequency-penalty"),
         (("--stop", ""), 1, "a stop text is empty"),
         (("--stop", "\udcff"), 1, "the stop text is not UTF-8"),
-        (("--logprobs", "1"), 2, "--logprobs is shown with --json"),
+        (("--logprobs", "1"), 2, "--logprobs requires --json"),
         (("--logprobs", "999", "--json"), 1, "logprobs is 999; it must be from 0 to 320"),
         (("--on-full", "wrap"), 2, "--on-full"),
-        (("--keep", "3"), 2, "--keep says what stays with --on-full slide"),
+        (("--keep", "3"), 2, "--keep requires --on-full slide"),
         (("--keep", "255", "--on-full", "slide"), 1, "keep is 255"),
         (tuple(each for i in range(320) for each in ("--logit-bias", f"{i}=-inf")), 1, "no token can be chosen"),
     ],
@@ -227,7 +227,7 @@ def test_drafts_change_the_time_alone(ask: Callable[..., Any], slm: Slm, shared_
         if "--greedy" in options:
             assert drafted["drafted"] >= drafted["accepted"] > 0
     result = slm("generate", shared_bundle.path, "-p", "The", "--greedy", "--draft", "6")
-    assert "drafted tokens came true" in result.err and "almost as likely" not in result.err
+    assert "drafted tokens accepted" in result.err and "almost equally likely" not in result.err
     assert slm("generate", shared_bundle.path, "--draft", "0").code == 2
 
 
@@ -239,13 +239,13 @@ def test_drafts_that_may_change_the_text_are_said_to(slm: Slm, shared_bundle: Bu
         quantize_bundle(shared_bundle, out, text, Settings(gate=Gate(1), cache=cache, block_size=32))[0]  # type: ignore[arg-type]
         for threads, alike in (("1", not said), ("5", False)):  # the model has four heads
             result = slm("generate", out, "-p", "The", "--draft", "6", "--threads", threads, "--max-new-tokens", "3")
-            assert ("almost as likely" not in result.err) == alike, result.err
+            assert ("almost equally likely" not in result.err) == alike, result.err
 
 
 def test_a_seed_is_drawn_and_printed_and_repeats_the_text(slm: Slm, shared_bundle: Bundle) -> None:
     command = ("generate", shared_bundle.path, "-p", "The", "--max-new-tokens", "20", "--temperature", "1.5")
     first, second = slm(*command), slm(*command)
-    (seed,) = re.findall(r"^seed: (\d+) \(--seed \1 writes the same text again\)$", first.err, flags=re.MULTILINE)
+    (seed,) = re.findall(r"^seed: (\d+) \(--seed \1 generates the same text\)$", first.err, flags=re.MULTILINE)
     assert (
         first.out != second.out == slm(*command, "--seed", re.findall(r"^seed: (\d+)", second.err, re.MULTILINE)[0]).out
     )

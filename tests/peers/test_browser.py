@@ -458,7 +458,7 @@ def test_the_page_of_slm_serve(open_tab: Callable[..., Tab], key: str | None) ->
         threading.Thread(target=process.stderr.read, daemon=True).start()
         tab = open_tab(url)
         if key is not None:
-            assert "wants an API key" in str(tab.page.locator("#where", has_text="key").text_content())
+            assert "requires an API key" in str(tab.page.locator("#where", has_text="key").text_content())
             tab.page.fill("#key", "wrong")
             tab.page.press("#key", "Tab")
             assert "missing or wrong" in tab.problem()

@@ -97,7 +97,7 @@ def test_doctor_runs_a_step_on_cuda_and_sees_that_it_is_wrong(command: Run, bund
     report = json.loads(command(bundles["cuda"], "doctor", "--json")["out"])
     provider = report["providers"][CUDA]
     assert provider["loads"] and not provider["runs"]
-    assert "one step differs from the right result by" in provider["error"]
+    assert "one step differs from the reference by" in provider["error"]
     assert report["providers"]["CPUExecutionProvider"]["runs"]
     assert report["cuda_builds"]["onnxruntime"] == "13.0"
     assert report["driver"]["cuda"] == [13, 0]

@@ -1,4 +1,4 @@
-"""What `steps_alike` promises: the same bits however many tokens or rows a step has."""
+"""`steps_alike`: logits are bit-identical for any number of tokens or rows per step."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_steps_alike(shared_bundle: Bundle, tmp_path: Path, settings: dict[str, 
     ones, several = OnnxDecoder(bundle, threads=1), OnnxDecoder(bundle, threads=1)
     assert ones.steps_alike == alike
     same = np.array_equal([ones.read([token]) for token in TOKENS], several.read_each(TOKENS))
-    assert same == alike  # the promise, and that it is not made for nothing
+    assert same == alike  # the steps are equal, and without the condition they are not
     heads = bundle.config.num_attention_heads
     assert OnnxDecoder(bundle, threads=heads).steps_alike == alike
     assert not OnnxDecoder(bundle, threads=heads + 1).steps_alike

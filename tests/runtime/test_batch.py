@@ -1,4 +1,4 @@
-"""Texts in a batch are the texts that each prompt gets alone, whoever comes and goes beside them."""
+"""A text in a batch equals the text that its prompt gets alone, whichever texts join and leave."""
 
 import re
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def alone(decoder: Decoder, prompt: list[int], sampling: Sampling, new: int, sto
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=0, top_p=1.0)], ids=["greedy", "sampled"])
 def test_ragged_prompts(shared_bundle: Bundle, slots: int, sampling: Sampling) -> None:
-    """Prompts around the window and beyond, each going on for more than two windows."""
+    """Prompts around the window and beyond; each text is longer than two windows."""
     decoder = OnnxDecoder(shared_bundle, threads=1)
     samplings = [Sampling(**vars(sampling) | {"seed": seed}) for seed in range(len(PROMPTS))]
     made = completed_together(decoder, PROMPTS, samplings, 40, (), slots)
@@ -59,7 +59,7 @@ def test_ragged_prompts(shared_bundle: Bundle, slots: int, sampling: Sampling) -
 
 
 def test_int8_rows_are_the_same_bits(int8_bundle: Bundle) -> None:
-    """Blocks of 32: rows of any number, against each alone."""
+    """Blocks of 32: any number of rows, compared with each row alone."""
     decoder = OnnxDecoder(int8_bundle, threads=1)
     batch = Batch(decoder, len(PROMPTS))
     slots = [batch.take() for _ in PROMPTS]
@@ -113,11 +113,13 @@ def test_what_is_refused_alone_is_refused_before_anything_is_read(
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
 def test_a_random_walk(shared_bundle: Bundle, int8_bundle: Bundle, int8: bool) -> None:
-    """Texts come, are read in portions, step in any company, go back, are copied and leave; beside each, a decoder alone."""
+    """Texts join, are read in portions, step, rewind, are copied and leave; each is compared with a decoder alone."""
     bundle = int8_bundle if int8 else shared_bundle
     chance = np.random.default_rng(4)
     batch = Batch(OnnxDecoder(bundle, threads=1), 4)
-    tolerance = 0.5 if int8 else TOLERANCE  # INT8 makes much of a last bit, where the processor's kernels differ in it
+    tolerance = (
+        0.5 if int8 else TOLERANCE
+    )  # INT8 amplifies a difference in the last bit between the processor's kernels
     done = dict.fromkeys(["take", "read", "step", "rewind", "copy", "release"], 0)
     taken: dict[Slot, OnnxDecoder] = {}
     for _ in range(300):
@@ -181,7 +183,7 @@ def test_only_rows_that_step_are_computed(shared_bundle: Bundle, monkeypatch: py
 
 
 def test_rows_that_are_not_moved_are_noticed(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: a text whose row went to the front without its caches is another one."""
+    """Negative control: a text whose row moved to the front without its caches is different."""
 
     def step() -> np.ndarray:
         batch = Batch(OnnxDecoder(shared_bundle, threads=1), 3)
@@ -256,7 +258,7 @@ def test_snapshots_go_between_decoders_and_slots(
 
 
 def test_slots_are_decoders(shared_bundle: Bundle) -> None:
-    """Known beginnings and drafts work on a slot as on any decoder, beside others that step."""
+    """Prefix caching and drafts work on a slot as on any decoder, beside other slots that step."""
     plain = OnnxDecoder(shared_bundle, threads=1)
     batch = Batch(OnnxDecoder(shared_bundle, threads=1), 3)
     beside, slot = batch.take(), batch.take()

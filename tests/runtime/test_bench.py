@@ -1,4 +1,4 @@
-"""What is counted while a model is timed: the clock is the test's own, so nothing here depends on this machine's speed."""
+"""The figures of timed steps. The clock is simulated, so that nothing here depends on this machine's speed."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ from slm.runtime import bench, generation, streaming
 from slm.runtime.bench import Case, OnnxRows, ReadProbe, Spread, measure
 from slm.runtime.decoder import OnnxDecoder
 
-# Tensors begin on pages, and those of less than a kilobyte stay inside of the graph.
+# Tensors begin on pages, and those of less than a kilobyte stay inside the graph.
 PADDING = 4096
 
 
 class Clock:
-    """Seconds that pass when somebody says so."""
+    """A simulated clock, advanced by the test."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -49,7 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Slow:
-    """A decoder and its rows that take a known time: `delays` by tokens at once, times the round's factor."""
+    """A decoder and its rows with known durations: `delays` by number of tokens, times the factor of the round."""
 
     context, vocab_size, description = 64, 7, "slow"
 
@@ -80,7 +80,7 @@ class Slow:
 
 
 class Probe:
-    """Memory that slows down with the decoder, and says the round."""
+    """Memory that slows down with the decoder, and counts the rounds."""
 
     def __init__(self, decoder: Slow, factors: Sequence[float]) -> None:
         self.decoder, self.factors = decoder, iter(factors)
@@ -195,7 +195,7 @@ def test_the_weights_of_a_step(bundle_of: Callable[..., Bundle], tied: bool) -> 
 
 
 def test_the_weights_of_a_step_beside_stored_tables(shared_bundle: Bundle, tmp_path: Path) -> None:
-    """Bundles of earlier versions have rotation tables among their weights, which a step does not read."""
+    """Bundles of earlier versions store rotation tables among their weights, which a step does not read."""
     model = onnx.load(shared_bundle.model_path)
     config, context = shared_bundle.config, shared_bundle.manifest.context
     for kind in set(config.layer_types):

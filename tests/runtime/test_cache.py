@@ -1,4 +1,4 @@
-"""Cache buffers: their layout is the operator's, they grow without losing anything, and sliding ones stay small."""
+"""Cache buffers: their layout is the operator's, growing keeps their content, and sliding ones stay small."""
 
 import weakref
 
@@ -17,7 +17,7 @@ GLOBAL_LAYER = CacheLayer(layer=1, kv_heads=1, head_dim=4, window=None)
 
 
 def memory(buffers: KVBuffers, layer: int, side: Side) -> np.ndarray:
-    """What a buffer on a CPU has its numbers in."""
+    """Returns the array of a buffer on the CPU."""
     buffer = buffers._buffers[layer, side]
     assert isinstance(buffer, HostBuffer)
     return buffer.array
@@ -51,7 +51,7 @@ def test_global_buffers_grow_and_keep_what_they_hold() -> None:
 
 @pytest.mark.parametrize("prompt", [1, 1000, 30_000])
 def test_buffers_are_never_much_longer_than_the_text(prompt: int) -> None:
-    """Up to 32,768 positions: a quarter too long at most, and so seldom replaced that it costs little."""
+    """Up to 32,768 positions, buffers are at most a quarter too long, and replaced so rarely that it costs little."""
     buffers = KVBuffers([SLIDING_LAYER, GLOBAL_LAYER], context=32_768)
     copied = 0
     for length in range(prompt, 32_769):
@@ -72,7 +72,7 @@ def test_growing_copies_the_rows_in_use() -> None:
 
 
 def test_what_was_replaced_is_freed_while_growing(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A binding holds what it binds: with the last one kept, old and new buffers would be in memory together."""
+    """A binding keeps its buffers alive: if the last one were kept, old and new buffers would be in memory together."""
     monkeypatch.setattr("slm.runtime.cache.FIRST_CAPACITY", 8)
     decoder = OnnxDecoder(shared_bundle)
     decoder.read([1, 2, 3])

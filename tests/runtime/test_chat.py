@@ -1,4 +1,4 @@
-"""A conversation: the ids of training, every turn with all that was said, and what was read is not read again."""
+"""Conversations: prompts have the ids of training, every turn contains the whole conversation, and no turn is read twice."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest, shared_bundle: Bundle, shared_checkpoi
 
 @pytest.fixture
 def asked(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The prompts that the model is asked with."""
+    """Records the prompts of the model."""
     prompts: list[list[int]] = []
     pieces = model.pieces
 
@@ -55,7 +55,7 @@ def test_every_turn_asks_with_all_that_was_said_as_it_is_trained(
     assert all(answers)
     assert [message["role"] for message in chat.messages] == ["system", *("user", "assistant") * 2]
     assert [message["content"] for message in chat.messages[2::2]] == answers
-    # What training reads before each answer is what was asked.
+    # The ids before each answer in training equal the prompt.
     renderer = Renderer(Tokenizer.load(shared_checkpoint), read_config(shared_checkpoint))
     example = renderer.example(ChatRow(tuple(chat.messages)))
     assert [list(example.ids[:start]) for start, _ in example.spans] == asked
@@ -80,7 +80,9 @@ def test_it_is_as_if_everything_was_read_anew(shared_bundle: Bundle) -> None:
     fresh = load(shared_bundle.path, threads=1)
     wanted = fresh.generate(chat_ids(fresh.tokenizer, messages), **SHORT)
     assert said(chat.pieces("And then?", **SHORT)) == wanted
-    assert wanted != said(Chat(fresh).pieces("And then?", **SHORT))  # the control: without what was said before
+    assert wanted != said(
+        Chat(fresh).pieces("And then?", **SHORT)
+    )  # negative control: a prompt without the conversation
 
 
 def test_the_oldest_exchanges_are_forgotten_when_the_context_is_full(model: Model, asked: list[list[int]]) -> None:
@@ -93,7 +95,7 @@ def test_the_oldest_exchanges_are_forgotten_when_the_context_is_full(model: Mode
     assert all(len(ids) + 20 <= model.decoder.context for ids in asked)
     with pytest.raises(SlmError, match="context"):
         chat.pieces("word " * 500, **SHORT)
-    assert chat.messages[-2]["content"] == "This is question number 11."  # as if nothing was said
+    assert chat.messages[-2]["content"] == "This is question number 11."  # equals a conversation that starts here
 
 
 def test_answers_draw_anew_and_the_same_seed_is_the_same_conversation(shared_bundle: Bundle) -> None:

@@ -1,6 +1,6 @@
-"""Steps recorded as CUDA graphs, without CUDA: onnxruntime's way of recording is imitated on the CPU.
+"""Steps recorded as CUDA graphs, without CUDA: the test imitates onnxruntime's recording on the CPU.
 
-`tests/peers/test_fake_cuda.py` has onnxruntime's own, which computes nothing.
+`tests/peers/test_fake_cuda.py` uses onnxruntime's own recording with a driver that computes nothing.
 """
 
 import threading
@@ -69,8 +69,8 @@ def with_graphs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> tuple[OnnxDe
 
 
 def steps(decoder: OnnxDecoder, tokens: list[int]) -> np.ndarray[Any, Any]:
-    """Reads tokens one by one; returns the logits after each (tokens, V)."""
-    return np.stack([decoder.read([token]).copy() for token in tokens])  # on the CPU the next step writes over them
+    """Reads tokens one by one; returns the logits after each token (tokens, V)."""
+    return np.stack([decoder.read([token]).copy() for token in tokens])  # on the CPU, the next step overwrites them
 
 
 def test_recorded_steps_are_the_same_steps(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_recorded_steps_are_the_same_steps(bundle: Bundle, monkeypatch: pytest.M
 
 
 def test_what_recording_moved_is_put_back(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of the test above: without it a window past its end has lost two positions."""
+    """Negative control of the test above: without the restore, a window past its end has lost two positions."""
     prompt = np.random.default_rng(1).integers(0, 320, 40).tolist()
     found = []
     for put_back in (True, False):
@@ -174,11 +174,11 @@ def test_only_bundles_for_cuda_are_recorded(shared_bundle: Bundle, bundle: Bundl
 
 
 def test_cuda_graphs_need_cuda(shared_bundle: Bundle, shared_checkpoint: Path) -> None:
-    with pytest.raises(ArgumentError, match="cuda_graph is for CUDA alone"):
+    with pytest.raises(ArgumentError, match="cuda_graph requires CUDA"):
         slm.load(shared_bundle.path, cuda_graph=True)
     with pytest.raises(ArgumentError, match="cuda_graph is"):
         slm.load(shared_bundle.path, device="cuda", cuda_graph="yes")  # type: ignore[arg-type]
-    with pytest.raises(SlmError, match="is a checkpoint, and CUDA graphs are for bundles"):
+    with pytest.raises(SlmError, match="is a checkpoint; CUDA graphs require a bundle"):
         slm.load(shared_checkpoint, device="cuda", cuda_graph=True)
 
 

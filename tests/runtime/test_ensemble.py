@@ -1,4 +1,4 @@
-"""Several models as one: averaged probabilities, whichever way the tokens are read."""
+"""Several models as one: probabilities are averaged, in whatever portions the tokens are read."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from slm.loading import load_ensemble
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.ensemble import Average, EnsembleDecoder
 
-# Probabilities of a few thousandths, of logits that differ by 1e-5 by the way in which they are read.
+# Tolerance of probabilities of a few thousandths, whose logits differ by 1e-5 between portions.
 TOLERANCE = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte: equal to a plain reference, every token once, every byte counted."""
+"""Loss, perplexity and bits per byte: equal to a plain reference, with every token and every byte counted once."""
 
 import json
 import math
@@ -44,14 +44,14 @@ def bundle(shared_bundle: Bundle) -> Model:
 
 
 def plain(model: Model, ids: Sequence[int]) -> list[float]:
-    """-log softmax of each token after the first, from the full logits in float64."""
+    """Returns -log softmax of each token after the first, from the full logits in float64."""
     logits = model.logits([list(ids)])[0].astype(np.float64)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     return [-float(logits[i, token]) for i, token in enumerate(ids[1:])]
 
 
 def reference(model: Model, text: str, context: int, stride: int) -> list[float]:
-    """The nats of each token of a document and of its end, each from the row that is the first to hold it."""
+    """Returns the nats of each token of a document and of its end, each from the first row that contains the token."""
     ids = [*model.tokenizer.encode_literal(text), 0]
     nats = plain(model, [0, *ids[:context]])
     while len(nats) < len(ids):
@@ -85,7 +85,7 @@ def test_context_and_stride_change_the_loss(checkpoint: Model) -> None:
 
 
 def test_an_altered_weight_changes_the_loss(config: Any, make_model: Callable[..., CausalLM], tokenizer: Any) -> None:
-    """The control of every comparison here: one weight in one layer is seen."""
+    """Negative control of every comparison here: changing one weight in one layer changes the loss."""
     torch_model = make_model(config)
     model = Model(tokenizer, TorchDecoder(torch_model), config.stop_token_ids)
     before = evaluate_documents(model, TEXTS, Silent()).loss
@@ -107,7 +107,7 @@ def test_a_checkpoint_and_its_bundle_agree(checkpoint: Model, bundle: Model, opt
 def test_logits_in_pieces_are_the_same(
     bundle: Model, checkpoint: Model, monkeypatch: pytest.MonkeyPatch, positions: int
 ) -> None:
-    """Whatever little memory logits may take: chunks that end within, at and past the window, rows that are alone."""
+    """Limits on the memory of logits: chunks that end within, at and past the window, and single rows."""
     rows = [np.random.default_rng(i).integers(4, 320, length) for i, length in enumerate((3, 41, 90, 2, 17, 90))]
     wanted = [plain(checkpoint, row.tolist()) for row in rows]
     monkeypatch.setattr(decoders_of_bundles, "LOGITS_BYTES", positions * 4 * 320)
@@ -150,14 +150,14 @@ def test_every_token_is_predicted_once_with_enough_before_it(prefix: list[int], 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 30, 77, 150, 10_000])
 def test_bytes_of_a_part_are_those_of_its_tokens(checkpoint: Model, tokens: int) -> None:
-    """Also where the part ends within a character: é, — and 🦊 are several tokens of this vocabulary."""
+    """Includes parts that end within a character: é, — and 🦊 are several tokens of this vocabulary."""
     tokenizer = checkpoint.tokenizer
     measured = evaluate_documents(checkpoint, TEXTS, Silent(), tokens=tokens)
     left, size = tokens, 0
     for text in TEXTS:
         ids = tokenizer.encode_literal(text)[:left]
         spelt = tokenizer.backend.decoder.decode
-        # The bytes of a token, independently: the letters that stand for them, turned back one at a time.
+        # An independent reference of a token's bytes: each letter is mapped back to its byte.
         alphabet = {letter: spelt([letter]) for letter in pre_tokenizers.ByteLevel.alphabet()}
         size += sum(sum(letter in alphabet for letter in tokenizer.backend.id_to_token(i)) for i in ids)
         left = max(0, left - len(ids) - 1)
@@ -194,7 +194,7 @@ def _end_is_not_special(said: Any) -> None:
 
 
 def test_an_end_that_is_no_special_token_has_no_bytes(tokenizer: Tokenizer, checkpoint: Model) -> None:
-    """Its 13 letters are not the text's."""
+    """The 13 letters of its spelling are not part of the text."""
     other = respelt(tokenizer, _end_is_not_special)
     sizes = bytes_of_tokens(other)
     assert sizes is not None and sizes[0] == 13
@@ -213,7 +213,7 @@ def test_an_end_that_is_no_special_token_has_no_bytes(tokenizer: Tokenizer, chec
 
 
 def _last_is_not_there(said: Any) -> None:
-    """Nor is there a token that is known to end a text."""
+    """A model without a known end-of-text token."""
     vocabulary, end = said["model"]["vocab"], said["added_tokens"][0]
     del vocabulary[max(vocabulary, key=vocabulary.__getitem__)]
     del said["model"]["merges"][-1]
@@ -259,7 +259,7 @@ def test_a_tokenizer_that_changes_text_has_no_bytes_for_its_tokens(
 
 @pytest.fixture
 def sentencepiece(stories: list[str]) -> Tokenizer:
-    """As Gemma's: "▁" for a space, single bytes for what is not in the vocabulary, <bos> before a text."""
+    """Like Gemma's vocabulary: "▁" for a space, single bytes for unknown characters, <bos> before a text."""
     backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -335,14 +335,14 @@ def test_tokens_without_rows_are_refused(
 ) -> None:
     small = make_model(config.model_copy(update={"vocab_size": 300}))
     model = Model(tokenizer, TorchDecoder(small), (0,))
-    with pytest.raises(SlmError, match=r"id 3\d\d, and the model 300"):
+    with pytest.raises(SlmError, match=r"id 3\d\d, and the model's vocabulary has 300"):
         evaluate_documents(model, TEXTS, Silent())
 
 
 def test_windows_equal_trainings_evaluation(
     config: Any, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, stories: list[str]
 ) -> None:
-    """The same windows of the same stream, the same mean cross-entropy; `slm train`'s own number is in tests/cli."""
+    """The same windows of the same stream have the same mean cross-entropy as in training."""
     import torch
     import torch.nn.functional as F
 
@@ -379,7 +379,7 @@ def test_a_saved_model_measures_the_same(
 def test_rows_that_predict_too_much_or_too_little_are_noticed(
     checkpoint: Model, monkeypatch: pytest.MonkeyPatch, further: int
 ) -> None:
-    """The control of the counts: rows that advance by 8 tokens and count another number of them."""
+    """Negative control of the counts: rows that advance by 8 tokens and count another number of tokens."""
 
     def wrong(prefix: Sequence[int], ids: Any, context: int, stride: int) -> Any:
         for number, (row, new) in enumerate(cut(prefix, ids, context, stride)):

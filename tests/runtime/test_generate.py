@@ -1,4 +1,4 @@
-"""Generation: the same tokens from every backend, the right end, streamed text whole."""
+"""Generation: every backend generates the same tokens, texts end correctly, and streamed texts are complete."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,12 +17,12 @@ from slm.runtime.generation import what_stays
 from slm.runtime.sampling import GREEDY
 from tests.runtime.texts import completed, started
 
-# Logits of one position by two ways of reading what is before it, in float32.
+# Tolerance of float32 logits of one position after reading its past in two different portions.
 LOGITS_TOLERANCE = 1e-4
 
 
 class Watched:
-    """A decoder of which only reset, read and length are used; it remembers what was read since the last reset."""
+    """A decoder with only reset, read and length; it records the tokens read since the last reset."""
 
     def __init__(self, decoder: Decoder, fail_at: int | None = None) -> None:
         self.decoder = decoder
@@ -132,7 +132,7 @@ def test_logits_of_something_else_are_refused(shared_bundle: Bundle) -> None:
 
 
 def test_the_loop_needs_the_protocol_alone(shared_bundle: Bundle) -> None:
-    """What wraps a decoder is as good as one."""
+    """A wrapping decoder needs only the methods of the protocol."""
     decoder = watched(shared_bundle)
     assert completed(decoder, [5, 6], GREEDY, 20).tokens == completed(decoder.decoder, [5, 6], GREEDY, 20).tokens
 
@@ -159,7 +159,7 @@ def test_after_sliding_the_logits_are_those_of_what_stays(shared_bundle: Bundle,
     made = result.tokens
     assert len(made) == count and result.stopped == "length" and result.steps == count - 1
     slides = [i for i in range(1, len(decoder.reads)) if len(decoder.reads[i][0]) <= len(decoder.reads[i - 1][0])]
-    # Each time the later half of what is not kept goes on, so that the other half of it, rounded, is filled again.
+    # Each slide keeps the later half, so that the dropped half, rounded, is filled again.
     assert result.slides == len(slides) == -(-(len(prompt) + count - 1 - context) // -(-(context - keep) // 2))
     full, after = decoder.reads[slides[0] - 1][0], decoder.reads[slides[0]][0]
     text = prompt + made
@@ -181,7 +181,7 @@ def test_before_it_slides_the_text_is_the_same(shared_bundle: Bundle) -> None:
 
 
 def test_logprobs_are_those_of_the_raw_distribution(shared_bundle: Bundle) -> None:
-    """Whatever sampling does with it."""
+    """Log-probabilities do not depend on sampling."""
     decoder = watched(shared_bundle)
     model = slm.load(shared_bundle.path)
     model.decoder, model.stop_token_ids = decoder, ()
@@ -261,7 +261,7 @@ def test_nobody_listening_is_an_interruption(shared_bundle: Bundle) -> None:
 def test_sliding_keeps_what_begins_a_text(
     shared_bundle: Bundle, prompt: str | list[int], keep: int | None, kept: int
 ) -> None:
-    """By default what the tokenizer puts there, where the prompt begins with it."""
+    """By default, sliding keeps the tokenizer's prefix if the prompt begins with it."""
     model = slm.load(shared_bundle.path)
     model.decoder = decoder = watched(shared_bundle)
     model.stop_token_ids = ()
@@ -282,7 +282,7 @@ def test_sliding_keeps_what_begins_a_text(
         ({"keep": -1}, "keep is -1"),
         ({"stop": ""}, "stop text is empty"),
         ({"stop": ["a", ""]}, "stop text is empty"),
-        ({"logit_bias": {320: 1.0}}, "logit_bias names the token 320"),
+        ({"logit_bias": {320: 1.0}}, "logit_bias has token id 320"),
         ({"min_p": 2}, "min_p is 2"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],

@@ -33,7 +33,7 @@ def fed(generation: Generation, *tokens: int) -> list[int | None]:
 
 
 class Countdown:
-    """Allows 3 tokens of a kind, and no other."""
+    """Allows 3 tokens of one kind, and no other token."""
 
     def __init__(self, vocab_size: int, hold: Event | None = None) -> None:
         self.left, self.vocab_size, self.hold = 3, vocab_size, hold

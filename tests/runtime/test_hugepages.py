@@ -1,4 +1,4 @@
-"""Memory in huge pages: moved, unchanged, and none taken that was not there."""
+"""Huge pages: memory is moved with its content, and no absent page becomes resident."""
 
 import json
 import platform

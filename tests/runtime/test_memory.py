@@ -1,7 +1,7 @@
-"""Caches on a device: the same bits as beside numpy, and asked of the device that attention runs on.
+"""Caches on a device: bit-identical to caches in numpy's memory, and allocated on the device where attention runs.
 
-There is no GPU here. onnxruntime's own values and addresses are tried on "cpu", where numpy sees only copies of them as well,
-and what would be asked of CUDA is looked at.
+There is no GPU here. onnxruntime's own values and addresses are tested with the device "cpu", where numpy also sees only
+copies; requests for CUDA are recorded.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def bundles(
 
 
 def on_device(bundle: Bundle) -> OnnxDecoder:
-    """A decoder with caches as on a device, the device being the CPU."""
+    """A decoder with device caches, where the device is the CPU."""
     decoder = OnnxDecoder(bundle, threads=1)
     decoder.place = partial(DeviceBuffer, session=decoder.session, device="cpu")
     decoder.reset()
@@ -61,7 +61,7 @@ def on_device(bundle: Bundle) -> OnnxDecoder:
 
 
 def same(decoders: list[OnnxDecoder], *steps: Callable[[OnnxDecoder], Any]) -> None:
-    """Has two decoders do the same, and compares what they return and have cached, bit for bit."""
+    """Runs the same calls on two decoders, and compares their results and caches bit for bit."""
     for step in steps:
         ours, theirs = (step(decoder) for decoder in decoders)
         if isinstance(ours, np.ndarray):
@@ -77,7 +77,7 @@ def same(decoders: list[OnnxDecoder], *steps: Callable[[OnnxDecoder], Any]) -> N
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_the_same_bits(bundles: dict[str, Bundle], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read, grown, gone on until the sliding buffers moved up, rewound, put away and taken out again."""
+    """Reads, grows, continues until the sliding buffers have moved up, rewinds, takes a snapshot and restores it."""
     monkeypatch.setattr("slm.runtime.cache.FIRST_CAPACITY", 8)
     decoders = [on_device(bundles[kind]), OnnxDecoder(bundles[kind], threads=1)]
     same(decoders, lambda decoder: decoder.read(IDS[:5]))
@@ -97,7 +97,7 @@ def test_the_same_bits(bundles: dict[str, Bundle], kind: str, monkeypatch: pytes
 
 
 def test_what_is_written_to_another_place_shows(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: an address that is off by one position."""
+    """Negative control: an address that is wrong by one position."""
     decoders = [on_device(shared_bundle), OnnxDecoder(shared_bundle, threads=1)]
     for decoder in decoders:
         decoder.read(IDS[: CAPACITY - 2])
@@ -146,7 +146,7 @@ def test_complete_rows_and_rows_that_are_timed(shared_bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("place", [HostBuffer, "device"])
 def test_parts_are_where_they_should_be(shared_bundle: Bundle, place: Any) -> None:
-    """Against a plain array: rows, heads and positions, of a view too; nothing beside them is touched."""
+    """Compared with a plain array: rows, heads and positions, also of a view; nothing beside them changes."""
     plain = np.random.default_rng(2).normal(size=(3, 2, 5, 4)).astype(np.float16)
     if place == "device":
         place = partial(DeviceBuffer, session=OnnxDecoder(shared_bundle).session, device="cpu")
@@ -165,7 +165,7 @@ def test_parts_are_where_they_should_be(shared_bundle: Bundle, place: Any) -> No
 
 
 class Asked:
-    """What was asked of onnxruntime by device, with the CPU doing it."""
+    """Records what the code requests from onnxruntime for a device, and runs it on the CPU."""
 
     def __init__(self) -> None:
         self.allocated: list[str] = []

@@ -33,7 +33,7 @@ def test_the_prompt_is_seen_and_not_used() -> None:
 
 
 def choices(times: int = 4, prompt: tuple[int, ...] = (), **options: object) -> list[int]:
-    """The likeliest of the same logits again and again."""
+    """Returns the most likely tokens when choosing repeatedly from the same logits."""
     sampler = Sampler(Sampling(temperature=0, **options), prompt, 4)  # type: ignore[arg-type]
     before = LOGITS.copy()
     chosen = [sampler.choose(LOGITS) for _ in range(times)]

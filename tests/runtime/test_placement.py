@@ -1,4 +1,4 @@
-"""Bundles on a device that they were not exported for: refused with the command that helps, allowed on request, or named."""
+"""Bundles on a device that they were not exported for: rejected with a command that helps, allowed on request, or noted."""
 
 import json
 import shlex
@@ -33,13 +33,13 @@ COMMANDS = {
 
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime lists CUDA's provider, which then does not start."""
+    """onnxruntime lists CUDA's provider, which then fails to start."""
     monkeypatch.setattr("slm.runtime.session.available_devices", lambda: ["cpu", "cuda"])
 
 
 @pytest.fixture(scope="module")
 def home(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and one bundle of it for the CPU, in places with a space in their names."""
+    """A checkpoint and a bundle of it for the CPU, at paths with a space."""
     home = tmp_path_factory.mktemp("a home")
     shutil.copytree(shared_checkpoint, home / "checkpoint")
     export_bundle(home / "checkpoint", home / "onnx")
@@ -47,7 +47,7 @@ def home(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def recorded(bundle: Bundle, out: Path, **fields: Any) -> Bundle:
-    """A copy of a bundle whose manifest has other fields; nothing of the graph is changed."""
+    """Returns a copy of a bundle with other fields in its manifest; the graph is unchanged."""
     shutil.copytree(bundle.path, out)
     return amend(out, bundle.manifest.model_copy(update=fields))
 
@@ -73,7 +73,7 @@ def test_of_a_quantized_bundle_the_hint_quantizes(home: Path, tmp_path: Path, pr
         load(made.path, device="cuda")
     export, _, quantize = str(caught.value.hint).partition("; ")[0].partition(", then ")
     assert shlex.split(export)[:5] == ["slm", "export", "--onnx", "--device", "cuda"]
-    # What is quantized is what the command before it writes.
+    # The second command quantizes the output of the first.
     assert shlex.split(quantize) == ["slm", "quantize", option, str(home / "onnx-cuda")]
 
 
@@ -116,7 +116,7 @@ def test_every_command_refuses_unless_it_is_allowed(
     refused = slm(*arguments)
     assert refused.code == 1 and "was exported for the CPU" in refused.err and "Traceback" not in refused.err
     assert "slm export --onnx --device cuda" in refused.err and refused.out == ""
-    allowed = slm(*arguments, "--allow-slow")  # and comes as far as a machine without CUDA lets it
+    allowed = slm(*arguments, "--allow-slow")  # fails later, as it must on a machine without CUDA
     assert allowed.code == 1 and "the CUDA provider could not start" in allowed.err
 
 

@@ -1,4 +1,4 @@
-"""What a prompt has in common with earlier ones is not read again, and that changes nothing."""
+"""Prefix caching: a prompt's common prefix with earlier prompts is not read again, and the text stays the same."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ TOLERANCE = 2e-5
 
 @dataclass
 class Sized:
-    """A snapshot as far as the cache is concerned."""
+    """A snapshot of a given size."""
 
     length: int
     bytes: int
@@ -44,7 +44,7 @@ def test_the_longest_beginning_is_found() -> None:
 
 
 def test_tokens_are_told_apart_whatever_their_bytes() -> None:
-    """256 and 1 have a byte in common; a beginning ends between tokens."""
+    """256 and 1 have a byte in common; a prefix must end between tokens."""
     cache = PrefixCache(1000)
     cache.add([1], Sized(1, 1))
     assert cache.longest([256, 1]) is None and cache.longest([1, 256]) is not None and cache.longest([257]) is None
@@ -83,7 +83,7 @@ def kind(decoder: Decoder) -> str:
 
 
 def test_prompts_that_begin_alike(plain: Decoder) -> None:
-    """Turns of a chat, the same prompt again, another that parts early, something new: always as if read afresh."""
+    """Turns of a chat, a repeated prompt, one that diverges early, and a new one: results always equal a fresh read."""
     fresh = OnnxDecoder(plain.bundle, threads=1) if isinstance(plain, OnnxDecoder) else type(plain)(plain.model)  # type: ignore[attr-defined, call-arg]
     decoder = PrefixDecoder(plain, PrefixCache(10 << 20))
     first, other = IDS[:60], [*IDS[:40], *IDS[200:220]]
@@ -103,7 +103,7 @@ def test_prompts_that_begin_alike(plain: Decoder) -> None:
 
 
 def test_a_chat_goes_on_where_it_is(shared_bundle: Bundle) -> None:
-    """What was generated is known too, without a snapshot; short texts go back even where another question is asked."""
+    """Generated tokens are known without a snapshot; short texts rewind even if the next question differs."""
     decoder = PrefixDecoder(OnnxDecoder(shared_bundle, threads=1), PrefixCache(0))
     plain = OnnxDecoder(shared_bundle, threads=1)
     said = IDS[:10]
@@ -144,7 +144,7 @@ def test_nothing_is_taken_from_a_text_that_was_cut_off(shared_bundle: Bundle, mo
 
 
 def test_a_wrong_snapshot_shows(shared_bundle: Bundle) -> None:
-    """The control: tokens filed under others' snapshot."""
+    """Negative control: tokens stored with the snapshot of other tokens."""
     plain = OnnxDecoder(shared_bundle, threads=1)
     plain.read(IDS[100:130])
     cache = PrefixCache(10 << 20)
@@ -157,7 +157,7 @@ def test_a_wrong_snapshot_shows(shared_bundle: Bundle) -> None:
 
 
 def test_drafts_on_known_prompts(shared_bundle: Bundle) -> None:
-    """One around the other: the text is still that of plain decoding."""
+    """Each of the two decoders around the other: the text is still that of plain decoding."""
     plain = OnnxDecoder(shared_bundle, threads=1)
     inner = PrefixDecoder(OnnxDecoder(shared_bundle, threads=1), PrefixCache(10 << 20))
     decoder = SpeculativeDecoder(inner, 8)

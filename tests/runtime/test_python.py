@@ -1,4 +1,4 @@
-"""`slm` from Python: what is loaded, several prompts, options that are checked, seeds, conversations, errors."""
+"""The Python interface: loading, several prompts, checks of options, seeds, conversations, errors."""
 
 import copy
 import pickle
@@ -99,7 +99,7 @@ def test_one_prompt_at_fault_is_named_before_anything_is_read(
     for prompts, said in (
         (["The", "word " * 500], "prompt 2 of 2: the prompt has"),
         (["The", b"x"], "prompt 2 of 2: the prompt is bytes"),
-        ([[1], [999]], "prompt 2 of 2: the prompt has a token of id 999"),
+        ([[1], [999]], "prompt 2 of 2: the prompt has token id 999"),
         ([["a"]], "prompt 1 of 1: the prompt is a list of prompts"),
     ):
         with pytest.raises(slm.SlmError, match=said):
@@ -161,8 +161,8 @@ def test_load_and_chat_name_the_right_one_too(model: slm.Model) -> None:
         ([1.0], "the prompt is a list with float in it"),
         ([True], "the prompt is a list with bool in it"),
         ([1, "a"], "the prompt is a list with str in it"),
-        ([-1], "the prompt has a token of id -1"),
-        ([320], "the prompt has a token of id 320"),
+        ([-1], "the prompt has token id -1"),
+        ([320], "the prompt has token id 320"),
         (np.array([1.5]), "the prompt is an array of float64"),
         (np.zeros((1, 1, 1), int), "the prompt is an array of int64 with 3 dimensions"),
         ("half \udcff", "surrogate"),

@@ -1,4 +1,4 @@
-"""Going back and snapshots: exact where they are allowed, refused with a reason where positions are gone."""
+"""Rewinding and snapshots: exact if allowed, and rejected with a reason if positions are lost."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +59,7 @@ def make(request: pytest.FixtureRequest, shared_checkpoint: Path) -> Callable[[]
 
 
 def arrays(buffers: KVBuffers) -> dict[Any, np.ndarray]:
-    """The memory of buffers on a CPU."""
+    """Returns the arrays of buffers on a CPU."""
     return {key: buffer.array for key, buffer in buffers._buffers.items()}  # type: ignore[attr-defined]
 
 
@@ -72,7 +72,7 @@ def stepwise(decoder: Decoder, ids: list[int]) -> np.ndarray:
 
 
 def positions_held(decoder: Decoder, read: int) -> int:
-    """How many positions a sliding layer holds after single steps, worked out step by step."""
+    """Returns how many positions a sliding layer holds after single-token steps, simulated step by step."""
     if isinstance(decoder, TorchDecoder):
         return min(read, WINDOW - 1 + 16)
     if is_portable(decoder):
@@ -93,7 +93,7 @@ def is_int8(decoder: Decoder) -> bool:
 
 @pytest.mark.parametrize("read", [5, WINDOW, CAPACITY - 1, CAPACITY, CAPACITY + 1, CAPACITY + 9, 3 * CAPACITY + 4])
 def test_going_back_is_exact_or_refused(make: Callable[[], Decoder], read: int) -> None:
-    """Bit for bit: a text that went back is as one that never went further."""
+    """Bit for bit: a text that was rewound equals one that never went further."""
     allowed = refused = 0
     for length in {0, 1, read // 2, *(read - back for back in (0, 1, 2, 3, 5, 8, 13, 16, 17) if back <= read)}:
         decoder = make()
@@ -102,7 +102,7 @@ def test_going_back_is_exact_or_refused(make: Callable[[], Decoder], read: int) 
         if 0 < length < read and left < min(length, WINDOW - 1):
             with pytest.raises(SlmError, match=f"from {read} tokens to {length}: a sliding layer needs"):
                 decoder.rewind(length)
-            assert decoder.length == read  # nothing was lost by asking
+            assert decoder.length == read  # the rejected call changed nothing
             refused += 1
             continue
         decoder.rewind(length)
@@ -124,7 +124,7 @@ def test_nobody_goes_back_to_what_was_never_read(make: Callable[[], Decoder]) ->
 
 
 def test_without_moving_back_down_it_would_be_wrong(shared_bundle: Bundle) -> None:
-    """The control: the buffers moved up in between, so what is left must go back to where the graph expects it."""
+    """Negative control: the buffers moved up in between, so the rest must move back to where the graph expects it."""
     lengths = CAPACITY + 6, CAPACITY
     wanted = OnnxDecoder(shared_bundle, threads=1)
     stepwise(wanted, IDS[: lengths[1]])
@@ -142,7 +142,7 @@ def test_without_moving_back_down_it_would_be_wrong(shared_bundle: Bundle) -> No
 
 
 def test_going_back_where_it_is_refused_would_be_wrong(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other control: what is gone from the window shows."""
+    """Negative control: positions that left the window are missed."""
     monkeypatch.setattr("slm.runtime.cache.check_rewind", lambda *_: None)
     decoder, fresh = OnnxDecoder(shared_bundle, threads=1), OnnxDecoder(shared_bundle, threads=1)
     stepwise(decoder, IDS[: CAPACITY + 1])
@@ -152,7 +152,7 @@ def test_going_back_where_it_is_refused_would_be_wrong(shared_bundle: Bundle, mo
 
 
 def test_a_random_walk(make: Callable[[], Decoder]) -> None:
-    """Portions of any size, steps back of any size: always what a fresh read of the same tokens gives."""
+    """Reads of any length and rewinds of any length: the result always equals a fresh read of the same tokens."""
     chance = np.random.default_rng(11)
     decoder, fresh = make(), make()
     kept: list[int] = []
@@ -178,7 +178,7 @@ def test_a_random_walk(make: Callable[[], Decoder]) -> None:
 
 
 def test_what_is_revocable_is(make: Callable[[], Decoder]) -> None:
-    """Whatever was read before: as many tokens as promised can all be forgotten again."""
+    """After any reads, as many tokens as `revocable` states can be rewound."""
     decoder, fresh = make(), make()
     used = 0
     for position in range(1, 3 * CAPACITY):
@@ -223,7 +223,7 @@ def test_a_snapshot_restores_exactly(make: Callable[[], Decoder], length: int) -
 
 @pytest.mark.parametrize("length", BOUNDARIES)
 def test_a_restored_text_goes_back_by_a_token(make: Callable[[], Decoder], length: int) -> None:
-    """What a prompt read before needs: its last token read again gives the logits anew."""
+    """Reading the last token of a known prompt again returns the same logits."""
     decoder, fresh = make(), make()
     stepwise(decoder, IDS[:length])
     snapshot = decoder.snapshot()
@@ -270,7 +270,7 @@ def test_a_snapshot_belongs_to_its_model(
 
 @pytest.fixture
 def cut_off() -> Iterator[Callable[[Any, str], None]]:
-    """Makes a method raise KeyboardInterrupt after it has done its work, as Ctrl-C in a step does."""
+    """Makes a method raise KeyboardInterrupt after its work, like Ctrl-C during a step."""
     patch = pytest.MonkeyPatch()
 
     def cut(owner: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Sampling on distributions written by hand, and against transformers."""
+"""Sampling on hand-written distributions, and compared with transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def test_draw_follows_the_probabilities() -> None:
 
 
 def test_draw_follows_the_probabilities_over_a_vocabulary() -> None:
-    """Larger than a block, and not a multiple of one: the share of every eighth."""
+    """The vocabulary is larger than a block, and not a multiple of one: checks the share of every eighth token."""
     generator = np.random.default_rng(0)
     probabilities = softmax(generator.standard_normal(8 * 321).astype(np.float32))
     counts = np.bincount([draw(probabilities, generator) // 321 for _ in range(20_000)], minlength=8)
@@ -109,7 +109,7 @@ def test_draw_follows_the_probabilities_over_a_vocabulary() -> None:
 
 
 class Chance:
-    """A generator that says what it is told to."""
+    """A generator that returns given numbers."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -126,7 +126,7 @@ def test_draw_never_takes_an_impossible_token(before: int) -> None:
 
 
 def choose(sampling: Sampling, logits: Array = LOGITS, times: int = 1) -> list[int]:
-    """What is chosen from the same logits again and again, without a history."""
+    """Chooses repeatedly from the same logits, without a history."""
     generator = sampling.generator()
     return [sampling.choose(logits, generator) for _ in range(times)]
 
@@ -180,7 +180,7 @@ def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_bias_for_a_token_that_is_not_there_is_refused() -> None:
     for token in (-1, 4):
-        with pytest.raises(SlmError, match=f"names the token {token}, and ids go from 0 to 3"):
+        with pytest.raises(SlmError, match=f"has token id {token}; ids are from 0 to 3"):
             Sampler(Sampling(logit_bias={token: 1}), [0], 4)
 
 

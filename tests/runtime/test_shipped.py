@@ -1,4 +1,4 @@
-"""The model inside the package: sound, small, and what `slm generate` falls back to."""
+"""The bundled demo model: intact, small, and the default of `slm generate`."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Drafts change the time that a text takes and nothing else, however right or wrong they are."""
+"""Drafts change only the time of a text, whether they are right or wrong."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ PROMPT = [5, 6, 7, 8]
 # Steps of several tokens add in another order than single steps: measured 3e-6 on logits of standard deviation 0.4.
 TOLERANCE = 2e-5
 
-# Texts of a random model: one that soon repeats itself, one that hardly does, one in between.
+# Texts of a random model: one that soon repeats, one that hardly does, one in between.
 SAMPLINGS = {
     "repeats": GREEDY,
     "does not": Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=1),
@@ -79,7 +79,7 @@ def text_of(decoder: Decoder, sampling: Sampling, new: int = NEW) -> list[int]:
 
 
 def needs_equal_rows(bundle: Bundle) -> None:
-    """Skips where a step of several tokens gives other bits than single steps do, which is the processor's affair."""
+    """Skips the test if this processor's steps of several tokens differ in bits from single-token steps."""
     ones, several = OnnxDecoder(bundle, threads=1), OnnxDecoder(bundle, threads=1)
     if not np.array_equal([ones.read([token]) for token in PROMPT], several.read_each(PROMPT)):
         pytest.skip("the INT8 kernels of this processor add a row by itself in another order")
@@ -101,7 +101,7 @@ def test_the_text_is_that_of_plain_decoding(plain: Decoder, text: str, draft_tok
 
 
 def test_int8_logits_are_the_same_bits(int8_bundle: Bundle) -> None:
-    """With INT8 caches and blocks of 32: every row of logits that is served, not just the choice made from it."""
+    """With INT8 caches and blocks of 32: compares every row of logits, not only the chosen tokens."""
     needs_equal_rows(int8_bundle)
     plain = OnnxDecoder(int8_bundle, threads=1)
     drafting = SpeculativeDecoder(OnnxDecoder(int8_bundle, threads=1), 15)
@@ -114,7 +114,7 @@ def test_int8_logits_are_the_same_bits(int8_bundle: Bundle) -> None:
 
 @pytest.fixture
 def drafts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
-    """Replaces what is looked up by drafts from a known text, true for a while and then not, and trusts them."""
+    """Replaces drafts by a known text, alternately right and wrong, and always trusts them."""
 
     def plant(text: Sequence[int]) -> None:
         chance = np.random.default_rng(2)
@@ -134,7 +134,7 @@ def drafts(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], None]:
 def test_drafts_right_and_wrong_of_every_length(
     plain: Decoder, text: str, drafts: Callable[[Sequence[int]], None]
 ) -> None:
-    """The logits too, across every place where the buffers move up."""
+    """Compares logits too, across every position where the buffers move up."""
     tokens = [*PROMPT, *text_of(plain, SAMPLINGS[text], 200)]
     exact = isinstance(plain, OnnxDecoder) and plain.bundle.manifest.precision == "int8"
     if exact:
@@ -154,7 +154,7 @@ def test_drafts_right_and_wrong_of_every_length(
 def test_what_did_not_come_true_must_be_forgotten(
     float_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, drafts: Callable[[Sequence[int]], None]
 ) -> None:
-    """The control: with wrong tokens left in the caches the text is another one."""
+    """Negative control: with wrong tokens left in the caches, the text differs."""
     decoder = OnnxDecoder(float_bundle, threads=1)
     wanted = text_of(decoder, GREEDY, 60)
     drafts([*PROMPT, *wanted])
@@ -177,7 +177,7 @@ def test_the_context_ends_a_text_where_it_would_end_anyway(float_bundle: Bundle)
 
 
 class Scripted:
-    """A decoder that computes nothing and remembers what it was asked."""
+    """A decoder that computes nothing and records its calls."""
 
     context, vocab_size, description = 4096, 8, "a script"
 
@@ -205,7 +205,7 @@ class Scripted:
 
 
 def test_logits_are_those_of_the_token_read() -> None:
-    """Of every token, drafted or not; and at the end the decoder has read just the text."""
+    """Holds for every token, drafted or not; at the end the decoder has read exactly the text."""
     script = Scripted()
     drafting = SpeculativeDecoder(script, 6)  # type: ignore[arg-type]
     text = [1, 2, 3, 4] * 10 + [5, 6] * 10 + [1, 2, 3, 4] * 3
@@ -228,7 +228,7 @@ def test_drafts_that_never_come_true_are_given_up() -> None:
 
 
 def test_drafts_come_back_when_the_text_begins_to_repeat() -> None:
-    """What was only thought of is counted too."""
+    """Tokens that were drafted but not read ahead count too."""
     script = Scripted()
     drafting = SpeculativeDecoder(script, 15)  # type: ignore[arg-type]
     for token in [*np.random.default_rng(0).integers(0, 100, 500).tolist(), *([1, 2, 3, 4, 5] * 40)]:
@@ -247,7 +247,7 @@ def test_drafts_stay_within_what_can_be_forgotten(revocable: int) -> None:
 
 
 def test_a_prompt_after_drafts(float_bundle: Bundle) -> None:
-    """Reading several tokens, going back and snapshots, in the middle of what was read ahead."""
+    """Reads of several tokens, rewinds and snapshots, while tokens are read ahead."""
     drafting = SpeculativeDecoder(OnnxDecoder(float_bundle, threads=1), 10)
     plain = OnnxDecoder(float_bundle, threads=1)
     for decoder in (drafting, plain):

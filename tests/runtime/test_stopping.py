@@ -1,4 +1,4 @@
-"""Stop texts: the same end wherever the text is cut, and nothing shown that belongs to one."""
+"""Stop texts: the text ends at the same place however it is cut, and no part of a stop text is shown."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from slm.runtime.stopping import StopTexts
 
 
 def shown(stops: list[str], pieces: list[str]) -> list[str]:
-    """What is let through for each piece, and at the end."""
+    """Returns the text that passes for each piece, and at the end."""
     texts = StopTexts(stops)
     return [*(texts.push(piece) for piece in pieces), texts.finish()]
 

@@ -1,4 +1,4 @@
-"""Text as tokens come: whole characters whatever the vocabulary, the same text however it was cut."""
+"""Streaming: whole characters for any vocabulary, and the same text however it is cut."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,14 +40,14 @@ SPECIAL = 256 + len(PIECES)
 
 
 def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of the tokens, as it becomes certain."""
+    """Returns the text of the tokens, as it becomes certain."""
     stream = TextStream(tokenizer)
     return [piece for piece in (*(stream.push(i) for i in ids), stream.finish()) if piece]
 
 
 @st.composite
 def cuts(draw: st.DrawFn) -> tuple[str, list[int]]:
-    """A text and tokens that spell it: at each place one of the pieces that fit, or a character's bytes."""
+    """Returns a text and tokens that spell it: at each place a piece that fits, or a character's bytes."""
     text = draw(st.text("thea bé🦊東ß", max_size=12))
     marked, ids = "▁" + text.replace(" ", "▁"), []
     while marked:
@@ -142,7 +142,7 @@ def test_any_cut_ends_at_the_same_stop_text(cut: tuple[str, list[int]], stops: l
     assert result.stopped == ("stop" if any(stop in text for stop in stops) else "length")
     tokens = [piece.token for piece in made if piece.token is not None]
     assert tokens == result.tokens == ids[: len(tokens)]
-    if result.stopped == "stop":  # nothing is asked of the model once the stop text is there
+    if result.stopped == "stop":  # the model is not called after the stop text
         complete = VOCABULARIES["llama"].decode(tokens)
         assert any(stop in complete for stop in stops)
         assert not any(stop in VOCABULARIES["llama"].decode(tokens[:-1]) for stop in stops)

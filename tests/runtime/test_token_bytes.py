@@ -1,4 +1,4 @@
-"""Every token's own bytes, whatever the vocabulary: joined they are the text, also where tokens are parts of characters."""
+"""The bytes of every token in any vocabulary: joined they are the text, even if tokens are parts of characters."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tiny model with which `slm doctor` tries a provider: what onnx's checker reads, and numbers that can be wrong."""
+"""The tiny model of `slm doctor`: onnx's checker accepts it, and wrong numbers are found."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def test_wrong_numbers_are_an_error(monkeypatch: pytest.MonkeyPatch, wrong: floa
     attended = trial._attended
     monkeypatch.setattr(trial, "_attended", lambda hidden, size: attended(hidden, size) + np.float32(wrong))
     found = trial.try_provider(CPU)
-    assert not found["ran"] and "differs from the right result by" in found["error"]
+    assert not found["ran"] and "differs from the reference by" in found["error"]
 
 
 def test_a_causal_mask_that_is_missing_would_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Type checkers see the public API: a script that is right passes mypy, and each mistake in another is found."""
+"""Type checkers and the public API: a correct script passes mypy, and each mistake in another script is found."""
 
 import os
 import subprocess

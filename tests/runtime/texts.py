@@ -13,14 +13,14 @@ from slm.runtime.streaming import run
 def started(
     decoder: Decoder, prompt: Sequence[int], sampling: Sampling, new: int, stop: Collection[int] = (), **options: Any
 ) -> Generation:
-    """A text that is checked and not begun."""
+    """Returns a checked text that has not begun."""
     return Generation(Request(prompt, sampling, new, stop, **options), decoder.context, decoder.vocab_size)
 
 
 def completed(
     decoder: Decoder, prompt: Sequence[int], sampling: Sampling, new: int, stop: Collection[int] = (), **options: Any
 ) -> Result:
-    """A text that ran alone."""
+    """Returns the result of a text that runs alone."""
     return run(decoder, started(decoder, prompt, sampling, new, stop, **options)).finish()
 
 
@@ -32,6 +32,6 @@ def completed_together(
     stop: Collection[int] = (),
     slots: int = SLOTS,
 ) -> list[list[int]]:
-    """The tokens of texts that ran together."""
+    """Returns the tokens of texts that run together."""
     texts = [started(decoder, *each, new, stop) for each in zip(prompts, samplings, strict=True)]
     return [result.tokens for result in run_batch(decoder, texts, slots)]

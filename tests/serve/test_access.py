@@ -21,7 +21,7 @@ BODY = json.dumps({"model": NAME, "prompt": "One", "max_tokens": 1}).encode()
 def ask(
     running: Any, *headers: bytes, line: bytes = b"POST /v1/completions HTTP/1.1", body: bytes = BODY
 ) -> tuple[int, bytes]:
-    """Sends a request as it is written here and returns its status and everything that came."""
+    """Sends a request exactly as given; returns its status and all received bytes."""
     head = b"\r\n".join([line, *headers, b"connection: close", b"content-length: %d" % len(body), b"", b""])
     with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
         connection.sendall(head + body)
@@ -136,7 +136,7 @@ def test_which_names_a_server_answers_to() -> None:
 
 
 def test_pages_elsewhere_cannot_use_a_server_without_keys(serve: Callable[..., Any]) -> None:
-    """A form or `fetch(…, {mode: "no-cors"})` sends text/plain without asking: the origin alone tells it apart."""
+    """A form or `fetch(…, {mode: "no-cors"})` sends text/plain without a preflight: only the origin identifies it."""
     running = serve(hosts=LOCAL)
     plain = b"content-type: text/plain"
     for origin in (
@@ -204,7 +204,7 @@ def test_no_host_header_is_no_browser() -> None:
 
 
 def test_websockets_are_refused_before_they_are_accepted() -> None:
-    """Whatever server stands around the application: `slm serve` itself never offers them."""
+    """Holds for any server around the application: `slm serve` itself never offers WebSocket."""
     reached, sent = [], []
 
     async def application(*_: Any) -> None:

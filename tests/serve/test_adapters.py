@@ -1,4 +1,4 @@
-"""Adapters as models: each request is answered with the one that it names, whoever is answered beside it."""
+"""Adapters as models: each request uses the adapter that it names, whichever requests run beside it."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

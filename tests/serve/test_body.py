@@ -1,4 +1,4 @@
-"""Bodies made to be expensive: each is refused for its first error, in little time and memory, beside the event loop."""
+"""Expensive bodies: each is rejected for its first error, in little time and memory, outside the event loop."""
 
 import asyncio
 import gc
@@ -87,7 +87,7 @@ def test_a_bomb_costs_no_more_than_its_size(name: str) -> None:
 
 
 def test_large_requests_that_are_good() -> None:
-    """The negative control: what stands in texts does not count, nor does a long text."""
+    """Negative control: characters within texts do not count, nor does a long text."""
     code = '{"a": [1, 2, "\\\\"], "b": {}}\n' * 8000
     request = parsed(json.dumps({"prompt": code}).encode(), TEXT)
     assert request.prompt == code and code.count("{") > MOST_CONTAINERS / 2
@@ -188,7 +188,7 @@ def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(
 def test_what_is_long_together_is_read_beside_the_event_loop(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
 ) -> None:
-    """Each text is short, but one request has many of them. A request that is short altogether stays on the loop."""
+    """Each text is short, but one request has many of them. A request that is short in total stays on the event loop."""
     running = serve(slots=16)
     on_loop: list[bool] = []
     for name in ("_encoded", "_submit"):

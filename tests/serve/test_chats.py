@@ -1,4 +1,4 @@
-"""Chats with a model that has a template of its own: rendered beside the event loop, which has others to serve."""
+"""Chats with a model that has its own template: rendered outside the event loop."""
 
 import asyncio
 import shutil
@@ -37,7 +37,7 @@ def chat(said: str) -> dict[str, Any]:
 def test_no_chat_is_rendered_on_the_event_loop(
     serve: Callable[..., Any], foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However short it is."""
+    """Holds even for the shortest chat."""
     rendered_on: list[str] = []
     chat_ids = app.chat_ids
 

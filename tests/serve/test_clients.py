@@ -1,4 +1,4 @@
-"""What the official clients, and those of typed languages, send: harmless fields are accepted, and each answer parses."""
+"""Requests of the official and of typed clients: harmless fields are accepted, and each response can be parsed."""
 
 import json
 import logging
@@ -183,7 +183,7 @@ def test_what_is_above_the_limit_is_clamped(running: Any) -> None:
 
 
 def test_other_spellings_of_the_same(running: Any) -> None:
-    """`top_p` 0, which OpenAI permits, keeps the likeliest token alone; `top_k` -1, which is vLLM's default, keeps all."""
+    """`top_p` 0, which OpenAI permits, keeps only the most likely token; `top_k` -1, vLLM's default, keeps all."""
     for of in PATHS:
         wanted = {name: post(running, of, {"seed": 1, "max_tokens": 8, **change}).json() for name, change in {
             "likeliest": {"temperature": 0}, "top_p": {"top_p": 0}, "all": {"top_k": 0}, "top_k": {"top_k": -1},

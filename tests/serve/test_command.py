@@ -1,4 +1,4 @@
-"""`slm serve` as a process: it says where it listens, answers, and ends when it is told to."""
+"""`slm serve` as a process: it prints its address, serves, and ends on a signal."""
 
 import json
 import os
@@ -45,14 +45,14 @@ def process(shared_bundle: Bundle, tmp_path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Said:
-    """What a server printed at its start, and its address."""
+    """The output of a server at its start, and its address."""
 
     url: str
     text: str
 
 
 def listening(process: Any) -> Said:
-    """Waits until it serves."""
+    """Waits until the server accepts connections."""
     said = ""
     while "listening" not in said:
         line = process.stderr.readline()
@@ -119,7 +119,7 @@ def test_options_have_bounds(slm: Callable[..., Any], arguments: tuple[Any, ...]
 def test_keys_that_are_none_are_refused(
     slm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: str
 ) -> None:
-    """Who sets the variable or names a file wants a key to be needed, and no server without."""
+    """A variable or file that holds no key is an error: the user wants a key to be required."""
     (tmp_path / "keys").write_text(keys.replace(",", "\n"))
     result = slm("serve", "--api-key-file", tmp_path / "keys", "--port", 0)
     assert result.code == 1 and "API key" in result.err

@@ -1,4 +1,4 @@
-"""Connections that say nothing, or little by little: others are answered all the same, and files do not run out."""
+"""Idle and slow connections: other clients are still served, and file descriptors do not run out."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ def health(running: Any) -> int:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the other side has not closed; what it sent is dropped."""
+    """Returns whether the other side has not closed the connection; drops received data."""
     connection.settimeout(0.01)
     try:
         while connection.recv(65536):
@@ -62,7 +62,7 @@ HALF_BODY = (
 
 
 def wait_for(places: Connections, count: int, *, unfinished: bool) -> None:
-    """Waits until the server has so many connections, and has read the headers of their requests where there are any."""
+    """Waits until the server has so many connections, and has read the headers of their requests, if any."""
     until = time.monotonic() + 10
     while sum(each.unfinished or not unfinished for each in list(places._open)) < count:
         assert time.monotonic() < until
@@ -83,7 +83,7 @@ def test_the_oldest_makes_room(serve: Callable[..., Any], sent: bytes) -> None:
 
 
 def test_slow_bodies_do_not_displace_new_connections(serve: Callable[..., Any]) -> None:
-    """A connection that has just been opened has said nothing yet; bodies that came earlier make room before it does."""
+    """A new connection has had no time to send; connections with unfinished bodies are closed before it."""
     places = Connections(4, headers_s=60)
     running = serve(connections=places)
     bodies = [connect(running, HALF_BODY) for _ in range(4)]
@@ -122,7 +122,7 @@ def test_who_is_being_answered_keeps_the_place(serve: Callable[..., Any]) -> Non
 
 
 def test_headers_have_a_deadline(serve: Callable[..., Any]) -> None:
-    """Bytes that come one by one do not put it off, neither on a new connection nor on one that was answered before."""
+    """Single bytes do not extend the deadline, neither on a new connection nor after a response."""
     running = serve(connections=Connections(headers_s=0.6))
     silent, slow, kept = connect(running), connect(running, HALF_HEAD), connect(running)
     kept.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -137,7 +137,7 @@ def test_headers_have_a_deadline(serve: Callable[..., Any]) -> None:
 
 
 def test_a_whole_body_has_a_deadline(serve: Callable[..., Any]) -> None:
-    """Pieces that keep coming do not put it off."""
+    """Further pieces do not extend the deadline."""
     running = serve(Limits(patience_s=0.5, new_tokens=64), connections=Connections(headers_s=0.5))
     drip = connect(running, HALF_BODY)
     until, received, closed = time.monotonic() + 60, b"", False
@@ -205,7 +205,7 @@ def test_what_is_no_http_is_answered_in_the_envelope(serve: Callable[..., Any]) 
 
 
 def test_idle_connections_do_not_use_up_the_files(shared_bundle: Bundle, tmp_path: Path) -> None:
-    """A process that may have 160 files and meets 300 connections, which today's logs do not note with a traceback each."""
+    """A process with a limit of 160 files and 300 connections logs no traceback for each connection."""
     limit = 160
     command = [sys.executable, "-m", "slm", "serve", str(shared_bundle.path), "--port", "0", "--name", "m"]
     with (tmp_path / "log").open("w") as log:

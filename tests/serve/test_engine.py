@@ -1,4 +1,4 @@
-"""Continuous batching: every text is what it would be alone, whoever comes and goes meanwhile."""
+"""Continuous batching: every text equals the text that its request gets alone, whichever texts join and leave."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ PATIENCE_S = 60
 
 
 class Listener:
-    """Collects what comes of a text."""
+    """Collects the events of a text."""
 
     def __init__(self) -> None:
         self.events: Queue[Piece | Result] = Queue()
@@ -103,7 +103,7 @@ def test_texts_that_come_and_go_are_what_they_are_alone(start: Callable[..., Eng
 
 
 def test_a_long_prompt_does_not_hold_others_up(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
-    """While one is read in pieces, the other goes on: a token for every piece at most waits for it."""
+    """While one prompt is read in pieces, the other text continues: each piece delays it by at most one token."""
     engine = start(slots=2, prefill_tokens=4, prefix_bytes=0)
     short, long = prompts(shared_bundle, [2, 48])
     _, first = ask(engine, short, max_new_tokens=40)
@@ -131,7 +131,7 @@ def test_a_long_prompt_does_not_hold_others_up(start: Callable[..., Engine], sha
 
 
 def test_short_prompts_are_read_between_the_same_steps(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
-    """As many as one piece may have tokens: those that come together take their first step together."""
+    """Short prompts whose sum fits into one piece are read together and take their first step together."""
     engine = start(slots=5, prefill_tokens=10, prefix_bytes=0)
     order: list[int] = []
     step = engine.scheduler.batch.step
@@ -273,7 +273,7 @@ def test_prompts_that_begin_alike_are_not_read_again(start: Callable[..., Engine
 
 def test_a_constraint_decides_what_may_come(start: Callable[..., Engine], shared_bundle: Bundle) -> None:
     class Only:
-        """Three tokens of a kind, and no other."""
+        """Allows three tokens of one kind, and no other token."""
 
         def __init__(self) -> None:
             self.left = 3
@@ -338,7 +338,7 @@ def test_a_defect_is_told_to_everybody(
 
 
 def hold_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Has steps wait for an event, as if onnxruntime did not return."""
+    """Makes steps wait for an event, as if onnxruntime did not return."""
     go_on, step = threading.Event(), engine.scheduler.batch.step
 
     def held_up(tokens: Any) -> Any:
@@ -350,7 +350,7 @@ def hold_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def test_a_step_that_does_not_return_is_noticed(start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everybody hears of it, nothing comes after that, and once the step returns the engine goes on."""
+    """Every client receives an error and nothing after it; once the step returns, the engine continues."""
     engine = start(slots=1, step_timeout_s=0.4)
     go_on = hold_up(engine, monkeypatch)
     (_, running), (_, waiting) = ask(engine, [5, 6, 7]), ask(engine, [8, 9])

@@ -1,4 +1,4 @@
-"""The HTTP interface, asked by OpenAI's own client and by hand."""
+"""The HTTP API, called by OpenAI's client and by hand-written requests."""
 
 import json
 import time

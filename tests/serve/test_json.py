@@ -1,4 +1,4 @@
-"""Answers of the model that ships keep to JSON schemas, all of them, whatever chance has it write."""
+"""Completions of the demo model follow JSON schemas, whatever is sampled."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ SCHEMAS: dict[str, Any] = {
 
 
 def keeps(text: str, schema: Any) -> bool:
-    """Whether a text is JSON that keeps to a schema."""
+    """Returns whether a text is JSON that follows a schema."""
     try:
         Draft202012Validator(schema).validate(json.loads(text))
     except (json.JSONDecodeError, ValidationError):
@@ -75,7 +75,7 @@ def keeps(text: str, schema: Any) -> bool:
 
 
 def written(running: Any, name: str, seed: int, kept: bool) -> tuple[str, str]:
-    """Returns an answer at temperature 1 and why it ended: half of them chats, half completions."""
+    """Returns a completion at temperature 1 and its finish reason: half of them chats, half completions."""
     client: openai.OpenAI = running.client()
     form: Any = {"type": "json_schema", "json_schema": {"name": name, "schema": SCHEMAS[name], "strict": True}}
     extra: Any = {"response_format": form} if kept else {}
@@ -92,7 +92,7 @@ def written(running: Any, name: str, seed: int, kept: bool) -> tuple[str, str]:
 
 
 def all_written(running: Any, seeds: range, kept: bool = True) -> list[tuple[str, str, str]]:
-    """Returns schemas, answers and why they ended, eight asked at a time."""
+    """Returns schemas, completions and finish reasons, eight requests at a time."""
     cases = [(name, seed) for name in SCHEMAS for seed in seeds]
     with ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda case: written(running, *case, kept), cases)
@@ -118,7 +118,7 @@ def test_answers_keep_to_their_schemas(shipped: Any, examples: int) -> None:
 
 
 def test_without_the_schema_none_does(shipped: Any) -> None:
-    """The negative control: the model by itself writes stories."""
+    """Negative control: without a schema the model generates stories."""
     assert not any(keeps(text, SCHEMAS[name]) for name, text, _ in all_written(shipped, range(2), kept=False))
 
 

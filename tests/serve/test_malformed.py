@@ -1,4 +1,4 @@
-"""What is wrong is a 400 in OpenAI's envelope and harms nobody else: by hand, what a generator of cases would not think of."""
+"""Invalid requests get a 400 in OpenAI's envelope and affect no other client: cases that a generator would not find."""
 
 import json
 import socket
@@ -221,7 +221,7 @@ def test_methods_and_paths_that_are_none(serve: Callable[..., Any]) -> None:
 
 
 def test_a_path_that_does_not_exist_is_named(serve: Callable[..., Any]) -> None:
-    """OpenAI's code for it; a redirect would be made of the Host header."""
+    """The response has OpenAI's code; a redirect would contain the Host header."""
     running = serve()
     response = httpx.post(f"{running.url}/v1/embeddings", headers={"host": "elsewhere.example"})
     error = response.json()["error"]

@@ -1,4 +1,4 @@
-"""Cases that schemathesis makes of the OpenAPI description: none is a defect, and every answer is one that is described."""
+"""Cases that schemathesis generates from the OpenAPI description: none causes a defect, and every response is described."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def test_drawn_cases(serve: Callable[..., Any], examples: int) -> None:
 
 
 def test_a_defect_would_be_found(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control: fields of a request that fail, and one of an answer that is not described."""
+    """Negative control: request fields that fail, and a response field that is not described."""
     from slm.serve import answers
 
     sampling, usage = answers._sampling, answers.usage_of

@@ -1,4 +1,4 @@
-"""What whoever runs a server relies on: cut-off answers, clients that do not read, prefixes, logs without text."""
+"""Operation of a server: time limits, clients that do not read, prefix caching, logs without text."""
 
 import json
 import socket
@@ -76,7 +76,7 @@ def test_what_is_known_of_a_prompt_is_told(serve: Callable[..., Any]) -> None:
 
 
 def test_a_client_that_does_not_read_holds_nobody_up(serve: Callable[..., Any]) -> None:
-    """Its texts are made all the same, what it does not take waits in bounded memory, and after a while it is let go."""
+    """Its texts are generated, unread data waits in bounded memory, and after the time limit it is disconnected."""
     running = serve(Limits(new_tokens=10_000, patience_s=1), slots=4)
     host, port = running.url.removeprefix("http://").split(":")
     body = {
@@ -112,7 +112,7 @@ def test_a_client_that_does_not_read_holds_nobody_up(serve: Callable[..., Any]) 
 def test_logs_say_nothing_of_the_text(
     serve: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    """Not of what is asked or answered; not of what is refused, nor of what a defect quotes."""
+    """Neither prompts, completions and rejected input appear in the log, nor texts that a defect quotes."""
     from slm.serve import answers
 
     caplog.set_level("DEBUG")

@@ -1,4 +1,4 @@
-"""Schemas that are made to be expensive: each is refused, or costs its own answer alone."""
+"""Expensive schemas: each is rejected, or slows down only its own completion."""
 
 import errno
 import os
@@ -121,7 +121,7 @@ def test_a_process_that_was_killed_is_started_again(tokenizer: Tokenizer) -> Non
 def test_a_process_that_does_not_start_is_not_the_schemas_fault(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same schema is followed once the process can be started again."""
+    """The same schema is compiled once the process can start again."""
     grammars, popen = Grammars(tokenizer, 320, (0, 2)), child.popen
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -139,7 +139,7 @@ def test_a_process_that_does_not_start_is_not_the_schemas_fault(
 
 
 def test_a_schema_that_waits_for_something_is_given_up(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forked process may wait for a thread that it does not have; that costs no processor time."""
+    """A forked process may wait for a thread that it does not have, which uses no processor time."""
     made = schema_check.tokenizer_of({"tokenizer": tokenizer.backend.to_str(), "size": 320, "stops": [0, 2]})
     monkeypatch.setattr(schema_check, "_MOST_WAITING_S", 0.2)
     monkeypatch.setattr(schema_check, "grammar_of", lambda schema: time.sleep(60))
@@ -280,7 +280,7 @@ def test_how_constrained_texts_end(engine: Engine) -> None:
 
 
 def test_answers_come_before_schemas(tokenizer: Tokenizer) -> None:
-    """The process that tries schemas has a low priority."""
+    """The process that checks schemas has a low priority."""
     grammars = Grammars(tokenizer, 320, (0, 2))
     grammars.json({"type": "boolean"})
     assert grammars._checker is not None

@@ -1,4 +1,4 @@
-"""How a server ends: answers that can be finished are, others end with an error, and the process ends in a bounded time."""
+"""Shutdown: requests finish if they can, others end with an error, and the process ends in a bounded time."""
 
 import asyncio
 import http.client
@@ -131,7 +131,7 @@ def test_deadlines_fire_while_a_step_is_stuck(start: Callable[..., Process]) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_answers_that_take_too_long_end_with_an_error(start: Callable[..., Process], number: signal.Signals) -> None:
-    """In the envelope when whole, as an event in a stream; of those in the queue and of half a body too."""
+    """In the envelope for whole responses, as an event in streams; includes queued requests and a half-sent body."""
     server = start(0.05, "--grace", "1", "--slots", "2")
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(server.complete, stream=bool(i % 2)) for i in range(5)]
@@ -168,7 +168,7 @@ def test_answers_that_can_be_finished_are(start: Callable[..., Process]) -> None
         assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 60
         assert stream.result()[1].endswith(b"data: [DONE]\n\n")
     assert code == 128 + signal.SIGTERM  # before the grace period ends, for which `ends` would not wait
-    assert "\nstopping: 2 requests have up to 90 s; Ctrl-C again ends them at once\n" in server.said
+    assert "\nstopping: 2 requests have up to 90 s to finish; press Ctrl-C again to end immediately\n" in server.said
 
 
 def cut_off(server: Process) -> None:
@@ -215,7 +215,7 @@ def test_a_closed_terminal_does_not_end_what_nohup_started(start: Callable[..., 
 
 
 def test_a_request_that_waits_for_something_else_ends_too(serve: Callable[..., Any], monkeypatch: Any) -> None:
-    """Such as a thread that works on its text: whatever it is, its client hears of the end."""
+    """For example a thread that processes its text: the client receives an error in any case."""
     from slm.serve import app
 
     released = threading.Event()
@@ -235,7 +235,7 @@ def test_a_request_that_waits_for_something_else_ends_too(serve: Callable[..., A
 
 
 def test_a_stream_that_nobody_ends_is_ended(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should the engine not end its texts, the server ends their requests."""
+    """If the engine does not end its texts, the server ends their requests."""
     running = serve(Limits(new_tokens=10_000), grace_s=0.3)
     service, engine = running.service, running.service.engine
     monkeypatch.setattr(service, "stop", lambda: setattr(service, "stopping", True))
@@ -258,7 +258,7 @@ def test_a_stream_that_nobody_ends_is_ended(serve: Callable[..., Any], monkeypat
 
 
 def test_closed_standard_streams(shared_bundle: Bundle) -> None:
-    """No socket and no file takes their place."""
+    """Neither sockets nor files get their descriptors."""
     program = (
         "import os, sys\n"
         "for number in range(3): os.close(number)\n"

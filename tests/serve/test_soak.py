@@ -1,4 +1,4 @@
-"""The soak of `benchmarks/soak.py`, for seconds: what it compares, and that it would tell."""
+"""A few seconds of `benchmarks/soak.py`: its comparisons, and that they detect errors."""
 
 import asyncio
 import sys
@@ -48,7 +48,7 @@ def test_mixed_requests_for_seconds(soaking: ModuleType, server: Any) -> None:
     assert not found.wrong
     assert all(found.counts[what] for what in ("stream", "whole", "gone", "killed", "slow", "429"))
     assert server.stop() == 128 + 15
-    # The negative control: an answer of somebody else, or a text that never ended.
+    # Negative control: a completion of another request, or a text that never ended.
     question, other = next(iter(known)), list(known.values())[1]
     reply = soaking.Reply(200, events=[{"choices": [{"index": 0, "text": known[question][0]}]}], complete=True)
     assert soaking.difference(reply, "stream", known[question]) is None
@@ -65,7 +65,7 @@ def test_memory_that_grows_is_told(soaking: ModuleType) -> None:
 
 
 def test_a_server_that_mixes_answers_up_is_found_out(soaking: ModuleType, server: Any) -> None:
-    """The negative control of the whole: what is held to be right is what another request gets."""
+    """Negative control of the whole benchmark: the expected text is that of another request."""
     asked = soaking.questions([soaking.MODEL])[:5]
     known = asyncio.run(soaking.answers_alone(server.port, asked))
     swapped = dict(zip(known, [*list(known.values())[1:], next(iter(known.values()))], strict=True))

@@ -423,7 +423,7 @@ def test_a_disk_that_is_full(small_recipe: MakeRecipe, stopper: Any) -> None:
     assert ended.returncode == 1, ended.stderr
     *_, error, hint = ended.stderr.splitlines()
     assert error.startswith("error: no space left on the disk for ") and "small/run/" in error
-    assert hint.startswith("hint: free some")
+    assert hint.startswith("hint: free disk space")
     assert "Traceback" not in ended.stderr
     assert check_what_is_there(Path("after")) >= STOPPED_AT - 2
     resume(Path("after"))

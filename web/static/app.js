@@ -46,7 +46,7 @@ function refresh() {
   $("log").setAttribute("aria-busy", String(running !== null));
   for (const input of document.querySelectorAll("#modes input")) input.disabled = running !== null;
   const talk = talking();
-  $("prompt-label").textContent = talk ? "What you say" : "Text to go on with";
+  $("prompt-label").textContent = talk ? "What you say" : "Text to continue";
   $("write").textContent = talk ? "Say" : "Write";
   for (const each of document.querySelectorAll(".for-talk")) each.hidden = !talk || !site?.model.system;
   $("note").hidden = !talk || !site || site.model.tuned;
@@ -225,14 +225,14 @@ async function connect() {
   for (const each of document.querySelectorAll(".for-key")) each.hidden = !site.key;
   if (site.key && !backend.key) {
     $("settings").open = true;
-    $("where").textContent = "Answers come from the server, which wants an API key.";
+    $("where").textContent = "Answers come from the server, which requires an API key.";
     return;
   }
   const names = await backend.models();
   $("models").replaceChildren(...names.map((name) => new Option(name)));
   for (const each of document.querySelectorAll(".for-models")) each.hidden = names.length < 2;
   backend.model = names[0];
-  $("where").textContent = "Answers come from the server that this page is from.";
+  $("where").textContent = "Answers come from the server of this page.";
   ready = true;
   refresh();
 }
@@ -265,7 +265,7 @@ async function start() {
   elements.mode.value = site.model.chat && site.model.tuned ? "talk" : "continue";
   elements.mode[1].disabled = !site.model.chat;
   $("modes").hidden = !site.model.chat;
-  $("note").textContent = "This model was trained on plain text: it goes on with yours rather than answer.";
+  $("note").textContent = "This model was trained on plain text: it continues your text rather than answering.";
   refresh();
   if (site.mode === "server") {
     backend = new Remote();
@@ -313,7 +313,7 @@ $("remove").onclick = () =>
   void attempt(async () => {
     await backend.remove();
     $("remove").hidden = true;
-    $("kept").textContent = "Nothing is stored any longer; the model runs until the page is closed.";
+    $("kept").textContent = "The stored files are deleted; the model runs until the page is closed.";
   });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) document.forms.ask.requestSubmit();
