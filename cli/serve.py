@@ -210,7 +210,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "use another --port or --host") from None
+        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "choose another --port or --host") from None
 
 
 def _api_keys(file: Path | None) -> list[str]:

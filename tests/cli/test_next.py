@@ -86,7 +86,7 @@ def test_a_chat_model_asked_without_turns_is_told_how(slm: Slm, shared_checkpoin
     shutil.copytree(shared_checkpoint, "tuned")
     Path("tuned/slm.json").write_text(json.dumps({"finetuned": {"turns": True}}))
     ask = ("generate", "-p", "x", "--max-new-tokens", "1")
-    assert "--instruct asks it in a user's turn" in slm(*ask, "tuned").err
+    assert "use --instruct for one user t" in slm(*ask, "tuned").err
     assert "--instruct" not in slm(*ask, "tuned", "--instruct").err + slm(*ask, shared_checkpoint).err
 
 

@@ -209,7 +209,7 @@ def test_a_file_is_the_adapter(
     with pytest.raises(SlmError, match="other weights"):
         read_adapter(file, slotted)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(SlmError, match="no adapter that onnxruntime reads"):
+    with pytest.raises(SlmError, match="not an adapter that onnxruntime can read"):
         read_adapter(file, slotted)
 
 

@@ -290,7 +290,7 @@ def test_a_token_that_the_model_has_no_row_for(directory: Path, slm: Callable[..
     (directory / "tokenizer.json").write_text(json.dumps(document))
     assert slm("import", directory, "--out", OUT).code == 0
     result = slm("generate", OUT, "-p", "see <picture> here")
-    assert result.code == 1 and "token of id 320" in result.err
+    assert result.code == 1 and "token id 320" in result.err
     assert slm("generate", OUT, "-p", "see here", "--max-new-tokens", 2).code == 0
 
 

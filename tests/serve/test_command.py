@@ -67,7 +67,7 @@ def test_it_serves_until_it_is_stopped(process: Any) -> None:
     said = listening(process)
     client = openai.OpenAI(base_url=said.url, api_key="secret", max_retries=0)
     assert f"page: {said.url.removesuffix('v1')}\n" in said.text and "fewer than 16 characters" in said.text
-    assert "model m: prompts up to 256 tokens, answers up to 1,024 in 300 s\n" in said.text
+    assert "model m: prompts up to 256 tokens, completions up to 1,024 in 300 s\n" in said.text
     assert client.completions.create(model="m", prompt="One", max_tokens=3).choices[0].finish_reason == "length"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="other").models.list()
@@ -160,4 +160,4 @@ def test_what_cannot_be_served_is_refused(slm: Callable[..., Any], shared_checkp
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = slm("serve", "--port", taken.getsockname()[1])
     error, hint = result.err.strip().splitlines()
-    assert result.code == 1 and "in use" in error and hint.startswith("hint: another --port")
+    assert result.code == 1 and "in use" in error and hint.startswith("hint: choose another --port")
