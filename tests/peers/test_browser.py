@@ -266,7 +266,7 @@ def test_without_a_network(open_tab: Callable[..., Tab]) -> None:
     assert f"{SHORT}{before}\n".encode() == generated(SHORT, "--greedy")
     assert not any("/model/" in url or url.endswith(".wasm") for url in tab.requests[asked:])
     tab.page.click("#remove")
-    tab.page.locator("#kept", has_text="Nothing is stored").wait_for()
+    tab.page.locator("#kept", has_text="stored files are deleted").wait_for()
     assert tab.page.evaluate("caches.keys()") == []
     with pytest.raises(Exception, match="ERR_CONNECTION_REFUSED"):  # the control: there is nobody
         tab.page.reload()
