@@ -123,9 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = [
         argument for argument in arguments if argument != "--debug"
     ]  # --debug is accepted before and after the command
-    signal.signal(signal.SIGTERM, _terminate)
+    signals = [signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signal.signal(signal.SIGHUP, _terminate)
+        signals.append(signal.SIGHUP)
+    for signum in signals:
+        signal.signal(signum, _terminate)
     try:
         cli.main(args=list(arguments), prog_name="slm", standalone_mode=False)
         sys.stdout.flush()
@@ -150,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(code)
     finally:
         settle_streams()
+        for signum in signals:  # an exception in Python's exit handlers would print a traceback
+            signal.signal(signum, signal.SIG_DFL)
     sys.exit(0)
 
 

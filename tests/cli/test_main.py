@@ -132,6 +132,22 @@ def test_a_signal_ends_a_command_and_its_half_written_files(tmp_path: Path, numb
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_python_exits_prints_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    program = (
+        "import atexit, time; from slm.cli.main import main\n"
+        "atexit.register(lambda: (print('exiting', flush=True), time.sleep(60)))\n"
+        "main(['--version'])\n"
+    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True, cwd=tmp_path)
+    assert process.stdout is not None and process.stdout.readline().startswith("slm, version")
+    assert process.stdout.readline() == "exiting\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == -number and said == ""
+
+
 def test_a_closed_pipe_is_no_failure_to_report(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
