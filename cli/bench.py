@@ -20,9 +20,10 @@ from slm.cli.console import RichProgress, print_json, say
 from slm.cli.options import (
     Artifact,
     FilePath,
+    Loading,
     Whole,
     allow_slow_option,
-    check_cuda_graph,
+    collects_loading,
     cuda_graph_option,
     json_option,
     threads_option,
@@ -83,19 +84,16 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @trust_option
 @allow_slow_option
 @json_option
+@collects_loading
 def bench(
     model: Path | None,
     prompts: list[int],
     batches: list[int],
     new: int,
     rounds: int,
-    device: str,
-    cuda_graph: bool,
-    threads: int | None,
+    loading: Loading,
     plot: Path | None,
     compare: Path | None,
-    trust: bool,
-    allow_slow: bool,
     as_json: bool,
 ) -> None:
     """Measure the speed and memory of a bundle (onnxruntime) or a checkpoint (PyTorch).
@@ -111,7 +109,6 @@ def bench(
 
     docs/benchmarks.md defines each figure.
     """
-    check_cuda_graph(device, cuda_graph)
     from slm.loading import load
 
     if plot is not None and find_spec("matplotlib") is None:
@@ -120,22 +117,15 @@ def bench(
         bench_report.check_plot(plot)
     old = None if compare is None else bench_report.read(compare)
     path = model or default_model()
-    how: dict[str, Any] = {
-        "device": device,
-        "cuda_graph": cuda_graph,
-        "threads": threads,
-        "trust": trust,
-        "allow_slow": allow_slow,
-    }
-    loaded = load(path, **how)
+    loaded = load(path, **loading)
     decoder = loaded.decoder
     say(f"{path}: {decoder.description}")
-    warn_of_conversions(decoder, device)
+    warn_of_conversions(decoder, loading["device"])
     prompts = _fitting(prompts, new, decoder.context)
-    report = _about(path, decoder) | {"device": device, "rounds": rounds, "new_tokens": new}
-    timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], device)
+    report = _about(path, decoder) | {"device": loading["device"], "rounds": rounds, "new_tokens": new}
+    timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], loading["device"])
     del loaded, decoder  # frees the memory for the following measurements
-    fresh = _fresh_processes(path, prompts, new, how)
+    fresh = _fresh_processes(path, prompts, new, loading)
     report |= {
         "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
         "memory": [{"prompt": prompt} | figures for prompt, figures in zip(prompts, fresh, strict=True)],
@@ -290,14 +280,14 @@ def _torch_rows(decoder: Any) -> "MakeRows":
     return TorchRows
 
 
-def _fresh_processes(path: Path, prompts: Sequence[int], new: int, how: dict[str, Any]) -> list[dict[str, float]]:
+def _fresh_processes(path: Path, prompts: Sequence[int], new: int, loading: Loading) -> list[dict[str, float]]:
     progress = RichProgress()
     progress.start("loading and memory", len(prompts), "processes")
     try:
         found = []
         for prompt in prompts:
             count = min(new, _FRESH_TOKENS)
-            found.append(fresh_process(path, prompt, new=count, **how))
+            found.append(fresh_process(path, prompt, new=count, **loading))
             progress.advance()
         return found
     finally:

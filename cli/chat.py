@@ -13,7 +13,7 @@ from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say, say_error
 from slm.cli.following import after_checkpoint, next_step, slm_command
 from slm.cli.generate import figures
-from slm.cli.options import Artifact, check_cuda_graph, json_option
+from slm.cli.options import Artifact, Loading, collects_loading, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_conversions, warn_of_saturation
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import INFO_FILE, read_info
@@ -46,17 +46,14 @@ class _Quit(Exception):
 @click.option("--system", default="", metavar="TEXT", help="System message.")
 @json_option
 @generation_options
+@collects_loading
 def chat(
     model: Path | None,
     system: str,
     as_json: bool,
-    device: str,
-    cuda_graph: bool,
-    threads: int | None,
+    loading: Loading,
     draft: int | None,
     adapter: Path | None,
-    trust: bool,
-    allow_slow: bool,
     keep: int | None,
     greedy: bool,
     seed: int | None,
@@ -77,23 +74,15 @@ def chat(
     """
     if keep is not None and options["on_full"] != "slide":
         raise click.UsageError("--keep requires --on-full slide")
-    check_cuda_graph(device, cuda_graph)
     from slm.loading import load
     from slm.runtime.chat import Chat
 
     return_freed_memory()
     path = model or default_model()
-    how: Any = {
-        "device": device,
-        "cuda_graph": cuda_graph,
-        "threads": threads,
-        "trust": trust,
-        "allow_slow": allow_slow,
-    }
-    loaded = load(path, adapter=adapter, **how)
+    loaded = load(path, adapter=adapter, **loading)
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
-    warn_of_conversions(loaded.decoder, device)
+    warn_of_conversions(loaded.decoder, loading["device"])
     if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):
         say(
             "note: this model was trained on plain text and continues it rather than answering; slm finetune trains on turns"

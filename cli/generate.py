@@ -9,7 +9,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
-from slm.cli.options import Artifact, Whole, check_cuda_graph, json_option
+from slm.cli.options import Artifact, Loading, Whole, collects_loading, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_conversions, warn_of_saturation
 from slm.core.chat import turn_ids
 from slm.core.machine import peak_rss_mib, return_freed_memory
@@ -41,14 +41,13 @@ _INTERRUPTED = 130
     "any option changes it.",
 )
 @generation_options
+@collects_loading
 def generate(
     models: tuple[Path, ...],
     prompt: str,
     instruct: bool,
     ensemble: "Average | None",
-    device: str,
-    cuda_graph: bool,
-    threads: int | None,
+    loading: Loading,
     draft: int | None,
     adapter: Path | None,
     as_json: bool,
@@ -56,8 +55,6 @@ def generate(
     max_new_tokens: int,
     stop: tuple[str, ...],
     on_full: str,
-    trust: bool,
-    allow_slow: bool,
     keep: int | None,
     greedy: bool,
     **sampling: Any,
@@ -82,30 +79,21 @@ def generate(
         raise click.UsageError("--keep requires --on-full slide")
     if ensemble is not None and adapter is not None:
         raise click.UsageError("--adapter cannot be combined with --ensemble")
-    check_cuda_graph(device, cuda_graph)
     stops = [utf8(each, "stop text") for each in stop]
     text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
     from slm.loading import load, load_ensemble
     from slm.runtime.speculative import SpeculativeDecoder
 
     return_freed_memory()
-    how: Any = {
-        "device": device,
-        "cuda_graph": cuda_graph,
-        "threads": threads,
-        "draft_tokens": draft,
-        "trust": trust,
-        "allow_slow": allow_slow,
-    }
     if ensemble is None:
         path = str(models[0] if models else default_model())
-        loaded = load(path, adapter=adapter, **how)
+        loaded = load(path, draft_tokens=draft, adapter=adapter, **loading)
     else:
         path = ", ".join(map(str, models))
-        loaded = load_ensemble(models, ensemble, **how)
+        loaded = load_ensemble(models, ensemble, draft_tokens=draft, **loading)
     say(f"{path}: {loaded.decoder.description}")
     warn_of_saturation(loaded.decoder)
-    warn_of_conversions(loaded.decoder, device)
+    warn_of_conversions(loaded.decoder, loading["device"])
     drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)

@@ -3,8 +3,9 @@
 import math
 import os
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import click
 from click.shell_completion import CompletionItem
@@ -301,11 +302,27 @@ class HostName(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
         return name
 
 
-def check_cuda_graph(device: str, cuda_graph: bool) -> None:
-    """Checks that --cuda-graph comes with the device that has them.
+class Loading(TypedDict):
+    """The options of `slm.load` that every command with a model has."""
 
-    Raises:
-        click.UsageError: When it does not.
+    device: Literal["cpu", "cuda"]
+    cuda_graph: bool
+    threads: int | None
+    trust: bool
+    allow_slow: bool
+
+
+def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Passes --device, --cuda-graph, --threads, --trust and --allow-slow to a command as one argument, `loading`.
+
+    The command raises `click.UsageError` if --cuda-graph comes without --device cuda.
     """
-    if cuda_graph and device != "cuda":
-        raise click.UsageError("--cuda-graph needs --device cuda")
+
+    @wraps(command)
+    def collected(**options: Any) -> Any:
+        loading = {name: options.pop(name) for name in Loading.__annotations__}
+        if loading["cuda_graph"] and loading["device"] != "cuda":
+            raise click.UsageError("--cuda-graph needs --device cuda")
+        return command(loading=loading, **options)
+
+    return collected

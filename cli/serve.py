@@ -16,12 +16,13 @@ from slm.cli.options import (
     Artifact,
     FilePath,
     HostName,
+    Loading,
     Real,
     Whole,
     Word,
     adapter_type,
     allow_slow_option,
-    check_cuda_graph,
+    collects_loading,
     cuda_graph_option,
     threads_option,
     trust_option,
@@ -107,6 +108,7 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @threads_option
 @trust_option
 @allow_slow_option
+@collects_loading
 def serve(
     model: Path | None,
     host: str,
@@ -125,11 +127,7 @@ def serve(
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
     grace: float,
-    device: str,
-    cuda_graph: bool,
-    threads: int | None,
-    trust: bool,
-    allow_slow: bool,
+    loading: Loading,
 ) -> None:
     """Serve a bundle over HTTP with an OpenAI-compatible API: chats, completions, streams, JSON schemas.
 
@@ -145,7 +143,6 @@ def serve(
 
     docs/serve.md describes the API.
     """
-    check_cuda_graph(device, cuda_graph)
     from slm.loading import load, load_adapter
     from slm.runtime.decoder import OnnxDecoder
     from slm.serve import log
@@ -156,19 +153,12 @@ def serve(
     keys = _api_keys(api_key_file)
     listening = _listen(host, port)  # checked before the model is loaded, which may take a while
     path = model or default_model(bundle=True)
-    how: Any = {
-        "device": device,
-        "cuda_graph": cuda_graph,
-        "threads": threads,
-        "trust": trust,
-        "allow_slow": allow_slow,
-    }
-    loaded = load(path, **how)
+    loaded = load(path, **loading)
     decoder = loaded.decoder
     if not isinstance(decoder, OnnxDecoder):
         raise SlmError(f"{path} is a checkpoint", "export it to a bundle first: slm export --onnx")
     warn_of_saturation(decoder)
-    warn_of_conversions(decoder, device)
+    warn_of_conversions(decoder, loading["device"])
     known = {}
     for each in adapters:
         called, _, where = each.partition("=")
