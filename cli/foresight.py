@@ -110,11 +110,11 @@ def _fit(recipe: "Recipe", est: "Estimate") -> str:
     verdict = "yes" if total < available else "no"
     largest, size = max(asdict(est.memory).items(), key=lambda part: part[1])
     reasons = [f"{verdict}: {total / _MIB:,.0f} of {available / _MIB:,.0f} MiB ({100 * total / available:.0f} %)"]
-    batch, anew = recipe.batch, recipe.machine.gradient_checkpointing
+    batch, checkpointing = recipe.batch, recipe.machine.gradient_checkpointing
     reasons.append(f"{100 * size / total:.0f} % of it {largest}")
     reasons.append(f"{batch.batch_size} x {batch.context} tokens per micro-step")
     reasons.append(f"{batch.accumulation} micro-step{'s' * (batch.accumulation > 1)} per update")
-    reasons.append(f"{'with' if anew else 'without'} gradient checkpointing")
+    reasons.append(f"{'with' if checkpointing else 'without'} gradient checkpointing")
     return ", ".join(reasons)
 
 

@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _after_stopping(arguments: Sequence[str]) -> str:
-    """Returns the hint for an interrupted command: what it has left, and how to continue."""
+    """Returns the hint for an interrupted command: which files remain, and how to continue."""
     command = next((argument for argument in arguments if argument in COMMANDS), "")
     return _INTERRUPTED.get(command, _WHOLE)
 

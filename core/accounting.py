@@ -1,8 +1,8 @@
 """Computes the cost of a model from its configuration: parameters, bytes of weights and caches, and FLOPs.
 
 No weights are loaded. A multiply-add is two operations. The counts include matrix products and attention's scores and
-values. They leave out lookups, norms, rotations, activations and softmax, as PyTorch's counter does: those are linear in the
-widths. Tests compare each figure with a measured one.
+values. They leave out lookups, norms, rotations, activations and softmax, as PyTorch's counter does: their cost is linear in
+the widths. Tests compare each figure with a measured one.
 """
 
 from collections.abc import Sequence

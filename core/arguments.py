@@ -18,7 +18,7 @@ MAX_COUNT = 2**31 - 1
 # The longest value that a message quotes, in characters.
 _SHOWN = 40
 
-# Names that other libraries use for the same arguments, for which similar spelling finds nothing.
+# Names of the same arguments in other libraries. Their spelling is too different for a suggestion by similarity.
 _ELSEWHERE = {
     **dict.fromkeys(("max_length", "max_completion_tokens", "n_predict", "num_predict", "n"), "max_new_tokens"),
     **dict.fromkeys(("until", "eos", "stop_strings", "stop_sequences"), "stop"),

@@ -283,5 +283,5 @@ def first_mistake(error: ValidationError) -> str:
 
 
 def layer_pattern(layers: int, every: int = 6) -> tuple[LayerType, ...]:
-    """Returns Gemma 3's layer types: every `every`-th layer is global, the others are sliding."""
+    """Returns Gemma 3's layer types: one global layer after `every - 1` sliding layers."""
     return tuple(FULL if (i + 1) % every == 0 else SLIDING for i in range(layers))

@@ -1,7 +1,7 @@
 """Licence notices: every artifact made from Gemma's weights states the terms and that the weights were modified.
 
-Gemma's terms require whoever distributes the model or a derivative to include a notice file with a fixed sentence, and to
-state prominently that files were modified.
+Under Gemma's terms, a distributor of the model or of a derivative includes a notice file with a fixed sentence, and states
+prominently that files were modified.
 """
 
 import re

@@ -116,7 +116,7 @@ def test_an_overflow_of_float16_skips_the_update(recipe: MAKE, record: Record, m
 
 
 class Stopper(Silent):
-    """Presses Ctrl-C after so many micro-steps."""
+    """Sends this process SIGINT, as Ctrl-C does, after a number of micro-steps."""
 
     def __init__(self, micro_steps: int) -> None:
         self.left = micro_steps
