@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from peer_files import HOME, LONG, PEERS, environment, prepare
 
-from slm.cli.bench import fresh_process
+from slm.cli.commands.bench import fresh_process
 from slm.core.accounting import cache_bytes
 from slm.core.machine import instruction_sets, usable_cores
 from slm.core.manifest import Bundle

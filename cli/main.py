@@ -90,7 +90,7 @@ class _Lazy(Suggesting):
         if cmd_name not in COMMANDS:
             return None
         module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
-        command: click.Command = getattr(import_module(f"slm.cli.{module}"), module)
+        command: click.Command = getattr(import_module(f"slm.cli.commands.{module}"), module)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

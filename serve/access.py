@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from slm.serve.refusals import Refused
+from slm.serve.errors import Refused
 from slm.web.hosts import Hosts
 
 Headers = Sequence[tuple[bytes, bytes]]

@@ -15,13 +15,15 @@ from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.token_bytes import token_bytes
 from slm.serve.access import Access
-from slm.serve.answers import adapter_of, answer, check_size, prompts_of
 from slm.serve.body import read
-from slm.serve.described import body_of, describe
+from slm.serve.completions import adapter_of, answer, check_size, prompts_of
 from slm.serve.docs_page import HEADERS, docs_page
-from slm.serve.guard import Guard
-from slm.serve.refusals import Refused, add_envelopes, said
-from slm.serve.replies import (
+from slm.serve.errors import Refused, add_envelopes, said
+from slm.serve.formatting import Chat, Completion, card
+from slm.serve.middleware import Guard
+from slm.serve.openapi import body_of, describe
+from slm.serve.requests import ChatRequest, CompletionRequest
+from slm.serve.responses import (
     TURNED_AWAY,
     Card,
     Cards,
@@ -31,9 +33,7 @@ from slm.serve.replies import (
     answered_or_refused,
     refused,
 )
-from slm.serve.schema import ChatRequest, CompletionRequest
 from slm.serve.service import Service
-from slm.serve.shapes import Chat, Completion, card
 from slm.version import __version__
 from slm.web.mount import mount, paths_of
 from slm.web.site import Site, server_site

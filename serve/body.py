@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
-from slm.serve.refusals import Refused, invalid
+from slm.serve.errors import Refused, invalid
 
 Asked = TypeVar("Asked", bound=BaseModel)
 

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from slm.core.machine import free_files
-from slm.serve.refusals import Refused
+from slm.serve.errors import Refused
 
 # In seconds: the limit for the headers of a request, from the start of the connection or the end of the last response; the
 # limit for a client to read sent data after its connection is closed; and the interval of these checks.

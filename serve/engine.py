@@ -20,10 +20,10 @@ from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generation import Generation, Piece, Request, Result, StopReason
 from slm.runtime.scheduler import Scheduler
 from slm.runtime.stopping import StopTexts
-from slm.serve.defects import named
-from slm.serve.figures import Figures
+from slm.serve.counters import Counters
 from slm.serve.heartbeat import Heartbeat
-from slm.serve.jobs import Deliver, Job, Jobs
+from slm.serve.queue import Deliver, Job, Jobs
+from slm.serve.tracebacks import named
 
 # Cached lists of stop texts: all completions of a request share one list, and parsing it may take 20 ms.
 _STOPS = 16
@@ -92,10 +92,10 @@ class Engine:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @property
-    def figures(self) -> Figures:
+    def figures(self) -> Counters:
         """The current counters of the engine."""
         jobs = self._jobs
-        return Figures(
+        return Counters(
             **vars(self.scheduler.work),
             asked=jobs.asked,
             refused=jobs.refused,

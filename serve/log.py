@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import Scope
 
 from slm.runtime.generation import Generation, Result
-from slm.serve.defects import frames_of
+from slm.serve.tracebacks import frames_of
 
 log = logging.getLogger("slm.serve")
 

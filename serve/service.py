@@ -10,7 +10,7 @@ from slm.runtime.adapters import Adapter
 from slm.runtime.model import Model
 from slm.serve.constraint import Grammars
 from slm.serve.engine import Engine
-from slm.serve.inbox import Post
+from slm.serve.events import Post
 from slm.serve.metrics import Metrics
 from slm.web.hosts import Hosts
 

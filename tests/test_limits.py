@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import pytest
 
-from slm.cli.finetune import finetune
+from slm.cli.commands.finetune import finetune
 from slm.core import (
     name_patterns,
     peft_fields,
@@ -21,7 +21,7 @@ from slm.core.machine import MAX_THREADS
 from slm.core.text import csv_rows, files, parquet_rows, streams
 from slm.finetune import rows
 from slm.runtime import evaluate
-from slm.serve import body, connections, constraint, guard, schema, schema_check
+from slm.serve import body, connections, constraint, middleware, requests, schema_check
 from slm.serve.service import Limits
 
 PAGE = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")
@@ -45,10 +45,11 @@ def mib(number: int) -> str:
         ("a body", [mib(Limits().body_bytes), f"{body.MOST_CONTAINERS:,} objects and arrays",
                     f"{body.MOST_STRINGS:,} strings", f"{body.MOST_VALUES:,} other"]),
         ("the bodies of all requests", [mib(Limits().bodies_bytes)]),
-        ("headers, path and query", [mib(guard._HEAD_BYTES), f"{connections.HEADERS_S:g} s"]),
+        ("headers, path and query", [mib(middleware._HEAD_BYTES), f"{connections.HEADERS_S:g} s"]),
         ("an answer", [f"{Limits().new_tokens:,} tokens", f"{Limits().seconds:g} s"]),
-        ("messages, parts", [f"{schema.MOST_MESSAGES:,}, {schema.MOST_PARTS:,}, {schema.MOST_PARTS:,}"]),
-        ("`n`, `stop`", [f"{schema.MOST_CHOICES}, {schema.MOST_STOPS}, {schema.LONGEST_STOP:,}, {schema.MOST_BIASES:,}"]),
+        ("messages, parts", [f"{requests.MOST_MESSAGES:,}, {requests.MOST_PARTS:,}, {requests.MOST_PARTS:,}"]),
+        ("`n`, `stop`", [f"{requests.MOST_CHOICES}, {requests.MOST_STOPS}, "
+                         f"{requests.LONGEST_STOP:,}, {requests.MOST_BIASES:,}"]),
         ("a JSON schema", [f"{constraint._LONGEST:,}", f"{constraint._MOST_PATTERNS}"]),
         ("compiling a schema", [f"{schema_check.MAX_SECONDS:g} s", mib(schema_check.MAX_BYTES), f"{constraint._WAITING} wait"]),
         ("the masks", [f"{constraint._FIRST_S:g} s", f"{1000 * constraint._TOKEN_S:g} ms"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import slm.cli.bench as command
+import slm.cli.commands.bench as command
 from slm.cli import bench_report
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle

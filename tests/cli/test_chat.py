@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from slm.cli import chat as command
-from slm.cli.chat import chat
-from slm.cli.generate import generate
+from slm.cli.commands import chat as command
+from slm.cli.commands.chat import chat
+from slm.cli.commands.generate import generate
 from slm.core.manifest import Bundle
 from slm.export.bundle import export_bundle
 from slm.finetune.rows import ChatRow, read_rows

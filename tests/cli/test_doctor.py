@@ -19,7 +19,7 @@ from slm.core.machine import Memory
 
 Slm = Callable[..., Any]
 
-DOCTOR = "slm.cli.doctor"
+DOCTOR = "slm.cli.commands.doctor"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 KEYS = {
     "python",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.cli.generate import generate
+from slm.cli.commands.generate import generate
 from slm.cli.sampling import CHOOSING, ENDING
 from slm.core.manifest import Bundle
 from slm.quantize.decide import Gate, Settings

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slm.cli.info import lineage
+from slm.cli.commands.info import lineage
 from slm.core.accounting import cache_bytes, decode_flops, prefill_flops
 from slm.core.config import ModelConfig
 from slm.core.manifest import Bundle, amend

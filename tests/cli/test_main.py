@@ -66,14 +66,14 @@ def test_failures_are_said_without_a_traceback(
     def fail(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr("slm.cli.doctor._providers", fail)
+    monkeypatch.setattr("slm.cli.commands.doctor._providers", fail)
     result = slm("doctor")
     assert result.code == 1
     assert said in result.err and "Traceback" not in result.err
 
 
 def test_debug_shows_the_traceback(slm: Slm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slm.cli.doctor._providers", lambda: 1 / 0)
+    monkeypatch.setattr("slm.cli.commands.doctor._providers", lambda: 1 / 0)
     assert "Traceback" in slm("--debug", "doctor").err
     assert "Traceback" in slm("doctor", "--debug").err
     monkeypatch.setenv("SLM_DEBUG", "1")
@@ -84,7 +84,7 @@ def test_an_interruption_is_said_and_exits_with_130(slm: Slm, monkeypatch: pytes
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("slm.cli.doctor._providers", interrupt)
+    monkeypatch.setattr("slm.cli.commands.doctor._providers", interrupt)
     result = slm("doctor")
     assert result.code == 130 and result.err.strip() == "error: interrupted\nhint: no file is incomplete"
 
@@ -116,7 +116,8 @@ def test_what_an_interruption_leaves_is_said_of_the_command(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_and_its_half_written_files(tmp_path: Path, number: signal.Signals) -> None:
     program = (
-        "import sys, time; from pathlib import Path; import slm.cli.doctor as d; from slm.core.files import atomic_directory\n"
+        "import sys, time; from pathlib import Path; import slm.cli.commands.doctor as d\n"
+        "from slm.core.files import atomic_directory\n"
         "def slow():\n"
         "    with atomic_directory(Path('made'), ()):\n"
         "        print('ready', flush=True); time.sleep(60)\n"

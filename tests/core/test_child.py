@@ -235,7 +235,7 @@ def test_a_file_called_slm_does_not_stand_in_for_the_package(
 def test_processes_of_commands_start_in_a_strangers_directory(
     stranger: Callable[[], str], shared_bundle: Bundle, shared_checkpoint: Path
 ) -> None:
-    from slm.cli.bench import fresh_process
+    from slm.cli.commands.bench import fresh_process
     from slm.cli.probes import step_with
     from slm.train.data.workers import _Pool
 

@@ -101,7 +101,7 @@ def test_it_is_well_formed(instructions: list[Instruction]) -> None:
 
 
 def test_what_it_starts_takes_these_options(instructions: list[Instruction]) -> None:
-    from slm.cli.serve import serve
+    from slm.cli.commands.serve import serve
 
     words = only(instructions, "ENTRYPOINT").words + only(instructions, "CMD").words
     assert words[:2] == ["slm", "serve"]

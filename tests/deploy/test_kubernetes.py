@@ -36,7 +36,7 @@ def container(pod: Any) -> Any:
 @pytest.fixture(scope="module")
 def options(container: Any) -> dict[str, Any]:
     """What the server makes of the arguments, with what the image puts before them."""
-    from slm.cli.serve import serve
+    from slm.cli.commands.serve import serve
 
     return serve.make_context("serve", ["--host", "0.0.0.0", *container["args"]], resilient_parsing=True).params
 
@@ -114,7 +114,7 @@ def test_it_may_do_nothing_but_answer(pod: Any, container: Any) -> None:
         "capabilities": {"drop": ["ALL"]},
     }
     (key,) = container["env"]
-    from slm.cli.serve import _KEYS
+    from slm.cli.commands.serve import _KEYS
 
     assert key["name"] == _KEYS and "secretKeyRef" in key["valueFrom"]
     mounted = {mount["mountPath"]: mount for mount in container["volumeMounts"]}

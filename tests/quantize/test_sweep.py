@@ -137,7 +137,7 @@ def test_options_say_what_settings_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """The options of each trial, parsed by `slm quantize`, produce the trial's settings."""
     import importlib
 
-    from slm.cli.quantize import quantize
+    from slm.cli.commands.quantize import quantize
 
     monkeypatch.undo()
     everything = importlib.reload(module).TRIALS

@@ -23,10 +23,10 @@ SECONDS = 100
 # What a wall clock may be asked for: dates, in an answer's "created", in a report, in a template that asks for today.
 WALL_CLOCKS = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "today")}
 DATES = {
-    "cli/bench.py",
+    "cli/commands/bench.py",
     "core/checkpoint.py",
     "core/template_worker.py",
-    "serve/answers.py",
+    "serve/completions.py",
     "serve/log.py",
     "serve/service.py",
 }

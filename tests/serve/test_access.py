@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from slm.serve.access import Access, origin_of
-from slm.serve.guard import Guard
+from slm.serve.middleware import Guard
 from slm.web.hosts import Hosts, hosts_of
 
 NAME = "random"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from slm.serve import answers
+from slm.serve import completions
 from slm.serve.body import MOST_CONTAINERS, parsed, read
-from slm.serve.refusals import Refused
-from slm.serve.schema import ChatRequest, CompletionRequest
+from slm.serve.errors import Refused
+from slm.serve.requests import ChatRequest, CompletionRequest
 from slm.serve.service import Limits
 
 MOST = 1 << 20
@@ -202,7 +202,7 @@ def test_what_is_long_together_is_read_beside_the_event_loop(
                 on_loop.append(True)
             return function(*given)
 
-        monkeypatch.setattr(answers, name, partial(seen, function=getattr(answers, name)))
+        monkeypatch.setattr(completions, name, partial(seen, function=getattr(completions, name)))
     response = running.post("/v1/completions", body | {"max_tokens": 1})
     assert response.status_code in (200, 400) and False in on_loop, response.text
     on_loop.clear()

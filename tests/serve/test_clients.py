@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import START_OF_TURN
-from slm.serve.schema import ChatMessage, ChatRequest, CompletionRequest, Part, ResponseFormat, StreamOptions
+from slm.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Part, ResponseFormat, StreamOptions
 from slm.serve.service import Limits
 
 NAME = "random"

@@ -130,7 +130,7 @@ def test_keys_that_are_none_are_refused(
 
 
 def test_keys_are_read_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slm.cli.serve import _api_keys
+    from slm.cli.commands.serve import _api_keys
 
     (tmp_path / "keys").write_bytes("\ufeffone key\r\n\n  ключ\u2028x \nlast".replace("\u2028", "-").encode())
     assert _api_keys(tmp_path / "keys") == ["one key", "ключ-x", "last"]
@@ -141,7 +141,7 @@ def test_keys_are_read_as_they_are_written(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_is_unsafe_is_said() -> None:
-    from slm.cli.serve import _warnings
+    from slm.cli.commands.serve import _warnings
 
     key = "a-key-of-some-length"
     assert _warnings("127.0.0.1", [], []) == _warnings("0.0.0.0", [key], ["*"]) == _warnings("::1", [key], []) == []

@@ -16,7 +16,7 @@ from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generation import Generation, Piece, Request, Result
 from slm.runtime.sampling import Sampling
 from slm.serve.engine import Engine
-from slm.serve.jobs import Full
+from slm.serve.queue import Full
 from tests.runtime.texts import completed
 
 GREEDY = Sampling(temperature=0)

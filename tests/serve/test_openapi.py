@@ -90,9 +90,9 @@ def test_drawn_cases(serve: Callable[..., Any], examples: int) -> None:
 
 def test_a_defect_would_be_found(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: request fields that fail, and a response field that is not described."""
-    from slm.serve import answers
+    from slm.serve import completions
 
-    sampling, usage = answers._sampling, answers.usage_of
+    sampling, usage = completions._sampling, completions.usage_of
 
     # Several fields, so that some case that is answered has one of them.
     fields = ("temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "seed")
@@ -104,8 +104,8 @@ def test_a_defect_would_be_found(serve: Callable[..., Any], monkeypatch: pytest.
 
     running = serve(Limits(new_tokens=4))
     with monkeypatch.context() as patch, pytest.raises(FailureGroup, match="Server error"):
-        patch.setattr(answers, "_sampling", breaks)
+        patch.setattr(completions, "_sampling", breaks)
         try_cases(running, 60)
     with monkeypatch.context() as patch, pytest.raises(FailureGroup, match="violates schema"):
-        patch.setattr(answers, "usage_of", lambda *given: usage(*given) | {"more": 1})
+        patch.setattr(completions, "usage_of", lambda *given: usage(*given) | {"more": 1})
         try_cases(running, 60)

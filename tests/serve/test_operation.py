@@ -113,7 +113,7 @@ def test_logs_say_nothing_of_the_text(
     serve: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
     """Neither prompts, completions and rejected input appear in the log, nor texts that a defect quotes."""
-    from slm.serve import answers
+    from slm.serve import completions
 
     caplog.set_level("DEBUG")
     running = serve()
@@ -129,7 +129,7 @@ def test_logs_say_nothing_of_the_text(
     def broken(request: Any, index: int) -> Any:
         raise RuntimeError(f"a defect with {SECRET}")
 
-    monkeypatch.setattr(answers, "_sampling", broken)
+    monkeypatch.setattr(completions, "_sampling", broken)
     response = running.post("/v1/completions", {"model": NAME, "prompt": SECRET})
     assert response.status_code == 500 and SECRET not in response.text
     assert response.json()["error"]["type"] == "server_error"
@@ -139,7 +139,7 @@ def test_logs_say_nothing_of_the_text(
     assert [line["status"] for line in lines if "status" in line] == [200, 200, 400, 400, 404, 400, 500]
     assert all(line["path"] == "/v1/completions" and line["ms"] > 0 for line in lines if "status" in line)
     defects = [line for line in lines if "error" in line]
-    assert len(defects) == 1 and defects[0]["error"] == "RuntimeError" and "answers.py" in str(defects[0]["at"])
+    assert len(defects) == 1 and defects[0]["error"] == "RuntimeError" and "completions.py" in str(defects[0]["at"])
     logged = "".join(f"{record.getMessage()}{record.exc_info}" for record in ours)
     assert SECRET not in logged and len(text) > 4 and text not in logged
 
@@ -172,7 +172,7 @@ def test_a_line_says_when_who_and_how_much(serve: Callable[..., Any], caplog: py
 
 
 def test_a_defect_harms_nobody_else(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from slm.serve import answers
+    from slm.serve import completions
 
     running = serve()
 
@@ -180,6 +180,6 @@ def test_a_defect_harms_nobody_else(serve: Callable[..., Any], monkeypatch: pyte
         raise RuntimeError
 
     with monkeypatch.context() as patch, pytest.raises(openai.InternalServerError):
-        patch.setattr(answers, "_sampling", broken)
+        patch.setattr(completions, "_sampling", broken)
         running.client().completions.create(model=NAME, prompt="x", max_tokens=1)
     assert running.client().completions.create(model=NAME, prompt="x", max_tokens=1).choices

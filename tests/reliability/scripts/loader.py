@@ -215,7 +215,7 @@ def _main() -> None:
     import importlib.util
 
     for name in ("onnxruntime", "torch", "safetensors.torch", "slm.loading", "slm.finetune.run", "slm.train.run",
-                 "slm.interchange.importing", "slm.cli.main", "slm.cli.info", "pyarrow.parquet", "gguf",
+                 "slm.interchange.importing", "slm.cli.main", "slm.cli.commands.info", "pyarrow.parquet", "gguf",
                  "slm.runtime.decoder", "slm.core.nn.decoder",
                  "matplotlib.font_manager"):  # fmt: skip
         importlib.import_module(name)

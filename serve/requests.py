@@ -58,7 +58,7 @@ class Unsupported:
 
 
 def wrong(why: str, field: str | None = None, kind: str = "unsupported") -> PydanticCustomError:
-    """Returns the error for a field of the current object; `slm.serve.refusals` adds the field's name to the path."""
+    """Returns the error for a field of the current object; `slm.serve.errors` adds the field's name to the path."""
     return PydanticCustomError(kind, "{why}", {"why": why, "field": field})
 
 

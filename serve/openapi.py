@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from slm.serve.schema import ChatRequest, CompletionRequest
+from slm.serve.requests import ChatRequest, CompletionRequest
 
 _SCHEMAS = "#/components/schemas/{model}"
 REQUESTS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest)

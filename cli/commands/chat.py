@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slm.cli.choosing import default_model
+from slm.cli.commands.generate import figures
 from slm.cli.console import print_json, say, say_error
 from slm.cli.following import after_checkpoint, next_step, slm_command
-from slm.cli.generate import figures
 from slm.cli.options import Artifact, Loading, collects_loading, json_option
 from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_conversions, warn_of_saturation
 from slm.core.chat import knows_turns

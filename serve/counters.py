@@ -6,7 +6,7 @@ from slm.runtime.scheduler import Work
 
 
 @dataclass
-class Figures(Work):
+class Counters(Work):
     """The counters and the current load of an engine.
 
     Attributes:

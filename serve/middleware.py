@@ -14,9 +14,9 @@ from starlette.types import Message as AsgiMessage
 
 from slm.serve import log
 from slm.serve.access import Access
-from slm.serve.defects import frames_of
-from slm.serve.refusals import Refused, sent
+from slm.serve.errors import Refused, sent
 from slm.serve.service import Service
+from slm.serve.tracebacks import frames_of
 
 # How long a client may take to read the final error when the server stops, in seconds.
 _FAREWELL_S = 1.0

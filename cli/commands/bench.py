@@ -311,7 +311,7 @@ def fresh_process(path: Path, prompt: int, *, new: int = _FRESH_TOKENS, **how: A
         SlmError: If the process fails; the message is the last line of its output.
     """
     arguments = json.dumps([str(path.resolve()), prompt, new, how])
-    done = child.run("from slm.cli.bench import in_fresh_process; in_fresh_process()", arguments)
+    done = child.run("from slm.cli.commands.bench import in_fresh_process; in_fresh_process()", arguments)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise SlmError(f"a process that loads {path} failed: {said[-1]}")

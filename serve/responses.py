@@ -1,6 +1,6 @@
 """The responses in the OpenAPI description: OpenAI's objects, with the fields that this server fills in.
 
-Responses are built as plain dictionaries (`slm.serve.shapes`), which is faster; tests validate them against these classes.
+Responses are built as plain dictionaries (`slm.serve.formatting`), which is faster; tests validate them against these classes.
 """
 
 from typing import Any, Literal

@@ -178,7 +178,7 @@ def info(dataset: Path, check: bool, as_json: bool) -> None:
 
 def _training_on(path: Path) -> str:
     """Returns the command that trains on a dataset, with the settings that the default recipe needs for it."""
-    from slm.cli.train import fitting_recipe
+    from slm.cli.commands.train import fitting_recipe
     from slm.train.data.dataset import open_dataset
     from slm.train.data.tokenizer import is_choice, vocabulary_for
     from slm.train.recipe import load_recipe

@@ -25,13 +25,13 @@ from slm.runtime.sampling import Sampling
 from slm.runtime.token_bytes import token_bytes
 from slm.serve.constraint import Busy, JsonConstraint
 from slm.serve.engine import Closed
-from slm.serve.inbox import Inbox, Post
-from slm.serve.jobs import Full
+from slm.serve.errors import Refused, said
+from slm.serve.events import Inbox, Post
+from slm.serve.formatting import FINISH, Shape, answer_of, choice, usage_of
 from slm.serve.log import record_answers
-from slm.serve.refusals import Refused, said
-from slm.serve.schema import Request as AnyRequest
+from slm.serve.queue import Full
+from slm.serve.requests import Request as AnyRequest
 from slm.serve.service import Service
-from slm.serve.shapes import FINISH, Shape, answer_of, choice, usage_of
 
 Value = TypeVar("Value")
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.choosing import default_bundle
+from slm.cli.commands.export import source_checkpoint
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.export import source_checkpoint
 from slm.cli.following import after_bundle, next_step
 from slm.cli.options import Artifact, adapter_type, allow_slow_option, json_option, trust_option
 from slm.core.checkpoint import is_checkpoint

@@ -1,0 +1,1 @@
+"""The commands of `slm`, one module each. `slm.cli.main` imports them on demand."""
