@@ -206,13 +206,19 @@ def test_when_everything_is_taken_the_answer_is_429(serve: Callable[..., Any]) -
 def test_a_client_that_goes_away_frees_its_slot(serve: Callable[..., Any]) -> None:
     running = serve(slots=1, limits=Limits(new_tokens=10_000))
     slow_down(running)
-    stream = running.client().completions.create(model=NAME, prompt="One day", max_tokens=10_000, stream=True)
+    long: dict[str, Any] = {
+        "model": NAME,
+        "prompt": "One day",
+        "max_tokens": 10_000,
+        "extra_body": {"ignore_eos": True},
+    }
+    stream = running.client().completions.create(stream=True, **long)
     next(iter(stream))
     stream.close()
     answer = running.client().completions.create(model=NAME, prompt="One day", max_tokens=2, timeout=30)
     assert answer.choices[0].finish_reason == "length"
     with pytest.raises(openai.APITimeoutError):  # one that waits for the whole answer, and gives up
-        running.client().with_options(timeout=0.5).completions.create(model=NAME, prompt="One day", max_tokens=10_000)
+        running.client().with_options(timeout=0.5).completions.create(**long)
     for _ in range(100):
         if not running.service.engine.figures.running:
             break
