@@ -41,6 +41,16 @@ def present_name(layer: int, side: Side) -> str:
     return f"present.{layer}.{side}"
 
 
+# The number of tokens whose logits the head in halves computes exactly for one row (docs/bundles.md), and the largest share of
+# the vocabulary.
+_HEAD_CANDIDATES, _HEAD_SHARE = 1024, 4
+
+
+def head_candidates(vocab_size: int) -> int:
+    """Returns the number of tokens whose logits the head in halves computes exactly for one row."""
+    return max(1, min(_HEAD_CANDIDATES, vocab_size // _HEAD_SHARE))
+
+
 CacheType = Literal["float32", "float16", "int8"]
 
 

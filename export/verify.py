@@ -148,7 +148,7 @@ def record_parity(bundle: Bundle, found: Verification) -> bool:
 def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
     """Yields a copy of the bundle whose quantized products do not round activations (`accuracy_level` 0)."""
     model = ir.load(bundle.model_path)
-    for node in model.graph:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     with scratch_directory(bundle.path.parent, "verify") as directory:

@@ -27,7 +27,8 @@ from slm.quantize.exact import (
     share_on_grid,
 )
 from slm.quantize.lab import Lab
-from slm.quantize.linears import Linear, linears_of
+from slm.quantize.halves import Head, mean_hidden, quantize_halves
+from slm.quantize.linears import EMBEDDING, Linear, linears_of
 from slm.quantize.plan import INT4, INT8, INT8_DYNAMIC, Prefer, schemes_of, with_half_scales
 from slm.quantize.quality import Change, Opened, Text, measure
 from slm.quantize.rounding import Arrays, Method, gptq, placeholders, restored, rounded_tensors
@@ -84,6 +85,7 @@ class Settings:
         method: The rounding method. None: GPTQ for four bits, nearest for eight bits.
         smooth: Whether to smooth activations first. None: only if it measures better.
         cache: The type of cached keys and values. None: `prefer` decides.
+        head: Whether the tied table is stored whole, or in halves for faster single-token steps (`slm.quantize.halves`).
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
         gate: The limits of the quality check. None: the default limits of the precision.
@@ -97,6 +99,7 @@ class Settings:
     method: Method | None = None
     smooth: bool | None = None
     cache: CacheType | None = None
+    head: Head = "whole"
     target_bytes: int | None = None
     target_kl_nats: float | None = None
     gate: Gate | None = None
@@ -104,7 +107,7 @@ class Settings:
     def words(self) -> dict[str, object]:
         """Returns the requested settings, without those left open."""
         asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
-        asked |= {"block_size": self.block_size}
+        asked |= {"block_size": self.block_size, "head": None if self.head == "whole" else self.head}
         asked |= {"target_bytes": self.target_bytes, "target_kl_nats": self.target_kl_nats}
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -131,6 +134,7 @@ class Recipe:
         cache_steps: The quantization steps of keys and values, by name of the parameter.
         rms: Root mean square of each input channel (K,) before smoothing, by path of the product; empty if not measured.
         done: Arrays of the weights that are already rounded, by path.
+        table: Arrays of the tied table in halves; empty if it is stored whole.
         harm: KL divergence when only this product has few bits, in nats, by path; empty if not measured.
         kept: Paths of the products whose weights lie on grids that their schemes store exactly.
         device: The device that will run the bundle.
@@ -143,6 +147,7 @@ class Recipe:
     cache_steps: Mapping[str, Array] = field(default_factory=dict)
     rms: Mapping[str, Array] = field(default_factory=dict)
     done: Mapping[str, Arrays] = field(default_factory=dict)
+    table: Arrays = field(default_factory=dict)
     harm: Mapping[str, float] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
     device: Device = "cpu"
@@ -164,7 +169,8 @@ class Recipe:
             source: The float32 bundle.
         """
         plain = self.smoothing.apply(graph_tensors(source.model_path))
-        rounded = rounded_tensors(plain, self.schemes, self.method != "nearest", self.importance, self.done)
+        done = {**self.done, EMBEDDING: self.table} if self.table else self.done
+        rounded = rounded_tensors(plain, self.schemes, self.method != "nearest", self.importance, done)
         tensors = ChainMap(dict(self.cache_steps), rounded)  # type: ignore[arg-type]  # only read
         return Contents(tensors, self.describe(), self.cache, self.smoothing, self.device)
 
@@ -213,6 +219,10 @@ def decide(
     recipe = Recipe(schemes, method, cache=cache, device=device)
     if cache == "int8":
         recipe.cache_steps = cache_steps(source, calibration, progress)
+    if settings.head == "halves":
+        recipe.schemes[EMBEDDING] = recipe.schemes[EMBEDDING].model_copy(update={"halves": True})
+        table, mean = graph_tensors(source.model_path)[f"{EMBEDDING}.weight"], mean_hidden(source, calibration, progress)
+        recipe.table = quantize_halves(table, recipe.schemes[EMBEDDING], mean)
     layers = [linear for linear in linears if linear.layer is not None]
     if settings.smooth is not False or method != "nearest":
         recipe.rms = root_mean_squares(Lab(source, layers), layers, calibration, progress)

@@ -12,6 +12,7 @@ from slm.core.progress import Progress, Silent
 from slm.export.graph import float_tensors, graph_tensors, released
 from slm.quantize.decide import GATES, Recipe, Settings, decide
 from slm.quantize.defaults import CALIBRATION_TOKENS
+from slm.quantize.halves import check_halves
 from slm.quantize.linears import linears_of
 from slm.quantize.plain import plain_bundle
 from slm.quantize.quality import Change, Divergence, Opened, Speeds, Text, calibration_text, divergence, measure, speeds
@@ -107,6 +108,8 @@ def check_source(source: Bundle, settings: Settings) -> None:
             f"INT8 supports the method nearest only, not {settings.method}",
             f"use slm quantize --int4 --method {settings.method}",
         )
+    if settings.head == "halves":
+        check_halves(source)
     if manifest.target == "portable":
         what = "--int8-dynamic" if settings.dynamic else "--kv-cache int8" if settings.cache == "int8" else None
         if what is not None:

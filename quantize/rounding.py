@@ -13,10 +13,11 @@ import numpy as np
 from slm.core.manifest import Bundle, Scheme
 from slm.core.progress import Progress
 from slm.export.graph import LazyTensors
-from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
+from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize, parts_of
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
 from slm.quantize.gptq import quantize_gptq
+from slm.quantize.halves import placeholders as halves_placeholders
 from slm.quantize.lab import LayerLab, embedded
 from slm.quantize.linears import Linear
 from slm.quantize.quality import Text
@@ -57,7 +58,7 @@ def rounded_tensors(
         if path not in schemes:
             makers[name] = partial(tensors.__getitem__, name)
             continue
-        for part in (QUANTIZED, SCALE, *[ZERO_POINTS] * schemes[path].zero_points):
+        for part in parts_of(schemes[path]):
             makers[f"{path}.{part}"] = partial(_part, rounded, path, part)
     return LazyTensors(makers)
 
@@ -113,6 +114,9 @@ def placeholders(linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> di
     found: dict[str, Arrays] = {}
     for linear in linears:
         scheme, blocks = schemes[linear.path], linear.inputs // schemes[linear.path].block_size
+        if scheme.halves:
+            found[linear.path] = halves_placeholders(linear, scheme)
+            continue
         shape = (linear.outputs, blocks, scheme.block_size * scheme.bits // 8)
         arrays: dict[str, Array] = {
             QUANTIZED: np.zeros(shape, np.uint8),

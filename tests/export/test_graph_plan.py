@@ -49,7 +49,7 @@ def schemes_of(config: ModelConfig, bits: int, zero_points: bool, dynamic: bool 
 
 
 def stored_as(schemes: dict[str, Scheme]) -> Callable[[str], Stored]:
-    fields = ("bits", "block_size", "zero_points", "dynamic", "half")
+    fields = ("bits", "block_size", "zero_points", "dynamic", "half", "halves")
     return lambda path: Stored(**{name: getattr(schemes[path], name) for name in fields})
 
 
@@ -110,17 +110,25 @@ def kinds(config: ModelConfig) -> dict[str, tuple[Any, Kind]]:
         Fused(SlotFormat(BlockFormat(schemes, 4))),
         kind_of(stored=stored_as(schemes), slots=True),
     )
+    halves = schemes_of(config, 8, False) | {"model.embed_tokens": Scheme(bits=8, block_size=16, halves=True)}
+    for name, weights, slots in (
+        ("halves", BlockFormat(halves, 4), False),
+        ("halves slots", SlotFormat(BlockFormat(halves, 4)), True),
+    ):
+        found[name] = (Fused(weights), kind_of(stored=stored_as(halves), slots=slots))
     return found
 
 
 NAMES = ("fused", "slots", "smoothed slots", "cuda", "webgpu", "portable", "int4", "portable int4", "int4, zero points",
          "portable int4, zero points", "int8", "portable int8", "int8, zero points", "portable int8, zero points", "dynamic",
-         "dynamic slots", "cuda int4", "cuda int4, zero points", "cuda int8")  # fmt: skip
+         "dynamic slots", "halves", "halves slots", "cuda int4", "cuda int4, zero points", "cuda int8")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_slm_writes_is_what_it_runs(tmp_path: Path, config: ModelConfig, name: str, tied: bool) -> None:
+    if "halves" in name and not tied:
+        pytest.skip("only a tied table is stored in halves")
     config = config.model_copy(update={"tie_word_embeddings": tied})
     target, kind = kinds(config)[name]
     sizes = written(tmp_path / "onnx" / "model.onnx", config, target)

@@ -1,0 +1,36 @@
+"""When a step may read a head in halves (`slm.export.graph.halves`), and how a step asks for the whole head.
+
+A step of one row reads the upper halves of the table: the logits of its most likely tokens are exact, and the others are
+approximate. This changes no choice among the exact tokens. Whatever looks at other tokens asks for the whole head.
+"""
+
+from slm.core.contract import head_candidates
+from slm.core.manifest import Bundle
+from slm.runtime.sampling import Sampling
+
+# The input `num_logits_to_keep` with which a step of one row reads the whole head. A single token has no second position.
+WHOLE = 2
+
+
+def in_halves(bundle: Bundle) -> bool:
+    """Returns whether a bundle has a head in halves."""
+    quantization = bundle.manifest.quantization
+    return quantization is not None and any(scheme.halves for scheme in quantization.schemes.values())
+
+
+def looks_far(sampling: Sampling, vocab_size: int) -> bool:
+    """Returns whether sampling depends on the logits of unlikely tokens: it has a bias or penalties, or keeps many tokens."""
+    plain = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1, 0, 0)
+    if sampling.logit_bias or not plain:
+        return True
+    if sampling.temperature == 0 or 0 < sampling.top_k <= head_candidates(vocab_size):
+        return False
+    return sampling.temperature > 1 or sampling.typical_p < 1
+
+
+def read_whole(decoder: object, whole: bool) -> None:
+    """Sets whether the next steps of a decoder, or of the decoder inside wrappers, read the whole head."""
+    while (inner := getattr(decoder, "decoder", None)) is not None:
+        decoder = inner
+    if hasattr(decoder, "whole_head"):
+        decoder.whole_head = whole
