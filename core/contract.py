@@ -43,7 +43,7 @@ def present_name(layer: int, side: Side) -> str:
 
 # The number of tokens whose logits the head in halves computes exactly for one row (docs/bundles.md), and the largest share of
 # the vocabulary.
-_HEAD_CANDIDATES, _HEAD_SHARE = 1024, 4
+_HEAD_CANDIDATES, _HEAD_SHARE = 1280, 4
 
 
 def head_candidates(vocab_size: int) -> int:

@@ -30,6 +30,8 @@ from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import smoothing_between
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
+from slm.export.parity_head import check_head
+from slm.runtime.head import in_halves
 from slm.runtime.placement import attends_on, check_placement
 from slm.runtime.session import Device, DeviceUnavailable, check_available
 
@@ -116,6 +118,8 @@ def verify_bundle(
     if device == "cuda":
         return Verification(count, off, found)
     found = {"cpu": check_parity(bundle, reference, progress, tolerance)} | found
+    if in_halves(bundle):
+        check_head(bundle, progress)
     portable = bundle.manifest.target == "portable"
     as_written = TOLERANCE if portable else tolerance
     found["cpu, graph as written"] = check_parity(bundle, reference, progress, as_written, optimize=False)

@@ -32,6 +32,7 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
+    from slm.quantize.halves import Head
     from slm.quantize.plan import Prefer
     from slm.quantize.report import Report
     from slm.quantize.rounding import Method
@@ -98,6 +99,13 @@ class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
     type=click.Choice(["float32", "int8"]),
     help="Type of cached keys and values; int8 has faster decode and slower prefill. [default: by --prefer]",
 )
+@click.option(
+    "--head",
+    type=click.Choice(["whole", "halves"]),
+    default="whole",
+    show_default=True,
+    help="Storage of the tied table; halves decode a single text faster, and several texts slower.",
+)
 @click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
 @column_option
 @document_option
@@ -129,6 +137,7 @@ def quantize(
     smooth: bool | None,
     target_size: int | None,
     kv_cache: "CacheType | None",
+    head: "Head",
     data: Path | None,
     column: str | None,
     max_document_bytes: int | None,
@@ -150,6 +159,7 @@ def quantize(
     \b
       slm quantize --int8
       slm quantize --int8 --prefer speed          # also caches in 8 bits
+      slm quantize --int8 --head halves           # for one text at a time
       slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
@@ -160,7 +170,7 @@ def quantize(
     if int8 + int8_dynamic + int4 + sweep != 1:
         raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
     chosen = [block_size, method, smooth, target_size, kv_cache, max_kl, max_ppl_increase]
-    if sweep and (prefer != "auto" or any(value is not None for value in chosen)):
+    if sweep and (prefer != "auto" or head != "whole" or any(value is not None for value in chosen)):
         raise SlmError("--sweep tries all settings and has no limits", "omit the other settings")
     precision = "int4" if int4 else "int8"
     if target_size is not None and not int4:
@@ -218,6 +228,7 @@ def quantize(
         method=method,
         smooth=smooth,
         cache=kv_cache,
+        head=head,
         target_bytes=target_size,
         target_kl_nats=max_kl if int4 and target_size is None and prefer != "size" else None,
         gate=Gate(usual.max_kl_nats if max_kl is None else max_kl, max_ppl_increase),

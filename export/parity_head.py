@@ -1,0 +1,52 @@
+"""Comparison of the two ways to read a head in halves (`slm.export.graph.halves`): whole, and upper halves with candidates.
+
+The whole head is compared with PyTorch (`slm.export.parity`), so this comparison also ties the other one to PyTorch.
+"""
+
+import numpy as np
+
+from slm.core.contract import head_candidates
+from slm.core.errors import SlmError
+from slm.core.manifest import Bundle
+from slm.core.progress import Progress
+from slm.runtime.decoder import OnnxDecoder
+
+# The largest difference of a candidate's logits, in units of their deviation. The whole head rounds the activations of the lower
+# halves to 8 bits, and the other one does not.
+CANDIDATE_TOLERANCE = 0.02
+# The largest root mean square of the other logits' differences: 4 of 8 bits leave 0.1 to 0.15 of the deviation.
+OTHER_TOLERANCE = 0.3
+_PROMPT, _STEPS = 8, 16
+
+
+def check_head(bundle: Bundle, progress: Progress) -> None:
+    """Compares the logits of single-token steps from halves with those of the whole head.
+
+    Raises:
+        SlmError: If a difference is above its limit.
+    """
+    decoder = OnnxDecoder(bundle)
+    vocab, count = decoder.vocab_size, _PROMPT + min(_STEPS, decoder.context - _PROMPT)
+    ids = np.random.default_rng(0).integers(0, vocab, count).tolist()
+    decoder.read(ids[:_PROMPT])
+    # Tokens near the limit of the candidates can fall on either side of it.
+    likely, worst, others = max(1, head_candidates(vocab) // 2), 0.0, 0.0
+    for token in ids[_PROMPT:]:
+        before = decoder.snapshot()
+        whole = decoder.read([token]).copy()
+        decoder.restore(before)
+        decoder.whole_head = False
+        off = np.abs(decoder.read([token]) - whole) / whole.std()
+        decoder.whole_head = True
+        worst = float(np.maximum(worst, off[np.argpartition(-whole, likely - 1)[:likely]].max()))
+        others = float(np.maximum(others, np.sqrt(np.mean(off**2))))
+    for what, found, limit in (
+        ("candidates", worst, CANDIDATE_TOLERANCE),
+        ("other tokens", others, OTHER_TOLERANCE),
+    ):
+        if not found <= limit:
+            raise SlmError(
+                f"the head in halves does not match the whole head: the logits of {what} differ by {found:.2g}, limit {limit}",
+                "quantize the bundle again",
+            )
+    progress.note(f"head in halves: likely tokens differ by {worst:.1g} from the whole head, other tokens by {others:.2g}")
