@@ -10,6 +10,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress
 from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.head import both_ways
 
 # The largest difference of a candidate's logits, in units of their deviation. The whole head rounds the activations of the lower
 # halves to 8 bits, and the other one does not.
@@ -31,13 +32,8 @@ def check_head(bundle: Bundle, progress: Progress) -> None:
     decoder.read(ids[:_PROMPT])
     # Tokens near the limit of the candidates can fall on either side of it.
     likely, worst, others = max(1, head_candidates(vocab) // 2), 0.0, 0.0
-    for token in ids[_PROMPT:]:
-        before = decoder.snapshot()
-        whole = decoder.read([token]).copy()
-        decoder.restore(before)
-        decoder.whole_head = False
-        off = np.abs(decoder.read([token]) - whole) / whole.std()
-        decoder.whole_head = True
+    for halves, whole in both_ways(decoder, ids[_PROMPT:]):
+        off = np.abs(halves - whole) / whole.std()
         worst = float(np.maximum(worst, off[np.argpartition(-whole, likely - 1)[:likely]].max()))
         others = float(np.maximum(others, np.sqrt(np.mean(off**2))))
     for what, found, limit in (

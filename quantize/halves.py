@@ -4,6 +4,7 @@ Dimensions: N output channels, K input channels, T positions.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,9 +17,14 @@ from slm.export.graph.builder import Array
 from slm.quantize.lab import head_inputs
 from slm.quantize.linears import Linear
 from slm.quantize.quality import Text
+from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.head import both_ways
+from slm.runtime.logprobs import log_softmax
 
 Head = Literal["whole", "halves"]
 
+# The limit of the mean KL divergence of single-token steps from the whole head, in nats, and the positions that are compared.
+MAX_KL_NATS, _COMPARED = 0.001, 256
 # The integers of a block, in steps of the lower halves. The largest weight lies at the lowest one.
 _LOWEST, _HIGHEST = -136, 119
 _CHUNK_VALUES = 1 << 22
@@ -51,6 +57,47 @@ def mean_hidden(source: Bundle, text: Text, progress: Progress) -> Array:
         progress.advance()
     progress.finish()
     return (total / max(1, count)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class HeadChange:
+    """The predictions of single-token steps from halves, compared with those of the whole head.
+
+    Attributes:
+        tokens: The number of compared positions.
+        kl_nats: The mean KL divergence from the whole head, in nats.
+        same_top1: The share of positions with the same most likely token.
+    """
+
+    tokens: int
+    kl_nats: float
+    same_top1: float
+
+
+def compare_ways(decoder: OnnxDecoder, text: Text) -> HeadChange:
+    """Compares the two ways to read a head in halves on the beginning of a text."""
+    kl, same, left = 0.0, 0, _COMPARED
+    for row in text.rows:
+        decoder.reset()
+        decoder.read(row[:1].tolist())
+        for halves, whole in both_ways(decoder, row[1 : 1 + left].tolist()):
+            expected = log_softmax(whole)
+            kl += float(np.sum(np.exp(expected) * (expected - log_softmax(halves)), dtype=np.float64))
+            same += int(halves.argmax() == whole.argmax())
+            left -= 1
+        if not left:
+            break
+    count = _COMPARED - left
+    return HeadChange(count, kl / max(1, count), same / max(1, count))
+
+
+def refuses(change: HeadChange) -> str | None:
+    """Returns the reason for rejecting a head in halves, or None."""
+    if change.kl_nats <= MAX_KL_NATS:
+        return None
+    return (
+        f"single-token steps from halves diverge from the whole head by {change.kl_nats:.4f} nats (limit {MAX_KL_NATS:g})"
+    )
 
 
 def quantize_halves(weight: Array, scheme: Scheme, mean: Array) -> dict[str, Array]:

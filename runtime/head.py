@@ -4,6 +4,11 @@ A step of one row reads the upper halves of the table: the logits of its most li
 approximate. This changes no choice among the exact tokens. Whatever looks at other tokens asks for the whole head.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
 from slm.core.contract import head_candidates
 from slm.core.manifest import Bundle
 from slm.runtime.sampling import Sampling
@@ -26,6 +31,30 @@ def looks_far(sampling: Sampling, vocab_size: int) -> bool:
     if sampling.temperature == 0 or 0 < sampling.top_k <= head_candidates(vocab_size):
         return False
     return sampling.temperature > 1 or sampling.typical_p < 1
+
+
+class _TwoWays(Protocol):
+    whole_head: bool
+
+    def read(self, ids: Sequence[int]) -> NDArray[Any]: ...
+
+    def snapshot(self) -> Any: ...
+
+    def restore(self, snapshot: Any) -> None: ...
+
+
+def both_ways(decoder: _TwoWays, ids: Sequence[int]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Reads tokens one by one, and yields the logits (V,) after each: from halves, and from the whole head."""
+    for token in ids:
+        before = decoder.snapshot()
+        whole = decoder.read([token]).copy()
+        decoder.restore(before)
+        decoder.whole_head = False
+        try:
+            halves = decoder.read([token])
+        finally:
+            decoder.whole_head = True
+        yield halves, whole
 
 
 def read_whole(decoder: object, whole: bool) -> None:

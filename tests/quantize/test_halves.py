@@ -22,6 +22,7 @@ from slm.quantize.quality import Text
 from slm.runtime import streaming
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generation import Generation, Request
+from slm.runtime.head import both_ways
 from slm.runtime.sampling import Sampling
 from slm.runtime.scheduler import run_batch
 from slm.runtime.streaming import run
@@ -50,12 +51,8 @@ def both(bundle: Bundle, ids: list[int]) -> tuple[Any, Any]:
     """Returns the next logits (V,) after some tokens, from halves and from the whole table."""
     decoder = OnnxDecoder(bundle, threads=1)
     decoder.read(ids[:-1])
-    before = decoder.snapshot()
-    decoder.whole_head = False
-    fast = decoder.read(ids[-1:]).copy()
-    decoder.restore(before)
-    decoder.whole_head = True
-    return fast, decoder.read(ids[-1:])
+    ((fast, whole),) = both_ways(decoder, ids[-1:])
+    return fast.copy(), whole
 
 
 def test_256_integers_represent_each_weight() -> None:
