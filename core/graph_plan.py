@@ -549,11 +549,28 @@ class _Model:
         with op.branch("then_branch") as result:
             shifted = op("Add", coarse, Weight(f"{path}.weight_shift", FLOAT, (config.vocab_size,)))
             _, tokens = op("TopK", shifted, [head_candidates(config.vocab_size)], axis=-1, sorted=0, outputs=2)
-            rows = self._rows_of_half(self._lower_rows, tokens, scale, path)
-            below = op("Squeeze", op("MatMul", rows, op("Unsqueeze", small, [-1])), [-1])
-            exact = op("Add", op("GatherElements", coarse, tokens, axis=-1), below)
+            below = self._lower_product(small, op("Reshape", tokens, [-1]), scale, path)
+            gathered = op("GatherElements", coarse, tokens, axis=-1)
+            exact = op("Add", gathered, op("Reshape", below, [1, 1, -1]))
             result(op("ScatterElements", shifted, tokens, exact, axis=-1))
         with op.branch("else_branch") as result:
             below = op("MatMulNBits", small, lower, scale, domain=MICROSOFT, **attributes)
             result(op("Add", coarse, below))
         return op("If", few)
+
+    def _lower_product(self, hidden: Any, tokens: Any, scale: Weight, path: str) -> Any:
+        op, block_size = self._op, self._kind.stored(path).block_size
+        count, half = self._config.hidden_size // block_size, block_size // 2
+        blocks = op("Reshape", hidden, [count, block_size])
+        step = op("Mul", op("Max", op("ReduceMax", op("Abs", blocks), [-1], keepdims=1), 1e-30), 1 / 127)
+        rounded = op("Mul", op("Round", op("Div", blocks, step)), step)
+        even, odd = op("Split", op("Reshape", rounded, [count, half, 2]), num_outputs=2, axis=-1, outputs=2)
+        even, odd = op("Reshape", even, [count, half]), op("Reshape", odd, [count, half])
+        packed = op("Gather", self._lower_rows, tokens, axis=0)
+        both = op("Reshape", op("Cast", packed, to=FLOAT), [-1, count, half])
+        upper = op("Floor", op("Mul", both, 1 / 16))
+        found = op("Add", op("Mul", both, even), op("Mul", upper, op("Sub", odd, op("Mul", even, 16.0))))
+        middle = op("Mul", op("ReduceSum", rounded, [-1], keepdims=0), 8.0)
+        by_block = op("Sub", op("ReduceSum", found, [-1], keepdims=0), middle)
+        scales = op("Gather", scale, tokens, axis=0)
+        return op("ReduceSum", op("Mul", by_block, scales), [-1], keepdims=0)

@@ -27,8 +27,7 @@ from slm.runtime.sampling import Sampling
 from slm.runtime.scheduler import run_batch
 from slm.runtime.streaming import run
 
-# The whole head rounds activations to 8 bits, and the exact logits of candidates do not, in their lower halves only. The
-# difference is 1/16 of the rounding in other layers.
+# Candidates round activations as the kernel of AVX-512 VNNI does; other kernels differ by 1/16 of the rounding in other layers.
 SAME = 0.02
 EMBEDDING = "model.embed_tokens"
 
