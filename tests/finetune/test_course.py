@@ -18,6 +18,7 @@ from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Renderer
 from slm.finetune.merge import merge
+from slm.finetune.preparation import RowFiles
 from slm.finetune.rows import read_rows
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
@@ -85,7 +86,7 @@ def test_the_epoch_that_is_kept(shared_checkpoint: Path, write_rows: WriteRows, 
     learned = write_rows([{"prompt": "a", "completion": "b" * 20}])
     unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
     settings = FinetuneSettings.checked(epochs=12, learning_rate=2e-2, keep=keep)
-    result = finetune(shared_checkpoint, learned, Path("out"), settings, validation=unlikely, samples=0)
+    result = finetune(shared_checkpoint, RowFiles(learned, unlikely), Path("out"), settings, samples=0)
     losses = [row["loss"] for row in metrics(Path("out")) if row["type"] == "eval"]
     assert result.best_epoch == losses.index(min(losses[1:])) < 12
     assert len(losses) == (13 if keep == "last" else result.best_epoch + 3 + 1)  # patience
@@ -171,7 +172,7 @@ def test_too_few_rows_to_choose_by_are_said(
 def test_validation_rows_that_are_learned_are_said(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     heard = Heard()
     held_out = write_rows([*ROWS[:2], {"instruction": "New.", "output": "x"}], "held-out.jsonl")
-    finetune(shared_checkpoint, write_rows(ROWS), Path("out"), QUICK, heard, validation=held_out, samples=0)
+    finetune(shared_checkpoint, RowFiles(write_rows(ROWS), held_out), Path("out"), QUICK, heard, samples=0)
     assert "warning: of the 3 validation rows 2 are training rows too: their loss says little" in heard.notes
 
 

@@ -24,6 +24,7 @@ from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.merge import merge, merged_checkpoint
+from slm.finetune.preparation import RowFiles
 from slm.finetune.rows import ChatRow, read_rows
 from slm.finetune.run import FinetuneResult, finetune
 from slm.finetune.settings import FinetuneSettings, default_epochs, default_learning_rate
@@ -148,7 +149,7 @@ def test_the_best_epoch_is_kept(shared_checkpoint: Path, write_rows: WriteRows) 
     learned = [{"prompt": "a", "completion": "b" * 20}]
     unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
     settings = FinetuneSettings(epochs=20, learning_rate=2e-2)
-    result = finetune(shared_checkpoint, write_rows(learned), Path("out"), settings, validation=unlikely)
+    result = finetune(shared_checkpoint, RowFiles(write_rows(learned), unlikely), Path("out"), settings)
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["type"] == "eval"]
     assert result.loss_before == losses[0]
@@ -162,7 +163,7 @@ def test_the_best_epoch_is_kept(shared_checkpoint: Path, write_rows: WriteRows) 
 
 def test_a_validation_file_leaves_all_rows_to_training(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     held_out = write_rows(PAIRS[:3], "held-out.jsonl")
-    result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK, validation=held_out)
+    result = finetune(shared_checkpoint, RowFiles(write_rows(PAIRS), held_out), Path("out"), QUICK)
     assert (result.rows, result.validation_rows) == (10, 3)
     assert read_info(Path("out"))["validation"]["sha256"] == sha256_file(held_out)
 
@@ -383,7 +384,7 @@ def test_patience_ends_a_run_that_has_no_more_to_gain(shared_checkpoint: Path, w
     for patience in (2, None):
         heard = Heard()
         settings = FinetuneSettings(epochs=20, learning_rate=2e-2, patience=patience)
-        result = finetune(shared_checkpoint, learned, Path(f"out-{patience}"), settings, heard, validation=unlikely)
+        result = finetune(shared_checkpoint, RowFiles(learned, unlikely), Path(f"out-{patience}"), settings, heard)
         results[patience] = result
         assert ("stopping early: no new best in 2 epochs" in heard.notes) == (patience == 2)
     assert results[2].updates == results[2].best_epoch + 2 < 20 == results[None].updates
@@ -403,11 +404,11 @@ def test_bad_rows_are_left_out_when_told(shared_checkpoint: Path, write_rows: Wr
     with pytest.raises(SlmError, match=r"line 4: unknown kind of row \(fields: txt\)"):
         finetune(shared_checkpoint, write_rows(rows), Path("out"), QUICK)
     heard = Heard()
-    result = finetune(shared_checkpoint, write_rows(rows), Path("out"), QUICK, heard, skip_bad=True)
+    result = finetune(shared_checkpoint, RowFiles(write_rows(rows), skip_bad=True), Path("out"), QUICK, heard)
     assert (result.rows, result.bad) == (6, 2)
     assert any("not as they should be: 2; the first: " in note and "line 4" in note for note in heard.notes)
     with pytest.raises(SlmError, match="there is no good row"):
-        finetune(shared_checkpoint, write_rows([{"txt": "a"}]), Path("none"), QUICK, skip_bad=True)
+        finetune(shared_checkpoint, RowFiles(write_rows([{"txt": "a"}]), skip_bad=True), Path("none"), QUICK)
 
 
 def test_two_rows_are_shown_before_they_are_learned(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -537,4 +538,4 @@ def test_a_conversation_that_the_model_s_template_refuses_is_named(
     data = write_rows([*PAIRS[:3], {"messages": answer}])
     with pytest.raises(SlmError, match=r"rows\.jsonl, line 4: the chat template failed: they take turns"):
         finetune(base, data, Path("out"), QUICK)
-    assert finetune(base, data, Path("out"), QUICK, skip_bad=True).bad == 1
+    assert finetune(base, RowFiles(data, skip_bad=True), Path("out"), QUICK).bad == 1

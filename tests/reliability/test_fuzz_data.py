@@ -17,7 +17,7 @@ from slm.core.progress import Silent
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
 from slm.train.data.corpus import open_corpus
-from slm.train.data.preparation import prepare_dataset
+from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.recipe import Recipe
 from slm.train.run import train
 
@@ -120,7 +120,7 @@ def test_texts(fuzz: Any, damage: Any, tmp_path: Path, ending: str, examples: in
 def test_datasets(fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples: int) -> None:
     source = tmp_path / "dataset"
     corpus = open_corpus([str(texts)], None)
-    prepare_dataset(corpus, source, Silent(), tokenizer="bpe", vocab_size=300, shard_tokens=2000, workers=1)
+    prepare_dataset(corpus, source, DatasetSettings(vocab_size=300, shard_tokens=2000), Silent())
     names = ("dataset.json", "tokenizer.json", *(file.name for file in source.glob("*.bin")))
     seen = fuzz.explore(
         "dataset", source, damage.of({n: (source / n).read_bytes() for n in names}, links=True), examples
