@@ -82,7 +82,9 @@ def test_make_watches_every_package(tmp_path: Path) -> None:
     )
     watched = run("make", "--silent", "--file", tmp_path / "Makefile", "show", cwd=ROOT).stdout.splitlines()
     inside = tuple(f"{home}/" for home in homes().values())
-    assert {name for name in tracked() if name.startswith(inside) and name.endswith((".py", ".yaml", ".toml"))} <= set(watched)
+    assert {name for name in tracked() if name.startswith(inside) and name.endswith((".py", ".yaml", ".toml"))} <= set(
+        watched
+    )
 
 
 @pytest.fixture(scope="module")

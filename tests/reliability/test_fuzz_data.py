@@ -3,8 +3,6 @@
 import gzip
 import json
 import lzma
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from slm.train.data.corpus import open_corpus
 from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.recipe import Recipe
 from slm.train.run import train
+from tests.progress import Stopper
 
 examples = pytest.mark.examples(few=40, many=600)
 
@@ -30,18 +29,6 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "One day", "completion": " a fox"},
     {"text": "The end."},
 ]
-
-
-class Stopper(Silent):
-    """Ends a run after so many steps, as Ctrl-C would."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        self.left -= amount == 1  # documents come in greater numbers
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def lines(values: list[Any]) -> bytes:

@@ -25,18 +25,9 @@ from slm.train.data.corpus import Reading, open_corpus
 from slm.train.data.dataset import DatasetManifest, open_dataset
 from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.data.shards import ShardWriter
+from tests.progress import Notes
 
 END = "\n<|endoftext|>\n"
-
-
-class Notes(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def make(
