@@ -208,7 +208,8 @@ def do() -> Do:
     def start(jobs: dict[int, Jobs], at: Path) -> None:
         file = at / f"jobs-{max(jobs)}.json"
         file.write_text(json.dumps(list(jobs.items())), encoding="utf-8")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         command = [sys.executable, "-m", "tests.train.test_parallel", file]
         ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
         assert ended.returncode == 0, ended.stderr
