@@ -194,25 +194,8 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             answers = _answers(
                 model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
             )
-            result = FinetuneResult(
-                made=out if adapter is not None else out / CHECKPOINT,
-                base=base,
-                rows=len(found.train.kept),
-                validation_rows=len(found.valid.kept),
-                trained_tokens=found.train.trained,
-                truncated=found.train.truncated + found.valid.truncated,
-                skipped=found.train.skipped + found.valid.skipped,
-                bad=found.bad,
-                loss_before=standing.loss_before,
-                loss_after=fit.kept_loss,
-                kept_epoch=fit.kept_epoch,
-                best_epoch=standing.best_epoch,
-                epochs=fit.epochs,
-                updates=standing.updates,
-                trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
-                seconds=round(seconds, 2),
-                samples=answers,
-            )
+            made = out if adapter is not None else out / CHECKPOINT
+            result = _result(made, base, found, fit, round(seconds, 2), answers)
             info = {
                 "made_by": "slm finetune",
                 "slm_version": __version__,
@@ -231,6 +214,32 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             if interruption.pending is not None:
                 interruption.deliver()
     return result
+
+
+def _result(
+    made: Path, base: Path, found: Prepared, fit: Fit, seconds: float, samples: tuple[Sample, ...]
+) -> FinetuneResult:
+    standing = fit.standing
+    assert standing.loss_before is not None
+    return FinetuneResult(
+        made=made,
+        base=base,
+        rows=len(found.train.kept),
+        validation_rows=len(found.valid.kept),
+        trained_tokens=found.train.trained,
+        truncated=found.train.truncated + found.valid.truncated,
+        skipped=found.train.skipped + found.valid.skipped,
+        bad=found.bad,
+        loss_before=standing.loss_before,
+        loss_after=fit.kept_loss,
+        kept_epoch=fit.kept_epoch,
+        best_epoch=standing.best_epoch,
+        epochs=fit.epochs,
+        updates=standing.updates,
+        trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
+        seconds=seconds,
+        samples=samples,
+    )
 
 
 def _fit(model: CausalLM, adapter: PeftModel | None, found: Prepared, precision: Precision, standing: Standing) -> Fit:
