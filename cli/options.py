@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
@@ -310,6 +311,26 @@ class Loading(TypedDict):
     threads: int | None
     trust: bool
     allow_slow: bool
+
+
+def collects(name: str, group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns a decorator of a command that passes several options to it as one object.
+
+    Args:
+        name: The command's argument for the object.
+        group: A dataclass whose fields are named as the options.
+    """
+    names = [field.name for field in fields(group)]
+
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def collected(**options: Any) -> Any:
+            found = group(**{each: options.pop(each) for each in names})
+            return command(**options, **{name: found})
+
+        return collected
+
+    return decorated
 
 
 def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:

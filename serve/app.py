@@ -16,10 +16,10 @@ from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.token_bytes import token_bytes
 from slm.serve.access import Access
 from slm.serve.body import read
-from slm.serve.completions import adapter_of, answer, check_size, prompts_of
+from slm.serve.completions import Completions, adapter_of, answer, check_size, prompts_of
 from slm.serve.docs_page import HEADERS, docs_page
 from slm.serve.errors import Refused, add_envelopes, said
-from slm.serve.formatting import Chat, Completion, card
+from slm.serve.formatting import ChatShape, CompletionShape, card
 from slm.serve.middleware import Guard
 from slm.serve.openapi import body_of, describe
 from slm.serve.requests import ChatRequest, CompletionRequest
@@ -123,7 +123,7 @@ def make_app(service: Service) -> FastAPI:
             raise Refused(400, said(error), param="messages") from None
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens or request.max_tokens
-        return await answer(service, request, connection, [ids], limit, top, Chat())
+        return await answer(service, connection, Completions(request, [ids], limit, top, ChatShape()))
 
     @app.post(
         "/v1/completions",
@@ -134,7 +134,8 @@ def make_app(service: Service) -> FastAPI:
     async def completions(connection: Request) -> Response:
         request = await read(connection, CompletionRequest)
         prompts = await prompts_of(service, request.prompt)
-        return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
+        wanted = Completions(request, prompts, request.max_tokens, request.logprobs, CompletionShape())
+        return await answer(service, connection, wanted)
 
     mount(app, site)
     description = describe(app.openapi(), keys=bool(service.keys))

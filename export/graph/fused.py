@@ -13,7 +13,7 @@ from slm.core.config import Activation, LayerType, ModelConfig
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, CacheLayer, CacheType, Device, cache_layers
 from slm.export.graph.builder import Array, Module, Op, Parameter, Value, cast, fused
 from slm.export.graph.formats import WeightFormat
-from slm.export.graph.target import AttentionShape, Norm, inverse_frequencies, last_rows, total_length
+from slm.export.graph.target import AttentionLayer, inverse_frequencies, last_rows, total_length
 
 
 @dataclass(frozen=True)
@@ -139,27 +139,20 @@ class Fused:
                 return op.Relu(x)
 
     def attend(
-        self,
-        op: Op,
-        qkv: Value,
-        norms: tuple[Norm, Norm],
-        shape: AttentionShape,
-        dtype: ir.DataType,
-        step: Step,
-        past: tuple[Value, Value],
-        scales: tuple[Value, ...],
+        self, op: Op, qkv: Value, layer: AttentionLayer, step: Step, past: tuple[Value, Value]
     ) -> tuple[Value, Value, Value]:
         """Norms each head, then updates the cache and attends in one operator (com.microsoft GroupQueryAttention).
 
         The operator also applies rotations if they are tables of every position. Otherwise a separate operator applies the
         rotations of the new tokens first.
         """
+        shape = layer.shape
         q, k, v = op.Split(qkv, shape.sizes, axis=-1, _outputs=3)
         q, k = (
             op.Reshape(norm(op, op.Reshape(x, [0, 0, heads, shape.head_dim])), [0, 0, heads * shape.head_dim])
-            for norm, x, heads in zip(norms, (q, k), (shape.heads, shape.kv_heads), strict=True)
+            for norm, x, heads in zip(layer.norms, (q, k), (shape.heads, shape.kv_heads), strict=True)
         )
-        q, k, v = (cast(op, x, dtype, self.dtype) for x in (q, k, v))
+        q, k, v = (cast(op, x, layer.dtype, self.dtype) for x in (q, k, v))
         attributes: dict[str, int | float | str] = {
             "num_heads": shape.heads,
             "kv_num_heads": shape.kv_heads,
@@ -178,9 +171,9 @@ class Fused:
             )
         tables = [None, None] if step.rows is not None else [cos, sin]
         operands = [q, k, v, *past, step.last_index, step.total, *tables]
-        if scales:
+        if layer.scales:
             attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-            operands += [None, None, None, *scales]
+            operands += [None, None, None, *layer.scales]
         attended, key, value = fused(op).GroupQueryAttention(*operands, **attributes, _outputs=3)
         return attended, key, value
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from slm.core.config import ModelConfig
 from slm.export.graph.builder import Module, Op, Parameter, Value, cast
-from slm.export.graph.target import AttentionShape, Target
+from slm.export.graph.target import AttentionLayer, AttentionShape, Target
 
 FLOAT = ir.DataType.FLOAT
 
@@ -50,16 +50,13 @@ class Attention(Module):
     def forward(self, op: Op, x: Value, step: Any, past: tuple[Value, Value]) -> tuple[Value, Value, Value]:
         """Maps (..., D) to (..., D), and the past keys and values to the present ones."""
         qkv = self.qkv_proj(op, cast(op, x, FLOAT, self.qkv_proj.dtype))
-        attended, key, value = self._target.attend(
-            op,
-            qkv,
-            (lambda op, x: self.q_norm(op, x)[0], lambda op, x: self.k_norm(op, x)[0]),
+        layer = AttentionLayer(
             self._shape,
-            self.qkv_proj.dtype,
-            step,
-            past,
-            tuple(getattr(self, scale) for scale in self._scales),
+            norms=(lambda op, x: self.q_norm(op, x)[0], lambda op, x: self.k_norm(op, x)[0]),
+            dtype=self.qkv_proj.dtype,
+            scales=tuple(getattr(self, scale) for scale in self._scales),
         )
+        attended, key, value = self._target.attend(op, qkv, layer, step, past)
         attended = self.o_proj(op, cast(op, attended, self._target.dtype, self.o_proj.dtype))
         return self._target.normed_as(op, attended, self.o_proj.dtype), key, value
 

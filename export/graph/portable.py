@@ -13,7 +13,7 @@ from slm.core.config import FULL, SLIDING, Activation, LayerType, ModelConfig
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, CacheLayer, cache_layers, past_name
 from slm.export.graph.builder import Array, Module, Op, Parameter, Value
 from slm.export.graph.formats import WeightFormat
-from slm.export.graph.target import AttentionShape, Norm, inverse_frequencies, last_rows, total_length
+from slm.export.graph.target import AttentionLayer, inverse_frequencies, last_rows, total_length
 
 _TO_THE_END = (1 << 63) - 1
 
@@ -138,22 +138,13 @@ class Portable:
                 return op.Relu(x)
 
     def attend(
-        self,
-        op: Op,
-        qkv: Value,
-        norms: tuple[Norm, Norm],
-        shape: AttentionShape,
-        dtype: ir.DataType,
-        step: Step,
-        past: tuple[Value, Value],
-        scales: tuple[Value, ...],
+        self, op: Op, qkv: Value, layer: AttentionLayer, step: Step, past: tuple[Value, Value]
     ) -> tuple[Value, Value, Value]:
         """Norms each head, rotates, and attends to cached and new positions."""
+        shape, (norm_q, norm_k) = layer.shape, layer.norms
         q, k, v = op.Split(qkv, shape.sizes, axis=-1, _outputs=3)
         q, k, v = (op.Reshape(x, to) for x, to in ((q, step.heads), (k, step.kv_heads), (v, step.kv_heads)))
-        q, k, v = (
-            op.Transpose(x, perm=[0, 2, 1, 3]) for x in (norms[0](op, q), norms[1](op, k), v)
-        )  # (B, heads, T, H)
+        q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (norm_q(op, q), norm_k(op, k), v))  # (B, heads, T, H)
         q, k = (op.RotaryEmbedding(x, step.cos[shape.kind], step.sin[shape.kind]) for x in (q, k))
         attended, key, value = op.Attention(
             q, k, v, step.mask[shape.kind], *past, scale=shape.scale, _outputs=3

@@ -49,6 +49,23 @@ class AttentionShape:
         return [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What one layer's attention consists of, apart from its products.
+
+    Attributes:
+        shape: The dimensions.
+        norms: The norms of queries and keys.
+        dtype: The type of the joint product of q, k and v.
+        scales: Scales of quantized keys and values, (1, K, 1, H) each; empty if caches are not quantized.
+    """
+
+    shape: AttentionShape
+    norms: tuple[Norm, Norm]
+    dtype: ir.DataType
+    scales: tuple[Value, ...]
+
+
 S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
 
@@ -92,27 +109,21 @@ class Target(Protocol[S]):
         self,
         op: Op,
         qkv: Value,
-        norms: tuple[Norm, Norm],
-        shape: AttentionShape,
-        dtype: ir.DataType,
+        layer: AttentionLayer,
         step: S,
         past: tuple[Value, Value],
-        scales: tuple[Value, ...],
     ) -> tuple[Value, Value, Value]:
         """Norms queries and keys, rotates them, and attends.
 
         Args:
             op: The builder.
             qkv: The joint product, in the layout of hidden states.
-            norms: The norms of queries and keys.
-            shape: The dimensions of the layer's attention.
-            dtype: The type of the joint product. The result has the target's type.
+            layer: The layer's dimensions, norms and scales.
             step: The step's shared values, from `positions`.
             past: Cached keys and values.
-            scales: Scales of quantized keys and values, (1, K, 1, H) each; empty if caches are not quantized.
 
         Returns:
-            The attention output, as wide as the queries, and the present keys and values.
+            The attention output, as wide as the queries and of the target's type, and the present keys and values.
         """
 
     def arranged(self, op: Op, input_ids: Value) -> Value:

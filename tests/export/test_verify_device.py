@@ -14,7 +14,7 @@ from slm.core.manifest import Bundle, amend, parity_devices
 from slm.core.progress import Silent
 from slm.export import parity as compared
 from slm.export import verify as module
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.verify import record_parity, verify_bundle
 from slm.runtime.session import DeviceUnavailable
 
@@ -24,7 +24,7 @@ Slm = Callable[..., Any]
 @pytest.fixture(scope="module")
 def made(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a bundle for CUDA, which tests must not change."""
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("made") / "cuda", device="cuda").path
+    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("made") / "cuda", ExportOptions(device="cuda")).path
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import slm
 from slm.core.contract import CACHE_SLACK
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import Text
@@ -80,7 +80,9 @@ def test_int8_rows_are_the_same_bits(int8_bundle: Bundle) -> None:
 
 
 def test_one_by_one_where_there_is_no_slab(shared_checkpoint: Path, tmp_path: Path) -> None:
-    portable = OnnxDecoder(export_bundle(shared_checkpoint, tmp_path / "portable", target="portable"), threads=1)
+    portable = OnnxDecoder(
+        export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable")), threads=1
+    )
     for decoder in (slm.load(shared_checkpoint).decoder, portable):
         made = completed_together(decoder, PROMPTS[:4], [GREEDY] * 4, 20, ())
         assert made == [alone(decoder, prompt, GREEDY, 20) for prompt in PROMPTS[:4]]

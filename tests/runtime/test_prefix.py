@@ -10,7 +10,7 @@ import pytest
 import slm
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.runtime.backend import Decoder
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.prefix import PrefixCache, PrefixDecoder, common_length
@@ -74,7 +74,9 @@ def plain(request: pytest.FixtureRequest, shared_bundle: Bundle, shared_checkpoi
     if request.param == "torch":
         return slm.load(shared_checkpoint).decoder
     if request.param == "portable":
-        return OnnxDecoder(export_bundle(shared_checkpoint, tmp_path / "portable", target="portable"), threads=1)
+        return OnnxDecoder(
+            export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable")), threads=1
+        )
     return OnnxDecoder(shared_bundle, threads=1)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import slm
 from slm.core.manifest import Bundle
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.runtime import shipped
 
 BOLD: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 1.0, "top_k": 0}
@@ -51,7 +51,7 @@ def test_a_list_answers_with_each_prompt_s_own_text(
     kind: str, stop: Any, shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path
 ) -> None:
     if kind == "portable":
-        path = export_bundle(shared_checkpoint, tmp_path / "portable", target="portable").path
+        path = export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable")).path
     else:
         path = shared_checkpoint if kind == "checkpoint" else shared_bundle.path
     model = slm.load(path, threads=1, draft_tokens=4 if kind == "drafts" else None)
