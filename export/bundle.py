@@ -152,7 +152,7 @@ def _write_files(directory: Path, checkpoint: Path, tokenizer: Tokenizer, manife
     write_notice(directory, manifest.notices)
 
 
-def _operators(options: ExportOptions, ranges: Ranges | None) -> graph.Target[Any]:
+def _operators(options: ExportOptions, ranges: Ranges | None) -> graph.Operators[Any]:
     if options.target == "portable":
         return Portable(GemmFormat())
     if ranges is None:

@@ -31,7 +31,7 @@ from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import smoothing_between
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
 from slm.runtime.placement import attends_on, check_placement
-from slm.runtime.session import Device, DeviceUnavailable, check_available
+from slm.runtime.session import DeviceUnavailable, RuntimeDevice, check_available
 
 # The kernel rounds activations to 8 bits, block by block, in every layer.
 INT8_TOLERANCE = 0.3
@@ -61,7 +61,7 @@ def verify_bundle(
     bundle: Bundle,
     checkpoint: Path,
     progress: Progress,
-    device: Device | None = None,
+    device: RuntimeDevice | None = None,
     allow_slow: bool = False,
 ) -> Verification:
     """Verifies a bundle against a checkpoint.

@@ -30,7 +30,7 @@ from slm.serve.events import Inbox, Post
 from slm.serve.formatting import FINISH, Shape, answer_of, choice, usage_of
 from slm.serve.log import record_answers
 from slm.serve.queue import Full
-from slm.serve.requests import Request as AnyRequest
+from slm.serve.requests import ApiRequest
 from slm.serve.service import Service
 
 Value = TypeVar("Value")
@@ -65,7 +65,7 @@ class Completions:
         shape: The JSON format.
     """
 
-    request: AnyRequest
+    request: ApiRequest
     prompts: Sequence[Sequence[int]]
     new_tokens: int | None
     logprobs: int | None
@@ -234,7 +234,7 @@ def check_size(service: Service, texts: Sequence[object], param: str) -> None:
             )
 
 
-async def _constraints(service: Service, request: AnyRequest, texts: int) -> Sequence[JsonConstraint | None]:
+async def _constraints(service: Service, request: ApiRequest, texts: int) -> Sequence[JsonConstraint | None]:
     """Returns the constraint of each completion."""
     form = request.response_format
     if form is None or form.type == "text":
@@ -268,7 +268,7 @@ def _check_count(service: Service, answers: int, param: str) -> None:
         raise Refused(400, f"{answers:,} completions in one request; the limit is {service.limits.texts}", param=param)
 
 
-def _sampling(request: AnyRequest, index: int) -> Sampling:
+def _sampling(request: ApiRequest, index: int) -> Sampling:
     """Returns the sampling settings. The defaults are OpenAI's, which keep every token."""
     seed = int(uuid.uuid4().int % 2**32) if request.seed is None else request.seed % 2**63
     return Sampling(

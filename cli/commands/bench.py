@@ -57,7 +57,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """Which cases are measured, and how often.
 
     Attributes:
@@ -103,9 +103,9 @@ class Plan:
 @allow_slow_option
 @json_option
 @collects_loading
-@collects("plan", Plan)
+@collects("plan", BenchPlan)
 def bench(
-    model: Path | None, plan: Plan, loading: Loading, plot: Path | None, compare: Path | None, as_json: bool
+    model: Path | None, plan: BenchPlan, loading: Loading, plot: Path | None, compare: Path | None, as_json: bool
 ) -> None:
     """Measure the speed and memory of a bundle (onnxruntime) or a checkpoint (PyTorch).
 
@@ -137,7 +137,7 @@ def bench(
         bench_report.print_comparison(compared, str(compare))
 
 
-def _report(path: Path, plan: Plan, loading: Loading) -> dict[str, Any]:
+def _report(path: Path, plan: BenchPlan, loading: Loading) -> dict[str, Any]:
     """Measures a model and returns the report."""
     from slm.loading import load
 
@@ -158,7 +158,7 @@ def _report(path: Path, plan: Plan, loading: Loading) -> dict[str, Any]:
     }
 
 
-def _fitting(plan: Plan, context: int) -> Plan:
+def _fitting(plan: BenchPlan, context: int) -> BenchPlan:
     """Returns the plan with the prompt lengths that fit into the context.
 
     Raises:
@@ -236,7 +236,7 @@ def _processor() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def _measure(decoder: "Decoder", plan: Plan, threads: int, device: str) -> "list[Timing]":
+def _measure(decoder: "Decoder", plan: BenchPlan, threads: int, device: str) -> "list[Timing]":
     from slm.runtime.bench import Case, ReadProbe, measure
 
     cases = [Case(prompt, batch) for batch in plan.batches for prompt in plan.prompts]
@@ -296,7 +296,7 @@ def _torch_rows(decoder: Any) -> "MakeRows":
     return TorchRows
 
 
-def _fresh_processes(path: Path, plan: Plan, loading: Loading) -> list[dict[str, float]]:
+def _fresh_processes(path: Path, plan: BenchPlan, loading: Loading) -> list[dict[str, float]]:
     progress = RichProgress()
     progress.start("loading and memory", len(plan.prompts), "processes")
     try:

@@ -47,7 +47,7 @@ class BundleChoices:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """What is exported.
 
     Attributes:
@@ -97,9 +97,9 @@ class Source:
 @json_option
 @collects("formats", Formats)
 @collects("choices", BundleChoices)
-@collects("source", Source)
+@collects("source", ExportSource)
 def export(
-    source: Source,
+    source: ExportSource,
     formats: Formats,
     choices: BundleChoices,
     gguf_type: "GgufType | None",
@@ -132,7 +132,9 @@ def export(
         _export_bundle(source, choices, out, as_json)
 
 
-def _check_formats(formats: Formats, source: Source, choices: BundleChoices, gguf_type: "GgufType | None") -> None:
+def _check_formats(
+    formats: Formats, source: ExportSource, choices: BundleChoices, gguf_type: "GgufType | None"
+) -> None:
     """Checks that the options belong to the format.
 
     Raises:
@@ -156,7 +158,7 @@ def _check_formats(formats: Formats, source: Source, choices: BundleChoices, ggu
         raise click.UsageError("--gguf-type requires --gguf")
 
 
-def _export_bundle(source: Source, choices: BundleChoices, out: Path | None, as_json: bool) -> None:
+def _export_bundle(source: ExportSource, choices: BundleChoices, out: Path | None, as_json: bool) -> None:
     from slm.export.bundle import ExportOptions, export_bundle
 
     started = time.perf_counter()
@@ -171,7 +173,7 @@ def _export_bundle(source: Source, choices: BundleChoices, out: Path | None, as_
     _report(bundle, time.perf_counter() - started, as_json)
 
 
-def _export_gguf(source: Source, gguf_type: "GgufType", out: Path | None, as_json: bool) -> None:
+def _export_gguf(source: ExportSource, gguf_type: "GgufType", out: Path | None, as_json: bool) -> None:
     from slm.interchange.gguf import check_gguf_output, write_gguf
 
     started = time.perf_counter()
@@ -183,7 +185,7 @@ def _export_gguf(source: Source, gguf_type: "GgufType", out: Path | None, as_jso
         _report_gguf(written, time.perf_counter() - started, as_json)
 
 
-def _export_adapter(source: Source, out: Path | None, as_json: bool) -> None:
+def _export_adapter(source: ExportSource, out: Path | None, as_json: bool) -> None:
     from slm.core.adapter_base import check_base
     from slm.core.checkpoint import read_config
     from slm.core.weights import weights_sha256

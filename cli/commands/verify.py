@@ -16,7 +16,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
 if TYPE_CHECKING:
-    from slm.runtime.session import Device
+    from slm.runtime.session import RuntimeDevice
 
 
 @click.command()
@@ -40,7 +40,7 @@ def verify(
     bundle: Path | None,
     against: Path | None,
     adapter: Path | None,
-    device: "Device | None",
+    device: "RuntimeDevice | None",
     trust: bool,
     allow_slow: bool,
     as_json: bool,

@@ -79,7 +79,7 @@ class Positions(Protocol[S_co]):
         """Returns the shared values of the step."""
 
 
-class Target(Protocol[S]):
+class Operators(Protocol[S]):
     """The operators of a target. `S` is the type of a step's shared values."""
 
     opsets: dict[str, int]

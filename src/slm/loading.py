@@ -19,7 +19,7 @@ from slm.runtime import shipped
 from slm.runtime.backend import Decoder
 from slm.runtime.model import About, Model
 from slm.runtime.placement import check_placement
-from slm.runtime.session import Device
+from slm.runtime.session import RuntimeDevice
 
 if TYPE_CHECKING:
     from slm.core.nn import CausalLM
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def load(
     path: str | PathLike[str] | None = None,
     *,
-    device: Device = "cpu",
+    device: RuntimeDevice = "cpu",
     cuda_graph: bool = False,
     threads: int | None = None,
     draft_tokens: int | None = None,
@@ -71,7 +71,7 @@ def load(
 class LoadOptions:
     """The options of `load`, which documents them."""
 
-    device: Device
+    device: RuntimeDevice
     cuda_graph: bool
     threads: int | None
     draft_tokens: int | None
@@ -86,8 +86,8 @@ class LoadOptions:
             SlmError: If an option has the wrong type or is out of range.
         """
         _check_path("adapter", self.adapter)
-        if self.device not in get_args(Device):
-            raise ArgumentError(f"device is {self.device!r}", f"one of {', '.join(map(repr, get_args(Device)))}")
+        if self.device not in get_args(RuntimeDevice):
+            raise ArgumentError(f"device is {self.device!r}", f"one of {', '.join(map(repr, get_args(RuntimeDevice)))}")
         for name, value in (("threads", self.threads), ("draft_tokens", self.draft_tokens)):
             check_type(name, value, (Integral, type(None)), "a whole number or None")
             if isinstance(value, int) and value < 1:
@@ -162,7 +162,7 @@ def load_ensemble(
     paths: Sequence[str | PathLike[str]],
     average: "Average" = "mean",
     *,
-    device: Device = "cpu",
+    device: RuntimeDevice = "cpu",
     cuda_graph: bool = False,
     threads: int | None = None,
     draft_tokens: int | None = None,
