@@ -60,11 +60,9 @@ def test_a_list_answers_with_each_prompt_s_own_text(
     several = model.complete(PROMPTS, seed=3, stop=stop, **BOLD)
     texts = model.generate(PROMPTS, seed=3, stop=stop, **BOLD)
     assert isinstance(texts, list) and texts == [each.text for each in several]
-    assert [each.tokens for each in model.last_runs] == [each.tokens for each in several]
     for number, prompt in enumerate(PROMPTS):
         assert texts[number] == model.generate(prompt, seed=3 + number, stop=stop, **BOLD)
-        alone = model.last_run
-        assert alone is not None
+        alone = model.complete(prompt, seed=3 + number, stop=stop, **BOLD)
         assert several[number].seed == alone.seed == 3 + number
         assert (several[number].tokens, several[number].stopped) == (alone.tokens, alone.stopped)
         assert several[number].ttft_ms > 0
