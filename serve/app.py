@@ -71,6 +71,24 @@ def make_app(service: Service) -> FastAPI:
     site = _page(service)
     access = Access(service.keys, service.hosts, service.origins, public={*_PUBLIC, *paths_of(site)})
     app.add_middleware(Guard, service=service, access=access)
+    _add_status(app, service)
+    _add_models(app, service)
+
+    @app.get("/docs", response_class=HTMLResponse, responses={200: {"content": {"text/html": {}}}})
+    async def docs() -> Response:
+        return Response(page, headers=dict(HEADERS), media_type="text/html")
+
+    _add_completions(app, service, chats)
+    mount(app, site)
+    description = describe(app.openapi(), keys=bool(service.keys))
+    page = docs_page(description)
+    # The description is built before the first request: it would block the event loop for too long.
+    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    return app
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    """Adds the probes and the metrics."""
     unwell: dict[int | str, dict[str, Any]] = {
         503: {"model": Status, "description": "the engine has ended or is stuck"}
     }
@@ -89,6 +107,10 @@ def make_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    """Adds the list of models."""
+
     @app.get("/v1/models", response_model=Cards, responses=refused(401, *TURNED_AWAY))
     async def models() -> Response:
         names = (service.name, *service.adapters)
@@ -99,9 +121,9 @@ def make_app(service: Service) -> FastAPI:
         adapter_of(service, name)
         return JSONResponse(card(service, name))
 
-    @app.get("/docs", response_class=HTMLResponse, responses={200: {"content": {"text/html": {}}}})
-    async def docs() -> Response:
-        return Response(page, headers=dict(HEADERS), media_type="text/html")
+
+def _add_completions(app: FastAPI, service: Service, chats: ThreadPoolExecutor) -> None:
+    """Adds chats and completions; `chats` runs chat templates."""
 
     @app.post(
         "/v1/chat/completions",
@@ -136,13 +158,6 @@ def make_app(service: Service) -> FastAPI:
         prompts = await prompts_of(service, request.prompt)
         wanted = Completions(request, prompts, request.max_tokens, request.logprobs, CompletionShape())
         return await answer(service, connection, wanted)
-
-    mount(app, site)
-    description = describe(app.openapi(), keys=bool(service.keys))
-    page = docs_page(description)
-    # The description is built before the first request: it would block the event loop for too long.
-    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
-    return app
 
 
 def _warm(service: Service) -> None:

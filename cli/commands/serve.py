@@ -12,6 +12,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import say
+from slm.cli.listening import cannot_listen
 from slm.cli.options import (
     MAX_PORT,
     Artifact,
@@ -262,8 +263,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "choose another --port or --host") from None
+        raise cannot_listen(host, port, error) from None
 
 
 def _api_keys(file: Path | None) -> list[str]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from slm.core.config import Activation, LayerType, ModelConfig
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, CacheLayer
-from slm.export.graph.builder import Array, Op, Value
+from slm.export.graph.builder import Array, Module, Op, Parameter, Value
 from slm.export.graph.formats import WeightFormat
 
 Norm = Callable[[Op, Value], Value]
@@ -134,6 +134,22 @@ class Operators(Protocol[S]):
 
     def logits(self, op: Op, logits: Value, step: S, vocab_size: int) -> Value:
         """Reshapes the output of the head to (B, kept, V)."""
+
+
+class RotaryModule(Module):
+    """The part of `Positions` that every target shares: the rotation frequencies of each kind of layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._kinds: list[LayerType] = sorted(set(config.layer_types))
+        self.tensors: dict[str, Array] = {}
+        for kind in self._kinds:
+            self.tensors[f"{kind}_inv_freq"] = inverse_frequencies(config, kind)
+            setattr(self, f"{kind}_inv_freq", Parameter([config.head_dim // 2], ir.DataType.FLOAT))
+
+    def _angles(self, op: Op, positions: Value, kind: LayerType) -> Value:
+        """Returns the angles (..., H / 2) of positions (..., 1) in radians."""
+        return op.Mul(positions, getattr(self, f"{kind}_inv_freq"))
 
 
 def inverse_frequencies(config: ModelConfig, kind: LayerType) -> Array:
