@@ -213,7 +213,7 @@ def test_rows_padded_on_the_right_keep_their_own_last_positions(
 @pytest.mark.parametrize("context", [16, 257])
 def test_a_context_that_does_not_fit_is_refused(shared_checkpoint: Path, tmp_path: Path, context: int) -> None:
     with pytest.raises(SlmError, match=f"{context} tokens"):
-        export_bundle(shared_checkpoint, tmp_path / "onnx", context)
+        export_bundle(shared_checkpoint, tmp_path / "onnx", ExportOptions(context))
 
 
 def test_bfloat16_checkpoints_are_read(shared_checkpoint: Path, config: ModelConfig, tmp_path: Path) -> None:
