@@ -17,9 +17,9 @@ from slm.export.graph import (
     BlockFormat,
     DequantizedFormat,
     Fused,
+    Operators,
     Portable,
     SlotFormat,
-    Target,
     WeightFormat,
     build_graph,
     portable_tensors,
@@ -99,7 +99,7 @@ def tried(source: Bundle, contents: Contents, scratch: Path) -> Iterator[Bundle]
 def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     tensors, quantization = contents.tensors, contents.quantization
     precision: Precision = "int4" if quantization.bits == 4 else "int8"
-    target: Target[Any]
+    target: Operators[Any]
     if source.manifest.target == "portable":  # as written, the portable graph computes in floats
         quantization = quantization.model_copy(update={"accuracy_level": 0})
         tensors = portable_tensors(tensors, quantization.schemes)
