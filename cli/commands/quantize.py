@@ -32,10 +32,8 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
-    from slm.quantize.plan import Prefer
-    from slm.quantize.report import Report
-    from slm.quantize.rounding import Method
-    from slm.quantize.sweep import Sweep
+    from slm.quantize.results import Report, Sweep
+    from slm.quantize.settings import Method, Prefer
 
 # The number of least accurate layers in the table.
 _WORST = 5
@@ -183,9 +181,9 @@ def quantize(
         raise SlmError(f"{target} is the bundle to quantize and cannot be overwritten", "choose another --out")
     check_output(target, {"sweep.json", "sweep.html"} if sweep else sealed_files(target))
     source = Bundle.open(bundle)
-    from slm.quantize.decide import GATES, Gate, Settings
-    from slm.quantize.make import check_source, quantize_bundle
-    from slm.quantize.quality import calibration_text, measuring_text
+    from slm.quantize.make import quantize_bundle
+    from slm.quantize.settings import GATES, Gate, Settings, check_source
+    from slm.quantize.texts import calibration_text, measuring_text
 
     def given(path: Path | None) -> TextSource | None:
         if path is None:
@@ -261,7 +259,8 @@ def _after_sweep(sweep: "Sweep", bundle: Path) -> str | None:
 
 def _report(made: Bundle, report: "Report", as_json: bool) -> None:
     from slm.quantize.page import figures
-    from slm.quantize.report import PAGE_FILE, as_dict
+    from slm.quantize.report import as_dict
+    from slm.quantize.results import PAGE_FILE
 
     if as_json:
         print_json({"bundle": str(made.path)} | as_dict(report) | {"next": after_bundle(made)})
