@@ -323,24 +323,23 @@ class Loading(TypedDict):
     allow_slow: bool
 
 
-def collects(name: str, group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Returns a decorator of a command that passes several options to it as one object.
+def collects(argument: str, group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Passes the options that are fields of a dataclass to a command as one argument.
 
     Args:
-        name: The command's argument for the object.
-        group: A dataclass whose fields are named as the options.
+        argument: The name of the argument.
+        group: The dataclass. Its fields have the names of the options.
     """
-    names = [field.name for field in fields(group)]
 
-    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def collected(**options: Any) -> Any:
-            found = group(**{each: options.pop(each) for each in names})
-            return command(**options, **{name: found})
+            values = {field.name: options.pop(field.name) for field in fields(group)}
+            return command(**{argument: group(**values)}, **options)
 
         return collected
 
-    return decorated
+    return decorate
 
 
 def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:
