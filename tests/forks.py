@@ -43,7 +43,10 @@ def forks(imports: str, home: Path) -> Iterator[Run]:
     """
     out, err = home / "out", home / "err"
     with subprocess.Popen(
-        [sys.executable, "-c", _SERVER.format(imports=imports)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _SERVER.format(imports=imports)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         sending, receiving = process.stdin, process.stdout
         assert sending is not None and receiving is not None

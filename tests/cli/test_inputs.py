@@ -23,10 +23,14 @@ finally:
 """
 
 
+# What commands import before they look at their inputs: none of it is heavy, as each program sees.
+LIGHT = "import slm.cli.main, slm.core.artifacts, slm.core.outputs, slm.train.data.corpus, slm.train.recipe"
+
+
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs a program in a process that has imported the command line alone."""
-    with forks("import slm.cli.main", tmp_path_factory.mktemp("apart")) as run:
+    """Runs a program in a process that has imported nothing heavy."""
+    with forks(LIGHT, tmp_path_factory.mktemp("apart")) as run:
         yield run
 
 
