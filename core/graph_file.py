@@ -134,9 +134,7 @@ def _read_model(data: mmap, found: FileGraph) -> None:
         raise ValueError(f"it has {graphs} graphs")
 
 
-def _read_graph(
-    data: mmap, start: int, stop: int, found: FileGraph, entries: list[int], inside: bool = False
-) -> None:
+def _read_graph(data: mmap, start: int, stop: int, found: FileGraph, entries: list[int], inside: bool = False) -> None:
     """Reads a graph. `entries` is the number of nodes and tensors that it and the graphs after it may have."""
     for number, form, value in _all_fields(data, start, stop):
         if form != _BYTES:

@@ -518,7 +518,9 @@ class _Model:
     def _halves(self, path: str) -> tuple[Weight, Weight, Weight]:
         rows, block_size = self._config.vocab_size, self._kind.stored(path).block_size
         blocks = self._config.hidden_size // block_size
-        upper, lower = (Weight(f"{path}.weight_{part}", UINT8, (rows, blocks, block_size // 2)) for part in ("upper", "lower"))
+        upper, lower = (
+            Weight(f"{path}.weight_{part}", UINT8, (rows, blocks, block_size // 2)) for part in ("upper", "lower")
+        )
         return upper, lower, Weight(f"{path}.weight_scale", FLOAT, (rows, blocks))
 
     def _rows_of_half(self, table: Any, ids: Any, scale: Weight, path: str) -> Any:

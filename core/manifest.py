@@ -23,7 +23,8 @@ from slm.core.files import check_readable, member, read_json, sha256_file, write
 from slm.core.graph_check import check_graph
 from slm.core.graph_file import external_files
 from slm.core.graph_plan import Kind, Stored
-from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from slm.core.tokenizer import TOKENIZER_FILE
+from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -105,8 +106,8 @@ class Scheme(_Record):
         reduced: Whether the weights of a dynamic scheme have only seven bits. Processors without VNNI add pairs of products
             in 16 bits, which eight bits can overflow.
         half: Whether scales, and the input and output of the product, are float16, as on a GPU. Otherwise they are float32.
-        halves: Whether the upper and lower four bits of the integers are stored apart (`slm.export.graph.halves`), with the scale
-            of the upper ones, and one float32 for each output channel.
+        halves: Whether the upper and lower four bits of the integers are stored apart, with the scale of the upper ones and
+            one float32 for each output channel (`slm.export.graph.halves`).
     """
 
     bits: Literal[4, 8] = 8

@@ -45,4 +45,6 @@ def check_head(bundle: Bundle, progress: Progress) -> None:
                 f"the head in halves does not match the whole head: the logits of {what} differ by {found:.2g}, limit {limit}",
                 "quantize the bundle again",
             )
-    progress.note(f"head in halves: likely tokens differ by {worst:.1g} from the whole head, other tokens by {others:.2g}")
+    progress.note(
+        f"head in halves: likely tokens differ by {worst:.1g} from the whole head, other tokens by {others:.2g}"
+    )

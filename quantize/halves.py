@@ -3,10 +3,6 @@
 Dimensions: N output channels, K input channels, T positions.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
 from slm.core.errors import SlmError
@@ -14,14 +10,12 @@ from slm.core.manifest import Bundle, Scheme
 from slm.core.progress import Progress
 from slm.export.graph.blocks import LOWER, SCALE, SHIFT, UPPER, pack
 from slm.export.graph.builder import Array
-from slm.quantize.lab import head_inputs
-from slm.quantize.linears import Linear
-from slm.quantize.quality import Text
+from slm.quantize.instrumented import head_inputs
+from slm.quantize.results import HeadChange
+from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.head import both_ways
 from slm.runtime.logprobs import log_softmax
-
-Head = Literal["whole", "halves"]
 
 # The limit of the mean KL divergence of single-token steps from the whole head, in nats, and the positions that are compared.
 MAX_KL_NATS, _COMPARED = 0.001, 256
@@ -30,21 +24,7 @@ _LOWEST, _HIGHEST = -136, 119
 _CHUNK_VALUES = 1 << 22
 
 
-def check_halves(source: Bundle) -> None:
-    """Checks that a bundle's table can be stored in halves.
-
-    Raises:
-        SlmError: If the bundle is not a fused one for the CPU, or has an untied head.
-    """
-    if (source.manifest.target, source.manifest.device) != ("fused", "cpu"):
-        raise SlmError(
-            f"--head halves supports fused bundles for the CPU only, and {source.path} is not one", "omit --head halves"
-        )
-    if not source.config.tie_word_embeddings:
-        raise SlmError(f"--head halves needs a tied head, and {source.path} has an untied one", "omit --head halves")
-
-
-def mean_hidden(source: Bundle, text: Text, progress: Progress) -> Array:
+def mean_hidden(source: Bundle, text: TokenRows, progress: Progress) -> Array:
     """Returns the mean of the head's input (K,), float32, over a text.
 
     The first position of each row is left out, because its hidden state is unlike all others and rarely seen.
@@ -59,22 +39,7 @@ def mean_hidden(source: Bundle, text: Text, progress: Progress) -> Array:
     return (total / max(1, count)).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class HeadChange:
-    """The predictions of single-token steps from halves, compared with those of the whole head.
-
-    Attributes:
-        tokens: The number of compared positions.
-        kl_nats: The mean KL divergence from the whole head, in nats.
-        same_top1: The share of positions with the same most likely token.
-    """
-
-    tokens: int
-    kl_nats: float
-    same_top1: float
-
-
-def compare_ways(decoder: OnnxDecoder, text: Text) -> HeadChange:
+def compare_ways(decoder: OnnxDecoder, text: TokenRows) -> HeadChange:
     """Compares the two ways to read a head in halves on the beginning of a text."""
     kl, same, left = 0.0, 0, _COMPARED
     for row in text.rows:
@@ -91,12 +56,14 @@ def compare_ways(decoder: OnnxDecoder, text: Text) -> HeadChange:
     return HeadChange(count, kl / max(1, count), same / max(1, count))
 
 
-def refuses(change: HeadChange) -> str | None:
-    """Returns the reason for rejecting a head in halves, or None."""
+def rejection(change: HeadChange) -> SlmError | None:
+    """Returns the error of a head in halves whose predictions change too much, or None."""
     if change.kl_nats <= MAX_KL_NATS:
         return None
-    return (
-        f"single-token steps from halves diverge from the whole head by {change.kl_nats:.4f} nats (limit {MAX_KL_NATS:g})"
+    return SlmError(
+        f"quality check failed: single-token steps from halves diverge from the whole head by {change.kl_nats:.4f} nats "
+        f"(limit {MAX_KL_NATS:g}); nothing was written",
+        "omit --head halves, or use another --calibration text",
     )
 
 
@@ -133,16 +100,4 @@ def _halves(weight: Array, scheme: Scheme, mean: Array) -> dict[str, Array]:
         LOWER: pack((lower + 8).astype(np.uint8), 4),
         SCALE: step * 16,
         SHIFT: off @ mean,
-    }
-
-
-def placeholders(linear: Linear, scheme: Scheme) -> Mapping[str, Array]:
-    """Returns arrays of zeros in the shapes of a table's arrays, for measuring the size of a file."""
-    blocks = linear.inputs // scheme.block_size
-    packed = (linear.outputs, blocks, scheme.block_size // 2)
-    return {
-        UPPER: np.zeros(packed, np.uint8),
-        LOWER: np.zeros(packed, np.uint8),
-        SCALE: np.zeros((linear.outputs, blocks), np.float32),
-        SHIFT: np.zeros(linear.outputs, np.float32),
     }

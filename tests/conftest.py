@@ -50,6 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure() -> None:
+    """Keeps the hub's client, which reads this when it is imported, off the network."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def pytest_collection_finish() -> None:
     """Takes what has been imported out of garbage collections: export starts some, and each would walk through all of it."""
     gc.collect()
@@ -68,7 +73,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in its own directory, so that ./runs is its own and nothing of the user's is read."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for console in (STDOUT, STDERR):  # which looked at the width of wherever it was imported
         monkeypatch.setattr(console, "width", 160)
 

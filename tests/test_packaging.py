@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Directories with Python files that are no part of the package.
 OUTSIDE = {"benchmarks", "deploy", "docs", "examples", "src", "tests"}
 TRACKED = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
-SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
+SHIPPED = ("*.py", "*.yaml", "*.toml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
 SHIPPED += ("LICENSE", "MODEL_CARD.md", "loss.png", "*.html", "*.css", "*.js", "*.svg")
 
 
@@ -82,25 +82,18 @@ def test_make_watches_every_package(tmp_path: Path) -> None:
     )
     watched = run("make", "--silent", "--file", tmp_path / "Makefile", "show", cwd=ROOT).stdout.splitlines()
     inside = tuple(f"{home}/" for home in homes().values())
-    assert {name for name in tracked() if name.startswith(inside) and name.endswith((".py", ".yaml"))} <= set(watched)
+    assert {name for name in tracked() if name.startswith(inside) and name.endswith((".py", ".yaml", ".toml"))} <= set(
+        watched
+    )
 
 
 @pytest.fixture(scope="module")
 def edge(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` of an environment with `slm-edge[cpu]` from the wheel and nothing else."""
     home = tmp_path_factory.mktemp("edge") / "venv"
-    run(sys.executable, "-m", "venv", home)
-    python = home / "bin" / "python"
-    command = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "-c",
-        ROOT / "constraints.txt",
-        f"slm-edge[cpu] @ {wheel.as_uri()}",
-    ]
+    run(sys.executable, "-m", "venv", "--without-pip", home)
+    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet", "--no-compile"]
+    command = [*pip, "-c", ROOT / "constraints.txt", f"slm-edge[cpu] @ {wheel.as_uri()}"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if "Temporary failure in name resolution" in done.stderr or "No matching distribution" in done.stderr:
         pytest.skip(f"no package index to install the edge dependencies from: {done.stderr.strip()[-200:]}")

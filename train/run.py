@@ -152,7 +152,7 @@ class _Run(Actions):
             if saved is not None:
                 self.average.load_tensors(saved.average)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
-        self.keeper = Keeper(path, recipe, self.config, self.dataset, self.model, self.average, processes, about)
+        self.keeper = Keeper(path, recipe, self.dataset, self.model, self.average, processes, about)
         # Every process has every row, so that all decide the same; the first one writes them.
         first = processes.rank == 0
         if first:

@@ -10,7 +10,19 @@ from onnxscript.nn import Module, ModuleList, Parameter
 
 from slm.core.contract import TensorSpec
 
-__all__ = ["DTYPES", "Array", "GraphUnderWay", "Module", "ModuleList", "Op", "Parameter", "Value", "branch", "cast", "fused"]
+__all__ = [
+    "DTYPES",
+    "Array",
+    "GraphUnderWay",
+    "Module",
+    "ModuleList",
+    "Op",
+    "Parameter",
+    "Value",
+    "branch",
+    "cast",
+    "fused",
+]
 
 Array = NDArray[Any]
 Op: TypeAlias = OpBuilder

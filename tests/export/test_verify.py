@@ -14,12 +14,12 @@ from slm.core.config import FULL, SLIDING
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.progress import Silent
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.parity import TOLERANCE
 from slm.export.verify import verify_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 # Settings of the quantized bundles.
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def bundles(
     """Returns a bundle of each kind, all from the same checkpoint."""
     home = tmp_path_factory.mktemp("bundles")
     text, calibration = (
-        Text("random", np.random.default_rng(seed).integers(0, shared_bundle.config.vocab_size, (4, 60)))
+        TokenRows("random", np.random.default_rng(seed).integers(0, shared_bundle.config.vocab_size, (4, 60)))
         for seed in (5, 6)
     )
 
@@ -52,9 +52,9 @@ def bundles(
     return {
         "float32": shared_bundle,
         **{name: quantized(name) for name in QUANTIZED},
-        "portable": export_bundle(shared_checkpoint, home / "portable", target="portable"),
-        "cuda": export_bundle(shared_checkpoint, home / "cuda", device="cuda"),
-        "webgpu": export_bundle(shared_checkpoint, home / "webgpu", device="webgpu"),
+        "portable": export_bundle(shared_checkpoint, home / "portable", ExportOptions(target="portable")),
+        "cuda": export_bundle(shared_checkpoint, home / "cuda", ExportOptions(device="cuda")),
+        "webgpu": export_bundle(shared_checkpoint, home / "webgpu", ExportOptions(device="webgpu")),
     }
 
 

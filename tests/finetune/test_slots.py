@@ -16,13 +16,13 @@ import slm as package
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.finetune.adapter import load_adapter
 from slm.finetune.merge import merge
 from slm.interchange.onnx_adapter import adapter_from_peft, write_onnx_adapter
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.adapters import Adapter, checked, read_adapter, stacked
 from slm.runtime.batch import Batch
 from slm.runtime.decoder import OnnxDecoder
@@ -37,7 +37,9 @@ INT8_TOLERANCE = 0.3
 
 @pytest.fixture(scope="module")
 def slotted(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", adapter_slots=True)
+    return export_bundle(
+        shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", ExportOptions(adapter_slots=True)
+    )
 
 
 def rows(bundle: Bundle) -> np.ndarray:
@@ -117,7 +119,7 @@ def test_on_an_int8_base(
     """Smoothing changes what slots see; they do the same to the adapter."""
     ids = rows(slotted)
     settings = Settings(smooth=smooth, gate=Gate(1))
-    made, _ = quantize_bundle(slotted, tmp_path / "int8", Text("random", ids), settings)
+    made, _ = quantize_bundle(slotted, tmp_path / "int8", TokenRows("random", ids), settings)
     assert (made.manifest.quantization.smoothing is not None) == smooth  # type: ignore[union-attr]
     path = make_adapter(tmp_path / "a", shared_checkpoint)
     adapter = adapter_from_peft(path, made)
@@ -245,7 +247,7 @@ def test_what_slots_do_not_hold_is_refused(
         with refused(match=words):
             checked(Adapter("wrong", good.arrays | wrong), slotted, tmp_path)
     with refused(match="only fused bundles for the CPU support adapter slots"):
-        export_bundle(shared_checkpoint, tmp_path / "portable", target="portable", adapter_slots=True)
+        export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable", adapter_slots=True))
 
 
 def test_the_commands(

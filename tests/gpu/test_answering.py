@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.parity import TOLERANCES
 from slm.export.verify import INT8_TOLERANCE, model_of
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from tests.conftest import random_model
 from tests.gpu.conftest import Record
 from tests.gpu.rig import Rig
@@ -69,7 +69,7 @@ def make(rig: Rig, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
         home = tmp_path_factory.mktemp(f"head{head_dim}")
         model = random_model(rig.config(head_dim))
         save_checkpoint(home / "checkpoint", model, tokenizer, {})
-        return Made(model, home, export_bundle(home / "checkpoint", home / "cuda", device="cuda"))
+        return Made(model, home, export_bundle(home / "checkpoint", home / "cuda", ExportOptions(device="cuda")))
 
     return made
 
@@ -168,7 +168,7 @@ def quantized(source: Bundle, precision: str) -> Bundle:
     rows = np.random.default_rng(5).integers(0, source.config.vocab_size, (4, 60))
     settings = Settings(precision=precision, prefer="size", method="nearest", gate=Gate(None))  # type: ignore[arg-type]
     out = source.path.with_name(f"{source.path.name}-{precision}")
-    return quantize_bundle(source, out, Text("random", rows), settings, None, Text("random", rows))[0]
+    return quantize_bundle(source, out, TokenRows("random", rows), settings, None, TokenRows("random", rows))[0]
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "int4"])

@@ -21,10 +21,10 @@ import slm
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -156,11 +156,11 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
     model.config = model.config.model_copy(update={"sliding_window": 12})
     save_checkpoint(home / "other", model, tokenizer, {})
     rng = np.random.default_rng(0)
-    text = Text("random", rng.choice(readable, (4, 60)))
+    text = TokenRows("random", rng.choice(readable, (4, 60)))
     int8 = Settings(gate=Gate(1))
     int4 = Settings(gate=Gate(None), precision="int4", prefer="size")
     float32 = export_bundle(home / "checkpoint", runs / "onnx")
-    portable = export_bundle(home / "checkpoint", runs / "onnx-portable", target="portable")
+    portable = export_bundle(home / "checkpoint", runs / "onnx-portable", ExportOptions(target="portable"))
     made = {
         "float32": float32,
         "int8": quantize_bundle(float32, runs / "onnx-int8", text, int8)[0],
@@ -169,7 +169,7 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
         "portable int8": quantize_bundle(portable, runs / "onnx-portable-int8", text, int8)[0],
         "portable int4": quantize_bundle(portable, home / "portable-int4", text, int4, None, text)[0],
         "other": export_bundle(home / "other", home / "other-onnx"),
-        "other portable": export_bundle(home / "other", home / "other-portable", target="portable"),
+        "other portable": export_bundle(home / "other", home / "other-portable", ExportOptions(target="portable")),
     }
     prompts = [rng.choice(readable, n).tolist() for n in (3, 15, 16, 17, 33, 50)]
     found = Bundles(home, made, prompts, count=60)

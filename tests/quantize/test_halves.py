@@ -15,10 +15,10 @@ from slm.core.progress import Silent
 from slm.export.graph.blocks import LOWER, SCALE, SHIFT, UPPER, dequantize_halves, relative_error, unpack
 from slm.export.parity_head import check_head
 from slm.quantize.blocks import quantize_nearest
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.halves import quantize_halves
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime import streaming
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generation import Generation, Request
@@ -32,8 +32,8 @@ SAME = 0.02
 EMBEDDING = "model.embed_tokens"
 
 
-def text_of(bundle: Bundle, seed: int, rows: int) -> Text:
-    return Text("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (rows, 60)))
+def text_of(bundle: Bundle, seed: int, rows: int) -> TokenRows:
+    return TokenRows("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (rows, 60)))
 
 
 def make(source: Bundle, out: Path, **settings: Any) -> Bundle:
@@ -66,7 +66,11 @@ def test_256_integers_represent_each_weight() -> None:
     usual = quantize_nearest(weight, Scheme(bits=8, block_size=32))
     error = relative_error(weight, restored)
     assert error < 0.0065
-    assert sum(array.nbytes for array in found.values()) == scheme.bytes(40, 64) == sum(a.nbytes for a in usual.values()) + 160
+    assert (
+        sum(array.nbytes for array in found.values())
+        == scheme.bytes(40, 64)
+        == sum(a.nbytes for a in usual.values()) + 160
+    )
 
 
 def test_the_shift_is_the_mean_error_of_the_upper_halves() -> None:
@@ -112,7 +116,9 @@ def test_all_positions_and_several_rows_read_the_whole_table(halves: Bundle) -> 
     np.testing.assert_allclose(together[0, 0], decoder.logits(ids[:, :8])[0, -1], atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 5}, {"temperature": 0.1, "top_k": 0}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 5}, {"temperature": 0.1, "top_k": 0}]
+)
 def test_choices_equal_those_of_the_whole_table(halves: Bundle, options: dict[str, Any]) -> None:
     decoder = OnnxDecoder(halves, threads=1)
     request = Request([3, 1, 4, 1, 5], Sampling(**{"seed": 7} | options), 40)
@@ -171,7 +177,8 @@ def test_texts_of_a_batch_and_with_an_adapter(shared_bundle: Bundle, halves: Bun
     results = run_batch(decoder, generations)
     assert [len(result.tokens) for result in results] == [4, 9]
     alone = [
-        run(decoder, Generation(each.request, decoder.context, decoder.vocab_size)).finish().tokens for each in generations
+        run(decoder, Generation(each.request, decoder.context, decoder.vocab_size)).finish().tokens
+        for each in generations
     ]
     assert [result.tokens for result in results] == alone
 
@@ -184,7 +191,9 @@ def test_other_clients_read_halves_at_a_step_of_one_token(halves: Bundle) -> Non
     for layer in halves.manifest.cache:
         shape = (1, layer.kv_heads, layer.capacity(16), layer.head_dim)
         feeds |= {past_name(layer.layer, side): np.zeros(shape, np.float32) for side in SIDES}
-    prompt = decoder.session.run(None, feeds | {"input_ids": feeds["input_ids"][:, :3], "attention_mask": np.ones((1, 3), np.int64)})
+    prompt = decoder.session.run(
+        None, feeds | {"input_ids": feeds["input_ids"][:, :3], "attention_mask": np.ones((1, 3), np.int64)}
+    )
     assert prompt[0].shape == (1, 3, halves.config.vocab_size)
     names = [each.name.replace("present", "past_key_values") for each in decoder.session.get_outputs()][1:]
     feeds |= dict(zip(names, prompt[1:], strict=True)) | {"input_ids": np.array([[1]])}
@@ -195,7 +204,10 @@ def test_other_clients_read_halves_at_a_step_of_one_token(halves: Bundle) -> Non
 
 def test_the_table_takes_no_more_space(shared_bundle: Bundle, halves: Bundle, tmp_path: Path) -> None:
     whole = make(shared_bundle, tmp_path / "whole", head="whole")
-    grown = halves.model_path.with_suffix(".onnx_data").stat().st_size - whole.model_path.with_suffix(".onnx_data").stat().st_size
+    grown = (
+        halves.model_path.with_suffix(".onnx_data").stat().st_size
+        - whole.model_path.with_suffix(".onnx_data").stat().st_size
+    )
     assert grown <= 4 * halves.config.vocab_size + 3 * 4096  # the shift, and padding to pages
     assert halves.manifest.quantization is not None
     assert halves.manifest.quantization.schemes[EMBEDDING].halves

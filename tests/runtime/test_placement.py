@@ -13,11 +13,11 @@ import pytest
 from slm.core.contract import Device
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, amend
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.loading import load, load_ensemble
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.placement import check_placement, conversion_note
 
 Slm = Callable[..., Any]
@@ -67,7 +67,7 @@ def test_the_command_in_the_hint_makes_a_bundle_that_passes(home: Path, slm: Slm
 @pytest.mark.parametrize(("precision", "option"), [("int8", "--int8"), ("int4", "--int4")])
 def test_of_a_quantized_bundle_the_hint_quantizes(home: Path, tmp_path: Path, precision: Any, option: str) -> None:
     bundle = Bundle.open(home / "onnx")
-    text = Text("random", np.random.default_rng(0).integers(0, bundle.config.vocab_size, (2, 24)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, bundle.config.vocab_size, (2, 24)))
     made, _ = quantize_bundle(bundle, tmp_path / "q", text, Settings(gate=Gate(None), precision=precision), None, text)
     with pytest.raises(SlmError) as caught:
         load(made.path, device="cuda")
@@ -104,7 +104,9 @@ def test_what_attends_on_cuda_is_not_refused(
     shared_checkpoint: Path, tmp_path: Path, target: Any, device: Device
 ) -> None:
     """By the placement that onnxruntime-gpu makes of them (`tests/peers/test_fake_cuda.py`)."""
-    check_placement(export_bundle(shared_checkpoint, tmp_path / "b", target=target, device=device), "cuda")
+    check_placement(
+        export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(target=target, device=device)), "cuda"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -137,7 +139,7 @@ def test_without_a_provider_that_is_said_first(home: Path, monkeypatch: pytest.M
 def test_a_bundle_for_a_gpu_on_the_cpu_is_named_slow(
     shared_checkpoint: Path, slm: Slm, device: Device, name: str
 ) -> None:
-    bundle = export_bundle(shared_checkpoint, Path("b"), device=device)
+    bundle = export_bundle(shared_checkpoint, Path("b"), ExportOptions(device=device))
     result = slm("generate", "b", "-p", "x", "--max-new-tokens", "2", "--draft", "2")
     assert result.code == 0 and f"note: this bundle was exported for {name}" in result.err
     assert shlex.join(["slm", "export", "--onnx", str(shared_checkpoint)]) in result.err

@@ -12,17 +12,17 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.backend import Decoder
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.sampling import GREEDY, Sampling
 from slm.runtime.speculative import Lookup, SpeculativeDecoder, Trust
 from tests.runtime.texts import completed
 
-NEW = 400  # tokens, of windows of 16
+NEW = 160  # tokens, of windows of 16
 PROMPT = [5, 6, 7, 8]
 
 # Steps of several tokens add in another order than single steps: measured 3e-6 on logits of standard deviation 0.4.
@@ -54,13 +54,13 @@ def float_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def portable_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("portable") / "onnx", target="portable")
+    return export_bundle(checkpoint, tmp_path_factory.mktemp("portable") / "onnx", ExportOptions(target="portable"))
 
 
 @pytest.fixture(scope="module")
 def int8_bundle(float_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights in blocks of 32 and INT8 caches."""
-    text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
     settings = Settings(gate=Gate(1), cache="int8", block_size=32)
     return quantize_bundle(float_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 

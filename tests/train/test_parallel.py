@@ -1,6 +1,6 @@
 """Several processes on the CPU learn what one process learns; `test_torchrun.py` has torchrun and the command line.
 
-Run as a script this file does the jobs of a file. It imports PyTorch once and forks the processes, with the variables that
+Run as a program, this module does the jobs of a file. It imports PyTorch once and forks the processes, with the variables that
 torchrun sets: to import takes longer than the jobs do.
 """
 
@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ from slm.train.parallel import Alone, Processes, by_first, collect, joined, shar
 from slm.train.precision import Precision
 from slm.train.prepare import prepare
 from slm.train.recipe import Recipe, load_recipe
+from tests.progress import Stopper
+from tests.train.recipes import small
 
+ROOT = Path(__file__).parents[2]
 MakeRecipe = Callable[..., Recipe]
 Jobs = list[dict[str, Any]]
 Do = Callable[[dict[int, Jobs], Path], None]
@@ -67,20 +70,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "bfloat16-tied": {"machine": {"precision": "bfloat16"}},
     "bfloat16-untied": {"machine": {"precision": "bfloat16"}, "model": {"tie_word_embeddings": False}},
 }
+# What two processes do beyond one, four do too; one variant has the plain path, the other one everything else in float32.
+FOUR = ("random-tied", "checkpointing-untied")
+# Steps that are left out, to see that it is noticed.
+BROKEN = (("ddp", "rows"), ("fsdp", "rows"), ("ddp", "average"))
 EMA = {"optimizer": {"ema": 0.9}}
-
-
-class Stopper(Silent):
-    """Sends this process SIGTERM after so many micro-steps."""
-
-    def __init__(self, micro_steps: int) -> None:
-        self.left = micro_steps
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        if amount == 1 and not fields:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def measure(recipe: Recipe, data: Path, processes: Processes, broken: str | None = None) -> Measured:
@@ -146,7 +140,7 @@ def train_for(job: dict[str, Any], processes: Processes) -> None:
     out, stop = Path(job["out"]), job.get("stop")
     if "source" in job:
         by_first(processes, lambda: copy_run(Path(job["source"]), out, job["parallel"]))
-    progress = Stopper(stop) if stop else None
+    progress = Stopper(stop, signal.SIGTERM) if stop else None
     try:
         if "recipe" in job:
             run.train(Recipe.model_validate(job["recipe"]), out, progress, processes)
@@ -218,10 +212,10 @@ def do() -> Do:
     def start(jobs: dict[int, Jobs], at: Path) -> None:
         file = at / f"jobs-{max(jobs)}.json"
         file.write_text(json.dumps(list(jobs.items())), encoding="utf-8")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(
-            [sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=SECONDS
-        )
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command = [sys.executable, "-m", "tests.train.test_parallel", file]
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
         assert ended.returncode == 0, ended.stderr
 
     return start
@@ -237,41 +231,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parallel")
 
 
+# The clipping is at work, and the 11 windows divide neither by the batch nor by the processes.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "batch": {"batch_size": 8},
+    "optimizer": {"max_grad_norm": 0.5},
+    "schedule": {"final_learning_rate": 0.0},
+    "evaluation": {"windows": 11, "prompts": ["Once upon"], "sample_tokens": 5},
+}
+
+
 @pytest.fixture(scope="module")
-def recipes(place: Path, stories: list[str]) -> MakeRecipe:
-    """Small recipes on a prepared text; the clipping is at work."""
-    from slm.core.tokenizer import END_OF_TEXT
-
-    text = place / "stories.txt"
-    text.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
-    base: dict[str, dict[str, Any]] = {
-        "data": {"train": [str(text)]},
-        "model": {
-            "preset": "tiny",
-            "vocab_size": 320,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 8,
-            "max_position_embeddings": 64,
-        },
-        "batch": {"batch_size": 8, "context": 24, "accumulation": 2},
-        "optimizer": {"max_grad_norm": 0.5},
-        "schedule": {"micro_steps": 12, "warmup_micro_steps": 2, "learning_rate": 3e-3},
-        # 11 windows: they divide neither by the batch nor by the processes
-        "evaluation": {"every_micro_steps": 4, "windows": 11, "prompts": ["Once upon"], "sample_tokens": 5},
-        "machine": {"device": "cpu", "precision": "float32"},
-    }
-
-    def make(**sections: dict[str, Any]) -> Recipe:
-        merged = {name: {**values, **sections.get(name, {})} for name, values in base.items()}
-        return Recipe.model_validate({"name": "small", **merged})
-
-    return make
+def recipes(story_file: Path) -> MakeRecipe:
+    """Small recipes."""
+    return lambda **sections: small(story_file, SECTIONS, sections)
 
 
 @pytest.fixture(scope="module")
@@ -280,21 +252,17 @@ def data(place: Path, recipes: MakeRecipe) -> Path:
     return place / "prepared/data"
 
 
-def measuring(recipes: MakeRecipe, data: Path, processes: int, at: Path) -> Jobs:
-    jobs = [
+def measuring(recipes: MakeRecipe, data: Path, processes: int, at: Path, variants: Iterable[str]) -> Jobs:
+    return [
         {
             "kind": "measure",
-            "recipe": fields(recipes(**sections), kind),
+            "recipe": fields(recipes(**VARIANTS[name]), kind),
             "data": str(data),
             "file": str(at / f"{processes}-{kind}-{name}.safetensors"),
         }
         for kind in ("ddp", "fsdp")
-        for name, sections in VARIANTS.items()
+        for name in variants
     ]
-    for kind, broken in (("ddp", "rows"), ("fsdp", "rows"), ("ddp", "average")):
-        file = str(at / f"{processes}-{kind}-without-{broken}.safetensors")
-        jobs.append({**jobs[0], "recipe": fields(recipes(), kind), "broken": broken, "file": file})
-    return jobs
 
 
 def stopped(recipes: MakeRecipe, kind: str, out: Path) -> dict[str, Any]:
@@ -317,7 +285,10 @@ def alone(place: Path, recipes: MakeRecipe, data: Path) -> dict[str, Measured]:
 @pytest.fixture(scope="module")
 def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured], do: Do) -> Path:
     """Two processes: measurements, runs in one piece, stopped runs, and those gone on with."""
-    jobs = measuring(recipes, data, 2, place)
+    jobs = measuring(recipes, data, 2, place, VARIANTS)
+    for kind, broken in BROKEN:
+        file = str(place / f"2-{kind}-without-{broken}.safetensors")
+        jobs.append({**jobs[0], "recipe": fields(recipes(), kind), "broken": broken, "file": file})
     for kind in ("ddp", "fsdp"):
         jobs.append({"kind": "train", "recipe": fields(recipes(**EMA), kind), "out": str(place / f"2-{kind}")})
         jobs.append(stopped(recipes, kind, place / f"2-{kind}-stopped"))
@@ -332,7 +303,7 @@ def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]
 @pytest.fixture(scope="module")
 def four(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured], do: Do) -> Path:
     """Four processes, which two go on from."""
-    as_four = [*measuring(recipes, data, 4, place), stopped(recipes, "fsdp", place / "4-stopped")]
+    as_four = [*measuring(recipes, data, 4, place, FOUR), stopped(recipes, "fsdp", place / "4-stopped")]
     as_two = [going_on(place, "4-stopped", kind, f"4-to-2-{kind}") for kind in ("ddp", "fsdp")]
     do({4: as_four, 2: as_two}, place)
     return place
@@ -368,7 +339,7 @@ def test_two_processes_learn_what_one_does(two: Path, alone: dict[str, Measured]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FOUR)
 def test_four_processes_learn_what_one_does(four: Path, alone: dict[str, Measured], variant: str, kind: str) -> None:
     check_measured(safetensors.torch.load_file(four / f"4-{kind}-{variant}.safetensors"), alone[variant], variant)
 
@@ -378,7 +349,7 @@ def test_the_clipping_was_at_work(alone: dict[str, Measured], recipes: MakeRecip
         assert measured["norm/update-0"] > 2 * recipes().optimizer.max_grad_norm, name
 
 
-@pytest.mark.parametrize(("kind", "broken"), [("ddp", "rows"), ("fsdp", "rows"), ("ddp", "average")])
+@pytest.mark.parametrize(("kind", "broken"), BROKEN)
 def test_what_is_left_out_is_noticed(two: Path, alone: dict[str, Measured], kind: str, broken: str) -> None:
     found = safetensors.torch.load_file(two / f"2-{kind}-without-{broken}.safetensors")
     assert gradients_differ(found, alone["random-tied"], "micro-step/") > 10 * BFLOAT16_TOLERANCE_LATER
