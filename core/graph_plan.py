@@ -19,7 +19,7 @@ from slm.core.contract import (
     SIDES,
     Device,
     Target,
-    head_candidates,
+    head_parts,
     past_name,
     present_name,
     slot_names,
@@ -548,9 +548,12 @@ class _Model:
         small = op("Mul", hidden, 1 / 16)
         coarse = op("MatMulNBits", hidden, upper, scale, domain=MICROSOFT, **attributes)
         few = op("And", op("Equal", op("Size", hidden), config.hidden_size), op("Less", keep, 2))
+        parts, each = head_parts(config.vocab_size)
         with op.branch("then_branch") as result:
             shifted = op("Add", coarse, Weight(f"{path}.weight_shift", FLOAT, (config.vocab_size,)))
-            _, tokens = op("TopK", shifted, [head_candidates(config.vocab_size)], axis=-1, sorted=0, outputs=2)
+            columns = op("Reshape", shifted, [-1, parts])
+            _, found = op("TopK", columns, [each], axis=0, sorted=0, outputs=2)
+            tokens = op("Reshape", op("Add", op("Mul", found, parts), list(range(parts))), [1, 1, -1])
             below = self._lower_product(small, op("Reshape", tokens, [-1]), scale, path)
             gathered = op("GatherElements", coarse, tokens, axis=-1)
             exact = op("Add", gathered, op("Reshape", below, [1, 1, -1]))

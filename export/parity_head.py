@@ -31,7 +31,7 @@ def check_head(bundle: Bundle, progress: Progress) -> None:
     ids = np.random.default_rng(0).integers(0, vocab, count).tolist()
     decoder.read(ids[:_PROMPT])
     # Tokens near the limit of the candidates can fall on either side of it.
-    likely, worst, others = max(1, head_candidates(vocab) // 2), 0.0, 0.0
+    likely, worst, others = max(1, head_candidates(vocab) // 4), 0.0, 0.0
     for halves, whole in both_ways(decoder, ids[_PROMPT:]):
         off = np.abs(halves - whole) / whole.std()
         worst = float(np.maximum(worst, off[np.argpartition(-whole, likely - 1)[:likely]].max()))

@@ -11,7 +11,7 @@ Dimensions: B batch, T positions, D hidden, V vocabulary, C candidates.
 
 import onnx_ir as ir
 
-from slm.core.contract import head_candidates
+from slm.core.contract import head_parts
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Module, Op, Parameter, Value, branch, fused
 
@@ -28,7 +28,7 @@ class HalvesEmbedding(Module):
         blocks = hidden_size // scheme.block_size
         self._shape = [vocab_size, hidden_size // 2]
         self._hidden_size, self._block_size = hidden_size, scheme.block_size
-        self._candidates = head_candidates(vocab_size)
+        self._parts = head_parts(vocab_size)
         for part in ("upper", "lower"):
             packed = Parameter([vocab_size, blocks, scheme.block_size // 2], ir.DataType.UINT8)
             setattr(self, f"weight_{part}", packed)
@@ -58,9 +58,13 @@ class HalvesEmbedding(Module):
         one_row = op.Equal(op.Size(hidden), self._hidden_size)
         few = op.And(one_row, op.Less(keep, 2))
 
+        parts, each = self._parts
+
         def candidates(op: Op) -> Value:
             shifted = op.Add(coarse, self.weight_shift)
-            _, tokens = op.TopK(shifted, [self._candidates], axis=-1, sorted=0, _outputs=2)  # (1, 1, C)
+            columns = op.Reshape(shifted, [-1, parts])  # onnxruntime searches columns in parallel
+            _, rows = op.TopK(columns, [each], axis=0, sorted=0, _outputs=2)
+            tokens = op.Reshape(op.Add(op.Mul(rows, parts), list(range(parts))), [1, 1, -1])  # (1, 1, C)
             lower = self._lower_product(op, small, op.Reshape(tokens, [-1]))
             exact = op.Add(op.GatherElements(coarse, tokens, axis=-1), op.Reshape(lower, [1, 1, -1]))
             return op.ScatterElements(shifted, tokens, exact, axis=-1)

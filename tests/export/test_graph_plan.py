@@ -420,8 +420,8 @@ IN_BRANCHES: dict[str, Callable[[onnx.ModelProto], None]] = {
     "more candidates": lambda model: next(
         each
         for each in model.graph.initializer
-        if not each.external_data and numpy_helper.to_array(each).tolist() == [80]
-    ).CopyFrom(numpy_helper.from_array(np.array([320]), "candidates")),
+        if not each.external_data and numpy_helper.to_array(each).tolist() == [10]
+    ).CopyFrom(numpy_helper.from_array(np.array([40]), "candidates")),
 }
 
 

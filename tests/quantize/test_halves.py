@@ -88,7 +88,7 @@ def test_the_candidates_are_exact_and_the_others_are_close(halves: Bundle) -> No
     for length in (2, 15, 16, 17, 50):  # around the sliding window
         fast, whole = both(halves, rng.integers(0, vocab, length).tolist())
         same = np.abs(fast - whole) < SAME * whole.std()
-        likely = np.argsort(-whole)[: head_candidates(vocab) // 2]
+        likely = np.argsort(-whole)[: head_candidates(vocab) // 4]
         assert same[likely].all()
         assert not same.all()  # otherwise this test compares the whole table with itself
         assert np.abs(fast - whole).std() < 0.3 * whole.std()
@@ -168,7 +168,7 @@ def test_log_probabilities_are_those_of_the_whole_table(halves: Bundle) -> None:
     np.testing.assert_allclose(found, likely[0, len(request.prompt) - 1 :], atol=0.05)
 
 
-def test_texts_of_a_batch_and_with_an_adapter(shared_bundle: Bundle, halves: Bundle) -> None:
+def test_texts_of_a_batch(halves: Bundle) -> None:
     decoder = OnnxDecoder(halves, threads=1)
     generations = [
         Generation(Request(prompt, Sampling(temperature=0), new), decoder.context, decoder.vocab_size)
@@ -204,11 +204,8 @@ def test_other_clients_read_halves_at_a_step_of_one_token(halves: Bundle) -> Non
 
 def test_the_table_takes_no_more_space(shared_bundle: Bundle, halves: Bundle, tmp_path: Path) -> None:
     whole = make(shared_bundle, tmp_path / "whole", head="whole")
-    grown = (
-        halves.model_path.with_suffix(".onnx_data").stat().st_size
-        - whole.model_path.with_suffix(".onnx_data").stat().st_size
-    )
-    assert grown <= 4 * halves.config.vocab_size + 3 * 4096  # the shift, and padding to pages
+    after, before = (each.model_path.with_suffix(".onnx_data").stat().st_size for each in (halves, whole))
+    assert after - before <= 4 * halves.config.vocab_size + 3 * 4096  # the shift, and padding to pages
     assert halves.manifest.quantization is not None
     assert halves.manifest.quantization.schemes[EMBEDDING].halves
 
