@@ -130,7 +130,8 @@ def float_tensors(path: Path, schemes: Mapping[str, Scheme]) -> LazyTensors:
 
 def _dequantized(stored: LazyTensors, product: str, scheme: Scheme) -> Array:
     if scheme.halves:
-        return dequantize_halves(*(stored[f"{product}.{part}"] for part in (UPPER, LOWER, SCALE)), scheme)
+        upper, lower, scale = (stored[f"{product}.{part}"] for part in (UPPER, LOWER, SCALE))
+        return dequantize_halves(upper, lower, scale, scheme)
     points = stored[f"{product}.{ZERO_POINTS}"] if scheme.zero_points else None
     return dequantize(stored[f"{product}.{QUANTIZED}"], stored[f"{product}.{SCALE}"], points, scheme)
 

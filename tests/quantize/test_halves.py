@@ -117,7 +117,7 @@ def test_all_positions_and_several_rows_read_the_whole_table(halves: Bundle) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 5}, {"temperature": 0.1, "top_k": 0}]
+    "options", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 5}, {"top_k": 20, "top_p": 0.5}]
 )
 def test_choices_equal_those_of_the_whole_table(halves: Bundle, options: dict[str, Any]) -> None:
     decoder = OnnxDecoder(halves, threads=1)
@@ -152,11 +152,13 @@ def test_choices_equal_those_of_the_whole_table(halves: Bundle, options: dict[st
         ({"sampling": Sampling(repetition_penalty=1.1)}, True),
         ({"sampling": Sampling(temperature=1.5, top_k=0)}, True),
         ({"sampling": Sampling(temperature=1.5, top_k=5)}, False),
-        ({"sampling": Sampling(temperature=0.7, top_k=0)}, False),
+        ({"sampling": Sampling(temperature=0.7, top_k=0)}, True),
+        ({"sampling": Sampling(temperature=0.7, top_k=257)}, True),
+        ({"sampling": Sampling(temperature=0)}, False),
     ],
 )
 def test_requests_that_look_at_unlikely_tokens_read_the_whole_table(options: dict[str, Any], whole: bool) -> None:
-    assert Generation(Request([1], **options), 64, 320).needs_whole == whole
+    assert Generation(Request([1], **options), 64, 4096).needs_whole == whole
 
 
 def test_log_probabilities_are_those_of_the_whole_table(halves: Bundle) -> None:
