@@ -15,8 +15,8 @@ from slm.runtime.sampling import Sampling
 
 # The input `num_logits_to_keep` with which a step of one row reads the whole head. A single token has no second position.
 WHOLE = 2
-# The share of the candidates that certainly has the most likely tokens: of 2,048 positions of Gemma 3 270M, the most likely token
-# was always among the first 10 candidates of 1,280.
+# The part of the candidates that the most likely tokens are among, with a large margin: at 2,048 positions of Gemma 3 270M, the
+# most likely token was always among the first 10 candidates of 1,280.
 _SURE = 4
 
 
