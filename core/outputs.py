@@ -56,7 +56,7 @@ def check_checkpoint_output(out: Path, *, overwrite: bool = False) -> None:
 def is_trained(checkpoint: Path) -> bool:
     """Returns whether training wrote a checkpoint: no command can produce it again from its source."""
     record = read_info(checkpoint)
-    derived = record.keys() & {"merged", "combined"}
+    derived = record.keys() & {"merged", "combined", "trimmed"}
     return "finetuned" in record or (record.get("made_by") == "slm train" and not derived)
 
 
