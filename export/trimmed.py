@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -58,12 +57,20 @@ class TrimParity:
     bits_per_byte: tuple[float | None, float | None]
 
 
-def compare_trimmed(source: Path, trimmed: Path, kept: Array, texts: Sequence[str], progress: Progress) -> TrimParity:
+def compare_trimmed(
+    source: Path,
+    trimmed: Path,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    kept: Array,
+    texts: Sequence[str],
+    progress: Progress,
+) -> TrimParity:
     """Compares the logits of kept tokens on texts, and measures both models on the texts; one model is loaded at a time.
 
     Args:
         source: The checkpoint.
         trimmed: The trimmed checkpoint.
+        tokenizers: Those of the source and of the trimmed checkpoint.
         kept: The id in the source of each token of the trimmed vocabulary.
         texts: Held-out texts.
         progress: Receives the progress of the measurements.
@@ -71,33 +78,46 @@ def compare_trimmed(source: Path, trimmed: Path, kept: Array, texts: Sequence[st
     Raises:
         SlmError: If hidden states or logits differ by more than rounding.
     """
-    tokenizer = Tokenizer.load(source)
     new = {int(old): number for number, old in enumerate(kept)}
-    encode = PieceEncoder(tokenizer).encode
-    read = [i for text in texts for i in (*tokenizer.prefix_ids, *encode(text)) if i in new]
+    encode = PieceEncoder(tokenizers[0]).encode
+    read = [i for text in texts for i in (*tokenizers[0].prefix_ids, *encode(text)) if i in new]
     model = load_checkpoint(source)
     length = min(len(read), model.config.sliding_window + _BEYOND, model.config.max_position_embeddings)
     ids = read[:length]
     hidden, logits = _outputs(model, ids, torch.from_numpy(kept))
-    before = _bits_per_byte(model, tokenizer, texts, progress)
+    before = _bits_per_byte(model, tokenizers[0], texts, progress)
     del model
     model = load_checkpoint(trimmed)
     theirs, their_logits = _outputs(model, [new[i] for i in ids], None)
-    after = _bits_per_byte(model, Tokenizer.load(trimmed), texts, progress)
+    after = _bits_per_byte(model, tokenizers[1], texts, progress)
     moved = (theirs - hidden).abs()
     if not moved.max() <= TOLERANCE * max(1.0, float(hidden.abs().max())):
         raise SlmError(f"the hidden states differ from the source's by {moved.max():.2g}", "nothing was written")
-    rows = model.lm_head.weight.detach().abs()
-    limit = torch.addmm(moved @ rows.T, hidden.abs(), rows.T, alpha=2 * hidden.shape[1] * _UNIT)  # (T, K)
-    difference = (their_logits - logits).abs()
-    share = float((difference / limit.clamp(min=torch.finfo(torch.float32).tiny)).max())
+    equal = bool(torch.equal(their_logits, logits))
+    difference, share = _differences(model, hidden, moved, their_logits.sub_(logits).abs_())
     if not share <= 1:
         raise SlmError(
-            f"logits of kept tokens differ from the source's by up to {difference.max():.2g}, {share:.3g} times the limit",
+            f"logits of kept tokens differ from the source's by up to {difference:.2g}, {share:.3g} times the limit",
             "nothing was written",
         )
-    equal = bool(torch.equal(their_logits, logits))
-    return TrimParity(length, equal, float(difference.max()), share, (before, after))
+    return TrimParity(length, equal, difference, share, (before, after))
+
+
+def _differences(model: CausalLM, hidden: Tensor, moved: Tensor, differences: Tensor) -> tuple[float, float]:
+    """Returns the largest difference of logits, and the largest share of its limit.
+
+    Args:
+        model: The trimmed model.
+        hidden: The source's hidden states (T, D).
+        moved: Absolute differences of the hidden states (T, D).
+        differences: Absolute differences of the logits (T, K).
+    """
+    rows, share = model.lm_head.weight.detach().abs(), 0.0
+    effect = moved + 2 * hidden.shape[1] * _UNIT * hidden.abs()
+    for part, difference in zip(effect.split(_POSITIONS), differences.split(_POSITIONS), strict=True):
+        limit = (part @ rows.T).clamp_(min=torch.finfo(torch.float32).tiny)  # (64, K)
+        share = max(share, float((difference / limit).max()))
+    return float(differences.max()), share
 
 
 @torch.no_grad()

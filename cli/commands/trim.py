@@ -114,12 +114,12 @@ def trim(
     about, _, about_held_out = corpus.about.partition("; validation: ")
     progress = RichProgress()
 
-    def prove(source: Path, trimmed: Path, kept: Any, sample: list[str]) -> "Mapping[str, Any]":
+    def prove(source: Path, trimmed: Path, tokenizers: Any, kept: Any, sample: list[str]) -> "Mapping[str, Any]":
         from dataclasses import asdict
 
         from slm.export.trimmed import compare_trimmed
 
-        return asdict(compare_trimmed(source, trimmed, kept, sample, progress))
+        return asdict(compare_trimmed(source, trimmed, tokenizers, kept, sample, progress))
 
     with_torch = find_spec("torch") is not None
     if not with_torch:

@@ -33,8 +33,9 @@ from slm.interchange.trim.texts import Compared, Counted, Texts, compare_pieces,
 from slm.interchange.trim.tokenizer import trim_tokenizer, trimmed_generation
 from slm.version import __version__
 
-# Compares the models: (source, trimmed checkpoint, original id of each new one, held-out texts) to figures for `slm.json`.
-Prove = Callable[[Path, Path, Array, list[str]], Mapping[str, Any]]
+# Compares the models: (source, trimmed checkpoint, both tokenizers, original id of each new one, held-out texts) to figures for
+# `slm.json`.
+Prove = Callable[[Path, Path, tuple[Tokenizer, Tokenizer], Array, list[str]], Mapping[str, Any]]
 
 _TABLES = (EMBEDDING, HEAD)
 
@@ -144,7 +145,7 @@ def trim_checkpoint(
         fill_checkpoint(directory, new_config, tensors, made, info, generation)
         del tensors
         _check_written(directory, weights, wanted_shapes, choice.ids, progress)
-        proof = {} if prove is None else dict(prove(source, directory, choice.ids, kept_back.sample))
+        proof = {} if prove is None else dict(prove(source, directory, (tokenizer, made), choice.ids, kept_back.sample))
         record["proof"] = proof
         text = json.dumps({**info, "created": now()}, indent=2) + "\n"
         (directory / INFO_FILE).write_text(text, encoding="utf-8")

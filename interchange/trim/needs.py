@@ -63,8 +63,8 @@ class Needs:
     def basic(self) -> frozenset[int]:
         """The tokens that always stay: bytes, characters, the unknown token, and the worst score of a Unigram model.
 
-        Without byte fallback every character stays, because its text would become the unknown token. With byte fallback those of
-        ASCII stay. The worst score of a Unigram model is the reference for the score of unknown characters.
+        Without byte fallback every character stays, because its text would become the unknown token. With byte fallback those
+        of ASCII stay. The worst score of a Unigram model is the reference for the score of unknown characters.
         """
         model = self._model
         unknown = model.get("unk_token")

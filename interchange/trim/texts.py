@@ -21,7 +21,7 @@ from slm.core.tokenizer import Tokenizer
 # Longer documents are counted in parts of about this many characters, so that memory does not grow with their length.
 _PART_CHARACTERS = 64 << 10
 # The bytes of the held-out texts that the models are compared on.
-_SAMPLE_BYTES = 16 << 10
+_SAMPLE_BYTES = 8 << 10
 
 Array = NDArray[Any]
 Documents = Callable[[], Iterator[str]]
@@ -52,7 +52,7 @@ class Counted:
         parts: Number of texts; a long document counts as several.
         sha256: Hash of the texts.
         hashes: A hash of the ids of each text.
-        sample: The first texts, of about 16 KiB together.
+        sample: The first texts, of about 8 KiB together.
     """
 
     counts: Array
