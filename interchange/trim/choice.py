@@ -26,7 +26,7 @@ class Wanted:
     """The size of a vocabulary; one of `keep` and `coverage` is not None.
 
     Attributes:
-        keep: Number of tokens, rounded up to a multiple of 64.
+        keep: Number of tokens, rounded up to a multiple of 64 if that is below the number of tokens that there are.
         coverage: The share of the text's tokens that must stay, above 0 and at most 1.
         also: Spelling of further tokens that stay.
     """
@@ -133,7 +133,7 @@ def choose(
                 covered += int(counts[list(new)].sum())
         else:
             left = []
-        size = min(total, -(-len(kept) // MULTIPLE) * MULTIPLE)
+        size = _rounded(len(kept), total)
     for i in left:
         if len(kept) >= size:
             break
@@ -154,12 +154,17 @@ def _size(keep: int, required: int, total: int) -> int:
     if keep < required:
         raise SlmError(
             f"{keep:,} tokens are too few: {required:,} always stay (bytes, characters, added tokens, turns)",
-            f"--keep {-(-required // MULTIPLE) * MULTIPLE} or more",
+            f"--keep {_rounded(required, total)} or more",
         )
-    size = min(total, -(-keep // MULTIPLE) * MULTIPLE)
     if keep >= total:
         raise SlmError(f"the tokenizer has {total:,} tokens; there is nothing to trim", "choose a smaller --keep")
-    return size
+    return _rounded(keep, total)
+
+
+def _rounded(size: int, total: int) -> int:
+    """Returns the next multiple of 64, if that is below the number of tokens that there are."""
+    rounded = -(-size // MULTIPLE) * MULTIPLE
+    return rounded if rounded < total else size
 
 
 def _fill(needs: Needs, kept: set[int], size: int, used: Collection[int], added: Collection[int]) -> None:

@@ -33,7 +33,7 @@ def trim_tokenizer(tokenizer: Tokenizer, document: Mapping[str, Any], kept: Arra
     backend = Backend.from_str(json.dumps(made))
     for old, number in new.items():
         token = tokenizer.backend.id_to_token(old)
-        if backend.id_to_token(number) != token or backend.token_to_id(token) != number:
+        if token is None or backend.id_to_token(number) != token or backend.token_to_id(token) != number:
             raise SlmError(f"cannot trim this tokenizer: the token {token!r} does not get the id {number:,}")
     if backend.get_vocab_size(with_added_tokens=True) != len(new):
         raise SlmError("cannot trim this tokenizer: it has several tokens of one spelling")

@@ -23,8 +23,6 @@ def text(stories: list[str]) -> Path:
 
 def test_the_report(slm: Slm, shared_checkpoint: Path, text: Path) -> None:
     shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/best")
-    result = slm("trim", "--data", text, "--keep", "300", "--json")
-    assert result.code == 1 and "there is nothing to trim" not in result.err, result.err
     result = slm("trim", "--data", text, "--coverage", "95%", "--json")
     assert result.code == 0, result.err
     assert "Using runs/tiny/checkpoint/best" in result.err
@@ -49,7 +47,7 @@ def test_words_for_people(slm: Slm, shared_checkpoint: Path, text: Path) -> None
     assert result.code == 0, result.err
     for words in ("tokens in the vocabulary", "held-out bits per byte", "logits of kept tokens", "always stay"):
         assert words in result.out
-    assert "--keep 290 is rounded up to 320" not in result.err
+    assert "is rounded up" not in result.err  # 320 would be all of them
     assert result.err.splitlines()[-1] == "next: slm export --onnx t"
 
 
@@ -59,15 +57,12 @@ def test_the_result_is_a_model_like_any_other(slm: Slm, shared_checkpoint: Path,
     rows = [{"prompt": "Once upon", "completion": " a time"}] * 6
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for command in (
-        ("generate", "-p", "Once", "--max-new-tokens", "4"),
         ("finetune", "--lora", "rows.jsonl", "--epochs", "1", "--rank", "2"),
         ("export", "--onnx", "--adapter", "rows"),
         ("export", "--onnx", "runs/t/checkpoint/trimmed"),
         ("quantize", "--int8", "--tokens", "200", "--max-kl", "1"),
         ("verify",),
         ("export", "--gguf", "runs/t/checkpoint/trimmed", "--gguf-type", "f32", "--out", "t.gguf"),
-        ("import", "t.gguf", "--out", "back"),
-        ("eval", "runs/t/onnx-int8", "--tokens", "50"),
         ("info", "runs/t/onnx-int8"),
     ):
         result = slm(*command)

@@ -67,7 +67,7 @@ def sentencepiece(texts: Sequence[str], size: int) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def gemma_like(stories: list[str]) -> Tokenizer:
-    return sentencepiece([*stories[:60], FOREIGN], 700)
+    return sentencepiece([*stories[:60], FOREIGN], 1500)
 
 
 def word_model(model: str, texts: Sequence[str]) -> Tokenizer:
@@ -127,7 +127,7 @@ def small(config: ModelConfig, make_model: Callable[..., CausalLM], gemma_like: 
 
 def trimmed(source: Path, stories: Sequence[str], wanted: Wanted | None = None, **options: Any) -> Trimmed:
     data, held_out = texts(*stories[:20]), texts(*stories[20:30])
-    return trim_checkpoint(source, Path("t"), data, held_out, wanted or Wanted(keep=640), **options)
+    return trim_checkpoint(source, Path("t"), data, held_out, wanted or Wanted(keep=1408), **options)
 
 
 def proved(source: Path, directory: Path, tokenizers: Any, kept: Any, sample: list[str]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_covered_text_keeps_its_pieces_and_other_text_its_characters(
 ) -> None:
     done = trimmed(small(), stories)
     after, kept = Tokenizer.load(Path("t")), done.choice.ids
-    assert after.vocab_size == len(kept) == 640 < gemma_like.vocab_size
+    assert after.vocab_size == len(kept) == 1408 < gemma_like.vocab_size
     stays = set(kept.tolist())
     covered = 0
     for story in stories[:60]:
@@ -162,7 +162,7 @@ def test_a_token_without_the_tokens_that_it_is_made_of_is_noticed(
     source = small()
     monkeypatch.setattr(Needs, "of", lambda self, token: frozenset((token,)))
     with pytest.raises(SlmError, match="splits a text differently although all of its tokens stay"):
-        trimmed(source, stories, Wanted(keep=576))
+        trimmed(source, stories)
     assert not Path("t").exists()
 
 
@@ -232,7 +232,7 @@ def test_the_models_compute_the_same(small: Callable[..., Path], stories: list[s
         np.testing.assert_array_equal(ours.read(name), theirs.read(name)[kept])
     info = read_info(Path("t"))["trimmed"]
     assert info["proof"]["bits_per_byte"] == [before, after] and info["kept_ids"] == ranges(kept)
-    assert info["vocab_size"] == [theirs.shapes[EMBEDDING][0], 640]
+    assert info["vocab_size"] == [theirs.shapes[EMBEDDING][0], 1408]
 
 
 def test_a_row_of_another_token_is_noticed(small: Callable[..., Path], stories: list[str]) -> None:
@@ -387,7 +387,7 @@ def test_notices_pass_on(small: Callable[..., Path], stories: list[str]) -> None
     assert done.notices[0] == "Some terms" and "vocabulary trimmed from" in done.notices[1]
     assert Path("t/NOTICE").read_text().splitlines() == list(done.notices)
     assert read_info(Path("t"))["finetuned"] == {"turns": True}  # a model of conversations stays one
-    assert load_checkpoint(Path("t")).config.vocab_size == 640
+    assert load_checkpoint(Path("t")).config.vocab_size == 1408
 
 
 def test_an_added_token_that_the_embedding_does_not_have_leaves(
