@@ -1,7 +1,7 @@
 """Checks of output paths, made before any work starts; every command uses the same rule.
 
-Artifacts that slm can produce again (bundles, GGUF files, pages, imported and merged checkpoints) are replaced when the new
-one is complete. Trained weights and prepared datasets are replaced only if the user asks for it. Other files are never
+Artifacts that slm can produce again (bundles, GGUF files, pages, imported, merged and trimmed checkpoints) are replaced when
+the new one is complete. Trained weights and prepared datasets are replaced only if the user asks for it. Other files are never
 replaced.
 """
 

@@ -76,12 +76,15 @@ def required_tokens(
         also: Spelling of further tokens.
 
     Raises:
-        SlmError: If a token of `also` does not exist.
+        SlmError: If a token of `also` does not exist, or the post-processor adds one without a row.
     """
+    around = _ids_around(document)
+    if around and max(around) >= rows:
+        raise SlmError(f"the post-processor adds the token {max(around):,}, and the embedding has {rows:,} rows")
     template = tokenizer.config.get("chat_template")
     spelled = template if isinstance(template, str) else ""
     named = {*SPECIAL_TOKENS, *_names(tokenizer.config)}
-    found = {i for i in (*ids, *tokenizer.prefix_ids, *tokenizer.suffix_ids, *_ids_around(document)) if i is not None}
+    found = {i for i in (*ids, *tokenizer.prefix_ids, *tokenizer.suffix_ids, *around) if i is not None}
     for token in document["added_tokens"]:
         content = token["content"]
         if content in named or content in spelled or not _RESERVED.fullmatch(content):

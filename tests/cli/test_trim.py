@@ -23,6 +23,7 @@ def text(stories: list[str]) -> Path:
 
 def test_the_report(slm: Slm, shared_checkpoint: Path, text: Path) -> None:
     shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/best")
+    Path("runs/tiny/checkpoint/best/slm.json").write_text(json.dumps({"made_by": "slm train"}))
     result = slm("trim", "--data", text, "--coverage", "95%", "--json")
     assert result.code == 0, result.err
     assert "Using runs/tiny/checkpoint/best" in result.err
@@ -40,6 +41,9 @@ def test_the_report(slm: Slm, shared_checkpoint: Path, text: Path) -> None:
         assert 0.9 < counted["covered"] <= 1 and counted["tokens"][0] <= counted["tokens"][1]
         assert counted["tokens_per_byte"][0] == counted["tokens"][0] / counted["bytes"]
     assert report["proof"]["limit_share"] <= 1 and all(report["proof"]["bits_per_byte"])
+    # The same source goes to the same place, where no training is lost.
+    again = slm("trim", "tiny", "--data", text, "--coverage", "90%", "--json")
+    assert again.code == 0 and json.loads(again.out)["checkpoint"] == str(out), again.err
 
 
 def test_words_for_people(slm: Slm, shared_checkpoint: Path, text: Path) -> None:
