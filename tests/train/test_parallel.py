@@ -64,6 +64,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "machine": {"gradient_checkpointing": True, "loss_chunk": 7},
         "model": {"tie_word_embeddings": False},
     },
+    "rounded-tied": {"qat": {"precision": "int8"}},
+    "rounded-untied": {"qat": {"precision": "int4"}, "model": {"tie_word_embeddings": False}},
     "bfloat16-tied": {"machine": {"precision": "bfloat16"}},
     "bfloat16-untied": {"machine": {"precision": "bfloat16"}, "model": {"tie_word_embeddings": False}},
 }
