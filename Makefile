@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A strict editable install links file by file, so that type checkers and import-linter see `slm.*`. Each call compares the list below with the
 # files and links new and moved ones.
-FILES  := $(sort $(shell find $(dir $(wildcard */__init__.py)) src -name '*.py' -o -name '*.yaml' -o -name '*.txt' -o -name '*.jsonl' \
+FILES  := $(sort $(shell find $(dir $(wildcard */__init__.py)) src -name '*.py' -o -name '*.yaml' -o -name '*.toml' -o -name '*.txt' -o -name '*.jsonl' \
             -o -path '*/shipped/*' -type f | grep -v -e egg-info -e __pycache__))
 
 # In a GPU's environment onnxruntime-gpu stands in the place of onnxruntime, which has the same import name. `make install-gpu`

@@ -34,7 +34,7 @@ from slm.core.machine import peak_rss_mib, usable_cores
 from slm.core.progress import Silent
 from slm.core.text.documents import read_documents
 from slm.core.tokenizer import Tokenizer
-from slm.train.data.shards import write_shards
+from slm.train.data.shards import ShardWriter
 from slm.train.data.tokenizer import gpt2, train_bpe
 from slm.train.data.tokens import open_tokens
 
@@ -61,7 +61,7 @@ def go(way: str, file: Path, directory: Path) -> dict[str, Any]:
     else:
         tokenizer = Tokenizer.load(directory)
         started = time.perf_counter()
-        write_shards(directory, "out", read_documents(file), tokenizer, Silent(), workers=WAYS[way])
+        ShardWriter(directory, tokenizer, Silent(), workers=WAYS[way]).write("out", read_documents(file))
         seconds, peak = time.perf_counter() - started, peak_mib(way)
         ids_sha256 = hashlib.sha256(open_tokens(out, tokenizer).ids[:].tobytes()).hexdigest()
     return {"seconds": seconds, "peak_mib": peak, "ids_sha256": ids_sha256}

@@ -116,7 +116,7 @@ def ours(config: Any, inputs: Any, targets: Any, half: bool, compiled: bool) -> 
     import torch
 
     from slm.core.nn import CausalLM
-    from slm.train.learner import Learner, Objective
+    from slm.train.learner import Learner, Objective, UpdateSettings
     from slm.train.optimizer import make_optimizers
     from slm.train.precision import Precision
     from slm.train.sections import OptimizerRecipe
@@ -126,11 +126,8 @@ def ours(config: Any, inputs: Any, targets: Any, half: bool, compiled: bool) -> 
     learner = Learner(
         Objective(model, compiled=compiled),
         make_optimizers(model, OptimizerRecipe(decay="all")),
-        batch=lambda micro_step: (inputs, targets),
-        rate=lambda micro_step: 1e-4,
-        precision=Precision(torch.bfloat16 if half else None, scale_loss=False),
-        accumulation=1,
-        max_grad_norm=1.0,
+        lambda micro_step: (inputs, targets),
+        UpdateSettings(lambda micro_step: 1e-4, Precision(torch.bfloat16 if half else None, scale_loss=False)),
     )
     return lambda: learner.update(0, lambda: None).loss
 

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
@@ -255,6 +256,16 @@ def check_input(path: Path, what: str, *, directories: bool = False) -> None:
         raise SlmError(f"cannot read {what}: {path} (Permission denied)", "check its permissions")
 
 
+def check_tokenizer(choice: str) -> None:
+    """Checks that the file of a --tokenizer exists, before anything is loaded.
+
+    Raises:
+        SlmError: If the choice is neither gpt2 nor bpe, and no file.
+    """
+    if choice not in ("gpt2", "bpe") and not Path(choice).expanduser().exists():
+        raise SlmError(f"tokenizer not found: {choice}", "gpt2, bpe, or the path of a tokenizer.json")
+
+
 class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
     """An input file, which is checked before anything is loaded or measured.
 
@@ -310,6 +321,26 @@ class Loading(TypedDict):
     threads: int | None
     trust: bool
     allow_slow: bool
+
+
+def collects(name: str, group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns a decorator of a command that passes several options to it as one object.
+
+    Args:
+        name: The command's argument for the object.
+        group: A dataclass whose fields are named as the options.
+    """
+    names = [field.name for field in fields(group)]
+
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def collected(**options: Any) -> Any:
+            found = group(**{each: options.pop(each) for each in names})
+            return command(**options, **{name: found})
+
+        return collected
+
+    return decorated
 
 
 def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,8 @@ from slm.core.config import Dtype, ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, read_json
 from slm.core.licence import NOTICE_FILE, Notices, foreign_notices, recorded_notices, write_notice
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.core.weights import EMBEDDING, HEAD, WEIGHTS_FILE, Array, Shape, has_weights
 
 CONFIG_FILE = "config.json"

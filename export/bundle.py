@@ -14,7 +14,8 @@ from slm.core.files import atomic_directory
 from slm.core.licence import modified, write_notice
 from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, Precision, Ranges, amend, seal, sealed_files
 from slm.core.progress import Progress, Silent
-from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, Tokenizer
+from slm.core.tokenizer import Tokenizer
+from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from slm.core.weights import Weights, weights_sha256
 from slm.export import graph
 from slm.export.clients import write_client_files

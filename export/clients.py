@@ -12,7 +12,8 @@ from slm.core.config import ModelConfig
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, Target
 from slm.core.files import read_json
 from slm.core.manifest import Manifest, Precision
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+from slm.core.tokenizer import Tokenizer
+from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 
 GENAI_CONFIG_FILE = "genai_config.json"
 

@@ -102,15 +102,20 @@ def absent(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (list, dict)) and not value)
 
 
+def _refuse_listed(fields: Mapping[str, Any], refused: Mapping[str, tuple[str, str]], what: str = "") -> None:
+    """Rejects fields by a table of reasons and hints."""
+    for name, (reason, hint) in refused.items():
+        if name in fields and not absent(fields[name]):
+            raise SlmError(f"{what}{name!r} is not supported: {reason}", hint)
+
+
 def refuse_columns(row: Mapping[str, Any]) -> None:
     """Rejects columns that would change training and are not supported.
 
     Raises:
         SlmError: When the row has one; the message names the column and the reason, but no place.
     """
-    for name, (reason, hint) in _REFUSED_COLUMNS.items():
-        if name in row and not absent(row[name]):
-            raise SlmError(f"column {name!r} is not supported: {reason}", hint)
+    _refuse_listed(row, _REFUSED_COLUMNS, "column ")
     for name in _ROW_WEIGHTS:
         weight = _number(row.get(name))
         if weight is not None and weight != 1:
@@ -149,9 +154,7 @@ def refuse_in_message(message: Mapping[str, Any]) -> None:
     Raises:
         SlmError: When the message has one; the error names the field and the reason, but no place.
     """
-    for name, (reason, hint) in _REFUSED_IN_MESSAGES.items():
-        if name in message and not absent(message[name]):
-            raise SlmError(f"{name!r} is not supported: {reason}", hint)
+    _refuse_listed(message, _REFUSED_IN_MESSAGES)
     for name, value in message.items():
         if known_in_message(name):
             continue

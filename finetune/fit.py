@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,11 @@ from slm.finetune.examples import Example
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, Standing, State
 from slm.train.evaluate import Check
-from slm.train.learner import Learner
+from slm.train.learner import Learner, UpdateSettings
 from slm.train.metrics import Row
 from slm.train.optimizer import Optimizers
 from slm.train.precision import Precision, restore_scaler
-from slm.train.schedule import learning_rate
+from slm.train.schedule import Schedule
 
 # Share of the updates in which the rate rises to its peak; it then falls to 0 along a cosine.
 WARMUP = 0.05
@@ -105,22 +104,15 @@ class Fit:
         self.kept: dict[str, Tensor] = {}
         self._trainable, self._settings, self._autocast = trainable, settings, precision.autocast
         group = {"params": list(trainable.parameters.values()), "weight_decay": _WEIGHT_DECAY, "rate": 1.0}
+        # One update more than there are, so that the last one is not made at a rate of 0.
+        schedule = Schedule(
+            peak=settings.learning_rate, final=0.0, total=self.updates + 1, warmup=round(WARMUP * self.updates)
+        )
         self._learner = Learner(
             _Objective(trainable.model),
             Optimizers([torch.optim.AdamW([group], betas=_BETAS, fused=True)]),
-            batch=self._inputs,
-            # One update more than there are, so that the last one is not made at a rate of 0.
-            rate=partial(
-                learning_rate,
-                peak=settings.learning_rate,
-                final=0.0,
-                start=0.0,
-                warmup=round(WARMUP * self.updates),
-                total=self.updates + 1,
-            ),
-            precision=precision,
-            accumulation=1,
-            max_grad_norm=settings.max_grad_norm,
+            self._inputs,
+            UpdateSettings(schedule.rate, precision, max_grad_norm=settings.max_grad_norm),
             trained=trainable.parameters.values(),
         )
         self._batches: tuple[int, list[Batch]] = (0, [])

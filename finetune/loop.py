@@ -42,18 +42,13 @@ class FineTuning(Task):
             progress: Receives progress and notes.
         """
         self._fit, self._out, self._progress = fit, out, progress
-        self._began = time.perf_counter() - fit.standing.elapsed_s
+        self.began = time.perf_counter() - fit.standing.elapsed_s
         self._reported = time.perf_counter(), 0  # time of the last line, and the rows of history that it covers
 
     @property
     @override
     def micro_steps(self) -> int:
         return self._fit.standing.updates
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training so far, including those before the run was resumed."""
-        return time.perf_counter() - self._began
 
     @property
     @override

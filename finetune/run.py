@@ -1,8 +1,6 @@
 """Fine-tuning: trains a LoRA adapter, or all weights, of a checkpoint on a file of rows, and keeps the best epoch."""
 
-import hashlib
 import json
-import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,13 @@ from peft import PeftModel
 from slm.core.adapter_base import base_record
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
-from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, check_replaceable, recover, sha256_file, sole
+from slm.core.files import atomic_directory, check_replaceable, recover, sole
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.nn.fake_quant import fake_quantize, round_weights, rounded_in_place
 from slm.core.progress import Progress, Silent
 from slm.core.qat import RECORD, without_grid
-from slm.core.text.files import find_files
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import (
     ADAPTER_CONFIG_FILE,
@@ -32,15 +28,13 @@ from slm.finetune.adapter import (
     is_adapter,
     save_adapter,
 )
-from slm.finetune.batches import Packed, alone, pack
-from slm.finetune.examples import Examples, Renderer
+from slm.finetune.examples import Renderer
 from slm.finetune.fit import Fit, Material, Trainable
 from slm.finetune.frozen import lighten
 from slm.finetune.loop import FineTuning, plan_of
-from slm.finetune.rows import ChatRow, Limits, Row, read_rows
+from slm.finetune.preparation import Prepared, RowFiles, prepare
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
-from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
 from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
 from slm.train.build import pick_device
 from slm.train.interrupt import held_back
@@ -65,8 +59,6 @@ _RUN_FILES = frozenset(
     )
 )
 
-# Number of rows shown before training.
-_SHOWN = 2
 # Number of sample answers at the end.
 SAMPLES = 3
 
@@ -115,49 +107,30 @@ class FinetuneResult:
     samples: tuple[Sample, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Task:
-    """The arguments of `finetune`, which documents them."""
-
-    base: Path
-    data: Path
-    out: Path
-    settings: FinetuneSettings
-    validation: Path | None
-    overwrite: bool
-    skip_bad: bool
-    limits: Limits | None
-    samples: int
-
-
 # Fields of the result that are elsewhere in `slm.json`.
 _NO_METRICS = ("made", "base", "samples")
 
 
 @dataclass(frozen=True)
-class _Data:
-    """The prepared data."""
+class _Task:
+    """The arguments of `finetune`, which documents them."""
 
-    train: Examples
-    valid: Examples
-    rows: tuple[Packed, ...]
-    split: Split
+    base: Path
+    files: RowFiles
+    out: Path
     settings: FinetuneSettings
-    chats: bool
-    bad: int
+    overwrite: bool
+    samples: int
 
 
 def finetune(
     base: Path,
-    data: Path,
+    data: Path | RowFiles,
     out: Path,
     settings: FinetuneSettings | None = None,
     progress: Progress | None = None,
     *,
-    validation: Path | None = None,
     overwrite: bool = False,
-    skip_bad: bool = False,
-    limits: Limits | None = None,
     samples: int = SAMPLES,
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
@@ -167,14 +140,11 @@ def finetune(
 
     Args:
         base: A checkpoint.
-        data: Training rows; see `slm.finetune.rows`.
+        data: A file or directory of training rows, or `RowFiles`, which also name held-out rows and limits.
         out: The directory to create: of the adapter, or of a run with `checkpoint/best` for full fine-tuning.
         settings: Hyperparameters; the defaults when None.
         progress: Receives progress and notes.
-        validation: Held-out rows; a tenth of `data`, drawn with the seed, when None.
         overwrite: Whether an existing result may be replaced.
-        skip_bad: Whether to skip and count bad rows instead of raising an error.
-        limits: Limits of reading; the defaults when None.
         samples: Number of held-out rows that the result answers at the end.
 
     Raises:
@@ -182,7 +152,8 @@ def finetune(
         KeyboardInterrupt: After saving, when Ctrl-C asked to stop.
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
-    task = _Task(base, data, out, settings, validation, overwrite, skip_bad, limits, samples)
+    files = data if isinstance(data, RowFiles) else RowFiles(data)
+    task = _Task(base, files, out, settings, overwrite, samples)
     with sole(out.resolve()):
         return _finetune(task, progress)
 
@@ -192,16 +163,14 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     check_free(out, task.settings.method, task.overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
-    found = _prepare(task, config, renderer, progress)
+    found = prepare(task.files, task.settings, config, renderer, progress)
     settings = found.settings
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
     course = {
         "settings": settings.model_dump(mode="json"),
         "base": base_record(base, tokenizer),
-        "data": _provenance(task.data),
-        "validation": None if task.validation is None else _provenance(task.validation),
-        "skip_bad": task.skip_bad,
+        **task.files.record(),
         "held_out": found.split.record,
         "precision": f"{precision.name} on {device.type}",
     }
@@ -231,25 +200,8 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 answers = _answers(
                     model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
                 )
-            result = FinetuneResult(
-                made=out if adapter is not None else out / CHECKPOINT,
-                base=base,
-                rows=len(found.train.kept),
-                validation_rows=len(found.valid.kept),
-                trained_tokens=found.train.trained,
-                truncated=found.train.truncated + found.valid.truncated,
-                skipped=found.train.skipped + found.valid.skipped,
-                bad=found.bad,
-                loss_before=standing.loss_before,
-                loss_after=fit.kept_loss,
-                kept_epoch=fit.kept_epoch,
-                best_epoch=standing.best_epoch,
-                epochs=fit.epochs,
-                updates=standing.updates,
-                trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
-                seconds=round(seconds, 2),
-                samples=answers,
-            )
+            made = out if adapter is not None else out / CHECKPOINT
+            result = _result(made, base, found, fit, round(seconds, 2), answers)
             info = {
                 "made_by": "slm finetune",
                 "slm_version": __version__,
@@ -274,7 +226,33 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     return result
 
 
-def _fit(model: CausalLM, adapter: PeftModel | None, found: _Data, precision: Precision, standing: Standing) -> Fit:
+def _result(
+    made: Path, base: Path, found: Prepared, fit: Fit, seconds: float, samples: tuple[Sample, ...]
+) -> FinetuneResult:
+    standing = fit.standing
+    assert standing.loss_before is not None
+    return FinetuneResult(
+        made=made,
+        base=base,
+        rows=len(found.train.kept),
+        validation_rows=len(found.valid.kept),
+        trained_tokens=found.train.trained,
+        truncated=found.train.truncated + found.valid.truncated,
+        skipped=found.train.skipped + found.valid.skipped,
+        bad=found.bad,
+        loss_before=standing.loss_before,
+        loss_after=fit.kept_loss,
+        kept_epoch=fit.kept_epoch,
+        best_epoch=standing.best_epoch,
+        epochs=fit.epochs,
+        updates=standing.updates,
+        trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
+        seconds=seconds,
+        samples=samples,
+    )
+
+
+def _fit(model: CausalLM, adapter: PeftModel | None, found: Prepared, precision: Precision, standing: Standing) -> Fit:
     if found.valid.kept:
         material = Material(found.rows, found.valid.kept)
     else:
@@ -289,54 +267,12 @@ def _fit(model: CausalLM, adapter: PeftModel | None, found: _Data, precision: Pr
 
 
 def _answers(
-    model: TunableLM | CausalLM, renderer: Renderer, found: _Data, count: int, precision: Precision
+    model: TunableLM | CausalLM, renderer: Renderer, found: Prepared, count: int, precision: Precision
 ) -> tuple[Sample, ...]:
     """Returns answers to some of the held-out rows, or of the training rows if none are held out."""
-    settings, held_out = found.settings, bool(found.valid.kept)
-    assert settings.max_length is not None
-    answers = sample_answers(
-        model,
-        renderer,
-        found.split.held_out if held_out else found.split.train,
-        count,
-        max_length=settings.max_length,
-        seed=settings.seed,
-        held_out=held_out,
-        autocast=precision.autocast,
-    )
-    return tuple(answers)
-
-
-def _prepare(task: _Task, config: ModelConfig, renderer: Renderer, progress: Progress) -> _Data:
-    """Reads rows, converts them to examples, and reports what will be trained."""
-    settings = task.settings
-    bad: list[SlmError] | None = [] if task.skip_bad else None
-    left_out: set[str] = set()
-
-    def read(path: Path) -> list[Row]:
-        return read_rows(path, bad, left_out=left_out, limits=task.limits)
-
-    rows = read(task.data)
-    measured = None if task.validation is None else read(task.validation)
-    if left_out:
-        progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
-    split = split_rows(rows, settings.seed) if measured is None else Split(rows, measured)
-    max_length = settings.context(config)
-    if max_length > config.max_position_embeddings:
-        raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
-    train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
-    if bad:
-        progress.note(
-            f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
-        )
-    _check(train, valid, renderer, max_length)
-    packed = pack(train.kept, max_length, random.Random(settings.seed)) if settings.pack else alone(train.kept)
-    _tell(train, valid, renderer, max_length, progress)
-    _judge(split, len(valid.kept), settings.keep, progress)
-    if settings.pack:
-        progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
-    chats = any(isinstance(row, ChatRow) for row in rows)
-    return _Data(train, valid, tuple(packed), split, settings.resolved(config, len(packed)), chats, len(bad or ()))
+    held_out, autocast = bool(found.valid.kept), precision.autocast
+    rows = found.split.held_out if held_out else found.split.train
+    return tuple(sample_answers(model, renderer, rows, count, found.settings, held_out=held_out, autocast=autocast))
 
 
 def _parameters(adapter: PeftModel) -> dict[str, Any]:
@@ -407,61 +343,3 @@ def check_free(out: Path, method: str, overwrite: bool) -> None:
     if there and not overwrite:
         what = "an adapter" if method == "lora" else "a fine-tuned checkpoint"
         raise SlmError(f"there is already {what}: {out}", "--overwrite replaces it, --name names another")
-
-
-def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
-    """Warns if the held-out rows cannot tell which epoch is the best."""
-    if split.numbers == () and (both := learned_before(split.train, split.held_out)):
-        progress.note(
-            f"warning: of the {held_out} validation rows {both} are training rows too: their loss says little"
-        )
-    if keep == "last" or held_out >= FEW_ROWS:
-        return
-    instead = "--val FILE measures on more rows, --keep last keeps the last epoch"
-    if held_out:
-        progress.note(
-            f"warning: {held_out} held-out rows are too few to choose an epoch by (fewer than {FEW_ROWS}); the epoch with the "
-            f"lowest loss on them is kept all the same; {instead}"
-        )
-    else:
-        progress.note(
-            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all equal), so the epoch with the "
-            f"lowest loss on the training rows is kept; {instead}"
-        )
-
-
-def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:
-    """Rejects rows from which the model would learn nothing, or never learn to stop."""
-    hint = f"rows may have {max_length} tokens; --max-length raises that"
-    if not train.kept:
-        raise SlmError("nothing to learn: every row's prompt alone is too long", hint)
-    if not any(example.targets(renderer.end_of_text) for example in train.kept):
-        raise SlmError("every row is cut before its end, so the model would never learn to stop", hint)
-    if valid.skipped and not valid.kept:
-        raise SlmError("nothing to measure: every validation row's prompt alone is too long", hint)
-
-
-def _tell(train: Examples, valid: Examples, renderer: Renderer, max_length: int, progress: Progress) -> None:
-    for number, example in enumerate(train.kept[:_SHOWN], 1):
-        for learned, tokens in renderer.preview(example):
-            progress.note(f"row {number}, {'learned:  ' if learned else 'read only:'} {tokens}")
-    progress.note(
-        f"{len(train.kept)} rows with {train.trained:,} learned tokens, " + f"{len(valid.kept) or 'no'} rows held out"
-    )
-    truncated, skipped = train.truncated + valid.truncated, train.skipped + valid.skipped
-    if truncated:
-        progress.note(f"warning: rows cut at {max_length} tokens, which lose their end-of-text: {truncated}")
-    if skipped:
-        progress.note(f"warning: rows left out, whose prompt alone has {max_length} tokens or more: {skipped}")
-
-
-def _printable(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 60 else f"{ascii(name)[1:-1]:.60}"
-
-
-def _provenance(data: Path) -> dict[str, str]:
-    """Returns path and hash of the rows; for a directory, a hash over its files' names and hashes."""
-    if not data.is_dir():
-        return {"path": str(data), "sha256": sha256_file(data)}
-    listed = "".join(f"{sha256_file(file)}  {file.relative_to(data)}\n" for file in find_files(data))
-    return {"path": str(data), "sha256": hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()}

@@ -14,6 +14,7 @@ from slm.finetune.adapter import TunableLM
 from slm.finetune.batches import casting
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.rows import ChatRow, CompletionRow, Row
+from slm.finetune.settings import FinetuneSettings
 from slm.runtime.generation import Request
 from slm.runtime.sampling import GREEDY
 from slm.train.samples import continued
@@ -49,9 +50,8 @@ def sample_answers(
     renderer: Renderer,
     rows: Sequence[Row],
     count: int,
+    settings: FinetuneSettings,
     *,
-    max_length: int,
-    seed: int,
     held_out: bool,
     autocast: torch.dtype | None,
 ) -> list[Sample]:
@@ -62,19 +62,19 @@ def sample_answers(
         renderer: Converts rows to token ids.
         rows: The rows to draw from.
         count: Maximum number of answers; fewer if rows are too long or time runs out.
-        max_length: Maximum tokens of a row.
-        seed: Seed of the draw.
+        settings: Resolved hyperparameters: the maximum tokens of a row, and the seed of the draw.
         held_out: Whether the rows are held out.
         autocast: Type of the products; None for float32.
     """
+    assert settings.max_length is not None
     model.eval()
     until = time.perf_counter() + _SECONDS
     found: list[Sample] = []
-    order = random.Random(f"{seed} samples").sample(range(len(rows)), len(rows))
+    order = random.Random(f"{settings.seed} samples").sample(range(len(rows)), len(rows))
     for number in order:
         if len(found) == count or time.perf_counter() > until:
             break
-        question = _question(rows[number], renderer, max_length)
+        question = _question(rows[number], renderer, settings.max_length)
         if question is None:
             continue
         prompt, ids, wanted = question

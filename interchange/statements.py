@@ -12,7 +12,7 @@ from typing import Any
 from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE
 from slm.core.config import ModelConfig, layer_pattern
 from slm.core.files import read_json, read_text
-from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from slm.core.weights import INDEX_FILE, WEIGHTS_FILE
 
 _MOST_NAMES = 8

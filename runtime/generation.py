@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from slm.core.arguments import MAX_COUNT, is_whole
 from slm.core.errors import SlmError
-from slm.core.tokenizer import TextStream, Tokenizer
+from slm.core.text_stream import TextStream
+from slm.core.tokenizer import Tokenizer
 from slm.runtime.guide import Constraint, Guide
 from slm.runtime.logprobs import Logprobs, logprobs_of
 from slm.runtime.sampling import Sampler, Sampling

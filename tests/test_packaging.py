@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Directories with Python files that are no part of the package.
 OUTSIDE = {"benchmarks", "deploy", "docs", "examples", "src", "tests"}
 TRACKED = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
-SHIPPED = ("*.py", "*.yaml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
+SHIPPED = ("*.py", "*.yaml", "*.toml", "*.txt", "*.jsonl", "*.json", "*.onnx", "*.onnx_data", "py.typed")
 SHIPPED += ("LICENSE", "MODEL_CARD.md", "loss.png", "*.html", "*.css", "*.js", "*.svg")
 
 
@@ -82,7 +82,9 @@ def test_make_watches_every_package(tmp_path: Path) -> None:
     )
     watched = run("make", "--silent", "--file", tmp_path / "Makefile", "show", cwd=ROOT).stdout.splitlines()
     inside = tuple(f"{home}/" for home in homes().values())
-    assert {name for name in tracked() if name.startswith(inside) and name.endswith((".py", ".yaml"))} <= set(watched)
+    assert {name for name in tracked() if name.startswith(inside) and name.endswith((".py", ".yaml", ".toml"))} <= set(
+        watched
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Builds what a recipe describes: the device, the model set up for the machine, its optimizers and its batches."""
 
 import shutil
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,13 +14,13 @@ from slm.core.nn.fake_quant import fake_quantize
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
 from slm.train.data.tokens import Tokens
 from slm.train.data.windows import SAMPLERS, gather
-from slm.train.learner import Learner, Objective
+from slm.train.learner import Learner, Objective, UpdateSettings
 from slm.train.optimizer import make_optimizers
 from slm.train.parallel import Processes, launched, local_rank, share_of
 from slm.train.precision import Precision, restore_scaler
 from slm.train.qat import rounded_from_start
 from slm.train.recipe import Recipe
-from slm.train.schedule import learning_rate
+from slm.train.schedule import Schedule
 from slm.train.state import SavedState
 
 
@@ -148,11 +147,13 @@ def build_learner(
     learner = Learner(
         objective,
         optimizers,
-        batch=rounded_from_start(recipe, model, partial(_batch, recipe, tokens, mine, processes.rank, device)),
-        rate=_rate(recipe),
-        precision=precision,
-        accumulation=recipe.batch.accumulation,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
+        rounded_from_start(recipe, model, partial(_batch, recipe, tokens, mine, processes.rank, device)),
+        UpdateSettings(
+            rate=schedule_of(recipe).rate,
+            precision=precision,
+            accumulation=recipe.batch.accumulation,
+            max_grad_norm=recipe.optimizer.max_grad_norm,
+        ),
         processes=processes,
     )
     if saved is not None:
@@ -161,18 +162,17 @@ def build_learner(
     return learner
 
 
-def _rate(recipe: Recipe) -> Callable[[int], float]:
-    """Returns the learning rate as a function of the micro-steps done."""
+def schedule_of(recipe: Recipe) -> Schedule:
+    """Returns the schedule of the learning rate of a recipe, which has its length in micro-steps."""
     schedule = recipe.schedule
     # The schedule reaches 0 one update after the end: an update at a rate of 0 would change nothing.
     after_the_end = 0 if schedule.final_learning_rate else recipe.batch.accumulation
-    return partial(
-        learning_rate,
+    return Schedule(
         peak=schedule.learning_rate,
         final=schedule.final_learning_rate,
-        start=schedule.start,
-        warmup=schedule.warmup_micro_steps,
         total=recipe.micro_steps + after_the_end,
+        warmup=schedule.warmup_micro_steps,
+        start=schedule.start,
         shape=schedule.shape,
         decay=schedule.decay,
     )

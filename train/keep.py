@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, read_info, write_checkpoint
-from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, recover
 from slm.core.nn import CausalLM
@@ -47,7 +46,6 @@ class Keeper:
         self,
         run: Path,
         recipe: Recipe,
-        config: ModelConfig,
         dataset: Dataset,
         model: CausalLM,
         deployed: Deployed,
@@ -59,7 +57,6 @@ class Keeper:
         Args:
             run: The run's directory.
             recipe: The recipe.
-            config: The model's shape.
             dataset: The tokenizer and the tokens.
             model: The model.
             deployed: The weights that checkpoints hold.
@@ -69,7 +66,7 @@ class Keeper:
         checkpoints = run / "checkpoint"
         self.best, self.last = checkpoints / "best", checkpoints / "last"
         self._checkpoints, self._run = checkpoints, run
-        self._recipe, self._config, self._dataset, self._about = recipe, config, dataset, about
+        self._recipe, self._config, self._dataset, self._about = recipe, model.model.config, dataset, about
         self._model, self._deployed, self._processes = model, deployed, processes
         self._first = processes.rank == 0
 

@@ -60,6 +60,23 @@ class Objective(nn.Module):
         return linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
 
 
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How a learner makes an update.
+
+    Attributes:
+        rate: The learning rate as a function of the micro-steps done.
+        precision: The type of the products.
+        accumulation: Micro-steps per update.
+        max_grad_norm: The gradient is scaled down to this norm.
+    """
+
+    rate: Callable[[int], float]
+    precision: Precision
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+
+
 class Learner:
     """Trains a model by numbered micro-steps."""
 
@@ -67,12 +84,9 @@ class Learner:
         self,
         objective: nn.Module,
         optimizers: Optimizers,
-        *,
         batch: Callable[[int], tuple[Any, ...]],
-        rate: Callable[[int], float],
-        precision: Precision,
-        accumulation: int,
-        max_grad_norm: float,
+        settings: UpdateSettings,
+        *,
         processes: Processes | None = None,
         trained: Iterable[nn.Parameter] | None = None,
     ) -> None:
@@ -82,20 +96,17 @@ class Learner:
             objective: Returns the loss of a batch; its model is in float32 on its device.
             optimizers: Over the model's parameters.
             batch: The objective's arguments for a micro-step, by its number from 0; this process's share of the rows.
-            rate: The learning rate as a function of the micro-steps done.
-            precision: The type of the products.
-            accumulation: Micro-steps per update.
-            max_grad_norm: The gradient is scaled down to this norm.
+            settings: The learning rate, the precision, the accumulation and the clipping.
             processes: The processes that share every micro-step.
             trained: The parameters that the optimizers move, in the order in which their gradients' norm is summed; all of
                 the objective's by default.
         """
         self.objective = objective.train()
         self.optimizers = optimizers
-        self.accumulation = accumulation
+        self.accumulation = settings.accumulation
         self.device = next(objective.parameters()).device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scale_loss)
-        self._batch, self._rate, self._precision, self._max_grad_norm = batch, rate, precision, max_grad_norm
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision.scale_loss)
+        self._batch, self._settings = batch, settings
         self._processes = processes or Alone()
         self._trained = list(objective.parameters() if trained is None else trained)
 
@@ -124,7 +135,7 @@ class Learner:
             self.scaler.unscale_(optimizer)
         norm = self._clip()
         (loss_sum,) = self._processes.total([total.item()])
-        update = Update(loss_sum / self._processes.size, norm.item(), self._rate(last + 1))
+        update = Update(loss_sum / self._processes.size, norm.item(), self._settings.rate(last + 1))
         if not math.isfinite(update.loss):
             raise FloatingPointError(f"the loss is {update.loss}")
         if not (math.isfinite(update.grad_norm) or self.scaler.is_enabled()):
@@ -141,11 +152,10 @@ class Learner:
         parameters = [parameter for parameter in self._trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm_of_all = whole(norm)
-        if not norm_of_all <= self._max_grad_norm:  # usually it is, and the gradients need no pass
-            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+        if not norm_of_all <= self._settings.max_grad_norm:  # usually it is, and the gradients need no pass
+            nn.utils.clip_grads_with_norm_(parameters, self._settings.max_grad_norm, norm)
         return norm_of_all
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self._precision.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self._precision.autocast)
+        dtype = self._settings.precision.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)

@@ -51,6 +51,13 @@ class Plan:
 class Task(Protocol):
     """The work that a loop drives. Every process of a group calls the same methods in the same order."""
 
+    began: float  # `time.perf_counter()` of the start, as if the run had never been interrupted
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, including those before the run was resumed."""
+        return time.perf_counter() - self.began
+
     @property
     def micro_steps(self) -> int:
         """Micro-steps done, a multiple of the plan's accumulation."""

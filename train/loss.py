@@ -7,6 +7,7 @@ Dimensions: N positions, D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,34 +48,43 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
-    ids, values = rows if rows is not None else (None, None)
+    ids, values = rows if rows is not None else ((), None)
     if (
         not torch.is_grad_enabled()
     ):  # autograd functions see which inputs require gradients, even when gradients are disabled
         hidden, weight, values = hidden.detach(), weight.detach(), None if values is None else values.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype, ids, values)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, values, _Products(chunk, dtype, ids))
     return loss
+
+
+@dataclass(frozen=True)
+class _Products:
+    """How the products with the head are computed.
+
+    Attributes:
+        chunk: Positions whose logits exist at once.
+        dtype: The type of the products.
+        replaced: Ids of the head's rows that are replaced.
+    """
+
+    chunk: int
+    dtype: torch.dtype
+    replaced: Sequence[int]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        chunk: int,
-        dtype: torch.dtype,
-        ids: Sequence[int] | None,
-        values: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, values: Tensor | None, products: _Products
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            replaced = None
-            if ids is not None and values is not None:
+            rows = None
+            if values is not None:
                 if ctx.needs_input_grad[1]:
                     raise ValueError("rows can only replace rows of a frozen head")
-                replaced = _Rows(torch.tensor(ids, device=hidden.device), values.to(dtype), ctx.needs_input_grad[6])
-            return _forward(ctx, hidden, weight, targets, chunk, dtype, replaced)
+                ids = torch.tensor(products.replaced, device=hidden.device)
+                rows = _Rows(ids, values.to(products.dtype), ctx.needs_input_grad[3])
+            return _forward(ctx, hidden, weight, targets, products, rows)
 
     @staticmethod
     @once_differentiable
@@ -85,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = gradient * ctx.scale
         # In place: the head's gradient is as large as the head, and nothing else refers to it.
         hidden, weight, rows = (None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
-        return hidden, weight, None, None, None, None, rows
+        return hidden, weight, None, rows, None
 
 
 class _Rows:
@@ -115,14 +125,9 @@ class _Rows:
 
 
 def _forward(
-    ctx: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    chunk: int,
-    dtype: torch.dtype,
-    replaced: _Rows | None = None,
+    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, products: _Products, replaced: _Rows | None
 ) -> Tensor:
+    chunk, dtype = products.chunk, products.dtype
     wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     # Not yet divided by the number of targets: most values would become too small for float16.
     hidden_gradient = torch.empty_like(hidden) if wants_hidden else None

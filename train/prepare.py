@@ -21,6 +21,7 @@ from slm.core.tokenizer import Tokenizer
 from slm.train.data.corpus import SAMPLE, Corpus, Documents, Reading, is_named, open_corpus
 from slm.train.data.dataset import Dataset, DatasetManifest, open_dataset, refer_to
 from slm.train.data.preparation import beginning, write_dataset
+from slm.train.data.shards import ShardWriter
 from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
 from slm.train.recipe import Recipe
 
@@ -75,7 +76,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = 
     with _new_directory(run, progress, overwrite):
         with atomic_directory(run / DATA, ()) as directory:
             workers = min(usable_cores(), _MOST_WORKERS)
-            manifest = write_dataset(directory, corpus, tokenizer, progress, workers=workers)
+            manifest = write_dataset(ShardWriter(directory, tokenizer, progress, workers=workers), corpus)
         check_lengths(recipe, manifest.train.tokens, manifest.validation.tokens)
         _write_recipe(recipe, manifest, run)
 

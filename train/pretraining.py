@@ -75,7 +75,7 @@ class Pretraining(Task):
         self._tokens_per_micro_step = tokens_per_micro_step
         self._plan, self._actions, self._learner = plan, actions, learner
         self._metrics, self._progress = metrics, progress
-        self._began = time.perf_counter() - counters.elapsed_s
+        self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
         self._micro_step_ended = 0.0
 
@@ -83,11 +83,6 @@ class Pretraining(Task):
     @override
     def micro_steps(self) -> int:
         return self.counters.micro_steps
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of training so far, including those before the run was resumed."""
-        return time.perf_counter() - self._began
 
     @property
     @override

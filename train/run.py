@@ -156,7 +156,7 @@ class _Run(Actions):
                 average.load_tensors(saved.average)
         self.deployed = Deployed(self.model, average, recipe.qat.grid is not None)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
-        self.keeper = Keeper(path, recipe, self.config, self.dataset, self.model, self.deployed, processes, about)
+        self.keeper = Keeper(path, recipe, self.dataset, self.model, self.deployed, processes, about)
         # Every process has every row, so that all decide the same; the first one writes them.
         first = processes.rank == 0
         if first:

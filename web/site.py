@@ -20,7 +20,8 @@ from slm.core.files import atomic_directory, read_json, read_text, sha256_file
 from slm.core.licence import NOTICE_FILE
 from slm.core.manifest import MANIFEST_FILE, Bundle, FileEntry
 from slm.core.outputs import check_output
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.version import __version__
 from slm.web.npm import HOME, packages, vendored
 

@@ -1,7 +1,9 @@
 """`slm data`: converts text to a dataset of tokens once, for many training runs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,18 +14,86 @@ from slm.cli.options import (
     FilePath,
     Whole,
     Word,
+    check_tokenizer,
+    collects,
     column_option,
     document_option,
     json_option,
     overwrite_option,
 )
 from slm.cli.suggesting import Suggesting
-from slm.core.errors import SlmError
 from slm.core.machine import MAX_THREADS
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
 
+if TYPE_CHECKING:
+    from slm.train.data.corpus import Corpus
+    from slm.train.data.preparation import DatasetSettings
+
 _OUT = Path("datasets")
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """The text, and how it is read."""
+
+    train: tuple[str, ...]
+    val: str | None
+    column: str | None
+    max_document_bytes: int | None
+    streaming: bool
+    split: str | None
+    config: str | None
+
+    def check(self) -> None:
+        """Rejects options of Hugging Face datasets for other text."""
+        from slm.train.data.corpus import is_named
+
+        hub = {"--streaming": self.streaming or None, "--split": self.split, "--config": self.config}
+        given = [option for option, value in hub.items() if value is not None]
+        if given and not is_named(self.train[0]):
+            raise click.UsageError(f"{given[0]} requires a Hugging Face dataset, such as --data hf:OWNER/NAME")
+
+    def open(self) -> "Corpus":
+        """Opens the text."""
+        from slm.train.data.corpus import Reading, open_corpus
+
+        reading = Reading(
+            column=self.column or TEXT_COLUMN,
+            config=self.config,
+            split=self.split or "train",
+            streaming=self.streaming,
+            limit=self.max_document_bytes or DOCUMENT_BYTES,
+        )
+        return open_corpus(self.train, self.val, reading)
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """What the dataset contains, besides the text."""
+
+    tokenizer: str
+    vocab_size: int | None
+    shard_tokens: int
+    dedup: bool
+    licence: str | None
+
+    def check(self) -> None:
+        """Rejects a vocabulary size for a tokenizer that has one."""
+        if self.vocab_size is not None and self.tokenizer != "bpe":
+            raise click.UsageError(f"--vocab-size requires --tokenizer bpe: {self.tokenizer} has a fixed vocabulary")
+
+    def settings(self) -> "DatasetSettings":
+        """Returns the settings of the preparation."""
+        from slm.train.data.preparation import DatasetSettings
+
+        return DatasetSettings(
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size or 4096,
+            shard_tokens=self.shard_tokens,
+            deduplicate=self.dedup,
+            licence=self.licence,
+        )
 
 
 @click.group(cls=Suggesting, short_help="Prepare datasets of tokens.")
@@ -87,23 +157,10 @@ def data() -> None:
 @click.option("--licence", metavar="TEXT", help="Licence of the text. [default: the one in the dataset's card]")
 @overwrite_option
 @json_option
+@collects("text", CorpusOptions)
+@collects("dataset", DatasetOptions)
 def prepare(
-    train: tuple[str, ...],
-    val: str | None,
-    tokenizer: str,
-    vocab_size: int | None,
-    out: Path | None,
-    workers: int | None,
-    shard_tokens: int,
-    dedup: bool,
-    streaming: bool,
-    split: str | None,
-    config: str | None,
-    column: str | None,
-    max_document_bytes: int | None,
-    licence: str | None,
-    overwrite: bool,
-    as_json: bool,
+    text: CorpusOptions, dataset: DatasetOptions, out: Path | None, workers: int | None, overwrite: bool, as_json: bool
 ) -> None:
     """Tokenize text on all cores into memory-mapped files for slm train --data DIR.
 
@@ -116,39 +173,21 @@ def prepare(
     for byte, with any number of workers.
     """
     from slm.core.machine import usable_cores
-    from slm.train.data.corpus import Reading, is_named, open_corpus
     from slm.train.data.preparation import check_out, prepare_dataset
 
-    hub = {"--streaming": streaming or None, "--split": split, "--config": config}
-    given = [option for option, value in hub.items() if value is not None]
-    if given and not is_named(train[0]):
-        raise click.UsageError(f"{given[0]} requires a Hugging Face dataset, such as --data hf:OWNER/NAME")
-    if vocab_size is not None and tokenizer != "bpe":
-        raise click.UsageError(f"--vocab-size requires --tokenizer bpe: {tokenizer} has a fixed vocabulary")
-    progress = RichProgress()
-    path = out or _OUT / _name(train[0])
+    text.check()
+    dataset.check()
+    path = out or _OUT / _name(text.train[0])
     check_out(path, overwrite=overwrite)  # before the text is read
-    if tokenizer not in ("gpt2", "bpe") and not Path(tokenizer).expanduser().exists():
-        raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
-    reading = Reading(
-        column=column or TEXT_COLUMN,
-        config=config,
-        split=split or "train",
-        streaming=streaming,
-        limit=max_document_bytes or DOCUMENT_BYTES,
-    )
-    corpus = open_corpus(train, val, reading)
+    check_tokenizer(dataset.tokenizer)
+    corpus = text.open()
     say(f"data: {corpus.about}")
     prepare_dataset(
         corpus,
         path,
-        progress,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size or 4096,
-        shard_tokens=shard_tokens,
+        dataset.settings(),
+        RichProgress(),
         workers=workers or usable_cores(),
-        deduplicate=dedup,
-        licence=licence,
         overwrite=overwrite,
     )
     following = _training_on(path)

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -16,6 +17,7 @@ from slm.cli.options import (
     FilePath,
     Whole,
     allow_slow_option,
+    collects,
     column_option,
     document_option,
     json_option,
@@ -34,6 +36,48 @@ if TYPE_CHECKING:
     from slm.runtime.model import Model
 
 _SHIPPED = "the bundled held-out stories"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The evaluation text; the bundled stories without --data."""
+
+    data: tuple[Path, ...]
+    column: str | None
+    max_document_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """How the text is cut into rows of tokens."""
+
+    protocol: str
+    context: int | None
+    stride: int | None
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Tasks of lm-evaluation-harness."""
+
+    tasks: str | None
+    limit: int | None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of `slm.load` that evaluation has."""
+
+    device: Literal["cpu", "cuda"]
+    threads: int | None
+    trust: bool
+    allow_slow: bool
 
 
 @click.command(name="eval")
@@ -84,21 +128,16 @@ _SHIPPED = "the bundled held-out stories"
 @trust_option
 @allow_slow_option
 @json_option
+@collects("text", TextOptions)
+@collects("protocol", ProtocolOptions)
+@collects("tasks", TaskOptions)
+@collects("loading", ModelOptions)
 def eval(
     model: Path | None,
-    data: tuple[Path, ...],
-    column: str | None,
-    max_document_bytes: int | None,
-    protocol: str,
-    context: int | None,
-    stride: int | None,
-    tokens: int | None,
-    tasks: str | None,
-    limit: int | None,
-    device: str,
-    threads: int | None,
-    trust: bool,
-    allow_slow: bool,
+    text: TextOptions,
+    protocol: ProtocolOptions,
+    tasks: TaskOptions,
+    loading: ModelOptions,
     as_json: bool,
 ) -> None:
     """Evaluate a checkpoint (PyTorch) or a bundle (onnxruntime) on text or on tasks.
@@ -116,25 +155,21 @@ def eval(
     """
     from slm.loading import load
 
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    _check(protocol, stride, tasks, names, limit)
-    text = None if names and not data else _Text(data, column, max_document_bytes)
+    _check(protocol, tasks)
+    documents = None if tasks.names and not text.data else _Text(text)
     path = model or default_model()
-    loaded = load(path, device=device, threads=threads, trust=trust, allow_slow=allow_slow)  # type: ignore[arg-type]  # click checked the choice
+    loaded = load(path, **asdict(loading))
     say(f"{path}: {loaded.decoder.description}")
-    warn_of_conversions(loaded.decoder, device)
+    warn_of_conversions(loaded.decoder, loading.device)
     report: dict[str, Any] = {"model": str(path), "backend": loaded.decoder.description}
-    if text is not None:
-        say(f"text: {text.about}")
-        measured = _measure(loaded, path, text, protocol, context, stride, tokens)
-        report |= {"data": text.about} | _figures(measured)
+    if documents is not None:
+        say(f"text: {documents.about}")
+        measured = _measure(loaded, path, documents, protocol)
+        report |= {"data": documents.about} | _figures(measured)
         if not as_json:
             _print_measurement(path, measured)
-    if names:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # disables the harness's progress bars
-        from slm.interchange.harness import run_tasks
-
-        report["tasks"] = run_tasks(loaded, names, limit=limit, progress=RichProgress())
+    if tasks.names:
+        report["tasks"] = _run_tasks(loaded, tasks)
         if not as_json:
             _print_tasks(path, report["tasks"])
     following = after_model(path)
@@ -144,22 +179,31 @@ def eval(
         next_step(following)
 
 
-def _check(protocol: str, stride: int | None, tasks: str | None, names: list[str], limit: int | None) -> None:
-    if stride is not None and protocol == "windows":
+def _check(protocol: ProtocolOptions, tasks: TaskOptions) -> None:
+    if protocol.stride is not None and protocol.protocol == "windows":
         raise click.UsageError("windows do not overlap: use --stride with --protocol documents")
-    if tasks is not None and not names:
+    if tasks.tasks is not None and not tasks.names:
         raise click.UsageError("--tasks is empty")
-    if limit is not None and not names:
+    if tasks.limit is not None and not tasks.names:
         raise click.UsageError("--limit applies to --tasks; use --tokens for text")
-    if names and find_spec("lm_eval") is None:
+    if tasks.names and find_spec("lm_eval") is None:
         raise SlmError("--tasks needs lm-evaluation-harness, which is not installed", install_hint("eval"))
+
+
+def _run_tasks(model: "Model", tasks: TaskOptions) -> dict[str, dict[str, Any]]:
+    """Returns the figures of each task."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # disables the harness's progress bars
+    from slm.interchange.harness import run_tasks
+
+    return run_tasks(model, tasks.names, limit=tasks.limit, progress=RichProgress())
 
 
 class _Text:
     """The evaluation text: files of documents, which are checked before a model is loaded."""
 
-    def __init__(self, paths: tuple[Path, ...], column: str | None, limit: int | None) -> None:
-        self._column, self._limit = column or TEXT_COLUMN, limit or DOCUMENT_BYTES
+    def __init__(self, options: TextOptions) -> None:
+        self._column, self._limit = options.column or TEXT_COLUMN, options.max_document_bytes or DOCUMENT_BYTES
+        paths = options.data
         self.files = text_files(paths or (validation_path(),))
         self.about = ", ".join(map(str, paths)) if paths else _SHIPPED
 
@@ -174,20 +218,12 @@ class _Text:
                 raise SlmError(f"no text in {file}", "omit it, or check that it is the right file")
 
 
-def _measure(
-    model: "Model",
-    path: Path,
-    text: _Text,
-    protocol: str,
-    context: int | None,
-    stride: int | None,
-    tokens: int | None,
-) -> "Measurement":
+def _measure(model: "Model", path: Path, text: _Text, options: ProtocolOptions) -> "Measurement":
     from slm.runtime.evaluate import evaluate_documents, evaluate_windows
 
-    progress = RichProgress()
-    if protocol == "documents":
-        return evaluate_documents(model, text.read(), progress, context=context, stride=stride, tokens=tokens)
+    progress, context, tokens = RichProgress(), options.context, options.tokens
+    if options.protocol == "documents":
+        return evaluate_documents(model, text.read(), progress, context=context, stride=options.stride, tokens=tokens)
     trained_context, windows = _as_trained(path)
     if context is None and trained_context is not None:
         context = min(trained_context, model.decoder.context)

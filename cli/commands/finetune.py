@@ -1,7 +1,7 @@
 """`slm finetune`: trains an adapter, or all weights, on a file of rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from slm.cli.options import (
     Real,
     Whole,
     check_input,
+    collects,
     document_option,
     json_option,
     out_option_for,
@@ -30,11 +31,85 @@ from slm.core.runs import RUNS, run_of
 from slm.core.text.files import bare_name
 
 if TYPE_CHECKING:
+    from slm.finetune.preparation import RowFiles
+    from slm.finetune.run import FinetuneResult
     from slm.finetune.samples import Sample
+    from slm.finetune.settings import FinetuneSettings
 
 _FILE = FilePath()
 # Options of adapters only.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """The files of rows, one of which decides what is trained, and how they are read."""
+
+    lora: Path | None
+    full: Path | None
+    validation: Path | None
+    skip_bad: bool
+    max_document_bytes: int | None
+    max_data_bytes: int | None
+
+    @property
+    def data(self) -> Path:
+        """The training rows.
+
+        Raises:
+            click.UsageError: Unless one of --lora and --full is given.
+        """
+        data = self.lora or self.full
+        if data is None or (self.lora is not None and self.full is not None):
+            raise click.UsageError("give --lora FILE or --full FILE")
+        return data
+
+    def files(self) -> "RowFiles":
+        """Returns the files as the fine-tuning takes them."""
+        from slm.finetune.preparation import RowFiles
+        from slm.finetune.rows import Limits
+
+        limits = Limits.checked(self.max_document_bytes, self.max_data_bytes)
+        return RowFiles(self.data, self.validation, self.skip_bad, limits)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The place of the result."""
+
+    out: Path | None
+    name: str | None
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Hyperparameters, as on the command line."""
+
+    rank: int
+    alpha: int
+    rslora: bool
+    dora: bool
+    dropout: float
+    targets: str | None
+    learning_rate: float | None
+    epochs: int | None
+    patience: int
+    keep: str
+    batch_size: int
+    pack: bool
+    max_length: int | None
+    seed: int
+
+    def settings(self, method: str) -> "FinetuneSettings":
+        """Returns the hyperparameters of a method, "lora" or "full"."""
+        from slm.finetune.settings import FinetuneSettings
+
+        fields = asdict(self) | {"method": method, "patience": self.patience or None}
+        targets = fields.pop("targets")
+        if targets is not None:
+            fields["target_modules"] = [each.strip() for each in targets.split(",")]
+        return FinetuneSettings.checked(**fields)
 
 
 @click.command(epilog=REPLACING)
@@ -125,22 +200,11 @@ _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 )
 @seed_option
 @json_option
+@collects("rows", RowOptions)
+@collects("output", OutputOptions)
+@collects("training", TrainingOptions)
 def finetune(
-    lora: Path | None,
-    full: Path | None,
-    base: Path | None,
-    validation: Path | None,
-    skip_bad: bool,
-    out: Path | None,
-    name: str | None,
-    overwrite: bool,
-    targets: str | None,
-    patience: int,
-    max_document_bytes: int | None,
-    max_data_bytes: int | None,
-    samples: int,
-    as_json: bool,
-    **values: Any,
+    base: Path | None, rows: RowOptions, output: OutputOptions, training: TrainingOptions, samples: int, as_json: bool
 ) -> None:
     """Fine-tune a checkpoint: train a LoRA adapter, or all weights into a new checkpoint.
 
@@ -163,49 +227,46 @@ def finetune(
       slm export --onnx --adapter RUN/adapters/pairs       merges it and exports
       slm finetune --full pairs.jsonl                      -> runs/RUN-pairs/checkpoint/best
     """
-    data = lora or full
-    if data is None or (lora is not None and full is not None):
-        raise click.UsageError("give --lora FILE or --full FILE")
-    if out is not None and name is not None:
+    _check(rows, output, training)
+    base = base or default_checkpoint()
+    full = rows.full is not None
+    out = output.out
+    if out is None:
+        out = _place(base, _checked(bare_name(rows.data) if output.name is None else output.name), full=full)
+    check_writable(out)
+
+    from slm.finetune.run import finetune as run
+
+    settings = training.settings("full" if full else "lora")
+    result = run(base, rows.files(), out, settings, RichProgress(), overwrite=output.overwrite, samples=samples)
+    _report(result, settings, as_json)
+
+
+def _check(rows: RowOptions, output: OutputOptions, training: TrainingOptions) -> None:
+    """Checks the options against each other, and that the files exist, before anything is loaded.
+
+    Raises:
+        click.UsageError: If options contradict each other.
+        SlmError: If a file is missing or unreadable.
+    """
+    data, source = rows.data, click.get_current_context().get_parameter_source
+    if output.out is not None and output.name is not None:
         raise click.UsageError("give --out DIR or --name NAME, not both")
-    source = click.get_current_context().get_parameter_source
-    if values["keep"] == "last" and patience and source("patience") is ParameterSource.COMMANDLINE:
+    if training.keep == "last" and training.patience and source("patience") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--patience requires --keep best: --keep last trains all epochs")
-    if full is not None:
+    if rows.full is not None:
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
             raise click.UsageError(f"--{given[0]} is an option of adapters, and --full trains none")
-    for each in (data, validation):
+    for each in (data, rows.validation):
         if each is not None:
             check_input(each, "fine-tuning data")
-    if base is None:
-        base = default_checkpoint()
-    if out is None:
-        out = _place(base, _checked(bare_name(data) if name is None else name), full=full is not None)
-    check_writable(out)
 
-    from slm.finetune.rows import Limits
-    from slm.finetune.run import finetune as run
-    from slm.finetune.settings import FinetuneSettings
 
-    chosen = {} if targets is None else {"target_modules": [each.strip() for each in targets.split(",")]}
-    settings = FinetuneSettings.checked(
-        method="lora" if full is None else "full", patience=patience or None, **chosen, **values
-    )
-    result = run(
-        base,
-        data,
-        out,
-        settings,
-        RichProgress(),
-        validation=validation,
-        overwrite=overwrite,
-        skip_bad=skip_bad,
-        limits=Limits.checked(max_document_bytes, max_data_bytes),
-        samples=samples,
-    )
-    made = "adapter" if full is None else "checkpoint"
-    following = after_adapter(result.made) if full is None else after_checkpoint(result.made)
+def _report(result: "FinetuneResult", settings: "FinetuneSettings", as_json: bool) -> None:
+    lora = settings.method == "lora"
+    made = "adapter" if lora else "checkpoint"
+    following = after_adapter(result.made) if lora else after_checkpoint(result.made)
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
         print_json({made: report.pop("made"), **report, "next": following})

@@ -1,9 +1,9 @@
 """`slm train`."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,8 @@ from slm.cli.options import (
     FilePath,
     Whole,
     Word,
+    check_tokenizer,
+    collects,
     column_option,
     document_option,
     json_option,
@@ -27,8 +29,46 @@ from slm.core.outputs import check_writable
 from slm.core.runs import RUNS, free_run, newest_run
 
 if TYPE_CHECKING:
+    from slm.train.parallel import Processes
     from slm.train.recipe import Recipe
     from slm.train.run import TrainResult
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """The recipe, and changes of it."""
+
+    recipe_name: str | None
+    overrides: tuple[str, ...]
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text that replaces the recipe's, and how it is read."""
+
+    data: tuple[str, ...]
+    val: str | None
+    column: str | None
+    max_document_bytes: int | None
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run directory, and whether it may be replaced or is resumed."""
+
+    out: Path | None
+    overwrite: bool
+    resume: bool
+
+
+@dataclass(frozen=True)
+class EstimateOptions:
+    """Whether to estimate only, and for which GPU; None for this machine."""
+
+    dry_run: bool
+    gpu: str | None
 
 
 @click.command(epilog=REPLACING)
@@ -75,22 +115,11 @@ if TYPE_CHECKING:
 @click.option("--on", "gpu", metavar="GPU", help="With --dry-run: estimate for another GPU: t4, l4, a100, h100, …")
 @set_option
 @json_option
-def train(
-    recipe_name: str | None,
-    data: tuple[str, ...],
-    val: str | None,
-    column: str | None,
-    max_document_bytes: int | None,
-    tokenizer: str | None,
-    out: Path | None,
-    overwrite: bool,
-    resume: bool,
-    seed: int | None,
-    dry_run: bool,
-    gpu: str | None,
-    overrides: tuple[str, ...],
-    as_json: bool,
-) -> None:
+@collects("chosen", RecipeOptions)
+@collects("text", TextOptions)
+@collects("run", RunOptions)
+@collects("estimate", EstimateOptions)
+def train(chosen: RecipeOptions, text: TextOptions, run: RunOptions, estimate: EstimateOptions, as_json: bool) -> None:
     """Train a model from scratch on text.
 
     \b
@@ -108,77 +137,95 @@ def train(
     Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. Ctrl-C
     saves the run and stops; kill -USR1 saves it and continues.
     """
-    if gpu is not None and not dry_run:
+    if estimate.gpu is not None and not estimate.dry_run:
         raise click.UsageError("--on requires --dry-run")
-    if resume:
-        given = {
-            "--recipe": recipe_name,
-            "--data": data,
-            "--val": val,
-            "--column": column,
-            "--max-document-bytes": max_document_bytes,
-            "--tokenizer": tokenizer,
-            "--seed": seed,
-            "--set": overrides,
-            "--dry-run": dry_run or None,
-            "--on": gpu,
-            "--overwrite": overwrite or None,
-        }
-        unwanted = [option for option, value in given.items() if value not in (None, ())]
-        if unwanted:
-            raise click.UsageError(f"--resume uses the run's own settings: leave out {', '.join(unwanted)}")
+    out = run.out
+    if run.resume:
+        _check_resumed(chosen, text, run, estimate)
         out = _run_named(out)
-        if "RANK" not in os.environ:
+        if not _launched():
             out = out or newest_run()
-    elif "RANK" not in os.environ:  # torchrun's processes check together, and report an error once
-        _check_recipe(recipe_name, overrides)
-        _check_inputs(data, val, tokenizer)
-        if not dry_run:
+    elif not _launched():
+        _check_recipe(chosen.recipe_name, chosen.overrides)
+        _check_inputs(text)
+        if not estimate.dry_run:
             check_writable(out or RUNS / "run")
-    from slm.train import run
     from slm.train.parallel import by_first, joined
     from slm.train.recipe import Recipe
 
-    progress = RichProgress()
     with joined() as processes:
-        if resume:
-            path = Path(by_first(processes, lambda: str(out or newest_run())))
-            if processes.rank == 0:
-                say(f"Resuming {path}.")
-            result = run.resume(path, progress, processes)
+        if run.resume:
+            result = _resume(out, processes)
         else:
-            reading = {"column": column, "max_document_bytes": max_document_bytes}
-            options = (recipe_name, data, val, reading, tokenizer, seed, overrides)
-            recipe = Recipe.model_validate(by_first(processes, lambda: _recipe(*options).model_dump(mode="json")))
-            if dry_run:
-                foresee(recipe, out, gpu, as_json, processes, overwrite=overwrite)
+            fields = by_first(processes, lambda: _recipe(chosen, text).model_dump(mode="json"))
+            recipe = Recipe.model_validate(fields)
+            if estimate.dry_run:
+                foresee(recipe, out, estimate.gpu, as_json, processes, overwrite=run.overwrite)
                 return
-            path = Path(by_first(processes, lambda: str(out or free_run(recipe.name))))
-            result = run.train(recipe, path, progress, processes, overwrite=overwrite)
+            result = _train(recipe, out, processes, overwrite=run.overwrite)
         if processes.rank == 0:
             _report(result, as_json)
 
 
-def _recipe(
-    name: str | None,
-    data: tuple[str, ...],
-    val: str | None,
-    reading: dict[str, str | int | None],
-    tokenizer: str | None,
-    seed: int | None,
-    overrides: tuple[str, ...],
-) -> "Recipe":
+def _launched() -> bool:
+    """Returns whether torchrun started this process; its processes check together, and report an error once."""
+    return "RANK" in os.environ
+
+
+def _check_resumed(chosen: RecipeOptions, text: TextOptions, run: RunOptions, estimate: EstimateOptions) -> None:
+    """Rejects options that a resumed run would ignore."""
+    given: dict[str, Any] = {
+        "--recipe": chosen.recipe_name,
+        "--data": text.data,
+        "--val": text.val,
+        "--column": text.column,
+        "--max-document-bytes": text.max_document_bytes,
+        "--tokenizer": text.tokenizer,
+        "--seed": chosen.seed,
+        "--set": chosen.overrides,
+        "--dry-run": estimate.dry_run or None,
+        "--on": estimate.gpu,
+        "--overwrite": run.overwrite or None,
+    }
+    unwanted = [option for option, value in given.items() if value not in (None, ())]
+    if unwanted:
+        raise click.UsageError(f"--resume uses the run's own settings: leave out {', '.join(unwanted)}")
+
+
+def _resume(out: Path | None, processes: "Processes") -> "TrainResult":
+    from slm.train.parallel import by_first
+    from slm.train.run import resume
+
+    path = Path(by_first(processes, lambda: str(out or newest_run())))
+    if processes.rank == 0:
+        say(f"Resuming {path}.")
+    return resume(path, RichProgress(), processes)
+
+
+def _train(recipe: "Recipe", out: Path | None, processes: "Processes", *, overwrite: bool) -> "TrainResult":
+    from slm.train.parallel import by_first
+    from slm.train.run import train
+
+    path = Path(by_first(processes, lambda: str(out or free_run(recipe.name))))
+    return train(recipe, path, RichProgress(), processes, overwrite=overwrite)
+
+
+def _recipe(chosen: RecipeOptions, text: TextOptions) -> "Recipe":
     """Loads the recipe and applies the options; reports the defaults."""
     from slm.train.recipe import load_recipe
 
-    recipe = load_recipe(name or _chosen_recipe(), overrides)
-    options = {"train": data or None, "validation": val, "tokenizer": tokenizer} | reading
-    chosen = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
-    if not data:
-        say(f"Using the data {', '.join(chosen.train)} (of the recipe {recipe.name}; --data names other text).")
-    if seed is not None and seed < 0:
-        raise SlmError(f"--seed {seed} is negative")
-    return recipe.model_copy(update={"data": chosen} | ({} if seed is None else {"seed": seed}))
+    recipe = load_recipe(chosen.recipe_name or _chosen_recipe(), chosen.overrides)
+    options = {
+        "train": text.data or None,
+        "validation": text.val,
+        "tokenizer": text.tokenizer,
+        "column": text.column,
+        "max_document_bytes": text.max_document_bytes,
+    }
+    data = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
+    if not text.data:
+        say(f"Using the data {', '.join(data.train)} (of the recipe {recipe.name}; --data names other text).")
+    return recipe.model_copy(update={"data": data} | ({} if chosen.seed is None else {"seed": chosen.seed}))
 
 
 def fitting_recipe() -> str:
@@ -208,7 +255,7 @@ def _run_named(out: Path | None) -> Path | None:
     return RUNS / out
 
 
-def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None) -> None:
+def _check_inputs(text: TextOptions) -> None:
     """Checks the named files before PyTorch is imported.
 
     Raises:
@@ -217,12 +264,12 @@ def _check_inputs(data: tuple[str, ...], val: str | None, tokenizer: str | None)
     from slm.core.text.files import find_files, is_dataset
     from slm.train.data.corpus import is_named
 
-    for name in (*data, *([] if val is None else [val])):
+    for name in (*text.data, *([] if text.val is None else [text.val])):
         path = Path(name).expanduser()
-        if not is_named(name) and not (name in data and is_dataset(path)):
+        if not is_named(name) and not (name in text.data and is_dataset(path)):
             find_files(path)
-    if tokenizer not in (None, "gpt2", "bpe") and not Path(str(tokenizer)).expanduser().exists():
-        raise SlmError(f"tokenizer not found: {tokenizer}", "gpt2, bpe, or the path of a tokenizer.json")
+    if text.tokenizer is not None:
+        check_tokenizer(text.tokenizer)
 
 
 def _check_recipe(name: str | None, overrides: tuple[str, ...]) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from slm.core.config import ModelConfig
+from slm.core.nn import CausalLM
+
 TURN_TOKEN_IDS = [1, 2]  # train_bpe assigns these ids to <start_of_turn> and <end_of_turn>
 
 
@@ -30,6 +33,12 @@ def random_adapter(tmp_path: Path, make_adapter: Callable[..., Path]) -> Callabl
         return make_adapter(tmp_path / "adapter", base, token_ids=token_ids, **settings)
 
     return make
+
+
+@pytest.fixture(params=["tied", "untied"])
+def either_head(request: pytest.FixtureRequest, config: ModelConfig, make_model: Callable[..., CausalLM]) -> CausalLM:
+    """A random model whose head is the embedding, and one with a head of its own."""
+    return make_model(config.model_copy(update={"tie_word_embeddings": request.param == "tied"}))
 
 
 @pytest.fixture(autouse=True)

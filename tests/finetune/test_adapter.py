@@ -37,17 +37,10 @@ MERGE_TOLERANCE = 1e-4
 MakeAdapter = Callable[..., Path]
 
 
-@pytest.fixture(params=["tied", "untied"])
-def base(
-    request: pytest.FixtureRequest,
-    config: ModelConfig,
-    make_model: Callable[..., CausalLM],
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-) -> Path:
+@pytest.fixture
+def base(either_head: CausalLM, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     """A checkpoint with random weights."""
-    config = config.model_copy(update={"tie_word_embeddings": request.param == "tied"})
-    save_checkpoint(tmp_path / "base", make_model(config), tokenizer, {"made_by": "tests"})
+    save_checkpoint(tmp_path / "base", either_head, tokenizer, {"made_by": "tests"})
     return tmp_path / "base"
 
 

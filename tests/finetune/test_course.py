@@ -11,31 +11,22 @@ import torch
 from slm.core.checkpoint import read_info
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
-from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.finetune import loop, samples
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Renderer
 from slm.finetune.merge import merge
+from slm.finetune.preparation import RowFiles
 from slm.finetune.rows import read_rows
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
 from slm.loading import load
+from tests.progress import Notes, Stopper
 
 WriteRows = Callable[..., Path]
 QUICK = FinetuneSettings(rank=4, epochs=3, batch_size=4)
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(30)]
-
-
-class Heard(Silent):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -44,12 +35,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_every_epoch_has_a_line_with_both_losses(shared_checkpoint: Path, write_rows: WriteRows, method: str) -> None:
-    heard = Heard()
+    heard = Notes()
     settings = QUICK.model_copy(update={"method": method, "learning_rate": 1e-3})
     finetune(shared_checkpoint, write_rows(ROWS), Path("out"), settings, heard, samples=0)
     rows = metrics(Path("out") if method == "lora" else Path("out/finetune"))
     measured = [row["loss"] for row in rows if row["type"] == "eval"]
-    lines = [note for note in heard.notes if note.startswith(("before training", "epoch "))]
+    lines = [note for note in heard.lines if note.startswith(("before training", "epoch "))]
     assert lines[0] == f"before training: held-out loss {measured[0]:.3f}"
     tokens = 0
     for epoch in range(1, 4):
@@ -66,12 +57,12 @@ def test_every_epoch_has_a_line_with_both_losses(shared_checkpoint: Path, write_
 def test_a_long_epoch_has_lines_of_its_own(
     shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, quiet, talkative = write_rows(ROWS), Heard(), Heard()
+    data, quiet, talkative = write_rows(ROWS), Notes(), Notes()
     finetune(shared_checkpoint, data, Path("a"), QUICK, quiet, samples=0)
     monkeypatch.setattr(loop, "_LINE_EVERY_S", 0.0)
     finetune(shared_checkpoint, data, Path("b"), QUICK, talkative, samples=0)
-    assert not any(note.startswith("update ") for note in quiet.notes)
-    lines = [note for note in talkative.notes if note.startswith("update ")]
+    assert not any(note.startswith("update ") for note in quiet.lines)
+    lines = [note for note in talkative.lines if note.startswith("update ")]
     assert len(lines) == 18 and lines[0].startswith("update 1 of 21, epoch 1/3: train loss ")
     assert all("tokens/s, about " in line and " left" in line for line in lines)
     first = next(row for row in metrics(Path("b")) if row["type"] == "train")
@@ -85,7 +76,7 @@ def test_the_epoch_that_is_kept(shared_checkpoint: Path, write_rows: WriteRows, 
     learned = write_rows([{"prompt": "a", "completion": "b" * 20}])
     unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
     settings = FinetuneSettings.checked(epochs=12, learning_rate=2e-2, keep=keep)
-    result = finetune(shared_checkpoint, learned, Path("out"), settings, validation=unlikely, samples=0)
+    result = finetune(shared_checkpoint, RowFiles(learned, unlikely), Path("out"), settings, samples=0)
     losses = [row["loss"] for row in metrics(Path("out")) if row["type"] == "eval"]
     assert result.best_epoch == losses.index(min(losses[1:])) < 12
     assert len(losses) == (13 if keep == "last" else result.best_epoch + 3 + 1)  # patience
@@ -98,38 +89,24 @@ def test_the_epoch_that_is_kept(shared_checkpoint: Path, write_rows: WriteRows, 
     assert read_info(Path("out"))["settings"]["keep"] == keep
 
 
-class Interrupting(Silent):
-    """Presses Ctrl-C during an update."""
-
-    def __init__(self, update: int) -> None:
-        self.left = update
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        import signal
-
-        self.left -= amount if fields else 0
-        if not self.left:
-            signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.parametrize("update", [3, 7, 10])
 def test_the_last_epoch_is_the_same_after_an_interruption(
     shared_checkpoint: Path, write_rows: WriteRows, update: int
 ) -> None:
     data, settings = write_rows(ROWS), QUICK.model_copy(update={"keep": "last", "dropout": 0.1})
-    whole, parts = Heard(), Heard()
+    whole, parts = Notes(), Notes()
     finetune(shared_checkpoint, data, Path("whole"), settings, whole)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("parts"), settings, Interrupting(update))
+        finetune(shared_checkpoint, data, Path("parts"), settings, Stopper(update))
     finetune(shared_checkpoint, data, Path("parts"), settings, parts)
     for name in (ADAPTER_WEIGHTS_FILE, "metrics.jsonl"):
         assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
     for field in ("samples", "held_out", "held_out_rows"):
         assert read_info(Path("whole"))[field] == read_info(Path("parts"))[field]
     # The train loss of an epoch that was interrupted is that of all its updates.
-    assert [note for note in parts.notes if note.startswith("epoch ")] == [
-        note for note in whole.notes if note.startswith("epoch ")
-    ][-sum(note.startswith("epoch ") for note in parts.notes) :]
+    assert [note for note in parts.lines if note.startswith("epoch ")] == [
+        note for note in whole.lines if note.startswith("epoch ")
+    ][-sum(note.startswith("epoch ") for note in parts.lines) :]
 
 
 def test_a_run_whose_rows_were_split_otherwise_is_not_gone_on_with(
@@ -137,7 +114,7 @@ def test_a_run_whose_rows_were_split_otherwise_is_not_gone_on_with(
 ) -> None:
     data = write_rows(ROWS)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("out"), QUICK, Interrupting(3))
+        finetune(shared_checkpoint, data, Path("out"), QUICK, Stopper(3))
     file = Path("out/trainer/state.json")
     state = json.loads(file.read_text())
     state["course"]["held_out"]["sha256"] = "0"
@@ -158,21 +135,21 @@ def test_a_run_whose_rows_were_split_otherwise_is_not_gone_on_with(
 def test_too_few_rows_to_choose_by_are_said(
     shared_checkpoint: Path, write_rows: WriteRows, count: int, keep: str, said: str | None
 ) -> None:
-    heard = Heard()
+    heard = Notes()
     rows = [{"prompt": f"{n}", "completion": "b"} for n in range(count)]
     settings = QUICK.model_copy(update={"keep": keep, "epochs": 1, "batch_size": 64})
     finetune(shared_checkpoint, write_rows(rows), Path("out"), settings, heard, samples=0)
-    warned = [note for note in heard.notes if "held out" in note or "held-out" in note if note.startswith("warning")]
+    warned = [note for note in heard.lines if "held out" in note or "held-out" in note if note.startswith("warning")]
     assert [note.startswith(said) for note in warned] == [True] if said else warned == []
     if said:
         assert "--val FILE" in warned[0] and "--keep last" in warned[0] and "kept" in warned[0]
 
 
 def test_validation_rows_that_are_learned_are_said(shared_checkpoint: Path, write_rows: WriteRows) -> None:
-    heard = Heard()
+    heard = Notes()
     held_out = write_rows([*ROWS[:2], {"instruction": "New.", "output": "x"}], "held-out.jsonl")
-    finetune(shared_checkpoint, write_rows(ROWS), Path("out"), QUICK, heard, validation=held_out, samples=0)
-    assert "warning: of the 3 validation rows 2 are training rows too: their loss says little" in heard.notes
+    finetune(shared_checkpoint, RowFiles(write_rows(ROWS), held_out), Path("out"), QUICK, heard, samples=0)
+    assert "warning: of the 3 validation rows 2 are training rows too: their loss says little" in heard.lines
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -13,7 +13,6 @@ from torch import nn
 
 from slm.core.errors import SlmError
 from slm.core.nn import load_checkpoint
-from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.finetune import fit as module
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE
@@ -25,26 +24,11 @@ from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import Standing
 from slm.train.precision import FLOAT32, Precision
+from tests.progress import Stopper
 
 WriteRows = Callable[..., Path]
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(30)]
 SETTINGS = FinetuneSettings(rank=4, epochs=2, batch_size=4)
-
-
-class Heard(Silent):
-    """Keeps the notes, and sends this process a signal after an update."""
-
-    def __init__(self, update: int = 0, signum: int = signal.SIGINT) -> None:
-        self.notes: list[str] = []
-        self.left, self.signum = update, signum
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        self.left -= bool(fields)
-        if fields and self.left == 0:
-            os.kill(os.getpid(), self.signum)
 
 
 def make_fit(base: Path, data: Path, precision: Precision = FLOAT32) -> tuple[Fit, dict[str, nn.Parameter]]:
@@ -131,9 +115,9 @@ def test_memory_that_runs_out(shared_checkpoint: Path, write_rows: WriteRows, mo
 
 
 def test_a_checkpoint_on_request(shared_checkpoint: Path, write_rows: WriteRows) -> None:
-    heard = Heard(3, signal.SIGUSR1)
+    heard = Stopper(3, signal.SIGUSR1)
     finetune(shared_checkpoint, write_rows(ROWS), Path("out"), SETTINGS, heard)
-    (note,) = (note for note in heard.notes if note.startswith("checkpoint after"))
+    (note,) = (note for note in heard.lines if note.startswith("checkpoint after"))
     assert note.startswith("checkpoint after 3 updates, as asked: the run is saved in out/trainer")
     assert not Path("out/trainer").exists()  # the result took its place
 
@@ -173,7 +157,7 @@ def test_a_state_that_contradicts_itself(
     data = write_rows(ROWS)
     settings = SETTINGS.model_copy(update={"epochs": 3})
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("out"), settings, Heard(10))
+        finetune(shared_checkpoint, data, Path("out"), settings, Stopper(10))
     file = Path("out/trainer/state.json")
     state = json.loads(file.read_text(encoding="utf-8"))
     assert state["updates"] == 10

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.merge import merge, merged_checkpoint
+from slm.finetune.preparation import RowFiles
 from slm.finetune.rows import ChatRow, read_rows
 from slm.finetune.run import FinetuneResult, finetune
 from slm.finetune.settings import FinetuneSettings, default_epochs, default_learning_rate
+from tests.progress import Notes, Stopper
 
 WriteRows = Callable[..., Path]
 
@@ -39,28 +40,6 @@ PAIRS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in WORDS
 def held_out_examples(base: Path, data: Path) -> list[Example]:
     renderer = Renderer(Tokenizer.load(base), read_config(base))
     return [renderer.example(row) for row in read_rows(data)]
-
-
-class Heard(Silent):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-class Interrupting(Silent):
-    """Presses Ctrl-C during an update."""
-
-    def __init__(self, update: int = 3) -> None:
-        self.left = update
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        self.left -= amount if fields else 0
-        if not self.left:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +127,7 @@ def test_the_best_epoch_is_kept(shared_checkpoint: Path, write_rows: WriteRows) 
     learned = [{"prompt": "a", "completion": "b" * 20}]
     unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
     settings = FinetuneSettings(epochs=20, learning_rate=2e-2)
-    result = finetune(shared_checkpoint, write_rows(learned), Path("out"), settings, validation=unlikely)
+    result = finetune(shared_checkpoint, RowFiles(write_rows(learned), unlikely), Path("out"), settings)
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["type"] == "eval"]
     assert result.loss_before == losses[0]
@@ -162,7 +141,7 @@ def test_the_best_epoch_is_kept(shared_checkpoint: Path, write_rows: WriteRows) 
 
 def test_a_validation_file_leaves_all_rows_to_training(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     held_out = write_rows(PAIRS[:3], "held-out.jsonl")
-    result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK, validation=held_out)
+    result = finetune(shared_checkpoint, RowFiles(write_rows(PAIRS), held_out), Path("out"), QUICK)
     assert (result.rows, result.validation_rows) == (10, 3)
     assert read_info(Path("out"))["validation"]["sha256"] == sha256_file(held_out)
 
@@ -173,13 +152,13 @@ def test_what_is_cut_and_left_out_is_said(shared_checkpoint: Path, write_rows: W
         {"prompt": "a", "completion": "b" * 99},
         {"prompt": "a" * 99, "completion": "b"},
     ]
-    heard = Heard()
+    heard = Notes()
     settings = QUICK.model_copy(update={"max_length": 20})
     result = finetune(shared_checkpoint, write_rows(rows), Path("out"), settings, heard)
     assert (result.rows, result.truncated, result.skipped) == (2, 1, 1)
-    assert "warning: rows cut at 20 tokens, which lose their end-of-text: 1" in heard.notes
-    assert "warning: rows left out, whose prompt alone has 20 tokens or more: 1" in heard.notes
-    assert heard.notes[:2] == ["row 1, read only: <|endoftext|>|a", "row 1, learned:   b|<|endoftext|>"]
+    assert "warning: rows cut at 20 tokens, which lose their end-of-text: 1" in heard.lines
+    assert "warning: rows left out, whose prompt alone has 20 tokens or more: 1" in heard.lines
+    assert heard.lines[:2] == ["row 1, read only: <|endoftext|>|a", "row 1, learned:   b|<|endoftext|>"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +189,7 @@ def test_an_adapter_is_replaced_only_when_told(shared_checkpoint: Path, write_ro
     with pytest.raises(SlmError, match="there is already an adapter: out"):
         finetune(shared_checkpoint, data, out, other)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, out, other, Interrupting(), overwrite=True)
+        finetune(shared_checkpoint, data, out, other, Stopper(3), overwrite=True)
     assert (out / ADAPTER_WEIGHTS_FILE).read_bytes() == before
     finetune(shared_checkpoint, data, out, other, overwrite=True)
     assert (out / ADAPTER_WEIGHTS_FILE).read_bytes() != before
@@ -242,11 +221,11 @@ def test_interrupted_and_gone_on_with_is_uninterrupted(
     data, settings = write_rows(PAIRS), QUICK.model_copy(update=METHODS[method])
     finetune(shared_checkpoint, data, Path("whole"), settings)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("parts"), settings, Interrupting(update))
+        finetune(shared_checkpoint, data, Path("parts"), settings, Stopper(update))
     assert [path.name for path in Path("parts").iterdir()] == ["trainer"]
-    heard = Heard()
+    heard = Notes()
     result = finetune(shared_checkpoint, data, Path("parts"), settings, heard)
-    assert f"going on after update {update}, as saved in parts" in heard.notes
+    assert f"going on after update {update}, as saved in parts" in heard.lines
     assert result.updates == 6
     assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
 
@@ -274,9 +253,9 @@ def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
     half_written = Path("parts/.trainer.partial-999999999")  # of a process that is no more
     half_written.mkdir()
     (half_written / "weights.safetensors").write_bytes(b"half")
-    heard = Heard()
+    heard = Notes()
     finetune(shared_checkpoint, data, Path("parts"), QUICK, heard)
-    assert "going on after update 4, as saved in parts" in heard.notes
+    assert "going on after update 4, as saved in parts" in heard.lines
     assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
 
 
@@ -285,7 +264,7 @@ def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: 
     data = write_rows(PAIRS)
     finetune(shared_checkpoint, data, Path("whole"), QUICK)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("parts"), QUICK, Interrupting())
+        finetune(shared_checkpoint, data, Path("parts"), QUICK, Stopper(3))
     file = Path("parts/trainer", f"{lost}.safetensors")
     tensors = safetensors.torch.load_file(file)
     safetensors.torch.save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, file)
@@ -296,7 +275,7 @@ def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: 
 def test_an_interrupted_run_of_other_values_is_not_gone_on_with(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data, other = write_rows(PAIRS), write_rows(PAIRS[:9], "other.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("out"), QUICK, Interrupting())
+        finetune(shared_checkpoint, data, Path("out"), QUICK, Stopper(3))
     with pytest.raises(SlmError, match="an interrupted run that differs in data, rank, seed") as caught:
         finetune(shared_checkpoint, other, Path("out"), QUICK.model_copy(update={"seed": 5, "rank": 2}))
     assert caught.value.hint and "--overwrite" in caught.value.hint
@@ -308,7 +287,7 @@ def test_an_interrupted_run_of_other_values_is_not_gone_on_with(shared_checkpoin
 def test_a_damaged_state_is_named(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data = write_rows(PAIRS)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("out"), QUICK, Interrupting())
+        finetune(shared_checkpoint, data, Path("out"), QUICK, Stopper(3))
     file = Path("out/trainer/optimizer.safetensors")
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(SlmError, match="the saved state is damaged"):
@@ -332,7 +311,7 @@ def test_a_damaged_history_is_named(
 ) -> None:
     data = write_rows(PAIRS)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("out"), QUICK, Interrupting())
+        finetune(shared_checkpoint, data, Path("out"), QUICK, Stopper(3))
     file = Path("out/trainer/state.json")
     fields = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(fields | {"history": [["eval", row]], "best_epoch": 0}), encoding="utf-8")
@@ -381,20 +360,20 @@ def test_patience_ends_a_run_that_has_no_more_to_gain(shared_checkpoint: Path, w
     unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
     results = {}
     for patience in (2, None):
-        heard = Heard()
+        heard = Notes()
         settings = FinetuneSettings(epochs=20, learning_rate=2e-2, patience=patience)
-        result = finetune(shared_checkpoint, learned, Path(f"out-{patience}"), settings, heard, validation=unlikely)
+        result = finetune(shared_checkpoint, RowFiles(learned, unlikely), Path(f"out-{patience}"), settings, heard)
         results[patience] = result
-        assert ("stopping early: no new best in 2 epochs" in heard.notes) == (patience == 2)
+        assert ("stopping early: no new best in 2 epochs" in heard.lines) == (patience == 2)
     assert results[2].updates == results[2].best_epoch + 2 < 20 == results[None].updates
 
 
 def test_packed_rows_are_fewer_and_are_learned(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     settings = QUICK.model_copy(update={"pack": True, "max_length": 100, "batch_size": 1})
-    heard = Heard()
+    heard = Notes()
     result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings, heard)
     assert result.rows == 9 and result.updates < 2 * 9
-    assert f"packed into {result.updates // 2} rows of at most 100 tokens" in heard.notes
+    assert f"packed into {result.updates // 2} rows of at most 100 tokens" in heard.lines
     assert result.loss_after < result.loss_before
 
 
@@ -402,12 +381,12 @@ def test_bad_rows_are_left_out_when_told(shared_checkpoint: Path, write_rows: Wr
     rows = [*PAIRS[:3], {"txt": "a"}, *PAIRS[3:6], {"text": 7}]
     with pytest.raises(SlmError, match=r"line 4: unknown kind of row \(fields: txt\)"):
         finetune(shared_checkpoint, write_rows(rows), Path("out"), QUICK)
-    heard = Heard()
-    result = finetune(shared_checkpoint, write_rows(rows), Path("out"), QUICK, heard, skip_bad=True)
+    heard = Notes()
+    result = finetune(shared_checkpoint, RowFiles(write_rows(rows), skip_bad=True), Path("out"), QUICK, heard)
     assert (result.rows, result.bad) == (6, 2)
-    assert any("not as they should be: 2; the first: " in note and "line 4" in note for note in heard.notes)
+    assert any("not as they should be: 2; the first: " in note and "line 4" in note for note in heard.lines)
     with pytest.raises(SlmError, match="there is no good row"):
-        finetune(shared_checkpoint, write_rows([{"txt": "a"}]), Path("none"), QUICK, skip_bad=True)
+        finetune(shared_checkpoint, RowFiles(write_rows([{"txt": "a"}]), skip_bad=True), Path("none"), QUICK)
 
 
 def test_two_rows_are_shown_before_they_are_learned(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -417,9 +396,9 @@ def test_two_rows_are_shown_before_they_are_learned(shared_checkpoint: Path, wri
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d"},
     ]
-    heard = Heard()
+    heard = Notes()
     finetune(shared_checkpoint, write_rows([{"messages": chat}, *PAIRS]), Path("out"), QUICK, heard)
-    shown = [note for note in heard.notes if note.startswith("row ")]
+    shown = [note for note in heard.lines if note.startswith("row ")]
     assert [note[:16] for note in shown] == [
         *("row 1, read only", "row 1, learned: ") * 2,
         *("row 2, read only", "row 2, learned: "),
@@ -537,4 +516,4 @@ def test_a_conversation_that_the_model_s_template_refuses_is_named(
     data = write_rows([*PAIRS[:3], {"messages": answer}])
     with pytest.raises(SlmError, match=r"rows\.jsonl, line 4: the chat template failed: they take turns"):
         finetune(base, data, Path("out"), QUICK)
-    assert finetune(base, data, Path("out"), QUICK, skip_bad=True).bad == 1
+    assert finetune(base, RowFiles(data, skip_bad=True), Path("out"), QUICK).bad == 1

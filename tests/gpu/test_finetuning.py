@@ -1,7 +1,6 @@
 """LoRA on the device with examples packed into rows: none sees another, and the loss falls."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from slm.finetune.settings import FinetuneSettings
 from tests.conftest import random_model
 from tests.gpu.conftest import Record
 from tests.gpu.rig import Rig
+from tests.progress import Notes
 
 pytestmark = pytest.mark.gpu
 
@@ -56,26 +56,10 @@ def test_a_packed_lora_learns(rig: Rig, tokenizer: Tokenizer, record: Record, mo
     if rig.rehearsal:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = FinetuneSettings(pack=True, epochs=EPOCHS, batch_size=2, max_length=160)
-    notes: list[str] = []
-    result = finetune(Path("base"), Path("rows.jsonl"), Path("adapter"), settings, _Notes(notes.append), samples=0)
+    notes = Notes()
+    result = finetune(Path("base"), Path("rows.jsonl"), Path("adapter"), settings, notes, samples=0)
     record("packed LoRA: loss before", result.loss_before, None, "nats")
     record("packed LoRA: loss after", result.loss_after, result.loss_before, "nats")
-    assert any("packed into" in note for note in notes)
+    assert any("packed into" in line for line in notes.lines)
     assert result.rows + result.validation_rows == len(rows) > result.updates / EPOCHS * settings.batch_size
     assert result.loss_after < 0.8 * result.loss_before
-
-
-class _Notes:
-    """Passes on the lines about a run."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.note = note
-
-    def start(self, name: str, total: int | None, unit: str) -> None:
-        """Ignores it."""
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        """Ignores it."""
-
-    def finish(self) -> None:
-        """Ignores it."""

@@ -1,9 +1,7 @@
 """Training on the device: memory against the estimate, an overflow of float16, resuming, and compiled kernels."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 from slm.core.nn import CausalLM
-from slm.core.progress import Silent
 from slm.train.memory import training_bytes
 from slm.train.precision import choose_precision
 from slm.train.recipe import Recipe
@@ -23,6 +20,7 @@ from slm.train.run import TrainResult, resume, train
 from slm.train.state import load_state
 from tests.gpu.conftest import Record
 from tests.gpu.rig import Rig
+from tests.progress import Stopper
 
 pytestmark = pytest.mark.gpu
 
@@ -113,20 +111,6 @@ def test_an_overflow_of_float16_skips_the_update(recipe: MAKE, record: Record, m
         if name == "overflow":
             assert saved.counters.scaler["scale"] == scale / 2**UPDATES
         assert saved.counters.scaler["scale"] == scale / 2 ** sum(skipped)
-
-
-class Stopper(Silent):
-    """Sends this process SIGINT, as Ctrl-C does, after a number of micro-steps."""
-
-    def __init__(self, micro_steps: int) -> None:
-        self.left = micro_steps
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        """Counts a micro-step."""
-        if amount == 1 and not fields:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_resumed_run_ends_as_one_in_one_piece(rig: Rig, recipe: MAKE, record: Record) -> None:

@@ -3,8 +3,6 @@
 import gzip
 import json
 import lzma
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ from slm.core.progress import Silent
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
 from slm.train.data.corpus import open_corpus
-from slm.train.data.preparation import prepare_dataset
+from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.recipe import Recipe
 from slm.train.run import train
+from tests.progress import Stopper
 
 examples = pytest.mark.examples(few=40, many=600)
 
@@ -30,18 +29,6 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "One day", "completion": " a fox"},
     {"text": "The end."},
 ]
-
-
-class Stopper(Silent):
-    """Ends a run after so many steps, as Ctrl-C would."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        self.left -= amount == 1  # documents come in greater numbers
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def lines(values: list[Any]) -> bytes:
@@ -120,7 +107,7 @@ def test_texts(fuzz: Any, damage: Any, tmp_path: Path, ending: str, examples: in
 def test_datasets(fuzz: Any, damage: Any, texts: Path, tmp_path: Path, examples: int) -> None:
     source = tmp_path / "dataset"
     corpus = open_corpus([str(texts)], None)
-    prepare_dataset(corpus, source, Silent(), tokenizer="bpe", vocab_size=300, shard_tokens=2000, workers=1)
+    prepare_dataset(corpus, source, DatasetSettings(vocab_size=300, shard_tokens=2000), Silent())
     names = ("dataset.json", "tokenizer.json", *(file.name for file in source.glob("*.bin")))
     seen = fuzz.explore(
         "dataset", source, damage.of({n: (source / n).read_bytes() for n in names}, links=True), examples

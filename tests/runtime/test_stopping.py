@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as Backend
 
 import slm
 from slm.core.errors import SlmError
-from slm.core.tokenizer import START_OF_TURN, TextStream, Tokenizer
+from slm.core.text_stream import TextStream
+from slm.core.tokenizer import START_OF_TURN, Tokenizer
 from slm.runtime.model import Model
 from slm.runtime.stopping import StopTexts
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from slm.core.tokenizer import TextStream, Tokenizer
+from slm.core.text_stream import TextStream
+from slm.core.tokenizer import Tokenizer
 from slm.runtime.generation import Generation, Piece, Request
 from slm.runtime.sampling import GREEDY
 from slm.runtime.stopping import StopTexts

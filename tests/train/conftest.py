@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,37 +14,11 @@ from typing import Any
 
 import pytest
 
-from slm.core.progress import Silent
 from slm.core.tokenizer import END_OF_TEXT
 from slm.train.recipe import Recipe
 from slm.train.run import train
-
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "preset": "tiny",
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "num_attention_heads": 2,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 8,
-        "max_position_embeddings": 64,
-    },
-    "batch": {"batch_size": 4, "context": 24, "accumulation": 2},
-    "schedule": {
-        "micro_steps": 12,
-        "warmup_micro_steps": 2,
-        "learning_rate": 3e-3,
-        "final_learning_rate": 3e-4,
-    },
-    "evaluation": {"every_micro_steps": 4, "windows": 8},
-    "machine": {"device": "cpu", "precision": "float32"},
-}
-
+from tests.progress import Notes, Stopper
+from tests.train.recipes import small
 
 # What the recipe is changed by. "everything" has all that a resumed run could forget: two optimizers, random numbers, a moving
 # average, a place in an epoch.
@@ -81,11 +54,7 @@ def small_recipe(story_file: Path) -> Callable[..., Recipe]:
     """The factory of small recipes: a variant, and sections whose values replace single ones."""
 
     def make(variant: str = "plain", **sections: dict[str, Any]) -> Recipe:
-        fields = {**SMALL, "data": {"train": [str(story_file)]}}
-        for changes in (VARIANTS[variant], sections):
-            for name, values in changes.items():
-                fields[name] = {**fields.get(name, {}), **values}
-        return Recipe.model_validate(fields)
+        return small(story_file, VARIANTS[variant], sections)
 
     return make
 
@@ -136,33 +105,10 @@ def fingerprint() -> Callable[[Path], dict[str, Any]]:
     return _fingerprint
 
 
-class Stopper(Silent):
-    """Sends this process a signal after a number of micro-steps."""
-
-    def __init__(self, micro_steps: int, signum: int = signal.SIGINT) -> None:
-        self.left, self.signum = micro_steps, signum
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        if amount == 1 and not fields:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), self.signum)
-
-
 @pytest.fixture(scope="session")
 def stopper() -> type[Stopper]:
     """A progress that stops its run."""
     return Stopper
-
-
-class Notes(Silent):
-    """Keeps the notes of a run."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from slm.core.errors import SlmError
 from slm.core.progress import Silent
 from slm.core.text.documents import read_documents
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
-from slm.train.data.corpus import open_corpus
+from slm.train.data.corpus import Corpus, open_corpus
 from slm.train.data.dataset import DatasetManifest, check_files, open_dataset, read_manifest, refer_to
-from slm.train.data.preparation import prepare_dataset
+from slm.train.data.preparation import DatasetSettings, prepare_dataset
+from slm.train.data.shards import ShardWriter
 from slm.train.data.tokenizer import gpt2, is_gpt2, train_bpe
 from slm.train.prepare import prepare
 from slm.train.recipe import Recipe
@@ -25,20 +27,10 @@ from slm.train.recipe import Recipe
 MakeRecipe = Callable[..., Recipe]
 
 
-def make(
-    out: Path, *files: Path, shard_tokens: int = 1000, deduplicate: bool = False, tokenizer: str = "bpe"
-) -> DatasetManifest:
-    """Prepares a dataset."""
-    return prepare_dataset(
-        open_corpus([str(file) for file in files], None),
-        out,
-        Silent(),
-        tokenizer=tokenizer,
-        vocab_size=320,
-        shard_tokens=shard_tokens,
-        workers=1,
-        deduplicate=deduplicate,
-    )
+def make(out: Path, *files: Path, **options: Any) -> DatasetManifest:
+    """Prepares a dataset; the default sizes are small."""
+    settings = DatasetSettings(**{"vocab_size": 320, "shard_tokens": 1000} | options)
+    return prepare_dataset(open_corpus([str(file) for file in files], None), out, settings, Silent())
 
 
 @pytest.fixture
@@ -141,10 +133,7 @@ def test_one_changed_id_is_found_when_every_byte_is_read(dataset: Path) -> None:
 def test_a_shard_of_another_tokenizer(dataset: Path, tmp_path: Path, stories: list[str], story_file: Path) -> None:
     other = train_bpe(stories[:50], 300, 256)
     other.save(tmp_path)
-    prepare_dataset(
-        open_corpus([str(story_file)], None), tmp_path / "other", Silent(), tokenizer=str(tmp_path / "tokenizer.json"),
-        vocab_size=0, shard_tokens=1000, workers=1,
-    )  # fmt: skip
+    make(tmp_path / "other", story_file, tokenizer=str(tmp_path / "tokenizer.json"))
     shutil.copy(tmp_path / "other/train-00000.bin", dataset / "train-00000.bin")
     with pytest.raises(SlmError, match=r"another tokenizer: .*train-00000.bin"):
         open_dataset(dataset)
@@ -283,8 +272,8 @@ def test_no_more_workers_than_the_container_may_use(
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     asked: list[int] = []
 
-    def stop(*_: object, workers: int) -> None:
-        asked.append(workers)
+    def stop(writer: ShardWriter, corpus: Corpus) -> None:
+        asked.append(writer.workers)
         raise SlmError("far enough")
 
     monkeypatch.setattr("slm.train.prepare.write_dataset", stop)

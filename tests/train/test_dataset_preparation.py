@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -22,29 +23,27 @@ from slm.core.tokenizer import Tokenizer
 from slm.train.data import preparation, shards, workers
 from slm.train.data.corpus import Reading, open_corpus
 from slm.train.data.dataset import DatasetManifest, open_dataset
-from slm.train.data.preparation import prepare_dataset
-from slm.train.data.shards import write_shards
+from slm.train.data.preparation import DatasetSettings, prepare_dataset
+from slm.train.data.shards import ShardWriter
+from tests.progress import Notes
 
 END = "\n<|endoftext|>\n"
 
 
-class Notes(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def make(
-    out: str, *data: str, val: str | None = None, progress: Silent | None = None, **options: object
+    out: str,
+    *data: str,
+    val: str | None = None,
+    progress: Silent | None = None,
+    reading: dict[str, Any] | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    **options: Any,
 ) -> DatasetManifest:
-    """Prepares a dataset; what is not given is small."""
-    reading = Reading(**options.pop("reading", {}))  # type: ignore[arg-type]
-    settings = {"tokenizer": "bpe", "vocab_size": 300, "shard_tokens": 2000, "workers": 1} | options
-    return prepare_dataset(open_corpus(data, val, reading), Path(out), progress or Silent(), **settings)  # type: ignore[arg-type]
+    """Prepares a dataset; the default sizes are small."""
+    corpus = open_corpus(data, val, Reading(**reading or {}))
+    settings = DatasetSettings(**{"vocab_size": 300, "shard_tokens": 2000} | options)
+    return prepare_dataset(corpus, Path(out), settings, progress or Silent(), workers=workers, overwrite=overwrite)
 
 
 def contents(directory: str) -> dict[str, str]:
@@ -112,7 +111,7 @@ def test_long_documents_and_any_tokenizer_with_workers(
         for count in (1, 2):
             Path(f"{cuts}-{count}").mkdir()
             tokenizer.save(Path(f"{cuts}-{count}"))
-            write_shards(Path(f"{cuts}-{count}"), "train", iter(documents), tokenizer, Silent(), workers=count)
+            ShardWriter(Path(f"{cuts}-{count}"), tokenizer, Silent(), workers=count).write("train", iter(documents))
     assert contents("True-1") == contents("True-2") == contents("False-1") == contents("False-2")
     assert pools
 
@@ -147,7 +146,7 @@ def test_memory_stays_flat(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     peaks = []
     for number in (300, 3_000):
         tracemalloc.start()
-        write_shards(Path(), f"of-{number}", documents(number), tokenizer, Silent(), shard_tokens=10_000)
+        ShardWriter(Path(), tokenizer, Silent(), shard_tokens=10_000).write(f"of-{number}", documents(number))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0] + (256 << 10)

@@ -20,7 +20,7 @@ from slm.core.config import FULL, SLIDING, ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
-from slm.core.tokenizer import END_OF_TEXT, Tokenizer
+from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.export.parity import TOLERANCE
 from slm.train.build import build_learner, build_model, with_special_tokens
@@ -294,16 +294,9 @@ def test_a_longer_context_takes_more_memory_and_checkpointing_less() -> None:
 
 
 @pytest.fixture(scope="module")
-def stories_file(tmp_path_factory: pytest.TempPathFactory, stories: list[str]) -> Path:
-    file = tmp_path_factory.mktemp("knobs") / "stories.txt"
-    file.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def prepared(stories_file: Path) -> Tokens:
-    run = stories_file.parent / "run"
-    prepare(load_recipe("tiny", [*SHORT, f"data.train={stories_file}"]), run, Silent())
+def prepared(story_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    run = tmp_path_factory.mktemp("knobs") / "run"
+    prepare(load_recipe("tiny", [*SHORT, f"data.train={story_file}"]), run, Silent())
     return open_dataset(run / DATA).train
 
 
@@ -376,12 +369,12 @@ def test_dropout_acts_while_training_alone(tokenizer: Tokenizer) -> None:
     assert not torch.equal(*(model.train()(ids) for model in models))
 
 
-def test_the_average_and_the_measured_context(stories_file: Path) -> None:
+def test_the_average_and_the_measured_context(story_file: Path) -> None:
     """Both change what is measured, the average what is kept as well, and neither what trains."""
     runs = {"plain": (), "average": ("optimizer.ema=0.9",), "longer": ("evaluation.context=48",)}
     rows, kept = {}, {}
     for name, overrides in runs.items():
-        train(load_recipe("tiny", [*SHORT, f"data.train={stories_file}", *overrides]), Path(name))
+        train(load_recipe("tiny", [*SHORT, f"data.train={story_file}", *overrides]), Path(name))
         found = [json.loads(line) for line in (Path(name) / "metrics.jsonl").read_text().splitlines()]
         rows[name] = {kind: [row["loss"] for row in found if row["type"] == kind] for kind in ("train", "eval")}
         kept[name] = (Path(name) / "checkpoint/last/model.safetensors").read_bytes()

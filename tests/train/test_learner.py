@@ -4,6 +4,7 @@ Dimensions: B windows, T positions.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
-from slm.train.learner import Learner, Objective, Update
+from slm.train.learner import Learner, Objective, Update, UpdateSettings
 from slm.train.optimizer import make_optimizers
 from slm.train.precision import Precision
 from slm.train.sections import OptimizerRecipe
@@ -38,14 +39,9 @@ def make_learner(config: ModelConfig, *, optimizer: Any = "adamw", chunk: int | 
     model = CausalLM(config)
     model.init_weights(torch.Generator().manual_seed(0))
     optimizers = make_optimizers(model, OptimizerRecipe(name=optimizer))
-    settings: dict[str, Any] = {
-        "batch": batch,
-        "rate": lambda micro_step: 3e-3,
-        "precision": FLOAT32,
-        "accumulation": 1,
-        "max_grad_norm": 1.0,
-    }
-    return Learner(Objective(model, chunk=chunk), optimizers, **settings | changes)
+    inputs = changes.pop("batch", batch)
+    settings = replace(UpdateSettings(lambda micro_step: 3e-3, FLOAT32), **changes)
+    return Learner(Objective(model, chunk=chunk), optimizers, inputs, settings)
 
 
 def updates(learner: Learner, count: int) -> list[Update]:

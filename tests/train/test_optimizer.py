@@ -255,12 +255,24 @@ def test_what_is_no_matrix_of_a_block_steps_with_adamw(model: CausalLM) -> None:
         torch.testing.assert_close(model.get_parameter(name).detach(), wanted, rtol=0, atol=ADAMW_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_state_is_named_by_parameter_and_comes_back_bit_by_bit(
+@pytest.fixture(params=["adamw", "muon"])
+def name(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def twins(
     config: ModelConfig, make_model: Callable[..., CausalLM], name: Any
-) -> None:
+) -> tuple[list[CausalLM], list[Optimizers]]:
+    """Two models with the same weights, and optimizers of each."""
     models = [make_model(config), make_model(config)]
-    one, other = (make_optimizers(model, settings(name=name)) for model in models)
+    return models, [make_optimizers(model, settings(name=name)) for model in models]
+
+
+def test_the_state_is_named_by_parameter_and_comes_back_bit_by_bit(
+    twins: tuple[list[CausalLM], list[Optimizers]], name: str
+) -> None:
+    models, (one, other) = twins
     assert one.state_tensors(models[0]) == {}
     for seed in range(3):
         step(models[0], one, seed)
@@ -281,12 +293,8 @@ def test_the_state_is_named_by_parameter_and_comes_back_bit_by_bit(
     assert all(torch.equal(weights(models[0])[key], tensor) for key, tensor in weights(models[1]).items())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_state_that_is_not_put_back_is_missed(
-    config: ModelConfig, make_model: Callable[..., CausalLM], name: Any
-) -> None:
-    models = [make_model(config), make_model(config)]
-    one, other = (make_optimizers(model, settings(name=name)) for model in models)
+def test_a_state_that_is_not_put_back_is_missed(twins: tuple[list[CausalLM], list[Optimizers]]) -> None:
+    models, (one, other) = twins
     step(models[0], one, 0)
     models[1].load_state_dict(models[0].state_dict())
     for model, optimizers in zip(models, (one, other), strict=True):

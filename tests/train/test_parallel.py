@@ -1,6 +1,6 @@
 """Several processes on the CPU learn what one process learns; `test_torchrun.py` has torchrun and the command line.
 
-Run as a script this file does the jobs of a file. It imports PyTorch once and forks the processes, with the variables that
+Run as a program, this module does the jobs of a file. It imports PyTorch once and forks the processes, with the variables that
 torchrun sets: to import takes longer than the jobs do.
 """
 
@@ -33,7 +33,10 @@ from slm.train.parallel import Alone, Processes, by_first, collect, joined, shar
 from slm.train.precision import Precision
 from slm.train.prepare import prepare
 from slm.train.recipe import Recipe, load_recipe
+from tests.progress import Stopper
+from tests.train.recipes import small
 
+ROOT = Path(__file__).parents[2]
 MakeRecipe = Callable[..., Recipe]
 Jobs = list[dict[str, Any]]
 Do = Callable[[dict[int, Jobs], Path], None]
@@ -70,19 +73,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "bfloat16-untied": {"machine": {"precision": "bfloat16"}, "model": {"tie_word_embeddings": False}},
 }
 EMA = {"optimizer": {"ema": 0.9}}
-
-
-class Stopper(Silent):
-    """Sends this process SIGTERM after so many micro-steps."""
-
-    def __init__(self, micro_steps: int) -> None:
-        self.left = micro_steps
-
-    def advance(self, amount: int = 1, **fields: str) -> None:
-        if amount == 1 and not fields:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def measure(recipe: Recipe, data: Path, processes: Processes, broken: str | None = None) -> Measured:
@@ -148,7 +138,7 @@ def train_for(job: dict[str, Any], processes: Processes) -> None:
     out, stop = Path(job["out"]), job.get("stop")
     if "source" in job:
         by_first(processes, lambda: copy_run(Path(job["source"]), out, job["parallel"]))
-    progress = Stopper(stop) if stop else None
+    progress = Stopper(stop, signal.SIGTERM) if stop else None
     try:
         if "recipe" in job:
             run.train(Recipe.model_validate(job["recipe"]), out, progress, processes)
@@ -220,10 +210,10 @@ def do() -> Do:
     def start(jobs: dict[int, Jobs], at: Path) -> None:
         file = at / f"jobs-{max(jobs)}.json"
         file.write_text(json.dumps(list(jobs.items())), encoding="utf-8")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(
-            [sys.executable, __file__, file], capture_output=True, text=True, env=environment, timeout=SECONDS
-        )
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command = [sys.executable, "-m", "tests.train.test_parallel", file]
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
         assert ended.returncode == 0, ended.stderr
 
     return start
@@ -239,41 +229,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parallel")
 
 
+# The clipping is at work, and the 11 windows divide neither by the batch nor by the processes.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "batch": {"batch_size": 8},
+    "optimizer": {"max_grad_norm": 0.5},
+    "schedule": {"final_learning_rate": 0.0},
+    "evaluation": {"windows": 11, "prompts": ["Once upon"], "sample_tokens": 5},
+}
+
+
 @pytest.fixture(scope="module")
-def recipes(place: Path, stories: list[str]) -> MakeRecipe:
-    """Small recipes on a prepared text; the clipping is at work."""
-    from slm.core.tokenizer import END_OF_TEXT
-
-    text = place / "stories.txt"
-    text.write_text("".join(f"{story.strip()}\n{END_OF_TEXT}\n" for story in stories[:60]), encoding="utf-8")
-    base: dict[str, dict[str, Any]] = {
-        "data": {"train": [str(text)]},
-        "model": {
-            "preset": "tiny",
-            "vocab_size": 320,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 8,
-            "max_position_embeddings": 64,
-        },
-        "batch": {"batch_size": 8, "context": 24, "accumulation": 2},
-        "optimizer": {"max_grad_norm": 0.5},
-        "schedule": {"micro_steps": 12, "warmup_micro_steps": 2, "learning_rate": 3e-3},
-        # 11 windows: they divide neither by the batch nor by the processes
-        "evaluation": {"every_micro_steps": 4, "windows": 11, "prompts": ["Once upon"], "sample_tokens": 5},
-        "machine": {"device": "cpu", "precision": "float32"},
-    }
-
-    def make(**sections: dict[str, Any]) -> Recipe:
-        merged = {name: {**values, **sections.get(name, {})} for name, values in base.items()}
-        return Recipe.model_validate({"name": "small", **merged})
-
-    return make
+def recipes(story_file: Path) -> MakeRecipe:
+    """Small recipes."""
+    return lambda **sections: small(story_file, SECTIONS, sections)
 
 
 @pytest.fixture(scope="module")

@@ -125,12 +125,17 @@ def test_a_run_cut_twice_and_terminated(
     assert fingerprint(OUT) == uncut
 
 
-def test_a_run_killed_between_two_files(
-    small_recipe: MakeRecipe, uncut: dict[str, Any], whole_run: Path, stopper: Any, fingerprint: Fingerprint
-) -> None:
-    # What `kill -9` can leave: a newer last checkpoint and newer metrics than trainer/, and half a line.
+@pytest.fixture
+def cut(small_recipe: MakeRecipe, stopper: Any) -> None:
+    """A run in `OUT` that was stopped in its third update."""
     with pytest.raises(KeyboardInterrupt):
         train(small_recipe(), OUT, stopper(5))
+
+
+def test_a_run_killed_between_two_files(
+    cut: None, uncut: dict[str, Any], whole_run: Path, fingerprint: Fingerprint
+) -> None:
+    # What `kill -9` can leave: a newer last checkpoint and newer metrics than trainer/, and half a line.
     shutil.rmtree(OUT / "checkpoint/last")
     shutil.copytree(whole_run / "checkpoint/last", OUT / "checkpoint/last")
     metrics = OUT / "metrics.jsonl"
@@ -141,10 +146,8 @@ def test_a_run_killed_between_two_files(
 
 
 def test_a_run_killed_while_its_state_was_replaced(
-    small_recipe: MakeRecipe, uncut: dict[str, Any], stopper: Any, notes: Any, fingerprint: Fingerprint
+    cut: None, uncut: dict[str, Any], notes: Any, fingerprint: Fingerprint
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        train(small_recipe(), OUT, stopper(5))
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (OUT / "trainer").rename(OUT / f".trainer.replaced-{gone.stdout.strip()}")
     resume(OUT, notes)

@@ -1,6 +1,6 @@
 """The learning rate: its three shapes, and the documented recipe's in particular, which rises where it is said to decay."""
 
-from functools import partial
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,25 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slm.train.build import schedule_of
 from slm.train.recipe import load_recipe
-from slm.train.schedule import Shape, learning_rate
+from slm.train.schedule import Schedule, Shape
 
 # Of the peak: sums and cosines of float64.
 ROUNDING = 1e-12
 
 
 def documented(micro_step: int) -> float:
-    schedule = load_recipe("documented").schedule
-    return learning_rate(
-        micro_step,
-        peak=schedule.learning_rate,
-        final=schedule.final_learning_rate,
-        start=schedule.start,
-        warmup=schedule.warmup_micro_steps,
-        total=schedule.micro_steps,
-        shape=schedule.shape,
-        decay=schedule.decay,
-    )
+    return schedule_of(load_recipe("documented")).rate(micro_step)
 
 
 def test_documented_values() -> None:
@@ -51,7 +42,7 @@ def test_it_is_what_pytorch_computes_for_the_source() -> None:
     warmup = lr_scheduler.LinearLR(optimizer, total_iters=100)
     cosine = lr_scheduler.CosineAnnealingLR(optimizer, T_max=1_400, eta_min=5e-4)
     scheduler = lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[100])
-    ours = partial(learning_rate, peak=1e-4, final=5e-4, start=1 / 3, warmup=100, total=1_500)
+    ours = Schedule(peak=1e-4, final=5e-4, start=1 / 3, warmup=100, total=1_500).rate
     for step in range(1_500):
         assert scheduler.get_last_lr()[0] == pytest.approx(ours(step), rel=1e-6), step
         optimizer.step()
@@ -59,14 +50,14 @@ def test_it_is_what_pytorch_computes_for_the_source() -> None:
 
 
 def test_decay_and_after_the_end() -> None:
-    rate = partial(learning_rate, peak=1.0, final=0.1, start=0.0, warmup=10, total=110)
+    rate = Schedule(peak=1.0, final=0.1, start=0.0, warmup=10, total=110).rate
     assert [rate(step) for step in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
     assert rate(60) == pytest.approx(0.55)
     assert rate(110) == rate(1_000) == pytest.approx(0.1)
 
 
 def test_no_warmup() -> None:
-    assert learning_rate(0, peak=1.0, final=0.0, start=0.0, warmup=0, total=10) == 1.0
+    assert Schedule(peak=1.0, final=0.0, start=0.0, warmup=0, total=10).rate(0) == 1.0
 
 
 SHAPES: list[Shape] = ["cosine", "wsd", "constant"]
@@ -74,27 +65,28 @@ SHAPES: list[Shape] = ["cosine", "wsd", "constant"]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_warm_up_is_the_same_line_before_each_shape(shape: Shape) -> None:
-    rate = partial(learning_rate, peak=2.0, final=0.0, start=0.25, warmup=8, total=100, shape=shape, decay=0.5)
+    rate = Schedule(peak=2.0, final=0.0, start=0.25, warmup=8, total=100, shape=shape, decay=0.5).rate
     assert [rate(step) for step in (0, 2, 4, 6, 8)] == pytest.approx([0.5, 0.875, 1.25, 1.625, 2.0])
 
 
 def test_wsd_is_stable_and_then_goes_down_in_a_straight_line() -> None:
-    rate = partial(learning_rate, peak=1.0, final=0.2, start=0.0, warmup=10, total=100, shape="wsd", decay=0.4)
+    schedule = Schedule(peak=1.0, final=0.2, warmup=10, total=100, shape="wsd", decay=0.4)
+    rate = schedule.rate
     assert {rate(step) for step in range(10, 61)} == {1.0}
     assert rate(61) < 1.0
     assert [rate(step) for step in (70, 80, 90, 100, 1_000)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
-    earlier = partial(rate, decay=0.6)
+    earlier = replace(schedule, decay=0.6).rate
     assert {earlier(step) for step in range(10, 41)} == {1.0}
     assert earlier(41) < 1.0
 
 
 def test_wsd_that_decays_all_the_way_begins_after_the_warm_up() -> None:
-    rate = partial(learning_rate, peak=1.0, final=0.0, start=0.0, warmup=10, total=110, shape="wsd", decay=1.0)
+    rate = Schedule(peak=1.0, final=0.0, start=0.0, warmup=10, total=110, shape="wsd", decay=1.0).rate
     assert [rate(step) for step in (5, 10, 60, 110)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
 
 
 def test_constant_stays() -> None:
-    rate = partial(learning_rate, peak=1.0, final=0.1, start=0.0, warmup=10, total=100, shape="constant")
+    rate = Schedule(peak=1.0, final=0.1, start=0.0, warmup=10, total=100, shape="constant").rate
     assert {rate(step) for step in (10, 50, 100, 1_000)} == {1.0}
 
 
@@ -116,7 +108,7 @@ def schedules(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(schedules())
 def test_it_rises_to_the_peak_and_falls_to_the_end(schedule: dict[str, Any]) -> None:
-    rates = [learning_rate(step, **schedule) for step in range(schedule["total"] + 3)]
+    rates = [Schedule(**schedule).rate(step) for step in range(schedule["total"] + 3)]
     peak, final, warmup, total = (schedule[name] for name in ("peak", "final", "warmup", "total"))
     slack = ROUNDING * peak
     assert rates[warmup] == pytest.approx(peak, rel=ROUNDING)
@@ -125,7 +117,7 @@ def test_it_rises_to_the_peak_and_falls_to_the_end(schedule: dict[str, Any]) -> 
     end = peak if schedule["shape"] == "constant" else final
     assert rates[total:] == pytest.approx([end] * 3, abs=slack)
     assert rates[::-1] == [
-        learning_rate(step, **schedule) for step in reversed(range(total + 3))
+        Schedule(**schedule).rate(step) for step in reversed(range(total + 3))
     ]  # from the number alone
 
 
@@ -133,7 +125,7 @@ def test_it_rises_to_the_peak_and_falls_to_the_end(schedule: dict[str, Any]) -> 
 def test_there_is_no_jump_at_the_seams(schedule: dict[str, Any]) -> None:
     """A step is never longer than the steepest of its parts: the warm-up's, the cosine's or the decay's slope."""
     peak, final, warmup, total = (schedule[name] for name in ("peak", "final", "warmup", "total"))
-    rates = [learning_rate(step, **schedule) for step in range(total + 3)]
+    rates = [Schedule(**schedule).rate(step) for step in range(total + 3)]
     rise = peak * (1 - schedule["start"]) / max(1, warmup)
     length = (
         min(total - warmup, max(1, round(schedule["decay"] * total))) if schedule["shape"] == "wsd" else total - warmup

@@ -12,6 +12,7 @@ from slm.core import sample
 from slm.train.stories import generate
 from slm.train.stories.grammar import MAX_WORDS, MIN_WORDS, Story, article, draw, expand, narrate, pick, shuffled
 from slm.train.stories.pairs import MAX_SENTENCES, make_pairs
+from slm.train.stories.plots import PLOTS
 
 FILES = (sample.stories_path(), sample.validation_path(), sample.pairs_path())
 
@@ -75,7 +76,7 @@ def test_no_story_is_told_twice_and_no_combination_crosses_the_split() -> None:
     texts = [story.text for story in train + validation]
     assert len(set(texts)) == len(texts)
     assert not {story.key for story in train} & {story.key for story in validation}
-    assert {story.plot for story in train} == {story.plot for story in validation} == {p.name for p in generate.PLOTS}
+    assert {story.plot for story in train} == {story.plot for story in validation} == {p.name for p in PLOTS}
 
 
 def test_grammar_leaves_no_trace_in_the_text() -> None:
@@ -152,7 +153,7 @@ def test_draws_are_uniform_and_shuffles_are_permutations() -> None:
 def test_every_slot_of_every_plot_has_a_value() -> None:
     """All variants are expanded, also those the shipped files happened not to draw."""
     rng = random.Random(0)
-    for plot in generate.PLOTS:
+    for plot in PLOTS:
         for part in plot.paragraphs():
             for beat in part:
                 assert beat.variants, plot.name

@@ -17,7 +17,7 @@ from slm.core.text.cuts import cuts_at_spaces, pieces
 from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.train.data import encoder as module
 from slm.train.data.encoder import Encoder
-from slm.train.data.shards import write_shards
+from slm.train.data.shards import ShardWriter
 from slm.train.data.tokenizer import gpt2, train_bpe
 from slm.train.data.tokens import TokenIds, open_tokens
 
@@ -33,7 +33,7 @@ def write(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> Path:
     """Writes one token file."""
     path.parent.mkdir(exist_ok=True)
     tokenizer.save(path.parent)
-    write_shards(path.parent, path.stem, iter(texts), tokenizer, Silent())
+    ShardWriter(path.parent, tokenizer, Silent()).write(path.stem, iter(texts))
     return path
 
 

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from slm.core.chat import CHAT_TEMPLATE, Message, chat_ids, tokenizer_config
-from slm.core.tokenizer import SPECIAL_TOKENS, TextStream, Tokenizer
+from slm.core.text_stream import TextStream
+from slm.core.tokenizer import SPECIAL_TOKENS, Tokenizer
 from slm.runtime import shipped
 from slm.runtime.sampling import Sampling
 from tests.core.chat_templates import chat_tokenizer

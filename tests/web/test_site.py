@@ -20,7 +20,8 @@ from starlette.testclient import TestClient
 
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
-from slm.core.tokenizer import TOKENIZER_CONFIG_FILE, Tokenizer
+from slm.core.tokenizer import Tokenizer
+from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.runtime import shipped
 from slm.web import npm
 from slm.web.mount import mount

@@ -15,7 +15,8 @@ from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import member, read_json, sha256_file
 from slm.core.text.files import DATASET_FILE, is_dataset
-from slm.core.tokenizer import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from slm.train.data.shards import Shard
 from slm.train.data.tokens import DtypeName, TokenHeader, TokenIds, Tokens, map_ids, read_header
 

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slm.core.errors import SlmError
 from slm.core.files import at_work, read_json, replace_directory, write_text
@@ -23,7 +23,7 @@ from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.train.data import dedup
 from slm.train.data.corpus import Corpus, Documents
 from slm.train.data.dataset import FORMAT_VERSION, DatasetManifest, Split
-from slm.train.data.shards import ChangedTextError, finished_shards, write_shards
+from slm.train.data.shards import ChangedTextError, ShardWriter, finished_shards
 from slm.train.data.tokenizer import resolve_tokenizer
 from slm.train.data.tokens import dtype_name
 from slm.version import __version__
@@ -51,32 +51,41 @@ def beginning(documents: Documents) -> Iterator[str]:
     return takewhile(fits, documents())
 
 
+class DatasetSettings(BaseModel):
+    """What determines the bytes of a dataset, besides its text.
+
+    Attributes:
+        tokenizer: "gpt2", "bpe" to learn one from the training text, or a path to a `tokenizer.json`.
+        vocab_size: Number of tokens that "bpe" learns, including special tokens.
+        shard_tokens: A shard ends with the document that reaches this many tokens.
+        deduplicate: Whether to remove exact duplicates.
+        licence: Licence of the text; None uses the one that the source states.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    shard_tokens: int = 100_000_000
+    deduplicate: bool = False
+    licence: str | None = None
+
+
 def write_dataset(
-    directory: Path,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    progress: Progress,
-    *,
-    shard_tokens: int | None = None,
-    workers: int = 1,
-    deduplicate: bool = False,
-    licence: str | None = None,
+    writer: ShardWriter, corpus: Corpus, *, deduplicate: bool = False, licence: str | None = None
 ) -> DatasetManifest:
     """Writes a dataset's files. Finished shards in the directory are compared with the text and kept.
 
     Args:
-        directory: The directory.
+        writer: Writes the splits; its tokenizer is saved with the dataset.
         corpus: The text.
-        tokenizer: The tokenizer; saved with the dataset.
-        progress: Receives progress and notes.
-        shard_tokens: A shard ends with the document that reaches this many tokens; None writes one file per split.
-        workers: Number of processes that encode; the bytes do not depend on it.
         deduplicate: Whether to remove exact duplicates, and training documents that occur in the validation text.
         licence: Licence of the text; None uses the one that the source states.
 
     Raises:
         SlmError: When the text cannot be read, finished shards were made from another text, or a worker is killed.
     """
+    directory, tokenizer = writer.directory, writer.tokenizer
     if not (directory / TOKENIZER_FILE).is_file():
         tokenizer.save(directory)
     splits: dict[str, Split] = {}
@@ -86,19 +95,11 @@ def write_dataset(
             ("validation", corpus.validation, corpus.counts[1]),
             ("train", corpus.train, corpus.counts[0]),
         ):
-            shards, text_sha256 = write_shards(
-                directory,
-                name,
-                documents()
-                if seen is None
-                else seen.first(whole(documents(), corpus.limit, "--dedup compares whole documents"), name),
-                tokenizer,
-                progress,
-                shard_tokens=shard_tokens,
-                workers=workers,
-                total=None if deduplicate else total,
-            )
-            splits[name] = Split.of(shards, text_sha256, 0 if seen is None else seen.removed[name])
+            if seen is None:
+                splits[name] = Split.of(*writer.write(name, documents(), total), 0)
+            else:
+                first = seen.first(whole(documents(), corpus.limit, "--dedup compares whole documents"), name)
+                splits[name] = Split.of(*writer.write(name, first), seen.removed[name])
     manifest = DatasetManifest(
         slm_version=__version__,
         tokenizer_sha256=tokenizer.sha256,
@@ -118,14 +119,10 @@ def write_dataset(
 def prepare_dataset(
     corpus: Corpus,
     out: Path,
+    settings: DatasetSettings,
     progress: Progress,
     *,
-    tokenizer: str,
-    vocab_size: int,
-    shard_tokens: int,
-    workers: int,
-    deduplicate: bool = False,
-    licence: str | None = None,
+    workers: int = 1,
     overwrite: bool = False,
 ) -> DatasetManifest:
     """Creates a dataset, resuming where the same preparation was interrupted.
@@ -135,13 +132,9 @@ def prepare_dataset(
     Args:
         corpus: The text.
         out: The directory to create; it may be empty.
+        settings: The tokenizer, the size of shards, deduplication, and the licence.
         progress: Receives progress and notes.
-        tokenizer: "gpt2", "bpe" to learn one from the training text, or a path to a `tokenizer.json`.
-        vocab_size: Number of tokens that "bpe" learns, including special tokens.
-        shard_tokens: A shard ends with the document that reaches this many tokens.
         workers: Number of processes that encode; the bytes do not depend on it.
-        deduplicate: Whether to remove exact duplicates.
-        licence: Licence of the text; None uses the one that the source states.
         overwrite: Whether a dataset there may be replaced.
 
     Raises:
@@ -149,40 +142,28 @@ def prepare_dataset(
     """
     out = out.resolve()
     check_out(out, overwrite=overwrite)
-    settings = {
+    state = settings.model_dump() | {
         "format_version": FORMAT_VERSION,
         "slm_version": __version__,
-        "tokenizer": _tokenizer_settings(tokenizer),
-        "vocab_size": vocab_size,
-        "shard_tokens": shard_tokens,
-        "deduplicate": deduplicate,
-        "licence": licence,
+        "tokenizer": _tokenizer_settings(settings.tokenizer),
         "held_out": corpus.held_out,
         "text": corpus.fingerprint,
     }
     with _work_directory(out, progress) as work:
-        _go_on_or_start(work, settings, progress)
+        _go_on_or_start(work, state, progress)
         if (work / TOKENIZER_FILE).is_file():
             made = Tokenizer.load(work)
         else:
-            limit = vocab_size if tokenizer == "bpe" else sys.maxsize
-            made = resolve_tokenizer(tokenizer, beginning(corpus.train), limit, _MAX_LENGTH)
+            limit = settings.vocab_size if settings.tokenizer == "bpe" else sys.maxsize
+            made = resolve_tokenizer(settings.tokenizer, beginning(corpus.train), limit, _MAX_LENGTH)
             _save_whole(made, work)
         done = [header for split in ("validation", "train") for header in finished_shards(work, split, made)]
         if done:
             tokens = sum(header.tokens for header in done)
             progress.note(f"going on after {len(done)} finished shards of {tokens:,} tokens")
         try:
-            manifest = write_dataset(
-                work,
-                corpus,
-                made,
-                progress,
-                shard_tokens=shard_tokens,
-                workers=workers,
-                deduplicate=deduplicate,
-                licence=licence,
-            )
+            writer = ShardWriter(work, made, progress, settings.shard_tokens, workers)
+            manifest = write_dataset(writer, corpus, deduplicate=settings.deduplicate, licence=settings.licence)
         except ChangedTextError:
             (work / _STATE_FILE).unlink()  # so that the next call starts over
             raise

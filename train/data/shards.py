@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -61,62 +62,66 @@ def finished_shards(directory: Path, split: str, tokenizer: Tokenizer) -> list[T
     return headers
 
 
-def write_shards(
-    directory: Path,
-    split: str,
-    documents: Iterator[str],
-    tokenizer: Tokenizer,
-    progress: Progress,
-    *,
-    shard_tokens: int | None = None,
-    workers: int = 1,
-    total: int | None = None,
-) -> tuple[tuple[Shard, ...], str]:
-    """Writes a split. The same text gives the same bytes.
+@dataclass(frozen=True)
+class ShardWriter:
+    """Writes the splits of a dataset.
 
-    Finished shards in the directory are kept: their documents are read again and compared, not encoded.
-
-    Args:
+    Attributes:
         directory: The directory, which holds the tokenizer.
-        split: "train" or "validation".
-        documents: The texts; special tokens spelled in them are encoded as plain characters.
         tokenizer: The tokenizer.
         progress: Receives the number of documents done.
-        shard_tokens: A shard ends with the document that reaches this many tokens; None writes one file.
-        workers: Number of processes that encode.
-        total: Number of documents, if known.
-
-    Returns:
-        The shards, and the SHA-256 of all text, each document followed by a zero byte.
-
-    Raises:
-        ChangedTextError: When finished shards were made from another text.
-        SlmError: When there is no document, or a worker is killed.
+        shard_tokens: A shard ends with the document that reaches this many tokens; None writes one file per split.
+        workers: Number of processes that encode; the bytes do not depend on it.
     """
-    progress.start(f"tokenizing {split} text", total, "documents")
-    writer = _Writer(directory, split, tokenizer, shard_tokens)
-    try:
-        for header in [] if shard_tokens is None else finished_shards(directory, split, tokenizer):
-            writer.keep(header, documents, progress)
-        # Closed at once in any case, because the workers end with it.
-        with closing(encoded(documents, tokenizer, directory / TOKENIZER_FILE, workers)) as batches:
-            for batch in batches:
-                writer.add(batch)
-                progress.advance(sum(piece.ends for piece, _ in batch))
-        writer.finish()
-    finally:
-        writer.abandon()
-        progress.finish()
-    if not writer.shards:
-        hint = "give more text" if split == "train" else "name validation text with --val"
-        raise SlmError(
-            f"there is no {split} text", f"{hint}; --dedup also removes training text that is validation text"
-        )
-    return tuple(writer.shards), writer.text.hexdigest()
+
+    directory: Path
+    tokenizer: Tokenizer
+    progress: Progress
+    shard_tokens: int | None = None
+    workers: int = 1
+
+    def write(self, split: str, documents: Iterator[str], total: int | None = None) -> tuple[tuple[Shard, ...], str]:
+        """Writes a split. The same text gives the same bytes.
+
+        Finished shards in the directory are kept: their documents are read again and compared, not encoded.
+
+        Args:
+            split: "train" or "validation".
+            documents: The texts; special tokens spelled in them are encoded as plain characters.
+            total: Number of documents, if known.
+
+        Returns:
+            The shards, and the SHA-256 of all text, each document followed by a zero byte.
+
+        Raises:
+            ChangedTextError: When finished shards were made from another text.
+            SlmError: When there is no document, or a worker is killed.
+        """
+        directory, tokenizer, progress = self.directory, self.tokenizer, self.progress
+        progress.start(f"tokenizing {split} text", total, "documents")
+        files = _Split(directory, split, tokenizer, self.shard_tokens)
+        try:
+            for header in [] if self.shard_tokens is None else finished_shards(directory, split, tokenizer):
+                files.keep(header, documents, progress)
+            # Closed at once in any case, because the workers end with it.
+            with closing(encoded(documents, tokenizer, directory / TOKENIZER_FILE, self.workers)) as batches:
+                for batch in batches:
+                    files.add(batch)
+                    progress.advance(sum(piece.ends for piece, _ in batch))
+            files.finish()
+        finally:
+            files.abandon()
+            progress.finish()
+        if not files.shards:
+            hint = "give more text" if split == "train" else "name validation text with --val"
+            raise SlmError(
+                f"there is no {split} text", f"{hint}; --dedup also removes training text that is validation text"
+            )
+        return tuple(files.shards), files.text.hexdigest()
 
 
-class _Writer:
-    """The finished shards and the current one."""
+class _Split:
+    """The finished shards of a split and the current one."""
 
     def __init__(self, directory: Path, split: str, tokenizer: Tokenizer, shard_tokens: int | None) -> None:
         self._directory = directory

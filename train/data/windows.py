@@ -35,14 +35,8 @@ def packed_starts(length: int, batch_size: int, context: int, seed: int, micro_s
     """Returns the starts of a micro-step's rows when every epoch reads the whole stream once.
 
     Each epoch cuts the stream into rows of `context` tokens, starting at a random offset, and reads them in a random order. A
-    micro-step may end one epoch and begin the next. Everything follows from the seed and the number of the micro-step.
-
-    Args:
-        length: Tokens of the stream, more than `context`.
-        batch_size: B.
-        context: T.
-        seed: The run's seed.
-        micro_step: Number of the micro-step, from 0.
+    micro-step may end one epoch and begin the next. Everything follows from the seed and the number of the micro-step. The
+    arguments are those of `random_starts`.
     """
     rows = max(1, (length - 1) // context - 1)  # one fewer than fit, so that the offset can be any number up to a row
     numbers = np.arange(micro_step * batch_size, (micro_step + 1) * batch_size)

@@ -10,16 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slm.core import sample
-from slm.train.stories import plots_friends, plots_things
-from slm.train.stories.grammar import Plot, Story, shuffled, tell
+from slm.train.stories.grammar import Story, shuffled, tell
 from slm.train.stories.pairs import Pair, make_pairs
+from slm.train.stories.plots import PLOTS
 
 SEED = 7
 TRAIN_BYTES = 440_000
 VALIDATION_BYTES = 45_000
 PAIRS = 480
-
-PLOTS: tuple[Plot, ...] = plots_things.PLOTS + plots_friends.PLOTS
 
 
 def make_stories(rng: random.Random, size: int, fresh: Callable[[Story], bool]) -> list[Story]:

@@ -1,0 +1,168 @@
+"""The rows of a fine-tuning run: reads, splits and converts them to examples, and warns about what looks wrong."""
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slm.core.config import ModelConfig
+from slm.core.errors import SlmError
+from slm.core.files import sha256_file
+from slm.core.progress import Progress
+from slm.core.text.files import find_files
+from slm.finetune.batches import Packed, alone, pack
+from slm.finetune.examples import Examples, Renderer
+from slm.finetune.rows import ChatRow, Limits, Row, read_rows
+from slm.finetune.settings import FinetuneSettings
+from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
+
+# Number of rows shown before training.
+_SHOWN = 2
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """The files of a run's rows, and how they are read.
+
+    Attributes:
+        train: A file or directory of training rows; see `slm.finetune.rows`.
+        validation: Held-out rows; None holds out a tenth of the training rows, drawn with the seed.
+        skip_bad: Whether to skip and count bad rows instead of raising an error.
+        limits: Limits of reading.
+    """
+
+    train: Path
+    validation: Path | None = None
+    skip_bad: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+    def record(self) -> dict[str, Any]:
+        """Returns paths and hashes of the rows, for `slm.json`."""
+        validation = None if self.validation is None else _provenance(self.validation)
+        return {"data": _provenance(self.train), "validation": validation, "skip_bad": self.skip_bad}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run, converted to examples.
+
+    Attributes:
+        train: The training examples.
+        valid: The held-out examples.
+        rows: The training examples as rows of a batch, packed or one by one.
+        split: The rows that the examples come from.
+        settings: The settings with all defaults resolved.
+        chats: Whether a row is a conversation.
+        bad: Number of rows left out because they could not be read.
+    """
+
+    train: Examples
+    valid: Examples
+    rows: tuple[Packed, ...]
+    split: Split
+    settings: FinetuneSettings
+    chats: bool
+    bad: int
+
+
+def prepare(
+    files: RowFiles, settings: FinetuneSettings, config: ModelConfig, renderer: Renderer, progress: Progress
+) -> Prepared:
+    """Reads rows, converts them to examples, and reports what will be trained.
+
+    Args:
+        files: The rows.
+        settings: Hyperparameters.
+        config: The shape of the base.
+        renderer: Converts rows to token ids.
+        progress: Receives notes.
+
+    Raises:
+        SlmError: When a file or a row cannot be read, or there is nothing to learn or to measure.
+    """
+    bad: list[SlmError] | None = [] if files.skip_bad else None
+    left_out: set[str] = set()
+
+    def read(path: Path) -> list[Row]:
+        return read_rows(path, bad, left_out=left_out, limits=files.limits)
+
+    rows = read(files.train)
+    measured = None if files.validation is None else read(files.validation)
+    if left_out:
+        progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
+    split = split_rows(rows, settings.seed) if measured is None else Split(rows, measured)
+    max_length = settings.context(config)
+    if max_length > config.max_position_embeddings:
+        raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
+    train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
+    if bad:
+        progress.note(
+            f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
+        )
+    _check(train, valid, renderer, max_length)
+    packed = pack(train.kept, max_length, random.Random(settings.seed)) if settings.pack else alone(train.kept)
+    _tell(train, valid, renderer, max_length, progress)
+    _judge(split, len(valid.kept), settings.keep, progress)
+    if settings.pack:
+        progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
+    chats = any(isinstance(row, ChatRow) for row in rows)
+    return Prepared(train, valid, tuple(packed), split, settings.resolved(config, len(packed)), chats, len(bad or ()))
+
+
+def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:
+    """Rejects rows from which the model would learn nothing, or never learn to stop."""
+    hint = f"rows may have {max_length} tokens; --max-length raises that"
+    if not train.kept:
+        raise SlmError("nothing to learn: every row's prompt alone is too long", hint)
+    if not any(example.targets(renderer.end_of_text) for example in train.kept):
+        raise SlmError("every row is cut before its end, so the model would never learn to stop", hint)
+    if valid.skipped and not valid.kept:
+        raise SlmError("nothing to measure: every validation row's prompt alone is too long", hint)
+
+
+def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
+    """Warns if the held-out rows cannot tell which epoch is the best."""
+    if split.numbers == () and (both := learned_before(split.train, split.held_out)):
+        progress.note(
+            f"warning: of the {held_out} validation rows {both} are training rows too: their loss says little"
+        )
+    if keep == "last" or held_out >= FEW_ROWS:
+        return
+    instead = "--val FILE measures on more rows, --keep last keeps the last epoch"
+    if held_out:
+        progress.note(
+            f"warning: {held_out} held-out rows are too few to choose an epoch by (fewer than {FEW_ROWS}); the epoch with the "
+            f"lowest loss on them is kept all the same; {instead}"
+        )
+    else:
+        progress.note(
+            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all equal), so the epoch with the "
+            f"lowest loss on the training rows is kept; {instead}"
+        )
+
+
+def _tell(train: Examples, valid: Examples, renderer: Renderer, max_length: int, progress: Progress) -> None:
+    for number, example in enumerate(train.kept[:_SHOWN], 1):
+        for learned, tokens in renderer.preview(example):
+            progress.note(f"row {number}, {'learned:  ' if learned else 'read only:'} {tokens}")
+    progress.note(
+        f"{len(train.kept)} rows with {train.trained:,} learned tokens, " + f"{len(valid.kept) or 'no'} rows held out"
+    )
+    truncated, skipped = train.truncated + valid.truncated, train.skipped + valid.skipped
+    if truncated:
+        progress.note(f"warning: rows cut at {max_length} tokens, which lose their end-of-text: {truncated}")
+    if skipped:
+        progress.note(f"warning: rows left out, whose prompt alone has {max_length} tokens or more: {skipped}")
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 60 else f"{ascii(name)[1:-1]:.60}"
+
+
+def _provenance(data: Path) -> dict[str, str]:
+    """Returns path and hash of the rows; for a directory, a hash over its files' names and hashes."""
+    if not data.is_dir():
+        return {"path": str(data), "sha256": sha256_file(data)}
+    listed = "".join(f"{sha256_file(file)}  {file.relative_to(data)}\n" for file in find_files(data))
+    return {"path": str(data), "sha256": hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()}
