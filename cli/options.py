@@ -357,3 +357,22 @@ def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(loading=loading, **options)
 
     return collected
+
+
+def collects(argument: str, group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Passes the options that are fields of a dataclass to a command as one argument.
+
+    Args:
+        argument: The name of the argument.
+        group: The dataclass. Its fields have the names of the options.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def collected(**options: Any) -> Any:
+            values = {field.name: options.pop(field.name) for field in fields(group)}
+            return command(**{argument: group(**values)}, **options)
+
+        return collected
+
+    return decorate

@@ -9,7 +9,7 @@ from slm.core.contract import SIDES
 from slm.core.manifest import Bundle
 from slm.core.progress import Progress
 from slm.export.graph.builder import Array
-from slm.quantize.quality import Text
+from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
 
 LEVELS = 127
@@ -17,7 +17,7 @@ LEVELS = 127
 _HEADROOM = 1.1
 
 
-def cache_steps(bundle: Bundle, text: Text, progress: Progress) -> dict[str, Array]:
+def cache_steps(bundle: Bundle, text: TokenRows, progress: Progress) -> dict[str, Array]:
     """Returns the quantization step of each channel, float32 (1, K, 1, H), by parameter name.
 
     Args:

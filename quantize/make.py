@@ -7,17 +7,15 @@ from pathlib import Path
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory
 from slm.core.manifest import Bundle, Quality, seal, sealed_files
-from slm.core.names import short_name
 from slm.core.progress import Progress, Silent
-from slm.export.graph import float_tensors, graph_tensors, released
-from slm.quantize.decide import GATES, Recipe, Settings, decide
+from slm.quantize.decide import decide
 from slm.quantize.defaults import CALIBRATION_TOKENS
-from slm.quantize.linears import linears_of
-from slm.quantize.plain import plain_bundle
-from slm.quantize.quality import Change, Divergence, Opened, Speeds, Text, calibration_text, divergence, measure, speeds
-from slm.quantize.report import Report, model_bytes, parts_of, tensor_errors, write_report
+from slm.quantize.quantizer import quantizer_of
+from slm.quantize.report import measured_report, write_report
+from slm.quantize.results import Report
+from slm.quantize.settings import Settings, check_source, fitted_settings
+from slm.quantize.texts import TokenRows, calibration_text
 from slm.quantize.write import write_bundle
-from slm.runtime.decoder import OnnxDecoder
 
 # The number of least accurate layers that a rejection names.
 _BLAMED = 3
@@ -26,10 +24,10 @@ _BLAMED = 3
 def quantize_bundle(
     source: Bundle,
     out: Path,
-    text: Text,
+    text: TokenRows,
     settings: Settings | None = None,
     progress: Progress | None = None,
-    calibration: Text | None = None,
+    calibration: TokenRows | None = None,
 ) -> tuple[Bundle, Report]:
     """Quantizes a float bundle and measures the effect on the CPU.
 
@@ -55,130 +53,30 @@ def quantize_bundle(
         raise SlmError(f"{out} is the bundle to quantize and cannot be overwritten", "choose another --out")
     started = time.perf_counter()
     calibration = calibration or calibration_text(source, None, CALIBRATION_TOKENS[settings.precision])
-    device = source.manifest.device
     with (
         atomic_directory(out, sealed_files(out)) as directory,
-        released(),
-        plain_bundle(source, directory.parent) as plain,
+        quantizer_of(source, settings, calibration, text, progress, directory.parent) as quantizer,
     ):
-        before = Opened(source)
-        recipe = decide(plain, before, calibration, settings, progress, directory.parent, device)
-        progress.note(f"writing {source.manifest.parameters:,} parameters: {_in_words(recipe)}")
-        made = write_bundle(source, recipe.contents(plain), directory)
-        after = OnnxDecoder(made)
-        change = measure(before(), after, text, progress)
-        progress.note("comparing texts, speeds and tensors")
-        texts = divergence(before(), after, text)
-        speed = speeds(before(), after) if device == "cpu" else None  # speed is measured on the CPU only
-        before.close()
-        report = _report(source, plain, made, recipe, settings, change, texts, speed)
-        gate = settings.gate or GATES[settings.precision]
-        if (reason := gate.refuses(change)) is not None:
-            raise _refusal(reason, change, report, settings)
+        plan = decide(quantizer)
+        counts = ", ".join(f"{count} × {name}" for name, count in plan.counts.items())
+        progress.note(f"writing {source.manifest.parameters:,} parameters: {counts}")
+        made = write_bundle(source, plan, quantizer.tensors(plan), directory)
+        report = measured_report(quantizer, plan, made)
+        if (reason := settings.limits.refuses(report.change)) is not None:
+            raise _rejection(reason, report, settings)
         report = replace(report, seconds=round(time.perf_counter() - started, 2))
         write_report(directory, report)
-        quality = Quality(text=text.name, max_kl_nats=gate.max_kl_nats, **asdict(change))
+        quality = Quality(text=text.name, max_kl_nats=settings.limits.max_kl_nats, **asdict(report.change))
         assert made.manifest.quantization is not None
-        quantization = made.manifest.quantization.model_copy(
-            update={"errors": {each.path: each.error for each in report.tensors}}
-        )
+        errors = {each.path: each.error for each in report.tensors}
+        quantization = made.manifest.quantization.model_copy(update={"errors": errors})
         seal(directory, made.manifest.model_copy(update={"quality": quality, "quantization": quantization}))
     return Bundle.open(out), report
 
 
-def check_source(source: Bundle, settings: Settings) -> None:
-    """Checks that a bundle can be quantized with these settings.
-
-    Raises:
-        SlmError: If the bundle is already quantized, or its target or device does not support a setting.
-    """
-    manifest = source.manifest
-    if manifest.quantization is not None:
-        raise SlmError(
-            f"{source.path} is already {manifest.precision}", "quantize the float bundle that it was created from"
-        )
-    if manifest.device == "webgpu":
-        raise SlmError(
-            f"{source.path} is for WebGPU; only bundles for the CPU and for CUDA can be quantized",
-            "export a bundle for the CPU: slm export --onnx",
-        )
-    if settings.precision == "int8" and settings.method not in (None, "nearest"):
-        raise SlmError(
-            f"INT8 supports the method nearest only, not {settings.method}",
-            f"use slm quantize --int4 --method {settings.method}",
-        )
-    if manifest.target == "portable":
-        what = "--int8-dynamic" if settings.dynamic else "--kv-cache int8" if settings.cache == "int8" else None
-        if what is not None:
-            raise SlmError(
-                f"{source.path} is a portable bundle, which does not support {what}",
-                "quantize a fused bundle (slm export --onnx)",
-            )
-    if manifest.device == "cuda":
-        _check_cuda(source, settings)
-
-
-def _check_cuda(source: Bundle, settings: Settings) -> None:
-    if settings.dynamic:
-        raise SlmError(
-            f"{source.path} is for CUDA, which does not support --int8-dynamic",
-            "use slm quantize --int8, which stores 8-bit weights for CUDA",
-        )
-    if settings.cache is not None:
-        raise SlmError(
-            f"{source.path} is for CUDA, which supports float16 caches only, not {settings.cache}", "omit --kv-cache"
-        )
-    if settings.smooth:
-        raise SlmError(
-            f"{source.path} is for CUDA, where smoothed activations could overflow float16",
-            "omit --smooth",
-        )
-
-
-def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> Settings:
-    """Returns the settings with the values that a bundle's target and device require.
-
-    Prints a note if `prefer` asks for something that the device does not support.
-    """
-    if source.manifest.target == "portable":
-        return replace(settings, cache="float32")
-    if source.manifest.device == "cuda":
-        if settings.prefer == "speed":
-            progress.note("CUDA supports float16 caches only; --prefer speed does not change them")
-        return replace(settings, cache="float16", smooth=False)
-    return settings
-
-
-def _report(
-    source: Bundle,
-    plain: Bundle,
-    made: Bundle,
-    recipe: Recipe,
-    settings: Settings,
-    change: Change,
-    texts: Divergence,
-    speed: Speeds | None,
-) -> Report:
-    linears = linears_of(source.config)
-    before = recipe.smoothing.apply(graph_tensors(plain.model_path))
-    after = float_tensors(made.model_path, recipe.schemes)
-    return Report(
-        source=short_name(source.path),
-        settings=settings.words() | recipe.words(),
-        bytes_before=model_bytes(source),
-        bytes_after=model_bytes(made),
-        parts=parts_of(made, linears, recipe.schemes),
-        change=change,
-        divergence=texts,
-        speeds=speed,
-        tensors=tensor_errors(linears, recipe.schemes, before, after, recipe.inputs_rms, recipe.harm),
-        seconds=0.0,
-    )
-
-
-def _refusal(reason: str, change: Change, report: Report, settings: Settings) -> SlmError:
+def _rejection(reason: str, report: Report, settings: Settings) -> SlmError:
     blamed = ", ".join(f"{each.path} ({each.snr_db:.0f} dB)" for each in report.worst[:_BLAMED])
-    finer = settings.finer()
+    finer, change = settings.finer(), report.change
     ways = [f"use {finer} for a smaller error"] if finer else []
     ways.append(f"raise the limit with --max-kl {change.kl_nats * 1.1:.2g}")
     return SlmError(
@@ -186,9 +84,3 @@ def _refusal(reason: str, change: Change, report: Report, settings: Settings) ->
         f"least accurate layers: {blamed}; nothing was written",
         ", or ".join(ways),
     )
-
-
-def _in_words(recipe: Recipe) -> str:
-    counts = recipe.words()["products"]
-    assert isinstance(counts, dict)
-    return ", ".join(f"{count} × {name}" for name, count in counts.items())

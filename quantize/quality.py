@@ -4,26 +4,18 @@ Dimensions: T positions, V vocabulary.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from slm.core.errors import SlmError
-from slm.core.manifest import Bundle
 from slm.core.progress import Progress
-from slm.core.sample import stories_path, validation_path
-from slm.core.text.tokens import TextSource
-from slm.core.tokenizer import Tokenizer
 from slm.export.graph.builder import Array
+from slm.quantize.results import Change, Divergence, Speeds
+from slm.quantize.texts import TokenRows
 from slm.runtime.bench import read_and_write
 from slm.runtime.decoder import OnnxDecoder, comparable_positions
 from slm.runtime.logprobs import log_softmax
 from slm.runtime.streaming import greedy
 
-DEFAULT_TOKENS = 2048
-# The default length of a row, and the tokens past the sliding window in a row for a larger window.
-ROW_TOKENS = 256
-PAST_THE_WINDOW = 64
 _LIKELIEST = 5
 _TOGETHER = 32
 # Greedy comparison: the number of prompts, their length, and the number of generated tokens.
@@ -31,103 +23,7 @@ _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 32, 32
 _ROUNDS, _TIMED_TOKENS = 3, 16
 
 
-@dataclass(frozen=True)
-class Text:
-    """Tokens for a measurement, int64 (rows, T), and the name of their source."""
-
-    name: str
-    rows: Array
-
-
-class Opened:
-    """The decoder of a bundle, opened on first use, and again if it is used after `close`."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._decoder: OnnxDecoder | None = None
-
-    def __call__(self) -> OnnxDecoder:
-        """Returns the decoder."""
-        self._decoder = self._decoder or OnnxDecoder(self._bundle)
-        return self._decoder
-
-    def close(self) -> None:
-        """Closes the decoder to free its memory."""
-        self._decoder = None
-
-
-@dataclass(frozen=True)
-class Change:
-    """Differences between two bundles, averaged over positions.
-
-    Attributes:
-        tokens: Number of compared positions.
-        kl_nats: Kullback-Leibler divergence of the new predictions from the old ones, in nats.
-        same_top1: Share of positions with the same most likely token.
-        same_top5: Mean share of the five most likely tokens that stay among the five most likely.
-        perplexity_before: Perplexity of the source on the text.
-        perplexity_after: Perplexity of the result on the text.
-    """
-
-    tokens: int
-    kl_nats: float
-    same_top1: float
-    same_top5: float
-    perplexity_before: float
-    perplexity_after: float
-
-
-def calibration_text(
-    bundle: Bundle, path: Path | TextSource | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
-) -> Text:
-    """Returns rows of a calibration text; see `measuring_text`. The held-out text of the measurement must be another one.
-
-    The default is the training stories that ship with slm.
-    """
-    name = "the training stories that ship with slm" if path is None else str(_source(path).path)
-    return Text(name, _rows(bundle, _source(path or stories_path()), tokens, row_tokens))
-
-
-def measuring_text(
-    bundle: Bundle, path: Path | TextSource | None, tokens: int = DEFAULT_TOKENS, row_tokens: int | None = None
-) -> Text:
-    """Cuts a text into rows of tokens. Each row starts with the tokenizer's prefix, such as `<bos>`.
-
-    Args:
-        bundle: The bundle, for its tokenizer and sliding window.
-        path: A text in any format that slm reads. The default is the validation stories that ship with slm.
-        tokens: The limit of the number of tokens.
-        row_tokens: The length of a row. The default is longer than the sliding window.
-
-    Raises:
-        SlmError: If the text cannot be read or has fewer than two tokens.
-    """
-    name = "the stories that ship with slm" if path is None else str(_source(path).path)
-    return Text(name, _rows(bundle, _source(path or validation_path()), tokens, row_tokens))
-
-
-def _source(text: Path | TextSource) -> TextSource:
-    return text if isinstance(text, TextSource) else TextSource(text)
-
-
-def _rows(bundle: Bundle, source: TextSource, tokens: int, row_tokens: int | None) -> Array:
-    tokenizer = Tokenizer.load(bundle.path)
-    # Models like Gemma predict badly without the tokenizer's prefix.
-    prefix = tokenizer.prefix_ids
-    longest = row_tokens or max(ROW_TOKENS, bundle.config.sliding_window + PAST_THE_WINDOW)
-    ids: list[int] = []
-    for document in source.first_tokens(tokenizer, max(tokens, longest)):
-        ids += [*prefix, *document] if ids else document
-    length = min(bundle.manifest.context, longest, len(prefix) + len(ids))
-    new = length - len(prefix)
-    if length < 2 or new < 1:
-        raise SlmError(f"{source.path} has too little text to measure on", "use at least a few sentences")
-    count = max(1, min(tokens // length, len(ids) // new))
-    starts = np.tile(np.array(prefix, np.int64), (count, 1))
-    return np.concatenate([starts, np.array(ids[: count * new], np.int64).reshape(count, new)], axis=1)
-
-
-def measure(before: OnnxDecoder, after: OnnxDecoder, text: Text, progress: Progress) -> Change:
+def measure(before: OnnxDecoder, after: OnnxDecoder, text: TokenRows, progress: Progress) -> Change:
     """Compares the predictions of two bundles at every position of a text.
 
     Args:
@@ -214,20 +110,7 @@ def _shared(before: Array, after: Array) -> float:
     return float((before[:, :, None] == after[:, None]).any(axis=-1).mean(axis=-1).sum())
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Comparison of two bundles' greedy texts.
-
-    Attributes:
-        tokens: The length of each text.
-        equal: The number of equal tokens before the first difference, for each prompt.
-    """
-
-    tokens: int
-    equal: tuple[int, ...]
-
-
-def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergence:
+def divergence(before: OnnxDecoder, after: OnnxDecoder, text: TokenRows) -> Divergence:
     """Continues prompts greedily with both bundles and counts the equal tokens.
 
     One bundle generates, and the other reads that text in one step: both generate the same tokens up to the first one that
@@ -243,31 +126,6 @@ def divergence(before: OnnxDecoder, after: OnnxDecoder, text: Text) -> Divergenc
         chosen = before.step(read, keep=0)[0, prompt - 1 :].argmax(axis=-1)  # (new,)
         equal.append(next((i for i, pair in enumerate(zip(chosen, written, strict=True)) if pair[0] != pair[1]), new))
     return Divergence(new, tuple(equal))
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Speeds of two bundles in tokens per second, as medians of alternating rounds.
-
-    Attributes:
-        prompt: The length of the prompt in tokens.
-        decode: Decode speed of the source and of the quantized bundle.
-        prefill: Prefill speed of the source and of the quantized bundle.
-    """
-
-    prompt: int
-    decode: tuple[float, float]
-    prefill: tuple[float, float]
-
-    @property
-    def decode_ratio(self) -> float:
-        """The decode speed of the quantized bundle relative to the source."""
-        return self.decode[1] / self.decode[0]
-
-    @property
-    def prefill_ratio(self) -> float:
-        """The prefill speed of the quantized bundle relative to the source."""
-        return self.prefill[1] / self.prefill[0]
 
 
 def speeds(before: OnnxDecoder, after: OnnxDecoder) -> Speeds:

@@ -12,61 +12,84 @@ from typing import Any
 import numpy as np
 
 from slm.core.files import write_text
-from slm.core.manifest import Bundle, Scheme
+from slm.core.manifest import Bundle
+from slm.core.names import short_name
+from slm.export.graph import float_tensors
 from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
 from slm.quantize.linears import Linear
 from slm.quantize.page import report_page
-from slm.quantize.results import Report as Report
-from slm.quantize.results import TensorError
+from slm.quantize.plan import QuantizationPlan, Schemes
+from slm.quantize.quality import divergence, measure, speeds
+from slm.quantize.quantizer import Quantizer
+from slm.quantize.results import PAGE_FILE, REPORT_FILE, Report, TensorError
+from slm.runtime.decoder import OnnxDecoder
 
-REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 
-
-def tensor_errors(
-    linears: Sequence[Linear],
-    schemes: Mapping[str, Scheme],
-    before: Mapping[str, Array],
-    after: Mapping[str, Array],
-    rms: Mapping[str, Array],
-    harm: Mapping[str, float],
-) -> tuple[TensorError, ...]:
-    """Compares weights (N, K) before and after quantization, both under the float graph's names.
+def measured_report(quantizer: Quantizer, plan: QuantizationPlan, made: Bundle) -> Report:
+    """Measures a quantized bundle on the evaluation text. The time in the report is 0.
 
     Args:
-        linears: The products.
-        schemes: The scheme of each product, by path.
-        before: The float weights.
-        after: The dequantized weights.
-        rms: Root mean square of each input channel (K,), by path of the product; empty if not measured.
-        harm: KL divergence when only this product has few bits, in nats, by path; empty if not measured.
+        quantizer: The quantizer. Its reference is closed afterwards.
+        plan: The plan of the bundle.
+        made: The quantized bundle.
     """
+    source, text, progress = quantizer.source, quantizer.evaluation, quantizer.progress
+    before, after = quantizer.reference, OnnxDecoder(made)
+    change = measure(before(), after, text, progress)
+    progress.note("comparing texts, speeds and tensors")
+    texts = divergence(before(), after, text)
+    speed = speeds(before(), after) if plan.device == "cpu" else None  # speed is measured on the CPU only
+    before.close()
+    return Report(
+        source=short_name(source.path),
+        settings=quantizer.settings.requested() | plan.decisions(),
+        bytes_before=model_bytes(source),
+        bytes_after=model_bytes(made),
+        parts=parts_of(made, quantizer.linears, plan.schemes),
+        change=change,
+        divergence=texts,
+        speeds=speed,
+        tensors=tensor_errors(quantizer, plan, float_tensors(made.model_path, plan.schemes)),
+        seconds=0.0,
+    )
+
+
+def tensor_errors(quantizer: Quantizer, plan: QuantizationPlan, after: Mapping[str, Array]) -> tuple[TensorError, ...]:
+    """Compares weights (N, K) before and after quantization, with the plan's smoothing.
+
+    Args:
+        quantizer: The quantizer.
+        plan: The plan.
+        after: The dequantized weights, under the float graph's names.
+    """
+    before, rms = quantizer.smoothed_weights(plan), quantizer.smoothed_activations(plan)
     found = []
-    for linear in linears:
-        name = f"{linear.path}.weight"
+    for linear in quantizer.linears:
+        path, name = linear.path, f"{linear.path}.weight"
         weight = before[name]
-        power = np.ones(linear.inputs) if linear.path not in rms else np.square(rms[linear.path], dtype=np.float64)
+        power = np.ones(linear.inputs) if path not in rms else np.square(rms[path], dtype=np.float64)
         signal = float(np.einsum("nk,nk->k", weight, weight, dtype=np.float64) @ power)
         off = after[name] - weight
         noise = float(np.einsum("nk,nk->k", off, off, dtype=np.float64) @ power)
         found.append(
             TensorError(
-                linear.path,
-                schemes[linear.path].name,
-                schemes[linear.path].bytes(linear.outputs, linear.inputs),
+                path,
+                plan.schemes[path].name,
+                plan.schemes[path].bytes(linear.outputs, linear.inputs),
                 round(10 * float(np.log10(signal / noise)), 2) if signal and noise else None,
                 relative_error(weight, after[name]),
-                harm.get(linear.path),
+                plan.sensitivity.get(path),
             )
         )
     return tuple(found)
 
 
-def parts_of(bundle: Bundle, linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> dict[str, int]:
+def parts_of(bundle: Bundle, linears: Sequence[Linear], schemes: Schemes) -> dict[str, int]:
     """Returns the size of graph and weights in bytes, by part of the model."""
     parts = {"embedding and head": 0, "attention": 0, "MLP": 0}
     for linear in linears:
-        part = "MLP" if ".mlp." in linear.path else "attention" if linear.layer is not None else "embedding and head"
+        part = "MLP" if ".mlp." in linear.path else "attention" if linear.role == "layer" else "embedding and head"
         parts[part] += schemes[linear.path].bytes(linear.outputs, linear.inputs)
     return parts | {"norms, tables and the graph": model_bytes(bundle) - sum(parts.values())}
 

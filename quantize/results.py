@@ -1,10 +1,70 @@
-"""Results of quantization and of sweeps as data; `page` renders them, `report` and `sweep` measure and write them."""
+"""Results of quantization and of sweeps as data. `quality`, `report` and `sweep` measure them, and `page` renders them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from slm.quantize.quality import Change, Divergence, Speeds
+# The files of a report in a bundle.
+REPORT_FILE, PAGE_FILE = "report.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Differences between two bundles, averaged over positions.
+
+    Attributes:
+        tokens: Number of compared positions.
+        kl_nats: Kullback-Leibler divergence of the new predictions from the old ones, in nats.
+        same_top1: Share of positions with the same most likely token.
+        same_top5: Mean share of the five most likely tokens that stay among the five most likely.
+        perplexity_before: Perplexity of the source on the text.
+        perplexity_after: Perplexity of the result on the text.
+    """
+
+    tokens: int
+    kl_nats: float
+    same_top1: float
+    same_top5: float
+    perplexity_before: float
+    perplexity_after: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Comparison of two bundles' greedy texts.
+
+    Attributes:
+        tokens: The length of each text.
+        equal: The number of equal tokens before the first difference, for each prompt.
+    """
+
+    tokens: int
+    equal: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Speeds of two bundles in tokens per second, as medians of alternating rounds.
+
+    Attributes:
+        prompt: The length of the prompt in tokens.
+        decode: Decode speed of the source and of the quantized bundle.
+        prefill: Prefill speed of the source and of the quantized bundle.
+    """
+
+    prompt: int
+    decode: tuple[float, float]
+    prefill: tuple[float, float]
+
+    @property
+    def decode_ratio(self) -> float:
+        """The decode speed of the quantized bundle relative to the source."""
+        return self.decode[1] / self.decode[0]
+
+    @property
+    def prefill_ratio(self) -> float:
+        """The prefill speed of the quantized bundle relative to the source."""
+        return self.prefill[1] / self.prefill[0]
 
 
 @dataclass(frozen=True)
@@ -75,7 +135,7 @@ class Trial:
 
     Attributes:
         options: Options of `slm quantize`.
-        decided: The decisions that the settings left open (`Recipe.words`).
+        decided: The decisions that the settings left open (`QuantizationPlan.decisions`).
         bytes: Size of graph and weights.
         change: Comparison of the predictions before and after.
         decode_ratio: Decode speed relative to the source.

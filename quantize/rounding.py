@@ -1,114 +1,67 @@
-"""Rounding of a model's weights: each weight alone, when it is read, or layer by layer with GPTQ.
+"""Rounding of a model's weights by a plan.
 
 Dimensions: N output channels, K input channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import groupby
-from typing import Literal
 
 import numpy as np
 
-from slm.core.manifest import Bundle, Scheme
-from slm.core.progress import Progress
+from slm.core.manifest import Scheme
 from slm.export.graph import LazyTensors
 from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
-from slm.quantize.gptq import quantize_gptq
-from slm.quantize.lab import LayerLab, embedded
 from slm.quantize.linears import Linear
-from slm.quantize.quality import Text
-from slm.quantize.smoothing import Smoothing
-from slm.quantize.statistics import second_moments
+from slm.quantize.plan import Arrays, QuantizationPlan, Schemes
 
-Method = Literal["nearest", "searched", "gptq"]
-Arrays = Mapping[str, Array]
+
+def rounded_weight(
+    path: str, tensors: Mapping[str, Array], plan: QuantizationPlan, importance: Mapping[str, Array]
+) -> Arrays:
+    """Returns the arrays of one weight: those in the plan, or the nearest integers.
+
+    Args:
+        path: The path of the weight.
+        tensors: The float graph's tensors, with the plan's smoothing.
+        plan: The plan.
+        importance: For searched scales, the mean square of each input channel (K,), by path; empty if not measured.
+    """
+    if path in plan.rounded:
+        return plan.rounded[path]
+    scheme = plan.schemes[path]
+    search = plan.method != "nearest" and scheme.bits < 8
+    return quantize_nearest(tensors[f"{path}.weight"], scheme, search, importance.get(path))
 
 
 def rounded_tensors(
-    tensors: Mapping[str, Array],
-    schemes: Mapping[str, Scheme],
-    search: bool,
-    importance: Mapping[str, Array],
-    done: Mapping[str, Arrays],
+    tensors: Mapping[str, Array], plan: QuantizationPlan, importance: Mapping[str, Array]
 ) -> LazyTensors:
     """Returns the tensors of the quantized graph: integers and scales for each weight, and the other tensors unchanged.
 
     Args:
-        tensors: The float graph's tensors.
-        schemes: The scheme of each product, by path.
-        search: Whether to search for the best scales of 4-bit weights.
-        importance: For the search, the mean square of each input channel (K,), by path; empty if not measured.
-        done: Arrays of the weights that are already rounded, by path.
+        tensors: The float graph's tensors, with the plan's smoothing.
+        plan: The plan.
+        importance: For searched scales, the mean square of each input channel (K,), by path; empty if not measured.
     """
 
     @lru_cache(maxsize=1)  # the integers and scales of a weight are read one after the other
     def rounded(path: str) -> Arrays:
-        if path in done:
-            return done[path]
-        scheme = schemes[path]
-        return quantize_nearest(tensors[f"{path}.weight"], scheme, search and scheme.bits == 4, importance.get(path))
+        return rounded_weight(path, tensors, plan, importance)
 
     makers: dict[str, Callable[[], Array]] = {}
     for name in tensors:
         path = name.removesuffix(".weight")
-        if path not in schemes:
+        if path not in plan.schemes:
             makers[name] = partial(tensors.__getitem__, name)
             continue
-        for part in (QUANTIZED, SCALE, *[ZERO_POINTS] * schemes[path].zero_points):
+        for part in (QUANTIZED, SCALE, *[ZERO_POINTS] * plan.schemes[path].zero_points):
             makers[f"{path}.{part}"] = partial(_part, rounded, path, part)
     return LazyTensors(makers)
 
 
-def gptq(
-    source: Bundle,
-    linears: Sequence[Linear],
-    schemes: Mapping[str, Scheme],
-    smoothing: Smoothing,
-    tensors: Mapping[str, Array],
-    text: Text,
-    progress: Progress,
-) -> dict[str, Arrays]:
-    """Rounds the layers' weights in order. Each layer is fitted to its inputs from the rounded layers before it.
-
-    Args:
-        source: The float bundle, without smoothing.
-        linears: The layers' products, in order.
-        schemes: The scheme of each product, by path.
-        smoothing: The smoothing factors of the tensors.
-        tensors: The float graph's tensors, after smoothing.
-        text: The calibration text.
-        progress: Advances with each layer.
-
-    Returns:
-        The arrays of each weight, by path.
-    """
-    done: dict[str, Arrays] = {}
-    streams = embedded(source, text.rows)
-    layers = [list(group) for _, group in groupby(linears, key=lambda linear: linear.layer)]
-    progress.start("GPTQ", len(layers), "layers")
-    for group in layers:
-        assert group[0].layer is not None
-        lab = LayerLab(source, group, group[0].layer)
-        moments = second_moments(lab, group, text, streams)
-        weights: dict[str, Array] = {}
-        for linear in group:
-            path, name = linear.path, f"{linear.path}.weight"
-            seen = moments.pop(path)
-            if name in smoothing.columns:  # smoothing divides the inputs by these factors
-                factors = smoothing.columns[name]
-                seen /= factors[:, None] * factors
-            done[path] = quantize_gptq(tensors[name], seen, schemes[path])
-            weights[path] = smoothing.revert(name, restored(done[path], schemes[path]))
-        streams = [lab.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
-        progress.advance()
-    progress.finish()
-    return done
-
-
-def placeholders(linears: Sequence[Linear], schemes: Mapping[str, Scheme]) -> dict[str, Arrays]:
+def placeholders(linears: Sequence[Linear], schemes: Schemes) -> dict[str, Arrays]:
     """Returns arrays of zeros in the shapes of each weight's arrays, by path, for measuring the size of a file."""
     found: dict[str, Arrays] = {}
     for linear in linears:

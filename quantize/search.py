@@ -1,7 +1,7 @@
-"""Mixed precision: the most sensitive layers get more bits.
+"""Mixed precision: the most sensitive weights get more bits.
 
-The sensitivity of a layer is the KL divergence if only this layer has few bits. As long as divergences are small, the
-divergence of several layers is approximately the sum.
+The sensitivity of a weight is the KL divergence if only this weight has few bits. As long as divergences are small, the
+divergence of several weights is approximately the sum.
 """
 
 import math
@@ -10,20 +10,38 @@ from dataclasses import dataclass
 
 from slm.core.errors import SlmError
 from slm.core.manifest import Scheme
-from slm.core.progress import Progress
-from slm.export.graph.builder import Array
-from slm.quantize.lab import Lab
+from slm.quantize.instrumented import InstrumentedModel
 from slm.quantize.linears import Linear
-from slm.quantize.plan import bytes_of
-from slm.quantize.quality import Text, kl_sum
-
-Schemes = dict[str, Scheme]
+from slm.quantize.plan import QuantizationPlan, Schemes, bytes_of
+from slm.quantize.quality import kl_sum
+from slm.quantize.quantizer import Quantizer
+from slm.quantize.rounding import restored, rounded_weight
+from slm.quantize.texts import TokenRows
 
 # The share of the target divergence to aim for, since other text can diverge more; and the share of this aim that is enough.
 _SAFELY, _ENOUGH = 0.8, 0.85
 # The limit of measured assignments.
 _TRIALS = 5
 _TINY = 1e-9
+
+
+def sensitivities(
+    quantizer: Quantizer, plan: QuantizationPlan, linears: Sequence[Linear], text: TokenRows
+) -> dict[str, float]:
+    """Returns the KL divergence in nats if only one of these weights is rounded by the plan, by path of the weight."""
+    model, progress = InstrumentedModel(quantizer.float32, linears), quantizer.progress
+    tensors, importance = quantizer.smoothed_weights(plan), quantizer.importance(plan)
+    before = [model.predictions(row) for row in text.rows]
+    progress.start("try each layer alone", len(linears), "products")
+    found: dict[str, float] = {}
+    for path in (linear.path for linear in linears):
+        weight = restored(rounded_weight(path, tensors, plan, importance), plan.schemes[path])
+        weights = {path: plan.smoothing.revert(f"{path}.weight", weight)}
+        moved = sum(kl_sum(old, model.predictions(row, weights)) for row, old in zip(text.rows, before, strict=True))
+        found[path] = max(0.0, moved / text.rows.size)
+        progress.advance()
+    progress.finish()
+    return found
 
 
 @dataclass(frozen=True)
@@ -34,125 +52,94 @@ class Budget:
     kl_nats: float | None = None
 
 
-def sensitivities(
-    lab: Lab, linears: Sequence[Linear], text: Text, rounded: Callable[[Linear], Array], progress: Progress
-) -> dict[str, float]:
-    """Returns the KL divergence in nats if only one product has its rounded weight (N, K), by path of the product."""
-    before = [lab.predictions(row) for row in text.rows]
-    progress.start("try each layer alone", len(linears), "products")
-    harm: dict[str, float] = {}
-    for linear in linears:
-        weights = {linear.path: rounded(linear)}
-        moved = sum(kl_sum(old, lab.predictions(row, weights)) for row, old in zip(text.rows, before, strict=True))
-        harm[linear.path] = max(0.0, moved / text.rows.size)
-        progress.advance()
-    progress.finish()
-    return harm
+@dataclass(frozen=True)
+class Candidates:
+    """The schemes that a search chooses from.
 
-
-def choose(
-    linears: Sequence[Linear],
-    low: Mapping[str, Scheme],
-    high: Mapping[str, Scheme],
-    harm: Mapping[str, float],
-    budget: Budget,
-) -> Schemes:
-    """Gives more bits to the products with the largest sensitivity per byte, until the budget is used.
-
-    Args:
-        linears: The products.
-        low: The scheme of each product with few bits.
-        high: The scheme of each product with more bits; equal to `low` if there is no choice.
-        harm: KL divergence in nats if only this product has the low scheme, for each product with a choice.
-        budget: The limit.
-
-    Raises:
-        SlmError: If the budget is smaller than the size with the low schemes.
+    Attributes:
+        linears: All weights.
+        low: The scheme of each weight with few bits.
+        high: The scheme of each weight with more bits; equal to `low` if there is no choice.
+        sensitivity: KL divergence in nats if only this weight has the low scheme, for each weight with a choice.
     """
-    schemes = dict(low)
-    if budget.bytes is not None and bytes_of(linears, schemes) > budget.bytes:
-        raise SlmError(
-            f"the weights take at least {bytes_of(linears, schemes) / 1e6:,.1f} MB, "
-            f"but the target size leaves {budget.bytes / 1e6:,.1f} MB for them",
-            "choose a larger --target-size",
-        )
-    size, left = bytes_of(linears, schemes), sum(harm.values())
 
-    def price(linear: Linear) -> int:
-        path = linear.path
-        return high[path].bytes(linear.outputs, linear.inputs) - low[path].bytes(linear.outputs, linear.inputs)
+    linears: Sequence[Linear]
+    low: Schemes
+    high: Schemes
+    sensitivity: Mapping[str, float]
 
-    open_to_choice = [linear for linear in linears if linear.path in harm and price(linear) > 0]
-    for linear in sorted(open_to_choice, key=lambda linear: (-harm[linear.path] / price(linear), linear.path)):
-        if budget.kl_nats is not None and left <= budget.kl_nats:
-            break
-        if budget.bytes is not None and size + price(linear) > budget.bytes:
-            continue
-        schemes[linear.path] = high[linear.path]
-        size += price(linear)
-        left -= harm[linear.path]
-    return schemes
+    def choose(self, budget: Budget) -> dict[str, Scheme]:
+        """Gives more bits to the weights with the largest sensitivity per byte, until the budget is used.
 
-
-def within_bytes(picked: Callable[[Budget], Schemes], sized: Callable[[Schemes], int], target: int) -> Schemes:
-    """Chooses schemes whose files take at most `target` bytes.
-
-    Args:
-        picked: Chooses schemes within a budget. Its estimate may be smaller than the files.
-        sized: Returns the size of the files in bytes.
-        target: The limit in bytes.
-
-    Raises:
-        SlmError: If the files are larger than the limit even with the fewest bits.
-    """
-    budget = target
-    while True:
-        schemes = picked(Budget(bytes=budget))
-        size = sized(schemes)
-        if size <= target:
-            return schemes
-        budget -= size - target
-
-
-def within_kl(
-    linears: Sequence[Linear],
-    low: Mapping[str, Scheme],
-    high: Mapping[str, Scheme],
-    harm: Mapping[str, float],
-    target: float,
-    moved: Callable[[Schemes], float],
-) -> Schemes:
-    """Searches the schemes with the fewest bits whose measured KL divergence is slightly below the target.
-
-    The divergence of several products is only approximately the sum, so each measurement corrects the budget.
-
-    Args:
-        linears: The products.
-        low: The scheme of each product with few bits.
-        high: The scheme of each product with more bits.
-        harm: KL divergence in nats if only this product has the low scheme.
-        target: The target KL divergence in nats.
-        moved: Measures the KL divergence of schemes.
-
-    Returns:
-        The best schemes found, or those with the most bits if no measurement reaches the target.
-    """
-    aim = target * _SAFELY
-    # The largest budget that reached the aim, and the smallest that did not.
-    good, bad = 0.0, math.inf
-    best = choose(linears, low, high, harm, Budget(kl_nats=0.0))
-    budget = aim
-    for _ in range(_TRIALS):
-        schemes = choose(linears, low, high, harm, Budget(kl_nats=budget))
-        found = moved(schemes)
-        expected = sum(each for path, each in harm.items() if schemes[path] == low[path])
-        if found <= aim:
-            best, good = schemes, budget
-            if found >= _ENOUGH * aim or schemes == low:
+        Raises:
+            SlmError: If the budget is smaller than the size with the low schemes.
+        """
+        schemes, size = dict(self.low), bytes_of(self.linears, self.low)
+        if budget.bytes is not None and size > budget.bytes:
+            raise SlmError(
+                f"the weights take at least {size / 1e6:,.1f} MB, "
+                f"but the target size leaves {budget.bytes / 1e6:,.1f} MB for them",
+                "choose a larger --target-size",
+            )
+        left = sum(self.sensitivity.values())
+        cost = {linear.path: bytes_of([linear], self.high) - bytes_of([linear], self.low) for linear in self.linears}
+        choosable = [path for path in cost if path in self.sensitivity and cost[path] > 0]
+        for path in sorted(choosable, key=lambda path: (-self.sensitivity[path] / cost[path], path)):
+            if budget.kl_nats is not None and left <= budget.kl_nats:
                 break
-        else:
-            bad = expected  # a larger budget chooses these schemes or fewer bits
-        budget = expected * aim / max(found, _TINY)
-        if not good < budget < bad:
-            budget = (good + min(bad, 2 * good + aim)) / 2
-    return best
+            if budget.bytes is not None and size + cost[path] > budget.bytes:
+                continue
+            schemes[path] = self.high[path]
+            size += cost[path]
+            left -= self.sensitivity[path]
+        return schemes
+
+    def within_bytes(self, target: int, measured: Callable[[Schemes], int]) -> dict[str, Scheme]:
+        """Chooses schemes whose files take at most `target` bytes.
+
+        Args:
+            target: The limit in bytes.
+            measured: Returns the size of the files in bytes, which can be larger than that of the weights.
+
+        Raises:
+            SlmError: If the files are larger than the limit even with the fewest bits.
+        """
+        budget = target
+        while True:
+            schemes = self.choose(Budget(bytes=budget))
+            size = measured(schemes)
+            if size <= target:
+                return schemes
+            budget -= size - target
+
+    def within_kl(self, target: float, measured: Callable[[Schemes], float]) -> dict[str, Scheme]:
+        """Searches the schemes with the fewest bits whose measured KL divergence is slightly below the target.
+
+        The divergence of several weights is only approximately the sum, so each measurement corrects the budget.
+
+        Args:
+            target: The target KL divergence in nats.
+            measured: Returns the KL divergence of schemes in nats.
+
+        Returns:
+            The best schemes found, or those with the most bits if no measurement reaches the target.
+        """
+        aim = target * _SAFELY
+        # The largest budget that reached the aim, and the smallest that did not.
+        good, bad = 0.0, math.inf
+        best = self.choose(Budget(kl_nats=0.0))
+        budget = aim
+        for _ in range(_TRIALS):
+            schemes = self.choose(Budget(kl_nats=budget))
+            found = measured(schemes)
+            expected = sum(each for path, each in self.sensitivity.items() if schemes[path] == self.low[path])
+            if found <= aim:
+                best, good = schemes, budget
+                if found >= _ENOUGH * aim or schemes == self.low:
+                    break
+            else:
+                bad = expected  # a larger budget chooses these schemes or fewer bits
+            budget = expected * aim / max(found, _TINY)
+            if not good < budget < bad:
+                budget = (good + min(bad, 2 * good + aim)) / 2
+        return best

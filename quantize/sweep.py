@@ -13,14 +13,15 @@ from slm.core.manifest import Bundle
 from slm.core.names import short_name
 from slm.core.progress import Progress
 from slm.export.graph import released
-from slm.quantize.decide import Settings, decide
-from slm.quantize.make import check_source
+from slm.quantize.decide import decide
 from slm.quantize.page import sweep_page
-from slm.quantize.quality import Change, Opened, Text, measure, speeds
+from slm.quantize.quality import measure, speeds
+from slm.quantize.quantizer import Quantizer, quantizer_of
 from slm.quantize.report import model_bytes
-from slm.quantize.results import Sweep as Sweep
-from slm.quantize.results import Trial as Trial
-from slm.quantize.write import tried
+from slm.quantize.results import Change, Sweep, Trial
+from slm.quantize.settings import Settings, check_source
+from slm.quantize.texts import TokenRows
+from slm.quantize.write import graph_bytes
 from slm.runtime.decoder import OnnxDecoder
 from slm.version import __version__
 
@@ -45,7 +46,9 @@ TRIALS: Mapping[str, Settings] = {
 }
 
 
-def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, Text], progress: Progress) -> Sweep:
+def run_sweep(
+    source: Bundle, out: Path, text: TokenRows, calibration: Mapping[str, TokenRows], progress: Progress
+) -> Sweep:
     """Tries all settings. Rewrites `sweep.json` and `sweep.html` after each trial, so that an interrupted sweep continues.
 
     Args:
@@ -75,22 +78,22 @@ def run_sweep(source: Bundle, out: Path, text: Text, calibration: Mapping[str, T
     if earlier:
         progress.note(f"reusing {len(earlier)} of {len(TRIALS)} trials from {out / SWEEP_FILE}")
     out.mkdir(parents=True, exist_ok=True)
-    before = Opened(source)
-    for number, (options, settings) in enumerate(TRIALS.items(), start=1):
-        if options in earlier:
-            sweep.trials.append(earlier[options])
-            continue
-        progress.note(f"{number} of {len(TRIALS)}: slm quantize {options}")
-        try:
-            check_source(source, settings)
-            with released():
-                trial = _try(source, before, options, settings, text, calibration[settings.precision], progress, out)
-            sweep.trials.append(trial)
-        except SlmError as error:
-            sweep.skipped[options] = error.message
-            progress.note(f"skipped: {error.message}")
-        rest = [trial for name, trial in earlier.items() if name not in {each.options for each in sweep.trials}]
-        _write(out, replace(sweep, trials=[*sweep.trials, *rest]))
+    scratch = out.resolve().parent
+    with quantizer_of(source, Settings(), calibration["int8"], text, progress, scratch) as quantizer:
+        for number, (options, settings) in enumerate(TRIALS.items(), start=1):
+            if options in earlier:
+                sweep.trials.append(earlier[options])
+                continue
+            progress.note(f"{number} of {len(TRIALS)}: slm quantize {options}")
+            try:
+                check_source(source, settings)
+                on_text = calibration[settings.precision]
+                sweep.trials.append(_try(options, replace(quantizer, settings=settings, calibration=on_text)))
+            except SlmError as error:
+                sweep.skipped[options] = error.message
+                progress.note(f"skipped: {error.message}")
+            rest = [trial for name, trial in earlier.items() if name not in {each.options for each in sweep.trials}]
+            _write(out, replace(sweep, trials=[*sweep.trials, *rest]))
     _write(out, sweep)
     return sweep
 
@@ -106,27 +109,19 @@ def as_dict(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _try(
-    source: Bundle,
-    before: Opened,
-    options: str,
-    settings: Settings,
-    text: Text,
-    calibration: Text,
-    progress: Progress,
-    out: Path,
-) -> Trial:
-    scratch = out.resolve().parent
-    recipe = decide(source, before, calibration, settings, progress, scratch)
-    with tried(source, recipe.contents(source), scratch) as bundle:
-        after = OnnxDecoder(bundle)
-        change = measure(before(), after, text, progress)
-        speed = speeds(before(), after)
-        size = sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())
-    return Trial(options, recipe.words(), size, change, round(speed.decode_ratio, 4), round(speed.prefill_ratio, 4))
+def _try(options: str, quantizer: Quantizer) -> Trial:
+    """Makes and measures a temporary bundle with the quantizer's settings."""
+    with released():
+        plan = decide(quantizer)
+        with quantizer.trial(plan) as bundle:
+            before, after = quantizer.reference(), OnnxDecoder(bundle)
+            change = measure(before, after, quantizer.evaluation, quantizer.progress)
+            speed = speeds(before, after)
+            size = graph_bytes(bundle)
+    return Trial(options, plan.decisions(), size, change, round(speed.decode_ratio, 4), round(speed.prefill_ratio, 4))
 
 
-def _key(source: Bundle, text: Text, calibration: Mapping[str, Text]) -> str:
+def _key(source: Bundle, text: TokenRows, calibration: Mapping[str, TokenRows]) -> str:
     """Returns a hash of everything except the settings that a trial's figures depend on."""
     found = hashlib.sha256(__version__.encode())
     for name, entry in sorted(source.manifest.files.items()):

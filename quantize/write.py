@@ -1,16 +1,13 @@
 """Writing of a quantized bundle. The graph is built again with a quantized weight format, not rewritten."""
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slm.core.contract import CacheType, Device, input_specs, output_specs, slot_specs
-from slm.core.files import scratch_directory
+from slm.core.contract import input_specs, output_specs, slot_specs
 from slm.core.licence import modified, write_notice
-from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Precision, Quantization, seal
+from slm.core.manifest import MANIFEST_FILE, MODEL_NAMES, Bundle, Precision, seal
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.export.clients import write_client_files
 from slm.export.graph import (
@@ -26,42 +23,21 @@ from slm.export.graph import (
     save_graph,
 )
 from slm.export.graph.builder import Array
-from slm.quantize.report import PAGE_FILE, REPORT_FILE
-from slm.quantize.smoothing import Smoothing
+from slm.quantize.plan import QuantizationPlan
+from slm.quantize.results import PAGE_FILE, REPORT_FILE
 from slm.version import __version__
 
-# The kernel rounds activations to INT8 block by block. On a CPU, this decodes 18 times faster than float activations.
-ACCURACY_LEVEL = 4
 
-
-@dataclass(frozen=True)
-class Contents:
-    """The contents of a quantized bundle.
-
-    Attributes:
-        tensors: The graph's tensors, by name; evaluated one at a time.
-        quantization: The manifest's record of the quantization.
-        cache: The type of cached keys and values.
-        smoothing: The smoothing factors of the tensors. Adapter slots apply them to adapters.
-        device: The device that will run the bundle.
-    """
-
-    tensors: Mapping[str, Array]
-    quantization: Quantization
-    cache: CacheType
-    smoothing: Smoothing
-    device: Device = "cpu"
-
-
-def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
+def write_bundle(source: Bundle, plan: QuantizationPlan, tensors: Mapping[str, Array], directory: Path) -> Bundle:
     """Writes everything except the report into an empty directory, and returns the sealed bundle.
 
     Args:
         source: The float bundle.
-        contents: The contents of the new bundle.
+        plan: The plan.
+        tensors: The tensors of the quantized graph, by name; read one at a time.
         directory: The empty directory.
     """
-    bundle = _write_graph(source, contents, directory)
+    bundle = write_graph(source, plan, tensors, directory)
     for name in source.manifest.files:
         if "/" not in name and name not in (MANIFEST_FILE, REPORT_FILE, PAGE_FILE, TOKENIZER_FILE):
             shutil.copy(source.path / name, directory / name)
@@ -83,21 +59,16 @@ def write_bundle(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     return seal(directory, manifest)
 
 
-@contextmanager
-def tried(source: Bundle, contents: Contents, scratch: Path) -> Iterator[Bundle]:
-    """Yields a runnable bundle in a temporary directory.
+def write_graph(source: Bundle, plan: QuantizationPlan, tensors: Mapping[str, Array], directory: Path) -> Bundle:
+    """Writes the graph and its weights into an empty directory, and returns a bundle that can run but is not sealed.
 
     Args:
         source: The float bundle.
-        contents: The contents of the temporary bundle.
-        scratch: The parent of the temporary directory.
+        plan: The plan.
+        tensors: The tensors of the quantized graph, by name; read one at a time.
+        directory: The empty directory.
     """
-    with scratch_directory(scratch, "trial") as directory:
-        yield _write_graph(source, contents, directory)
-
-
-def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
-    tensors, quantization = contents.tensors, contents.quantization
+    quantization = plan.record()
     precision: Precision = "int4" if quantization.bits == 4 else "int8"
     target: Target[Any]
     if source.manifest.target == "portable":  # as written, the portable graph computes in floats
@@ -107,8 +78,8 @@ def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
     else:
         weights: WeightFormat = BlockFormat(quantization.schemes, quantization.accuracy_level)
         if source.manifest.adapter_slots:
-            weights = SlotFormat(weights, contents.smoothing.columns, contents.smoothing.rows)
-        target = Fused(weights, contents.device, contents.cache)
+            weights = SlotFormat(weights, plan.smoothing.columns, plan.smoothing.rows)
+        target = Fused(weights, plan.device, plan.cache)
     model = directory / "onnx" / f"{MODEL_NAMES[precision]}.onnx"
     model.parent.mkdir()
     save_graph(build_graph(source.config, target, tensors, source.manifest.context), model)
@@ -117,7 +88,7 @@ def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
         update={
             "model": model.relative_to(directory).as_posix(),
             "precision": precision,
-            "device": contents.device,
+            "device": plan.device,
             "inputs": input_specs(caches, slot_specs(source.config) if source.manifest.adapter_slots else ()),
             "outputs": output_specs(source.config.vocab_size, caches),
             "cache": caches,
@@ -125,3 +96,8 @@ def _write_graph(source: Bundle, contents: Contents, directory: Path) -> Bundle:
         }
     )
     return Bundle(directory, manifest, source.config)
+
+
+def graph_bytes(bundle: Bundle) -> int:
+    """Returns the size of the files of graph and weights in bytes."""
+    return sum(file.stat().st_size for file in bundle.model_path.parent.iterdir())

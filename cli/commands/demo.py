@@ -177,7 +177,7 @@ class _Chain:
 
     def _quantize(self, name: str, source: Bundle) -> Bundle:
         from slm.quantize.make import quantize_bundle
-        from slm.quantize.quality import measuring_text
+        from slm.quantize.texts import measuring_text
 
         started = time.perf_counter()
         out = source.path.with_name(f"{source.path.name}-int8")

@@ -15,7 +15,7 @@ from slm.export.graph.formats import Embedding, Linear, WeightFormat
 
 
 class SlottedLinear(Module):
-    """y = x Wᵀ + x A B. A and B are scaled by the same smoothing factors as the weight (`slm.quantize.smoothing`).
+    """y = x Wᵀ + x A B. A and B are scaled by the same smoothing factors as the weight (`slm.quantize.smoothquant`).
 
     An empty adapter adds zeros.
     """

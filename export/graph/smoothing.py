@@ -1,4 +1,4 @@
-"""Smoothing factors on the columns and rows of a graph's tensors. `slm.quantize.smoothing` chooses the factors.
+"""Smoothing factors on the columns and rows of a graph's tensors. `slm.quantize.smoothquant` chooses the factors.
 
 Dimensions: N output channels, K input channels.
 """

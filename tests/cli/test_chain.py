@@ -117,7 +117,7 @@ def test_an_export_that_is_interrupted_leaves_what_was_there(
     before = sorted(exported.rglob("*"))
     monkeypatch.setattr("slm.export.bundle.prove", interrupt)
     assert slm("export", "--onnx").code == 130
-    monkeypatch.setattr("slm.quantize.make.measure", interrupt)
+    monkeypatch.setattr("slm.quantize.report.measure", interrupt)
     assert slm("quantize", "--int8").code == 130
     assert sorted(exported.rglob("*")) == before
 

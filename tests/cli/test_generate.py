@@ -17,9 +17,9 @@ import pytest
 from slm.cli.commands.generate import generate
 from slm.cli.sampling import CHOOSING, ENDING
 from slm.core.manifest import Bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.sampling import Sampling
 
 # Runs slm and says when a text has begun.
@@ -235,7 +235,7 @@ def test_drafts_that_may_change_the_text_are_said_to(slm: Slm, shared_bundle: Bu
     """Kernels add up a token by itself in another order; with INT8 caches and blocks of 64 and less they do not."""
     for cache, said in (("float32", True), ("int8", False)):
         out = tmp_path / cache
-        text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+        text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
         quantize_bundle(shared_bundle, out, text, Settings(gate=Gate(1), cache=cache, block_size=32))[0]  # type: ignore[arg-type]
         for threads, alike in (("1", not said), ("5", False)):  # the model has four heads
             result = slm("generate", out, "-p", "The", "--draft", "6", "--threads", threads, "--max-new-tokens", "3")

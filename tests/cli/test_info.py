@@ -16,9 +16,9 @@ from slm.core.config import ModelConfig
 from slm.core.manifest import Bundle, amend
 from slm.core.presets import preset
 from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.cache import KVBuffers
 
 Slm = Callable[..., Any]
@@ -180,7 +180,7 @@ def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
     assert f"ranges largest activation {largest:,.1f} in {path}; 0 of " in text
     assert f"parity largest difference from PyTorch float32 {cuda.manifest.parity.largest:.1e} (limit" in text  # type: ignore[union-attr]
 
-    measured = Text("some text", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    measured = TokenRows("some text", np.random.default_rng(0).integers(0, 320, (2, 64)))
     int8 = quantize_bundle(shared_bundle, tmp_path / "int8", measured, Settings(gate=Gate(1), cache="int8"))[0]
     report, quality = told(slm, int8.path), int8.manifest.quality
     assert quality is not None and report["quality"] == quality.model_dump()

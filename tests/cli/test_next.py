@@ -16,8 +16,8 @@ import pytest
 from slm.cli.main import COMMANDS, cli
 from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.manifest import Bundle
-from slm.quantize.decide import GATES
 from slm.quantize.defaults import CALIBRATION_TOKENS
+from slm.quantize.settings import GATES
 
 Slm = Callable[..., Any]
 

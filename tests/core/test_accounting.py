@@ -37,7 +37,7 @@ from slm.core.presets import PRESETS, preset
 from slm.export.bundle import export_bundle
 from slm.export.graph import graph_tensors
 from slm.quantize.linears import linears_of
-from slm.quantize.plan import INT8, schemes_of
+from slm.quantize.plan import INT8, QuantizationPlan, schemes_of
 from slm.quantize.rounding import rounded_tensors
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import OnnxDecoder
@@ -102,8 +102,8 @@ def test_bytes_of_the_weights(shape: ModelConfig, make_model: MakeModel, dtype: 
 
 
 def test_int8_bytes_are_those_of_the_quantized_tensors(config: ModelConfig, shared_bundle: Bundle) -> None:
-    schemes = schemes_of(linears_of(config), INT8["quality"])  # blocks of 32 everywhere
-    tensors = rounded_tensors(graph_tensors(shared_bundle.model_path), schemes, False, {}, {})
+    plan = QuantizationPlan(schemes_of(linears_of(config), INT8["quality"]), "nearest")  # blocks of 32 everywhere
+    tensors = rounded_tensors(graph_tensors(shared_bundle.model_path), plan, {})
     weights = [tensors[name] for name in tensors if ".weight" in name]  # not the rotation tables
     assert int8_bytes(config, 32) == sum(array.nbytes for array in weights)
     assert int8_bytes(config, 128) is None  # the hidden size of 64 has no such block

@@ -15,9 +15,9 @@ from slm.core.contract import Device, cache_layers
 from slm.core.manifest import Bundle
 from slm.export.bundle import export_bundle
 from slm.export.clients import write_client_files
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 
 def read(directory: Path, name: str) -> Any:
@@ -43,7 +43,7 @@ def test_a_fused_bundle(shared_bundle: Bundle) -> None:
 
 def test_quantizing_says_so(shared_bundle: Bundle, tmp_path: Path) -> None:
     rows = np.random.default_rng(5).integers(0, shared_bundle.config.vocab_size, (2, 40))
-    bundle = quantize_bundle(shared_bundle, tmp_path / "int8", Text("random", rows), Settings(gate=Gate(1)))[0]
+    bundle = quantize_bundle(shared_bundle, tmp_path / "int8", TokenRows("random", rows), Settings(gate=Gate(1)))[0]
     assert read(bundle.path, "config.json")["transformers.js_config"]["dtype"] == "q8"
     assert read(bundle.path, "genai_config.json")["model"]["decoder"]["filename"] == "onnx/model_quantized.onnx"
 

@@ -17,9 +17,9 @@ from slm.core.progress import Silent
 from slm.export.bundle import export_bundle
 from slm.export.parity import TOLERANCE
 from slm.export.verify import verify_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 # Settings of the quantized bundles.
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def bundles(
     """Returns a bundle of each kind, all from the same checkpoint."""
     home = tmp_path_factory.mktemp("bundles")
     text, calibration = (
-        Text("random", np.random.default_rng(seed).integers(0, shared_bundle.config.vocab_size, (4, 60)))
+        TokenRows("random", np.random.default_rng(seed).integers(0, shared_bundle.config.vocab_size, (4, 60)))
         for seed in (5, 6)
     )
 

@@ -20,9 +20,9 @@ from slm.export.bundle import export_bundle
 from slm.finetune.adapter import load_adapter
 from slm.finetune.merge import merge
 from slm.interchange.onnx_adapter import adapter_from_peft, write_onnx_adapter
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.adapters import Adapter, checked, read_adapter, stacked
 from slm.runtime.batch import Batch
 from slm.runtime.decoder import OnnxDecoder
@@ -117,7 +117,7 @@ def test_on_an_int8_base(
     """Smoothing changes what slots see; they do the same to the adapter."""
     ids = rows(slotted)
     settings = Settings(smooth=smooth, gate=Gate(1))
-    made, _ = quantize_bundle(slotted, tmp_path / "int8", Text("random", ids), settings)
+    made, _ = quantize_bundle(slotted, tmp_path / "int8", TokenRows("random", ids), settings)
     assert (made.manifest.quantization.smoothing is not None) == smooth  # type: ignore[union-attr]
     path = make_adapter(tmp_path / "a", shared_checkpoint)
     adapter = adapter_from_peft(path, made)

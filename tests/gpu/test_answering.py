@@ -22,9 +22,9 @@ from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.export.parity import TOLERANCES
 from slm.export.verify import INT8_TOLERANCE, model_of
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from tests.conftest import random_model
 from tests.gpu.conftest import Record
 from tests.gpu.rig import Rig
@@ -168,7 +168,7 @@ def quantized(source: Bundle, precision: str) -> Bundle:
     rows = np.random.default_rng(5).integers(0, source.config.vocab_size, (4, 60))
     settings = Settings(precision=precision, prefer="size", method="nearest", gate=Gate(None))  # type: ignore[arg-type]
     out = source.path.with_name(f"{source.path.name}-{precision}")
-    return quantize_bundle(source, out, Text("random", rows), settings, None, Text("random", rows))[0]
+    return quantize_bundle(source, out, TokenRows("random", rows), settings, None, TokenRows("random", rows))[0]
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "int4"])

@@ -22,9 +22,9 @@ from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -156,7 +156,7 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
     model.config = model.config.model_copy(update={"sliding_window": 12})
     save_checkpoint(home / "other", model, tokenizer, {})
     rng = np.random.default_rng(0)
-    text = Text("random", rng.choice(readable, (4, 60)))
+    text = TokenRows("random", rng.choice(readable, (4, 60)))
     int8 = Settings(gate=Gate(1))
     int4 = Settings(gate=Gate(None), precision="int4", prefer="size")
     float32 = export_bundle(home / "checkpoint", runs / "onnx")

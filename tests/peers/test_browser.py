@@ -29,9 +29,9 @@ from slm.core.manifest import Bundle, seal
 from slm.export import bundle as bundle_module
 from slm.export.graph.formats import FloatFormat
 from slm.export.graph.fused import Fused
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime import shipped
 from slm.runtime.decoder import OnnxDecoder
 from slm.web.npm import packages, vendored
@@ -382,7 +382,7 @@ def test_a_host_without_headers(open_tab: Callable[..., Tab], tmp_path: Path) ->
 def test_other_bundles(open_tab: Callable[..., Tab], bundles: Any, name: str, tmp_path: Path) -> None:
     """Of quantized ones as they are with activations in floats, which WebAssembly's products take: random weights tell."""
     if name == "int4":
-        text = Text("random", np.random.default_rng(0).choice(np.arange(32, 127), (4, 60)))
+        text = TokenRows("random", np.random.default_rng(0).choice(np.arange(32, 127), (4, 60)))
         settings = Settings(gate=Gate(None), precision="int4", prefer="size")
         path = quantize_bundle(bundles.bundles["float32"], tmp_path / "int4", text, settings, None, text)[0].path
     else:

@@ -23,9 +23,9 @@ from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.export.graph.builder import cast
 from slm.export.graph.target import last_rows
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 pytestmark = pytest.mark.peer
 
@@ -196,7 +196,7 @@ def test_casts_before_norms_cost_launches(
 
 def quantized(source: Path, precision: Any) -> Path:
     """A bundle with integers in place of weights."""
-    text = Text("random", np.random.default_rng(0).integers(0, 320, (4, 60)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (4, 60)))
     settings = Settings(precision=precision, prefer="size" if precision == "int4" else "auto", gate=Gate(None))
     return quantize_bundle(Bundle.open(source), Path(precision), text, settings, None, text)[0].path
 

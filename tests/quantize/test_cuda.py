@@ -19,14 +19,14 @@ from slm.export.bundle import export_bundle
 from slm.export.graph import float_tensors, graph_tensors
 from slm.export.verify import verify_bundle
 from slm.quantize.blocks import quantize_nearest
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.page import figures
 from slm.quantize.plain import plain_bundle
-from slm.quantize.quality import Text
-from slm.quantize.report import Report
+from slm.quantize.results import Report
 from slm.quantize.rounding import restored
+from slm.quantize.settings import Gate, Settings
 from slm.quantize.sweep import run_sweep
+from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
 
 HALF = Scheme(bits=8, block_size=32, half=True)
@@ -36,8 +36,8 @@ FLOORS = {"int8": 42.0, "int4": 16.5}
 KL_LIMITS = {"int8": 0.002, "int4": 0.05}
 
 
-def random_text(bundle: Bundle, seed: int) -> Text:
-    return Text("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (4, 60)))
+def random_text(bundle: Bundle, seed: int) -> TokenRows:
+    return TokenRows("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (4, 60)))
 
 
 def make(source: Bundle, out: Path, **settings: Any) -> tuple[Bundle, Report]:

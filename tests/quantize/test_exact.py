@@ -18,16 +18,17 @@ from slm.export.graph import checkpoint_tensors, float_tensors, graph_tensors
 from slm.interchange.gguf import write_gguf
 from slm.interchange.importing import import_model
 from slm.quantize.blocks import quantize_nearest, searched
-from slm.quantize.decide import Gate, Settings, kept_products
+from slm.quantize.decide import exact_products
 from slm.quantize.exact import rows_on_grid
 from slm.quantize.gptq import quantize_gptq
 from slm.quantize.linears import linears_of
 from slm.quantize.make import quantize_bundle
-from slm.quantize.plan import INT4 as INT4_WISH
-from slm.quantize.plan import INT8 as INT8_WISH
-from slm.quantize.plan import Wish, schemes_of
-from slm.quantize.quality import Text
+from slm.quantize.plan import INT4 as INT4_PREFERRED
+from slm.quantize.plan import INT8 as INT8_PREFERRED
+from slm.quantize.plan import PreferredSchemes, schemes_of
 from slm.quantize.rounding import restored
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 INT4, INT4_POINTS = Scheme(bits=4, block_size=32), Scheme(bits=4, block_size=32, zero_points=True)
 INT8 = Scheme(bits=8, block_size=32)
@@ -198,7 +199,7 @@ def qat(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_from_q4_0_to_four_bits_and_nothing_lost(qat: tuple[Path, Bundle], settings: dict[str, object]) -> None:
     """From GGUF to float to INT4 with GPTQ, searched scales and smoothing, every layer's weight keeps its values."""
     imported, bundle = qat
-    text = Text("random", np.random.default_rng(3).integers(0, 320, (2, 40)))
+    text = TokenRows("random", np.random.default_rng(3).integers(0, 320, (2, 40)))
     chosen = Settings(**({"precision": "int4"} | settings), gate=Gate(9))  # type: ignore[arg-type]
     made, report = quantize_bundle(bundle, Path("out"), text, chosen, calibration=text)
     assert made.manifest.quantization is not None
@@ -213,7 +214,9 @@ def test_from_q4_0_to_four_bits_and_nothing_lost(qat: tuple[Path, Bundle], setti
     assert {each.path for each in report.tensors if each.snr_db is not None} == {"model.embed_tokens"}
 
 
-def said_of_grids(bundle: Bundle, wish: Wish, block_size: int | None = None) -> tuple[frozenset[str], str]:
+def said_of_grids(
+    bundle: Bundle, preferred: PreferredSchemes, block_size: int | None = None
+) -> tuple[frozenset[str], str]:
     said: list[str] = []
 
     class Listener(Silent):
@@ -221,16 +224,16 @@ def said_of_grids(bundle: Bundle, wish: Wish, block_size: int | None = None) -> 
             said.append(text)
 
     layers = [linear for linear in linears_of(bundle.config) if linear.layer is not None]
-    schemes = schemes_of(layers, wish, block_size)
-    return kept_products(graph_tensors(bundle.model_path), layers, schemes, Listener()), "\n".join(said)
+    schemes = schemes_of(layers, preferred, block_size)
+    return exact_products(graph_tensors(bundle.model_path), layers, schemes, Listener()), "\n".join(said)
 
 
 def test_notes_say_what_is_exact_and_what_would_be(qat: tuple[Path, Bundle], shared_bundle: Bundle) -> None:
-    kept, said = said_of_grids(qat[1], INT4_WISH)
+    kept, said = said_of_grids(qat[1], INT4_PREFERRED)
     assert len(kept) == 16 and "16 of 16 products lie on a grid that int4 in blocks of 32 stores exactly" in said
-    kept, said = said_of_grids(qat[1], INT8_WISH["auto"])  # blocks of up to 128; 96 inputs allow blocks of 32
+    kept, said = said_of_grids(qat[1], INT8_PREFERRED["auto"])  # blocks of up to 128; 96 inputs allow blocks of 32
     assert kept == {f"model.layers.{i}.mlp.down_proj" for i in range(4)}
     assert "12 of 16 products lie on a 4-bit grid in blocks of 32" in said
     assert "--int4 --block-size 32 keeps their weights exactly" in said
-    for wish in (INT4_WISH, INT8_WISH["auto"]):
-        assert said_of_grids(shared_bundle, wish) == (frozenset(), "")
+    for preferred in (INT4_PREFERRED, INT8_PREFERRED["auto"]):
+        assert said_of_grids(shared_bundle, preferred) == (frozenset(), "")

@@ -33,10 +33,12 @@ from slm.export.graph import (
     save_graph,
 )
 from slm.export.graph.builder import Array
-from slm.quantize.decide import GATES, Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Change, Text, calibration_text, measure, measuring_text
-from slm.quantize.report import REPORT_FILE, Report, model_bytes
+from slm.quantize.quality import measure
+from slm.quantize.report import model_bytes
+from slm.quantize.results import REPORT_FILE, Change, Report
+from slm.quantize.settings import GATES, Gate, Settings
+from slm.quantize.texts import TokenRows, calibration_text, measuring_text
 from slm.runtime.decoder import OnnxDecoder
 
 # The kernel and numpy sum in different orders: 1e-6 for logits around 1, through four layers.
@@ -44,8 +46,8 @@ SAME_LOGITS = 1e-4
 OPEN = Gate(None)
 
 
-def random_text(bundle: Bundle, seed: int = 5, rows: int = 4) -> Text:
-    return Text("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (rows, 60)))
+def random_text(bundle: Bundle, seed: int = 5, rows: int = 4) -> TokenRows:
+    return TokenRows("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (rows, 60)))
 
 
 def make(source: Bundle, out: Path, **settings: Any) -> tuple[Bundle, Report]:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from slm.core.manifest import Bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
 from slm.quantize.page import report_page
 from slm.quantize.plots import Bar, Point, bars, points
-from slm.quantize.quality import Text
-from slm.quantize.report import PAGE_FILE, Report
+from slm.quantize.results import PAGE_FILE, Report
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 
 _EMPTY = {"meta", "br"}
 
@@ -76,7 +76,7 @@ def drawn(svg: str) -> ElementTree.Element:
 
 @pytest.fixture(scope="module")
 def made(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Report]:
-    text, calibration = (Text("random", np.random.default_rng(seed).integers(0, 320, (4, 60))) for seed in (5, 6))
+    text, calibration = (TokenRows("random", np.random.default_rng(seed).integers(0, 320, (4, 60))) for seed in (5, 6))
     settings = Settings(precision="int4", smooth=True, gate=Gate(None))
     return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("page") / "int4", text, settings, None, calibration)
 

@@ -28,12 +28,12 @@ from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
 from slm.export.parity import TOLERANCE
 from slm.export.verify import model_of, verify_bundle
 from slm.quantize.blocks import quantize_nearest
-from slm.quantize.decide import Gate, Settings
-from slm.quantize.lab import Lab, LayerLab, embedded
+from slm.quantize.instrumented import InstrumentedLayer, InstrumentedModel, embedded
 from slm.quantize.linears import Linear, linears_of
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
 from slm.quantize.statistics import root_mean_squares, second_moments
+from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
 
 # float32 sums in another order with the same weights. Measured: 6e-6.
@@ -50,8 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_text(bundle: Bundle, seed: int = 5, rows: int = 4) -> Text:
-    return Text("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (rows, 60)))
+def random_text(bundle: Bundle, seed: int = 5, rows: int = 4) -> TokenRows:
+    return TokenRows("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (rows, 60)))
 
 
 def make(source: Bundle, out: Path, **settings: Any) -> Bundle:
@@ -218,8 +218,10 @@ def alike(ours: np.ndarray, theirs: np.ndarray) -> bool:
 def test_statistics_are_the_fused_graphs(portable: Bundle, shared_bundle: Bundle) -> None:
     text, other = random_text(portable, 7, 2), random_text(portable, 8, 2)
     layers = [linear for linear in linears_of(portable.config) if linear.layer is not None]
-    ours, theirs = (root_mean_squares(Lab(each, layers), layers, text, Silent()) for each in (portable, shared_bundle))
-    control = root_mean_squares(Lab(portable, layers), layers, other, Silent())
+    ours, theirs = (
+        root_mean_squares(InstrumentedModel(each, layers), layers, text, Silent()) for each in (portable, shared_bundle)
+    )
+    control = root_mean_squares(InstrumentedModel(portable, layers), layers, other, Silent())
     for path, found in ours.items():
         assert alike(found, theirs[path])
         assert not alike(control[path], theirs[path])
@@ -234,11 +236,11 @@ def test_layers_are_the_fused_graphs(portable: Bundle, shared_bundle: Bundle) ->
         streams = embedded(bundle, text.rows)
         moments = []
         for i, linears in enumerate(layers_of(bundle)):
-            lab = LayerLab(bundle, linears, i)
-            moments.append(second_moments(lab, linears, text, streams))
+            layer = InstrumentedLayer(bundle, linears, i)
+            moments.append(second_moments(layer, linears, text, streams))
             path = linears[0].path
             weights = {path: stored[f"{path}.weight"] * np.linspace(least, 1, linears[0].inputs, dtype=np.float32)}
-            streams = [lab.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
+            streams = [layer.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
         found.append(moments)
     ours, theirs, control = found
     for i, moments in enumerate(ours):
@@ -253,7 +255,7 @@ def test_whole_rows_with_other_weights(portable: Bundle, shared_bundle: Bundle) 
     linears = linears_of(portable.config)[1:]
     name = linears[2].path
     weights = {name: graph_tensors(portable.model_path)[f"{name}.weight"] * np.float32(0.5)}
-    ours, theirs = (Lab(each, linears).predictions(row, weights) for each in (portable, shared_bundle))
+    ours, theirs = (InstrumentedModel(each, linears).predictions(row, weights) for each in (portable, shared_bundle))
     np.testing.assert_allclose(ours, theirs, atol=SAME_LOGITS)
     assert np.abs(OnnxDecoder(portable).logits(row[None])[0] - ours).max() > 10 * SAME_LOGITS
 

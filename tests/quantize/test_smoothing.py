@@ -10,13 +10,14 @@ from slm.core.manifest import Bundle, Scheme
 from slm.core.progress import Silent
 from slm.export.graph import FloatFormat, Fused, LazyTensors, build_graph, graph_tensors, save_graph
 from slm.export.graph.builder import Array
+from slm.export.graph.smoothing import Smoothing, smoothing_between
 from slm.quantize.blocks import quantize_nearest
-from slm.quantize.lab import Lab
+from slm.quantize.instrumented import InstrumentedModel
 from slm.quantize.linears import linears_of
-from slm.quantize.quality import Text
 from slm.quantize.rounding import restored
-from slm.quantize.smoothing import Smoothing, smoothing, smoothing_between
+from slm.quantize.smoothquant import smoothquant
 from slm.quantize.statistics import root_mean_squares
+from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
 
 # Products with factors are rounded to float32, which has the effect of another order of sums: 1e-6 for logits around 1.
@@ -27,9 +28,9 @@ SAME_LOGITS = 2e-5
 def found(shared_bundle: Bundle) -> Smoothing:
     config = shared_bundle.config
     layers = [linear for linear in linears_of(config) if linear.layer is not None]
-    text = Text("random", np.random.default_rng(5).integers(0, config.vocab_size, (4, 60)))
-    rms = root_mean_squares(Lab(shared_bundle, layers), layers, text, Silent())
-    return smoothing(graph_tensors(shared_bundle.model_path), config, rms)
+    text = TokenRows("random", np.random.default_rng(5).integers(0, config.vocab_size, (4, 60)))
+    rms = root_mean_squares(InstrumentedModel(shared_bundle, layers), layers, text, Silent())
+    return smoothquant(graph_tensors(shared_bundle.model_path), config, rms)
 
 
 def logits_with(bundle: Bundle, tensors: Mapping[str, Array], out: Path) -> Array:
@@ -91,10 +92,10 @@ def test_smoothing_evens_activations_out(shared_bundle: Bundle) -> None:
     path = "model.layers.0.mlp.gate_up_proj"
     rms[path] = rms[path].copy()
     rms[path][5] = 64
-    made = smoothing(graph_tensors(shared_bundle.model_path), config, rms)
+    made = smoothquant(graph_tensors(shared_bundle.model_path), config, rms)
     after = made.activations(f"{path}.weight", rms[path])
     assert after[5] / np.median(after) < 64**0.5 < rms[path][5]
-    other = smoothing(graph_tensors(shared_bundle.model_path), config, rms, exponent=0.0)
+    other = smoothquant(graph_tensors(shared_bundle.model_path), config, rms, exponent=0.0)
     assert other.activations(f"{path}.weight", rms[path])[5] > after[5]
 
 

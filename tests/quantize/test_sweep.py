@@ -11,10 +11,11 @@ from slm.core.files import read_json
 from slm.core.manifest import Bundle
 from slm.core.progress import Silent
 from slm.quantize import sweep as module
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Change, Text
-from slm.quantize.sweep import SWEEP_FILE, SWEEP_PAGE, Sweep, Trial, run_sweep
+from slm.quantize.results import Change, Sweep, Trial
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.sweep import SWEEP_FILE, SWEEP_PAGE, run_sweep
+from slm.quantize.texts import TokenRows
 
 INT8, INT4 = "--int8 --block-size 32 --smooth", "--int4 --prefer size --method nearest --no-smooth"
 FEW = {
@@ -34,8 +35,8 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-def text_of(seed: int) -> Text:
-    return Text("random", np.random.default_rng(seed).integers(0, 320, (4, 60)))
+def text_of(seed: int) -> TokenRows:
+    return TokenRows("random", np.random.default_rng(seed).integers(0, 320, (4, 60)))
 
 
 CALIBRATION = {"int8": text_of(6), "int4": text_of(7)}
@@ -77,7 +78,7 @@ def test_a_second_run_keeps_what_was_tried(
     first, _ = run(shared_bundle, tmp_path / "sweep")
     tried: list[str] = []
     original = module._try
-    monkeypatch.setattr(module, "_try", lambda *given: (tried.append(given[2]), original(*given))[1])
+    monkeypatch.setattr(module, "_try", lambda *given: (tried.append(given[0]), original(*given))[1])
     second, notes = run(shared_bundle, tmp_path / "sweep")
     assert second.trials == first.trials and INT8 not in tried and INT4 not in tried
     assert any("reusing 2 of 3 trials" in note for note in notes)

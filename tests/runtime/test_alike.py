@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from slm.core.manifest import Bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
 
 _CPU = Path("/proc/cpuinfo")
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
     ids=str,
 )
 def test_steps_alike(shared_bundle: Bundle, tmp_path: Path, settings: dict[str, Any], alike: bool) -> None:
-    text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
     given = Settings(smooth=False, gate=Gate(None), **settings)
     bundle, _ = quantize_bundle(shared_bundle, tmp_path / "made", text, given, None, text)
     ones, several = OnnxDecoder(bundle, threads=1), OnnxDecoder(bundle, threads=1)

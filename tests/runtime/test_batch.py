@@ -13,9 +13,9 @@ from slm.core.contract import CACHE_SLACK
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.backend import Decoder
 from slm.runtime.batch import Batch, Slot
 from slm.runtime.cache import KVBuffers
@@ -38,7 +38,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights in blocks of 32 and INT8 caches."""
-    text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
     settings = Settings(gate=Gate(1), cache="int8", block_size=32)
     return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 

@@ -19,9 +19,9 @@ from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime import bench, generation, streaming
 from slm.runtime.bench import Case, OnnxRows, ReadProbe, Spread, measure
 from slm.runtime.decoder import OnnxDecoder
@@ -177,7 +177,7 @@ def bundle_of(
 def test_the_weights_of_a_step(bundle_of: Callable[..., Bundle], tied: bool) -> None:
     exported = bundle_of(tie_word_embeddings=tied)
     rows = np.random.default_rng(0).integers(320, size=(2, 32))
-    text = Text("random", rows)
+    text = TokenRows("random", rows)
     quantized = [
         quantize_bundle(exported, Path(f"made-{i}"), text, replace(settings, gate=Gate(None)), None, text)[0]
         for i, settings in enumerate((Settings(block_size=32), Settings(precision="int4", prefer="size")))

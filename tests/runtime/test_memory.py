@@ -18,9 +18,9 @@ from slm.core.contract import CACHE_SLACK
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.batch import Batch
 from slm.runtime.bench import Case, OnnxRows
 from slm.runtime.cache import KVBuffers
@@ -41,7 +41,7 @@ def bundles(
     shared_checkpoint: Path, shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Bundle]:
     home = tmp_path_factory.mktemp("bundles")
-    text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
     return {
         "float32": shared_bundle,
         "int8 caches": quantize_bundle(shared_bundle, home / "int8", text, Settings(gate=Gate(1), cache="int8"))[0],

@@ -15,9 +15,9 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, amend
 from slm.export.bundle import export_bundle
 from slm.loading import load, load_ensemble
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.placement import check_placement, conversion_note
 
 Slm = Callable[..., Any]
@@ -67,7 +67,7 @@ def test_the_command_in_the_hint_makes_a_bundle_that_passes(home: Path, slm: Slm
 @pytest.mark.parametrize(("precision", "option"), [("int8", "--int8"), ("int4", "--int4")])
 def test_of_a_quantized_bundle_the_hint_quantizes(home: Path, tmp_path: Path, precision: Any, option: str) -> None:
     bundle = Bundle.open(home / "onnx")
-    text = Text("random", np.random.default_rng(0).integers(0, bundle.config.vocab_size, (2, 24)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, bundle.config.vocab_size, (2, 24)))
     made, _ = quantize_bundle(bundle, tmp_path / "q", text, Settings(gate=Gate(None), precision=precision), None, text)
     with pytest.raises(SlmError) as caught:
         load(made.path, device="cuda")

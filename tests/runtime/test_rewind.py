@@ -14,9 +14,9 @@ from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM
 from slm.core.nn.decoder import TorchDecoder
 from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.backend import Decoder
 from slm.runtime.cache import KVBuffers, resident_positions
 from slm.runtime.decoder import OnnxDecoder
@@ -41,7 +41,7 @@ def portable_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights and INT8 caches."""
-    text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
     settings = Settings(gate=Gate(1), cache="int8", block_size=32)
     return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 

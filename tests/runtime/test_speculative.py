@@ -13,9 +13,9 @@ from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
-from slm.quantize.decide import Gate, Settings
 from slm.quantize.make import quantize_bundle
-from slm.quantize.quality import Text
+from slm.quantize.settings import Gate, Settings
+from slm.quantize.texts import TokenRows
 from slm.runtime.backend import Decoder
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.sampling import GREEDY, Sampling
@@ -60,7 +60,7 @@ def portable_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def int8_bundle(float_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """INT8 weights in blocks of 32 and INT8 caches."""
-    text = Text("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
+    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
     settings = Settings(gate=Gate(1), cache="int8", block_size=32)
     return quantize_bundle(float_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 

@@ -9,10 +9,10 @@ from slm.core.manifest import Bundle
 from slm.core.progress import Silent
 from slm.export.graph import FloatFormat, Fused, LazyTensors, build_graph, graph_tensors, save_graph
 from slm.export.graph.builder import Array
-from slm.quantize.lab import Lab, LayerLab, Stream, embedded
+from slm.quantize.instrumented import InstrumentedLayer, InstrumentedModel, ResidualStream, embedded
 from slm.quantize.linears import EMBEDDING, Linear, linears_of
-from slm.quantize.quality import Text
 from slm.quantize.statistics import root_mean_squares, second_moments
+from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
 
 # float32 sums in another order, because onnxruntime does not prepack weights that are inputs.
@@ -25,7 +25,7 @@ def layers_of(bundle: Bundle) -> list[list[Linear]]:
     return [[linear for linear in linears if linear.layer == i] for i in range(bundle.config.num_hidden_layers)]
 
 
-def normed(stream: Stream, bundle: Bundle) -> Array:
+def normed(stream: ResidualStream, bundle: Bundle) -> Array:
     x = stream.x if stream.update is None else stream.x + stream.update
     tensors = graph_tensors(bundle.model_path)
     x = x[0] / np.sqrt(np.square(x[0]).mean(axis=-1, keepdims=True) + bundle.config.rms_norm_eps)
@@ -44,10 +44,10 @@ def with_weights(bundle: Bundle, weights: dict[str, Array], out: Path) -> Bundle
 
 
 def test_whole_rows(shared_bundle: Bundle) -> None:
-    lab = Lab(shared_bundle, linears_of(shared_bundle.config)[1:])
+    model = InstrumentedModel(shared_bundle, linears_of(shared_bundle.config)[1:])
     wanted = OnnxDecoder(shared_bundle).logits(ROW[None])[0]
-    np.testing.assert_allclose(lab.predictions(ROW), wanted, atol=SAME * wanted.std())
-    assert np.abs(lab.predictions(np.roll(ROW, 1)) - wanted).max() > 1  # the control
+    np.testing.assert_allclose(model.predictions(ROW), wanted, atol=SAME * wanted.std())
+    assert np.abs(model.predictions(np.roll(ROW, 1)) - wanted).max() > 1  # the control
 
 
 def test_layer_after_layer_is_the_model(shared_bundle: Bundle) -> None:
@@ -55,7 +55,7 @@ def test_layer_after_layer_is_the_model(shared_bundle: Bundle) -> None:
     (stream,) = embedded(shared_bundle, ROW[None])
     assert stream.update is None
     for i, linears in enumerate(layers_of(shared_bundle)):
-        before, stream = stream, LayerLab(shared_bundle, linears, i).after(ROW, stream, {})
+        before, stream = stream, InstrumentedLayer(shared_bundle, linears, i).after(ROW, stream, {})
     found = normed(stream, shared_bundle)
     np.testing.assert_allclose(found, wanted, atol=10 * SAME * wanted.std())
     assert np.abs(normed(before, shared_bundle) - wanted).max() > 0.1  # negative control: one layer is missing
@@ -65,18 +65,18 @@ def test_layer_after_layer_is_the_model(shared_bundle: Bundle) -> None:
 def test_exchanged_weights_change_what_they_should(shared_bundle: Bundle, tmp_path: Path, layer: int) -> None:
     linears = linears_of(shared_bundle.config)[1:]
     stored = graph_tensors(shared_bundle.model_path)
-    lab = Lab(shared_bundle, linears)
-    plain = lab.predictions(ROW)
+    model = InstrumentedModel(shared_bundle, linears)
+    plain = model.predictions(ROW)
     for linear in (each for each in linears if each.layer == layer):
         weights = {
             linear.path: np.ascontiguousarray(
                 stored[f"{linear.path}.weight"] * np.linspace(0.5, 1.5, linear.inputs, dtype=np.float32)
             )
         }
-        wanted = OnnxDecoder(with_weights(shared_bundle, weights, tmp_path / linear.kind)).logits(ROW[None])[0]
-        np.testing.assert_allclose(lab.predictions(ROW, weights), wanted, atol=10 * SAME * wanted.std())
+        wanted = OnnxDecoder(with_weights(shared_bundle, weights, tmp_path / linear.path)).logits(ROW[None])[0]
+        np.testing.assert_allclose(model.predictions(ROW, weights), wanted, atol=10 * SAME * wanted.std())
         assert np.abs(wanted - plain).max() > 100 * SAME
-    np.testing.assert_array_equal(lab.predictions(ROW), plain)  # the replacement does not persist
+    np.testing.assert_array_equal(model.predictions(ROW), plain)  # the replacement does not persist
 
 
 def test_a_layer_with_exchanged_weights(shared_bundle: Bundle, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_layer_with_exchanged_weights(shared_bundle: Bundle, tmp_path: Path) -
     wanted = OnnxDecoder(with_weights(shared_bundle, weights, tmp_path / "changed")).logits(ROW[None])[0]
     (stream,) = embedded(shared_bundle, ROW[None])
     for i, linears in enumerate(groups):
-        stream = LayerLab(shared_bundle, linears, i).after(ROW, stream, weights if i == 1 else {})
+        stream = InstrumentedLayer(shared_bundle, linears, i).after(ROW, stream, weights if i == 1 else {})
     np.testing.assert_allclose(normed(stream, shared_bundle), wanted, atol=10 * SAME * wanted.std())
 
 
@@ -94,14 +94,14 @@ def test_what_goes_into_products(shared_bundle: Bundle) -> None:
     """Both kinds of runs return the same inputs, and the first product's input is the norm of the embedding."""
     groups = layers_of(shared_bundle)
     linears = [linear for group in groups for linear in group]
-    whole = Lab(shared_bundle, linears).products_inputs(ROW, [linear.path for linear in linears])
+    whole = InstrumentedModel(shared_bundle, linears).products_inputs(ROW, [linear.path for linear in linears])
     (stream,) = embedded(shared_bundle, ROW[None])
     for i, group in enumerate(groups):
-        lab = LayerLab(shared_bundle, group, i)
-        for path, x in lab.inputs(ROW, stream).items():
+        instrumented = InstrumentedLayer(shared_bundle, group, i)
+        for path, x in instrumented.inputs(ROW, stream).items():
             assert x.shape == (len(ROW), next(linear.inputs for linear in group if linear.path == path))
             np.testing.assert_allclose(x, whole[path], atol=10 * SAME * max(1, np.abs(x).max()))
-        stream = lab.after(ROW, stream, {})
+        stream = instrumented.after(ROW, stream, {})
     tensors, config = graph_tensors(shared_bundle.model_path), shared_bundle.config
     x = tensors[f"{EMBEDDING}.weight"][ROW] * np.float32(config.hidden_size**0.5)
     x = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + config.rms_norm_eps)
@@ -111,12 +111,14 @@ def test_what_goes_into_products(shared_bundle: Bundle) -> None:
 
 def test_statistics_are_what_the_definitions_give(shared_bundle: Bundle) -> None:
     group = layers_of(shared_bundle)[0]
-    text = Text("random", np.random.default_rng(3).integers(0, 320, (3, 20)))
-    lab = Lab(shared_bundle, group)
+    text = TokenRows("random", np.random.default_rng(3).integers(0, 320, (3, 20)))
+    model = InstrumentedModel(shared_bundle, group)
     paths = [linear.path for linear in group]
-    seen = [lab.products_inputs(row, paths) for row in text.rows]
-    rms = root_mean_squares(lab, group, text, Silent())
-    moments = second_moments(LayerLab(shared_bundle, group, 0), group, text, embedded(shared_bundle, text.rows))
+    seen = [model.products_inputs(row, paths) for row in text.rows]
+    rms = root_mean_squares(model, group, text, Silent())
+    moments = second_moments(
+        InstrumentedLayer(shared_bundle, group, 0), group, text, embedded(shared_bundle, text.rows)
+    )
     for path in paths:
         x = np.concatenate([each[path] for each in seen]).astype(np.float64)
         np.testing.assert_allclose(rms[path], np.sqrt(np.square(x).mean(axis=0)), rtol=1e-5)

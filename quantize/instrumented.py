@@ -31,13 +31,14 @@ from slm.runtime.session import session_options
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-class Lab:
+class InstrumentedModel:
     """Runs rows of tokens through the whole graph, optionally with other weights."""
 
     def __init__(self, bundle: Bundle, linears: Sequence[Linear]) -> None:
         self._caches, self._target = bundle.manifest.cache, bundle.manifest.target
         model = ir.load(bundle.model_path)
-        inputs = {linear.path: _product(model.graph, linear.path) for linear in linears}
+        # A lookup has no input channels.
+        inputs = {linear.path: _product(model.graph, linear.path) for linear in linears if linear.role != "lookup"}
         self._names = {path: _named(value) for path, value in inputs.items()}
         _show(model.graph, list(inputs.values()))
         _exchangeable(model.graph, linears)
@@ -67,7 +68,7 @@ class Lab:
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualStream:
     """The values between two layers, float32 (1, T, D): the residual stream, and the update not yet added to it.
 
     In the portable graph, the residual stream is (T, D) and includes the update.
@@ -77,7 +78,7 @@ class Stream:
     update: Array | None = None
 
 
-class LayerLab:
+class InstrumentedLayer:
     """Runs a single layer of the graph, so that processing all layers in turn costs only two passes over the model.
 
     The inputs of the layer become inputs of the graph, and everything before them is removed.
@@ -112,17 +113,17 @@ class LayerLab:
         self._session = _session(model, bundle)
         self._wanted = {value.name for value in graph.inputs}
 
-    def inputs(self, row: Array, stream: Stream) -> dict[str, Array]:
+    def inputs(self, row: Array, stream: ResidualStream) -> dict[str, Array]:
         """Returns the input of each product, float32 (T, K), by path."""
         found = self._run(row, stream, list(self._names.values()), None)
         return {path: array.reshape(-1, array.shape[-1]) for path, array in zip(self._names, found, strict=True)}
 
-    def after(self, row: Array, stream: Stream, weights: Mapping[str, Array]) -> Stream:
+    def after(self, row: Array, stream: ResidualStream, weights: Mapping[str, Array]) -> ResidualStream:
         """Returns the layer's output with other weights, float32 (N, K), by path."""
-        return Stream(*self._run(row, stream, self._after, weights))
+        return ResidualStream(*self._run(row, stream, self._after, weights))
 
     def _run(
-        self, row: Array, stream: Stream, outputs: Sequence[str], weights: Mapping[str, Array] | None
+        self, row: Array, stream: ResidualStream, outputs: Sequence[str], weights: Mapping[str, Array] | None
     ) -> list[Array]:
         feeds = _tokens(row) | _empty(self._caches, self._target, len(row)) | _by_name(weights)
         values = [value for value in (stream.x, stream.update) if value is not None]
@@ -133,7 +134,7 @@ class LayerLab:
         return found
 
 
-def embedded(bundle: Bundle, rows: Array) -> list[Stream]:
+def embedded(bundle: Bundle, rows: Array) -> list[ResidualStream]:
     """Returns the input of the first layer for each row of tokens (rows, T)."""
     model = ir.load(bundle.model_path)
     (value,) = _stream(model.graph, "model.layers.0.input_layernorm.weight")
@@ -141,7 +142,7 @@ def embedded(bundle: Bundle, rows: Array) -> list[Stream]:
     _show(model.graph, [value])
     _trim(model)
     session = _session(model, bundle)
-    return [Stream(*session.run(None, {INPUT_IDS: row[None].astype(np.int64)})) for row in rows]
+    return [ResidualStream(*session.run(None, {INPUT_IDS: row[None].astype(np.int64)})) for row in rows]
 
 
 def _product(graph: ir.Graph, path: str) -> ir.Value:

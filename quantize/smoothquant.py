@@ -1,4 +1,4 @@
-"""Smoothing (SmoothQuant, arXiv:2211.10438): moves large activations of a few channels into the weights.
+"""SmoothQuant (arXiv:2211.10438): moves large activations of a few channels into the weights.
 
 A few channels have large activations, and rounding them reduces the precision of the other channels in their block. Smoothing
 divides a channel of a product's input by a factor and multiplies the weight's column by the same factor. The division costs
@@ -18,15 +18,13 @@ import numpy as np
 
 from slm.core.config import ModelConfig
 from slm.export.graph.builder import Array
-from slm.export.graph.smoothing import NO_SMOOTHING, Smoothing, nearest_factors, smoothing_between
-
-__all__ = ["EXPONENT", "NO_SMOOTHING", "Smoothing", "nearest_factors", "smoothing", "smoothing_between"]
+from slm.export.graph.smoothing import Smoothing, nearest_factors
 
 # The exponent a of the activations. Of the measured 0.5 to 0.8, 0.5 to 0.7 are best (docs/LOG.md).
 EXPONENT = 0.6
 
 
-def smoothing(
+def smoothquant(
     tensors: Mapping[str, Array],
     config: ModelConfig,
     rms: Mapping[str, Array],

@@ -1,0 +1,154 @@
+"""The options of `slm quantize`, in two groups: the settings, and the texts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from slm.cli.options import check_input
+from slm.core.errors import SlmError
+from slm.core.text.documents import TEXT_COLUMN
+from slm.core.text.streams import DOCUMENT_BYTES
+from slm.core.text.tokens import TextSource
+from slm.quantize.defaults import CALIBRATION_TOKENS
+
+if TYPE_CHECKING:
+    from slm.core.contract import CacheType
+    from slm.core.manifest import Bundle
+    from slm.quantize.settings import Method, Prefer, Settings
+    from slm.quantize.texts import TokenRows
+
+_MAX_SHARE = 1000.0
+
+
+class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
+    """A share such as "2%" or "0.02"."""
+
+    name = "share"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the share, at least 0."""
+        text = str(value).strip()
+        try:
+            share = float(text.rstrip("% ")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= _MAX_SHARE:
+            self.fail(f"{value!r} is not a share such as 2% or 0.02, up to 100,000%", param, ctx)
+        return share
+
+
+@dataclass(frozen=True)
+class SettingOptions:
+    """The options that choose what to make. Raises an error for options that exclude each other."""
+
+    int8: bool
+    int8_dynamic: bool
+    reduce_range: bool
+    int4: bool
+    sweep: bool
+    prefer: "Prefer"
+    block_size: str | None
+    method: "Method | None"
+    smooth: bool | None
+    target_size: int | None
+    kv_cache: "CacheType | None"
+    max_kl: float | None
+    max_ppl_increase: float | None
+
+    def __post_init__(self) -> None:
+        """Checks that the options go together.
+
+        Raises:
+            click.UsageError: If there is not exactly one kind of output.
+            SlmError: If an option does not apply to the kind.
+        """
+        if self.int8 + self.int8_dynamic + self.int4 + self.sweep != 1:
+            raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
+        open_by_default = (self.block_size, self.method, self.smooth, self.target_size, self.kv_cache)
+        limits = (self.max_kl, self.max_ppl_increase)
+        if self.sweep and (self.prefer != "auto" or any(value is not None for value in (*open_by_default, *limits))):
+            raise SlmError("--sweep tries all settings and has no limits", "omit the other settings")
+        if self.target_size is not None and not self.int4:
+            raise SlmError(
+                "--target-size requires --int4: it chooses between 4 and 8 bits for each layer",
+                "use slm quantize --int4 --target-size SIZE",
+            )
+        if self.reduce_range and not self.int8_dynamic:
+            raise SlmError(
+                "--reduce-range requires --int8-dynamic; other products do not overflow", "omit --reduce-range"
+            )
+        if self.int8_dynamic and (self.block_size or self.method):
+            raise SlmError("--int8-dynamic does not support --block-size or --method", "omit them, or use --int8")
+
+    @property
+    def precision(self) -> Literal["int8", "int4"]:
+        """The precision of the bundle."""
+        return "int4" if self.int4 else "int8"
+
+    @property
+    def ending(self) -> str:
+        """The ending of the default output's name."""
+        return "sweep" if self.sweep else "int8-dynamic" if self.int8_dynamic else self.precision
+
+    def settings(self) -> "Settings":
+        """Returns the settings of a quantization."""
+        from slm.quantize.settings import GATES, Gate, Settings
+
+        aims_at_kl = self.int4 and self.target_size is None and self.prefer != "size"
+        max_kl = GATES[self.precision].max_kl_nats if self.max_kl is None else self.max_kl
+        return Settings(
+            precision=self.precision,
+            prefer=self.prefer,
+            dynamic=self.int8_dynamic,
+            reduce_range=self.reduce_range,
+            block_size=None if self.block_size is None else int(self.block_size),
+            method=self.method,
+            smooth=self.smooth,
+            cache=self.kv_cache,
+            target_bytes=self.target_size,
+            target_kl_nats=self.max_kl if aims_at_kl else None,
+            gate=Gate(max_kl, self.max_ppl_increase),
+        )
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The options that choose the texts for calibration and for the quality check."""
+
+    data: Path | None
+    column: str | None
+    max_document_bytes: int | None
+    tokens: int
+    window: int | None
+    calibration: Path | None
+    calibration_tokens: int | None
+
+    def __post_init__(self) -> None:
+        """Checks that the texts exist and are readable.
+
+        Raises:
+            SlmError: If one does not or is not.
+        """
+        for path in (self.data, self.calibration):
+            if path is not None:
+                check_input(path, "text", directories=True)
+
+    def for_evaluation(self, source: "Bundle") -> "TokenRows":
+        """Returns the held-out text."""
+        from slm.quantize.texts import measuring_text
+
+        return measuring_text(source, self._source(self.data), self.tokens, self.window)
+
+    def for_calibration(self, source: "Bundle", precision: str) -> "TokenRows":
+        """Returns the calibration text for a precision."""
+        from slm.quantize.texts import calibration_text
+
+        tokens = self.calibration_tokens or CALIBRATION_TOKENS[precision]
+        return calibration_text(source, self._source(self.calibration), tokens, self.window)
+
+    def _source(self, path: Path | None) -> TextSource | None:
+        if path is None:
+            return None
+        return TextSource(path.expanduser(), self.column or TEXT_COLUMN, self.max_document_bytes or DOCUMENT_BYTES)

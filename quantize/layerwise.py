@@ -1,0 +1,42 @@
+"""Rounding layer by layer: each layer is fitted to its inputs from the rounded layers before it.
+
+Dimensions: N output channels, K input channels.
+"""
+
+from dataclasses import replace
+from itertools import groupby
+
+from slm.export.graph.builder import Array
+from slm.quantize.gptq import quantize_gptq
+from slm.quantize.instrumented import InstrumentedLayer, embedded
+from slm.quantize.plan import Arrays, QuantizationPlan
+from slm.quantize.quantizer import Quantizer
+from slm.quantize.rounding import restored
+from slm.quantize.statistics import second_moments
+from slm.quantize.texts import TokenRows
+
+
+def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> QuantizationPlan:
+    """Returns the plan with the layers' weights rounded by GPTQ on a text, in the order of execution."""
+    rounded: dict[str, Arrays] = {}
+    smoothing, tensors = plan.smoothing, quantizer.smoothed_weights(plan)
+    streams = embedded(quantizer.float32, text.rows)
+    layers = [list(group) for _, group in groupby(quantizer.layers, key=lambda linear: linear.layer)]
+    quantizer.progress.start("GPTQ", len(layers), "layers")
+    for group in layers:
+        assert group[0].layer is not None
+        layer = InstrumentedLayer(quantizer.float32, group, group[0].layer)
+        moments = second_moments(layer, group, text, streams)
+        weights: dict[str, Array] = {}
+        for linear in group:
+            path, name = linear.path, f"{linear.path}.weight"
+            seen = moments.pop(path)
+            if name in smoothing.columns:  # smoothing divides the inputs by these factors
+                factors = smoothing.columns[name]
+                seen /= factors[:, None] * factors
+            rounded[path] = quantize_gptq(tensors[name], seen, plan.schemes[path])
+            weights[path] = smoothing.revert(name, restored(rounded[path], plan.schemes[path]))
+        streams = [layer.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
+        quantizer.progress.advance()
+    quantizer.progress.finish()
+    return replace(plan, rounded=rounded)
