@@ -161,6 +161,11 @@ allow_slow_option = click.option(
     is_flag=True,
     help="With --device cuda: run a bundle that was exported for the CPU, whose attention then runs on the CPU.",
 )
+qat_option = click.option(
+    "--qat",
+    type=click.Choice(["int8", "int4"]),
+    help="Train with the rounded values of slm quantize --int8 or --int4, which then changes no weight.",
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )
@@ -321,26 +326,6 @@ class Loading(TypedDict):
     threads: int | None
     trust: bool
     allow_slow: bool
-
-
-def collects(name: str, group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Returns a decorator of a command that passes several options to it as one object.
-
-    Args:
-        name: The command's argument for the object.
-        group: A dataclass whose fields are named as the options.
-    """
-    names = [field.name for field in fields(group)]
-
-    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(command)
-        def collected(**options: Any) -> Any:
-            found = group(**{each: options.pop(each) for each in names})
-            return command(**options, **{name: found})
-
-        return collected
-
-    return decorated
 
 
 def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,9 +74,7 @@ def fitted_scheme(scheme: Scheme, path: str, inputs: int) -> Scheme:
 
 # The grids of `slm quantize --int8` and `slm quantize --int4 --prefer size`.
 GRIDS: Mapping[QatPrecision, QatGrid] = {
-    "int8": QatGrid(
-        precision="int8", layers=Scheme(bits=8, block_size=128), vocabulary=Scheme(bits=8, block_size=64)
-    ),
+    "int8": QatGrid(precision="int8", layers=Scheme(bits=8, block_size=128), vocabulary=Scheme(bits=8, block_size=64)),
     "int4": QatGrid(
         precision="int4",
         layers=Scheme(bits=4, block_size=32, zero_points=True),

@@ -78,14 +78,19 @@ def kernel_output(x: Array, weight: Array, scheme: Scheme) -> Array:
     """Returns x Wᵀ as MatMulNBits computes it."""
     arrays = quantize_nearest(weight, scheme)
     tensors = [
-        helper.make_tensor(
-            name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes(), raw=True
-        )
+        helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes(), raw=True)
         for name, array in arrays.items()
     ]
     (outputs, inputs), attributes = weight.shape, {"bits": scheme.bits, "block_size": scheme.block_size}
     node = helper.make_node(
-        "MatMulNBits", ["x", *arrays], ["y"], domain="com.microsoft", K=inputs, N=outputs, accuracy_level=4, **attributes
+        "MatMulNBits",
+        ["x", *arrays],
+        ["y"],
+        domain="com.microsoft",
+        K=inputs,
+        N=outputs,
+        accuracy_level=4,
+        **attributes,
     )
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -108,7 +113,9 @@ def test_activations_are_rounded_as_the_kernel_does(name: str, rows: int) -> Non
     y = kernel_output(x, weight, scheme)
 
     def off(block_size: int) -> float:
-        return float(np.linalg.norm(rounded_activations(x, block_size) @ rounded(weight, scheme).T - y) / np.linalg.norm(y))
+        return float(
+            np.linalg.norm(rounded_activations(x, block_size) @ rounded(weight, scheme).T - y) / np.linalg.norm(y)
+        )
 
     assert off(scheme.block_size) < KERNEL_TOLERANCE
     assert off(scheme.block_size // 2) > 1000 * KERNEL_TOLERANCE  # the control
@@ -137,7 +144,8 @@ def test_the_gradient_passes_straight_through() -> None:
     weight = torch.from_numpy(drawn()).requires_grad_()
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
     (round_activations(x, scheme) @ round_weight(weight, scheme).T).square().sum().backward()
-    values, inputs = (leaf.detach().clone().requires_grad_() for leaf in (round_weight(weight, scheme), round_activations(x, scheme)))
+    roundings = round_weight(weight, scheme), round_activations(x, scheme)
+    values, inputs = (rounding.detach().clone().requires_grad_() for rounding in roundings)
     (inputs @ values.T).square().sum().backward()
     assert weight.grad is not None and x.grad is not None and values.grad is not None and inputs.grad is not None
     assert torch.equal(weight.grad, values.grad) and torch.equal(x.grad, inputs.grad)

@@ -1,4 +1,4 @@
-"""Quantization-aware training: checkpoints on the grid, masters that are not, when rounding begins, and the bundle's equality."""
+"""Quantization-aware training: checkpoints on the grid, trained weights that are not, and when rounding begins."""
 
 import json
 import shutil
@@ -86,7 +86,9 @@ def test_the_loss_is_that_of_the_rounded_model(runs: dict[str, TrainResult], pre
     assert len({run.loss for run in runs.values()}) == 3
 
 
-def test_rounding_begins_after_a_share_of_the_run(small_recipe: MakeRecipe, runs: dict[str, TrainResult], rows: Rows) -> None:
+def test_rounding_begins_after_a_share_of_the_run(
+    small_recipe: MakeRecipe, runs: dict[str, TrainResult], rows: Rows
+) -> None:
     train(small_recipe(qat={"precision": "int4", "start": 0.5}), Path("late"))
 
     def losses(run: Path) -> list[float]:
@@ -95,11 +97,15 @@ def test_rounding_begins_after_a_share_of_the_run(small_recipe: MakeRecipe, runs
     late, floats, rounded = losses(Path("late")), losses(runs["none"].run), losses(runs["int4"].run)
     assert late[:3] == floats[:3] != rounded[:3]
     assert all(a != b for a, b in zip(late[3:], floats[3:], strict=True))
-    before = [row["loss"] for row in rows(Path("late")) if row["type"] == "eval"][0]
-    assert before != [row["loss"] for row in rows(runs["none"].run) if row["type"] == "eval"][0]  # evaluations round always
+    first = [
+        next(row["loss"] for row in rows(run) if row["type"] == "eval") for run in (Path("late"), runs["none"].run)
+    ]
+    assert first[0] != first[1]  # evaluations always round
 
 
-@pytest.mark.parametrize("machine", [{"precision": "bfloat16"}, {"precision": "float16"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "machine", [{"precision": "bfloat16"}, {"precision": "float16"}, {"gradient_checkpointing": True}]
+)
 def test_it_trains_in_other_types_and_with_recomputation(
     small_recipe: MakeRecipe, runs: dict[str, TrainResult], machine: dict[str, Any]
 ) -> None:
