@@ -9,7 +9,7 @@ Dimensions: B batch, T positions, N output channels, K input channels, D hidden.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from slm.core.qat import QatGrid
 
 class _RoundedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int, block_size: int, zero_points: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, bits: Literal[4, 8], block_size: int, zero_points: bool) -> Tensor:
         scheme = Scheme.model_construct(bits=bits, block_size=block_size, zero_points=zero_points)
         out: Tensor = rounded(weight.float(), scheme, torch)
         return out

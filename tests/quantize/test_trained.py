@@ -31,7 +31,7 @@ MakeModel = Callable[[ModelConfig], CausalLM]
 
 # Float sums in another order flip a few roundings of activations. Measured: up to 2e-5; another grid differs by more than 2e-3.
 SAME_KL = 1e-4
-# Rounding a rounded weight again finds its scale from rounded values. Measured: 1e-7; another grid moves weights by 5e-3 or more.
+# Rounding a rounded weight again finds its scale from rounded values. Measured: 1e-7; another grid moves weights by 5e-3.
 SAME_WEIGHTS = 1e-6
 
 
