@@ -1,6 +1,7 @@
 """Suggests the next command after a result (`next: ...`), ready to copy and run."""
 
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,17 @@ def slm_command(*words: object) -> str:
 
 
 def next_step(command: str) -> None:
-    """Prints the next command."""
-    say(f"next: {command}")
+    """Prints the next command, and whether it requires a GPU that this machine does not have."""
+    elsewhere = ("--device", "cuda") in pairwise(shlex.split(command)) and not _has_gpu()
+    say(f"next{' (on a machine with an NVIDIA GPU; this one has none)' if elsewhere else ''}: {command}")
+
+
+def _has_gpu() -> bool:
+    """Returns whether onnxruntime has its CUDA provider, and the driver finds a GPU."""
+    from slm.cli.nvidia import driver
+    from slm.runtime.session import available_devices
+
+    return "cuda" in available_devices() and bool(driver().gpus)
 
 
 def after_checkpoint(checkpoint: Path) -> str:

@@ -328,22 +328,6 @@ class Loading(TypedDict):
     allow_slow: bool
 
 
-def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Passes --device, --cuda-graph, --threads, --trust and --allow-slow to a command as one argument, `loading`.
-
-    The command raises `click.UsageError` if --cuda-graph comes without --device cuda.
-    """
-
-    @wraps(command)
-    def collected(**options: Any) -> Any:
-        loading = {name: options.pop(name) for name in Loading.__annotations__}
-        if loading["cuda_graph"] and loading["device"] != "cuda":
-            raise click.UsageError("--cuda-graph needs --device cuda")
-        return command(loading=loading, **options)
-
-    return collected
-
-
 def collects(argument: str, group: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Passes the options that are fields of a dataclass to a command as one argument.
 
@@ -361,3 +345,19 @@ def collects(argument: str, group: type) -> Callable[[Callable[..., Any]], Calla
         return collected
 
     return decorate
+
+
+def collects_loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Passes --device, --cuda-graph, --threads, --trust and --allow-slow to a command as one argument, `loading`.
+
+    The command raises `click.UsageError` if --cuda-graph comes without --device cuda.
+    """
+
+    @wraps(command)
+    def collected(**options: Any) -> Any:
+        loading = {name: options.pop(name) for name in Loading.__annotations__}
+        if loading["cuda_graph"] and loading["device"] != "cuda":
+            raise click.UsageError("--cuda-graph needs --device cuda")
+        return command(loading=loading, **options)
+
+    return collected

@@ -3,17 +3,22 @@
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slm.cli.console import say
 from slm.cli.options import (
     MAX_SEED,
+    Loading,
     Real,
     Whole,
     adapter_type,
     allow_slow_option,
+    collects_loading,
     cuda_graph_option,
     threads_option,
     trust_option,
@@ -22,9 +27,9 @@ from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
 
 if TYPE_CHECKING:
+    from slm.runtime.backend import Decoder
     from slm.runtime.generation import Piece
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+    from slm.runtime.options import GenerationOptions
 
 CHOOSING = (
     "logit_bias",
@@ -197,11 +202,47 @@ _OPTIONS = (
 )
 
 
-def generation_options(command: Command) -> Command:
-    """Adds the options for running a model, ending a text and sampling."""
+@dataclass(frozen=True)
+class TextOptions:
+    """The options of `slm generate` and `slm chat` for running a model, ending a text and sampling.
+
+    Attributes:
+        loading: How the model is loaded.
+        draft: The longest draft of prompt-lookup decoding; None disables drafts.
+        adapter: The LoRA adapter.
+        generation: The options of `Model.pieces`.
+    """
+
+    loading: Loading
+    draft: int | None
+    adapter: Path | None
+    generation: "GenerationOptions"
+
+
+def generation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options for running a model, ending a text and sampling. The command gets them as one argument, `options`."""
+
+    @collects_loading
+    @wraps(command)
+    def collected(loading: Loading, draft: int | None, adapter: Path | None, greedy: bool, **others: Any) -> Any:
+        generation: Any = {name: others.pop(name) for name in (*CHOOSING, *ENDING) if name != "greedy"}
+        if generation["keep"] is not None and generation["on_full"] != "slide":
+            raise click.UsageError("--keep requires --on-full slide")
+        generation["stop"] = [utf8(each, "stop text") for each in generation["stop"]]
+        if greedy:
+            generation["temperature"] = 0.0
+        return command(options=TextOptions(loading, draft, adapter, generation), **others)
+
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        collected = option(collected)
+    return collected
+
+
+def say_backend(path: object, decoder: "Decoder", loading: Loading) -> None:
+    """Prints how a model is run, and what makes it slow or less accurate on this machine."""
+    say(f"{path}: {decoder.description}")
+    warn_of_saturation(decoder)
+    warn_of_conversions(decoder, loading["device"])
 
 
 def listen(pieces: "Iterable[Piece]", *, show: bool) -> "tuple[list[Piece], bool]":

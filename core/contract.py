@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from slm.core.config import FULL, ModelConfig
 
+# The set of operators of a graph.
 Target = Literal["fused", "portable"]
+# The device that a bundle is made for; `slm.runtime.session.RuntimeDevice` has those on which slm itself runs a model.
 Device = Literal["cpu", "cuda", "webgpu"]
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")

@@ -24,7 +24,7 @@ from slm.runtime.backend import Decoder
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import Caches, OnnxDecoder, comparable_positions
 from slm.runtime.memory import Array
-from slm.runtime.session import Device
+from slm.runtime.session import RuntimeDevice
 from slm.runtime.streaming import greedy
 
 # The limit for two float32 implementations that sum in different orders, through 18 layers. Rounding errors scale with the
@@ -35,7 +35,7 @@ TOLERANCE = 1e-4
 # float16 has 11 significant bits: each layer rounds products, keys and values with a relative error of up to 1 / 2,048.
 TOLERANCES: dict[Precision, float] = {"float32": TOLERANCE, "float16": 0.05}
 
-_HINTS: dict[Device, str] = {
+_HINTS: dict[RuntimeDevice, str] = {
     "cpu": "the checkpoint's values may be too large for accurate float32; nothing was written",
     "cuda": "do not use the bundle on this GPU; slm verify --device cpu checks the graph itself, slm doctor the GPU",
 }
@@ -49,7 +49,7 @@ def check_parity(
     reference: CausalLM,
     progress: Progress,
     tolerance: float | None = None,
-    device: Device = "cpu",
+    device: RuntimeDevice = "cpu",
     optimize: bool = True,
 ) -> Parity:
     """Compares a bundle with a PyTorch model that has the same weights.
@@ -109,7 +109,7 @@ class _Difference:
     caches: float
 
 
-def _check(found: Mapping[str, _Difference], tolerance: float, device: Device) -> None:
+def _check(found: Mapping[str, _Difference], tolerance: float, device: RuntimeDevice) -> None:
     """Checks that every difference is within the tolerance.
 
     Raises:

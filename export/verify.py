@@ -31,7 +31,7 @@ from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import smoothing_between
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
 from slm.runtime.placement import attends_on, check_placement
-from slm.runtime.session import Device, DeviceUnavailable, check_available
+from slm.runtime.session import DeviceUnavailable, RuntimeDevice, check_available
 
 # The kernel rounds activations to 8 bits, block by block, in every layer.
 INT8_TOLERANCE = 0.3
@@ -61,7 +61,7 @@ def verify_bundle(
     bundle: Bundle,
     checkpoint: Path,
     progress: Progress,
-    device: Device | None = None,
+    device: RuntimeDevice | None = None,
     allow_slow: bool = False,
 ) -> Verification:
     """Verifies a bundle against a checkpoint.
@@ -92,39 +92,81 @@ def verify_bundle(
     progress.note(f"{count} weights match the checkpoint")
     with released():
         reference = model_of(bundle)
-    precision = bundle.manifest.precision
-    rounded_caches = any(layer.dtype == "int8" for layer in bundle.manifest.cache)
-    quantized = bundle.manifest.quantization
-    on_gpu = (
-        bundle.manifest.device != "cpu"
-    )  # products for GPUs take float16 activations, which no kernel rounds to integers
-    tolerance = TOLERANCES["float16"] if on_gpu else TOLERANCES[precision] if quantized is None else INT8_TOLERANCE
-    tolerance = INT8_CACHE_TOLERANCE if rounded_caches else tolerance
+    limits = _Limits.of(bundle)
     found: dict[str, Parity] = {}
     if device != "cpu" and (device == "cuda" or attends_on(bundle, "cuda") == "cuda" or allow_slow):
         try:
-            check_available("cuda")
-            # Only on CUDA does onnxruntime fuse the norms of queries and keys into attention, so both graphs run there.
-            found["cuda"] = check_parity(bundle, reference, progress, tolerance, "cuda")
-            found["cuda, graph as written"] = check_parity(
-                bundle, reference, progress, tolerance, "cuda", optimize=False
-            )
+            found = _on_cuda(bundle, reference, progress, limits)
         except DeviceUnavailable as error:
             if device == "cuda":
                 raise
             progress.note(f"skipping CUDA: {error.message}")
-    if device == "cuda":
-        return Verification(count, off, found)
-    found = {"cpu": check_parity(bundle, reference, progress, tolerance)} | found
-    portable = bundle.manifest.target == "portable"
-    as_written = TOLERANCE if portable else tolerance
-    found["cpu, graph as written"] = check_parity(bundle, reference, progress, as_written, optimize=False)
-    rounds = quantized is not None and not any(scheme.dynamic for scheme in quantized.schemes.values())
-    if rounds and not portable and not on_gpu:
-        with _float_activations(bundle) as exact:
-            allowed = tolerance if rounded_caches else TOLERANCE
-            found["cpu, float activations"] = check_parity(exact, reference, progress, allowed)
+    if device != "cuda":
+        found = _on_cpu(bundle, reference, progress, limits) | found
     return Verification(count, off, found)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The largest differences from PyTorch that a bundle may have.
+
+    Attributes:
+        optimized: With onnxruntime's optimizations.
+        as_written: Without them, on the CPU.
+        float_activations: With products that do not round activations; None if the bundle has no others.
+    """
+
+    optimized: float
+    as_written: float
+    float_activations: float | None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "_Limits":
+        """Returns the limits of a bundle."""
+        manifest = bundle.manifest
+        # Products for GPUs take float16 activations, which no kernel rounds to integers.
+        on_gpu, portable = manifest.device != "cpu", manifest.target == "portable"
+        rounded_caches = any(layer.dtype == "int8" for layer in manifest.cache)
+        if rounded_caches:
+            optimized = INT8_CACHE_TOLERANCE
+        elif on_gpu:
+            optimized = TOLERANCES["float16"]
+        else:
+            optimized = TOLERANCES[manifest.precision] if manifest.quantization is None else INT8_TOLERANCE
+        schemes = () if manifest.quantization is None else manifest.quantization.schemes.values()
+        rounds = manifest.quantization is not None and not any(scheme.dynamic for scheme in schemes)
+        exact = rounds and not portable and not on_gpu
+        return cls(
+            optimized,
+            as_written=TOLERANCE if portable else optimized,
+            float_activations=(optimized if rounded_caches else TOLERANCE) if exact else None,
+        )
+
+
+def _on_cuda(bundle: Bundle, reference: CausalLM, progress: Progress, limits: _Limits) -> dict[str, Parity]:
+    """Compares a bundle on CUDA, with and without onnxruntime's optimizations.
+
+    Raises:
+        DeviceUnavailable: If there is no CUDA.
+    """
+    check_available("cuda")
+    limit = limits.optimized  # only on CUDA does onnxruntime fuse the norms of queries and keys into attention
+    return {
+        "cuda": check_parity(bundle, reference, progress, limit, "cuda"),
+        "cuda, graph as written": check_parity(bundle, reference, progress, limit, "cuda", optimize=False),
+    }
+
+
+def _on_cpu(bundle: Bundle, reference: CausalLM, progress: Progress, limits: _Limits) -> dict[str, Parity]:
+    """Compares a bundle on the CPU, with and without onnxruntime's optimizations and with float activations."""
+    found = {
+        "cpu": check_parity(bundle, reference, progress, limits.optimized),
+        "cpu, graph as written": check_parity(bundle, reference, progress, limits.as_written, optimize=False),
+    }
+    if limits.float_activations is not None:
+        with _float_activations(bundle) as exact:
+            found["cpu, float activations"] = check_parity(exact, reference, progress, limits.float_activations)
+    return found
 
 
 def record_parity(bundle: Bundle, found: Verification) -> bool:

@@ -14,9 +14,9 @@ from slm.export.graph import (
     BlockFormat,
     DequantizedFormat,
     Fused,
+    Operators,
     Portable,
     SlotFormat,
-    Target,
     WeightFormat,
     build_graph,
     portable_tensors,
@@ -70,7 +70,7 @@ def write_graph(source: Bundle, plan: QuantizationPlan, tensors: Mapping[str, Ar
     """
     quantization = plan.record()
     precision: Precision = "int4" if quantization.bits == 4 else "int8"
-    target: Target[Any]
+    target: Operators[Any]
     if source.manifest.target == "portable":  # as written, the portable graph computes in floats
         quantization = quantization.model_copy(update={"accuracy_level": 0})
         tensors = portable_tensors(tensors, quantization.schemes)

@@ -243,11 +243,24 @@ class ReadProbe:
         self._parts = []
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A model whose speed is measured.
+
+    Attributes:
+        decoder: The model, for cases of one row.
+        make_rows: Creates the rows of other cases.
+        step_bytes: Returns the bytes that a step of a case reads.
+    """
+
+    decoder: Decoder
+    make_rows: MakeRows
+    step_bytes: Callable[[Case], int]
+
+
 def measure(
-    decoder: Decoder,
-    make_rows: MakeRows,
+    model: Measured,
     cases: Sequence[Case],
-    step_bytes: Callable[[Case], int],
     probe: ReadProbe | None,
     *,
     new: int,
@@ -257,17 +270,16 @@ def measure(
     """Times cases in turn, after one warm-up.
 
     Args:
-        decoder: The model, for cases of one row.
-        make_rows: Creates the rows of other cases.
+        model: The model.
         cases: The cases; prompt and new tokens fit into the context.
-        step_bytes: Returns the bytes that a step of a case reads.
         probe: Measures the memory speed once per round; None if memory is not the limit.
         new: New tokens per row, at least 2; the first comes from the prompt's logits.
         rounds: The number of timings per case.
         progress: Advances with every timing.
     """
     progress = progress or Silent()
-    timings = [Timing(case, step_bytes(case), new - 1) for case in cases]
+    decoder = model.decoder
+    timings = [Timing(case, model.step_bytes(case), new - 1) for case in cases]
     progress.start("benchmark", rounds * len(cases), "visits")
     try:
         read_and_write(decoder, min(case.prompt for case in cases), min(new, _WARM_UP))
@@ -278,7 +290,7 @@ def measure(
                     read_s, decode_s = read_and_write(decoder, timing.case.prompt, new)
                     timing.read_s.append(read_s)
                 else:
-                    decode_s = _steps(make_rows(timing.case, new), timing.case.batch, new - 1)
+                    decode_s = _steps(model.make_rows(timing.case, new), timing.case.batch, new - 1)
                 timing.decode_s.append(decode_s)
                 timing.read_rate += [] if rate is None else [rate]
                 progress.advance()

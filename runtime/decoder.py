@@ -21,7 +21,7 @@ from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.cuda_graph import CUDA_OPTIONS, StepGraphs, check_bundle, without_graph
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
-from slm.runtime.session import Device, first_line, open_session, takes_from
+from slm.runtime.session import RuntimeDevice, first_line, open_session, takes_from
 
 # Tokens per step of a prompt. It bounds the attention scores, which are (heads, chunk, length).
 PREFILL_CHUNK = 512
@@ -97,7 +97,7 @@ class OnnxDecoder:
     def __init__(
         self,
         bundle: Bundle,
-        device: Device = "cpu",
+        device: RuntimeDevice = "cpu",
         threads: int | None = None,
         optimize: bool = True,
         cuda_graph: bool = False,
@@ -119,7 +119,7 @@ class OnnxDecoder:
             check_bundle(bundle)
         self.session = open_session(bundle, device, threads, optimize, CUDA_OPTIONS if cuda_graph else None)
         self._device = device
-        self.cache_device: Device = "cpu"
+        self.cache_device: RuntimeDevice = "cpu"
         self.place: Place = HostBuffer
         if device == "cuda":
             # Only attention reads the caches of a fused graph; in a portable graph another operator also reads the shape of

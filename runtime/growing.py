@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slm.core.contract import SIDES, CacheLayer, Side, past_name, present_name
 from slm.core.rewind import check_rewind
 from slm.runtime.cache import CachedRow, Extent
-from slm.runtime.session import Device
+from slm.runtime.session import RuntimeDevice
 
 Array = NDArray[Any]
 
@@ -29,7 +29,7 @@ class GrowingCaches:
         growths: How often the pairs were replaced. A replacement invalidates earlier bindings.
     """
 
-    def __init__(self, layers: Sequence[CacheLayer], batch: int = 1, device: Device = "cpu") -> None:
+    def __init__(self, layers: Sequence[CacheLayer], batch: int = 1, device: RuntimeDevice = "cpu") -> None:
         """Starts with empty caches.
 
         Args:

@@ -79,7 +79,6 @@ class Model:
         self.decoder = decoder
         self.stop_token_ids = tuple(stop_token_ids)
         self.about = about
-        self._last: list[Generation] = []  # the texts of the last call
         self._lock = threading.RLock()
         self._under_way: object = None  # the text that the decoder is reading
 
@@ -88,16 +87,6 @@ class Model:
             return f"<slm.Model on {self.decoder.description}>"
         about = self.about
         return f"<slm.Model {about.path}: {about.parameters:,} parameters, {about.precision}, {about.device}>"
-
-    @property
-    def last_runs(self) -> tuple[Result, ...]:
-        """Results of the last call, in the order of its prompts; for an unfinished stream, its result so far."""
-        return tuple(generation.result for generation in self._last)
-
-    @property
-    def last_run(self) -> Result | None:
-        """Result of the text that was started last; None before the first."""
-        return self._last[-1].result if self._last else None
 
     def logits(self, ids: Sequence[Sequence[int]] | NDArray[Any]) -> NDArray[np.float32]:
         """Returns the logits, float32 (batch, sequence, vocab), at every position of rows of one length.
@@ -213,7 +202,6 @@ class Model:
 
     def _begin(self, prompt: Any, options: GenerationOptions) -> Stream[Piece]:
         generation = self._generation(prompt, options)
-        self._last = [generation]
         pieces = run(self.decoder, generation)
         return pieces.through(self._alone(pieces))
 
@@ -249,7 +237,6 @@ class Model:
                 message = f"prompt {number + 1} of {len(prompt)}: {error.message}"
                 raise type(error)(message, error.hint) from None
         with self._lock:
-            self._last = generations
             if batched(self.decoder, generations) is None:  # generations run on the decoder one after the other
                 self._under_way = None
             return run_batch(self.decoder, generations)

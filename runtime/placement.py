@@ -13,20 +13,20 @@ from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.runs import bundle_path
-from slm.runtime.session import Device, check_available
+from slm.runtime.session import RuntimeDevice, check_available
 
 # The descriptions of fused bundles, by the device that they were exported for.
 _NAMES = {"cpu": "the CPU", "cuda": "CUDA", "webgpu": "WebGPU"}
 _QUANTIZE = {"int8": "--int8", "int4": "--int4"}
 
 
-def attends_on(bundle: Bundle, device: Device) -> Device:
+def attends_on(bundle: Bundle, device: RuntimeDevice) -> RuntimeDevice:
     """Returns the device on which a bundle's attention runs when the bundle runs on `device`."""
     on_cpu = bundle.manifest.target == "fused" and bundle.manifest.device == "cpu"
     return "cpu" if on_cpu else device
 
 
-def check_placement(bundle: Bundle, device: Device, allow_slow: bool = False) -> None:
+def check_placement(bundle: Bundle, device: RuntimeDevice, allow_slow: bool = False) -> None:
     """Checks that a bundle's attention runs on the device.
 
     Args:
@@ -47,7 +47,7 @@ def check_placement(bundle: Bundle, device: Device, allow_slow: bool = False) ->
     )
 
 
-def conversion_note(bundle: Bundle, device: Device) -> str:
+def conversion_note(bundle: Bundle, device: RuntimeDevice) -> str:
     """Returns a note on a bundle that is slow on a device because of conversions; empty for other bundles."""
     made_for = bundle.manifest.device
     if device != "cpu" or made_for == "cpu":

@@ -24,8 +24,6 @@ from slm.runtime.streaming import run
 
 # The default number of texts that `run_batch` steps together.
 SLOTS = 8
-# Reading a shorter prompt is faster than copying its caches.
-_WORTH_KEEPING = 64
 # Seconds that a step waits for the masks of constrained texts, and that an otherwise idle scheduler waits.
 _MASK_S = 0.002
 _IDLE_S = 0.005
@@ -59,7 +57,7 @@ class _Row:
 
     generation: Generation
     slot: Slot
-    prefixes: PrefixCache | None
+    prefixes: PrefixCache
     read: int = 0
     read_at: float = 0.0
     reading: bool = True
@@ -122,15 +120,12 @@ class Scheduler:
         """
         assert generation.request.on_full == "stop"
         slot = self.batch.take(adapter)
-        prefixes = None
-        if self._prefix_bytes:
-            digest = "" if adapter is None else adapter.digest
-            prefixes = self._prefixes.setdefault(digest, PrefixCache(self._prefix_bytes))
+        digest = "" if adapter is None else adapter.digest
+        prefixes = self._prefixes.setdefault(digest, PrefixCache(self._prefix_bytes))
         row = self._rows[generation] = _Row(generation, slot, prefixes)
         generation.begin(self._threads)
-        if prefixes is not None:
-            row.read = generation.reused = prefixes.restore(slot, generation.unread)
-            self.work.reused_tokens += row.read
+        row.read = generation.reused = prefixes.restore(slot, generation.unread)
+        self.work.reused_tokens += row.read
 
     def release(self, generation: Generation) -> None:
         """Frees the slot of a text, if it has one."""
@@ -182,22 +177,19 @@ class Scheduler:
 
     def _piece_end(self, row: _Row) -> int:
         """Returns the end of the next piece of a prompt."""
-        last = len(row.generation.unread) - 1
-        # The last token is read separately if a snapshot of the tokens before it is stored for other prompts.
-        alone = row.prefixes is not None and last >= _WORTH_KEEPING and row.read < last
-        return min(row.read + self._prefill, last if alone else last + 1)
+        return min(row.read + self._prefill, row.prefixes.pause(len(row.generation.unread), row.read))
 
     def _read_on(self, row: _Row) -> Events:
         """Reads the next piece of a prompt; the last piece yields the first token."""
         ids, stop = row.generation.unread, self._piece_end(row)
-        last = len(ids) - 1
+        pause = row.prefixes.pause(len(ids), row.read)
         began = time.perf_counter()
         logits = row.slot.read(list(ids[row.read : stop]))
         self.work.prompt_tokens += stop - row.read
         row.read, row.read_at = stop, time.perf_counter()
-        if row.prefixes is not None and stop == last >= _WORTH_KEEPING:
-            row.prefixes.add(list(ids[:last]), row.slot.snapshot())
-        if stop <= last:
+        if stop < len(ids):
+            if stop == pause:
+                row.prefixes.store(list(ids[:stop]), row.slot)
             return []
         row.reading = False
         return [self._feed(row, logits, began)]

@@ -18,7 +18,8 @@ from slm.core.machine import (
 from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.runtime.hugepages import use_huge_pages
 
-Device = Literal["cpu", "cuda"]
+# The devices on which slm runs a model.
+RuntimeDevice = Literal["cpu", "cuda"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
@@ -41,10 +42,10 @@ class DeviceUnavailable(SlmError):
     """Raised if this onnxruntime has no provider for a device, or the provider cannot start."""
 
 
-def available_devices() -> list[Device]:
+def available_devices() -> list[RuntimeDevice]:
     """Returns the devices that this onnxruntime can use; "cuda" means that its provider is installed."""
     installed = ort.get_available_providers()
-    devices: list[Device] = ["cpu", "cuda"]
+    devices: list[RuntimeDevice] = ["cpu", "cuda"]
     return [device for device in devices if _PROVIDERS[device] in installed]
 
 
@@ -76,7 +77,7 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     return options
 
 
-def check_available(device: Device) -> None:
+def check_available(device: RuntimeDevice) -> None:
     """Checks that this onnxruntime has a provider for the device.
 
     Raises:
@@ -91,7 +92,7 @@ def check_available(device: Device) -> None:
 
 def open_session(
     bundle: Bundle,
-    device: Device = "cpu",
+    device: RuntimeDevice = "cpu",
     threads: int | None = None,
     optimize: bool = True,
     cuda_options: Mapping[str, str] | None = None,
@@ -154,7 +155,7 @@ def _check_signature(session: ort.InferenceSession, bundle: Bundle) -> None:
                 )
 
 
-def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
+def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> RuntimeDevice:
     """Returns the memory from which a session reads some of its inputs: that of the operators that use them.
 
     An input elsewhere is copied once when it is bound, and later changes are not seen.
@@ -164,7 +165,7 @@ def takes_from(session: ort.InferenceSession, inputs: Sequence[str]) -> Device:
     """
     names = [each.name for each in session.get_inputs()]
     places = dict(zip(names, session.get_input_memory_infos(), strict=True))
-    found: set[Device] = {"cuda" if places[name].name == _CUDA_MEMORY else "cpu" for name in inputs}
+    found: set[RuntimeDevice] = {"cuda" if places[name].name == _CUDA_MEMORY else "cpu" for name in inputs}
     if len(found) > 1:
         raise SlmError("attention would run on CUDA in some layers and on the CPU in others", "--device cpu")
     return found.pop()

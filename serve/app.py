@@ -16,10 +16,10 @@ from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.token_bytes import token_bytes
 from slm.serve.access import Access
 from slm.serve.body import read
-from slm.serve.completions import adapter_of, answer, check_size, prompts_of
+from slm.serve.completions import Completions, adapter_of, answer, check_size, prompts_of
 from slm.serve.docs_page import HEADERS, docs_page
 from slm.serve.errors import Refused, add_envelopes, said
-from slm.serve.formatting import Chat, Completion, card
+from slm.serve.formatting import ChatShape, CompletionShape, card
 from slm.serve.middleware import Guard
 from slm.serve.openapi import body_of, describe
 from slm.serve.requests import ChatRequest, CompletionRequest
@@ -71,6 +71,24 @@ def make_app(service: Service) -> FastAPI:
     site = _page(service)
     access = Access(service.keys, service.hosts, service.origins, public={*_PUBLIC, *paths_of(site)})
     app.add_middleware(Guard, service=service, access=access)
+    _add_status(app, service)
+    _add_models(app, service)
+
+    @app.get("/docs", response_class=HTMLResponse, responses={200: {"content": {"text/html": {}}}})
+    async def docs() -> Response:
+        return Response(page, headers=dict(HEADERS), media_type="text/html")
+
+    _add_completions(app, service, chats)
+    mount(app, site)
+    description = describe(app.openapi(), keys=bool(service.keys))
+    page = docs_page(description)
+    # The description is built before the first request: it would block the event loop for too long.
+    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    return app
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    """Adds the probes and the metrics."""
     unwell: dict[int | str, dict[str, Any]] = {
         503: {"model": Status, "description": "the engine has ended or is stuck"}
     }
@@ -89,6 +107,10 @@ def make_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    """Adds the list of models."""
+
     @app.get("/v1/models", response_model=Cards, responses=refused(401, *TURNED_AWAY))
     async def models() -> Response:
         names = (service.name, *service.adapters)
@@ -99,9 +121,9 @@ def make_app(service: Service) -> FastAPI:
         adapter_of(service, name)
         return JSONResponse(card(service, name))
 
-    @app.get("/docs", response_class=HTMLResponse, responses={200: {"content": {"text/html": {}}}})
-    async def docs() -> Response:
-        return Response(page, headers=dict(HEADERS), media_type="text/html")
+
+def _add_completions(app: FastAPI, service: Service, chats: ThreadPoolExecutor) -> None:
+    """Adds chats and completions; `chats` runs chat templates."""
 
     @app.post(
         "/v1/chat/completions",
@@ -123,7 +145,7 @@ def make_app(service: Service) -> FastAPI:
             raise Refused(400, said(error), param="messages") from None
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens or request.max_tokens
-        return await answer(service, request, connection, [ids], limit, top, Chat())
+        return await answer(service, connection, Completions(request, [ids], limit, top, ChatShape()))
 
     @app.post(
         "/v1/completions",
@@ -134,14 +156,8 @@ def make_app(service: Service) -> FastAPI:
     async def completions(connection: Request) -> Response:
         request = await read(connection, CompletionRequest)
         prompts = await prompts_of(service, request.prompt)
-        return await answer(service, request, connection, prompts, request.max_tokens, request.logprobs, Completion())
-
-    mount(app, site)
-    description = describe(app.openapi(), keys=bool(service.keys))
-    page = docs_page(description)
-    # The description is built before the first request: it would block the event loop for too long.
-    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
-    return app
+        wanted = Completions(request, prompts, request.max_tokens, request.logprobs, CompletionShape())
+        return await answer(service, connection, wanted)
 
 
 def _warm(service: Service) -> None:

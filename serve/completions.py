@@ -30,7 +30,7 @@ from slm.serve.events import Inbox, Post
 from slm.serve.formatting import FINISH, Shape, answer_of, choice, usage_of
 from slm.serve.log import record_answers
 from slm.serve.queue import Full
-from slm.serve.requests import Request as AnyRequest
+from slm.serve.requests import ApiRequest
 from slm.serve.service import Service
 
 Value = TypeVar("Value")
@@ -51,6 +51,50 @@ _SHRINKS = 4
 _LEAST_TOP_P = 1e-9
 # The most pieces per event; with 20 log-probabilities each they take 5 ms to write.
 _PIECES = 64
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The completions that one HTTP request asks for.
+
+    Attributes:
+        request: The request.
+        prompts: Token ids; each prompt gets as many completions as the request wants.
+        new_tokens: The most new tokens of each completion; None for the server's limit.
+        logprobs: The number of most likely tokens per token; None for no log-probabilities.
+        shape: The JSON format.
+    """
+
+    request: ApiRequest
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int | None
+    logprobs: int | None
+    shape: Shape
+
+    @property
+    def count(self) -> int:
+        """The number of completions."""
+        return len(self.prompts) * (self.request.n or 1)
+
+    @property
+    def size(self) -> int:
+        """Tokens, characters and biases to process before the completions can run."""
+        request = self.request
+        biases = self.count * len(request.logit_bias or ())
+        return sum(map(len, self.prompts)) + sum(map(len, request.stops)) + biases
+
+    def generation(self, service: Service, index: int, constraint: JsonConstraint | None) -> Request:
+        """Returns the request of one completion to the engine."""
+        limit, count = service.limits.new_tokens, self.request.n or 1
+        return Request(
+            prompt=self.prompts[index // count],
+            sampling=_sampling(self.request, index % count),
+            max_new_tokens=min(self.new_tokens or limit, limit),
+            stop_tokens=() if self.request.ignore_eos else frozenset(service.model.stop_token_ids),
+            stop=tuple(self.request.stops),
+            logprobs=self.logprobs,
+            constraint=constraint,
+        )
 
 
 @dataclass
@@ -75,40 +119,27 @@ class _Submitted:
         return self.texts[0].request.logprobs is not None
 
 
-async def answer(
-    service: Service,
-    request: AnyRequest,
-    connection: Connection,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int | None,
-    logprobs: int | None,
-    shape: Shape,
-) -> Response:
-    """Runs a request and returns its response, whole or as a stream.
+async def answer(service: Service, connection: Connection, wanted: Completions) -> Response:
+    """Runs the completions of a request and returns its response, whole or as a stream.
 
     Args:
         service: The served models and limits.
-        request: The request.
         connection: The HTTP request, which reports whether the client is still connected.
-        prompts: Token ids; each prompt gets as many completions as the request wants.
-        new_tokens: The most new tokens of each completion.
-        logprobs: The number of most likely tokens per token; None for no log-probabilities.
-        shape: The JSON format.
+        wanted: The completions.
 
     Raises:
         Refused: If the request is invalid, or cannot be accepted now.
     """
+    request, prompts, shape = wanted.request, wanted.prompts, wanted.shape
     adapter = adapter_of(service, request.model)
-    texts = len(prompts) * (request.n or 1)
-    _check_count(service, texts, "n")
+    _check_count(service, wanted.count, "n")
     _check_lengths(service, prompts)
-    constraints = await _constraints(service, request, texts)
+    constraints = await _constraints(service, request, wanted.count)
     name = service.name if request.model is None else request.model
     head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
     post = service.post(asyncio.get_running_loop())
-    size = sum(map(len, prompts)) + sum(map(len, request.stops)) + texts * len(request.logit_bias or ())
-    submit = partial(_submit, service, post, request, prompts, adapter, constraints, new_tokens, logprobs)
-    submitted = await aside(size, submit) if size > _SHORT else submit()
+    submit = partial(_submit, service, post, wanted, adapter, constraints)
+    submitted = await aside(wanted.size, submit) if wanted.size > _SHORT else submit()
     record_answers(connection.scope, name, prompts, submitted.texts, submitted.ended)
     if request.stream:
         options = request.stream_options
@@ -203,7 +234,7 @@ def check_size(service: Service, texts: Sequence[object], param: str) -> None:
             )
 
 
-async def _constraints(service: Service, request: AnyRequest, texts: int) -> Sequence[JsonConstraint | None]:
+async def _constraints(service: Service, request: ApiRequest, texts: int) -> Sequence[JsonConstraint | None]:
     """Returns the constraint of each completion."""
     form = request.response_format
     if form is None or form.type == "text":
@@ -237,7 +268,7 @@ def _check_count(service: Service, answers: int, param: str) -> None:
         raise Refused(400, f"{answers:,} completions in one request; the limit is {service.limits.texts}", param=param)
 
 
-def _sampling(request: AnyRequest, index: int) -> Sampling:
+def _sampling(request: ApiRequest, index: int) -> Sampling:
     """Returns the sampling settings. The defaults are OpenAI's, which keep every token."""
     seed = int(uuid.uuid4().int % 2**32) if request.seed is None else request.seed % 2**63
     return Sampling(
@@ -257,34 +288,22 @@ def _sampling(request: AnyRequest, index: int) -> Sampling:
 def _submit(
     service: Service,
     post: Post,
-    request: AnyRequest,
-    prompts: Sequence[Sequence[int]],
+    wanted: Completions,
     adapter: Adapter | None,
     constraints: Sequence[JsonConstraint | None],
-    new_tokens: int | None,
-    logprobs: int | None,
 ) -> _Submitted:
     """Submits all texts to the engine, or none."""
-    limits, count, stop = service.limits, request.n or 1, tuple(request.stops)
     inbox, texts = Inbox(), list[Generation]()
     try:
-        for place, constraint in enumerate(constraints):
-            wanted = Request(
-                prompt=prompts[place // count],
-                sampling=_sampling(request, place % count),
-                max_new_tokens=min(new_tokens or limits.new_tokens, limits.new_tokens),
-                stop_tokens=() if request.ignore_eos else frozenset(service.model.stop_token_ids),
-                stop=stop,
-                logprobs=logprobs,
-                constraint=constraint,
-            )
-            deadline = time.monotonic() + limits.seconds
-            deliver = post.to(inbox, place)
-            texts.append(service.engine.submit(wanted, deliver, adapter=adapter, deadline=deadline))
+        for index, constraint in enumerate(constraints):
+            request = wanted.generation(service, index, constraint)
+            deadline = time.monotonic() + service.limits.seconds
+            deliver = post.to(inbox, index)
+            texts.append(service.engine.submit(request, deliver, adapter=adapter, deadline=deadline))
     except SlmError as error:
         _cancel(service, texts)
         raise _not_now(service, error) from None
-    return _Submitted(prompts, texts, inbox)
+    return _Submitted(wanted.prompts, texts, inbox)
 
 
 def _not_now(service: Service, error: SlmError) -> Refused:

@@ -152,7 +152,7 @@ def answer_of(head: Mapping[str, Any], choices: Sequence[str], **more: Any) -> s
     return f'{json.dumps(head)[:-1]}, "choices": [{", ".join(choices)}]{last}}}'
 
 
-class Chat:
+class ChatShape:
     """The JSON format of chats."""
 
     kind, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
@@ -174,7 +174,7 @@ class Chat:
         return ChatScores(own)
 
 
-class Completion:
+class CompletionShape:
     """The JSON format of completions."""
 
     kind, chunk, prefix = "text_completion", "text_completion", "cmpl-"
@@ -196,7 +196,7 @@ class Completion:
         return CompletionScores(own)
 
 
-Shape = Chat | Completion
+Shape = ChatShape | CompletionShape
 
 
 def card(service: Service, name: str) -> dict[str, Any]:

@@ -103,8 +103,8 @@ def _biases(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, AfterValidator(_whole)]
-StopText = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
+UnicodeText = Annotated[str, AfterValidator(_whole)]
+StopText = Annotated[UnicodeText, Field(min_length=1, max_length=LONGEST_STOP)]
 # Separate from the bounds of each integer: a validator around the whole field would hide them in the description.
 INTEGRAL = BeforeValidator(_integral)
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -189,8 +189,8 @@ class Part(_Object):
     )
 
     type: Literal["text", "refusal"]
-    text: Text | None = None
-    refusal: Text | None = Field(None, description="Text of a refusal part of an earlier message.")
+    text: UnicodeText | None = None
+    refusal: UnicodeText | None = Field(None, description="Text of a refusal part of an earlier message.")
 
     @model_validator(mode="before")
     @classmethod
@@ -217,7 +217,7 @@ def _kind_of_content(value: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[Text, Tag("[text]")]
+    Annotated[UnicodeText, Tag("[text]")]
     | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True), Tag("[parts]")],
     Discriminator(
         _kind_of_content, custom_error_type="content_type", custom_error_message="must be a text or a list of parts"
@@ -247,7 +247,7 @@ class ChatMessage(_Object):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = Field(None, description="Required, except in an assistant message without text.")
-    refusal: Text | None = Field(None, description="Text of an assistant message without content.")
+    refusal: UnicodeText | None = Field(None, description="Text of an assistant message without content.")
 
     @model_validator(mode="before")
     @classmethod
@@ -273,9 +273,9 @@ class ChatMessage(_Object):
 class JsonSchema(_Object):
     """A schema and its name."""
 
-    name: Text
+    name: UnicodeText
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="If absent, any JSON object.")
-    description: Text | None = Field(None, description="The model does not see it.")
+    description: UnicodeText | None = Field(None, description="The model does not see it.")
     strict: bool | None = Field(None, description="Completions follow the schema in either case.")
 
 
@@ -314,7 +314,7 @@ class StreamOptions(_Object):
     include_usage: bool | None = Field(None, description="Send a last event with the token usage.")
 
 
-class Request(_Object):
+class ApiRequest(_Object):
     """The common fields of chats and completions; slm's own fields start at top_k."""
 
     harmless = frozenset(
@@ -336,7 +336,7 @@ class Request(_Object):
         "grammar": Unsupported("grammars are not supported", ("",)),
     }
 
-    model: Text | None = Field(None, description="Optional if there is only one.")
+    model: UnicodeText | None = Field(None, description="Optional if there is only one.")
     stream: bool | None = Field(None, description="Stream the completion as server-sent events.")
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), INTEGRAL] | None = Field(
@@ -365,7 +365,7 @@ class Request(_Object):
     ignore_eos: bool | None = Field(None, description="Continue after end-of-text tokens.")
 
     @model_validator(mode="after")
-    def _possible(self) -> "Request":
+    def _possible(self) -> "ApiRequest":
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options requires stream")
         return self
@@ -376,12 +376,18 @@ class Request(_Object):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
-class ChatRequest(Request):
+class ChatRequest(ApiRequest):
     """A conversation to continue with a message."""
 
-    harmless = Request.harmless | {"parallel_tool_calls", "prediction", "reasoning_effort", "verbosity", "moderation"}
+    harmless = ApiRequest.harmless | {
+        "parallel_tool_calls",
+        "prediction",
+        "reasoning_effort",
+        "verbosity",
+        "moderation",
+    }
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        **Request.unsupported,
+        **ApiRequest.unsupported,
         "tools": Unsupported(_TOOLS, ([],)),
         "tool_choice": Unsupported(_TOOLS, ("none", "auto")),
         "functions": Unsupported(_TOOLS, ([],)),
@@ -421,8 +427,8 @@ def _kind_of_prompt(value: Any) -> str | None:
 
 
 Prompt = Annotated[
-    Annotated[Text, Tag("[text]")]
-    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True), Tag("[texts]")]
+    Annotated[UnicodeText, Tag("[text]")]
+    | Annotated[list[UnicodeText], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True), Tag("[texts]")]
     | Annotated[TokenIds, Tag("[ids]")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True), Tag("[lists]")],
     Discriminator(
@@ -433,11 +439,11 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(Request):
+class CompletionRequest(ApiRequest):
     """One or several prompts to complete."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        **Request.unsupported,
+        **ApiRequest.unsupported,
         "suffix": Unsupported("inserting text is not supported", ("",)),
         "echo": Unsupported("not supported", (False,)),
         "prompt_logprobs": Unsupported("logprobs of prompt tokens are not supported"),

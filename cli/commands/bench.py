@@ -4,8 +4,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from slm.cli.options import (
     Loading,
     Whole,
     allow_slow_option,
+    collects,
     collects_loading,
     cuda_graph_option,
     json_option,
@@ -38,7 +39,7 @@ from slm.version import __version__
 
 if TYPE_CHECKING:
     from slm.runtime.backend import Decoder
-    from slm.runtime.bench import Case, MakeRows, Spread, Timing
+    from slm.runtime.bench import Case, MakeRows, Measured, Spread, Timing
 
 _PROMPTS = "128,512,2048"
 _FRESH_TOKENS = 8
@@ -53,6 +54,23 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     if not numbers or min(numbers) < 1 or max(numbers) > MAX_COUNT or len(numbers) > 100:
         raise click.BadParameter(f"{value!r} is not a list of numbers such as {_PROMPTS}")
     return sorted(set(numbers))
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Which cases are measured, and how often.
+
+    Attributes:
+        prompts: Prompt lengths in tokens, ascending.
+        batches: Batch sizes, ascending.
+        new: New tokens per row.
+        rounds: Timings of each case.
+    """
+
+    prompts: list[int]
+    batches: list[int]
+    new: int
+    rounds: int
 
 
 @click.command()
@@ -85,16 +103,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @allow_slow_option
 @json_option
 @collects_loading
+@collects("plan", BenchPlan)
 def bench(
-    model: Path | None,
-    prompts: list[int],
-    batches: list[int],
-    new: int,
-    rounds: int,
-    loading: Loading,
-    plot: Path | None,
-    compare: Path | None,
-    as_json: bool,
+    model: Path | None, plan: BenchPlan, loading: Loading, plot: Path | None, compare: Path | None, as_json: bool
 ) -> None:
     """Measure the speed and memory of a bundle (onnxruntime) or a checkpoint (PyTorch).
 
@@ -109,29 +120,12 @@ def bench(
 
     docs/benchmarks.md defines each figure.
     """
-    from slm.loading import load
-
     if plot is not None and find_spec("matplotlib") is None:
         raise SlmError("--plot needs matplotlib, which is not installed", "pip install matplotlib")
     if plot is not None:
         bench_report.check_plot(plot)
     old = None if compare is None else bench_report.read(compare)
-    path = model or default_model()
-    loaded = load(path, **loading)
-    decoder = loaded.decoder
-    say(f"{path}: {decoder.description}")
-    warn_of_conversions(decoder, loading["device"])
-    prompts = _fitting(prompts, new, decoder.context)
-    report = _about(path, decoder) | {"device": loading["device"], "rounds": rounds, "new_tokens": new}
-    timings = _measure(decoder, prompts, batches, new, rounds, report["threads"], loading["device"])
-    del loaded, decoder  # frees the memory for the following measurements
-    fresh = _fresh_processes(path, prompts, new, loading)
-    report |= {
-        "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
-        "memory": [{"prompt": prompt} | figures for prompt, figures in zip(prompts, fresh, strict=True)],
-        "read_gb_s": _read_rate(timings),
-        "results": [_row(timing) for timing in timings],
-    }
+    report = _report(model or default_model(), plan, loading)
     compared = None if old is None else bench_report.compare(report, old)
     if plot is not None:
         bench_report.plot(report, old, plot)
@@ -143,12 +137,34 @@ def bench(
         bench_report.print_comparison(compared, str(compare))
 
 
-def _fitting(prompts: list[int], new: int, context: int) -> list[int]:
-    """Returns the prompt lengths that fit into the context.
+def _report(path: Path, plan: BenchPlan, loading: Loading) -> dict[str, Any]:
+    """Measures a model and returns the report."""
+    from slm.loading import load
+
+    device = loading["device"]
+    decoder = load(path, **loading).decoder
+    say(f"{path}: {decoder.description}")
+    warn_of_conversions(decoder, device)
+    plan = _fitting(plan, decoder.context)
+    report = _about(path, decoder) | {"device": device, "rounds": plan.rounds, "new_tokens": plan.new}
+    timings = _measure(decoder, plan, report["threads"], device)
+    del decoder  # frees the memory for the following measurements
+    fresh = _fresh_processes(path, plan, loading)
+    return report | {
+        "load_ms": _rounded(median(figures["load_ms"] for figures in fresh)),
+        "memory": [{"prompt": prompt} | figures for prompt, figures in zip(plan.prompts, fresh, strict=True)],
+        "read_gb_s": _read_rate(timings),
+        "results": [_row(timing) for timing in timings],
+    }
+
+
+def _fitting(plan: BenchPlan, context: int) -> BenchPlan:
+    """Returns the plan with the prompt lengths that fit into the context.
 
     Raises:
         SlmError: If a requested length does not fit, or none of the defaults does.
     """
+    prompts, new = plan.prompts, plan.new
     fitting = [prompt for prompt in prompts if prompt + new <= context]
     asked = click.get_current_context().get_parameter_source("prompts") != click.core.ParameterSource.DEFAULT
     if not fitting or (asked and fitting != prompts):
@@ -161,7 +177,7 @@ def _fitting(prompts: list[int], new: int, context: int) -> list[int]:
             f"the context is {context:,} tokens; omitted prompt lengths: "
             + ", ".join(f"{prompt:,}" for prompt in prompts if prompt not in fitting)
         )
-    return fitting
+    return replace(plan, prompts=fitting)
 
 
 def _about(path: Path, decoder: "Decoder") -> dict[str, Any]:
@@ -220,24 +236,22 @@ def _processor() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def _measure(
-    decoder: "Decoder", prompts: list[int], batches: list[int], new: int, rounds: int, threads: int, device: str
-) -> "list[Timing]":
+def _measure(decoder: "Decoder", plan: BenchPlan, threads: int, device: str) -> "list[Timing]":
     from slm.runtime.bench import Case, ReadProbe, measure
 
-    cases = [Case(prompt, batch) for batch in batches for prompt in prompts]
-    make_rows, step_bytes = _backend(decoder)
+    cases = [Case(prompt, batch) for batch in plan.batches for prompt in plan.prompts]
+    model = _measured(decoder)
     # A GPU is not limited by the host's memory.
-    probe = ReadProbe(step_bytes(cases[0]), threads) if device == "cpu" else None
+    probe = ReadProbe(model.step_bytes(cases[0]), threads) if device == "cpu" else None
     try:
-        return measure(decoder, make_rows, cases, step_bytes, probe, new=new, rounds=rounds, progress=RichProgress())
+        return measure(model, cases, probe, new=plan.new, rounds=plan.rounds, progress=RichProgress())
     finally:
         if probe is not None:
             probe.close()
 
 
-def _backend(decoder: "Decoder") -> "tuple[MakeRows, Callable[[Case], int]]":
-    """Returns the function that creates rows, and the one that returns the bytes that a step of a case reads."""
+def _measured(decoder: "Decoder") -> "Measured":
+    """Returns the model as the benchmark measures it, with its backend's way to create rows."""
     from slm.core.contract import cache_layers
     from slm.runtime import bench
     from slm.runtime.decoder import OnnxDecoder
@@ -251,7 +265,9 @@ def _backend(decoder: "Decoder") -> "tuple[MakeRows, Callable[[Case], int]]":
         assert isinstance(decoder, TorchDecoder)
         make_rows, layers = _torch_rows(decoder), cache_layers(decoder.model.config)
         weights = bench.float32_weight_bytes_read(decoder.model.config)
-    return make_rows, lambda case: weights + case.batch * bench.cache_bytes_read(layers, case.prompt)
+    return bench.Measured(
+        decoder, make_rows, lambda case: weights + case.batch * bench.cache_bytes_read(layers, case.prompt)
+    )
 
 
 def _torch_rows(decoder: Any) -> "MakeRows":
@@ -280,14 +296,13 @@ def _torch_rows(decoder: Any) -> "MakeRows":
     return TorchRows
 
 
-def _fresh_processes(path: Path, prompts: Sequence[int], new: int, loading: Loading) -> list[dict[str, float]]:
+def _fresh_processes(path: Path, plan: BenchPlan, loading: Loading) -> list[dict[str, float]]:
     progress = RichProgress()
-    progress.start("loading and memory", len(prompts), "processes")
+    progress.start("loading and memory", len(plan.prompts), "processes")
     try:
         found = []
-        for prompt in prompts:
-            count = min(new, _FRESH_TOKENS)
-            found.append(fresh_process(path, prompt, new=count, **loading))
+        for prompt in plan.prompts:
+            found.append(fresh_process(path, prompt, new=min(plan.new, _FRESH_TOKENS), **loading))
             progress.advance()
         return found
     finally:

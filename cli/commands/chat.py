@@ -13,8 +13,8 @@ from slm.cli.choosing import default_model
 from slm.cli.commands.generate import figures
 from slm.cli.console import print_json, say, say_error
 from slm.cli.following import after_checkpoint, next_step, slm_command
-from slm.cli.options import Artifact, Loading, collects_loading, json_option
-from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_conversions, warn_of_saturation
+from slm.cli.options import Artifact, json_option
+from slm.cli.sampling import Sections, TextOptions, generation_options, listen, say_backend, utf8
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import INFO_FILE, read_info
 from slm.core.errors import SlmError
@@ -25,6 +25,7 @@ from slm.core.manifest import Bundle, is_bundle
 if TYPE_CHECKING:
     from slm.runtime.chat import Chat
     from slm.runtime.generation import Piece
+    from slm.runtime.options import GenerationOptions
     from slm.runtime.streaming import Stream
 
 _COMMANDS = {
@@ -46,19 +47,7 @@ class _Quit(Exception):
 @click.option("--system", default="", metavar="TEXT", help="System message.")
 @json_option
 @generation_options
-@collects_loading
-def chat(
-    model: Path | None,
-    system: str,
-    as_json: bool,
-    loading: Loading,
-    draft: int | None,
-    adapter: Path | None,
-    keep: int | None,
-    greedy: bool,
-    seed: int | None,
-    **options: Any,
-) -> None:
+def chat(model: Path | None, system: str, as_json: bool, options: TextOptions) -> None:
     """Chat with a bundle (onnxruntime) or a checkpoint (PyTorch) that was fine-tuned on conversations.
 
     Without MODEL, uses the newest finished model under ./runs, or the bundled demo model if there is none. Every request
@@ -72,27 +61,23 @@ def chat(
       slm chat --system "Be brief." --temperature 0.3
       printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
     """
-    if keep is not None and options["on_full"] != "slide":
-        raise click.UsageError("--keep requires --on-full slide")
     from slm.loading import load
     from slm.runtime.chat import Chat
 
     return_freed_memory()
     path = model or default_model()
-    loaded = load(path, adapter=adapter, **loading)
-    say(f"{path}: {loaded.decoder.description}")
-    warn_of_saturation(loaded.decoder)
-    warn_of_conversions(loaded.decoder, loading["device"])
-    if (info := _made(path, adapter)) and not knows_turns(info, loaded.tokenizer):
+    loaded = load(path, adapter=options.adapter, **options.loading)
+    say_backend(path, loaded.decoder, options.loading)
+    if (info := _made(path, options.adapter)) and not knows_turns(info, loaded.tokenizer):
         say(
             "note: this model was trained on plain text and continues it rather than answering; slm finetune trains on turns"
         )
-    options |= {"keep": keep, "stop": [utf8(each, "stop text") for each in options["stop"]]}
-    options |= {"temperature": 0.0} if greedy else {}
-    conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=draft)
-    if options["temperature"] > 0:
+    generation: GenerationOptions = {**options.generation}
+    seed = generation.pop("seed")  # the conversation's: each answer has its own
+    conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=options.draft)
+    if generation["temperature"] > 0:
         say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
-    talk = _Talk(conversation, options, as_json)
+    talk = _Talk(conversation, generation, as_json)
     with suppress(_Quit):
         if sys.stdin.isatty():
             _converse(talk)
@@ -157,7 +142,7 @@ def _piped() -> Iterator[str]:
 class _Talk:
     """Processes lines and shows the answers."""
 
-    def __init__(self, chat: "Chat", options: dict[str, Any], as_json: bool) -> None:
+    def __init__(self, chat: "Chat", options: "GenerationOptions", as_json: bool) -> None:
         self._chat, self._options, self._as_json = chat, options, as_json
 
     def hear(self, line: str) -> None:

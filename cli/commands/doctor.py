@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -53,7 +54,7 @@ _DEMO = 631 << 20
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Examine this machine, and report problems with advice.
+    """Examine this machine, and report problems with advice. The exit code is 1 if there is a problem.
 
     Each provider of onnxruntime runs one step of a tiny model, and the result is checked. For NVIDIA GPUs, the report shows
     the driver, the compute capability, and the CUDA versions that onnxruntime and PyTorch were built for.
@@ -71,11 +72,13 @@ def doctor(as_json: bool) -> None:
     }
     if as_json:
         print_json(found)
-        return
-    print_table("this machine", ("", "found", "advice"), _rows(findings))
-    for problem in found["problems"]:
-        say(f"problem: {problem}")
-    say(_verdict(found["problems"], found["packages"]))
+    else:
+        print_table("this machine", ("", "found", "advice"), _rows(findings))
+        for problem in found["problems"]:
+            say(f"problem: {problem}")
+        say(_verdict(found["problems"], found["packages"]))
+    if problems:
+        sys.exit(1)
 
 
 def _rows(findings: Sequence[Finding]) -> list[tuple[str, str, str]]:

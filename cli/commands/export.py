@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import click
 from slm.cli.choosing import default_checkpoint
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import after_bundle, next_step, proving, slm_command
-from slm.cli.options import REPLACING, Artifact, InputFile, Whole, adapter_type, json_option, out_option_for
+from slm.cli.options import REPLACING, Artifact, InputFile, Whole, adapter_type, collects, json_option, out_option_for
 from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.errors import SlmError
@@ -23,6 +24,39 @@ from slm.core.runs import bundle_path, run_of
 if TYPE_CHECKING:
     from slm.core.contract import Device, Target
     from slm.interchange.gguf import GgufType, Written
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Which of the formats is written: exactly one."""
+
+    onnx: bool
+    gguf: bool
+    onnx_adapter: bool
+
+
+@dataclass(frozen=True)
+class BundleChoices:
+    """The options of a bundle; None where the user did not choose."""
+
+    context: int | None
+    target: "Target | None"
+    device: "Device | None"
+    text: Path | None
+    adapter_slots: bool
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What is exported.
+
+    Attributes:
+        checkpoint: The checkpoint; None for the adapter's base, or the newest one.
+        adapter: The LoRA adapter to merge, or to write as an `.onnx_adapter` file.
+    """
+
+    checkpoint: Path | None
+    adapter: Path | None
 
 
 @click.command(epilog=REPLACING)
@@ -61,18 +95,14 @@ if TYPE_CHECKING:
 )
 @out_option_for("bundle, or the GGUF or adapter file", "RUN/onnx, RUN/gguf/NAME.gguf, or beside the adapter")
 @json_option
+@collects("formats", Formats)
+@collects("choices", BundleChoices)
+@collects("source", ExportSource)
 def export(
-    checkpoint: Path | None,
-    onnx: bool,
-    gguf: bool,
+    source: ExportSource,
+    formats: Formats,
+    choices: BundleChoices,
     gguf_type: "GgufType | None",
-    adapter: Path | None,
-    adapter_slots: bool,
-    onnx_adapter: bool,
-    context: int | None,
-    target: "Target | None",
-    device: "Device | None",
-    text: Path | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -93,59 +123,78 @@ def export(
       slm export --onnx --adapter-slots        # one bundle for many adapters: slm generate --adapter
       slm export --onnx-adapter --adapter runs/tiny/adapters/data
     """
-    if onnx + gguf + onnx_adapter != 1:
-        raise click.UsageError("choose one format: --onnx, --gguf or --onnx-adapter")
-    if onnx_adapter:
-        _export_adapter(checkpoint, adapter, out, as_json)
-        return
-    if adapter_slots and (gguf or adapter is not None):
-        raise click.UsageError("--adapter-slots requires --onnx and excludes --adapter, which merges an adapter")
-    if gguf and context is not None:
-        raise click.UsageError("--context requires --onnx; llama.cpp sets the context when it loads the file")
-    if gguf and (target, device, text) != (None, None, None):
-        raise click.UsageError("--target, --device and --text require --onnx")
-    if text is not None and device in (None, "cpu"):
-        raise click.UsageError("--text requires --device cuda or webgpu, where products are float16")
-    if onnx and gguf_type is not None:
-        raise click.UsageError("--gguf-type requires --gguf")
-    progress = RichProgress()
-    started = time.perf_counter()
-    if checkpoint is None:
-        checkpoint = base_of(adapter)
-    kind = gguf_type or "f16"
-    target, device = target or "fused", device or "cpu"
-    if gguf:
-        path = _gguf_path(checkpoint, adapter, kind, out)
-        from slm.interchange.gguf import check_gguf_output
-
-        check_gguf_output(path)
+    _check_formats(formats, source, choices, gguf_type)
+    if formats.onnx_adapter:
+        _export_adapter(source, out, as_json)
+    elif formats.gguf:
+        _export_gguf(source, gguf_type or "f16", out, as_json)
     else:
-        path = out or bundle_path(checkpoint, target, device, adapter_slots, adapter)
-        check_output(path, sealed_files(path))
-    with source_checkpoint(checkpoint, adapter) as source:
-        if gguf:
-            from slm.interchange.gguf import write_gguf
+        _export_bundle(source, choices, out, as_json)
 
-            written = write_gguf(source, path, kind, progress)
-            _report_gguf(written, time.perf_counter() - started, as_json)
-            return
-        from slm.export.bundle import export_bundle
 
-        origin = None if adapter is None else {"checkpoint": str(checkpoint), "adapter": str(adapter)}
-        bundle = export_bundle(source, path, context, progress, origin, target, device, text, adapter_slots)
+def _check_formats(
+    formats: Formats, source: ExportSource, choices: BundleChoices, gguf_type: "GgufType | None"
+) -> None:
+    """Checks that the options belong to the format.
+
+    Raises:
+        click.UsageError: If there is not one format, or an option belongs to another one.
+    """
+    if formats.onnx + formats.gguf + formats.onnx_adapter != 1:
+        raise click.UsageError("choose one format: --onnx, --gguf or --onnx-adapter")
+    if formats.onnx_adapter:
+        if source.adapter is None:
+            raise click.UsageError("--onnx-adapter requires --adapter DIR")
+        return
+    if choices.adapter_slots and (formats.gguf or source.adapter is not None):
+        raise click.UsageError("--adapter-slots requires --onnx and excludes --adapter, which merges an adapter")
+    if formats.gguf and choices.context is not None:
+        raise click.UsageError("--context requires --onnx; llama.cpp sets the context when it loads the file")
+    if formats.gguf and (choices.target, choices.device, choices.text) != (None, None, None):
+        raise click.UsageError("--target, --device and --text require --onnx")
+    if choices.text is not None and choices.device in (None, "cpu"):
+        raise click.UsageError("--text requires --device cuda or webgpu, where products are float16")
+    if formats.onnx and gguf_type is not None:
+        raise click.UsageError("--gguf-type requires --gguf")
+
+
+def _export_bundle(source: ExportSource, choices: BundleChoices, out: Path | None, as_json: bool) -> None:
+    from slm.export.bundle import ExportOptions, export_bundle
+
+    started = time.perf_counter()
+    checkpoint, adapter = source.checkpoint or base_of(source.adapter), source.adapter
+    target, device = choices.target or "fused", choices.device or "cpu"
+    options = ExportOptions(choices.context, target, device, choices.text, choices.adapter_slots)
+    path = out or bundle_path(checkpoint, target, device, choices.adapter_slots, adapter)
+    check_output(path, sealed_files(path))
+    origin = None if adapter is None else {"checkpoint": str(checkpoint), "adapter": str(adapter)}
+    with source_checkpoint(checkpoint, adapter) as merged:
+        bundle = export_bundle(merged, path, options, progress=RichProgress(), origin=origin)
     _report(bundle, time.perf_counter() - started, as_json)
 
 
-def _export_adapter(checkpoint: Path | None, adapter: Path | None, out: Path | None, as_json: bool) -> None:
+def _export_gguf(source: ExportSource, gguf_type: "GgufType", out: Path | None, as_json: bool) -> None:
+    from slm.interchange.gguf import check_gguf_output, write_gguf
+
+    started = time.perf_counter()
+    checkpoint = source.checkpoint or base_of(source.adapter)
+    path = _gguf_path(checkpoint, source.adapter, gguf_type, out)
+    check_gguf_output(path)
+    with source_checkpoint(checkpoint, source.adapter) as merged:
+        written = write_gguf(merged, path, gguf_type, RichProgress())
+        _report_gguf(written, time.perf_counter() - started, as_json)
+
+
+def _export_adapter(source: ExportSource, out: Path | None, as_json: bool) -> None:
     from slm.core.adapter_base import check_base
     from slm.core.checkpoint import read_config
     from slm.core.weights import weights_sha256
     from slm.interchange.onnx_adapter import slot_arrays, write_onnx_adapter
     from slm.runtime.adapters import SUFFIX, Adapter
 
-    if adapter is None:
-        raise click.UsageError("--onnx-adapter requires --adapter DIR")
-    base = checkpoint or base_of(adapter)
+    adapter = source.adapter
+    assert adapter is not None  # `_check_formats`
+    base = source.checkpoint or base_of(adapter)
     path = out or adapter.with_name(f"{adapter.resolve().name}{SUFFIX}")
     _check_adapter_output(path)
     config, weights = read_config(base), weights_sha256(base)

@@ -9,8 +9,8 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
-from slm.cli.options import Artifact, Loading, Whole, collects_loading, json_option
-from slm.cli.sampling import Sections, generation_options, listen, utf8, warn_of_conversions, warn_of_saturation
+from slm.cli.options import Artifact, Whole, json_option
+from slm.cli.sampling import Sections, TextOptions, generation_options, listen, say_backend, utf8
 from slm.core.chat import turn_ids
 from slm.core.machine import peak_rss_mib, return_freed_memory
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from slm.core.tokenizer import Tokenizer
     from slm.runtime.ensemble import Average
     from slm.runtime.generation import Piece, Result
+    from slm.runtime.model import Model
+    from slm.runtime.options import GenerationOptions
+    from slm.runtime.speculative import SpeculativeDecoder
 
 # The exit code that shells use for a command ended by Ctrl-C.
 _INTERRUPTED = 130
@@ -41,23 +44,14 @@ _INTERRUPTED = 130
     "any option changes it.",
 )
 @generation_options
-@collects_loading
 def generate(
     models: tuple[Path, ...],
     prompt: str,
     instruct: bool,
     ensemble: "Average | None",
-    loading: Loading,
-    draft: int | None,
-    adapter: Path | None,
     as_json: bool,
     logprobs: int | None,
-    max_new_tokens: int,
-    stop: tuple[str, ...],
-    on_full: str,
-    keep: int | None,
-    greedy: bool,
-    **sampling: Any,
+    options: TextOptions,
 ) -> None:
     """Continue a text with a bundle (onnxruntime) or a checkpoint (PyTorch).
 
@@ -75,41 +69,22 @@ def generate(
         raise click.UsageError("--ensemble requires several models, and several models require --ensemble")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs requires --json")
-    if keep is not None and on_full != "slide":
-        raise click.UsageError("--keep requires --on-full slide")
-    if ensemble is not None and adapter is not None:
+    if ensemble is not None and options.adapter is not None:
         raise click.UsageError("--adapter cannot be combined with --ensemble")
-    stops = [utf8(each, "stop text") for each in stop]
     text = utf8(sys.stdin.read() if prompt == "-" else prompt, "prompt")
-    from slm.loading import load, load_ensemble
-    from slm.runtime.speculative import SpeculativeDecoder
-
     return_freed_memory()
-    if ensemble is None:
-        path = str(models[0] if models else default_model())
-        loaded = load(path, draft_tokens=draft, adapter=adapter, **loading)
-    else:
-        path = ", ".join(map(str, models))
-        loaded = load_ensemble(models, ensemble, draft_tokens=draft, **loading)
-    say(f"{path}: {loaded.decoder.description}")
-    warn_of_saturation(loaded.decoder)
-    warn_of_conversions(loaded.decoder, loading["device"])
-    drafting = loaded.decoder if isinstance(loaded.decoder, SpeculativeDecoder) else None
+    path, loaded = _load(models, ensemble, options)
+    say_backend(path, loaded.decoder, options.loading)
+    drafting = _drafting(loaded)
     if drafting is not None and drafting.caveat:
         say(drafting.caveat)
-    if not instruct and ensemble is None and chat_model(Path(path), adapter, loaded.tokenizer):
+    if not instruct and ensemble is None and chat_model(Path(path), options.adapter, loaded.tokenizer):
         say("note: this model was tuned on conversations; use --instruct for one user turn, or slm chat")
     if loaded.tokenizer.suffix_ids and not instruct:
         say("the tokenizer appends tokens to the prompt, as in transformers; the text continues after them")
-    pieces = loaded.pieces(
-        turn_ids(loaded.tokenizer, text, loaded.stop_token_ids) if instruct else text,
-        max_new_tokens=max_new_tokens,
-        stop=stops,
-        logprobs=logprobs,
-        on_full=on_full,  # type: ignore[arg-type]  # click checked the choice
-        keep=keep,
-        **sampling | ({"temperature": 0.0} if greedy else {}),
-    )
+    ids = turn_ids(loaded.tokenizer, text, loaded.stop_token_ids) if instruct else text
+    generation: GenerationOptions = {**options.generation, "logprobs": logprobs}
+    pieces = loaded.pieces(ids, **generation)
     if not as_json:
         click.echo("" if instruct else text, nl=False)
     made, interrupted = listen(pieces, show=not as_json)
@@ -126,6 +101,22 @@ def generate(
             say(f"{drafting.accepted:,} of {drafting.drafted:,} drafted tokens accepted")
     if interrupted:
         sys.exit(_INTERRUPTED)
+
+
+def _load(models: Sequence[Path], ensemble: "Average | None", options: TextOptions) -> "tuple[str, Model]":
+    """Returns the model, or the ensemble of several models, and its path or paths."""
+    from slm.loading import load, load_ensemble
+
+    if ensemble is None:
+        path = str(models[0] if models else default_model())
+        return path, load(path, draft_tokens=options.draft, adapter=options.adapter, **options.loading)
+    return ", ".join(map(str, models)), load_ensemble(models, ensemble, draft_tokens=options.draft, **options.loading)
+
+
+def _drafting(model: "Model") -> "SpeculativeDecoder | None":
+    from slm.runtime.speculative import SpeculativeDecoder
+
+    return model.decoder if isinstance(model.decoder, SpeculativeDecoder) else None
 
 
 def figures(result: "Result") -> dict[str, Any]:

@@ -4,6 +4,7 @@ import gc
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import say
+from slm.cli.listening import cannot_listen
 from slm.cli.options import (
     MAX_PORT,
     Artifact,
@@ -22,6 +24,7 @@ from slm.cli.options import (
     Word,
     adapter_type,
     allow_slow_option,
+    collects,
     collects_loading,
     cuda_graph_option,
     threads_option,
@@ -35,6 +38,9 @@ from slm.core.names import short_name
 from slm.web.hosts import hosts_of, is_loopback
 
 if TYPE_CHECKING:
+    from slm.runtime.adapters import Adapter
+    from slm.runtime.model import Model
+    from slm.serve.engine import Engine
     from slm.serve.service import Service
 
 _KEYS = "SLM_API_KEYS"
@@ -59,6 +65,47 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
                 f"{value!r} is not an origin such as https://example.org or http://localhost:3000, or *.", param, ctx
             )
         return origin
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where the server listens, and who may use it.
+
+    Attributes:
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+        api_key_file: The file with the API keys; None for those of the environment.
+        hosts: Host names that requests may use.
+        origins: Origins of web pages that may use the API.
+        grace: How long running requests may continue when the server is stopped, in seconds.
+    """
+
+    host: str
+    port: int
+    api_key_file: Path | None
+    hosts: tuple[str, ...]
+    origins: tuple[str, ...]
+    grace: float
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How many completions the engine runs, and the memory and time for them; see `slm.serve.engine.Engine`."""
+
+    slots: int
+    queue: int
+    prefill_tokens: int
+    prefix_mib: int
+    step_timeout: float | None
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """The limits of one request; see `slm.serve.service.Limits`."""
+
+    max_tokens: int
+    max_prompt_tokens: int | None
+    timeout: float
 
 
 @click.command()
@@ -109,24 +156,16 @@ class _Origin(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gener
 @trust_option
 @allow_slow_option
 @collects_loading
+@collects("network", Network)
+@collects("limits", RequestLimits)
+@collects("engine", EngineOptions)
 def serve(
     model: Path | None,
-    host: str,
-    port: int,
     name: str | None,
     adapters: tuple[str, ...],
-    slots: int,
-    queue: int,
-    prefill_tokens: int,
-    prefix_mib: int,
-    max_tokens: int,
-    max_prompt_tokens: int | None,
-    timeout: float,
-    step_timeout: float | None,
-    api_key_file: Path | None,
-    hosts: tuple[str, ...],
-    origins: tuple[str, ...],
-    grace: float,
+    network: Network,
+    engine: EngineOptions,
+    limits: RequestLimits,
     loading: Loading,
 ) -> None:
     """Serve a bundle over HTTP with an OpenAI-compatible API: chats, completions, streams, JSON schemas.
@@ -143,18 +182,48 @@ def serve(
 
     docs/serve.md describes the API.
     """
-    from slm.loading import load, load_adapter
-    from slm.runtime.decoder import OnnxDecoder
     from slm.serve import log
-    from slm.serve.engine import Engine
     from slm.serve.service import Limits, Service
 
     return_freed_memory()
-    keys = _api_keys(api_key_file)
-    listening = _listen(host, port)  # checked before the model is loaded, which may take a while
+    keys = _api_keys(network.api_key_file)
+    listening = _listen(network.host, network.port)  # checked before the model is loaded, which may take a while
     path = model or default_model(bundle=True)
-    loaded = load(path, **loading)
-    decoder = loaded.decoder
+    loaded, known = _load(path, adapters, loading)
+    service = Service(
+        loaded,
+        name or short_name(path),
+        _engine(loaded, engine, limits.timeout),
+        known,
+        Limits(prompt_tokens=limits.max_prompt_tokens, new_tokens=limits.max_tokens, seconds=limits.timeout),
+        keys,
+        network.grace,
+        hosts=hosts_of(listening.getsockname()[0], network.hosts, keys=bool(keys), host=network.host),
+        origins=network.origins,
+    )
+    log.configure()
+    caches = service.engine.figures.cache_bytes / 2**20
+    say(f"{path}: {loaded.decoder.description}, {engine.slots} slots, {caches:.0f} MiB of caches so far")
+    for warning in _warnings(listening.getsockname()[0], keys, network.origins):
+        say(f"warning: {warning}")
+    # Garbage collection stops every thread; the loaded objects stay alive, so collections can skip them.
+    gc.collect()
+    gc.freeze()
+    _run(service, listening)
+
+
+def _load(path: Path, adapters: Sequence[str], loading: Loading) -> "tuple[Model, dict[str, Adapter]]":
+    """Returns the model, and the adapters by their names in requests.
+
+    Raises:
+        SlmError: If the model is a checkpoint.
+        click.UsageError: If an adapter is not NAME=PATH.
+    """
+    from slm.loading import load, load_adapter
+    from slm.runtime.decoder import OnnxDecoder
+
+    model = load(path, **loading)
+    decoder = model.decoder
     if not isinstance(decoder, OnnxDecoder):
         raise SlmError(f"{path} is a checkpoint", "export it to a bundle first: slm export --onnx")
     warn_of_saturation(decoder)
@@ -165,29 +234,24 @@ def serve(
         if not called or not where:
             raise click.UsageError(f"--adapter {each}: NAME=PATH")
         known[called] = load_adapter(adapter_type.convert(where, None, None), decoder.bundle)
-    engine = Engine(
-        decoder,
-        loaded.tokenizer,
-        slots=slots,
-        queue=queue,
-        prefill_tokens=prefill_tokens,
-        prefix_bytes=prefix_mib << 20,
-        step_timeout_s=step_timeout or min(_STEP_S * max(1.0, prefill_tokens / _PIECE), max(1.0, timeout)),
+    return model, known
+
+
+def _engine(model: "Model", options: EngineOptions, timeout: float) -> "Engine":
+    from slm.runtime.decoder import OnnxDecoder
+    from slm.serve.engine import Engine
+
+    assert isinstance(model.decoder, OnnxDecoder)  # `_load`
+    default = min(_STEP_S * max(1.0, options.prefill_tokens / _PIECE), max(1.0, timeout))
+    return Engine(
+        model.decoder,
+        model.tokenizer,
+        slots=options.slots,
+        queue=options.queue,
+        prefill_tokens=options.prefill_tokens,
+        prefix_bytes=options.prefix_mib << 20,
+        step_timeout_s=options.step_timeout or default,
     )
-    limits = Limits(prompt_tokens=max_prompt_tokens, new_tokens=max_tokens, seconds=timeout)
-    address = listening.getsockname()[0]
-    allowed = hosts_of(address, hosts, keys=bool(keys), host=host)
-    service = Service(
-        loaded, name or short_name(path), engine, known, limits, keys, grace, hosts=allowed, origins=origins
-    )
-    log.configure()
-    say(f"{path}: {decoder.description}, {slots} slots, {engine.figures.cache_bytes / 2**20:.0f} MiB of caches so far")
-    for warning in _warnings(address, keys, origins):
-        say(f"warning: {warning}")
-    # Garbage collection stops every thread; the loaded objects stay alive, so collections can skip them.
-    gc.collect()
-    gc.freeze()
-    _run(service, listening)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -199,8 +263,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "choose another --port or --host") from None
+        raise cannot_listen(host, port, error) from None
 
 
 def _api_keys(file: Path | None) -> list[str]:

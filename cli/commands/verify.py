@@ -16,7 +16,8 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
 if TYPE_CHECKING:
-    from slm.runtime.session import Device
+    from slm.export.verify import Verification
+    from slm.runtime.session import RuntimeDevice
 
 
 @click.command()
@@ -40,7 +41,7 @@ def verify(
     bundle: Path | None,
     against: Path | None,
     adapter: Path | None,
-    device: "Device | None",
+    device: "RuntimeDevice | None",
     trust: bool,
     allow_slow: bool,
     as_json: bool,
@@ -64,15 +65,7 @@ def verify(
     if bundle is None:
         bundle = default_bundle()
     opened = Bundle.open(bundle, trust)
-    origin = opened.manifest.provenance
-    if against is None:
-        against = Path(str(origin.get("checkpoint", "")))
-        if "checkpoint" not in origin or not is_checkpoint(against):
-            raise SlmError(f"the checkpoint of {bundle} is not at {against}", "use --against CHECKPOINT")
-        say(f"Comparing with {against} (the checkpoint that the bundle was exported from).")
-        adapter = adapter or (Path(str(origin["adapter"])) if "adapter" in origin else None)
-        if adapter is not None and not adapter.exists():
-            raise SlmError(f"the adapter of {bundle} is not at {adapter}", "use --adapter ADAPTER")
+    against, adapter = _source(opened, against, adapter)
     from slm.export.verify import record_parity, verify_bundle
 
     started = time.perf_counter()
@@ -81,25 +74,55 @@ def verify(
     seconds = time.perf_counter() - started
     recorded = record_parity(opened, found)
     if as_json:
-        parity = {provider: parity.model_dump() for provider, parity in found.parity.items()}
-        fields = {"bundle": str(bundle), "against": str(against), "weights": found.weights}
-        fields |= {
+        _print_json(opened, against, found, seconds, recorded)
+        return
+    _print_report(opened, against, found, seconds)
+    if not recorded:
+        say(f"note: {bundle} is not writable, so its manifest does not record the comparison on CUDA")
+    next_step(after_bundle(opened, verified=True))
+
+
+def _source(bundle: Bundle, against: Path | None, adapter: Path | None) -> tuple[Path, Path | None]:
+    """Returns the checkpoint and the adapter that a bundle was exported from, unless the user names a checkpoint.
+
+    Raises:
+        SlmError: If one of them is no longer at its path.
+    """
+    if against is not None:
+        return against, adapter
+    origin = bundle.manifest.provenance
+    against = Path(str(origin.get("checkpoint", "")))
+    if "checkpoint" not in origin or not is_checkpoint(against):
+        raise SlmError(f"the checkpoint of {bundle.path} is not at {against}", "use --against CHECKPOINT")
+    say(f"Comparing with {against} (the checkpoint that the bundle was exported from).")
+    adapter = adapter or (Path(str(origin["adapter"])) if "adapter" in origin else None)
+    if adapter is not None and not adapter.exists():
+        raise SlmError(f"the adapter of {bundle.path} is not at {adapter}", "use --adapter ADAPTER")
+    return against, adapter
+
+
+def _print_json(bundle: Bundle, against: Path, found: "Verification", seconds: float, recorded: bool) -> None:
+    print_json(
+        {
+            "bundle": str(bundle.path),
+            "against": str(against),
+            "weights": found.weights,
             "weights_off": found.weights_off,
-            "parity": parity,
+            "parity": {provider: parity.model_dump() for provider, parity in found.parity.items()},
             "seconds": round(seconds, 2),
             "recorded": recorded,
+            "next": after_bundle(bundle, verified=True),
         }
-        print_json(fields | {"next": after_bundle(opened, verified=True)})
-        return
+    )
+
+
+def _print_report(bundle: Bundle, against: Path, found: "Verification", seconds: float) -> None:
     rows = [
         (provider, read, f"{parity.logits[read]:.1e}", f"{parity.caches[read]:.1e}", f"{parity.tolerance:.0e}")
         for provider, parity in found.parity.items()
         for read in parity.logits
     ]
-    print_table(f"Verified: {bundle} matches {against}", ("provider", "read", "logits", "caches", "limit"), rows)
+    print_table(f"Verified: {bundle.path} matches {against}", ("provider", "read", "logits", "caches", "limit"), rows)
     greedy = ", ".join(f"{parity.greedy_tokens_equal} ({provider})" for provider, parity in found.parity.items())
     tokens = next(iter(found.parity.values())).tokens
     say(f"{found.weights} weights match, {tokens:,} tokens compared, equal greedy tokens: {greedy}; {seconds:.1f} s")
-    if not recorded:
-        say(f"note: {bundle} is not writable, so its manifest does not record the comparison on CUDA")
-    next_step(after_bundle(opened, verified=True))

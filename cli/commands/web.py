@@ -9,8 +9,8 @@ import click
 from slm.cli.choosing import default_model
 from slm.cli.console import print_json, say
 from slm.cli.following import next_step
+from slm.cli.listening import cannot_listen
 from slm.cli.options import MAX_PORT, REPLACING, Artifact, FilePath, HostName, Whole, Word, json_option
-from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 
 
@@ -63,8 +63,7 @@ def web(
     try:
         server = SiteServer(site, host, port, hosts)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise SlmError(f"cannot listen on {host}:{port} ({reason})", "choose another --port or --host") from None
+        raise cannot_listen(host, port, error) from None
     with server:
         if as_json:
             print_json({"url": server.url} | found)

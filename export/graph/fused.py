@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from slm.core.config import Activation, LayerType, ModelConfig
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, CacheLayer, CacheType, Device, cache_layers
-from slm.export.graph.builder import Array, Module, Op, Parameter, Value, cast, fused
+from slm.export.graph.builder import Op, Value, cast, fused
 from slm.export.graph.formats import WeightFormat
-from slm.export.graph.target import AttentionShape, Norm, inverse_frequencies, last_rows, total_length
+from slm.export.graph.target import AttentionLayer, RotaryModule, last_rows, total_length
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Step:
     total: Value
 
 
-class FusedPositions(Module):
+class FusedPositions(RotaryModule):
     """Computes rotations, and lengths from the mask. Rows are padded on the right.
 
     On a CPU, each step computes the rotations of the new tokens, at no measurable cost. On a GPU, each operator is a kernel
@@ -49,13 +49,8 @@ class FusedPositions(Module):
 
     def __init__(self, config: ModelConfig, context: int | None, dtype: ir.DataType) -> None:
         """Takes the number of positions in the tables, or None to compute the rotations of the new tokens at each step."""
-        super().__init__()
+        super().__init__(config)
         self._context, self._dtype = context, dtype
-        self._kinds: list[LayerType] = sorted(set(config.layer_types))
-        self.tensors: dict[str, Array] = {}
-        for kind in self._kinds:
-            self.tensors[f"{kind}_inv_freq"] = inverse_frequencies(config, kind)
-            setattr(self, f"{kind}_inv_freq", Parameter([config.head_dim // 2], ir.DataType.FLOAT))
 
     def forward(self, op: Op, inputs: Mapping[str, Value]) -> Step:
         """Returns the shared values of the step."""
@@ -66,7 +61,7 @@ class FusedPositions(Module):
         positions = op.Cast(op.Reshape(positions, [-1, 1]), to=ir.DataType.FLOAT)  # (rows, 1)
         cos, sin = {}, {}
         for kind in self._kinds:
-            angles = op.Mul(positions, getattr(self, f"{kind}_inv_freq"))  # (rows, H / 2)
+            angles = self._angles(op, positions, kind)  # (rows, H / 2)
             cos[kind], sin[kind] = (
                 cast(op, x, ir.DataType.FLOAT, self._dtype) for x in (op.Cos(angles), op.Sin(angles))
             )
@@ -139,27 +134,20 @@ class Fused:
                 return op.Relu(x)
 
     def attend(
-        self,
-        op: Op,
-        qkv: Value,
-        norms: tuple[Norm, Norm],
-        shape: AttentionShape,
-        dtype: ir.DataType,
-        step: Step,
-        past: tuple[Value, Value],
-        scales: tuple[Value, ...],
+        self, op: Op, qkv: Value, layer: AttentionLayer, step: Step, past: tuple[Value, Value]
     ) -> tuple[Value, Value, Value]:
         """Norms each head, then updates the cache and attends in one operator (com.microsoft GroupQueryAttention).
 
         The operator also applies rotations if they are tables of every position. Otherwise a separate operator applies the
         rotations of the new tokens first.
         """
+        shape = layer.shape
         q, k, v = op.Split(qkv, shape.sizes, axis=-1, _outputs=3)
         q, k = (
             op.Reshape(norm(op, op.Reshape(x, [0, 0, heads, shape.head_dim])), [0, 0, heads * shape.head_dim])
-            for norm, x, heads in zip(norms, (q, k), (shape.heads, shape.kv_heads), strict=True)
+            for norm, x, heads in zip(layer.norms, (q, k), (shape.heads, shape.kv_heads), strict=True)
         )
-        q, k, v = (cast(op, x, dtype, self.dtype) for x in (q, k, v))
+        q, k, v = (cast(op, x, layer.dtype, self.dtype) for x in (q, k, v))
         attributes: dict[str, int | float | str] = {
             "num_heads": shape.heads,
             "kv_num_heads": shape.kv_heads,
@@ -178,9 +166,9 @@ class Fused:
             )
         tables = [None, None] if step.rows is not None else [cos, sin]
         operands = [q, k, v, *past, step.last_index, step.total, *tables]
-        if scales:
+        if layer.scales:
             attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-            operands += [None, None, None, *scales]
+            operands += [None, None, None, *layer.scales]
         attended, key, value = fused(op).GroupQueryAttention(*operands, **attributes, _outputs=3)
         return attended, key, value
 

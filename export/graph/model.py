@@ -27,14 +27,14 @@ from slm.core.errors import SlmError
 from slm.export.graph.builder import Array, GraphUnderWay, Module, ModuleList, Op, Value, cast
 from slm.export.graph.modules import DecoderLayer, RMSNorm
 from slm.export.graph.slots import SlotFormat, empty
-from slm.export.graph.target import Target
+from slm.export.graph.target import Operators
 from slm.version import __version__
 
 
 class TextModel(Module):
     """Embedding, decoder layers and last norm."""
 
-    def __init__(self, config: ModelConfig, target: Target[Any]) -> None:
+    def __init__(self, config: ModelConfig, target: Operators[Any]) -> None:
         super().__init__()
         self._config = config
         self.embed_tokens = target.weights.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
@@ -57,7 +57,7 @@ class TextModel(Module):
 class CausalLM(Module):
     """The text model with its head."""
 
-    def __init__(self, config: ModelConfig, target: Target[Any], context: int) -> None:
+    def __init__(self, config: ModelConfig, target: Operators[Any], context: int) -> None:
         super().__init__(name="")
         self._config, self._target = config, target
         self.positions = target.positions(config, context)
@@ -80,7 +80,7 @@ class CausalLM(Module):
         return cast(op, self.lm_head(op, hidden), self.lm_head.dtype, ir.DataType.FLOAT)
 
 
-def build_graph(config: ModelConfig, target: Target[Any], tensors: Mapping[str, Array], context: int) -> ir.Model:
+def build_graph(config: ModelConfig, target: Operators[Any], tensors: Mapping[str, Array], context: int) -> ir.Model:
     """Builds the graph for a target. docs/bundles.md specifies its inputs and outputs.
 
     Args:

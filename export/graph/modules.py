@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from slm.core.config import ModelConfig
 from slm.export.graph.builder import Module, Op, Parameter, Value, cast
-from slm.export.graph.target import AttentionShape, Target
+from slm.export.graph.target import AttentionLayer, AttentionShape, Operators
 
 FLOAT = ir.DataType.FLOAT
 
@@ -20,7 +20,7 @@ FLOAT = ir.DataType.FLOAT
 class RMSNorm(Module):
     """Root-mean-square norm of x, or of the sum of a residual stream x and an update."""
 
-    def __init__(self, dim: int, epsilon: float, target: Target[Any], dtype: ir.DataType = FLOAT) -> None:
+    def __init__(self, dim: int, epsilon: float, target: Operators[Any], dtype: ir.DataType = FLOAT) -> None:
         super().__init__()
         self.weight = Parameter([dim], dtype)
         self._epsilon, self._target = epsilon, target
@@ -35,7 +35,7 @@ class RMSNorm(Module):
 class Attention(Module):
     """Grouped-query attention with QK-norm before rotation."""
 
-    def __init__(self, config: ModelConfig, layer: int, path: str, target: Target[Any]) -> None:
+    def __init__(self, config: ModelConfig, layer: int, path: str, target: Operators[Any]) -> None:
         super().__init__()
         self._target, self._shape = target, AttentionShape.of(config, layer)
         width = config.num_attention_heads * config.head_dim
@@ -50,16 +50,13 @@ class Attention(Module):
     def forward(self, op: Op, x: Value, step: Any, past: tuple[Value, Value]) -> tuple[Value, Value, Value]:
         """Maps (..., D) to (..., D), and the past keys and values to the present ones."""
         qkv = self.qkv_proj(op, cast(op, x, FLOAT, self.qkv_proj.dtype))
-        attended, key, value = self._target.attend(
-            op,
-            qkv,
-            (lambda op, x: self.q_norm(op, x)[0], lambda op, x: self.k_norm(op, x)[0]),
+        layer = AttentionLayer(
             self._shape,
-            self.qkv_proj.dtype,
-            step,
-            past,
-            tuple(getattr(self, scale) for scale in self._scales),
+            norms=(lambda op, x: self.q_norm(op, x)[0], lambda op, x: self.k_norm(op, x)[0]),
+            dtype=self.qkv_proj.dtype,
+            scales=tuple(getattr(self, scale) for scale in self._scales),
         )
+        attended, key, value = self._target.attend(op, qkv, layer, step, past)
         attended = self.o_proj(op, cast(op, attended, self._target.dtype, self.o_proj.dtype))
         return self._target.normed_as(op, attended, self.o_proj.dtype), key, value
 
@@ -67,7 +64,7 @@ class Attention(Module):
 class MLP(Module):
     """Gated MLP; Gemma's activation is the tanh approximation of GELU."""
 
-    def __init__(self, config: ModelConfig, path: str, target: Target[Any]) -> None:
+    def __init__(self, config: ModelConfig, path: str, target: Operators[Any]) -> None:
         super().__init__()
         self._size, self._activation, self._target = config.intermediate_size, config.hidden_activation, target
         self.gate_up_proj = target.weights.linear(f"{path}.gate_up_proj", config.hidden_size, 2 * self._size)
@@ -85,7 +82,7 @@ class MLP(Module):
 class DecoderLayer(Module):
     """One block: attention and MLP, each with a norm before it and one after it."""
 
-    def __init__(self, config: ModelConfig, layer: int, path: str, target: Target[Any]) -> None:
+    def __init__(self, config: ModelConfig, layer: int, path: str, target: Operators[Any]) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer, f"{path}.self_attn", target)
         self.mlp = MLP(config, f"{path}.mlp", target)

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from slm.core.config import FULL, SLIDING, Activation, LayerType, ModelConfig
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, CacheLayer, cache_layers, past_name
-from slm.export.graph.builder import Array, Module, Op, Parameter, Value
+from slm.export.graph.builder import Op, Value
 from slm.export.graph.formats import WeightFormat
-from slm.export.graph.target import AttentionShape, Norm, inverse_frequencies, last_rows, total_length
+from slm.export.graph.target import AttentionLayer, RotaryModule, last_rows, total_length
 
 _TO_THE_END = (1 << 63) - 1
 
@@ -41,17 +41,12 @@ class Step:
     ends: Value
 
 
-class PortablePositions(Module):
+class PortablePositions(RotaryModule):
     """Computes positions, rotations and masks of the new tokens from the mask and the lengths of the caches."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self._config = config
-        self._kinds: list[LayerType] = sorted(set(config.layer_types))
-        self.tensors: dict[str, Array] = {}
-        for kind in self._kinds:
-            self.tensors[f"{kind}_inv_freq"] = inverse_frequencies(config, kind)
-            setattr(self, f"{kind}_inv_freq", Parameter([config.head_dim // 2], ir.DataType.FLOAT))
 
     def forward(self, op: Op, inputs: Mapping[str, Value]) -> Step:
         """Returns the shared values of the step."""
@@ -63,7 +58,7 @@ class PortablePositions(Module):
         positions = op.Cast(op.Slice(counted, past, total, [1]), to=ir.DataType.FLOAT)  # (B, T)
         cos, sin = {}, {}
         for kind in self._kinds:
-            angles = op.Mul(op.Unsqueeze(positions, [-1]), getattr(self, f"{kind}_inv_freq"))  # (B, T, H / 2)
+            angles = self._angles(op, op.Unsqueeze(positions, [-1]), kind)  # (B, T, H / 2)
             cos[kind], sin[kind] = op.Cos(angles), op.Sin(angles)
         new_mask = op.Slice(mask, past, total, [1])  # (B, T)
         return Step(
@@ -138,22 +133,13 @@ class Portable:
                 return op.Relu(x)
 
     def attend(
-        self,
-        op: Op,
-        qkv: Value,
-        norms: tuple[Norm, Norm],
-        shape: AttentionShape,
-        dtype: ir.DataType,
-        step: Step,
-        past: tuple[Value, Value],
-        scales: tuple[Value, ...],
+        self, op: Op, qkv: Value, layer: AttentionLayer, step: Step, past: tuple[Value, Value]
     ) -> tuple[Value, Value, Value]:
         """Norms each head, rotates, and attends to cached and new positions."""
+        shape, (norm_q, norm_k) = layer.shape, layer.norms
         q, k, v = op.Split(qkv, shape.sizes, axis=-1, _outputs=3)
         q, k, v = (op.Reshape(x, to) for x, to in ((q, step.heads), (k, step.kv_heads), (v, step.kv_heads)))
-        q, k, v = (
-            op.Transpose(x, perm=[0, 2, 1, 3]) for x in (norms[0](op, q), norms[1](op, k), v)
-        )  # (B, heads, T, H)
+        q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (norm_q(op, q), norm_k(op, k), v))  # (B, heads, T, H)
         q, k = (op.RotaryEmbedding(x, step.cos[shape.kind], step.sin[shape.kind]) for x in (q, k))
         attended, key, value = op.Attention(
             q, k, v, step.mask[shape.kind], *past, scale=shape.scale, _outputs=3

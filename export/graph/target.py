@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from slm.core.config import Activation, LayerType, ModelConfig
 from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, CacheLayer
-from slm.export.graph.builder import Array, Op, Value
+from slm.export.graph.builder import Array, Module, Op, Parameter, Value
 from slm.export.graph.formats import WeightFormat
 
 Norm = Callable[[Op, Value], Value]
@@ -49,6 +49,23 @@ class AttentionShape:
         return [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What one layer's attention consists of, apart from its products.
+
+    Attributes:
+        shape: The dimensions.
+        norms: The norms of queries and keys.
+        dtype: The type of the joint product of q, k and v.
+        scales: Scales of quantized keys and values, (1, K, 1, H) each; empty if caches are not quantized.
+    """
+
+    shape: AttentionShape
+    norms: tuple[Norm, Norm]
+    dtype: ir.DataType
+    scales: tuple[Value, ...]
+
+
 S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
 
@@ -62,7 +79,7 @@ class Positions(Protocol[S_co]):
         """Returns the shared values of the step."""
 
 
-class Target(Protocol[S]):
+class Operators(Protocol[S]):
     """The operators of a target. `S` is the type of a step's shared values."""
 
     opsets: dict[str, int]
@@ -92,27 +109,21 @@ class Target(Protocol[S]):
         self,
         op: Op,
         qkv: Value,
-        norms: tuple[Norm, Norm],
-        shape: AttentionShape,
-        dtype: ir.DataType,
+        layer: AttentionLayer,
         step: S,
         past: tuple[Value, Value],
-        scales: tuple[Value, ...],
     ) -> tuple[Value, Value, Value]:
         """Norms queries and keys, rotates them, and attends.
 
         Args:
             op: The builder.
             qkv: The joint product, in the layout of hidden states.
-            norms: The norms of queries and keys.
-            shape: The dimensions of the layer's attention.
-            dtype: The type of the joint product. The result has the target's type.
+            layer: The layer's dimensions, norms and scales.
             step: The step's shared values, from `positions`.
             past: Cached keys and values.
-            scales: Scales of quantized keys and values, (1, K, 1, H) each; empty if caches are not quantized.
 
         Returns:
-            The attention output, as wide as the queries, and the present keys and values.
+            The attention output, as wide as the queries and of the target's type, and the present keys and values.
         """
 
     def arranged(self, op: Op, input_ids: Value) -> Value:
@@ -123,6 +134,22 @@ class Target(Protocol[S]):
 
     def logits(self, op: Op, logits: Value, step: S, vocab_size: int) -> Value:
         """Reshapes the output of the head to (B, kept, V)."""
+
+
+class RotaryModule(Module):
+    """The part of `Positions` that every target shares: the rotation frequencies of each kind of layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._kinds: list[LayerType] = sorted(set(config.layer_types))
+        self.tensors: dict[str, Array] = {}
+        for kind in self._kinds:
+            self.tensors[f"{kind}_inv_freq"] = inverse_frequencies(config, kind)
+            setattr(self, f"{kind}_inv_freq", Parameter([config.head_dim // 2], ir.DataType.FLOAT))
+
+    def _angles(self, op: Op, positions: Value, kind: LayerType) -> Value:
+        """Returns the angles (..., H / 2) of positions (..., 1) in radians."""
+        return op.Mul(positions, getattr(self, f"{kind}_inv_freq"))
 
 
 def inverse_frequencies(config: ModelConfig, kind: LayerType) -> Array:

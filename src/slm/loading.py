@@ -1,10 +1,11 @@
 """`slm.load`: loads a bundle with onnxruntime or a checkpoint with PyTorch, behind one class."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from slm.core.arguments import check_type, keywords_checked
 from slm.core.artifacts import newest_model
@@ -18,7 +19,7 @@ from slm.runtime import shipped
 from slm.runtime.backend import Decoder
 from slm.runtime.model import About, Model
 from slm.runtime.placement import check_placement
-from slm.runtime.session import Device
+from slm.runtime.session import RuntimeDevice
 
 if TYPE_CHECKING:
     from slm.core.nn import CausalLM
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def load(
     path: str | PathLike[str] | None = None,
     *,
-    device: Device = "cpu",
+    device: RuntimeDevice = "cpu",
     cuda_graph: bool = False,
     threads: int | None = None,
     draft_tokens: int | None = None,
@@ -60,81 +61,92 @@ def load(
         SlmError: If the path is not a model, the model is damaged or was exported for another device, or the adapter belongs
             to another model; an `ArgumentError`, which is also a `TypeError`, for an unknown keyword or a wrong type.
     """
-    _check(path, device, threads, draft_tokens, adapter)
-    _check_graph(device, cuda_graph)
-    merged = None if adapter is None else Path(adapter)
-    return _load(_resolved(path), device, cuda_graph, threads, draft_tokens, merged, trust, allow_slow)
+    options = LoadOptions(device, cuda_graph, threads, draft_tokens, adapter, trust, allow_slow)
+    _check_path("path", path)
+    options.check()
+    return _load(_resolved(path), options)
 
 
-def _load(
-    path: Path,
-    device: Device,
-    cuda_graph: bool,
-    threads: int | None,
-    draft_tokens: int | None,
-    adapter: Path | None,
-    trust: bool,
-    allow_slow: bool,
-) -> Model:
+@dataclass(frozen=True)
+class LoadOptions:
+    """The options of `load`, which documents them."""
+
+    device: RuntimeDevice
+    cuda_graph: bool
+    threads: int | None
+    draft_tokens: int | None
+    adapter: str | PathLike[str] | None
+    trust: bool
+    allow_slow: bool
+
+    def check(self) -> None:
+        """Checks types and ranges.
+
+        Raises:
+            SlmError: If an option has the wrong type or is out of range.
+        """
+        _check_path("adapter", self.adapter)
+        if self.device not in get_args(RuntimeDevice):
+            raise ArgumentError(f"device is {self.device!r}", f"one of {', '.join(map(repr, get_args(RuntimeDevice)))}")
+        for name, value in (("threads", self.threads), ("draft_tokens", self.draft_tokens)):
+            check_type(name, value, (Integral, type(None)), "a whole number or None")
+            if isinstance(value, int) and value < 1:
+                raise SlmError(f"{name} is {value}; it must be 1 or more")
+        check_type("cuda_graph", self.cuda_graph, bool, "True or False")
+        if self.cuda_graph and self.device != "cuda":
+            raise ArgumentError("cuda_graph requires CUDA", "device='cuda'")
+
+
+def _check_path(name: str, path: object) -> None:
+    check_type(name, path, (str, PathLike, type(None)), "a path (str or pathlib.Path)")
+    if isinstance(path, str) and not path.strip():
+        raise SlmError(f"{name} is empty", "name a bundle or a checkpoint, or omit it for the newest")
+
+
+def _load(path: Path, options: LoadOptions) -> Model:
     if is_bundle(path):
-        from slm.runtime.decoder import OnnxDecoder
-
-        bundle = Bundle.open(path, trust)
-        check_placement(bundle, device, allow_slow)
-        onnx = OnnxDecoder(bundle, device, threads, cuda_graph=cuda_graph)
-        if adapter is not None:
-            onnx.use(load_adapter(adapter, bundle))
-        about = About(path, bundle.manifest.precision, device, bundle.config.parameter_count())
-        return Model(Tokenizer.load(path), _drafting(onnx, draft_tokens), bundle.stop_token_ids, about)
+        return _load_bundle(path, options)
     if is_checkpoint(path):
-        if cuda_graph:
-            raise SlmError(
-                f"{path} is a checkpoint; CUDA graphs require a bundle",
-                "use a bundle from slm export --onnx --device cuda, or omit CUDA graphs",
-            )
-        import torch
-
-        from slm.core.nn import load_checkpoint
-        from slm.core.nn.decoder import TorchDecoder
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise SlmError("PyTorch finds no CUDA device", "--device cpu")
-        if threads is not None:
-            torch.set_num_threads(check_threads(threads))
-        model = (load_checkpoint(path) if adapter is None else _merged(path, adapter)).to(device)
-        precision = str(model.model.norm.weight.dtype).removeprefix("torch.")
-        about = About(path, precision, device, model.config.parameter_count())
-        decoder = _drafting(TorchDecoder(model), draft_tokens)
-        return Model(Tokenizer.load(path), decoder, model.config.stop_token_ids, about)
+        return _load_checkpoint(path, options)
     what = "not found" if not path.exists() else "neither a checkpoint nor a bundle"
     if path.suffix == ".gguf":
         raise SlmError(f"a GGUF file is neither a checkpoint nor a bundle: {path}", f"slm import {path}")
     raise SlmError(f"{what}: {path}", "slm train makes a checkpoint, slm export --onnx a bundle")
 
 
-def _check(*arguments: object) -> None:
-    """Checks the arguments of `load`.
+def _load_bundle(path: Path, options: LoadOptions) -> Model:
+    from slm.runtime.decoder import OnnxDecoder
 
-    Raises:
-        SlmError: If one has the wrong type or is out of range.
-    """
-    path, device, threads, draft_tokens, adapter = arguments
-    for name, value in (("path", path), ("adapter", adapter)):
-        check_type(name, value, (str, PathLike, type(None)), "a path (str or pathlib.Path)")
-        if isinstance(value, str) and not value.strip():
-            raise SlmError(f"{name} is empty", "name a bundle or a checkpoint, or omit it for the newest")
-    if device not in get_args(Device):
-        raise ArgumentError(f"device is {device!r}", f"one of {', '.join(map(repr, get_args(Device)))}")
-    for name, value in (("threads", threads), ("draft_tokens", draft_tokens)):
-        check_type(name, value, (Integral, type(None)), "a whole number or None")
-        if isinstance(value, int) and value < 1:
-            raise SlmError(f"{name} is {value}; it must be 1 or more")
+    bundle = Bundle.open(path, options.trust)
+    check_placement(bundle, options.device, options.allow_slow)
+    onnx = OnnxDecoder(bundle, options.device, options.threads, cuda_graph=options.cuda_graph)
+    if options.adapter is not None:
+        onnx.use(load_adapter(Path(options.adapter), bundle))
+    about = About(path, bundle.manifest.precision, options.device, bundle.config.parameter_count())
+    return Model(Tokenizer.load(path), _drafting(onnx, options.draft_tokens), bundle.stop_token_ids, about)
 
 
-def _check_graph(device: Device, cuda_graph: object) -> None:
-    check_type("cuda_graph", cuda_graph, bool, "True or False")
-    if cuda_graph and device != "cuda":
-        raise ArgumentError("cuda_graph requires CUDA", "device='cuda'")
+def _load_checkpoint(path: Path, options: LoadOptions) -> Model:
+    if options.cuda_graph:
+        raise SlmError(
+            f"{path} is a checkpoint; CUDA graphs require a bundle",
+            "use a bundle from slm export --onnx --device cuda, or omit CUDA graphs",
+        )
+    import torch
+
+    from slm.core.nn import load_checkpoint
+    from slm.core.nn.decoder import TorchDecoder
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SlmError("PyTorch finds no CUDA device", "--device cpu")
+    if options.threads is not None:
+        torch.set_num_threads(check_threads(options.threads))
+    model = load_checkpoint(path) if options.adapter is None else _merged(path, Path(options.adapter))
+    model.to(options.device)
+    precision = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    about = About(path, precision, options.device, model.config.parameter_count())
+    decoder = _drafting(TorchDecoder(model), options.draft_tokens)
+    return Model(Tokenizer.load(path), decoder, model.config.stop_token_ids, about)
 
 
 def _resolved(path: str | PathLike[str] | None) -> Path:
@@ -150,7 +162,7 @@ def load_ensemble(
     paths: Sequence[str | PathLike[str]],
     average: "Average" = "mean",
     *,
-    device: Device = "cpu",
+    device: RuntimeDevice = "cpu",
     cuda_graph: bool = False,
     threads: int | None = None,
     draft_tokens: int | None = None,
@@ -177,14 +189,12 @@ def load_ensemble(
     check_type("paths", paths, (list, tuple), "a list of paths")
     if not paths:
         raise SlmError("there is no model in paths", "name two or more")
-    how: Any = {
-        "device": device,
-        "cuda_graph": cuda_graph,
-        "threads": threads,
-        "trust": trust,
-        "allow_slow": allow_slow,
-    }
-    models = [load(path, **how) for path in paths]
+    options = LoadOptions(device, cuda_graph, threads, draft_tokens, None, trust, allow_slow)
+    for path in paths:
+        _check_path("path", path)
+    options.check()
+    each = replace(options, draft_tokens=None)  # the average is drafted, not its members
+    models = [_load(_resolved(path), each) for path in paths]
     first = models[0]
     for path, model in zip(paths, models, strict=True):
         if model.tokenizer.sha256 != first.tokenizer.sha256:

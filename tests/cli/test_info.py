@@ -15,7 +15,7 @@ from slm.core.accounting import cache_bytes, decode_flops, prefill_flops
 from slm.core.config import ModelConfig
 from slm.core.manifest import Bundle, amend
 from slm.core.presets import preset
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -168,7 +168,7 @@ def shown(slm: Slm, path: Path) -> str:
 def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
     slm: Slm, shared_checkpoint: Path, shared_bundle: Bundle, tmp_path: Path
 ) -> None:
-    cuda = export_bundle(shared_checkpoint, tmp_path / "cuda", device="cuda")
+    cuda = export_bundle(shared_checkpoint, tmp_path / "cuda", ExportOptions(device="cuda"))
     report = told(slm, cuda.path)
     assert (report["target"], report["device"], report["precision"]) == ("fused", "cuda", "float16")
     assert report["ranges"] == json.loads(json.dumps(cuda.manifest.model_dump()["ranges"]))
@@ -194,7 +194,7 @@ def test_a_bundle_tells_what_it_runs_on_and_what_was_measured(
     assert "model.layers.0.self_attn.qkv_proj" not in text and len(report["quantization"]["schemes"]) == 17
     assert "tokens of some text" in text and "int8, 0.0451 MB at 256 tokens" in text and "3 layers with 16 + 16" in text
 
-    portable = export_bundle(shared_checkpoint, tmp_path / "portable", target="portable")
+    portable = export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable"))
     text = shown(slm, portable.path)
     assert "target portable" in text and "1 layer with all positions, 3 layers with the last 15" in text
     assert "quality" not in text and "ranges" not in text

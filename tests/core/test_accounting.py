@@ -34,7 +34,7 @@ from slm.core.contract import CacheType, Device, cache_layers
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, KVCache
 from slm.core.presets import PRESETS, preset
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import graph_tensors
 from slm.quantize.linears import linears_of
 from slm.quantize.plan import INT8, QuantizationPlan, schemes_of
@@ -126,7 +126,7 @@ def test_cache_bytes_of_a_fused_bundle(config: ModelConfig, device: Device, dtyp
 
 
 def test_cache_bytes_of_a_portable_bundle(shared_checkpoint: Path, tmp_path: Path) -> None:
-    decoder = OnnxDecoder(export_bundle(shared_checkpoint, tmp_path / "b", target="portable"))
+    decoder = OnnxDecoder(export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(target="portable")))
     for length in (1, WINDOW - 1, WINDOW, 3 * WINDOW):
         decoder.reset()
         decoder.read([1] * length)

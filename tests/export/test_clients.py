@@ -13,7 +13,7 @@ import transformers
 from slm.core.config import FULL, ModelConfig
 from slm.core.contract import Device, cache_layers
 from slm.core.manifest import Bundle
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.clients import write_client_files
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
@@ -49,7 +49,7 @@ def test_quantizing_says_so(shared_bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_portable_bundle(shared_checkpoint: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(shared_checkpoint, tmp_path / "b", target="portable")
+    bundle = export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(target="portable"))
     genai = read(bundle.path, "genai_config.json")
     assert "sliding_window" not in genai["model"]["decoder"]
     assert genai["search"] == {"max_length": 16, "past_present_share_buffer": False}

@@ -12,7 +12,7 @@ from slm.core.config import FULL, ModelConfig
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.runtime.cache import KVBuffers
 from slm.runtime.decoder import OnnxDecoder
 
@@ -22,7 +22,7 @@ SAME_LOGITS = 2e-3
 
 @pytest.fixture(scope="module")
 def bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("cuda") / "onnx", device="cuda")
+    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("cuda") / "onnx", ExportOptions(device="cuda"))
 
 
 @pytest.mark.parametrize(("keep", "positions"), [(0, 5), (1, 1), (3, 3), (5, 5), (9, 5)])
@@ -45,7 +45,7 @@ def test_rows_padded_on_the_right_keep_their_own_last_positions(
 ) -> None:
     everywhere = config.model_copy(update={"layer_types": (FULL,) * config.num_hidden_layers})
     save_checkpoint(tmp_path / "c", make_model(everywhere), tokenizer, {})
-    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx", device="cuda")
+    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx", ExportOptions(device="cuda"))
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (3, 12))
     lengths = (12, 5, 1)
     mask = (np.arange(12) < np.array(lengths)[:, None]).astype(np.int64)

@@ -18,7 +18,7 @@ from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Weights
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import FloatFormat, Fused, build_graph, checkpoint_tensors, save_graph
 from slm.export.graph.builder import GraphUnderWay
 from slm.export.graph.fused import FusedPositions
@@ -64,7 +64,7 @@ def test_variant(
 ) -> None:
     changed = config.model_copy(update=VARIANTS[variant])
     save_checkpoint(tmp_path / "c", make_model(changed), tokenizer, {})
-    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx", target=target)
+    bundle = export_bundle(tmp_path / "c", tmp_path / "onnx", ExportOptions(target=target))
     assert bundle.config == changed
     parity = bundle.manifest.parity
     assert parity is not None and parity.largest < TOLERANCE
@@ -213,7 +213,7 @@ def test_rows_padded_on_the_right_keep_their_own_last_positions(
 @pytest.mark.parametrize("context", [16, 257])
 def test_a_context_that_does_not_fit_is_refused(shared_checkpoint: Path, tmp_path: Path, context: int) -> None:
     with pytest.raises(SlmError, match=f"{context} tokens"):
-        export_bundle(shared_checkpoint, tmp_path / "onnx", context)
+        export_bundle(shared_checkpoint, tmp_path / "onnx", ExportOptions(context))
 
 
 def test_bfloat16_checkpoints_are_read(shared_checkpoint: Path, config: ModelConfig, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_nothing_is_as_long_as_the_context(shared_checkpoint: Path, shared_bundl
 @pytest.mark.parametrize("device", ["cuda", "webgpu"])
 def test_onnxruntime_computes_tables_once(shared_checkpoint: Path, tmp_path: Path, device: Device) -> None:
     """onnxruntime folds the rotation tables: the optimized graph has no cosine. Negative control: the unoptimized graph."""
-    bundle = export_bundle(shared_checkpoint, tmp_path / device, device=device)
+    bundle = export_bundle(shared_checkpoint, tmp_path / device, ExportOptions(device=device))
     for level, wanted in (("ORT_ENABLE_ALL", 0), ("ORT_DISABLE_ALL", 4)):
         options = ort.SessionOptions()
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)

@@ -12,7 +12,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.ranges import LARGEST_FLOAT16, MARGIN, scan_ranges
 from slm.runtime.decoder import OnnxDecoder
 
@@ -39,7 +39,7 @@ def saved(config: ModelConfig, make_model: MakeModel, tokenizer: Tokenizer) -> C
 
 
 def test_what_fits_is_float16(shared_checkpoint: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(shared_checkpoint, tmp_path / "b", device="cuda")
+    bundle = export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(device="cuda"))
     ranges = bundle.manifest.ranges
     assert ranges is not None and ranges.float32 == ()
     assert len(ranges.largest) == 4 * bundle.config.num_hidden_layers + 1
@@ -63,7 +63,7 @@ def test_what_would_overflow_stays_float32(
     saved: Callable[[str, float], Path], monkeypatch: pytest.MonkeyPatch, product: str, kept: set[str]
 ) -> None:
     checkpoint = saved(product, 3e5)
-    bundle = export_bundle(checkpoint, Path("b"), device="cuda")  # export verifies it against PyTorch
+    bundle = export_bundle(checkpoint, Path("b"), ExportOptions(device="cuda"))  # export verifies it against PyTorch
     assert bundle.manifest.ranges is not None and set(bundle.manifest.ranges.float32) == kept
     assert bundle.manifest.parity is not None and bundle.manifest.parity.largest < 0.05
 
@@ -72,29 +72,31 @@ def test_what_would_overflow_stays_float32(
 
     monkeypatch.setattr("slm.export.ranges.scan_ranges", careless)
     with pytest.raises(SlmError, match=r"differ by (inf|nan)|beyond float16"):
-        export_bundle(checkpoint, Path("c"), device="cuda")
+        export_bundle(checkpoint, Path("c"), ExportOptions(device="cuda"))
 
 
 def test_caches_that_would_overflow_are_refused(saved: Callable[[str, float], Path]) -> None:
     checkpoint = saved("self_attn.v_proj", 3e5)
     with pytest.raises(SlmError, match="attention values reach"):
-        export_bundle(checkpoint, Path("b"), device="cuda")
+        export_bundle(checkpoint, Path("b"), ExportOptions(device="cuda"))
     assert not Path("b").exists()
 
 
 def test_the_text_decides(shared_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Something else entirely, 1234567890! " * 40, encoding="utf-8")
-    ours = export_bundle(shared_checkpoint, tmp_path / "a", device="cuda").manifest.ranges
-    theirs = export_bundle(shared_checkpoint, tmp_path / "b", device="cuda", text=tmp_path / "text.txt").manifest.ranges
+    ours = export_bundle(shared_checkpoint, tmp_path / "a", ExportOptions(device="cuda")).manifest.ranges
+    theirs = export_bundle(
+        shared_checkpoint, tmp_path / "b", ExportOptions(device="cuda", text=tmp_path / "text.txt")
+    ).manifest.ranges
     assert ours is not None and theirs is not None
     assert theirs.text.endswith("text.txt") and theirs.largest != ours.largest
     (tmp_path / "text.txt").write_text("a", encoding="utf-8")
     with pytest.raises(SlmError, match="too little text"):
-        export_bundle(shared_checkpoint, tmp_path / "c", device="cuda", text=tmp_path / "text.txt")
+        export_bundle(shared_checkpoint, tmp_path / "c", ExportOptions(device="cuda", text=tmp_path / "text.txt"))
 
 
 def test_webgpu_keeps_whole_caches(shared_checkpoint: Path, tmp_path: Path) -> None:
-    bundle: Bundle = export_bundle(shared_checkpoint, tmp_path / "b", device="webgpu")
+    bundle: Bundle = export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(device="webgpu"))
     assert {layer.window for layer in bundle.manifest.cache} == {None}
     decoder = OnnxDecoder(bundle)
     decoder.read(np.arange(40).tolist())
@@ -103,4 +105,4 @@ def test_webgpu_keeps_whole_caches(shared_checkpoint: Path, tmp_path: Path) -> N
 
 def test_the_portable_target_has_no_devices(shared_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(SlmError, match="does not support cuda"):
-        export_bundle(shared_checkpoint, tmp_path / "b", target="portable", device="cuda")
+        export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(target="portable", device="cuda"))

@@ -14,7 +14,7 @@ from slm.core.config import FULL, SLIDING
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.progress import Silent
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.parity import TOLERANCE
 from slm.export.verify import verify_bundle
 from slm.quantize.make import quantize_bundle
@@ -52,9 +52,9 @@ def bundles(
     return {
         "float32": shared_bundle,
         **{name: quantized(name) for name in QUANTIZED},
-        "portable": export_bundle(shared_checkpoint, home / "portable", target="portable"),
-        "cuda": export_bundle(shared_checkpoint, home / "cuda", device="cuda"),
-        "webgpu": export_bundle(shared_checkpoint, home / "webgpu", device="webgpu"),
+        "portable": export_bundle(shared_checkpoint, home / "portable", ExportOptions(target="portable")),
+        "cuda": export_bundle(shared_checkpoint, home / "cuda", ExportOptions(device="cuda")),
+        "webgpu": export_bundle(shared_checkpoint, home / "webgpu", ExportOptions(device="webgpu")),
     }
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from slm.cli import following
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, amend, parity_devices
 from slm.core.progress import Silent
 from slm.export import parity as compared
 from slm.export import verify as module
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.verify import record_parity, verify_bundle
 from slm.runtime.session import DeviceUnavailable
 
@@ -24,7 +25,7 @@ Slm = Callable[..., Any]
 @pytest.fixture(scope="module")
 def made(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a bundle for CUDA, which tests must not change."""
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("made") / "cuda", device="cuda").path
+    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("made") / "cuda", ExportOptions(device="cuda")).path
 
 
 @pytest.fixture
@@ -141,7 +142,9 @@ def test_a_bundle_that_cannot_be_written_to_is_verified_all_the_same(
     assert not record_parity(bundle, found)
 
 
-def test_export_says_what_it_has_not_proved(slm: Slm, shared_checkpoint: Path) -> None:
+def test_export_says_what_it_has_not_proved(
+    slm: Slm, shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = slm("export", "--onnx", shared_checkpoint, "--device", "cuda", "--out", "e", "--json")
     report = json.loads(result.out)
     assert report["parity_devices"] == ["cpu"]
@@ -149,6 +152,12 @@ def test_export_says_what_it_has_not_proved(slm: Slm, shared_checkpoint: Path) -
     assert report["next"] == "slm verify e --device cuda"
     result = slm("export", "--onnx", shared_checkpoint, "--device", "cuda", "--out", "e")
     assert "Verified on the CPU only. The bundle is not verified on CUDA" in result.err
+    assert "next (on a machine with an NVIDIA GPU; this one has none): slm verify e --device cuda\n" in result.err
+    monkeypatch.setattr(following, "_has_gpu", lambda: True)  # the control
+    following.next_step("slm verify e --device cuda")
+    following.next_step("slm quantize --int8 'a --device cuda'")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["next: slm verify e --device cuda", "next: slm quantize --int8 'a --device cuda'"]
     result = slm("export", "--onnx", shared_checkpoint, "--device", "webgpu", "--out", "w")
     assert "not verified on WebGPU" in result.err
     report = json.loads(slm("export", "--onnx", shared_checkpoint, "--out", "c", "--json").out)

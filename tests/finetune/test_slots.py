@@ -16,7 +16,7 @@ import slm as package
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.finetune.adapter import load_adapter
 from slm.finetune.merge import merge
 from slm.interchange.onnx_adapter import adapter_from_peft, write_onnx_adapter
@@ -37,7 +37,9 @@ INT8_TOLERANCE = 0.3
 
 @pytest.fixture(scope="module")
 def slotted(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", adapter_slots=True)
+    return export_bundle(
+        shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", ExportOptions(adapter_slots=True)
+    )
 
 
 def rows(bundle: Bundle) -> np.ndarray:
@@ -245,7 +247,7 @@ def test_what_slots_do_not_hold_is_refused(
         with refused(match=words):
             checked(Adapter("wrong", good.arrays | wrong), slotted, tmp_path)
     with refused(match="only fused bundles for the CPU support adapter slots"):
-        export_bundle(shared_checkpoint, tmp_path / "portable", target="portable", adapter_slots=True)
+        export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable", adapter_slots=True))
 
 
 def test_the_commands(

@@ -19,7 +19,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from slm.core.config import FULL, SLIDING, ModelConfig
-from slm.runtime.session import Device
+from slm.runtime.session import RuntimeDevice
 from slm.train.precision import Capability, capability
 from slm.train.recipe import Recipe, load_recipe
 from tests.conftest import AWKWARD
@@ -50,7 +50,7 @@ class Rig:
         return torch.device("cpu" if self.rehearsal else "cuda")
 
     @property
-    def provider(self) -> Device:
+    def provider(self) -> RuntimeDevice:
         """Where onnxruntime computes."""
         return "cpu" if self.rehearsal else "cuda"
 

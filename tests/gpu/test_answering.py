@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.parity import TOLERANCES
 from slm.export.verify import INT8_TOLERANCE, model_of
 from slm.quantize.make import quantize_bundle
@@ -69,7 +69,7 @@ def make(rig: Rig, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
         home = tmp_path_factory.mktemp(f"head{head_dim}")
         model = random_model(rig.config(head_dim))
         save_checkpoint(home / "checkpoint", model, tokenizer, {})
-        return Made(model, home, export_bundle(home / "checkpoint", home / "cuda", device="cuda"))
+        return Made(model, home, export_bundle(home / "checkpoint", home / "cuda", ExportOptions(device="cuda")))
 
     return made
 

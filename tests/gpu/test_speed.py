@@ -15,7 +15,7 @@ from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.presets import preset
 from slm.core.tokenizer import Tokenizer
 from slm.export import bundle as module
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from tests.gpu.conftest import Record
 from tests.gpu.rig import Rig
 
@@ -39,7 +39,9 @@ def bundle(rig: Rig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> B
     save_checkpoint(Path("checkpoint"), model, tokenizer, {})
     Path("text.txt").write_text("Once upon a time there was a fox.", encoding="utf-8")
     monkeypatch.setattr(module, "prove", lambda *arguments: None)
-    return export_bundle(Path("checkpoint"), Path("bundle"), context=1024, device="cuda", text=Path("text.txt"))
+    return export_bundle(
+        Path("checkpoint"), Path("bundle"), ExportOptions(context=1024, device="cuda", text=Path("text.txt"))
+    )
 
 
 def bench(bundle: Bundle, rig: Rig, prompts: str, *options: str) -> tuple[dict[str, Any], int | None]:

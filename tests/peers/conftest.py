@@ -21,7 +21,7 @@ import slm
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -160,7 +160,7 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
     int8 = Settings(gate=Gate(1))
     int4 = Settings(gate=Gate(None), precision="int4", prefer="size")
     float32 = export_bundle(home / "checkpoint", runs / "onnx")
-    portable = export_bundle(home / "checkpoint", runs / "onnx-portable", target="portable")
+    portable = export_bundle(home / "checkpoint", runs / "onnx-portable", ExportOptions(target="portable"))
     made = {
         "float32": float32,
         "int8": quantize_bundle(float32, runs / "onnx-int8", text, int8)[0],
@@ -169,7 +169,7 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
         "portable int8": quantize_bundle(portable, runs / "onnx-portable-int8", text, int8)[0],
         "portable int4": quantize_bundle(portable, home / "portable-int4", text, int4, None, text)[0],
         "other": export_bundle(home / "other", home / "other-onnx"),
-        "other portable": export_bundle(home / "other", home / "other-portable", target="portable"),
+        "other portable": export_bundle(home / "other", home / "other-portable", ExportOptions(target="portable")),
     }
     prompts = [rng.choice(readable, n).tolist() for n in (3, 15, 16, 17, 33, 50)]
     found = Bundles(home, made, prompts, count=60)

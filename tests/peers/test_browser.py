@@ -421,7 +421,9 @@ def test_a_bundle_for_webgpu(
         monkeypatch.setattr(bundle_module, "_operators", operators)
         monkeypatch.setattr(bundle_module, "prove", lambda *_: None)
         monkeypatch.setattr(manifest_module, "_check_graph", lambda *_: None)  # slm writes no such graph
-    exported = bundle_module.export_bundle(bundles.home / "checkpoint", tmp_path / "webgpu", device="webgpu")
+    exported = bundle_module.export_bundle(
+        bundles.home / "checkpoint", tmp_path / "webgpu", bundle_module.ExportOptions(device="webgpu")
+    )
     if precision == "float32":
         seal(exported.path, exported.manifest.model_copy(update={"precision": "float32"}))
     with served(site_of(exported.path)) as server:

@@ -20,7 +20,7 @@ from slm.core.config import ModelConfig
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph.builder import cast
 from slm.export.graph.target import last_rows
 from slm.quantize.make import quantize_bundle
@@ -60,7 +60,9 @@ def checkpoint(config: ModelConfig, make_model: Callable[..., CausalLM], tokeniz
 def bundles(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> dict[str, Path]:
     """A bundle for CUDA and one for the CPU."""
     source = checkpoint(request.param)
-    return {device: export_bundle(source, Path(device), device=device).path for device in ("cuda", "cpu")}  # type: ignore[arg-type]
+    return {
+        device: export_bundle(source, Path(device), ExportOptions(device=device)).path for device in ("cuda", "cpu")
+    }  # type: ignore[arg-type]
 
 
 def by_step(log: list[str], what: str = "launch") -> Counter[str]:
@@ -170,7 +172,7 @@ def test_numbers_on_the_device_cost_copies_and_graphs(
     """The control of numbers that stay on the host."""
     monkeypatch.setattr("slm.export.graph.fused._last_rows_on_gpu", on_the_device)
     monkeypatch.setattr("slm.core.manifest._check_graph", lambda *_: None)
-    altered = export_bundle(checkpoint(64), Path("altered"), device="cuda").path
+    altered = export_bundle(checkpoint(64), Path("altered"), ExportOptions(device="cuda")).path
     nodes = placed(fake_cuda("fake_cuda_placement.py", altered, "8.9").log)
     assert copies(nodes) == 3
     with pytest.raises(AssertionError):
@@ -187,7 +189,7 @@ def test_casts_before_norms_cost_launches(
         "slm.export.graph.fused.Fused.normed_as", lambda _, op, x, dtype: cast(op, x, dtype, ir.DataType.FLOAT)
     )
     monkeypatch.setattr("slm.core.manifest._check_graph", lambda *_: None)
-    altered = export_bundle(checkpoint(64), Path("altered"), device="cuda").path
+    altered = export_bundle(checkpoint(64), Path("altered"), ExportOptions(device="cuda")).path
     ran = fake_cuda("fake_cuda_decoder.py", altered, "8.9")
     assert by_step(ran.log)["decode"] == MOST_LAUNCHES["8.9"] + 2 * 4
     with pytest.raises(AssertionError):
@@ -216,7 +218,7 @@ def check_products(log: list[str], bits: str) -> None:
 def test_quantized_bundles_run_there(
     fake_cuda: Run, checkpoint: Callable[..., Path], precision: str, bits: str
 ) -> None:
-    source = export_bundle(checkpoint(64), Path("cuda"), device="cuda").path
+    source = export_bundle(checkpoint(64), Path("cuda"), ExportOptions(device="cuda")).path
     bundle = quantized(source, precision)
     for capability in CAPABILITIES:
         ran = fake_cuda("fake_cuda_decoder.py", bundle, capability)
@@ -231,7 +233,7 @@ def test_float32_scales_are_another_product(
     fake_cuda: Run, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test above: every product takes float32, and casts stand around attention."""
-    source = export_bundle(checkpoint(64), Path("cuda"), device="cuda").path
+    source = export_bundle(checkpoint(64), Path("cuda"), ExportOptions(device="cuda")).path
     monkeypatch.setattr("slm.quantize.decide.with_half_scales", lambda schemes, _: schemes)
     ran = fake_cuda("fake_cuda_decoder.py", quantized(source, "int8"), "8.9")
     with pytest.raises(AssertionError):

@@ -16,7 +16,7 @@ from slm.core.contract import Device
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 
 pytestmark = pytest.mark.peer
 
@@ -38,7 +38,10 @@ def home(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pytest
 def bundles(home: Path) -> dict[str, Path]:
     """A bundle for CUDA and one for the CPU."""
     devices: list[Device] = ["cuda", "cpu"]
-    return {device: export_bundle(home / "checkpoint", home / device, device=device).path for device in devices}
+    return {
+        device: export_bundle(home / "checkpoint", home / device, ExportOptions(device=device)).path
+        for device in devices
+    }
 
 
 @pytest.fixture

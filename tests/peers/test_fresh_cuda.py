@@ -109,9 +109,9 @@ def test_the_installed_wheels_alone_open_cuda(python: Path, fake_cuda_variables:
 def test_a_model_generates_there(
     python: Path, fake_cuda_variables: dict[str, str], shared_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from slm.export.bundle import export_bundle
+    from slm.export.bundle import ExportOptions, export_bundle
 
-    bundle = export_bundle(shared_checkpoint, tmp_path / "b", device="cuda").path
+    bundle = export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(device="cuda")).path
     asked = ("generate", str(bundle), "--device", "cuda", "-p", "x", "--max-new-tokens", "2", "--greedy")
     done = run(python, fake_cuda_variables, *asked)
     assert " on CUDA, " in done.stderr and "fake-cuda launch" in done.stderr, done.stderr[-2000:]

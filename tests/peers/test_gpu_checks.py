@@ -13,7 +13,7 @@ import pytest
 
 from slm.core.nn import save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from tests.conftest import random_model
 from tests.gpu.rig import Rig
 from tests.gpu.test_answering import KINDS
@@ -29,7 +29,7 @@ def test_every_step_of_the_checks_is_taken(
     fake_cuda: Callable[..., Any], tokenizer: Tokenizer, head_dim: int, capability: str
 ) -> None:
     save_checkpoint(Path("checkpoint"), random_model(Rig(rehearsal=True).config(head_dim)), tokenizer, {})
-    bundle = export_bundle(Path("checkpoint"), Path("bundle"), device="cuda").path
+    bundle = export_bundle(Path("checkpoint"), Path("bundle"), ExportOptions(device="cuda")).path
     ran = fake_cuda("fake_cuda_gpu_checks.py", bundle, capability)
     about, kinds, *rest = (json.loads(line) for line in ran.output.splitlines())
     assert rest == [about, kinds]  # with flash attention and without

@@ -15,7 +15,7 @@ from slm.core.manifest import Bundle, Scheme
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import float_tensors, graph_tensors
 from slm.export.verify import verify_bundle
 from slm.quantize.blocks import quantize_nearest
@@ -47,7 +47,7 @@ def make(source: Bundle, out: Path, **settings: Any) -> tuple[Bundle, Report]:
 
 @pytest.fixture(scope="module")
 def source(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("cuda") / "onnx", device="cuda")
+    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("cuda") / "onnx", ExportOptions(device="cuda"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_products_that_would_overflow_stay_in_float32(
     model = make_model(config)
     model.model.layers[1].mlp.down_proj.weight.data *= 3e5
     save_checkpoint(Path("c"), model, tokenizer, {})
-    source = export_bundle(Path("c"), Path("b"), device="cuda")
+    source = export_bundle(Path("c"), Path("b"), ExportOptions(device="cuda"))
     assert source.manifest.ranges is not None and source.manifest.ranges.float32
     bundle, _ = make(source, Path("q"), precision="int4", prefer="size")
     assert bundle.manifest.quantization is not None
@@ -143,7 +143,7 @@ def test_what_was_quantized_and_what_is_for_browsers_is_refused(
 ) -> None:
     with pytest.raises(SlmError, match="is already int4"):
         make(made["int4"][0], Path("out"))
-    webgpu = export_bundle(shared_checkpoint, Path("webgpu"), device="webgpu")
+    webgpu = export_bundle(shared_checkpoint, Path("webgpu"), ExportOptions(device="webgpu"))
     with pytest.raises(SlmError, match="is for WebGPU"):
         make(webgpu, Path("out"))
     text = random_text(source, 5)

@@ -21,7 +21,7 @@ from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.text.tokens import TextSource
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import (
     BlockFormat,
     FloatFormat,
@@ -350,7 +350,11 @@ def test_what_cannot_be_quantized_is_refused(
     with pytest.raises(SlmError, match="is the bundle to quantize"):
         make(shared_bundle, shared_bundle.path)
     with pytest.raises(SlmError, match="portable bundle"):
-        make(export_bundle(shared_checkpoint, tmp_path / "portable", target="portable"), tmp_path / "b", dynamic=True)
+        make(
+            export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable")),
+            tmp_path / "b",
+            dynamic=True,
+        )
     assert not (tmp_path / "b").exists()
 
 

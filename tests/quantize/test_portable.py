@@ -18,7 +18,7 @@ from slm.core.manifest import Bundle, Scheme, seal
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import (
     float_tensors,
     graph_tensors,
@@ -62,7 +62,9 @@ def make(source: Bundle, out: Path, **settings: Any) -> Bundle:
 @pytest.fixture(scope="module")
 def portable(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Returns a portable bundle of the checkpoint of `shared_bundle`."""
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("portable") / "onnx", target="portable")
+    return export_bundle(
+        shared_checkpoint, tmp_path_factory.mktemp("portable") / "onnx", ExportOptions(target="portable")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +266,7 @@ def test_an_untied_head(
     config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     save_checkpoint(tmp_path / "c", make_model(config.model_copy(update={"tie_word_embeddings": False})), tokenizer, {})
-    bundle = make(export_bundle(tmp_path / "c", tmp_path / "onnx", target="portable"), tmp_path / "int8")
+    bundle = make(export_bundle(tmp_path / "c", tmp_path / "onnx", ExportOptions(target="portable")), tmp_path / "int8")
     names = {f"{path}.weight_quantized" for path in ("lm_head", "model.embed_tokens")}
     assert names <= ir.load(bundle.model_path).graph.initializers.keys()
     assert verify_bundle(bundle, tmp_path / "c", Silent()).parity["cpu, graph as written"].largest < TOLERANCE

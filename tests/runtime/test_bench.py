@@ -18,12 +18,12 @@ from slm.core.contract import cache_layers
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
 from slm.runtime import bench, generation, streaming
-from slm.runtime.bench import Case, OnnxRows, ReadProbe, Spread, measure
+from slm.runtime.bench import Case, Measured, OnnxRows, ReadProbe, Spread, measure
 from slm.runtime.decoder import OnnxDecoder
 
 # Tensors begin on pages, and those of less than a kilobyte stay inside the graph.
@@ -94,7 +94,7 @@ def test_a_decoder_is_measured_as_slow_as_it_is(clock: Clock) -> None:
     decoder = Slow(clock, {1: 0.5, 10: 2.0, 20: 8.0})
     cases = [Case(10), Case(20), Case(10, 4)]
     probe: Any = Probe(decoder, [1, 4, 2])
-    first, second, rows = measure(decoder, decoder.rows, cases, lambda case: 100, probe, new=6, rounds=3)
+    first, second, rows = measure(Measured(decoder, decoder.rows, lambda case: 100), cases, probe, new=6, rounds=3)
     assert first.ttft_ms == Spread(4000, 2000, 8000) and second.ttft_ms == Spread(16_000, 8000, 32_000)
     assert first.prefill_tok_s == Spread(2.5, 1.25, 5) and second.prefill_tok_s == Spread(1.25, 0.625, 2.5)
     assert first.decode_tok_s == second.decode_tok_s == Spread(1, 0.5, 2)
@@ -108,7 +108,7 @@ def test_a_decoder_is_measured_as_slow_as_it_is(clock: Clock) -> None:
 
 def test_every_token_is_counted_and_cases_take_turns(clock: Clock) -> None:
     decoder = Slow(clock, {1: 0.5, 10: 2.0, 20: 8.0})
-    measure(decoder, decoder.rows, [Case(20), Case(10, 3)], lambda case: 1, None, new=5, rounds=2)
+    measure(Measured(decoder, decoder.rows, lambda case: 1), [Case(20), Case(10, 3)], None, new=5, rounds=2)
     warm_up, *turns = decoder.visits
     assert warm_up == [10, 1, 1, 1]
     # A row's first token comes with the prompt. Several rows take a step before the clock starts.
@@ -118,7 +118,7 @@ def test_every_token_is_counted_and_cases_take_turns(clock: Clock) -> None:
 
 def test_without_a_probe_there_is_no_share(clock: Clock) -> None:
     decoder = Slow(clock, {1: 0.5, 10: 2.0})
-    (timing,) = measure(decoder, decoder.rows, [Case(10)], lambda case: 1, None, new=2, rounds=1)
+    (timing,) = measure(Measured(decoder, decoder.rows, lambda case: 1), [Case(10)], None, new=2, rounds=1)
     assert timing.memory_share is None and timing.decode_tok_s == Spread(2, 2, 2)
 
 
@@ -131,7 +131,14 @@ def test_an_interruption_tidies_up(clock: Clock) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(decoder, interrupted, [Case(10), Case(10, 2)], lambda case: 1, None, new=2, rounds=1, progress=progress)
+        measure(
+            Measured(decoder, interrupted, lambda case: 1),
+            [Case(10), Case(10, 2)],
+            None,
+            new=2,
+            rounds=1,
+            progress=progress,
+        )
     assert ended and decoder.length == 0
 
 
@@ -168,7 +175,7 @@ def bundle_of(
     def make(**changes: Any) -> Bundle:
         path = tmp_path / str(next(names))
         save_checkpoint(path / "c", make_model(config.model_copy(update=changes)), tokenizer, {})
-        return export_bundle(path / "c", path / "onnx", context=64)
+        return export_bundle(path / "c", path / "onnx", ExportOptions(context=64))
 
     return make
 
@@ -243,7 +250,9 @@ def test_rows_begin_where_the_prompt_ends(shared_bundle: Bundle, monkeypatch: py
 
 
 def test_rows_whose_caches_grow_have_read(shared_checkpoint: Path) -> None:
-    decoder = OnnxDecoder(export_bundle(shared_checkpoint, Path("portable"), target="portable"), threads=1)
+    decoder = OnnxDecoder(
+        export_bundle(shared_checkpoint, Path("portable"), ExportOptions(target="portable")), threads=1
+    )
     decoder.read([0] * 40)
     wanted = decoder.read([5])
     stepped = OnnxRows(decoder, Case(40, 2), new=2).step(np.array([[5], [6]]))

@@ -14,7 +14,7 @@ import pytest
 import slm
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.manifest import Bundle
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.runtime import cuda_graph
 from slm.runtime.batch import Batch
 from slm.runtime.cuda_graph import StepGraphs, check_bundle
@@ -26,7 +26,7 @@ SAME_LOGITS = 2e-3
 
 @pytest.fixture(scope="module")
 def bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("cuda") / "onnx", device="cuda")
+    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("cuda") / "onnx", ExportOptions(device="cuda"))
 
 
 class Recording:

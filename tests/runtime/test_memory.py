@@ -17,7 +17,7 @@ import pytest
 from slm.core.contract import CACHE_SLACK
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -45,8 +45,8 @@ def bundles(
     return {
         "float32": shared_bundle,
         "int8 caches": quantize_bundle(shared_bundle, home / "int8", text, Settings(gate=Gate(1), cache="int8"))[0],
-        "cuda": export_bundle(shared_checkpoint, home / "cuda", device="cuda"),
-        "portable": export_bundle(shared_checkpoint, home / "portable", target="portable"),
+        "cuda": export_bundle(shared_checkpoint, home / "cuda", ExportOptions(device="cuda")),
+        "portable": export_bundle(shared_checkpoint, home / "portable", ExportOptions(target="portable")),
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 from slm.core.contract import Device
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, amend
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.loading import load, load_ensemble
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
@@ -104,7 +104,9 @@ def test_what_attends_on_cuda_is_not_refused(
     shared_checkpoint: Path, tmp_path: Path, target: Any, device: Device
 ) -> None:
     """By the placement that onnxruntime-gpu makes of them (`tests/peers/test_fake_cuda.py`)."""
-    check_placement(export_bundle(shared_checkpoint, tmp_path / "b", target=target, device=device), "cuda")
+    check_placement(
+        export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(target=target, device=device)), "cuda"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -137,7 +139,7 @@ def test_without_a_provider_that_is_said_first(home: Path, monkeypatch: pytest.M
 def test_a_bundle_for_a_gpu_on_the_cpu_is_named_slow(
     shared_checkpoint: Path, slm: Slm, device: Device, name: str
 ) -> None:
-    bundle = export_bundle(shared_checkpoint, Path("b"), device=device)
+    bundle = export_bundle(shared_checkpoint, Path("b"), ExportOptions(device=device))
     result = slm("generate", "b", "-p", "x", "--max-new-tokens", "2", "--draft", "2")
     assert result.code == 0 and f"note: this bundle was exported for {name}" in result.err
     assert shlex.join(["slm", "export", "--onnx", str(shared_checkpoint)]) in result.err

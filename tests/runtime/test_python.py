@@ -13,7 +13,7 @@ import pytest
 
 import slm
 from slm.core.manifest import Bundle
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.runtime import shipped
 
 BOLD: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 1.0, "top_k": 0}
@@ -51,7 +51,7 @@ def test_a_list_answers_with_each_prompt_s_own_text(
     kind: str, stop: Any, shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path
 ) -> None:
     if kind == "portable":
-        path = export_bundle(shared_checkpoint, tmp_path / "portable", target="portable").path
+        path = export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable")).path
     else:
         path = shared_checkpoint if kind == "checkpoint" else shared_bundle.path
     model = slm.load(path, threads=1, draft_tokens=4 if kind == "drafts" else None)
@@ -60,11 +60,9 @@ def test_a_list_answers_with_each_prompt_s_own_text(
     several = model.complete(PROMPTS, seed=3, stop=stop, **BOLD)
     texts = model.generate(PROMPTS, seed=3, stop=stop, **BOLD)
     assert isinstance(texts, list) and texts == [each.text for each in several]
-    assert [each.tokens for each in model.last_runs] == [each.tokens for each in several]
     for number, prompt in enumerate(PROMPTS):
         assert texts[number] == model.generate(prompt, seed=3 + number, stop=stop, **BOLD)
-        alone = model.last_run
-        assert alone is not None
+        alone = model.complete(prompt, seed=3 + number, stop=stop, **BOLD)
         assert several[number].seed == alone.seed == 3 + number
         assert (several[number].tokens, several[number].stopped) == (alone.tokens, alone.stopped)
         assert several[number].ttft_ms > 0

@@ -13,7 +13,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM
 from slm.core.nn.decoder import TorchDecoder
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -35,7 +35,9 @@ INT8_TOLERANCE = 0.5
 
 @pytest.fixture(scope="module")
 def portable_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("portable") / "onnx", target="portable")
+    return export_bundle(
+        shared_checkpoint, tmp_path_factory.mktemp("portable") / "onnx", ExportOptions(target="portable")
+    )
 
 
 @pytest.fixture(scope="module")

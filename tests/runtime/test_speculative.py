@@ -12,7 +12,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -54,7 +54,7 @@ def float_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def portable_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("portable") / "onnx", target="portable")
+    return export_bundle(checkpoint, tmp_path_factory.mktemp("portable") / "onnx", ExportOptions(target="portable"))
 
 
 @pytest.fixture(scope="module")

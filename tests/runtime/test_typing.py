@@ -30,8 +30,6 @@ stream = model.stream("The")
 print("".join(stream), stream.result.seed)
 result: slm.Result = model.complete("The")
 results: list[slm.Result] = model.complete(["The", "A"])
-last = model.last_run
-print("" if last is None else last.text)
 print(result.seed, result.stopped, [each.text for each in results])
 try:
     slm.load(Path("x"), adapter=Path("y"))

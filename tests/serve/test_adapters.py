@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import slm
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 
 MakeAdapter = Callable[..., Path]
 
@@ -20,7 +20,7 @@ PROMPT = "The fox"
 def test_a_request_names_its_adapter(
     serve: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path, make_adapter: MakeAdapter
 ) -> None:
-    bundle = export_bundle(shared_checkpoint, tmp_path / "onnx", adapter_slots=True)
+    bundle = export_bundle(shared_checkpoint, tmp_path / "onnx", ExportOptions(adapter_slots=True))
     adapters = {
         name: make_adapter(tmp_path / name, shared_checkpoint, seed) for seed, name in enumerate(("one", "two"))
     }

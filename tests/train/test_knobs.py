@@ -23,7 +23,7 @@ from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
 from slm.export.parity import TOLERANCE
-from slm.train.build import build_learner, build_model, with_special_tokens
+from slm.train.build import build_learner, build_model, schedule_of, with_special_tokens
 from slm.train.data.dataset import open_dataset
 from slm.train.data.tokens import Tokens
 from slm.train.memory import training_bytes
@@ -335,7 +335,7 @@ def test_the_rate_ends_where_it_is_to_and_no_update_is_made_at_0(prepared: Token
     assert not torch.equal(model.model.embed_tokens.weight, before)
     assert rates[-2] > rates[-1] > 0
     assert (rates[-1] == pytest.approx(final)) == (final > 0)
-    assert learner._rate(12 + recipe.batch.accumulation) == pytest.approx(final)
+    assert schedule_of(recipe).rate(12 + recipe.batch.accumulation) == pytest.approx(final)
 
 
 def equal(one: Trained, other: Trained) -> bool:
