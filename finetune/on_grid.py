@@ -56,14 +56,12 @@ def adapted_on_grid(module: LoraLinear, scheme: Scheme, products: torch.dtype | 
 
     @torch.no_grad()
     def merged() -> tuple[Tensor, Tensor | None]:
-        """Returns the rounded weight (O, I), and the norms (O,) of the rows before DoRA scales them."""
+        """Returns the rounded weight (O, I), and for DoRA the sum W + s B A (O, I) whose rows are scaled before rounding."""
         with torch.autocast(lora_a.device.type, enabled=False):
-            weight = torch.addmm(base.weight.float(), lora_b, lora_a, alpha=scale)
-            norms = None if dora is None else torch.linalg.vector_norm(weight, dim=1)
-            if dora is not None:
-                weight *= (dora.weight / norms)[:, None]
-            values = rounded(weight, scheme, torch)
-        return values if products is None else values.to(products), norms
+            total = torch.addmm(base.weight.float(), lora_b, lora_a, alpha=scale)
+            scaled = total if dora is None else total * (dora.weight / torch.linalg.vector_norm(total, dim=1))[:, None]
+            values = rounded(scaled, scheme, torch)
+        return values if products is None else values.to(products), None if dora is None else total
 
     def forward(x: Tensor) -> Tensor:
         versions = tuple(part._version for part in parts)
@@ -73,45 +71,56 @@ def adapted_on_grid(module: LoraLinear, scheme: Scheme, products: torch.dtype | 
             weight = kept[0][1]
             return F.linear(round_activations(x, scheme).to(weight.dtype), weight)
         kept.clear()
-        weight, norms = merged()
-        ratio = None if dora is None or norms is None else dora.weight / norms
+        weight, total = merged()
+        # The gradient of the norms is left out, as in the paper (arXiv:2402.09353, 4.3).
+        ratio = None if dora is None or total is None else dora.weight / torch.linalg.vector_norm(total, dim=1)
         x = round_activations(x, scheme).to(weight.dtype)
-        out: Tensor = _AdaptedOnGrid.apply(x, weight, lora_a, lora_b, ratio, scale)
+        out: Tensor = _AdaptedOnGrid.apply(x, weight, lora_a, lora_b, scale, ratio, total)
         return out
 
     return forward
 
 
 class _AdaptedOnGrid(torch.autograd.Function):
-    """x Qᵀ for inputs x (…, I) and the rounded Q (O, I), with the gradients of the unrounded diag(r) (W + s B A)."""
+    """x Qᵀ for inputs x (…, I) and the rounded Q (O, I), with the gradients of the unrounded diag(r) (W + s B A).
+
+    `ratio` is r (O,), and `total` the sum W + s B A (O, I); both are None without DoRA.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, ratio: Tensor | None, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        ratio: Tensor | None,
+        total: Tensor | None,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])  # (N, I)
             out = rows @ weight.T  # (N, O)
             low = rows @ lora_a.to(x.dtype).T  # (N, R)
-        ctx.save_for_backward(rows, low, weight, lora_a, lora_b, ratio, None if ratio is None else out)
+        ctx.save_for_backward(rows, low, weight, lora_a, lora_b, ratio, total)
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        read, low, weight, lora_a, lora_b, ratio, out = ctx.saved_tensors
+        read, low, weight, lora_a, lora_b, ratio, total = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
             rows = gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)  # (N, O)
             of_x = (rows @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
             of_ratio = None
             if ratio is not None:
-                of_ratio = (rows * out).sum(0).to(ratio.dtype) / ratio
+                of_ratio = ((rows.T @ read) * total).sum(1).to(ratio.dtype)
                 rows = rows * ratio.to(rows.dtype)
             of_low = (rows @ lora_b.to(rows.dtype)).mul_(ctx.scale)  # (N, R)
             of_a = (of_low.T @ read).to(lora_a.dtype)
             of_b = (rows.T @ low).to(lora_b.dtype).mul_(ctx.scale)
-        return of_x, None, of_a, of_b, of_ratio, None
+        return of_x, None, of_a, of_b, None, of_ratio, None
 
 
 def round_tables(model: TunableLM, scheme: Scheme) -> None:
