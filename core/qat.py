@@ -34,6 +34,11 @@ class QatGrid(BaseModel):
     layers: Scheme
     vocabulary: Scheme
 
+    @property
+    def description(self) -> str:
+        """The schemes in words."""
+        return f"{self.layers.name}, embedding and head in {self.vocabulary.name}"
+
     def scheme(self, path: str, inputs: int) -> Scheme:
         """Returns the scheme of a product or of the embedding. A block size that does not fit is reduced.
 

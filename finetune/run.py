@@ -176,8 +176,10 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     }
     state = _saved(out, course, task.overwrite)
     model, grid = load_checkpoint(base), settings.grid
-    if grid is not None and settings.method == "full":
-        fake_quantize(model, grid)
+    if grid is not None:
+        progress.note(f"quantization-aware training for {grid.precision.upper()}: layers in {grid.description}")
+        if settings.method == "full":
+            fake_quantize(model, grid)
     model.to(device)
     # A base trained on plain text has never seen a turn token: their rows of the embedding are still random.
     turns = [] if not found.chats or knows_turns(base_info, tokenizer) else renderer.turn_token_ids()

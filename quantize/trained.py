@@ -54,8 +54,8 @@ def trained_plan(quantizer: Quantizer) -> QuantizationPlan | None:
         )
         return None
     note(
-        f"the model was trained for {name}: its weights keep that grid ({grid.layers.name}; embedding and head "
-        f"{grid.vocabulary.name}), without smoothing or search"
+        f"the model was trained for {name}: its weights keep that grid (layers in {grid.description}), without smoothing or "
+        "search"
     )
     return QuantizationPlan(schemes, "nearest", trained_for=grid.precision)
 

@@ -276,8 +276,8 @@ class _Run(Actions):
             grid, first = recipe.qat.grid, first_rounded_update(recipe)
             begins = f", from update {first + 1:,} on" if first else ""
             note(
-                f"quantization-aware training for {grid.precision.upper()}{begins}: products in {grid.layers.name}, embedding "
-                f"and head in {grid.vocabulary.name}; evaluations and checkpoints have rounded weights"
+                f"quantization-aware training for {grid.precision.upper()}{begins}: layers in {grid.description}; evaluations "
+                "and checkpoints have rounded weights"
             )
         text_bytes = self.dataset.train.header.text_bytes
         for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):

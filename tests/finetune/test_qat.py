@@ -25,6 +25,7 @@ from slm.finetune.merge import merge, merged_checkpoint
 from slm.finetune.rows import read_rows
 from slm.finetune.run import FinetuneResult, finetune
 from slm.finetune.settings import FinetuneSettings
+from tests.progress import Notes, Stopper
 
 WriteRows = Callable[..., Path]
 
@@ -67,7 +68,11 @@ def test_the_result_is_on_the_grid_and_has_the_loss_of_training(
 ) -> None:
     data = write_rows(PAIRS)
     settings = QUICK.model_copy(update=METHODS[method] | {"qat": precision})
-    result = finetune(shared_checkpoint, data, Path("out"), settings, samples=1)
+    notes = Notes()
+    result = finetune(shared_checkpoint, data, Path("out"), settings, notes, samples=1)
+    assert any(
+        note.startswith(f"quantization-aware training for {precision.upper()}: layers in int") for note in notes.lines
+    )
     model = result_of(shared_checkpoint, result, method)
     assert farthest(model, precision) < ON_GRID
     assert recorded_grid(read_info(result.made)) == GRIDS[precision]
@@ -89,20 +94,10 @@ def test_the_result_is_on_the_grid_and_has_the_loss_of_training(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_and_resumed_is_uninterrupted(shared_checkpoint: Path, write_rows: WriteRows, method: str) -> None:
-    from slm.core.progress import Silent
-
-    class Interrupting(Silent):
-        left = 3
-
-        def advance(self, amount: int = 1, **fields: str) -> None:
-            self.left -= amount if fields else 0
-            if not self.left:
-                raise KeyboardInterrupt
-
     data, settings = write_rows(PAIRS), QUICK.model_copy(update=METHODS[method] | {"qat": "int4"})
     finetune(shared_checkpoint, data, Path("whole"), settings, samples=0)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("parts"), settings, Interrupting(), samples=0)
+        finetune(shared_checkpoint, data, Path("parts"), settings, Stopper(3), samples=0)
     finetune(shared_checkpoint, data, Path("parts"), settings, samples=0)
     weights = sorted(path.relative_to("whole") for path in Path("whole").rglob("*.safetensors"))
     assert weights and all(

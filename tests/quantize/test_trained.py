@@ -14,7 +14,6 @@ from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.nn.decoder import TorchDecoder
 from slm.core.nn.fake_quant import fake_quantize, round_weights
-from slm.core.progress import Silent
 from slm.core.qat import GRIDS, QatPrecision
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
@@ -26,6 +25,7 @@ from slm.quantize.settings import Settings
 from slm.quantize.texts import TokenRows
 from slm.quantize.trained import contradiction, trained_for
 from slm.runtime.decoder import OnnxDecoder
+from tests.progress import Notes
 
 MakeModel = Callable[[ModelConfig], CausalLM]
 
@@ -33,16 +33,6 @@ MakeModel = Callable[[ModelConfig], CausalLM]
 SAME_KL = 1e-4
 # Rounding a rounded weight again finds its scale from rounded values. Measured: 1e-7; another grid moves weights by 5e-3.
 SAME_WEIGHTS = 1e-6
-
-
-class Notes(Silent):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def bundle_of(model: CausalLM, precision: QatPrecision, at: Path, tokenizer: Tokenizer) -> Bundle:
@@ -73,7 +63,7 @@ def make(source: Bundle, **settings: Any) -> tuple[Bundle, Report, list[str]]:
     made, report = quantize_bundle(
         source, Path("made"), text_of(source), Settings(**settings), notes, text_of(source, 6)
     )
-    return made, report, notes.notes
+    return made, report, notes.lines
 
 
 def divergence(model: CausalLM, bundle: Bundle) -> float:
