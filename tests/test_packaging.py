@@ -91,18 +91,9 @@ def test_make_watches_every_package(tmp_path: Path) -> None:
 def edge(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` of an environment with `slm-edge[cpu]` from the wheel and nothing else."""
     home = tmp_path_factory.mktemp("edge") / "venv"
-    run(sys.executable, "-m", "venv", home)
-    python = home / "bin" / "python"
-    command = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "-c",
-        ROOT / "constraints.txt",
-        f"slm-edge[cpu] @ {wheel.as_uri()}",
-    ]
+    run(sys.executable, "-m", "venv", "--without-pip", home)
+    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet", "--no-compile"]
+    command = [*pip, "-c", ROOT / "constraints.txt", f"slm-edge[cpu] @ {wheel.as_uri()}"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if "Temporary failure in name resolution" in done.stderr or "No matching distribution" in done.stderr:
         pytest.skip(f"no package index to install the edge dependencies from: {done.stderr.strip()[-200:]}")

@@ -14,6 +14,7 @@ import pytest
 
 from slm.cli.main import cli
 from slm.core import sample
+from slm.finetune import settings
 from slm.train import recipe
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -41,10 +42,17 @@ def commands_under(heading: str) -> list[list[str]]:
     return [command[1:] for command in commands]
 
 
-@pytest.mark.slow
-def test_own_text_and_own_assistant(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run makes a few updates; without `--epochs`, fine-tuning takes three, not fifty as with so few rows."""
     load = recipe.load_recipe
     monkeypatch.setattr(recipe, "load_recipe", lambda name, overrides=(): load("tiny", [*SHORT, *overrides]))
+    monkeypatch.setattr(settings, "default_epochs", lambda rows, batch_size: 3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cut_short")
+def test_own_text_and_own_assistant(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("train.txt").write_text(sample.stories_path().read_text(encoding="utf-8")[:60_000])
     Path("valid.txt").write_text(sample.validation_path().read_text(encoding="utf-8")[:20_000])
     Path("chats.jsonl").write_text("".join(sample.pairs_path().read_text(encoding="utf-8").splitlines(True)[:24]))
@@ -115,10 +123,9 @@ def test_the_parameter_counts_of_the_documents() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cut_short")
 def test_the_demo_from_end_to_end(slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the training cut short: each step's figures, in a table and as JSON."""
-    load = recipe.load_recipe
-    monkeypatch.setattr(recipe, "load_recipe", lambda name, overrides=(): load("tiny", [*SHORT, *overrides]))
+    """Each step's figures, in a table and as JSON."""
     few = Path("pairs.jsonl")
     few.write_text("".join(sample.pairs_path().read_text(encoding="utf-8").splitlines(True)[:24]))
     monkeypatch.setattr(sample, "pairs_path", lambda: few)

@@ -50,7 +50,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self._chunk = chunk
-        self._compiled = torch.compile(model.model.forward, dynamic=False) if compiled else None
+        self._compiled = None
+        if compiled:
+            # Otherwise the fused kernels of every layer would compute the same sines again. A decorator in the model's class
+            # would import the compiler, half of PyTorch's time, into every command that loads a checkpoint.
+            model.model.positions = torch.compiler.disable(model.model.positions)  # type: ignore[method-assign]
+            self._compiled = torch.compile(model.model.forward, dynamic=False)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean cross-entropy of inputs (B, T) for targets (B, T)."""

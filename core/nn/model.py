@@ -92,8 +92,6 @@ class TextModel(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    # Not compiled: otherwise the fused kernels of every layer would compute the same sines again.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> dict[LayerType, Positions]:
         """Returns rotation and mask for each kind of layer in the model.
 

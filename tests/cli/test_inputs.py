@@ -1,13 +1,13 @@
 """Wrong inputs are refused before anything is loaded, measured or downloaded; each in a process of its own, without PyTorch."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forks import Run, forks
 
 Slm = Callable[..., Any]
 
@@ -21,6 +21,17 @@ try:
 finally:
     print([name for name in {HEAVY!r} if name in sys.modules])
 """
+
+
+# What commands import before they look at their inputs: none of it is heavy, as each program sees.
+LIGHT = "import slm.cli.main, slm.core.artifacts, slm.core.outputs, slm.train.data.corpus, slm.train.recipe"
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a program in a process that has imported nothing heavy."""
+    with forks(LIGHT, tmp_path_factory.mktemp("apart")) as run:
+        yield run
 
 
 @pytest.mark.parametrize(
@@ -64,12 +75,10 @@ finally:
         ("import nosuch --out text.txt", "text.txt exists and is not a directory"),
     ],
 )
-def test_nothing_is_loaded_for_a_wrong_input(arguments: str, said: str, tmp_path: Path) -> None:
+def test_nothing_is_loaded_for_a_wrong_input(apart: Run, arguments: str, said: str, tmp_path: Path) -> None:
     for name in ("text.txt", "text.pdf"):
         Path(name).write_text("Once upon a time.")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments.split()], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = apart(PROGRAM, *arguments.split())
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
     assert said in done.stderr.splitlines()[0]
     assert done.stdout.splitlines()[-1] == "[]"

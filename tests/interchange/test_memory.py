@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from slm.core.checkpoint import tensor_shapes, write_checkpoint
 from slm.core.config import ModelConfig
+from slm.core.manifest import Bundle
 from slm.core.tokenizer import Tokenizer
 
 # Everybody's buffers, beside what the same process takes for a model of no size.
@@ -16,6 +18,7 @@ SLACK_MIB = 24
 
 PROGRAM = """
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from slm.core.machine import peak_rss_mib
 from slm.interchange.importing import import_model
@@ -36,24 +39,41 @@ def peak_mib(source: Path, dtype: str) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@dataclass(frozen=True)
+class Sources:
+    """A small and a large checkpoint, each as a directory and as a GGUF file."""
+
+    home: Path
+    embedding_mib: float
+    weights_mib: float
+
+    def paths(self, kind: str) -> list[Path]:
+        return [self.home / (name if kind == "directory" else f"{name}.gguf") for name in ("small", "large")]
+
+
+@pytest.fixture(scope="module")
+def sources(shared_bundle: Bundle, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    from slm.interchange.gguf import write_gguf
+
+    home = tmp_path_factory.mktemp("sources")
+    small = shared_bundle.config
+    large = small.model_copy(update={"vocab_size": 40_000, "hidden_size": 512, "intermediate_size": 4_096})
+    checkpoint(home / "small", small, tokenizer)
+    weights_mib = checkpoint(home / "large", large, tokenizer)
+    for name in ("small", "large"):
+        write_gguf(home / name, home / f"{name}.gguf", "q8_0")
+    return Sources(home, large.vocab_size * large.hidden_size * 4 / 2**20, weights_mib)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["directory", "gguf"])
-def test_one_copy(config: ModelConfig, tokenizer: Tokenizer, kind: str, dtype: str) -> None:
-    from slm.interchange.gguf import write_gguf
-
-    large = config.model_copy(update={"vocab_size": 60_000, "hidden_size": 512, "intermediate_size": 8_192})
-    weights_mib = checkpoint(Path("large"), large, tokenizer)
-    checkpoint(Path("small"), config, tokenizer)
-    sources = {"directory": (Path("small"), Path("large")), "gguf": (Path("small.gguf"), Path("large.gguf"))}[kind]
-    if kind == "gguf":
-        for name in ("small", "large"):
-            write_gguf(Path(name), Path(f"{name}.gguf"), "q8_0")
-    nothing, something = (peak_mib(source, dtype) for source in sources)
-    stored = weights_mib / (2 if dtype == "bfloat16" else 1)
-    assert weights_mib > 150
+def test_one_copy(sources: Sources, kind: str, dtype: str) -> None:
+    nothing, something = (peak_mib(source, dtype) for source in sources.paths(kind))
+    stored = sources.weights_mib / (2 if dtype == "bfloat16" else 1)
+    assert sources.weights_mib > 150
     # Of the largest tensor, the embedding, a conversion has the float32 values in hand; a GGUF file is mapped.
-    in_hand = 60_000 * 512 * 4 / 2**20 if dtype == "bfloat16" or kind == "gguf" else 0
-    mapped = Path("large.gguf").stat().st_size / 2**20 if kind == "gguf" else 0
+    in_hand = sources.embedding_mib if dtype == "bfloat16" or kind == "gguf" else 0
+    mapped = sources.paths(kind)[1].stat().st_size / 2**20 if kind == "gguf" else 0
     assert something - nothing < stored + in_hand + mapped + SLACK_MIB
     assert something - nothing > 0.8 * stored  # the measurement sees the weights at all

@@ -22,7 +22,7 @@ from slm.runtime.sampling import GREEDY, Sampling
 from slm.runtime.speculative import Lookup, SpeculativeDecoder, Trust
 from tests.runtime.texts import completed
 
-NEW = 400  # tokens, of windows of 16
+NEW = 160  # tokens, of windows of 16
 PROMPT = [5, 6, 7, 8]
 
 # Steps of several tokens add in another order than single steps: measured 3e-6 on logits of standard deviation 0.4.

@@ -21,6 +21,8 @@ from slm.serve.service import Limits, Service
 from slm.web.hosts import Hosts
 
 NAME = "random"
+# One for all: to make a client takes longer than to answer.
+CLIENT = httpx.Client(timeout=60)
 
 
 class Running:
@@ -41,7 +43,7 @@ class Running:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
+        return CLIENT.post(f"{self.url}{path}", json=body, **options)
 
     def ask_to_stop(self) -> None:
         self._server.should_exit = True
@@ -52,8 +54,7 @@ class Running:
         assert not self._thread.is_alive()
 
 
-@pytest.fixture
-def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
+def _servers(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
     def start(
@@ -79,3 +80,16 @@ def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
     yield start
     for each in running:
         each.stop()
+
+
+@pytest.fixture
+def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
+    """Returns a function that starts servers, which stop with the test."""
+    yield from _servers(shared_bundle)
+
+
+@pytest.fixture(scope="module")
+def running(shared_bundle: Bundle) -> Iterator[Running]:
+    """A server that the tests of a module share: they must leave it as it is, and expect nothing of its counters."""
+    for start in _servers(shared_bundle):
+        yield start()

@@ -15,18 +15,12 @@ from pydantic import BaseModel
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import START_OF_TURN
 from slm.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Part, ResponseFormat, StreamOptions
-from slm.serve.service import Limits
 
 NAME = "random"
 ASKED: list[dict[str, Any]] = [{"role": "user", "content": "Name a colour."}]
 CHAT: dict[str, Any] = {"model": NAME, "messages": ASKED, "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": NAME, "prompt": "The fox", "max_tokens": 2}
 PATHS = {"chat": ("/v1/chat/completions", CHAT), "text": ("/v1/completions", TEXT)}
-
-
-@pytest.fixture
-def running(serve: Callable[..., Any]) -> Any:
-    return serve(Limits(new_tokens=64))
 
 
 def post(running: Any, of: str, change: dict[str, Any]) -> httpx.Response:
@@ -204,8 +198,8 @@ def test_the_only_model_needs_no_name(running: Any) -> None:
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
 
 
-def test_one_of_several_models_needs_a_name(running: Any) -> None:
-    running.service.adapters = {"pirate": object()}
+def test_one_of_several_models_needs_a_name(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running.service, "adapters", {"pirate": object()})
     response = post(running, "chat", {"model": None})
     assert response.status_code == 400 and "pirate" in response.json()["error"]["message"]
 

@@ -48,8 +48,8 @@ def test_completions_are_what_generating_gives(serve: Callable[..., Any], shared
     assert [choice.text for choice in again.choices] == [choice.text for choice in seeded.choices]
 
 
-def test_chats_are_asked_in_the_turns_that_were_trained(serve: Callable[..., Any], shared_bundle: Bundle) -> None:
-    client = serve().client()
+def test_chats_are_asked_in_the_turns_that_were_trained(running: Any, shared_bundle: Bundle) -> None:
+    client = running.client()
     model = slm.load(shared_bundle.path)
     ids = chat_ids(model.tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}])
     messages: Any = [
@@ -65,8 +65,8 @@ def test_chats_are_asked_in_the_turns_that_were_trained(serve: Callable[..., Any
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_stream_is_the_whole_answer(serve: Callable[..., Any], n: int) -> None:
-    client = serve().client()
+def test_a_stream_is_the_whole_answer(running: Any, n: int) -> None:
+    client = running.client()
     messages: Any = [{"role": "user", "content": "Hi."}]
     options: Any = {"model": NAME, "messages": messages, "max_tokens": 12, "seed": 3, "n": n}
     whole = client.chat.completions.create(**options)
@@ -81,8 +81,8 @@ def test_a_stream_is_the_whole_answer(serve: Callable[..., Any], n: int) -> None
     assert usage is not None and whole.usage is not None and usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_stop_texts_and_completions_in_streams(serve: Callable[..., Any]) -> None:
-    client = serve().client()
+def test_stop_texts_and_completions_in_streams(running: Any) -> None:
+    client = running.client()
     whole = client.completions.create(model=NAME, prompt="The fox", temperature=0, max_tokens=40).choices[0].text
     stop = next(whole[i : i + 2] for i in range(3, len(whole)) if "�" not in whole[i : i + 2])
     cut = client.completions.create(model=NAME, prompt="The fox", temperature=0, max_tokens=40, stop=[stop])
@@ -93,8 +93,8 @@ def test_stop_texts_and_completions_in_streams(serve: Callable[..., Any]) -> Non
     assert "".join(chunk.choices[0].text for chunk in stream) == cut.choices[0].text
 
 
-def test_answers_keep_to_a_schema(serve: Callable[..., Any]) -> None:
-    client = serve().client()
+def test_answers_keep_to_a_schema(running: Any) -> None:
+    client = running.client()
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 6}, "kind": {"enum": ["cat", "dog"]}},
@@ -142,8 +142,8 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_to
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_field_is_named(serve: Callable[..., Any], change: dict[str, Any], param: str | None) -> None:
-    response = serve().post("/v1/chat/completions", CHAT | change)
+def test_a_wrong_field_is_named(running: Any, change: dict[str, Any], param: str | None) -> None:
+    response = running.post("/v1/chat/completions", CHAT | change)
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error" and error["message"]

@@ -50,8 +50,7 @@ def alive(running: Any) -> bool:
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_every_field_with_a_value_of_every_type(serve: Callable[..., Any], path: str) -> None:
-    running = serve()
+def test_every_field_with_a_value_of_every_type(running: Any, path: str) -> None:
     body = CHAT if "chat" in path else COMPLETION
     seen: dict[int, int] = {}
     for name in FIELDS[path]:
@@ -67,8 +66,7 @@ def test_every_field_with_a_value_of_every_type(serve: Callable[..., Any], path:
     assert alive(running)
 
 
-def test_bodies_that_are_no_json(serve: Callable[..., Any]) -> None:
-    running = serve()
+def test_bodies_that_are_no_json(running: Any) -> None:
     for body in (
         b"",
         b"{",
@@ -150,8 +148,7 @@ for _ in range(300):
     ],
     ids=lambda schema: str(schema)[:30],
 )
-def test_a_schema_that_cannot_be_kept_to_is_refused(serve: Callable[..., Any], schema: Any) -> None:
-    running = serve()
+def test_a_schema_that_cannot_be_kept_to_is_refused(running: Any, schema: Any) -> None:
     response = post(running, "/v1/completions", schema_of(schema))
     assert response.status_code == 400 and in_envelope(response)
     assert response.json()["error"]["param"] == "response_format"
@@ -171,8 +168,7 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(serve: Callable[..., Any], s
     ],
     ids=lambda schema: str(schema)[:30],
 )
-def test_a_large_schema_is_kept_to_or_refused(serve: Callable[..., Any], schema: Any) -> None:
-    running = serve()
+def test_a_large_schema_is_kept_to_or_refused(running: Any, schema: Any) -> None:
     assert post(running, "/v1/completions", schema_of(schema)).status_code in (200, 400)
     assert alive(running)
 
@@ -201,8 +197,7 @@ def test_a_schema_that_fails_on_the_way_ends_its_own_answer_alone(
     assert alive(running) and running.service.engine.figures.done == {"error": 1, "length": 1}
 
 
-def test_methods_and_paths_that_are_none(serve: Callable[..., Any]) -> None:
-    running = serve()
+def test_methods_and_paths_that_are_none(running: Any) -> None:
     for method, path, status in (
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/models", 405),
@@ -220,9 +215,8 @@ def test_methods_and_paths_that_are_none(serve: Callable[..., Any]) -> None:
         assert (status == 405) == ("allow" in response.headers)
 
 
-def test_a_path_that_does_not_exist_is_named(serve: Callable[..., Any]) -> None:
+def test_a_path_that_does_not_exist_is_named(running: Any) -> None:
     """The response has OpenAI's code; a redirect would contain the Host header."""
-    running = serve()
     response = httpx.post(f"{running.url}/v1/embeddings", headers={"host": "elsewhere.example"})
     error = response.json()["error"]
     assert error["code"] == "unknown_url" and "/v1/embeddings" in error["message"] and "/docs" in error["message"]
@@ -230,8 +224,7 @@ def test_a_path_that_does_not_exist_is_named(serve: Callable[..., Any]) -> None:
     assert response.status_code == 404 and "location" not in response.headers
 
 
-def test_probes_may_ask_for_headers_alone(serve: Callable[..., Any]) -> None:
-    running = serve()
+def test_probes_may_ask_for_headers_alone(running: Any) -> None:
     for path in ("/health", "/ready", "/metrics", "/docs", "/openapi.json", "/v1/models"):
         response, whole = httpx.head(running.url + path), httpx.get(running.url + path)
         assert response.status_code == 200 and response.content == b"", path

@@ -53,8 +53,12 @@ def test_one_of_two_speaks_and_both_take_the_same_directory(recipe_file: Path, s
     assert not any("warn" in line.lower() and not line.startswith(ours) for line in ended.err), ended.err
 
 
-def test_one_process_under_torchrun_is_one_process(recipe_file: Path, slm_train: Start, end_of: EndOf) -> None:
-    ended = end_of(slm_train(1, "--recipe", recipe_file, "--set", "machine.parallel=fsdp", "--json"))
+def test_one_process_under_torchrun_is_one_process(
+    recipe_file: Path, slm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    ended = slm("train", "--recipe", recipe_file, "--set", "machine.parallel=fsdp", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["processes"] == 1
 
@@ -190,7 +194,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 @pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
 def test_a_run_that_torchrun_is_told_to_stop_is_saved(
-    endless: subprocess.Popen[str], signum: int, said: str, slm_train: Start, end_of: EndOf
+    endless: subprocess.Popen[str], signum: int, said: str, slm: Callable[..., Any], end_of: EndOf
 ) -> None:
     os.kill(processes_of(endless)[0], signal.SIGUSR1)
     wait_for(lambda: Path("run/trainer/state.json").exists())
@@ -206,8 +210,8 @@ def test_a_run_that_torchrun_is_told_to_stop_is_saved(
     config.write_text(
         config.read_text(encoding="utf-8").replace("micro_steps: 100000", f"micro_steps: {saved + 4}"), encoding="utf-8"
     )
-    ended = end_of(slm_train(2, "--resume", "--out", "run", "--json"))
-    assert json.loads(ended.out)["micro_steps"] == saved + 4
+    resumed = slm("train", "--resume", "--out", "run", "--json")  # test_parallel.py resumes with two processes
+    assert json.loads(resumed.out)["micro_steps"] == saved + 4
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def commands(
                      "--max-ppl-increase", 9, "--no-smooth", "--calibration", text, "--calibration-tokens", 256),
         "import": ("import", checkpoint, "--out", disk / "imported"),
         "merge": ("merge", checkpoint, checkpoint, "--out", disk / "merged"),
+        "trim": ("trim", checkpoint, "--data", text, "--coverage", "90%", "--out", disk / "trimmed"),
     }  # fmt: skip
     if (Path(slm.web.__file__).resolve().parent / "static" / "vendor").is_dir():  # what `make web` fetches
         same["web"] = ("web", bundle, "--out", disk / "site")
@@ -83,8 +84,9 @@ def commands(
 
 def fresh(disk: Path, text: Path) -> dict[str, tuple[object, ...]]:
     """Returns the arguments of commands that replace nothing, by name."""
-    settings = ("model.vocab_size=320", "batch.context=32", "schedule.micro_steps=4", "schedule.warmup_micro_steps=1",
-                "evaluation.every_micro_steps=2")  # fmt: skip
+    settings = ("model.vocab_size=320", "model.hidden_size=32", "model.intermediate_size=48", "batch.context=32",
+                "batch.batch_size=4", "schedule.micro_steps=4", "schedule.warmup_micro_steps=1",
+                "evaluation.every_micro_steps=2", "evaluation.windows=4")  # fmt: skip
     return {
         "train": ("train", "--recipe", "tiny", "--data", text, "--out", disk / "run",
                   *(each for setting in settings for each in ("--set", setting))),
@@ -119,7 +121,7 @@ def tried(
 
 def _main() -> None:
     disk, checkpoint, text, rows = map(Path, sys.argv[1:])
-    mount(disk, "size=160m")
+    mount(disk, "size=64m")
     for name, (make, again) in commands(disk, checkpoint, text, rows).items():
         before = used(disk)
         code, said = run(*make)
