@@ -9,7 +9,7 @@ Dimensions: B batch, T positions, N output channels, K input channels, D hidden.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,13 @@ from slm.core.qat import QatGrid
 
 class _RoundedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: Literal[4, 8], block_size: int, zero_points: bool) -> Tensor:
-        scheme = Scheme.model_construct(bits=bits, block_size=block_size, zero_points=zero_points)
+    def forward(ctx: Any, weight: Tensor, scheme: Scheme) -> Tensor:
         out: Tensor = rounded(weight.float(), scheme, torch)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, None, None, None
+        return gradient, None
 
 
 class _RoundedActivations(torch.autograd.Function):
@@ -47,7 +46,7 @@ class _RoundedActivations(torch.autograd.Function):
 
 def round_weight(weight: Tensor, scheme: Scheme) -> Tensor:
     """Returns a weight (..., K) in float32 with its values on their grid, with a straight-through gradient."""
-    out: Tensor = _RoundedWeight.apply(weight, scheme.bits, scheme.block_size, scheme.zero_points)
+    out: Tensor = _RoundedWeight.apply(weight, scheme)
     return out
 
 

@@ -125,7 +125,7 @@ def test_activations_are_rounded_as_the_kernel_does(name: str, rows: int) -> Non
 def test_the_grids_are_those_of_quantization() -> None:
     for precision, wish in (("int8", INT8["auto"]), ("int4", INT4)):
         grid = GRIDS[precision]  # type: ignore[index]
-        assert (grid.layers, grid.vocabulary) == (wish.layers, wish.vocabulary)
+        assert (grid.layers, grid.vocabulary, grid.vocabulary) == (wish.layer, wish.head, wish.lookup)
 
 
 def test_blocks_that_do_not_fit_are_smaller() -> None:

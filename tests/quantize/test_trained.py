@@ -16,7 +16,7 @@ from slm.core.nn.decoder import TorchDecoder
 from slm.core.nn.fake_quant import fake_quantize, round_weights
 from slm.core.qat import GRIDS, QatPrecision
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import float_tensors, graph_tensors
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import kl_sum
@@ -164,7 +164,7 @@ def test_caches_in_8_bits_go_with_the_grid(bundles: dict[str, Bundle]) -> None:
 
 def test_a_portable_bundle_keeps_the_grid(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     checkpoint = bundles["int4"].path.parent / "checkpoint"
-    portable = export_bundle(checkpoint, tmp_path / "portable", target="portable")
+    portable = export_bundle(checkpoint, tmp_path / "portable", ExportOptions(target="portable"))
     made, report, _ = make(portable, precision="int4")
     assert report.settings["trained_for"] == "int4"
     assert max(each.error for each in report.tensors) < SAME_WEIGHTS
