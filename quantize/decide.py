@@ -17,6 +17,7 @@ from slm.quantize.quantizer import Quantizer
 from slm.quantize.search import Budget, Candidates, sensitivities
 from slm.quantize.settings import Prefer
 from slm.quantize.smoothquant import smoothquant
+from slm.quantize.trained import trained_plan
 
 # Calibration rows for trying smoothing, for the sensitivity of each layer, and for trying mixed precision; tokens in a row.
 _SMOOTHING_ROWS, _SENSITIVITY_ROWS, _TOGETHER_ROWS, _ROW_TOKENS = 1, 2, 4, 256
@@ -30,12 +31,19 @@ _FINE_KL_NATS: Mapping[Prefer, float] = {"auto": 0.02, "speed": 0.02, "quality":
 def decide(quantizer: Quantizer) -> QuantizationPlan:
     """Chooses the plan: schemes, steps of the caches, smoothing, and for INT4 the bits of each layer."""
     settings, source = quantizer.settings, quantizer.source
-    schemes = schemes_of(quantizer.linears, preferred_schemes(settings), settings.block_size)
-    schemes = on_device(schemes, source)
-    plan = QuantizationPlan(schemes, settings.rounding_method, device=source.manifest.device, cache=settings.cache_type)
+    trained = trained_plan(quantizer)
+    if trained is None:
+        schemes = schemes_of(quantizer.linears, preferred_schemes(settings), settings.block_size)
+        plan = QuantizationPlan(schemes, settings.rounding_method)
+    else:
+        plan = trained
+    schemes = on_device(dict(plan.schemes), source)
+    plan = replace(plan, schemes=schemes, device=source.manifest.device, cache=settings.cache_type)
     if plan.cache == "int8":
         steps = cache_steps(quantizer.float32, quantizer.calibration, quantizer.progress)
         plan = replace(plan, cache_steps=steps)
+    if trained is not None:
+        return plan
     if settings.head == "halves":
         plan = _with_halves(quantizer, plan)
     exact = exact_products(quantizer.weights, quantizer.layers, plan.schemes, quantizer.progress)

@@ -98,7 +98,7 @@ def quantize(bundle: Path | None, options: SettingOptions, texts: TextOptions, o
 
     The default BUNDLE is the newest float32 bundle in ./runs. Settings are chosen on a calibration text, and quality is
     measured on a held-out text. If the KL divergence is above --max-kl, nothing is written. The bundle contains a
-    report.json and a report.html.
+    report.json and a report.html. A model that was trained with --qat keeps its weights.
 
     \b
       slm quantize --int8
