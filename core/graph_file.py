@@ -77,7 +77,7 @@ class FileTensor:
 
 @dataclass
 class FileNode:
-    """A node. Attributes are numbers, strings, lists of integers, or tensors. `extras` names its unsupported parts."""
+    """A node. Attributes are numbers, strings, lists of integers, tensors, or graphs. `extras` names its unsupported parts."""
 
     type: str = ""
     domain: str = ""
@@ -131,7 +131,7 @@ def _read_model(data: mmap, found: FileGraph) -> None:
         raise ValueError(f"it has {graphs} graphs")
 
 
-def _read_graph(data: mmap, start: int, stop: int, found: FileGraph) -> None:
+def _read_graph(data: mmap, start: int, stop: int, found: FileGraph, nested: bool = False) -> None:
     entries = 0
     for number, form, value in _all_fields(data, start, stop):
         if form != _BYTES:
@@ -140,7 +140,7 @@ def _read_graph(data: mmap, start: int, stop: int, found: FileGraph) -> None:
         if entries > _MAX_ENTRIES:
             raise ValueError(f"it has more than {_MAX_ENTRIES:,} entries")
         if number == 1:
-            found.nodes.append(_read_node(data, *value))
+            found.nodes.append(_read_node(data, *value, nested))
         elif number == 5:
             tensor = _read_tensor(data, *value)
             if tensor.name in found.tensors:
@@ -156,7 +156,7 @@ def _read_graph(data: mmap, start: int, stop: int, found: FileGraph) -> None:
 _NODE_TEXTS = {3: "name", 4: "type", 7: "domain"}
 
 
-def _read_node(data: mmap, start: int, stop: int) -> FileNode:
+def _read_node(data: mmap, start: int, stop: int, nested: bool) -> FileNode:
     node = FileNode()
     for number, form, value in _all_fields(data, start, stop):
         if form != _BYTES:
@@ -166,7 +166,7 @@ def _read_node(data: mmap, start: int, stop: int) -> FileNode:
         elif number in _NODE_TEXTS:
             setattr(node, _NODE_TEXTS[number], _words(data, value))
         elif number == 5:
-            name, attribute = _read_attribute(data, value[0], value[1], node)
+            name, attribute = _read_attribute(data, value[0], value[1], node, nested)
             if name in node.attributes:
                 raise ValueError(f"a node has the attribute {name!r} twice")
             node.attributes[name] = attribute
@@ -176,7 +176,8 @@ def _read_node(data: mmap, start: int, stop: int) -> FileNode:
     return node
 
 
-def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[str, Any]:
+def _read_attribute(data: mmap, start: int, stop: int, node: FileNode, nested: bool) -> tuple[str, Any]:
+    """Returns the name and the value of an attribute. A subgraph within a subgraph is unsupported."""
     name, kind, values, whole = "", 0, {}, []
     for number, form, value in _all_fields(data, start, stop):
         if number == 1 and form == _BYTES:
@@ -185,7 +186,9 @@ def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[
             kind = value
         elif number == 8:  # integers, packed or one by one
             whole += _packed(data, *value) if form == _BYTES else [_signed(value)]
-        elif (number, form) in ((2, _FOUR_BYTES), (3, _VARINT), (4, _BYTES), (5, _BYTES)):
+        elif (number, form) in ((2, _FOUR_BYTES), (3, _VARINT), (4, _BYTES), (5, _BYTES)) or (
+            (number, form, nested) == (6, _BYTES, False)
+        ):
             values[number] = value
         elif number != 13:  # 13 is the documentation string
             node.extras.append("a subgraph" if number in (6, 11) else "an unsupported attribute")
@@ -198,6 +201,10 @@ def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[
             return name, _words(data, values.get(4, (0, 0)))
         case 4:
             return name, _read_tensor(data, *values.get(5, (0, 0)))
+        case 5 if not nested:
+            graph = FileGraph()
+            _read_graph(data, *values.get(6, (0, 0)), graph, nested=True)
+            return name, graph
         case 7:
             return name, whole
     node.extras.append("a subgraph" if kind in (5, 10) else "an unsupported attribute")

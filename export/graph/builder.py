@@ -1,5 +1,6 @@
 """The only module that uses onnxscript's graph builder. Its API is young, so changes to it stay in one place."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import onnx_ir as ir
@@ -9,7 +10,19 @@ from onnxscript.nn import Module, ModuleList, Parameter
 
 from slm.core.contract import TensorSpec
 
-__all__ = ["DTYPES", "Array", "GraphUnderWay", "Module", "ModuleList", "Op", "Parameter", "Value", "cast", "fused"]
+__all__ = [
+    "DTYPES",
+    "Array",
+    "GraphUnderWay",
+    "Module",
+    "ModuleList",
+    "Op",
+    "Parameter",
+    "Value",
+    "branches",
+    "cast",
+    "fused",
+]
 
 Array = NDArray[Any]
 Op: TypeAlias = OpBuilder
@@ -33,6 +46,33 @@ def fused(op: Op) -> Op:
 def cast(op: Op, x: Value, have: ir.DataType, want: ir.DataType) -> Value:
     """Returns x cast to a type, or x itself if it already has that type."""
     return x if have == want else op.Cast(x, to=want)
+
+
+def branches(
+    op: Op,
+    condition: Value,
+    then: Callable[[Op], Sequence[Value]],
+    otherwise: Callable[[Op], Sequence[Value]],
+    outputs: Sequence[ir.DataType],
+) -> tuple[Value, ...]:
+    """Returns the outputs of one of two subgraphs (If).
+
+    Args:
+        op: The builder.
+        condition: A boolean scalar.
+        then: Builds the subgraph for a true condition. It can use every value of the graph.
+        otherwise: Builds the subgraph for a false condition.
+        outputs: The types of the outputs, the same in both.
+    """
+    builder = op.builder
+    graphs = []
+    for name, body in (("then", then), ("else", otherwise)):
+        builder.push_module(name)  # no value of a subgraph may have the name of a value outside
+        declared = [ir.Value(type=ir.TensorType(dtype)) for dtype in outputs]
+        graphs.append(builder.subgraph(body, [], declared, name=name))
+        builder.pop_module()
+    found = op.If(condition, then_branch=graphs[0], else_branch=graphs[1], _outputs=len(outputs))
+    return tuple(found)
 
 
 class GraphUnderWay:
