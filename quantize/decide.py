@@ -19,6 +19,7 @@ from slm.export.graph import graph_tensors
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
 from slm.quantize.cache import cache_steps
+from slm.quantize.cache_choice import attention_times, faster
 from slm.quantize.defaults import MAX_KL_NATS
 from slm.quantize.exact import (
     BLOCK_SIZE as GRID_BLOCK_SIZE,
@@ -83,7 +84,7 @@ class Settings:
         block_size: The number of input channels that share one scale in the layers' weights. None: `prefer` decides.
         method: The rounding method. None: GPTQ for four bits, nearest for eight bits.
         smooth: Whether to smooth activations first. None: only if it measures better.
-        cache: The type of cached keys and values. None: `prefer` decides.
+        cache: The type of cached keys and values. None: `prefer` decides; with "auto", the type with the faster attention.
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
         gate: The limits of the quality check. None: the default limits of the precision.
@@ -129,6 +130,7 @@ class Recipe:
         smoothing: The smoothing factors.
         cache: The type of cached keys and values.
         cache_steps: The quantization steps of keys and values, by name of the parameter.
+        attention: The time of a step with a few attention layers in seconds, by type of cache; empty if not measured.
         rms: Root mean square of each input channel (K,) before smoothing, by path of the product; empty if not measured.
         done: Arrays of the weights that are already rounded, by path.
         harm: KL divergence when only this product has few bits, in nats, by path; empty if not measured.
@@ -141,6 +143,7 @@ class Recipe:
     smoothing: Smoothing = NO_SMOOTHING
     cache: CacheType = "float32"
     cache_steps: Mapping[str, Array] = field(default_factory=dict)
+    attention: Mapping[CacheType, float] = field(default_factory=dict)
     rms: Mapping[str, Array] = field(default_factory=dict)
     done: Mapping[str, Arrays] = field(default_factory=dict)
     harm: Mapping[str, float] = field(default_factory=dict)
@@ -174,7 +177,10 @@ class Recipe:
         for scheme in self.schemes.values():
             count[scheme.name] = count.get(scheme.name, 0) + 1
         smooth = self.smoothing.exponent if self.smoothing.columns else None
-        return {"method": self.method, "smoothing": smooth, "cache": self.cache, "products": count}
+        found: dict[str, object] = {"method": self.method, "smoothing": smooth, "cache": self.cache, "products": count}
+        if self.attention:
+            found["attention_us"] = {each: round(1e6 * seconds, 1) for each, seconds in self.attention.items()}
+        return found
 
     def describe(self) -> Quantization:
         """Returns the manifest's record."""
@@ -206,11 +212,17 @@ def decide(
     linears = linears_of(source.config)
     wish = INT4 if settings.precision == "int4" else INT8_DYNAMIC if settings.dynamic else INT8[settings.prefer]
     method = settings.method or ("gptq" if settings.precision == "int4" else "nearest")
+    attention: dict[CacheType, float] = {}
     cache = settings.cache or ("int8" if settings.prefer == "speed" else "float32")
+    if settings.cache is None and settings.prefer == "auto":
+        attention = attention_times(source, scratch)
+        cache = faster(attention)
+        measured = " and ".join(f"{1e6 * seconds:.0f} µs with {each}" for each, seconds in attention.items())
+        progress.note(f"{cache} caches: a step with four attention layers takes {measured} caches")
     if settings.reduce_range:
         wish = replace(wish, layers=wish.layers.model_copy(update={"reduced": True}))
     schemes = on_device(schemes_of(linears, wish, settings.block_size), source, device)
-    recipe = Recipe(schemes, method, cache=cache, device=device)
+    recipe = Recipe(schemes, method, cache=cache, attention=attention, device=device)
     if cache == "int8":
         recipe.cache_steps = cache_steps(source, calibration, progress)
     layers = [linear for linear in linears if linear.layer is not None]

@@ -96,7 +96,7 @@ class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
 @click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),
-    help="Type of cached keys and values; int8 has faster decode and slower prefill. [default: by --prefer]",
+    help="Type of cached keys and values. [default: by --prefer; with auto, int8 if its attention is faster here]",
 )
 @click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
 @column_option

@@ -235,9 +235,7 @@ class Fused:
             return attention(op, past, scales)
 
         def many(op: Op) -> tuple[Value, Value, Value]:
-            copies = (
-                op.Mul(op.Cast(x, to=ir.DataType.FLOAT), scale) for x, scale in zip(past, scales, strict=True)
-            )
+            copies = (op.Mul(op.Cast(x, to=ir.DataType.FLOAT), scale) for x, scale in zip(past, scales, strict=True))
             attended, *present = attention(op, tuple(copies))
             key, value = (
                 op.QuantizeLinear(op.Div(x, scale), 1.0, output_dtype=ir.DataType.INT8)
