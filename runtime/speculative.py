@@ -149,7 +149,8 @@ class SpeculativeDecoder(DecoderAround):
         heads = inner.bundle.config.num_attention_heads
         return (
             "with this bundle, drafts may change the choice between almost equally likely tokens; not with one from "
-            f"slm quantize --int8 --block-size 64 --kv-cache int8 on at most {heads} threads, with drafts below {FEW_TOKENS} tokens"
+            f"slm quantize --int8 --block-size 64 --kv-cache int8 on at most {heads} threads, with drafts of at most "
+            f"{FEW_TOKENS - 1} tokens"
         )
 
     def reset(self) -> None:
