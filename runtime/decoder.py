@@ -259,8 +259,9 @@ class OnnxDecoder:
     def steps_alike(self) -> bool:
         """Whether logits are bit-identical for any number of rows, and of up to `FEW_TOKENS` tokens, per step.
 
-        docs/generation.md has the limits. This holds for two of onnxruntime's CPU kernels: the one for INT8 caches, unless there
-        are more threads than heads and it splits positions among threads; and products with INT8 weights in blocks of at most 64.
+        docs/generation.md has the limits. This holds for two of onnxruntime's CPU kernels: the one for INT8 caches, unless
+        there are more threads than heads and it splits positions among threads; and products with INT8 weights in blocks of at
+        most 64.
         """
         manifest = self.bundle.manifest
         return (
