@@ -140,7 +140,7 @@ def _read_graph(data: mmap, start: int, stop: int, found: FileGraph, nested: boo
         if entries > _MAX_ENTRIES:
             raise ValueError(f"it has more than {_MAX_ENTRIES:,} entries")
         if number == 1:
-            found.nodes.append(_read_node(data, *value, nested))
+            found.nodes.append(_read_node(data, value[0], value[1], nested))
         elif number == 5:
             tensor = _read_tensor(data, *value)
             if tensor.name in found.tensors:
@@ -203,7 +203,8 @@ def _read_attribute(data: mmap, start: int, stop: int, node: FileNode, nested: b
             return name, _read_tensor(data, *values.get(5, (0, 0)))
         case 5 if not nested:
             graph = FileGraph()
-            _read_graph(data, *values.get(6, (0, 0)), graph, nested=True)
+            first, end = values.get(6, (0, 0))
+            _read_graph(data, first, end, graph, nested=True)
             return name, graph
         case 7:
             return name, whole
