@@ -77,5 +77,5 @@ def _fill(graph: ir.Model) -> None:
     for name, value in graph.graph.initializers.items():
         if isinstance(value.const_value, ir.LazyTensor):
             assert value.shape is not None and value.dtype is not None
-            array = np.full(tuple(value.shape), 0.01, value.dtype.numpy())  # type: ignore[arg-type]
+            array = np.full(tuple(value.shape), 0.01, value.dtype.numpy())
             value.const_value = ir.tensor(array, dtype=value.dtype, name=name)

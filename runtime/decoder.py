@@ -22,7 +22,8 @@ from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.cuda_graph import CUDA_OPTIONS, StepGraphs, check_bundle, without_graph
 from slm.runtime.growing import GrowingCaches
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
-from slm.runtime.session import Device, first_line, open_session, takes_from
+from slm.runtime.session import Device, first_line, open_session, takes_from, weights_file
+from slm.runtime.unused import page_out, return_freed_memory
 
 # Tokens per step of a prompt. It bounds the attention scores, which are (heads, chunk, length).
 PREFILL_CHUNK = 512
@@ -228,7 +229,14 @@ class OnnxDecoder:
         self.make_room(self.buffers, self.length + len(ids))
         for start in range(0, len(ids), PREFILL_CHUNK):
             logits = self.step(new[:, start : start + PREFILL_CHUNK])
+        self.after_prompt(len(ids))
         return logits[0, -1]
+
+    def after_prompt(self, tokens: int) -> None:
+        """Returns memory that only a long prompt needed to the system: temporary values, and pages of the embedding."""
+        if tokens >= PREFILL_CHUNK and self._device == "cpu":
+            page_out(weights_file(self.bundle))
+            return_freed_memory()
 
     @property
     def revocable(self) -> int:

@@ -78,6 +78,7 @@ def _load(
 ) -> Model:
     if is_bundle(path):
         from slm.runtime.decoder import OnnxDecoder
+        from slm.runtime.unused import return_freed_memory
 
         bundle = Bundle.open(path, trust)
         check_placement(bundle, device, allow_slow)
@@ -85,7 +86,9 @@ def _load(
         if adapter is not None:
             onnx.use(load_adapter(adapter, bundle))
         about = About(path, bundle.manifest.precision, device, bundle.config.parameter_count())
-        return Model(Tokenizer.load(path), _drafting(onnx, draft_tokens), bundle.stop_token_ids, about)
+        tokenizer = Tokenizer.load(path)
+        return_freed_memory()
+        return Model(tokenizer, _drafting(onnx, draft_tokens), bundle.stop_token_ids, about)
     if is_checkpoint(path):
         if cuda_graph:
             raise SlmError(
