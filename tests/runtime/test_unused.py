@@ -47,7 +47,7 @@ def test_a_mapped_file_leaves_the_resident_memory_and_keeps_its_values(tmp_path:
     run = subprocess.run([sys.executable, "-c", _MAPPED, *map(str, paths)], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
     assert found["mapped"] == 8 << 20 and found["same"] and found["none"] == 0
-    assert found["freed"] > 6 << 20  # only of the one file
+    assert 4 << 20 < found["freed"] < 12 << 20  # of the one file alone
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
