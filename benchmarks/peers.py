@@ -147,7 +147,12 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 def peer_versions() -> dict[str, str]:
     """Returns the versions of what is under build/peers."""
-    wanted = {"llamacpp-native": "llama_cpp_python", "openvino": "openvino", "genai": "onnxruntime_genai"}
+    wanted = {
+        "llamacpp-native": "llama_cpp_python",
+        "llamacpp": "xllamacpp",
+        "openvino": "openvino",
+        "genai": "onnxruntime_genai",
+    }
     found = {
         package: [
             path.name.split("-")[1].removesuffix(".dist") for path in (PEERS / home).glob(f"{package}-*.dist-info")
