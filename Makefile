@@ -194,7 +194,7 @@ build/peers/llama-server: | install
 bench-serve: build/peers/llama-server peers
 	$(BIN)/python benchmarks/serve.py
 
-bench-peers: build/peers/.llama-cpp-python-$(LLAMA_CPP) build/peers/.openvino-2026.4.1 build/peers/.genai-0.18.0
+bench-peers: build/peers/.llama-cpp-python-$(LLAMA_CPP) build/peers/.openvino-2026.4.1 build/peers/.genai-0.18.0 $(REAL)
 	$(BIN)/python benchmarks/peers.py
 
 # The model inside the package, from TinyStories, which is not in this repository:

@@ -47,6 +47,9 @@ class Slm:
 class LlamaCpp:
     """A GGUF file with llama.cpp, through its C functions; windows as windows, which is its programs' default."""
 
+    # Flash attention: -1 lets llama.cpp choose, 0 is off, 1 is on.
+    flash = -1
+
     def __init__(self, model: str, threads: int, context: int) -> None:
         import llama_cpp
         import numpy as np
@@ -61,6 +64,7 @@ class LlamaCpp:
         params.n_ctx, params.n_batch, params.n_ubatch = context, 512, 512
         params.n_threads = params.n_threads_batch = threads
         params.swa_full = False
+        params.flash_attn_type = self.flash
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
@@ -77,6 +81,53 @@ class LlamaCpp:
                 raise RuntimeError("llama_decode failed")
         logits = self.api.llama_get_logits_ith(self.context, -1)
         return int(self.numpy.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
+
+
+class LlamaCppFlash(LlamaCpp):
+    """llama.cpp with flash attention."""
+
+    flash = 1
+
+
+class LlamaCppPlain(LlamaCpp):
+    """llama.cpp without flash attention."""
+
+    flash = 0
+
+
+class LlamaWheel:
+    """A GGUF file with llama.cpp's server in a wheel (xllamacpp), which is built for AVX2; its own timings."""
+
+    flash = "AUTO"
+
+    def __init__(self, model: str, threads: int, context: int) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = model, context, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cache_ram_mib = 0
+        params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{self.flash}")
+        self.server = xllamacpp.Server(params)
+        self.vocab_size = 0
+
+    def timed(self, ids: list[int], new: int) -> dict[str, float]:
+        """Reads a prompt and writes tokens greedily; returns seconds."""
+        wanted = {"prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        timings = self.server.handle_completions(wanted)["timings"]
+        return {"read_s": timings["prompt_ms"] / 1e3, "decode_s": timings["predicted_ms"] / 1e3}
+
+
+class LlamaWheelFlash(LlamaWheel):
+    """The wheel with flash attention."""
+
+    flash = "ENABLED"
+
+
+class LlamaWheelPlain(LlamaWheel):
+    """The wheel without flash attention."""
+
+    flash = "DISABLED"
 
 
 class OpenVino:
@@ -152,7 +203,16 @@ class Genai:
         return int(self.generator.get_next_tokens()[0])
 
 
-ENGINES = {"slm": Slm, "llama.cpp": LlamaCpp, "openvino": OpenVino, "onnxruntime-genai": Genai}
+ENGINES = {
+    "slm": Slm,
+    "llama.cpp": LlamaCpp,
+    "llama.cpp flash": LlamaCppFlash,
+    "llama.cpp plain": LlamaCppPlain,
+    "xllamacpp flash": LlamaWheelFlash,
+    "xllamacpp plain": LlamaWheelPlain,
+    "openvino": OpenVino,
+    "onnxruntime-genai": Genai,
+}
 
 
 def turn(engine: Any, wanted: dict[str, int]) -> dict[str, float]:
@@ -164,6 +224,8 @@ def turn(engine: Any, wanted: dict[str, int]) -> dict[str, float]:
     if "steps" in wanted:
         return {"decode_s": engine.rows(wanted["position"], wanted["batch"], wanted["steps"])}
     ids = random.Random(0).choices(range(300), k=wanted["read"])
+    if isinstance(engine, LlamaWheel):
+        return engine.timed(ids, wanted["new"]) | {"rss_mib": resident_mib() or 0.0}
     engine.reset()
     began = time.perf_counter()
     token = engine.step(ids)

@@ -25,12 +25,22 @@ _MADE_BY_SLM: dict[str, Sequence[str]] = {
     "onnx-portable": ("export", "--onnx", _CHECKPOINT, "--target", "portable"),
     "onnx-long": ("export", "--onnx", _CHECKPOINT, "--context", str(LONG)),
     "onnx-int8": (*_INT8, _ONNX, "--block-size", "128", *_LOOSELY),
+    "onnx-int8-kv32": (*_INT8, _ONNX, "--block-size", "128", "--kv-cache", "float32", *_LOOSELY),
     "onnx-int8-kv8": (*_INT8, _ONNX, "--block-size", "128", "--kv-cache", "int8", *_LOOSELY),
     "onnx-int8-b32": (*_INT8, _ONNX, "--block-size", "32", *_LOOSELY),
-    "onnx-long-int8": (*_INT8, _LONG, "--block-size", "128", *_LOOSELY),
+    "onnx-long-int8": (*_INT8, _LONG, "--block-size", "128", "--kv-cache", "float32", *_LOOSELY),
     "onnx-long-int8-kv8": (*_INT8, _LONG, "--block-size", "128", "--kv-cache", "int8", *_LOOSELY),
     "q8_0.gguf": ("export", "--gguf", _CHECKPOINT, "--gguf-type", "q8_0"),
     "f16.gguf": ("export", "--gguf", _CHECKPOINT, "--gguf-type", "f16"),
+}
+# The real Gemma 3 270M (`make build/peers/gemma-3-270m-q4_k_m.gguf`), and what slm makes from it.
+REAL = PEERS / "gemma-3-270m-q4_k_m.gguf"
+_GEMMA = {name: str(HOME / f"gemma-{name}") for name in ("checkpoint", "onnx")}
+_MADE_FROM_GEMMA: dict[str, Sequence[str]] = {
+    "gemma-checkpoint": ("import", str(REAL)),
+    "gemma-q8_0.gguf": ("export", "--gguf", _GEMMA["checkpoint"], "--gguf-type", "q8_0"),
+    "gemma-onnx": ("export", "--onnx", _GEMMA["checkpoint"]),
+    "gemma-int8": ("quantize", "--int8", _GEMMA["onnx"]),
 }
 # The packages that make the others, and what this file is told then.
 _MADE_BY_PEERS = {
@@ -49,6 +59,13 @@ def prepare() -> None:
     for name, (packages, arguments) in _MADE_BY_PEERS.items():
         if (PEERS / packages).is_dir():
             _make(HOME / name, (sys.executable, __file__, *arguments), packages)
+
+
+def prepare_gemma() -> None:
+    """Makes the files of the real Gemma that are not there yet."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    for name, command in _MADE_FROM_GEMMA.items():
+        _make(HOME / name, (sys.executable, "-m", "slm", *command, "--out"), None)
 
 
 def environment(packages: str | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
     make bench-peers        installs them under build/peers (llama.cpp is built from source: minutes) and runs this
     python benchmarks/peers.py [--rounds 7] [--only "slm INT8,llama.cpp Q8_0"] [--parts speed,batch] [--bundle NAME=DIR]
+    python benchmarks/peers.py --parts gemma     the real Gemma 3 270M alone
 
 One checkpoint with random weights (speed does not depend on their values) is exported to every format, once, under
 bench-results/peers. Each contender is a process of its own with the same number of threads; all stay resident and take
@@ -36,7 +37,7 @@ from slm.version import __version__
 Turn = TypeVar("Turn")
 
 CONTENDERS = Path(__file__).with_name("contenders.py")
-PARTS = ("speed", "batch", "positions", "memory", "start")
+PARTS = ("speed", "batch", "positions", "memory", "start", "gemma")
 
 POSITIONS = (100, 8_000, 30_000)
 # Between turns: threads of the one before that still wait for work, spinning, go to sleep.
@@ -60,6 +61,7 @@ class Entry:
 
 ENTRIES = {
     "slm INT8": Entry("slm", None, "onnx-int8"),
+    "slm INT8 with float32 caches": Entry("slm", None, "onnx-int8-kv32"),
     "slm INT8 with INT8 caches": Entry("slm", None, "onnx-int8-kv8"),
     "slm INT8 block 32": Entry("slm", None, "onnx-int8-b32"),
     "slm float32": Entry("slm", None, "onnx"),
@@ -71,7 +73,7 @@ ENTRIES = {
     "slm INT8 in genai": Entry("onnxruntime-genai", "genai", "onnx-int8"),
 }
 OURS, THEIRS = "slm INT8", "llama.cpp Q8_0"
-BY_CACHES = (OURS, "slm INT8 with INT8 caches")
+BY_CACHES = ("slm INT8 with float32 caches", "slm INT8 with INT8 caches")
 LONG_BUNDLES = {"float32 caches": "onnx-long-int8", "INT8 caches": "onnx-long-int8-kv8"}
 
 
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(ENTRIES), help="contenders, by name")
     parser.add_argument("--bundle", action="append", default=[], metavar="NAME=DIR", help="one more of ours")
     parser.add_argument("--long-bundle", action="append", default=[], metavar="NAME=DIR", help="one more, long context")
+    parser.add_argument("--gemma-bundle", action="append", default=[], metavar="NAME=DIR", help="one more, real Gemma")
     args = parser.parse_args()
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -94,8 +97,10 @@ def main() -> None:
     entries = {name: ENTRIES[name] for name in args.only.split(",")}
     entries |= {name: Entry("slm", None, str(Path(path).resolve())) for name, path in map(_named, args.bundle)}
     long = LONG_BUNDLES | {name: str(Path(path).resolve()) for name, path in map(_named, args.long_bundle)}
-    prepare()
+    if set(parts) != {"gemma"}:
+        prepare()
     found: dict[str, Any] = about(args)
+    print(f"{found['processor']}, {args.threads} threads")
     quiet = Quiet(args.patience)
     if "speed" in parts:
         found |= speed(entries, quiet, args)
@@ -107,6 +112,10 @@ def main() -> None:
         found["memory"] = memory(long, args)
     if "start" in parts:
         found["start_to_first_token_ms"] = start(quiet, args)
+    if "gemma" in parts:
+        from peers_gemma import gemma
+
+        found["gemma"] = gemma(quiet, args)
     if quiet.shares:
         found["others_share_of_cores"] = rounded(Spread.of(quiet.shares))
         print(f"other processes had {shown(found['others_share_of_cores'], 2)} of the cores during turns")
@@ -138,7 +147,12 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 def peer_versions() -> dict[str, str]:
     """Returns the versions of what is under build/peers."""
-    wanted = {"llamacpp-native": "llama_cpp_python", "openvino": "openvino", "genai": "onnxruntime_genai"}
+    wanted = {
+        "llamacpp-native": "llama_cpp_python",
+        "llamacpp": "xllamacpp",
+        "openvino": "openvino",
+        "genai": "onnxruntime_genai",
+    }
     found = {
         package: [
             path.name.split("-")[1].removesuffix(".dist") for path in (PEERS / home).glob(f"{package}-*.dist-info")

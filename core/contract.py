@@ -33,6 +33,10 @@ DEFAULT_CONTEXT = 4096
 # instead of at every step. onnxruntime-genai measured 16 as best.
 CACHE_SLACK = 16
 
+# Steps of up to this many new tokens read 8-bit caches directly. Longer ones read float32 copies, which from about 14 tokens
+# on takes less time than the kernel for 8-bit caches (docs/LOG.md).
+FEW_TOKENS = 16
+
 
 def past_name(layer: int, side: Side) -> str:
     """Returns the name of a cache input."""

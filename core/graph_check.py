@@ -1,15 +1,14 @@
 """Compares a bundle's graph with the planned graph for its configuration (`slm.core.graph_plan`)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.graph_file import FileGraph, FileNode, FileTensor, read_graph
-from slm.core.graph_plan import BRANCH, END, MARKER, Constant, Input, Kind, Node, Output, Value, Weight, plan_graph
+from slm.core.graph_plan import Constant, Input, Kind, Node, Output, Subgraph, Value, Weight, plan_graph
 
 # The limit of elements in a constant. slm writes shapes, starts and ends as constants.
 _LONGEST_CONSTANT = 16
@@ -58,26 +57,14 @@ class _Comparison:
 
     def run(self, config: ModelConfig, kind: Kind) -> None:
         graph = self._graph
-        plan = plan_graph(config, kind, graph.tensors)
+        plan = plan_graph(config, kind, graph.tensors, branching=any(node.type == "If" for node in graph.nodes))
         if graph.opsets != plan.opsets:
             raise _Foreign(f"the graph uses the operator sets {_shown(graph.opsets)}, not {_shown(plan.opsets)}")
         if graph.extras:
             raise _Foreign(f"the graph has {graph.extras[0]}, which slm does not write")
         for name in graph.inputs:
             self._know(name, Input(name))
-        planned = iter(enumerate(plan.nodes))
-        for node in _in_order(graph.nodes):
-            if node.type == "Constant" and not node.domain and len(node.outputs) == 1 and not node.inputs:
-                if node.extras or set(node.attributes) != {"value"}:
-                    raise _Foreign(f"the constant {node.name!r} has more than a value")
-                self._know(node.outputs[0], self._constant(node.attributes["value"], node))
-                continue
-            if self._is_cast_constant(node):
-                continue
-            number, wanted = next(planned, (0, None))
-            self._compare(node, wanted, number)
-        if (missing := next(planned, None)) is not None:
-            raise _Foreign(f"the graph ends before its {missing[1].type}")
+        self._compare_nodes(graph.nodes, plan.nodes)
         for name, value in plan.outputs.items():
             if self._known.get(name) != value or name not in graph.outputs:
                 raise _Foreign(f"the output {name!r} is not the planned value")
@@ -90,6 +77,31 @@ class _Comparison:
                 self._check_default(tensor, plan.defaults.get(name))
             elif name not in self._used:
                 raise _Foreign(f"no node uses the tensor {name!r}")
+
+    def _compare_nodes(self, nodes: Sequence[FileNode], plan: Sequence[Node], subgraph: str = "") -> None:
+        planned = iter(enumerate(plan))
+        for node in nodes:
+            if node.type == "Constant" and not node.domain and len(node.outputs) == 1 and not node.inputs:
+                if node.extras or set(node.attributes) != {"value"}:
+                    raise _Foreign(f"the constant {node.name!r} has more than a value")
+                self._know(node.outputs[0], self._constant(node.attributes["value"], node))
+                continue
+            if self._is_cast_constant(node):
+                continue
+            number, wanted = next(planned, (0, None))
+            self._compare(node, wanted, number, subgraph)
+        if (missing := next(planned, None)) is not None:
+            raise _Foreign(f"the graph ends before its {missing[1].type}")
+
+    def _compare_subgraph(self, found: object, wanted: Subgraph, what: str) -> None:
+        """Compares a subgraph. It can use every value that is defined before it, and its own values end with it."""
+        if not isinstance(found, FileGraph) or found.tensors or found.inputs or found.extras:
+            raise _Foreign(f"a subgraph of {what} has more than nodes and outputs")
+        outside = dict(self._known)
+        self._compare_nodes(found.nodes, wanted.nodes, wanted.name)
+        if [self._known.get(name) for name in found.outputs] != list(wanted.outputs):
+            raise _Foreign(f"a subgraph of {what} does not have the planned outputs")
+        self._known = outside
 
     def _know(self, name: str, value: Value) -> None:
         if name in self._known or (name in self._graph.tensors and not isinstance(value, Input)):
@@ -113,7 +125,7 @@ class _Comparison:
         self._know(node.outputs[0], constant)
         return True
 
-    def _compare(self, node: FileNode, wanted: Node | None, number: int) -> None:
+    def _compare(self, node: FileNode, wanted: Node | None, number: int, subgraph: str) -> None:
         kind = f"{node.domain}:{node.type}" if node.domain else node.type
         what = f"the node {node.name or '(unnamed)'!r} ({kind})"
         if wanted is None or (node.type, node.domain) != (wanted.type, wanted.domain):
@@ -124,7 +136,9 @@ class _Comparison:
         if set(node.attributes) != set(wanted.attributes):
             raise _Foreign(f"{what} must have the attributes {', '.join(sorted(wanted.attributes)) or 'none'}")
         for name, value in wanted.attributes.items():
-            if not _same_attribute(node.attributes[name], value):
+            if isinstance(value, Subgraph):
+                self._compare_subgraph(node.attributes[name], value, what)
+            elif not _same_attribute(node.attributes[name], value):
                 raise _Foreign(f"the attribute {name} of {what} has an unexpected value")
         inputs = list(node.inputs)
         while inputs and not inputs[-1]:  # omitted optional inputs at the end
@@ -137,13 +151,11 @@ class _Comparison:
         for name, value in zip(inputs, expected, strict=True):
             if not self._is(name, value, what):
                 raise _Foreign(f"the input {name!r} of {what} is not the planned value")
-        if node.domain == MARKER:
-            return
         if not 1 <= len(node.outputs) <= wanted.outputs:
             raise _Foreign(f"{what} has {len(node.outputs)} outputs instead of {wanted.outputs}")
         for index, name in enumerate(node.outputs):
             if name:
-                self._know(name, Output(number, index))
+                self._know(name, Output(number, index, subgraph))
 
     def _is(self, name: str, value: Value | None, what: str) -> bool:
         if not name or value is None:
@@ -188,20 +200,6 @@ class _Comparison:
             raise _Foreign(f"the default of the input {tensor.name!r} is not the planned value")
         if tensor.external is not None or len(tensor.raw) != tensor.bytes:
             raise _Foreign(f"the default of the input {tensor.name!r} does not have its data in the graph")
-
-
-def _in_order(nodes: Sequence[FileNode]) -> Iterator[FileNode]:
-    """Yields the nodes with the nodes of their branches before them, between markers as in the plan."""
-    for node in nodes:
-        branches = {name: value for name, value in node.attributes.items() if isinstance(value, FileGraph)}
-        for name in sorted(branches, reverse=True):  # then_branch, else_branch
-            graph = branches[name]
-            if graph.inputs or graph.tensors or graph.extras or len(graph.outputs) != 1:
-                raise _Foreign(f"the branch {name!r} has more than nodes and one output")
-            yield FileNode(BRANCH + name, MARKER)
-            yield from graph.nodes
-            yield FileNode(END + name, MARKER, inputs=graph.outputs)
-        yield replace(node, attributes={name: v for name, v in node.attributes.items() if name not in branches})
 
 
 def _same_constant(known: Constant, wanted: Value) -> bool:

@@ -6,13 +6,13 @@ compare both modules for every kind of bundle.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from slm.core.config import FULL, SLIDING, LayerType, ModelConfig
 from slm.core.contract import (
     ATTENTION_MASK,
+    FEW_TOKENS,
     INPUT_IDS,
     LOGITS,
     LOGITS_TO_KEEP,
@@ -26,8 +26,6 @@ from slm.core.contract import (
 )
 
 MICROSOFT = "com.microsoft"
-# Markers around the nodes of a branch. No file can contain this domain, because it is not UTF-8.
-MARKER, BRANCH, END = "\ud800", "branch ", "end of "
 # Type numbers of ONNX (onnx.proto, TensorProto.DataType).
 FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 9, 10, 21, 22
 _TO_THE_END = (1 << 63) - 1
@@ -70,10 +68,11 @@ class Kind:
 
 @dataclass(frozen=True)
 class Output:
-    """An output of a node, by the node's index in the plan."""
+    """An output of a node, by the node's index in the plan, or in a subgraph of the plan."""
 
     node: int
     index: int = 0
+    subgraph: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,28 +112,44 @@ class Node:
     attributes: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Subgraph:
+    """An attribute with a graph: its nodes in order and its outputs. `name` is unique in the plan."""
+
+    name: str
+    nodes: tuple[Node, ...]
+    outputs: tuple[Value, ...]
+
+
 @dataclass
 class Plan:
-    """The nodes in order, the graph's outputs by name, and the defaults of optional inputs."""
+    """The nodes in order, the graph's outputs by name, and the defaults of optional inputs.
+
+    `subgraph` is the name of the subgraph whose nodes these are; empty for the graph itself.
+    """
 
     opsets: dict[str, int]
     nodes: list[Node] = field(default_factory=list)
     outputs: dict[str, Value] = field(default_factory=dict)
     defaults: dict[str, Weight] = field(default_factory=dict)
+    subgraph: str = ""
 
     def __call__(self, type: str, *inputs: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """Adds a node and returns its output, or a tuple of outputs. Numbers and lists become constants."""
         self.nodes.append(Node(type, domain, tuple(map(_value, inputs)), outputs, attributes))
-        made = tuple(Output(len(self.nodes) - 1, index) for index in range(outputs))
+        made = tuple(Output(len(self.nodes) - 1, index, self.subgraph) for index in range(outputs))
         return made if outputs > 1 else made[0]
 
-    @contextmanager
-    def branch(self, name: str) -> Iterator[Callable[[Any], None]]:
-        """Marks the nodes added inside as a branch of the next node. Yields a function that takes the branch's result."""
-        results: list[Any] = []
-        self(BRANCH + name, domain=MARKER)
-        yield results.append
-        self(END + name, *results, domain=MARKER)
+    def branches(self, condition: Any, then: Callable[["Plan"], Any], otherwise: Callable[["Plan"], Any]) -> Any:
+        """Adds a node that evaluates one of two subgraphs, and returns its outputs."""
+        graphs = []
+        for name, body in (("then_branch", then), ("else_branch", otherwise)):
+            inner = Plan(self.opsets, subgraph=f"{len(self.nodes)}.{name}")
+            outputs = body(inner)
+            graphs.append(Subgraph(inner.subgraph, tuple(inner.nodes), tuple(outputs)))
+        then_branch, else_branch = graphs
+        count = len(then_branch.outputs)
+        return self("If", condition, outputs=count, then_branch=then_branch, else_branch=else_branch)
 
 
 def _value(given: Any) -> Value | None:
@@ -143,7 +158,7 @@ def _value(given: Any) -> Value | None:
     return Constant(given) if isinstance(given, int | float) else given
 
 
-def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> Plan:
+def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = (), branching: bool = True) -> Plan:
     """Returns the expected graph of a bundle.
 
     Args:
@@ -151,11 +166,15 @@ def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = ()) -> 
         kind: The other properties that determine the graph.
         names: The names of the graph's tensors. They determine two properties that the manifest does not record: whether
             adapter slots have smoothing factors, and whether rotation tables are stored, as by earlier versions.
+        branching: Whether attention with quantized caches depends on the number of new tokens. In graphs of earlier
+            versions it does not.
     """
     portable = kind.target == "portable"
     plan = Plan({"": 23} if portable else {"": 21, MICROSOFT: 1})
     plan.defaults[LOGITS_TO_KEEP] = Weight(LOGITS_TO_KEEP, INT64, ())
     step = _portable_positions(plan, config) if portable else _fused_positions(plan, config, kind, names)
+    if kind.quantized_cache and branching:
+        step.few = plan("LessOrEqual", plan("Squeeze", plan("Shape", Input(INPUT_IDS), start=1, end=2)), FEW_TOKENS)
     model = _Model(plan, config, kind, names)
     hidden = model.layers(step, plan("Reshape", Input(INPUT_IDS), [-1]) if portable else Input(INPUT_IDS))
     if portable:
@@ -187,6 +206,7 @@ class _Step:
     lengths: Any = None
     last_index: Any = None
     total: Any = None
+    few: Any = None
     heads: Any = None
     kv_heads: Any = None
     ends: Any = None
@@ -390,10 +410,30 @@ class _Model:
             )
             tables = [None, None]
         operands = [q, k, v, *past, step.last_index, step.total, *tables]
-        if self._kind.quantized_cache:
-            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-            scales = (Weight(f"{path}.{side}_scale", FLOAT, (1, kv_heads, 1, size)) for side in ("k", "v"))
-            operands += [None, None, None, *scales]
+        if not self._kind.quantized_cache:
+            return self._group_query(op, operands, attributes)
+        scales = [Weight(f"{path}.{side}_scale", FLOAT, (1, kv_heads, 1, size)) for side in ("k", "v")]
+        types = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        quantized = [*operands, None, None, None, *scales]
+        if step.few is None:
+            return self._group_query(op, quantized, attributes | types)
+
+        def many(op: Plan) -> tuple[Any, Any, Any]:
+            copies = [op("Mul", op("Cast", x, to=FLOAT), scale) for x, scale in zip(past, scales, strict=True)]
+            attended, *present = self._group_query(op, [q, k, v, *copies, *operands[5:]], attributes)
+            key, value = (
+                op("QuantizeLinear", op("Div", x, scale), 1.0, output_dtype=INT8)
+                for x, scale in zip(present, scales, strict=True)
+            )
+            return attended, key, value
+
+        found: tuple[Any, Any, Any] = op.branches(
+            step.few, lambda op: self._group_query(op, quantized, attributes | types), many
+        )
+        return found
+
+    @staticmethod
+    def _group_query(op: Plan, operands: list[Any], attributes: dict[str, Any]) -> tuple[Any, Any, Any]:
         found: tuple[Any, Any, Any] = op("GroupQueryAttention", *operands, domain=MICROSOFT, outputs=3, **attributes)
         return found
 
@@ -549,22 +589,25 @@ class _Model:
         coarse = op("MatMulNBits", hidden, upper, scale, domain=MICROSOFT, **attributes)
         few = op("And", op("Equal", op("Size", hidden), config.hidden_size), op("Less", keep, 2))
         parts, each = head_parts(config.vocab_size)
-        with op.branch("then_branch") as result:
+
+        def candidates(op: Plan) -> list[Any]:
             shifted = op("Add", coarse, Weight(f"{path}.weight_shift", FLOAT, (config.vocab_size,)))
             columns = op("Reshape", shifted, [-1, parts])
             _, found = op("TopK", columns, [each], axis=0, sorted=0, outputs=2)
             tokens = op("Reshape", op("Add", op("Mul", found, parts), list(range(parts))), [1, 1, -1])
-            below = self._lower_product(small, op("Reshape", tokens, [-1]), scale, path)
+            below = self._lower_product(op, small, op("Reshape", tokens, [-1]), scale, path)
             gathered = op("GatherElements", coarse, tokens, axis=-1)
             exact = op("Add", gathered, op("Reshape", below, [1, 1, -1]))
-            result(op("ScatterElements", shifted, tokens, exact, axis=-1))
-        with op.branch("else_branch") as result:
-            below = op("MatMulNBits", small, lower, scale, domain=MICROSOFT, **attributes)
-            result(op("Add", coarse, below))
-        return op("If", few)
+            return [op("ScatterElements", shifted, tokens, exact, axis=-1)]
 
-    def _lower_product(self, hidden: Any, tokens: Any, scale: Weight, path: str) -> Any:
-        op, block_size = self._op, self._kind.stored(path).block_size
+        def whole(op: Plan) -> list[Any]:
+            below = op("MatMulNBits", small, lower, scale, domain=MICROSOFT, **attributes)
+            return [op("Add", coarse, below)]
+
+        return op.branches(few, candidates, whole)
+
+    def _lower_product(self, op: Plan, hidden: Any, tokens: Any, scale: Weight, path: str) -> Any:
+        block_size = self._kind.stored(path).block_size
         count, half = self._config.hidden_size // block_size, block_size // 2
         blocks = op("Reshape", hidden, [count, block_size])
         step = op("Mul", op("Max", op("ReduceMax", op("Abs", blocks), [-1], keepdims=1), 1e-30), 1 / 127)

@@ -7,6 +7,7 @@ from slm.core.manifest import Bundle, Scheme
 from slm.core.progress import Progress
 from slm.export.graph.builder import Array
 from slm.quantize.cache import cache_steps
+from slm.quantize.cache_choice import attention_times, faster
 from slm.quantize.exact import BLOCK_SIZE as GRID_BLOCK_SIZE
 from slm.quantize.exact import share_on_grid
 from slm.quantize.halves import mean_hidden, quantize_halves
@@ -38,10 +39,7 @@ def decide(quantizer: Quantizer) -> QuantizationPlan:
     else:
         plan = trained
     schemes = on_device(dict(plan.schemes), source)
-    plan = replace(plan, schemes=schemes, device=source.manifest.device, cache=settings.cache_type)
-    if plan.cache == "int8":
-        steps = cache_steps(quantizer.float32, quantizer.calibration, quantizer.progress)
-        plan = replace(plan, cache_steps=steps)
+    plan = _with_caches(quantizer, replace(plan, schemes=schemes, device=source.manifest.device))
     if trained is not None:
         return plan
     if settings.head == "halves":
@@ -54,6 +52,19 @@ def decide(quantizer: Quantizer) -> QuantizationPlan:
         quantizer.reference.close()
         plan = _with_mixed_precision(quantizer, plan)
     return plan
+
+
+def _with_caches(quantizer: Quantizer, plan: QuantizationPlan) -> QuantizationPlan:
+    """Returns the plan with the type of caches that the settings ask for, or whose attention is faster on this processor."""
+    cache, note = quantizer.settings.cache_type, quantizer.progress.note
+    if cache is None:
+        attention = attention_times(quantizer.float32, quantizer.scratch)
+        cache = faster(attention)
+        times = " and ".join(f"{1e6 * seconds:.0f} µs with {each}" for each, seconds in attention.items())
+        note(f"{cache} caches: a step with four attention layers takes {times} caches")
+        plan = replace(plan, attention=attention)
+    steps = cache_steps(quantizer.float32, quantizer.calibration, quantizer.progress) if cache == "int8" else {}
+    return replace(plan, cache=cache, cache_steps=steps)
 
 
 def _with_halves(quantizer: Quantizer, plan: QuantizationPlan) -> QuantizationPlan:

@@ -60,6 +60,7 @@ class QuantizationPlan:
         device: The device that will run the bundle.
         cache: The type of cached keys and values.
         cache_steps: The quantization steps of keys and values, by name of the parameter.
+        attention: The time of a step with a few attention layers in seconds, by type of cache; empty if not measured.
         smoothing: The smoothing factors.
         exact: Paths of the layers' weights that lie on grids which their schemes store exactly.
         rounded: Integers and scales of the weights that are already rounded, by path. Other weights are rounded when they
@@ -73,6 +74,7 @@ class QuantizationPlan:
     device: Device = "cpu"
     cache: CacheType = "float32"
     cache_steps: Mapping[str, Array] = field(default_factory=dict)
+    attention: Mapping[CacheType, float] = field(default_factory=dict)
     smoothing: Smoothing = NO_SMOOTHING
     exact: frozenset[str] = frozenset()
     rounded: Mapping[str, Arrays] = field(default_factory=dict)
@@ -94,8 +96,13 @@ class QuantizationPlan:
 
     def decisions(self) -> dict[str, object]:
         """Returns the decisions for reports."""
-        found = {"method": self.method, "smoothing": self._exponent, "cache": self.cache, "products": self.counts}
-        return found | ({} if self.trained_for is None else {"trained_for": self.trained_for})
+        found: dict[str, object] = {"method": self.method, "smoothing": self._exponent, "cache": self.cache}
+        found["products"] = self.counts
+        if self.attention:
+            found["attention_us"] = {each: round(1e6 * seconds, 1) for each, seconds in self.attention.items()}
+        if self.trained_for is not None:
+            found["trained_for"] = self.trained_for
+        return found
 
     def record(self) -> Quantization:
         """Returns the manifest's record."""

@@ -52,7 +52,7 @@ class Settings:
         block_size: The number of input channels that share one scale in the layers' weights. None: `prefer` decides.
         method: The rounding method. None: GPTQ for four bits, nearest for eight bits.
         smooth: Whether to smooth activations first. None: only if it measures better.
-        cache: The type of cached keys and values. None: `prefer` decides.
+        cache: The type of cached keys and values. None: `prefer` decides; with "auto", the type with the faster attention.
         head: Whether the tied table is stored whole, or in halves for faster single-token steps (`slm.export.graph.halves`).
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
@@ -78,9 +78,11 @@ class Settings:
         return self.method or ("gptq" if self.precision == "int4" else "nearest")
 
     @property
-    def cache_type(self) -> CacheType:
-        """The type of cached keys and values."""
-        return self.cache or ("int8" if self.prefer == "speed" else "float32")
+    def cache_type(self) -> CacheType | None:
+        """The type of cached keys and values. None: the type with the faster attention."""
+        if self.cache is not None or self.prefer == "auto":
+            return self.cache
+        return "int8" if self.prefer == "speed" else "float32"
 
     @property
     def limits(self) -> Gate:

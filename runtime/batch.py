@@ -59,6 +59,7 @@ class Slot(DecoderAround):
         new = np.asarray(ids, np.int64)[None]
         for start in range(0, len(ids), PREFILL_CHUNK):
             logits = self._batch.read(self, new[:, start : start + PREFILL_CHUNK], keep=1)
+        self._batch.decoder.after_prompt(len(ids))
         row: Array = logits[-1]
         return row
 

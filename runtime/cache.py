@@ -68,6 +68,7 @@ class KVBuffers:
             place: Creates the buffers, and thereby chooses their device.
         """
         self._layers = layers
+        self._kinds = tuple({(layer.window, layer.slack): layer for layer in layers}.values())  # one layer of each kind
         self._context = context
         self._batch = batch
         self._place = place
@@ -183,12 +184,12 @@ class KVBuffers:
     def extended(self, extent: Extent, tokens: int) -> Extent:
         """Returns the extent of a row after `tokens` more tokens."""
         length = extent.length + tokens
-        return Extent(length, max(extent.oldest, *(length - resident_positions(each, length) for each in self._layers)))
+        return Extent(length, max(extent.oldest, *(length - resident_positions(each, length) for each in self._kinds)))
 
     def revocable(self, extent: Extent) -> int:
         """Returns how many tokens fit before a sliding buffer moves up. One step of so many tokens can be rewound."""
         length = extent.length
-        resident = ((each, resident_positions(each, length)) for each in self._layers if each.window is not None)
+        resident = ((each, resident_positions(each, length)) for each in self._kinds if each.window is not None)
         return min((each.capacity(length) - count for each, count in resident), default=self._context - length)
 
     def rewind(self, row: int, extent: Extent, length: int) -> Extent:

@@ -39,6 +39,10 @@ def check_placement(bundle: Bundle, device: RuntimeDevice, allow_slow: bool = Fa
         SlmError: If attention would run elsewhere; the hint is the command that makes a bundle for the device.
     """
     check_available(device)
+    if device == "cuda" and any(layer.dtype == "int8" for layer in bundle.manifest.cache):
+        raise SlmError(
+            f"{bundle.path} was exported for the CPU and has INT8 caches, which CUDA does not support", _remedy(bundle)
+        )
     if allow_slow or attends_on(bundle, device) == device:
         return
     raise SlmError(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import onnxruntime as ort
@@ -17,6 +18,7 @@ from slm.core.machine import (
 )
 from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.runtime.hugepages import use_huge_pages
+from slm.runtime.unused import page_out, return_freed_memory
 
 # The devices on which slm runs a model.
 RuntimeDevice = Literal["cpu", "cuda"]
@@ -26,6 +28,10 @@ _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 # onnxruntime's name of a GPU's own memory; "CudaPinned" is host memory.
 _CUDA_MEMORY = "Cuda"
 _SEVERITY_ERROR = 3
+# onnxruntime computes nodes without inputs once, when it opens a graph. In a fused graph for the CPU, the only one with a
+# larger result reshapes the embedding, and the result would be a copy of the mapped table in memory.
+_FOLDING_LIMIT = "optimization.constant_folding_max_output_size_in_bytes"
+_LARGEST_FOLDED = 1 << 20
 _DOCTOR = "slm doctor checks the driver, the libraries and the GPU; or --device cpu"
 # Disables TF32, which keeps only 10 of the 23 mantissa bits of factors.
 CUDA_OPTIONS = {"use_tf32": "0"}
@@ -115,6 +121,8 @@ def open_session(
     options = session_options(threads)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if device == "cpu" and bundle.manifest.target == "fused":
+        options.add_session_config_entry(_FOLDING_LIMIT, str(_LARGEST_FOLDED))
     if device == "cuda":
         load_cuda_libraries()
     cuda = (_PROVIDERS["cuda"], CUDA_OPTIONS | dict(cuda_options or {}))
@@ -130,8 +138,15 @@ def open_session(
     if device == "cuda" and _PROVIDERS["cuda"] not in session.get_providers():
         raise DeviceUnavailable("the CUDA provider could not start", _DOCTOR)
     if device == "cpu":
+        page_out(weights_file(bundle))
+        return_freed_memory()
         use_huge_pages()
     return session
+
+
+def weights_file(bundle: Bundle) -> Path:
+    """Returns the file beside the graph that has its weights."""
+    return bundle.model_path.with_name(f"{bundle.model_path.name}_data")
 
 
 def _check_signature(session: ort.InferenceSession, bundle: Bundle) -> None:

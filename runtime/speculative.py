@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from slm.core.contract import FEW_TOKENS
 from slm.core.errors import SlmError
 from slm.runtime.backend import Decoder, DecoderAround, TextSnapshot
 from slm.runtime.decoder import OnnxDecoder
@@ -141,12 +142,15 @@ class SpeculativeDecoder(DecoderAround):
     def caveat(self) -> str | None:
         """A warning about drafts with this model; None if drafts never change its text."""
         inner = self.decoder
-        if not isinstance(inner, OnnxDecoder) or inner.bundle.manifest.quantization is None or inner.steps_alike:
+        if not isinstance(inner, OnnxDecoder) or inner.bundle.manifest.quantization is None:
+            return None
+        if inner.steps_alike and self.draft_tokens < FEW_TOKENS:
             return None
         heads = inner.bundle.config.num_attention_heads
         return (
             "with this bundle, drafts may change the choice between almost equally likely tokens; not with one from "
-            f"slm quantize --int8 --block-size 64 --kv-cache int8 on at most {heads} threads"
+            f"slm quantize --int8 --block-size 64 --kv-cache int8 on at most {heads} threads, with drafts of at most "
+            f"{FEW_TOKENS - 1} tokens"
         )
 
     def reset(self) -> None:

@@ -64,7 +64,7 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
 @click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),
-    help="Type of cached keys and values; int8 has faster decode and slower prefill. [default: by --prefer]",
+    help="Type of cached keys and values. [default: by --prefer; with auto, int8 if its attention is faster here]",
 )
 @click.option(
     "--head",

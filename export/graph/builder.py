@@ -1,6 +1,6 @@
 """The only module that uses onnxscript's graph builder. Its API is young, so changes to it stay in one place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import onnx_ir as ir
@@ -19,7 +19,7 @@ __all__ = [
     "Op",
     "Parameter",
     "Value",
-    "branch",
+    "branches",
     "cast",
     "fused",
 ]
@@ -48,15 +48,31 @@ def cast(op: Op, x: Value, have: ir.DataType, want: ir.DataType) -> Value:
     return x if have == want else op.Cast(x, to=want)
 
 
-def branch(op: Op, name: str, make: Callable[[Op], Value]) -> ir.Graph:
-    """Returns a branch of an If. It can read all values that exist before it; its constants lie in the main graph.
+def branches(
+    op: Op,
+    condition: Value,
+    then: Callable[[Op], Sequence[Value]],
+    otherwise: Callable[[Op], Sequence[Value]],
+    outputs: Sequence[ir.DataType],
+) -> tuple[Value, ...]:
+    """Returns the outputs of one of two subgraphs (If).
 
     Args:
-        op: The builder of the graph around the branch.
-        name: The name of the branch, unique in the graph.
-        make: Adds the nodes of the branch with a builder, and returns the result.
+        op: The builder.
+        condition: A boolean scalar.
+        then: Builds the subgraph for a true condition. It can use every value of the graph.
+        otherwise: Builds the subgraph for a false condition.
+        outputs: The types of the outputs, the same in both.
     """
-    return op.builder.subgraph(make, [], [ir.Value(name=f"{name}.result")], name=name)
+    builder = op.builder
+    graphs = []
+    for name, body in (("then", then), ("else", otherwise)):
+        builder.push_module(name)  # no value of a subgraph may have the name of a value outside
+        declared = [ir.Value(type=ir.TensorType(dtype)) for dtype in outputs]
+        graphs.append(builder.subgraph(body, [], declared, name=name))
+        builder.pop_module()
+    found = op.If(condition, then_branch=graphs[0], else_branch=graphs[1], _outputs=len(outputs))
+    return (found,) if isinstance(found, ir.Value) else tuple(found)
 
 
 class GraphUnderWay:

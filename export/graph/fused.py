@@ -4,16 +4,28 @@ On the CPU, everything is float32. On CUDA and WebGPU, the attention operator do
 and caches are float16. Norms and the residual stream stay float32, because Gemma's activations would overflow float16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from slm.core.config import Activation, LayerType, ModelConfig
-from slm.core.contract import ATTENTION_MASK, INPUT_IDS, LOGITS_TO_KEEP, CacheLayer, CacheType, Device, cache_layers
-from slm.export.graph.builder import Op, Value, cast, fused
+from slm.core.contract import (
+    ATTENTION_MASK,
+    FEW_TOKENS,
+    INPUT_IDS,
+    LOGITS_TO_KEEP,
+    CacheLayer,
+    CacheType,
+    Device,
+    cache_layers,
+)
+from slm.export.graph.builder import Op, Value, branches, cast, fused
 from slm.export.graph.formats import WeightFormat
 from slm.export.graph.target import AttentionLayer, RotaryModule, last_rows, total_length
+
+# The index of the first scale of a quantized cache among the attention operator's inputs.
+_SCALES_FROM = 12
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Step:
         lengths: Length of each row, past included, int64 (B,).
         last_index: Index of each row's last valid position, int32 (B,).
         total: Length of the longest row, past included, int32 scalar.
+        few: Whether a row has at most `FEW_TOKENS` new tokens, bool scalar; None if caches are not quantized.
     """
 
     inputs: Mapping[str, Value]
@@ -37,6 +50,7 @@ class Step:
     lengths: Value
     last_index: Value
     total: Value
+    few: Value | None = None
 
 
 class FusedPositions(RotaryModule):
@@ -47,10 +61,19 @@ class FusedPositions(RotaryModule):
     it loads the graph, and the file does not contain them.
     """
 
-    def __init__(self, config: ModelConfig, context: int | None, dtype: ir.DataType) -> None:
-        """Takes the number of positions in the tables, or None to compute the rotations of the new tokens at each step."""
+    def __init__(
+        self, config: ModelConfig, context: int | None, dtype: ir.DataType, quantized_cache: bool = False
+    ) -> None:
+        """Creates the module.
+
+        Args:
+            config: The model's shape.
+            context: The number of positions in the tables, or None to compute the rotations of the new tokens at each step.
+            dtype: The type of rotations.
+            quantized_cache: Whether attention depends on the number of new tokens (`Fused._attend_quantized`).
+        """
         super().__init__(config)
-        self._context, self._dtype = context, dtype
+        self._context, self._dtype, self._quantized_cache = context, dtype, quantized_cache
 
     def forward(self, op: Op, inputs: Mapping[str, Value]) -> Step:
         """Returns the shared values of the step."""
@@ -73,7 +96,11 @@ class FusedPositions(RotaryModule):
             lengths=lengths,
             last_index=op.Cast(op.Sub(lengths, 1), to=ir.DataType.INT32),
             total=op.Cast(op.Squeeze(total_length(op, inputs)), to=ir.DataType.INT32),
+            few=self._few(op, inputs) if self._quantized_cache else None,
         )
+
+    def _few(self, op: Op, inputs: Mapping[str, Value]) -> Value:
+        return op.LessOrEqual(op.Squeeze(op.Shape(inputs[INPUT_IDS], start=1, end=2)), FEW_TOKENS)
 
     def _new(self, op: Op, inputs: Mapping[str, Value], lengths: Value) -> tuple[Value, Value]:
         """Returns the index and the position of each new token, both (B, T).
@@ -110,7 +137,7 @@ class Fused:
 
     def positions(self, config: ModelConfig, context: int) -> FusedPositions:
         """Returns the module that computes a step's shared values."""
-        return FusedPositions(config, None if self._device == "cpu" else context, self.dtype)
+        return FusedPositions(config, None if self._device == "cpu" else context, self.dtype, self.quantized_cache)
 
     def rms_norm(self, op: Op, x: Value, weight: Value, epsilon: float) -> Value:
         """Returns the root-mean-square norm of x over its last dimension."""
@@ -164,12 +191,50 @@ class Fused:
                 fused(op).RotaryEmbedding(x, step.rows, cos, sin, num_heads=heads)
                 for x, heads in ((q, shape.heads), (k, shape.kv_heads))
             )
-        tables = [None, None] if step.rows is not None else [cos, sin]
-        operands = [q, k, v, *past, step.last_index, step.total, *tables]
-        if layer.scales:
-            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-            operands += [None, None, None, *layer.scales]
-        attended, key, value = fused(op).GroupQueryAttention(*operands, **attributes, _outputs=3)
+        tables = [] if step.rows is not None else [cos, sin]
+
+        def attention(op: Op, past: tuple[Value, Value], scales: tuple[Value, ...] = ()) -> tuple[Value, Value, Value]:
+            operands, more = [q, k, v, *past, step.last_index, step.total, *tables], attributes
+            if scales:
+                operands += [None] * (_SCALES_FROM - len(operands)) + [*scales]
+                more = more | {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+            attended, key, value = fused(op).GroupQueryAttention(*operands, **more, _outputs=3)
+            return attended, key, value
+
+        if not layer.scales:
+            return attention(op, past)
+        return self._attend_quantized(op, attention, step, past, layer.scales)
+
+    def _attend_quantized(
+        self,
+        op: Op,
+        attention: Callable[..., tuple[Value, Value, Value]],
+        step: Step,
+        past: tuple[Value, Value],
+        scales: tuple[Value, ...],
+    ) -> tuple[Value, Value, Value]:
+        """Attends with 8-bit caches: directly for a few new tokens, through float32 copies of the caches for many.
+
+        onnxruntime's kernel for 8-bit caches converts keys and values again for each query, which takes three times as long
+        as attention in float32 for a prompt, and is faster for single tokens. The copies of earlier positions are exact, and
+        rounding them again gives the same integers.
+        """
+        assert step.few is not None
+
+        def few(op: Op) -> tuple[Value, Value, Value]:
+            return attention(op, past, scales)
+
+        def many(op: Op) -> tuple[Value, Value, Value]:
+            copies = (op.Mul(op.Cast(x, to=ir.DataType.FLOAT), scale) for x, scale in zip(past, scales, strict=True))
+            attended, *present = attention(op, tuple(copies))
+            key, value = (
+                op.QuantizeLinear(op.Div(x, scale), 1.0, output_dtype=ir.DataType.INT8)
+                for x, scale in zip(present, scales, strict=True)
+            )
+            return attended, key, value
+
+        types = [ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT8]
+        attended, key, value = branches(op, step.few, few, many, types)
         return attended, key, value
 
     def arranged(self, op: Op, input_ids: Value) -> Value:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from slm.core.contract import head_parts
 from slm.core.manifest import Scheme
-from slm.export.graph.builder import Module, Op, Parameter, Value, branch, fused
+from slm.export.graph.builder import Module, Op, Parameter, Value, branches, fused
 
 _LOWER_STEP = 1 / 16
 # The 8-bit step for activations from -1 to 1, and the smallest divisor of a block, which avoids a division by zero.
@@ -60,20 +60,21 @@ class HalvesEmbedding(Module):
 
         parts, each = self._parts
 
-        def candidates(op: Op) -> Value:
+        def candidates(op: Op) -> tuple[Value]:
             shifted = op.Add(coarse, self.weight_shift)
             columns = op.Reshape(shifted, [-1, parts])  # onnxruntime searches columns in parallel
             _, rows = op.TopK(columns, [each], axis=0, sorted=0, _outputs=2)
             tokens = op.Reshape(op.Add(op.Mul(rows, parts), list(range(parts))), [1, 1, -1])  # (1, 1, C)
             lower = self._lower_product(op, small, op.Reshape(tokens, [-1]))
             exact = op.Add(op.GatherElements(coarse, tokens, axis=-1), op.Reshape(lower, [1, 1, -1]))
-            return op.ScatterElements(shifted, tokens, exact, axis=-1)
+            return (op.ScatterElements(shifted, tokens, exact, axis=-1),)
 
-        def whole(op: Op) -> Value:
+        def whole(op: Op) -> tuple[Value]:
             lower = fused(op).MatMulNBits(small, self.weight_lower, self.weight_scale, **self._product)
-            return op.Add(coarse, lower)
+            return (op.Add(coarse, lower),)
 
-        return op.If(few, then_branch=branch(op, "candidates", candidates), else_branch=branch(op, "whole", whole))
+        (logits,) = branches(op, few, candidates, whole, [ir.DataType.FLOAT])
+        return logits
 
     def _lower_product(self, op: Op, hidden: Value, tokens: Value) -> Value:
         """Returns the products (C,) of one hidden state with the lower halves of some tokens, as MatMulNBits computes them.

@@ -116,6 +116,7 @@ def _load(path: Path, options: LoadOptions) -> Model:
 
 def _load_bundle(path: Path, options: LoadOptions) -> Model:
     from slm.runtime.decoder import OnnxDecoder
+    from slm.runtime.unused import return_freed_memory
 
     bundle = Bundle.open(path, options.trust)
     check_placement(bundle, options.device, options.allow_slow)
@@ -123,7 +124,9 @@ def _load_bundle(path: Path, options: LoadOptions) -> Model:
     if options.adapter is not None:
         onnx.use(load_adapter(Path(options.adapter), bundle))
     about = About(path, bundle.manifest.precision, options.device, bundle.config.parameter_count())
-    return Model(Tokenizer.load(path), _drafting(onnx, options.draft_tokens), bundle.stop_token_ids, about)
+    tokenizer = Tokenizer.load(path)
+    return_freed_memory()
+    return Model(tokenizer, _drafting(onnx, options.draft_tokens), bundle.stop_token_ids, about)
 
 
 def _load_checkpoint(path: Path, options: LoadOptions) -> Model:

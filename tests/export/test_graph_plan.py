@@ -376,7 +376,7 @@ def branches(model: onnx.ModelProto) -> dict[str, onnx.GraphProto]:
     return {attribute.name: attribute.g for attribute in node.attribute}
 
 
-def swapped_branches(model: onnx.ModelProto) -> None:
+def exchanged_branches(model: onnx.ModelProto) -> None:
     for attribute in next(node for node in model.graph.node if node.op_type == "If").attribute:
         attribute.name = {"then_branch": "else_branch", "else_branch": "then_branch"}[attribute.name]
 
@@ -410,7 +410,7 @@ def branch_in_branch(model: onnx.ModelProto) -> None:
 
 
 IN_BRANCHES: dict[str, Callable[[onnx.ModelProto], None]] = {
-    "swapped branches": swapped_branches,
+    "swapped branches": exchanged_branches,
     "another node in a branch": node_in_branch,
     "another result of a branch": other_result,
     "a node in the other branch": moved_between_branches,
@@ -450,6 +450,108 @@ def test_an_attribute_with_two_graphs_is_rejected() -> None:
             _read_attribute(memory, 0, len(data), node, [100], inside=False)  # type: ignore[arg-type]
             found.append(node.extras)
     assert found == [[], ["a subgraph"]]
+
+
+# Graphs with 8-bit caches have subgraphs.
+
+
+def branch_of(model: onnx.ModelProto, name: str) -> onnx.GraphProto:
+    node = next(node for node in model.graph.node if node.op_type == "If")
+    graph: onnx.GraphProto = next(each for each in node.attribute if each.name == name).g
+    return graph
+
+
+def swapped_branches(model: onnx.ModelProto) -> None:
+    then, otherwise = (branch_of(model, name) for name in ("then_branch", "else_branch"))
+    kept = onnx.GraphProto()
+    kept.CopyFrom(then)
+    then.CopyFrom(otherwise)
+    otherwise.CopyFrom(kept)
+
+
+def loop_in_a_branch(model: onnx.ModelProto) -> None:
+    branch_of(model, "then_branch").node.insert(
+        0, helper.make_node("Loop", [], [], body=helper.make_graph([], "", [], []))
+    )
+
+
+def branch_in_a_branch(model: onnx.ModelProto) -> None:
+    node = branch_of(model, "else_branch").node[0]
+    node.attribute.append(helper.make_attribute("then_branch", helper.make_graph([], "", [], [])))
+
+
+def tensor_in_a_branch(model: onnx.ModelProto) -> None:
+    branch_of(model, "then_branch").initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "mine"))
+
+
+def swapped_branch_outputs(model: onnx.ModelProto) -> None:
+    outputs = branch_of(model, "else_branch").output
+    outputs[1].name, outputs[2].name = outputs[2].name, outputs[1].name
+
+
+def value_of_another_branch(model: onnx.ModelProto) -> None:
+    """The values of a subgraph end with it."""
+    then, otherwise = (branch_of(model, name) for name in ("then_branch", "else_branch"))
+    otherwise.output[0].name = then.output[0].name
+
+
+def shorter_branch(model: onnx.ModelProto) -> None:
+    del branch_of(model, "else_branch").node[-1]
+
+
+BRANCH_ATTACKS = [
+    swapped_branches, loop_in_a_branch, branch_in_a_branch, tensor_in_a_branch, swapped_branch_outputs, value_of_another_branch,
+    shorter_branch,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", [None, *BRANCH_ATTACKS])
+def test_subgraphs_are_compared(
+    tmp_path: Path, config: ModelConfig, attack: Callable[[onnx.ModelProto], None] | None
+) -> None:
+    path = tmp_path / "onnx" / "model.onnx"
+    sizes = written(path, config, Fused(FloatFormat(), cache="int8"))
+    if attack is None:
+        return check_graph(path, config, kind_of(quantized_cache=True), sizes)
+    model = onnx.load(path, load_external_data=False)
+    attack(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(SlmError) as caught:
+        check_graph(path, config, kind_of(quantized_cache=True), sizes)
+    assert caught.value.hint
+    return None
+
+
+def test_caches_of_earlier_versions(tmp_path: Path, config: ModelConfig) -> None:
+    """Earlier versions attended to 8-bit caches in the same way for every number of tokens."""
+    path = tmp_path / "onnx" / "model.onnx"
+    sizes = written(path, config, Fused(FloatFormat(), cache="int8"))
+    model = onnx.load(path, load_external_data=False)
+    nodes, conditions = [], set()
+    for node in model.graph.node:
+        if node.op_type != "If":
+            nodes.append(node)
+            continue
+        conditions.add(node.input[0])
+        (branch,) = (each.g for each in node.attribute if each.name == "then_branch")
+        names = dict(zip((value.name for value in branch.output), node.output, strict=True))
+        for inner in branch.node:
+            inner.output[:] = [names.get(name, name) for name in inner.output]
+            nodes.append(inner)
+    needed = conditions  # the nodes that compute only the condition go too
+    for node in reversed(nodes):
+        if set(node.output) & needed and not any(set(node.output) & set(other.input) for other in nodes):
+            needed |= set(node.input)
+            nodes.remove(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    for tensor in [each for each in model.graph.initializer if each.name not in used | {"num_logits_to_keep"}]:
+        model.graph.initializer.remove(tensor)
+    path.write_bytes(model.SerializeToString())
+    check_graph(path, config, kind_of(quantized_cache=True), sizes)
+    with pytest.raises(SlmError):
+        check_graph(path, config, kind_of(), sizes)
 
 
 def test_an_empty_adapter_has_the_sizes_of_its_product(tmp_path: Path, config: ModelConfig) -> None:

@@ -92,9 +92,10 @@ def one_weight(model: ir.Model) -> None:
     value.const_value = ir.tensor(array, name=value.name)
 
 
-def window(model: ir.Model) -> None:
-    for node in model.graph:
-        if "local_window_size" in node.attributes:
+def window(model: ir.Model, graphs: tuple[str, ...] = ("slm", "then", "else")) -> None:
+    """Shortens the window in some graphs: 8-bit caches have attention in two subgraphs."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if "local_window_size" in node.attributes and node.graph is not None and node.graph.name in graphs:
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", 15)
         for value in node.inputs:  # the portable graph stores the window as a constant
             if node.op_type == "Less" and value is not None and value.const_value is not None:
@@ -123,6 +124,16 @@ def test_a_bundle_wrong_in_one_place_fails(
     with pytest.raises(SlmError, match="the bundle does not match the checkpoint") as caught:
         verify_bundle(bundle, shared_checkpoint, Silent())
     assert ("down_proj" in caught.value.message) == (change is one_weight)
+
+
+@pytest.mark.parametrize("branch", ["then", "else"])
+def test_a_wrong_window_in_one_of_two_subgraphs_fails(
+    bundles: dict[str, Bundle], shared_checkpoint: Path, tmp_path: Path, branch: str
+) -> None:
+    """Verification reads tokens in long and in short steps."""
+    bundle = altered(bundles["int8 caches"], tmp_path / "altered", lambda model: window(model, (branch,)))
+    with pytest.raises(SlmError, match="the bundle does not match the checkpoint"):
+        verify_bundle(bundle, shared_checkpoint, Silent())
 
 
 def test_another_configuration_is_named(shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_every_command_refuses_unless_it_is_allowed(
     assert allowed.code == 1 and "the CUDA provider could not start" in allowed.err
 
 
+def test_8_bit_caches_are_refused_always(home: Path) -> None:
+    """Their attention has one part for the CPU alone and one that CUDA would take."""
+    bundle = Bundle.open(home / "onnx")
+    rounded = tuple(layer.model_copy(update={"dtype": "int8"}) for layer in bundle.manifest.cache)
+    changed = Bundle(bundle.path, bundle.manifest.model_copy(update={"cache": rounded}), bundle.config)
+    for allow_slow in (False, True):
+        with pytest.raises(SlmError, match="INT8 caches, which CUDA does not support") as caught:
+            check_placement(changed, "cuda", allow_slow)
+        assert "slm export --onnx --device cuda" in str(caught.value.hint)
+    check_placement(changed, "cpu")
+
+
 def test_an_ensemble_refuses_too(home: Path) -> None:
     with pytest.raises(SlmError, match="exported for the CPU"):
         load_ensemble([home / "onnx", home / "onnx"], device="cuda")
