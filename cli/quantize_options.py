@@ -16,7 +16,7 @@ from slm.quantize.defaults import CALIBRATION_TOKENS
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
     from slm.core.manifest import Bundle
-    from slm.quantize.settings import Method, Prefer, Settings
+    from slm.quantize.settings import Head, Method, Prefer, Settings
     from slm.quantize.texts import TokenRows
 
 _MAX_SHARE = 1000.0
@@ -54,6 +54,7 @@ class SettingOptions:
     smooth: bool | None
     target_size: int | None
     kv_cache: "CacheType | None"
+    head: "Head"
     max_kl: float | None
     max_ppl_increase: float | None
 
@@ -68,7 +69,8 @@ class SettingOptions:
             raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
         open_by_default = (self.block_size, self.method, self.smooth, self.target_size, self.kv_cache)
         limits = (self.max_kl, self.max_ppl_increase)
-        if self.sweep and (self.prefer != "auto" or any(value is not None for value in (*open_by_default, *limits))):
+        chosen = self.prefer != "auto" or self.head != "whole"
+        if self.sweep and (chosen or any(value is not None for value in (*open_by_default, *limits))):
             raise SlmError("--sweep tries all settings and has no limits", "omit the other settings")
         if self.target_size is not None and not self.int4:
             raise SlmError(
@@ -107,6 +109,7 @@ class SettingOptions:
             method=self.method,
             smooth=self.smooth,
             cache=self.kv_cache,
+            head=self.head,
             target_bytes=self.target_size,
             target_kl_nats=self.max_kl if aims_at_kl else None,
             gate=Gate(max_kl, self.max_ppl_increase),

@@ -9,8 +9,9 @@ from slm.export.graph.builder import Array
 from slm.quantize.cache import cache_steps
 from slm.quantize.exact import BLOCK_SIZE as GRID_BLOCK_SIZE
 from slm.quantize.exact import share_on_grid
+from slm.quantize.halves import mean_hidden, quantize_halves
 from slm.quantize.layerwise import with_gptq
-from slm.quantize.linears import Linear
+from slm.quantize.linears import EMBEDDING, Linear
 from slm.quantize.plan import INT8, QuantizationPlan, Schemes, preferred_schemes, schemes_of, with_half_scales
 from slm.quantize.quantizer import Quantizer
 from slm.quantize.search import Budget, Candidates, sensitivities
@@ -41,6 +42,8 @@ def decide(quantizer: Quantizer) -> QuantizationPlan:
     if plan.cache == "int8":
         steps = cache_steps(quantizer.float32, quantizer.calibration, quantizer.progress)
         plan = replace(plan, cache_steps=steps)
+    if settings.head == "halves":
+        plan = _with_halves(quantizer, plan)
     if trained is not None:
         return plan
     exact = exact_products(quantizer.weights, quantizer.layers, plan.schemes, quantizer.progress)
@@ -51,6 +54,14 @@ def decide(quantizer: Quantizer) -> QuantizationPlan:
         quantizer.reference.close()
         plan = _with_mixed_precision(quantizer, plan)
     return plan
+
+
+def _with_halves(quantizer: Quantizer, plan: QuantizationPlan) -> QuantizationPlan:
+    """Returns the plan with the tied table in halves."""
+    scheme = plan.schemes[EMBEDDING].model_copy(update={"halves": True})
+    mean = mean_hidden(quantizer.float32, quantizer.calibration, quantizer.progress)
+    table = quantize_halves(quantizer.weights[f"{EMBEDDING}.weight"], scheme, mean)
+    return replace(plan, schemes={**plan.schemes, EMBEDDING: scheme}, rounded={EMBEDDING: table})
 
 
 def on_device(schemes: dict[str, Scheme], source: Bundle) -> dict[str, Scheme]:

@@ -39,4 +39,4 @@ def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> 
         streams = [layer.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
         quantizer.progress.advance()
     quantizer.progress.finish()
-    return replace(plan, rounded=rounded)
+    return replace(plan, rounded={**plan.rounded, **rounded})
