@@ -71,7 +71,7 @@ def contradiction(settings: Settings, grid: QatGrid) -> str | None:
         "--smooth": settings.smooth,
         f"--block-size {settings.block_size}": settings.block_size not in (None, grid.layers.block_size),
         f"--prefer {settings.prefer}": prefers,
-        "--head halves": settings.head == "halves",
+        "--head halves": settings.head == "halves",  # whose integers have another range
         "--target-size": settings.target_bytes is not None,
     }
     return next((option for option, given in options.items() if given), None)

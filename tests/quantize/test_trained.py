@@ -125,6 +125,7 @@ def test_weights_that_left_the_grid_are_noticed(bundles: dict[str, Bundle]) -> N
         ({"precision": "int4", "smooth": True}, "--smooth"),
         ({"precision": "int4", "block_size": 16}, "--block-size 16"),
         ({"precision": "int4", "prefer": "quality"}, "--prefer quality"),
+        ({"precision": "int4", "head": "halves"}, "--head halves"),
         ({"precision": "int4", "target_bytes": 10**6}, "--target-size"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
