@@ -42,7 +42,10 @@ INT8: Mapping[Prefer, PreferredSchemes] = {
 }
 # One scale for each output channel; activations are rounded with one scale for each token.
 INT8_DYNAMIC = PreferredSchemes(layer=Scheme(bits=8, block_size=128, dynamic=True), head=_IN_64, lookup=_IN_64)
-INT4 = PreferredSchemes(layer=Scheme(bits=4, block_size=32, zero_points=True), head=_IN_128, lookup=_IN_128)
+_FOUR_IN_32 = Scheme(bits=4, block_size=32, zero_points=True)
+INT4 = PreferredSchemes(layer=_FOUR_IN_32, head=_IN_128, lookup=_IN_128)
+# Block sizes of a 4-bit table, the most accurate first. Tables are searched for a size that fits `--target-size`.
+TABLE_BLOCK_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,12 @@ def preferred_schemes(settings: Settings) -> PreferredSchemes:
     if not settings.dynamic:
         return INT8[settings.prefer]
     return replace(INT8_DYNAMIC, layer=INT8_DYNAMIC.layer.model_copy(update={"reduced": settings.reduce_range}))
+
+
+def with_four_bit_tables(preferred: PreferredSchemes, block_size: int) -> PreferredSchemes:
+    """Returns preferred schemes with 4 bits for the head and for the lookup of embeddings."""
+    table = _FOUR_IN_32.model_copy(update={"block_size": block_size})
+    return replace(preferred, head=table, lookup=table)
 
 
 def schemes_of(

@@ -52,6 +52,8 @@ class Settings:
         method: The rounding method. None: GPTQ for four bits, nearest for eight bits.
         smooth: Whether to smooth activations first. None: only if it measures better.
         cache: The type of cached keys and values. None: `prefer` decides.
+        head_bits: For INT4, the bits of the head and of the token embeddings. None: the search chooses if there is a target,
+            otherwise `prefer` decides.
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
         gate: The limits of the quality check. None: the default limits of the precision.
@@ -65,6 +67,7 @@ class Settings:
     method: Method | None = None
     smooth: bool | None = None
     cache: CacheType | None = None
+    head_bits: Literal[4, 8] | None = None
     target_bytes: int | None = None
     target_kl_nats: float | None = None
     gate: Gate | None = None
@@ -80,6 +83,17 @@ class Settings:
         return self.cache or ("int8" if self.prefer == "speed" else "float32")
 
     @property
+    def tables(self) -> Literal["four", "eight", "search"]:
+        """The bits of the head and of the token embeddings, or whether the search chooses them."""
+        if self.precision == "int8" or self.head_bits == 8:
+            return "eight"
+        if self.head_bits == 4:
+            return "four"
+        if self.target_bytes is not None or self.target_kl_nats is not None:
+            return "search"
+        return "four" if self.prefer == "size" else "eight"
+
+    @property
     def limits(self) -> Gate:
         """The limits of the quality check."""
         return self.gate or GATES[self.precision]
@@ -87,7 +101,7 @@ class Settings:
     def requested(self) -> dict[str, object]:
         """Returns the requested settings for reports, without those left open."""
         asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
-        asked |= {"block_size": self.block_size}
+        asked |= {"block_size": self.block_size, "head_bits": self.head_bits}
         asked |= {"target_bytes": self.target_bytes, "target_kl_nats": self.target_kl_nats}
         return {name: value for name, value in asked.items() if value is not None}
 
