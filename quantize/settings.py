@@ -139,6 +139,8 @@ def check_source(source: Bundle, settings: Settings) -> None:
         )
     if manifest.target == "portable":
         what = "--int8-dynamic" if settings.dynamic else "--kv-cache int8" if settings.cache == "int8" else None
+        if settings.head_bits == 4:  # the standard operator Gather does not take 4-bit integers
+            what = "--head-bits 4"
         if what is not None:
             raise SlmError(
                 f"{source.path} is a portable bundle, which does not support {what}",
@@ -171,7 +173,7 @@ def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> S
     Prints a note if `prefer` asks for something that the device does not support.
     """
     if source.manifest.target == "portable":
-        return replace(settings, cache="float32")
+        return replace(settings, cache="float32", head_bits=8 if settings.precision == "int4" else None)
     if source.manifest.device == "cuda":
         if settings.prefer == "speed":
             progress.note("CUDA supports float16 caches only; --prefer speed does not change them")
