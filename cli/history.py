@@ -1,4 +1,4 @@
-"""Describes how an artifact was made: trained, imported, fine-tuned, merged, exported, quantized, each with its source."""
+"""Describes how an artifact was made: trained, imported, fine-tuned, merged, trimmed, exported, quantized, with its source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,8 +20,8 @@ def history(recorded: Mapping[str, Any]) -> list[str]:
 
 def _of_checkpoint(record: Mapping[str, Any]) -> list[str]:
     steps = []
-    imported, combined, tuned, merged = (
-        _mapping(record, name) for name in ("imported", "combined", "finetuned", "merged")
+    imported, combined, tuned, merged, trimmed = (
+        _mapping(record, name) for name in ("imported", "combined", "finetuned", "merged", "trimmed")
     )
     if record.get("made_by") == "slm train" or ("recipe" in record and not imported):
         recipe = _mapping(record, "recipe")
@@ -35,10 +35,16 @@ def _of_checkpoint(record: Mapping[str, Any]) -> list[str]:
         models = [_path(each) for each in combined.get("models") or ()] + list(map(str, combined.get("adapters") or ()))
         base = f" over {_path(combined['base'])}" if combined.get("base") else ""
         steps.append(f"combined ({combined.get('method')}) from {', '.join(models)}{base}")
+    # Fine-tuning adds its record after that of the checkpoint that it read.
+    last = [name for name in record if name in ("trimmed", "finetuned")][-1:]
+    if trimmed and last == ["finetuned"]:
+        steps.append(_trimmed(trimmed))
     if tuned:
         steps.append(f"fine-tuned from {_path(tuned.get('base'))} on {_path(tuned.get('data'))}")
     if merged:
         steps.append(f"merged with the adapter {_path(merged.get('adapter'))}")
+    if trimmed and last == ["trimmed"]:
+        steps.append(_trimmed(trimmed))
     if not steps and "made_by" in record:
         steps.append(f"made by {record['made_by']}")
     return steps
@@ -52,6 +58,12 @@ def _of_bundle(provenance: Mapping[str, Any]) -> list[str]:
     if isinstance(provenance.get("bundle"), str):
         steps.append(f"quantized from {provenance['bundle']}")
     return steps
+
+
+def _trimmed(record: Mapping[str, Any]) -> str:
+    before, after = record.get("vocab_size") or (None, None)
+    size = f" from {before:,} to {after:,} tokens" if isinstance(before, int) and isinstance(after, int) else ""
+    return f"vocabulary of {_path(record)} trimmed{size}"
 
 
 def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:

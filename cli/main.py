@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "Train a model on text: tokenizer, data, checkpoint.",
     "finetune": "Fine-tune a checkpoint on text, instructions or conversations, with LoRA or in full.",
     "merge": "Combine several checkpoints, or a base and adapters, into one.",
+    "trim": "Trim a checkpoint's vocabulary to the tokens that a text needs.",
     "export": "Export a checkpoint to an ONNX bundle or a GGUF file, and verify it.",
     "verify": "Verify that a bundle matches its checkpoint.",
     "quantize": "Quantize a bundle and measure the effect on quality.",

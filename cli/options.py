@@ -54,6 +54,25 @@ class Real(click.FloatRange):
         return number
 
 
+class Percentage(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
+    """A share as a percentage, such as "99.99%", above 0% and at most 100%."""
+
+    name = "percentage"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the share, as a number from 0 to 1."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / 100 if text.endswith("%") else math.nan
+        except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is not a percentage such as 99.99%", param, ctx)
+        return share
+
+
 class FilePath(click.Path):
     """A path. Rejects the empty string: a shell passes it for an unset variable, and it would mean `.`.
 

@@ -121,6 +121,19 @@ def write_checkpoint(
         info: Metadata for `slm.json`; its "notices" also become the file NOTICE.
         generation: Further fields of `generation_config.json`.
     """
+    with atomic_directory(path, CHECKPOINT_FILES) as directory:
+        fill_checkpoint(directory, config, tensors, tokenizer, info, generation)
+
+
+def fill_checkpoint(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Array],
+    tokenizer: Tokenizer,
+    info: Mapping[str, Any],
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the files of a checkpoint to a directory; the arguments are those of `write_checkpoint`."""
     from safetensors.numpy import save_file
 
     dtype: Dtype = tensors[EMBEDDING].dtype.name  # type: ignore[assignment]  # one of the floats
@@ -130,12 +143,11 @@ def write_checkpoint(
         GENERATION_CONFIG_FILE: dict(generation or {}) | tokens,
         INFO_FILE: {**info, "created": now()},
     }
-    with atomic_directory(path, CHECKPOINT_FILES) as directory:
-        save_file(dict(tensors), directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        tokenizer.save(directory)
-        write_notice(directory, recorded_notices(dict(info)))
-        for name, content in documents.items():
-            (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_file(dict(tensors), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    tokenizer.save(directory)
+    write_notice(directory, recorded_notices(dict(info)))
+    for name, content in documents.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_tensors(found: Shapes, wanted: Shapes, path: Path) -> None:

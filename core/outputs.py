@@ -1,7 +1,7 @@
 """Checks of output paths, made before any work starts; every command uses the same rule.
 
-Artifacts that slm can produce again (bundles, GGUF files, pages, imported and merged checkpoints) are replaced when the new
-one is complete. Trained weights and prepared datasets are replaced only if the user asks for it. Other files are never
+Artifacts that slm can produce again (bundles, GGUF files, pages, imported, merged and trimmed checkpoints) are replaced when
+the new one is complete. Trained weights and prepared datasets are replaced only if the user asks for it. Other files are never
 replaced.
 """
 
@@ -56,7 +56,7 @@ def check_checkpoint_output(out: Path, *, overwrite: bool = False) -> None:
 def is_trained(checkpoint: Path) -> bool:
     """Returns whether training wrote a checkpoint: no command can produce it again from its source."""
     record = read_info(checkpoint)
-    derived = record.keys() & {"merged", "combined"}
+    derived = record.keys() & {"merged", "combined", "trimmed"}
     return "finetuned" in record or (record.get("made_by") == "slm train" and not derived)
 
 

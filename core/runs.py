@@ -8,6 +8,7 @@ from slm.core.files import read_json
 
 RUNS = Path("runs")
 _IMPORTED = Path("checkpoint", "imported")
+_TRIMMED = Path("checkpoint", "trimmed")
 
 
 def free_run(name: str) -> Path:
@@ -25,6 +26,17 @@ def imported_checkpoint(name: str, source: str) -> Path:
         if isinstance(imported, dict) and imported.get("source") == source:
             return path.parent
     return free_run(name) / _IMPORTED
+
+
+def trimmed_checkpoint(source: Path) -> Path:
+    """Returns the path for a trimmed checkpoint: that of an earlier one of the same source, or one in a new run."""
+    for path in sorted(RUNS.glob(f"*/{_TRIMMED}/{INFO_FILE}")):
+        trimmed = read_json(path, INFO_FILE).get("trimmed")
+        if isinstance(trimmed, dict) and trimmed.get("path") == str(source):
+            return path.parent
+    run = run_of(source)
+    name = run.name if run.parent == RUNS else source.resolve().name
+    return free_run(f"{name}-trimmed") / _TRIMMED
 
 
 def newest_run() -> Path:

@@ -143,6 +143,12 @@ class Tokenizer:
         tokenizer._growth, tokenizer._growth_later = rules.growth, rules.growth_later
         return tokenizer
 
+    def rebuilt(self, backend: _Tokenizer, config: dict[str, Any]) -> "Tokenizer":
+        """Returns a tokenizer of the same rules with another vocabulary, under the same limits on the length of texts."""
+        made = Tokenizer(backend, config)
+        made._growth, made._growth_later = self._growth, self._growth_later
+        return made
+
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
         # Written here, because the library's own errors have no error number.

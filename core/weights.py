@@ -111,6 +111,27 @@ class Weights:
         check_finite(array, name, self.path)
         return array
 
+    def rows(self, name: str, ids: NDArray[np.int64]) -> Array:
+        """Returns rows of a matrix in its stored dtype; a part of the matrix is in memory at a time.
+
+        Raises:
+            SlmError: As `read`, for the values of these rows.
+        """
+        if self.dtypes[name] not in _FLOATS.values():
+            return self.read(name)[ids]  # raises
+        view, (count, *columns) = self._homes[name].get_slice(name), self.shapes[name]
+        step = max(1, _COMPARED_VALUES // max(1, math.prod(columns)))
+        found: Array | None = None
+        for start in range(0, count, step):
+            inside = np.flatnonzero((start <= ids) & (ids < start + step))
+            if inside.size:
+                part = view[start : min(start + step, count)]
+                found = np.empty((len(ids), *columns), part.dtype) if found is None else found
+                found[inside] = part[ids[inside] - start]
+        rows = np.empty((0, *columns), np.float32) if found is None else found
+        check_finite(rows, name, self.path)
+        return rows
+
     def float32(self, name: str) -> Array:
         """Returns a tensor in float32.
 

@@ -12,14 +12,18 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
 
 from slm.cli.console import STDERR, STDOUT
 from slm.cli.main import main
+from slm.core.chat import CHAT_TEMPLATE
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import export_bundle
+from slm.interchange.gguf.tokenizer import TokenType, from_gguf
 from slm.train.data.tokenizer import train_bpe
 
 # Small, and without coincidences: heads * head_dim differs from hidden_size, two query heads share a kv head, there are both
@@ -180,6 +184,46 @@ def stories() -> list[str]:
 def tokenizer(stories: list[str]) -> Tokenizer:
     """A byte-level BPE of 320 tokens."""
     return train_bpe(stories, AWKWARD.vocab_size, max_length=AWKWARD.max_position_embeddings)
+
+
+@pytest.fixture(scope="session")
+def gemma_like(stories: list[str]) -> Tokenizer:
+    """A tokenizer of Gemma's kind: no splitting of words, every way to make a token is a merge, bytes, reserved tokens."""
+    learned = Backend(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    texts = [*stories[:60], "Übergröße 東京 🦊 naïve"]
+    learned.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1500, show_progress=False))
+    words = sorted(learned.get_vocab(), key=learned.get_vocab().__getitem__)
+    special = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        *(f"<unused{i}>" for i in range(8)),
+    ]
+    parts = {
+        TokenType.CONTROL: special,
+        TokenType.USER_DEFINED: ["\n\n"],
+        TokenType.BYTE: [f"<0x{i:02X}>" for i in range(256)],
+        TokenType.NORMAL: [token for token in words if token != "\n\n"],
+    }
+    tokens = [token for some in parts.values() for token in some]
+    kinds = [int(TokenType.UNKNOWN if token == "<unk>" else kind) for kind, some in parts.items() for token in some]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+    return from_gguf(fields, Path("x.gguf"), AWKWARD.max_position_embeddings)
 
 
 @pytest.fixture(scope="session")

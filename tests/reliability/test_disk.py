@@ -12,7 +12,7 @@ import pytest
 
 _SCRIPT = Path(__file__).parent / "scripts" / "full_disk.py"
 _ROOM = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
-COMMANDS = ("export", "gguf", "quantize", "import", "merge", "web", "finetune", "adapter", "train", "data")
+COMMANDS = ("export", "gguf", "quantize", "import", "merge", "trim", "web", "finetune", "adapter", "train", "data")
 
 
 def can_mount() -> bool:

@@ -71,6 +71,7 @@ def commands(
                      "--max-ppl-increase", 9, "--no-smooth", "--calibration", text, "--calibration-tokens", 256),
         "import": ("import", checkpoint, "--out", disk / "imported"),
         "merge": ("merge", checkpoint, checkpoint, "--out", disk / "merged"),
+        "trim": ("trim", checkpoint, "--data", text, "--coverage", "90%", "--out", disk / "trimmed"),
     }  # fmt: skip
     if (Path(slm.web.__file__).resolve().parent / "static" / "vendor").is_dir():  # what `make web` fetches
         same["web"] = ("web", bundle, "--out", disk / "site")
