@@ -60,7 +60,7 @@ def after_bundle(bundle: "Bundle", *, verified: bool = False) -> str:
     if manifest.device == "webgpu":
         return slm_command("web", path)
     if manifest.precision == "float32" and manifest.target == "fused":
-        return slm_command("quantize", "--int8", path)
+        return slm_command("quantize", f"--{_precision(bundle)}", path)
     if (
         manifest.device == "cuda"
         and not verified
@@ -96,6 +96,16 @@ def asking(bundle: "Bundle") -> str:
     if isinstance(record, dict) and knows_turns(record, Tokenizer.load(bundle.path)):
         return slm_command("chat", bundle.path, *device)
     return slm_command("generate", bundle.path, *device, "-p", PROMPT)
+
+
+def _precision(bundle: "Bundle") -> str:
+    """Returns the precision for which a model was trained, or the default one."""
+    from slm.core.checkpoint import INFO_FILE
+    from slm.core.qat import recorded_grid
+
+    record = bundle.manifest.provenance.get(INFO_FILE)
+    grid = recorded_grid(record) if isinstance(record, dict) else None
+    return "int8" if grid is None else grid.precision
 
 
 def _source_is_there(bundle: "Bundle") -> bool:

@@ -180,6 +180,11 @@ allow_slow_option = click.option(
     is_flag=True,
     help="With --device cuda: run a bundle that was exported for the CPU, whose attention then runs on the CPU.",
 )
+qat_option = click.option(
+    "--qat",
+    type=click.Choice(["int8", "int4"]),
+    help="Train with the rounded values of slm quantize --int8 or --int4, which then changes no weight.",
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )

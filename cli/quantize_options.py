@@ -16,7 +16,7 @@ from slm.quantize.defaults import CALIBRATION_TOKENS
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
     from slm.core.manifest import Bundle
-    from slm.quantize.settings import Method, Prefer, Settings
+    from slm.quantize.settings import Head, Method, Prefer, Settings
     from slm.quantize.texts import TokenRows
 
 _MAX_SHARE = 1000.0
@@ -55,6 +55,7 @@ class SettingOptions:
     head_bits: str | None
     target_size: int | None
     kv_cache: "CacheType | None"
+    head: "Head"
     max_kl: float | None
     max_ppl_increase: float | None
 
@@ -69,7 +70,8 @@ class SettingOptions:
             raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
         open_by_default = (self.block_size, self.method, self.smooth, self.head_bits, self.target_size, self.kv_cache)
         limits = (self.max_kl, self.max_ppl_increase)
-        if self.sweep and (self.prefer != "auto" or any(value is not None for value in (*open_by_default, *limits))):
+        chosen = self.prefer != "auto" or self.head != "whole"
+        if self.sweep and (chosen or any(value is not None for value in (*open_by_default, *limits))):
             raise SlmError("--sweep tries all settings and has no limits", "omit the other settings")
         if self.target_size is not None and not self.int4:
             raise SlmError(
@@ -78,6 +80,8 @@ class SettingOptions:
             )
         if self.head_bits is not None and not self.int4:
             raise SlmError("--head-bits requires --int4; INT8 bundles have 8 bits everywhere", "omit --head-bits")
+        if self.head_bits == "4" and self.head == "halves":
+            raise SlmError("--head halves stores 8 bits, which excludes --head-bits 4", "omit one of them")
         if self.reduce_range and not self.int8_dynamic:
             raise SlmError(
                 "--reduce-range requires --int8-dynamic; other products do not overflow", "omit --reduce-range"
@@ -111,6 +115,7 @@ class SettingOptions:
             smooth=self.smooth,
             cache=self.kv_cache,
             head_bits=None if self.head_bits is None else 4 if self.head_bits == "4" else 8,
+            head=self.head,
             target_bytes=self.target_size,
             target_kl_nats=self.max_kl if aims_at_kl else None,
             gate=Gate(max_kl, self.max_ppl_increase),

@@ -29,6 +29,11 @@ def print_report(made: Bundle, report: "Report", as_json: bool) -> None:
     assert quality is not None
     if quality.max_kl_nats is not None:
         say(f"Quality check passed: KL {change.kl_nats:.5f} nats (limit {quality.max_kl_nats:g}).")
+    if report.head is not None:
+        say(
+            f"Single-token steps from halves: KL {report.head.kl_nats:.5f} nats from the whole head, "
+            f"same most likely token {report.head.same_top1:.1%}."
+        )
     print_table(f"{made.path}: {report.in_words}", ("", "before", "after"), figures(report))
     print_table(
         "least accurate layers",

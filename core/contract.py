@@ -6,6 +6,7 @@ cache, which must therefore belong to a global layer.
 """
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -41,6 +42,26 @@ def past_name(layer: int, side: Side) -> str:
 def present_name(layer: int, side: Side) -> str:
     """Returns the name of a cache output."""
     return f"present.{layer}.{side}"
+
+
+# The number of tokens whose logits the head in halves computes exactly for one row (docs/bundles.md), the largest share of the
+# vocabulary, and the most parts of the vocabulary in which they are found at the same time.
+_HEAD_CANDIDATES, _HEAD_SHARE, _HEAD_PARTS = 1280, 4, 8
+
+
+def head_parts(vocab_size: int) -> tuple[int, int]:
+    """Returns in how many parts of the vocabulary the candidates of a head in halves are found, and how many in each.
+
+    Part i of n has the tokens i, i + n, i + 2 n and so on, so that frequent tokens, which have low ids, are in all parts.
+    """
+    parts = gcd(vocab_size, _HEAD_PARTS)
+    return parts, max(1, min(_HEAD_CANDIDATES, vocab_size // _HEAD_SHARE) // parts)
+
+
+def head_candidates(vocab_size: int) -> int:
+    """Returns the number of tokens whose logits the head in halves computes exactly for one row."""
+    parts, each = head_parts(vocab_size)
+    return parts * each
 
 
 CacheType = Literal["float32", "float16", "int8"]

@@ -1,14 +1,15 @@
 """Compares a bundle's graph with the planned graph for its configuration (`slm.core.graph_plan`)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.graph_file import FileGraph, FileNode, FileTensor, read_graph
-from slm.core.graph_plan import Constant, Input, Kind, Node, Output, Value, Weight, plan_graph
+from slm.core.graph_plan import BRANCH, END, MARKER, Constant, Input, Kind, Node, Output, Value, Weight, plan_graph
 
 # The limit of elements in a constant. slm writes shapes, starts and ends as constants.
 _LONGEST_CONSTANT = 16
@@ -65,7 +66,7 @@ class _Comparison:
         for name in graph.inputs:
             self._know(name, Input(name))
         planned = iter(enumerate(plan.nodes))
-        for node in graph.nodes:
+        for node in _in_order(graph.nodes):
             if node.type == "Constant" and not node.domain and len(node.outputs) == 1 and not node.inputs:
                 if node.extras or set(node.attributes) != {"value"}:
                     raise _Foreign(f"the constant {node.name!r} has more than a value")
@@ -136,6 +137,8 @@ class _Comparison:
         for name, value in zip(inputs, expected, strict=True):
             if not self._is(name, value, what):
                 raise _Foreign(f"the input {name!r} of {what} is not the planned value")
+        if node.domain == MARKER:
+            return
         if not 1 <= len(node.outputs) <= wanted.outputs:
             raise _Foreign(f"{what} has {len(node.outputs)} outputs instead of {wanted.outputs}")
         for index, name in enumerate(node.outputs):
@@ -185,6 +188,20 @@ class _Comparison:
             raise _Foreign(f"the default of the input {tensor.name!r} is not the planned value")
         if tensor.external is not None or len(tensor.raw) != tensor.bytes:
             raise _Foreign(f"the default of the input {tensor.name!r} does not have its data in the graph")
+
+
+def _in_order(nodes: Sequence[FileNode]) -> Iterator[FileNode]:
+    """Yields the nodes with the nodes of their branches before them, between markers as in the plan."""
+    for node in nodes:
+        branches = {name: value for name, value in node.attributes.items() if isinstance(value, FileGraph)}
+        for name in sorted(branches, reverse=True):  # then_branch, else_branch
+            graph = branches[name]
+            if graph.inputs or graph.tensors or graph.extras or len(graph.outputs) != 1:
+                raise _Foreign(f"the branch {name!r} has more than nodes and one output")
+            yield FileNode(BRANCH + name, MARKER)
+            yield from graph.nodes
+            yield FileNode(END + name, MARKER, inputs=graph.outputs)
+        yield replace(node, attributes={name: v for name, v in node.attributes.items() if name not in branches})
 
 
 def _same_constant(known: Constant, wanted: Value) -> bool:

@@ -77,7 +77,10 @@ class FileTensor:
 
 @dataclass
 class FileNode:
-    """A node. Attributes are numbers, strings, lists of integers, or tensors. `extras` names its unsupported parts."""
+    """A node. Attributes are numbers, strings, lists of integers, tensors, or graphs of nodes without graphs of their own.
+
+    `extras` names its unsupported parts.
+    """
 
     type: str = ""
     domain: str = ""
@@ -120,7 +123,7 @@ def _read_model(data: mmap, found: FileGraph) -> None:
     for number, form, value in _all_fields(data, 0, len(data)):
         if number == 7 and form == _BYTES:
             graphs += 1
-            _read_graph(data, value[0], value[1], found)
+            _read_graph(data, value[0], value[1], found, [_MAX_ENTRIES])
         elif number == 8 and form == _BYTES:
             fields = {n: v for n, _, v in _all_fields(data, *value)}
             domain = _words(data, fields.get(1, (0, 0)))
@@ -131,16 +134,16 @@ def _read_model(data: mmap, found: FileGraph) -> None:
         raise ValueError(f"it has {graphs} graphs")
 
 
-def _read_graph(data: mmap, start: int, stop: int, found: FileGraph) -> None:
-    entries = 0
+def _read_graph(data: mmap, start: int, stop: int, found: FileGraph, entries: list[int], inside: bool = False) -> None:
+    """Reads a graph. `entries` is the number of nodes and tensors that it and the graphs after it may have."""
     for number, form, value in _all_fields(data, start, stop):
         if form != _BYTES:
             continue
-        entries += 1
-        if entries > _MAX_ENTRIES:
+        entries[0] -= 1
+        if entries[0] < 0:
             raise ValueError(f"it has more than {_MAX_ENTRIES:,} entries")
         if number == 1:
-            found.nodes.append(_read_node(data, *value))
+            found.nodes.append(_read_node(data, value[0], value[1], entries, inside))
         elif number == 5:
             tensor = _read_tensor(data, *value)
             if tensor.name in found.tensors:
@@ -156,7 +159,7 @@ def _read_graph(data: mmap, start: int, stop: int, found: FileGraph) -> None:
 _NODE_TEXTS = {3: "name", 4: "type", 7: "domain"}
 
 
-def _read_node(data: mmap, start: int, stop: int) -> FileNode:
+def _read_node(data: mmap, start: int, stop: int, entries: list[int], inside: bool) -> FileNode:
     node = FileNode()
     for number, form, value in _all_fields(data, start, stop):
         if form != _BYTES:
@@ -166,7 +169,7 @@ def _read_node(data: mmap, start: int, stop: int) -> FileNode:
         elif number in _NODE_TEXTS:
             setattr(node, _NODE_TEXTS[number], _words(data, value))
         elif number == 5:
-            name, attribute = _read_attribute(data, value[0], value[1], node)
+            name, attribute = _read_attribute(data, value[0], value[1], node, entries, inside)
             if name in node.attributes:
                 raise ValueError(f"a node has the attribute {name!r} twice")
             node.attributes[name] = attribute
@@ -176,7 +179,10 @@ def _read_node(data: mmap, start: int, stop: int) -> FileNode:
     return node
 
 
-def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[str, Any]:
+def _read_attribute(
+    data: mmap, start: int, stop: int, node: FileNode, entries: list[int], inside: bool
+) -> tuple[str, Any]:
+    """Returns an attribute's name and value. Graphs in graphs (`inside`) are not supported."""
     name, kind, values, whole = "", 0, {}, []
     for number, form, value in _all_fields(data, start, stop):
         if number == 1 and form == _BYTES:
@@ -187,8 +193,12 @@ def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[
             whole += _packed(data, *value) if form == _BYTES else [_signed(value)]
         elif (number, form) in ((2, _FOUR_BYTES), (3, _VARINT), (4, _BYTES), (5, _BYTES)):
             values[number] = value
+        elif (number, form) == (6, _BYTES) and not inside and 6 not in values:  # protobuf would merge two graphs
+            values[6] = value
         elif number != 13:  # 13 is the documentation string
             node.extras.append("a subgraph" if number in (6, 11) else "an unsupported attribute")
+    if 6 in values and kind != 5:
+        node.extras.append("a subgraph")
     match kind:
         case 1:
             return name, float(values.get(2, 0.0))
@@ -198,6 +208,10 @@ def _read_attribute(data: mmap, start: int, stop: int, node: FileNode) -> tuple[
             return name, _words(data, values.get(4, (0, 0)))
         case 4:
             return name, _read_tensor(data, *values.get(5, (0, 0)))
+        case 5 if not inside and 6 in values:
+            branch = FileGraph()
+            _read_graph(data, values[6][0], values[6][1], branch, entries, inside=True)
+            return name, branch
         case 7:
             return name, whole
     node.extras.append("a subgraph" if kind in (5, 10) else "an unsupported attribute")

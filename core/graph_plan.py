@@ -6,6 +6,7 @@ compare both modules for every kind of bundle.
 """
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,12 +19,15 @@ from slm.core.contract import (
     SIDES,
     Device,
     Target,
+    head_parts,
     past_name,
     present_name,
     slot_names,
 )
 
 MICROSOFT = "com.microsoft"
+# Markers around the nodes of a branch. No file can contain this domain, because it is not UTF-8.
+MARKER, BRANCH, END = "\ud800", "branch ", "end of "
 # Type numbers of ONNX (onnx.proto, TensorProto.DataType).
 FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 9, 10, 21, 22
 _TO_THE_END = (1 << 63) - 1
@@ -38,6 +42,7 @@ class Stored:
     zero_points: bool = False
     dynamic: bool = False
     half: bool = False
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,14 @@ class Plan:
         self.nodes.append(Node(type, domain, tuple(map(_value, inputs)), outputs, attributes))
         made = tuple(Output(len(self.nodes) - 1, index) for index in range(outputs))
         return made if outputs > 1 else made[0]
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[Callable[[Any], None]]:
+        """Marks the nodes added inside as a branch of the next node. Yields a function that takes the branch's result."""
+        results: list[Any] = []
+        self(BRANCH + name, domain=MARKER)
+        yield results.append
+        self(END + name, *results, domain=MARKER)
 
 
 def _value(given: Any) -> Value | None:
@@ -278,6 +291,7 @@ class _Model:
         self._op, self._config, self._kind, self._names = op, config, kind, names
         self._portable = kind.target == "portable"
         self._dtype = FLOAT if kind.device == "cpu" else FLOAT16
+        self._lower_rows: Any = None
 
     def layers(self, step: _Step, ids: Any) -> Any:
         op, config = self._op, self._config
@@ -474,6 +488,8 @@ class _Model:
             tensors = self._integers(path, config.hidden_size, rows, by_columns=False)
             taken = [op("Gather", each, ids, axis=0) for each in tensors]
             return op("DequantizeLinear", *taken, axis=1, block_size=stored.block_size)
+        if stored.halves:
+            return self._looked_up_in_halves(ids, path)
         whole, *others = self._blocks(path, config.hidden_size, rows)
         table = op("Reshape", whole, [rows, config.hidden_size * stored.bits // 8])
         sizes = {"bits": stored.bits, "block_size": stored.block_size, "gather_axis": 0, "quantize_axis": 1}
@@ -490,7 +506,76 @@ class _Model:
             columns = [op("Transpose", each, perm=[1, 0]) for each in tensors]
             block_size = self._kind.stored(path).block_size
             return op("MatMul", hidden, op("DequantizeLinear", *columns, axis=0, block_size=block_size))
+        if tied and self._kind.stored(path).halves:
+            return self._head_in_halves(hidden, path)
         dtype = self._type(path)
         hidden = self._cast(hidden, FLOAT, dtype)
         product = self._product if tied else self._linear
         return self._cast(product(hidden, path, config.hidden_size, config.vocab_size), dtype, FLOAT)
+
+    # The table in halves: see `slm.export.graph.halves`.
+
+    def _halves(self, path: str) -> tuple[Weight, Weight, Weight]:
+        rows, block_size = self._config.vocab_size, self._kind.stored(path).block_size
+        blocks = self._config.hidden_size // block_size
+        upper, lower = (
+            Weight(f"{path}.weight_{part}", UINT8, (rows, blocks, block_size // 2)) for part in ("upper", "lower")
+        )
+        return upper, lower, Weight(f"{path}.weight_scale", FLOAT, (rows, blocks))
+
+    def _rows_of_half(self, table: Any, ids: Any, scale: Weight, path: str) -> Any:
+        sizes = {"bits": 4, "block_size": self._kind.stored(path).block_size, "gather_axis": 0, "quantize_axis": 1}
+        return self._op("GatherBlockQuantized", table, ids, scale, domain=MICROSOFT, **sizes)
+
+    def _looked_up_in_halves(self, ids: Any, path: str) -> Any:
+        op, flat = self._op, [self._config.vocab_size, self._config.hidden_size // 2]
+        upper, lower, scale = self._halves(path)
+        above = self._rows_of_half(op("Reshape", upper, flat), ids, scale, path)
+        self._lower_rows = op("Reshape", lower, flat)
+        below = self._rows_of_half(self._lower_rows, ids, scale, path)
+        return op("Add", above, op("Mul", below, 1 / 16))
+
+    def _head_in_halves(self, hidden: Any, path: str) -> Any:
+        op, config, keep = self._op, self._config, Input(LOGITS_TO_KEEP)
+        upper, lower, scale = self._halves(path)
+        attributes = {
+            "K": config.hidden_size,
+            "N": config.vocab_size,
+            "bits": 4,
+            "block_size": self._kind.stored(path).block_size,
+            "accuracy_level": self._kind.accuracy_level,
+        }
+        small = op("Mul", hidden, 1 / 16)
+        coarse = op("MatMulNBits", hidden, upper, scale, domain=MICROSOFT, **attributes)
+        few = op("And", op("Equal", op("Size", hidden), config.hidden_size), op("Less", keep, 2))
+        parts, each = head_parts(config.vocab_size)
+        with op.branch("then_branch") as result:
+            shifted = op("Add", coarse, Weight(f"{path}.weight_shift", FLOAT, (config.vocab_size,)))
+            columns = op("Reshape", shifted, [-1, parts])
+            _, found = op("TopK", columns, [each], axis=0, sorted=0, outputs=2)
+            tokens = op("Reshape", op("Add", op("Mul", found, parts), list(range(parts))), [1, 1, -1])
+            below = self._lower_product(small, op("Reshape", tokens, [-1]), scale, path)
+            gathered = op("GatherElements", coarse, tokens, axis=-1)
+            exact = op("Add", gathered, op("Reshape", below, [1, 1, -1]))
+            result(op("ScatterElements", shifted, tokens, exact, axis=-1))
+        with op.branch("else_branch") as result:
+            below = op("MatMulNBits", small, lower, scale, domain=MICROSOFT, **attributes)
+            result(op("Add", coarse, below))
+        return op("If", few)
+
+    def _lower_product(self, hidden: Any, tokens: Any, scale: Weight, path: str) -> Any:
+        op, block_size = self._op, self._kind.stored(path).block_size
+        count, half = self._config.hidden_size // block_size, block_size // 2
+        blocks = op("Reshape", hidden, [count, block_size])
+        step = op("Mul", op("Max", op("ReduceMax", op("Abs", blocks), [-1], keepdims=1), 1e-30), 1 / 127)
+        rounded = op("Mul", op("Round", op("Div", blocks, step)), step)
+        even, odd = op("Split", op("Reshape", rounded, [count, half, 2]), num_outputs=2, axis=-1, outputs=2)
+        even, odd = op("Reshape", even, [count, half]), op("Reshape", odd, [count, half])
+        packed = op("Gather", self._lower_rows, tokens, axis=0)
+        both = op("Reshape", op("Cast", packed, to=FLOAT), [-1, count, half])
+        upper = op("Floor", op("Mul", both, 1 / 16))
+        found = op("Add", op("Mul", both, even), op("Mul", upper, op("Sub", odd, op("Mul", even, 16.0))))
+        middle = op("Mul", op("ReduceSum", rounded, [-1], keepdims=0), 8.0)
+        by_block = op("Sub", op("ReduceSum", found, [-1], keepdims=0), middle)
+        scales = op("Gather", scale, tokens, axis=0)
+        return op("ReduceSum", op("Mul", by_block, scales), [-1], keepdims=0)

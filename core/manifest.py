@@ -106,6 +106,8 @@ class Scheme(_Record):
         reduced: Whether the weights of a dynamic scheme have only seven bits. Processors without VNNI add pairs of products
             in 16 bits, which eight bits can overflow.
         half: Whether scales, and the input and output of the product, are float16, as on a GPU. Otherwise they are float32.
+        halves: Whether the upper and lower four bits of the integers are stored apart, with the scale of the upper ones and
+            one float32 for each output channel (`slm.export.graph.halves`).
     """
 
     bits: Literal[4, 8] = 8
@@ -114,19 +116,20 @@ class Scheme(_Record):
     dynamic: bool = False
     reduced: bool = False
     half: bool = False
+    halves: bool = False
 
     def bytes(self, outputs: int, inputs: int) -> int:
         """Returns the bytes of a weight in the file: integers, scales and zero points."""
         blocks = inputs // self.block_size
         points = -(-blocks * self.bits // 8) if self.zero_points else 0
-        return outputs * (inputs * self.bits // 8 + (2 if self.half else 4) * blocks + points)
+        return outputs * (inputs * self.bits // 8 + (2 if self.half else 4) * blocks + points + 4 * self.halves)
 
     @property
     def name(self) -> str:
         """A short name of the scheme."""
         if self.dynamic:
             return f"int{7 if self.reduced else 8} by channel, dynamic"
-        return f"int{self.bits} in blocks of {self.block_size}"
+        return f"int{self.bits} in blocks of {self.block_size}" + ", in halves" * self.halves
 
 
 class Quantization(_Record):
@@ -333,7 +336,7 @@ def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> No
         if path not in schemes:
             raise SlmError(f"{directory / MANIFEST_FILE} is invalid: it has no scheme for {path}", _AGAIN)
         scheme = schemes[path]
-        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic, scheme.half)
+        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic, scheme.half, scheme.halves)
 
     kind = Kind(
         manifest.target,

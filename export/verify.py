@@ -30,6 +30,8 @@ from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import smoothing_between
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
+from slm.export.parity_head import check_head
+from slm.runtime.head import in_halves
 from slm.runtime.placement import attends_on, check_placement
 from slm.runtime.session import DeviceUnavailable, RuntimeDevice, check_available
 
@@ -103,6 +105,8 @@ def verify_bundle(
             progress.note(f"skipping CUDA: {error.message}")
     if device != "cuda":
         found = _on_cpu(bundle, reference, progress, limits) | found
+        if in_halves(bundle):
+            check_head(bundle, progress)
     return Verification(count, off, found)
 
 
@@ -190,7 +194,7 @@ def record_parity(bundle: Bundle, found: Verification) -> bool:
 def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
     """Yields a copy of the bundle whose quantized products do not round activations (`accuracy_level` 0)."""
     model = ir.load(bundle.model_path)
-    for node in model.graph:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     with scratch_directory(bundle.path.parent, "verify") as directory:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from slm.core.checkpoint import check_tensors
 from slm.core.errors import SlmError
+from slm.core.manifest import Scheme
 from slm.core.nn import CausalLM
 from slm.core.peft_adapter import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from slm.core.peft_adapter import PeftAdapter, read_peft_adapter
@@ -46,6 +47,8 @@ class TunableLM(nn.Module):
         self.lm_head = model.lm_head
         # The head's matrix in the type of the products, if it differs; see `slm.finetune.frozen`.
         self.head_weight: Tensor | None = None
+        # The grid of embedding and head in quantization-aware training; see `slm.finetune.on_grid`.
+        self.head_scheme: Scheme | None = None
         # peft accepts a plain dictionary in place of a transformers configuration.
         self.config = model.config.to_hf()
         tied = model.config.tie_word_embeddings

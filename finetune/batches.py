@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slm.core.nn import CausalLM
+from slm.core.nn.fake_quant import GridLinear, round_activations, round_weight
 from slm.finetune.adapter import TunableLM, trained_rows
 from slm.finetune.examples import Example
 from slm.train.evaluate import Check
@@ -118,8 +119,13 @@ def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
     learned = labels != IGNORED
     hidden = model.model(input_ids, segments=segments)[learned]  # (learned tokens, D)
     weight, rows = trained_rows(model.lm_head)
-    if isinstance(model, TunableLM) and model.head_weight is not None:
-        weight = model.head_weight
+    if isinstance(model.lm_head, GridLinear):
+        hidden, weight = model.lm_head.operands(hidden)
+    if isinstance(model, TunableLM):
+        weight = weight if model.head_weight is None else model.head_weight
+        if model.head_scheme is not None:
+            hidden = round_activations(hidden, model.head_scheme)
+            rows = None if rows is None else (rows[0], round_weight(rows[1], model.head_scheme))
     return linear_cross_entropy(hidden, weight, labels[learned], rows=rows)
 
 

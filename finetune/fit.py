@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
+from slm.core.nn.fake_quant import rounded_in_place
 from slm.finetune.adapter import TunableLM
 from slm.finetune.batches import Batch, Packed, batch_loss, epoch_batches, mean_loss
 from slm.finetune.examples import Example
@@ -211,9 +212,10 @@ class Fit:
             FloatingPointError: When the loss is not finite.
         """
         standing, epoch = self.standing, self.standing.updates // self.updates_per_epoch
-        loss = mean_loss(
-            self._trainable.model, self.material.measured, self._settings.batch_size, self._autocast, check
-        )
+        with rounded_in_place(self._trainable.model):
+            loss = mean_loss(
+                self._trainable.model, self.material.measured, self._settings.batch_size, self._autocast, check
+            )
         self._learner.objective.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {self.material.loss_name} is {loss}")

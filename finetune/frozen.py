@@ -18,8 +18,11 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from slm.core.nn.fake_quant import round_weight
 from slm.core.nn.layers import RMSNorm, ScaledEmbedding
+from slm.core.qat import QatGrid
 from slm.finetune.adapter import ADAPTER, TunableLM, trained_rows
+from slm.finetune.on_grid import adapted_on_grid, frozen_on_grid, head_on_grid, round_tables
 
 # Rows of the embedding that are compared in one step.
 _PART = 4096
@@ -27,26 +30,42 @@ _PART = 4096
 _INTO_PRODUCTS = ("input_layernorm", "pre_feedforward_layernorm")
 
 
-def lighten(model: TunableLM, products: torch.dtype | None) -> None:
+def lighten(model: TunableLM, products: torch.dtype | None, grid: QatGrid | None = None) -> None:
     """Replaces the forward methods of a model with a new adapter.
 
     Args:
         model: The model, on its device, in float32; its frozen matrices change their type permanently.
         products: The autocast type of every later forward pass; None for no autocast.
+        grid: The grid of quantization-aware training; None without it.
     """
-    for module in list(model.model.layers.modules()):
-        if isinstance(module, LoraLinear):
-            _replace(module, _adapted(module, products))
-        elif isinstance(module, RMSNorm):
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, RMSNorm):
             _replace(module, _normed(module, None))
+        elif grid is not None and isinstance(module, LoraLinear | nn.Linear):
+            _put_on_grid(module, name, products, grid)
+        elif isinstance(module, LoraLinear):
+            _replace(module, _adapted(module, products))
         elif isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight.data = _cast(module.weight.data, products)
-    if products is not None:
+    if products is not None and grid is None:  # rounding needs inputs in float32
         for name, module in model.model.layers.named_modules():
             if isinstance(module, RMSNorm) and name.endswith(_INTO_PRODUCTS):
                 _replace(module, _normed(module, products))
-    _replace(model.model.norm, _normed(model.model.norm, products))
+    if grid is not None:
+        model.head_scheme = grid.scheme("lm_head", model.model.norm.weight.shape[0])
+        round_tables(model, model.head_scheme)
+        _replace(model.lm_head, head_on_grid(model, model.head_scheme))
+    _replace(model.model.norm, _normed(model.model.norm, products if grid is None else None))
     _embed_and_head(model, products)
+
+
+def _put_on_grid(module: LoraLinear | nn.Linear, name: str, products: torch.dtype | None, grid: QatGrid) -> None:
+    if isinstance(module, LoraLinear):
+        base = module.get_base_layer()
+        scheme = grid.scheme(f"model.layers.{name}", base.in_features)
+        _replace(module, adapted_on_grid(module, scheme, products))
+    elif not (module.weight.requires_grad or name.endswith(".base_layer")):
+        _replace(module, frozen_on_grid(module, grid.scheme(f"model.layers.{name}", module.in_features), products))
 
 
 def _replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
@@ -191,7 +210,8 @@ def _embed_and_head(model: TunableLM, products: torch.dtype | None) -> None:
         found = F.embedding(input_ids, plain.weight.detach()).float()  # (B, T, D)
         if rows is not None:
             row = place[input_ids]
-            found = torch.where((row >= 0)[..., None], rows[1][row.clamp(min=0)], found)
+            values = rows[1] if model.head_scheme is None else round_weight(rows[1], model.head_scheme)
+            found = torch.where((row >= 0)[..., None], values[row.clamp(min=0)], found)
         return found * scale
 
     _replace(wrapped, embed)

@@ -7,6 +7,8 @@ from slm.core.checkpoint import notices_of, read_info
 from slm.core.files import sha256_file
 from slm.core.licence import modified, recorded_notices
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.nn.fake_quant import round_weights
+from slm.core.qat import RECORD, recorded_grid, without_grid
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import has_weights, weights_sha256
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
@@ -15,7 +17,8 @@ from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 def merge(base: Path, adapter: Path) -> CausalLM:
     """Returns the base with each adapted W replaced by W + alpha / rank * B A, and with the trained embedding rows.
 
-    Computes in float32. A tied head stays tied: a trained row belongs to both embedding and head.
+    Computes in float32. A tied head stays tied: a trained row belongs to both embedding and head. If the adapter was trained on
+    a grid, the result has rounded weights, which are those that training computed with.
 
     Raises:
         SlmError: When the adapter is damaged, does not fit, or was trained on another base.
@@ -24,6 +27,9 @@ def merge(base: Path, adapter: Path) -> CausalLM:
     model = load_checkpoint(base)
     # peft restores plain modules in place of its wrappers, inside the model itself.
     load_adapter(model, adapter).merge_and_unload()
+    grid = recorded_grid(read_info(adapter))
+    if grid is not None:
+        round_weights(model, grid)
     return model.requires_grad_(True).eval()
 
 
@@ -37,7 +43,8 @@ def merged_checkpoint(base: Path, adapter: Path, out: Path) -> None:
     tuned = read_info(adapter)
     # An adapter may state its own licence; notices that both state appear once.
     notices = tuple(dict.fromkeys((*notices_of(base), *recorded_notices(tuned))))
-    info = read_info(base) | {
+    info = without_grid(read_info(base)) | {
+        **({RECORD: tuned[RECORD]} if RECORD in tuned else {}),
         "merged": {
             "base": {"path": str(base), "weights_sha256": weights_sha256(base)},
             "adapter": {"path": str(adapter), "weights_sha256": sha256_file(adapter / ADAPTER_WEIGHTS_FILE)},

@@ -15,7 +15,9 @@ from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_replaceable, recover, sole
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.nn.fake_quant import fake_quantize, round_weights, rounded_in_place
 from slm.core.progress import Progress, Silent
+from slm.core.qat import RECORD, without_grid
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import (
     ADAPTER_CONFIG_FILE,
@@ -173,7 +175,12 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
         "precision": f"{precision.name} on {device.type}",
     }
     state = _saved(out, course, task.overwrite)
-    model = load_checkpoint(base).to(device)
+    model, grid = load_checkpoint(base), settings.grid
+    if grid is not None:
+        progress.note(f"quantization-aware training for {grid.precision.upper()}: layers in {grid.description}")
+        if settings.method == "full":
+            fake_quantize(model, grid)
+    model.to(device)
     # A base trained on plain text has never seen a turn token: their rows of the embedding are still random.
     turns = [] if not found.chats or knows_turns(base_info, tokenizer) else renderer.turn_token_ids()
     with torch.random.fork_rng():
@@ -191,9 +198,10 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             if fit.kept_loss >= standing.loss_before:
                 progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
             fit.put_kept()
-            answers = _answers(
-                model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
-            )
+            with rounded_in_place(model):
+                answers = _answers(
+                    model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
+                )
             made = out if adapter is not None else out / CHECKPOINT
             result = _result(made, base, found, fit, round(seconds, 2), answers)
             info = {
@@ -207,9 +215,13 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 "metrics": {name: value for name, value in asdict(result).items() if name not in _NO_METRICS},
                 "samples": [asdict(answer) for answer in answers],
             }
+            of_grid = {} if grid is None else {RECORD: grid.model_dump(mode="json")}
             if adapter is not None:
-                _write_adapter(out, adapter, fit, info)
+                _write_adapter(out, adapter, fit, info | of_grid)
             else:
+                if grid is not None:
+                    round_weights(model, grid)
+                base_info = without_grid(base_info) | of_grid
                 _write_checkpoint(out, model, tokenizer, fit, info, base_info)
             if interruption.pending is not None:
                 interruption.deliver()
@@ -251,7 +263,7 @@ def _fit(model: CausalLM, adapter: PeftModel | None, found: Prepared, precision:
         trainable = Trainable(model, dict(model.named_parameters()))
     else:
         tunable: TunableLM = adapter.get_base_model()
-        lighten(tunable, precision.autocast)
+        lighten(tunable, precision.autocast, found.settings.grid)
         trainable = Trainable(tunable, _parameters(adapter))
     return Fit(trainable, material, found.settings, precision, standing)
 

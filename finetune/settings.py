@@ -3,10 +3,11 @@
 import math
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slm.core.config import ModelConfig, first_mistake
 from slm.core.errors import SlmError
+from slm.core.qat import GRIDS, QatGrid, QatPrecision
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,6 +40,7 @@ class FinetuneSettings(BaseModel):
         pack: Pack as many examples into a row as fit into `max_length`; they do not attend to each other.
         max_length: Maximum tokens of a row, including special tokens.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
+        qat: Quantization-aware training for the grid of `slm quantize --int8` or `--int4`; "none" trains in floats.
         seed: Seed of the adapter's initial weights, dropout, the order of the rows, and the held-out rows.
     """
 
@@ -59,7 +61,19 @@ class FinetuneSettings(BaseModel):
     pack: bool = False
     max_length: int | None = Field(default=None, ge=2)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    qat: Literal["none"] | QatPrecision = "none"
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.qat != "none" and self.dropout:
+            raise ValueError("dropout is not supported with qat, which rounds an adapter together with its base")
+        return self
+
+    @property
+    def grid(self) -> QatGrid | None:
+        """The grid of quantization-aware training; None without it."""
+        return None if self.qat == "none" else GRIDS[self.qat]
 
     @classmethod
     def checked(cls, **fields: object) -> Self:

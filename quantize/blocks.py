@@ -7,21 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 
+from slm.core.grid import Grid, between, ends, fitted
 from slm.core.manifest import Scheme
 from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, pack
 from slm.export.graph.builder import Array
 from slm.quantize.exact import exact_grid, rows_on_grid
-from slm.quantize.grid import Grid, as_stored
 
 # The number of weights that are rounded at a time. Intermediate arrays take several times as much memory.
 _CHUNK_VALUES = 1 << 22
 # The factors that `searched` tries on the range of a block.
 _SHRINKS = np.linspace(1.0, 0.68, 17, dtype=np.float32)
-
-
-def fitted(blocks: Array, scheme: Scheme) -> Grid:
-    """Returns the grid that covers the full range of each block (..., blocks, block)."""
-    return _between(*_ends(blocks, scheme), scheme)
 
 
 def searched(blocks: Array, scheme: Scheme, importance: Array | None = None) -> Grid:
@@ -32,10 +27,10 @@ def searched(blocks: Array, scheme: Scheme, importance: Array | None = None) -> 
         scheme: The scheme of the weight.
         importance: The weight of each input channel's error, (blocks, block): the mean square of its activations.
     """
-    low, high = _ends(blocks, scheme)
-    best, error = _between(low, high, scheme), None
+    low, high = ends(blocks, scheme)
+    best, error = between(low, high, scheme), None
     for shrink in _SHRINKS:
-        grid = _between(low * shrink, high * shrink, scheme)
+        grid = between(low * shrink, high * shrink, scheme)
         off = grid.values(grid.round(blocks))
         off -= blocks
         off *= off
@@ -102,31 +97,3 @@ def _of_rows(chosen: Array, grid: Grid, other: Grid) -> Grid:
     """Returns `grid` for the chosen output channels (N,) and `other` for the rest."""
     scale, zero = (np.where(chosen[:, None], a, b) for a, b in ((grid.scale, other.scale), (grid.zero, other.zero)))
     return Grid(scale, zero, grid.lowest, grid.highest)
-
-
-def _ends(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:
-    if scheme.zero_points:  # the range always includes 0
-        return np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
-    if scheme.bits == 8:
-        largest = np.abs(blocks).max(axis=-1)
-        return -largest, largest
-    # 4-bit integers have one more negative value than positive ones. The sign of the scale puts it at the largest weight.
-    low, high = blocks.min(axis=-1), blocks.max(axis=-1)
-    furthest = np.where(-low >= high, low, high)
-    return furthest, -furthest
-
-
-def _between(low: Array, high: Array, scheme: Scheme) -> Grid:
-    top = (1 << scheme.bits) - 1
-    middle = 1 << (scheme.bits - 1)
-    if scheme.zero_points:
-        scale = as_stored((high - low) / np.float32(top), scheme)
-        zero = np.rint(np.divide(-low, scale, out=np.zeros_like(low), where=scale != 0))
-        return Grid(scale, np.clip(zero, 0, top), 0, top)
-    if scheme.dynamic:
-        largest = 63 if scheme.reduced else 127
-        return Grid(high / np.float32(largest), np.zeros_like(high), -largest, largest)
-    zero = np.full_like(high, middle)
-    if scheme.bits == 8:  # 1 to 255, so that the range is symmetric
-        return Grid(as_stored(high / np.float32(middle - 1), scheme), zero, 1, top)
-    return Grid(as_stored(-low / np.float32(middle), scheme), zero, 0, top)

@@ -9,8 +9,9 @@ from slm.export.graph.builder import Array
 from slm.quantize.cache import cache_steps
 from slm.quantize.exact import BLOCK_SIZE as GRID_BLOCK_SIZE
 from slm.quantize.exact import share_on_grid
+from slm.quantize.halves import mean_hidden, quantize_halves
 from slm.quantize.layerwise import with_gptq
-from slm.quantize.linears import Linear
+from slm.quantize.linears import EMBEDDING, Linear
 from slm.quantize.plan import (
     INT4,
     INT8,
@@ -26,6 +27,7 @@ from slm.quantize.quantizer import Quantizer
 from slm.quantize.search import Budget, Candidates, sensitivities
 from slm.quantize.settings import Prefer
 from slm.quantize.smoothquant import smoothquant
+from slm.quantize.trained import trained_plan
 
 # Calibration rows for trying smoothing, for the sensitivity of each layer, and for trying mixed precision; tokens in a row.
 _SMOOTHING_ROWS, _SENSITIVITY_ROWS, _TOGETHER_ROWS, _ROW_TOKENS = 1, 2, 4, 256
@@ -39,12 +41,21 @@ _FINE_KL_NATS: Mapping[Prefer, float] = {"auto": 0.02, "speed": 0.02, "quality":
 def decide(quantizer: Quantizer) -> QuantizationPlan:
     """Chooses the plan: schemes, steps of the caches, smoothing, and for INT4 the bits of each layer."""
     settings, source = quantizer.settings, quantizer.source
-    schemes = schemes_of(quantizer.linears, preferred_schemes(settings), settings.block_size)
-    schemes = on_device(schemes, source)
-    plan = QuantizationPlan(schemes, settings.rounding_method, device=source.manifest.device, cache=settings.cache_type)
+    trained = trained_plan(quantizer)
+    if trained is None:
+        schemes = schemes_of(quantizer.linears, preferred_schemes(settings), settings.block_size)
+        plan = QuantizationPlan(schemes, settings.rounding_method)
+    else:
+        plan = trained
+    schemes = on_device(dict(plan.schemes), source)
+    plan = replace(plan, schemes=schemes, device=source.manifest.device, cache=settings.cache_type)
     if plan.cache == "int8":
         steps = cache_steps(quantizer.float32, quantizer.calibration, quantizer.progress)
         plan = replace(plan, cache_steps=steps)
+    if trained is not None:
+        return plan
+    if settings.head == "halves":
+        plan = _with_halves(quantizer, plan)
     exact = exact_products(quantizer.weights, quantizer.layers, plan.schemes, quantizer.progress)
     plan = replace(plan, exact=exact)
     if settings.smooth is not False and len(exact) < len(quantizer.layers):
@@ -53,6 +64,14 @@ def decide(quantizer: Quantizer) -> QuantizationPlan:
         quantizer.reference.close()
         plan = _with_mixed_precision(quantizer, plan)
     return plan
+
+
+def _with_halves(quantizer: Quantizer, plan: QuantizationPlan) -> QuantizationPlan:
+    """Returns the plan with the tied table in halves."""
+    scheme = plan.schemes[EMBEDDING].model_copy(update={"halves": True})
+    mean = mean_hidden(quantizer.float32, quantizer.calibration, quantizer.progress)
+    table = quantize_halves(quantizer.weights[f"{EMBEDDING}.weight"], scheme, mean)
+    return replace(plan, schemes={**plan.schemes, EMBEDDING: scheme}, rounded={EMBEDDING: table})
 
 
 def on_device(schemes: dict[str, Scheme], source: Bundle) -> dict[str, Scheme]:

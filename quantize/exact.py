@@ -10,9 +10,9 @@ Dimensions: N output channels, K input channels, M blocks of any channels.
 
 import numpy as np
 
+from slm.core.grid import Grid, as_stored
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
-from slm.quantize.grid import Grid, as_stored
 
 # The block size of the supported grid formats.
 BLOCK_SIZE = 32

@@ -5,11 +5,11 @@ Dimensions: N output channels, K input channels.
 
 import numpy as np
 
+from slm.core.grid import Grid
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest, searched, stored
 from slm.quantize.exact import rows_on_grid
-from slm.quantize.grid import Grid
 
 # The term added to the diagonal, relative to its mean. It avoids a division by almost zero for a channel with little variance.
 DAMPING = 0.01

@@ -3,7 +3,7 @@
 Dimensions: T positions, D hidden, N output channels, K input channels, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,6 +172,19 @@ def _product(graph: ir.Graph, path: str) -> ir.Value:
     value = product.inputs[0]
     assert value is not None
     return value
+
+
+def head_inputs(bundle: Bundle, rows: Array) -> Iterator[Array]:
+    """Yields the inputs of the tied head of a fused bundle, float32 (T, D), for each row of tokens, without any logits."""
+    model = ir.load(bundle.model_path)
+    hidden = _product(model.graph, EMBEDDING)
+    del model.graph.outputs[:]
+    _show(model.graph, [hidden])
+    _trim(model)
+    session, name = _session(model, bundle), _named(hidden)
+    for row in rows:
+        found: list[Array] = session.run([name], _tokens(row) | _empty(bundle.manifest.cache, "fused", len(row)))
+        yield found[0][0]
 
 
 def _stream(graph: ir.Graph, norm: str) -> list[ir.Value]:

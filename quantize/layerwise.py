@@ -48,4 +48,4 @@ def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> 
         of_hidden = hidden_moments(InstrumentedNorm(quantizer.float32), head, streams)
         scheme, tied = plan.schemes[head.path], head.path == EMBEDDING
         rounded[head.path] = quantize_table(tensors[f"{head.path}.weight"], of_hidden, scheme, lookup=tied)
-    return replace(plan, rounded=rounded)
+    return replace(plan, rounded={**plan.rounded, **rounded})

@@ -10,6 +10,7 @@ from slm.core.manifest import Bundle, Quality, seal, sealed_files
 from slm.core.progress import Progress, Silent
 from slm.quantize.decide import decide
 from slm.quantize.defaults import CALIBRATION_TOKENS
+from slm.quantize.halves import rejection
 from slm.quantize.quantizer import quantizer_of
 from slm.quantize.report import measured_report, write_report
 from slm.quantize.results import Report
@@ -64,6 +65,8 @@ def quantize_bundle(
         report = measured_report(quantizer, plan, made)
         if (reason := settings.limits.refuses(report.change)) is not None:
             raise _rejection(reason, report, settings)
+        if settings.limits.max_kl_nats is not None and report.head is not None and (error := rejection(report.head)):
+            raise error
         report = replace(report, seconds=round(time.perf_counter() - started, 2))
         write_report(directory, report)
         quality = Quality(text=text.name, max_kl_nats=settings.limits.max_kl_nats, **asdict(report.change))

@@ -5,11 +5,13 @@ Dimensions: K input channels.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from slm.core.contract import CacheType, Device
 from slm.core.errors import SlmError
+from slm.core.grid import BLOCK_SIZES, fitting_block
 from slm.core.manifest import Quantization, Scheme
+from slm.core.qat import GRIDS, QatGrid, QatPrecision
 from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import NO_SMOOTHING, Smoothing
 from slm.quantize.linears import Linear
@@ -20,8 +22,6 @@ Schemes: TypeAlias = Mapping[str, Scheme]
 
 # The kernel rounds activations to INT8 block by block. On a CPU, this decodes 18 times faster than float activations.
 ACCURACY_LEVEL = 4
-# Larger blocks have fewer scales to load and multiply. A size of 128 decodes about 20 % faster than 32 (docs/LOG.md).
-BLOCK_SIZES = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,22 @@ class PreferredSchemes:
     head: Scheme
     lookup: Scheme
 
+    @classmethod
+    def of(cls, grid: QatGrid) -> Self:
+        """Returns the schemes of a grid."""
+        return cls(layer=grid.layers, head=grid.vocabulary, lookup=grid.vocabulary)
+
 
 _IN_128, _IN_64, _IN_32 = (Scheme(bits=8, block_size=size) for size in (128, 64, 32))
 INT8: Mapping[Prefer, PreferredSchemes] = {
-    "auto": PreferredSchemes(layer=_IN_128, head=_IN_64, lookup=_IN_64),
+    "auto": PreferredSchemes.of(GRIDS["int8"]),
     "speed": PreferredSchemes(layer=_IN_128, head=_IN_128, lookup=_IN_128),
     "size": PreferredSchemes(layer=_IN_128, head=_IN_128, lookup=_IN_128),
     "quality": PreferredSchemes(layer=_IN_32, head=_IN_32, lookup=_IN_32),
 }
 # One scale for each output channel; activations are rounded with one scale for each token.
 INT8_DYNAMIC = PreferredSchemes(layer=Scheme(bits=8, block_size=128, dynamic=True), head=_IN_64, lookup=_IN_64)
-_FOUR_IN_32 = Scheme(bits=4, block_size=32, zero_points=True)
-INT4 = PreferredSchemes(layer=_FOUR_IN_32, head=_IN_128, lookup=_IN_128)
+INT4 = PreferredSchemes.of(GRIDS["int4"])
 # Block sizes of a 4-bit table, the most accurate first. Tables are searched for a size that fits `--target-size`.
 TABLE_BLOCK_SIZES = (32, 64, 128)
 
@@ -63,6 +67,7 @@ class QuantizationPlan:
         rounded: Integers and scales of the weights that are already rounded, by path. Other weights are rounded when they
             are written.
         sensitivity: KL divergence if only this weight has few bits, in nats, by path; empty if not measured.
+        trained_for: The precision for which the model was trained, if the plan keeps that grid.
     """
 
     schemes: Schemes
@@ -74,6 +79,7 @@ class QuantizationPlan:
     exact: frozenset[str] = frozenset()
     rounded: Mapping[str, Arrays] = field(default_factory=dict)
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    trained_for: QatPrecision | None = None
 
     def with_schemes(self, schemes: Schemes) -> "QuantizationPlan":
         """Returns the plan with other schemes. A weight whose scheme changes loses its rounded arrays."""
@@ -90,7 +96,8 @@ class QuantizationPlan:
 
     def decisions(self) -> dict[str, object]:
         """Returns the decisions for reports."""
-        return {"method": self.method, "smoothing": self._exponent, "cache": self.cache, "products": self.counts}
+        found = {"method": self.method, "smoothing": self._exponent, "cache": self.cache, "products": self.counts}
+        return found | ({} if self.trained_for is None else {"trained_for": self.trained_for})
 
     def record(self) -> Quantization:
         """Returns the manifest's record."""
@@ -115,7 +122,7 @@ def preferred_schemes(settings: Settings) -> PreferredSchemes:
 
 def with_four_bit_tables(preferred: PreferredSchemes, block_size: int) -> PreferredSchemes:
     """Returns preferred schemes with 4 bits for the head and for the lookup of embeddings."""
-    table = _FOUR_IN_32.model_copy(update={"block_size": block_size})
+    table = Scheme(bits=4, block_size=block_size, zero_points=True)
     return replace(preferred, head=table, lookup=table)
 
 
@@ -146,13 +153,14 @@ def _fitting(linear: Linear, preferred: PreferredSchemes, block_size: int | None
         return scheme.model_copy(update={"block_size": linear.inputs})
     requested = block_size if linear.role == "layer" else None
     wanted = requested or scheme.block_size
-    fitting = [size for size in BLOCK_SIZES if linear.inputs % size == 0]
-    if not fitting or (requested is not None and wanted not in fitting):
+    size = fitting_block(linear.inputs, wanted)
+    if size is None or (requested is not None and size != requested):
+        largest = fitting_block(linear.inputs, BLOCK_SIZES[0])
         raise SlmError(
             f"{linear.path} has {linear.inputs} inputs, not a multiple of the block size {block_size or BLOCK_SIZES[-1]}",
-            f"use --block-size {fitting[0]}" if fitting else "quantization needs a multiple of 16 inputs",
+            f"use --block-size {largest}" if largest else "quantization needs a multiple of 16 inputs",
         )
-    return scheme.model_copy(update={"block_size": next((size for size in fitting if size <= wanted), fitting[-1])})
+    return scheme.model_copy(update={"block_size": size})
 
 
 def bytes_of(linears: Sequence[Linear], schemes: Schemes) -> int:

@@ -17,6 +17,7 @@ from slm.core.names import short_name
 from slm.export.graph import float_tensors
 from slm.export.graph.blocks import relative_error
 from slm.export.graph.builder import Array
+from slm.quantize.halves import compare_ways
 from slm.quantize.linears import Linear
 from slm.quantize.page import report_page
 from slm.quantize.plan import QuantizationPlan, Schemes
@@ -24,6 +25,7 @@ from slm.quantize.quality import divergence, measure, speeds
 from slm.quantize.quantizer import Quantizer
 from slm.quantize.results import PAGE_FILE, REPORT_FILE, Report, TensorError
 from slm.runtime.decoder import OnnxDecoder
+from slm.runtime.head import in_halves
 
 
 def measured_report(quantizer: Quantizer, plan: QuantizationPlan, made: Bundle) -> Report:
@@ -41,6 +43,7 @@ def measured_report(quantizer: Quantizer, plan: QuantizationPlan, made: Bundle) 
     texts = divergence(before(), after, text)
     speed = speeds(before(), after) if plan.device == "cpu" else None  # speed is measured on the CPU only
     before.close()
+    head = compare_ways(after, text) if in_halves(made) else None
     return Report(
         source=short_name(source.path),
         settings=quantizer.settings.requested() | plan.decisions(),
@@ -52,6 +55,7 @@ def measured_report(quantizer: Quantizer, plan: QuantizationPlan, made: Bundle) 
         speeds=speed,
         tensors=tensor_errors(quantizer, plan, float_tensors(made.model_path, plan.schemes)),
         seconds=0.0,
+        head=head,
     )
 
 

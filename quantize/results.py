@@ -90,6 +90,21 @@ class TensorError:
 
 
 @dataclass(frozen=True)
+class HeadChange:
+    """The predictions of single-token steps from a head in halves, compared with those of the whole head.
+
+    Attributes:
+        tokens: The number of compared positions.
+        kl_nats: The mean KL divergence from the whole head, in nats.
+        same_top1: The share of positions with the same most likely token.
+    """
+
+    tokens: int
+    kl_nats: float
+    same_top1: float
+
+
+@dataclass(frozen=True)
 class Report:
     """The measurements of one quantization.
 
@@ -104,6 +119,7 @@ class Report:
         speeds: Speeds before and after, measured alternately on the CPU; None for a bundle for CUDA.
         tensors: The error of each weight.
         seconds: Total time.
+        head: For a head in halves, comparison of its single-token steps with the whole head.
     """
 
     source: str
@@ -116,6 +132,7 @@ class Report:
     speeds: Speeds | None
     tensors: tuple[TensorError, ...]
     seconds: float
+    head: HeadChange | None = None
 
     @property
     def in_words(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from slm.core.manifest import Scheme
 from slm.export.graph import LazyTensors
-from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
+from slm.export.graph.blocks import LOWER, QUANTIZED, SCALE, SHIFT, UPPER, ZERO_POINTS, dequantize, parts_of
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
 from slm.quantize.linears import Linear
@@ -56,7 +56,7 @@ def rounded_tensors(
         if path not in plan.schemes:
             makers[name] = partial(tensors.__getitem__, name)
             continue
-        for part in (QUANTIZED, SCALE, *[ZERO_POINTS] * plan.schemes[path].zero_points):
+        for part in parts_of(plan.schemes[path]):
             makers[f"{path}.{part}"] = partial(_part, rounded, path, part)
     return LazyTensors(makers)
 
@@ -66,6 +66,9 @@ def placeholders(linears: Sequence[Linear], schemes: Schemes) -> dict[str, Array
     found: dict[str, Arrays] = {}
     for linear in linears:
         scheme, blocks = schemes[linear.path], linear.inputs // schemes[linear.path].block_size
+        if scheme.halves:
+            found[linear.path] = _halves_placeholders(linear, scheme)
+            continue
         shape = (linear.outputs, blocks, scheme.block_size * scheme.bits // 8)
         arrays: dict[str, Array] = {
             QUANTIZED: np.zeros(shape, np.uint8),
@@ -75,6 +78,17 @@ def placeholders(linears: Sequence[Linear], schemes: Schemes) -> dict[str, Array
             arrays[ZERO_POINTS] = np.zeros((linear.outputs, -(-blocks * scheme.bits // 8)), np.uint8)
         found[linear.path] = arrays
     return found
+
+
+def _halves_placeholders(linear: Linear, scheme: Scheme) -> Arrays:
+    blocks = linear.inputs // scheme.block_size
+    packed = (linear.outputs, blocks, scheme.block_size // 2)
+    return {
+        UPPER: np.zeros(packed, np.uint8),
+        LOWER: np.zeros(packed, np.uint8),
+        SCALE: np.zeros((linear.outputs, blocks), np.float32),
+        SHIFT: np.zeros(linear.outputs, np.float32),
+    }
 
 
 def restored(arrays: Arrays, scheme: Scheme) -> Array:

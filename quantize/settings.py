@@ -12,6 +12,7 @@ from slm.quantize.results import Change
 
 Prefer = Literal["auto", "speed", "size", "quality"]
 Method = Literal["nearest", "searched", "gptq"]
+Head = Literal["whole", "halves"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Settings:
         cache: The type of cached keys and values. None: `prefer` decides.
         head_bits: For INT4, the bits of the head and of the token embeddings. None: the search chooses if there is a target,
             otherwise `prefer` decides.
+        head: Whether the tied table is stored whole, or in halves for faster single-token steps (`slm.export.graph.halves`).
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
         gate: The limits of the quality check. None: the default limits of the precision.
@@ -68,6 +70,7 @@ class Settings:
     smooth: bool | None = None
     cache: CacheType | None = None
     head_bits: Literal[4, 8] | None = None
+    head: Head = "whole"
     target_bytes: int | None = None
     target_kl_nats: float | None = None
     gate: Gate | None = None
@@ -85,7 +88,7 @@ class Settings:
     @property
     def tables(self) -> Literal["four", "eight", "search"]:
         """The bits of the head and of the token embeddings, or whether the search chooses them."""
-        if self.precision == "int8" or self.head_bits == 8:
+        if self.precision == "int8" or self.head_bits == 8 or self.head == "halves":
             return "eight"
         if self.head_bits == 4:
             return "four"
@@ -102,6 +105,7 @@ class Settings:
         """Returns the requested settings for reports, without those left open."""
         asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
         asked |= {"block_size": self.block_size, "head_bits": self.head_bits}
+        asked |= {"head": None if self.head == "whole" else self.head}
         asked |= {"target_bytes": self.target_bytes, "target_kl_nats": self.target_kl_nats}
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -137,6 +141,8 @@ def check_source(source: Bundle, settings: Settings) -> None:
             f"INT8 supports the method nearest only, not {settings.method}",
             f"use slm quantize --int4 --method {settings.method}",
         )
+    if settings.head == "halves":
+        _check_halves(source)
     if manifest.target == "portable":
         what = "--int8-dynamic" if settings.dynamic else "--kv-cache int8" if settings.cache == "int8" else None
         if settings.head_bits == 4:  # the standard operator Gather does not take 4-bit integers
@@ -148,6 +154,15 @@ def check_source(source: Bundle, settings: Settings) -> None:
             )
     if manifest.device == "cuda":
         _check_cuda(source, settings)
+
+
+def _check_halves(source: Bundle) -> None:
+    if (source.manifest.target, source.manifest.device) != ("fused", "cpu"):
+        raise SlmError(
+            f"--head halves supports fused bundles for the CPU only, and {source.path} is not one", "omit --head halves"
+        )
+    if not source.config.tie_word_embeddings:
+        raise SlmError(f"--head halves needs a tied head, and {source.path} has an untied one", "omit --head halves")
 
 
 def _check_cuda(source: Bundle, settings: Settings) -> None:

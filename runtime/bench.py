@@ -146,7 +146,11 @@ class OnnxRows:
         """Reads tokens (B, T) and returns the logits (B, V) after the last of each row."""
         self._length += ids.shape[1]
         mask = np.ascontiguousarray(self._mask[:, : self._length])
-        logits: Array = self._decoder.run(ids, mask, self._caches, keep=1)[:, -1]
+        self._decoder.whole_head = False  # a step of greedy decoding
+        try:
+            logits: Array = self._decoder.run(ids, mask, self._caches, keep=1)[:, -1]
+        finally:
+            self._decoder.whole_head = True
         return logits
 
 

@@ -20,6 +20,7 @@ from slm.runtime.backend import log_probabilities
 from slm.runtime.cache import CachedRow, Extent, KVBuffers
 from slm.runtime.cuda_graph import CUDA_OPTIONS, StepGraphs, check_bundle, without_graph
 from slm.runtime.growing import GrowingCaches
+from slm.runtime.head import WHOLE, in_halves
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
 from slm.runtime.session import RuntimeDevice, first_line, open_session, takes_from
 
@@ -47,7 +48,7 @@ def comparable_positions(vocab_size: int) -> int:
 
 def _alike(scheme: Scheme) -> bool:
     """Returns whether a product sums in the same order for one row and for many. Integer sums are exact in any order."""
-    return scheme.dynamic or scheme.block_size <= _LARGEST_ALIKE[scheme.bits]
+    return not scheme.halves and (scheme.dynamic or scheme.block_size <= _LARGEST_ALIKE[scheme.bits])
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class OnnxDecoder:
         cache_device: The device of attention, and therefore of the caches.
         place: Creates cache buffers on that device.
         buffers: The caches of the current text.
+        whole_head: Whether steps that return one row of logits read a head in halves whole (`slm.runtime.head`).
     """
 
     def __init__(
@@ -138,6 +140,8 @@ class OnnxDecoder:
             self._few, self._many = without_graph(ort.RunOptions()), without_graph(self._many)
             self._graphs = StepGraphs(self.session, self.vocab_size)
         self._bound: _Bound | None = None
+        self.whole_head = True
+        self._halves = in_halves(bundle)
         self.adapter: Adapter | None = None
         self._extent = Extent()
         self.buffers = self.caches()
@@ -357,8 +361,9 @@ class OnnxDecoder:
         binding.bind_output(LOGITS)
         binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input(ATTENTION_MASK, mask)
+        whole = self._halves and (self.whole_head or keep != 1) and len(ids) == 1 and 1 in (keep, ids.size)
         # onnxruntime binds an optional input only as an OrtValue: by name it searches the required inputs only.
-        kept = ort.OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
+        kept = ort.OrtValue.ortvalue_from_numpy(np.array(WHOLE if whole else keep, np.int64))
         binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         try:
             self.session.run_with_iobinding(binding, self._many if ids.size >= _MANY else self._few)
@@ -369,7 +374,7 @@ class OnnxDecoder:
         if logits.shape[::2] != (len(ids), self.vocab_size):
             raise SlmError(f"{self.bundle.model_path} returned logits of shape {logits.shape}")
         buffers.written(outputs[1:])
-        return logits
+        return logits[:, -1:] if whole and keep else logits
 
     def _failure(self, error: Exception) -> SlmError:
         return SlmError(f"onnxruntime cannot run {self.bundle.model_path} ({first_line(error)})")

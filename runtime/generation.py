@@ -19,6 +19,7 @@ from slm.core.errors import SlmError
 from slm.core.text_stream import TextStream
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.guide import Constraint, Guide
+from slm.runtime.head import looks_far
 from slm.runtime.logprobs import Logprobs, logprobs_of
 from slm.runtime.sampling import Sampler, Sampling
 from slm.runtime.stopping import StopTexts
@@ -176,6 +177,12 @@ class Generation:
         self.reused = 0
         self.done = False
         self._context = context
+        self._needs_whole = (
+            choose is not None
+            or request.logprobs is not None
+            or request.constraint is not None
+            or looks_far(request.sampling, vocab_size)
+        )
         self._next = choose or Sampler(request.sampling, request.prompt, vocab_size).choose
         self._text = None if tokenizer is None else TextStream(tokenizer)
         self._raw = None if tokenizer is None else token_bytes(tokenizer)
@@ -216,6 +223,11 @@ class Generation:
             steps=self._steps,
             error=self._error,
         )
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a choice or a log-probability depends on the logits of unlikely tokens (`slm.runtime.head`)."""
+        return self._needs_whole
 
     @property
     def slid(self) -> bool:

@@ -18,6 +18,7 @@ from slm.runtime.backend import Decoder
 from slm.runtime.batch import Batch, Slot
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generation import Generation, Piece, Result
+from slm.runtime.head import read_whole
 from slm.runtime.memory import Array
 from slm.runtime.prefix import PrefixCache, PrefixDecoder
 from slm.runtime.streaming import run
@@ -161,6 +162,7 @@ class Scheduler:
             return []
         rows = {row.slot: row for row in stepping}
         began = time.perf_counter()
+        read_whole(self.batch.decoder, any(row.generation.needs_whole for row in stepping))
         found = self.batch.step({slot: row.generation.tokens[-1] for slot, row in rows.items()})
         now = time.perf_counter()
         self.step_s = now - began if not self.step_s else 0.9 * self.step_s + 0.1 * (now - began)
@@ -184,6 +186,7 @@ class Scheduler:
         ids, stop = row.generation.unread, self._piece_end(row)
         pause = row.prefixes.pause(len(ids), row.read)
         began = time.perf_counter()
+        read_whole(self.batch.decoder, row.generation.needs_whole)
         logits = row.slot.read(list(ids[row.read : stop]))
         self.work.prompt_tokens += stop - row.read
         row.read, row.read_at = stop, time.perf_counter()

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from slm.runtime.backend import Decoder, Reader
 from slm.runtime.generation import Generation, Piece, Request, Result
+from slm.runtime.head import read_whole
 from slm.runtime.sampling import GREEDY
 
 Item = TypeVar("Item")
@@ -72,7 +73,12 @@ def _pieces(decoder: Reader, generation: Generation) -> Generator[Piece, None, N
             began = time.perf_counter()
             if generation.slid:
                 decoder.reset()
-            yield from generation.feed(decoder.read(generation.unread), began)
+            read_whole(decoder, generation.needs_whole)
+            try:
+                logits = decoder.read(generation.unread)
+            finally:
+                read_whole(decoder, True)
+            yield from generation.feed(logits, began)
     except KeyboardInterrupt:
         yield from generation.end("interrupted")
         raise

@@ -10,6 +10,7 @@ from torch import Tensor
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
+from slm.core.nn.fake_quant import fake_quantize
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
 from slm.train.data.tokens import Tokens
 from slm.train.data.windows import SAMPLERS, gather
@@ -17,6 +18,7 @@ from slm.train.learner import Learner, Objective, UpdateSettings
 from slm.train.optimizer import make_optimizers
 from slm.train.parallel import Processes, launched, local_rank, share_of
 from slm.train.precision import Precision, restore_scaler
+from slm.train.qat import rounded_from_start
 from slm.train.recipe import Recipe
 from slm.train.schedule import Schedule
 from slm.train.state import SavedState
@@ -107,6 +109,8 @@ def build_model(
                 "the saved weights are not those of this model", "put config.yaml back as it was, or start a new run"
             )
         model.load_state_dict(saved.weights, strict=False)
+    if recipe.qat.grid is not None:
+        fake_quantize(model, recipe.qat.grid)
     body = model.model
     body.gradient_checkpointing = recipe.machine.gradient_checkpointing
     body.flex = flex
@@ -136,13 +140,14 @@ def build_learner(
         saved: The state to resume from.
         processes: The processes that share the batches.
     """
+    mine = share_of(recipe.batch.batch_size, processes)
     loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
     objective = processes.wrap(loss, recipe.machine.parallel, device)
     optimizers = make_optimizers(model, recipe.optimizer)
     learner = Learner(
         objective,
         optimizers,
-        partial(_batch, recipe, tokens, share_of(recipe.batch.batch_size, processes), processes.rank, device),
+        rounded_from_start(recipe, model, partial(_batch, recipe, tokens, mine, processes.rank, device)),
         UpdateSettings(
             rate=schedule_of(recipe).rate,
             precision=precision,

@@ -12,6 +12,7 @@ from slm.core.accounting import keys_seen, prefill_flops
 from slm.core.checkpoint import tensor_shapes
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
+from slm.core.nn.fake_quant import fake_quantize
 from slm.train.attention import training_kernels
 from slm.train.learner import Objective
 from slm.train.memory import TrainingBytes, advise, training_bytes
@@ -72,6 +73,8 @@ GPUS = {
 }
 # Values that an update reads and writes per parameter: AdamW its value, two moments and the gradient; Muon one moment.
 _ADAMW_BYTES, _MUON_BYTES = 28, 20
+# Bytes that a micro-step reads and writes per parameter to round it: for the range of each block, and for the rounded values.
+_QAT_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,9 @@ def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processe
         speed = card.tflops * 1e12 * _UTILIZATION / (1 if precision.autocast is not None else 8)
         at_least = recipe.micro_steps * config.num_hidden_layers * _LAYER_S
         updating = recipe.updates * _update_seconds(recipe, config, card)
+        rounding = recipe.micro_steps * config.parameter_count() * _QAT_BYTES / (card.gb_s * 1e9)
         learning = max(tokens * training_flops(recipe, config, able, precision) / speed, at_least)
+        learning += rounding if recipe.qat.grid is not None else 0
         name, basis = gpu.upper(), f"{_UTILIZATION:.0%} of its {card.tflops:g} TFLOP/s, not run on that hardware"
     else:
         learning, updating = _timed_seconds(recipe, config, precision, here)
@@ -194,7 +199,10 @@ def _timed_seconds(
         The seconds of all micro-steps, and of all updates.
     """
     one = config.model_copy(update={"num_hidden_layers": 1, "layer_types": config.layer_types[:1]})
-    model = CausalLM(one).to(device)
+    model = CausalLM(one)
+    if recipe.qat.grid is not None:
+        fake_quantize(model, recipe.qat.grid)
+    model.to(device)
     objective = Objective(model)
     length = min(_TOKENS, recipe.batch.context)
     ids = torch.arange(_TOKENS // length * length, device=device).remainder(config.vocab_size).view(-1, length)

@@ -10,12 +10,13 @@ from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, read_info, write_ch
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, recover
 from slm.core.nn import CausalLM
+from slm.core.qat import RECORD
 from slm.core.weights import WEIGHTS_FILE
-from slm.train.average import MovingAverage
 from slm.train.data.dataset import Dataset
 from slm.train.metrics import Row, is_number
 from slm.train.optimizer import Optimizers
 from slm.train.parallel import Processes, collect
+from slm.train.qat import Deployed
 from slm.train.recipe import Recipe
 from slm.train.state import Counters, save_state
 from slm.version import __version__
@@ -47,7 +48,7 @@ class Keeper:
         recipe: Recipe,
         dataset: Dataset,
         model: CausalLM,
-        average: MovingAverage | None,
+        deployed: Deployed,
         processes: Processes,
         about: dict[str, Any],
     ) -> None:
@@ -58,7 +59,7 @@ class Keeper:
             recipe: The recipe.
             dataset: The tokenizer and the tokens.
             model: The model.
-            average: The moving average of its weights, which checkpoints then hold; None without one.
+            deployed: The weights that checkpoints hold.
             processes: The processes that train together.
             about: Further fields of every checkpoint's `slm.json`.
         """
@@ -66,11 +67,11 @@ class Keeper:
         self.best, self.last = checkpoints / "best", checkpoints / "last"
         self._checkpoints, self._run = checkpoints, run
         self._recipe, self._config, self._dataset, self._about = recipe, model.model.config, dataset, about
-        self._model, self._average, self._processes = model, average, processes
+        self._model, self._deployed, self._processes = model, deployed, processes
         self._first = processes.rank == 0
 
     def save_checkpoint(self, path: Path, micro_steps: int, measured: Row | None) -> None:
-        """Writes the current weights, or the average while it is in place."""
+        """Writes the current weights, or those that are deployed while they are in place."""
         tensors = collect(self._model.named_parameters(), keep=self._first)
         if self._first:
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -102,15 +103,15 @@ class Keeper:
 
         The state comes last: a run that is killed before it is written repeats the updates since the previous state.
         """
-        average = self._average
+        average = self._deployed.average
         weights: Path | dict[str, torch.Tensor] = self.last / WEIGHTS_FILE
         averaged = None
-        if average is None:
+        if self._deployed.same:
             self.save_checkpoint(self.last, counters.micro_steps, measured)
         else:
             weights = collect(self._model.named_parameters(), keep=self._first)
-            averaged = average.tensors(keep=self._first)
-            with average.in_place():
+            averaged = None if average is None else average.tensors(keep=self._first)
+            with self._deployed.in_place():
                 self.save_checkpoint(self.last, counters.micro_steps, measured)
         state = optimizers.state_tensors(self._model, keep=self._first)
         if self._first:
@@ -132,7 +133,7 @@ class Keeper:
             shutil.rmtree(old)
 
     def _info(self, micro_steps: int, measured: Row | None) -> dict[str, Any]:
-        recipe = self._recipe
+        recipe, grid = self._recipe, self._recipe.qat.grid
         return {
             "made_by": "slm train",
             "slm_version": __version__,
@@ -144,6 +145,7 @@ class Keeper:
             "metrics": measured and {name: measured[name] for name in ("micro_steps", *METRICS)},
             "seed": recipe.seed,
             **self._about,
+            **({} if grid is None else {RECORD: grid.model_dump(mode="json")}),
             "tokenizer_sha256": self._dataset.tokenizer.sha256,
             "licence_of_the_data": self._dataset.manifest.licence,
             "data": {

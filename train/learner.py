@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slm.core.nn import CausalLM
+from slm.core.nn.fake_quant import operands
 from slm.train.loss import linear_cross_entropy
 from slm.train.optimizer import Optimizers
 from slm.train.parallel import Alone, Processes, whole
@@ -60,7 +61,8 @@ class Objective(nn.Module):
         """Returns the mean cross-entropy of inputs (B, T) for targets (B, T)."""
         body = self._compiled if self._compiled is not None and self.training else self.model.model
         hidden: Tensor = body(inputs)  # (B, T, D)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten(), self._chunk)
+        hidden, weight = operands(self.model.lm_head, hidden.flatten(0, 1))
+        return linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
 
 
 @dataclass(frozen=True)

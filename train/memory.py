@@ -30,8 +30,9 @@ class TrainingBytes:
         gradients: The gradients, in float32.
         moments: The optimizers' moments.
         average: The moving average of the weights.
-        activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast.
-        loss: A chunk of logits, and the head's gradients while they are computed.
+        activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast or rounded
+            to a grid.
+        loss: A chunk of logits, and the head's gradients while they are computed; the rounded head.
     """
 
     weights: int
@@ -65,7 +66,8 @@ def training_bytes(
         prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
     )
     moments = 2 * weights - (matrices * _FLOAT32 if recipe.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
-    cast = matrices * _PRODUCT if precision.autocast is not None else 0
+    on_grid = recipe.qat.grid is not None
+    cast = matrices * (_PRODUCT if precision.autocast is not None else _FLOAT32 if on_grid else 0)
     if recipe.machine.gradient_checkpointing:
         cast //= config.num_hidden_layers  # one layer at a time
     tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
@@ -78,7 +80,8 @@ def training_bytes(
         moments=moments // shared,
         average=weights // shared if recipe.optimizer.ema else 0,
         activations=tokens * _bytes_per_token(recipe, config, precision, able) + cast,
-        loss=_loss_bytes(rows, config, product, able),
+        loss=_loss_bytes(rows, config, product, able)
+        + (config.vocab_size * config.hidden_size * _FLOAT32 if on_grid else 0),
     )
 
 
@@ -178,7 +181,8 @@ def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, 
     """Returns the bytes per position that all layers save for the backward pass."""
     autocast = precision.autocast is not None
     layers = [
-        _layer_bytes(config, autocast, kernel) + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
+        _layer_bytes(config, autocast, kernel, recipe.qat.grid is not None)
+        + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
         for layer, kernel in enumerate(training_kernels(recipe, config, able, precision))
     ]
     stream = config.hidden_size * _FLOAT32
@@ -188,7 +192,7 @@ def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, 
     return sum(layers) + ends
 
 
-def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel) -> int:
+def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, on_grid: bool) -> int:
     """Returns the bytes per position that a layer saves, without those specific to the attention kernel.
 
     On a CPU, PyTorch composes RMSNorm from several operators and saves its input and its normalized values. On CUDA, one fused
@@ -198,15 +202,17 @@ def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel) -
     kept = 2 if kernel == "cpu" else 1
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    # Four norms a layer. The five products that read a norm share two input tensors, but autocast casts them for each product.
-    norms = config.hidden_size * (4 * kept * _FLOAT32 + (5 if autocast else 2) * product)
+    # Four norms a layer. The five products that read a norm share two input tensors, but autocast and rounding copy them for
+    # each product.
+    norms = config.hidden_size * (4 * kept * _FLOAT32 + (5 if autocast or on_grid else 2) * product)
     # Queries and keys before and after their norms; queries, keys and values as attention reads them; its output. Only the
     # memory-efficient kernel writes the output in the layout that the next product reads; the others need a copy.
     outputs = 1 if kernel == "efficient" else 2
     attention = (queries + keys) * kept * _FLOAT32 + ((1 + outputs) * queries + 2 * keys) * product
     # Cosines and sines, cast for queries and for keys.
     rotation = 2 * config.head_dim * product if autocast else 0
-    return norms + attention + rotation + 4 * config.intermediate_size * product
+    rounded = queries * product if on_grid else 0  # attention's own output is saved beside the one that is rounded
+    return norms + attention + rotation + rounded + 4 * config.intermediate_size * product
 
 
 def _attention_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int) -> int:

@@ -21,6 +21,7 @@ from slm.train.sections import (
     MachineRecipe,
     ModelRecipe,
     OptimizerRecipe,
+    QatRecipe,
     RegularizationRecipe,
     ScheduleRecipe,
     Section,
@@ -43,18 +44,23 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
     regularization: RegularizationRecipe = RegularizationRecipe()
+    qat: QatRecipe = QatRecipe()
     evaluation: EvaluationRecipe
     checkpoints: CheckpointRecipe = CheckpointRecipe()
     machine: MachineRecipe = MachineRecipe()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        longest = self.model.config().max_position_embeddings
+        config = self.model.config()
+        longest = config.max_position_embeddings
         for name, context in (("batch", self.batch.context), ("evaluation", self.evaluation.context or 0)):
             if context > longest:
                 raise ValueError(f"{name}.context is {context}, the model's max_position_embeddings {longest}")
         if self.schedule.micro_steps is not None and self.schedule.micro_steps < self.batch.accumulation:
             raise ValueError("schedule.micro_steps is less than batch.accumulation: there would be no update")
+        if self.qat.grid is not None:
+            for _ in self.qat.grid.schemes(config):  # raises if a product does not fit
+                pass
         return self
 
     def for_tokens(self, tokens: int) -> "Recipe":
@@ -88,6 +94,8 @@ class Recipe(Section):
             "batch.context": batch.context,
             "optimizer.name": self.optimizer.name,
             "optimizer.ema": bool(self.optimizer.ema),
+            "qat.precision": self.qat.precision,
+            "qat.start": self.qat.start,
         }
 
     @property

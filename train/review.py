@@ -90,6 +90,7 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
         ("schedule.decay", schedule.shape != "wsd", shape),
         ("schedule.final_learning_rate", schedule.shape == "constant", shape),
         ("schedule.start", not schedule.warmup_micro_steps, "without schedule.warmup_micro_steps"),
+        ("qat.start", recipe.qat.grid is None, "with qat.precision=none"),
         ("evaluation.sample_tokens", not recipe.evaluation.prompts, "without evaluation.prompts"),
         ("checkpoints.keep", recipe.checkpoints.every_updates is None, "without checkpoints.every_updates"),
         ("machine.parallel", processes == 1, "in one process: torchrun starts several"),

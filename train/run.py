@@ -3,7 +3,7 @@
 RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl loss.png tensorboard/
 """
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,15 @@ from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, held, prepare
 from slm.train.pretraining import Actions, Pretraining
+from slm.train.qat import Deployed, first_rounded_update
 from slm.train.recipe import Recipe, load_recipe
 from slm.train.review import review
 from slm.train.samples import continue_prompts
 from slm.train.state import TRAINER, Counters, SavedState, load_state
 
 _MIB = 1 << 20
+# The values of a run that was saved by a version without these settings.
+_BEFORE_QAT = {"qat.precision": "none", "qat.start": 0.0}
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,14 @@ class _Run(Actions):
         self.learner = build_learner(
             recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes
         )
-        self.average: MovingAverage | None = None
+        average: MovingAverage | None = None
         if recipe.optimizer.ema:
-            self.average = MovingAverage(self.model, recipe.optimizer.ema, self._updates_done)
+            average = MovingAverage(self.model, recipe.optimizer.ema, self._updates_done)
             if saved is not None:
-                self.average.load_tensors(saved.average)
+                average.load_tensors(saved.average)
+        self.deployed = Deployed(self.model, average, recipe.qat.grid is not None)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
-        self.keeper = Keeper(path, recipe, self.dataset, self.model, self.average, processes, about)
+        self.keeper = Keeper(path, recipe, self.dataset, self.model, self.deployed, processes, about)
         # Every process has every row, so that all decide the same; the first one writes them.
         first = processes.rank == 0
         if first:
@@ -196,13 +200,13 @@ class _Run(Actions):
 
     @override
     def updated(self) -> None:
-        if self.average is not None:
-            self.average.update()
+        if self.deployed.average is not None:
+            self.deployed.average.update()
 
     @override
     def evaluate(self, check: Check) -> Evaluation:
         batch, evaluation = self.recipe.batch, self.recipe.evaluation
-        with self._averaged():
+        with self.deployed.in_place():
             return evaluate(
                 self.learner.objective,
                 self.dataset.validation,
@@ -216,7 +220,7 @@ class _Run(Actions):
     @override
     def samples(self) -> list[tuple[str, str]]:
         evaluation = self.recipe.evaluation
-        with self._averaged(), self.processes.gathered(self.learner.objective):
+        with self.deployed.in_place(), self.processes.gathered(self.learner.objective):
             texts = continue_prompts(
                 self.model,
                 self.dataset.tokenizer,
@@ -229,7 +233,7 @@ class _Run(Actions):
 
     @override
     def keep_best(self, row: Row) -> None:
-        with self._averaged():
+        with self.deployed.in_place():
             self.keeper.save_checkpoint(self.keeper.best, row["micro_steps"], row)
 
     @override
@@ -251,9 +255,6 @@ class _Run(Actions):
     def less_memory(self) -> str:
         return advise(self.recipe, self.config, self.precision, self.processes.size, self.memory, self.able)
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.average is None else self.average.in_place()
-
     def _describe(self) -> None:
         """Reports the model, the device and the length of the run, with warnings about the recipe."""
         recipe, note = self.recipe, self.progress.note
@@ -271,6 +272,13 @@ class _Run(Actions):
             f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
+        if recipe.qat.grid is not None:
+            grid, first = recipe.qat.grid, first_rounded_update(recipe)
+            begins = f", from update {first + 1:,} on" if first else ""
+            note(
+                f"quantization-aware training for {grid.precision.upper()}{begins}: layers in {grid.description}; evaluations "
+                "and checkpoints have rounded weights"
+            )
         text_bytes = self.dataset.train.header.text_bytes
         for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):
             note(f"warning: {sentence}")
@@ -311,9 +319,10 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
         return Counters(micro_steps=0, course=recipe.course | {"batch.accumulation": recipe.batch.accumulation})
     counters = saved.counters
     for name, value in recipe.course.items():
-        if counters.course.get(name) != value:
+        before = counters.course.get(name, _BEFORE_QAT.get(name))
+        if before != value:
             raise SlmError(
-                f"the run was saved with {name} = {counters.course.get(name)}, and config.yaml says {value}",
+                f"the run was saved with {name} = {before}, and config.yaml says {value}",
                 "put it back, or start a new run with another --out",
             )
     updates = counters.micro_steps // counters.course["batch.accumulation"]

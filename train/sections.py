@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from slm.core.config import ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.presets import preset
+from slm.core.qat import GRIDS, QatGrid, QatPrecision
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.train.choices import ParallelName, PrecisionName, Sampler
@@ -161,6 +162,23 @@ class RegularizationRecipe(Section):
     """
 
     dropout: Share = 0.0
+
+
+class QatRecipe(Section):
+    """Quantization-aware training (arXiv:1712.05877): products compute with the values of the quantized bundle.
+
+    Attributes:
+        precision: "int8" or "int4", for the grid of `slm quantize --int8` or `--int4`; "none" trains in floats.
+        start: Share of the run after which rounding begins. Evaluations and checkpoints are rounded from the beginning.
+    """
+
+    precision: Literal["none"] | QatPrecision = "none"
+    start: Share = 0.0
+
+    @property
+    def grid(self) -> QatGrid | None:
+        """The grid; None without quantization-aware training."""
+        return None if self.precision == "none" else GRIDS[self.precision]
 
 
 class EvaluationRecipe(Section):

@@ -23,6 +23,7 @@ from slm.cli.options import (
     document_option,
     json_option,
     out_option_for,
+    qat_option,
     seed_option,
 )
 from slm.core.errors import SlmError
@@ -99,13 +100,14 @@ class TrainingOptions:
     batch_size: int
     pack: bool
     max_length: int | None
+    qat: str | None
     seed: int
 
     def settings(self, method: str) -> "FinetuneSettings":
         """Returns the hyperparameters of a method, "lora" or "full"."""
         from slm.finetune.settings import FinetuneSettings
 
-        fields = asdict(self) | {"method": method, "patience": self.patience or None}
+        fields = asdict(self) | {"method": method, "patience": self.patience or None, "qat": self.qat or "none"}
         targets = fields.pop("targets")
         if targets is not None:
             fields["target_modules"] = [each.strip() for each in targets.split(",")]
@@ -198,6 +200,7 @@ class TrainingOptions:
     metavar="N",
     help="Number of held-out rows to answer at the end.",
 )
+@qat_option
 @seed_option
 @json_option
 @collects("rows", RowOptions)

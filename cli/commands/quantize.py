@@ -69,6 +69,13 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
     type=click.Choice(["float32", "int8"]),
     help="Type of cached keys and values; int8 has faster decode and slower prefill. [default: by --prefer]",
 )
+@click.option(
+    "--head",
+    type=click.Choice(["whole", "halves"]),
+    default="whole",
+    show_default=True,
+    help="Storage of the tied table; halves decode a single text faster, and several texts slower.",
+)
 @click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
 @column_option
 @document_option
@@ -94,11 +101,12 @@ def quantize(bundle: Path | None, options: SettingOptions, texts: TextOptions, o
 
     The default BUNDLE is the newest float32 bundle in ./runs. Settings are chosen on a calibration text, and quality is
     measured on a held-out text. If the KL divergence is above --max-kl, nothing is written. The bundle contains a
-    report.json and a report.html.
+    report.json and a report.html. A model that was trained with --qat keeps its weights.
 
     \b
       slm quantize --int8
       slm quantize --int8 --prefer speed          # also caches in 8 bits
+      slm quantize --int8 --head halves           # for one text at a time
       slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html

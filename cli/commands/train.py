@@ -22,6 +22,7 @@ from slm.cli.options import (
     document_option,
     json_option,
     overwrite_option,
+    qat_option,
     set_option,
 )
 from slm.core.errors import SlmError
@@ -40,7 +41,13 @@ class RecipeOptions:
 
     recipe_name: str | None
     overrides: tuple[str, ...]
+    qat: str | None
     seed: int | None
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The values that replace the recipe's, as of --set."""
+        return self.overrides if self.qat is None else (*self.overrides, f"qat.precision={self.qat}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ class EstimateOptions:
     help="Check the inputs, estimate time and memory, and warn about settings; train nothing.",
 )
 @click.option("--on", "gpu", metavar="GPU", help="With --dry-run: estimate for another GPU: t4, l4, a100, h100, …")
+@qat_option
 @set_option
 @json_option
 @collects("chosen", RecipeOptions)
@@ -127,6 +135,7 @@ def train(chosen: RecipeOptions, text: TextOptions, run: RunOptions, estimate: E
       slm train --data stories.txt --val held-out.txt     on your own text
       slm train --data books/ --tokenizer gpt2 --recipe stories-4m
       slm train --set schedule.learning_rate=1e-3 --set model.num_hidden_layers=8
+      slm train --qat int4                                for slm quantize --int4, without loss
       slm train --resume                                  resume after Ctrl-C
       slm train --recipe modern --dry-run --on t4         estimate time and memory on a T4
       torchrun --nproc-per-node 4 -m slm train --recipe modern
@@ -146,7 +155,7 @@ def train(chosen: RecipeOptions, text: TextOptions, run: RunOptions, estimate: E
         if not _launched():
             out = out or newest_run()
     elif not _launched():
-        _check_recipe(chosen.recipe_name, chosen.overrides)
+        _check_recipe(chosen.recipe_name, chosen.values)
         _check_inputs(text)
         if not estimate.dry_run:
             check_writable(out or RUNS / "run")
@@ -182,6 +191,7 @@ def _check_resumed(chosen: RecipeOptions, text: TextOptions, run: RunOptions, es
         "--max-document-bytes": text.max_document_bytes,
         "--tokenizer": text.tokenizer,
         "--seed": chosen.seed,
+        "--qat": chosen.qat,
         "--set": chosen.overrides,
         "--dry-run": estimate.dry_run or None,
         "--on": estimate.gpu,
@@ -214,7 +224,7 @@ def _recipe(chosen: RecipeOptions, text: TextOptions) -> "Recipe":
     """Loads the recipe and applies the options; reports the defaults."""
     from slm.train.recipe import load_recipe
 
-    recipe = load_recipe(chosen.recipe_name or _chosen_recipe(), chosen.overrides)
+    recipe = load_recipe(chosen.recipe_name or _chosen_recipe(), chosen.values)
     options = {
         "train": text.data or None,
         "validation": text.val,

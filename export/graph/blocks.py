@@ -10,6 +10,15 @@ from slm.export.graph.builder import Array
 
 # Names of a quantized weight's tensors in the graph.
 QUANTIZED, SCALE, ZERO_POINTS = "weight_quantized", "weight_scale", "weight_zero_points"
+# The names of a table in halves, which also has scales.
+UPPER, LOWER, SHIFT = "weight_upper", "weight_lower", "weight_shift"
+
+
+def parts_of(scheme: Scheme) -> tuple[str, ...]:
+    """Returns the names of a quantized weight's tensors."""
+    if scheme.halves:
+        return UPPER, LOWER, SCALE, SHIFT
+    return (QUANTIZED, SCALE, ZERO_POINTS) if scheme.zero_points else (QUANTIZED, SCALE)
 
 
 def pack(integers: Array, bits: int) -> Array:
@@ -65,6 +74,24 @@ def _of_portable(quantized: Array, scale: Array, zero_points: Array | None) -> A
     integers *= scale[..., None]
     found: Array = integers.reshape(len(integers), -1)
     return found
+
+
+def dequantize_halves(upper: Array, lower: Array, scale: Array, scheme: Scheme) -> Array:
+    """Returns the dequantized weight of a table in halves (`slm.export.graph.halves`), float32 (N, K).
+
+    Args:
+        upper: The upper halves, uint8 (N, blocks, bytes of a block).
+        lower: The lower halves.
+        scale: The scales of the upper halves, float32 (N, blocks).
+        scheme: The quantization scheme.
+    """
+    integers = unpack(lower, 4, scheme.block_size).astype(np.float32)  # (N, blocks, block)
+    integers -= 8
+    integers /= 16
+    integers += unpack(upper, 4, scheme.block_size)
+    integers -= 8
+    integers *= scale[..., None]
+    return integers.reshape(len(integers), -1)
 
 
 def relative_error(before: Array, after: Array) -> float:

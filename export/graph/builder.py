@@ -1,5 +1,6 @@
 """The only module that uses onnxscript's graph builder. Its API is young, so changes to it stay in one place."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import onnx_ir as ir
@@ -9,7 +10,19 @@ from onnxscript.nn import Module, ModuleList, Parameter
 
 from slm.core.contract import TensorSpec
 
-__all__ = ["DTYPES", "Array", "GraphUnderWay", "Module", "ModuleList", "Op", "Parameter", "Value", "cast", "fused"]
+__all__ = [
+    "DTYPES",
+    "Array",
+    "GraphUnderWay",
+    "Module",
+    "ModuleList",
+    "Op",
+    "Parameter",
+    "Value",
+    "branch",
+    "cast",
+    "fused",
+]
 
 Array = NDArray[Any]
 Op: TypeAlias = OpBuilder
@@ -33,6 +46,17 @@ def fused(op: Op) -> Op:
 def cast(op: Op, x: Value, have: ir.DataType, want: ir.DataType) -> Value:
     """Returns x cast to a type, or x itself if it already has that type."""
     return x if have == want else op.Cast(x, to=want)
+
+
+def branch(op: Op, name: str, make: Callable[[Op], Value]) -> ir.Graph:
+    """Returns a branch of an If. It can read all values that exist before it; its constants lie in the main graph.
+
+    Args:
+        op: The builder of the graph around the branch.
+        name: The name of the branch, unique in the graph.
+        make: Adds the nodes of the branch with a builder, and returns the result.
+    """
+    return op.builder.subgraph(make, [], [ir.Value(name=f"{name}.result")], name=name)
 
 
 class GraphUnderWay:

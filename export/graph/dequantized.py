@@ -77,7 +77,7 @@ class DequantizedEmbedding(Module):
         rows = (op.Gather(each, input_ids, axis=0) for each in self._stored)
         return op.DequantizeLinear(*rows, axis=1, block_size=self._block_size)
 
-    def head(self, op: Op, hidden: Value) -> Value:
+    def head(self, op: Op, hidden: Value, keep: Value) -> Value:
         """Maps (T, D) to logits (T, V)."""
         columns = (op.Transpose(each, perm=[1, 0]) for each in self._stored)
         return op.MatMul(hidden, op.DequantizeLinear(*columns, axis=0, block_size=self._block_size))

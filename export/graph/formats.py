@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Module, Op, Parameter, Value, cast, fused
+from slm.export.graph.halves import HalvesEmbedding
 
 # The 8-bit step for activations from -1 to 1, and the smallest divisor of a row, which avoids a division by zero.
 _STEP, _SMALLEST_ROW = 1 / 127, 1e-9
@@ -33,8 +34,14 @@ class Embedding(Protocol):
     def __call__(self, op: Op, input_ids: Value) -> Value:
         """Maps ids (...) to (..., D)."""
 
-    def head(self, op: Op, hidden: Value) -> Value:
-        """Maps hidden states (..., D) to logits (..., V) with the same table."""
+    def head(self, op: Op, hidden: Value, keep: Value) -> Value:
+        """Maps hidden states (..., D) to logits (..., V) with the same table.
+
+        Args:
+            op: The builder.
+            hidden: The hidden states.
+            keep: The graph's input `num_logits_to_keep`.
+        """
 
 
 class WeightFormat(Protocol):
@@ -83,7 +90,7 @@ class FloatEmbedding(Module):
         """Looks up ids (B, T) as (B, T, D)."""
         return cast(op, op.Gather(self.weight, input_ids, axis=0), self._dtype, ir.DataType.FLOAT)
 
-    def head(self, op: Op, hidden: Value) -> Value:
+    def head(self, op: Op, hidden: Value, keep: Value) -> Value:
         """Maps (B, T, D) to logits (B, T, V)."""
         hidden = cast(op, hidden, ir.DataType.FLOAT, self._dtype)
         return cast(op, self._product(op, hidden), self._dtype, ir.DataType.FLOAT)
@@ -181,7 +188,7 @@ class BlockEmbedding(BlockLinear):
         )
         return cast(op, found, self.dtype, ir.DataType.FLOAT)
 
-    def head(self, op: Op, hidden: Value) -> Value:
+    def head(self, op: Op, hidden: Value, keep: Value) -> Value:
         """Maps (B, T, D) to logits (B, T, V)."""
         product = super().forward(op, cast(op, hidden, ir.DataType.FLOAT, self.dtype))
         return cast(op, product, self.dtype, ir.DataType.FLOAT)
@@ -224,6 +231,8 @@ class BlockFormat:
             return DynamicLinear(in_features, out_features)
         return BlockLinear(in_features, out_features, scheme, self._accuracy_level)
 
-    def embedding(self, path: str, vocab_size: int, hidden_size: int) -> BlockEmbedding:
+    def embedding(self, path: str, vocab_size: int, hidden_size: int) -> BlockEmbedding | HalvesEmbedding:
         """Returns a quantized embedding."""
+        if self._schemes[path].halves:
+            return HalvesEmbedding(vocab_size, hidden_size, self._schemes[path], self._accuracy_level)
         return BlockEmbedding(vocab_size, hidden_size, self._schemes[path], self._accuracy_level)

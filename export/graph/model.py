@@ -69,13 +69,13 @@ class CausalLM(Module):
         """Returns logits (B, kept, V) and the present caches by name."""
         step = self.positions(op, inputs)
         hidden, outputs = self.model(op, self._target.arranged(op, inputs[INPUT_IDS]), step, inputs)
-        logits = self._head(op, self._target.kept(op, hidden, step))
+        logits = self._head(op, self._target.kept(op, hidden, step), inputs[LOGITS_TO_KEEP])
         outputs[LOGITS] = self._target.logits(op, logits, step, self._config.vocab_size)
         return outputs
 
-    def _head(self, op: Op, hidden: Value) -> Value:
+    def _head(self, op: Op, hidden: Value, keep: Value) -> Value:
         if self._config.tie_word_embeddings:
-            return self.model.embed_tokens.head(op, hidden)
+            return self.model.embed_tokens.head(op, hidden, keep)
         hidden = cast(op, hidden, ir.DataType.FLOAT, self.lm_head.dtype)
         return cast(op, self.lm_head(op, hidden), self.lm_head.dtype, ir.DataType.FLOAT)
 

@@ -16,7 +16,7 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.manifest import Scheme
 from slm.core.weights import Weights
-from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize
+from slm.export.graph.blocks import LOWER, QUANTIZED, SCALE, UPPER, ZERO_POINTS, dequantize, dequantize_halves
 from slm.export.graph.builder import Array
 
 # The operating system maps files by page. A tensor that starts on a page boundary is mapped without a copy.
@@ -121,7 +121,7 @@ def float_tensors(path: Path, schemes: Mapping[str, Scheme]) -> LazyTensors:
     makers: dict[str, Callable[[], Array]] = {}
     for name in stored:
         product, _, part = name.rpartition(".")
-        if part == QUANTIZED:
+        if part in (QUANTIZED, UPPER):
             makers[f"{product}.weight"] = partial(_dequantized, stored, product, schemes[product])
         elif part == "weight":
             makers[name] = partial(_float32, stored, name)
@@ -129,6 +129,9 @@ def float_tensors(path: Path, schemes: Mapping[str, Scheme]) -> LazyTensors:
 
 
 def _dequantized(stored: LazyTensors, product: str, scheme: Scheme) -> Array:
+    if scheme.halves:
+        upper, lower, scale = (stored[f"{product}.{part}"] for part in (UPPER, LOWER, SCALE))
+        return dequantize_halves(upper, lower, scale, scheme)
     points = stored[f"{product}.{ZERO_POINTS}"] if scheme.zero_points else None
     return dequantize(stored[f"{product}.{QUANTIZED}"], stored[f"{product}.{SCALE}"], points, scheme)
 

@@ -126,3 +126,20 @@ def test_a_sweep(slm: Slm, shared_bundle: Bundle, tmp_path: Path, monkeypatch: p
     result = slm(*arguments)
     assert "reusing 2 of 2 trials" in result.err and "--int8 --block-size 32 --smooth" in result.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+
+
+def test_a_head_in_halves(slm: Slm, shared_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("quantize", "--int8", "--head", "halves", shared_bundle.path, *LITTLE)
+    monkeypatch.setattr("slm.quantize.halves.MAX_KL_NATS", 1.0)
+    out = tmp_path / "halves"
+    result = slm(*options, "--out", out)
+    assert result.code == 0, result.err
+    assert "Single-token steps from halves: KL " in result.err
+    head = json.loads((out / "report.json").read_text())["head"]
+    assert head["tokens"] > 100 and 0 < head["kl_nats"] < 1 and head["same_top1"] > 0.95
+    monkeypatch.setattr("slm.quantize.halves.MAX_KL_NATS", 1e-9)
+    result = slm(*options, "--out", tmp_path / "refused")
+    assert result.code == 1 and "from halves diverge" in result.err and "omit --head halves" in result.err
+    assert not (tmp_path / "refused").exists()
+    result = slm("quantize", "--sweep", "--head", "halves", shared_bundle.path)
+    assert result.code == 1 and "omit the other settings" in result.err

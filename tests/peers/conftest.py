@@ -165,6 +165,7 @@ def bundles(shared_checkpoint: Path, tokenizer: Tokenizer, tmp_path_factory: pyt
         "float32": float32,
         "int8": quantize_bundle(float32, runs / "onnx-int8", text, int8)[0],
         "int8 caches": quantize_bundle(float32, home / "caches", text, replace(int8, cache="int8"))[0],
+        "halves": quantize_bundle(float32, home / "halves", text, replace(int8, gate=Gate(None), head="halves"))[0],
         "portable": portable,
         "portable int8": quantize_bundle(portable, runs / "onnx-portable-int8", text, int8)[0],
         "portable int4": quantize_bundle(portable, home / "portable-int4", text, int4, None, text)[0],

@@ -28,7 +28,7 @@ def continued(genai: Ask, bundles: Any, name: str) -> list[list[int]]:
     return [rows[0][len(prompt) :] for rows, prompt in zip(found["answers"], bundles.prompts, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["float32", "int8", "int8 caches"])
+@pytest.mark.parametrize("name", ["float32", "int8", "int8 caches", "halves"])
 def test_the_same_greedy_tokens(genai: Ask, bundles: Any, name: str) -> None:
     assert bundles.cut(continued(genai, bundles, name)) == bundles.greedy(name)
 

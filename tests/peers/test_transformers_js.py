@@ -31,6 +31,7 @@ def greedy(
         ("float32", 32),
         ("int8", 16),
         ("int8 caches", 32),
+        ("halves", 16),
     ],
 )
 def test_the_same_greedy_tokens(in_node: Callable[..., str], bundles: Any, name: str, positions: int) -> None:

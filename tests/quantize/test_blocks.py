@@ -8,9 +8,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from slm.core.grid import fitted
 from slm.core.manifest import Scheme
 from slm.export.graph.blocks import QUANTIZED, SCALE, ZERO_POINTS, dequantize, pack, unpack
-from slm.quantize.blocks import fitted, quantize_nearest, searched
+from slm.quantize.blocks import quantize_nearest, searched
 from slm.quantize.rounding import restored
 
 INT8, INT8_DYNAMIC = Scheme(bits=8, block_size=32), Scheme(bits=8, block_size=128, dynamic=True)

@@ -10,6 +10,7 @@ import pytest
 
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
+from slm.core.grid import as_stored
 from slm.core.manifest import Bundle, Scheme
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.progress import Silent
@@ -18,7 +19,6 @@ from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import float_tensors, graph_tensors
 from slm.export.verify import verify_bundle
 from slm.quantize.blocks import quantize_nearest
-from slm.quantize.grid import as_stored
 from slm.quantize.make import quantize_bundle
 from slm.quantize.page import figures
 from slm.quantize.plain import plain_bundle

@@ -9,6 +9,7 @@ import pytest
 
 from slm.core.config import FULL, ModelConfig
 from slm.core.errors import SlmError
+from slm.core.grid import BLOCK_SIZES
 from slm.core.manifest import Bundle, Scheme
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.progress import Silent
@@ -21,7 +22,6 @@ from slm.quantize.blocks import quantize_nearest
 from slm.quantize.linears import Linear, linears_of
 from slm.quantize.make import quantize_bundle
 from slm.quantize.plan import (
-    BLOCK_SIZES,
     INT4,
     INT8,
     INT8_DYNAMIC,

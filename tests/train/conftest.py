@@ -33,6 +33,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "checkpoints": {"every_updates": 2, "keep": 2},
     },
     "float16": {"machine": {"precision": "float16"}},
+    # Rounding begins at the fourth of six updates.
+    "rounded": {"qat": {"precision": "int4", "start": 0.5}, "optimizer": {"ema": 0.9}},
 }
 TIMES = ("elapsed_s", "tokens_s")
 # Artifacts record one time of making, so that runs can be compared byte for byte.

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from slm.core.errors import SlmError
 from slm.core.nn import load_checkpoint
+from slm.core.nn.fake_quant import round_weight
 from slm.core.progress import Silent
+from slm.core.qat import GRIDS
 from slm.train import metrics, parallel, run
 from slm.train.build import build_learner, build_model, with_special_tokens
 from slm.train.data.dataset import open_dataset
@@ -67,6 +69,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "machine": {"gradient_checkpointing": True, "loss_chunk": 7},
         "model": {"tie_word_embeddings": False},
     },
+    "rounded-tied": {"qat": {"precision": "int8"}},
+    "rounded-untied": {"qat": {"precision": "int4"}, "model": {"tie_word_embeddings": False}},
     "bfloat16-tied": {"machine": {"precision": "bfloat16"}},
     "bfloat16-untied": {"machine": {"precision": "bfloat16"}, "model": {"tie_word_embeddings": False}},
 }
@@ -75,6 +79,7 @@ FOUR = ("random-tied", "checkpointing-untied")
 # Steps that are left out, to see that it is noticed.
 BROKEN = (("ddp", "rows"), ("fsdp", "rows"), ("ddp", "average"))
 EMA = {"optimizer": {"ema": 0.9}}
+ROUNDED = EMA | {"qat": {"precision": "int4"}}
 
 
 def measure(recipe: Recipe, data: Path, processes: Processes, broken: str | None = None) -> Measured:
@@ -291,6 +296,9 @@ def two(place: Path, recipes: MakeRecipe, data: Path, alone: dict[str, Measured]
         jobs.append({**jobs[0], "recipe": fields(recipes(), kind), "broken": broken, "file": file})
     for kind in ("ddp", "fsdp"):
         jobs.append({"kind": "train", "recipe": fields(recipes(**EMA), kind), "out": str(place / f"2-{kind}")})
+        jobs.append(
+            {"kind": "train", "recipe": fields(recipes(**ROUNDED), kind), "out": str(place / f"2-{kind}-rounded")}
+        )
         jobs.append(stopped(recipes, kind, place / f"2-{kind}-stopped"))
         jobs.append(going_on(place, "1-stopped", kind, f"1-to-2-{kind}"))
     for before in ("ddp", "fsdp"):
@@ -417,6 +425,19 @@ def test_what_fsdp_saves_is_whole(two: Path) -> None:
     ours = load_checkpoint(path)
     with torch.no_grad():
         assert torch.allclose(theirs(ids).logits, ours(ids), rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_checkpoints_on_a_grid_are_the_rounded_average(two: Path, kind: str) -> None:
+    run = two / f"2-{kind}-rounded"
+    saved, average, trained = (
+        weights(run, file)
+        for file in ("checkpoint/last/model.safetensors", "trainer/average.safetensors", "trainer/model.safetensors")
+    )
+    for name, scheme in GRIDS["int4"].schemes(load_checkpoint(run / "checkpoint/last").config):
+        assert torch.equal(saved[name], round_weight(average[name], scheme)), name
+        assert not torch.equal(saved[name], round_weight(trained[name], scheme)), name
+    assert last_loss(run) == pytest.approx(last_loss(two / "2-ddp-rounded"), rel=1e-3)
 
 
 def test_both_kinds_write_the_same_samples(two: Path) -> None:

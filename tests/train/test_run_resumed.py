@@ -32,7 +32,7 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 # Micro-step 5 is the first of an update, 8 the last before an evaluation, 1 before anything was saved.
-@pytest.mark.parametrize("variant", ["plain", "everything", "float16"])
+@pytest.mark.parametrize("variant", ["plain", "everything", "float16", "rounded"])
 def test_a_run_cut_in_two_is_the_run_in_one_piece(
     small_recipe: MakeRecipe, variant: str, stopper: Any, fingerprint: Fingerprint
 ) -> None:
