@@ -52,6 +52,7 @@ class SettingOptions:
     block_size: str | None
     method: "Method | None"
     smooth: bool | None
+    head_bits: str | None
     target_size: int | None
     kv_cache: "CacheType | None"
     head: "Head"
@@ -67,7 +68,7 @@ class SettingOptions:
         """
         if self.int8 + self.int8_dynamic + self.int4 + self.sweep != 1:
             raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
-        open_by_default = (self.block_size, self.method, self.smooth, self.target_size, self.kv_cache)
+        open_by_default = (self.block_size, self.method, self.smooth, self.head_bits, self.target_size, self.kv_cache)
         limits = (self.max_kl, self.max_ppl_increase)
         chosen = self.prefer != "auto" or self.head != "whole"
         if self.sweep and (chosen or any(value is not None for value in (*open_by_default, *limits))):
@@ -77,6 +78,10 @@ class SettingOptions:
                 "--target-size requires --int4: it chooses between 4 and 8 bits for each layer",
                 "use slm quantize --int4 --target-size SIZE",
             )
+        if self.head_bits is not None and not self.int4:
+            raise SlmError("--head-bits requires --int4; INT8 bundles have 8 bits everywhere", "omit --head-bits")
+        if self.head_bits == "4" and self.head == "halves":
+            raise SlmError("--head halves stores 8 bits, which excludes --head-bits 4", "omit one of them")
         if self.reduce_range and not self.int8_dynamic:
             raise SlmError(
                 "--reduce-range requires --int8-dynamic; other products do not overflow", "omit --reduce-range"
@@ -109,6 +114,7 @@ class SettingOptions:
             method=self.method,
             smooth=self.smooth,
             cache=self.kv_cache,
+            head_bits=None if self.head_bits is None else 4 if self.head_bits == "4" else 8,
             head=self.head,
             target_bytes=self.target_size,
             target_kl_nats=self.max_kl if aims_at_kl else None,

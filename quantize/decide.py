@@ -13,7 +13,17 @@ from slm.quantize.exact import share_on_grid
 from slm.quantize.halves import mean_hidden, quantize_halves
 from slm.quantize.layerwise import with_gptq
 from slm.quantize.linears import EMBEDDING, Linear
-from slm.quantize.plan import INT8, QuantizationPlan, Schemes, preferred_schemes, schemes_of, with_half_scales
+from slm.quantize.plan import (
+    INT4,
+    INT8,
+    TABLE_BLOCK_SIZES,
+    QuantizationPlan,
+    Schemes,
+    preferred_schemes,
+    schemes_of,
+    with_four_bit_tables,
+    with_half_scales,
+)
 from slm.quantize.quantizer import Quantizer
 from slm.quantize.search import Budget, Candidates, sensitivities
 from slm.quantize.settings import Prefer
@@ -130,10 +140,12 @@ def _smoothed(quantizer: Quantizer, plan: QuantizationPlan) -> QuantizationPlan:
 
 
 def _with_mixed_precision(quantizer: Quantizer, plan: QuantizationPlan) -> QuantizationPlan:
-    """Rounds to few bits, then gives eight bits to the most sensitive layers, within the budget of the settings."""
+    """Rounds to few bits, then gives eight bits to the most sensitive weights, within the budget of the settings."""
     settings, calibration = quantizer.settings, quantizer.calibration
     # GPTQ fits the rows that it reads, so its KL divergence is measured on other rows.
     held_out = 0 if settings.target_kl_nats is None else min(_TOGETHER_ROWS, len(calibration.rows) // 2)
+    if settings.tables != "eight":
+        plan = _with_four_bit_tables(quantizer, plan)
     if plan.method == "gptq":
         plan = with_gptq(quantizer, plan, calibration.after(held_out))
     if settings.prefer == "size" and settings.target_bytes is None and settings.target_kl_nats is None:
@@ -158,12 +170,31 @@ def _with_mixed_precision(quantizer: Quantizer, plan: QuantizationPlan) -> Quant
     return plan.with_schemes(schemes)
 
 
+def _with_four_bit_tables(quantizer: Quantizer, plan: QuantizationPlan) -> QuantizationPlan:
+    """Returns the plan with tables in 4 bits, in the smallest blocks that fit the target size or that `prefer` asks for."""
+    settings = quantizer.settings
+    tables = [linear for linear in quantizer.linears if linear.role != "layer"]
+    fast = settings.target_bytes is None and settings.prefer in ("speed", "size")
+    for block_size in TABLE_BLOCK_SIZES[1 if fast else 0 :]:
+        schemes = on_device(schemes_of(tables, with_four_bit_tables(INT4, block_size)), quantizer.source)
+        found = plan.with_schemes({**plan.schemes, **schemes})
+        if settings.target_bytes is None or quantizer.bytes(found) <= settings.target_bytes:
+            break
+    return found
+
+
 def _candidates(quantizer: Quantizer, plan: QuantizationPlan) -> Candidates:
-    """Returns the candidates: every weight with fewer than eight bits can get eight. Measures their sensitivities."""
+    """Returns the candidates: weights with fewer than eight bits can get eight, unless the settings ask for four in tables.
+
+    Measures the sensitivities of all weights with fewer than eight bits.
+    """
     few_bits = [linear for linear in quantizer.linears if plan.schemes[linear.path].bits < 8]
     text = quantizer.calibration.first(_SENSITIVITY_ROWS, _ROW_TOKENS)
     sensitivity = sensitivities(quantizer, plan, few_bits, text)
     # A weight that lies on a 4-bit grid keeps four bits, because eight bits would be less exact.
     choosable = [linear for linear in few_bits if linear.path not in plan.exact]
-    high = {**plan.schemes, **on_device(schemes_of(choosable, INT8["auto"]), quantizer.source)}
+    if quantizer.settings.tables == "four":
+        choosable = [linear for linear in choosable if linear.role == "layer"]
+    eight = replace(INT8["auto"], head=INT4.head, lookup=INT4.lookup)
+    high = {**plan.schemes, **on_device(schemes_of(choosable, eight), quantizer.source)}
     return Candidates(quantizer.linears, plan.schemes, high, sensitivity)

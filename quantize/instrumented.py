@@ -29,6 +29,7 @@ from slm.runtime.session import session_options
 
 # The session option for the directory of the weights if the graph is passed as bytes.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_LAST_NORM = "model.norm.weight"
 
 
 class InstrumentedModel:
@@ -77,6 +78,11 @@ class ResidualStream:
     x: Array
     update: Array | None = None
 
+    def feeds(self, names: Sequence[str]) -> dict[str, Array]:
+        """Returns the values by name of the graph's inputs."""
+        values = [value for value in (self.x, self.update) if value is not None]
+        return dict(zip(names, values, strict=True))
+
 
 class InstrumentedLayer:
     """Runs a single layer of the graph, so that processing all layers in turn costs only two passes over the model.
@@ -94,7 +100,7 @@ class InstrumentedLayer:
         graph = model.graph
         inputs = {linear.path: _product(graph, linear.path) for linear in linears}
         after = _stream(graph, f"model.layers.{layer + 1}.input_layernorm.weight")
-        after = after or _stream(graph, "model.norm.weight")
+        after = after or _stream(graph, _LAST_NORM)
         self._after = [_named(value) for value in after]
         self._names = {path: _named(value) for path, value in inputs.items()}
         # The portable graph's attention accepts a past only if its present outputs are used.
@@ -102,12 +108,7 @@ class InstrumentedLayer:
         del graph.outputs[:]
         graph.outputs.extend(present)
         _show(graph, [*inputs.values(), *after])
-        self._before: list[str] = []
-        for value in _stream(graph, f"model.layers.{layer}.input_layernorm.weight"):
-            self._before.append(_named(value))
-            fed = ir.Value(name=f"{_named(value)}.fed", type=ir.TensorType(ir.DataType.FLOAT))
-            ir.convenience.replace_all_uses_with(value, fed)
-            graph.inputs.append(fed)
+        self._before = _fed(graph, f"model.layers.{layer}.input_layernorm.weight")
         _exchangeable(graph, linears)
         _trim(model)
         self._session = _session(model, bundle)
@@ -126,12 +127,31 @@ class InstrumentedLayer:
         self, row: Array, stream: ResidualStream, outputs: Sequence[str], weights: Mapping[str, Array] | None
     ) -> list[Array]:
         feeds = _tokens(row) | _empty(self._caches, self._target, len(row)) | _by_name(weights)
-        values = [value for value in (stream.x, stream.update) if value is not None]
-        feeds |= {f"{name}.fed": value for name, value in zip(self._before, values, strict=True)}
+        feeds |= stream.feeds(self._before)
         found: list[Array] = self._session.run(
             list(outputs), {name: value for name, value in feeds.items() if name in self._wanted}
         )
         return found
+
+
+class InstrumentedNorm:
+    """Runs the last norm, whose output is the input of the head."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        model = ir.load(bundle.model_path)
+        graph = model.graph
+        self._before = _fed(graph, _LAST_NORM)
+        ((norm, _),) = graph.initializers[_LAST_NORM].uses()
+        del graph.outputs[:]
+        _show(graph, [norm.outputs[0]])
+        _trim(model)
+        self._session = _session(model, bundle)
+
+    def __call__(self, stream: ResidualStream) -> Array:
+        """Returns the hidden states, float32 (T, D), after the last layer's output."""
+        (found,) = self._session.run(None, stream.feeds(self._before))
+        hidden: Array = found.reshape(-1, found.shape[-1])
+        return hidden
 
 
 def embedded(bundle: Bundle, rows: Array) -> list[ResidualStream]:
@@ -174,6 +194,17 @@ def _stream(graph: ir.Graph, norm: str) -> list[ir.Value]:
     weight = graph.initializers[norm]
     ((node, index),) = weight.uses()
     return [value for value in node.inputs[:index] if value is not None]
+
+
+def _fed(graph: ir.Graph, norm: str) -> list[str]:
+    """Replaces the inputs of a norm, see `_stream`, by inputs of the graph. Returns their names."""
+    names = []
+    for value in _stream(graph, norm):
+        fed = ir.Value(name=f"{_named(value)}.fed", type=ir.TensorType(ir.DataType.FLOAT))
+        ir.convenience.replace_all_uses_with(value, fed)
+        graph.inputs.append(fed)
+        names.append(_named(fed))
+    return names
 
 
 def _show(graph: ir.Graph, values: Sequence[ir.Value]) -> None:

@@ -1,4 +1,4 @@
-"""Rounding layer by layer: each layer is fitted to its inputs from the rounded layers before it.
+"""Rounding layer by layer: each layer, and last the head, is fitted to its inputs from the rounded layers before it.
 
 Dimensions: N output channels, K input channels.
 """
@@ -7,17 +7,20 @@ from dataclasses import replace
 from itertools import groupby
 
 from slm.export.graph.builder import Array
-from slm.quantize.gptq import quantize_gptq
-from slm.quantize.instrumented import InstrumentedLayer, embedded
+from slm.quantize.gptq import quantize_gptq, quantize_table
+from slm.quantize.instrumented import InstrumentedLayer, InstrumentedNorm, embedded
+from slm.quantize.linears import EMBEDDING
 from slm.quantize.plan import Arrays, QuantizationPlan
 from slm.quantize.quantizer import Quantizer
 from slm.quantize.rounding import restored
-from slm.quantize.statistics import second_moments
+from slm.quantize.statistics import hidden_moments, second_moments
 from slm.quantize.texts import TokenRows
 
 
 def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> QuantizationPlan:
-    """Returns the plan with the layers' weights rounded by GPTQ on a text, in the order of execution."""
+    """Returns the plan with weights rounded by GPTQ on a text, in the order of execution: the layers' weights, and the head's
+    if it has fewer than eight bits.
+    """
     rounded: dict[str, Arrays] = {}
     smoothing, tensors = plan.smoothing, quantizer.smoothed_weights(plan)
     streams = embedded(quantizer.float32, text.rows)
@@ -39,4 +42,10 @@ def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> 
         streams = [layer.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
         quantizer.progress.advance()
     quantizer.progress.finish()
+    (head,) = (linear for linear in quantizer.linears if linear.role == "head")
+    if plan.schemes[head.path].bits < 8:
+        quantizer.progress.note(f"GPTQ of {head.outputs:,} rows of {head.path}")
+        of_hidden = hidden_moments(InstrumentedNorm(quantizer.float32), head, streams)
+        scheme, tied = plan.schemes[head.path], head.path == EMBEDDING
+        rounded[head.path] = quantize_table(tensors[f"{head.path}.weight"], of_hidden, scheme, lookup=tied)
     return replace(plan, rounded={**plan.rounded, **rounded})

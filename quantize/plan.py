@@ -48,6 +48,8 @@ INT8: Mapping[Prefer, PreferredSchemes] = {
 # One scale for each output channel; activations are rounded with one scale for each token.
 INT8_DYNAMIC = PreferredSchemes(layer=Scheme(bits=8, block_size=128, dynamic=True), head=_IN_64, lookup=_IN_64)
 INT4 = PreferredSchemes.of(GRIDS["int4"])
+# Block sizes of a 4-bit table, the most accurate first. Tables are searched for a size that fits `--target-size`.
+TABLE_BLOCK_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,12 @@ def preferred_schemes(settings: Settings) -> PreferredSchemes:
     if not settings.dynamic:
         return INT8[settings.prefer]
     return replace(INT8_DYNAMIC, layer=INT8_DYNAMIC.layer.model_copy(update={"reduced": settings.reduce_range}))
+
+
+def with_four_bit_tables(preferred: PreferredSchemes, block_size: int) -> PreferredSchemes:
+    """Returns preferred schemes with 4 bits for the head and for the lookup of embeddings."""
+    table = Scheme(bits=4, block_size=block_size, zero_points=True)
+    return replace(preferred, head=table, lookup=table)
 
 
 def schemes_of(

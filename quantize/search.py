@@ -7,6 +7,7 @@ divergence of several weights is approximately the sum.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from slm.core.errors import SlmError
 from slm.core.manifest import Scheme
@@ -53,6 +54,15 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class _Assignment:
+    """A scheme for each weight, their size in bytes, and the sensitivities left, in nats."""
+
+    schemes: dict[str, Scheme]
+    size: int
+    left: float
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The schemes that a search chooses from.
 
@@ -71,19 +81,39 @@ class Candidates:
     def choose(self, budget: Budget) -> dict[str, Scheme]:
         """Gives more bits to the weights with the largest sensitivity per byte, until the budget is used.
 
+        A table can be larger than all layers together, so that its place in this order says little. Both schemes of each
+        table are tried, and the assignment is kept that has the least sensitivity left, or, with a limit of the divergence,
+        the smallest size.
+
         Raises:
             SlmError: If the budget is smaller than the size with the low schemes.
         """
-        schemes, size = dict(self.low), bytes_of(self.linears, self.low)
+        size = bytes_of(self.linears, self.low)
         if budget.bytes is not None and size > budget.bytes:
             raise SlmError(
                 f"the weights take at least {size / 1e6:,.1f} MB, "
                 f"but the target size leaves {budget.bytes / 1e6:,.1f} MB for them",
                 "choose a larger --target-size",
             )
-        left = sum(self.sensitivity.values())
-        cost = {linear.path: bytes_of([linear], self.high) - bytes_of([linear], self.low) for linear in self.linears}
-        choosable = [path for path in cost if path in self.sensitivity and cost[path] > 0]
+        tables = [linear.path for linear in self.linears if linear.role != "layer" and self._cost(linear) > 0]
+        assigned = [
+            self._assigned(budget, tables, chosen)
+            for count in range(len(tables) + 1)
+            for chosen in combinations(tables, count)
+        ]
+        if budget.kl_nats is None:
+            fitting = [each for each in assigned if budget.bytes is None or each.size <= budget.bytes]
+            return min(fitting, key=lambda each: each.left).schemes
+        reached = [each for each in assigned if each.left <= budget.kl_nats + _TINY]
+        return min(reached or assigned, key=lambda each: each.size if reached else each.left).schemes
+
+    def _assigned(self, budget: Budget, tables: Sequence[str], chosen: Sequence[str]) -> "_Assignment":
+        """Returns the assignment with the high scheme for the chosen tables, and for layers within the budget."""
+        cost = {linear.path: self._cost(linear) for linear in self.linears}
+        schemes = {**self.low, **{path: self.high[path] for path in chosen}}
+        size = bytes_of(self.linears, schemes)
+        left = sum(each for path, each in self.sensitivity.items() if path not in chosen)
+        choosable = [path for path in cost if cost[path] > 0 and path not in tables]
         for path in sorted(choosable, key=lambda path: (-self.sensitivity[path] / cost[path], path)):
             if budget.kl_nats is not None and left <= budget.kl_nats:
                 break
@@ -92,7 +122,13 @@ class Candidates:
             schemes[path] = self.high[path]
             size += cost[path]
             left -= self.sensitivity[path]
-        return schemes
+        return _Assignment(schemes, size, left)
+
+    def _cost(self, linear: Linear) -> int:
+        """Returns the bytes that the high scheme takes beyond the low one; 0 for a weight without a choice."""
+        if linear.path not in self.sensitivity:
+            return 0
+        return bytes_of([linear], self.high) - bytes_of([linear], self.low)
 
     def within_bytes(self, target: int, measured: Callable[[Schemes], int]) -> dict[str, Scheme]:
         """Chooses schemes whose files take at most `target` bytes.

@@ -53,6 +53,8 @@ class Settings:
         method: The rounding method. None: GPTQ for four bits, nearest for eight bits.
         smooth: Whether to smooth activations first. None: only if it measures better.
         cache: The type of cached keys and values. None: `prefer` decides; with "auto", the type with the faster attention.
+        head_bits: For INT4, the bits of the head and of the token embeddings. None: the search chooses if there is a target,
+            otherwise `prefer` decides.
         head: Whether the tied table is stored whole, or in halves for faster single-token steps (`slm.export.graph.halves`).
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
@@ -67,6 +69,7 @@ class Settings:
     method: Method | None = None
     smooth: bool | None = None
     cache: CacheType | None = None
+    head_bits: Literal[4, 8] | None = None
     head: Head = "whole"
     target_bytes: int | None = None
     target_kl_nats: float | None = None
@@ -85,6 +88,17 @@ class Settings:
         return "int8" if self.prefer == "speed" else "float32"
 
     @property
+    def tables(self) -> Literal["four", "eight", "search"]:
+        """The bits of the head and of the token embeddings, or whether the search chooses them."""
+        if self.precision == "int8" or self.head_bits == 8 or self.head == "halves":
+            return "eight"
+        if self.head_bits == 4:
+            return "four"
+        if self.target_bytes is not None or self.target_kl_nats is not None:
+            return "search"
+        return "four" if self.prefer == "size" else "eight"
+
+    @property
     def limits(self) -> Gate:
         """The limits of the quality check."""
         return self.gate or GATES[self.precision]
@@ -92,7 +106,8 @@ class Settings:
     def requested(self) -> dict[str, object]:
         """Returns the requested settings for reports, without those left open."""
         asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
-        asked |= {"block_size": self.block_size, "head": None if self.head == "whole" else self.head}
+        asked |= {"block_size": self.block_size, "head_bits": self.head_bits}
+        asked |= {"head": None if self.head == "whole" else self.head}
         asked |= {"target_bytes": self.target_bytes, "target_kl_nats": self.target_kl_nats}
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -132,6 +147,8 @@ def check_source(source: Bundle, settings: Settings) -> None:
         _check_halves(source)
     if manifest.target == "portable":
         what = "--int8-dynamic" if settings.dynamic else "--kv-cache int8" if settings.cache == "int8" else None
+        if settings.head_bits == 4:  # the standard operator Gather does not take 4-bit integers
+            what = "--head-bits 4"
         if what is not None:
             raise SlmError(
                 f"{source.path} is a portable bundle, which does not support {what}",
@@ -173,7 +190,7 @@ def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> S
     Prints a note if `prefer` asks for something that the device does not support.
     """
     if source.manifest.target == "portable":
-        return replace(settings, cache="float32")
+        return replace(settings, cache="float32", head_bits=8 if settings.precision == "int4" else None)
     if source.manifest.device == "cuda":
         if settings.prefer == "speed":
             progress.note("CUDA supports float16 caches only; --prefer speed does not change them")

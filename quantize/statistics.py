@@ -9,7 +9,7 @@ import numpy as np
 
 from slm.core.progress import Progress
 from slm.export.graph.builder import Array
-from slm.quantize.instrumented import InstrumentedLayer, InstrumentedModel, ResidualStream
+from slm.quantize.instrumented import InstrumentedLayer, InstrumentedModel, InstrumentedNorm, ResidualStream
 from slm.quantize.linears import Linear
 from slm.quantize.texts import TokenRows
 
@@ -44,4 +44,19 @@ def second_moments(
     for row, stream in zip(text.rows, streams, strict=True):
         for path, x in layer.inputs(row, stream).items():
             moments[path] += x.T @ x
+    return moments
+
+
+def hidden_moments(norm: InstrumentedNorm, head: Linear, streams: Sequence[ResidualStream]) -> Array:
+    """Returns the sum of x xᵀ, float32 (K, K), over the hidden states x that the head multiplies.
+
+    Args:
+        norm: Runs the last norm.
+        head: The head.
+        streams: The outputs of the last layer for each row of the text.
+    """
+    moments = np.zeros((head.inputs, head.inputs), np.float32)
+    for stream in streams:
+        x = norm(stream)
+        moments += x.T @ x
     return moments

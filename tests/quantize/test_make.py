@@ -64,8 +64,8 @@ def made(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dic
         "int8-smooth": {"smooth": True},
         "int8-dynamic": {"dynamic": True},
         "int4": {"precision": "int4"},
-        "int4-size": {"precision": "int4", "prefer": "size"},
-        "int4-nearest": {"precision": "int4", "prefer": "size", "method": "nearest"},
+        "int4-size": {"precision": "int4", "prefer": "size", "head_bits": 8},
+        "int4-nearest": {"precision": "int4", "prefer": "size", "head_bits": 8, "method": "nearest"},
     }
     return {name: make(shared_bundle, home / name, **settings) for name, settings in wanted.items()}
 
@@ -314,7 +314,7 @@ def test_mixed_precision_keeps_a_target_size(
 ) -> None:
     least = made["int4-size"][1].bytes_after
     target = least + 30_000
-    bundle, report = make(shared_bundle, tmp_path / "b", precision="int4", target_bytes=target)
+    bundle, report = make(shared_bundle, tmp_path / "b", precision="int4", head_bits=8, target_bytes=target)
     assert least < report.bytes_after <= target
     bits = {scheme.bits for path, scheme in bundle.manifest.quantization.schemes.items() if "layers" in path}  # type: ignore[union-attr]
     assert bits == {4, 8}
@@ -322,7 +322,7 @@ def test_mixed_precision_keeps_a_target_size(
     tried = {each.path: each.harm_nats for each in report.tensors if each.harm_nats is not None}
     assert len(tried) == 16 and max(tried.values()) > 0
     with pytest.raises(SlmError, match="the weights take at least"):
-        make(shared_bundle, tmp_path / "c", precision="int4", target_bytes=least // 2)
+        make(shared_bundle, tmp_path / "c", precision="int4", head_bits=8, target_bytes=least // 2)
     assert not (tmp_path / "c").exists()
 
 
@@ -331,11 +331,11 @@ def test_mixed_precision_keeps_a_divergence(
 ) -> None:
     coarse = made["int4-size"][1]
     target = coarse.change.kl_nats / 2
-    bundle, report = make(shared_bundle, tmp_path / "b", precision="int4", target_kl_nats=target)
+    bundle, report = make(shared_bundle, tmp_path / "b", precision="int4", head_bits=8, target_kl_nats=target)
     assert report.change.kl_nats <= target
     bits = {scheme.bits for path, scheme in bundle.manifest.quantization.schemes.items() if "layers" in path}  # type: ignore[union-attr]
     assert bits == {4, 8}
-    _, loose = make(shared_bundle, tmp_path / "c", precision="int4", target_kl_nats=9.0)
+    _, loose = make(shared_bundle, tmp_path / "c", precision="int4", head_bits=8, target_kl_nats=9.0)
     assert loose.bytes_after == coarse.bytes_after < report.bytes_after
 
 

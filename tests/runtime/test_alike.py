@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     [
         ({"block_size": 32, "cache": "int8"}, True),
         ({"dynamic": True, "cache": "int8"}, True),
-        ({"precision": "int4", "prefer": "size", "method": "nearest", "cache": "int8"}, True),
+        ({"precision": "int4", "prefer": "size", "head_bits": 8, "method": "nearest", "cache": "int8"}, True),
         ({"cache": "int8"}, False),  # attention's output in blocks of 128
         ({"block_size": 32}, False),  # caches in floats
         ({"dynamic": True}, False),
