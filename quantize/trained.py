@@ -62,15 +62,14 @@ def trained_plan(quantizer: Quantizer) -> QuantizationPlan | None:
 
 def contradiction(settings: Settings, grid: QatGrid) -> str | None:
     """Returns an option that moves weights off a grid; None if there is none."""
-    # --int4 --prefer size has the schemes of the grid.
-    prefers = settings.prefer != "auto" and (settings.precision, settings.prefer) != ("int4", "size")
     options = {
         "--int8-dynamic": settings.dynamic,
         f"--{settings.precision}": settings.precision != grid.precision,
         f"--method {settings.method}": settings.method not in (None, "nearest"),
         "--smooth": settings.smooth,
         f"--block-size {settings.block_size}": settings.block_size not in (None, grid.layers.block_size),
-        f"--prefer {settings.prefer}": prefers,
+        f"--prefer {settings.prefer}": settings.prefer != "auto",
+        "--head-bits 4": settings.head_bits == 4,
         "--head halves": settings.head == "halves",  # whose integers have another range
         "--target-size": settings.target_bytes is not None,
     }
