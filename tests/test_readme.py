@@ -91,8 +91,11 @@ def test_own_gemma(slm: Callable[..., Any], shared_checkpoint: Path) -> None:
     imported, *others = commands_under("Your own Gemma")
     assert imported == ["import", "google/gemma-3-270m"]
     assert slm("import", shared_checkpoint).code == 0
-    assert [command[0] for command in others] == ["export", "quantize", "export", "quantize"]
-    for command in others[:3]:  # the sweep is in tests/quantize
+    assert [command[0] for command in others] == ["trim", "export", "quantize", "export", "quantize"]
+    assert others[0][-2:] == ["--keep", "32768"]
+    others[0][-1] = "300"
+    Path("text.txt").write_text("Once upon a time there was a small dog.\n" * 60)
+    for command in others[:4]:  # the sweep is in tests/quantize
         result = slm(*command)
         assert result.code == 0, (command, result.err)
 
