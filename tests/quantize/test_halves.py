@@ -1,6 +1,7 @@
 """A tied table in halves: its rounding, and the same choices as from the whole table."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from slm.core.contract import SIDES, head_candidates, past_name
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, Scheme
 from slm.core.progress import Silent
+from slm.export import parity_head
 from slm.export.graph.blocks import LOWER, SCALE, SHIFT, UPPER, dequantize_halves, relative_error, unpack
 from slm.export.parity_head import check_head
 from slm.quantize.blocks import quantize_nearest
@@ -225,6 +227,18 @@ def test_verify_compares_both_ways_to_read_the_head(halves: Bundle, tmp_path: Pa
     ir.save(broken, path)
     with pytest.raises(SlmError, match="does not match the whole head"):
         check_head(Bundle(tmp_path / "bundle", halves.manifest, halves.config), Silent())
+
+
+def test_verify_finds_wrong_candidates(halves: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = parity_head.both_ways
+
+    def off_by_a_tenth(decoder: Any, ids: Any) -> Iterator[Any]:
+        for found, whole in real(decoder, ids):
+            yield found + 0.1 * whole.std(), whole
+
+    monkeypatch.setattr(parity_head, "both_ways", off_by_a_tenth)
+    with pytest.raises(SlmError, match="candidates"):
+        check_head(halves, Silent())
 
 
 def test_bundles_that_cannot_have_halves(shared_bundle: Bundle, tmp_path: Path) -> None:
