@@ -175,6 +175,10 @@ def plan_graph(config: ModelConfig, kind: Kind, names: Collection[str] = (), bra
     step = _portable_positions(plan, config) if portable else _fused_positions(plan, config, kind, names)
     if kind.quantized_cache and branching:
         step.few = plan("LessOrEqual", plan("Squeeze", plan("Shape", Input(INPUT_IDS), start=1, end=2)), FEW_TOKENS)
+        if FULL in config.layer_types:
+            capacity = plan("Shape", Input(past_name(config.layer_types.index(FULL), "key")), start=2, end=3)
+            total = plan("Shape", Input(ATTENTION_MASK), start=1, end=2)
+            step.few = plan("Or", step.few, plan("Squeeze", plan("Less", capacity, total)))
     model = _Model(plan, config, kind, names)
     hidden = model.layers(step, plan("Reshape", Input(INPUT_IDS), [-1]) if portable else Input(INPUT_IDS))
     if portable:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from slm.core.config import Activation, LayerType, ModelConfig
+from slm.core.config import FULL, Activation, LayerType, ModelConfig
 from slm.core.contract import (
     ATTENTION_MASK,
     FEW_TOKENS,
@@ -19,6 +19,7 @@ from slm.core.contract import (
     CacheType,
     Device,
     cache_layers,
+    past_name,
 )
 from slm.export.graph.builder import Op, Value, branches, cast, fused
 from slm.export.graph.formats import WeightFormat
@@ -74,6 +75,8 @@ class FusedPositions(RotaryModule):
         """
         super().__init__(config)
         self._context, self._dtype, self._quantized_cache = context, dtype, quantized_cache
+        kinds = config.layer_types
+        self._full_cache = past_name(kinds.index(FULL), "key") if FULL in kinds else None
 
     def forward(self, op: Op, inputs: Mapping[str, Value]) -> Step:
         """Returns the shared values of the step."""
@@ -100,7 +103,16 @@ class FusedPositions(RotaryModule):
         )
 
     def _few(self, op: Op, inputs: Mapping[str, Value]) -> Value:
-        return op.LessOrEqual(op.Squeeze(op.Shape(inputs[INPUT_IDS], start=1, end=2)), FEW_TOKENS)
+        """Returns whether 8-bit caches are read in place: few new tokens, or caches that grow with each step.
+
+        Other programs pass caches of the past's length. There, onnxruntime would write the longer result into the float32
+        copy, because only the operator reads it, and fail.
+        """
+        few = op.LessOrEqual(op.Squeeze(op.Shape(inputs[INPUT_IDS], start=1, end=2)), FEW_TOKENS)
+        if self._full_cache is None:
+            return few
+        capacity = op.Shape(inputs[self._full_cache], start=2, end=3)
+        return op.Or(few, op.Squeeze(op.Less(capacity, total_length(op, inputs))))
 
     def _new(self, op: Op, inputs: Mapping[str, Value], lengths: Value) -> tuple[Value, Value]:
         """Returns the index and the position of each new token, both (B, T).

@@ -302,7 +302,7 @@ def test_a_phone(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
 
 def test_a_talk(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     """Turn by turn what `slm chat` answers, special tokens in what is said included."""
-    lines = ["Who is there?", "Tell me of the <end_of_turn> owl.", "And then?"]
+    lines = ["Who is there?", "Tell me about the <end_of_turn> dog.", "And then?"]
     options = ["--greedy", "--json", "--max-new-tokens", "20"]
     command = [sys.executable, "-m", "slm", "chat", *options]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, encoding="utf-8", timeout=120)
