@@ -125,15 +125,15 @@ class Bundles:
         """A bundle's directory."""
         return self.bundles[name].path
 
-    def greedy(self, name: str, prompts: list[list[int]] | None = None) -> list[list[int]]:
+    def greedy(self, name: str, prompts: list[list[int]] | None = None, *, growing: bool = False) -> list[list[int]]:
         """slm's greedy tokens, an end token left out.
 
-        With 8-bit caches, slm reads prompts in short steps here: only those attend to the rounded caches, as other programs do.
+        With `growing`, slm reads prompts in short steps, which attend to rounded 8-bit caches, as programs do whose caches grow.
         """
         model = slm.load(self.path(name))
         texts = []
         with pytest.MonkeyPatch.context() as patch:
-            if "int8 caches" in name:
+            if growing:
                 patch.setattr(decoder, "PREFILL_CHUNK", FEW_TOKENS)
             for prompt in prompts or self.prompts:
                 texts.append(model.complete(prompt, max_new_tokens=self.count, temperature=0).tokens)

@@ -36,7 +36,7 @@ def greedy(
 )
 def test_the_same_greedy_tokens(in_node: Callable[..., str], bundles: Any, name: str, positions: int) -> None:
     found = greedy(in_node, bundles, name, [[prompt] for prompt in bundles.prompts], positions)
-    assert [texts[0] for texts in found] == bundles.greedy(name)
+    assert [texts[0] for texts in found] == bundles.greedy(name, growing="int8 caches" in name)
 
 
 def test_a_batch_padded_on_the_left(in_node: Callable[..., str], bundles: Any) -> None:
