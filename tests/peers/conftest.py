@@ -128,7 +128,7 @@ class Bundles:
     def greedy(self, name: str, prompts: list[list[int]] | None = None, *, growing: bool = False) -> list[list[int]]:
         """slm's greedy tokens, an end token left out.
 
-        With `growing`, slm reads prompts in short steps, which attend to rounded 8-bit caches, as programs do whose caches grow.
+        With `growing`, slm reads prompts in short steps, as if its 8-bit caches grew with each step.
         """
         model = slm.load(self.path(name))
         texts = []
