@@ -8,7 +8,8 @@ from typing import Any
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.graph_file import FileGraph, FileNode, FileTensor, read_graph
-from slm.core.graph_plan import Constant, Input, Kind, Node, Output, Subgraph, Value, Weight, plan_graph
+from slm.core.graph_nodes import Constant, Input, Node, Output, Subgraph, Value, Weight
+from slm.core.graph_plan import Kind, plan_graph
 
 # The limit of elements in a constant. slm writes shapes, starts and ends as constants.
 _LONGEST_CONSTANT = 16

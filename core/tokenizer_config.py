@@ -76,8 +76,8 @@ def _one_template(config: dict[str, Any]) -> dict[str, str]:
 def declared_tokens(backend: Tokenizer, config: dict[str, Any]) -> list[AddedToken]:
     """Returns the added tokens that only `tokenizer_config.json` declares; transformers adds the same.
 
-    These are entries of `added_tokens_decoder` that differ from those of `tokenizer.json`, and named special tokens that are
-    not added tokens. Tokens that the vocabulary does not contain are ignored: the model has no embedding for them.
+    Two kinds count: entries of `added_tokens_decoder` that differ from those of `tokenizer.json`, and named special tokens that
+    are not added tokens. Tokens that the vocabulary does not contain are ignored: the model has no embedding for them.
     """
     there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     stated: dict[str, AddedToken] = {}

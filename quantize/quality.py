@@ -37,7 +37,7 @@ def measure(before: OnnxDecoder, after: OnnxDecoder, text: TokenRows, progress: 
     sums = _Sums()
     step = max(1, comparable_positions(before.vocab_size) // 2)  # both bundles' logits are in memory
     if any(layer.dtype == "int8" for layer in after.bundle.manifest.cache):
-        step = min(step, FEW_TOKENS)  # longer steps attend to their own keys and values before these are rounded
+        step = min(step, FEW_TOKENS)  # a longer step attends to its new keys and values before it rounds them
     for row in text.rows:
         before.reset()
         after.reset()

@@ -29,7 +29,8 @@ def in_halves(bundle: Bundle) -> bool:
 def looks_far(sampling: Sampling, vocab_size: int) -> bool:
     """Returns whether a choice depends on the logits of unlikely tokens.
 
-    It does not if it is the most likely token or among the top-k ones, before any bias or penalty. All of these are exact.
+    Greedy decoding and sampling from a small top-k look at likely tokens only, whose logits are exact. A bias or a penalty can
+    make any token likely.
     """
     plain = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1, 0, 0)
     few = sampling.temperature == 0 or 0 < sampling.top_k <= head_candidates(vocab_size) // _SURE

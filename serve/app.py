@@ -83,7 +83,7 @@ def make_app(service: Service) -> FastAPI:
     description = describe(app.openapi(), keys=bool(service.keys))
     page = docs_page(description)
     # The description is built before the first request: it would block the event loop for too long.
-    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    app.openapi = lambda: description  # type: ignore[method-assign]  # FastAPI documents this assignment
     return app
 
 

@@ -1,6 +1,7 @@
 """`slm trim`."""
 
 import time
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from slm.cli.options import (
     Percentage,
     Whole,
     Word,
+    collects,
     column_option,
     document_option,
     json_option,
@@ -32,7 +34,55 @@ from slm.core.text.streams import DOCUMENT_BYTES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from slm.interchange.trim.checkpoint import Trimmed
+    from slm.interchange.trim.checkpoint import Prove, Trimmed
+    from slm.interchange.trim.choice import Wanted
+    from slm.interchange.trim.texts import Texts
+
+
+@dataclass(frozen=True)
+class VocabularyOptions:
+    """The options that choose the tokens. Exactly one of `keep` and `coverage` is required."""
+
+    keep: int | None
+    coverage: float | None
+    also: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Checks that there is one size.
+
+        Raises:
+            click.UsageError: If there is none, or two.
+        """
+        if (self.keep is None) == (self.coverage is None):
+            raise click.UsageError("pass --keep N or --coverage PERCENT, one of them")
+
+    def wanted(self) -> "Wanted":
+        """Returns the choice for `trim_checkpoint`."""
+        from slm.interchange.trim.choice import Wanted
+
+        return Wanted(self.keep, self.coverage, self.also)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The options that choose the texts."""
+
+    data: tuple[str, ...]
+    held_out: str | None
+    column: str | None
+    max_document_bytes: int | None
+
+    def open(self) -> "tuple[Texts, Texts]":
+        """Opens the text whose tokens stay and the held-out text, and names both on the console."""
+        from slm.interchange.trim.texts import Texts
+        from slm.train.data.corpus import Reading, open_corpus
+
+        reading = Reading(self.column or TEXT_COLUMN, limit=self.max_document_bytes or DOCUMENT_BYTES)
+        corpus = open_corpus(self.data, self.held_out, reading)
+        say(f"text: {corpus.about}")
+        about, _, about_held_out = corpus.about.partition("; validation: ")
+        held_out = Texts(corpus.validation, about_held_out or corpus.held_out, corpus.counts[1])
+        return Texts(corpus.train, about, corpus.counts[0]), held_out
 
 
 @click.command(epilog=REPLACING)
@@ -73,15 +123,12 @@ if TYPE_CHECKING:
 @out_option_for("checkpoint", "runs/NAME-trimmed/checkpoint/trimmed")
 @overwrite_option
 @json_option
+@collects("vocabulary", VocabularyOptions)
+@collects("texts", TextOptions)
 def trim(
     checkpoint: Path | None,
-    data: tuple[str, ...],
-    keep: int | None,
-    coverage: float | None,
-    held_out: str | None,
-    also: tuple[str, ...],
-    column: str | None,
-    max_document_bytes: int | None,
+    vocabulary: VocabularyOptions,
+    texts: TextOptions,
     out: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -95,12 +142,7 @@ def trim(
       slm trim --data stories.txt --keep 32768
       slm trim gemma-3-270m --data german/ --coverage 99.99% --held-out german-test.txt
     """
-    if (keep is None) == (coverage is None):
-        raise click.UsageError("pass --keep N or --coverage PERCENT, one of them")
     from slm.interchange.trim.checkpoint import trim_checkpoint
-    from slm.interchange.trim.choice import Wanted
-    from slm.interchange.trim.texts import Texts
-    from slm.train.data.corpus import Reading, open_corpus
 
     started = time.perf_counter()
     source = checkpoint or default_checkpoint()
@@ -108,31 +150,9 @@ def trim(
     if path.resolve() == source.resolve():
         raise SlmError(f"{path} is the checkpoint itself", "choose another --out")
     check_checkpoint_output(path, overwrite=overwrite)
-    reading = Reading(column or TEXT_COLUMN, limit=max_document_bytes or DOCUMENT_BYTES)
-    corpus = open_corpus(data, held_out, reading)
-    say(f"text: {corpus.about}")
-    about, _, about_held_out = corpus.about.partition("; validation: ")
+    data, held_out = texts.open()
     progress = RichProgress()
-
-    def prove(source: Path, trimmed: Path, tokenizers: Any, kept: Any, sample: list[str]) -> "Mapping[str, Any]":
-        from dataclasses import asdict
-
-        from slm.export.trimmed import compare_trimmed
-
-        return asdict(compare_trimmed(source, trimmed, tokenizers, kept, sample, progress))
-
-    with_torch = find_spec("torch") is not None
-    if not with_torch:
-        say("PyTorch is not installed: logits and bits per byte are not compared, only tensors and pieces.")
-    done = trim_checkpoint(
-        source,
-        path,
-        Texts(corpus.train, about, corpus.counts[0]),
-        Texts(corpus.validation, about_held_out or corpus.held_out, corpus.counts[1]),
-        Wanted(keep, coverage, also),
-        prove if with_torch else None,
-        progress,
-    )
+    done = trim_checkpoint(source, path, data, held_out, vocabulary.wanted(), _comparison(progress), progress)
     following = after_checkpoint(path)
     report = _report(source, done) | {
         "seconds": round(time.perf_counter() - started, 2),
@@ -145,6 +165,20 @@ def trim(
     for notice in done.notices:
         say(notice)
     next_step(following)
+
+
+def _comparison(progress: RichProgress) -> "Prove | None":
+    """Returns the comparison of both models in PyTorch; None, with a message, if PyTorch is not installed."""
+    if find_spec("torch") is None:
+        say("PyTorch is not installed: logits and bits per byte are not compared, only tensors and pieces.")
+        return None
+
+    def compare(source: Path, trimmed: Path, tokenizers: Any, kept: Any, sample: list[str]) -> "Mapping[str, Any]":
+        from slm.export.trimmed import compare_trimmed
+
+        return asdict(compare_trimmed(source, trimmed, tokenizers, kept, sample, progress))
+
+    return compare
 
 
 def _report(source: Path, done: "Trimmed") -> dict[str, Any]:

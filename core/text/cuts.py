@@ -41,11 +41,14 @@ def cuts_at_spaces(tokenizer: Tokenizer) -> bool:
     )
 
 
-def pieces(document: str) -> Iterator[str]:
-    """Cuts a long text for a tokenizer that satisfies `cuts_at_spaces`: the pieces have the ids of the text."""
-    start = 0
-    while len(document) - start > _PIECE_CHARACTERS:
-        cut = CUT.search(document, start + _PIECE_CHARACTERS)
+def pieces(document: str, characters: int | None = None) -> Iterator[str]:
+    """Cuts a long text at the first possible place after each `characters` characters.
+
+    For a tokenizer that satisfies `cuts_at_spaces`, the pieces have the ids of the text.
+    """
+    start, characters = 0, characters or _PIECE_CHARACTERS
+    while len(document) - start > characters:
+        cut = CUT.search(document, start + characters)
         if cut is None:
             break
         yield document[start : cut.start()]

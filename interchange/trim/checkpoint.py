@@ -193,13 +193,13 @@ def _generation(source: Path, choice: Choice) -> dict[str, Any]:
 
 def _gathered(weights: Weights, names: Mapping[str, Any], kept: Array, progress: Progress) -> dict[str, Array]:
     """Returns the tensors of the trimmed model, in their stored type, or float32 if there are several types."""
-    alike = len({weights.dtypes[name] for name in names}) == 1 and weights.dtypes[EMBEDDING] != "float64"
+    same_type = len({weights.dtypes[name] for name in names}) == 1 and weights.dtypes[EMBEDDING] != "float64"
     tensors: dict[str, Array] = {}
     progress.start("read", len(names), "tensors")
     try:
         for name in names:
             array = weights.rows(name, kept) if name in _TABLES else weights.read(name)
-            tensors[name] = np.ascontiguousarray(array if alike else array.astype(np.float32))
+            tensors[name] = np.ascontiguousarray(array if same_type else array.astype(np.float32))
             progress.advance()
     finally:
         progress.finish()

@@ -1,8 +1,8 @@
 """Which tokens must stay so that a tokenizer splits a text as before.
 
 BPE merges the pair of the lowest rank until no pair has a merge. If every merge that occurs in a text stays, the text is merged
-as before: at each step the merge of the lowest rank is still there, and no merge was added. The merges inside a token are those
-of its spelling alone, because none of them crosses the token's ends. So a token needs every token that is made while its
+as before: at each step the merge of the lowest rank is still there, and no merge was added. No merge inside a token crosses the
+token's ends, so the merges of a token are those of its spelling. A token therefore needs every token that is made while its
 spelling is merged.
 
 Unigram takes the path of the best score, and WordPiece the longest match. A token that is not in the result can leave without

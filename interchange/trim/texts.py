@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slm.core.errors import SlmError
 from slm.core.progress import Progress
-from slm.core.text.cuts import CUT, PieceEncoder
+from slm.core.text.cuts import PieceEncoder, pieces
 from slm.core.text.documents import batches
 from slm.core.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def count_tokens(texts: Texts, tokenizer: Tokenizer, rows: int, progress: Progre
         name: What is counted, for the progress.
 
     Raises:
-        SlmError: If there is no text, it cannot be read, or it has a token without a row.
+        SlmError: If the text is empty or cannot be read, or if a token has no row in the embedding.
     """
     found = Counted(np.zeros(rows, np.int64))
     hashed, sampled = hashlib.sha256(), 0
@@ -175,7 +175,7 @@ def _encoded(texts: Texts, tokenizer: Tokenizer, progress: Progress, name: str) 
 
     def parts() -> Iterator[str]:
         for document in texts.read():
-            yield from _parts(str(document))
+            yield from pieces(str(document), _PART_CHARACTERS)
             progress.advance()
 
     progress.start(name, texts.count, "documents")
@@ -185,15 +185,3 @@ def _encoded(texts: Texts, tokenizer: Tokenizer, progress: Progress, name: str) 
                 yield part, np.array(ids, np.int64)
     finally:
         progress.finish()
-
-
-def _parts(document: str) -> Iterator[str]:
-    """Cuts a long document before white space."""
-    start = 0
-    while len(document) - start > _PART_CHARACTERS:
-        cut = CUT.search(document, start + _PART_CHARACTERS)
-        if cut is None:
-            break
-        yield document[start : cut.start()]
-        start = cut.start()
-    yield document[start:]

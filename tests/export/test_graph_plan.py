@@ -371,72 +371,6 @@ def test_another_graph_is_rejected(tmp_path: Path, config: ModelConfig, name: st
     assert caught.value.message.isprintable() and caught.value.hint
 
 
-def branches(model: onnx.ModelProto) -> dict[str, onnx.GraphProto]:
-    node = next(node for node in model.graph.node if node.op_type == "If")
-    return {attribute.name: attribute.g for attribute in node.attribute}
-
-
-def exchanged_branches(model: onnx.ModelProto) -> None:
-    for attribute in next(node for node in model.graph.node if node.op_type == "If").attribute:
-        attribute.name = {"then_branch": "else_branch", "else_branch": "then_branch"}[attribute.name]
-
-
-def node_in_branch(model: onnx.ModelProto) -> None:
-    nodes = branches(model)["else_branch"].node
-    nodes.append(helper.make_node("Concat", [nodes[0].output[0]] * 2, ["more"], axis=0))
-
-
-def other_result(model: onnx.ModelProto) -> None:
-    graph = branches(model)["then_branch"]
-    graph.output[0].name = graph.node[0].output[0]
-
-
-def moved_between_branches(model: onnx.ModelProto) -> None:
-    """Moves the last node of the first branch to the second one. The order of all nodes stays the same."""
-    first, second = branches(model)["then_branch"], branches(model)["else_branch"]
-    nodes = [first.node.pop(), *second.node]
-    del second.node[:]
-    second.node.extend(nodes)
-
-
-def tensor_in_branch(model: onnx.ModelProto) -> None:
-    branches(model)["else_branch"].initializer.append(numpy_helper.from_array(np.zeros(9, np.float32), "zeros"))
-
-
-def branch_in_branch(model: onnx.ModelProto) -> None:
-    graph = branches(model)["else_branch"]
-    inner = helper.make_attribute("body", helper.make_graph([], "inner", [], []))
-    graph.node[0].attribute.append(inner)
-
-
-IN_BRANCHES: dict[str, Callable[[onnx.ModelProto], None]] = {
-    "swapped branches": exchanged_branches,
-    "another node in a branch": node_in_branch,
-    "another result of a branch": other_result,
-    "a node in the other branch": moved_between_branches,
-    "a tensor in a branch": tensor_in_branch,
-    "a branch in a branch": branch_in_branch,
-    "another condition": renamed("op_type", "And", "Or"),
-    "more candidates": lambda model: next(
-        each
-        for each in model.graph.initializer
-        if not each.external_data and numpy_helper.to_array(each).tolist() == [10]
-    ).CopyFrom(numpy_helper.from_array(np.array([40]), "candidates")),
-}
-
-
-@pytest.mark.parametrize("name", IN_BRANCHES)
-def test_other_branches_are_rejected(tmp_path: Path, config: ModelConfig, name: str) -> None:
-    target, kind = kinds(config)["halves"]
-    path = tmp_path / "onnx" / "model.onnx"
-    sizes = written(path, config, target)
-    model = onnx.load(path, load_external_data=False)
-    IN_BRANCHES[name](model)
-    path.write_bytes(model.SerializeToString())
-    with pytest.raises(SlmError):
-        check_graph(path, config, kind, sizes)
-
-
 def test_an_attribute_with_two_graphs_is_rejected() -> None:
     """Protobuf merges the two, which the reader would not see. No library writes such a file."""
     graph = helper.make_graph([helper.make_node("Abs", ["v"], ["w"])], "branch", [], [])
@@ -452,7 +386,7 @@ def test_an_attribute_with_two_graphs_is_rejected() -> None:
     assert found == [[], ["a subgraph"]]
 
 
-# Graphs with 8-bit caches have subgraphs.
+# Graphs with 8-bit caches, and with a head in halves, have subgraphs.
 
 
 def branch_of(model: onnx.ModelProto, name: str) -> onnx.GraphProto:
@@ -461,12 +395,21 @@ def branch_of(model: onnx.ModelProto, name: str) -> onnx.GraphProto:
     return graph
 
 
+def both_branches(model: onnx.ModelProto) -> tuple[onnx.GraphProto, onnx.GraphProto]:
+    return branch_of(model, "then_branch"), branch_of(model, "else_branch")
+
+
 def swapped_branches(model: onnx.ModelProto) -> None:
-    then, otherwise = (branch_of(model, name) for name in ("then_branch", "else_branch"))
+    then, otherwise = both_branches(model)
     kept = onnx.GraphProto()
     kept.CopyFrom(then)
     then.CopyFrom(otherwise)
     otherwise.CopyFrom(kept)
+
+
+def node_in_a_branch(model: onnx.ModelProto) -> None:
+    nodes = branch_of(model, "else_branch").node
+    nodes.append(helper.make_node("Concat", [nodes[0].output[0]] * 2, ["more"], axis=0))
 
 
 def loop_in_a_branch(model: onnx.ModelProto) -> None:
@@ -484,40 +427,69 @@ def tensor_in_a_branch(model: onnx.ModelProto) -> None:
     branch_of(model, "then_branch").initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "mine"))
 
 
-def swapped_branch_outputs(model: onnx.ModelProto) -> None:
-    outputs = branch_of(model, "else_branch").output
-    outputs[1].name, outputs[2].name = outputs[2].name, outputs[1].name
-
-
-def value_of_another_branch(model: onnx.ModelProto) -> None:
-    """The values of a subgraph end with it."""
-    then, otherwise = (branch_of(model, name) for name in ("then_branch", "else_branch"))
-    otherwise.output[0].name = then.output[0].name
+def moved_between_branches(model: onnx.ModelProto) -> None:
+    """Moves the last node of the first branch to the second one. The order of all nodes stays the same."""
+    first, second = both_branches(model)
+    nodes = [first.node.pop(), *second.node]
+    del second.node[:]
+    second.node.extend(nodes)
 
 
 def shorter_branch(model: onnx.ModelProto) -> None:
     del branch_of(model, "else_branch").node[-1]
 
 
-BRANCH_ATTACKS = [
-    swapped_branches, loop_in_a_branch, branch_in_a_branch, tensor_in_a_branch, swapped_branch_outputs, value_of_another_branch,
-    shorter_branch,
+def other_result(model: onnx.ModelProto) -> None:
+    graph = branch_of(model, "else_branch")
+    graph.output[0].name = graph.node[0].output[0]
+
+
+def value_of_another_branch(model: onnx.ModelProto) -> None:
+    """The values of a subgraph end with it."""
+    then, otherwise = both_branches(model)
+    otherwise.output[0].name = then.output[0].name
+
+
+def swapped_branch_outputs(model: onnx.ModelProto) -> None:
+    outputs = branch_of(model, "else_branch").output
+    outputs[1].name, outputs[2].name = outputs[2].name, outputs[1].name
+
+
+def more_candidates(model: onnx.ModelProto) -> None:
+    found = (each for each in model.graph.initializer if not each.external_data)
+    number = next(each for each in found if numpy_helper.to_array(each).tolist() == [10])
+    number.CopyFrom(numpy_helper.from_array(np.array([40]), number.name))
+
+
+IN_BRANCHES = [
+    swapped_branches, node_in_a_branch, loop_in_a_branch, branch_in_a_branch, tensor_in_a_branch, moved_between_branches,
+    shorter_branch, other_result, value_of_another_branch,
 ]  # fmt: skip
+ATTACKS_OF: dict[str, list[Callable[[onnx.ModelProto], None]]] = {
+    "int8 caches": [*IN_BRANCHES, swapped_branch_outputs, renamed("op_type", "LessOrEqual", "Less")],
+    "halves": [*IN_BRANCHES, more_candidates, renamed("op_type", "And", "Or")],
+}
 
 
-@pytest.mark.parametrize("attack", [None, *BRANCH_ATTACKS])
+@pytest.mark.parametrize(
+    ("name", "attack"), [(name, each) for name, attacks in ATTACKS_OF.items() for each in (None, *attacks)]
+)
 def test_subgraphs_are_compared(
-    tmp_path: Path, config: ModelConfig, attack: Callable[[onnx.ModelProto], None] | None
+    tmp_path: Path, config: ModelConfig, name: str, attack: Callable[[onnx.ModelProto], None] | None
 ) -> None:
+    int8 = Fused(FloatFormat(), cache="int8"), kind_of(quantized_cache=True)
+    target, kind = int8 if name == "int8 caches" else kinds(config)[name]
     path = tmp_path / "onnx" / "model.onnx"
-    sizes = written(path, config, Fused(FloatFormat(), cache="int8"))
+    sizes = written(path, config, target)
     if attack is None:
-        return check_graph(path, config, kind_of(quantized_cache=True), sizes)
+        return check_graph(path, config, kind, sizes)
     model = onnx.load(path, load_external_data=False)
+    before = model.SerializeToString()
     attack(model)
+    assert model.SerializeToString() != before
     path.write_bytes(model.SerializeToString())
     with pytest.raises(SlmError) as caught:
-        check_graph(path, config, kind_of(quantized_cache=True), sizes)
+        check_graph(path, config, kind, sizes)
     assert caught.value.hint
     return None
 
