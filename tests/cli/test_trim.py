@@ -55,6 +55,14 @@ def test_words_for_people(slm: Slm, shared_checkpoint: Path, text: Path) -> None
     assert result.err.splitlines()[-1] == "next: slm export --onnx t"
 
 
+@pytest.mark.parametrize(("coverage", "advised"), [("90%", True), ("100%", False)])
+def test_advice_if_many_tokens_leave(
+    slm: Slm, shared_checkpoint: Path, text: Path, coverage: str, advised: bool
+) -> None:
+    result = slm("trim", shared_checkpoint, "--data", text, "--coverage", coverage, "--out", "t")
+    assert ("left the vocabulary; a larger --keep" in result.err) is advised and result.code == 0, result.err
+
+
 def test_the_result_is_a_model_like_any_other(slm: Slm, shared_checkpoint: Path, text: Path) -> None:
     trim = ("trim", shared_checkpoint, "--data", text, "--coverage", "90%", "--out", "runs/t/checkpoint/trimmed")
     assert slm(*trim).code == 0
