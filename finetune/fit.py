@@ -95,7 +95,7 @@ class Fit:
             precision: The type of the products.
             standing: The position of a run that has not begun.
         """
-        assert settings.epochs is not None and settings.learning_rate is not None
+        assert settings.epochs is not None and settings.learning_rate is not None and settings.batch_size is not None
         self.standing = standing
         self.material = material
         self.epochs = settings.epochs
@@ -103,6 +103,7 @@ class Fit:
         self.updates = self.epochs * self.updates_per_epoch
         self.kept: dict[str, Tensor] = {}
         self._trainable, self._settings, self._autocast = trainable, settings, precision.autocast
+        self._batch_size = settings.batch_size
         group = {"params": list(trainable.parameters.values()), "weight_decay": _WEIGHT_DECAY, "rate": 1.0}
         # One update more than there are, so that the last one is not made at a rate of 0.
         schedule = Schedule(
@@ -183,7 +184,7 @@ class Fit:
         epoch, place = divmod(update, self.updates_per_epoch)
         if self._batches[0] != epoch or not self._batches[1]:
             order = random.Random(f"{self._settings.seed} {epoch}")
-            self._batches = epoch, epoch_batches(self.material.rows, self._settings.batch_size, order)
+            self._batches = epoch, epoch_batches(self.material.rows, self._batch_size, order)
         return self._batches[1][place]
 
     def update(self, check: Check) -> tuple[Row, float]:
@@ -213,9 +214,7 @@ class Fit:
         """
         standing, epoch = self.standing, self.standing.updates // self.updates_per_epoch
         with rounded_in_place(self._trainable.model):
-            loss = mean_loss(
-                self._trainable.model, self.material.measured, self._settings.batch_size, self._autocast, check
-            )
+            loss = mean_loss(self._trainable.model, self.material.measured, self._batch_size, self._autocast, check)
         self._learner.objective.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {self.material.loss_name} is {loss}")

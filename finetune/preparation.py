@@ -14,7 +14,7 @@ from slm.core.text.files import find_files
 from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.rows import ChatRow, Limits, Row, read_rows
-from slm.finetune.settings import FinetuneSettings
+from slm.finetune.settings import FEW, FinetuneSettings
 from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
 
 # Number of rows shown before training.
@@ -27,20 +27,31 @@ class RowFiles:
 
     Attributes:
         train: A file or directory of training rows; see `slm.finetune.rows`.
-        validation: Held-out rows; None holds out a tenth of the training rows, drawn with the seed.
+        validation: Held-out rows; None holds out some of the training rows, drawn with the seed.
+        hold_out: The share of the training rows to hold out, from 0 to 1, if `validation` is None. None: a tenth, or nothing of
+            fewer than `FEW` rows.
         skip_bad: Whether to skip and count bad rows instead of raising an error.
         limits: Limits of reading.
     """
 
     train: Path
     validation: Path | None = None
+    hold_out: float | None = None
     skip_bad: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def record(self) -> dict[str, Any]:
         """Returns paths and hashes of the rows, for `slm.json`."""
         validation = None if self.validation is None else _provenance(self.validation)
-        return {"data": _provenance(self.train), "validation": validation, "skip_bad": self.skip_bad}
+        record = {"data": _provenance(self.train), "validation": validation, "skip_bad": self.skip_bad}
+        return record if self.hold_out is None else record | {"hold_out": self.hold_out}
+
+    def split(self, rows: list[Row], measured: list[Row] | None, seed: int) -> Split:
+        """Returns training rows and held-out rows."""
+        if measured is not None:
+            return Split(rows, measured)
+        small = len(rows) < FEW
+        return split_rows(rows, seed, (0.0 if small else HELD_OUT) if self.hold_out is None else self.hold_out)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ def prepare(
     measured = None if files.validation is None else read(files.validation)
     if left_out:
         progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
-    split = split_rows(rows, settings.seed) if measured is None else Split(rows, measured)
+    split = files.split(rows, measured, settings.seed)
     max_length = settings.context(config)
     if max_length > config.max_position_embeddings:
         raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
@@ -107,7 +118,15 @@ def prepare(
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
     chats = any(isinstance(row, ChatRow) for row in rows)
-    return Prepared(train, valid, tuple(packed), split, settings.resolved(config, len(packed)), chats, len(bad or ()))
+    return Prepared(
+        train,
+        valid,
+        tuple(packed),
+        split,
+        settings.resolved(config, len(train.kept), len(packed)),
+        chats,
+        len(bad or ()),
+    )
 
 
 def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:
@@ -129,16 +148,15 @@ def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
         )
     if keep == "last" or held_out >= FEW_ROWS:
         return
-    instead = "--val FILE measures on more rows, --keep last keeps the last epoch"
     if held_out:
         progress.note(
             f"warning: {held_out} held-out rows are too few to choose an epoch by (fewer than {FEW_ROWS}); the epoch with the "
-            f"lowest loss on them is kept all the same; {instead}"
+            f"lowest loss on them is kept all the same; --val FILE measures on more rows, --keep last keeps the last epoch"
         )
     else:
         progress.note(
-            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all equal), so the epoch with the "
-            f"lowest loss on the training rows is kept; {instead}"
+            "no rows are held out: the loss is that of the training rows, and says nothing about other requests; "
+            "--val FILE or --hold-out 10% measures that"
         )
 
 

@@ -16,6 +16,7 @@ from slm.cli.options import (
     Artifact,
     ByteCount,
     FilePath,
+    Percentage,
     Real,
     Whole,
     check_input,
@@ -49,6 +50,7 @@ class RowOptions:
     lora: Path | None
     full: Path | None
     validation: Path | None
+    hold_out: float | None
     skip_bad: bool
     max_document_bytes: int | None
     max_data_bytes: int | None
@@ -71,7 +73,7 @@ class RowOptions:
         from slm.finetune.rows import Limits
 
         limits = Limits.checked(self.max_document_bytes, self.max_data_bytes)
-        return RowFiles(self.data, self.validation, self.skip_bad, limits)
+        return RowFiles(self.data, self.validation, self.hold_out, self.skip_bad, limits)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class TrainingOptions:
     epochs: int | None
     patience: int
     keep: str
-    batch_size: int
+    batch_size: int | None
     pack: bool
     max_length: int | None
     qat: str | None
@@ -128,7 +130,13 @@ class TrainingOptions:
     "validation",
     type=_FILE,
     metavar="FILE",
-    help="Held-out rows, on which the loss is measured. [default: a tenth of FILE's rows, drawn with the seed]",
+    help="Held-out rows, on which the loss is measured.",
+)
+@click.option(
+    "--hold-out",
+    type=Percentage(),
+    metavar="SHARE",
+    help="Share of FILE's rows to hold out, drawn with the seed, such as 20%. [default: 10%; none of fewer than 200 rows]",
 )
 @click.option("--skip-bad", is_flag=True, help="Skip and count bad rows instead of failing.")
 @out_option_for("adapter, or the run with --full", "RUN/adapters/FILE, or runs/RUN-FILE")
@@ -174,7 +182,7 @@ class TrainingOptions:
     show_default=True,
     help="Keep the epoch with the lowest held-out loss, or the last one.",
 )
-@click.option("--batch-size", type=Whole(1, 65_536), default=8, show_default=True, help="Rows per update.")
+@click.option("--batch-size", type=Whole(1, 65_536), help="Rows per update. [default: 8, or 4 for fewer than 200 rows]")
 @click.option(
     "--pack",
     is_flag=True,
@@ -252,6 +260,8 @@ def _check(rows: RowOptions, output: OutputOptions, training: TrainingOptions) -
         click.UsageError: If options contradict each other.
         SlmError: If a file is missing or unreadable.
     """
+    if rows.validation is not None and rows.hold_out is not None:
+        raise click.UsageError("give --val FILE or --hold-out SHARE, not both")
     data, source = rows.data, click.get_current_context().get_parameter_source
     if output.out is not None and output.name is not None:
         raise click.UsageError("give --out DIR or --name NAME, not both")

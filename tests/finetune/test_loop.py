@@ -99,7 +99,7 @@ def test_a_base_whose_loss_is_not_finite(
     shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "mean_loss", lambda *_: float("nan"))
-    with pytest.raises(SlmError, match=r"^update 0: the held-out loss is nan") as caught:
+    with pytest.raises(SlmError, match=r"^update 0: the loss on the training rows is nan") as caught:
         finetune(shared_checkpoint, write_rows(ROWS), Path("out"), SETTINGS)
     assert caught.value.hint == "slm eval measures the base"
 
@@ -139,7 +139,7 @@ def test_a_run_that_is_stopped_while_it_evaluates(
         patch.setattr(module, "mean_loss", interrupted)
         finetune(shared_checkpoint, data, Path("parts"), SETTINGS)
     state = json.loads(Path("parts/trainer/state.json").read_text(encoding="utf-8"))
-    assert state["updates"] == evaluation * 7
+    assert state["updates"] == evaluation * 8
     assert sum(kind == "eval" for kind, _ in state["history"]) == evaluation
     finetune(shared_checkpoint, data, Path("parts"), SETTINGS)
     for name in (ADAPTER_WEIGHTS_FILE, "metrics.jsonl"):
