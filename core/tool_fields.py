@@ -7,10 +7,13 @@ calls are `{"function": {"name", "arguments"}}`, with an object or its JSON text
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm.core.errors import SlmError
 from slm.core.tools import DECODER, MAX_DEPTH, Call, Tool, depth, ordered
+
+if TYPE_CHECKING:
+    from slm.core.chat import Message
 
 # OpenAI's limits.
 MAX_TOOLS = 128
@@ -20,6 +23,7 @@ MAX_PARAMETERS = 1 << 16
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FORM = 'a tool is {"type": "function", "function": {"name": ..., "description": ..., "parameters": {a JSON schema}}}'
+_RESULT_FORM = 'a result is {"role": "tool", "tool_call_id": the id of its call, "content": ...}'
 _CALL_FORM = 'a call is {"type": "function", "function": {"name": ..., "arguments": {...}}}'
 
 
@@ -71,6 +75,59 @@ def called(value: Any, tools: Sequence[Tool] = ()) -> tuple[Call, ...]:
     return tuple(calls)
 
 
+def matched(messages: "Sequence[Message]") -> "list[Message]":
+    """Returns a conversation in which the results follow in the order of their calls and name the tools.
+
+    Raises:
+        SlmError: If a result has no call, or a call that is not in the last message has no result.
+    """
+    found: list[Message] = []
+    at = 0
+    while at < len(messages):
+        message, at = messages[at], at + 1
+        found.append(message)
+        if message["role"] == "tool":
+            raise SlmError(
+                f"message {at}: a result without a call before it", "the calls come in the message before it"
+            )
+        calls = message.get("calls", ())
+        if not calls or at == len(messages):
+            continue
+        end = at
+        while end < len(messages) and messages[end]["role"] == "tool":
+            end += 1
+        found += _results(calls, messages[at:end], at)
+        at = end
+    return found
+
+
+def _results(calls: Sequence[Call], results: "Sequence[Message]", number: int) -> "list[Message]":
+    """Returns the results of the calls of message `number`, in the order of the calls."""
+    if len(calls) != len(results):
+        count = "a result" if len(results) == 1 else f"{len(results)} results"
+        raise SlmError(
+            f"message {number} has {len(calls)} {'call' if len(calls) == 1 else 'calls'}, and {count} "
+            f"{'follows' if len(results) == 1 else 'follow'}",
+            "each call has one result",
+        )
+    given = [result.get("tool_call_id", "") for result in results]
+    wanted = [call.id for call in calls]
+    if not all(given) or not all(wanted):  # rows without ids may name the tools instead
+        given, wanted = [result.get("name", "") for result in results], [call.name for call in calls]
+        if not all(given) or len(set(given)) < len(given):
+            given = wanted
+    unknown = next((name for name in given if name not in wanted), None)
+    if unknown is not None:
+        raise SlmError(f"message {number}: a result is of {unknown!r:.80}, which was not called", _RESULT_FORM)
+    if len(set(given)) < len(given) and given is not wanted:
+        raise SlmError(f"message {number}: two results are of the same call", _RESULT_FORM)
+    ordered = range(len(calls)) if given is wanted else [given.index(name) for name in wanted]
+    found: list[Message] = []
+    for call, place in zip(calls, ordered, strict=True):
+        found.append({"role": "tool", "content": results[place]["content"], "name": call.name})
+    return found
+
+
 def _parsed(text: str, name: str) -> Any:
     try:
         return DECODER.decode(text.strip())
@@ -83,9 +140,7 @@ def _tool(value: Any, where: str) -> Tool:
     if not isinstance(function, Mapping):
         raise SlmError(f"{where} is not an object", _FORM)
     kind = value.get("type")
-    if kind not in (None, "function") and function is not value:
-        raise SlmError(f"{where} has the type {kind!r:.40}; only functions are supported", _FORM)
-    if function is value and "name" not in value and kind not in (None, "function"):
+    if kind not in (None, "function"):
         raise SlmError(f"{where} has the type {kind!r:.40}; only functions are supported", _FORM)
     name, description = _name(function, where), function.get("description")
     if description is not None and not isinstance(description, str):
@@ -151,7 +206,8 @@ def _call(value: Any, where: str) -> Call:
         json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
         raise SlmError(f"{where}: arguments is not valid JSON") from None
-    return Call(name, dict(arguments))
+    number = value.get("id")
+    return Call(name, dict(arguments), number if isinstance(number, str) else "")
 
 
 def _name(function: Mapping[str, Any], where: str) -> str:

@@ -6,7 +6,7 @@ The module is pure: `slm.core.tool_fields` reads other programs' formats, and `s
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 # The deepest nesting of declarations and arguments; JSON schemas of real tools have less than ten levels.
@@ -41,10 +41,12 @@ class Call:
     Attributes:
         name: The name of the tool.
         arguments: Its arguments, as JSON values.
+        id: The id that its result names; empty if there is none. Calls with different ids are equal.
     """
 
     name: str
     arguments: dict[str, Any]
+    id: str = field(default="", compare=False)
 
 
 def ordered(call: Call, tool: Tool | None) -> Call:
@@ -54,7 +56,7 @@ def ordered(call: Call, tool: Tool | None) -> Call:
     """
     if tool is None:
         return call
-    return Call(call.name, _ordered(call.arguments, tool.parameters))
+    return replace(call, arguments=_ordered(call.arguments, tool.parameters))
 
 
 def canonical(call: Call) -> str:
@@ -77,12 +79,15 @@ class Style:
         quote: The text around strings in Gemma's formats, `call:NAME{KEY:VALUE,...}`; None for the JSON object
             `{"name": NAME, "arguments": {...}}`.
         between: The text between two calls.
+        result: The token that ends a reply with calls, because the results follow in the same turn; None if calls end with the
+            turn.
     """
 
     opening: str
     closing: str
     quote: str | None = None
     between: str = ""
+    result: str | None = None
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -92,8 +97,8 @@ class Style:
 
 # Qwen's and Hermes's format, and that of slm's own turns.
 JSON_STYLE = Style("<tool_call>", "</tool_call>", between="\n")
-FUNCTION_GEMMA = Style("<start_function_call>", "<end_function_call>", "<escape>")
-GEMMA_4 = Style("<|tool_call>", "<tool_call|>", '<|"|>')
+FUNCTION_GEMMA = Style("<start_function_call>", "<end_function_call>", "<escape>", result="<start_function_response>")
+GEMMA_4 = Style("<|tool_call>", "<tool_call|>", '<|"|>', result="<|tool_response>")
 STYLES = (JSON_STYLE, FUNCTION_GEMMA, GEMMA_4)
 
 
@@ -310,7 +315,9 @@ def _ordered(value: Any, schema: Any) -> Any:
     return {
         name: _ordered(value[name], properties.get(name))
         for name in names
-        if value[name] is not None or name in required or allows_null(properties.get(name, True))
+        if value[name] is not None
+        or name in required
+        or allows_null(properties.get(name, schema.get("additionalProperties", False)))
     }
 
 
