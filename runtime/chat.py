@@ -8,6 +8,7 @@ from slm.core.arguments import check_type
 from slm.core.chat import Message, call_ends, chat_ids, foreign_template, tool_form
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.tokenizer import END_OF_TURN
+from slm.core.tool_fields import called, matched
 from slm.core.tools import JSON_STYLE, Call, ordered, parsed_calls
 from slm.runtime.generation import Piece
 from slm.runtime.model import Model
@@ -309,15 +310,22 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
     check_type("messages", messages, (list, tuple), 'a list of {"role": ..., "content": ...}')
     found: list[Message] = []
     for number, each in enumerate(cast("Sequence[Any]", messages), 1):
-        if not isinstance(each, Mapping) or not isinstance(each.get("content"), str):
+        calls = each.get("calls") or each.get("tool_calls") if isinstance(each, Mapping) else None
+        if not isinstance(each, Mapping) or not isinstance("" if calls else each.get("content"), str):
             raise ArgumentError(f"message {number} is not an object with text as 'content'", _MESSAGE)
-        if each.get("role") not in ("system", "user", "assistant"):
+        if each.get("role") not in ("system", "user", "assistant", "tool"):
             raise ArgumentError(f"message {number} has the role {each.get('role')!r}", _MESSAGE)
-        found.append({"role": each["role"], "content": each["content"]})
+        message: Message = {"role": each["role"], "content": each.get("content") or ""}
+        if each["role"] == "assistant" and calls:
+            message["calls"] = calls if each.get("calls") else called(calls)
+        if each["role"] == "tool" and isinstance(each.get("tool_call_id"), str):
+            message["tool_call_id"] = each["tool_call_id"]
+        found.append(message)
+    found = matched(found)
     roles = [message["role"] for message in found if message["role"] != "system"]
     if "system" in [message["role"] for message in found[1:]]:
         raise SlmError("a system message comes after the first message", "it begins a conversation")
-    if any(before == after for before, after in pairwise(roles)) or (roles and roles[0] != "user"):
+    if any(before == after != "tool" for before, after in pairwise(roles)) or (roles and roles[0] != "user"):
         raise SlmError("user and assistant do not take turns in messages", "begin with the user's")
     if roles and roles[-1] != "assistant":
         raise SlmError("messages end with the user's", "leave the last one out and ask it: chat.ask(...)")

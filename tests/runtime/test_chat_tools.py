@@ -11,6 +11,7 @@ import pytest
 from slm.core.chat import Message, chat_ids
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
+from slm.core.tool_fields import openai_messages
 from slm.core.tools import Call, with_calls, written
 from slm.finetune.examples import Renderer
 from slm.finetune.rows import ChatRow
@@ -110,6 +111,22 @@ def test_a_request_with_calls_without_results_is_dropped(model: Model, monkeypat
     chat.ask("Look.", **LONG)
     assert chat.retry(**LONG) == "Again."
     assert [message["content"] for message in chat.messages] == ["Hi.", "Hello.", "Look.", "Again."]
+
+
+def test_a_conversation_goes_on_from_its_messages(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = script(monkeypatch, model, [written([CALL]), "It is 8.", "Bye.", "Bye."])
+    chat = model.chat(tools=[double])
+    chat.ask("Double 4.", **LONG)
+    again = model.chat(messages=chat.messages, tools=[double])
+    as_openai: Any = openai_messages(chat.messages)
+    as_openai[1]["content"] = None
+    third = model.chat(messages=as_openai, tools=[double])
+    assert again.messages == third.messages == chat.messages
+    assert again.ask("Bye.", **LONG) == third.ask("Bye.", **LONG) == "Bye."
+    assert prompts[2] == prompts[3]
+    for wrong in (chat.messages[:3], [*chat.messages[:2], *chat.messages[3:]], [chat.messages[2]]):
+        with pytest.raises(SlmError):
+            model.chat(messages=wrong)
 
 
 @pytest.mark.parametrize(

@@ -62,12 +62,12 @@ TOOLS: list[Any] = [
 ASKED: list[Any] = [{"role": "user", "content": "Light in the hall, please."}]
 
 
-def long_bundle(checkpoint: Path, directory: Path, template: str | None = None) -> Path:
+def long_bundle(checkpoint: Path, directory: Path, template: str | None = None, context: int = 4096) -> Path:
     """Exports the random model with a context that has room for declarations."""
     copy = directory / "checkpoint"
     shutil.copytree(checkpoint, copy)
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
     if template is not None:
         ours = Tokenizer.load(copy)
         Tokenizer(ours.backend, ours.config | {"chat_template": template}).save(copy)
