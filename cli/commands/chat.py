@@ -76,6 +76,18 @@ def chat(model: Path | None, system: str, tools: Path | None, as_json: bool, opt
       printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
       slm chat --tools home.py
     """
+    converse(model, system, as_json, options)
+
+
+def converse(model: Path | None, system: str, as_json: bool, options: TextOptions) -> None:
+    """Talks with a model until the input ends.
+
+    Args:
+        model: A bundle or a checkpoint; None for the newest.
+        system: The system message.
+        as_json: Whether each answer is printed as a JSON object.
+        options: The options for running the model and sampling.
+    """
     from slm.loading import load
     from slm.runtime.chat import Chat
     from slm.runtime.functions import Toolbox, load_tools
@@ -97,7 +109,7 @@ def chat(model: Path | None, system: str, tools: Path | None, as_json: bool, opt
     talk = _Talk(conversation, generation, as_json, box or Toolbox())
     with suppress(_Quit):
         if sys.stdin.isatty():
-            _converse(talk)
+            _read_terminal(talk)
         else:
             for line in _piped():
                 talk.hear(line)
@@ -114,7 +126,7 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _converse(talk: "_Talk") -> None:
+def _read_terminal(talk: "_Talk") -> None:
     """Reads lines from a terminal until Ctrl-D, /quit, or Ctrl-C twice at the prompt. Lines can be edited and recalled.
 
     Raises:
