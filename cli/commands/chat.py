@@ -76,10 +76,10 @@ def chat(model: Path | None, system: str, tools: Path | None, as_json: bool, opt
       printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
       slm chat --tools home.py
     """
-    converse(model, system, as_json, options)
+    converse(model, system, as_json, options, tools)
 
 
-def converse(model: Path | None, system: str, as_json: bool, options: TextOptions) -> None:
+def converse(model: Path | None, system: str, as_json: bool, options: TextOptions, tools: Path | None = None) -> None:
     """Talks with a model until the input ends.
 
     Args:
@@ -87,6 +87,7 @@ def converse(model: Path | None, system: str, as_json: bool, options: TextOption
         system: The system message.
         as_json: Whether each answer is printed as a JSON object.
         options: The options for running the model and sampling.
+        tools: A file of tools that the model may call; None for none.
     """
     from slm.loading import load
     from slm.runtime.chat import Chat
