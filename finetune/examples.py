@@ -7,7 +7,7 @@ Text of rows is encoded literally: "<end_of_turn>" in a row is plain characters,
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from slm.core.chat import Dialogue, dialogues
+from slm.core.chat import Dialogue, call_ends, dialogues
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.text.cuts import PieceEncoder
@@ -97,7 +97,7 @@ class Renderer:
             raise SlmError("the base has no token that ends a text", f"its tokenizer needs {END_OF_TEXT}")
         self.end_of_text: int = end
         self._ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
-
+        self._ends |= call_ends(tokenizer)
         self._besides = tokenizer.lengthy(self._ends) - tokenizer.control_ids
 
     def turn_token_ids(self) -> list[int]:
@@ -146,8 +146,9 @@ class Renderer:
 
     def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
         literal = PieceEncoder(self.tokenizer, self._besides).encode
-        conversations = [row.messages for row in rows if isinstance(row, ChatRow)]
-        in_turns = dialogues(self.tokenizer, conversations, self._ends)
+        chats = [row for row in rows if isinstance(row, ChatRow)]
+        declared = [row.tools for row in chats]
+        in_turns = dialogues(self.tokenizer, [row.messages for row in chats], self._ends, declared)
         for row in rows:
             match row:
                 case ChatRow():
