@@ -12,7 +12,7 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.text.cuts import PieceEncoder
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
-from slm.finetune.rows import ChatRow, CompletionRow, Row, TextRow
+from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row, TextRow
 
 TURN_TOKENS = (START_OF_TURN, END_OF_TURN)
 
@@ -128,21 +128,46 @@ class Renderer:
         Raises:
             SlmError: See `bad`; the message names the row.
         """
-        kept, truncated, skipped = [], 0, 0
+        found = self._cut(rows, max_length, bad)
+        kept = [cut for full, cut in found if cut.trained]
+        return Examples(
+            tuple(kept),
+            sum(len(cut.ids) < len(full.ids) for full, cut in found if cut.trained),
+            sum(not cut.trained for _, cut in found),
+        )
+
+    def pairs(
+        self, rows: Sequence[PreferenceRow], max_length: int, bad: list[SlmError] | None = None
+    ) -> tuple[Examples, tuple[tuple[Example, Example], ...]]:
+        """Returns the preferred answers as examples, and each with the rejected answer; see `examples`.
+
+        A pair is left out if one of the two cannot be rendered, or is cut before its answer.
+        """
+        chosen = self._rendered([row.chosen for row in rows], bad)
+        left = [(row, example) for row, example in zip(rows, chosen, strict=True) if example is not None]
+        rejected = self._rendered([row.rejected for row, _ in left], bad)
+        found = [(a, b) for (_, a), b in zip(left, rejected, strict=True) if b is not None]
+        cut = [(a.cut(max_length), b.cut(max_length)) for a, b in found]
+        kept = tuple(pair for pair in cut if pair[0].trained and pair[1].trained)
+        whole = sum(len(a.ids) <= max_length and len(b.ids) <= max_length for a, b in found)
+        return Examples(tuple(a for a, _ in kept), len(cut) - whole, len(cut) - len(kept)), kept
+
+    def _cut(self, rows: Sequence[Row], max_length: int, bad: list[SlmError] | None) -> list[tuple[Example, Example]]:
+        return [(full, full.cut(max_length)) for full in self._rendered(rows, bad) if full is not None]
+
+    def _rendered(self, rows: Sequence[Row], bad: list[SlmError] | None) -> list[Example | None]:
+        """Returns the uncut example of each row, or None for a conversation that the template rejects; see `examples`."""
+        found: list[Example | None] = []
         for row, full in zip(rows, self._full(rows), strict=True):
             if isinstance(full, SlmError):
                 error = SlmError(f"{row.place}: {full.message}", full.hint)
                 if bad is None:
                     raise error
                 bad.append(error)
-                continue
-            cut = full.cut(max_length)
-            if not cut.trained:
-                skipped += 1
-                continue
-            truncated += len(cut.ids) < len(full.ids)
-            kept.append(cut)
-        return Examples(tuple(kept), truncated, skipped)
+                found.append(None)
+            else:
+                found.append(full)
+        return found
 
     def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
         literal = PieceEncoder(self.tokenizer, self._besides).encode
@@ -159,6 +184,8 @@ class Renderer:
                     yield self._ended(read, literal(row.completion))
                 case TextRow():
                     yield self._ended(self._before, literal(row.text))
+                case PreferenceRow():
+                    raise AssertionError("pairs are rendered answer by answer")
 
     def _ended(self, read: list[int], learned: list[int]) -> Example:
         # The first token cannot be predicted, because nothing precedes it.

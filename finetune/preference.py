@@ -4,7 +4,7 @@ The loss of a pair is -log sigmoid(beta * margin), with
 
     margin = (log p(chosen) - log r(chosen)) - (log p(rejected) - log r(rejected))
 
-p is the model, r the reference: the model before the first update, whose adapter does not change anything yet. Log probabilities
+p is the model, r the reference: the model before the first update, whose adapter changes nothing yet. Log probabilities
 are sums over the tokens of the answer, its end included. Those of the reference are computed once.
 
 Dimensions: B pairs, T positions, D hidden.
@@ -12,7 +12,7 @@ Dimensions: B pairs, T positions, D hidden.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from typing_extensions import override
 
 from slm.core.nn import CausalLM
 from slm.finetune.adapter import TunableLM
-from slm.finetune.batches import Batch, Material, alone, casting, collate, row_losses
+from slm.finetune.batches import Batch, alone, casting, collate, row_losses
 from slm.finetune.examples import Example
+from slm.finetune.material import Material
 from slm.train.evaluate import Check
 
 
@@ -48,7 +49,7 @@ class PairBatch(Batch):
         reference: The reference's margin of each pair, log r(chosen) - log r(rejected), in nats, float32 (B,).
     """
 
-    reference: Tensor = torch.empty(0)
+    reference: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Preferences(Material):
@@ -65,8 +66,7 @@ class Preferences(Material):
         """
         self.loss_name = loss_name
         self._pairs, self._measured, self._beta = list(pairs), list(measured), beta
-        # Share of the measured pairs whose chosen answer is likelier than the rejected one, at the last measurement.
-        self.preferred = 0.0
+        self._preferred = 0.0
 
     @override
     def __len__(self) -> int:
@@ -91,7 +91,6 @@ class Preferences(Material):
     def measure(
         self, model: TunableLM | CausalLM, batch_size: int, autocast: torch.dtype | None, check: Check
     ) -> float:
-        """Returns the mean loss of the measured pairs, in nats a pair, and updates `preferred`."""
         model.eval()
         found: list[Tensor] = []
         near = sorted(self._measured, key=lambda pair: pair.length)
@@ -102,8 +101,13 @@ class Preferences(Material):
                 found.append(margins(model, batch).cpu())
         moved = torch.cat(found)
         own = moved + torch.tensor([pair.reference[0] - pair.reference[1] for pair in near])
-        self.preferred = float((own > 0).float().mean())
+        self._preferred = float((own > 0).float().mean())
         return float(preference_loss(moved, self._beta))
+
+    @property
+    @override
+    def figures(self) -> dict[str, float]:
+        return {"preferred": self._preferred}
 
 
 def preference_loss(margin: Tensor, beta: float) -> Tensor:

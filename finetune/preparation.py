@@ -13,7 +13,9 @@ from slm.core.progress import Progress
 from slm.core.text.files import find_files
 from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
-from slm.finetune.rows import ChatRow, Limits, Row, read_rows
+from slm.finetune.material import Answers, Material
+from slm.finetune.preference import Pair, Preferences
+from slm.finetune.rows import ChatRow, Limits, PreferenceRow, Row, read_rows
 from slm.finetune.settings import FEW, FinetuneSettings
 from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
 
@@ -66,6 +68,8 @@ class Prepared:
         settings: The settings with all defaults resolved.
         chats: Whether a row is a conversation.
         bad: Number of rows left out because they could not be read.
+        pairs: If the rows are preferences, the training pairs and the held-out pairs; the examples are then their preferred
+            answers.
     """
 
     train: Examples
@@ -75,6 +79,15 @@ class Prepared:
     settings: FinetuneSettings
     chats: bool
     bad: int
+    pairs: tuple[tuple[Pair, ...], tuple[Pair, ...]] | None = None
+
+    def material(self) -> Material:
+        """Returns what to train on and what to measure: held-out rows, or the training rows if none are held out."""
+        name = "held-out loss" if self.valid.kept else "loss on the training rows"
+        if self.pairs is not None:
+            train, valid = self.pairs
+            return Preferences(train, valid or train, self.settings.beta, name)
+        return Answers(self.rows, self.valid.kept or self.train.kept, name)
 
 
 def prepare(
@@ -106,7 +119,13 @@ def prepare(
     max_length = settings.context(config)
     if max_length > config.max_position_embeddings:
         raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
-    train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
+    preferences = _are_preferences(rows + (measured or []), settings)
+    if preferences:
+        rendered = [renderer.pairs(part, max_length, bad) for part in (split.train, split.held_out)]  # type: ignore[arg-type]
+        train, valid = (examples for examples, _ in rendered)
+        pairs = tuple(tuple(Pair(*pair) for pair in found) for _, found in rendered)
+    else:
+        train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
     if bad:
         progress.note(
             f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
@@ -117,16 +136,38 @@ def prepare(
     _judge(split, len(valid.kept), settings.keep, progress)
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
-    chats = any(isinstance(row, ChatRow) for row in rows)
+    chats = any(isinstance(row.chosen if isinstance(row, PreferenceRow) else row, ChatRow) for row in rows)
     return Prepared(
         train,
         valid,
         tuple(packed),
         split,
-        settings.resolved(config, len(train.kept), len(packed)),
+        settings.resolved(config, len(train.kept), len(packed), preferences=preferences),
         chats,
         len(bad or ()),
+        (pairs[0], pairs[1]) if preferences else None,
     )
+
+
+def _are_preferences(rows: list[Row], settings: FinetuneSettings) -> bool:
+    """Returns whether all rows are preferences.
+
+    Raises:
+        SlmError: If only some are, or the settings do not support them.
+    """
+    found = [row for row in rows if isinstance(row, PreferenceRow)]
+    if not found:
+        return False
+    if len(found) < len(rows):
+        other = next(row for row in rows if not isinstance(row, PreferenceRow))
+        raise SlmError(
+            f"{other.place}: a file with chosen and rejected has no other rows", "train on one file after the other"
+        )
+    if settings.method == "full":
+        raise SlmError("preferences train an adapter, with the base as the reference", "use --lora")
+    if settings.pack:
+        raise SlmError("preferences cannot be packed", "leave --pack out")
+    return True
 
 
 def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:

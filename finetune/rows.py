@@ -27,6 +27,7 @@ from slm.finetune.fields import (
     HISTORY,
     INSTRUCTION,
     OUTPUT,
+    PREFERENCE,
     PROMPT,
     SYSTEM,
     TEXT,
@@ -43,7 +44,7 @@ EXPECTED = (
     'each row is {"messages": [{"role": "user", "content": ...}, ...]}, '
     '{"conversations": [{"from": "human", "value": ...}, ...]}, '
     '{"instruction": ..., "output": ...} with an optional "input", '
-    '{"prompt": ..., "completion": ...} or {"text": ...}'
+    '{"prompt": ..., "completion": ...}, {"prompt": ..., "chosen": ..., "rejected": ...} or {"text": ...}'
 )
 
 # Default memory limit. Rows are held in memory, and their tokens take about ten times the memory of the text.
@@ -107,7 +108,20 @@ class ChatRow:
     tools: tuple[Tool, ...] = ()
 
 
-Row = ChatRow | CompletionRow | TextRow
+@dataclass(frozen=True)
+class PreferenceRow:
+    """Two rows that differ in their last answer, of which the first is preferred."""
+
+    chosen: ChatRow | CompletionRow
+    rejected: ChatRow | CompletionRow
+
+    @property
+    def place(self) -> str:
+        """The place of the row, for messages."""
+        return self.chosen.place
+
+
+Row = ChatRow | CompletionRow | TextRow | PreferenceRow
 
 _Names = Callable[[str], None]
 
@@ -203,6 +217,8 @@ def _bytes(row: Row) -> int:
             return _OVERHEAD + len(row.prompt) + len(row.completion)
         case TextRow():
             return _OVERHEAD + len(row.text)
+        case PreferenceRow():
+            return _bytes(row.chosen) + _bytes(row.rejected)
 
 
 def _characters(message: Message) -> int:
@@ -213,6 +229,8 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: {kind_of(value)} instead of an object")
     row = present(value)
+    if any(not absent(row.get(name)) for name in PREFERENCE):
+        return _preference(row, where, left_out, unread)
     with _placed(where):
         refuse_columns(row)
     fields = _fields(row, where, unread)
@@ -314,6 +332,37 @@ def _chat(row: Mapping[str, Any], conversation: list[tuple[Message, bool]], wher
             conversation = with_system(text_of(row[name], name, where, empty=True), conversation, where)
     messages, only_read = checked(conversation, where)
     return ChatRow(messages, where, only_read, _tools(row, where))
+
+
+def _preference(row: Mapping[str, Any], where: str, left_out: _Names, unread: Collection[str]) -> PreferenceRow:
+    """Returns a pair of answers: the row with the chosen and with the rejected one as its answer."""
+    missing = [name for name in PREFERENCE if absent(row.get(name))]
+    if missing:
+        raise SlmError(f"{where}: a preference has chosen and rejected, and {missing[0]} is missing")
+    others = {name: value for name, value in row.items() if name not in PREFERENCE and not absent(value)}
+    pair = []
+    for name in PREFERENCE:
+        completed = _row(_completed(others, row[name], where), where, left_out, unread)
+        if not isinstance(completed, ChatRow | CompletionRow):
+            raise SlmError(f"{where}: a preference has a prompt")
+        pair.append(completed)
+    if pair[0] == pair[1]:
+        raise SlmError(f"{where}: chosen and rejected are equal")
+    return PreferenceRow(pair[0], pair[1])
+
+
+def _completed(others: Mapping[str, Any], answer: Any, where: str) -> dict[str, Any]:
+    """Returns the row with an answer: TRL's prompt or whole conversations, an instruction, or turns and one more message."""
+    conversation = next((name for name in CONVERSATIONS if name in others), None)
+    if conversation is not None and isinstance(others[conversation], list):
+        return {**others, conversation: [*others[conversation], *(answer if isinstance(answer, list) else [answer])]}
+    if PROMPT in others:
+        return {**others, COMPLETION: answer}
+    if INSTRUCTION in others:
+        return {**others, OUTPUT[0]: answer}
+    if isinstance(answer, list):
+        return {**others, CONVERSATIONS[0]: answer}
+    raise SlmError(f"{where}: chosen and rejected without a prompt", 'a preference is {"prompt", "chosen", "rejected"}')
 
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[Tool, ...]:

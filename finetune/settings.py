@@ -18,6 +18,8 @@ DEFAULT_MAX_LENGTH = 512
 FEW = 200
 # Ratio of the rate for all weights to that for an adapter, according to "LoRA Without Regret".
 _FULL = 0.1
+# Ratio of the rate for preferences to that for answers: their gradient does not vanish when the answers are likely.
+_PREFERENCES = 0.1
 
 
 class FinetuneSettings(BaseModel):
@@ -43,6 +45,7 @@ class FinetuneSettings(BaseModel):
         max_length: Maximum tokens of a row, including special tokens.
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
         qat: Quantization-aware training for the grid of `slm quantize --int8` or `--int4`; "none" trains in floats.
+        beta: For preferences, how strongly the model is kept near the base; see `slm.finetune.preference`.
         seed: Seed of the adapter's initial weights, dropout, the order of the rows, and the held-out rows.
     """
 
@@ -64,6 +67,7 @@ class FinetuneSettings(BaseModel):
     max_length: int | None = Field(default=None, ge=2)
     max_grad_norm: float = Field(default=1.0, gt=0)
     qat: Literal["none"] | QatPrecision = "none"
+    beta: float = Field(default=0.1, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
@@ -85,16 +89,20 @@ class FinetuneSettings(BaseModel):
         except ValidationError as error:
             raise SlmError(f"the fine-tuning settings are wrong: {first_mistake(error)}") from None
 
-    def resolved(self, config: ModelConfig, examples: int, rows: int | None = None) -> "FinetuneSettings":
+    def resolved(
+        self, config: ModelConfig, examples: int, rows: int | None = None, *, preferences: bool = False
+    ) -> "FinetuneSettings":
         """Returns the settings with all defaults resolved.
 
         Args:
             config: The model's shape.
             examples: Number of training examples.
             rows: Number of rows that they are packed into; None if they are not packed.
+            preferences: Whether they are preferences.
         """
         rows = rows or examples
         rate = default_learning_rate(config.hidden_size, examples) * (1.0 if self.method == "lora" else _FULL)
+        rate *= _PREFERENCES if preferences else 1.0
         batch_size = self.batch_size or (4 if examples < FEW else 8)
         return self.model_copy(
             update={

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from slm.finetune.rows import ChatRow, CompletionRow, Row
+from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row
 
 # Share of the rows that is held out of many rows if there is no validation file. Of 60 answers none can be missed, and a loss
 # on 6 rows says little, so none of few rows is held out.
@@ -88,6 +88,8 @@ def _prompt(row: Row) -> Hashable:
             return ("chat", json.dumps(asked, sort_keys=True, default=str)) if asked else _whole(row)
         case CompletionRow() if row.prompt.strip():
             return "prompt", row.prompt.strip()
+        case PreferenceRow():
+            return _prompt(row.chosen)
     return _whole(row)
 
 
@@ -97,4 +99,6 @@ def _whole(row: Row) -> Hashable:
             return "chat", json.dumps(row.messages, sort_keys=True, default=str)
         case CompletionRow():
             return "completion", row.prompt.strip(), row.completion.strip()
+        case PreferenceRow():
+            return "preference", _whole(row.chosen), _whole(row.rejected)
     return "text", row.text.strip()

@@ -103,6 +103,7 @@ class TrainingOptions:
     pack: bool
     max_length: int | None
     qat: str | None
+    beta: float
     seed: int
 
     def settings(self, method: str) -> "FinetuneSettings":
@@ -209,6 +210,13 @@ class TrainingOptions:
     help="Number of held-out rows to answer at the end.",
 )
 @qat_option
+@click.option(
+    "--beta",
+    type=Real(0, 100, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="For rows with chosen and rejected: higher values keep the model nearer to the base.",
+)
 @seed_option
 @json_option
 @collects("rows", RowOptions)
@@ -227,6 +235,7 @@ def finetune(
       {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}
       {"instruction": "Name a colour.", "output": "Blue."}       with "input" if it needs one
       {"prompt": "The sky is", "completion": " blue."}
+      {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}     trained with DPO, against the base
       {"text": "Once upon a time there was a blue sky."}
 
     The loss covers every assistant turn (unless its "weight" is 0), the output, the completion or the whole text, and the
@@ -303,9 +312,13 @@ def _show(samples: "Sequence[Sample]") -> None:
 def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     held_out = result["validation_rows"]
     measured = f"on {held_out} rows held out" if held_out else "on the training rows"
+    before, after = result["preferred_before"], result["preferred_after"]
+    unit = "token" if after is None else "pair"
+    preferred = [] if after is None else [("chosen answer likelier", f"{before:.1%} -> {after:.1%} {measured}")]
     bad = f", {result['bad']} bad" if result["bad"] else ""
     return [
-        ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a token {measured}"),
+        ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a {unit} {measured}"),
+        *preferred,
         ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),
         ("learned tokens", f"{result['trained_tokens']:,} an epoch"),
         ("kept", f"epoch {result['kept_epoch']} of {result['epochs']}, {_why(result, keep)}"),

@@ -14,11 +14,12 @@ from torch import nn
 from slm.core.errors import SlmError
 from slm.core.nn import load_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.finetune import fit as module
+from slm.finetune import material as module
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE
 from slm.finetune.batches import alone
 from slm.finetune.examples import Renderer
-from slm.finetune.fit import Fit, Material, Trainable
+from slm.finetune.fit import Fit, Trainable
+from slm.finetune.material import Answers
 from slm.finetune.rows import read_rows
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
@@ -37,7 +38,7 @@ def make_fit(base: Path, data: Path, precision: Precision = FLOAT32) -> tuple[Fi
     examples = [renderer.example(row) for row in read_rows(data)]
     settings = SETTINGS.model_copy(update={"method": "full", "learning_rate": 1e-3})
     parameters = dict(model.named_parameters())
-    material = Material(alone(examples), examples[:4])
+    material = Answers(alone(examples), examples[:4])
     return Fit(
         Trainable(model, parameters), material, settings, precision, Standing(course={"settings": {}})
     ), parameters

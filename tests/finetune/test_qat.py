@@ -22,8 +22,8 @@ from slm.finetune.batches import alone, batch_loss, collate, mean_loss
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.frozen import lighten
 from slm.finetune.merge import merge, merged_checkpoint
-from slm.finetune.rows import read_rows
 from slm.finetune.preparation import RowFiles
+from slm.finetune.rows import read_rows
 from slm.finetune.run import FinetuneResult, finetune
 from slm.finetune.settings import FinetuneSettings
 from tests.progress import Notes, Stopper
