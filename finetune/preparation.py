@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Prepared:
         split: The rows that the examples come from.
         settings: The settings with all defaults resolved.
         chats: Whether a row is a conversation.
+        declares_tools: Whether rows with calls declare the tools; None if no row has calls.
         bad: Number of rows left out because they could not be read.
         pairs: If the rows are preferences, the training pairs and the held-out pairs; the examples are then their preferred
             answers.
@@ -78,6 +80,7 @@ class Prepared:
     split: Split
     settings: FinetuneSettings
     chats: bool
+    declares_tools: bool | None
     bad: int
     pairs: tuple[tuple[Pair, ...], tuple[Pair, ...]] | None = None
 
@@ -136,14 +139,15 @@ def prepare(
     _judge(split, len(valid.kept), settings.keep, progress)
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
-    chats = any(isinstance(row.chosen if isinstance(row, PreferenceRow) else row, ChatRow) for row in rows)
+    answers = [row.chosen if isinstance(row, PreferenceRow) else row for row in rows]
     return Prepared(
         train,
         valid,
         tuple(packed),
         split,
         settings.resolved(config, len(train.kept), len(packed), preferences=preferences),
-        chats,
+        any(isinstance(row, ChatRow) for row in answers),
+        _declares_tools(answers),
         len(bad or ()),
         (pairs[0], pairs[1]) if preferences else None,
     )
@@ -168,6 +172,12 @@ def _are_preferences(rows: list[Row], settings: FinetuneSettings) -> bool:
     if settings.pack:
         raise SlmError("preferences cannot be packed", "leave --pack out")
     return True
+
+
+def _declares_tools(rows: Sequence[Row]) -> bool | None:
+    """Returns whether rows with calls declare the tools; None if no row has calls."""
+    calling = [row for row in rows if isinstance(row, ChatRow) and any(each.get("calls") for each in row.messages)]
+    return any(row.tools for row in calling) if calling else None
 
 
 def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:

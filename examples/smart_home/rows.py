@@ -83,7 +83,9 @@ def blinds(r: random.Random) -> tuple[str, Call]:
     """Blinds that open or close."""
     room, opened = r.choice(ROOMS), r.random() < 0.5
     verb = "open" if opened else "close"
-    text = pick(r, f"{verb} the blinds in the {room}", f"{verb} the {room} blinds", f"blinds in the {room}: {verb} them")
+    text = pick(
+        r, f"{verb} the blinds in the {room}", f"{verb} the {room} blinds", f"blinds in the {room}: {verb} them"
+    )
     return text, ("set_blinds", {"room": room, "open": opened})
 
 
@@ -158,7 +160,8 @@ def row(r: random.Random) -> tuple[str, dict[str, Any]]:
     drawn = [draw(r) for draw in (r.sample(DRAWS, 2) if r.random() < 1 / 6 else [r.choice(DRAWS)])]
     text = pick(r, " and ", ", and ", ", then ").join(words for words, _ in drawn)
     calls = [
-        {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}} for _, (name, arguments) in drawn
+        {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+        for _, (name, arguments) in drawn
     ]
     return polite(r, text), {"role": "assistant", "content": "", "tool_calls": calls}
 

@@ -166,7 +166,10 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
         "message 1: 'tools' is not supported: tools are",
     ),
     "images": ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column 'images' is not supported: slm reads text"),
-    "preferences": ({"prompt": "a", "chosen": "b", "rejected": ""}, "a preference has chosen and rejected, and rejected"),
+    "preferences": (
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+        "a preference has chosen and rejected, and rejected",
+    ),
     "kto": ({"prompt": "a", "completion": "b", "label": False}, "column 'label' is false"),
     "kto of a conversation": ({"messages": [USER, ANSWER], "label": False}, "column 'label' is false"),
     "kto tag": ({"messages": [USER, ANSWER], "kto_tag": False}, "column 'kto_tag' is false, which marks an answer not"),
