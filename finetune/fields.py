@@ -15,6 +15,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 # Alpaca's names, and Dolly's names for the same fields.
 INSTRUCTION, CONTEXT, OUTPUT = "instruction", ("input", "context"), ("output", "response")
 PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"
+# The possible replies of a row, which `slm eval --task --metric choice` compares.
+CHOICES = "choices"
 # Fields that precede a conversation.
 SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 
@@ -85,7 +87,7 @@ _RENAMED = (
 
 # All columns that are read; other columns of a Parquet file are not decoded.
 COLUMNS = frozenset(
-    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
+    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, CHOICES, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
      *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
 )  # fmt: skip
 

@@ -229,7 +229,12 @@ def batched(decoder: Decoder, generations: Sequence[Generation]) -> OnnxDecoder 
     return decoder if plain else None
 
 
-def run_batch(decoder: Decoder, generations: Sequence[Generation], slots: int = SLOTS) -> list[Result]:
+def run_batch(
+    decoder: Decoder,
+    generations: Sequence[Generation],
+    slots: int = SLOTS,
+    ended: Callable[[Generation], None] | None = None,
+) -> list[Result]:
     """Runs several texts. Each has the result that it has alone; a slot is reused when its text ends.
 
     The texts step together if `batched` allows it, on caches of their own; otherwise they run one after the other.
@@ -238,24 +243,36 @@ def run_batch(decoder: Decoder, generations: Sequence[Generation], slots: int = 
         decoder: The model.
         generations: The texts, none of them started.
         slots: How many run at once.
+        ended: Receives each text when it ends.
 
     Raises:
         SlmError: If no token can be chosen for one of them, or its constraint cannot continue.
     """
     together = batched(decoder, generations)
     if together is None:
-        return [run(decoder, each).finish() for each in generations]
+        results = []
+        for each in generations:
+            results.append(run(decoder, each).finish())
+            if ended is not None:
+                ended(each)
+        return results
     scheduler = Scheduler(Batch(together, max(1, min(slots, len(generations)))))
     waiting = deque(generations)
     while waiting or scheduler.running:
         while waiting and scheduler.free:  # a text may end with its first token and free its slot
             scheduler.admit(waiting.popleft(), together.adapter)
-            for _ in scheduler.read():
-                pass
-        for _ in scheduler.turn():
-            pass
+            for events in scheduler.read():
+                _tell(events, ended)
+        for events in scheduler.turn():
+            _tell(events, ended)
     results = [generation.result for generation in generations]
     for result in results:
         if result.error is not None:
             raise SlmError(result.error)
     return results
+
+
+def _tell(events: Events, ended: Callable[[Generation], None] | None) -> None:
+    for generation, _ in events:
+        if ended is not None and generation.done:
+            ended(generation)

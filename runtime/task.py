@@ -1,0 +1,257 @@
+"""Measures a model on a task: greedy replies to the requests of rows, or the most likely of a row's choices.
+
+Dimensions: T positions, V vocabulary.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from slm.core.errors import SlmError
+from slm.core.metrics.intervals import Interval
+from slm.core.metrics.scoring import METRICS, Scores, choice_scores, difference, interval, reply_scores
+from slm.core.progress import Progress
+from slm.core.task import MetricName, Question, TaskRow
+from slm.core.tokenizer import END_OF_TURN
+from slm.runtime.backend import Decoder, log_probabilities
+from slm.runtime.evaluate import end_of_text
+from slm.runtime.generation import Generation, Request, StopReason
+from slm.runtime.head import read_whole
+from slm.runtime.model import Model
+from slm.runtime.sampling import GREEDY
+from slm.runtime.scheduler import SLOTS, batched, run_batch
+
+# The default limit of new tokens: twice the longest expected reply, within these bounds.
+_FEWEST, _MOST, _TIMES = 32, 1024, 2
+# Tokens of a choice that are read in one step, which has logits at each of them.
+_STEP = 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's reply to one row.
+
+    Attributes:
+        row: The row.
+        reply: The generated reply, or the most likely choice.
+        scores: The scores; the first one is the metric's own.
+        tokens: The number of new tokens; for choices, of those that were read.
+        stopped: Why the reply ended; None for choices. "error" if the request fills the context: such a row scores 0.
+    """
+
+    row: TaskRow
+    reply: str
+    scores: Scores
+    tokens: int
+    stopped: StopReason | None
+
+    @property
+    def score(self) -> float:
+        """The metric's own score, from 0 to 1."""
+        return self.scores["score"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The measurement of one model on a task.
+
+    Attributes:
+        metric: The metric.
+        answers: The replies, in the order of the rows.
+        seconds: Wall time of all replies, without the conversion of rows to tokens.
+        max_tokens: The limit of new tokens.
+        batch: How many rows were generated together; 1 for a model that answers rows one by one.
+    """
+
+    metric: MetricName
+    answers: tuple[Answer, ...]
+    seconds: float
+    max_tokens: int
+    batch: int
+
+    @cached_property
+    def scores(self) -> list[float]:
+        """The score of each row."""
+        return [answer.score for answer in self.answers]
+
+    @property
+    def score(self) -> float:
+        """The mean score."""
+        return sum(self.scores) / len(self.scores)
+
+    @cached_property
+    def interval(self) -> Interval:
+        """The 95 % confidence interval of the score."""
+        return interval(self.metric, self.scores)
+
+    @property
+    def others(self) -> Mapping[str, float]:
+        """The means of the metric's further figures."""
+        return {
+            name: sum(answer.scores[name] for answer in self.answers) / len(self.answers)
+            for name in METRICS[self.metric].others
+        }
+
+    def difference(self, before: "Measured") -> Interval:
+        """Returns the 95 % confidence interval of the difference from another model's score on the same rows."""
+        return difference(self.metric, before.scores, self.scores)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all rows."""
+        return sum(answer.tokens for answer in self.answers)
+
+    @property
+    def seconds_per_row(self) -> float:
+        """Mean seconds per row."""
+        return self.seconds / len(self.answers)
+
+    @property
+    def tokens_s(self) -> float:
+        """New tokens per second, prompts included in the time."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def cut(self) -> int:
+        """The number of replies that ended at the limit of new tokens or of the context."""
+        return sum(answer.stopped in ("length", "context") for answer in self.answers)
+
+    @property
+    def too_long(self) -> int:
+        """The number of rows that do not fit the model's context and score 0."""
+        return sum(answer.stopped == "error" for answer in self.answers)
+
+    def worst(self, count: int) -> list[Answer]:
+        """Returns the answers with the lowest scores below 1, lowest first."""
+        wrong = (answer for answer in self.answers if answer.score < 1)
+        return sorted(wrong, key=lambda answer: answer.score)[:count]
+
+
+def measure_task(
+    model: Model,
+    questions: Sequence[Question],
+    metric: MetricName,
+    progress: Progress,
+    *,
+    max_tokens: int | None = None,
+    batch: int = SLOTS,
+) -> Measured:
+    """Measures a model on the rows of a task. The same model and rows give the same scores.
+
+    Args:
+        model: The model. It decodes greedily, until a stop token, the end of a turn, or the end of a text.
+        questions: The rows in the model's tokens.
+        metric: The metric.
+        progress: Advances with each row.
+        max_tokens: The most new tokens of a reply; by default twice the longest expected reply, from 32 to 1,024.
+        batch: How many rows a fused bundle generates together.
+
+    Raises:
+        SlmError: If a row has a token that the model lacks.
+    """
+    if max_tokens is None:
+        max_tokens = min(_MOST, max(_FEWEST, _TIMES * max(len(question.reply) for question in questions)))
+    run = _Run(model, metric, progress)
+    progress.start("answering", len(questions), "rows")
+    began = time.perf_counter()
+    try:
+        together = run.choose(questions) if metric == "choice" else run.generate(questions, max_tokens, batch)
+    finally:
+        progress.finish()
+    answers = tuple(run.answers[number] for number in range(len(questions)))
+    return Measured(metric, answers, time.perf_counter() - began, max_tokens, together)
+
+
+class _Run:
+    """One measurement.
+
+    Attributes:
+        answers: The answers so far, by the number of their row.
+    """
+
+    def __init__(self, model: Model, metric: MetricName, progress: Progress) -> None:
+        self.answers: dict[int, Answer] = {}
+        self._model, self._metric, self._progress = model, metric, progress
+        self._sum = 0.0
+
+    def generate(self, questions: Sequence[Question], max_tokens: int, batch: int) -> int:
+        """Generates all replies, and returns how many at a time."""
+        model, decoder = self._model, self._model.decoder
+        ends = {model.tokenizer.token_id(END_OF_TURN), end_of_text(model)} - {None}
+        stops = frozenset((*model.stop_token_ids, *(token for token in ends if token is not None)))
+        numbers: dict[Generation, int] = {}
+        for number, question in enumerate(questions):
+            if len(question.ids) >= decoder.context:
+                self._put(number, self._unanswered(question))
+                continue
+            request = Request(question.ids, GREEDY, max_tokens, stops)
+            try:
+                numbers[Generation(request, decoder.context, decoder.vocab_size, model.tokenizer)] = number
+            except SlmError as error:
+                raise SlmError(f"{question.row.place}: {error.message}", error.hint) from None
+
+        def ended(generation: Generation) -> None:
+            number = numbers[generation]
+            row, result = questions[number].row, generation.result
+            scores = reply_scores(self._metric, row, result.text)
+            self._put(number, Answer(row, result.text.strip(), scores, len(result.tokens), result.stopped))
+
+        together = batch if batched(decoder, list(numbers)) else 1
+        run_batch(decoder, list(numbers), batch, ended)
+        return together
+
+    def choose(self, questions: Sequence[Question]) -> int:
+        """Compares the choices of all rows, one after the other."""
+        decoder = self._model.decoder
+        read_whole(decoder, True)
+        for number, question in enumerate(questions):
+            longest = len(question.ids) + max(map(len, question.choices)) - 1
+            highest = max(max(question.ids), *map(max, question.choices))
+            if highest >= decoder.vocab_size:
+                raise SlmError(
+                    f"{question.row.place}: the row has token id {highest:,}, and the model's vocabulary has "
+                    f"{decoder.vocab_size:,} tokens",
+                    "tokenizer.json may belong to another model",
+                )
+            if longest > decoder.context:
+                self._put(number, self._unanswered(question))
+                continue
+            chosen, scores = choice_scores(question.row, likelihoods(decoder, question))
+            self._put(number, Answer(question.row, chosen, scores, sum(map(len, question.choices)), None))
+        return 1
+
+    def _unanswered(self, question: Question) -> Answer:
+        scores = {"score": 0.0} | dict.fromkeys(METRICS[self._metric].others, 0.0)
+        return Answer(question.row, "", scores, 0, "error")
+
+    def _put(self, number: int, answer: Answer) -> None:
+        self.answers[number] = answer
+        self._sum += answer.score
+        self._progress.advance(1, score=f"{self._sum / len(self.answers):.1%}")
+
+
+def likelihoods(decoder: Decoder, question: Question) -> list[float]:
+    """Returns the sum of the log-probabilities of each choice's tokens after the prompt, the end token included, in nats.
+
+    The prompt is read once.
+    """
+    decoder.reset()
+    first = decoder.read(question.ids).copy()  # (V,)
+    before = decoder.snapshot()
+    sums = []
+    for choice in question.choices:
+        decoder.restore(before)
+        total, logits = 0.0, first[None]
+        for start in range(0, len(choice), _STEP):
+            # The last token of the choice is predicted and not read.
+            part = choice[start : start + _STEP]
+            unread = part[: len(choice) - 1 - start]
+            after = decoder.read_each(unread) if unread else logits[:0]  # (T, V)
+            known = np.concatenate([logits, after])[: len(part)]  # logits before each token of the part
+            total += float(log_probabilities(known[None], np.array([part], np.int64))[0].sum(dtype=np.float64))
+            logits = after[-1:].copy() if len(after) else logits
+        sums.append(total)
+    return sums
