@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from slm.core.metrics.scoring import METRICS
 from slm.core.report_page import page, table
 from slm.quantize.plots import Bar, Point, bars, lying_bars, points
 from slm.quantize.results import Report, Sweep, TensorError, Trial
@@ -62,6 +63,17 @@ def figures(report: Report) -> list[tuple[str, str, str]]:
         ("same top-1, top-5", "", f"{change.same_top1:.1%}, {change.same_top5:.1%}"),
         ("equal greedy tokens", "", same),
     ]
+    if (task := report.task) is not None:
+        before, after = (
+            f"{each.score:.1%} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in (task.before, task.after)
+        )
+        fallen = (
+            f"{100 * (task.after.score - task.before.score):+.1f} ({100 * task.low:+.1f} to {100 * task.high:+.1f})"
+        )
+        rows += [
+            (f"{METRICS[task.metric].title}, {task.rows:,} rows (95 %)", before, after),
+            ("difference in points (95 %)", "", fallen),
+        ]
     if speeds is None:
         return rows
     for name, (before, after), ratio in (
