@@ -64,14 +64,14 @@ def figures(report: Report) -> list[tuple[str, str, str]]:
         ("equal greedy tokens", "", same),
     ]
     if (task := report.task) is not None:
-        before, after = (
+        old, new = (
             f"{each.score:.1%} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in (task.before, task.after)
         )
         fallen = (
             f"{100 * (task.after.score - task.before.score):+.1f} ({100 * task.low:+.1f} to {100 * task.high:+.1f})"
         )
         rows += [
-            (f"{METRICS[task.metric].title}, {task.rows:,} rows (95 %)", before, after),
+            (f"{METRICS[task.metric].title}, {task.rows:,} rows (95 %)", old, new),
             ("difference in points (95 %)", "", fallen),
         ]
     if speeds is None:

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,44 +15,7 @@ from slm.quantize.plots import Bar, Point, bars, points
 from slm.quantize.results import PAGE_FILE, Report
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
-
-_EMPTY = {"meta", "br"}
-
-
-class Checker(HTMLParser):
-    """Collects unclosed tags, and references that a browser would load."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.tags: set[str] = set()
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.fetched += [f"{name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
-        if tag not in _EMPTY:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += f"{data} "
-
-
-def checked(page: str) -> Checker:
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == [] and checker.fetched == []
-    assert not checker.tags & {"script", "link", "img", "iframe", "object"}
-    assert "url(" not in page and "@import" not in page and "http" not in page
-    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
-    return checker
+from tests.html_pages import checked
 
 
 def drawn(svg: str) -> ElementTree.Element:

@@ -1,0 +1,165 @@
+"""Rows as a task: requests, expected replies and choices, the metric that fits them, and the ids that a model reads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm.core.chat import chat_ids
+from slm.core.checkpoint import read_config
+from slm.core.errors import SlmError
+from slm.core.task import MetricName
+from slm.core.tokenizer import Tokenizer
+from slm.finetune.examples import Renderer
+from slm.finetune.rows import Limits
+from slm.finetune.task import questions, read_task
+
+WriteRows = Callable[..., Path]
+
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": " red "},
+    ]
+}
+
+
+@pytest.fixture
+def renderer(shared_checkpoint: Path) -> Renderer:
+    return Renderer(Tokenizer.load(shared_checkpoint), read_config(shared_checkpoint))
+
+
+def pair(completion: str, prompt: str = "Q:", **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion} | more
+
+
+def test_requests_and_replies_of_every_kind_of_row(write_rows: WriteRows) -> None:
+    rows = [CHAT, pair(" blue"), {"instruction": "Add.", "input": "1 2", "output": "3"}]
+    file = read_task(write_rows(rows))
+    assert [(row.prompt, row.expected) for row in file.task.rows] == [
+        ("Name a colour.", "red"),
+        ("Q:", "blue"),
+        ("Add.\n\n1 2", "3"),
+    ]
+    assert file.task.rows[1].place.endswith("rows.jsonl, line 2") and file.total == 3
+
+
+def test_the_ids_are_those_of_training_and_of_chats(write_rows: WriteRows, renderer: Renderer) -> None:
+    file = read_task(write_rows([CHAT, pair(" blue")]))
+    chat, plain = questions(file, renderer)
+    tokenizer = renderer.tokenizer
+    assert list(chat.ids) == chat_ids(tokenizer, CHAT["messages"][:-1], renderer.ends)  # type: ignore[arg-type]
+    assert list(plain.ids) == tokenizer.encode("Q:")
+    for question, row in zip((chat, plain), file.rows, strict=True):
+        example = renderer.example(row)
+        assert question.ids == example.ids[: example.spans[-1][0]]
+        assert example.ids[len(question.ids) :][: len(question.reply)] == question.reply
+    # The end of the turn ends the reply; training also learns end-of-text after it.
+    assert tokenizer.decode(chat.reply) == "red" and chat.reply[-1] == tokenizer.token_id("<end_of_turn>")
+    assert tokenizer.decode(plain.reply) == " blue" and plain.reply[-1] == renderer.end_of_text
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric", "why"),
+    [
+        ([pair("yes"), pair("no")], "exact", "the median reply has 1 word"),
+        ([pair("It is on the table near the door."), pair("no")], "f1", "the median reply has 4.5 words"),
+        ([pair("word " * 21)], "rouge", "the median reply has 21 words"),
+        ([pair('{"a": 1}'), pair("[]")], "json", "all replies are JSON"),
+        ([pair('{"a": 1}'), pair("no")], "exact", "the median reply has 1.5 words"),
+        ([pair("3"), pair("true")], "exact", "the median reply has 1 word"),  # JSON, but no structure
+        ([pair("yes", choices=["yes", "no"])], "choice", "rows have choices"),
+    ],
+)
+def test_the_default_metric(write_rows: WriteRows, rows: list[Any], metric: str, why: str) -> None:
+    task = read_task(write_rows(rows)).task
+    assert (task.metric, task.why) == (metric, why)
+    chosen = read_task(write_rows(rows), "f1").task
+    assert (chosen.metric, chosen.why) == ("f1", "")
+
+
+def test_choices_in_tokens(write_rows: WriteRows, renderer: Renderer) -> None:
+    options = ["yes", "no", "not at all"]
+    chat = {"messages": [*CHAT["messages"][:-1], {"role": "assistant", "content": "no"}], "choices": options}
+    plain, turns = questions(read_task(write_rows([pair(" yes", choices=options), chat])), renderer)
+    for question, before, end in ((plain, " ", renderer.end_of_text), (turns, "", 2)):
+        assert [renderer.tokenizer.decode(ids) for ids in question.choices] == [before + each for each in options]
+        assert all(ids[-1] == end for ids in question.choices)
+        assert question.reply == question.choices[options.index(question.row.expected)]
+
+
+def test_the_replies_of_all_rows_are_the_choices_without_a_column(write_rows: WriteRows) -> None:
+    rows = [pair(each) for each in ("b", "a", "b", "c")]
+    task = read_task(write_rows(rows), "choice", limit=1).task
+    assert [row.choices for row in task.rows] == [("a", "b", "c")]
+
+
+def test_choices_in_a_table(tmp_path: Path) -> None:
+    Path("rows.csv").write_text('prompt,completion,choices\nQ,yes,"[""yes"", ""no""]"\n')
+    assert read_task(Path("rows.csv")).task.rows[0].choices == ("yes", "no")
+
+
+def test_a_limit_takes_rows_that_are_evenly_spread(write_rows: WriteRows) -> None:
+    path = write_rows([pair(str(i)) for i in range(10)])
+    file = read_task(path, limit=4)
+    assert [row.expected for row in file.task.rows] == ["0", "2", "5", "7"] and file.total == 10
+    assert [row.completion for row in file.rows] == ["0", "2", "5", "7"]  # type: ignore[union-attr]
+    assert len(read_task(path, limit=99).task.rows) == 10
+
+
+@pytest.mark.parametrize(
+    ("row", "metric", "said"),
+    [
+        ({"text": "only text"}, None, "a row of text has no request and no reply"),
+        (pair("x", " "), None, "the prompt is empty"),
+        (pair("not json"), "json", "the expected reply is not JSON"),
+        (pair('{"a": NaN}'), "json", "the expected reply is not JSON: NaN is not JSON"),
+        (pair("maybe", choices=["yes", "no"]), None, "the expected reply 'maybe' is not among the choices"),
+        (pair("yes", choices="yes or no"), None, "'choices' is missing or is not an array of texts"),
+        (pair("yes", choices=["yes", 2]), None, "'choices' is missing or is not an array of texts"),
+        (pair("yes", choices=["yes", " "]), None, "'choices' is missing or is not an array of texts"),
+        (pair("yes", choices=["yes", "yes"]), None, "2 texts, 1 of them different"),
+        (pair("yes", choices=["yes"]), None, "1 texts, 1 of them different"),
+        (pair("yes", choices=["yes", "\ud800"]), None, "half of a surrogate pair"),
+        (pair("yes"), "choice", "rows have no 'choices'"),
+    ],
+)
+def test_rows_that_are_refused(write_rows: WriteRows, row: Any, metric: MetricName | None, said: str) -> None:
+    with pytest.raises(SlmError) as error:
+        read_task(write_rows([row]), metric)
+    assert said in error.value.message and error.value.hint
+    if metric != "choice":
+        assert "rows.jsonl, line 1: " in error.value.message
+
+
+def test_one_row_without_choices_among_others_is_refused(write_rows: WriteRows) -> None:
+    with pytest.raises(SlmError, match="line 2: 'choices' is missing"):
+        read_task(write_rows([pair("yes", choices=["yes", "no"]), pair("no")]))
+
+
+def test_choices_count_in_the_limit_of_memory(write_rows: WriteRows) -> None:
+    path = write_rows([pair("yes", choices=["yes", "no" * 5000])])
+    with pytest.raises(SlmError, match="the rows take more than"):
+        read_task(path, limits=Limits(data=5000))
+    read_task(write_rows([pair("yes", choices=["yes", "no"])]), limits=Limits(data=5000))
+
+
+def test_a_template_that_rejects_a_row_names_it(write_rows: WriteRows, renderer: Renderer) -> None:
+    tokenizer = renderer.tokenizer
+    refusing = "{{ raise_exception('no turns today') }}"
+    config = json.loads(json.dumps(tokenizer.config)) | {"chat_template": refusing}
+    own = Renderer(Tokenizer(tokenizer.backend, config), read_config_like(renderer))
+    with pytest.raises(SlmError, match=r"rows.jsonl, line 1: .*no turns today"):
+        questions(read_task(write_rows([CHAT])), own)
+
+
+class read_config_like:
+    """The stop tokens of another renderer."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.stop_token_ids = sorted(renderer.ends)
