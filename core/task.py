@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from slm.core.tools import JSON_STYLE, Call, Style
+
 MetricName = Literal["exact", "f1", "rouge", "choice", "json", "tool-call"]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
@@ -16,12 +18,14 @@ class TaskRow:
         expected: The expected reply.
         place: The place of the row, for messages.
         choices: The possible replies, for the metric "choice".
+        calls: The expected calls, for the metric "tool-call"; empty if none is expected.
     """
 
     prompt: str
     expected: str
     place: str
     choices: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,14 @@ class Question:
         ids: The prompt. These are the ids that fine-tuning puts before the reply.
         reply: The expected reply, with the token that ends it.
         choices: The possible replies in the same form.
+        style: How the model's replies spell calls of tools.
     """
 
     row: TaskRow
     ids: tuple[int, ...]
     reply: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...] = ()
+    style: Style = JSON_STYLE
 
 
 @dataclass(frozen=True)

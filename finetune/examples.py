@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from slm.core.chat import Dialogue, dialogues
+from slm.core.chat import Dialogue, call_ends, dialogues
 from slm.core.errors import SlmError
 from slm.core.text.cuts import PieceEncoder
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
@@ -109,8 +109,8 @@ class Renderer:
         if end is None:
             raise SlmError("the base has no token that ends a text", f"its tokenizer needs {END_OF_TEXT}")
         self.end_of_text: int = end
-        self.ends = frozenset({end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set()))
-
+        turn_ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
+        self.ends = frozenset(turn_ends | call_ends(tokenizer))
         self._besides = tokenizer.lengthy(self.ends) - tokenizer.control_ids
 
     def turn_token_ids(self) -> list[int]:
@@ -164,8 +164,9 @@ class Renderer:
             SlmError: When the model has no turn tokens.
         """
         literal = PieceEncoder(self.tokenizer, self._besides).encode
-        conversations = [row.messages for row in rows if isinstance(row, ChatRow)]
-        in_turns = dialogues(self.tokenizer, conversations, self.ends)
+        chats = [row for row in rows if isinstance(row, ChatRow)]
+        declared = [row.tools for row in chats]
+        in_turns = dialogues(self.tokenizer, [row.messages for row in chats], self.ends, declared)
         for row in rows:
             match row:
                 case ChatRow():

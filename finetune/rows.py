@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from slm.core.text.files import find_files, kind
 from slm.core.text.rows import read_rows as read_values
 from slm.core.text.streams import DOCUMENT_BYTES, size
 from slm.core.text.value import Value
+from slm.core.tool_fields import declared
+from slm.core.tools import Tool, arguments_text
 from slm.finetune.conversations import checked, history, kind_of, text_of, turns, with_system
 from slm.finetune.fields import (
     CHOICES,
@@ -28,6 +31,7 @@ from slm.finetune.fields import (
     PROMPT,
     SYSTEM,
     TEXT,
+    TOOLS,
     absent,
     known_column,
     present,
@@ -95,11 +99,13 @@ class ChatRow:
         messages: The messages.
         place: The place of the row, for messages.
         only_read: Numbers, from 0, of the assistant's messages that do not count in the loss.
+        tools: The tools that the conversation declares.
     """
 
     messages: tuple[Message, ...]
     place: str = field(default="", compare=False)
     only_read: frozenset[int] = frozenset()
+    tools: tuple[Tool, ...] = ()
 
 
 Row = ChatRow | CompletionRow | TextRow
@@ -198,11 +204,15 @@ def _is_object(line: str) -> bool:
 def _bytes(row: Row) -> int:
     match row:
         case ChatRow():
-            return _OVERHEAD + sum(_OVERHEAD + len(message["content"]) for message in row.messages)
+            return _OVERHEAD + sum(_OVERHEAD + _characters(message) for message in row.messages)
         case CompletionRow():
             return _OVERHEAD + len(row.prompt) + len(row.completion)
         case TextRow():
             return _OVERHEAD + len(row.text)
+
+
+def _characters(message: Message) -> int:
+    return len(message["content"]) + sum(_OVERHEAD + len(arguments_text(call)) for call in message.get("calls", ()))
 
 
 def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> Row:
@@ -218,7 +228,7 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
         elif fields[0] in CONVERSATIONS:
             refuse_beside(row, ("context",), fields[0])
     for name in row:
-        if name not in (*fields, *SYSTEM, HISTORY) and not known_column(name) and not absent(row[name]):
+        if name not in (*fields, *SYSTEM, HISTORY, *TOOLS) and not known_column(name) and not absent(row[name]):
             left_out(name)
     match fields:
         case ("prompt", _):
@@ -229,7 +239,7 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
         case ("instruction", *_):
             return _chat(row, _instruction(row, where), where)
         case (name, *_):
-            return _chat(row, turns(row[name], name, where, left_out), where)
+            return _chat(row, turns(row[name], name, where, left_out, _tools(row, where)), where)
     raise AssertionError(fields)
 
 
@@ -291,8 +301,9 @@ def _instruction(row: Mapping[str, Any], where: str) -> list[tuple[Message, bool
 def _prompt(row: Mapping[str, Any], where: str, left_out: _Names) -> Row:
     prompt, completion = row[PROMPT], row[COMPLETION]
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversations
-        read = turns(prompt, PROMPT, where, left_out)
-        conversation = [(message, False) for message, _ in read] + turns(completion, COMPLETION, where, left_out)
+        tools = _tools(row, where)
+        read = turns(prompt, PROMPT, where, left_out, tools)
+        conversation = [(message, False) for message, _ in read] + turns(completion, COMPLETION, where, left_out, tools)
         return _chat(row, conversation, where)
     _refuse_before(row, "prompt and completion", where)
     return CompletionRow(text_of(prompt, PROMPT, where, empty=True), text_of(completion, COMPLETION, where), where)
@@ -308,12 +319,32 @@ def _chat(row: Mapping[str, Any], conversation: list[tuple[Message, bool]], wher
         if name in row:
             conversation = with_system(text_of(row[name], name, where, empty=True), conversation, where)
     messages, only_read = checked(conversation, where)
-    return ChatRow(messages, where, only_read)
+    return ChatRow(messages, where, only_read, _tools(row, where))
+
+
+def _tools(row: Mapping[str, Any], where: str) -> tuple[Tool, ...]:
+    """Returns the declared tools of a row. Rows with the same declarations share them."""
+    given = [name for name in TOOLS if not absent(row.get(name))]
+    if len(given) > 1:
+        raise SlmError(f"{where}: has {' and '.join(map(repr, given))}, which mean the same", "keep one of them")
+    if not given:
+        return ()
+    value = row[given[0]]
+    with _placed(where):
+        try:
+            return _declared(value if isinstance(value, str) else json.dumps(value))
+        except (TypeError, RecursionError):
+            raise SlmError("tools is not JSON, or nested too deep") from None
+
+
+@lru_cache(256)
+def _declared(text: str) -> tuple[Tool, ...]:
+    return declared(text)
 
 
 def _refuse_before(row: Mapping[str, Any], fields: str, where: str) -> None:
-    """Rejects system texts and history in rows without turns."""
-    for name in (*SYSTEM, HISTORY):
+    """Rejects system texts, tools and history in rows without turns."""
+    for name in (*SYSTEM, *TOOLS, HISTORY):
         if not absent(row.get(name)):
             raise SlmError(
                 f"{where}: column {name!r} is not supported beside {fields}, which have no turns",

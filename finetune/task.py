@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slm.core.chat import tool_form
 from slm.core.errors import SlmError
 from slm.core.metrics.objects import NotJson, parsed_json
 from slm.core.metrics.words import rouge_words
 from slm.core.task import MetricName, Question, Task, TaskRow
 from slm.core.text.json_rows import parse
 from slm.core.text.streams import DOCUMENT_BYTES
+from slm.core.tools import JSON_STYLE, parsed_calls, with_calls
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.rows import ChatRow, CompletionRow, Limits, Row, TextRow, read_rows
 
@@ -59,10 +61,14 @@ def read_task(
     """
     choices: list[Any] = []
     rows = read_rows(path, limits=limits, choices=choices)
-    asked = [_asked(row) for row in rows]
+    asked, calling = ([_asked(row) for row in each] for each in (rows, map(_up_to_calls, rows)))
     why = ""
     if metric is None:
-        metric, why = _default_metric(asked, choices)
+        metric, why = _default_metric(asked, calling, choices)
+    if metric == "tool-call":
+        rows, asked = [_up_to_calls(row) for row in rows], calling
+        if not any(row.calls for row in asked):
+            raise SlmError(f"no reply of {path} calls a tool", "choose another --metric")
     if metric == "choice":
         asked = _with_choices(asked, choices)
     if metric == "json":
@@ -92,11 +98,12 @@ def questions(file: TaskFile, renderer: Renderer) -> list[Question]:
             for choice in row.choices
         ]
     )
+    style = tool_form(renderer.tokenizer).style if file.task.metric == "tool-call" else JSON_STYLE
     found = []
     for row, example in zip(file.task.rows, examples, strict=True):
         ids, reply = _divided(_good(example, row), renderer)
         choices = tuple(_divided(_good(next(others), row), renderer)[1] for _ in row.choices)
-        found.append(Question(row, ids, reply, choices))
+        found.append(Question(row, ids, reply, choices, style))
     return found
 
 
@@ -105,19 +112,43 @@ def _asked(row: Row) -> TaskRow:
     match row:
         case ChatRow():
             *before, last = row.messages
-            return TaskRow(before[-1]["content"] if before else "", last["content"].strip(), row.place)
+            text, calls = last["content"].strip(), tuple(last.get("calls", ()))
+            prompt = with_calls(before[-1]["content"], before[-1].get("calls", ())) if before else ""
+            return TaskRow(prompt, with_calls(text, calls), row.place, calls=calls or tuple(parsed_calls(text)[1]))
         case CompletionRow():
             if not row.prompt.strip():
                 raise SlmError(f"{row.place}: the prompt is empty, so nothing is asked", "remove the row")
-            return TaskRow(row.prompt, row.completion.strip(), row.place)
+            calls = tuple(parsed_calls(row.completion)[1])
+            return TaskRow(row.prompt, row.completion.strip(), row.place, calls=calls)
     raise SlmError(
         f"{row.place}: a row of text has no request and no reply to compare",
         "use rows with prompt and completion, or messages; slm eval --data measures the loss of texts",
     )
 
 
-def _default_metric(rows: Sequence[TaskRow], choices: Sequence[Any]) -> tuple[MetricName, str]:
-    """Returns the metric that fits the rows, and the reason."""
+def _up_to_calls(row: Row) -> Row:
+    """Returns a conversation up to its last answer with calls that counts in the loss; without one, the whole conversation.
+
+    What follows such an answer are results, and an answer with what they say.
+    """
+    if not isinstance(row, ChatRow):
+        return row
+    calling = [i for i, message in enumerate(row.messages) if message.get("calls") and i not in row.only_read]
+    return replace(row, messages=row.messages[: calling[-1] + 1]) if calling else row
+
+
+def _default_metric(
+    rows: Sequence[TaskRow], calling: Sequence[TaskRow], choices: Sequence[Any]
+) -> tuple[MetricName, str]:
+    """Returns the metric that fits the rows, and the reason.
+
+    Args:
+        rows: The rows with their last answers.
+        calling: The rows with their last answers that call tools.
+        choices: The column `choices` of each row.
+    """
+    if any(row.calls for row in calling):
+        return "tool-call", "replies call tools"
     if any(choices):
         return "choice", "rows have choices"
     if all(_is_structure(row.expected) for row in rows):

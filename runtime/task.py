@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from slm.core.chat import call_ends
 from slm.core.errors import SlmError
 from slm.core.metrics.intervals import Interval
 from slm.core.metrics.scoring import METRICS, Scores, choice_scores, difference, interval, reply_scores
@@ -18,7 +19,7 @@ from slm.core.task import MetricName, Question, TaskRow
 from slm.core.tokenizer import END_OF_TURN
 from slm.runtime.backend import Decoder, log_probabilities
 from slm.runtime.evaluate import end_of_text
-from slm.runtime.generation import Generation, Request, StopReason
+from slm.runtime.generation import Generation, Request, Result, StopReason
 from slm.runtime.head import read_whole
 from slm.runtime.model import Model
 from slm.runtime.sampling import GREEDY
@@ -180,8 +181,9 @@ class _Run:
     def generate(self, questions: Sequence[Question], max_tokens: int, batch: int) -> int:
         """Generates all replies, and returns how many at a time."""
         model, decoder = self._model, self._model.decoder
-        ends = {model.tokenizer.token_id(END_OF_TURN), end_of_text(model)} - {None}
-        stops = frozenset((*model.stop_token_ids, *(token for token in ends if token is not None)))
+        ends = (model.tokenizer.token_id(END_OF_TURN), end_of_text(model))
+        known = (token for token in ends if token is not None)
+        stops = frozenset((*model.stop_token_ids, *known, *call_ends(model.tokenizer)))
         numbers: dict[Generation, int] = {}
         for number, question in enumerate(questions):
             if len(question.ids) >= decoder.context:
@@ -195,9 +197,10 @@ class _Run:
 
         def ended(generation: Generation) -> None:
             number = numbers[generation]
-            row, result = questions[number].row, generation.result
-            scores = reply_scores(self._metric, row, result.text)
-            self._put(number, Answer(row, result.text.strip(), scores, len(result.tokens), result.stopped))
+            question, result = questions[number], generation.result
+            text = self._with_marks(result) if self._metric == "tool-call" else result.text
+            scores = reply_scores(self._metric, question.row, text, question.style)
+            self._put(number, Answer(question.row, text.strip(), scores, len(result.tokens), result.stopped))
 
         together = batch if batched(decoder, list(numbers)) else 1
         run_batch(decoder, list(numbers), batch, ended)
@@ -222,6 +225,11 @@ class _Run:
             chosen, scores = choice_scores(question.row, likelihoods(decoder, question))
             self._put(number, Answer(question.row, chosen, scores, sum(map(len, question.choices)), None))
         return 1
+
+    def _with_marks(self, result: Result) -> str:
+        """Returns a reply with its special tokens: the marks of calls may be some."""
+        text: str = self._model.tokenizer.backend.decode(result.tokens, skip_special_tokens=False)
+        return text
 
     def _unanswered(self, question: Question) -> Answer:
         scores = {"score": 0.0} | dict.fromkeys(METRICS[self._metric].others, 0.0)

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from slm.core.metrics.calls import calls_of, same_calls, same_names
 from slm.core.metrics.intervals import Interval, bootstrap_mean, paired_means, paired_shares, wilson
 from slm.core.metrics.objects import NotJson, fields_f1, parsed_json
 from slm.core.metrics.words import exact, f1, rouge_1, rouge_l, squad_exact
 from slm.core.task import MetricName, TaskRow
+from slm.core.tools import JSON_STYLE, Style
 
 # The scores of one row by name. The first one is the metric's own, the others are further figures.
 Scores = Mapping[str, float]
@@ -37,14 +39,21 @@ METRICS: Mapping[MetricName, Metric] = {
         Metric("rouge", "ROUGE-L", False, {"rouge_1": "ROUGE-1"}),
         Metric("choice", "correct choices", True, {"per_byte": "correct, by log-probability per byte"}),
         Metric("json", "equal JSON", True, {"valid": "valid JSON", "fields_f1": "F1 of fields"}),
-        Metric("tool-call", "equal calls", True, {}),
+        Metric("tool-call", "equal tool calls", True, {"names": "equal names", "valid": "valid calls"}),
     )
 }
 
 
-def reply_scores(metric: MetricName, row: TaskRow, reply: str) -> Scores:
-    """Returns the scores of a generated reply; the metric "choice" compares log-probabilities instead."""
-    return _OF_REPLIES[metric](row, reply)
+def reply_scores(metric: MetricName, row: TaskRow, reply: str, style: Style = JSON_STYLE) -> Scores:
+    """Returns the scores of a generated reply; the metric "choice" compares log-probabilities instead.
+
+    Args:
+        metric: The metric.
+        row: The row.
+        reply: The reply; for "tool-call" with the marks of calls, which may be special tokens.
+        style: How the reply spells calls.
+    """
+    return _calls(row, reply, style) if metric == "tool-call" else _OF_TEXTS[metric](row, reply)
 
 
 def choice_scores(row: TaskRow, log_probabilities: Sequence[float]) -> tuple[str, Scores]:
@@ -95,7 +104,18 @@ def _json(row: TaskRow, reply: str) -> Scores:
     return {"score": float(given == expected), "valid": 1.0, "fields_f1": fields_f1(expected, given)}
 
 
-_OF_REPLIES: Mapping[MetricName, Callable[[TaskRow, str], Scores]] = {
+def _calls(row: TaskRow, reply: str, style: Style) -> Scores:
+    given = calls_of(reply, style)
+    if given is None:
+        return {"score": 0.0, "names": 0.0, "valid": 0.0}
+    return {
+        "score": float(same_calls(row.calls, given)),
+        "names": float(same_names(row.calls, given)),
+        "valid": 1.0,
+    }
+
+
+_OF_TEXTS: Mapping[MetricName, Callable[[TaskRow, str], Scores]] = {
     "exact": _exact,
     "f1": _f1,
     "rouge": _rouge,

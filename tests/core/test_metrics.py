@@ -13,6 +13,7 @@ from slm.core.metrics.scoring import METRICS, choice_scores, difference, interva
 from slm.core.metrics.words import exact, f1, longest_common, rouge_1, rouge_l, rouge_words, squad_exact, squad_words
 from slm.core.task import METRICS as NAMES
 from slm.core.task import MetricName, TaskRow
+from slm.core.tools import FUNCTION_GEMMA, STYLES, Call, written
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,51 @@ def test_json_that_is_too_deep_is_named() -> None:
         parsed_json("[" * 300 + "]" * 300)
     deep = parsed_json("[" * 150 + "]" * 150)  # negative control
     assert fields_f1(deep, deep) == 1.0
+
+
+ON, OFF = Call("set_light", {"room": "kitchen", "on": True}), Call("set_light", {"room": "kitchen", "on": False})
+WARM = Call("set_heat", {"degrees": 21})
+OPEN = "<tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("expected", "reply", "score", "names", "valid"),
+    [
+        ([ON], written([ON]), 1, 1, 1),
+        (
+            [ON],
+            'Sure.\n<tool_call>{"name": "set_light", "arguments": {"on": true, "room": "kitchen"}}</tool_call>',
+            1,
+            1,
+            1,
+        ),
+        ([WARM], '<tool_call>{"name": "set_heat", "arguments": {"degrees": 21.0}}</tool_call>', 1, 1, 1),
+        ([ON], written([OFF]), 0, 1, 1),
+        ([ON], '<tool_call>{"name": "set_light", "arguments": {"room": "kitchen", "on": 1}}</tool_call>', 0, 1, 1),
+        ([ON], '<tool_call>{"name": "set_light", "arguments": {"room": "kitchen"}}</tool_call>', 0, 1, 1),
+        ([ON], written([Call("set_light", {**ON.arguments, "level": 5})]), 0, 1, 1),
+        ([ON], written([WARM]), 0, 0, 1),
+        ([ON], "The light is on.", 0, 0, 1),
+        ([ON], f'{OPEN}{{"name": "set_light", "arguments": {{"room": "kitchen"', 0, 0, 0),
+        ([ON, WARM], written([WARM, ON]), 1, 1, 1),  # the order does not count
+        ([ON, ON], written([ON]), 0, 0, 1),  # but the number does
+        ([ON], written([ON, ON]), 0, 0, 1),
+        ([ON, WARM], written([ON]), 0, 0, 1),
+        ([], "I cannot do that.", 1, 1, 1),
+        ([], written([ON]), 0, 0, 1),
+        ([], f"{OPEN} set_light", 0, 0, 0),  # no call, but an attempt
+    ],
+)
+def test_calls_of_tools(expected: list[Call], reply: str, score: int, names: int, valid: int) -> None:
+    row = TaskRow("", "", "", calls=tuple(expected))
+    assert reply_scores("tool-call", row, reply) == {"score": score, "names": names, "valid": valid}
+
+
+def test_calls_in_the_format_of_the_model() -> None:
+    row = TaskRow("", "", "", calls=(ON,))
+    for style in STYLES:
+        assert reply_scores("tool-call", row, written([ON], style), style)["score"] == 1
+    assert reply_scores("tool-call", row, written([ON]), FUNCTION_GEMMA)["score"] == 0  # it does not speak that format
 
 
 def test_choices() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from slm.core.chat import chat_ids
+from slm.core.chat import Message, chat_ids
 from slm.core.checkpoint import read_config
 from slm.core.errors import SlmError
+from slm.core.metrics.scoring import reply_scores
 from slm.core.task import MetricName
 from slm.core.tokenizer import Tokenizer
+from slm.core.tools import JSON_STYLE, Call, written
 from slm.finetune.examples import Renderer
 from slm.finetune.rows import Limits
 from slm.finetune.task import questions, read_task
@@ -83,6 +85,55 @@ def test_the_default_metric(write_rows: WriteRows, rows: list[Any], metric: str,
     assert (chosen.metric, chosen.why) == ("f1", "")
 
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "set_light", "parameters": {"properties": {"on": {"type": "boolean"}}}},
+}
+CALL = {"function": {"name": "set_light", "arguments": '{"on": true}'}}
+
+
+def calling(*after: dict[str, Any], text: str = "") -> dict[str, Any]:
+    asked = [{"role": "user", "content": "Light!"}, {"role": "assistant", "content": text, "tool_calls": [CALL]}]
+    return {"tools": [TOOL], "messages": [*asked, *after]}
+
+
+def test_a_conversation_with_tools_is_measured_at_its_last_call(write_rows: WriteRows, renderer: Renderer) -> None:
+    result, done = {"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."}
+    refused = {
+        "tools": [TOOL],
+        "messages": [{"role": "user", "content": "Sing!"}, {"role": "assistant", "content": "I cannot."}],
+    }
+    path = write_rows([calling(), calling(result, done), refused])
+    file = read_task(path)
+    assert (file.task.metric, file.task.why) == ("tool-call", "replies call tools")
+    expected = Call("set_light", {"on": True})
+    assert [row.calls for row in file.task.rows] == [(expected,), (expected,), ()]
+    assert [row.prompt for row in file.task.rows] == ["Light!", "Light!", "Sing!"]
+    assert file.task.rows[0].expected == written([expected])
+    first, second, _ = questions(file, renderer)
+    assert first.ids == second.ids and first.style == JSON_STYLE
+    messages: list[Message] = [{"role": "user", "content": "Light!"}]
+    assert list(first.ids) == chat_ids(renderer.tokenizer, messages, renderer.ends, file.rows[0].tools)  # type: ignore[union-attr]
+    assert list(first.ids) != chat_ids(renderer.tokenizer, messages, renderer.ends)  # negative control: without tools
+    assert reply_scores("tool-call", first.row, renderer.tokenizer.decode(first.reply))["score"] == 1
+    # Another metric measures the last answer, whatever it is.
+    texts = read_task(path, "exact").task.rows
+    assert [row.expected for row in texts] == [written([expected]), "Done.", "I cannot."]
+
+
+def test_a_call_that_is_only_read_is_not_measured(write_rows: WriteRows) -> None:
+    row = calling({"role": "tool", "content": "ok"}, {"role": "assistant", "content": "Done."})
+    row["messages"][1]["weight"] = 0
+    file = read_task(write_rows([row, calling()]), "tool-call")
+    assert (file.task.rows[0].expected, file.task.rows[0].calls) == ("Done.", ())
+
+
+def test_calls_in_plain_rows(write_rows: WriteRows) -> None:
+    call = Call("set_light", {"on": True})
+    file = read_task(write_rows([pair(" " + written([call])), pair("no")]))
+    assert file.task.metric == "tool-call" and [row.calls for row in file.task.rows] == [(call,), ()]
+
+
 def test_choices_in_tokens(write_rows: WriteRows, renderer: Renderer) -> None:
     options = ["yes", "no", "not at all"]
     chat = {"messages": [*CHAT["messages"][:-1], {"role": "assistant", "content": "no"}], "choices": options}
@@ -127,13 +178,14 @@ def test_a_limit_takes_rows_that_are_evenly_spread(write_rows: WriteRows) -> Non
         (pair("yes", choices=["yes"]), None, "1 texts, 1 of them different"),
         (pair("yes", choices=["yes", "\ud800"]), None, "half of a surrogate pair"),
         (pair("yes"), "choice", "rows have no 'choices'"),
+        (pair("yes"), "tool-call", "calls a tool"),
     ],
 )
 def test_rows_that_are_refused(write_rows: WriteRows, row: Any, metric: MetricName | None, said: str) -> None:
     with pytest.raises(SlmError) as error:
         read_task(write_rows([row]), metric)
     assert said in error.value.message and error.value.hint
-    if metric != "choice":
+    if metric not in ("choice", "tool-call"):
         assert "rows.jsonl, line 1: " in error.value.message
 
 

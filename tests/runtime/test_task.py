@@ -13,6 +13,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.progress import Silent
 from slm.core.task import MetricName, Question, TaskRow
+from slm.core.tools import Call, Style
 from slm.runtime.model import Model
 from slm.runtime.task import likelihoods, measure_task
 
@@ -106,6 +107,31 @@ def test_a_reply_ends_with_its_turn_and_with_the_text(bundle: Model, monkeypatch
         monkeypatch.setattr(bundle.tokenizer, "token_id", lambda text, token=token: ids[2] if text == token else None)
         ended = measure_task(bundle, questions, "exact", Silent(), max_tokens=6).answers[0]
         assert ended.stopped == "end" and ended.tokens == ids.index(ids[2])
+
+
+def test_marks_of_calls_may_be_special_tokens(bundle: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text leaves special tokens out; the calls of a reply are read with them."""
+    written = '<|endoftext|>{"name": "a", "arguments": {}}<pad>'
+    ids = bundle.tokenizer.backend.encode(written).ids[1:]
+    style = Style("<|endoftext|>", "<pad>")
+    assert "<pad>" not in bundle.tokenizer.decode(ids)
+    question = Question(TaskRow("", "", "row 1", calls=(Call("a", {}),)), (5, 6), (5,), style=style)
+    generated = iter(ids)
+
+    class Speaking:
+        context, vocab_size = 256, 320
+
+        def reset(self) -> None: ...
+
+        def read(self, _: Sequence[int]) -> Any:
+            return np.eye(320, dtype=np.float32)[next(generated, 2)]
+
+    monkeypatch.setattr(bundle, "decoder", Speaking())
+    monkeypatch.setattr(bundle, "stop_token_ids", (2,))
+    monkeypatch.setattr("slm.runtime.task.end_of_text", lambda _: None)
+    measured = measure_task(bundle, [question], "tool-call", Silent())
+    assert measured.answers[0].reply == written and measured.score == 1.0
+    assert measured.others == {"names": 1.0, "valid": 1.0}
 
 
 @pytest.mark.parametrize("backend", ["bundle", "checkpoint"])
