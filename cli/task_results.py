@@ -32,11 +32,13 @@ class Result:
     Attributes:
         name: The model's path; with an adapter, also the adapter's.
         backend: The backend, device and precision.
+        path: The adapter, or the model without one.
         bytes: Size of the weights, and of the graph or the adapter, on disk.
         measured: The measurement.
     """
 
     name: str
+    path: Path
     backend: str
     bytes: int
     measured: "Measured"
@@ -57,6 +59,11 @@ class Comparison:
     total: int
     results: tuple[Result, ...]
     minimum: float | None
+
+    @property
+    def best(self) -> Result:
+        """The model with the highest score; of several, the smallest."""
+        return max(self.results, key=lambda each: (each.measured.score, -each.bytes))
 
     @property
     def failed(self) -> list[Result]:

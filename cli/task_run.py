@@ -206,7 +206,7 @@ def _measure(each: _Candidate, file: "TaskFile", options: RowOptions, loading: M
         max_tokens=options.max_tokens,
         batch=options.rows_at_once or SLOTS,
     )
-    return Result(each.name, model.decoder.description, _bytes(each), measured)
+    return Result(each.name, each.adapter or each.path, model.decoder.description, _bytes(each), measured)
 
 
 def _bytes(each: _Candidate) -> int:

@@ -180,7 +180,7 @@ def eval(
         report["tasks"] = _run_tasks(loaded, tasks)
         if not as_json:
             _print_tasks(path, report["tasks"])
-    following = after_adapter(path) if kind_of(path) == "adapter" else after_model(path)
+    following = _after(path)
     if as_json:
         print_json(report | {"next": following})
     else:
@@ -241,13 +241,21 @@ def _compare(
     compared = compare(models or (default_model(),), rows, limits, asdict(loading))
     write_report(rows.directory, compared)
     page = rows.directory / PAGE_FILE
+    following = {} if compared.failed else {"next": _after(compared.best.path)}
     if as_json:
-        print_json(as_dict(compared, rows=False) | {"report": str(page)})
+        print_json(as_dict(compared, rows=False) | {"report": str(page)} | following)
     else:
         print_results(compared)
         say(f"report: {page}")
     if compared.failed:
         raise SlmError(below_limit(compared), f"{page} has the worst replies")
+    if not as_json:
+        next_step(following["next"])
+
+
+def _after(path: Path) -> str:
+    """Returns the next command for a model or an adapter."""
+    return after_adapter(path) if kind_of(path) == "adapter" else after_model(path)
 
 
 def _run_tasks(model: "Model", tasks: TaskOptions) -> dict[str, dict[str, Any]]:

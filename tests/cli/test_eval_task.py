@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,7 @@ def test_a_tuned_model_scores_higher_than_its_base(slm: Slm, tuned: tuple[Path, 
     assert second["difference"]["score"] == pytest.approx(second["score"] - first["score"])
     assert second["difference"]["low"] > 0.3
     assert [each["model"] for each in both["models"]] == [str(base), str(learned)]
+    assert both["next"] == f"slm export --onnx {learned}"  # of the best
 
 
 def test_an_adapter_by_its_name_and_by_its_option(
@@ -127,7 +130,7 @@ def test_the_table(slm: Slm, exported: Path) -> None:
     assert "Using runs/tiny/onnx (newest bundle)." in result.err
     assert "metric: exact (the median reply has 1 word); --metric chooses another" in result.err
     assert "6 of 6 replies end at the limit of 32 tokens (--max-tokens) or of the context" in result.err
-    assert "report: runs/eval-rows/report.html" in result.err
+    assert "report: runs/eval-rows/report.html\nnext: slm quantize --int8 runs/tiny/onnx" in result.err
     for words in (
         "exact match, 6 rows",
         "score (95 %)",
@@ -151,6 +154,7 @@ def test_min_fails_after_the_report_is_written(slm: Slm, exported: Path) -> None
     assert failed.code == 1
     assert "error: the score is below --min 50.0%: runs/tiny/onnx has 0.0%" in failed.err
     assert json.loads(failed.out)["passed"] is False  # one object, also if the check fails
+    assert "next" not in json.loads(failed.out)
     page = Path("runs/eval-rows/report.html").read_text()
     assert "Required score: 50.0%; not reached by runs/tiny/onnx." in page
     passed = slm(*arguments, "0")
@@ -265,6 +269,20 @@ def test_a_row_that_is_longer_than_the_context_scores_0(slm: Slm, exported: Path
     assert result.code == 0 and model["too_long"] == 1
     page = Path("runs/eval-rows/report.html").read_text()
     assert "1 of 2 rows do not fit the context and score 0" in page and "(the row does not fit the context)" in page
+
+
+def test_a_bundle_is_measured_without_torch(exported: Path) -> None:
+    """As on an edge device, where neither torch nor onnx nor the training packages are installed."""
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'datasets', 'pyarrow', 'yaml', 'gguf', 'peft'):\n"
+        "    sys.modules[name] = None\n"
+        "from slm.cli.main import main\n"
+        "main(['eval', 'runs/tiny/onnx', '--task', 'rows.jsonl', '--threads', '1', '--limit', '2', '--json'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 2
 
 
 def test_other_files_are_not_replaced(slm: Slm, exported: Path) -> None:

@@ -1,7 +1,7 @@
 """Rows as a task: requests, expected replies and choices, the metric that fits them, and the ids that a model reads."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from slm.core.errors import SlmError
 from slm.core.metrics.scoring import reply_scores
 from slm.core.task import MetricName
 from slm.core.tokenizer import Tokenizer
-from slm.core.tools import JSON_STYLE, Call, written
+from slm.core.tools import FUNCTION_GEMMA, GEMMA_4, JSON_STYLE, Call, Style, written
 from slm.finetune.examples import Renderer
 from slm.finetune.rows import Limits
 from slm.finetune.task import questions, read_task
+from tests.core.tool_chat_templates import ANSWER_ENDS, NATIVE, tool_tokenizer
 
 WriteRows = Callable[..., Path]
 
@@ -128,6 +129,23 @@ def test_a_call_that_is_only_read_is_not_measured(write_rows: WriteRows) -> None
     assert (file.task.rows[0].expected, file.task.rows[0].calls) == ("Done.", ())
 
 
+@pytest.mark.parametrize(
+    ("name", "style"), [("functiongemma", FUNCTION_GEMMA), ("gemma 4", GEMMA_4), ("qwen", JSON_STYLE)]
+)
+def test_a_reply_is_read_in_the_format_of_the_models_own_template(
+    write_rows: WriteRows, name: str, style: Style
+) -> None:
+    tokenizer = tool_tokenizer(NATIVE[name])
+    ends = tuple(i for token in ANSWER_ENDS if (i := tokenizer.token_id(token)) is not None)
+    own = Renderer(tokenizer, Stops(ends))
+    (question,) = questions(read_task(write_rows([calling()])), own)
+    assert question.style == style
+    spelled = tokenizer.backend.decode(question.reply[:-1], skip_special_tokens=False)
+    assert reply_scores("tool-call", question.row, spelled, style)["score"] == 1.0
+    wrong = spelled.replace("true", "false")  # negative control
+    assert reply_scores("tool-call", question.row, wrong, style) == {"score": 0.0, "names": 1.0, "valid": 1.0}
+
+
 def test_calls_in_plain_rows(write_rows: WriteRows) -> None:
     call = Call("set_light", {"on": True})
     file = read_task(write_rows([pair(" " + written([call])), pair("no")]))
@@ -205,13 +223,13 @@ def test_a_template_that_rejects_a_row_names_it(write_rows: WriteRows, renderer:
     tokenizer = renderer.tokenizer
     refusing = "{{ raise_exception('no turns today') }}"
     config = json.loads(json.dumps(tokenizer.config)) | {"chat_template": refusing}
-    own = Renderer(Tokenizer(tokenizer.backend, config), read_config_like(renderer))
+    own = Renderer(Tokenizer(tokenizer.backend, config), Stops(sorted(renderer.ends)))
     with pytest.raises(SlmError, match=r"rows.jsonl, line 1: .*no turns today"):
         questions(read_task(write_rows([CHAT])), own)
 
 
-class read_config_like:
-    """The stop tokens of another renderer."""
+class Stops:
+    """A model of which only the stop tokens are known."""
 
-    def __init__(self, renderer: Renderer) -> None:
-        self.stop_token_ids = sorted(renderer.ends)
+    def __init__(self, stop_token_ids: Sequence[int]) -> None:
+        self.stop_token_ids = stop_token_ids

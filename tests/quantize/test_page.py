@@ -11,7 +11,7 @@ import pytest
 from slm.core.manifest import Bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.page import report_page
-from slm.quantize.plots import Bar, Point, bars, points
+from slm.quantize.plots import Bar, Point, Range, bars, points, ranges
 from slm.quantize.results import PAGE_FILE, Report
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -90,6 +90,16 @@ def test_bars() -> None:
     assert float(second.attrib["x"]) > float(first.attrib["x"]) + 2 * float(first.attrib["width"])  # the gap
     drawn(bars([Bar(str(i), 0.0, "") for i in range(96)], "many, all of them 0"))
     drawn(bars([], "none"))
+
+
+def test_ranges() -> None:
+    values = [Range("…" + "m" * 36, 1.0, 0.5, 1.0, "100.0% (50.0 to 100.0)"), Range("b <", 0.0, 0.0, 0.0, "0.0%")]
+    root = drawn(ranges(values, "scores"))
+    first, second = (each for each in root if each.tag == "rect")
+    full = 392.0
+    assert float(first.attrib["x"]) == pytest.approx(4 + full / 2) and float(first.attrib["width"]) == full / 2
+    assert float(second.attrib["width"]) == 1.0  # visible, although it is empty
+    assert [float(each.attrib["cx"]) for each in root if each.tag == "circle"] == [396.0, 4.0]
 
 
 def test_points() -> None:
