@@ -17,16 +17,20 @@ from slm.core.metrics.scoring import METRICS, Scores, choice_scores, difference,
 from slm.core.progress import Progress
 from slm.core.task import MetricName, Question, TaskRow
 from slm.core.tokenizer import END_OF_TURN
-from slm.runtime.backend import Decoder, log_probabilities
+from slm.runtime.backend import Array, Decoder, Reader, log_probabilities
 from slm.runtime.evaluate import end_of_text
 from slm.runtime.generation import Generation, Request, Result, StopReason
 from slm.runtime.head import read_whole
 from slm.runtime.model import Model
+from slm.runtime.prefix import PrefixCache, common_length
 from slm.runtime.sampling import GREEDY
 from slm.runtime.scheduler import SLOTS, batched, run_batch
+from slm.runtime.streaming import run
 
 # The default limit of new tokens: twice the longest expected reply, within these bounds.
 _FEWEST, _MOST, _TIMES = 32, 1024, 2
+# The fewest tokens at the beginning of all requests that are read once for all: with declared tools, most of a request.
+_LEAST_SHARED = 64
 # Tokens of a choice that are read in one step, which has logits at each of them.
 _STEP = 16
 
@@ -155,14 +159,16 @@ def measure_task(
     """
     if max_tokens is None:
         max_tokens = min(_MOST, max(_FEWEST, _TIMES * max(len(question.reply) for question in questions)))
-    run = _Run(model, metric, progress)
+    measuring = _Run(model, metric, progress)
     progress.start("answering", len(questions), "rows")
     began = time.perf_counter()
     try:
-        together = run.choose(questions) if metric == "choice" else run.generate(questions, max_tokens, batch)
+        together = (
+            measuring.choose(questions) if metric == "choice" else measuring.generate(questions, max_tokens, batch)
+        )
     finally:
         progress.finish()
-    answers = tuple(run.answers[number] for number in range(len(questions)))
+    answers = tuple(measuring.answers[number] for number in range(len(questions)))
     return Measured(metric, answers, time.perf_counter() - began, max_tokens, together)
 
 
@@ -202,14 +208,28 @@ class _Run:
             scores = reply_scores(self._metric, question.row, text, question.style)
             self._put(number, Answer(question.row, text.strip(), scores, len(result.tokens), result.stopped))
 
-        together = batch if batched(decoder, list(numbers)) else 1
-        run_batch(decoder, list(numbers), batch, ended)
-        return together
+        generations, shared = list(numbers), shared_beginning([each.request.prompt for each in numbers])
+        if batched(decoder, generations) is None:
+            reader = _AfterShared(decoder, shared) if shared else decoder
+            for generation in generations:
+                run(reader, generation).finish()
+                ended(generation)
+            return 1
+        prefixes = None
+        if shared:
+            _AfterShared(decoder, shared)
+            prefixes = PrefixCache(1 << 62, shortest=1 << 62)  # of this snapshot alone
+            prefixes.add(shared, decoder.snapshot())
+        run_batch(decoder, generations, batch, ended=ended, prefixes=prefixes)
+        return batch
 
     def choose(self, questions: Sequence[Question]) -> int:
         """Compares the choices of all rows, one after the other."""
         decoder = self._model.decoder
         read_whole(decoder, True)
+        fitting = [each.ids for each in questions if len(each.ids) < decoder.context]
+        shared = shared_beginning(fitting)
+        reader = _AfterShared(decoder, shared) if shared else decoder
         for number, question in enumerate(questions):
             longest = len(question.ids) + max(map(len, question.choices)) - 1
             highest = max(max(question.ids), *map(max, question.choices))
@@ -222,7 +242,7 @@ class _Run:
             if longest > decoder.context:
                 self._put(number, self._unanswered(question))
                 continue
-            chosen, scores = choice_scores(question.row, likelihoods(decoder, question))
+            chosen, scores = choice_scores(question.row, likelihoods(decoder, question, reader))
             self._put(number, Answer(question.row, chosen, scores, sum(map(len, question.choices)), None))
         return 1
 
@@ -241,13 +261,54 @@ class _Run:
         self._progress.advance(1, score=f"{self._sum / len(self.answers):.1%}")
 
 
-def likelihoods(decoder: Decoder, question: Question) -> list[float]:
+class _AfterShared:
+    """Reads texts that all begin with the same tokens, which are read once.
+
+    Attributes:
+        decoder: The decoder that computes.
+    """
+
+    def __init__(self, decoder: Decoder, shared: Sequence[int]) -> None:
+        self.decoder = decoder
+        decoder.reset()
+        decoder.read(shared)
+        self._snapshot, self._shared, self._begun = decoder.snapshot(), len(shared), False
+
+    def reset(self) -> None:
+        """Begins another text."""
+        self._begun = False
+
+    def read(self, ids: Sequence[int]) -> Array:
+        """Reads tokens and returns the logits (V,) for the next token."""
+        if self._begun:
+            return self.decoder.read(ids)
+        self._begun = True
+        self.decoder.restore(self._snapshot)
+        return self.decoder.read(ids[self._shared :])
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the tokens that all prompts begin with, at least one fewer than the shortest has; none if they are few."""
+    if len(prompts) < 2:
+        return []
+    common = min(common_length(prompts[0], each) for each in prompts)
+    common = min(common, *(len(each) - 1 for each in prompts))
+    return list(prompts[0][:common]) if common >= _LEAST_SHARED else []
+
+
+def likelihoods(decoder: Decoder, question: Question, reader: Reader | None = None) -> list[float]:
     """Returns the sum of the log-probabilities of each choice's tokens after the prompt, the end token included, in nats.
 
     The prompt is read once.
+
+    Args:
+        decoder: The model.
+        question: The prompt and the choices.
+        reader: Reads prompts into the decoder; None reads with the decoder itself.
     """
-    decoder.reset()
-    first = decoder.read(question.ids).copy()  # (V,)
+    reader = reader or decoder
+    reader.reset()
+    first = reader.read(question.ids).copy()  # (V,)
     before = decoder.snapshot()
     sums = []
     for choice in question.choices:

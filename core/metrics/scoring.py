@@ -37,7 +37,7 @@ METRICS: Mapping[MetricName, Metric] = {
         Metric("exact", "exact match", True, {"squad_exact": "exact match, SQuAD"}),
         Metric("f1", "F1 of words", False, {"squad_exact": "exact match, SQuAD"}),
         Metric("rouge", "ROUGE-L", False, {"rouge_1": "ROUGE-1"}),
-        Metric("choice", "correct choices", True, {"per_byte": "correct, by log-probability per byte"}),
+        Metric("choice", "correct choices", True, {"per_byte": "correct per byte"}),
         Metric("json", "equal JSON", True, {"valid": "valid JSON", "fields_f1": "F1 of fields"}),
         Metric("tool-call", "equal tool calls", True, {"names": "equal names", "valid": "valid calls"}),
     )

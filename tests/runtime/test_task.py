@@ -15,7 +15,7 @@ from slm.core.progress import Silent
 from slm.core.task import MetricName, Question, TaskRow
 from slm.core.tools import Call, Style
 from slm.runtime.model import Model
-from slm.runtime.task import likelihoods, measure_task
+from slm.runtime.task import likelihoods, measure_task, shared_beginning
 
 # Sums of float32 log-probabilities in steps of other lengths.
 SAME = 1e-4
@@ -74,6 +74,49 @@ def test_rows_together_and_alone_and_in_pytorch_have_the_same_scores(bundle: Mod
     assert together.interval == again.interval and together.scores == again.scores
     torch = measure_task(checkpoint, questions, "rouge", Silent(), max_tokens=16)
     assert torch.batch == 1 and torch.scores == together.scores
+
+
+@pytest.mark.parametrize("backend", ["bundle", "checkpoint"])
+@pytest.mark.parametrize("metric", ["rouge", "choice"])
+def test_what_all_requests_begin_with_is_read_once(
+    backend: str, metric: MetricName, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = request.getfixturevalue(backend)
+    shared = tuple(map(int, np.random.default_rng(2).integers(4, 320, 80)))
+    questions = [
+        replace(
+            each,
+            ids=(*shared, *each.ids),
+            row=replace(each.row, choices=(each.row.expected, "no")),
+            choices=((5, 6, 7), (8,)),
+        )
+        for each in asked(model, own_replies(model, 12))
+    ]
+    read: list[int] = []
+    steps = {"bundle": (type(model.decoder), "run"), "checkpoint": (type(model.decoder), "_step")}
+    owner, name = steps[backend]
+    plain = getattr(owner, name)
+
+    def counted(self: Any, ids: Any, *rest: Any, **more: Any) -> Any:
+        read.append(np.asarray(ids).size)
+        return plain(self, ids, *rest, **more)
+
+    monkeypatch.setattr(owner, name, counted)
+    once = measure_task(model, questions, metric, Silent(), max_tokens=16)
+    tokens_once = sum(read)
+    read.clear()
+    monkeypatch.setattr("slm.runtime.task._LEAST_SHARED", 1000)
+    each = measure_task(model, questions, metric, Silent(), max_tokens=16)
+    assert [a.reply for a in once.answers] == [a.reply for a in each.answers] and once.scores == each.scores
+    assert sum(read) - tokens_once == 7 * 81  # with the token that begins a text
+
+
+def test_the_shared_beginning() -> None:
+    long = list(range(100))
+    assert shared_beginning([long, [*long[:80], 7]]) == long[:80]
+    assert shared_beginning([long, long]) == long[:99]  # one token is left to read
+    assert shared_beginning([long, long[:65]]) == long[:64] and shared_beginning([long, long[:64]]) == []
+    assert shared_beginning([long]) == [] == shared_beginning([])
 
 
 def test_the_default_limit_of_new_tokens(bundle: Model) -> None:
