@@ -32,8 +32,8 @@ class CallPart:
 class CallStream:
     """Reads a reply piece by piece.
 
-    The texts and calls are those of `parsed_calls`, except that a call counts as soon as its name is complete. A reply that ends
-    within a call has an incomplete call. White space around calls is not text.
+    The texts and calls are those of `parsed_calls`, except that a call counts as soon as its name is complete: a reply that
+    ends within a call has an incomplete call. White space around calls is not text.
 
     Attributes:
         begun: The number of calls that have begun.

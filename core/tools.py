@@ -56,7 +56,7 @@ def ordered(call: Call, tool: Tool | None) -> Call:
     """
     if tool is None:
         return call
-    return replace(call, arguments=_ordered(call.arguments, tool.parameters))
+    return replace(call, arguments=_ordered(call.arguments, tool.parameters, tool.parameters))
 
 
 def canonical(call: Call) -> str:
@@ -302,23 +302,50 @@ def depth(value: Any) -> int:
     return deepest
 
 
-def _ordered(value: Any, schema: Any) -> Any:
-    if not isinstance(schema, Mapping):
-        return value
+def _ordered(value: Any, schema: Any, root: Any) -> Any:
+    schema = _described(schema, root)
     if isinstance(value, list):
-        return [_ordered(each, schema.get("items")) for each in value]
+        return [_ordered(each, schema.get("items"), root) for each in value]
     properties = schema.get("properties")
     if not isinstance(value, Mapping) or not isinstance(properties, Mapping):
         return value
     names = [*(name for name in properties if name in value), *(name for name in value if name not in properties)]
     required = schema.get("required", ())
     return {
-        name: _ordered(value[name], properties.get(name))
+        name: _ordered(value[name], properties.get(name), root)
         for name in names
         if value[name] is not None
         or name in required
         or allows_null(properties.get(name, schema.get("additionalProperties", False)))
     }
+
+
+def _described(schema: Any, root: Any) -> Mapping[str, Any]:
+    """Returns the schema that describes a value: the target of a reference, or the only choice with fields or items."""
+    for _ in range(MAX_DEPTH):
+        if not isinstance(schema, Mapping):
+            return {}
+        choices = schema.get("anyOf", schema.get("oneOf"))
+        if "$ref" in schema:
+            schema = referred(schema["$ref"], root)
+        elif isinstance(choices, list):
+            described = [
+                each for each in choices if isinstance(each, Mapping) and {"properties", "items", "$ref"} & each.keys()
+            ]
+            schema = described[0] if len(described) == 1 else None
+        else:
+            return schema
+    return {}
+
+
+def referred(reference: Any, root: Any) -> Any:
+    """Returns the definition that `$ref` of a schema refers to, within the same schema; None if there is none."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    found = root
+    for part in reference[2:].split("/"):
+        found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+    return found
 
 
 def allows_null(schema: Any) -> bool:

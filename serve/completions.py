@@ -21,9 +21,10 @@ from fastapi.responses import StreamingResponse
 from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter
 from slm.runtime.generation import Generation, Piece, Request, Result
+from slm.runtime.guide import Constraint
 from slm.runtime.sampling import Sampling
 from slm.runtime.token_bytes import token_bytes
-from slm.serve.constraint import Busy, JsonConstraint
+from slm.serve.constraint import Busy
 from slm.serve.engine import Closed
 from slm.serve.errors import Refused, said
 from slm.serve.events import Inbox, Post
@@ -83,7 +84,7 @@ class Completions:
         biases = self.count * len(request.logit_bias or ())
         return sum(map(len, self.prompts)) + sum(map(len, request.stops)) + biases
 
-    def generation(self, service: Service, index: int, constraint: JsonConstraint | None) -> Request:
+    def generation(self, service: Service, index: int, constraint: Constraint | None) -> Request:
         """Returns the request of one completion to the engine."""
         limit, count = service.limits.new_tokens, self.request.n or 1
         return Request(
@@ -234,7 +235,7 @@ def check_size(service: Service, texts: Sequence[object], param: str) -> None:
             )
 
 
-async def _constraints(service: Service, request: ApiRequest, texts: int) -> Sequence[JsonConstraint | None]:
+async def _constraints(service: Service, request: ApiRequest, texts: int) -> Sequence[Constraint | None]:
     """Returns the constraint of each completion."""
     form = request.response_format
     if form is None or form.type == "text":
@@ -290,7 +291,7 @@ def _submit(
     post: Post,
     wanted: Completions,
     adapter: Adapter | None,
-    constraints: Sequence[JsonConstraint | None],
+    constraints: Sequence[Constraint | None],
 ) -> _Submitted:
     """Submits all texts to the engine, or none."""
     inbox, texts = Inbox(), list[Generation]()
