@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -64,21 +65,23 @@ def paired_shares(before: Sequence[bool], after: Sequence[bool]) -> Interval:
 
 
 def bootstrap_mean(values: Sequence[float]) -> Interval:
-    """Returns the percentile bootstrap interval of a mean (Efron 1979). The same values give the same interval.
+    """Returns the percentile bootstrap interval of a mean (Efron 1979). The same values in any order give the same interval.
 
     Args:
         values: The scores of the rows, at least one.
     """
-    distinct, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
-    if len(distinct) == 1:
-        return Interval(float(distinct[0]), float(distinct[0]))
-    # A resample is determined by how often it has each distinct value.
-    shares = counts / counts.sum()
-    random = np.random.default_rng(SEED)
-    at_once = max(1, _DRAWN // len(distinct))
+    return _bootstrap(tuple(sorted(values)))
+
+
+@lru_cache(32)
+def _bootstrap(values: tuple[float, ...]) -> Interval:
+    if values[0] == values[-1]:
+        return Interval(values[0], values[0])
+    scores, random = np.array(values), np.random.default_rng(SEED)
+    at_once = max(1, _DRAWN // len(values))
     means = np.concatenate(
         [
-            random.multinomial(len(values), shares, min(at_once, RESAMPLES - start)) @ distinct / len(values)
+            scores[random.integers(0, len(values), (min(at_once, RESAMPLES - start), len(values)))].mean(axis=1)
             for start in range(0, RESAMPLES, at_once)
         ]
     )
