@@ -189,8 +189,7 @@ def tool_form(tokenizer: Tokenizer) -> ToolForm:
 def call_ends(tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the tokens that end a reply with calls, besides those that end a turn: the mark of the result that follows."""
     template = foreign_template(tokenizer) or ""
-    marks = (style.result for style in STYLES if style.result is not None and style.result in template)
-    return frozenset(i for mark in marks if (i := tokenizer.token_id(mark)) is not None)
+    return tokenizer.ids_of(style.result for style in STYLES if style.result is not None and style.result in template)
 
 
 def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:

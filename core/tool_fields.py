@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slm.core.errors import SlmError
-from slm.core.tools import DECODER, MAX_DEPTH, Call, Tool, depth, ordered
+from slm.core.tools import DECODER, MAX_DEPTH, Call, Tool, arguments_text, depth, ordered
 
 if TYPE_CHECKING:
     from slm.core.chat import Message
@@ -98,6 +98,26 @@ def matched(messages: "Sequence[Message]") -> "list[Message]":
             end += 1
         found += _results(calls, messages[at:end], at)
         at = end
+    return found
+
+
+def openai_messages(messages: "Sequence[Message]") -> list[dict[str, Any]]:
+    """Returns a conversation in OpenAI's format, as rows for `slm finetune` have it."""
+    found: list[dict[str, Any]] = []
+    ids: list[str] = []  # of the calls without a result so far
+    number = 0
+    for message in messages:
+        written: dict[str, Any] = {"role": message["role"], "content": message["content"]}
+        if calls := message.get("calls", ()):
+            ids = [f"call_{number + place}" for place in range(len(calls))]
+            number += len(calls)
+            written["tool_calls"] = [
+                {"id": name, "type": "function", "function": {"name": call.name, "arguments": arguments_text(call)}}
+                for name, call in zip(ids, calls, strict=True)
+            ]
+        if message["role"] == "tool" and ids:
+            written["tool_call_id"] = ids.pop(0)
+        found.append(written)
     return found
 
 
