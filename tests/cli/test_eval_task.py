@@ -196,6 +196,27 @@ def test_choices(slm: Slm, exported: Path) -> None:
     assert stored["replies"][0]["choices"] == ["big", "small"]
 
 
+def test_tool_calls(slm: Slm, exported: Path) -> None:
+    function = {"name": "set_light", "parameters": {"type": "object", "properties": {"on": {"type": "boolean"}}}}
+    calls = [{"function": {"name": "set_light", "arguments": {"on": True}}}]
+    answers = [{"content": None, "tool_calls": calls}, {"content": "I cannot do that."}]
+    rows = [
+        {
+            "tools": [{"type": "function", "function": function}],
+            "messages": [{"role": "user", "content": "Do it."}, {"role": "assistant"} | answer],
+        }
+        for answer in answers
+    ]
+    write("rows.jsonl", rows)
+    both = compared(slm, exported / "checkpoint/best", exported / "onnx", "--task", "rows.jsonl", "--max-tokens", "8")
+    assert (both["metric"], both["metric_chosen_because"]) == ("tool-call", "replies call tools")
+    for model in both["models"]:  # it makes no calls, which is right for the second row only
+        assert model["score"] == 0.5 and model["further"] == {"names": 0.5, "valid": 1.0}
+        (wrong,) = model["worst"]
+        assert wrong["expected"] == '<tool_call>\n{"name": "set_light", "arguments": {"on": true}}\n</tool_call>'
+    assert "&lt;tool_call&gt;" in Path("runs/eval-rows/report.html").read_text()
+
+
 def test_a_text_is_evaluated_with_an_adapter(
     slm: Slm, exported: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
