@@ -209,6 +209,19 @@ def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     return learned or foreign_template(tokenizer) is not None
 
 
+def declares_tools(info: Mapping[str, Any]) -> bool:
+    """Returns whether prompts for a model declare tools: not if it was fine-tuned on calls of undeclared tools.
+
+    Args:
+        info: The contents of the model's `slm.json`; empty if there is none.
+    """
+    merged = info.get("merged")
+    for each in (info.get("finetuned"), merged.get("finetune") if isinstance(merged, dict) else None):
+        if isinstance(each, dict) and isinstance(each.get("declares_tools"), bool):
+            return bool(each["declares_tools"])
+    return True
+
+
 def _turn_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
     start, end = (tokenizer.token_id(token) for token in (START_OF_TURN, END_OF_TURN))
     if start is None or end is None:

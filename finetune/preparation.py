@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Prepared:
         split: The rows that the examples come from.
         settings: The settings with all defaults resolved.
         chats: Whether a row is a conversation.
+        declares_tools: Whether rows with calls declare the tools; None if no row has calls.
         bad: Number of rows left out because they could not be read.
     """
 
@@ -63,6 +65,7 @@ class Prepared:
     split: Split
     settings: FinetuneSettings
     chats: bool
+    declares_tools: bool | None
     bad: int
 
 
@@ -107,7 +110,14 @@ def prepare(
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
     chats = any(isinstance(row, ChatRow) for row in rows)
-    return Prepared(train, valid, tuple(packed), split, settings.resolved(config, len(packed)), chats, len(bad or ()))
+    resolved = settings.resolved(config, len(packed))
+    return Prepared(train, valid, tuple(packed), split, resolved, chats, _declares_tools(rows), len(bad or ()))
+
+
+def _declares_tools(rows: Sequence[Row]) -> bool | None:
+    """Returns whether rows with calls declare the tools; None if no row has calls."""
+    calling = [row for row in rows if isinstance(row, ChatRow) and any(each.get("calls") for each in row.messages)]
+    return any(row.tools for row in calling) if calling else None
 
 
 def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:

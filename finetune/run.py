@@ -210,6 +210,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 **course,
                 "precision": precision.name,
                 "turns": found.chats,
+                "declares_tools": found.declares_tools,
                 "notices": modified(notices_of(base), "fine-tuned with LoRA" if adapter else "fine-tuned"),
                 "held_out_rows": list(found.split.numbers),
                 "metrics": {name: value for name, value in asdict(result).items() if name not in _NO_METRICS},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slm.core.chat import call_ends
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, KVCache
 from slm.finetune.adapter import TunableLM
@@ -116,7 +117,7 @@ def _asked(row: Row, example: Example, start: int, wanted: str, renderer: Render
 
 def _answer(model: TunableLM | CausalLM, renderer: Renderer, ids: list[int], until: float) -> str:
     config, device = model.model.config, model.model.norm.weight.device
-    ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids()}
+    ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids(), *call_ends(renderer.tokenizer)}
 
     def logits(new: Tensor, cache: KVCache) -> Tensor:
         hidden = model.model(new, cache=cache)  # (1, T, D)

@@ -286,14 +286,15 @@ class Chat:
         known = {tool.name: tool for tool in self._tools}
         if not calls or any(call.name not in known for call in calls):
             return {"role": "assistant", "content": answer}
-        return {"role": "assistant", "content": text, "calls": [ordered(call, known[call.name]) for call in calls]}
+        return {"role": "assistant", "content": text, "calls": tuple(ordered(call, known[call.name]) for call in calls)}
 
     def _ids(self, max_new_tokens: int) -> list[int]:
         context = self._model.decoder.context
         room = min(max_new_tokens, context // _LEAST_ROOM)
         first = 1 if self.system else 0
         while True:
-            ids = chat_ids(self._model.tokenizer, self.messages, self._model.stop_token_ids, self._tools)
+            declared = self._tools if self._model.declares_tools else ()
+            ids = chat_ids(self._model.tokenizer, self.messages, self._model.stop_token_ids, declared)
             requests = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
             if len(ids) + room <= context or len(requests) < 2:
                 return ids
@@ -317,7 +318,7 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
             raise ArgumentError(f"message {number} has the role {each.get('role')!r}", _MESSAGE)
         message: Message = {"role": each["role"], "content": each.get("content") or ""}
         if each["role"] == "assistant" and calls:
-            message["calls"] = calls if each.get("calls") else called(calls)
+            message["calls"] = tuple(calls) if each.get("calls") else called(calls)
         if each["role"] == "tool" and isinstance(each.get("tool_call_id"), str):
             message["tool_call_id"] = each["tool_call_id"]
         found.append(message)

@@ -70,6 +70,7 @@ class Model:
         decoder: The backend that computes logits.
         stop_token_ids: Tokens that end a text.
         about: The source of the model; None if a program assembled it.
+        declares_tools: Whether prompts declare tools: not if the model was fine-tuned on calls of undeclared tools.
         shown_tokens: Special tokens whose spelling is part of texts; a conversation with tools adds the marks of calls.
     """
 
@@ -80,6 +81,7 @@ class Model:
         self.decoder = decoder
         self.stop_token_ids = tuple(stop_token_ids)
         self.about = about
+        self.declares_tools = True
         self.shown_tokens: frozenset[int] = frozenset()
         self._lock = threading.RLock()
         self._under_way: object = None  # the text that the decoder is reading

@@ -138,7 +138,8 @@ def _add_completions(app: FastAPI, service: Service, chats: ThreadPoolExecutor) 
             tokenizer = service.model.tokenizer
             tools, messages = declared_tools(request), messages_of(request.messages)
             check_size(service, [message["content"] for message in messages], "messages")
-            ids = chat_ids(tokenizer, messages, service.model.stop_token_ids, tools)
+            in_prompt = tools if service.model.declares_tools else ()
+            ids = chat_ids(tokenizer, messages, service.model.stop_token_ids, in_prompt)
             return ids, tool_use(request, tools, tokenizer)
 
         try:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from slm.core.chat import CHAT_TEMPLATE, chat_ids
+from slm.core.chat import CHAT_TEMPLATE, chat_ids, declares_tools
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
-from slm.core.tools import Call, parsed_calls
+from slm.core.tools import STYLES, Call, parsed_calls
 from slm.finetune.examples import Renderer
+from slm.finetune.preparation import _declares_tools
 from slm.finetune.rows import ChatRow, read_rows
 from tests.core.tool_chat_templates import ANSWER_ENDS, NATIVE, tool_tokenizer
 from tests.finetune.test_fields import write
@@ -139,8 +140,6 @@ def test_loss_covers_calls_and_answers_and_nothing_else(name: str, config: Model
     learned = [tokenizer.backend.decode(example.ids[a:b], skip_special_tokens=False) for a, b in example.spans]
     assert len(learned) == 2
     style = {"functiongemma": 1, "gemma 4": 2}.get(name, 0)
-    from slm.core.tools import STYLES
-
     text, found = parsed_calls(learned[0], STYLES[style])
     assert tuple(found) == row.messages[1]["calls"]  # type: ignore[comparison-overlap]
     assert text in {"<end_of_turn>", "<|im_end|>", "<start_function_response>", "<|tool_response>"}
@@ -154,3 +153,18 @@ def test_a_row_with_an_impossible_declaration_can_be_skipped() -> None:
     bad: list[SlmError] = []
     rows = read_rows(write([{**OPENAI, "tools": [{"name": 3}]}, OPENAI], "jsonl"), bad)
     assert len(rows) == 1 and "line 1: tool 1 has no name" in bad[0].message
+
+
+@pytest.mark.parametrize(
+    ("rows", "declares"),
+    [
+        ([OPENAI, {"text": "x"}], True),
+        ([{**OPENAI, "tools": None}, {"text": "x"}], False),
+        ([{**OPENAI, "tools": None}, TRL], True),
+        ([{"messages": [ASKED, SAID], "tools": TOOLS}], None),
+        ([{"text": "x"}], None),
+    ],
+)
+def test_whether_the_rows_declare_tools_is_recorded(rows: list[Any], declares: bool | None) -> None:
+    assert _declares_tools(read_rows(write(rows, "jsonl"))) is declares
+    assert declares_tools({"finetuned": {"declares_tools": declares}}) is (declares is not False)

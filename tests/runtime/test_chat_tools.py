@@ -64,9 +64,9 @@ def test_functions_are_called_until_there_is_an_answer(model: Model, monkeypatch
     expected: list[Message] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Double 4 twice."},
-        {"role": "assistant", "content": "Wait.", "calls": [CALL]},
+        {"role": "assistant", "content": "Wait.", "calls": (CALL,)},
         {"role": "tool", "name": "double", "content": "8"},
-        {"role": "assistant", "content": "", "calls": [again, CALL]},
+        {"role": "assistant", "content": "", "calls": (again, CALL)},
         {"role": "tool", "name": "double", "content": "16"},
         {"role": "tool", "name": "double", "content": "8"},
         {"role": "assistant", "content": "It is 16."},
@@ -88,11 +88,27 @@ def test_the_prompts_are_those_of_training(model: Model, monkeypatch: pytest.Mon
     assert with_calls("", [CALL]) in model.tokenizer.decode(example.ids[slice(*example.spans[0])])
 
 
+@pytest.mark.parametrize("record", ["finetuned", "merged"])
+def test_prompts_declare_no_tools_to_a_model_that_learned_without(
+    roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str
+) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(roomy, copy)
+    info = json.loads((copy / "slm.json").read_text())
+    tuned: dict[str, Any] = {"turns": True, "declares_tools": False}
+    info |= {"finetuned": tuned} if record == "finetuned" else {"merged": {"finetune": tuned}}
+    (copy / "slm.json").write_text(json.dumps(info))
+    model = load(copy, threads=1)
+    prompts = script(monkeypatch, model, [written([CALL]), "It is 8."])
+    assert model.chat(tools=[double]).ask("Double 4.", **LONG) == "It is 8."
+    assert prompts[0] == chat_ids(model.tokenizer, [{"role": "user", "content": "Double 4."}])
+
+
 def test_calls_of_declared_tools_wait_for_results(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     look = Call("look", {})
     script(monkeypatch, model, [written([CALL, look]), "I see.", "Hello."])
     chat = model.chat(tools=[double, DECLARED])
-    assert chat.ask("Look.", **LONG) == "" and chat.calls == [CALL, look] and made == []
+    assert chat.ask("Look.", **LONG) == "" and chat.calls == (CALL, look) and made == []
     for wrong in ([], ["one"], ["a", "b", "c"]):
         with pytest.raises(SlmError, match="has 2 calls, and"):
             chat.answer_calls(wrong)
@@ -148,7 +164,7 @@ def test_a_conversation_without_tools_makes_no_calls(model: Model, monkeypatch: 
 def test_endless_calls_end(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     script(monkeypatch, model, [written([CALL])] * (MOST_ROUNDS + 1))
     chat = model.chat(tools=[double])
-    assert chat.ask("Go.", **LONG) == "" and len(made) == MOST_ROUNDS and chat.calls == [CALL]
+    assert chat.ask("Go.", **LONG) == "" and len(made) == MOST_ROUNDS and chat.calls == (CALL,)
 
 
 def test_old_exchanges_are_dropped_with_their_calls(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,20 @@ def test_a_conversation_continues_with_results(running: Any, bundle: Path) -> No
     assert answer.usage.prompt_tokens == len(chat_ids(tokenizer, told, (), declared(TOOLS)))
 
 
+def test_a_model_that_learned_without_declarations_gets_none(
+    serve: Callable[..., Any], shared_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "learned"
+    shutil.copytree(shared_checkpoint, copy)
+    info = json.loads((copy / "slm.json").read_text())
+    (copy / "slm.json").write_text(json.dumps(info | {"finetuned": {"turns": True, "declares_tools": False}}))
+    running = serve(bundle=long_bundle(copy, tmp_path), limits=Limits(new_tokens=400))
+    answer = ask(running.client(), tool_choice="required", parallel_tool_calls=False)
+    check(answer.choices[0].message.tool_calls[0])
+    without = running.client().chat.completions.create(model=NAME, messages=ASKED, max_tokens=2)
+    assert answer.usage.prompt_tokens == without.usage.prompt_tokens
+
+
 @pytest.mark.parametrize(
     ("change", "param", "said"),
     [
