@@ -6,9 +6,9 @@ Text of rows is encoded literally: "<end_of_turn>" in a row is plain characters,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from slm.core.chat import Dialogue, call_ends, dialogues
-from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.text.cuts import PieceEncoder
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
@@ -79,14 +79,27 @@ class Examples:
         return sum(example.trained for example in self.kept)
 
 
+class _Stops(Protocol):
+    """A model or its configuration, of which the tokens that end a text are needed."""
+
+    @property
+    def stop_token_ids(self) -> Sequence[int]:
+        """The tokens that end a text."""
+
+
 class Renderer:
     """Converts rows to token ids for a model.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        end_of_text: The token that ends a text.
+        ends: All tokens that end an answer.
 
     Raises:
         SlmError: When the model has no end-of-text token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: _Stops) -> None:
         self.tokenizer = tokenizer
         self._before = list(tokenizer.prefix_ids)
         end_of_turn = tokenizer.token_id(END_OF_TURN)
@@ -96,9 +109,9 @@ class Renderer:
         if end is None:
             raise SlmError("the base has no token that ends a text", f"its tokenizer needs {END_OF_TEXT}")
         self.end_of_text: int = end
-        self._ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
-        self._ends |= call_ends(tokenizer)
-        self._besides = tokenizer.lengthy(self._ends) - tokenizer.control_ids
+        turn_ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
+        self.ends = frozenset(turn_ends | call_ends(tokenizer))
+        self._besides = tokenizer.lengthy(self.ends) - tokenizer.control_ids
 
     def turn_token_ids(self) -> list[int]:
         """Returns the ids of the tokens that begin and end a turn, as far as the tokenizer has them."""
@@ -111,7 +124,7 @@ class Renderer:
         Raises:
             SlmError: When the model has no turn tokens, or its chat template rejects the conversation.
         """
-        (example,) = self._full([row])
+        (example,) = self.uncut([row])
         if isinstance(example, SlmError):
             raise example
         return example
@@ -158,7 +171,7 @@ class Renderer:
     def _rendered(self, rows: Sequence[Row], bad: list[SlmError] | None) -> list[Example | None]:
         """Returns the uncut example of each row, or None for a conversation that the template rejects; see `examples`."""
         found: list[Example | None] = []
-        for row, full in zip(rows, self._full(rows), strict=True):
+        for row, full in zip(rows, self.uncut(rows), strict=True):
             if isinstance(full, SlmError):
                 error = SlmError(f"{row.place}: {full.message}", full.hint)
                 if bad is None:
@@ -169,11 +182,16 @@ class Renderer:
                 found.append(full)
         return found
 
-    def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
+    def uncut(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
+        """Yields the uncut example of each row, or an error without a place if its chat template rejects the conversation.
+
+        Raises:
+            SlmError: When the model has no turn tokens.
+        """
         literal = PieceEncoder(self.tokenizer, self._besides).encode
         chats = [row for row in rows if isinstance(row, ChatRow)]
         declared = [row.tools for row in chats]
-        in_turns = dialogues(self.tokenizer, [row.messages for row in chats], self._ends, declared)
+        in_turns = dialogues(self.tokenizer, [row.messages for row in chats], self.ends, declared)
         for row in rows:
             match row:
                 case ChatRow():

@@ -17,6 +17,8 @@ INSTRUCTION, CONTEXT, OUTPUT = "instruction", ("input", "context"), ("output", "
 PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"
 # The answers of a preference.
 PREFERENCE = ("chosen", "rejected")
+# The possible replies of a row, which `slm eval --task --metric choice` compares.
+CHOICES = "choices"
 # Fields that precede a conversation.
 SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 
@@ -85,7 +87,7 @@ _RENAMED = (
 
 # All columns that are read; other columns of a Parquet file are not decoded.
 COLUMNS = frozenset(
-    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *TOOLS, *PREFERENCE,
+    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, CHOICES, *SYSTEM, HISTORY, *TOOLS, *PREFERENCE,
      *_REFUSED_COLUMNS, *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from slm.core.tool_fields import declared
 from slm.core.tools import Tool, arguments_text
 from slm.finetune.conversations import checked, history, kind_of, text_of, turns, with_system
 from slm.finetune.fields import (
+    CHOICES,
     COLUMNS,
     COMPLETION,
     CONTEXT,
@@ -138,6 +139,7 @@ def read_rows(
     *,
     left_out: set[str] | None = None,
     limits: Limits | None = None,
+    choices: list[Any] | None = None,
 ) -> list[Row]:
     """Reads the rows of a file, or of all files below a directory; see `slm.core.text` for the kinds of files.
 
@@ -146,6 +148,7 @@ def read_rows(
         bad: Receives the errors of bad rows, which are then skipped; None raises the first one.
         left_out: Receives the names of ignored fields.
         limits: Limits of reading; the defaults when None.
+        choices: Receives the column `choices` of each row, unchecked; None for a row without it. Fine-tuning ignores it.
 
     Raises:
         SlmError: When a file cannot be read or has no row, or a row is of an unknown kind, too long, or not supported; the
@@ -178,13 +181,16 @@ def read_rows(
                         f"more than {_MOST_BAD:,} rows are wrong; the first: {bad[0].message}", EXPECTED
                     ) from None
                 continue
-            taken += _bytes(row)
+            options = value.content.get(CHOICES) if choices is not None else None
+            taken += _bytes(row) + (_OVERHEAD + len(str(options)) if options else 0)
             if taken > limits.data:
                 raise SlmError(
                     f"{where}: the rows take more than {size(limits.data)}, and all are held in memory",
-                    "--max-data-bytes raises the limit; or give fewer rows",
+                    "give fewer rows, or raise the limit of slm finetune with --max-data-bytes",
                 )
             rows.append(row)
+            if choices is not None:
+                choices.append(options)
         for name in sorted(unread):
             leave_out(name)
     if not rows:

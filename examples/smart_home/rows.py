@@ -3,13 +3,14 @@
     python rows.py [--train 1500] [--test 200] [--seed 0]        -> train.jsonl, test.jsonl
 
 Most rows are one call in one of several wordings, one row in six is two calls, and one in eight is a request that no function
-fulfils, with a sentence as the answer. No request is in both files, but both use the same wordings. The rows declare no tools: the
-model learns them by heart, so its prompts are short.
+fulfils, with a sentence as the answer. No request is in both files, but both use the same wordings. The rows declare no tools:
+the model learns them by heart, so its prompts are short.
 """
 
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def temperature(r: random.Random) -> tuple[str, Call]:
     """A room that is heated."""
     room, degrees = r.choice(ROOMS), r.randint(10, 28)
     text = pick(
-        r, f"heat the {room} to {degrees} degrees", f"set the {room} to {degrees} degrees", f"I want {degrees} degrees in the {room}"
+        r, f"heat the {room} to {degrees} degrees", f"set the {room} to {degrees} degrees",
+        f"I want {degrees} degrees in the {room}",
     )  # fmt: skip
     return text, ("set_temperature", {"room": room, "degrees": degrees})
 
@@ -195,7 +197,7 @@ def main() -> None:
     for name, written in zip(("train", "test"), rows(given.train, given.test, given.seed), strict=True):
         path = given.out / f"{name}.jsonl"
         path.write_text("".join(json.dumps(each) + "\n" for each in written), encoding="utf-8")
-        print(f"{path}: {len(written)} rows")
+        sys.stderr.write(f"{path}: {len(written)} rows\n")
 
 
 if __name__ == "__main__":
