@@ -14,6 +14,7 @@ from slm.core.manifest import Quantization, Scheme
 from slm.core.qat import GRIDS, QatGrid, QatPrecision
 from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import NO_SMOOTHING, Smoothing
+from slm.quantize.frequent import FrequentTokens
 from slm.quantize.linears import Linear
 from slm.quantize.settings import Method, Prefer, Settings
 
@@ -48,8 +49,9 @@ INT8: Mapping[Prefer, PreferredSchemes] = {
 # One scale for each output channel; activations are rounded with one scale for each token.
 INT8_DYNAMIC = PreferredSchemes(layer=Scheme(bits=8, block_size=128, dynamic=True), head=_IN_64, lookup=_IN_64)
 INT4 = PreferredSchemes.of(GRIDS["int4"])
-# Block sizes of a 4-bit table, the most accurate first. Tables are searched for a size that fits `--target-size`.
-TABLE_BLOCK_SIZES = (32, 64, 128)
+# A 4-bit table. Smaller blocks would take more bytes than the rows of frequent tokens in 8 bits, and gain less
+# (docs/quantization.md).
+TABLE = Scheme(bits=4, block_size=128, zero_points=True)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class QuantizationPlan:
         exact: Paths of the layers' weights that lie on grids which their schemes store exactly.
         rounded: Integers and scales of the weights that are already rounded, by path. Other weights are rounded when they
             are written.
+        frequent: The frequent tokens, from which schemes of tables take the first ones; None if no table has such rows.
         sensitivity: KL divergence if only this weight has few bits, in nats, by path; empty if not measured.
         trained_for: The precision for which the model was trained, if the plan keeps that grid.
     """
@@ -80,12 +83,20 @@ class QuantizationPlan:
     smoothing: Smoothing = NO_SMOOTHING
     exact: frozenset[str] = frozenset()
     rounded: Mapping[str, Arrays] = field(default_factory=dict)
+    frequent: FrequentTokens | None = None
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     trained_for: QatPrecision | None = None
 
     def with_schemes(self, schemes: Schemes) -> "QuantizationPlan":
-        """Returns the plan with other schemes. A weight whose scheme changes loses its rounded arrays."""
-        kept = {path: arrays for path, arrays in self.rounded.items() if schemes[path] == self.schemes[path]}
+        """Returns the plan with other schemes. A weight whose scheme changes loses its rounded arrays.
+
+        The number of rows of frequent tokens can change, because these rows are rounded apart.
+        """
+        kept = {
+            path: arrays
+            for path, arrays in self.rounded.items()
+            if with_frequent(schemes[path], 0) == with_frequent(self.schemes[path], 0)
+        }
         return replace(self, schemes=schemes, rounded=kept)
 
     @property
@@ -127,10 +138,14 @@ def preferred_schemes(settings: Settings) -> PreferredSchemes:
     return replace(INT8_DYNAMIC, layer=INT8_DYNAMIC.layer.model_copy(update={"reduced": settings.reduce_range}))
 
 
-def with_four_bit_tables(preferred: PreferredSchemes, block_size: int) -> PreferredSchemes:
+def with_frequent(scheme: Scheme, count: int) -> Scheme:
+    """Returns the scheme of a table with another number of rows of frequent tokens in 8 bits."""
+    return scheme.model_copy(update={"frequent": count})
+
+
+def with_four_bit_tables(preferred: PreferredSchemes) -> PreferredSchemes:
     """Returns preferred schemes with 4 bits for the head and for the lookup of embeddings."""
-    table = Scheme(bits=4, block_size=block_size, zero_points=True)
-    return replace(preferred, head=table, lookup=table)
+    return replace(preferred, head=TABLE, lookup=TABLE)
 
 
 def schemes_of(

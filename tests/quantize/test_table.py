@@ -32,7 +32,7 @@ from slm.quantize.quality import kl_sum
 from slm.quantize.quantizer import quantizer_of
 from slm.quantize.results import Report
 from slm.quantize.rounding import restored
-from slm.quantize.search import Budget, Candidates
+from slm.quantize.search import Budget, Candidates, Choice
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.statistics import hidden_moments
 from slm.quantize.texts import TokenRows
@@ -215,14 +215,15 @@ def test_a_target_size_that_eight_bits_exceed(source: Bundle, text: TokenRows, t
 def test_both_schemes_of_a_table_are_tried() -> None:
     """A table can have the largest sensitivity per byte and not fit, or the least and be the only one that reaches a limit."""
     linears = [Linear("table", "head", 3000, 128), *[Linear(f"l{i}", "layer", 200, 128, i) for i in range(4)]]
-    low = schemes_of(linears, with_four_bit_tables(INT4, 32))
+    low = schemes_of(linears, with_four_bit_tables(INT4))
     high = {linear.path: Scheme(bits=8, block_size=64) for linear in linears}
     base, table = bytes_of(linears, low), bytes_of(linears[:1], high) - bytes_of(linears[:1], low)
     layers = bytes_of(linears[1:], high) - bytes_of(linears[1:], low)
 
     def chosen(harm: float, budget: Budget) -> set[str]:
         harms = {"table": harm} | {f"l{i}": 0.01 for i in range(4)}
-        schemes = Candidates(linears, low, high, harms).choose(budget)
+        choices = {path: (Choice(low[path], each), Choice(high[path], 0.0)) for path, each in harms.items()}
+        schemes = Candidates(linears, low, choices).choose(budget)
         return {path for path in schemes if schemes[path].bits == 8}
 
     everything, only_layers = {linear.path for linear in linears}, {f"l{i}" for i in range(4)}
