@@ -19,6 +19,7 @@ from slm.quantize.plan import (
     INT8,
     QuantizationPlan,
     Schemes,
+    coarser_schemes,
     preferred_schemes,
     schemes_of,
     with_four_bit_tables,
@@ -149,7 +150,11 @@ def _with_mixed_precision(quantizer: Quantizer, plan: QuantizationPlan) -> Quant
     if settings.tables != "eight":
         plan = _with_four_bit_tables(quantizer, plan, calibration.after(held_out))
     if plan.method == "gptq":
-        plan = with_gptq(quantizer, plan, calibration.after(held_out))
+        coarser = {}
+        if settings.block_size is None and (settings.target_bytes is not None or settings.target_kl_nats is not None):
+            choosable = [linear for linear in quantizer.layers if linear.path not in plan.exact]
+            coarser = coarser_schemes(choosable, plan.schemes)
+        plan = with_gptq(quantizer, plan, calibration.after(held_out), coarser)
     if settings.prefer == "size" and settings.target_bytes is None and settings.target_kl_nats is None:
         return plan
     plan, candidates = _candidates(quantizer, plan)
@@ -180,8 +185,8 @@ def _with_four_bit_tables(quantizer: Quantizer, plan: QuantizationPlan, text: To
     schemes = on_device(schemes_of(tables, with_four_bit_tables(INT4)), quantizer.source)
     chosen = {path: with_frequent(scheme, frequent.enough) for path, scheme in schemes.items()}
     quantizer.progress.note(
-        f"{frequent.enough:,} of {head.outputs:,} tokens are {1 - frequent.others[frequent.enough]:.1%} of the calibration text "
-        "and of its predictions"
+        f"{frequent.enough:,} of {head.outputs:,} tokens are {1 - frequent.others[frequent.enough]:.1%} of the calibration"
+        " text and of its predictions"
     )
     return replace(plan.with_schemes({**plan.schemes, **chosen}), frequent=frequent)
 
@@ -206,6 +211,8 @@ def _candidates(quantizer: Quantizer, plan: QuantizationPlan) -> tuple[Quantizat
         choices[path] = [Choice(plain.schemes[path], harm)]
         if linear not in choosable:
             continue
+        if path in plan.coarser:  # the divergence of a small error is in proportion to its square
+            choices[path].append(Choice(plan.coarser[path].scheme, harm * max(1.0, plan.coarser[path].error)))
         if linear.role != "layer" and plan.frequent is not None:
             # Measured on Gemma 3 270M: the divergence falls in proportion to the share of the other tokens.
             choices[path] += [

@@ -17,8 +17,8 @@ from slm.quantize.instrumented import head_inputs
 from slm.quantize.linears import Linear
 from slm.quantize.texts import TokenRows
 
-# The numbers of rows to choose from are the powers of two between these shares of the vocabulary, and at most the limit: a lookup
-# compares each token with all frequent ones.
+# The numbers of rows to choose from are the powers of two between these shares of the vocabulary, and at most the limit: a
+# lookup compares each token with all frequent ones.
 _FEWEST_SHARE, _MOST_SHARE, _MOST = 1 / 256, 1 / 4, 1 << 13
 # Without a search, the share of other tokens, in the text and in its predictions, that is small enough.
 _SMALL_ENOUGH = 0.02

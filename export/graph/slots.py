@@ -20,7 +20,9 @@ class SlottedLinear(Module):
     An empty adapter adds zeros.
     """
 
-    def __init__(self, inner: LinearModule, a: Value, b: Value, sizes: tuple[int, int], smoothed: tuple[bool, bool]) -> None:
+    def __init__(
+        self, inner: LinearModule, a: Value, b: Value, sizes: tuple[int, int], smoothed: tuple[bool, bool]
+    ) -> None:
         super().__init__()
         self.dtype = inner.dtype
         self._inner = (inner,)  # in a tuple it is not a child module, so its parameters keep their names
