@@ -109,8 +109,8 @@ class Scheme(_Record):
         half: Whether scales, and the input and output of the product, are float16, as on a GPU. Otherwise they are float32.
         halves: Whether the upper and lower four bits of the integers are stored apart, with the scale of the upper ones and
             one float32 for each output channel (`slm.export.graph.halves`).
-        frequent: For a 4-bit table, the number of frequent tokens whose rows are stored in 8 bits as well, with the same blocks,
-            and replace those in 4 bits (`slm.export.graph.frequent`).
+        frequent: For a 4-bit table, the number of frequent tokens whose rows are stored in 8 bits as well, in blocks of the
+            same size, and replace those in 4 bits (`slm.export.graph.frequent`).
     """
 
     bits: Literal[4, 8] = 8

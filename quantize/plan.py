@@ -109,8 +109,8 @@ class QuantizationPlan:
     def with_schemes(self, schemes: Schemes) -> "QuantizationPlan":
         """Returns the plan with other schemes.
 
-        A weight whose scheme changes loses its rounded arrays, or gets those in `coarser`. The number of rows of frequent tokens
-        can change, because these rows are rounded apart.
+        A weight whose scheme changes loses its rounded arrays, or gets those in `coarser`. The number of rows of frequent
+        tokens can change, because these rows are rounded apart.
         """
         kept = {
             path: arrays

@@ -1,8 +1,8 @@
 """The rows of frequent tokens of a 4-bit table, which are stored in 8 bits as well.
 
-Few tokens have nearly all of the probability: of Gemma's 262,144 tokens, 4,096 have 98 % in English stories. Their rows in 8 bits
-remove nearly all of the error of a 4-bit table (docs/quantization.md). The table in 4 bits stays complete, so that ids need no
-translation, and the logits of the frequent tokens replace those of the 4-bit product.
+Few tokens have nearly all of the probability: of Gemma's 262,144 tokens, 4,096 have 98 % in English stories. Their rows in 8
+bits remove nearly all of the error of a 4-bit table (docs/quantization.md). The table in 4 bits stays complete, so that ids
+need no translation, and the logits of the frequent tokens replace those of the 4-bit product.
 Dimensions: D hidden, V vocabulary, F frequent tokens.
 """
 
