@@ -185,11 +185,11 @@ def test_a_target_size_that_eight_bits_exceed(source: Bundle, text: TokenRows, t
     with quantizer_of(source, settings(), text, text, Silent(), tmp_path) as quantizer:
         eight = quantizer.bytes(QuantizationPlan(schemes_of(linears, INT4), "gptq"))
     with pytest.raises(SlmError, match="the weights take at least"):
-        make(source, tmp_path / "none", text, target_bytes=eight - 3000, head_bits=8)
+        make(source, tmp_path / "none", text, target_bytes=eight - 3000, head_bits=8, block_size=32)
     with pytest.raises(SlmError, match="the weights take at least"):
         make(source, tmp_path / "none", text, target_bytes=20_000)
     assert not (tmp_path / "none").exists()
-    made, report = make(source, tmp_path / "made", text, target_bytes=eight - 3000)
+    made, report = make(source, tmp_path / "made", text, target_bytes=eight - 3000, block_size=32)
     assert bits(made) == 4 and report.bytes_after <= eight - 3000
     assert report.tensors[0].path == EMBEDDING and report.tensors[0].harm_nats is not None
 
