@@ -21,7 +21,7 @@ from slm.quantize.texts import TokenRows
 # lookup compares each token with all frequent ones.
 _FEWEST_SHARE, _MOST_SHARE, _MOST = 1 / 256, 1 / 4, 1 << 13
 # Without a search, the share of other tokens, in the text and in its predictions, that is small enough.
-_SMALL_ENOUGH = 0.02
+_SMALL_ENOUGH = 0.03
 # The number of positions whose predictions are computed, and how many at a time.
 _POSITIONS, _TOGETHER = 512, 64
 

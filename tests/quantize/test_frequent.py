@@ -66,7 +66,7 @@ def test_tokens_are_ranked_by_text_and_predictions(trained_bundle: Bundle, story
 
 
 def test_enough_tokens() -> None:
-    shares = {1: 0.5, 2: 0.03, 4: 0.01, 8: 0.001}
+    shares = {1: 0.5, 2: 0.04, 4: 0.01, 8: 0.001}
     assert FrequentTokens(np.arange(8), shares).enough == 4
     assert FrequentTokens(np.arange(2), {1: 0.5, 2: 0.2}).enough == 2
 
