@@ -60,8 +60,8 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS
 )
 @click.option("--smooth/--no-smooth", default=None, help="Smooth activations first. [default: if it measures better]")
 @click.option("--head-bits", type=click.Choice(["4", "8"]),
-              help="With --int4: bits of token embeddings and head. [default: 8; 4 with --prefer size; chosen with "
-                   "--target-size or --max-kl]")  # fmt: skip
+              help="With --int4: bits of token embeddings and head; with 4, frequent tokens keep 8. [default: 8; 4 with "
+                   "--prefer size; chosen with --target-size or --max-kl]")  # fmt: skip
 @click.option(
     "--target-size", type=ByteCount("MB"), metavar="SIZE", help="With --int4: limit of the model's size, such as 110MB."
 )

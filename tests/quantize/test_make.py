@@ -335,7 +335,7 @@ def test_mixed_precision_keeps_a_divergence(
     bits = {scheme.bits for path, scheme in bundle.manifest.quantization.schemes.items() if "layers" in path}  # type: ignore[union-attr]
     assert bits == {4, 8}
     _, loose = make(shared_bundle, tmp_path / "c", precision="int4", head_bits=8, target_kl_nats=9.0)
-    assert loose.bytes_after == coarse.bytes_after < report.bytes_after
+    assert loose.bytes_after < coarse.bytes_after < report.bytes_after  # blocks of 64 are smaller still
 
 
 def test_what_cannot_be_quantized_is_refused(
