@@ -61,7 +61,7 @@ def read_task(
     """
     choices: list[Any] = []
     read = read_rows(path, limits=limits, choices=choices)
-    rows = [row.chosen if isinstance(row, PreferenceRow) else row for row in read]
+    rows: list[Row] = [row.chosen if isinstance(row, PreferenceRow) else row for row in read]
     asked, calling = ([_asked(row) for row in each] for each in (rows, map(_up_to_calls, rows)))
     why = ""
     if metric is None:
