@@ -76,7 +76,7 @@ def read_task(
         for row in asked:
             _check_json(row)
     chosen = range(len(rows)) if limit is None else _spread(len(rows), limit)
-    kept = [source for i in chosen if not isinstance(source := rows[i], TextRow)]
+    kept = [source for i in chosen if isinstance(source := rows[i], ChatRow | CompletionRow)]
     return TaskFile(Task(path.name, metric, why, tuple(asked[i] for i in chosen)), tuple(kept), len(rows))
 
 

@@ -15,7 +15,7 @@ import pytest
 from slm.cli.main import cli
 from slm.core import sample
 from slm.finetune import settings
-from slm.train import recipe
+from slm.train import closing, recipe, review, run  # noqa: F401  # import what `cut_short` patches before it does
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SHORT = (
