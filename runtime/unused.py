@@ -21,7 +21,7 @@ _MAPPED = re.compile(
 _MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
 
 
-def return_freed_memory() -> None:
+def trim_freed_memory() -> None:
     """Returns freed memory to the system, with glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

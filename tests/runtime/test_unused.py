@@ -100,7 +100,7 @@ def test_freed_memory_is_returned() -> None:
     script = """
 import ctypes, json
 from pathlib import Path
-from slm.runtime.unused import return_freed_memory
+from slm.runtime.unused import trim_freed_memory
 def rss():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 libc = ctypes.CDLL(None)
@@ -111,7 +111,7 @@ for block in blocks:
 for block in blocks[:-1]:  # the last one keeps the top of the heap
     libc.free(ctypes.c_void_p(block))
 before = rss()
-return_freed_memory()
+trim_freed_memory()
 print(json.dumps([hasattr(libc, "malloc_trim"), before - rss()]))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -139,7 +139,7 @@ def test_the_embedding_stays_in_its_file(
 
 def test_long_prompts_return_their_memory(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("slm.runtime.decoder.return_freed_memory", lambda: calls.append("freed"))
+    monkeypatch.setattr("slm.runtime.decoder.trim_freed_memory", lambda: calls.append("freed"))
     decoder = OnnxDecoder(shared_bundle, threads=1)
     decoder.read([1, 2, 3])
     assert not calls
