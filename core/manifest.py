@@ -247,6 +247,12 @@ class Bundle:
         """Total size of all files."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
+    @property
+    def model_bytes(self) -> int:
+        """Size of graph and weights."""
+        files = self.manifest.files
+        return sum(entry.bytes for name, entry in files.items() if name.startswith(self.manifest.model))
+
     @classmethod
     def open(cls, path: Path, trust: bool = False) -> "Bundle":
         """Opens a bundle and checks every file against the manifest.

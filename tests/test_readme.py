@@ -206,7 +206,7 @@ def test_every_command_of_the_documents_is_accepted() -> None:
 
 @pytest.mark.usefixtures("nothing_is_looked_for")
 @pytest.mark.parametrize(
-    "line", ["slm eval of a model", "slm export --int8", "slm data info", "torchrun -m slm train --lora"]
+    "line", ["slm info of a model", "slm export --int8", "slm data info", "torchrun -m slm train --lora"]
 )
 def test_what_is_no_command_is_noticed(line: str) -> None:
     """The control."""
