@@ -4,7 +4,7 @@ Dimensions: K input channels.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Self, TypeAlias
 
 from slm.core.contract import CacheType, Device
@@ -15,6 +15,7 @@ from slm.core.qat import GRIDS, QatGrid, QatPrecision
 from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import NO_SMOOTHING, Smoothing
 from slm.quantize.linears import Linear
+from slm.quantize.results import Refined
 from slm.quantize.settings import Method, Prefer, Settings
 
 Arrays: TypeAlias = Mapping[str, Array]
@@ -67,6 +68,8 @@ class QuantizationPlan:
         exact: Paths of the layers' weights that lie on grids which their schemes store exactly.
         rounded: Integers and scales of the weights that are already rounded, by path. Other weights are rounded when they
             are written.
+        norms: The weights of norms that refinement has moved, by name; they replace those of the smoothed model.
+        refinement: The effect of refinement, if there was one.
         sensitivity: KL divergence if only this weight has few bits, in nats, by path; empty if not measured.
         trained_for: The precision for which the model was trained, if the plan keeps that grid.
     """
@@ -80,6 +83,8 @@ class QuantizationPlan:
     smoothing: Smoothing = NO_SMOOTHING
     exact: frozenset[str] = frozenset()
     rounded: Mapping[str, Arrays] = field(default_factory=dict)
+    norms: Mapping[str, Array] = field(default_factory=dict)
+    refinement: Refined | None = None
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     trained_for: QatPrecision | None = None
 
@@ -104,13 +109,19 @@ class QuantizationPlan:
             found["attention_us"] = {each: round(1e6 * seconds, 1) for each, seconds in self.attention.items()}
         if self.trained_for is not None:
             found["trained_for"] = self.trained_for
+        if self.refinement is not None:
+            found["refinement"] = asdict(self.refinement)
         return found
 
     def record(self) -> Quantization:
         """Returns the manifest's record."""
         level = ACCURACY_LEVEL if self.device == "cpu" else 0  # products on CUDA do not round activations
         return Quantization(
-            method=self.method, accuracy_level=level, smoothing=self._exponent, schemes=dict(self.schemes)
+            method=self.method,
+            accuracy_level=level,
+            smoothing=self._exponent,
+            schemes=dict(self.schemes),
+            refined=self.refinement is not None and self.refinement.kept,
         )
 
     @property

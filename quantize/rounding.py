@@ -10,7 +10,17 @@ import numpy as np
 
 from slm.core.manifest import Scheme
 from slm.export.graph import LazyTensors
-from slm.export.graph.blocks import LOWER, QUANTIZED, SCALE, SHIFT, UPPER, ZERO_POINTS, dequantize, parts_of
+from slm.export.graph.blocks import (
+    LOWER,
+    QUANTIZED,
+    SCALE,
+    SHIFT,
+    UPPER,
+    ZERO_POINTS,
+    dequantize,
+    dequantize_halves,
+    parts_of,
+)
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
 from slm.quantize.linears import Linear
@@ -93,6 +103,8 @@ def _halves_placeholders(linear: Linear, scheme: Scheme) -> Arrays:
 
 def restored(arrays: Arrays, scheme: Scheme) -> Array:
     """Returns the dequantized weight of a product, float32 (N, K)."""
+    if scheme.halves:
+        return dequantize_halves(arrays[UPPER], arrays[LOWER], arrays[SCALE], scheme)
     return dequantize(arrays[QUANTIZED], arrays[SCALE], arrays.get(ZERO_POINTS), scheme)
 
 

@@ -24,7 +24,7 @@ from slm.cli.quantize_report import print_report, print_sweep
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, sealed_files
 from slm.core.outputs import check_output
-from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
+from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS, REFINE_TOKENS
 
 
 @click.command(epilog=REPLACING)
@@ -76,6 +76,11 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
     show_default=True,
     help="Storage of the tied table; with halves, a step of one text reads fewer bytes. Compare with slm bench.",
 )
+@click.option("--refine", is_flag=True,
+              help="With --int4: train integers, scales and norms to match the float model; takes minutes and needs "
+                   "PyTorch.")  # fmt: skip
+@click.option("--refine-tokens", type=Whole(2), metavar="N",
+              help=f"Number of tokens of the calibration text to train on. [default: {REFINE_TOKENS}]")  # fmt: skip
 @click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
 @column_option
 @document_option
@@ -108,6 +113,7 @@ def quantize(bundle: Path | None, options: SettingOptions, texts: TextOptions, o
       slm quantize --int8 --prefer speed          # also caches in 8 bits
       slm quantize --int8 --head halves           # reads half of the table; try slm bench
       slm quantize --int4 --target-size 110MB
+      slm quantize --int4 --target-size 110MB --refine --calibration train.txt
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
       slm quantize --int4 runs/tiny/onnx-cuda     # from slm export --onnx --device cuda
@@ -139,5 +145,6 @@ def quantize(bundle: Path | None, options: SettingOptions, texts: TextOptions, o
     check_source(source, settings)
     if source.manifest.device != "cpu":
         say("Quality is measured on the CPU.")
-    made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text)
+    refinement = options.refinement(source, texts)
+    made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text, refinement)
     print_report(made, report, as_json)
