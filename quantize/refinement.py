@@ -1,4 +1,4 @@
-"""Refinement: training of a plan's integers, scales and norms, which is kept only if it helps on held-back rows.
+"""Refinement: training of a plan's scales and norms, which is kept only if it helps on held-back rows.
 
 The training needs PyTorch, and quantization does not: `slm.refine` trains, and the command line passes it in.
 """
@@ -15,7 +15,7 @@ from slm.quantize.quantizer import Quantizer
 from slm.quantize.results import Refined
 from slm.quantize.texts import TokenRows
 
-# Trains a plan on rows of text, for a number of tokens. Returns the plan with other rounded arrays and norms.
+# Trains a plan on rows of text, for a number of tokens. Returns the plan with other scales and norms.
 Train: TypeAlias = Callable[[Quantizer, QuantizationPlan, TokenRows, int], QuantizationPlan]
 
 # The number of held-back tokens, and the largest share of the rows that they can be.

@@ -58,7 +58,7 @@ class Settings:
         head: Whether the tied table is stored whole, or in halves for faster single-token steps (`slm.export.graph.halves`).
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
-        refine: For INT4, whether the integers, scales and norms are trained after rounding (`slm.refine`).
+        refine: For INT4, whether scales and norms are trained after rounding (`slm.refine`).
         gate: The limits of the quality check. None: the default limits of the precision.
     """
 

@@ -5,20 +5,23 @@ Dimensions: B batch, T positions, D hidden, V vocabulary, K input channels.
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slm.core.grid import as_stored
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import round_activations
 from slm.core.nn.model import TextModel
 from slm.export.graph import float_tensors
+from slm.export.graph.blocks import SCALE
 from slm.export.graph.builder import Array
 from slm.export.torch_model import causal_lm, module_rows
 from slm.quantize.linears import EMBEDDING, HEAD
 from slm.quantize.plan import Arrays, QuantizationPlan
 from slm.quantize.quantizer import Quantizer
 from slm.quantize.rounding import restored, rounded_weight
-from slm.refine.products import FixedProduct, LearnedProduct, joined
+from slm.refine.products import LearnedProduct
 
 # Width from which bfloat16 products are faster on a CPU that multiplies them.
 _BF16_HIDDEN_SIZE = 256
@@ -39,7 +42,7 @@ def teacher(quantizer: Quantizer) -> CausalLM:
 
 
 class Student:
-    """The quantized model in PyTorch, whose products of few bits and norms can be trained.
+    """The quantized model in PyTorch, with integers that are fixed, and with scales and norms that can be trained.
 
     Attributes:
         model: The decoder without its head.
@@ -47,7 +50,7 @@ class Student:
     """
 
     def __init__(self, quantizer: Quantizer, plan: QuantizationPlan) -> None:
-        """Builds the model of a plan. The values of tables, of 8-bit products and of products on a grid are fixed."""
+        """Builds the model of a plan. Tables and products on a grid are fixed."""
         self._config, self._plan = quantizer.source.config, plan
         tensors, importance = quantizer.smoothed_weights(plan), quantizer.importance(plan)
         # Products on CUDA do not round activations.
@@ -70,22 +73,21 @@ class Student:
         for name in tensors:
             if name.endswith("norm.weight"):
                 self._put_norm(name, tensors[name])
+        self._rounded: dict[str, Arrays] = {}
         self._learned: dict[str, list[LearnedProduct]] = {}
         dtype = products_dtype(self._config.hidden_size)
         for linear in quantizer.layers:
             path, scheme = linear.path, plan.schemes[linear.path]
-            rounded, learned = arrays(path), scheme.bits < 8 and path not in plan.exact
-            weight = tensors[f"{path}.weight"] if learned else restored(rounded, scheme)
+            self._rounded[path] = arrays(path)
             for module, rows in module_rows(path, self._config).items():
-                new: nn.Module
-                if learned:
-                    part = {name: array[rows] for name, array in rounded.items()}
-                    new = LearnedProduct(part, weight[rows], scheme, self._rounds, dtype)
-                    self._learned.setdefault(path, []).append(new)
-                else:
-                    new = FixedProduct(weight[rows], scheme, self._rounds, dtype)
+                part = {name: array[rows] for name, array in self._rounded[path].items()}
+                product = LearnedProduct(part, scheme, self._rounds, dtype)
                 parent, _, name = module.removeprefix("model.").rpartition(".")
-                setattr(self.model.get_submodule(parent), name, new)
+                setattr(self.model.get_submodule(parent), name, product)
+                if path in plan.exact:
+                    product.requires_grad_(False)
+                else:
+                    self._learned.setdefault(path, []).append(product)
 
     def _put_norm(self, name: str, weight: Array) -> None:
         # Norms of queries and keys are float16 on CUDA.
@@ -113,15 +115,16 @@ class Student:
 
     @torch.no_grad()
     def bound(self) -> None:
-        """Moves parameters outside of their ranges back to the ends."""
-        for product in self.products:
-            product.bound()
+        """Moves norms outside of their ranges back to the ends."""
         for parameter, before in self._norms.values():
             allowed = NORM_RANGE * (1 + before).abs()
             parameter.clamp_(before - allowed, before + allowed)
 
     def plan(self) -> QuantizationPlan:
-        """Returns the plan with the trained integers, scales and norms."""
-        rounded = {path: joined([part.arrays() for part in parts]) for path, parts in self._learned.items()}
+        """Returns the plan with the trained scales and norms."""
+        rounded: dict[str, Arrays] = {}
+        for path, parts in self._learned.items():
+            scale = as_stored(np.concatenate([part.scales() for part in parts]), self._plan.schemes[path])
+            rounded[path] = {**self._rounded[path], SCALE: scale}
         norms = {name: (1 + parameter.detach()).numpy() for name, (parameter, _) in self._norms.items()}
         return replace(self._plan, rounded={**self._plan.rounded, **rounded}, norms=norms)

@@ -22,9 +22,8 @@ from slm.refine.vocabulary import Vocabulary, divergence
 # Tokens of an update, and rows that the teacher reads at a time.
 UPDATE_TOKENS = 512
 _TEACHER_ROWS = 4
-# Learning rates of Adam, whose first updates move a parameter by about this much: positions in steps of the grid, scales and
-# norms relative to their values (docs/quantization.md).
-STEPS_RATE, CHANGE_RATE, NORM_RATE = 0.02, 1e-3, 3e-4
+# Learning rates of Adam, whose first updates move a parameter by about this much, relative to its value (docs/quantization.md).
+SCALE_RATE, NORM_RATE = 2e-3, 1e-3
 _BETAS = (0.9, 0.95)
 # The share of updates in which the learning rate rises.
 _WARMUP = 0.1
@@ -32,7 +31,7 @@ _SEED = 0
 
 
 def refine(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows, tokens: int) -> QuantizationPlan:
-    """Trains integers, scales and norms of a plan so that its predictions come close to the float model's.
+    """Trains scales and norms of a plan so that its predictions come close to the float model's.
 
     The result depends on the arguments alone, for one version of PyTorch and number of threads.
 
@@ -94,10 +93,8 @@ def _train(
     generator: torch.Generator,
     progress: Progress,
 ) -> None:
-    products = student.products
     groups = [
-        {"params": [product.steps for product in products], "rate": STEPS_RATE},
-        {"params": [product.change for product in products], "rate": CHANGE_RATE},
+        {"params": [product.change for product in student.products], "rate": SCALE_RATE},
         {"params": student.norms, "rate": NORM_RATE},
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=_BETAS, fused=True)

@@ -77,7 +77,7 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS, REFINE_TOKENS
     help="Storage of the tied table; with halves, a step of one text reads fewer bytes. Compare with slm bench.",
 )
 @click.option("--refine", is_flag=True,
-              help="With --int4: train integers, scales and norms to match the float model; takes minutes and needs "
+              help="With --int4: train scales and norms afterwards to match the float model; takes minutes and needs "
                    "PyTorch.")  # fmt: skip
 @click.option("--refine-tokens", type=Whole(2), metavar="N",
               help=f"Number of tokens of the calibration text to train on. [default: {REFINE_TOKENS}]")  # fmt: skip
