@@ -1,6 +1,7 @@
 """The PyTorch model with the tensors of a graph: the inverse of `slm.export.graph.checkpoint_tensors`."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -37,14 +38,13 @@ def module_rows(path: str, config: ModelConfig) -> dict[str, slice]:
     """
     parent, _, product = path.rpartition(".")
     queries, width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    within = config.intermediate_size
+    sizes: dict[str, int]
     match product:
         case "qkv_proj":
-            ends = (queries, queries + width, queries + 2 * width)
-            names = ("q_proj", "k_proj", "v_proj")
+            sizes = {"q_proj": queries, "k_proj": width, "v_proj": width}
         case "gate_up_proj":
-            ends, names = (within, 2 * within), ("gate_proj", "up_proj")
+            sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         case _:
             return {path: slice(None)}
-    starts = (0, *ends)
-    return {f"{parent}.{name}": slice(*rows) for name, rows in zip(names, zip(starts, ends, strict=False), strict=True)}
+    ends = list(accumulate(sizes.values()))
+    return {f"{parent}.{name}": slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}

@@ -118,7 +118,7 @@ def _train(
         if not math.isfinite(loss.item()):
             raise SlmError("refinement diverged: the loss is not finite", "omit --refine")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * _share(update, updates)
         optimizer.step()
