@@ -14,8 +14,9 @@ from slm.quantize.halves import rejection
 from slm.quantize.quantizer import quantizer_of
 from slm.quantize.refinement import Refinement
 from slm.quantize.report import measured_report, norm_errors, write_report
-from slm.quantize.results import Report
+from slm.quantize.results import Report, TaskChange
 from slm.quantize.settings import Settings, check_source, fitted_settings
+from slm.quantize.task import TaskCheck, measure_change
 from slm.quantize.texts import TokenRows, calibration_text
 from slm.quantize.write import write_bundle
 
@@ -30,6 +31,7 @@ def quantize_bundle(
     settings: Settings | None = None,
     progress: Progress | None = None,
     calibration: TokenRows | None = None,
+    task: TaskCheck | None = None,
     refinement: Refinement | None = None,
 ) -> tuple[Bundle, Report]:
     """Quantizes a float bundle and measures the effect on the CPU.
@@ -41,6 +43,7 @@ def quantize_bundle(
         settings: The settings. The default is INT8.
         progress: Receives the progress of each step.
         calibration: The calibration text. The default is the training stories that ship with slm.
+        task: A task whose score must not fall by more than its limit.
         refinement: The training for the setting `refine`, and its text.
 
     Returns:
@@ -74,6 +77,11 @@ def quantize_bundle(
             raise _rejection(reason, report, settings)
         if settings.limits.max_kl_nats is not None and report.head is not None and (error := rejection(report.head)):
             raise error
+        if task is not None:
+            change = measure_change(task, source, made, progress)
+            if (reason := task.refuses(change)) is not None:
+                raise _task_rejection(reason, change, settings)
+            report = replace(report, task=change)
         report = replace(report, seconds=round(time.perf_counter() - started, 2))
         write_report(directory, report)
         quality = Quality(text=text.name, max_kl_nats=settings.limits.max_kl_nats, **asdict(report.change))
@@ -92,5 +100,16 @@ def _rejection(reason: str, report: Report, settings: Settings) -> SlmError:
     return SlmError(
         f"quality check failed: {reason}; perplexity {change.perplexity_before:.2f} to {change.perplexity_after:.2f}; "
         f"least accurate layers: {blamed}; nothing was written",
+        ", or ".join(ways),
+    )
+
+
+def _task_rejection(reason: str, change: TaskChange, settings: Settings) -> SlmError:
+    finer = settings.finer()
+    ways = [f"use {finer} for a smaller error"] if finer else []
+    ways.append("raise the limit with --max-drop")
+    return SlmError(
+        f"task check failed: {reason}; {change.lost} of {change.rows:,} rows are worse and {change.won} better, difference "
+        f"{100 * change.low:+.1f} to {100 * change.high:+.1f} points with 95 % confidence; nothing was written",
         ", or ".join(ways),
     )
