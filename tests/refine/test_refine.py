@@ -63,7 +63,7 @@ def make(
         Settings("int4", refine=True, **chosen | settings),
         notes,
         random_text(source, 6, 8),
-        Refinement.on(random_text(source, 7, 240), train, tokens),
+        refinement=Refinement.on(random_text(source, 7, 240), train, tokens),
     )
 
 
