@@ -15,6 +15,10 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 # Alpaca's names, and Dolly's names for the same fields.
 INSTRUCTION, CONTEXT, OUTPUT = "instruction", ("input", "context"), ("output", "response")
 PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"
+# The answers of a preference.
+PREFERENCE = ("chosen", "rejected")
+# The possible replies of a row, which `slm eval --task --metric choice` compares.
+CHOICES = "choices"
 # Fields that precede a conversation.
 SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 
@@ -41,7 +45,6 @@ _ANSWERS_ONLY = "learn only a part of the answers with the field weight of messa
 # Columns that would change training and are not supported, with the reason and a hint. Empty ones count as absent.
 _REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
-    **dict.fromkeys(("chosen", "rejected"), (_PAIRS, _KEEP_CHOSEN)),
     "documents": ("the chat template has no documents", "write them into a message, or remove the column"),
     **dict.fromkeys(
         ("system_message", "system_instruction", "systemInstruction", "sys_prompt", "System", "SYSTEM"),
@@ -84,8 +87,8 @@ _RENAMED = (
 
 # All columns that are read; other columns of a Parquet file are not decoded.
 COLUMNS = frozenset(
-    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *TOOLS, *_REFUSED_COLUMNS,
-     *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
+    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, CHOICES, *SYSTEM, HISTORY, *TOOLS, *PREFERENCE,
+     *_REFUSED_COLUMNS, *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
 )  # fmt: skip
 
 

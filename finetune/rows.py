@@ -20,6 +20,7 @@ from slm.core.tool_fields import declared
 from slm.core.tools import Tool, arguments_text
 from slm.finetune.conversations import checked, history, kind_of, text_of, turns, with_system
 from slm.finetune.fields import (
+    CHOICES,
     COLUMNS,
     COMPLETION,
     CONTEXT,
@@ -27,6 +28,7 @@ from slm.finetune.fields import (
     HISTORY,
     INSTRUCTION,
     OUTPUT,
+    PREFERENCE,
     PROMPT,
     SYSTEM,
     TEXT,
@@ -43,7 +45,7 @@ EXPECTED = (
     'each row is {"messages": [{"role": "user", "content": ...}, ...]}, '
     '{"conversations": [{"from": "human", "value": ...}, ...]}, '
     '{"instruction": ..., "output": ...} with an optional "input", '
-    '{"prompt": ..., "completion": ...} or {"text": ...}'
+    '{"prompt": ..., "completion": ...}, {"prompt": ..., "chosen": ..., "rejected": ...} or {"text": ...}'
 )
 
 # Default memory limit. Rows are held in memory, and their tokens take about ten times the memory of the text.
@@ -107,7 +109,20 @@ class ChatRow:
     tools: tuple[Tool, ...] = ()
 
 
-Row = ChatRow | CompletionRow | TextRow
+@dataclass(frozen=True)
+class PreferenceRow:
+    """Two rows that differ in their last answer, of which the first is preferred."""
+
+    chosen: ChatRow | CompletionRow
+    rejected: ChatRow | CompletionRow
+
+    @property
+    def place(self) -> str:
+        """The place of the row, for messages."""
+        return self.chosen.place
+
+
+Row = ChatRow | CompletionRow | TextRow | PreferenceRow
 
 _Names = Callable[[str], None]
 
@@ -124,6 +139,7 @@ def read_rows(
     *,
     left_out: set[str] | None = None,
     limits: Limits | None = None,
+    choices: list[Any] | None = None,
 ) -> list[Row]:
     """Reads the rows of a file, or of all files below a directory; see `slm.core.text` for the kinds of files.
 
@@ -132,6 +148,7 @@ def read_rows(
         bad: Receives the errors of bad rows, which are then skipped; None raises the first one.
         left_out: Receives the names of ignored fields.
         limits: Limits of reading; the defaults when None.
+        choices: Receives the column `choices` of each row, unchecked; None for a row without it. Fine-tuning ignores it.
 
     Raises:
         SlmError: When a file cannot be read or has no row, or a row is of an unknown kind, too long, or not supported; the
@@ -164,13 +181,16 @@ def read_rows(
                         f"more than {_MOST_BAD:,} rows are wrong; the first: {bad[0].message}", EXPECTED
                     ) from None
                 continue
-            taken += _bytes(row)
+            options = value.content.get(CHOICES) if choices is not None else None
+            taken += _bytes(row) + (_OVERHEAD + len(str(options)) if options else 0)
             if taken > limits.data:
                 raise SlmError(
                     f"{where}: the rows take more than {size(limits.data)}, and all are held in memory",
-                    "--max-data-bytes raises the limit; or give fewer rows",
+                    "give fewer rows, or raise the limit of slm finetune with --max-data-bytes",
                 )
             rows.append(row)
+            if choices is not None:
+                choices.append(options)
         for name in sorted(unread):
             leave_out(name)
     if not rows:
@@ -203,6 +223,8 @@ def _bytes(row: Row) -> int:
             return _OVERHEAD + len(row.prompt) + len(row.completion)
         case TextRow():
             return _OVERHEAD + len(row.text)
+        case PreferenceRow():
+            return _bytes(row.chosen) + _bytes(row.rejected)
 
 
 def _characters(message: Message) -> int:
@@ -213,6 +235,8 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: {kind_of(value)} instead of an object")
     row = present(value)
+    if any(not absent(row.get(name)) for name in PREFERENCE):
+        return _preference(row, where, left_out, unread)
     with _placed(where):
         refuse_columns(row)
     fields = _fields(row, where, unread)
@@ -314,6 +338,37 @@ def _chat(row: Mapping[str, Any], conversation: list[tuple[Message, bool]], wher
             conversation = with_system(text_of(row[name], name, where, empty=True), conversation, where)
     messages, only_read = checked(conversation, where)
     return ChatRow(messages, where, only_read, _tools(row, where))
+
+
+def _preference(row: Mapping[str, Any], where: str, left_out: _Names, unread: Collection[str]) -> PreferenceRow:
+    """Returns a pair of answers: the row with the chosen and with the rejected one as its answer."""
+    missing = [name for name in PREFERENCE if absent(row.get(name))]
+    if missing:
+        raise SlmError(f"{where}: a preference has chosen and rejected, and {missing[0]} is missing")
+    others = {name: value for name, value in row.items() if name not in PREFERENCE and not absent(value)}
+    pair = []
+    for name in PREFERENCE:
+        completed = _row(_completed(others, row[name], where), where, left_out, unread)
+        if not isinstance(completed, ChatRow | CompletionRow):
+            raise SlmError(f"{where}: a preference has a prompt")
+        pair.append(completed)
+    if pair[0] == pair[1]:
+        raise SlmError(f"{where}: chosen and rejected are equal")
+    return PreferenceRow(pair[0], pair[1])
+
+
+def _completed(others: Mapping[str, Any], answer: Any, where: str) -> dict[str, Any]:
+    """Returns the row with an answer: TRL's prompt or whole conversations, an instruction, or turns and one more message."""
+    conversation = next((name for name in CONVERSATIONS if name in others), None)
+    if conversation is not None and isinstance(others[conversation], list):
+        return {**others, conversation: [*others[conversation], *(answer if isinstance(answer, list) else [answer])]}
+    if PROMPT in others:
+        return {**others, COMPLETION: answer}
+    if INSTRUCTION in others:
+        return {**others, OUTPUT[0]: answer}
+    if isinstance(answer, list):
+        return {**others, CONVERSATIONS[0]: answer}
+    raise SlmError(f"{where}: chosen and rejected without a prompt", 'a preference is {"prompt", "chosen", "rejected"}')
 
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[Tool, ...]:

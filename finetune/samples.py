@@ -14,7 +14,7 @@ from slm.core.nn import CausalLM, KVCache
 from slm.finetune.adapter import TunableLM
 from slm.finetune.batches import casting
 from slm.finetune.examples import Example, Renderer
-from slm.finetune.rows import ChatRow, CompletionRow, Row
+from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row
 from slm.finetune.settings import FinetuneSettings
 from slm.runtime.generation import Request
 from slm.runtime.sampling import GREEDY
@@ -87,6 +87,7 @@ def sample_answers(
 
 def _question(row: Row, renderer: Renderer, max_length: int) -> tuple[str, list[int], str] | None:
     """Returns a row's prompt, as text and as ids, and its answer; None if it is too long or has no answer."""
+    row = row.chosen if isinstance(row, PreferenceRow) else row
     try:
         example = renderer.example(row)
     except SlmError:  # counted among the bad rows before

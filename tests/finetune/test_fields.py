@@ -167,8 +167,8 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "images": ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column 'images' is not supported: slm reads text"),
     "preferences": (
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "column 'chosen' is not supported: preference pairs",
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+        "a preference has chosen and rejected, and rejected",
     ),
     "kto": ({"prompt": "a", "completion": "b", "label": False}, "column 'label' is false"),
     "kto of a conversation": ({"messages": [USER, ANSWER], "label": False}, "column 'label' is false"),
