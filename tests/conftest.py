@@ -93,6 +93,12 @@ def curves_are_placeholders(request: pytest.FixtureRequest, monkeypatch: pytest.
         monkeypatch.setattr("slm.train.metrics.new_figure", lambda *_: figure)
 
 
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning ends with short answers: a random model writes up to the limit, which takes longer than to train it."""
+    monkeypatch.setattr("slm.finetune.samples.TOKENS", 16)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_is_heard() -> None:
     """A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C, which tests press."""

@@ -10,10 +10,12 @@ import pytest
 
 from slm.core.checkpoint import read_info
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 Slm = Callable[..., Any]
 
 ROWS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("one", "two", "red", "blue", "cat")]
-QUICK = ("--epochs", "1", "--rank", "2")
+QUICK = ("--epochs", "1", "--rank", "2", "--samples", "1")
 
 
 @pytest.fixture
@@ -213,7 +215,7 @@ def test_a_log_has_a_line_for_each_epoch_and_no_bar(slm: Slm, run: Path) -> None
 
 
 def test_answers_are_shown_at_the_end(slm: Slm, run: Path) -> None:
-    command = ("finetune", "--lora", "pairs.jsonl", "--overwrite", *QUICK)
+    command = ("finetune", "--lora", "pairs.jsonl", "--overwrite", "--epochs", "1", "--rank", "2")
     shown = slm(*command).out
     assert "greedy answers to rows that were trained on" in shown
     assert [shown.count(f"  {name}") for name in ("prompt:", "wanted:", "answered:")] == [3, 3, 3]

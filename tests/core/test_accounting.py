@@ -6,6 +6,7 @@ And the figures of docs/accounting.md against the accounting.
 import re
 import subprocess
 import sys
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -220,7 +221,7 @@ def test_a_masked_prefill_computes_the_same_products_and_more_scores(
     assert counts["bmm"] == dense > flops.attention
 
 
-@pytest.mark.parametrize("position", [510, 511, 512, 700])
+@pytest.mark.parametrize("position", [511, 512])  # the edge of the window
 def test_decode_at_the_270m_shape(position: int) -> None:
     config = of_vocabulary(262_144)
     with torch.device("meta"):
@@ -309,7 +310,8 @@ def test_the_pages_operations(length: int) -> None:
 
 
 def first(holds: Callable[[int], bool]) -> int:
-    return next(length for length in LENGTHS if holds(length))
+    """Returns the first length from which on something holds."""
+    return LENGTHS[bisect_left(LENGTHS, True, key=holds)]
 
 
 def test_where_the_quoted_figures_hold() -> None:

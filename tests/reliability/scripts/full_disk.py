@@ -63,7 +63,8 @@ def commands(
 ) -> dict[str, tuple[tuple[object, ...], tuple[object, ...]]]:
     """Returns the arguments that make an artifact, and those that make it again, by name."""
     bundle, adapter = disk / "onnx", disk / "adapter"
-    tune = ("finetune", "--lora", rows, "--base", checkpoint, "--out", adapter, "--epochs", 1, "--rank", 2)
+    quick = ("--epochs", 1, "--rank", 2, "--samples", 0)
+    tune = ("finetune", "--lora", rows, "--base", checkpoint, "--out", adapter, *quick)
     same: dict[str, tuple[object, ...]] = {
         "export": ("export", "--onnx", checkpoint, "--out", bundle),
         "gguf": ("export", "--gguf", "--gguf-type", "f32", checkpoint, "--out", disk / "model.gguf"),
