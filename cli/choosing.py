@@ -7,6 +7,7 @@ from typing import Any
 from slm.cli.console import say
 from slm.core import artifacts
 from slm.core.artifacts import Choice
+from slm.core.runs import imported_checkpoint
 
 
 def default_model(*, bundle: bool = False) -> Path:
@@ -36,6 +37,24 @@ def default_checkpoint() -> Path:
         SlmError: If there is none.
     """
     return _said(artifacts.newest_checkpoint())
+
+
+def default_base() -> Path:
+    """Returns the newest finished checkpoint under ./runs, or a checkpoint made from the bundled demo model; prints which.
+
+    Raises:
+        SlmError: If there are only unfinished runs.
+    """
+    if artifacts.is_anything_trained():
+        return default_checkpoint()
+    from slm.export.recovered import BundleModel
+    from slm.interchange.importing import import_model
+    from slm.runtime import shipped
+
+    source = BundleModel(shipped.model_path())
+    place = imported_checkpoint("stories", str(source.path))
+    say(f"Using the bundled demo model (no checkpoint in ./runs): its rounded weights become {place}.")
+    return import_model(source, place).path
 
 
 def default_bundle(*, to_quantize: bool = False) -> Path:

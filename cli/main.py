@@ -7,7 +7,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from keyword import iskeyword
 from types import FrameType
 from typing import NoReturn
 
@@ -33,15 +32,21 @@ COMMANDS = {
     "verify": "Verify that a bundle matches its checkpoint.",
     "quantize": "Quantize a bundle and measure the effect on quality.",
     "eval": "Evaluate a model on text (loss, perplexity, bits per byte) or on tasks.",
+    "run": "Run any model in one command: import, export, quantize and chat.",
     "generate": "Generate text with a bundle or a checkpoint.",
     "chat": "Chat with a bundle or a checkpoint that was fine-tuned on conversations.",
     "serve": "Serve a model over HTTP with an OpenAI-compatible API.",
     "web": "Serve or write a page that runs a bundle in the browser.",
     "bench": "Measure a model's speed and memory.",
     "info": "Describe a checkpoint, a bundle or a preset: sizes, cost and origin.",
+    "list": "List the models and adapters under ./runs and in the cache.",
+    "rm": "Remove models, adapters or runs.",
     "doctor": "Report the machine's hardware, installed packages, and what is missing.",
     "demo": "Run the complete workflow on bundled data.",
 }
+
+# Commands whose names mean something else in Python; their modules end with "_".
+_RENAMED = ("import", "list")
 
 # By default, PyTorch's threads spin while they wait for each other at the end of every matrix product. On a busy machine that
 # costs more than half of the speed. 5,000 turns keep 98 % of the speed on an idle machine, and 84 % of the speed without
@@ -90,7 +95,7 @@ class _Lazy(Suggesting):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        module = f"{cmd_name}_" if cmd_name in _RENAMED else cmd_name
         command: click.Command = getattr(import_module(f"slm.cli.commands.{module}"), module)
         return command
 

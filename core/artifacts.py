@@ -158,6 +158,12 @@ def newest_checkpoint(run: Path | None = None) -> Choice:
     return _newest(_checkpoints(run), "checkpoint", "create one with slm train or slm import", run)
 
 
+def is_anything_trained() -> bool:
+    """Returns whether there is a checkpoint or an unfinished run under ./runs."""
+    checkpoints, skipped = _finished(_checkpoints(None), None)
+    return bool(checkpoints or skipped)
+
+
 def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: Path | None = None) -> Choice:
     """Returns the newest bundle whose manifest meets a condition.
 

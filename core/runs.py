@@ -1,5 +1,6 @@
-"""Default paths of artifacts: `./runs/NAME`."""
+"""Default paths of artifacts: `./runs/NAME`, and the cache of bundles that slm made from other sources."""
 
+import os
 from pathlib import Path
 
 from slm.core.checkpoint import INFO_FILE
@@ -9,6 +10,15 @@ from slm.core.files import read_json
 RUNS = Path("runs")
 _IMPORTED = Path("checkpoint", "imported")
 _TRIMMED = Path("checkpoint", "trimmed")
+
+
+def cached_bundles() -> Path:
+    """Returns the directory of the bundles that `slm run` made: below $SLM_CACHE, $XDG_CACHE_HOME/slm or ~/.cache/slm."""
+    named = os.environ.get("SLM_CACHE")
+    if named:
+        return Path(named) / "bundles"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "slm" / "bundles"
 
 
 def free_run(name: str) -> Path:

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, with_stop_tokens
+from slm.core.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, notices_of, read_info, with_stop_tokens
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import read_json
+from slm.core.licence import Notices
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
-from slm.core.weights import EMBEDDING, HEAD, Array, Shape, Weights
+from slm.core.weights import EMBEDDING, HEAD, Array, Shape, Weights, weights_sha256
 from slm.interchange.statements import statement_notes
 
 _MULTIMODAL = "gemma3"
@@ -35,9 +36,10 @@ class HuggingFaceModel:
         path: The directory.
         config: The text model's shape, with `eos_token_id` from `generation_config.json`.
         shapes: Shapes of the text model's tensors under the names of a text checkpoint.
-        left_out: Number of tensors of the vision part, which are ignored.
-        notes: Contradictions between the directory's files, and how they are resolved.
+        notes: Contradictions between the directory's files, and how they are resolved; that the vision part is ignored.
     """
+
+    kind: Final = "huggingface"
 
     def __init__(self, path: Path) -> None:
         """Reads the configuration and opens the weights.
@@ -54,9 +56,10 @@ class HuggingFaceModel:
         text = self._text_fields()
         self.config = ModelConfig.from_hf(text)
         self._weights = Weights(path)
-        self.left_out = sum(self._of_pictures(name) for name in self._weights.shapes)
         self._names = self._text_names()
         self.notes = statement_notes(path, text, self.config, self.types)
+        if left_out := sum(self._of_pictures(name) for name in self._weights.shapes):
+            self.notes.insert(0, f"the text part alone: {left_out} tensors of the vision part are left out")
         if self.config.tie_word_embeddings and HEAD in self._names:
             self._settle_head()
         self.shapes: Mapping[str, Shape] = {text: self._weights.shapes[name] for text, name in self._names.items()}
@@ -66,6 +69,20 @@ class HuggingFaceModel:
         """Number of tensors by stored type."""
         kinds = [self._weights.dtypes[name] for name in self._names.values()]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+    @property
+    def notices(self) -> Notices:
+        """The licence notices of the directory."""
+        return notices_of(self.path)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The directory's `slm.json`, if slm wrote it."""
+        return read_info(self.path)
+
+    def sha256(self) -> str:
+        """Returns the hash of the weights."""
+        return weights_sha256(self.path)
 
     def read(self, name: str) -> Array:
         """Returns a tensor in its stored type.

@@ -1,9 +1,9 @@
 """Import of models from other sources as checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -11,27 +11,72 @@ from slm.core.checkpoint import (
     CHECKPOINT_FILES,
     CONFIG_FILE,
     check_tensors,
-    notices_of,
-    read_info,
     tensor_shapes,
     write_checkpoint,
 )
-from slm.core.config import Dtype
+from slm.core.config import Dtype, ModelConfig
 from slm.core.errors import SlmError
-from slm.core.files import check_replaceable, sha256_file
+from slm.core.files import check_replaceable
 from slm.core.licence import Notices, modified
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
-from slm.core.weights import INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite, weights_sha256
+from slm.core.weights import INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite
 from slm.interchange.gguf.read import GgufModel, is_gguf
 from slm.interchange.hub import download, is_hub_id
 from slm.interchange.huggingface import HuggingFaceModel
 from slm.version import __version__
 
 WantedDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Kind = Literal["gguf", "huggingface", "bundle"]
 
 
-Source = GgufModel | HuggingFaceModel
+class Source(Protocol):
+    """A model made elsewhere, as `import_model` reads it."""
+
+    @property
+    def kind(self) -> Kind:
+        """Kind of the source."""
+
+    @property
+    def path(self) -> Path:
+        """The file or directory."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shapes of the tensors under the names of a checkpoint."""
+
+    @property
+    def types(self) -> dict[str, int]:
+        """Number of tensors by stored type."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know about the model."""
+
+    @property
+    def notices(self) -> Notices:
+        """The licence notices of the model."""
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """Further fields of `generation_config.json`."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The record of an earlier checkpoint of slm that the model was made from."""
+
+    def read(self, name: str) -> Array:
+        """Returns a tensor of floats."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the model's tokenizer."""
+
+    def sha256(self) -> str:
+        """Returns the hash of the weights."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +93,7 @@ class Imported:
     """
 
     path: Path
-    kind: Literal["gguf", "huggingface"]
+    kind: Kind
     parameters: int
     dtype: Dtype
     stored_as: dict[str, int]
@@ -62,7 +107,7 @@ def source_name(source: str) -> str:
 
 
 def import_model(
-    source: str,
+    source: str | Source,
     out: Path,
     dtype: WantedDtype = "auto",
     revision: str | None = None,
@@ -73,7 +118,7 @@ def import_model(
     Tensors are read one by one and written together, so memory holds one copy of the weights.
 
     Args:
-        source: A Hugging Face directory, a GGUF file, or the id of a model on the hub.
+        source: A Hugging Face directory, a GGUF file, or the id of a model on the hub; or an opened source.
         out: The checkpoint's directory, created or replaced after everything is read and checked.
         dtype: Type of the stored weights; "auto" keeps float types and stores quantized weights as float32.
         revision: Branch, tag or commit on the hub.
@@ -83,7 +128,7 @@ def import_model(
         SlmError: When the source is not available, is damaged, is another kind of model, or lacks or adds a tensor.
     """
     progress = progress or Silent()
-    model, kind, notices, origin = _open(source, revision, progress)
+    model = _open(source, revision, progress) if isinstance(source, str) else source
     if out.resolve() == model.path.resolve():
         raise SlmError(f"{out} is the source itself", "choose another --out")
     check_replaceable(out.resolve(), CHECKPOINT_FILES)
@@ -91,29 +136,24 @@ def import_model(
     check_tensors(model.shapes, wanted, model.path)
     tokenizer = _fitting(model)
     stored = _storage(model.types, dtype)
-    if isinstance(model, HuggingFaceModel) and model.left_out:
-        progress.note(f"the text part alone: {model.left_out} tensors of the vision part are left out")
     for note in model.notes:
         progress.note(note)
     progress.note(f"importing {model.config.parameter_count():,} parameters as {stored}")
     tensors = _read(model, wanted, stored, progress)
     how = f"weights of {sum(model.types.values())} tensors ({', '.join(model.types)}) stored as {stored}"
-    notices = modified(notices, how)
-    info = origin | {
+    notices = modified(model.notices, how)
+    named = source if isinstance(source, str) else str(model.path)
+    info = model.origin | {
         "made_by": "slm import",
         "slm_version": __version__,
-        "imported": {"source": source, "kind": kind, "stored_as": model.types, "sha256": _hash(model)},
+        "imported": {"source": named, "kind": model.kind, "stored_as": model.types, "sha256": model.sha256()},
         "notices": notices,
     }
-    generation = model.generation if isinstance(model, HuggingFaceModel) else {}
-    write_checkpoint(out, model.config, tensors, tokenizer, info, generation)
-    return Imported(out, kind, model.config.parameter_count(), stored, model.types, notices)
+    write_checkpoint(out, model.config, tensors, tokenizer, info, model.generation)
+    return Imported(out, model.kind, model.config.parameter_count(), stored, model.types, notices)
 
 
-def _open(
-    source: str, revision: str | None, progress: Progress
-) -> tuple[Source, Literal["gguf", "huggingface"], Notices, dict[str, Any]]:
-    """Returns the model, its kind, its licence notices, and the record of its origin."""
+def _open(source: str, revision: str | None, progress: Progress) -> GgufModel | HuggingFaceModel:
     path = Path(source)
     if revision is not None and not is_hub_id(source):
         raise SlmError("a revision is for models on the hub", "leave --revision out")
@@ -121,7 +161,7 @@ def _open(
         progress.note(f"reading {path}")
         gguf = GgufModel(path)
         gguf.tie_equal_head()
-        return gguf, "gguf", gguf.notices, {}
+        return gguf
     if is_hub_id(source):
         progress.note(f"{source} is not a path: looking on the Hugging Face hub")
         path = download(source, revision)
@@ -133,7 +173,7 @@ def _open(
     if not (path / CONFIG_FILE).is_file():
         hint = f"a Hugging Face model is a directory with {CONFIG_FILE}, {WEIGHTS_FILE} (or {INDEX_FILE}) and tokenizer.json"
         raise SlmError(f"{path} has no {CONFIG_FILE}", hint)
-    return HuggingFaceModel(path), "huggingface", notices_of(path), read_info(path)
+    return HuggingFaceModel(path)
 
 
 def _fitting(model: Source) -> Tokenizer:
@@ -175,7 +215,3 @@ def _read(model: Source, names: Mapping[str, Shape], dtype: Dtype, progress: Pro
     finally:
         progress.finish()
     return tensors
-
-
-def _hash(model: Source) -> str:
-    return sha256_file(model.path) if isinstance(model, GgufModel) else weights_sha256(model.path)

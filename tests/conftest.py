@@ -75,8 +75,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs in its own directory, so that ./runs is its own and nothing of the user's is read."""
+    """Every test runs in its own directory, so that ./runs and the cache are its own and nothing of the user's is read."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLM_CACHE", str(tmp_path / "cache"))
     for console in (STDOUT, STDERR):  # which looked at the width of wherever it was imported
         monkeypatch.setattr(console, "width", 160)
 

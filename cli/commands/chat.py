@@ -61,6 +61,18 @@ def chat(model: Path | None, system: str, as_json: bool, options: TextOptions) -
       slm chat --system "Be brief." --temperature 0.3
       printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
     """
+    converse(model, system, as_json, options)
+
+
+def converse(model: Path | None, system: str, as_json: bool, options: TextOptions) -> None:
+    """Talks with a model until the input ends.
+
+    Args:
+        model: A bundle or a checkpoint; None for the newest.
+        system: The system message.
+        as_json: Whether each answer is printed as a JSON object.
+        options: The options for running the model and sampling.
+    """
     from slm.loading import load
     from slm.runtime.chat import Chat
 
@@ -80,7 +92,7 @@ def chat(model: Path | None, system: str, as_json: bool, options: TextOptions) -
     talk = _Talk(conversation, generation, as_json)
     with suppress(_Quit):
         if sys.stdin.isatty():
-            _converse(talk)
+            _read_terminal(talk)
         else:
             for line in _piped():
                 talk.hear(line)
@@ -97,7 +109,7 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _converse(talk: "_Talk") -> None:
+def _read_terminal(talk: "_Talk") -> None:
     """Reads lines from a terminal until Ctrl-D, /quit, or Ctrl-C twice at the prompt. Lines can be edited and recalled.
 
     Raises:

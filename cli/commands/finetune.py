@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from slm.cli.choosing import default_checkpoint
+from slm.cli.choosing import default_base
 from slm.cli.console import RichProgress, one_line, print_json, print_lines, print_table
 from slm.cli.following import after_adapter, after_checkpoint, next_step
 from slm.cli.options import (
@@ -121,7 +121,7 @@ class TrainingOptions:
     "--base",
     type=Artifact(bundles=False),
     metavar="CHECKPOINT",
-    help="Base to fine-tune. [default: the newest checkpoint in ./runs]",
+    help="Base to fine-tune. [default: the newest checkpoint in ./runs, or the bundled demo model]",
 )
 @click.option(
     "--val",
@@ -231,7 +231,7 @@ def finetune(
       slm finetune --full pairs.jsonl                      -> runs/RUN-pairs/checkpoint/best
     """
     _check(rows, output, training)
-    base = base or default_checkpoint()
+    base = base or default_base()
     full = rows.full is not None
     out = output.out
     if out is None:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,8 +10,12 @@ from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import after_checkpoint, next_step
 from slm.cli.options import REPLACING, Word, json_option, out_option_for, overwrite_option
 from slm.core.machine import peak_rss_mib
+from slm.core.manifest import is_bundle
 from slm.core.outputs import check_checkpoint_output
 from slm.core.runs import imported_checkpoint
+
+if TYPE_CHECKING:
+    from slm.interchange.importing import Source
 
 
 @click.command("import", epilog=REPLACING)
@@ -29,20 +34,22 @@ from slm.core.runs import imported_checkpoint
 def import_(source: str, dtype: str, revision: str | None, out: Path | None, overwrite: bool, as_json: bool) -> None:
     """Import a Gemma 3 model as a checkpoint.
 
-    SOURCE is a Hugging Face directory, a GGUF file, or the id of a model on the Hugging Face hub. Of a multimodal model only
-    the text part is imported. The name and shape of every tensor are checked, and licence notices are kept.
+    SOURCE is a Hugging Face directory, a GGUF file, the id of a model on the Hugging Face hub, or a bundle of slm. Of a
+    multimodal model only the text part is imported; of a quantized bundle, the rounded weights. The name and shape of every
+    tensor are checked, and licence notices are kept.
 
     \b
       slm import google/gemma-3-270m            # needs a token: accept the licence on the hub first
       slm import path/to/gemma-3-1b-it
       slm import gemma-3-270m-q4_k_m.gguf
+      slm import runs/tiny/onnx-int8
     """
     from slm.interchange.importing import import_model, source_name
 
     started = time.perf_counter()
     path = out or imported_checkpoint(source_name(source), source)
     check_checkpoint_output(path, overwrite=overwrite)  # before anything is downloaded
-    done = import_model(source, path, dtype, revision, RichProgress())  # type: ignore[arg-type]  # click checked it
+    done = import_model(_opened(source, revision), path, dtype, revision, RichProgress())  # type: ignore[arg-type]  # click checked it
     following = after_checkpoint(done.path)
     seconds = time.perf_counter() - started
     if as_json:
@@ -74,3 +81,13 @@ def import_(source: str, dtype: str, revision: str | None, out: Path | None, ove
     for notice in done.notices:
         say(notice)
     next_step(following)
+
+
+def _opened(source: str, revision: str | None) -> "str | Source":
+    """Returns a bundle as an opened source, and other sources as they are."""
+    if revision is not None or not is_bundle(Path(source)):
+        return source
+    from slm.export.recovered import BundleModel
+
+    model: Source = BundleModel(Path(source))
+    return model

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from slm.core.config import FULL, MAX_LAYERS, SLIDING, LayerType, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
-from slm.core.files import check_readable
+from slm.core.files import check_readable, sha256_file
 from slm.core.licence import Notices, licence_notices
 from slm.core.tokenizer import END_OF_TURN, Tokenizer
 from slm.core.weights import EMBEDDING, HEAD, Array, Shape, check_finite
@@ -38,7 +38,11 @@ class GgufModel:
         config: The model's shape.
         shapes: Shapes of all tensors by Hugging Face's names; unknown names are kept as they are.
         notes: Contradictions within the file, and how they are resolved.
+        generation: Empty: the fields of a `generation_config.json` are in the configuration.
+        origin: Empty: a GGUF file has no record of slm.
     """
+
+    kind: Final = "gguf"
 
     def __init__(self, path: Path) -> None:
         """Reads everything but the tensors' data.
@@ -70,6 +74,8 @@ class GgufModel:
         except (ArithmeticError, TypeError, ValueError) as error:  # text in place of a number, zero heads
             raise SlmError(f"{path}: a setting has an impossible value ({error})") from None
         self.notes: list[str] = []
+        self.generation: dict[str, Any] = {}
+        self.origin: dict[str, Any] = {}
         names = tensor_names(self.config.num_hidden_layers)
         self._tensors = {names.get(tensor.name, tensor.name): tensor for tensor in reader.tensors}
         self.shapes: dict[str, Shape] = {
@@ -123,6 +129,10 @@ class GgufModel:
         array: Array = np.asarray(values, np.float32).reshape(self.shapes[name])
         check_finite(array, tensor.name, self.path)
         return array - np.float32(1) if is_norm(name) else array
+
+    def sha256(self) -> str:
+        """Returns the hash of the file."""
+        return sha256_file(self.path)
 
     def stored_as(self, name: str) -> str:
         """Returns a tensor's type in the file ("Q8_0")."""

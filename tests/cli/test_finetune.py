@@ -116,10 +116,22 @@ def test_a_wrong_base_is_refused(slm: Slm, run: Path, base: str) -> None:
     assert files() == before
 
 
-def test_without_any_checkpoint_the_way_to_one_is_said(slm: Slm) -> None:
+def test_without_any_checkpoint_the_demo_model_becomes_one(slm: Slm) -> None:
+    write("pairs.jsonl", ROWS[:1])
+    for _ in range(2):  # the second command uses the checkpoint of the first
+        result = slm("finetune", "--lora", "pairs.jsonl", "--samples", 0, "--overwrite", *QUICK)
+        assert result.code == 0, result.err
+        assert "checkpoint/imported" in result.err
+    assert read_info(Path("runs/stories/checkpoint/imported"))["imported"]["kind"] == "bundle"
+    assert Path("runs/stories/adapters/pairs/adapter_model.safetensors").is_file()
+
+
+def test_an_unfinished_run_is_not_passed_over_for_the_demo_model(slm: Slm) -> None:
     write("pairs.jsonl", ROWS)
+    Path("runs/mine/trainer").mkdir(parents=True)
+    Path("runs/mine/trainer/state.json").write_text("{}")
     result = slm("finetune", "--lora", "pairs.jsonl")
-    assert result.code == 1 and "there is no checkpoint under ./runs" in result.err and "slm train" in result.err
+    assert result.code == 1 and "no finished checkpoint under ./runs: runs/mine" in result.err
 
 
 @pytest.mark.parametrize("name", ["a/b", "../escaped", "..", "", "a\\b", ".hidden"])
