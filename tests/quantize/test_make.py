@@ -62,8 +62,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8-dynamic": {"dynamic": True},
     "int8-caches": {"cache": "int8"},
     "int4": {"precision": "int4", "smooth": None},
-    "int4-size": {"precision": "int4", "prefer": "size", "head_bits": 8, "smooth": True},
-    "int4-nearest": {"precision": "int4", "prefer": "size", "head_bits": 8, "smooth": True, "method": "nearest"},
+    "int4-size": {"precision": "int4", "prefer": "size", "head_bits": 8, "smooth": None},
+    "int4-nearest": {"precision": "int4", "prefer": "size", "head_bits": 8, "smooth": None, "method": "nearest"},
 }
 
 
