@@ -119,7 +119,7 @@ def test_a_wrong_base_is_refused(slm: Slm, run: Path, base: str) -> None:
 def test_without_any_checkpoint_the_demo_model_becomes_one(slm: Slm) -> None:
     write("pairs.jsonl", ROWS[:1])
     for _ in range(2):  # the second command uses the checkpoint of the first
-        result = slm("finetune", "--lora", "pairs.jsonl", "--samples", 0, "--overwrite", *QUICK)
+        result = slm("finetune", "--lora", "pairs.jsonl", "--overwrite", *QUICK, "--samples", 0)
         assert result.code == 0, result.err
         assert "checkpoint/imported" in result.err
     assert read_info(Path("runs/stories/checkpoint/imported"))["imported"]["kind"] == "bundle"

@@ -119,7 +119,9 @@ def test_artifacts_and_runs_are_removed(slm: Slm, said: Slm, run: Path, shared_c
     assert slm("rm", "tiny", "-y").code == 0 and list(Path("runs").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["..", "../other", "/etc", "runs", "notes", "tiny/checkpoint", "tiny/../tiny", "linked"])
+@pytest.mark.parametrize(
+    "name", ["..", "../other", "/etc", "runs", "notes", "tiny/checkpoint", "tiny/../tiny", "linked"]
+)
 def test_nothing_else_is_removed(slm: Slm, run: Path, name: str) -> None:
     for other in ("notes", "runs/notes"):
         Path(other).mkdir()

@@ -35,7 +35,6 @@ from slm.core.contract import CacheType, Device, cache_layers
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, KVCache
 from slm.core.presets import PRESETS, preset
-from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.graph import graph_tensors
 from slm.quantize.linears import linears_of
 from slm.quantize.plan import INT8, QuantizationPlan, schemes_of
@@ -126,8 +125,8 @@ def test_cache_bytes_of_a_fused_bundle(config: ModelConfig, device: Device, dtyp
     assert bundle_cache_bytes(layers, "fused", 200, 3) == KVBuffers(layers, 200, 3).bytes
 
 
-def test_cache_bytes_of_a_portable_bundle(shared_checkpoint: Path, tmp_path: Path) -> None:
-    decoder = OnnxDecoder(export_bundle(shared_checkpoint, tmp_path / "b", ExportOptions(target="portable")))
+def test_cache_bytes_of_a_portable_bundle(portable_bundle: Bundle) -> None:
+    decoder = OnnxDecoder(portable_bundle)
     for length in (1, WINDOW - 1, WINDOW, 3 * WINDOW):
         decoder.reset()
         decoder.read([1] * length)

@@ -21,7 +21,7 @@ from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.text.tokens import TextSource
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import ExportOptions, export_bundle
+from slm.export.bundle import export_bundle
 from slm.export.graph import (
     BlockFormat,
     FloatFormat,
@@ -343,7 +343,7 @@ def test_mixed_precision_keeps_a_divergence(
 
 
 def test_what_cannot_be_quantized_is_refused(
-    shared_checkpoint: Path, shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path
+    shared_bundle: Bundle, portable_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(SlmError, match="is already int8"):
         make(int8_bundle, tmp_path / "b")
@@ -353,11 +353,7 @@ def test_what_cannot_be_quantized_is_refused(
     with pytest.raises(SlmError, match="is the bundle to quantize"):
         make(shared_bundle, shared_bundle.path)
     with pytest.raises(SlmError, match="portable bundle"):
-        make(
-            export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable")),
-            tmp_path / "b",
-            dynamic=True,
-        )
+        make(portable_bundle, tmp_path / "b", dynamic=True)
     assert not (tmp_path / "b").exists()
 
 
