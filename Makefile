@@ -109,6 +109,10 @@ build/peers/.installed: Makefile | install
 	$(TO)/genai onnxruntime_genai==0.18.0
 	$(TO)/optimum optimum-onnx==0.1.0 optimum==2.1.0
 	$(TO)/ray ray==2.60.0 $(RAY)
+	$(TO)/smolagents smolagents==1.26.0 python-dotenv==1.2.4
+	$(TO)/agents openai-agents==0.24.0 griffelib==2.4.1 mcp==2.3.0 mcp-types==2.3.0 httpx-sse==0.4.3 pydantic-settings==2.16.3 \
+		pyjwt==2.15.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 python-dotenv==1.2.4 python-multipart==0.0.34 \
+		sse-starlette==3.7.0 websockets==16.1.1
 	$(TO)/kubernetes kubernetes-validate==1.37.0 importlib_resources==7.1.0
 	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1
 	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0

@@ -165,8 +165,9 @@ def ours(model: Any, examples: list[Any], args: argparse.Namespace) -> Callable[
 
     from slm.finetune.adapter import attach
     from slm.finetune.batches import alone
-    from slm.finetune.fit import Fit, Material, Trainable
+    from slm.finetune.fit import Fit, Trainable
     from slm.finetune.frozen import lighten
+    from slm.finetune.material import Answers
     from slm.finetune.settings import FinetuneSettings
     from slm.finetune.state import Standing
     from slm.train.precision import Precision
@@ -177,7 +178,7 @@ def ours(model: Any, examples: list[Any], args: argparse.Namespace) -> Callable[
     tunable = adapter.get_base_model()
     lighten(tunable, precision.autocast)
     trained = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
-    material = Material(alone(examples), ())
+    material = Answers(alone(examples), ())
     fit = Fit(Trainable(tunable, trained), material, settings, precision, Standing(course={"settings": {}}))
     return lambda: float(fit.update(lambda: None)[0]["loss"])
 

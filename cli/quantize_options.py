@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from slm.cli.console import say
 from slm.cli.options import check_input
 from slm.core.errors import SlmError
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.core.text.tokens import TextSource
-from slm.quantize.defaults import CALIBRATION_TOKENS
+from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
     from slm.core.manifest import Bundle
+    from slm.core.task import MetricName
     from slm.quantize.settings import Head, Method, Prefer, Settings
+    from slm.quantize.task import TaskCheck
     from slm.quantize.texts import TokenRows
 
 _MAX_SHARE = 1000.0
@@ -120,6 +123,49 @@ class SettingOptions:
             target_kl_nats=self.max_kl if aims_at_kl else None,
             gate=Gate(max_kl, self.max_ppl_increase),
         )
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """The options of the check on a task. Raises an error for options without --task."""
+
+    task: Path | None
+    metric: "MetricName | None"
+    max_drop: float | None
+    limit: int | None
+
+    def __post_init__(self) -> None:
+        """Checks that the rows exist, and that there are no options without rows.
+
+        Raises:
+            click.UsageError: If --task is missing.
+            SlmError: If the rows are not readable.
+        """
+        for name, value in (("--metric", self.metric), ("--max-drop", self.max_drop), ("--limit", self.limit)):
+            if self.task is None and value is not None:
+                raise click.UsageError(f"{name} requires --task")
+        if self.task is not None:
+            check_input(self.task.expanduser(), "rows", directories=True)
+
+    def check(self, source: "Bundle") -> "TaskCheck | None":
+        """Returns the check, with the rows in tokens of the source; None without --task.
+
+        Raises:
+            SlmError: If a row cannot be used.
+        """
+        if self.task is None:
+            return None
+        from slm.core.tokenizer import Tokenizer
+        from slm.finetune.examples import Renderer
+        from slm.finetune.task import questions, read_task
+        from slm.quantize.task import TaskCheck
+
+        file = read_task(self.task.expanduser(), self.metric, limit=self.limit)
+        task = file.task
+        if task.why:
+            say(f"metric: {task.metric} ({task.why}); --metric chooses another")
+        found = questions(file, Renderer(Tokenizer.load(source.path), source))
+        return TaskCheck(task.name, task.metric, tuple(found), MAX_DROP if self.max_drop is None else self.max_drop)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def print_report(made: Bundle, report: "Report", as_json: bool) -> None:
     assert quality is not None
     if quality.max_kl_nats is not None:
         say(f"Quality check passed: KL {change.kl_nats:.5f} nats (limit {quality.max_kl_nats:g}).")
+    if (task := report.task) is not None:
+        say(f"Task check passed: {task.before.score:.1%} before, {task.after.score:.1%} after (limit {task.limit}).")
     if report.head is not None:
         say(
             f"Single-token steps from halves: KL {report.head.kl_nats:.5f} nats from the whole head, "

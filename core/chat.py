@@ -6,14 +6,52 @@ each answer are those that `chat_ids` returns for the messages before it.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from slm.core.errors import SlmError
-from slm.core.templated import Rendered, encoded, rendered
+from slm.core.templated import Rendered, encoded, rendered, special_tokens
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN, Tokenizer
+from slm.core.tool_templates import ToolForm, for_template, form_of
+from slm.core.tool_text import HEAD, MACRO, with_tools
+from slm.core.tools import JSON_STYLE, STYLES, Call, Tool
 
 # Stored in tokenizer_config.json for transformers and transformers.js. `turn_prompt` below gives the same text.
 CHAT_TEMPLATE = (
+    "{{- bos_token -}}" + MACRO + "{%- if tools -%}"
+    "{{- '" + START_OF_TURN + "system\\n' -}}"
+    "{%- if messages and messages[0]['role'] == 'system' and messages[0]['content'] | trim -%}"
+    "{{- (messages[0]['content'] | trim) + '\\n\\n' -}}"
+    "{%- endif -%}"
+    "{{- '" + HEAD.replace("\n", "\\n") + "' -}}"
+    "{%- for tool in tools -%}"
+    "{%- set function = tool['function'] -%}"
+    "{{- '\\n' + function['name'] + signature(function['parameters']) -}}"
+    "{%- if function['description'] | trim -%}{{- ': ' + (function['description'] | trim) -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{{- '" + END_OF_TURN + "\\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if not (tools and loop.first and message['role'] == 'system') -%}"
+    "{%- set content = (message['content'] | trim) if message['content'] else '' -%}"
+    "{{- '"
+    + START_OF_TURN
+    + "' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' + content -}}"
+    "{%- if message['tool_calls'] -%}"
+    "{%- for call in message['tool_calls'] -%}"
+    "{%- set function = call['function'] -%}"
+    "{{- ('\\n' if content or not loop.first else '') + '" + JSON_STYLE.opening + '\\n{"name": \' -}}'
+    "{{- (function['name'] | tojson) + ', \"arguments\": ' -}}"
+    "{{- function['arguments'] if function['arguments'] is string else (function['arguments'] | tojson) -}}"
+    "{{- '}\\n" + JSON_STYLE.closing + "' -}}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '" + END_OF_TURN + "\\n' -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '" + START_OF_TURN + "model\\n' -}}{%- endif -%}"
+)
+# The template of earlier versions, which gives the same text for conversations without tools.
+_EARLIER_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages -%}"
     "{{ '" + START_OF_TURN + "' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n'"
@@ -22,14 +60,21 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '" + START_OF_TURN + "model\\n' }}{%- endif -%}"
 )
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """A message of a conversation."""
+    """A message of a conversation.
+
+    A message of the assistant may have calls of tools besides its text, and a message of the role "tool" has the result of
+    one call; `name` is then the name of the tool, and `tool_call_id` the id of the call.
+    """
 
     role: Role
     content: str
+    calls: NotRequired[Sequence[Call]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -59,7 +104,9 @@ def turn_ids(tokenizer: Tokenizer, request: str, stops: Collection[int] = ()) ->
     return chat_ids(tokenizer, [{"role": "user", "content": request}], stops)
 
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], stops: Collection[int] = ()) -> list[int]:
+def chat_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], stops: Collection[int] = (), tools: Sequence[Tool] = ()
+) -> list[int]:
     """Returns the ids of the prompt for a conversation's next answer; only the template places control tokens in it.
 
     "<end_of_turn>" in a message is encoded as plain characters, in every spelling. A model from another source uses its own
@@ -69,23 +116,28 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], stops: Collectio
         tokenizer: The model's tokenizer.
         messages: The conversation.
         stops: The model's stop tokens; messages are encoded without them too.
+        tools: The tools that the model may call.
 
     Raises:
         SlmError: If the tokenizer has no turn tokens, or the model's own template fails or rejects the conversation.
     """
     template = foreign_template(tokenizer)
     if template is not None:
-        (found,) = rendered(tokenizer, template, [(messages, True)])
+        asked, declarations = _for_template(tokenizer, template, messages, tools)
+        (found,) = rendered(tokenizer, template, [(asked, True, declarations)])
         ids = found if isinstance(found, SlmError) else encoded(tokenizer, found, stops)
         if isinstance(ids, SlmError):
             raise ids
         return ids
     start, _ = _turn_tokens(tokenizer)
-    return [*_turns(tokenizer, messages, stops)[0], start, *tokenizer.encode_literal("model\n")]
+    return [*_turns(tokenizer, with_tools(messages, tools), stops)[0], start, *tokenizer.encode_literal("model\n")]
 
 
 def dialogues(
-    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], ends: Collection[int]
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    ends: Collection[int],
+    tools: Sequence[Sequence[Tool]] | None = None,
 ) -> Iterator[Dialogue | SlmError]:
     """Yields each conversation in tokens, or an error if the model's template rejects it.
 
@@ -93,33 +145,51 @@ def dialogues(
         tokenizer: The model's tokenizer.
         conversations: Each has at least one answer; messages after the last answer are ignored.
         ends: The tokens that end an answer.
+        tools: The declared tools of each conversation; None for none.
 
     Raises:
         SlmError: If the tokenizer has no turn tokens, or the model's own template fails for all conversations.
     """
     template = foreign_template(tokenizer)
-    trimmed = [_up_to_last_answer(messages) for messages in conversations]
+    declared: Sequence[Sequence[Tool]] = [()] * len(conversations) if tools is None else tools
+    trimmed = [(_up_to_last_answer(each), some) for each, some in zip(conversations, declared, strict=True)]
     if template is None:
-        for messages in trimmed:
-            ids, answers = _turns(tokenizer, messages, ends)
+        for messages, known in trimmed:
+            ids, answers = _turns(tokenizer, with_tools(messages, known), ends)
             yield Dialogue(tuple(ids[: answers[-1][1]]), tuple(answers))
         return
     for first in range(0, len(trimmed), _AT_ONCE):
-        some = trimmed[first : first + _AT_ONCE]
+        some = [_for_template(tokenizer, template, *each) for each in trimmed[first : first + _AT_ONCE]]
         asked = [
             request
-            for messages in some
-            for request in (*((messages[:i], True) for i in _answers(messages)), (messages, False))
+            for each, declarations in some
+            for request in (*((each[:i], True, declarations) for i in _answers(each)), (each, False, declarations))
         ]
         found = iter(rendered(tokenizer, template, asked))
-        for messages in some:
-            yield _divided(tokenizer, [next(found) for _ in range(len(_answers(messages)) + 1)], ends)
+        for each, _ in some:
+            yield _divided(tokenizer, [next(found) for _ in range(len(_answers(each)) + 1)], ends)
 
 
 def foreign_template(tokenizer: Tokenizer) -> str | None:
     """Returns the chat template of a model from another source; None for slm's template, or if there is none."""
     template = tokenizer.config.get("chat_template")
-    return template if isinstance(template, str) and template != CHAT_TEMPLATE else None
+    return template if isinstance(template, str) and template not in (CHAT_TEMPLATE, _EARLIER_TEMPLATE) else None
+
+
+def tool_form(tokenizer: Tokenizer) -> ToolForm:
+    """Returns how the model writes tools and calls.
+
+    Raises:
+        SlmError: If the model's own template exceeds a limit of time or memory.
+    """
+    template = foreign_template(tokenizer)
+    return ToolForm() if template is None else form_of(template, tuple(sorted(special_tokens(tokenizer).items())))
+
+
+def call_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Returns the tokens that end a reply with calls, besides those that end a turn: the mark of the result that follows."""
+    template = foreign_template(tokenizer) or ""
+    return tokenizer.ids_of(style.result for style in STYLES if style.result is not None and style.result in template)
 
 
 def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
@@ -137,6 +207,19 @@ def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     # Adapters from another source do not record "turns".
     learned = any(isinstance(each, dict) and each.get("turns", True) for each in tuned)
     return learned or foreign_template(tokenizer) is not None
+
+
+def declares_tools(info: Mapping[str, Any]) -> bool:
+    """Returns whether prompts for a model declare tools: not if it was fine-tuned on calls of undeclared tools.
+
+    Args:
+        info: The contents of the model's `slm.json`; empty if there is none.
+    """
+    merged = info.get("merged")
+    for each in (info.get("finetuned"), merged.get("finetune") if isinstance(merged, dict) else None):
+        if isinstance(each, dict) and isinstance(each.get("declares_tools"), bool):
+            return bool(each["declares_tools"])
+    return True
 
 
 def _turn_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -167,7 +250,16 @@ def _turns(
     return ids, answers
 
 
-def _answers(messages: Sequence[Message]) -> list[int]:
+def _for_template(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], tools: Sequence[Tool]
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None]:
+    """Returns what a foreign template renders: the messages and declarations. Templates without tools are not probed."""
+    if not tools and not any(message["role"] == "tool" or message.get("calls") for message in messages):
+        return messages, None
+    return for_template(tool_form(tokenizer), messages, tools)
+
+
+def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 

@@ -42,6 +42,7 @@ class Stored:
     dynamic: bool = False
     half: bool = False
     halves: bool = False
+    frequent: int = 0
 
 
 @dataclass(frozen=True)
@@ -406,7 +407,8 @@ class _Model:
         attributes = {"K": inputs, "N": outputs, "bits": stored.bits, "block_size": stored.block_size}
         level = self._kind.accuracy_level
         tensors = self._blocks(path, inputs, outputs)
-        return op("MatMulNBits", x, *tensors, domain=MICROSOFT, accuracy_level=level, **attributes)
+        product = op("MatMulNBits", x, *tensors, domain=MICROSOFT, accuracy_level=level, **attributes)
+        return self._with_frequent_logits(x, product, path, inputs) if stored.frequent else product
 
     def _matmul(self, x: Any, weight: Weight) -> Any:
         return self._op("FusedMatMul", x, weight, domain=MICROSOFT, transB=1)
@@ -447,6 +449,8 @@ class _Model:
         table = op("Reshape", whole, [rows, config.hidden_size * stored.bits // 8])
         sizes = {"bits": stored.bits, "block_size": stored.block_size, "gather_axis": 0, "quantize_axis": 1}
         looked_up = op("GatherBlockQuantized", table, ids, *others, domain=MICROSOFT, **sizes)
+        if stored.frequent:
+            looked_up = self._with_frequent_rows(ids, looked_up, path)
         return self._cast(looked_up, self._type(path), FLOAT)
 
     def head(self, hidden: Any) -> Any:
@@ -465,6 +469,36 @@ class _Model:
         hidden = self._cast(hidden, FLOAT, dtype)
         product = self._product if tied else self._linear
         return self._cast(product(hidden, path, config.hidden_size, config.vocab_size), dtype, FLOAT)
+
+    # Rows of frequent tokens: see `slm.export.graph.frequent`.
+
+    def _frequent(self, path: str, inputs: int) -> tuple[Weight, Weight, Weight]:
+        stored = self._kind.stored(path)
+        rows, blocks = stored.frequent, inputs // stored.block_size
+        return (
+            Weight(f"{path}.frequent_ids", INT64, (rows,)),
+            Weight(f"{path}.frequent_quantized", UINT8, (rows, blocks, stored.block_size)),
+            Weight(f"{path}.frequent_scale", self._type(path), (rows, blocks)),
+        )
+
+    def _with_frequent_rows(self, ids: Any, found: Any, path: str) -> Any:
+        op, stored, hidden_size = self._op, self._kind.stored(path), self._config.hidden_size
+        theirs, quantized, scale = self._frequent(path, hidden_size)
+        matches = op("Equal", op("Unsqueeze", ids, [-1]), theirs)
+        row = op("ArgMax", op("Cast", matches, to=FLOAT), axis=-1, keepdims=0)
+        frequent = op("Equal", op("Gather", theirs, row, axis=0), ids)
+        table = op("Reshape", quantized, [stored.frequent, hidden_size])
+        sizes = {"bits": 8, "block_size": stored.block_size, "gather_axis": 0, "quantize_axis": 1}
+        exact = op("GatherBlockQuantized", table, row, scale, domain=MICROSOFT, **sizes)
+        return op("Where", op("Unsqueeze", frequent, [-1]), exact, found)
+
+    def _with_frequent_logits(self, hidden: Any, found: Any, path: str, inputs: int) -> Any:
+        op, stored = self._op, self._kind.stored(path)
+        theirs, quantized, scale = self._frequent(path, inputs)
+        attributes = {"K": inputs, "N": stored.frequent, "bits": 8, "block_size": stored.block_size}
+        level = self._kind.accuracy_level
+        exact = op("MatMulNBits", hidden, quantized, scale, domain=MICROSOFT, accuracy_level=level, **attributes)
+        return op("ScatterElements", found, op("Expand", theirs, op("Shape", exact)), exact, axis=-1)
 
     # The table in halves: see `slm.export.graph.halves`.
 

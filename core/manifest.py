@@ -29,6 +29,7 @@ from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
 _AGAIN = "copy or export the bundle again"
+_ID_BYTES = 8  # ids of tokens are int64
 
 Precision = Literal["float32", "float16", "int8", "int4"]
 # File names of the precisions in transformers.js.
@@ -108,6 +109,8 @@ class Scheme(_Record):
         half: Whether scales, and the input and output of the product, are float16, as on a GPU. Otherwise they are float32.
         halves: Whether the upper and lower four bits of the integers are stored apart, with the scale of the upper ones and
             one float32 for each output channel (`slm.export.graph.halves`).
+        frequent: For a 4-bit table, the number of frequent tokens whose rows are stored in 8 bits as well, in blocks of the
+            same size, and replace those in 4 bits (`slm.export.graph.frequent`).
     """
 
     bits: Literal[4, 8] = 8
@@ -117,19 +120,29 @@ class Scheme(_Record):
     reduced: bool = False
     half: bool = False
     halves: bool = False
+    frequent: int = Field(default=0, ge=0)
+
+    @property
+    def of_frequent(self) -> "Scheme":
+        """The scheme of the rows of frequent tokens."""
+        return Scheme(bits=8, block_size=self.block_size, half=self.half)
 
     def bytes(self, outputs: int, inputs: int) -> int:
         """Returns the bytes of a weight in the file: integers, scales and zero points."""
         blocks = inputs // self.block_size
         points = -(-blocks * self.bits // 8) if self.zero_points else 0
-        return outputs * (inputs * self.bits // 8 + (2 if self.half else 4) * blocks + points + 4 * self.halves)
+        rows = outputs * (inputs * self.bits // 8 + (2 if self.half else 4) * blocks + points + 4 * self.halves)
+        if not self.frequent:
+            return rows
+        return rows + self.of_frequent.bytes(self.frequent, inputs) + _ID_BYTES * self.frequent
 
     @property
     def name(self) -> str:
         """A short name of the scheme."""
         if self.dynamic:
             return f"int{7 if self.reduced else 8} by channel, dynamic"
-        return f"int{self.bits} in blocks of {self.block_size}" + ", in halves" * self.halves
+        frequent = f" with {self.frequent:,} rows in int8" if self.frequent else ""
+        return f"int{self.bits} in blocks of {self.block_size}" + ", in halves" * self.halves + frequent
 
 
 class Quantization(_Record):
@@ -234,6 +247,12 @@ class Bundle:
         """Total size of all files."""
         return sum(entry.bytes for entry in self.manifest.files.values())
 
+    @property
+    def model_bytes(self) -> int:
+        """Size of graph and weights."""
+        files = self.manifest.files
+        return sum(entry.bytes for name, entry in files.items() if name.startswith(self.manifest.model))
+
     @classmethod
     def open(cls, path: Path, trust: bool = False) -> "Bundle":
         """Opens a bundle and checks every file against the manifest.
@@ -336,7 +355,15 @@ def _check_graph(directory: Path, manifest: Manifest, config: ModelConfig) -> No
         if path not in schemes:
             raise SlmError(f"{directory / MANIFEST_FILE} is invalid: it has no scheme for {path}", _AGAIN)
         scheme = schemes[path]
-        return Stored(scheme.bits, scheme.block_size, scheme.zero_points, scheme.dynamic, scheme.half, scheme.halves)
+        return Stored(
+            scheme.bits,
+            scheme.block_size,
+            scheme.zero_points,
+            scheme.dynamic,
+            scheme.half,
+            scheme.halves,
+            scheme.frequent,
+        )
 
     kind = Kind(
         manifest.target,

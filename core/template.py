@@ -41,7 +41,11 @@ _MAX_PROCESSES = 4
 _LENGTH = struct.Struct("<Q")
 _HINT = "the chat template is part of the model; without --instruct it is not used"
 
-Conversation = tuple[Sequence[Mapping[str, Any]], bool]
+# The messages, whether to append the start of the model's turn, and the declarations of tools, if there are any.
+Conversation = (
+    tuple[Sequence[Mapping[str, Any]], bool]
+    | tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None]
+)
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any]) -> str:
@@ -68,7 +72,7 @@ def render_all(template: str, conversations: Sequence[Conversation], tokens: Map
 
     Args:
         template: The template.
-        conversations: The messages of each, and whether to append the start of the model's turn.
+        conversations: The messages of each, whether to append the start of the model's turn, and the declared tools.
         tokens: As for `render`.
 
     Returns:
@@ -103,12 +107,13 @@ def _portions(conversations: Sequence[Conversation]) -> Iterator[list[Conversati
     """Yields the conversations in batches of limited length; a long one is a batch of its own."""
     some: list[Conversation] = []
     characters = 0
-    for messages, begins in conversations:
-        size = sum(len(str(message)) for message in messages)
+    for each in conversations:
+        messages, *rest = each
+        size = sum(len(str(message)) for message in messages) + len(str(rest))
         if some and characters + size > _CHARACTERS_AT_ONCE:
             yield some
             some, characters = [], 0
-        some.append((list(messages), begins))
+        some.append(each)
         characters += size
     if some:
         yield some

@@ -47,26 +47,27 @@ def work() -> None:
 
     _send({})
     while (request := _receive()) is not None:
-        for messages, begins in request["conversations"]:
+        for messages, begins, *tools in request["conversations"]:
             signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-            answer = _answer(request["template"], messages, begins, request["tokens"])
+            variables = {"tools": tools[0] if tools else None, **request["tokens"]}
+            answer = _answer(request["template"], messages, begins, variables)
             _send(answer | {"large": peak_rss_mib() > _LARGE_MIB})
             signal.setitimer(signal.ITIMER_PROF, 0)
     os._exit(0)
 
 
 def _answer(
-    template: str, messages: Sequence[Mapping[str, Any]], begins: bool, tokens: Mapping[str, Any]
+    template: str, messages: Sequence[Mapping[str, Any]], begins: bool, variables: Mapping[str, Any]
 ) -> dict[str, str]:
     try:
-        return {"text": _rendered(_compiled(template), messages, begins, tokens)}
+        return {"text": _rendered(_compiled(template), messages, begins, variables)}
     except Exception as error:  # templates can raise any exception
         reason = " ".join(str(error).split()) or type(error).__name__
         return {"reason": reason[:_MAX_REASON]}
 
 
-def _rendered(template: Any, messages: Sequence[Mapping[str, Any]], begins: bool, tokens: Mapping[str, Any]) -> str:
-    text: str = template.render(messages=messages, add_generation_prompt=begins, tools=None, documents=None, **tokens)
+def _rendered(template: Any, messages: Sequence[Mapping[str, Any]], begins: bool, variables: Mapping[str, Any]) -> str:
+    text: str = template.render(messages=messages, add_generation_prompt=begins, documents=None, **variables)
     if len(text) > MAX_TEXT_CHARACTERS:
         raise _Refused(f"the rendered text has more than {MAX_TEXT_CHARACTERS:,} characters")
     return text

@@ -10,13 +10,16 @@ encoded literally. A third rendering, which replaces only punctuation, serves te
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from slm.core.template import Conversation
 
 # Planes 15 and 16 of Unicode, which are for private use.
 _FIRST, _LAST = 0xF0000, 0x10FFFD
@@ -30,6 +33,28 @@ _MARKER = re.compile(r"[<\[{|].*\w.*[>\]}|]", flags=re.DOTALL)
 _LONGEST_MARKER = 128
 # The number of characters to translate at a time: `str.translate` blocks other Python threads.
 _AT_ONCE = 1 << 16
+# Words of calls and JSON schemas that templates look up or compare; they contain no control token.
+_KEYWORDS = frozenset(
+    (
+        *(
+            "id",
+            "type",
+            "function",
+            "name",
+            "arguments",
+            "description",
+            "parameters",
+            "properties",
+            "required",
+            "items",
+        ),
+        *("enum", "const", "anyOf", "oneOf", "allOf", "default", "nullable", "format", "title", "minimum", "maximum"),
+        *("additionalProperties", "$ref", "$defs", "response", "value"),
+        *("string", "number", "integer", "boolean", "object", "array", "null"),
+    )
+)
+# JSON escapes these, so that a placeholder for them would shift the text after it; they begin and end no control token.
+_ESCAPED = {ord('"'): '"', ord("\\"): "\\"}
 _PROBE = "\U0010fffd\U0010fffc\U0010fffd"
 
 Placed = tuple[int, int, int]  # a token id, and the start and end of its characters
@@ -44,7 +69,7 @@ class Rendered:
         hidden: The text with a placeholder for every visible character of the messages; None if the template rejects it.
         marked: The text with a placeholder for every punctuation mark; None also if `hidden` is sufficient.
         back: Characters by placeholder, for `str.translate`.
-        written: The contents of the messages.
+        written: The texts of the messages and tools.
     """
 
     text: str
@@ -67,15 +92,13 @@ class Rendered:
         return replace(self, text=text, hidden=hidden, marked=marked)
 
 
-def rendered(
-    tokenizer: Tokenizer, template: str, conversations: Sequence[tuple[Sequence[Mapping[str, Any]], bool]]
-) -> list[Rendered | SlmError]:
+def rendered(tokenizer: Tokenizer, template: str, conversations: "Sequence[Conversation]") -> list[Rendered | SlmError]:
     """Renders conversations with a model's own template.
 
     Args:
         tokenizer: The model's tokenizer.
         template: The template.
-        conversations: The messages of each, and whether to append the start of the model's turn.
+        conversations: The messages of each, whether to append the start of the model's turn, and the declared tools.
 
     Returns:
         The texts of each conversation, or the template's error.
@@ -87,26 +110,25 @@ def rendered(
 
     tokens = special_tokens(tokenizer)
     in_parts = _reads_parts(template, tuple(sorted(tokens.items())))
-    table = _placeholders(message["content"] for messages, _ in conversations for message in messages)
+    written = [tuple(dict.fromkeys(_texts(each))) for each in conversations]
+    table = _placeholders(text for texts in written for text in texts)
     back = {ord(placeholder): chr(character) for character, placeholder in table.items()}
-    hidden = [(_replaced(messages, table), begins) for messages, begins in conversations]
-    asked = [(_shaped(messages, in_parts), begins) for messages, begins in (*conversations, *hidden)]
-    texts = render_all(template, asked, tokens)
+    hidden = [_replaced(each, table) for each in conversations]
+    texts = render_all(template, [_shaped(each, in_parts) for each in (*conversations, *hidden)], tokens)
     pairs = list(zip(texts[: len(conversations)], texts[len(conversations) :], strict=True))
     # If the template depends on the replaced text, render again with letters and digits visible.
     marked: dict[int, str | SlmError] = {}
     unlike = [i for i, (text, other) in enumerate(pairs) if isinstance(text, str) and not _aligned(text, other)]
     if unlike:
         punctuation = {character: each for character, each in table.items() if not chr(character).isalnum()}
-        some = [(_shaped(_replaced(conversations[i][0], punctuation), in_parts), conversations[i][1]) for i in unlike]
+        some = [_shaped(_replaced(conversations[i], punctuation), in_parts) for i in unlike]
         marked = dict(zip(unlike, render_all(template, some, tokens), strict=True))
     found: list[Rendered | SlmError] = []
     for i, (text, other) in enumerate(pairs):
         if isinstance(text, SlmError):
             found.append(text)
             continue
-        written = tuple(message["content"] for message in conversations[i][0])
-        found.append(Rendered(text, _text(other), _text(marked.get(i)), back, written))
+        found.append(Rendered(text, _text(other), _text(marked.get(i)), back, written[i]))
     return found
 
 
@@ -232,19 +254,71 @@ def _placeholders(texts: Iterable[str]) -> dict[int, str]:
     return {ord(character): chr(_FIRST + number % room) for number, character in enumerate(sorted(characters))}
 
 
-def _replaced(messages: Sequence[Mapping[str, Any]], table: Mapping[int, str]) -> list[dict[str, Any]]:
-    return [{**message, "content": _translated(message["content"], table)} for message in messages]
+def _texts(conversation: "Conversation") -> Iterator[str]:
+    """Yields the texts that people wrote: contents, and what calls and declarations consist of."""
+    messages, _, *tools = conversation
+    for message in messages:
+        for name, value in message.items():
+            if name == "content":
+                yield from (value,) if isinstance(value, str) else _strings(value)
+            elif name != "role":
+                yield from _strings(value)
+    for each in tools:
+        yield from _strings(each)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yields the strings of a JSON value, with the names of fields, but without the keywords of declarations."""
+    if isinstance(value, str):
+        if value not in _KEYWORDS:
+            yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _strings(name)
+            yield from _strings(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _strings(each)
+
+
+def _replaced(conversation: "Conversation", table: Mapping[int, str]) -> "Conversation":
+    """Returns a conversation with placeholders in the texts that people wrote."""
+    messages, begins, *tools = conversation
+    within = {**table, **_ESCAPED}
+
+    def plain(message: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: _translated(value, table)
+            if name == "content" and isinstance(value, str)
+            else value
+            if name == "role"
+            else _replaced_strings(value, within)
+            for name, value in message.items()
+        }
+
+    return [plain(message) for message in messages], begins, _replaced_strings(tools[0], within) if tools else None
+
+
+def _replaced_strings(value: Any, table: Mapping[int, str]) -> Any:
+    if isinstance(value, str):
+        return value if value in _KEYWORDS else _translated(value, table)
+    if isinstance(value, Mapping):
+        return {_replaced_strings(name, table): _replaced_strings(each, table) for name, each in value.items()}
+    return [_replaced_strings(each, table) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _translated(text: str, table: Mapping[int, str]) -> str:
     return "".join(text[at : at + _AT_ONCE].translate(table) for at in range(0, len(text), _AT_ONCE))
 
 
-def _shaped(messages: Sequence[Mapping[str, Any]], in_parts: bool) -> list[dict[str, Any]]:
-    """Returns copies of messages with their contents as strings, or as lists of parts."""
+def _shaped(conversation: "Conversation", in_parts: bool) -> "Conversation":
+    """Returns a copy of a conversation with contents as strings, or as lists of parts."""
+    messages, begins, *tools = conversation
     if not in_parts:
-        return [dict(message) for message in messages]
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        shaped = [dict(message) for message in messages]
+    else:
+        shaped = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return shaped, begins, tools[0] if tools else None
 
 
 @lru_cache(32)
@@ -253,7 +327,7 @@ def _reads_parts(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
     from slm.core.template import render_all
 
     probe = [{"role": "user", "content": _PROBE}]
-    asked = [(_shaped(probe, in_parts), True) for in_parts in (False, True)]
+    asked = [_shaped((probe, True), in_parts) for in_parts in (False, True)]
     plain, parts = (_text(each) or "" for each in render_all(template, asked, dict(tokens)))
     return _PROBE not in plain and _PROBE in parts
 

@@ -1,5 +1,7 @@
 """The text of a stream of tokens, in whole characters."""
 
+from collections.abc import Collection
+
 from slm.core.tokenizer import Tokenizer
 
 # The replacement for bytes that are not a character.
@@ -14,8 +16,15 @@ class TextStream:
     its decoder treat the characters before it as invalid too.)
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Collection[int] = ()) -> None:
+        """Starts a text.
+
+        Args:
+            tokenizer: The tokenizer.
+            shown: Special tokens whose spelling is part of the text, such as the marks of calls.
+        """
         self.tokenizer = tokenizer
+        self._shown = shown
         self._before: list[int] = []  # the tokens of the last piece: decoders join and strip at the start of a text
         self._held: list[int] = []
 
@@ -27,7 +36,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Takes a token and returns the characters that it completes, often none."""
         if token in self.tokenizer.special_ids:
-            return ""
+            return self.finish() + self.tokenizer.text_of(token) if token in self._shown else ""
         self._held.append(token)
         text = self._text()
         if text.endswith(_REPLACEMENT):  # perhaps the start of a character

@@ -172,6 +172,10 @@ class Tokenizer:
         """Returns the id of a token with exactly this spelling, or None."""
         return self.backend.token_to_id(token)
 
+    def ids_of(self, tokens: Iterable[str]) -> frozenset[int]:
+        """Returns the ids of those tokens that the vocabulary has with exactly these spellings."""
+        return frozenset(i for token in tokens if (i := self.token_id(token)) is not None)
+
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
         """The tokens that the post-processor puts before a text."""

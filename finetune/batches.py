@@ -113,11 +113,28 @@ def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
 
     The head dominates the cost of a small model; it is computed only at positions with a label, chunk by chunk.
     """
+    hidden, labels = _hidden(model, batch)
+    return _cross_entropy(model, hidden, labels)
+
+
+def row_losses(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
+    """Returns the sum of the cross-entropies of each row's labels, in nats, float32 (B,)."""
+    hidden, labels = _hidden(model, batch)
+    counts = (batch.labels != IGNORED).sum(1).tolist()
+    parts = zip(hidden.split(counts), labels.split(counts), strict=True)
+    return torch.stack([_cross_entropy(model, part, of_part) * len(of_part) for part, of_part in parts])
+
+
+def _hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the hidden states (N, D) at positions with a label, and the labels (N,), row after row."""
     device = model.model.norm.weight.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     segments = None if batch.segments is None else batch.segments.to(device)
     learned = labels != IGNORED
-    hidden = model.model(input_ids, segments=segments)[learned]  # (learned tokens, D)
+    return model.model(input_ids, segments=segments)[learned], labels[learned]
+
+
+def _cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
     weight, rows = trained_rows(model.lm_head)
     if isinstance(model.lm_head, GridLinear):
         hidden, weight = model.lm_head.operands(hidden)
@@ -126,7 +143,7 @@ def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
         if model.head_scheme is not None:
             hidden = round_activations(hidden, model.head_scheme)
             rows = None if rows is None else (rows[0], round_weight(rows[1], model.head_scheme))
-    return linear_cross_entropy(hidden, weight, labels[learned], rows=rows)
+    return linear_cross_entropy(hidden, weight, labels, rows=rows)
 
 
 @torch.no_grad()

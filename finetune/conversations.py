@@ -1,5 +1,6 @@
 """Conversations in rows: roles, which messages count in the loss, and what is rejected."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -8,7 +9,18 @@ from slm.core.chat import Message, Role
 from slm.core.errors import SlmError
 from slm.core.text.json_rows import parse
 from slm.core.text.streams import DOCUMENT_BYTES
-from slm.finetune.fields import ROLES, TOOL_ROLES, absent, is_learned, known_in_message, present, refuse_in_message
+from slm.core.tool_fields import called, matched
+from slm.core.tools import Call, Tool
+from slm.finetune.fields import (
+    CALL_ROLES,
+    CALLS,
+    ROLES,
+    absent,
+    is_learned,
+    known_in_message,
+    present,
+    refuse_in_message,
+)
 
 _FORM = 'a conversation is [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]'
 _PAIR_FORM = 'history is [["a question", "its answer"], ...]'
@@ -51,7 +63,7 @@ def _parsed(value: Any, where: str) -> Any:
     return value if isinstance(found, SlmError) else found
 
 
-def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) -> list[Turn]:
+def turns(value: Any, name: str, where: str, left_out: Callable[[str], None], tools: Sequence[Tool] = ()) -> list[Turn]:
     """Returns the messages of a field, each with whether it counts in the loss; drops empty system messages.
 
     Args:
@@ -59,6 +71,7 @@ def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) ->
         name: Name of the field.
         where: Place of the row, for messages.
         left_out: Receives the names of ignored fields.
+        tools: The declared tools of the row.
 
     Raises:
         SlmError: When the field is not a conversation, or holds something that is not supported.
@@ -68,7 +81,7 @@ def turns(value: Any, name: str, where: str, left_out: Callable[[str], None]) ->
         raise SlmError(f"{where}: {name!r} is {kind_of(value)} instead of an array of messages", _FORM)
     found: list[Turn] = []
     for number, each in enumerate(value, 1):
-        turn = _turn(each, f"{where}, message {number}", left_out)
+        turn = _turn(each, f"{where}, message {number}", left_out, tools)
         if turn is not None:
             found.append(turn)
     return found
@@ -124,7 +137,7 @@ def checked(conversation: Sequence[Turn], where: str) -> tuple[tuple[Message, ..
     if "system" in roles[1:]:
         raise SlmError(f"{where}: a system message comes after the first message", "move it to the beginning")
     for number, (before, following) in enumerate(pairwise(roles), 2):
-        if before == following:
+        if before == following != "tool":
             raise SlmError(
                 f"{where}, message {number}: two {before} messages in a row", "join them: user and assistant take turns"
             )
@@ -132,26 +145,27 @@ def checked(conversation: Sequence[Turn], where: str) -> tuple[tuple[Message, ..
     if not learned:
         raise SlmError(f"{where}: nothing to learn: every answer has weight 0", "remove the row")
     kept = conversation[: learned[-1] + 1]
-    messages = tuple(message for message, _ in kept)
+    try:
+        messages = tuple(matched([message for message, _ in kept]))
+    except SlmError as error:
+        raise SlmError(f"{where}, {error.message}", error.hint) from None
     return messages, frozenset(
         number for number, (message, learn) in enumerate(kept) if message["role"] == "assistant" and not learn
     )
 
 
-def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | None:
+def _turn(value: Any, where: str, left_out: Callable[[str], None], tools: Sequence[Tool]) -> Turn | None:
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: {kind_of(value)} instead of an object", _FORM)
     message = present(value)
     role_name, content_name = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     try:
-        if message.get(role_name) in TOOL_ROLES:
-            raise SlmError(
-                f"role {message[role_name]!r} is not supported: the chat template has no tools",
-                "remove the rows that use tools",
-            )
         refuse_in_message(message)
+        calls = _calls(message, role_name, content_name, tools)
     except SlmError as error:
         raise SlmError(f"{where}: {error.message}", error.hint) from None
+    if calls:
+        message.setdefault(content_name, "")
     other_role, other_content = ("role", "content") if role_name == "from" else ("from", "value")
     for name, other in ((role_name, other_role), (content_name, other_content)):
         if (
@@ -167,17 +181,48 @@ def _turn(value: Any, where: str, left_out: Callable[[str], None]) -> Turn | Non
     if said_by not in ROLES:
         raise SlmError(f"{where}: unknown role {said_by!r:.60}", f"{role_name!r} is one of {', '.join(ROLES)}")
     role = ROLES[said_by]
-    content = text_of(_content(message[content_name], where), content_name, where, empty=role == "system")
+    said = "" if said_by in CALL_ROLES else _content(message[content_name], where, result=role == "tool")
+    content = text_of(said, content_name, where, empty=role in ("system", "tool") or bool(calls))
     try:
         learned = is_learned(message, role)
     except SlmError as error:
         raise SlmError(f"{where}: {error.message}", error.hint) from None
     for name in message:
-        if not known_in_message(name):
+        if not known_in_message(name) and not (name == "name" and role == "tool"):
             left_out(f"{name} of messages")
     if role == "system" and not content.strip():
         return None
-    return _said(role, content), learned
+    return _said(role, content, calls, message), learned
+
+
+def _calls(message: Mapping[str, Any], role_name: str, content_name: str, tools: Sequence[Tool]) -> tuple[Call, ...]:
+    """Returns the calls of a message: OpenAI's and TRL's fields, or ShareGPT's text of a message of its own.
+
+    Raises:
+        SlmError: When they are not calls of declared tools, or a message that is not the assistant's has some; the message
+            names no place.
+    """
+    role = message.get(role_name)
+    fields = [name for name in CALLS if not absent(message.get(name))]
+    if isinstance(role, str) and role in CALL_ROLES:
+        value = _parsed_calls(message.get(content_name))
+    elif len(fields) > 1:
+        raise SlmError(f"has {' and '.join(map(repr, fields))}, which mean the same", "keep one of them")
+    elif fields:
+        value = message[fields[0]]
+    else:
+        return ()
+    if isinstance(role, str) and ROLES.get(role) != "assistant":
+        raise SlmError(f"{fields[0]!r} in a message of the role {role!r:.40}", "only the assistant makes calls")
+    return called([value] if isinstance(value, Mapping) else value, tools)
+
+
+def _parsed_calls(value: Any) -> Any:
+    """Returns the call, or the list of calls, that a text spells as JSON."""
+    found = parse(value, DOCUMENT_BYTES) if isinstance(value, str) else value
+    if isinstance(found, SlmError):
+        raise found
+    return found
 
 
 def _agree(first: Any, second: Any) -> bool:
@@ -186,12 +231,29 @@ def _agree(first: Any, second: Any) -> bool:
     )
 
 
-def _said(role: Role, content: str) -> Message:
-    return {"role": role, "content": content}
+def _said(role: Role, content: str, calls: Sequence[Call], fields: Mapping[str, Any]) -> Message:
+    said: Message = {"role": role, "content": content}
+    if calls:
+        said["calls"] = calls
+    if role == "tool":
+        if isinstance(fields.get("tool_call_id"), str):
+            said["tool_call_id"] = fields["tool_call_id"]
+        if isinstance(fields.get("name"), str):
+            said["name"] = fields["name"]
+    return said
 
 
-def _content(value: Any, where: str) -> Any:
-    """Returns the text of content that is a list of parts, as in OpenAI's format; returns any other content unchanged."""
+def _content(value: Any, where: str, *, result: bool) -> Any:
+    """Returns the text of content that is a list of parts, as in OpenAI's format; returns any other content unchanged.
+
+    A result that is another JSON value becomes its JSON text.
+    """
+    parts = isinstance(value, list) and value and all(isinstance(each, Mapping) and "type" in each for each in value)
+    if result and not isinstance(value, str) and not parts:
+        try:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise SlmError(f"{where}: the result is not valid JSON") from None
     if not isinstance(value, list) or not value:
         return value
     for part in value:

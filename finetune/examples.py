@@ -6,13 +6,13 @@ Text of rows is encoded literally: "<end_of_turn>" in a row is plain characters,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from slm.core.chat import Dialogue, dialogues
-from slm.core.config import ModelConfig
+from slm.core.chat import Dialogue, call_ends, dialogues
 from slm.core.errors import SlmError
 from slm.core.text.cuts import PieceEncoder
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, Tokenizer
-from slm.finetune.rows import ChatRow, CompletionRow, Row, TextRow
+from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row, TextRow
 
 TURN_TOKENS = (START_OF_TURN, END_OF_TURN)
 
@@ -79,14 +79,27 @@ class Examples:
         return sum(example.trained for example in self.kept)
 
 
+class _Stops(Protocol):
+    """A model or its configuration, of which the tokens that end a text are needed."""
+
+    @property
+    def stop_token_ids(self) -> Sequence[int]:
+        """The tokens that end a text."""
+
+
 class Renderer:
     """Converts rows to token ids for a model.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        end_of_text: The token that ends a text.
+        ends: All tokens that end an answer.
 
     Raises:
         SlmError: When the model has no end-of-text token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: _Stops) -> None:
         self.tokenizer = tokenizer
         self._before = list(tokenizer.prefix_ids)
         end_of_turn = tokenizer.token_id(END_OF_TURN)
@@ -96,9 +109,9 @@ class Renderer:
         if end is None:
             raise SlmError("the base has no token that ends a text", f"its tokenizer needs {END_OF_TEXT}")
         self.end_of_text: int = end
-        self._ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
-
-        self._besides = tokenizer.lengthy(self._ends) - tokenizer.control_ids
+        turn_ends = {end, *config.stop_token_ids} | ({end_of_turn} if end_of_turn is not None else set())
+        self.ends = frozenset(turn_ends | call_ends(tokenizer))
+        self._besides = tokenizer.lengthy(self.ends) - tokenizer.control_ids
 
     def turn_token_ids(self) -> list[int]:
         """Returns the ids of the tokens that begin and end a turn, as far as the tokenizer has them."""
@@ -111,7 +124,7 @@ class Renderer:
         Raises:
             SlmError: When the model has no turn tokens, or its chat template rejects the conversation.
         """
-        (example,) = self._full([row])
+        (example,) = self.uncut([row])
         if isinstance(example, SlmError):
             raise example
         return example
@@ -128,26 +141,57 @@ class Renderer:
         Raises:
             SlmError: See `bad`; the message names the row.
         """
-        kept, truncated, skipped = [], 0, 0
-        for row, full in zip(rows, self._full(rows), strict=True):
+        found = self._cut(rows, max_length, bad)
+        kept = [cut for full, cut in found if cut.trained]
+        return Examples(
+            tuple(kept),
+            sum(len(cut.ids) < len(full.ids) for full, cut in found if cut.trained),
+            sum(not cut.trained for _, cut in found),
+        )
+
+    def pairs(
+        self, rows: Sequence[PreferenceRow], max_length: int, bad: list[SlmError] | None = None
+    ) -> tuple[Examples, tuple[tuple[Example, Example], ...]]:
+        """Returns the preferred answers as examples, and each with the rejected answer; see `examples`.
+
+        A pair is left out if one of the two cannot be rendered, or is cut before its answer.
+        """
+        chosen = self._rendered([row.chosen for row in rows], bad)
+        left = [(row, example) for row, example in zip(rows, chosen, strict=True) if example is not None]
+        rejected = self._rendered([row.rejected for row, _ in left], bad)
+        found = [(a, b) for (_, a), b in zip(left, rejected, strict=True) if b is not None]
+        cut = [(a.cut(max_length), b.cut(max_length)) for a, b in found]
+        kept = tuple(pair for pair in cut if pair[0].trained and pair[1].trained)
+        whole = sum(len(a.ids) <= max_length and len(b.ids) <= max_length for a, b in found)
+        return Examples(tuple(a for a, _ in kept), len(cut) - whole, len(cut) - len(kept)), kept
+
+    def _cut(self, rows: Sequence[Row], max_length: int, bad: list[SlmError] | None) -> list[tuple[Example, Example]]:
+        return [(full, full.cut(max_length)) for full in self._rendered(rows, bad) if full is not None]
+
+    def _rendered(self, rows: Sequence[Row], bad: list[SlmError] | None) -> list[Example | None]:
+        """Returns the uncut example of each row, or None for a conversation that the template rejects; see `examples`."""
+        found: list[Example | None] = []
+        for row, full in zip(rows, self.uncut(rows), strict=True):
             if isinstance(full, SlmError):
                 error = SlmError(f"{row.place}: {full.message}", full.hint)
                 if bad is None:
                     raise error
                 bad.append(error)
-                continue
-            cut = full.cut(max_length)
-            if not cut.trained:
-                skipped += 1
-                continue
-            truncated += len(cut.ids) < len(full.ids)
-            kept.append(cut)
-        return Examples(tuple(kept), truncated, skipped)
+                found.append(None)
+            else:
+                found.append(full)
+        return found
 
-    def _full(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
+    def uncut(self, rows: Sequence[Row]) -> Iterator[Example | SlmError]:
+        """Yields the uncut example of each row, or an error without a place if its chat template rejects the conversation.
+
+        Raises:
+            SlmError: When the model has no turn tokens.
+        """
         literal = PieceEncoder(self.tokenizer, self._besides).encode
-        conversations = [row.messages for row in rows if isinstance(row, ChatRow)]
-        in_turns = dialogues(self.tokenizer, conversations, self._ends)
+        chats = [row for row in rows if isinstance(row, ChatRow)]
+        declared = [row.tools for row in chats]
+        in_turns = dialogues(self.tokenizer, [row.messages for row in chats], self.ends, declared)
         for row in rows:
             match row:
                 case ChatRow():
@@ -158,6 +202,8 @@ class Renderer:
                     yield self._ended(read, literal(row.completion))
                 case TextRow():
                     yield self._ended(self._before, literal(row.text))
+                case PreferenceRow():
+                    raise AssertionError("pairs are rendered answer by answer")
 
     def _ended(self, read: list[int], learned: list[int]) -> Example:
         # The first token cannot be predicted, because nothing precedes it.

@@ -15,6 +15,10 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 # Alpaca's names, and Dolly's names for the same fields.
 INSTRUCTION, CONTEXT, OUTPUT = "instruction", ("input", "context"), ("output", "response")
 PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"
+# The answers of a preference.
+PREFERENCE = ("chosen", "rejected")
+# The possible replies of a row, which `slm eval --task --metric choice` compares.
+CHOICES = "choices"
 # Fields that precede a conversation.
 SYSTEM, HISTORY = ("system", "system_prompt"), "history"
 
@@ -23,9 +27,14 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "assistant"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response", "tool_result"), "tool"),
 }
+# Roles of messages whose text is the JSON of calls, in ShareGPT's form.
+CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+# Columns that declare tools, and the fields of a message that hold its calls.
+TOOLS, CALLS = ("tools", "functions"), ("tool_calls", "function_call")
 
-_NO_TOOLS = "the chat template has no tools"
 _TEXT_ONLY = "slm reads text only"
 _PAIRS = "preference pairs are not supported"
 _KEEP_CHOSEN = "keep the preferred answer as an assistant's message or as completion, and remove the other"
@@ -33,16 +42,9 @@ _REMOVE = "remove the field, or the rows that need it"
 _RENAME_SYSTEM = "rename the column to system"
 _ANSWERS_ONLY = "learn only a part of the answers with the field weight of messages, 0 or 1"
 
-TOOL_ROLES = (
-    "tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_calls", "tool_response",
-    "tool_result",
-)  # fmt: skip
-
 # Columns that would change training and are not supported, with the reason and a hint. Empty ones count as absent.
 _REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("tools", "functions"), (_NO_TOOLS, _REMOVE)),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
-    **dict.fromkeys(("chosen", "rejected"), (_PAIRS, _KEEP_CHOSEN)),
     "documents": ("the chat template has no documents", "write them into a message, or remove the column"),
     **dict.fromkeys(
         ("system_message", "system_instruction", "systemInstruction", "sys_prompt", "System", "SYSTEM"),
@@ -56,7 +58,7 @@ _REFUSED_COLUMNS: dict[str, tuple[str, str]] = {
 }
 _NO_REASONING = "reasoning in a separate field is not supported"
 _REFUSED_IN_MESSAGES: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), (_NO_TOOLS, _REMOVE)),
+    **dict.fromkeys(TOOLS, ("tools are declared for the whole row", "move it to the column tools of the row")),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), (_TEXT_ONLY, _REMOVE)),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking"),
@@ -85,8 +87,8 @@ _RENAMED = (
 
 # All columns that are read; other columns of a Parquet file are not decoded.
 COLUMNS = frozenset(
-    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, *SYSTEM, HISTORY, *_REFUSED_COLUMNS,
-     *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
+    (*CONVERSATIONS, INSTRUCTION, *CONTEXT, *OUTPUT, PROMPT, COMPLETION, TEXT, CHOICES, *SYSTEM, HISTORY, *TOOLS, *PREFERENCE,
+     *_REFUSED_COLUMNS, *_ROW_WEIGHTS, *_WANTED, *(name for names in _RENAMED for name in names))
 )  # fmt: skip
 
 
@@ -189,12 +191,12 @@ def is_learned(message: Mapping[str, Any], role: Role) -> bool:
 
 def known_in_message(name: str) -> bool:
     """Returns whether a field of a message is read."""
-    return name in ("role", "content", "from", "value", *_LEARNED, *_REFUSED_IN_MESSAGES)
+    return name in ("role", "content", "from", "value", *CALLS, "tool_call_id", *_LEARNED, *_REFUSED_IN_MESSAGES)
 
 
 def known_column(name: str) -> bool:
-    """Returns whether a column is a weight, or is rejected unless empty."""
-    return name in _REFUSED_COLUMNS or name in _ROW_WEIGHTS or name == "kto_tag"
+    """Returns whether a column is a weight, has no effect on training, or is rejected unless empty."""
+    return name in _REFUSED_COLUMNS or name in _ROW_WEIGHTS or name in ("kto_tag", "parallel_tool_calls")
 
 
 def renaming(row: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import rounded_in_place
 from slm.finetune.adapter import TunableLM
-from slm.finetune.batches import Batch, Packed, batch_loss, epoch_batches, mean_loss
-from slm.finetune.examples import Example
+from slm.finetune.batches import Batch
+from slm.finetune.material import Material
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, Standing, State
 from slm.train.evaluate import Check
@@ -49,30 +49,16 @@ class Trainable:
         return self.parameters.items()
 
 
-@dataclass(frozen=True)
-class Material:
-    """The rows of a run.
-
-    Attributes:
-        rows: The rows to train on, each of one example or of several that are packed.
-        measured: The examples on which the loss is measured.
-        loss_name: Name of that loss in messages.
-    """
-
-    rows: Sequence[Packed]
-    measured: Sequence[Example]
-    loss_name: str = "held-out loss"
-
-
 class _Objective(nn.Module):
     """A model and its loss on a batch as one module, which is what `Learner` takes."""
 
-    def __init__(self, model: TunableLM | CausalLM) -> None:
+    def __init__(self, model: TunableLM | CausalLM, material: Material) -> None:
         super().__init__()
         self.model = model
+        self._material = material
 
     def forward(self, batch: Batch) -> Tensor:
-        return batch_loss(self.model, batch)
+        return self._material.loss(self.model, batch)
 
 
 class Fit:
@@ -95,21 +81,22 @@ class Fit:
             precision: The type of the products.
             standing: The position of a run that has not begun.
         """
-        assert settings.epochs is not None and settings.learning_rate is not None
+        assert settings.epochs is not None and settings.learning_rate is not None and settings.batch_size is not None
         self.standing = standing
         self.material = material
         self.epochs = settings.epochs
-        self.updates_per_epoch = math.ceil(len(material.rows) / settings.batch_size)
+        self.updates_per_epoch = math.ceil(len(material) / settings.batch_size)
         self.updates = self.epochs * self.updates_per_epoch
         self.kept: dict[str, Tensor] = {}
         self._trainable, self._settings, self._autocast = trainable, settings, precision.autocast
+        self._batch_size = settings.batch_size
         group = {"params": list(trainable.parameters.values()), "weight_decay": _WEIGHT_DECAY, "rate": 1.0}
         # One update more than there are, so that the last one is not made at a rate of 0.
         schedule = Schedule(
             peak=settings.learning_rate, final=0.0, total=self.updates + 1, warmup=round(WARMUP * self.updates)
         )
         self._learner = Learner(
-            _Objective(trainable.model),
+            _Objective(trainable.model, material),
             Optimizers([torch.optim.AdamW([group], betas=_BETAS, fused=True)]),
             self._inputs,
             UpdateSettings(schedule.rate, precision, max_grad_norm=settings.max_grad_norm),
@@ -128,8 +115,16 @@ class Fit:
     @property
     def kept_loss(self) -> float:
         """The measured loss of the weights that are kept; of the base before the first epoch."""
-        losses: dict[int, float] = {row["epoch"]: row["loss"] for row in self.standing.evaluations}
-        return losses[self.kept_epoch]
+        return float(self._evaluation(self.kept_epoch)["loss"])
+
+    @property
+    def preferred(self) -> tuple[float, float] | None:
+        """The share of the measured pairs whose chosen answer is likelier, of the base and of the weights that are kept."""
+        before, after = (self._evaluation(epoch).get("preferred") for epoch in (0, self.kept_epoch))
+        return None if before is None or after is None else (before, after)
+
+    def _evaluation(self, epoch: int) -> Row:
+        return next(row for row in reversed(self.standing.evaluations) if row["epoch"] == epoch)
 
     def state(self) -> State:
         """Returns the state for resuming. Its tensors share memory with the weights."""
@@ -183,7 +178,7 @@ class Fit:
         epoch, place = divmod(update, self.updates_per_epoch)
         if self._batches[0] != epoch or not self._batches[1]:
             order = random.Random(f"{self._settings.seed} {epoch}")
-            self._batches = epoch, epoch_batches(self.material.rows, self._settings.batch_size, order)
+            self._batches = epoch, self.material.batches(self._batch_size, order)
         return self._batches[1][place]
 
     def update(self, check: Check) -> tuple[Row, float]:
@@ -213,13 +208,11 @@ class Fit:
         """
         standing, epoch = self.standing, self.standing.updates // self.updates_per_epoch
         with rounded_in_place(self._trainable.model):
-            loss = mean_loss(
-                self._trainable.model, self.material.measured, self._settings.batch_size, self._autocast, check
-            )
+            loss = self.material.measure(self._trainable.model, self._batch_size, self._autocast, check)
         self._learner.objective.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {self.material.loss_name} is {loss}")
-        standing.history.append(("eval", {"epoch": epoch, **self.position(), "loss": loss}))
+        standing.history.append(("eval", {"epoch": epoch, **self.position(), "loss": loss, **self.material.figures}))
         if epoch == 0:
             standing.loss_before = loss
         elif standing.loss is None or loss < standing.loss:

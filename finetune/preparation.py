@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from slm.core.progress import Progress
 from slm.core.text.files import find_files
 from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
-from slm.finetune.rows import ChatRow, Limits, Row, read_rows
-from slm.finetune.settings import FinetuneSettings
+from slm.finetune.material import Answers, Material
+from slm.finetune.preference import Pair, Preferences
+from slm.finetune.rows import ChatRow, Limits, PreferenceRow, Row, read_rows
+from slm.finetune.settings import FEW, FinetuneSettings
 from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
 
 # Number of rows shown before training.
@@ -27,20 +30,31 @@ class RowFiles:
 
     Attributes:
         train: A file or directory of training rows; see `slm.finetune.rows`.
-        validation: Held-out rows; None holds out a tenth of the training rows, drawn with the seed.
+        validation: Held-out rows; None holds out some of the training rows, drawn with the seed.
+        hold_out: The share of the training rows to hold out, from 0 to 1, if `validation` is None. None: a tenth, or nothing of
+            fewer than `FEW` rows.
         skip_bad: Whether to skip and count bad rows instead of raising an error.
         limits: Limits of reading.
     """
 
     train: Path
     validation: Path | None = None
+    hold_out: float | None = None
     skip_bad: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def record(self) -> dict[str, Any]:
         """Returns paths and hashes of the rows, for `slm.json`."""
         validation = None if self.validation is None else _provenance(self.validation)
-        return {"data": _provenance(self.train), "validation": validation, "skip_bad": self.skip_bad}
+        record = {"data": _provenance(self.train), "validation": validation, "skip_bad": self.skip_bad}
+        return record if self.hold_out is None else record | {"hold_out": self.hold_out}
+
+    def split(self, rows: list[Row], measured: list[Row] | None, seed: int) -> Split:
+        """Returns training rows and held-out rows."""
+        if measured is not None:
+            return Split(rows, measured)
+        small = len(rows) < FEW
+        return split_rows(rows, seed, (0.0 if small else HELD_OUT) if self.hold_out is None else self.hold_out)
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,10 @@ class Prepared:
         split: The rows that the examples come from.
         settings: The settings with all defaults resolved.
         chats: Whether a row is a conversation.
+        declares_tools: Whether rows with calls declare the tools; None if no row has calls.
         bad: Number of rows left out because they could not be read.
+        pairs: If the rows are preferences, the training pairs and the held-out pairs; the examples are then their preferred
+            answers.
     """
 
     train: Examples
@@ -63,7 +80,17 @@ class Prepared:
     split: Split
     settings: FinetuneSettings
     chats: bool
+    declares_tools: bool | None
     bad: int
+    pairs: tuple[tuple[Pair, ...], tuple[Pair, ...]] | None = None
+
+    def material(self) -> Material:
+        """Returns what to train on and what to measure: held-out rows, or the training rows if none are held out."""
+        name = "held-out loss" if self.valid.kept else "loss on the training rows"
+        if self.pairs is not None:
+            train, valid = self.pairs
+            return Preferences(train, valid or train, self.settings.beta, name)
+        return Answers(self.rows, self.valid.kept or self.train.kept, name)
 
 
 def prepare(
@@ -91,11 +118,17 @@ def prepare(
     measured = None if files.validation is None else read(files.validation)
     if left_out:
         progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
-    split = split_rows(rows, settings.seed) if measured is None else Split(rows, measured)
+    split = files.split(rows, measured, settings.seed)
     max_length = settings.context(config)
     if max_length > config.max_position_embeddings:
         raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
-    train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
+    preferences = _are_preferences(rows + (measured or []), settings)
+    if preferences:
+        rendered = [renderer.pairs(part, max_length, bad) for part in (split.train, split.held_out)]  # type: ignore[arg-type]
+        train, valid = (examples for examples, _ in rendered)
+        pairs = tuple(tuple(Pair(*pair) for pair in found) for _, found in rendered)
+    else:
+        train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
     if bad:
         progress.note(
             f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
@@ -106,8 +139,45 @@ def prepare(
     _judge(split, len(valid.kept), settings.keep, progress)
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
-    chats = any(isinstance(row, ChatRow) for row in rows)
-    return Prepared(train, valid, tuple(packed), split, settings.resolved(config, len(packed)), chats, len(bad or ()))
+    answers = [row.chosen if isinstance(row, PreferenceRow) else row for row in rows]
+    return Prepared(
+        train,
+        valid,
+        tuple(packed),
+        split,
+        settings.resolved(config, len(train.kept), len(packed), preferences=preferences),
+        any(isinstance(row, ChatRow) for row in answers),
+        _declares_tools(answers),
+        len(bad or ()),
+        (pairs[0], pairs[1]) if preferences else None,
+    )
+
+
+def _are_preferences(rows: list[Row], settings: FinetuneSettings) -> bool:
+    """Returns whether all rows are preferences.
+
+    Raises:
+        SlmError: If only some are, or the settings do not support them.
+    """
+    found = [row for row in rows if isinstance(row, PreferenceRow)]
+    if not found:
+        return False
+    if len(found) < len(rows):
+        other = next(row for row in rows if not isinstance(row, PreferenceRow))
+        raise SlmError(
+            f"{other.place}: a file with chosen and rejected has no other rows", "train on one file after the other"
+        )
+    if settings.method == "full":
+        raise SlmError("preferences train an adapter, with the base as the reference", "use --lora")
+    if settings.pack:
+        raise SlmError("preferences cannot be packed", "leave --pack out")
+    return True
+
+
+def _declares_tools(rows: Sequence[Row]) -> bool | None:
+    """Returns whether rows with calls declare the tools; None if no row has calls."""
+    calling = [row for row in rows if isinstance(row, ChatRow) and any(each.get("calls") for each in row.messages)]
+    return any(row.tools for row in calling) if calling else None
 
 
 def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:
@@ -129,16 +199,15 @@ def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
         )
     if keep == "last" or held_out >= FEW_ROWS:
         return
-    instead = "--val FILE measures on more rows, --keep last keeps the last epoch"
     if held_out:
         progress.note(
             f"warning: {held_out} held-out rows are too few to choose an epoch by (fewer than {FEW_ROWS}); the epoch with the "
-            f"lowest loss on them is kept all the same; {instead}"
+            f"lowest loss on them is kept all the same; --val FILE measures on more rows, --keep last keeps the last epoch"
         )
     else:
         progress.note(
-            f"warning: no rows are held out (there are fewer than {HELD_OUT}, or they are all equal), so the epoch with the "
-            f"lowest loss on the training rows is kept; {instead}"
+            "no rows are held out: the loss is that of the training rows, and says nothing about other requests; "
+            "--val FILE or --hold-out 10% measures that"
         )
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from slm.core.text.files import find_files, kind
 from slm.core.text.rows import read_rows as read_values
 from slm.core.text.streams import DOCUMENT_BYTES, size
 from slm.core.text.value import Value
+from slm.core.tool_fields import declared
+from slm.core.tools import Tool, arguments_text
 from slm.finetune.conversations import checked, history, kind_of, text_of, turns, with_system
 from slm.finetune.fields import (
+    CHOICES,
     COLUMNS,
     COMPLETION,
     CONTEXT,
@@ -24,9 +28,11 @@ from slm.finetune.fields import (
     HISTORY,
     INSTRUCTION,
     OUTPUT,
+    PREFERENCE,
     PROMPT,
     SYSTEM,
     TEXT,
+    TOOLS,
     absent,
     known_column,
     present,
@@ -39,7 +45,7 @@ EXPECTED = (
     'each row is {"messages": [{"role": "user", "content": ...}, ...]}, '
     '{"conversations": [{"from": "human", "value": ...}, ...]}, '
     '{"instruction": ..., "output": ...} with an optional "input", '
-    '{"prompt": ..., "completion": ...} or {"text": ...}'
+    '{"prompt": ..., "completion": ...}, {"prompt": ..., "chosen": ..., "rejected": ...} or {"text": ...}'
 )
 
 # Default memory limit. Rows are held in memory, and their tokens take about ten times the memory of the text.
@@ -94,14 +100,29 @@ class ChatRow:
         messages: The messages.
         place: The place of the row, for messages.
         only_read: Numbers, from 0, of the assistant's messages that do not count in the loss.
+        tools: The tools that the conversation declares.
     """
 
     messages: tuple[Message, ...]
     place: str = field(default="", compare=False)
     only_read: frozenset[int] = frozenset()
+    tools: tuple[Tool, ...] = ()
 
 
-Row = ChatRow | CompletionRow | TextRow
+@dataclass(frozen=True)
+class PreferenceRow:
+    """Two rows that differ in their last answer, of which the first is preferred."""
+
+    chosen: ChatRow | CompletionRow
+    rejected: ChatRow | CompletionRow
+
+    @property
+    def place(self) -> str:
+        """The place of the row, for messages."""
+        return self.chosen.place
+
+
+Row = ChatRow | CompletionRow | TextRow | PreferenceRow
 
 _Names = Callable[[str], None]
 
@@ -118,6 +139,7 @@ def read_rows(
     *,
     left_out: set[str] | None = None,
     limits: Limits | None = None,
+    choices: list[Any] | None = None,
 ) -> list[Row]:
     """Reads the rows of a file, or of all files below a directory; see `slm.core.text` for the kinds of files.
 
@@ -126,6 +148,7 @@ def read_rows(
         bad: Receives the errors of bad rows, which are then skipped; None raises the first one.
         left_out: Receives the names of ignored fields.
         limits: Limits of reading; the defaults when None.
+        choices: Receives the column `choices` of each row, unchecked; None for a row without it. Fine-tuning ignores it.
 
     Raises:
         SlmError: When a file cannot be read or has no row, or a row is of an unknown kind, too long, or not supported; the
@@ -158,13 +181,16 @@ def read_rows(
                         f"more than {_MOST_BAD:,} rows are wrong; the first: {bad[0].message}", EXPECTED
                     ) from None
                 continue
-            taken += _bytes(row)
+            options = value.content.get(CHOICES) if choices is not None else None
+            taken += _bytes(row) + (_OVERHEAD + len(str(options)) if options else 0)
             if taken > limits.data:
                 raise SlmError(
                     f"{where}: the rows take more than {size(limits.data)}, and all are held in memory",
-                    "--max-data-bytes raises the limit; or give fewer rows",
+                    "give fewer rows, or raise the limit of slm finetune with --max-data-bytes",
                 )
             rows.append(row)
+            if choices is not None:
+                choices.append(options)
         for name in sorted(unread):
             leave_out(name)
     if not rows:
@@ -192,17 +218,25 @@ def _is_object(line: str) -> bool:
 def _bytes(row: Row) -> int:
     match row:
         case ChatRow():
-            return _OVERHEAD + sum(_OVERHEAD + len(message["content"]) for message in row.messages)
+            return _OVERHEAD + sum(_OVERHEAD + _characters(message) for message in row.messages)
         case CompletionRow():
             return _OVERHEAD + len(row.prompt) + len(row.completion)
         case TextRow():
             return _OVERHEAD + len(row.text)
+        case PreferenceRow():
+            return _bytes(row.chosen) + _bytes(row.rejected)
+
+
+def _characters(message: Message) -> int:
+    return len(message["content"]) + sum(_OVERHEAD + len(arguments_text(call)) for call in message.get("calls", ()))
 
 
 def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> Row:
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: {kind_of(value)} instead of an object")
     row = present(value)
+    if any(not absent(row.get(name)) for name in PREFERENCE):
+        return _preference(row, where, left_out, unread)
     with _placed(where):
         refuse_columns(row)
     fields = _fields(row, where, unread)
@@ -212,7 +246,7 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
         elif fields[0] in CONVERSATIONS:
             refuse_beside(row, ("context",), fields[0])
     for name in row:
-        if name not in (*fields, *SYSTEM, HISTORY) and not known_column(name) and not absent(row[name]):
+        if name not in (*fields, *SYSTEM, HISTORY, *TOOLS) and not known_column(name) and not absent(row[name]):
             left_out(name)
     match fields:
         case ("prompt", _):
@@ -223,7 +257,7 @@ def _row(value: Any, where: str, left_out: _Names, unread: Collection[str]) -> R
         case ("instruction", *_):
             return _chat(row, _instruction(row, where), where)
         case (name, *_):
-            return _chat(row, turns(row[name], name, where, left_out), where)
+            return _chat(row, turns(row[name], name, where, left_out, _tools(row, where)), where)
     raise AssertionError(fields)
 
 
@@ -285,8 +319,9 @@ def _instruction(row: Mapping[str, Any], where: str) -> list[tuple[Message, bool
 def _prompt(row: Mapping[str, Any], where: str, left_out: _Names) -> Row:
     prompt, completion = row[PROMPT], row[COMPLETION]
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversations
-        read = turns(prompt, PROMPT, where, left_out)
-        conversation = [(message, False) for message, _ in read] + turns(completion, COMPLETION, where, left_out)
+        tools = _tools(row, where)
+        read = turns(prompt, PROMPT, where, left_out, tools)
+        conversation = [(message, False) for message, _ in read] + turns(completion, COMPLETION, where, left_out, tools)
         return _chat(row, conversation, where)
     _refuse_before(row, "prompt and completion", where)
     return CompletionRow(text_of(prompt, PROMPT, where, empty=True), text_of(completion, COMPLETION, where), where)
@@ -302,12 +337,63 @@ def _chat(row: Mapping[str, Any], conversation: list[tuple[Message, bool]], wher
         if name in row:
             conversation = with_system(text_of(row[name], name, where, empty=True), conversation, where)
     messages, only_read = checked(conversation, where)
-    return ChatRow(messages, where, only_read)
+    return ChatRow(messages, where, only_read, _tools(row, where))
+
+
+def _preference(row: Mapping[str, Any], where: str, left_out: _Names, unread: Collection[str]) -> PreferenceRow:
+    """Returns a pair of answers: the row with the chosen and with the rejected one as its answer."""
+    missing = [name for name in PREFERENCE if absent(row.get(name))]
+    if missing:
+        raise SlmError(f"{where}: a preference has chosen and rejected, and {missing[0]} is missing")
+    others = {name: value for name, value in row.items() if name not in PREFERENCE and not absent(value)}
+    pair = []
+    for name in PREFERENCE:
+        completed = _row(_completed(others, row[name], where), where, left_out, unread)
+        if not isinstance(completed, ChatRow | CompletionRow):
+            raise SlmError(f"{where}: a preference has a prompt")
+        pair.append(completed)
+    if pair[0] == pair[1]:
+        raise SlmError(f"{where}: chosen and rejected are equal")
+    return PreferenceRow(pair[0], pair[1])
+
+
+def _completed(others: Mapping[str, Any], answer: Any, where: str) -> dict[str, Any]:
+    """Returns the row with an answer: TRL's prompt or whole conversations, an instruction, or turns and one more message."""
+    conversation = next((name for name in CONVERSATIONS if name in others), None)
+    if conversation is not None and isinstance(others[conversation], list):
+        return {**others, conversation: [*others[conversation], *(answer if isinstance(answer, list) else [answer])]}
+    if PROMPT in others:
+        return {**others, COMPLETION: answer}
+    if INSTRUCTION in others:
+        return {**others, OUTPUT[0]: answer}
+    if isinstance(answer, list):
+        return {**others, CONVERSATIONS[0]: answer}
+    raise SlmError(f"{where}: chosen and rejected without a prompt", 'a preference is {"prompt", "chosen", "rejected"}')
+
+
+def _tools(row: Mapping[str, Any], where: str) -> tuple[Tool, ...]:
+    """Returns the declared tools of a row. Rows with the same declarations share them."""
+    given = [name for name in TOOLS if not absent(row.get(name))]
+    if len(given) > 1:
+        raise SlmError(f"{where}: has {' and '.join(map(repr, given))}, which mean the same", "keep one of them")
+    if not given:
+        return ()
+    value = row[given[0]]
+    with _placed(where):
+        try:
+            return _declared(value if isinstance(value, str) else json.dumps(value))
+        except (TypeError, RecursionError):
+            raise SlmError("tools is not JSON, or nested too deep") from None
+
+
+@lru_cache(256)
+def _declared(text: str) -> tuple[Tool, ...]:
+    return declared(text)
 
 
 def _refuse_before(row: Mapping[str, Any], fields: str, where: str) -> None:
-    """Rejects system texts and history in rows without turns."""
-    for name in (*SYSTEM, HISTORY):
+    """Rejects system texts, tools and history in rows without turns."""
+    for name in (*SYSTEM, *TOOLS, HISTORY):
         if not absent(row.get(name)):
             raise SlmError(
                 f"{where}: column {name!r} is not supported beside {fields}, which have no turns",

@@ -29,9 +29,10 @@ from slm.finetune.adapter import (
     save_adapter,
 )
 from slm.finetune.examples import Renderer
-from slm.finetune.fit import Fit, Material, Trainable
+from slm.finetune.fit import Fit, Trainable
 from slm.finetune.frozen import lighten
 from slm.finetune.loop import FineTuning, plan_of
+from slm.finetune.preference import Preferences
 from slm.finetune.preparation import Prepared, RowFiles, prepare
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
@@ -65,7 +66,7 @@ SAMPLES = 3
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The result of a fine-tuning run. Losses are in nats per token that counts in the loss.
+    """The result of a fine-tuning run. Losses are in nats per token that counts in the loss; of preferences, in nats per pair.
 
     Attributes:
         made: The directory of the adapter, or of the checkpoint if every weight was trained.
@@ -84,6 +85,8 @@ class FinetuneResult:
         epochs: Number of epochs planned.
         updates: Number of optimizer steps.
         trainable_parameters: Number of trained parameters.
+        preferred_before: For preferences, the share of the measured pairs whose chosen answer the base finds likelier.
+        preferred_after: The same share of the result.
         seconds: Seconds of training, including those before the run was resumed.
         samples: Answers to some of the held-out rows.
     """
@@ -105,6 +108,8 @@ class FinetuneResult:
     trainable_parameters: int
     seconds: float
     samples: tuple[Sample, ...] = ()
+    preferred_before: float | None = None
+    preferred_after: float | None = None
 
 
 # Fields of the result that are elsewhere in `slm.json`.
@@ -210,6 +215,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 **course,
                 "precision": precision.name,
                 "turns": found.chats,
+                "declares_tools": found.declares_tools,
                 "notices": modified(notices_of(base), "fine-tuned with LoRA" if adapter else "fine-tuned"),
                 "held_out_rows": list(found.split.numbers),
                 "metrics": {name: value for name, value in asdict(result).items() if name not in _NO_METRICS},
@@ -233,6 +239,7 @@ def _result(
 ) -> FinetuneResult:
     standing = fit.standing
     assert standing.loss_before is not None
+    preferred = fit.preferred or (None, None)
     return FinetuneResult(
         made=made,
         base=base,
@@ -251,20 +258,22 @@ def _result(
         trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
         seconds=seconds,
         samples=samples,
+        preferred_before=preferred[0],
+        preferred_after=preferred[1],
     )
 
 
 def _fit(model: CausalLM, adapter: PeftModel | None, found: Prepared, precision: Precision, standing: Standing) -> Fit:
-    if found.valid.kept:
-        material = Material(found.rows, found.valid.kept)
-    else:
-        material = Material(found.rows, found.train.kept, "loss on the training rows")
     if adapter is None:
         trainable = Trainable(model, dict(model.named_parameters()))
     else:
         tunable: TunableLM = adapter.get_base_model()
         lighten(tunable, precision.autocast, found.settings.grid)
         trainable = Trainable(tunable, _parameters(adapter))
+    material, batch_size = found.material(), found.settings.batch_size
+    if isinstance(material, Preferences):
+        assert batch_size is not None
+        material.refer(trainable.model, batch_size, precision.autocast, lambda: None)
     return Fit(trainable, material, found.settings, precision, standing)
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slm.core.chat import call_ends
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, KVCache
 from slm.finetune.adapter import TunableLM
 from slm.finetune.batches import casting
 from slm.finetune.examples import Example, Renderer
-from slm.finetune.rows import ChatRow, CompletionRow, Row
+from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row
 from slm.finetune.settings import FinetuneSettings
 from slm.runtime.generation import Request
 from slm.runtime.sampling import GREEDY
@@ -86,6 +87,7 @@ def sample_answers(
 
 def _question(row: Row, renderer: Renderer, max_length: int) -> tuple[str, list[int], str] | None:
     """Returns a row's prompt, as text and as ids, and its answer; None if it is too long or has no answer."""
+    row = row.chosen if isinstance(row, PreferenceRow) else row
     try:
         example = renderer.example(row)
     except SlmError:  # counted among the bad rows before
@@ -116,7 +118,7 @@ def _asked(row: Row, example: Example, start: int, wanted: str, renderer: Render
 
 def _answer(model: TunableLM | CausalLM, renderer: Renderer, ids: list[int], until: float) -> str:
     config, device = model.model.config, model.model.norm.weight.device
-    ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids()}
+    ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids(), *call_ends(renderer.tokenizer)}
 
     def logits(new: Tensor, cache: KVCache) -> Tensor:
         hidden = model.model(new, cache=cache)  # (1, T, D)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from slm.finetune.rows import ChatRow, CompletionRow, Row
+from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row
 
-# One row in this many is held out if there is no validation file.
-HELD_OUT = 10
+# Share of the rows that is held out of many rows if there is no validation file. Of 60 answers none can be missed, and a loss
+# on 6 rows says little, so none of few rows is held out.
+HELD_OUT = 0.1
 # With fewer held-out rows, the loss varies between epochs about as much by chance as by learning.
 FEW_ROWS = 20
 
@@ -39,8 +40,8 @@ class Split:
         return {"rows": len(self.numbers), "sha256": digest}
 
 
-def split_rows(rows: Sequence[Row], seed: int) -> Split:
-    """Holds out a tenth of the rows, drawn with the seed.
+def split_rows(rows: Sequence[Row], seed: int, share: float = HELD_OUT) -> Split:
+    """Holds out a share of the rows, drawn with the seed.
 
     Rows with the same prompt go to the same side, so that the loss is not measured on prompts of training rows. If most rows
     share their prompts with many others, as in a file of stories with the same beginning, only equal rows stay together.
@@ -48,8 +49,9 @@ def split_rows(rows: Sequence[Row], seed: int) -> Split:
     Args:
         rows: The rows.
         seed: Seed of the draw.
+        share: The share, from 0.
     """
-    wanted = len(rows) // HELD_OUT
+    wanted = int(len(rows) * share)
     groups = _groups(rows, _prompt)
     if sum(len(group) for group in groups if len(group) > wanted) > len(rows) / 2:
         groups = _groups(rows, _whole)
@@ -86,6 +88,8 @@ def _prompt(row: Row) -> Hashable:
             return ("chat", json.dumps(asked, sort_keys=True, default=str)) if asked else _whole(row)
         case CompletionRow() if row.prompt.strip():
             return "prompt", row.prompt.strip()
+        case PreferenceRow():
+            return _prompt(row.chosen)
     return _whole(row)
 
 
@@ -95,4 +99,6 @@ def _whole(row: Row) -> Hashable:
             return "chat", json.dumps(row.messages, sort_keys=True, default=str)
         case CompletionRow():
             return "completion", row.prompt.strip(), row.completion.strip()
+        case PreferenceRow():
+            return "preference", _whole(row.chosen), _whole(row.rejected)
     return "text", row.text.strip()

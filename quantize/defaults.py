@@ -5,3 +5,5 @@ CALIBRATION_TOKENS = {"int8": 1024, "int4": 8192}
 # The limit of the KL divergence in nats. Typical values are 0.001 to 0.01 for INT8, 0.02 to 0.15 for INT4
 # (docs/quantization.md).
 MAX_KL_NATS = {"int8": 0.02, "int4": 0.15}
+# The limit of the decrease of a task's score.
+MAX_DROP = 0.01

@@ -22,24 +22,25 @@ _TABLE_ROWS = 1 << 13
 _TOGETHER = 128
 
 
-def quantize_gptq(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Array]:
+def quantize_gptq(weight: Array, moments: Array, scheme: Scheme, factor: Array | None = None) -> dict[str, Array]:
     """Rounds a weight so that the product's output changes least. An output channel that lies on a grid keeps its grid.
 
     Args:
         weight: float32 (N, K); K is a multiple of the block size.
         moments: The sum of x xᵀ (K, K) over measured inputs x of the product.
         scheme: The scheme of the weight. The grid of each block is searched before its first column is rounded.
+        factor: The `inverse_factor` of the moments, if the caller has it.
 
     Returns:
         The arrays of the graph's parameters, by name.
     """
     kept = rows_on_grid(weight, scheme)
     if kept is None:
-        return _compensated(weight, moments, scheme)
+        return _compensated(weight, moments, scheme, factor)
     # Output channels are independent of each other.
     exact = quantize_nearest(weight, scheme, search=True, importance=np.diagonal(moments))
     if not kept.all():
-        for name, array in _compensated(weight[~kept], moments, scheme).items():
+        for name, array in _compensated(weight[~kept], moments, scheme, factor).items():
             exact[name][~kept] = array
     return exact
 
@@ -60,18 +61,19 @@ def quantize_table(weight: Array, moments: Array, scheme: Scheme, lookup: bool) 
     if lookup:
         moments = moments.copy()
         moments[np.diag_indices_from(moments)] += LOOKUP_SHARE * np.diagonal(moments).mean()
+    factor = inverse_factor(moments)
     # Rows are independent of each other.
     parts = [
-        quantize_gptq(weight[start : start + _TABLE_ROWS], moments, scheme)
+        quantize_gptq(weight[start : start + _TABLE_ROWS], moments, scheme, factor)
         for start in range(0, len(weight), _TABLE_ROWS)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _compensated(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Array]:
+def _compensated(weight: Array, moments: Array, scheme: Scheme, factor: Array | None) -> dict[str, Array]:
     outputs, inputs = weight.shape
     size = scheme.block_size
-    factor = _inverse_factor(moments)  # (K, K), upper
+    factor = inverse_factor(moments) if factor is None else factor  # (K, K), upper
     rest = weight.T.copy()  # (K, N): transposed, so that each column is contiguous
     integers = np.empty((inputs, outputs), np.float32)
     importance = np.diagonal(moments).reshape(-1, 1, size)
@@ -102,7 +104,7 @@ def _compensated(weight: Array, moments: Array, scheme: Scheme) -> dict[str, Arr
     return stored(np.ascontiguousarray(integers.T).reshape(outputs, -1, size), grid, scheme)
 
 
-def _inverse_factor(moments: Array) -> Array:
+def inverse_factor(moments: Array) -> Array:
     """Returns the upper Cholesky factor of the inverse of the damped moments, float32 (K, K)."""
     damped = moments.astype(np.float64)
     damped /= max(float(np.diagonal(damped).mean()), np.finfo(np.float64).tiny)

@@ -174,10 +174,16 @@ def _product(graph: ir.Graph, path: str) -> ir.Value:
     return value
 
 
-def head_inputs(bundle: Bundle, rows: Array) -> Iterator[Array]:
-    """Yields the inputs of the tied head of a fused bundle, float32 (T, D), for each row of tokens, without any logits."""
+def head_inputs(bundle: Bundle, rows: Array, head: str = EMBEDDING) -> Iterator[Array]:
+    """Yields the inputs of the head of a fused bundle, float32 (T, D), for each row of tokens, without any logits.
+
+    Args:
+        bundle: The bundle.
+        rows: The tokens (rows, T).
+        head: The path of the head's weight.
+    """
     model = ir.load(bundle.model_path)
-    hidden = _product(model.graph, EMBEDDING)
+    hidden = _product(model.graph, head)
     del model.graph.outputs[:]
     _show(model.graph, [hidden])
     _trim(model)

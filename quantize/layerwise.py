@@ -6,22 +6,35 @@ Dimensions: N output channels, K input channels.
 from dataclasses import replace
 from itertools import groupby
 
+import numpy as np
+
 from slm.export.graph.builder import Array
-from slm.quantize.gptq import quantize_gptq, quantize_table
+from slm.quantize.gptq import inverse_factor, quantize_gptq, quantize_table
 from slm.quantize.instrumented import InstrumentedLayer, InstrumentedNorm, embedded
 from slm.quantize.linears import EMBEDDING
-from slm.quantize.plan import Arrays, QuantizationPlan
+from slm.quantize.plan import Alternative, Arrays, QuantizationPlan, Schemes
 from slm.quantize.quantizer import Quantizer
 from slm.quantize.rounding import restored
 from slm.quantize.statistics import hidden_moments, second_moments
 from slm.quantize.texts import TokenRows
 
+_TINY = 1e-30  # avoids a division by zero for a weight without an error
 
-def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> QuantizationPlan:
+
+def with_gptq(
+    quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows, coarser: Schemes | None = None
+) -> QuantizationPlan:
     """Returns the plan with weights rounded by GPTQ on a text, in the order of execution: the layers' weights, and the head's
     if it has fewer than eight bits.
+
+    Args:
+        quantizer: The quantizer.
+        plan: The plan.
+        text: The text.
+        coarser: Other schemes for some of the layers' weights, by path, which are rounded to both.
     """
     rounded: dict[str, Arrays] = {}
+    others: dict[str, Alternative] = {}
     smoothing, tensors = plan.smoothing, quantizer.smoothed_weights(plan)
     streams = embedded(quantizer.float32, text.rows)
     layers = [list(group) for _, group in groupby(quantizer.layers, key=lambda linear: linear.layer)]
@@ -37,8 +50,15 @@ def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> 
             if name in smoothing.columns:  # smoothing divides the inputs by these factors
                 factors = smoothing.columns[name]
                 seen /= factors[:, None] * factors
-            rounded[path] = quantize_gptq(tensors[name], seen, plan.schemes[path])
-            weights[path] = smoothing.revert(name, restored(rounded[path], plan.schemes[path]))
+            weight, factor = tensors[name], inverse_factor(seen)
+            rounded[path] = quantize_gptq(weight, seen, plan.schemes[path], factor)
+            found = restored(rounded[path], plan.schemes[path])
+            if coarser and path in coarser:
+                scheme = coarser[path]
+                arrays = quantize_gptq(weight, seen, scheme, factor)
+                error = _output_error(restored(arrays, scheme) - weight, seen)
+                others[path] = Alternative(scheme, arrays, error / max(_output_error(found - weight, seen), _TINY))
+            weights[path] = smoothing.revert(name, found)
         streams = [layer.after(row, stream, weights) for row, stream in zip(text.rows, streams, strict=True)]
         quantizer.progress.advance()
     quantizer.progress.finish()
@@ -48,4 +68,9 @@ def with_gptq(quantizer: Quantizer, plan: QuantizationPlan, text: TokenRows) -> 
         of_hidden = hidden_moments(InstrumentedNorm(quantizer.float32), head, streams)
         scheme, tied = plan.schemes[head.path], head.path == EMBEDDING
         rounded[head.path] = quantize_table(tensors[f"{head.path}.weight"], of_hidden, scheme, lookup=tied)
-    return replace(plan, rounded={**plan.rounded, **rounded})
+    return replace(plan, rounded={**plan.rounded, **rounded}, coarser=others)
+
+
+def _output_error(off: Array, moments: Array) -> float:
+    """Returns the squared error of a product's outputs, for errors (N, K) of its weight and moments (K, K) of its inputs."""
+    return float(np.einsum("nk,nk->", off @ moments, off, dtype=np.float64))

@@ -13,8 +13,9 @@ from slm.quantize.defaults import CALIBRATION_TOKENS
 from slm.quantize.halves import rejection
 from slm.quantize.quantizer import quantizer_of
 from slm.quantize.report import measured_report, write_report
-from slm.quantize.results import Report
+from slm.quantize.results import Report, TaskChange
 from slm.quantize.settings import Settings, check_source, fitted_settings
+from slm.quantize.task import TaskCheck, measure_change
 from slm.quantize.texts import TokenRows, calibration_text
 from slm.quantize.write import write_bundle
 
@@ -29,6 +30,7 @@ def quantize_bundle(
     settings: Settings | None = None,
     progress: Progress | None = None,
     calibration: TokenRows | None = None,
+    task: TaskCheck | None = None,
 ) -> tuple[Bundle, Report]:
     """Quantizes a float bundle and measures the effect on the CPU.
 
@@ -39,6 +41,7 @@ def quantize_bundle(
         settings: The settings. The default is INT8.
         progress: Receives the progress of each step.
         calibration: The calibration text. The default is the training stories that ship with slm.
+        task: A task whose score must not fall by more than its limit.
 
     Returns:
         The new bundle and the report.
@@ -67,6 +70,11 @@ def quantize_bundle(
             raise _rejection(reason, report, settings)
         if settings.limits.max_kl_nats is not None and report.head is not None and (error := rejection(report.head)):
             raise error
+        if task is not None:
+            change = measure_change(task, source, made, progress)
+            if (reason := task.refuses(change)) is not None:
+                raise _task_rejection(reason, change, settings)
+            report = replace(report, task=change)
         report = replace(report, seconds=round(time.perf_counter() - started, 2))
         write_report(directory, report)
         quality = Quality(text=text.name, max_kl_nats=settings.limits.max_kl_nats, **asdict(report.change))
@@ -85,5 +93,16 @@ def _rejection(reason: str, report: Report, settings: Settings) -> SlmError:
     return SlmError(
         f"quality check failed: {reason}; perplexity {change.perplexity_before:.2f} to {change.perplexity_after:.2f}; "
         f"least accurate layers: {blamed}; nothing was written",
+        ", or ".join(ways),
+    )
+
+
+def _task_rejection(reason: str, change: TaskChange, settings: Settings) -> SlmError:
+    finer = settings.finer()
+    ways = [f"use {finer} for a smaller error"] if finer else []
+    ways.append("raise the limit with --max-drop")
+    return SlmError(
+        f"task check failed: {reason}; {change.lost} of {change.rows:,} rows are worse and {change.won} better, difference "
+        f"{100 * change.low:+.1f} to {100 * change.high:+.1f} points with 95 % confidence; nothing was written",
         ", or ".join(ways),
     )

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from slm.core.metrics.scoring import METRICS
+from slm.core.report_page import page, table
 from slm.quantize.plots import Bar, Point, bars, lying_bars, points
 from slm.quantize.results import Report, Sweep, TensorError, Trial
-
-Rows = Sequence[Sequence[str]]
 
 # Titles of the four products of a layer.
 _KINDS = {
@@ -15,23 +15,6 @@ _KINDS = {
     "gate_up_proj": "MLP: gate and up",
     "down_proj": "MLP: down",
 }
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --faint: #d8d8d8; --paper: #fff; --bar: #2f6fb0; --mark: #c8501e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --faint: #444; --paper: #161616; --bar: #6aa5e0; --mark: #ff9b66; }
-}
-body { font: 16px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-  max-width: 54rem; padding: 1rem; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--faint); padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--ink); } .bar { fill: var(--bar); } .level { stroke: var(--faint); }
-.frontier { fill: none; stroke: var(--mark); } .marked { fill: var(--mark); }
-.other { fill: var(--paper); stroke: var(--bar); stroke-width: 1.5; }
-"""
 
 
 def report_page(report: Report) -> str:
@@ -66,7 +49,7 @@ def report_page(report: Report) -> str:
     ]
     columns = ("weight", "stored as", "size", "signal-to-noise ratio, dB", "relative error", "sensitivity, nats")
     parts += ["<h2>All weights</h2>", f"<details><summary>all {len(every)}</summary>{table(columns, every)}</details>"]
-    return _page(f"{report.source}, quantized", parts)
+    return page(f"{report.source}, quantized", parts)
 
 
 def figures(report: Report) -> list[tuple[str, str, str]]:
@@ -80,6 +63,17 @@ def figures(report: Report) -> list[tuple[str, str, str]]:
         ("same top-1, top-5", "", f"{change.same_top1:.1%}, {change.same_top5:.1%}"),
         ("equal greedy tokens", "", same),
     ]
+    if (task := report.task) is not None:
+        old, new = (
+            f"{each.score:.1%} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in (task.before, task.after)
+        )
+        fallen = (
+            f"{100 * (task.after.score - task.before.score):+.1f} ({100 * task.low:+.1f} to {100 * task.high:+.1f})"
+        )
+        rows += [
+            (f"{METRICS[task.metric].title}, {task.rows:,} rows (95 %)", old, new),
+            ("difference in points (95 %)", "", fallen),
+        ]
     if speeds is None:
         return rows
     for name, (before, after), ratio in (
@@ -115,7 +109,7 @@ def sweep_page(sweep: Sweep) -> str:
             "<h2>Not supported for this model</h2>",
             table(("", ""), [(f"slm quantize {k}", v) for k, v in sweep.skipped.items()]),
         ]
-    return _page(f"{sweep.bundle}, quantized in {len(trials)} ways", parts)
+    return page(f"{sweep.bundle}, quantized in {len(trials)} ways", parts)
 
 
 SWEEP_COLUMNS = ("", "slm quantize", "MB", "KL, nats", "same top-1", "perplexity", "decode ×", "prefill ×", "frontier")
@@ -138,14 +132,6 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
         )
         for i, trial in enumerate(sweep.trials, start=1)
     ]
-
-
-def table(columns: Sequence[str], rows: Rows) -> str:
-    """Returns an HTML table. It has a header row only if a column has a name."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    body = "\n".join(f"<tr>{line}</tr>" for line in ([head] if any(columns) else []) + lines)
-    return f'<div class="wide"><table>\n{body}\n</table></div>'
 
 
 def _points(trials: Sequence[Trial], front: set[str], x: Callable[[Trial], float]) -> list[Point]:
@@ -181,15 +167,6 @@ def _by_layer(tensors: Sequence[TensorError], field: str, unit: str) -> list[str
         ]
         parts += [f"<h3>{words}</h3>", bars(row, f"{words}, {unit} by layer")]
     return [*parts, *[f"<p>{escape(text)}</p>" for text in outside]]
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">'
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n'
-        f"</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
 
 
 def _words(name: str) -> str:

@@ -14,6 +14,7 @@ from slm.core.manifest import Quantization, Scheme
 from slm.core.qat import GRIDS, QatGrid, QatPrecision
 from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import NO_SMOOTHING, Smoothing
+from slm.quantize.frequent import FrequentTokens
 from slm.quantize.linears import Linear
 from slm.quantize.settings import Method, Prefer, Settings
 
@@ -48,8 +49,26 @@ INT8: Mapping[Prefer, PreferredSchemes] = {
 # One scale for each output channel; activations are rounded with one scale for each token.
 INT8_DYNAMIC = PreferredSchemes(layer=Scheme(bits=8, block_size=128, dynamic=True), head=_IN_64, lookup=_IN_64)
 INT4 = PreferredSchemes.of(GRIDS["int4"])
-# Block sizes of a 4-bit table, the most accurate first. Tables are searched for a size that fits `--target-size`.
-TABLE_BLOCK_SIZES = (32, 64, 128)
+# The larger block size of layers in 4 bits that a search for a size or a divergence can choose.
+COARSER_BLOCK = 64
+# A 4-bit table. Smaller blocks would take more bytes than the rows of frequent tokens in 8 bits, and gain less
+# (docs/quantization.md).
+TABLE = Scheme(bits=4, block_size=128, zero_points=True)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another scheme for a weight.
+
+    Attributes:
+        scheme: The scheme.
+        rounded: The weight's integers and scales.
+        error: The squared error of the product's output, relative to that of the plan's scheme.
+    """
+
+    scheme: Scheme
+    rounded: Arrays
+    error: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,8 @@ class QuantizationPlan:
         exact: Paths of the layers' weights that lie on grids which their schemes store exactly.
         rounded: Integers and scales of the weights that are already rounded, by path. Other weights are rounded when they
             are written.
+        coarser: A scheme with fewer bytes for weights that GPTQ rounded in both, by path.
+        frequent: The frequent tokens, from which schemes of tables take the first ones; None if no table has such rows.
         sensitivity: KL divergence if only this weight has few bits, in nats, by path; empty if not measured.
         trained_for: The precision for which the model was trained, if the plan keeps that grid.
     """
@@ -80,13 +101,24 @@ class QuantizationPlan:
     smoothing: Smoothing = NO_SMOOTHING
     exact: frozenset[str] = frozenset()
     rounded: Mapping[str, Arrays] = field(default_factory=dict)
+    coarser: Mapping[str, Alternative] = field(default_factory=dict)
+    frequent: FrequentTokens | None = None
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     trained_for: QatPrecision | None = None
 
     def with_schemes(self, schemes: Schemes) -> "QuantizationPlan":
-        """Returns the plan with other schemes. A weight whose scheme changes loses its rounded arrays."""
-        kept = {path: arrays for path, arrays in self.rounded.items() if schemes[path] == self.schemes[path]}
-        return replace(self, schemes=schemes, rounded=kept)
+        """Returns the plan with other schemes.
+
+        A weight whose scheme changes loses its rounded arrays, or gets those in `coarser`. The number of rows of frequent
+        tokens can change, because these rows are rounded apart.
+        """
+        kept = {
+            path: arrays
+            for path, arrays in self.rounded.items()
+            if with_frequent(schemes[path], 0) == with_frequent(self.schemes[path], 0)
+        }
+        other = {path: each.rounded for path, each in self.coarser.items() if schemes[path] == each.scheme}
+        return replace(self, schemes=schemes, rounded={**kept, **other})
 
     @property
     def counts(self) -> dict[str, int]:
@@ -100,6 +132,9 @@ class QuantizationPlan:
         """Returns the decisions for reports."""
         found: dict[str, object] = {"method": self.method, "smoothing": self._exponent, "cache": self.cache}
         found["products"] = self.counts
+        rows = max(scheme.frequent for scheme in self.schemes.values())
+        if rows and self.frequent is not None:
+            found |= {"frequent_tokens": rows, "frequent_share": round(1 - self.frequent.others[rows], 4)}
         if self.attention:
             found["attention_us"] = {each: round(1e6 * seconds, 1) for each, seconds in self.attention.items()}
         if self.trained_for is not None:
@@ -127,10 +162,14 @@ def preferred_schemes(settings: Settings) -> PreferredSchemes:
     return replace(INT8_DYNAMIC, layer=INT8_DYNAMIC.layer.model_copy(update={"reduced": settings.reduce_range}))
 
 
-def with_four_bit_tables(preferred: PreferredSchemes, block_size: int) -> PreferredSchemes:
+def with_frequent(scheme: Scheme, count: int) -> Scheme:
+    """Returns the scheme of a table with another number of rows of frequent tokens in 8 bits."""
+    return scheme.model_copy(update={"frequent": count})
+
+
+def with_four_bit_tables(preferred: PreferredSchemes) -> PreferredSchemes:
     """Returns preferred schemes with 4 bits for the head and for the lookup of embeddings."""
-    table = Scheme(bits=4, block_size=block_size, zero_points=True)
-    return replace(preferred, head=table, lookup=table)
+    return replace(preferred, head=TABLE, lookup=TABLE)
 
 
 def schemes_of(
@@ -147,6 +186,17 @@ def schemes_of(
         SlmError: If no block size fits a weight, or the requested one does not fit.
     """
     return {linear.path: _fitting(linear, preferred, block_size) for linear in linears}
+
+
+def coarser_schemes(layers: Sequence[Linear], schemes: Schemes) -> dict[str, Scheme]:
+    """Returns schemes in larger blocks for the layers' weights that have 4 bits in smaller blocks, by path."""
+    return {
+        linear.path: schemes[linear.path].model_copy(update={"block_size": COARSER_BLOCK})
+        for linear in layers
+        if schemes[linear.path].bits == 4
+        and schemes[linear.path].block_size < COARSER_BLOCK
+        and linear.inputs % COARSER_BLOCK == 0
+    }
 
 
 def with_half_scales(schemes: Schemes, kept: Collection[str]) -> dict[str, Scheme]:

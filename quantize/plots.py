@@ -34,6 +34,17 @@ class Point:
     told: str
 
 
+@dataclass(frozen=True)
+class Range:
+    """A value with an interval around it. `told` is shown beside the label."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    told: str
+
+
 def bars(values: Sequence[Bar], title: str, height: int = 120) -> str:
     """Returns a plot of vertical bars that start at 0.
 
@@ -74,6 +85,30 @@ def lying_bars(values: Sequence[Bar], title: str) -> str:
         parts.append(_text(0, y, f"{bar.label}: {bar.told}", "start"))
         width = _WIDTH * (bar.value or 0.0) / top
         parts.append(f'<rect x="0" y="{y + 4}" width="{width:.1f}" height="10" class="bar">{_told(bar.told)}</rect>')
+    return _svg(parts, 32 * len(values), title)
+
+
+def ranges(values: Sequence[Range], title: str) -> str:
+    """Returns a plot of values between 0 and 1 with their intervals, each with its label above it.
+
+    Args:
+        values: The values from top to bottom.
+        title: The description for screen readers.
+    """
+
+    def x(share: float) -> float:
+        return 4 + (_WIDTH - 8) * share
+
+    parts = []
+    for i, each in enumerate(values):
+        y = 12 + 32 * i
+        parts.append(_text(0, y, f"{each.label}: {each.told}", "start"))
+        parts.append(f'<line x1="{x(0):.1f}" y1="{y + 9}" x2="{x(1):.1f}" y2="{y + 9}" class="level"/>')
+        wide = max(1.0, x(each.high) - x(each.low))
+        parts.append(
+            f'<rect x="{x(each.low):.1f}" y="{y + 7}" width="{wide:.1f}" height="4" class="bar">{_told(each.told)}</rect>'
+        )
+        parts.append(f'<circle cx="{x(each.value):.1f}" cy="{y + 9}" r="4" class="marked">{_told(each.told)}</circle>')
     return _svg(parts, 32 * len(values), title)
 
 

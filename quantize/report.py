@@ -47,8 +47,8 @@ def measured_report(quantizer: Quantizer, plan: QuantizationPlan, made: Bundle) 
     return Report(
         source=short_name(source.path),
         settings=quantizer.settings.requested() | plan.decisions(),
-        bytes_before=model_bytes(source),
-        bytes_after=model_bytes(made),
+        bytes_before=source.model_bytes,
+        bytes_after=made.model_bytes,
         parts=parts_of(made, quantizer.linears, plan.schemes),
         change=change,
         divergence=texts,
@@ -95,12 +95,7 @@ def parts_of(bundle: Bundle, linears: Sequence[Linear], schemes: Schemes) -> dic
     for linear in linears:
         part = "MLP" if ".mlp." in linear.path else "attention" if linear.role == "layer" else "embedding and head"
         parts[part] += schemes[linear.path].bytes(linear.outputs, linear.inputs)
-    return parts | {"norms, tables and the graph": model_bytes(bundle) - sum(parts.values())}
-
-
-def model_bytes(bundle: Bundle) -> int:
-    """Returns the size of graph and weights in bytes."""
-    return sum(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith(bundle.manifest.model))
+    return parts | {"norms, tables and the graph": bundle.model_bytes - sum(parts.values())}
 
 
 def as_dict(report: Report) -> dict[str, Any]:

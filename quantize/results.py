@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from slm.core.task import MetricName
+
 # The files of a report in a bundle.
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 
@@ -105,6 +107,50 @@ class HeadChange:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A score from 0 to 1, with its 95 % confidence interval."""
+
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TaskChange:
+    """The scores of two bundles on a task.
+
+    Attributes:
+        name: Name of the rows' file.
+        metric: Name of the metric.
+        rows: Number of rows.
+        before: The source's score.
+        after: The result's score.
+        low: Lower end of the 95 % confidence interval of the difference, after - before.
+        high: Its upper end.
+        max_drop: Limit of the decrease.
+        lost: Number of rows with a lower score.
+        won: Number of rows with a higher score.
+    """
+
+    name: str
+    metric: MetricName
+    rows: int
+    before: TaskScore
+    after: TaskScore
+    low: float
+    high: float
+    max_drop: float
+    lost: int
+    won: int
+
+    @property
+    def limit(self) -> str:
+        """The limit in words."""
+        points = round(100 * self.max_drop, 6)
+        return f"{points:g} point{'s' if points != 1 else ''}"
+
+
+@dataclass(frozen=True)
 class Report:
     """The measurements of one quantization.
 
@@ -120,6 +166,7 @@ class Report:
         tensors: The error of each weight.
         seconds: Total time.
         head: For a head in halves, comparison of its single-token steps with the whole head.
+        task: The scores on a task; None without one.
     """
 
     source: str
@@ -133,6 +180,7 @@ class Report:
     tensors: tuple[TensorError, ...]
     seconds: float
     head: HeadChange | None = None
+    task: TaskChange | None = None
 
     @property
     def in_words(self) -> str:

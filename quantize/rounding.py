@@ -10,9 +10,10 @@ import numpy as np
 
 from slm.core.manifest import Scheme
 from slm.export.graph import LazyTensors
-from slm.export.graph.blocks import LOWER, QUANTIZED, SCALE, SHIFT, UPPER, ZERO_POINTS, dequantize, parts_of
+from slm.export.graph.blocks import LOWER, QUANTIZED, SCALE, SHIFT, UPPER, ZERO_POINTS, dequantized, parts_of
 from slm.export.graph.builder import Array
 from slm.quantize.blocks import quantize_nearest
+from slm.quantize.frequent import frequent_rows
 from slm.quantize.linears import Linear
 from slm.quantize.plan import Arrays, QuantizationPlan, Schemes
 
@@ -28,11 +29,16 @@ def rounded_weight(
         plan: The plan.
         importance: For searched scales, the mean square of each input channel (K,), by path; empty if not measured.
     """
-    if path in plan.rounded:
-        return plan.rounded[path]
     scheme = plan.schemes[path]
-    search = plan.method != "nearest" and scheme.bits < 8
-    return quantize_nearest(tensors[f"{path}.weight"], scheme, search, importance.get(path))
+    if path in plan.rounded:
+        arrays = plan.rounded[path]
+    else:
+        search = plan.method != "nearest" and scheme.bits < 8
+        arrays = quantize_nearest(tensors[f"{path}.weight"], scheme, search, importance.get(path))
+    if not scheme.frequent:
+        return arrays
+    assert plan.frequent is not None
+    return {**arrays, **frequent_rows(tensors[f"{path}.weight"], plan.frequent.ids, scheme)}
 
 
 def rounded_tensors(
@@ -62,7 +68,10 @@ def rounded_tensors(
 
 
 def placeholders(linears: Sequence[Linear], schemes: Schemes) -> dict[str, Arrays]:
-    """Returns arrays of zeros in the shapes of each weight's arrays, by path, for measuring the size of a file."""
+    """Returns arrays of zeros in the shapes of each weight's arrays, by path, for measuring the size of a file.
+
+    The rows of frequent tokens are not among them: `rounded_weight` adds them.
+    """
     found: dict[str, Arrays] = {}
     for linear in linears:
         scheme, blocks = schemes[linear.path], linear.inputs // schemes[linear.path].block_size
@@ -93,7 +102,7 @@ def _halves_placeholders(linear: Linear, scheme: Scheme) -> Arrays:
 
 def restored(arrays: Arrays, scheme: Scheme) -> Array:
     """Returns the dequantized weight of a product, float32 (N, K)."""
-    return dequantize(arrays[QUANTIZED], arrays[SCALE], arrays.get(ZERO_POINTS), scheme)
+    return dequantized(arrays, scheme)
 
 
 def _part(rounded: Callable[[str], Arrays], path: str, part: str) -> Array:

@@ -7,7 +7,7 @@ divergence of several weights is approximately the sum.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import product
 
 from slm.core.errors import SlmError
 from slm.core.manifest import Scheme
@@ -32,17 +32,19 @@ def sensitivities(
     """Returns the KL divergence in nats if only one of these weights is rounded by the plan, by path of the weight."""
     model, progress = InstrumentedModel(quantizer.float32, linears), quantizer.progress
     tensors, importance = quantizer.smoothed_weights(plan), quantizer.importance(plan)
-    before = [model.predictions(row) for row in text.rows]
-    progress.start("try each layer alone", len(linears), "products")
-    found: dict[str, float] = {}
-    for path in (linear.path for linear in linears):
-        weight = restored(rounded_weight(path, tensors, plan, importance), plan.schemes[path])
-        weights = {path: plan.smoothing.revert(f"{path}.weight", weight)}
-        moved = sum(kl_sum(old, model.predictions(row, weights)) for row, old in zip(text.rows, before, strict=True))
-        found[path] = max(0.0, moved / text.rows.size)
-        progress.advance()
+    paths = [linear.path for linear in linears]
+    progress.start("try each layer alone", len(linears) * len(text.rows), "products")
+    rounded = {path: rounded_weight(path, tensors, plan, importance) for path in paths}
+    moved = dict.fromkeys(paths, 0.0)
+    for row in text.rows:  # the logits of one row take 268 MB with Gemma's vocabulary
+        before = model.predictions(row)
+        for path in paths:
+            weight = restored(rounded[path], plan.schemes[path])
+            weights = {path: plan.smoothing.revert(f"{path}.weight", weight)}
+            moved[path] += kl_sum(before, model.predictions(row, weights))
+            progress.advance()
     progress.finish()
-    return found
+    return {path: max(0.0, nats / text.rows.size) for path, nats in moved.items()}
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,18 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class _Assignment:
-    """A scheme for each weight, their size in bytes, and the sensitivities left, in nats."""
+class Choice:
+    """A scheme that a weight can get, and the KL divergence in nats if only this weight is rounded, to this scheme."""
 
-    schemes: dict[str, Scheme]
+    scheme: Scheme
+    harm: float
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """A choice for each weight that has several, the size of all weights in bytes, and the sum of the choices' harms."""
+
+    chosen: dict[str, Choice]
     size: int
     left: float
 
@@ -68,67 +78,92 @@ class Candidates:
 
     Attributes:
         linears: All weights.
-        low: The scheme of each weight with few bits.
-        high: The scheme of each weight with more bits; equal to `low` if there is no choice.
-        sensitivity: KL divergence in nats if only this weight has the low scheme, for each weight with a choice.
+        schemes: The scheme of each weight without a choice.
+        choices: The choices of each other weight.
     """
 
     linears: Sequence[Linear]
-    low: Schemes
-    high: Schemes
-    sensitivity: Mapping[str, float]
+    schemes: Schemes
+    choices: Mapping[str, Sequence[Choice]]
 
     def choose(self, budget: Budget) -> dict[str, Scheme]:
-        """Gives more bits to the weights with the largest sensitivity per byte, until the budget is used.
+        """Gives more bytes to the weights with the largest gain per byte, until the budget is used.
 
-        A table can be larger than all layers together, so that its place in this order says little. Both schemes of each
-        table are tried, and the assignment is kept that has the least sensitivity left, or, with a limit of the divergence,
-        the smallest size.
+        A table can be larger than all layers together, so that its place in this order says little. Every choice for each
+        table is tried, and the assignment is kept that has the least harm left, or, with a limit of the divergence, the
+        smallest size.
 
         Raises:
-            SlmError: If the budget is smaller than the size with the low schemes.
+            SlmError: If the budget is smaller than the size with the fewest bytes for each weight.
         """
-        size = bytes_of(self.linears, self.low)
-        if budget.bytes is not None and size > budget.bytes:
+        least = bytes_of(self.linears, self.fewest_bytes)
+        if budget.bytes is not None and least > budget.bytes:
             raise SlmError(
-                f"the weights take at least {size / 1e6:,.1f} MB, "
+                f"the weights take at least {least / 1e6:,.1f} MB, "
                 f"but the target size leaves {budget.bytes / 1e6:,.1f} MB for them",
                 "choose a larger --target-size",
             )
-        tables = [linear.path for linear in self.linears if linear.role != "layer" and self._cost(linear) > 0]
+        tables = [linear.path for linear in self.linears if linear.role != "layer" and linear.path in self.choices]
         assigned = [
-            self._assigned(budget, tables, chosen)
-            for count in range(len(tables) + 1)
-            for chosen in combinations(tables, count)
+            self._assigned(budget, dict(zip(tables, chosen, strict=True)))
+            for chosen in product(*(self.choices[path] for path in tables))
         ]
         if budget.kl_nats is None:
             fitting = [each for each in assigned if budget.bytes is None or each.size <= budget.bytes]
-            return min(fitting, key=lambda each: each.left).schemes
-        reached = [each for each in assigned if each.left <= budget.kl_nats + _TINY]
-        return min(reached or assigned, key=lambda each: each.size if reached else each.left).schemes
+            best = min(fitting, key=lambda each: each.left)
+        else:
+            reached = [each for each in assigned if each.left <= budget.kl_nats + _TINY]
+            best = min(reached or assigned, key=lambda each: each.size if reached else each.left)
+        return {**self.schemes, **{path: choice.scheme for path, choice in best.chosen.items()}}
 
-    def _assigned(self, budget: Budget, tables: Sequence[str], chosen: Sequence[str]) -> "_Assignment":
-        """Returns the assignment with the high scheme for the chosen tables, and for layers within the budget."""
-        cost = {linear.path: self._cost(linear) for linear in self.linears}
-        schemes = {**self.low, **{path: self.high[path] for path in chosen}}
-        size = bytes_of(self.linears, schemes)
-        left = sum(each for path, each in self.sensitivity.items() if path not in chosen)
-        choosable = [path for path in cost if cost[path] > 0 and path not in tables]
-        for path in sorted(choosable, key=lambda path: (-self.sensitivity[path] / cost[path], path)):
-            if budget.kl_nats is not None and left <= budget.kl_nats:
+    def expected(self, schemes: Schemes) -> float:
+        """Returns the sum of the harms of schemes, in nats."""
+        return sum(
+            choice.harm
+            for path, choices in self.choices.items()
+            for choice in choices
+            if choice.scheme == schemes[path]
+        )
+
+    @property
+    def fewest_bytes(self) -> dict[str, Scheme]:
+        """The schemes with the fewest bytes for each weight."""
+        smallest = {path: self._by_size(path)[0].scheme for path in self.choices}
+        return {**self.schemes, **smallest}
+
+    def _by_size(self, path: str) -> list[Choice]:
+        return sorted(self.choices[path], key=lambda choice: self._size(path, choice))
+
+    def _size(self, path: str, choice: Choice) -> int:
+        (linear,) = (each for each in self.linears if each.path == path)
+        return choice.scheme.bytes(linear.outputs, linear.inputs)
+
+    def _assigned(self, budget: Budget, tables: Mapping[str, Choice]) -> _Assignment:
+        """Returns the assignment with these choices for tables, and with choices for layers within the budget."""
+        layers = {path: self._by_size(path) for path in self.choices if path not in tables}
+        sizes = {path: [self._size(path, choice) for choice in choices] for path, choices in layers.items()}
+        chosen = dict.fromkeys(layers, 0)
+        start = {**tables, **{path: choices[0] for path, choices in layers.items()}}
+        size = bytes_of(self.linears, {**self.schemes, **{path: choice.scheme for path, choice in start.items()}})
+        left = sum(choice.harm for choice in start.values())
+        while budget.kl_nats is None or left > budget.kl_nats:
+            # Every larger choice of every layer: its gain in nats, its cost in bytes, the path and the index of the choice.
+            larger = [
+                (choices[now].harm - choices[then].harm, sizes[path][then] - sizes[path][now], path, then)
+                for path, choices in layers.items()
+                for now in (chosen[path],)
+                for then in range(now + 1, len(choices))
+            ]
+            room = None if budget.bytes is None else budget.bytes - size
+            able = [each for each in larger if each[0] >= 0 and each[1] > 0 and (room is None or each[1] <= room)]
+            if not able:
                 break
-            if budget.bytes is not None and size + cost[path] > budget.bytes:
-                continue
-            schemes[path] = self.high[path]
-            size += cost[path]
-            left -= self.sensitivity[path]
-        return _Assignment(schemes, size, left)
-
-    def _cost(self, linear: Linear) -> int:
-        """Returns the bytes that the high scheme takes beyond the low one; 0 for a weight without a choice."""
-        if linear.path not in self.sensitivity:
-            return 0
-        return bytes_of([linear], self.high) - bytes_of([linear], self.low)
+            gain, cost, path, then = min(able, key=lambda each: (-each[0] / each[1], each[2], each[3]))
+            chosen[path] = then
+            size += cost
+            left -= gain
+        found = {path: choices[chosen[path]] for path, choices in layers.items()}
+        return _Assignment({**tables, **found}, size, left)
 
     def within_bytes(self, target: int, measured: Callable[[Schemes], int]) -> dict[str, Scheme]:
         """Chooses schemes whose files take at most `target` bytes.
@@ -140,8 +175,12 @@ class Candidates:
         Raises:
             SlmError: If the files are larger than the limit even with the fewest bits.
         """
-        budget = target
+        smallest = self.fewest_bytes
+        budget, least = target, bytes_of(self.linears, smallest)
         while True:
+            # The rest of the files can be smaller with the fewest bytes than with the schemes that were tried.
+            if budget < least <= target and measured(smallest) <= target:
+                return smallest
             schemes = self.choose(Budget(bytes=budget))
             size = measured(schemes)
             if size <= target:
@@ -168,10 +207,10 @@ class Candidates:
         for _ in range(_TRIALS):
             schemes = self.choose(Budget(kl_nats=budget))
             found = measured(schemes)
-            expected = sum(each for path, each in self.sensitivity.items() if schemes[path] == self.low[path])
+            expected = self.expected(schemes)
             if found <= aim:
                 best, good = schemes, budget
-                if found >= _ENOUGH * aim or schemes == self.low:
+                if found >= _ENOUGH * aim or schemes == self.fewest_bytes:
                     break
             else:
                 bad = expected  # a larger budget chooses these schemes or fewer bits

@@ -17,7 +17,6 @@ from slm.quantize.decide import decide
 from slm.quantize.page import sweep_page
 from slm.quantize.quality import measure, speeds
 from slm.quantize.quantizer import Quantizer, quantizer_of
-from slm.quantize.report import model_bytes
 from slm.quantize.results import Change, Sweep, Trial
 from slm.quantize.settings import Settings, check_source
 from slm.quantize.texts import TokenRows
@@ -72,7 +71,7 @@ def run_sweep(
         )
     check_replaceable(out.resolve(), {SWEEP_FILE, SWEEP_PAGE})
     sweep = Sweep(
-        short_name(source.path), model_bytes(source), text.name, text.rows.size, _key(source, text, calibration)
+        short_name(source.path), source.model_bytes, text.name, text.rows.size, _key(source, text, calibration)
     )
     earlier = _earlier(out / SWEEP_FILE, sweep.key)
     if earlier:

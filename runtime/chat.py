@@ -2,12 +2,14 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from slm.core.arguments import check_type
-from slm.core.chat import Message, chat_ids, foreign_template
+from slm.core.chat import Message, call_ends, chat_ids, foreign_template, tool_form
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.tokenizer import END_OF_TURN
+from slm.core.tool_fields import called, matched
+from slm.core.tools import JSON_STYLE, Call, ordered, parsed_calls
 from slm.runtime.generation import Piece
 from slm.runtime.model import Model
 from slm.runtime.options import MAX_NEW_TOKENS, GenerationOptions, check_options
@@ -16,6 +18,11 @@ from slm.runtime.sampling import Sampling
 from slm.runtime.speculative import SpeculativeDecoder
 from slm.runtime.streaming import Stream, texts
 
+if TYPE_CHECKING:
+    from slm.runtime.functions import Toolbox
+
+# How often an answer may call functions before it must be text.
+MOST_ROUNDS = 8
 # Memory for snapshots of prompts, so that retrying a turn does not read the prompt again.
 _SNAPSHOT_BYTES = 64 << 20
 # A quarter of the context is kept free for the completion, if `max_new_tokens` is that large.
@@ -33,6 +40,7 @@ class Chat:
         messages: All messages, oldest first, a system message at the beginning.
         forgotten: Exchanges dropped from the beginning because they no longer fit into the context, since the last reset.
         seed: Seed of the conversation; answer n is sampled with seed + n, counted from 0.
+        style: The format in which answers spell calls.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class Chat:
         messages: Sequence[Message] = (),
         seed: int | None = None,
         draft_tokens: int | None = None,
+        tools: "Toolbox | None" = None,
     ) -> None:
         """Begins a conversation.
 
@@ -52,6 +61,7 @@ class Chat:
             messages: Earlier messages, oldest first. A system message at the beginning replaces `system`.
             seed: Seed of the conversation; None draws one.
             draft_tokens: The longest draft of prompt-lookup decoding; None disables drafts.
+            tools: The tools that the model may call; None for none.
 
         Raises:
             SlmError: If the model has no turns, or the messages are not a conversation that a request can follow.
@@ -70,9 +80,16 @@ class Chat:
         if not isinstance(decoder, PrefixDecoder):
             decoder = PrefixDecoder(decoder, PrefixCache(_SNAPSHOT_BYTES))
         model.decoder = decoder if draft_tokens is None else SpeculativeDecoder(decoder, draft_tokens)
+        self._tools = () if tools is None else tools.tools
+        self._functions = {} if tools is None else tools.functions
         end_of_turn = model.tokenizer.token_id(END_OF_TURN)
-        if end_of_turn is not None and end_of_turn not in model.stop_token_ids:
-            model.stop_token_ids = (*model.stop_token_ids, end_of_turn)
+        ends = {end_of_turn} if end_of_turn is not None else set()
+        ends |= call_ends(model.tokenizer)
+        model.stop_token_ids = (*model.stop_token_ids, *sorted(ends - set(model.stop_token_ids)))
+        self.style = JSON_STYLE
+        if self._tools:
+            self.style = tool_form(model.tokenizer).style
+            model.shown_tokens = model.tokenizer.ids_of(self.style.marks) & model.tokenizer.special_ids
         if foreign_template(model.tokenizer) is None:
             chat_ids(model.tokenizer, [])  # raises if the model has no turns
         before = _checked(messages)
@@ -98,10 +115,48 @@ class Chat:
         begins = self.messages[:1]
         return begins[0]["content"] if begins and begins[0]["role"] == "system" else ""
 
+    @property
+    def calls(self) -> Sequence[Call]:
+        """The calls of the last answer, if they have no results yet."""
+        return self.messages[-1].get("calls", ()) if self.messages else ()
+
     def ask(self, request: str, **options: Unpack[GenerationOptions]) -> str:
-        """Returns the answer to a request; see `pieces`."""
+        """Returns the answer to a request; see `pieces`.
+
+        Calls of functions are made, and the model continues with their results, up to eight times. If the answer has calls of
+        tools that are no functions, `calls` has them, and `answer_calls` takes their results.
+        """
         check_options("ask", options)
-        return "".join(piece.text for piece in self.pieces(request, **options)).strip()
+        return self._completed(self.pieces(request, **options), options)
+
+    def answer_calls(self, results: Sequence[str], **options: Unpack[GenerationOptions]) -> str:
+        """Takes the results of `calls`, in their order, and returns the answer that follows; see `ask`.
+
+        Raises:
+            SlmError: If there are no calls, or not one result for each.
+        """
+        check_options("answer_calls", options)
+        return self._completed(self.result_pieces(results, **options), options)
+
+    def _completed(self, pieces: Stream[Piece], options: GenerationOptions) -> str:
+        """Returns the text of an answer, after its calls of functions."""
+        text = "".join(piece.text for piece in pieces).strip()
+        for _ in range(MOST_ROUNDS):
+            if not self.calls or any(call.name not in self._functions for call in self.calls):
+                break
+            text = "".join(piece.text for piece in self.result_pieces(self.called(), **options)).strip()
+        return self.messages[-1]["content"] if self._tools and self.messages else text
+
+    def called(self) -> list[str]:
+        """Makes the calls of the last answer, and returns their results. A function's error is a result too.
+
+        Raises:
+            SlmError: If a call is not one of a function.
+        """
+        unknown = next((call.name for call in self.calls if call.name not in self._functions), None)
+        if unknown is not None:
+            raise SlmError(f"{unknown} is declared, but is no function that can be called", "give its result yourself")
+        return [self._functions[call.name].result(call) for call in self.calls]
 
     def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[str]:
         """Returns the answer to a request as a stream of text; see `pieces`."""
@@ -130,8 +185,30 @@ class Chat:
         if not request.strip():
             raise SlmError("the request is empty", "enter a message")
         self._settle()
+        return self._next([{"role": "user", "content": request}], options)
+
+    def result_pieces(self, results: Sequence[str], **options: Unpack[GenerationOptions]) -> Stream[Piece]:
+        """Returns the answer that follows after the results of `calls`, token by token; see `pieces`.
+
+        Raises:
+            SlmError: If there are no calls, or not one result for each.
+        """
+        check_options("result_pieces", options)
+        self._close()
+        calls = self.calls
+        if len(results) != len(calls) or not calls:
+            raise SlmError(f"the last answer has {len(calls)} calls, and {len(results)} results are given")
+        for each in results:
+            check_type("a result", each, str, "a str")
+        told: list[Message] = [
+            {"role": "tool", "name": call.name, "content": result} for call, result in zip(calls, results, strict=True)
+        ]
+        return self._next(told, options)
+
+    def _next(self, messages: Sequence[Message], options: GenerationOptions) -> Stream[Piece]:
+        """Returns the answer to further messages; if it cannot begin, the conversation is unchanged."""
         before, forgotten = list(self.messages), self.forgotten
-        self.messages.append({"role": "user", "content": request})
+        self.messages += messages
         try:
             ids = self._ids(options.get("max_new_tokens", MAX_NEW_TOKENS))
             seed = options.get("seed")
@@ -150,12 +227,13 @@ class Chat:
         Raises:
             SlmError: If there is no answer yet.
         """
-        self._settle()
+        self._close()
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise SlmError("there is no request to retry", "enter a message first")
         before = list(self.messages)
-        del self.messages[-1]
-        request = self.messages.pop()["content"]
+        last = max(place for place, message in enumerate(before) if message["role"] == "user")
+        request = before[last]["content"]
+        del self.messages[last:]
         try:
             return self.pieces(request, **options)
         except BaseException:
@@ -166,13 +244,25 @@ class Chat:
         """Returns whether a message of `messages` is an interrupted answer."""
         return any(message is each for each in self._cut)
 
+    def abandon(self) -> None:
+        """Drops the last request if its answer has calls without results."""
+        self._settle()
+
     def _settle(self) -> None:
-        """Ends an answer that was not read completely, and drops a request whose answer has no text."""
+        """Ends an answer that was not read completely, and drops a request without an answer or with calls without results."""
+        self._close()
+        if self.messages and (self.messages[-1]["role"] in ("user", "tool") or self.calls):
+            self._drop()
+
+    def _close(self) -> None:
+        """Ends an answer that was not read completely."""
         if self._answering is not None:
             self._answering.close()
             self._answering = None
-        if self.messages and self.messages[-1]["role"] == "user":
-            del self.messages[-1]
+
+    def _drop(self) -> None:
+        """Drops the last request, and what followed it."""
+        del self.messages[max(place for place, each in enumerate(self.messages) if each["role"] == "user") :]
 
     def _recorded(self, pieces: Stream[Piece]) -> Generator[Piece, None, None]:
         """Yields the pieces of an answer, and appends the answer to the conversation at the end."""
@@ -185,20 +275,30 @@ class Chat:
         finally:
             answer = "".join(said).strip()
             if answer:
-                self.messages.append({"role": "assistant", "content": answer})
+                self.messages.append(self._message(answer))
                 self._cut += [] if whole else self.messages[-1:]
             else:
-                del self.messages[-1]  # a request without an answer is dropped, because turns alternate
+                self._drop()  # a request without an answer is dropped, because turns alternate
+
+    def _message(self, answer: str) -> Message:
+        """Returns the message of an answer. Calls of unknown tools stay text."""
+        text, calls = parsed_calls(answer, self.style) if self._tools else (answer, [])
+        known = {tool.name: tool for tool in self._tools}
+        if not calls or any(call.name not in known for call in calls):
+            return {"role": "assistant", "content": answer}
+        return {"role": "assistant", "content": text, "calls": tuple(ordered(call, known[call.name]) for call in calls)}
 
     def _ids(self, max_new_tokens: int) -> list[int]:
         context = self._model.decoder.context
         room = min(max_new_tokens, context // _LEAST_ROOM)
         first = 1 if self.system else 0
         while True:
-            ids = chat_ids(self._model.tokenizer, self.messages, self._model.stop_token_ids)
-            if len(ids) + room <= context or len(self.messages) <= first + 2:
+            declared = self._tools if self._model.declares_tools else ()
+            ids = chat_ids(self._model.tokenizer, self.messages, self._model.stop_token_ids, declared)
+            requests = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
+            if len(ids) + room <= context or len(requests) < 2:
                 return ids
-            del self.messages[first : first + 2]
+            del self.messages[first : requests[1]]
             self.forgotten += 1
 
 
@@ -211,15 +311,22 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
     check_type("messages", messages, (list, tuple), 'a list of {"role": ..., "content": ...}')
     found: list[Message] = []
     for number, each in enumerate(cast("Sequence[Any]", messages), 1):
-        if not isinstance(each, Mapping) or not isinstance(each.get("content"), str):
+        calls = each.get("calls") or each.get("tool_calls") if isinstance(each, Mapping) else None
+        if not isinstance(each, Mapping) or not isinstance("" if calls else each.get("content"), str):
             raise ArgumentError(f"message {number} is not an object with text as 'content'", _MESSAGE)
-        if each.get("role") not in ("system", "user", "assistant"):
+        if each.get("role") not in ("system", "user", "assistant", "tool"):
             raise ArgumentError(f"message {number} has the role {each.get('role')!r}", _MESSAGE)
-        found.append({"role": each["role"], "content": each["content"]})
+        message: Message = {"role": each["role"], "content": each.get("content") or ""}
+        if each["role"] == "assistant" and calls:
+            message["calls"] = tuple(calls) if each.get("calls") else called(calls)
+        if each["role"] == "tool" and isinstance(each.get("tool_call_id"), str):
+            message["tool_call_id"] = each["tool_call_id"]
+        found.append(message)
+    found = matched(found)
     roles = [message["role"] for message in found if message["role"] != "system"]
     if "system" in [message["role"] for message in found[1:]]:
         raise SlmError("a system message comes after the first message", "it begins a conversation")
-    if any(before == after for before, after in pairwise(roles)) or (roles and roles[0] != "user"):
+    if any(before == after != "tool" for before, after in pairwise(roles)) or (roles and roles[0] != "user"):
         raise SlmError("user and assistant do not take turns in messages", "begin with the user's")
     if roles and roles[-1] != "assistant":
         raise SlmError("messages end with the user's", "leave the last one out and ask it: chat.ask(...)")

@@ -45,6 +45,7 @@ class Request:
             the rest again from position 0. The model no longer sees dropped tokens.
         keep: Tokens at the beginning that sliding never drops.
         constraint: The grammar that the text must follow; None for no constraint.
+        shown: Special tokens whose spelling is part of the text.
     """
 
     prompt: Sequence[int]
@@ -56,6 +57,7 @@ class Request:
     on_full: OnFull = "stop"
     keep: int = 0
     constraint: Constraint | None = None
+    shown: Collection[int] = ()
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Generation:
             or looks_far(request.sampling, vocab_size)
         )
         self._next = choose or Sampler(request.sampling, request.prompt, vocab_size).choose
-        self._text = None if tokenizer is None else TextStream(tokenizer)
+        self._text = None if tokenizer is None else TextStream(tokenizer, request.shown)
         self._raw = None if tokenizer is None else token_bytes(tokenizer)
         self._stops = stops or StopTexts(request.stop, tokenizer)
         self._guide: Guide | None = None

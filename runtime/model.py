@@ -1,7 +1,7 @@
 """The Python interface of a model, whichever backend runs it."""
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,8 @@ class Model:
         decoder: The backend that computes logits.
         stop_token_ids: Tokens that end a text.
         about: The source of the model; None if a program assembled it.
+        declares_tools: Whether prompts declare tools: not if the model was fine-tuned on calls of undeclared tools.
+        shown_tokens: Special tokens whose spelling is part of texts; a conversation with tools adds the marks of calls.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Model:
         self.decoder = decoder
         self.stop_token_ids = tuple(stop_token_ids)
         self.about = about
+        self.declares_tools = True
+        self.shown_tokens: frozenset[int] = frozenset()
         self._lock = threading.RLock()
         self._under_way: object = None  # the text that the decoder is reading
 
@@ -168,7 +172,14 @@ class Model:
         return self._complete(prompt, options)
 
     @keywords_checked
-    def chat(self, system: str = "", *, messages: "Sequence[Message]" = (), seed: int | None = None) -> "Chat":
+    def chat(
+        self,
+        system: str = "",
+        *,
+        messages: "Sequence[Message]" = (),
+        seed: int | None = None,
+        tools: "Sequence[Callable[..., Any] | Mapping[str, Any]]" = (),
+    ) -> "Chat":
         """Begins a conversation: `chat.ask("Hi.")` returns an answer, `chat.stream` yields it as it is generated.
 
         From now on the model caches the tokens that it read, so that the next turn does not read earlier turns again.
@@ -177,13 +188,16 @@ class Model:
             system: The system message; empty for none.
             messages: Earlier messages, oldest first, each {"role": "user" or "assistant", "content": text}.
             seed: The same seed gives the same answers to the same requests. None draws a seed; `chat.seed` has it.
+            tools: Functions with type hints and docstrings, which `chat.ask` calls when the model asks for it, or declarations
+                in OpenAI's format, whose calls `chat.calls` has.
 
         Raises:
-            SlmError: If the model has no chat template, or the messages are not a conversation.
+            SlmError: If the model has no chat template, the messages are not a conversation, or a tool cannot be declared.
         """
         from slm.runtime.chat import Chat
+        from slm.runtime.functions import Toolbox
 
-        return Chat(self, system, messages=messages, seed=seed)
+        return Chat(self, system, messages=messages, seed=seed, tools=Toolbox.of(tools) if tools else None)
 
     def _generation(self, prompt: Any, options: GenerationOptions, seed: int | None = None) -> Generation:
         """Checks the arguments and returns the generation of one text; computes nothing."""
@@ -197,6 +211,7 @@ class Model:
             logprobs=options.get("logprobs"),
             on_full=options.get("on_full", "stop"),
             keep=self._begins_with(ids) if keep is None else keep,
+            shown=self.shown_tokens,
         )
         return Generation(request, self.decoder.context, self.decoder.vocab_size, self.tokenizer)
 

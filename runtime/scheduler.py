@@ -79,6 +79,7 @@ class Scheduler:
         *,
         prefill_tokens: int | None = None,
         prefix_bytes: int = 0,
+        prefixes: PrefixCache | None = None,
         threads: Executor | None = None,
     ) -> None:
         """Starts without texts.
@@ -87,6 +88,7 @@ class Scheduler:
             batch: The batch, which only this scheduler may use.
             prefill_tokens: The most prompt tokens per call of `read`; None reads each prompt in one piece.
             prefix_bytes: Memory for snapshots of prompts, per adapter: common prefixes of prompts are not read again.
+            prefixes: Snapshots for all texts, which then have the same adapter; replaces `prefix_bytes`.
             threads: Runs constraints; None runs them in the calling thread.
         """
         self.batch = batch
@@ -94,6 +96,7 @@ class Scheduler:
         self.step_s = 0.0
         self._prefill = prefill_tokens or batch.decoder.context
         self._prefix_bytes = prefix_bytes
+        self._shared = prefixes
         self._prefixes: dict[str, PrefixCache] = {}
         self._threads = threads
         self._rows: dict[Generation, _Row] = {}
@@ -122,7 +125,7 @@ class Scheduler:
         assert generation.request.on_full == "stop"
         slot = self.batch.take(adapter)
         digest = "" if adapter is None else adapter.digest
-        prefixes = self._prefixes.setdefault(digest, PrefixCache(self._prefix_bytes))
+        prefixes = self._shared or self._prefixes.setdefault(digest, PrefixCache(self._prefix_bytes))
         row = self._rows[generation] = _Row(generation, slot, prefixes)
         generation.begin(self._threads)
         row.read = generation.reused = prefixes.restore(slot, generation.unread)
@@ -229,7 +232,14 @@ def batched(decoder: Decoder, generations: Sequence[Generation]) -> OnnxDecoder 
     return decoder if plain else None
 
 
-def run_batch(decoder: Decoder, generations: Sequence[Generation], slots: int = SLOTS) -> list[Result]:
+def run_batch(
+    decoder: Decoder,
+    generations: Sequence[Generation],
+    slots: int = SLOTS,
+    *,
+    ended: Callable[[Generation], None] | None = None,
+    prefixes: PrefixCache | None = None,
+) -> list[Result]:
     """Runs several texts. Each has the result that it has alone; a slot is reused when its text ends.
 
     The texts step together if `batched` allows it, on caches of their own; otherwise they run one after the other.
@@ -238,24 +248,37 @@ def run_batch(decoder: Decoder, generations: Sequence[Generation], slots: int = 
         decoder: The model.
         generations: The texts, none of them started.
         slots: How many run at once.
+        ended: Receives each text when it ends.
+        prefixes: Snapshots of prompts for texts that step together.
 
     Raises:
         SlmError: If no token can be chosen for one of them, or its constraint cannot continue.
     """
     together = batched(decoder, generations)
     if together is None:
-        return [run(decoder, each).finish() for each in generations]
-    scheduler = Scheduler(Batch(together, max(1, min(slots, len(generations)))))
+        results = []
+        for each in generations:
+            results.append(run(decoder, each).finish())
+            if ended is not None:
+                ended(each)
+        return results
+    scheduler = Scheduler(Batch(together, max(1, min(slots, len(generations)))), prefixes=prefixes)
     waiting = deque(generations)
     while waiting or scheduler.running:
         while waiting and scheduler.free:  # a text may end with its first token and free its slot
             scheduler.admit(waiting.popleft(), together.adapter)
-            for _ in scheduler.read():
-                pass
-        for _ in scheduler.turn():
-            pass
+            for events in scheduler.read():
+                _tell(events, ended)
+        for events in scheduler.turn():
+            _tell(events, ended)
     results = [generation.result for generation in generations]
     for result in results:
         if result.error is not None:
             raise SlmError(result.error)
     return results
+
+
+def _tell(events: Events, ended: Callable[[Generation], None] | None) -> None:
+    for generation, _ in events:
+        if ended is not None and generation.done:
+            ended(generation)

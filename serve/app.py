@@ -4,13 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from slm.core.chat import Message, chat_ids
+from slm.core.chat import chat_ids
 from slm.core.errors import SlmError
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.token_bytes import token_bytes
@@ -19,7 +18,7 @@ from slm.serve.body import read
 from slm.serve.completions import Completions, adapter_of, answer, check_size, prompts_of
 from slm.serve.docs_page import HEADERS, docs_page
 from slm.serve.errors import Refused, add_envelopes, said
-from slm.serve.formatting import ChatShape, CompletionShape, card
+from slm.serve.formatting import ChatShape, CompletionShape, ToolShape, card
 from slm.serve.middleware import Guard
 from slm.serve.openapi import body_of, describe
 from slm.serve.requests import ChatRequest, CompletionRequest
@@ -34,6 +33,7 @@ from slm.serve.responses import (
     refused,
 )
 from slm.serve.service import Service
+from slm.serve.tools import ToolUse, declared_tools, messages_of, tool_use
 from slm.version import __version__
 from slm.web.mount import mount, paths_of
 from slm.web.site import Site, server_site
@@ -133,19 +133,23 @@ def _add_completions(app: FastAPI, service: Service, chats: ThreadPoolExecutor) 
     )
     async def chat(connection: Request) -> Response:
         request = await read(connection, ChatRequest)
-        messages = [
-            Message(role="system" if each.role == "developer" else each.role, content=each.text)
-            for each in request.messages
-        ]
-        tokenize = partial(chat_ids, service.model.tokenizer, messages, service.model.stop_token_ids)
-        try:
+
+        def prepare() -> tuple[list[int], ToolUse | None]:
+            tokenizer = service.model.tokenizer
+            tools, messages = declared_tools(request), messages_of(request.messages)
             check_size(service, [message["content"] for message in messages], "messages")
-            ids = await asyncio.get_running_loop().run_in_executor(chats, tokenize)
+            in_prompt = tools if service.model.declares_tools else ()
+            ids = chat_ids(tokenizer, messages, service.model.stop_token_ids, in_prompt)
+            return ids, tool_use(request, tools, tokenizer)
+
+        try:
+            ids, used = await asyncio.get_running_loop().run_in_executor(chats, prepare)
         except SlmError as error:
             raise Refused(400, said(error), param="messages") from None
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens or request.max_tokens
-        return await answer(service, connection, Completions(request, [ids], limit, top, ChatShape()))
+        shape = ChatShape() if used is None else ToolShape(used)
+        return await answer(service, connection, Completions(request, [ids], limit, top, shape, used))
 
     @app.post(
         "/v1/completions",

@@ -21,17 +21,19 @@ from fastapi.responses import StreamingResponse
 from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter
 from slm.runtime.generation import Generation, Piece, Request, Result
+from slm.runtime.guide import Constraint
 from slm.runtime.sampling import Sampling
 from slm.runtime.token_bytes import token_bytes
-from slm.serve.constraint import Busy, JsonConstraint
+from slm.serve.constraint import Busy
 from slm.serve.engine import Closed
 from slm.serve.errors import Refused, said
 from slm.serve.events import Inbox, Post
-from slm.serve.formatting import FINISH, Shape, answer_of, choice, usage_of
+from slm.serve.formatting import Shape, answer_of, choice, finish_of, usage_of
 from slm.serve.log import record_answers
 from slm.serve.queue import Full
 from slm.serve.requests import ApiRequest
 from slm.serve.service import Service
+from slm.serve.tools import ToolUse
 
 Value = TypeVar("Value")
 
@@ -63,6 +65,7 @@ class Completions:
         new_tokens: The most new tokens of each completion; None for the server's limit.
         logprobs: The number of most likely tokens per token; None for no log-probabilities.
         shape: The JSON format.
+        tools: The tools that the completions may call; None for none.
     """
 
     request: ApiRequest
@@ -70,6 +73,7 @@ class Completions:
     new_tokens: int | None
     logprobs: int | None
     shape: Shape
+    tools: ToolUse | None = None
 
     @property
     def count(self) -> int:
@@ -83,7 +87,7 @@ class Completions:
         biases = self.count * len(request.logit_bias or ())
         return sum(map(len, self.prompts)) + sum(map(len, request.stops)) + biases
 
-    def generation(self, service: Service, index: int, constraint: JsonConstraint | None) -> Request:
+    def generation(self, service: Service, index: int, constraint: Constraint | None) -> Request:
         """Returns the request of one completion to the engine."""
         limit, count = service.limits.new_tokens, self.request.n or 1
         return Request(
@@ -94,6 +98,7 @@ class Completions:
             stop=tuple(self.request.stops),
             logprobs=self.logprobs,
             constraint=constraint,
+            shown=() if self.tools is None else self.tools.shown,
         )
 
 
@@ -134,7 +139,7 @@ async def answer(service: Service, connection: Connection, wanted: Completions) 
     adapter = adapter_of(service, request.model)
     _check_count(service, wanted.count, "n")
     _check_lengths(service, prompts)
-    constraints = await _constraints(service, request, wanted.count)
+    constraints = await _constraints(service, wanted)
     name = service.name if request.model is None else request.model
     head = {"id": shape.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": name}
     post = service.post(asyncio.get_running_loop())
@@ -234,20 +239,23 @@ def check_size(service: Service, texts: Sequence[object], param: str) -> None:
             )
 
 
-async def _constraints(service: Service, request: ApiRequest, texts: int) -> Sequence[JsonConstraint | None]:
+async def _constraints(service: Service, wanted: Completions) -> Sequence[Constraint | None]:
     """Returns the constraint of each completion."""
-    form = request.response_format
-    if form is None or form.type == "text":
+    request, texts, form = wanted.request, wanted.count, wanted.request.response_format
+    if wanted.tools is None and (form is None or form.type == "text"):
         return [None] * texts
     if request.ignore_eos:
-        raise Refused(400, "ignore_eos is not supported with a JSON schema", param="ignore_eos")
-    schema = None if form.json_schema is None else form.json_schema.schema_
+        with_what = "a JSON schema" if wanted.tools is None else "tools"
+        raise Refused(400, f"ignore_eos is not supported with {with_what}", param="ignore_eos")
     try:
+        if wanted.tools is not None:
+            return await asyncio.wrap_future(service.grammars.submit_calls(wanted.tools.replies, texts))
+        schema = None if form is None or form.json_schema is None else form.json_schema.schema_
         return await asyncio.wrap_future(service.grammars.submit(schema, texts))
     except Busy as error:
         raise _too_many(said(error), 2) from None
     except SlmError as error:
-        raise Refused(400, said(error), param="response_format") from None
+        raise Refused(400, said(error), param="response_format" if wanted.tools is None else "tools") from None
 
 
 def _check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:
@@ -290,7 +298,7 @@ def _submit(
     post: Post,
     wanted: Completions,
     adapter: Adapter | None,
-    constraints: Sequence[JsonConstraint | None],
+    constraints: Sequence[Constraint | None],
 ) -> _Submitted:
     """Submits all texts to the engine, or none."""
     inbox, texts = Inbox(), list[Generation]()
@@ -354,7 +362,8 @@ async def _whole(
     for index, result in enumerate(results):
         _check(service, result)
         told = scores[index].taken() if submitted.logprobs else None
-        choices.append(choice(index, shape.whole(result.text), FINISH[result.stopped], told))
+        content = shape.whole(result.text)
+        choices.append(choice(index, content, finish_of(result, content), told))
     return choices, results
 
 
@@ -382,15 +391,26 @@ async def _stream(
 
     own = token_bytes(service.model.tokenizer)
     scores = [shape.scores(own) for _ in submitted.texts]
+    readers = [shape.reader() for _ in submitted.texts]
+    called: set[int] = set()
 
     def written(index: int, pieces: Sequence[Piece]) -> bytes:
-        text = "".join(piece.text for piece in pieces)
+        contents = readers[index].read("".join(piece.text for piece in pieces))
+        told = None
         if submitted.logprobs:
             for piece in pieces:
                 scores[index].add(piece)
-        elif not text:
-            return b""
-        return event([choice(index, shape.part(text), None, scores[index].taken() if submitted.logprobs else None)])
+            told, contents = scores[index].taken(), contents or [shape.part("")]
+        return sent(index, contents, told)
+
+    def sent(index: int, contents: Sequence[Mapping[str, Any]], told: str | None = None) -> bytes:
+        events = []
+        for content in contents:
+            if "tool_calls" in content.get("delta", ()):
+                called.add(index)
+            events.append(event([choice(index, content, None, told)]))
+            told = None
+        return b"".join(events)
 
     ended = submitted.ended
     try:
@@ -413,7 +433,9 @@ async def _stream(
                 except Refused as refused:
                     yield b"".join(parts) + b"data: %s\n\n" % json.dumps(refused.body).encode()
                     return
-                parts.append(event([choice(index, shape.part(None), FINISH[end.stopped])]))
+                parts.append(sent(index, readers[index].finish()))
+                content = shape.part(None)
+                parts.append(event([choice(index, content, finish_of(end, content, index in called))]))
             if chunk := b"".join(parts):
                 yield chunk
             await asyncio.sleep(0)

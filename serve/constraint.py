@@ -1,4 +1,4 @@
-"""Constrains completions to a JSON schema with llguidance, which computes the allowed tokens before each step.
+"""Constrains completions with llguidance, which computes the allowed tokens before each step: to a JSON schema, or to calls.
 
 Dimensions: V vocabulary.
 """
@@ -9,9 +9,10 @@ import subprocess
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from llguidance import LLMatcher
@@ -19,7 +20,10 @@ from llguidance import LLMatcher
 from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
+from slm.runtime.guide import Constraint
 from slm.runtime.memory import Array
+from slm.runtime.token_bytes import TokenBytes, token_bytes
+from slm.serve.call_grammar import MOST_CALLS, Marks, Replies, grammar_of_replies
 from slm.serve.schema_check import Impossible, grammar_of, matcher_of, tokenizer_of
 
 # Cached schemas: their grammar, or the reason for their rejection.
@@ -30,6 +34,8 @@ _WAITING = 16
 _QUOTED = 200
 # The most characters of a schema: the library takes seconds for a megabyte.
 _LONGEST = 1 << 16
+# The most characters of the grammar of calls, which has the schemas of all tools.
+_LONGEST_CALLS = 1 << 17
 # Regular expressions are compared in pairs, so that the cost grows with the square of their number.
 _MOST_PATTERNS = 64
 # The processor time for the masks of one text: an initial budget, and an addition per token.
@@ -47,7 +53,13 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...]) -> None:
         """Stores the tokenizer; the model may have more tokens than it."""
         self._vocab_size = vocab_size
-        self._vocabulary = {"tokenizer": tokenizer.backend.to_str(), "size": vocab_size, "stops": list(stop_tokens)}
+        self._text_tokenizer = tokenizer
+        self._free: dict[tuple[str, int | None], Array] = {}
+        self._vocabulary: dict[str, Any] = {
+            "tokenizer": tokenizer.backend.to_str(),
+            "size": vocab_size,
+            "stops": list(stop_tokens),
+        }
         self._tokenizer = tokenizer_of(self._vocabulary)
         self._known: OrderedDict[str, str | Impossible] = OrderedDict()
         self._checker: subprocess.Popen[bytes] | None = None
@@ -56,7 +68,7 @@ class Grammars:
         self._counting = threading.Lock()
         self._waiting = 0
 
-    def submit(self, schema: dict[str, Any] | None, texts: int = 1) -> "Future[list[JsonConstraint]]":
+    def submit(self, schema: dict[str, Any] | None, texts: int = 1) -> "Future[Sequence[Constraint]]":
         """Starts to compile a schema, or any JSON object if None. The result has one constraint per completion.
 
         An expensive schema can take seconds. The result raises `SlmError` if the schema is invalid, too expensive or not
@@ -65,15 +77,22 @@ class Grammars:
         Raises:
             Busy: If too many schemas wait.
         """
+        return self._submit(lambda: self._constraints(schema, texts))
+
+    def _submit(self, compile: "Callable[[], Sequence[Constraint]]") -> "Future[Sequence[Constraint]]":
         with self._counting:
             if self._waiting >= _WAITING:
                 raise Busy("too many JSON schemas are waiting to be compiled", "try again in a few seconds")
             self._waiting += 1
-        future = self._compiling.submit(self._constraints, schema, texts)
+        future = self._compiling.submit(compile)
         future.add_done_callback(self._waited)  # also runs for a future that is cancelled before it starts
         return future
 
-    def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "list[JsonConstraint]":
+    def submit_calls(self, replies: Replies, texts: int = 1) -> "Future[Sequence[Constraint]]":
+        """Starts to compile the grammar of replies with calls; see `submit`."""
+        return self._submit(lambda: self._calls(replies, texts))
+
+    def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "Sequence[Constraint]":
         """Returns the result of `submit`."""
         return self.submit(schema, texts).result()
 
@@ -93,7 +112,51 @@ class Grammars:
             raise _impossible(str(error)) from None
         return [JsonConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
 
-    def _waited(self, future: "Future[list[JsonConstraint]]") -> None:
+    def _calls(self, replies: Replies, texts: int) -> "Sequence[Constraint]":
+        try:
+            for tool in replies.tools:
+                _check_patterns(tool.parameters)
+            marks = self._marks(replies)
+            grammar = grammar_of_replies(replies, marks)
+            if len(grammar) > _LONGEST_CALLS:
+                raise Impossible(
+                    f"the tools need a grammar of {len(grammar):,} characters; the limit is {_LONGEST_CALLS:,}"
+                )
+            first = self._compiled(grammar)
+        except Impossible as error:
+            raise _impossible(str(error), "the tools' parameters are") from None
+        made = [JsonConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
+        if not replies.free:
+            return made
+        opening, spelled = replies.style.opening, token_bytes(self._text_tokenizer)
+        free = self._free_text(opening, marks.tokens.get(opening))
+        return [CallConstraint(each, free, opening, replies.parallel, spelled) for each in made]
+
+    def _marks(self, replies: Replies) -> Marks:
+        """Returns the marks that are tokens which the library does not see as text."""
+        if not replies.native:
+            return Marks({})
+        tokens = {mark: self._text_tokenizer.token_id(mark) for mark in replies.style.marks}
+        return Marks({mark: i for mark, i in tokens.items() if i is not None and self._tokenizer.is_special_token(i)})
+
+    def _free_text(self, opening: str, own: int | None) -> Array:
+        """Returns the tokens that are allowed in free text, bool (V,): no control tokens, except those that end a text.
+
+        Args:
+            opening: The text that begins a call, which no other token than its own contains.
+            own: The token that begins a call, if there is one.
+        """
+        if (opening, own) not in self._free:
+            vocabulary = self._text_tokenizer.backend.get_vocab(with_added_tokens=True)
+            free = np.zeros(self._vocab_size, bool)
+            free[[i for token, i in vocabulary.items() if i < self._vocab_size and opening not in token]] = True
+            free[[i for i in self._text_tokenizer.special_ids if i < self._vocab_size]] = False
+            free[self._vocabulary["stops"] + ([] if own is None else [own])] = True
+            free.flags.writeable = False
+            self._free[opening, own] = free
+        return self._free[opening, own]
+
+    def _waited(self, future: "Future[Sequence[Constraint]]") -> None:
         with self._counting:
             self._waiting -= 1
 
@@ -180,10 +243,18 @@ def _dumped(schema: dict[str, Any]) -> str:
         raise _impossible("it has a number that is not finite") from None
     if len(dumped) > _LONGEST:
         raise _impossible(f"it has {len(dumped):,} characters; the limit is {_LONGEST:,}")
-    patterns = dumped.count('"patternProperties"')
-    if patterns and (most := _most_patterns(schema)) > _MOST_PATTERNS:
-        raise _impossible(f"an object has {most:,} patternProperties; the limit is {_MOST_PATTERNS}")
+    if '"patternProperties"' in dumped:
+        try:
+            _check_patterns(schema)
+        except Impossible as error:
+            raise _impossible(str(error)) from None
     return dumped
+
+
+def _check_patterns(schema: Any) -> None:
+    most = _most_patterns(schema)
+    if most > _MOST_PATTERNS:
+        raise Impossible(f"an object has {most:,} patternProperties; the limit is {_MOST_PATTERNS}")
 
 
 def _most_patterns(schema: Any) -> int:
@@ -200,8 +271,8 @@ def _most_patterns(schema: Any) -> int:
     return most
 
 
-def _impossible(why: str) -> SlmError:
-    return SlmError(f"the schema is not supported: {(why.splitlines() or [''])[0][:_QUOTED]}", _HINT)
+def _impossible(why: str, what: str = "the schema is") -> SlmError:
+    return SlmError(f"{what} not supported: {(why.splitlines() or [''])[0][:_QUOTED]}", _HINT)
 
 
 class JsonConstraint:
@@ -210,6 +281,21 @@ class JsonConstraint:
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._left_s = _FIRST_S
+
+    @property
+    def accepting(self) -> bool:
+        """Whether the completion may end here."""
+        return bool(self._matcher.is_accepting())
+
+    def restart(self, tokens: Sequence[int]) -> None:
+        """Begins a text anew, with tokens that were chosen already.
+
+        Raises:
+            SlmError: If the computation exceeds its budget.
+        """
+        self._matcher.reset()
+        for token in tokens:
+            self.accept(token)
 
     def allowed(self) -> Array:
         """Returns the tokens that may come next, bool (V,).
@@ -242,3 +328,62 @@ class JsonConstraint:
         self._left_s -= time.thread_time() - started
         if self._left_s < 0:
             raise _impossible("computing the allowed tokens takes too long")
+
+
+class CallConstraint:
+    """The constraint of a completion that is free text until a call begins, and after each call.
+
+    The grammar reads only what may belong to a call: the tokens since the possible beginning of an opening. In free text every
+    token is allowed that is not a control token, so that a step costs nothing there.
+    """
+
+    def __init__(
+        self, constraint: JsonConstraint, free: Array, opening: str, parallel: bool, spelled: TokenBytes
+    ) -> None:
+        """Starts a completion.
+
+        Args:
+            constraint: The constraint of text up to the end of a call.
+            free: The tokens that are allowed in free text, bool (V,).
+            opening: The text that begins a call.
+            parallel: Whether text and further calls may follow a call.
+            spelled: The bytes of tokens.
+        """
+        self._constraint, self._free, self._opening = constraint, free, opening.encode()
+        self._parallel, self._bytes = parallel, spelled
+        self._tail = b""
+        self._recent: list[int] = []  # tokens that the grammar reads once a call begins
+        self._state: Literal["free", "maybe", "call", "over"] = "free"
+        self._calls = 0
+
+    def allowed(self) -> Array:
+        """Returns the tokens that may come next; see `JsonConstraint.allowed`."""
+        return self._free if self._state == "free" else self._constraint.allowed()
+
+    def accept(self, token: int) -> bool:
+        """Consumes the chosen token; see `JsonConstraint.accept`."""
+        if self._state in ("call", "over"):
+            stopped = self._constraint.accept(token)
+            if self._state == "call" and self._constraint.accepting:
+                self._calls += 1
+                self._state = "free" if self._parallel and self._calls < MOST_CALLS else "over"
+                self._tail, self._recent = b"", []
+            return stopped and self._state == "over"
+        spelled = self._bytes[token]
+        self._tail = (self._tail + spelled)[-len(self._opening) :]
+        self._recent.append(token)
+        begins = any(self._opening.startswith(self._tail[start:]) for start in range(len(self._tail)))
+        if self._state == "maybe":
+            self._constraint.accept(token)
+        elif begins or self._opening in spelled:
+            self._constraint.restart(self._recent)
+        else:
+            self._recent = []
+            return False
+        if not self._constraint.accepting:
+            self._state = "call"
+        elif begins:
+            self._state = "maybe"
+        else:
+            self._state, self._recent = "free", []
+        return False

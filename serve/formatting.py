@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
+from slm.core.call_stream import CallPart, CallStream
 from slm.runtime.generation import Piece, Result, StopReason
 from slm.runtime.token_bytes import TokenBytes
 from slm.serve.service import Service
+from slm.serve.tools import ToolUse, written_call
 
 # OpenAI's finish reasons.
 FINISH: Mapping[StopReason, str] = {
@@ -37,6 +39,31 @@ class Scores(Protocol):
 
     def taken(self) -> str:
         """Returns the JSON of the pieces since the last call."""
+
+
+class Reader(Protocol):
+    """Turns the pieces of one reply into contents of a stream's events."""
+
+    def read(self, text: str) -> list[dict[str, Any]]:
+        """Returns the contents for the next piece of the reply."""
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Returns the contents for what was held back: the reply has ended."""
+
+
+class _Plain:
+    """Reads a reply that is text."""
+
+    def __init__(self, shape: "ChatShape | CompletionShape") -> None:
+        self._shape = shape
+
+    def read(self, text: str) -> list[dict[str, Any]]:
+        """Returns the content of an event, if there is text."""
+        return [self._shape.part(text)] if text else []
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Returns nothing: no text is held back."""
+        return []
 
 
 class ChatScores:
@@ -133,6 +160,19 @@ def _number(logprob: float | None) -> str:
     return repr(logprob) if math.isfinite(logprob) else repr(_NEVER)
 
 
+def finish_of(result: Result, content: Mapping[str, Any], called: bool = False) -> str:
+    """Returns OpenAI's finish reason of a text: tool_calls if it ended after a call.
+
+    Args:
+        result: The result of the text.
+        content: The content of its choice.
+        called: Whether earlier events had a call.
+    """
+    reason = FINISH[result.stopped]
+    called = called or "tool_calls" in content.get("message", {})
+    return "tool_calls" if called and reason == "stop" else reason
+
+
 def choice(index: int, content: Mapping[str, Any], reason: str | None = None, scores: str | None = None) -> str:
     """Returns the JSON of a choice.
 
@@ -161,6 +201,10 @@ class ChatShape:
         """Returns the content of a whole choice."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
+    def reader(self) -> Reader:
+        """Returns the reader of one reply."""
+        return _Plain(self)
+
     def opening(self) -> dict[str, Any] | None:
         """Returns the first content of a stream's choice, if there is one."""
         return {"delta": {"role": "assistant", "content": ""}}
@@ -183,6 +227,10 @@ class CompletionShape:
         """Returns the content of a whole choice."""
         return {"text": text}
 
+    def reader(self) -> Reader:
+        """Returns the reader of one completion."""
+        return _Plain(self)
+
     def opening(self) -> dict[str, Any] | None:
         """Returns the first content of a stream's choice, if there is one."""
         return None
@@ -194,6 +242,56 @@ class CompletionShape:
     def scores(self, own: TokenBytes) -> Scores:
         """Returns the formatter of one text's log-probabilities."""
         return CompletionScores(own)
+
+
+class ToolShape(ChatShape):
+    """The JSON format of chats in which the reply may call tools."""
+
+    def __init__(self, tools: ToolUse) -> None:
+        self._tools = tools
+
+    def reader(self) -> Reader:
+        """Returns the reader of one reply."""
+        return _Calls(self._tools.stream())
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """Returns the content of a whole choice."""
+        stream = self._tools.stream()
+        calls: list[dict[str, Any]] = []
+        said = ""
+        for part in (*stream.push(text), *stream.finish()):
+            if isinstance(part, str):
+                said += part
+            elif part.name:
+                calls.append(written_call(part, streamed=False))
+            else:
+                calls[part.index]["function"]["arguments"] += part.arguments
+        message = {"role": "assistant", "content": said if said or not calls else None, "refusal": None}
+        return {"message": message | ({"tool_calls": calls} if calls else {})}
+
+    def opening(self) -> dict[str, Any]:
+        """Returns the first content of a stream's choice."""
+        return {"delta": {"role": "assistant", "content": None}}
+
+
+class _Calls:
+    """Reads a reply that may call tools."""
+
+    def __init__(self, stream: CallStream) -> None:
+        self._stream = stream
+
+    def read(self, text: str) -> list[dict[str, Any]]:
+        """Returns the contents of a stream's events for the next piece of the reply."""
+        return [self._content(part) for part in self._stream.push(text)]
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Returns the contents for what was held back."""
+        return [self._content(part) for part in self._stream.finish()]
+
+    def _content(self, part: str | CallPart) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"delta": {"content": part}}
+        return {"delta": {"tool_calls": [written_call(part, streamed=True)]}}
 
 
 Shape = ChatShape | CompletionShape

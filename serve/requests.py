@@ -25,12 +25,16 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from slm.core.tool_fields import MAX_TOOLS
+
 MOST_CHOICES = 16
 MOST_STOPS = 16
 # A stop text longer than most completions never matches.
 LONGEST_STOP = 1024
 MOST_BIASES = 1024
 MOST_MESSAGES = 4096
+# Calls of one message.
+MOST_CALLS = 128
 MOST_PARTS = 1024
 # The longest context of any Gemma 3.
 MOST_IDS = 1 << 17
@@ -176,7 +180,7 @@ def _unknown(name: str, kind: "type[_Object]") -> str:
 _NAMES: dict[type[BaseModel], frozenset[str]] = {}
 
 _TEXT_ONLY = "only text is supported"
-_TOOLS = "tools and functions are not supported"
+_FUNCTIONS = "the old form of tools is not supported; use tools, tool_choice and tool_calls"
 
 
 class Part(_Object):
@@ -225,6 +229,94 @@ Content = Annotated[
 ]
 
 
+class CalledFunction(_Object):
+    """The function of a call."""
+
+    name: UnicodeText
+    arguments: UnicodeText | dict[str, Any] = Field(description="A JSON object as text; an object is accepted too.")
+
+
+class ToolCall(_Object):
+    """A call in an assistant message."""
+
+    harmless = frozenset({"index", "extra_content"})
+
+    id: UnicodeText
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
+class Function(_Object):
+    """The declaration of a function."""
+
+    name: UnicodeText
+    description: UnicodeText | None = None
+    parameters: dict[str, Any] | None = Field(None, description="The JSON schema of its arguments; none if absent.")
+    strict: bool | None = Field(
+        None, description="Calls follow the schema in either case; false ignores keywords that are not supported."
+    )
+
+
+class FunctionTool(_Object):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_function(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("type"), str) and data["type"] != "function":
+            raise wrong("only functions are supported", "type")
+        return data
+
+
+class FunctionName(_Object):
+    """The name of a function."""
+
+    name: UnicodeText
+
+
+class NamedTool(_Object):
+    """The tool that the completion must call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(_Object):
+    """A choice among some of the tools."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class SomeTools(_Object):
+    """The tools that the completion may call."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _kind_of_choice(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "[word]"
+    kind = value.get("type") if isinstance(value, dict) else None
+    return {"function": "[named]", "allowed_tools": "[some]"}.get(kind) if isinstance(kind, str) else None
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("[word]")]
+    | Annotated[NamedTool, Tag("[named]")]
+    | Annotated[SomeTools, Tag("[some]")],
+    Discriminator(
+        _kind_of_choice,
+        custom_error_type="tool_choice_type",
+        custom_error_message="must be auto, none, required, a function or allowed_tools",
+    ),
+]
+
+
 class ChatMessage(_Object):
     """A message of a conversation. Accepts the fields that the official clients add to a returned message."""
 
@@ -233,9 +325,7 @@ class ChatMessage(_Object):
         | {"provider_specific_fields", "thinking_blocks", "weight", "created", "status", "cache_control"}
     )
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "tool_calls": Unsupported(_TOOLS, ([],)),
-        "function_call": Unsupported(_TOOLS),
-        "tool_call_id": Unsupported(_TOOLS),
+        "function_call": Unsupported(_FUNCTIONS),
         "audio": Unsupported(_TEXT_ONLY),
         "images": Unsupported(_TEXT_ONLY, ([],)),
         "prefix": Unsupported("continuing a message is not supported", (False,)),
@@ -245,21 +335,31 @@ class ChatMessage(_Object):
         {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
     )
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = Field(None, description="Required, except in an assistant message without text.")
     refusal: UnicodeText | None = Field(None, description="Text of an assistant message without content.")
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_CALLS, fail_fast=True)] | None = Field(
+        None, description="Calls of an assistant message."
+    )
+    tool_call_id: UnicodeText | None = Field(None, description="The id of the call whose result a tool message has.")
 
     @model_validator(mode="before")
     @classmethod
-    def _no_tools(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("role") in ("tool", "function"):
-            raise wrong(_TOOLS, "role")
+    def _no_functions(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("role") == "function":
+            raise wrong(_FUNCTIONS, "role")
         return data
 
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
             raise wrong("Field required", "content", "missing_text")
+        if self.tool_calls and self.role != "assistant":
+            raise wrong("only a message of the role assistant has calls", "tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise wrong("only a message of the role tool has the result of a call", "tool_call_id")
+        if self.tool_call_id is None and self.role == "tool":
+            raise wrong("Field required", "tool_call_id", "missing_text")
         return self
 
     @property
@@ -380,7 +480,6 @@ class ChatRequest(ApiRequest):
     """A conversation to continue with a message."""
 
     harmless = ApiRequest.harmless | {
-        "parallel_tool_calls",
         "prediction",
         "reasoning_effort",
         "verbosity",
@@ -388,10 +487,8 @@ class ChatRequest(ApiRequest):
     }
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **ApiRequest.unsupported,
-        "tools": Unsupported(_TOOLS, ([],)),
-        "tool_choice": Unsupported(_TOOLS, ("none", "auto")),
-        "functions": Unsupported(_TOOLS, ([],)),
-        "function_call": Unsupported(_TOOLS, ("none", "auto")),
+        "functions": Unsupported(_FUNCTIONS, ([],)),
+        "function_call": Unsupported(_FUNCTIONS, ("none", "auto")),
         "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
         "audio": Unsupported(_TEXT_ONLY),
         "web_search_options": Unsupported("web search is not supported"),
@@ -407,6 +504,11 @@ class ChatRequest(ApiRequest):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_tokens: Limit | None = Field(None, description="The most new tokens, up to the server's limit.")
     max_completion_tokens: Limit | None = Field(None, description="OpenAI's current name of max_tokens.")
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="Functions that the completion may call."
+    )
+    tool_choice: ToolChoice | None = Field(None, description="auto if absent; requires tools, unless none or auto.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether there may be several calls; true if absent.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), INTEGRAL] | None = None
 

@@ -65,7 +65,7 @@ class Usage(_Reply):
     prompt_tokens_details: PromptDetails
 
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class LikelyToken(_Reply):
@@ -89,12 +89,28 @@ class ChatLogprobs(_Reply):
     refusal: None = None
 
 
+class CalledFunction(_Reply):
+    """The function of a call."""
+
+    name: str
+    arguments: str
+
+
+class AnswerCall(_Reply):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatAnswer(_Reply):
     """The generated message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[AnswerCall] | None = None
 
 
 class ChatChoice(_Reply):

@@ -5,8 +5,8 @@ into the library cannot be interrupted. Here each schema is compiled in a forked
 processor time or memory. The server then compiles only schemas that passed. The process imports as little as possible, so
 that forks are cheap.
 
-Input: a line with the vocabulary, then a line for each schema. Output: a line for each schema, with the error or null. All
-lines are JSON.
+Input: a line with the vocabulary, then a line for each schema or grammar. Output: a line for each of them, with the error or
+null. All lines are JSON.
 """
 
 import json
@@ -32,6 +32,8 @@ _MOST_SAID = 500
 MAX_BYTES = 64 << 20
 # The limit for each mask of a text: about 20 ms with 262,144 tokens. Verbose errors would quote the text.
 LIMITS = LLParserLimits(max_lexer_states=25_000, step_lexer_fuel=50_000, step_max_items=20_000, verbose_errors=False)
+# The first line of a grammar in llguidance's dialect of Lark, which tells it from a JSON schema.
+GRAMMAR = "%llguidance {}"
 _TOO_MUCH = f"it takes more than {MAX_SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile"
 
 
@@ -45,13 +47,17 @@ def tokenizer_of(vocabulary: dict[str, Any]) -> LLTokenizer:
 
 
 def grammar_of(schema: str) -> str:
-    """Returns the grammar of a JSON schema.
+    """Returns llguidance's grammar of a JSON schema, or of a grammar that begins with `GRAMMAR`.
 
     Raises:
         Impossible: If it is not a schema.
     """
+    grammar: str
+    if schema.startswith(GRAMMAR):
+        grammar = LLMatcher.grammar_from_lark(schema)
+        return grammar
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
     except ValueError as error:
         raise Impossible(str(error)) from None
     return grammar

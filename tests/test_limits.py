@@ -18,8 +18,9 @@ from slm.core import (
     tokenizer_rules,
 )
 from slm.core.machine import MAX_THREADS
+from slm.core.metrics import objects
 from slm.core.text import csv_rows, files, parquet_rows, streams
-from slm.finetune import rows
+from slm.finetune import rows, task
 from slm.runtime import evaluate
 from slm.serve import body, connections, constraint, middleware, requests, schema_check
 from slm.serve.service import Limits
@@ -36,6 +37,8 @@ def mib(number: int) -> str:
     [
         ("a row, a cell, a document", [mib(streams.DOCUMENT_BYTES)]),
         ("the rows of `slm finetune` together", [mib(rows.DATA_BYTES)]),
+        ("choices of a row", [f"{task._MOST_CHOICES:,}; {task._MOST_DISTINCT}"]),
+        ("nesting of JSON that is compared", [f"{objects._DEEPEST} levels"]),
         ("wrong rows", [f"{rows._MOST_BAD:,}"]),
         ("decoding Parquet", [mib(parquet_rows._DECODING_BYTES)]),
         ("columns of a table", [f"{csv_rows.MOST_COLUMNS:,}"]),

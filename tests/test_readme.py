@@ -15,7 +15,7 @@ import pytest
 from slm.cli.main import cli
 from slm.core import sample
 from slm.finetune import settings
-from slm.train import recipe
+from slm.train import closing, recipe, review, run  # noqa: F401  # import what `cut_short` patches before it does
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SHORT = (
@@ -206,7 +206,7 @@ def test_every_command_of_the_documents_is_accepted() -> None:
 
 @pytest.mark.usefixtures("nothing_is_looked_for")
 @pytest.mark.parametrize(
-    "line", ["slm eval of a model", "slm export --int8", "slm data info", "torchrun -m slm train --lora"]
+    "line", ["slm info of a model", "slm export --int8", "slm data info", "torchrun -m slm train --lora"]
 )
 def test_what_is_no_command_is_noticed(line: str) -> None:
     """The control."""

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,19 @@ from slm.cli.console import print_json, say, say_error
 from slm.cli.following import after_checkpoint, next_step, slm_command
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, TextOptions, generation_options, listen, say_backend, utf8
+from slm.core.call_stream import CallStream
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import INFO_FILE, read_info
 from slm.core.errors import SlmError
 from slm.core.files import read_text, write_text
 from slm.core.machine import return_freed_memory
 from slm.core.manifest import Bundle, is_bundle
+from slm.core.tool_fields import openai_messages
+from slm.core.tools import arguments_text
 
 if TYPE_CHECKING:
     from slm.runtime.chat import Chat
+    from slm.runtime.functions import Toolbox
     from slm.runtime.generation import Piece
     from slm.runtime.options import GenerationOptions
     from slm.runtime.streaming import Stream
@@ -45,9 +50,15 @@ class _Quit(Exception):
 @click.command(cls=Sections)
 @click.argument("model", type=Artifact(), required=False)
 @click.option("--system", default="", metavar="TEXT", help="System message.")
+@click.option(
+    "--tools",
+    type=click.Path(path_type=Path),
+    metavar="FILE.py|FILE.json",
+    help="Tools that the model may call: the functions of a .py file, which is executed, or declarations in JSON.",
+)
 @json_option
 @generation_options
-def chat(model: Path | None, system: str, as_json: bool, options: TextOptions) -> None:
+def chat(model: Path | None, system: str, tools: Path | None, as_json: bool, options: TextOptions) -> None:
     """Chat with a bundle (onnxruntime) or a checkpoint (PyTorch) that was fine-tuned on conversations.
 
     Without MODEL, uses the newest finished model under ./runs, or the bundled demo model if there is none. Every request
@@ -56,15 +67,19 @@ def chat(model: Path | None, system: str, as_json: bool, options: TextOptions) -
     conversation; pressed twice at the prompt it ends the conversation, as Ctrl-D does. From a pipe every line is a turn; with
     --json every answer is one object.
 
+    With --tools the model may call tools. The functions of a .py file need type hints and docstrings; their calls are made, and
+    the model reads the results. For declarations in JSON (OpenAI's list of tools) the next lines are the results.
+
     \b
       slm chat runs/tiny/onnx-int8
       slm chat --system "Be brief." --temperature 0.3
       printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
+      slm chat --tools home.py
     """
-    converse(model, system, as_json, options)
+    converse(model, system, as_json, options, tools)
 
 
-def converse(model: Path | None, system: str, as_json: bool, options: TextOptions) -> None:
+def converse(model: Path | None, system: str, as_json: bool, options: TextOptions, tools: Path | None = None) -> None:
     """Talks with a model until the input ends.
 
     Args:
@@ -72,11 +87,14 @@ def converse(model: Path | None, system: str, as_json: bool, options: TextOption
         system: The system message.
         as_json: Whether each answer is printed as a JSON object.
         options: The options for running the model and sampling.
+        tools: A file of tools that the model may call; None for none.
     """
     from slm.loading import load
     from slm.runtime.chat import Chat
+    from slm.runtime.functions import Toolbox, load_tools
 
     return_freed_memory()
+    box = None if tools is None else load_tools(tools.expanduser())
     path = model or default_model()
     loaded = load(path, adapter=options.adapter, **options.loading)
     say_backend(path, loaded.decoder, options.loading)
@@ -86,10 +104,10 @@ def converse(model: Path | None, system: str, as_json: bool, options: TextOption
         )
     generation: GenerationOptions = {**options.generation}
     seed = generation.pop("seed")  # the conversation's: each answer has its own
-    conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=options.draft)
+    conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=options.draft, tools=box)
     if generation["temperature"] > 0:
         say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
-    talk = _Talk(conversation, generation, as_json)
+    talk = _Talk(conversation, generation, as_json, box or Toolbox())
     with suppress(_Quit):
         if sys.stdin.isatty():
             _read_terminal(talk)
@@ -122,7 +140,7 @@ def _read_terminal(talk: "_Talk") -> None:
     while True:
         try:
             answering = False
-            line = input("> ")
+            line = input(talk.prompt)
             answering, again = True, False
             talk.hear(line)
         except EOFError:
@@ -154,8 +172,15 @@ def _piped() -> Iterator[str]:
 class _Talk:
     """Processes lines and shows the answers."""
 
-    def __init__(self, chat: "Chat", options: "GenerationOptions", as_json: bool) -> None:
-        self._chat, self._options, self._as_json = chat, options, as_json
+    def __init__(self, chat: "Chat", options: "GenerationOptions", as_json: bool, box: "Toolbox") -> None:
+        self._chat, self._options, self._as_json, self._box = chat, options, as_json, box
+        self._results: list[str] = []  # of the calls of the last answer, as far as they are known
+        self._rounds = 0
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the next line: the name of a tool whose result it is."""
+        return f"result of {self._chat.calls[len(self._results)].name}> " if self._chat.calls else "> "
 
     def hear(self, line: str) -> None:
         """Processes a line: a command, or a message.
@@ -164,7 +189,8 @@ class _Talk:
             SlmError: If the command is unknown, or there is no answer.
             KeyboardInterrupt: If Ctrl-C ended the answer. The generated part is in the conversation then.
         """
-        if not utf8(line, "line").strip():
+        waits = bool(self._chat.calls)
+        if not utf8(line, "line").strip() and not waits:
             return
         if line.startswith("//"):
             line = line[1:]
@@ -172,6 +198,11 @@ class _Talk:
             name, _, rest = line.strip().partition(" ")
             self._command(name, rest.strip())
             return
+        if waits:
+            self._results.append(line)
+            self._continue()
+            return
+        self._rounds = 0
         self._answer(lambda: self._chat.pieces(line, **self._options))
 
     def _command(self, name: str, rest: str) -> None:
@@ -180,9 +211,11 @@ class _Talk:
                 for command, what in _COMMANDS.items():
                     say(f"{command:14} {what}")
             case "/reset":
+                self._results = []
                 self._chat.reset()
                 say("the conversation is empty")
             case "/system":
+                self._results = []
                 self._chat.reset(rest)
                 say("a new conversation" + (f", system message: {rest}" if rest else ""))
             case "/retry":
@@ -200,15 +233,19 @@ class _Talk:
         if self._chat.forgotten > forgotten:
             say(f"the context is full: exchanges dropped so far: {self._chat.forgotten}")
         with closing(answer):
-            made, interrupted = listen(answer, show=not self._as_json)
+            made, interrupted = listen(self._visible(answer) if self._box.tools else answer, show=not self._as_json)
         text, result = "".join(piece.text for piece in made), answer.result
+        calls = self._chat.calls
         if not self._as_json:
             click.echo()
         else:
-            shown = {} if result.seed is None else {"seed": self._chat.seed}  # reproduces the conversation
-            print_json({"text": text} | figures(result) | shown)
+            shown: dict[str, Any] = (
+                {} if result.seed is None else {"seed": self._chat.seed}
+            )  # reproduces the conversation
+            made_calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
+            print_json({"text": text} | ({"calls": made_calls} if self._box.tools else {}) | figures(result) | shown)
             sys.stdout.flush()
-        if not text.strip():
+        if not text.strip() and not calls:
             say("the answer is empty, and the question was dropped")
         if interrupted:
             raise KeyboardInterrupt
@@ -217,6 +254,41 @@ class _Talk:
                 f"cut after {len(result.tokens)} tokens: "
                 + ("--max-new-tokens" if result.stopped == "length" else "the context is full")
             )
+        for call in calls:
+            say(f"call: {call.name} {arguments_text(call)}")
+        if calls:
+            self._results = []
+            self._continue()
+
+    def _continue(self) -> None:
+        """Makes calls of functions, and continues the answer when each call has a result."""
+        from slm.runtime.chat import MOST_ROUNDS
+
+        calls = self._chat.calls
+        while len(self._results) < len(calls) and calls[len(self._results)].name in self._box.functions:
+            call = calls[len(self._results)]
+            self._results.append(self._box.functions[call.name].result(call))
+            say(f"result of {call.name}: {self._results[-1]}")
+        if len(self._results) < len(calls):
+            return
+        results, self._results = self._results, []
+        self._rounds += 1
+        if self._rounds > MOST_ROUNDS:
+            self._chat.abandon()
+            say(f"the model called tools {MOST_ROUNDS} times without an answer, and the question was dropped")
+            return
+        self._answer(lambda: self._chat.result_pieces(results, **self._options))
+
+    def _visible(self, answer: "Stream[Piece]") -> "Iterator[Piece]":
+        """Yields the pieces of an answer without the text of calls."""
+        from slm.runtime.generation import Piece
+
+        stream = CallStream(self._chat.style)
+        for piece in answer:
+            yield replace(piece, text="".join(part for part in stream.push(piece.text) if isinstance(part, str)))
+        rest = "".join(part for part in stream.finish() if isinstance(part, str))
+        if rest:
+            yield Piece(rest)
 
     def _save(self, name: str) -> None:
         if not name:
@@ -226,7 +298,12 @@ class _Talk:
         path = Path(name).expanduser()
         before = read_text(path, "the file to append to") if path.exists() else ""
         # The weight 0 of OpenAI's format excludes an interrupted answer from the loss.
-        messages = [m | ({"weight": 0} if self._chat.was_interrupted(m) else {}) for m in self._chat.messages]
-        row = json.dumps({"messages": messages}, ensure_ascii=False)
+        whole = self._chat.messages[:-1] if self._chat.calls else self._chat.messages
+        messages = [
+            row | ({"weight": 0} if self._chat.was_interrupted(message) else {})
+            for row, message in zip(openai_messages(whole), whole, strict=True)
+        ]
+        tools = {"tools": [tool.declaration for tool in self._box.tools]} if self._box.tools else {}
+        row = json.dumps({"messages": messages} | tools, ensure_ascii=False)
         write_text(path, before + ("\n" if before and not before.endswith("\n") else "") + row + "\n")
         say(f"appended to {path}")

@@ -108,10 +108,12 @@ class _Chain:
     def finetune(self) -> None:
         """Fine-tunes the checkpoint to a LoRA adapter."""
         from slm.core import sample
+        from slm.finetune.preparation import RowFiles
         from slm.finetune.run import finetune
 
         self.adapter = self.out / "adapters" / "pairs"
-        result = finetune(self.checkpoint, sample.pairs_path(), self.adapter, progress=self.progress, samples=0)
+        rows = RowFiles(sample.pairs_path(), hold_out=0.1)
+        result = finetune(self.checkpoint, rows, self.adapter, progress=self.progress, samples=0)
         self._row(
             "finetune",
             f"LoRA adapter of {result.trainable_parameters:,} parameters from {result.rows} instructions",

@@ -11,7 +11,7 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.console import RichProgress, print_json, print_table, say
-from slm.cli.following import after_model, next_step
+from slm.cli.following import after_adapter, after_model, next_step
 from slm.cli.options import (
     Artifact,
     FilePath,
@@ -25,8 +25,11 @@ from slm.cli.options import (
     trust_option,
 )
 from slm.cli.sampling import warn_of_conversions
+from slm.cli.task_run import RowLimits, RowOptions, compare, task_options
+from slm.core.artifacts import kind_of
 from slm.core.errors import SlmError
 from slm.core.install import install_hint
+from slm.core.outputs import check_output
 from slm.core.sample import validation_path
 from slm.core.text.documents import TEXT_COLUMN, read_documents, text_files
 from slm.core.text.streams import DOCUMENT_BYTES
@@ -59,7 +62,7 @@ class ProtocolOptions:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Tasks of lm-evaluation-harness."""
+    """Tasks of lm-evaluation-harness, and how many examples to take of them or of --task."""
 
     tasks: str | None
     limit: int | None
@@ -81,7 +84,7 @@ class ModelOptions:
 
 
 @click.command(name="eval")
-@click.argument("model", type=Artifact(), required=False)
+@click.argument("models", metavar="[MODEL]...", type=Artifact(adapters=True), nargs=-1)
 @click.option(
     "--data",
     multiple=True,
@@ -122,7 +125,8 @@ class ModelOptions:
     help="Tasks of lm-evaluation-harness, or YAML files that define a task. Such a file can run Python: use only files that "
     "you trust.",
 )
-@click.option("--limit", type=Whole(1), metavar="N", help="Examples per task. [default: all]")
+@click.option("--limit", type=Whole(1), metavar="N", help="Examples per task, or rows of --task. [default: all]")
+@task_options
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @threads_option
 @trust_option
@@ -131,34 +135,38 @@ class ModelOptions:
 @collects("text", TextOptions)
 @collects("protocol", ProtocolOptions)
 @collects("tasks", TaskOptions)
+@collects("rows", RowOptions)
 @collects("loading", ModelOptions)
 def eval(
-    model: Path | None,
+    models: tuple[Path, ...],
     text: TextOptions,
     protocol: ProtocolOptions,
     tasks: TaskOptions,
+    rows: RowOptions,
     loading: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Evaluate a checkpoint (PyTorch) or a bundle (onnxruntime) on text or on tasks.
+    """Evaluate checkpoints (PyTorch) and bundles (onnxruntime) on text, on a task's rows, or on tasks of a harness.
 
     Without MODEL, evaluates the newest finished model under ./runs, or the bundled demo model if there is none. With --tasks
-    and without --data, runs only the tasks.
+    and without --data, runs only the tasks. With --task, compares any number of models and adapters on rows of requests and
+    expected replies, and writes report.html; --min makes it a check.
 
     \b
       slm eval
       slm eval runs/tiny/checkpoint/best --data valid.txt --json
       slm eval runs/tiny/onnx-int8 --protocol windows     the figure in metrics.jsonl, for the same text
       slm eval --tasks lambada_openai,hellaswag --limit 200
+      slm eval runs/tiny/onnx runs/tiny/onnx-int8 --task rows.jsonl --metric exact --min 90%
 
     docs/evaluation.md has the formulas, and says which figures are comparable.
     """
-    from slm.loading import load
-
-    _check(protocol, tasks)
+    _check(models, text, protocol, tasks, rows)
+    if rows.task is not None:
+        _compare(models, rows, RowLimits(tasks.limit, text.max_document_bytes), loading, as_json)
+        return
     documents = None if tasks.names and not text.data else _Text(text)
-    path = model or default_model()
-    loaded = load(path, **asdict(loading))
+    path, loaded = _load(models[0] if models else default_model(), loading)
     say(f"{path}: {loaded.decoder.description}")
     warn_of_conversions(loaded.decoder, loading.device)
     report: dict[str, Any] = {"model": str(path), "backend": loaded.decoder.description}
@@ -172,22 +180,82 @@ def eval(
         report["tasks"] = _run_tasks(loaded, tasks)
         if not as_json:
             _print_tasks(path, report["tasks"])
-    following = after_model(path)
+    following = _after(path)
     if as_json:
         print_json(report | {"next": following})
     else:
         next_step(following)
 
 
-def _check(protocol: ProtocolOptions, tasks: TaskOptions) -> None:
+def _check(
+    models: tuple[Path, ...], text: TextOptions, protocol: ProtocolOptions, tasks: TaskOptions, rows: RowOptions
+) -> None:
+    if rows.task is not None:
+        given = (
+            text.data,
+            text.column,
+            protocol.protocol != "documents",
+            protocol.context,
+            protocol.stride,
+            protocol.tokens,
+        )
+        if tasks.tasks is not None or any(given):
+            raise click.UsageError("--task is evaluated alone: omit --data, --tasks and the options of a text")
+        return
+    if len(models) > 1:
+        raise click.UsageError("several models require --task")
+    if rows.unused:
+        raise click.UsageError(f"{rows.unused[0]} requires --task")
     if protocol.stride is not None and protocol.protocol == "windows":
         raise click.UsageError("windows do not overlap: use --stride with --protocol documents")
     if tasks.tasks is not None and not tasks.names:
         raise click.UsageError("--tasks is empty")
     if tasks.limit is not None and not tasks.names:
-        raise click.UsageError("--limit applies to --tasks; use --tokens for text")
+        raise click.UsageError("--limit applies to --tasks and --task; use --tokens for text")
     if tasks.names and find_spec("lm_eval") is None:
         raise SlmError("--tasks needs lm-evaluation-harness, which is not installed", install_hint("eval"))
+
+
+def _load(path: Path, loading: ModelOptions) -> "tuple[Path, Model]":
+    """Returns a model and its path; for an adapter, its base with the adapter."""
+    from slm.loading import load
+
+    if kind_of(path) != "adapter":
+        return path, load(path, **asdict(loading))
+    from slm.cli.commands.export import base_of
+
+    return path, load(base_of(path), adapter=path, **asdict(loading))
+
+
+def _compare(
+    models: tuple[Path, ...], rows: RowOptions, limits: RowLimits, loading: ModelOptions, as_json: bool
+) -> None:
+    """Compares models on the rows of a task, and writes the report.
+
+    Raises:
+        SlmError: If a model scores less than --min, after the report was written.
+    """
+    from slm.cli.task_results import FILES, PAGE_FILE, as_dict, below_limit, print_results, write_report
+
+    check_output(rows.directory, FILES)
+    compared = compare(models or (default_model(),), rows, limits, asdict(loading))
+    write_report(rows.directory, compared)
+    page = rows.directory / PAGE_FILE
+    following = {} if compared.failed else {"next": _after(compared.best.path)}
+    if as_json:
+        print_json(as_dict(compared, rows=False) | {"report": str(page)} | following)
+    else:
+        print_results(compared)
+        say(f"report: {page}")
+    if compared.failed:
+        raise SlmError(below_limit(compared), f"{page} has the worst replies")
+    if not as_json:
+        next_step(following["next"])
+
+
+def _after(path: Path) -> str:
+    """Returns the next command for a model or an adapter."""
+    return after_adapter(path) if kind_of(path) == "adapter" else after_model(path)
 
 
 def _run_tasks(model: "Model", tasks: TaskOptions) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from slm.cli.options import (
     Artifact,
     ByteCount,
     FilePath,
+    Percentage,
     Real,
     Whole,
     check_input,
@@ -49,6 +50,7 @@ class RowOptions:
     lora: Path | None
     full: Path | None
     validation: Path | None
+    hold_out: float | None
     skip_bad: bool
     max_document_bytes: int | None
     max_data_bytes: int | None
@@ -71,7 +73,7 @@ class RowOptions:
         from slm.finetune.rows import Limits
 
         limits = Limits.checked(self.max_document_bytes, self.max_data_bytes)
-        return RowFiles(self.data, self.validation, self.skip_bad, limits)
+        return RowFiles(self.data, self.validation, self.hold_out, self.skip_bad, limits)
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,11 @@ class TrainingOptions:
     epochs: int | None
     patience: int
     keep: str
-    batch_size: int
+    batch_size: int | None
     pack: bool
     max_length: int | None
     qat: str | None
+    beta: float
     seed: int
 
     def settings(self, method: str) -> "FinetuneSettings":
@@ -128,7 +131,13 @@ class TrainingOptions:
     "validation",
     type=_FILE,
     metavar="FILE",
-    help="Held-out rows, on which the loss is measured. [default: a tenth of FILE's rows, drawn with the seed]",
+    help="Held-out rows, on which the loss is measured.",
+)
+@click.option(
+    "--hold-out",
+    type=Percentage(),
+    metavar="SHARE",
+    help="Share of FILE's rows to hold out, drawn with the seed, such as 20%. [default: 10%; none of fewer than 200 rows]",
 )
 @click.option("--skip-bad", is_flag=True, help="Skip and count bad rows instead of failing.")
 @out_option_for("adapter, or the run with --full", "RUN/adapters/FILE, or runs/RUN-FILE")
@@ -174,7 +183,7 @@ class TrainingOptions:
     show_default=True,
     help="Keep the epoch with the lowest held-out loss, or the last one.",
 )
-@click.option("--batch-size", type=Whole(1, 65_536), default=8, show_default=True, help="Rows per update.")
+@click.option("--batch-size", type=Whole(1, 65_536), help="Rows per update. [default: 8, or 4 for fewer than 200 rows]")
 @click.option(
     "--pack",
     is_flag=True,
@@ -201,6 +210,13 @@ class TrainingOptions:
     help="Number of held-out rows to answer at the end.",
 )
 @qat_option
+@click.option(
+    "--beta",
+    type=Real(0, 100, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="For rows with chosen and rejected: higher values keep the model nearer to the base.",
+)
 @seed_option
 @json_option
 @collects("rows", RowOptions)
@@ -219,6 +235,7 @@ def finetune(
       {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}
       {"instruction": "Name a colour.", "output": "Blue."}       with "input" if it needs one
       {"prompt": "The sky is", "completion": " blue."}
+      {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}     trained with DPO, against the base
       {"text": "Once upon a time there was a blue sky."}
 
     The loss covers every assistant turn (unless its "weight" is 0), the output, the completion or the whole text, and the
@@ -252,6 +269,8 @@ def _check(rows: RowOptions, output: OutputOptions, training: TrainingOptions) -
         click.UsageError: If options contradict each other.
         SlmError: If a file is missing or unreadable.
     """
+    if rows.validation is not None and rows.hold_out is not None:
+        raise click.UsageError("give --val FILE or --hold-out SHARE, not both")
     data, source = rows.data, click.get_current_context().get_parameter_source
     if output.out is not None and output.name is not None:
         raise click.UsageError("give --out DIR or --name NAME, not both")
@@ -293,9 +312,13 @@ def _show(samples: "Sequence[Sample]") -> None:
 def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     held_out = result["validation_rows"]
     measured = f"on {held_out} rows held out" if held_out else "on the training rows"
+    before, after = result["preferred_before"], result["preferred_after"]
+    unit = "token" if after is None else "pair"
+    preferred = [] if after is None else [("chosen answer likelier", f"{before:.1%} -> {after:.1%} {measured}")]
     bad = f", {result['bad']} bad" if result["bad"] else ""
     return [
-        ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a token {measured}"),
+        ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a {unit} {measured}"),
+        *preferred,
         ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),
         ("learned tokens", f"{result['trained_tokens']:,} an epoch"),
         ("kept", f"epoch {result['kept_epoch']} of {result['epochs']}, {_why(result, keep)}"),

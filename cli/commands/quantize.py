@@ -19,12 +19,13 @@ from slm.cli.options import (
     json_option,
     out_option_for,
 )
-from slm.cli.quantize_options import SettingOptions, Share, TextOptions
+from slm.cli.quantize_options import SettingOptions, Share, TaskOptions, TextOptions
 from slm.cli.quantize_report import print_report, print_sweep
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, sealed_files
 from slm.core.outputs import check_output
-from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
+from slm.core.task import METRICS
+from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS
 
 
 @click.command(epilog=REPLACING)
@@ -59,8 +60,8 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
 )
 @click.option("--smooth/--no-smooth", default=None, help="Smooth activations first. [default: if it measures better]")
 @click.option("--head-bits", type=click.Choice(["4", "8"]),
-              help="With --int4: bits of token embeddings and head. [default: 8; 4 with --prefer size; chosen with "
-                   "--target-size or --max-kl]")  # fmt: skip
+              help="With --int4: bits of token embeddings and head; with 4, frequent tokens keep 8. [default: 8; 4 with "
+                   "--prefer size; chosen with --target-size or --max-kl]")  # fmt: skip
 @click.option(
     "--target-size", type=ByteCount("MB"), metavar="SIZE", help="With --int4: limit of the model's size, such as 110MB."
 )
@@ -92,16 +93,31 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_KL_NATS
                    f"[default: {MAX_KL_NATS['int8']}; {MAX_KL_NATS['int4']} for --int4]")  # fmt: skip
 @click.option("--max-ppl-increase", type=Share(), metavar="SHARE",
               help="Limit of the increase of perplexity, such as 2%.")  # fmt: skip
+@click.option("--task", type=FilePath(), metavar="ROWS",
+              help="Held-out rows that slm finetune reads: also compare the replies to them.")  # fmt: skip
+@click.option("--metric", type=click.Choice(METRICS), help="With --task: score of a reply. [default: by the rows]")
+@click.option("--max-drop", type=Share(), metavar="SHARE",
+              help=f"With --task: limit of the score's decrease, such as 1% (a point). [default: {MAX_DROP:.0%}]")  # fmt: skip
+@click.option("--limit", type=Whole(1), metavar="N", help="With --task: number of rows to use. [default: all]")
 @out_option_for("bundle", "BUNDLE-int8, BUNDLE-int4 and so on")
 @json_option
 @collects("options", SettingOptions)
 @collects("texts", TextOptions)
-def quantize(bundle: Path | None, options: SettingOptions, texts: TextOptions, out: Path | None, as_json: bool) -> None:
+@collects("task", TaskOptions)
+def quantize(
+    bundle: Path | None,
+    options: SettingOptions,
+    texts: TextOptions,
+    task: TaskOptions,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Quantize a float32 bundle, or a float16 bundle for CUDA, and check its quality.
 
     The default BUNDLE is the newest float32 bundle in ./runs. Settings are chosen on a calibration text, and quality is
-    measured on a held-out text. If the KL divergence is above --max-kl, nothing is written. The bundle contains a
-    report.json and a report.html. A model that was trained with --qat keeps its weights.
+    measured on a held-out text. If the KL divergence is above --max-kl, nothing is written. With --task, the same holds if
+    the score of the replies falls by more than --max-drop. The bundle contains a report.json and a report.html. A model that
+    was trained with --qat keeps its weights.
 
     \b
       slm quantize --int8
@@ -109,11 +125,14 @@ def quantize(bundle: Path | None, options: SettingOptions, texts: TextOptions, o
       slm quantize --int8 --head halves           # reads half of the table; try slm bench
       slm quantize --int4 --target-size 110MB
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
+      slm quantize --int8 --task rows.jsonl --max-drop 1%
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
       slm quantize --int4 runs/tiny/onnx-cuda     # from slm export --onnx --device cuda
 
     docs/quantization.md compares the settings.
     """
+    if options.sweep and task.task is not None:
+        raise SlmError("--sweep does not support --task", "omit --task, or quantize with one setting")
     bundle = bundle or default_bundle(to_quantize=True)
     target = out or bundle.with_name(f"{bundle.name}-{options.ending}")
     if target.resolve() == bundle.resolve():
@@ -139,5 +158,5 @@ def quantize(bundle: Path | None, options: SettingOptions, texts: TextOptions, o
     check_source(source, settings)
     if source.manifest.device != "cpu":
         say("Quality is measured on the CPU.")
-    made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text)
+    made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text, task.check(source))
     print_report(made, report, as_json)

@@ -3,6 +3,8 @@
 Dimensions: N output channels, K input channels.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from slm.core.manifest import Scheme
@@ -12,13 +14,20 @@ from slm.export.graph.builder import Array
 QUANTIZED, SCALE, ZERO_POINTS = "weight_quantized", "weight_scale", "weight_zero_points"
 # The names of a table in halves, which also has scales.
 UPPER, LOWER, SHIFT = "weight_upper", "weight_lower", "weight_shift"
+# The names of the rows of frequent tokens (`slm.export.graph.frequent`).
+FREQUENT_IDS, FREQUENT_QUANTIZED, FREQUENT_SCALE = "frequent_ids", "frequent_quantized", "frequent_scale"
+
+# The number of rows that are dequantized at a time. Unpacked integers of a whole table take a quarter of its memory.
+_CHUNK_ROWS = 1 << 13
 
 
 def parts_of(scheme: Scheme) -> tuple[str, ...]:
     """Returns the names of a quantized weight's tensors."""
     if scheme.halves:
         return UPPER, LOWER, SCALE, SHIFT
-    return (QUANTIZED, SCALE, ZERO_POINTS) if scheme.zero_points else (QUANTIZED, SCALE)
+    points = (ZERO_POINTS,) if scheme.zero_points else ()
+    frequent = (FREQUENT_IDS, FREQUENT_QUANTIZED, FREQUENT_SCALE) if scheme.frequent else ()
+    return (QUANTIZED, SCALE, *points, *frequent)
 
 
 def pack(integers: Array, bits: int) -> Array:
@@ -55,13 +64,29 @@ def dequantize(quantized: Array, scale: Array, zero_points: Array | None, scheme
         return quantized.T.astype(np.float32) * scale[:, None]
     if quantized.ndim == 2:
         return _of_portable(quantized, scale, zero_points)
-    integers = unpack(quantized, scheme.bits, scheme.block_size).astype(np.float32)  # (N, blocks, block)
-    if zero_points is None:
-        integers -= 1 << (scheme.bits - 1)
-    else:
-        integers -= unpack(zero_points, scheme.bits, scale.shape[1])[..., None].astype(np.float32)
-    integers *= scale[..., None]
-    return integers.reshape(integers.shape[0], -1)
+    count, blocks = scale.shape
+    weight = np.empty((count, blocks, scheme.block_size), np.float32)
+    for start in range(0, count, _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        part = weight[rows]
+        part[...] = unpack(quantized[rows], scheme.bits, scheme.block_size)
+        if zero_points is None:
+            part -= 1 << (scheme.bits - 1)
+        else:
+            part -= unpack(zero_points[rows], scheme.bits, blocks)[..., None].astype(np.float32)
+        part *= scale[rows, :, None]
+    return weight.reshape(count, -1)
+
+
+def dequantized(arrays: Mapping[str, Array], scheme: Scheme) -> Array:
+    """Returns the dequantized weight, float32 (N, K), of the tensors that `parts_of` names."""
+    if scheme.halves:
+        return dequantize_halves(arrays[UPPER], arrays[LOWER], arrays[SCALE], scheme)
+    weight = dequantize(arrays[QUANTIZED], arrays[SCALE], arrays[ZERO_POINTS] if scheme.zero_points else None, scheme)
+    if scheme.frequent:
+        rows = dequantize(arrays[FREQUENT_QUANTIZED], arrays[FREQUENT_SCALE], None, scheme.of_frequent)
+        weight[arrays[FREQUENT_IDS]] = rows
+    return weight
 
 
 def _of_portable(quantized: Array, scale: Array, zero_points: Array | None) -> Array:

@@ -13,13 +13,14 @@ import onnx_ir as ir
 
 from slm.core.manifest import Scheme
 from slm.export.graph.builder import Module, Op, Parameter, Value, cast, fused
+from slm.export.graph.frequent import FrequentRows
 from slm.export.graph.halves import HalvesEmbedding
 
 # The 8-bit step for activations from -1 to 1, and the smallest divisor of a row, which avoids a division by zero.
 _STEP, _SMALLEST_ROW = 1 / 127, 1e-9
 
 
-class Linear(Protocol):
+class LinearModule(Protocol):
     """A product with a weight. `dtype` is the type of its input and output."""
 
     dtype: ir.DataType
@@ -47,7 +48,7 @@ class Embedding(Protocol):
 class WeightFormat(Protocol):
     """Creates the modules that hold weights."""
 
-    def linear(self, path: str, in_features: int, out_features: int) -> Linear:
+    def linear(self, path: str, in_features: int, out_features: int) -> LinearModule:
         """Returns a module that maps (..., in) to (..., out)."""
 
     def embedding(self, path: str, vocab_size: int, hidden_size: int) -> Embedding:
@@ -153,6 +154,9 @@ class BlockLinear(Module):
         if scheme.zero_points:
             self.weight_zero_points = Parameter([out_features, -(-blocks * scheme.bits // 8)], ir.DataType.UINT8)
             self._points = (self.weight_zero_points,)
+        self._frequent = FrequentRows(in_features, scheme, accuracy_level) if scheme.frequent else None
+        for name, parameter in (self._frequent.parameters if self._frequent else {}).items():
+            setattr(self, f"frequent_{name}", parameter)
         self._attributes = {
             "K": in_features,
             "N": out_features,
@@ -163,7 +167,8 @@ class BlockLinear(Module):
 
     def forward(self, op: Op, x: Value) -> Value:
         """Maps (B, T, in) to (B, T, out)."""
-        return fused(op).MatMulNBits(x, self.weight_quantized, self.weight_scale, *self._points, **self._attributes)
+        y = fused(op).MatMulNBits(x, self.weight_quantized, self.weight_scale, *self._points, **self._attributes)
+        return self._frequent.logits(op, x, y) if self._frequent else y
 
 
 class BlockEmbedding(BlockLinear):
@@ -186,6 +191,8 @@ class BlockEmbedding(BlockLinear):
             gather_axis=0,
             quantize_axis=1,
         )
+        if self._frequent:
+            found = self._frequent.look_up(op, input_ids, found)
         return cast(op, found, self.dtype, ir.DataType.FLOAT)
 
     def head(self, op: Op, hidden: Value, keep: Value) -> Value:

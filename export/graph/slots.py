@@ -11,7 +11,7 @@ import onnx_ir as ir
 from slm.core.contract import TensorSpec, slot_names
 from slm.core.errors import SlmError
 from slm.export.graph.builder import Array, Module, Op, Parameter, Value
-from slm.export.graph.formats import Embedding, Linear, WeightFormat
+from slm.export.graph.formats import Embedding, LinearModule, WeightFormat
 
 
 class SlottedLinear(Module):
@@ -20,7 +20,9 @@ class SlottedLinear(Module):
     An empty adapter adds zeros.
     """
 
-    def __init__(self, inner: Linear, a: Value, b: Value, sizes: tuple[int, int], smoothed: tuple[bool, bool]) -> None:
+    def __init__(
+        self, inner: LinearModule, a: Value, b: Value, sizes: tuple[int, int], smoothed: tuple[bool, bool]
+    ) -> None:
         super().__init__()
         self.dtype = inner.dtype
         self._inner = (inner,)  # in a tuple it is not a child module, so its parameters keep their names
@@ -53,7 +55,7 @@ class SlotFormat:
         """Takes the graph's inputs. Must be called before the modules are created."""
         self._inputs = inputs
 
-    def linear(self, path: str, in_features: int, out_features: int) -> Linear:
+    def linear(self, path: str, in_features: int, out_features: int) -> LinearModule:
         """Returns a linear layer with a slot, or without one if the graph has no adapter inputs for it (the head)."""
         linear = self._inner.linear(path, in_features, out_features)
         a, b = slot_names(path)

@@ -16,7 +16,7 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.manifest import Scheme
 from slm.core.weights import Weights
-from slm.export.graph.blocks import LOWER, QUANTIZED, SCALE, UPPER, ZERO_POINTS, dequantize, dequantize_halves
+from slm.export.graph.blocks import QUANTIZED, UPPER, dequantized, parts_of
 from slm.export.graph.builder import Array
 
 # The operating system maps files by page. A tensor that starts on a page boundary is mapped without a copy.
@@ -129,11 +129,7 @@ def float_tensors(path: Path, schemes: Mapping[str, Scheme]) -> LazyTensors:
 
 
 def _dequantized(stored: LazyTensors, product: str, scheme: Scheme) -> Array:
-    if scheme.halves:
-        upper, lower, scale = (stored[f"{product}.{part}"] for part in (UPPER, LOWER, SCALE))
-        return dequantize_halves(upper, lower, scale, scheme)
-    points = stored[f"{product}.{ZERO_POINTS}"] if scheme.zero_points else None
-    return dequantize(stored[f"{product}.{QUANTIZED}"], stored[f"{product}.{SCALE}"], points, scheme)
+    return dequantized({part: stored[f"{product}.{part}"] for part in parts_of(scheme)}, scheme)
 
 
 def _float32(stored: LazyTensors, name: str) -> Array:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from slm.core.chat import Message, chat_ids
 from slm.core.errors import SlmError
 from slm.core.tokenizer import SPECIAL_TOKENS, Tokenizer
+from slm.core.tools import Call, Tool
 from slm.interchange.trim.needs import Needs
 
 # Matrices whose rows are a multiple of this suit the products of CPUs and GPUs.
@@ -210,15 +211,39 @@ def _ids_around(document: dict[str, Any]) -> list[int]:
     return ids(document["post_processor"]) if document["post_processor"] else []
 
 
+# What declarations consist of besides their own words.
+_TOOLS = (
+    Tool(
+        "a",
+        "a",
+        {
+            "type": "object",
+            "properties": {
+                "a": {"type": "string", "enum": ["a", "b"], "description": "a"},
+                "b": {"type": "array", "items": {"type": ["integer", "number", "boolean", "null"]}},
+                "c": {"type": "object", "properties": {"d": {"type": "integer", "minimum": 0, "maximum": 1}}},
+            },
+            "required": ["a"],
+        },
+    ),
+)
+
+
 def _turns(tokenizer: Tokenizer) -> set[int]:
-    """Returns the tokens of a conversation's turns: roles, line breaks and marks."""
+    """Returns the tokens of a conversation's turns: roles, line breaks and marks, and those of tools and calls."""
     user: Message = {"role": "user", "content": "a"}
     model: Message = {"role": "assistant", "content": "a"}
     system: Message = {"role": "system", "content": "a"}
+    calling: Message = {
+        "role": "assistant",
+        "content": "a",
+        "calls": (Call("a", {"a": "a", "b": [True, False, None, 1.5]}),),
+    }
+    result: Message = {"role": "tool", "name": "a", "content": "a"}
     found: set[int] = set()
-    for messages in ([user], [user, model, user], [system, user]):
+    for messages in ([user], [user, model, user], [system, user], [user, calling, result]):
         try:
-            found.update(chat_ids(tokenizer, messages))
+            found.update(chat_ids(tokenizer, messages, (), _TOOLS if result in messages else ()))
         except SlmError:  # no turns, or a template that rejects such a conversation
             continue
     return found

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from slm.core.arguments import check_type, keywords_checked
 from slm.core.artifacts import newest_model
-from slm.core.checkpoint import is_checkpoint
+from slm.core.chat import declares_tools
+from slm.core.checkpoint import INFO_FILE, is_checkpoint, read_info
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.machine import check_threads
 from slm.core.manifest import Bundle, is_bundle
@@ -126,7 +127,9 @@ def _load_bundle(path: Path, options: LoadOptions) -> Model:
     about = About(path, bundle.manifest.precision, options.device, bundle.config.parameter_count())
     tokenizer = Tokenizer.load(path)
     return_freed_memory()
-    return Model(tokenizer, _drafting(onnx, options.draft_tokens), bundle.stop_token_ids, about)
+    model = Model(tokenizer, _drafting(onnx, options.draft_tokens), bundle.stop_token_ids, about)
+    model.declares_tools = declares_tools(_info(bundle.manifest.provenance.get(INFO_FILE), options))
+    return model
 
 
 def _load_checkpoint(path: Path, options: LoadOptions) -> Model:
@@ -149,7 +152,15 @@ def _load_checkpoint(path: Path, options: LoadOptions) -> Model:
     precision = str(model.model.norm.weight.dtype).removeprefix("torch.")
     about = About(path, precision, options.device, model.config.parameter_count())
     decoder = _drafting(TorchDecoder(model), options.draft_tokens)
-    return Model(Tokenizer.load(path), decoder, model.config.stop_token_ids, about)
+    loaded = Model(Tokenizer.load(path), decoder, model.config.stop_token_ids, about)
+    loaded.declares_tools = declares_tools(_info(read_info(path), options))
+    return loaded
+
+
+def _info(made: object, options: LoadOptions) -> dict[str, Any]:
+    """Returns how a model was made, and the adapter if there is one."""
+    info = made if isinstance(made, dict) else {}
+    return info if options.adapter is None else {**info, "finetuned": read_info(Path(options.adapter))}
 
 
 def _resolved(path: str | PathLike[str] | None) -> Path:

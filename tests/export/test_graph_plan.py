@@ -51,7 +51,7 @@ def schemes_of(config: ModelConfig, bits: int, zero_points: bool, dynamic: bool 
 
 
 def stored_as(schemes: dict[str, Scheme]) -> Callable[[str], Stored]:
-    fields = ("bits", "block_size", "zero_points", "dynamic", "half", "halves")
+    fields = ("bits", "block_size", "zero_points", "dynamic", "half", "halves", "frequent")
     return lambda path: Stored(**{name: getattr(schemes[path], name) for name in fields})
 
 
@@ -118,12 +118,25 @@ def kinds(config: ModelConfig) -> dict[str, tuple[Any, Kind]]:
         ("halves slots", SlotFormat(BlockFormat(halves, 4)), True),
     ):
         found[name] = (Fused(weights), kind_of(stored=stored_as(halves), slots=slots))
+    table = Scheme(bits=4, block_size=32, zero_points=True, frequent=11)
+    frequent = schemes_of(config, 4, True) | {"model.embed_tokens": table, "lm_head": table}
+    for name, weights, slots in (
+        ("frequent rows", BlockFormat(frequent, 4), False),
+        ("frequent rows slots", SlotFormat(BlockFormat(frequent, 4)), True),
+    ):
+        found[name] = (Fused(weights), kind_of(stored=stored_as(frequent), slots=slots))
+    frequent = with_half_scales(frequent, ("lm_head",))
+    found["cuda frequent rows"] = (
+        Fused(BlockFormat(frequent, 0), "cuda", "float16"),
+        kind_of(device="cuda", stored=stored_as(frequent), accuracy_level=0),
+    )
     return found
 
 
 NAMES = ("fused", "slots", "smoothed slots", "cuda", "webgpu", "portable", "int4", "portable int4", "int4, zero points",
          "portable int4, zero points", "int8", "portable int8", "int8, zero points", "portable int8, zero points", "dynamic",
-         "dynamic slots", "halves", "halves slots", "cuda int4", "cuda int4, zero points", "cuda int8")  # fmt: skip
+         "dynamic slots", "halves", "halves slots", "frequent rows",
+         "frequent rows slots", "cuda frequent rows", "cuda int4", "cuda int4, zero points", "cuda int8")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,6 +31,11 @@ QUICK = FinetuneSettings(rank=4, epochs=3, batch_size=4)
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(30)]
 
 
+def held(data: Path) -> RowFiles:
+    """Returns the rows with a tenth held out."""
+    return RowFiles(data, hold_out=0.1)
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -39,7 +44,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 def test_every_epoch_has_a_line_with_both_losses(shared_checkpoint: Path, write_rows: WriteRows, method: str) -> None:
     heard = Notes()
     settings = QUICK.model_copy(update={"method": method, "learning_rate": 1e-3})
-    finetune(shared_checkpoint, write_rows(ROWS), Path("out"), settings, heard, samples=0)
+    finetune(shared_checkpoint, held(write_rows(ROWS)), Path("out"), settings, heard, samples=0)
     rows = metrics(Path("out") if method == "lora" else Path("out/finetune"))
     measured = [row["loss"] for row in rows if row["type"] == "eval"]
     lines = [note for note in heard.lines if note.startswith(("before training", "epoch "))]
@@ -59,7 +64,7 @@ def test_every_epoch_has_a_line_with_both_losses(shared_checkpoint: Path, write_
 def test_a_long_epoch_has_lines_of_its_own(
     shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, quiet, talkative = write_rows(ROWS), Notes(), Notes()
+    data, quiet, talkative = held(write_rows(ROWS)), Notes(), Notes()
     finetune(shared_checkpoint, data, Path("a"), QUICK, quiet, samples=0)
     monkeypatch.setattr(loop, "_LINE_EVERY_S", 0.0)
     finetune(shared_checkpoint, data, Path("b"), QUICK, talkative, samples=0)
@@ -114,7 +119,7 @@ def test_the_last_epoch_is_the_same_after_an_interruption(
 def test_a_run_whose_rows_were_split_otherwise_is_not_gone_on_with(
     shared_checkpoint: Path, write_rows: WriteRows
 ) -> None:
-    data = write_rows(ROWS)
+    data = held(write_rows(ROWS))
     with pytest.raises(KeyboardInterrupt):
         finetune(shared_checkpoint, data, Path("out"), QUICK, Stopper(3))
     file = Path("out/trainer/state.json")
@@ -128,7 +133,6 @@ def test_a_run_whose_rows_were_split_otherwise_is_not_gone_on_with(
 @pytest.mark.parametrize(
     ("count", "keep", "said"),
     [
-        (9, "best", "warning: no rows are held out (there are fewer than 10, or they are all equal)"),
         (30, "best", "warning: 3 held-out rows are too few to choose an epoch by (fewer than 20)"),
         (30, "last", None),
         (200, "best", None),
@@ -140,11 +144,23 @@ def test_too_few_rows_to_choose_by_are_said(
     heard = Notes()
     rows = [{"prompt": f"{n}", "completion": "b"} for n in range(count)]
     settings = QUICK.model_copy(update={"keep": keep, "epochs": 1, "batch_size": 64})
-    finetune(shared_checkpoint, write_rows(rows), Path("out"), settings, heard, samples=0)
+    finetune(shared_checkpoint, held(write_rows(rows)), Path("out"), settings, heard, samples=0)
     warned = [note for note in heard.lines if "held out" in note or "held-out" in note if note.startswith("warning")]
     assert [note.startswith(said) for note in warned] == [True] if said else warned == []
     if said:
         assert "--val FILE" in warned[0] and "--keep last" in warned[0] and "kept" in warned[0]
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(199, 0), (200, 20)])
+def test_none_of_few_rows_are_held_out(
+    shared_checkpoint: Path, write_rows: WriteRows, count: int, held_out: int
+) -> None:
+    heard = Notes()
+    rows = [{"prompt": f"{n}", "completion": "b"} for n in range(count)]
+    settings = QUICK.model_copy(update={"epochs": 1, "batch_size": 64})
+    result = finetune(shared_checkpoint, write_rows(rows), Path("out"), settings, heard, samples=0)
+    assert (result.rows, result.validation_rows) == (count - held_out, held_out)
+    assert any(note.startswith("no rows are held out: the loss is") for note in heard.lines) == (held_out == 0)
 
 
 def test_validation_rows_that_are_learned_are_said(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -190,7 +206,7 @@ def test_the_samples_are_what_the_result_answers(
 def test_the_samples_are_of_held_out_rows_and_the_merged_model_says_the_same(
     shared_checkpoint: Path, write_rows: WriteRows
 ) -> None:
-    data = write_rows([{"prompt": f"Say {n}", "completion": f" {n}!"} for n in range(40)])
+    data = held(write_rows([{"prompt": f"Say {n}", "completion": f" {n}!"} for n in range(40)]))
     result = finetune(shared_checkpoint, data, Path("out"), QUICK)
     numbers = read_info(Path("out"))["held_out_rows"]
     assert len(result.samples) == 3 and all(sample.held_out for sample in result.samples)

@@ -50,6 +50,8 @@ def chat(*messages: Mapping[str, Any], only_read: Sequence[int] = ()) -> ChatRow
     return ChatRow(tuple(messages), only_read=frozenset(only_read))  # type: ignore[arg-type]
 
 
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 FORMS = ("jsonl", "json", "csv", "parquet")
 UNDERSTOOD: dict[str, tuple[Mapping[str, Any], object]] = {
     "openai": (
@@ -148,18 +150,25 @@ def test_what_agrees_with_a_conversation_is_no_reason_to_refuse_it(extra: dict[s
     assert read_rows(write([{"messages": [USER, ANSWER]} | extra], "jsonl")) == [chat(USER, ANSWER)]
 
 
-TOOLS = [{"type": "function", "function": {"name": "f"}}]
 REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
-    "tools": (
-        {"messages": [USER, ANSWER], "tools": TOOLS},
-        "column 'tools' is not supported: the chat template has no",
+    "tools": ({"messages": [USER, ANSWER], "tools": [{"function": {"name": "a b"}}]}, "tool 1 has the name 'a b'"),
+    "tools as text": ({"messages": [USER, ANSWER], "tools": "[{]"}, "tools is text that is not valid JSON"),
+    "tools twice": (
+        {"messages": [USER, ANSWER], "tools": TOOLS, "functions": TOOLS},
+        "'tools' and 'functions', which mean",
     ),
-    "tools as text": ({"messages": [USER, ANSWER], "tools": json.dumps(TOOLS)}, "column 'tools' is not supported"),
-    "functions": ({"messages": [USER, ANSWER], "functions": TOOLS}, "column 'functions' is not supported"),
+    "tools of a prompt": (
+        {"prompt": "a", "completion": "b", "tools": TOOLS},
+        "'tools' is not supported beside prompt and",
+    ),
+    "tools of a message": (
+        {"messages": [USER | {"tools": TOOLS}, ANSWER]},
+        "message 1: 'tools' is not supported: tools are",
+    ),
     "images": ({"messages": [USER, ANSWER], "images": ["a.png"]}, "column 'images' is not supported: slm reads text"),
     "preferences": (
-        {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "column 'chosen' is not supported: preference pairs",
+        {"prompt": "a", "chosen": "b", "rejected": ""},
+        "a preference has chosen and rejected, and rejected",
     ),
     "kto": ({"prompt": "a", "completion": "b", "label": False}, "column 'label' is false"),
     "kto of a conversation": ({"messages": [USER, ANSWER], "label": False}, "column 'label' is false"),
@@ -185,17 +194,36 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "none": ({"messages": [USER, ANSWER | {"weight": 0}]}, "nothing to learn: every answer has weight 0"),
     "user": ({"messages": [USER | {"train": True}, ANSWER]}, "message 1: 'train' is True in a user message"),
     "contradiction": ({"messages": [USER, ANSWER | {"train": True, "weight": 0}]}, "'weight' and 'train' contradict"),
-    "tool role": (
+    "result without a call": (
         {"messages": [USER, {"role": "tool", "content": "1"}, ANSWER]},
-        "message 2: role 'tool' is not supported",
+        "message 2: a result without a call before it",
     ),
-    "observation": (
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "1"}]},
-        "message 2: role 'observation' is not supported",
-    ),
-    "call": (
+    "call without a name": (
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-        "message 2: 'tool_calls' is not supported",
+        "message 2: call 1 has no name",
+    ),
+    "call of a user": (
+        {"messages": [USER | {"tool_calls": [CALL]}, ANSWER]},
+        "message 1: 'tool_calls' in a message of the role",
+    ),
+    "call that is not declared": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}], "tools": [{"name": "g"}]},
+        "message 2: call 1 names 'f', which is not declared",
+    ),
+    "call without a result": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, AGAIN, SECOND]},
+        "message 2 has 1 call, and 0 results follow",
+    ),
+    "result of another call": (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "tool_calls": [CALL | {"id": "1"}]},
+                {"role": "tool", "tool_call_id": "2", "content": "x"},
+                ANSWER,
+            ]
+        },
+        "message 2: a result is of '2', which was not called",
     ),
     "reasoning": ({"messages": [USER, ANSWER | {"reasoning_content": "Hm."}]}, "'reasoning_content' is not supported"),
     "image part": (

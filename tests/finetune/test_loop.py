@@ -14,11 +14,12 @@ from torch import nn
 from slm.core.errors import SlmError
 from slm.core.nn import load_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.finetune import fit as module
+from slm.finetune import material as module
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE
 from slm.finetune.batches import alone
 from slm.finetune.examples import Renderer
-from slm.finetune.fit import Fit, Material, Trainable
+from slm.finetune.fit import Fit, Trainable
+from slm.finetune.material import Answers
 from slm.finetune.rows import read_rows
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
@@ -39,7 +40,7 @@ def make_fit(base: Path, data: Path, precision: Precision = FLOAT32) -> tuple[Fi
     examples = [renderer.example(row) for row in read_rows(data)]
     settings = SETTINGS.model_copy(update={"method": "full", "learning_rate": 1e-3})
     parameters = dict(model.named_parameters())
-    material = Material(alone(examples), examples[:4])
+    material = Answers(alone(examples), examples[:4])
     return Fit(
         Trainable(model, parameters), material, settings, precision, Standing(course={"settings": {}})
     ), parameters
@@ -101,7 +102,7 @@ def test_a_base_whose_loss_is_not_finite(
     shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "mean_loss", lambda *_: float("nan"))
-    with pytest.raises(SlmError, match=r"^update 0: the held-out loss is nan") as caught:
+    with pytest.raises(SlmError, match=r"^update 0: the loss on the training rows is nan") as caught:
         finetune(shared_checkpoint, write_rows(ROWS), Path("out"), SETTINGS)
     assert caught.value.hint == "slm eval measures the base"
 
@@ -141,7 +142,7 @@ def test_a_run_that_is_stopped_while_it_evaluates(
         patch.setattr(module, "mean_loss", interrupted)
         finetune(shared_checkpoint, data, Path("parts"), SETTINGS)
     state = json.loads(Path("parts/trainer/state.json").read_text(encoding="utf-8"))
-    assert state["updates"] == evaluation * 7
+    assert state["updates"] == evaluation * 8
     assert sum(kind == "eval" for kind, _ in state["history"]) == evaluation
     finetune(shared_checkpoint, data, Path("parts"), SETTINGS)
     for name in (ADAPTER_WEIGHTS_FILE, "metrics.jsonl"):

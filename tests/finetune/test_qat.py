@@ -22,6 +22,7 @@ from slm.finetune.batches import alone, batch_loss, collate, mean_loss
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.frozen import lighten
 from slm.finetune.merge import merge, merged_checkpoint
+from slm.finetune.preparation import RowFiles
 from slm.finetune.rows import read_rows
 from slm.finetune.run import FinetuneResult, finetune
 from slm.finetune.settings import FinetuneSettings
@@ -67,9 +68,10 @@ def test_the_result_is_on_the_grid_and_has_the_loss_of_training(
     shared_checkpoint: Path, write_rows: WriteRows, method: str, precision: QatPrecision
 ) -> None:
     data = write_rows(PAIRS)
+    files = RowFiles(data, hold_out=0.1)
     settings = QUICK.model_copy(update=METHODS[method] | {"qat": precision})
     notes = Notes()
-    result = finetune(shared_checkpoint, data, Path("out"), settings, notes, samples=1)
+    result = finetune(shared_checkpoint, files, Path("out"), settings, notes, samples=1)
     assert any(
         note.startswith(f"quantization-aware training for {precision.upper()}: layers in int") for note in notes.lines
     )
@@ -77,7 +79,7 @@ def test_the_result_is_on_the_grid_and_has_the_loss_of_training(
     assert farthest(model, precision) < ON_GRID
     assert recorded_grid(read_info(result.made)) == GRIDS[precision]
 
-    plain = finetune(shared_checkpoint, data, Path("plain"), QUICK.model_copy(update=METHODS[method]), samples=0)
+    plain = finetune(shared_checkpoint, files, Path("plain"), QUICK.model_copy(update=METHODS[method]), samples=0)
     assert farthest(result_of(shared_checkpoint, plain, method), precision) > OFF_GRID
     assert recorded_grid(read_info(plain.made)) is None
     assert plain.loss_after != result.loss_after

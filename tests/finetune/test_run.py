@@ -65,7 +65,7 @@ def test_one_batch_can_be_learned_by_heart(
 
 def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data, out = write_rows(PAIRS), Path("deep/er/out")
-    result = finetune(shared_checkpoint, data, out, QUICK)
+    result = finetune(shared_checkpoint, RowFiles(data, hold_out=0.1), out, QUICK)
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert (result.rows, result.validation_rows, result.epochs, result.updates) == (9, 1, 2, 6)
     assert (result.truncated, result.skipped) == (0, 0)
@@ -323,7 +323,7 @@ def test_a_damaged_history_is_named(
 
 def test_every_weight_is_trained_in_full(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     settings = QUICK.model_copy(update={"method": "full", "learning_rate": 1e-3})
-    result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings)
+    result = finetune(shared_checkpoint, RowFiles(write_rows(PAIRS), hold_out=0.1), Path("out"), settings)
     assert result.made == Path("out/checkpoint/best") and result.loss_after < result.loss_before
     before, after = (load_checkpoint(path) for path in (shared_checkpoint, result.made))
     assert result.trainable_parameters == sum(p.numel() for p in before.parameters())
@@ -374,7 +374,7 @@ def test_packed_rows_are_fewer_and_are_learned(shared_checkpoint: Path, write_ro
     settings = QUICK.model_copy(update={"pack": True, "max_length": 100, "batch_size": 1})
     heard = Notes()
     result = finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings, heard)
-    assert result.rows == 9 and result.updates < 2 * 9
+    assert result.rows == 10 and result.updates < 2 * 10
     assert f"packed into {result.updates // 2} rows of at most 100 tokens" in heard.lines
     assert result.loss_after < result.loss_before
 
@@ -437,10 +437,11 @@ def test_every_setting_changes_the_adapter(
 
 
 def test_defaults_follow_the_model_and_the_data() -> None:
-    assert default_learning_rate(2000) == 5e-4
-    assert default_learning_rate(640) == pytest.approx(1.2e-3, rel=0.02)
-    assert default_learning_rate(128) == pytest.approx(4.3e-3, rel=0.02)
-    assert [default_epochs(rows, 8) for rows in (1, 87, 990, 100_000)] == [150, 14, 3, 3]
+    assert default_learning_rate(2000, 200) == 5e-4 and default_learning_rate(2000, 199) == 1e-3
+    assert default_learning_rate(640, 1000) == pytest.approx(1.2e-3, rel=0.02)
+    assert default_learning_rate(128, 1000) == pytest.approx(4.3e-3, rel=0.02)
+    assert [default_epochs(rows, 8) for rows in (1, 5, 87, 990, 100_000)] == [100, 100, 36, 3, 3]
+    assert default_epochs(60, 4) == 27
 
 
 def test_measuring_uses_no_dropout(shared_checkpoint: Path, write_rows: WriteRows) -> None:

@@ -35,7 +35,6 @@ from slm.export.graph import (
 from slm.export.graph.builder import Array
 from slm.quantize.make import quantize_bundle
 from slm.quantize.quality import measure
-from slm.quantize.report import model_bytes
 from slm.quantize.results import REPORT_FILE, Change, Report
 from slm.quantize.settings import GATES, Gate, Settings
 from slm.quantize.texts import TokenRows, calibration_text, measuring_text
@@ -125,8 +124,8 @@ def test_what_is_recorded(shared_bundle: Bundle, made: dict[str, tuple[Bundle, R
     # The report matches the manifest and the files.
     written = read_json(bundle.path / REPORT_FILE, "report")
     assert written["change"]["kl_nats"] == quality.kl_nats == report.change.kl_nats
-    assert report.bytes_after == model_bytes(bundle) == sum(report.parts.values())
-    assert report.bytes_before == model_bytes(shared_bundle) > report.bytes_after
+    assert report.bytes_after == bundle.model_bytes == sum(report.parts.values())
+    assert report.bytes_before == shared_bundle.model_bytes > report.bytes_after
     assert {each.path for each in report.tensors} == set(quantization.schemes) == set(quantization.errors)
     assert quantization.method == {"int8": "nearest", "int4": "gptq"}.get(
         kind[:4] if "nearest" not in kind else "", "nearest"
@@ -339,7 +338,7 @@ def test_mixed_precision_keeps_a_divergence(
     bits = {scheme.bits for path, scheme in bundle.manifest.quantization.schemes.items() if "layers" in path}  # type: ignore[union-attr]
     assert bits == {4, 8}
     _, loose = make(shared_bundle, tmp_path / "c", precision="int4", head_bits=8, target_kl_nats=9.0)
-    assert loose.bytes_after == coarse.bytes_after < report.bytes_after
+    assert loose.bytes_after < coarse.bytes_after < report.bytes_after  # blocks of 64 are smaller still
 
 
 def test_what_cannot_be_quantized_is_refused(

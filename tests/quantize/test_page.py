@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,48 +11,11 @@ import pytest
 from slm.core.manifest import Bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.page import report_page
-from slm.quantize.plots import Bar, Point, bars, points
+from slm.quantize.plots import Bar, Point, Range, bars, points, ranges
 from slm.quantize.results import PAGE_FILE, Report
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
-
-_EMPTY = {"meta", "br"}
-
-
-class Checker(HTMLParser):
-    """Collects unclosed tags, and references that a browser would load."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.tags: set[str] = set()
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.fetched += [f"{name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
-        if tag not in _EMPTY:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += f"{data} "
-
-
-def checked(page: str) -> Checker:
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == [] and checker.fetched == []
-    assert not checker.tags & {"script", "link", "img", "iframe", "object"}
-    assert "url(" not in page and "@import" not in page and "http" not in page
-    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
-    return checker
+from tests.html_pages import checked
 
 
 def drawn(svg: str) -> ElementTree.Element:
@@ -128,6 +90,16 @@ def test_bars() -> None:
     assert float(second.attrib["x"]) > float(first.attrib["x"]) + 2 * float(first.attrib["width"])  # the gap
     drawn(bars([Bar(str(i), 0.0, "") for i in range(96)], "many, all of them 0"))
     drawn(bars([], "none"))
+
+
+def test_ranges() -> None:
+    values = [Range("…" + "m" * 36, 1.0, 0.5, 1.0, "100.0% (50.0 to 100.0)"), Range("b <", 0.0, 0.0, 0.0, "0.0%")]
+    root = drawn(ranges(values, "scores"))
+    first, second = (each for each in root if each.tag == "rect")
+    full = 392.0
+    assert float(first.attrib["x"]) == pytest.approx(4 + full / 2) and float(first.attrib["width"]) == full / 2
+    assert float(second.attrib["width"]) == 1.0  # visible, although it is empty
+    assert [float(each.attrib["cx"]) for each in root if each.tag == "circle"] == [396.0, 4.0]
 
 
 def test_points() -> None:

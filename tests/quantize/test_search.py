@@ -34,7 +34,7 @@ from slm.quantize.plan import (
 from slm.quantize.quality import measure
 from slm.quantize.quantizer import quantizer_of
 from slm.quantize.rounding import restored
-from slm.quantize.search import Budget, Candidates, sensitivities
+from slm.quantize.search import Budget, Candidates, Choice, sensitivities
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
 from slm.runtime.decoder import OnnxDecoder
@@ -46,7 +46,8 @@ LINEARS = [
 LAYERS = LINEARS[1:]
 LOW, HIGH = schemes_of(LINEARS, INT4), schemes_of(LINEARS, INT4) | schemes_of(LAYERS, INT8["auto"])
 HARM = {linear.path: harm for linear, harm in zip(LAYERS, (0.01, 0.08, 0.001, 0.02, 0.03, 0.0), strict=True)}
-CANDIDATES = Candidates(LINEARS, LOW, HIGH, HARM)
+CHOICES = {path: (Choice(LOW[path], harm), Choice(HIGH[path], 0.0)) for path, harm in HARM.items()}
+CANDIDATES = Candidates(LINEARS, LOW, CHOICES)
 
 
 def high_ones(schemes: Schemes) -> set[str]:
@@ -115,7 +116,7 @@ def test_most_harm_for_its_bytes_goes_first() -> None:
     # does not depend on the order of the products
     for seed in range(5):
         mixed = [LINEARS[i] for i in np.random.default_rng(seed).permutation(len(LINEARS))]
-        assert high_ones(Candidates(mixed, LOW, HIGH, HARM).choose(Budget(kl_nats=0.05))) == high
+        assert high_ones(Candidates(mixed, LOW, CHOICES).choose(Budget(kl_nats=0.05))) == high
 
 
 def test_a_budget_that_cannot_be_kept() -> None:

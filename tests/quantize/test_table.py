@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 
 from slm.core.config import FULL, ModelConfig
 from slm.core.errors import SlmError
@@ -27,26 +26,25 @@ from slm.quantize.gptq import quantize_gptq, quantize_table
 from slm.quantize.instrumented import InstrumentedLayer, InstrumentedModel, InstrumentedNorm, embedded
 from slm.quantize.linears import EMBEDDING, HEAD, Linear, linears_of
 from slm.quantize.make import quantize_bundle
-from slm.quantize.plan import INT4, QuantizationPlan, bytes_of, schemes_of, with_four_bit_tables
+from slm.quantize.plan import INT4, QuantizationPlan, bytes_of, schemes_of, with_four_bit_tables, with_frequent
 from slm.quantize.quality import kl_sum
 from slm.quantize.quantizer import quantizer_of
 from slm.quantize.results import Report
 from slm.quantize.rounding import restored
-from slm.quantize.search import Budget, Candidates
+from slm.quantize.search import Budget, Candidates, Choice
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.statistics import hidden_moments
 from slm.quantize.texts import TokenRows
 
-FOUR = Scheme(bits=4, block_size=32, zero_points=True)
-ROWS, TOKENS, UPDATES = 48, 64, 60
+FOUR = Scheme(bits=4, block_size=64, zero_points=True)  # the model has 64 channels
+TOKENS = 64
 # float32 sums in another order.
 SAME = 1e-4
 
 
 @pytest.fixture(scope="module")
-def text(stories: list[str], tokenizer: Tokenizer) -> TokenRows:
-    ids = [token for story in stories for token in tokenizer.encode(story)][: ROWS * TOKENS]
-    return TokenRows("stories", np.array(ids, np.int64).reshape(ROWS, TOKENS))
+def text(story_rows: TokenRows) -> TokenRows:
+    return story_rows
 
 
 def two_layers(config: ModelConfig, tied: bool = True) -> ModelConfig:
@@ -55,33 +53,13 @@ def two_layers(config: ModelConfig, tied: bool = True) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, text: TokenRows, tokenizer: Tokenizer
-) -> Path:
-    """A model of two layers, trained for some updates: its hidden states have the few strong directions of real models."""
-    torch.manual_seed(0)
-    model = CausalLM(two_layers(shared_bundle.config))
-    for name, parameter in model.named_parameters():
-        if "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    rows = torch.from_numpy(text.rows)
-    for i in range(UPDATES):
-        batch = rows[8 * i % ROWS :][:8]
-        logits = model(batch[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 4  # 5.8 before
-    path = tmp_path_factory.mktemp("trained") / "c"
-    save_checkpoint(path, model.eval(), tokenizer, {})
-    return path
+def checkpoint(trained_checkpoint: Path) -> Path:
+    return trained_checkpoint
 
 
 @pytest.fixture(scope="module")
-def source(checkpoint: Path) -> Bundle:
-    return export_bundle(checkpoint, checkpoint.with_name("onnx"))
+def source(trained_bundle: Bundle) -> Bundle:
+    return trained_bundle
 
 
 def settings(**options: Any) -> Settings:
@@ -104,7 +82,7 @@ def test_gptq_is_better_than_searched_scales(source: Bundle, text: TokenRows, tm
     hidden = np.concatenate([model.products_inputs(row, [EMBEDDING])[EMBEDDING] for row in held_out.rows])
     with quantizer_of(source, settings(head_bits=4), text.after(4), held_out, Silent(), tmp_path) as quantizer:
         plan = decide(quantizer)
-    fitted = restored(plan.rounded[EMBEDDING], plan.schemes[EMBEDDING])
+    fitted = restored(plan.rounded[EMBEDDING], with_frequent(plan.schemes[EMBEDDING], 0))
     searched = restored(quantize_nearest(weight, FOUR, search=True), FOUR)
     kl = [kl_sum(hidden @ weight.T, hidden @ each.T) for each in (fitted, searched)]
     assert kl[0] < 0.75 * kl[1], kl
@@ -161,8 +139,12 @@ def test_sizes_and_one_table(source: Bundle, text: TokenRows, tmp_path: Path) ->
     eight, at_8 = make(source, tmp_path / "8", text, head_bits=8, prefer="size")
     four, report = make(source, tmp_path / "4", text, head_bits=4)
     config = source.config
-    assert report.parts["embedding and head"] == FOUR.bytes(config.vocab_size, config.hidden_size)
-    assert report.parts["embedding and head"] < 0.75 * at_8.parts["embedding and head"]
+    assert four.manifest.quantization is not None
+    scheme = four.manifest.quantization.schemes[EMBEDDING]
+    assert with_frequent(scheme, 0) == FOUR and 0 < scheme.frequent <= config.vocab_size // 4
+    frequent = scheme.frequent * (config.hidden_size + 4 + 8)  # integers, a scale, and the id
+    assert report.parts["embedding and head"] == FOUR.bytes(config.vocab_size, config.hidden_size) + frequent
+    assert report.parts["embedding and head"] < 0.8 * at_8.parts["embedding and head"]
     assert bits(eight) == 8 and bits(four) == 4
     graph = ir.load(four.model_path).graph
     tables = {name for name, value in graph.initializers.items() if value.shape and config.vocab_size in value.shape}
@@ -203,11 +185,11 @@ def test_a_target_size_that_eight_bits_exceed(source: Bundle, text: TokenRows, t
     with quantizer_of(source, settings(), text, text, Silent(), tmp_path) as quantizer:
         eight = quantizer.bytes(QuantizationPlan(schemes_of(linears, INT4), "gptq"))
     with pytest.raises(SlmError, match="the weights take at least"):
-        make(source, tmp_path / "none", text, target_bytes=eight - 3000, head_bits=8)
+        make(source, tmp_path / "none", text, target_bytes=eight - 3000, head_bits=8, block_size=32)
     with pytest.raises(SlmError, match="the weights take at least"):
         make(source, tmp_path / "none", text, target_bytes=20_000)
     assert not (tmp_path / "none").exists()
-    made, report = make(source, tmp_path / "made", text, target_bytes=eight - 3000)
+    made, report = make(source, tmp_path / "made", text, target_bytes=eight - 3000, block_size=32)
     assert bits(made) == 4 and report.bytes_after <= eight - 3000
     assert report.tensors[0].path == EMBEDDING and report.tensors[0].harm_nats is not None
 
@@ -215,14 +197,15 @@ def test_a_target_size_that_eight_bits_exceed(source: Bundle, text: TokenRows, t
 def test_both_schemes_of_a_table_are_tried() -> None:
     """A table can have the largest sensitivity per byte and not fit, or the least and be the only one that reaches a limit."""
     linears = [Linear("table", "head", 3000, 128), *[Linear(f"l{i}", "layer", 200, 128, i) for i in range(4)]]
-    low = schemes_of(linears, with_four_bit_tables(INT4, 32))
+    low = schemes_of(linears, with_four_bit_tables(INT4))
     high = {linear.path: Scheme(bits=8, block_size=64) for linear in linears}
     base, table = bytes_of(linears, low), bytes_of(linears[:1], high) - bytes_of(linears[:1], low)
     layers = bytes_of(linears[1:], high) - bytes_of(linears[1:], low)
 
     def chosen(harm: float, budget: Budget) -> set[str]:
         harms = {"table": harm} | {f"l{i}": 0.01 for i in range(4)}
-        schemes = Candidates(linears, low, high, harms).choose(budget)
+        choices = {path: (Choice(low[path], each), Choice(high[path], 0.0)) for path, each in harms.items()}
+        schemes = Candidates(linears, low, choices).choose(budget)
         return {path for path in schemes if schemes[path].bits == 8}
 
     everything, only_layers = {linear.path for linear in linears}, {f"l{i}" for i in range(4)}
@@ -281,4 +264,6 @@ def test_untied_tables_have_integers_of_their_own(
     stored, wanted = graph_tensors(made.model_path), graph_tensors(source.model_path)[f"{EMBEDDING}.weight"]
     searched = quantize_nearest(wanted, FOUR, search=True)  # a lookup alone has the least error when rounded so
     np.testing.assert_array_equal(stored[f"{EMBEDDING}.weight_quantized"], searched["weight_quantized"])
+    ids = {path: stored[f"{path}.frequent_ids"] for path in (EMBEDDING, HEAD)}
+    np.testing.assert_array_equal(ids[EMBEDDING], ids[HEAD])
     assert errors[EMBEDDING] < errors[HEAD]

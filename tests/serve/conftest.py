@@ -54,7 +54,7 @@ class Running:
         assert not self._thread.is_alive()
 
 
-def _servers(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
+def servers(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
     def start(
@@ -85,11 +85,11 @@ def _servers(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
 @pytest.fixture
 def serve(shared_bundle: Bundle) -> Iterator[Callable[..., Running]]:
     """Returns a function that starts servers, which stop with the test."""
-    yield from _servers(shared_bundle)
+    yield from servers(shared_bundle)
 
 
 @pytest.fixture(scope="module")
 def running(shared_bundle: Bundle) -> Iterator[Running]:
     """A server that the tests of a module share: they must leave it as it is, and expect nothing of its counters."""
-    for start in _servers(shared_bundle):
+    for start in servers(shared_bundle):
         yield start()

@@ -108,7 +108,7 @@ def test_null_is_absent(kind: Any) -> None:
 
 
 CHANGES_THE_ANSWER: list[tuple[str, dict[str, Any], str]] = [
-    ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ("chat", {"functions": [{"name": "f"}]}, "functions"),
     ("chat", {"tool_choice": "required"}, "tool_choice"),
     ("chat", {"functions": [{"name": "f"}]}, "functions"),
     ("chat", {"modalities": ["text", "audio"]}, "modalities"),
@@ -116,9 +116,9 @@ CHANGES_THE_ANSWER: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"web_search_options": {}}, "web_search_options"),
     ("chat", {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ("chat", {"of_a_later_version": 1}, "of_a_later_version"),
-    ("chat", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0.role"),
+    ("chat", {"messages": [{"role": "function", "content": "x", "name": "f"}]}, "messages.0.role"),
     ("chat", {"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-    ("chat", {"messages": [*ASKED, {"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages.1.tool_calls"),
+    ("chat", {"messages": [*ASKED, {"role": "assistant", "function_call": {"name": "f"}}]}, "messages.1.function_call"),
     ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
      "messages.0.content.0.type"),
     ("chat", {"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),

@@ -132,7 +132,7 @@ CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_to
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "judge", "content": "Hi."}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"top_logprobs": 2}, None),
         ({"stream_options": {"include_usage": True}}, None),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
