@@ -169,18 +169,8 @@ def test_the_defaults_are_those_of_python() -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_ends_the_text(as_json: bool, tmp_path: Path) -> None:
-    command = (
-        "generate",
-        "-p",
-        "Once upon a time",
-        "--max-new-tokens",
-        "1000000",
-        "--on-full",
-        "slide",
-        "--threads",
-        "1",
-    )
-    command += ("--logit-bias", "0=-inf", "--stop", "a text that never comes")
+    command = ("generate", "-p", "Once upon a time", "--threads", "1", "--stop", "a text that never comes")
+    command += ("--max-new-tokens", "1000000", "--on-full", "slide", "--logit-bias", "0=-inf")
     with subprocess.Popen(
         [sys.executable, str(COUNTING), *command, *(("--json",) if as_json else ())],
         stdout=subprocess.PIPE,
