@@ -1,6 +1,7 @@
 """The options of `slm quantize`, in two groups: the settings, and the texts."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,15 +10,17 @@ import click
 from slm.cli.console import say
 from slm.cli.options import check_input
 from slm.core.errors import SlmError
+from slm.core.install import install_hint
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.core.text.tokens import TextSource
-from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP
+from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, REFINE_TOKENS
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
     from slm.core.manifest import Bundle
     from slm.core.task import MetricName
+    from slm.quantize.refinement import Refinement
     from slm.quantize.settings import Head, Method, Prefer, Settings
     from slm.quantize.task import TaskCheck
     from slm.quantize.texts import TokenRows
@@ -59,6 +62,8 @@ class SettingOptions:
     target_size: int | None
     kv_cache: "CacheType | None"
     head: "Head"
+    refine: bool
+    refine_tokens: int | None
     max_kl: float | None
     max_ppl_increase: float | None
 
@@ -73,7 +78,7 @@ class SettingOptions:
             raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
         open_by_default = (self.block_size, self.method, self.smooth, self.head_bits, self.target_size, self.kv_cache)
         limits = (self.max_kl, self.max_ppl_increase)
-        chosen = self.prefer != "auto" or self.head != "whole"
+        chosen = self.prefer != "auto" or self.head != "whole" or self.refine
         if self.sweep and (chosen or any(value is not None for value in (*open_by_default, *limits))):
             raise SlmError("--sweep tries all settings and has no limits", "omit the other settings")
         if self.target_size is not None and not self.int4:
@@ -81,6 +86,13 @@ class SettingOptions:
                 "--target-size requires --int4: it chooses between 4 and 8 bits for each layer",
                 "use slm quantize --int4 --target-size SIZE",
             )
+        if self.refine and not self.int4:
+            raise SlmError(
+                "--refine requires --int4; 8-bit weights change the predictions too little",
+                "use --int4, or omit --refine",
+            )
+        if self.refine_tokens is not None and not self.refine:
+            raise SlmError("--refine-tokens requires --refine", "add --refine, or omit --refine-tokens")
         if self.head_bits is not None and not self.int4:
             raise SlmError("--head-bits requires --int4; INT8 bundles have 8 bits everywhere", "omit --head-bits")
         if self.head_bits == "4" and self.head == "halves":
@@ -121,8 +133,25 @@ class SettingOptions:
             head=self.head,
             target_bytes=self.target_size,
             target_kl_nats=self.max_kl if aims_at_kl else None,
+            refine=self.refine,
             gate=Gate(max_kl, self.max_ppl_increase),
         )
+
+    def refinement(self, source: "Bundle", texts: "TextOptions") -> "Refinement | None":
+        """Returns the training of `--refine` and its text; None without the option.
+
+        Raises:
+            SlmError: If PyTorch is not installed, or the text is too short.
+        """
+        if not self.refine:
+            return None
+        if find_spec("torch") is None:
+            raise SlmError("--refine needs PyTorch, which is not installed", install_hint("train"))
+        from slm.quantize.refinement import Refinement
+        from slm.refine.training import refine
+
+        tokens = self.refine_tokens or REFINE_TOKENS
+        return Refinement.on(texts.for_refinement(source, tokens), refine, tokens)
 
 
 @dataclass(frozen=True)
@@ -202,6 +231,13 @@ class TextOptions:
 
         tokens = self.calibration_tokens or CALIBRATION_TOKENS[precision]
         return calibration_text(source, self._source(self.calibration), tokens, self.window)
+
+    def for_refinement(self, source: "Bundle", tokens: int) -> "TokenRows":
+        """Returns the calibration text for `--refine`: the tokens to train on, and those to hold back."""
+        from slm.quantize.refinement import HELD_BACK_TOKENS
+        from slm.quantize.texts import calibration_text
+
+        return calibration_text(source, self._source(self.calibration), tokens + HELD_BACK_TOKENS, self.window)
 
     def _source(self, path: Path | None) -> TextSource | None:
         if path is None:

@@ -154,7 +154,8 @@ class Quantization(_Record):
         smoothing: The exponent of activations in the smoothing factors; None without smoothing.
         schemes: The scheme of each layer, by path.
         errors: The relative error of each weight after smoothing: the norm of the error divided by the norm of the weight.
-            `slm verify` recomputes it.
+            `slm verify` recomputes it. Refinement also moves norms, whose changes are then here too.
+        refined: Whether scales and norms were trained after rounding (`slm quantize --refine`).
     """
 
     method: Literal["nearest", "searched", "gptq"] = "nearest"
@@ -162,6 +163,7 @@ class Quantization(_Record):
     smoothing: float | None = None
     schemes: dict[str, Scheme]
     errors: dict[str, float] = {}
+    refined: bool = False
 
     @property
     def bits(self) -> int:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from slm.core.checkpoint import read_config
 from slm.core.errors import SlmError
@@ -31,6 +30,7 @@ from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import smoothing_between
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
 from slm.export.parity_head import check_head
+from slm.export.torch_model import causal_lm
 from slm.runtime.head import in_halves
 from slm.runtime.placement import attends_on, check_placement
 from slm.runtime.session import DeviceUnavailable, RuntimeDevice, check_available
@@ -212,32 +212,7 @@ def _float_activations(bundle: Bundle) -> Iterator[Bundle]:
 
 def model_of(bundle: Bundle) -> CausalLM:
     """Returns the PyTorch model with a bundle's weights, in float32."""
-    tensors = float_tensors(bundle.model_path, _schemes(bundle))
-    config = bundle.config
-    with torch.device("meta"):
-        model = CausalLM(config)
-    state: dict[str, torch.Tensor] = {}
-    for name in tensors:
-        array = tensors[name]
-        parent, _, product = name.removesuffix(".weight").rpartition(".")
-        match product:
-            case "qkv_proj":
-                queries, width = (
-                    config.num_attention_heads * config.head_dim,
-                    config.num_key_value_heads * config.head_dim,
-                )
-                parts = dict(zip("qkv", np.split(array, [queries, queries + width]), strict=True))
-                state |= {f"{parent}.{part}_proj.weight": torch.tensor(value) for part, value in parts.items()}
-            case "gate_up_proj":
-                parts = dict(zip(("gate", "up"), np.split(array, 2), strict=True))
-                state |= {f"{parent}.{part}_proj.weight": torch.tensor(value) for part, value in parts.items()}
-            case _ if product.endswith("norm"):
-                state[name] = torch.tensor(array - np.float32(1))
-            case _:
-                state[name] = torch.tensor(array)
-    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
-    model.tie_weights()
-    return model.eval()
+    return causal_lm(float_tensors(bundle.model_path, _schemes(bundle)), bundle.config)
 
 
 def _compare_weights(bundle: Bundle, checkpoint: Path) -> tuple[int, float]:
@@ -272,14 +247,17 @@ def _schemes(bundle: Bundle) -> Mapping[str, Scheme]:
 def _off(manifest: Manifest, name: str, wanted: Array, found: Array) -> float:
     """Returns the largest difference of a weight as a fraction of its limit.
 
-    The error of an integer weight must equal the error in the manifest. A limit for each element would be too weak, because
-    GPTQ moves some elements by several steps. Other weights may differ by rounding to their type only.
+    The error of an integer weight, and of a norm that refinement moved, must equal the error in the manifest. A limit for each
+    element would be too weak, because GPTQ moves some elements by several steps. Other weights may differ by rounding to their
+    type only.
     """
-    path = name.removesuffix(".weight")
-    if manifest.quantization is not None and path in manifest.quantization.schemes:
-        recorded = manifest.quantization.errors[path]
-        if manifest.quantization.schemes[path].half:  # the weights were rounded to float16 before they were quantized
+    path, quantization = name.removesuffix(".weight"), manifest.quantization
+    scheme = None if quantization is None else quantization.schemes.get(path)
+    if quantization is not None and (scheme is not None or (quantization.refined and path in quantization.errors)):
+        recorded = quantization.errors[path]
+        if scheme is not None and scheme.half:  # the weights were rounded to float16 before they were quantized
             wanted = wanted.astype(np.float16).astype(np.float32)
+        wanted, found = np.atleast_2d(wanted), np.atleast_2d(found)
         return abs(relative_error(wanted, found) - recorded) / max(
             recorded * _SAME_ERROR, float(np.finfo(np.float32).tiny)
         )

@@ -18,7 +18,7 @@ from slm.core.text.json_rows import parse
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.core.tools import JSON_STYLE, parsed_calls, with_calls
 from slm.finetune.examples import Example, Renderer
-from slm.finetune.rows import ChatRow, CompletionRow, Limits, PreferenceRow, Row, TextRow, read_rows
+from slm.finetune.rows import ChatRow, CompletionRow, Limits, PreferenceRow, Row, read_rows
 
 # Default metric by the median number of words of the expected replies: up to the first number "exact", up to the second "f1",
 # above "rouge".

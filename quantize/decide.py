@@ -27,6 +27,7 @@ from slm.quantize.plan import (
     with_half_scales,
 )
 from slm.quantize.quantizer import Quantizer
+from slm.quantize.refinement import Refinement, refined
 from slm.quantize.search import Budget, Candidates, Choice, sensitivities
 from slm.quantize.settings import Prefer
 from slm.quantize.smoothquant import smoothquant
@@ -42,8 +43,13 @@ _KEPT_SHARE = 0.5
 _FINE_KL_NATS: Mapping[Prefer, float] = {"auto": 0.02, "speed": 0.02, "quality": 0.012}
 
 
-def decide(quantizer: Quantizer) -> QuantizationPlan:
-    """Chooses the plan: schemes, steps of the caches, smoothing, and for INT4 the bits of each layer."""
+def decide(quantizer: Quantizer, refinement: Refinement | None = None) -> QuantizationPlan:
+    """Chooses the plan: schemes, steps of the caches, smoothing, and for INT4 the bits of each layer.
+
+    Args:
+        quantizer: The quantizer.
+        refinement: For INT4, the training of the plan; None for no training.
+    """
     settings, source = quantizer.settings, quantizer.source
     trained = trained_plan(quantizer)
     if trained is None:
@@ -64,6 +70,8 @@ def decide(quantizer: Quantizer) -> QuantizationPlan:
     if settings.precision == "int4":
         quantizer.reference.close()
         plan = _with_mixed_precision(quantizer, plan)
+    if refinement is not None:
+        plan = refined(quantizer, plan, refinement)
     return plan
 
 

@@ -12,7 +12,8 @@ from slm.quantize.decide import decide
 from slm.quantize.defaults import CALIBRATION_TOKENS
 from slm.quantize.halves import rejection
 from slm.quantize.quantizer import quantizer_of
-from slm.quantize.report import measured_report, write_report
+from slm.quantize.refinement import Refinement
+from slm.quantize.report import measured_report, norm_errors, write_report
 from slm.quantize.results import Report, TaskChange
 from slm.quantize.settings import Settings, check_source, fitted_settings
 from slm.quantize.task import TaskCheck, measure_change
@@ -31,6 +32,7 @@ def quantize_bundle(
     progress: Progress | None = None,
     calibration: TokenRows | None = None,
     task: TaskCheck | None = None,
+    refinement: Refinement | None = None,
 ) -> tuple[Bundle, Report]:
     """Quantizes a float bundle and measures the effect on the CPU.
 
@@ -42,6 +44,7 @@ def quantize_bundle(
         progress: Receives the progress of each step.
         calibration: The calibration text. The default is the training stories that ship with slm.
         task: A task whose score must not fall by more than its limit.
+        refinement: The training for the setting `refine`, and its text.
 
     Returns:
         The new bundle and the report.
@@ -57,11 +60,15 @@ def quantize_bundle(
         raise SlmError(f"{out} is the bundle to quantize and cannot be overwritten", "choose another --out")
     started = time.perf_counter()
     calibration = calibration or calibration_text(source, None, CALIBRATION_TOKENS[settings.precision])
+    if settings.refine:
+        if refinement is None:
+            raise ValueError("the setting `refine` needs a refinement")
+        calibration = refinement.unread(calibration)
     with (
         atomic_directory(out, sealed_files(out)) as directory,
         quantizer_of(source, settings, calibration, text, progress, directory.parent) as quantizer,
     ):
-        plan = decide(quantizer)
+        plan = decide(quantizer, refinement if settings.refine else None)
         counts = ", ".join(f"{count} × {name}" for name, count in plan.counts.items())
         progress.note(f"writing {source.manifest.parameters:,} parameters: {counts}")
         made = write_bundle(source, plan, quantizer.tensors(plan), directory)
@@ -79,7 +86,7 @@ def quantize_bundle(
         write_report(directory, report)
         quality = Quality(text=text.name, max_kl_nats=settings.limits.max_kl_nats, **asdict(report.change))
         assert made.manifest.quantization is not None
-        errors = {each.path: each.error for each in report.tensors}
+        errors = {each.path: each.error for each in report.tensors} | norm_errors(quantizer, plan)
         quantization = made.manifest.quantization.model_copy(update={"errors": errors})
         seal(directory, made.manifest.model_copy(update={"quality": quality, "quantization": quantization}))
     return Bundle.open(out), report

@@ -4,7 +4,7 @@ Dimensions: K input channels.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Self, TypeAlias
 
 from slm.core.contract import CacheType, Device
@@ -16,6 +16,7 @@ from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import NO_SMOOTHING, Smoothing
 from slm.quantize.frequent import FrequentTokens
 from slm.quantize.linears import Linear
+from slm.quantize.results import Refined
 from slm.quantize.settings import Method, Prefer, Settings
 
 Arrays: TypeAlias = Mapping[str, Array]
@@ -88,6 +89,8 @@ class QuantizationPlan:
             are written.
         coarser: A scheme with fewer bytes for weights that GPTQ rounded in both, by path.
         frequent: The frequent tokens, from which schemes of tables take the first ones; None if no table has such rows.
+        norms: The weights of norms that refinement has moved, by name; they replace those of the smoothed model.
+        refinement: The effect of refinement, if there was one.
         sensitivity: KL divergence if only this weight has few bits, in nats, by path; empty if not measured.
         trained_for: The precision for which the model was trained, if the plan keeps that grid.
     """
@@ -103,6 +106,8 @@ class QuantizationPlan:
     rounded: Mapping[str, Arrays] = field(default_factory=dict)
     coarser: Mapping[str, Alternative] = field(default_factory=dict)
     frequent: FrequentTokens | None = None
+    norms: Mapping[str, Array] = field(default_factory=dict)
+    refinement: Refined | None = None
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     trained_for: QatPrecision | None = None
 
@@ -139,13 +144,19 @@ class QuantizationPlan:
             found["attention_us"] = {each: round(1e6 * seconds, 1) for each, seconds in self.attention.items()}
         if self.trained_for is not None:
             found["trained_for"] = self.trained_for
+        if self.refinement is not None:
+            found["refinement"] = asdict(self.refinement)
         return found
 
     def record(self) -> Quantization:
         """Returns the manifest's record."""
         level = ACCURACY_LEVEL if self.device == "cpu" else 0  # products on CUDA do not round activations
         return Quantization(
-            method=self.method, accuracy_level=level, smoothing=self._exponent, schemes=dict(self.schemes)
+            method=self.method,
+            accuracy_level=level,
+            smoothing=self._exponent,
+            schemes=dict(self.schemes),
+            refined=self.refinement is not None and self.refinement.kept,
         )
 
     @property

@@ -113,7 +113,7 @@ class Quantizer:
     def tensors(self, plan: QuantizationPlan) -> Mapping[str, Array]:
         """Returns the tensors of the quantized graph, by name. Weights are rounded when they are read."""
         rounded = rounded_tensors(self.smoothed_weights(plan), plan, self.importance(plan))
-        return ChainMap(dict(plan.cache_steps), rounded)  # type: ignore[arg-type]  # only read
+        return ChainMap(dict(plan.cache_steps), dict(plan.norms), rounded)  # type: ignore[arg-type]  # only read
 
     @contextmanager
     def trial(self, plan: QuantizationPlan) -> Iterator[Bundle]:

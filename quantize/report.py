@@ -89,6 +89,15 @@ def tensor_errors(quantizer: Quantizer, plan: QuantizationPlan, after: Mapping[s
     return tuple(found)
 
 
+def norm_errors(quantizer: Quantizer, plan: QuantizationPlan) -> dict[str, float]:
+    """Returns the relative change of each norm that refinement moved, by path."""
+    before = quantizer.smoothed_weights(plan)
+    return {
+        name.removesuffix(".weight"): relative_error(before[name][None], array[None])
+        for name, array in plan.norms.items()
+    }
+
+
 def parts_of(bundle: Bundle, linears: Sequence[Linear], schemes: Schemes) -> dict[str, int]:
     """Returns the size of graph and weights in bytes, by part of the model."""
     parts = {"embedding and head": 0, "attention": 0, "MLP": 0}

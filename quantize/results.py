@@ -92,6 +92,25 @@ class TensorError:
 
 
 @dataclass(frozen=True)
+class Refined:
+    """The effect of refinement, measured on held-back rows of the calibration text.
+
+    Attributes:
+        tokens: The number of tokens of the text that training read, each as often as it was read.
+        held_back: The number of held-back tokens.
+        kl_before: KL divergence on the held-back tokens before refinement, in nats.
+        kl_after: The same after refinement.
+        kept: Whether the refined weights were kept. They are if they reduce the divergence.
+    """
+
+    tokens: int
+    held_back: int
+    kl_before: float
+    kl_after: float
+    kept: bool
+
+
+@dataclass(frozen=True)
 class HeadChange:
     """The predictions of single-token steps from a head in halves, compared with those of the whole head.
 

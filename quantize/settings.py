@@ -58,6 +58,7 @@ class Settings:
         head: Whether the tied table is stored whole, or in halves for faster single-token steps (`slm.export.graph.halves`).
         target_bytes: For INT4, the limit of the size of graph and weights, in bytes.
         target_kl_nats: For INT4, the target KL divergence. Layers get eight bits until it is reached.
+        refine: For INT4, whether scales and norms are trained after rounding (`slm.refine`).
         gate: The limits of the quality check. None: the default limits of the precision.
     """
 
@@ -73,6 +74,7 @@ class Settings:
     head: Head = "whole"
     target_bytes: int | None = None
     target_kl_nats: float | None = None
+    refine: bool = False
     gate: Gate | None = None
 
     @property
@@ -108,7 +110,11 @@ class Settings:
         asked: dict[str, object] = {"precision": self.precision, "prefer": self.prefer, "dynamic": self.dynamic or None}
         asked |= {"block_size": self.block_size, "head_bits": self.head_bits}
         asked |= {"head": None if self.head == "whole" else self.head}
-        asked |= {"target_bytes": self.target_bytes, "target_kl_nats": self.target_kl_nats}
+        asked |= {
+            "target_bytes": self.target_bytes,
+            "target_kl_nats": self.target_kl_nats,
+            "refine": self.refine or None,
+        }
         return {name: value for name, value in asked.items() if value is not None}
 
     def finer(self) -> str | None:
@@ -143,6 +149,8 @@ def check_source(source: Bundle, settings: Settings) -> None:
             f"INT8 supports the method nearest only, not {settings.method}",
             f"use slm quantize --int4 --method {settings.method}",
         )
+    if settings.refine and settings.precision != "int4":
+        raise SlmError("--refine requires --int4; 8-bit weights change the predictions too little", "omit --refine")
     if settings.head == "halves":
         _check_halves(source)
     if manifest.target == "portable":

@@ -70,6 +70,7 @@ def contradiction(settings: Settings, grid: QatGrid) -> str | None:
         f"--block-size {settings.block_size}": settings.block_size not in (None, grid.layers.block_size),
         f"--prefer {settings.prefer}": settings.prefer != "auto",
         "--head-bits 4": settings.head_bits == 4,
+        "--refine": settings.refine,
         "--head halves": settings.head == "halves",  # whose integers have another range
         "--target-size": settings.target_bytes is not None,
     }

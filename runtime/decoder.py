@@ -24,7 +24,7 @@ from slm.runtime.growing import GrowingCaches
 from slm.runtime.head import WHOLE, in_halves
 from slm.runtime.memory import DeviceBuffer, HostBuffer, Place
 from slm.runtime.session import RuntimeDevice, first_line, open_session, takes_from, weights_file
-from slm.runtime.unused import page_out, return_freed_memory
+from slm.runtime.unused import page_out, trim_freed_memory
 
 # Tokens per step of a prompt. It bounds the attention scores, which are (heads, chunk, length).
 PREFILL_CHUNK = 512
@@ -240,7 +240,7 @@ class OnnxDecoder:
         """Returns memory that only a long prompt needed to the system: temporary values, and pages of the embedding."""
         if tokens >= PREFILL_CHUNK and self._device == "cpu":
             page_out(weights_file(self.bundle))
-            return_freed_memory()
+            trim_freed_memory()
 
     @property
     def revocable(self) -> int:

@@ -18,7 +18,7 @@ from slm.core.machine import (
 )
 from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.runtime.hugepages import use_huge_pages
-from slm.runtime.unused import page_out, return_freed_memory
+from slm.runtime.unused import page_out, trim_freed_memory
 
 # The devices on which slm runs a model.
 RuntimeDevice = Literal["cpu", "cuda"]
@@ -139,7 +139,7 @@ def open_session(
         raise DeviceUnavailable("the CUDA provider could not start", _DOCTOR)
     if device == "cpu":
         page_out(weights_file(bundle))
-        return_freed_memory()
+        trim_freed_memory()
         use_huge_pages()
     return session
 

@@ -10,13 +10,18 @@ import re
 import sys
 from pathlib import Path
 
-_MAPS = Path("/proc/self/maps")
-_MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(\S.*)$", re.MULTILINE)
-# asm-generic/mman-common.h, since Linux 5.4: pages are written back if they changed, and read again when they are used.
-_MADV_PAGEOUT = 21
+_SMAPS = Path("/proc/self/smaps")
+# A mapped file, and the KiB of its pages that this process changed: in memory, and in swap space.
+_MAPPED = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(\S.*)\n(?:[A-Z].*\n)*?Anonymous: +(\d+) kB\n(?:[A-Z].*\n)*?Swap: +(\d+) kB$",
+    re.MULTILINE,
+)
+# asm-generic/mman-common.h. The first leaves pages in the system's cache of files, and forgets pages that the process changed.
+# The second (since Linux 5.4) keeps changed pages, and takes the others out of the cache: they are read from the disk again.
+_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
 
 
-def return_freed_memory() -> None:
+def trim_freed_memory() -> None:
     """Returns freed memory to the system, with glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -24,7 +29,7 @@ def return_freed_memory() -> None:
 
 
 def page_out(file: Path) -> int:
-    """Takes the pages of a mapped file out of this process's resident memory. They are read again when they are used.
+    """Takes the pages of a mapped file out of this process's resident memory. They are mapped again when they are used.
 
     Returns:
         The bytes of the file that are mapped; 0 on other systems.
@@ -32,7 +37,7 @@ def page_out(file: Path) -> int:
     if sys.platform != "linux":
         return 0
     try:
-        maps, name = _MAPS.read_text(encoding="utf-8", errors="replace"), os.path.realpath(file)
+        maps, name = _SMAPS.read_text(encoding="utf-8", errors="replace"), os.path.realpath(file)
     except OSError:  # a sandbox without /proc
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
@@ -41,6 +46,8 @@ def page_out(file: Path) -> int:
     for found in _MAPPED.finditer(maps):
         if found[3] == name:
             first, end = int(found[1], 16), int(found[2], 16)
-            libc.madvise(first, end - first, _MADV_PAGEOUT)  # advice: nothing depends on its success
+            changed = int(found[4]) + int(found[5])
+            # Advice: nothing depends on its success.
+            libc.madvise(first, end - first, _MADV_PAGEOUT if changed else _MADV_DONTNEED)
             mapped += end - first
     return mapped

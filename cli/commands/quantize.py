@@ -25,7 +25,7 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, sealed_files
 from slm.core.outputs import check_output
 from slm.core.task import METRICS
-from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS
+from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS, REFINE_TOKENS
 
 
 @click.command(epilog=REPLACING)
@@ -77,6 +77,11 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS
     show_default=True,
     help="Storage of the tied table; with halves, a step of one text reads fewer bytes. Compare with slm bench.",
 )
+@click.option("--refine", is_flag=True,
+              help="With --int4: train scales and norms afterwards to match the float model; takes minutes and needs "
+                   "PyTorch.")  # fmt: skip
+@click.option("--refine-tokens", type=Whole(2), metavar="N",
+              help=f"Number of tokens of the calibration text to train on. [default: {REFINE_TOKENS}]")  # fmt: skip
 @click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
 @column_option
 @document_option
@@ -124,6 +129,7 @@ def quantize(
       slm quantize --int8 --prefer speed          # also caches in 8 bits
       slm quantize --int8 --head halves           # reads half of the table; try slm bench
       slm quantize --int4 --target-size 110MB
+      slm quantize --int4 --target-size 110MB --refine --calibration train.txt
       slm quantize --int8 runs/tiny/onnx --data valid.txt --max-kl 0.01
       slm quantize --int8 --task rows.jsonl --max-drop 1%
       slm quantize --sweep runs/tiny/onnx         # runs/tiny/onnx-sweep/sweep.html
@@ -158,5 +164,6 @@ def quantize(
     check_source(source, settings)
     if source.manifest.device != "cpu":
         say("Quality is measured on the CPU.")
-    made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text, task.check(source))
+    refinement, check = options.refinement(source, texts), task.check(source)
+    made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text, check, refinement)
     print_report(made, report, as_json)

@@ -117,7 +117,7 @@ def _load(path: Path, options: LoadOptions) -> Model:
 
 def _load_bundle(path: Path, options: LoadOptions) -> Model:
     from slm.runtime.decoder import OnnxDecoder
-    from slm.runtime.unused import return_freed_memory
+    from slm.runtime.unused import trim_freed_memory
 
     bundle = Bundle.open(path, options.trust)
     check_placement(bundle, options.device, options.allow_slow)
@@ -126,7 +126,7 @@ def _load_bundle(path: Path, options: LoadOptions) -> Model:
         onnx.use(load_adapter(Path(options.adapter), bundle))
     about = About(path, bundle.manifest.precision, options.device, bundle.config.parameter_count())
     tokenizer = Tokenizer.load(path)
-    return_freed_memory()
+    trim_freed_memory()
     model = Model(tokenizer, _drafting(onnx, options.draft_tokens), bundle.stop_token_ids, about)
     model.declares_tools = declares_tools(_info(bundle.manifest.provenance.get(INFO_FILE), options))
     return model

@@ -129,6 +129,7 @@ def test_weights_that_left_the_grid_are_noticed(bundles: dict[str, Bundle]) -> N
         ({"precision": "int4", "head_bits": 4}, "--head-bits 4"),
         ({"precision": "int4", "head": "halves"}, "--head halves"),
         ({"precision": "int4", "target_bytes": 10**6}, "--target-size"),
+        ({"precision": "int4", "refine": True}, "--refine"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,6 +1,7 @@
 """Memory that a process does not use goes back to the system, and every value stays."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,12 +51,56 @@ def test_a_mapped_file_leaves_the_resident_memory_and_keeps_its_values(tmp_path:
     assert 4 << 20 < found["freed"] < 12 << 20  # of the one file alone
 
 
+# Maps a file of 8 MiB, reads it, takes it out of memory, and reads it again.
+_READ_AGAIN = """
+import json, mmap, resource, sys
+from pathlib import Path
+from slm.runtime import unused
+
+if sys.argv[2] == "evict":
+    unused._MADV_DONTNEED = unused._MADV_PAGEOUT
+path = Path(sys.argv[1])
+with path.open("rb") as file:
+    memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+first = sum(memory[::4096])
+unused.page_out(path)
+before = resource.getrusage(resource.RUSAGE_SELF)
+same = sum(memory[::4096]) == first
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([same, after.ru_minflt - before.ru_minflt, after.ru_majflt - before.ru_majflt]))
+"""
+
+
+def faults(path: Path, advice: str) -> tuple[bool, int, int]:
+    """Returns whether the values are the same, and the faults of the second reading: from memory, and from the disk."""
+    run = subprocess.run(
+        [sys.executable, "-c", _READ_AGAIN, str(path), advice], capture_output=True, text=True, check=True
+    )
+    same, minor, major = json.loads(run.stdout)
+    return same, minor, major
+
+
+@LINUX
+def test_unchanged_pages_stay_in_the_system_s_cache(tmp_path: Path) -> None:
+    """Otherwise the first steps after a long prompt would read the embedding from the disk."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * (8 << 12))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # only clean pages can be evicted
+    same, minor, major = faults(path, "keep")
+    assert same and minor > 0 and major == 0  # the pages were unmapped, and mapped again
+    same, _, major = faults(path, "evict")
+    assert same
+    if not major:
+        pytest.skip("this file system is in memory")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_freed_memory_is_returned() -> None:
     script = """
 import ctypes, json
 from pathlib import Path
-from slm.runtime.unused import return_freed_memory
+from slm.runtime.unused import trim_freed_memory
 def rss():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 libc = ctypes.CDLL(None)
@@ -66,7 +111,7 @@ for block in blocks:
 for block in blocks[:-1]:  # the last one keeps the top of the heap
     libc.free(ctypes.c_void_p(block))
 before = rss()
-return_freed_memory()
+trim_freed_memory()
 print(json.dumps([hasattr(libc, "malloc_trim"), before - rss()]))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -94,7 +139,7 @@ def test_the_embedding_stays_in_its_file(
 
 def test_long_prompts_return_their_memory(shared_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr("slm.runtime.decoder.return_freed_memory", lambda: calls.append("freed"))
+    monkeypatch.setattr("slm.runtime.decoder.trim_freed_memory", lambda: calls.append("freed"))
     decoder = OnnxDecoder(shared_bundle, threads=1)
     decoder.read([1, 2, 3])
     assert not calls

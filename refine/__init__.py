@@ -1,0 +1,1 @@
+"""Refinement of quantized weights by distillation, with PyTorch (`slm quantize --refine`)."""
