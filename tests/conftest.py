@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as Backend
@@ -22,7 +23,7 @@ from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import export_bundle
+from slm.export.bundle import ExportOptions, export_bundle
 from slm.interchange.gguf.tokenizer import TokenType, from_gguf
 from slm.train.data.tokenizer import train_bpe
 
@@ -92,6 +93,12 @@ def curves_are_placeholders(request: pytest.FixtureRequest, monkeypatch: pytest.
         figure = MagicMock()
         figure.savefig.side_effect = lambda file, **_: Path(file).write_bytes(b"placeholder")
         monkeypatch.setattr("slm.train.metrics.new_figure", lambda *_: figure)
+
+
+@pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning ends with short answers: a random model writes up to the limit, which takes longer than to train it."""
+    monkeypatch.setattr("slm.finetune.samples.TOKENS", 16)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -239,6 +246,34 @@ def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Token
 def shared_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The shared checkpoint as a float32 bundle; tests must not change it."""
     return export_bundle(shared_checkpoint, tmp_path_factory.mktemp("bundle") / "onnx")
+
+
+@pytest.fixture(scope="session")
+def portable_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shared checkpoint as a portable bundle; tests must not change it."""
+    return export_bundle(
+        shared_checkpoint, tmp_path_factory.mktemp("bundle") / "onnx", ExportOptions(target="portable")
+    )
+
+
+@pytest.fixture(scope="session")
+def slotted(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shared checkpoint as a bundle with slots for adapters; tests must not change it."""
+    return export_bundle(
+        shared_checkpoint, tmp_path_factory.mktemp("bundle") / "onnx", ExportOptions(adapter_slots=True)
+    )
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shared bundle with weights and caches in 8 bits; tests must not change it."""
+    from slm.quantize.make import quantize_bundle
+    from slm.quantize.settings import Gate, Settings
+    from slm.quantize.texts import TokenRows
+
+    text = TokenRows("random", np.random.default_rng(0).integers(0, AWKWARD.vocab_size, (2, 64)))
+    settings = Settings(gate=Gate(1), cache="int8", block_size=32)
+    return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from slm.core.manifest import Bundle
+from tests import quick
 
 Slm = Callable[..., Any]
 
@@ -32,7 +33,7 @@ def test_each_step_finds_the_one_before(slm: Slm, run: Path) -> None:
     assert result.code == 0, result.err
     assert "Using runs/tiny/checkpoint/best (newest checkpoint)." in result.err
     assert "Verified: runs/tiny/onnx matches PyTorch" in result.out
-    result = slm("quantize", "--int8", "--tokens", "200", "--max-kl", "1")
+    result = slm("quantize", "--int8", *quick.QUANTIZE)
     assert result.code == 0, result.err
     assert "Using runs/tiny/onnx (newest float32 bundle)." in result.err and "int8 in blocks of 64" in result.out
     result = slm("generate", "-p", "Once", "--max-new-tokens", "5", "--greedy")
@@ -45,13 +46,13 @@ def test_a_text_shorter_than_the_window_is_said(slm: Slm, exported: Path) -> Non
     Path("short.txt").write_text("One day.")
     result = slm("quantize", "--int8", "--data", "short.txt", "--max-kl", "1")
     assert result.code == 0 and "do not exceed the sliding window of 16" in result.err
-    assert "warning" not in slm("quantize", "--int8", "--max-kl", "1", "--tokens", "200").err
+    assert "warning" not in slm("quantize", "--int8", *quick.QUANTIZE).err
 
 
 def test_json_of_every_step(slm: Slm, exported: Path) -> None:
     made = json.loads(slm("export", "--onnx", "--json", "--out", "elsewhere/onnx").out)
     assert made["bundle"] == "elsewhere/onnx" and made["parity"]["logits"]["steps"] < 1e-4
-    made = json.loads(slm("quantize", "--int8", "--json", "--tokens", "200", "--max-kl", "1", exported / "onnx").out)
+    made = json.loads(slm("quantize", "--int8", "--json", *quick.QUANTIZE, exported / "onnx").out)
     assert made["bytes_after"] < made["bytes_before"] and made["change"]["kl_nats"] > 0
     told = json.loads(
         slm("generate", "--json", "-p", "One day", "--greedy", "--max-new-tokens", "9", exported / "onnx").out

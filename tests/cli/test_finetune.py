@@ -10,10 +10,12 @@ import pytest
 
 from slm.core.checkpoint import read_info
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 Slm = Callable[..., Any]
 
 ROWS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in ("one", "two", "red", "blue", "cat")]
-QUICK = ("--epochs", "1", "--rank", "2")
+QUICK = ("--epochs", "1", "--rank", "2", "--samples", "1")
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_a_wrong_base_is_refused(slm: Slm, run: Path, base: str) -> None:
 def test_without_any_checkpoint_the_demo_model_becomes_one(slm: Slm) -> None:
     write("pairs.jsonl", ROWS[:1])
     for _ in range(2):  # the second command uses the checkpoint of the first
-        result = slm("finetune", "--lora", "pairs.jsonl", "--samples", 0, "--overwrite", *QUICK)
+        result = slm("finetune", "--lora", "pairs.jsonl", "--overwrite", *QUICK, "--samples", 0)
         assert result.code == 0, result.err
         assert "checkpoint/imported" in result.err
     assert read_info(Path("runs/stories/checkpoint/imported"))["imported"]["kind"] == "bundle"
@@ -225,7 +227,7 @@ def test_a_log_has_a_line_for_each_epoch_and_no_bar(slm: Slm, run: Path) -> None
 
 
 def test_answers_are_shown_at_the_end(slm: Slm, run: Path) -> None:
-    command = ("finetune", "--lora", "pairs.jsonl", "--overwrite", *QUICK)
+    command = ("finetune", "--lora", "pairs.jsonl", "--overwrite", "--epochs", "1", "--rank", "2")
     shown = slm(*command).out
     assert "greedy answers to rows that were trained on" in shown
     assert [shown.count(f"  {name}") for name in ("prompt:", "wanted:", "answered:")] == [3, 3, 3]

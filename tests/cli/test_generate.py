@@ -26,15 +26,16 @@ from slm.runtime.sampling import Sampling
 COUNTING = Path(__file__).parent / "scripts" / "slm_counting.py"
 
 Slm = Callable[..., Any]
+# Sampling bold enough for every option to matter.
+BOLD = ("-p", "The", "--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "1", "--seed", "0")
 
 
 @pytest.fixture
 def ask(slm: Slm, shared_bundle: Bundle) -> Callable[..., Any]:
-    """Generates with --json on a random model, bold enough for every option to matter."""
+    """Generates with --json on a random model."""
 
     def run(*options: object) -> Any:
-        bold = ("-p", "The", "--max-new-tokens", "30", "--temperature", "1.5", "--top-p", "1", "--seed", "0", "--json")
-        result = slm("generate", shared_bundle.path, *bold, *options)
+        result = slm("generate", shared_bundle.path, *BOLD, "--json", *options)
         assert result.code == 0, result.err
         return json.loads(result.out)
 
@@ -83,21 +84,7 @@ def test_a_stop_text_ends_the_answer(ask: Callable[..., Any]) -> None:
 def test_a_stop_text_is_not_shown_as_it_streams(slm: Slm, shared_bundle: Bundle, ask: Callable[..., Any]) -> None:
     free = ask()["text"]
     stop = free[len(free) // 2 :][:2]
-    options = (
-        "-p",
-        "The",
-        "--max-new-tokens",
-        "30",
-        "--temperature",
-        "1.5",
-        "--top-p",
-        "1",
-        "--seed",
-        "0",
-        "--stop",
-        stop,
-    )
-    result = slm("generate", shared_bundle.path, *options)
+    result = slm("generate", shared_bundle.path, *BOLD, "--stop", stop)
     assert result.out == f"The{free[: free.index(stop)]}\n" and "stopped at a stop text" in result.err
 
 
@@ -182,18 +169,8 @@ def test_the_defaults_are_those_of_python() -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_ends_the_text(as_json: bool, tmp_path: Path) -> None:
-    command = (
-        "generate",
-        "-p",
-        "Once upon a time",
-        "--max-new-tokens",
-        "1000000",
-        "--on-full",
-        "slide",
-        "--threads",
-        "1",
-    )
-    command += ("--logit-bias", "0=-inf", "--stop", "a text that never comes")
+    command = ("generate", "-p", "Once upon a time", "--threads", "1", "--stop", "a text that never comes")
+    command += ("--max-new-tokens", "1000000", "--on-full", "slide", "--logit-bias", "0=-inf")
     with subprocess.Popen(
         [sys.executable, str(COUNTING), *command, *(("--json",) if as_json else ())],
         stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ from slm.core.contract import DEFAULT_CONTEXT
 from slm.core.manifest import Bundle
 from slm.quantize.defaults import CALIBRATION_TOKENS
 from slm.quantize.settings import GATES
+from tests import quick
 
 Slm = Callable[..., Any]
 
@@ -36,7 +37,7 @@ def test_each_command_says_the_next(slm: Slm, shared_checkpoint: Path, place: st
     assert export == ["export", "--onnx", f"{place}/checkpoint/best"]
     quantize = following(slm(*export))
     assert quantize == ["quantize", "--int8", f"{place}/onnx"]
-    verify = following(slm(*quantize, "--tokens", "200", "--max-kl", "1"))
+    verify = following(slm(*quantize, *quick.QUANTIZE))
     assert verify == ["verify", f"{place}/onnx-int8"]
     ask = following(slm(*verify))
     assert ask == ["generate", f"{place}/onnx-int8", "-p", "Once upon a time"]
@@ -44,7 +45,7 @@ def test_each_command_says_the_next(slm: Slm, shared_checkpoint: Path, place: st
     assert json.loads(slm(*export, "--json").out)["next"] == shlex.join(["slm", *quantize])
     row = {"instruction": "Say one.", "output": "One!"}
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
-    merge = following(slm("finetune", "--lora", "rows.jsonl", "--epochs", "1", "--rank", "2"))
+    merge = following(slm("finetune", "--lora", "rows.jsonl", *quick.FINETUNE))
     assert merge == ["export", "--onnx", "--adapter", f"{place}/adapters/rows"]
     assert following(slm(*merge)) == ["quantize", "--int8", f"{place}/onnx-rows"]
     assert following(slm("eval", f"{place}/onnx-rows", "--tokens", "50")) == [
@@ -66,7 +67,7 @@ def test_the_readers_own_model_answers_at_every_step(slm: Slm, shared_checkpoint
     assert used() == "runs/mine/checkpoint/best"
     assert slm("export", "--onnx").code == 0
     assert used() == "runs/mine/onnx"
-    assert slm("quantize", "--int8", "--tokens", "200", "--max-kl", "1").code == 0
+    assert slm("quantize", "--int8", *quick.QUANTIZE).code == 0
     assert used() == "runs/mine/onnx-int8"
     assert slm("import", shared_checkpoint, "--out", "runs/new/checkpoint/imported").code == 0
     assert used() == "runs/new/checkpoint/imported"

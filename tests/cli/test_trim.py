@@ -11,6 +11,7 @@ import pytest
 from slm.core.checkpoint import read_config
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
+from tests import quick
 
 Slm = Callable[..., Any]
 
@@ -69,10 +70,10 @@ def test_the_result_is_a_model_like_any_other(slm: Slm, shared_checkpoint: Path,
     rows = [{"prompt": "Once upon", "completion": " a time"}] * 6
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for command in (
-        ("finetune", "--lora", "rows.jsonl", "--epochs", "1", "--rank", "2"),
+        ("finetune", "--lora", "rows.jsonl", *quick.FINETUNE),
         ("export", "--onnx", "--adapter", "rows"),
         ("export", "--onnx", "runs/t/checkpoint/trimmed"),
-        ("quantize", "--int8", "--tokens", "200", "--max-kl", "1"),
+        ("quantize", "--int8", *quick.QUANTIZE),
         ("verify",),
         ("export", "--gguf", "runs/t/checkpoint/trimmed", "--gguf-type", "f32", "--out", "t.gguf"),
         ("info", "runs/t/onnx-int8"),

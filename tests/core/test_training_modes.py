@@ -5,7 +5,6 @@ Dimensions: B batch, T positions.
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +16,10 @@ from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM, KVCache, attention
 from slm.core.nn import model as module
 from slm.core.nn.attention import SHORT, attend_in_products
+from slm.core.nn.fake_quant import round_activations, round_weight
 from slm.core.nn.flex import window_mask
 from slm.core.nn.layers import gelu_tanh
+from slm.core.qat import GRIDS
 from slm.train.learner import Objective
 
 # The same sums of float32 in another order; 2e-6 seen of logits up to 10. A window that is one longer moves them by 1e-2.
@@ -194,15 +195,20 @@ def test_dropout_zeroes_its_share_of_embeddings_and_of_both_sub_layers(
     assert shares == pytest.approx([0.25] * len(shares), abs=0.02)
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A new directory for kernels: a killed process may have left half a kernel in the user's."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
-def test_compiled_kernels_give_the_same_losses(
-    config: ModelConfig, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
-    )  # a killed process may leave half a kernel in the shared one
+@pytest.mark.usefixtures("kernels")
+def test_compiled_kernels_give_the_same_losses(config: ModelConfig, make_model: MakeModel) -> None:
     few = config.model_copy(update={"num_hidden_layers": 2, "layer_types": config.layer_types[1:3]})  # one of each kind
     losses: dict[bool, list[float]] = {}
     for compiled in (False, True):
@@ -276,11 +282,28 @@ def test_short_contexts_train_by_products_and_nothing_else_does(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
-def test_the_compiled_activation_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+@pytest.mark.usefixtures("kernels")
+def test_the_compiled_activation_is_the_same() -> None:
     x = torch.linspace(-30, 30, 4001, requires_grad=True)
     compiled, plain = torch.compile(gelu_tanh)(x), gelu_tanh(x)
     assert (compiled - plain).abs().max() < 1e-6
     gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (compiled, plain)]
     assert (gradients[0] - gradients[1]).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
+def test_compiled_rounding_is_the_same() -> None:
+    scheme = GRIDS["int4"].scheme("model.layers.0.mlp.up_proj", 64)
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=draw, requires_grad=True) for rows in (5, 48))
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(round_activations(x, scheme), round_weight(weight, scheme))
+
+    compiled, plain = torch.compile(product)(x, weight), product(x, weight)
+    assert (compiled - plain).abs().max() < 1e-4
+    assert (plain - F.linear(x, weight)).abs().max() > 0.01  # the control: without rounding
+    gradients = [torch.autograd.grad(y.square().sum(), (x, weight)) for y in (compiled, plain)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine - theirs).abs().max() < 1e-3

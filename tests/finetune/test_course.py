@@ -24,6 +24,8 @@ from slm.finetune.settings import FinetuneSettings
 from slm.loading import load
 from tests.progress import Notes, Stopper
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 WriteRows = Callable[..., Path]
 QUICK = FinetuneSettings(rank=4, epochs=3, batch_size=4)
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(30)]

@@ -27,6 +27,8 @@ from slm.finetune.state import Standing
 from slm.train.precision import FLOAT32, Precision
 from tests.progress import Stopper
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 WriteRows = Callable[..., Path]
 ROWS = [{"instruction": f"Say {n}.", "output": f"{n}!"} for n in range(30)]
 SETTINGS = FinetuneSettings(rank=4, epochs=2, batch_size=4)

@@ -18,7 +18,6 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import ExportOptions, export_bundle
 from slm.finetune.merge import merge
 from slm.interchange.onnx_adapter import adapter_from_peft, slot_arrays
 from slm.runtime.decoder import OnnxDecoder
@@ -77,13 +76,6 @@ def rewrite(path: Path, fields: dict[str, Any], dtype: torch.dtype, rename: Call
     tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
     changed = {rename(name): tensor.to(dtype) for name, tensor in tensors.items()}
     safetensors.torch.save_file(changed, path / "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def slotted(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(
-        shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", ExportOptions(adapter_slots=True)
-    )
 
 
 def in_slots(bundle: Bundle, adapter: Path, ids: np.ndarray) -> np.ndarray:

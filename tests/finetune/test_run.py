@@ -29,6 +29,8 @@ from slm.finetune.run import FinetuneResult, finetune
 from slm.finetune.settings import FinetuneSettings, default_epochs, default_learning_rate
 from tests.progress import Notes, Stopper
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 WriteRows = Callable[..., Path]
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "slm.json"]

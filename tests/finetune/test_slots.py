@@ -35,13 +35,6 @@ TOLERANCE = 1e-4
 INT8_TOLERANCE = 0.3
 
 
-@pytest.fixture(scope="module")
-def slotted(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(
-        shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", ExportOptions(adapter_slots=True)
-    )
-
-
 def rows(bundle: Bundle) -> np.ndarray:
     return np.random.default_rng(3).integers(0, bundle.config.vocab_size, (2, 40))
 

@@ -12,6 +12,7 @@ from slm.core.checkpoint import read_info
 from slm.core.config import ModelConfig
 from slm.core.licence import foreign_notices, modified
 from slm.core.manifest import Bundle
+from tests import quick
 
 SENTENCE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 
@@ -42,12 +43,12 @@ def test_from_import_to_everything(gemma: Path, slm: Callable[..., Any]) -> None
     assert slm("export", "--onnx").code == 0
     check(run / "onnx", [*Bundle.open(run / "onnx").manifest.notices], stored, "exported to ONNX")
 
-    assert slm("quantize", "--int8").code == 0
+    assert slm("quantize", "--int8", *quick.QUANTIZE).code == 0
     notices = [*Bundle.open(run / "onnx-int8").manifest.notices]
     check(run / "onnx-int8", notices, stored, "exported to ONNX", "quantized to INT8")
 
     Path("data.jsonl").write_text("".join(f'{{"prompt": "a{i}", "completion": "b"}}\n' for i in range(12)))
-    assert slm("finetune", "--lora", "data.jsonl", "--epochs", "1").code == 0
+    assert slm("finetune", "--lora", "data.jsonl", *quick.FINETUNE).code == 0
     check(run / "adapters/data", read_info(run / "adapters/data")["notices"], stored, "fine-tuned with LoRA")
 
     assert slm("export", "--onnx", "--adapter", run / "adapters/data").code == 0

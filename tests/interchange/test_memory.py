@@ -1,7 +1,6 @@
 """Importing holds one copy of the weights, whatever they come from."""
 
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from slm.core.checkpoint import tensor_shapes, write_checkpoint
 from slm.core.config import ModelConfig
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import Tokenizer
+from tests.forks import Run, forks
 
 # Everybody's buffers, beside what the same process takes for a model of no size.
 SLACK_MIB = 24
 
 PROGRAM = """
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from slm.core.machine import peak_rss_mib
 from slm.interchange.importing import import_model
@@ -34,9 +33,10 @@ def checkpoint(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> float:
     return sum(tensor.nbytes for tensor in tensors.values()) / 2**20
 
 
-def peak_mib(source: Path, dtype: str) -> float:
-    command = [sys.executable, "-c", PROGRAM, str(source), "imported", dtype]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+@pytest.fixture(scope="module")
+def importing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with forks("import gguf, slm.interchange.importing", tmp_path_factory.mktemp("importing")) as run:
+        yield run
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ def sources(shared_bundle: Bundle, tokenizer: Tokenizer, tmp_path_factory: pytes
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["directory", "gguf"])
-def test_one_copy(sources: Sources, kind: str, dtype: str) -> None:
-    nothing, something = (peak_mib(source, dtype) for source in sources.paths(kind))
+def test_one_copy(sources: Sources, importing: Run, kind: str, dtype: str) -> None:
+    ended = [importing(PROGRAM, str(source), "imported", dtype) for source in sources.paths(kind)]
+    assert [each.returncode for each in ended] == [0, 0], ended
+    nothing, something = (float(each.stdout) for each in ended)
     stored = sources.weights_mib / (2 if dtype == "bfloat16" else 1)
     assert sources.weights_mib > 150
     # Of the largest tensor, the embedding, a conversion has the float32 values in hand; a GGUF file is mapped.

@@ -21,7 +21,7 @@ from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
 from slm.core.text.tokens import TextSource
 from slm.core.tokenizer import Tokenizer
-from slm.export.bundle import ExportOptions, export_bundle
+from slm.export.bundle import export_bundle
 from slm.export.graph import (
     BlockFormat,
     FloatFormat,
@@ -49,27 +49,28 @@ def random_text(bundle: Bundle, seed: int = 5, rows: int = 4) -> TokenRows:
     return TokenRows("random", np.random.default_rng(seed).integers(0, bundle.config.vocab_size, (rows, 60)))
 
 
-def make(source: Bundle, out: Path, **settings: Any) -> tuple[Bundle, Report]:
-    settings.setdefault("gate", OPEN)
-    return quantize_bundle(source, out, random_text(source), Settings(**settings), None, random_text(source, 6, 8))
+def make(source: Bundle, out: Path, **options: Any) -> tuple[Bundle, Report]:
+    """Quantizes without choices by measurement, each of which takes as long as a quantization, unless a test asks for them."""
+    settings = Settings(**{"gate": OPEN, "smooth": False, "cache": "float32"} | options)
+    return quantize_bundle(source, out, random_text(source), settings, None, random_text(source, 6, 8))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "int8-smooth": {"smooth": True},
+    "int8-dynamic": {"dynamic": True},
+    "int8-caches": {"cache": "int8"},
+    "int4": {"precision": "int4", "smooth": None},
+    "int4-size": {"precision": "int4", "prefer": "size", "head_bits": 8, "smooth": None},
+    "int4-nearest": {"precision": "int4", "prefer": "size", "head_bits": 8, "smooth": None, "method": "nearest"},
+}
 
 
 @pytest.fixture(scope="module")
 def made(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Bundle, Report]]:
     """Returns a bundle of each kind."""
     home = tmp_path_factory.mktemp("made")
-    wanted: dict[str, dict[str, Any]] = {
-        "int8": {},
-        "int8-smooth": {"smooth": True},
-        "int8-dynamic": {"dynamic": True},
-        "int4": {"precision": "int4"},
-        "int4-size": {"precision": "int4", "prefer": "size", "head_bits": 8},
-        "int4-nearest": {"precision": "int4", "prefer": "size", "head_bits": 8, "method": "nearest"},
-    }
-    return {name: make(shared_bundle, home / name, **settings) for name, settings in wanted.items()}
-
-
-KINDS = ("int8", "int8-smooth", "int8-dynamic", "int4", "int4-size", "int4-nearest")
+    return {name: make(shared_bundle, home / name, **settings) for name, settings in KINDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def test_the_untied_head_is_quantized_too(
 def test_smaller_blocks_are_more_exact(
     shared_bundle: Bundle, made: dict[str, tuple[Bundle, Report]], tmp_path: Path
 ) -> None:
-    finer, coarse = make(shared_bundle, tmp_path / "b", block_size=16, smooth=False), made["int8"]
+    finer, coarse = make(shared_bundle, tmp_path / "b", block_size=16), made["int8"]
     assert all(
         fine.error < each.error
         for fine, each in zip(finer[1].tensors, coarse[1].tensors, strict=True)
@@ -256,9 +257,9 @@ def uneven(
 def test_a_bad_setting_is_stopped_and_smoothing_makes_it_a_good_one(uneven: Bundle, tmp_path: Path) -> None:
     """A token with one much larger channel has a bad common scale. Smoothing fixes it."""
     with pytest.raises(SlmError, match="quality check failed: KL divergence"):
-        make(uneven, tmp_path / "b", dynamic=True, smooth=False, gate=GATES["int8"])
+        make(uneven, tmp_path / "b", dynamic=True, gate=GATES["int8"])
     assert list(tmp_path.iterdir()) == []
-    bundle, report = make(uneven, tmp_path / "b", dynamic=True, gate=GATES["int8"])  # chooses smoothing by measurement
+    bundle, report = make(uneven, tmp_path / "b", dynamic=True, smooth=None, gate=GATES["int8"])  # by measurement
     assert report.settings["smoothing"] and bundle.manifest.quantization.smoothing  # type: ignore[union-attr]
     assert report.change.kl_nats < 0.01
 
@@ -299,9 +300,11 @@ def test_one_scale_a_tensor_would_be_noticed(
     assert any((decoder.logits(row[None])[0] != decoder.logits(rows)[i]).any() for i, row in enumerate(rows))
 
 
-@pytest.mark.parametrize("settings", [{}, {"precision": "int4"}, {"dynamic": True, "cache": "int8"}], ids=str)
-def test_same_input_same_bytes(shared_bundle: Bundle, tmp_path: Path, settings: dict[str, Any]) -> None:
-    first, second = (make(shared_bundle, tmp_path / name, **settings)[0] for name in "ab")
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int8-caches", "int4"])
+def test_same_input_same_bytes(
+    shared_bundle: Bundle, made: dict[str, tuple[Bundle, Report]], tmp_path: Path, kind: str
+) -> None:
+    first, second = made[kind][0], make(shared_bundle, tmp_path / "again", **KINDS[kind])[0]
     timed = {name for name in first.manifest.files if name.startswith("report.")}  # seconds and speeds
     assert timed
     for name, entry in first.manifest.files.items():
@@ -339,7 +342,7 @@ def test_mixed_precision_keeps_a_divergence(
 
 
 def test_what_cannot_be_quantized_is_refused(
-    shared_checkpoint: Path, shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path
+    shared_bundle: Bundle, portable_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path
 ) -> None:
     with pytest.raises(SlmError, match="is already int8"):
         make(int8_bundle, tmp_path / "b")
@@ -349,11 +352,7 @@ def test_what_cannot_be_quantized_is_refused(
     with pytest.raises(SlmError, match="is the bundle to quantize"):
         make(shared_bundle, shared_bundle.path)
     with pytest.raises(SlmError, match="portable bundle"):
-        make(
-            export_bundle(shared_checkpoint, tmp_path / "portable", ExportOptions(target="portable")),
-            tmp_path / "b",
-            dynamic=True,
-        )
+        make(portable_bundle, tmp_path / "b", dynamic=True)
     assert not (tmp_path / "b").exists()
 
 
@@ -399,9 +398,11 @@ def test_measuring_text_is_the_same_in_every_kind_of_file(shared_bundle: Bundle)
         assert np.array_equal(cut(shared_bundle, TextSource(Path("a.csv"), "story")).rows, plain)
 
 
-def test_int8_caches_take_a_quarter_and_cost_little(shared_bundle: Bundle, int8_bundle: Bundle, tmp_path: Path) -> None:
+def test_int8_caches_take_a_quarter_and_cost_little(
+    shared_bundle: Bundle, int8_bundle: Bundle, made: dict[str, tuple[Bundle, Report]]
+) -> None:
     text = random_text(shared_bundle)
-    bundle, report = make(shared_bundle, tmp_path / "b", cache="int8")
+    bundle, report = made["int8-caches"]
     assert {layer.dtype for layer in bundle.manifest.cache} == {"int8"}
     assert {spec.dtype for spec in bundle.manifest.inputs if "past" in spec.name} == {"int8"}
     decoders = [OnnxDecoder(each) for each in (int8_bundle, bundle)]

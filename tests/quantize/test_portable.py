@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8, smoothed": {"smooth": True, "prefer": "quality"},
     "int4": {"precision": "int4", "prefer": "size"},
     "int4, smoothed": {"precision": "int4", "prefer": "size", "smooth": True},
-    "int4, mixed": {"precision": "int4"},
+    "int4, mixed": {"precision": "int4", "smooth": None},
 }
 
 
@@ -55,8 +55,8 @@ def random_text(bundle: Bundle, seed: int = 5, rows: int = 4) -> TokenRows:
 
 
 def make(source: Bundle, out: Path, **settings: Any) -> Bundle:
-    chosen_by = random_text(source, 6, 8)
-    return quantize_bundle(source, out, random_text(source), Settings(gate=Gate(None), **settings), None, chosen_by)[0]
+    wanted = Settings(**{"gate": Gate(None), "smooth": False} | settings)
+    return quantize_bundle(source, out, random_text(source), wanted, None, random_text(source, 6, 8))[0]
 
 
 @pytest.fixture(scope="module")

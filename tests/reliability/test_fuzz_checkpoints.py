@@ -12,7 +12,6 @@ import torch
 
 from slm.core.manifest import Bundle
 from slm.core.nn import load_checkpoint
-from slm.export.bundle import ExportOptions, export_bundle
 from slm.finetune.adapter import adapter_state, attach, save_adapter
 from slm.finetune.settings import FinetuneSettings
 from slm.interchange.gguf import write_gguf
@@ -35,13 +34,6 @@ def peft_adapter(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     path.mkdir()
     save_adapter(path, adapter, adapter_state(adapter))
     return path
-
-
-@pytest.fixture(scope="module")
-def slotted(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(
-        shared_checkpoint, tmp_path_factory.mktemp("slots") / "onnx", ExportOptions(adapter_slots=True)
-    )
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,6 @@ from slm.core.contract import CACHE_SLACK
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.export.bundle import ExportOptions, export_bundle
-from slm.quantize.make import quantize_bundle
-from slm.quantize.settings import Gate, Settings
-from slm.quantize.texts import TokenRows
 from slm.runtime.backend import Decoder
 from slm.runtime.batch import Batch, Slot
 from slm.runtime.cache import KVBuffers
@@ -33,14 +30,6 @@ PROMPTS = [IDS[length : 2 * length] for length in LENGTHS]
 
 # Rows of a product computed together and one by one: the same bits on AVX-512, measured; elsewhere a float's last bits.
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(scope="module")
-def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """INT8 weights in blocks of 32 and INT8 caches."""
-    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-    settings = Settings(gate=Gate(1), cache="int8", block_size=32)
-    return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 
 def alone(decoder: Decoder, prompt: list[int], sampling: Sampling, new: int, stop: tuple[int, ...] = ()) -> list[int]:

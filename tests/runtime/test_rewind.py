@@ -13,10 +13,6 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.nn import CausalLM
 from slm.core.nn.decoder import TorchDecoder
-from slm.export.bundle import ExportOptions, export_bundle
-from slm.quantize.make import quantize_bundle
-from slm.quantize.settings import Gate, Settings
-from slm.quantize.texts import TokenRows
 from slm.runtime.backend import Decoder
 from slm.runtime.cache import KVBuffers, resident_positions
 from slm.runtime.decoder import OnnxDecoder
@@ -31,21 +27,6 @@ TOLERANCE = 2e-5
 # Rounding to INT8, of activations and of caches, makes much of a float's last bit: what was read in other portions differs
 # by as much as quantization changes.
 INT8_TOLERANCE = 0.5
-
-
-@pytest.fixture(scope="module")
-def portable_bundle(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(
-        shared_checkpoint, tmp_path_factory.mktemp("portable") / "onnx", ExportOptions(target="portable")
-    )
-
-
-@pytest.fixture(scope="module")
-def int8_bundle(shared_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """INT8 weights and INT8 caches."""
-    text = TokenRows("random", np.random.default_rng(0).integers(0, 320, (2, 64)))
-    settings = Settings(gate=Gate(1), cache="int8", block_size=32)
-    return quantize_bundle(shared_bundle, tmp_path_factory.mktemp("int8") / "onnx", text, settings)[0]
 
 
 @pytest.fixture(params=["fused", "int8", "torch", "portable"])

@@ -22,22 +22,9 @@ from slm.core.manifest import Bundle
 def process(shared_bundle: Bundle, tmp_path: Path) -> Any:
     keys = tmp_path / "keys"
     keys.write_text("secret\n\n")
-    command = [
-        sys.executable,
-        "-m",
-        "slm",
-        "serve",
-        shared_bundle.path,
-        "--port",
-        "0",
-        "--name",
-        "m",
-        "--api-key-file",
-        keys,
-    ]
-    started = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}
-    )
+    command = [sys.executable, "-m", "slm", "serve", shared_bundle.path, "--port", "0"]
+    command += ["--name", "m", "--api-key-file", keys]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
     yield started
     started.kill()
     started.wait()

@@ -457,5 +457,9 @@ def test_the_first_does_it_and_alone_nothing_is_asked() -> None:
 
 
 if __name__ == "__main__":
+    import torch._dynamo  # which optimizers import
+    import torch.distributed.fsdp
+    import torch.nn.parallel
+
     for number, some in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         forked(number, some)

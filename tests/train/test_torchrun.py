@@ -74,7 +74,7 @@ IN_TWO = """
 import json, os, socket, sys
 import slm.train.run
 from slm.cli.main import main
-
+{}
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     with socket.create_server(("127.0.0.1", 0)) as free:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -89,31 +89,30 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
 """
 
 
-def test_a_mistake_is_said_once(recipe_file: Path) -> None:
-    commands = [["train", "--recipe", str(recipe_file), *arguments] for arguments, _ in MISTAKES]
-    program = [sys.executable, "-c", IN_TWO, json.dumps(commands)]
+def in_two(commands: list[list[str]], patch: str = "") -> list[tuple[str, str]]:
+    """Runs commands in two processes, changed by a program; returns the exit codes and what both said of each command."""
+    program = [sys.executable, "-c", IN_TWO.replace("{}", patch), json.dumps(commands)]
     ended = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, check=True)
-    for number, (code, (_, message)) in enumerate(zip(ended.stdout.splitlines(), MISTAKES, strict=True)):
-        assert code == "[1, 1]", message
-        said = "".join(Path(f"said-{number}-{rank}").read_text(encoding="utf-8") for rank in "01")
+    said = [
+        "".join(Path(f"said-{number}-{rank}").read_text(encoding="utf-8") for rank in "01")
+        for number in range(len(commands))
+    ]
+    return list(zip(ended.stdout.splitlines(), said, strict=True))
+
+
+def test_a_mistake_is_said_once(recipe_file: Path) -> None:
+    ended = in_two([["train", "--recipe", str(recipe_file), *arguments] for arguments, _ in MISTAKES])
+    for (codes, said), (_, message) in zip(ended, MISTAKES, strict=True):
+        assert codes == "[1, 1]", message
         (error,) = (line for line in said.splitlines() if line.startswith("error: "))
         assert message in error and "Traceback" not in said
     assert not Path("runs").exists()
 
 
-SCRIPT = """
-import os, sys
-from slm.cli.main import main
-{}
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
-def test_what_fails_in_one_process_alone_is_said_by_that_one(recipe_file: Path, torchrun: Start, end_of: EndOf) -> None:
-    script = Path("script.py")
+def test_what_fails_in_one_process_alone_is_said_by_that_one(recipe_file: Path) -> None:
     patch = """
-from slm.train import loop
+import torch._dynamo, torch.nn.parallel  # which both would import
 from slm.train.learner import Learner
 update = Learner.update
 def failing(self, first, after):
@@ -122,24 +121,24 @@ def failing(self, first, after):
     return update(self, first, after)
 Learner.update = failing
 """
-    script.write_text(SCRIPT.format(patch), encoding="utf-8")
-    ended = end_of(torchrun(2, script, "train", "--recipe", recipe_file))
-    assert ended.code == 1
-    assert [line for line in ended.err if "error" in line] == ["error: out of memory at micro-step 5"]
+    ((codes, said),) = in_two([["train", "--recipe", str(recipe_file)]], patch)
+    assert codes == "[1, 1]" and "Traceback" not in said
+    assert [line for line in said.splitlines() if "error" in line] == ["error: out of memory at micro-step 5"]
 
 
 @pytest.mark.slow
 def test_a_peer_that_never_comes_is_not_waited_for_for_ever(recipe_file: Path) -> None:
-    script = Path("script.py")
-    patch = """
+    script = """
+import sys
 from datetime import timedelta
+from slm.cli.main import main
 from slm.train import parallel
 parallel._TOGETHER = timedelta(seconds=2)
+main(sys.argv[1:])
 """
-    script.write_text(SCRIPT.format(patch), encoding="utf-8")
     environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     ended = subprocess.run(
-        [sys.executable, script, "train", "--recipe", recipe_file],
+        [sys.executable, "-c", script, "train", "--recipe", recipe_file],
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -63,12 +63,14 @@ def commands(
 ) -> dict[str, tuple[tuple[object, ...], tuple[object, ...]]]:
     """Returns the arguments that make an artifact, and those that make it again, by name."""
     bundle, adapter = disk / "onnx", disk / "adapter"
-    tune = ("finetune", "--lora", rows, "--base", checkpoint, "--out", adapter, "--epochs", 1, "--rank", 2)
+    quick = ("--epochs", 1, "--rank", 2, "--samples", 0)
+    tune = ("finetune", "--lora", rows, "--base", checkpoint, "--out", adapter, *quick)
     same: dict[str, tuple[object, ...]] = {
         "export": ("export", "--onnx", checkpoint, "--out", bundle),
         "gguf": ("export", "--gguf", "--gguf-type", "f32", checkpoint, "--out", disk / "model.gguf"),
         "quantize": ("quantize", "--int8", bundle, "--out", disk / "int8", "--data", text, "--tokens", 256, "--max-kl", 9,
-                     "--max-ppl-increase", 9, "--no-smooth", "--calibration", text, "--calibration-tokens", 256),
+                     "--max-ppl-increase", 9, "--no-smooth", "--kv-cache", "float32", "--calibration", text,
+                     "--calibration-tokens", 256),
         "import": ("import", checkpoint, "--out", disk / "imported"),
         "merge": ("merge", checkpoint, checkpoint, "--out", disk / "merged"),
         "trim": ("trim", checkpoint, "--data", text, "--coverage", "90%", "--out", disk / "trimmed"),
