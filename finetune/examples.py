@@ -227,8 +227,8 @@ class Renderer:
         parts, place = [], 0
         for start, end in example.spans:
             if start > place:
-                parts.append((False, self._spelt(example.ids[place:start])))
-            parts.append((True, self._spelt(example.ids[start:end])))
+                parts.append((False, self.spelt(example.ids[place:start])))
+            parts.append((True, self.spelt(example.ids[start:end])))
             place = end
         if len(parts) > _PARTS_SHOWN:
             half = _PARTS_SHOWN // 2
@@ -236,7 +236,8 @@ class Renderer:
             parts = [*parts[:half], left_out, *parts[-half:]]
         return parts
 
-    def _spelt(self, ids: Sequence[int]) -> str:
+    def spelt(self, ids: Sequence[int]) -> str:
+        """Returns the tokens' texts, separated by bars; of many tokens only the first and the last."""
         texts = [repr(self.tokenizer.backend.decode([token], skip_special_tokens=False))[1:-1] for token in ids]
         if len(texts) > 2 * _SHOWN:
             texts = [*texts[:_SHOWN], f"({len(texts) - 2 * _SHOWN} more)", *texts[-_SHOWN:]]

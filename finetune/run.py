@@ -31,6 +31,7 @@ from slm.finetune.adapter import (
 from slm.finetune.examples import Renderer
 from slm.finetune.fit import Fit, Trainable
 from slm.finetune.frozen import lighten
+from slm.finetune.indistinct import indistinct_tokens
 from slm.finetune.loop import FineTuning, plan_of
 from slm.finetune.preference import Preferences
 from slm.finetune.preparation import Prepared, RowFiles, prepare
@@ -188,9 +189,10 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     model.to(device)
     # A base trained on plain text has never seen a turn token: their rows of the embedding are still random.
     turns = [] if not found.chats or knows_turns(base_info, tokenizer) else renderer.turn_token_ids()
+    rows = turns if settings.method == "full" else _rows_to_train(turns, model, found, renderer, progress)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        adapter = attach(model, settings, base, turns) if settings.method == "lora" else None
+        adapter = attach(model, settings, base, rows) if settings.method == "lora" else None
         fit = _fit(model, adapter, found, precision, Standing(course=course))
         if state is not None:
             fit.restore(state)
@@ -232,6 +234,20 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             if interruption.pending is not None:
                 interruption.deliver()
     return result
+
+
+def _rows_to_train(
+    turns: list[int], model: CausalLM, found: Prepared, renderer: Renderer, progress: Progress
+) -> list[int]:
+    """Returns the tokens whose rows of the embedding are trained: turn tokens, and those that the base cannot tell apart."""
+    indistinct = indistinct_tokens(model.model.embed_tokens.weight, found.train.kept)
+    if not indistinct:
+        return turns
+    progress.note(
+        f"the base cannot tell {len(indistinct)} tokens of the answers apart, because its text did not contain them; their "
+        f"rows of the embedding are trained too: {renderer.spelt(indistinct)}"
+    )
+    return list(dict.fromkeys((*turns, *indistinct)))
 
 
 def _result(
