@@ -32,12 +32,12 @@ WriteRows = Callable[..., Path]
 
 WORDS = ("one", "two", "red", "blue", "cat", "dog", "sun", "sea")
 PAIRS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in WORDS]
-QUICK = FinetuneSettings(rank=4, epochs=2, batch_size=4)
+QUICK = FinetuneSettings(rank=4, epochs=2, batch_size=4, learning_rate=7e-3)
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora": {"dora": True},
     "few targets": {"target_modules": ("q_proj", "down_proj")},
-    "full": {"method": "full"},
+    "full": {"method": "full", "learning_rate": 7e-4},
 }
 # The distance of weights from their grid, in steps.
 ON_GRID, OFF_GRID = 1e-5, 0.1
