@@ -118,7 +118,8 @@ def test_logs_say_nothing_of_the_text(
     caplog.set_level("DEBUG")
     running = serve()
     client = running.client()
-    text = client.completions.create(model=NAME, prompt=SECRET, max_tokens=8, n=n).choices[0].text
+    long: Any = {"max_tokens": 16, "seed": 0, "extra_body": {"ignore_eos": True}}  # not ended by its first token
+    text = client.completions.create(model=NAME, prompt=SECRET, n=n, **long).choices[0].text
     list(client.completions.create(model=NAME, prompt=SECRET, max_tokens=8, n=n, stream=True))
     running.post("/v1/completions", {"model": NAME, "prompt": SECRET, "n": SECRET})
     running.post("/v1/completions", {"model": NAME, "prompt": SECRET, SECRET: n})
