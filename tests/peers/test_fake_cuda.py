@@ -36,6 +36,9 @@ FEWEST_COPIES_FROM_THE_CPU = 10
 # At 4 layers. Each layer more takes 21 on 7.5 and 19 above. Quantized, the looked-up embedding is cast once more.
 MOST_LAUNCHES = {"7.5": 100, "8.9": 92, "9.0": 92}
 OF_QUANTIZED = 1
+# And for a table with the rows of frequent tokens: the comparison with their ids, their lookup, their product, and putting both
+# in place.
+OF_FREQUENT = 10
 CAPABILITIES = ["7.5", "8.9", "9.0"]
 ATTENTION = {"7.5": "Sm75", "8.9": "flash_fwd", "9.0": "flash_fwd"}
 # Runs a script on a bundle with a compute capability: what it prints, and the lines of the device and of onnxruntime.
@@ -203,15 +206,21 @@ def quantized(source: Path, precision: Any) -> Path:
     return quantize_bundle(Bundle.open(source), Path(precision), text, settings, None, text)[0].path
 
 
-def check_products(log: list[str], bits: str) -> None:
-    """Checks that a step's products are those of integers with float16 scales and activations, and none is another."""
+def check_products(log: list[str], bits: str, tables: int = 1) -> None:
+    """Checks that a step's products are those of integers with float16 scales and activations, and none is another.
+
+    Args:
+        log: What the driver was asked for.
+        bits: Part of the name of the layers' kernels.
+        tables: Number of tables: two if the frequent tokens have rows of their own.
+    """
     found = log[log.index("step decode") : log.index("step chunk")]
     products = [line for line in found if "MatMulFloat" in line]
-    assert len(products) == 4 * 4 + 1 and not any("gemm" in line.lower() for line in found)
+    assert len(products) == 4 * 4 + tables and not any("gemm" in line.lower() for line in found)
     assert all("I6__half" in line for line in products)  # how compilers spell <__half
     assert sum(bits in line for line in products) >= 4 * 4
-    (lookup,) = (line for line in found if "GatherBlockQuantized" in line)
-    assert "6__half" in lookup
+    lookups = [line for line in found if "GatherBlockQuantized" in line]
+    assert len(lookups) == tables and all("6__half" in line for line in lookups)
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", "MatMulFloat8b"), ("int4", "MatMulFloat4Bits")])
@@ -220,10 +229,14 @@ def test_quantized_bundles_run_there(
 ) -> None:
     source = export_bundle(checkpoint(64), Path("cuda"), ExportOptions(device="cuda")).path
     bundle = quantized(source, precision)
+    quantization = Bundle.open(bundle).manifest.quantization
+    assert quantization is not None
+    frequent = bool(quantization.schemes["model.embed_tokens"].frequent)
+    assert frequent == (precision == "int4")
     for capability in CAPABILITIES:
         ran = fake_cuda("fake_cuda_decoder.py", bundle, capability)
-        check_steps(ran, capability, MOST_LAUNCHES[capability] + OF_QUANTIZED)
-        check_products(ran.log, bits)
+        check_steps(ran, capability, MOST_LAUNCHES[capability] + OF_QUANTIZED + OF_FREQUENT * frequent)
+        check_products(ran.log, bits, 1 + frequent)
     check_placement(placed(fake_cuda("fake_cuda_placement.py", bundle, "7.5").log))
     ran = fake_cuda("fake_cuda_graph.py", bundle, "8.9", "yes")
     assert rejected(ran.log) == [] and by_step(ran.log, "replay")["token 2"] == 1 and not by_step(ran.log)["token 2"]
