@@ -103,6 +103,11 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+def is_norm(name: str) -> bool:
+    """Returns whether a tensor is the weight of a norm, which the model adds to 1."""
+    return name.endswith("norm.weight")
+
+
 def write_checkpoint(
     path: Path,
     config: ModelConfig,

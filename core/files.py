@@ -162,6 +162,31 @@ def at_work(descriptor: int) -> str:
     return "another process"
 
 
+@contextmanager
+def held(directory: Path) -> Iterator[bool]:
+    """Locks a directory that is written over time, such as a run, for this process.
+
+    The system releases the lock however the process ends. Yields whether the lock is certain: some file systems have no locks.
+
+    Raises:
+        SlmError: When another process uses it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        alone = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SlmError(
+                f"{at_work(descriptor)} is at work in {directory}", "wait for it or stop it, or name another directory"
+            ) from None
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
 def check_replaceable(target: Path, ours: Collection[str]) -> None:
     """Checks that writing to `target` replaces nothing except an older artifact of the same kind.
 

@@ -1,15 +1,16 @@
 """What is stored under ./runs and in the cache: size, origin, quality and age of each artifact; and its removal."""
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slm.core.artifacts import Artifact, artifacts, read_artifact, unfinished
 from slm.core.errors import SlmError
+from slm.core.files import held, scratch_directory, sole
 from slm.core.names import short_name
 from slm.core.runs import RUNS, cached_bundles
 
@@ -93,24 +94,28 @@ def removable(name: str) -> Path:
     places = [place for place in _places(name) if os.path.lexists(place)]
     if len(places) > 1:
         raise SlmError(f"{name} is ambiguous", f"use one of {', '.join(map(str, places))}")
-    for place in places:
-        path = place.parent.resolve() / place.name
-        homes = (RUNS.resolve(), cached_bundles().resolve())
-        if not any(path != home and path.is_relative_to(home) for home in homes) or ".." in place.parts:
-            break
-        if place.is_symlink():
-            raise SlmError(f"{place} is a link", "remove it yourself")
-        if read_artifact(place) is not None or (path.parent == homes[0] and (artifacts(place) or unfinished(place))):
-            return place
+    homes = RUNS.resolve(), cached_bundles().resolve()
+    place = places[0] if places else RUNS
+    path = place.parent.resolve() / place.name
+    if ".." in place.parts or not any(home in path.parents for home in homes):
+        raise SlmError(f"there is no {name} under ./{RUNS} or in the cache", "slm list lists what there is")
+    if place.is_symlink():
+        raise SlmError(f"{place} is a link", "remove it yourself")
+    is_run = path.parent == homes[0] and (artifacts(place) or unfinished(place))
+    if read_artifact(place) is None and not is_run:
         raise SlmError(f"{place} is neither a run nor an artifact of slm", "remove it yourself")
-    raise SlmError(f"there is no {name} under ./{RUNS} or in the cache", "slm list lists what there is")
+    return place
 
 
 def remove(path: Path) -> None:
-    """Removes a run or an artifact. First it gets another name, so that an interruption leaves no half of it in use."""
-    hidden = path.with_name(f".{path.name}.removed-{os.getpid()}")
-    path.rename(hidden)
-    shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+    """Removes a run or an artifact. It first leaves its place, so that an interruption leaves no half of it in use.
+
+    Raises:
+        SlmError: When another process is writing it.
+    """
+    working = held(path) if path.is_dir() else nullcontext()
+    with sole(path.resolve()), working, scratch_directory(path.parent, "removed") as scratch:
+        path.rename(scratch / path.name)
 
 
 def _places(name: str) -> Iterator[Path]:

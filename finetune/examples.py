@@ -141,13 +141,10 @@ class Renderer:
         Raises:
             SlmError: See `bad`; the message names the row.
         """
-        found = self._cut(rows, max_length, bad)
-        kept = [cut for full, cut in found if cut.trained]
-        return Examples(
-            tuple(kept),
-            sum(len(cut.ids) < len(full.ids) for full, cut in found if cut.trained),
-            sum(not cut.trained for _, cut in found),
-        )
+        found = [(full, full.cut(max_length)) for full in self._rendered(rows, bad) if full is not None]
+        kept = [(full, cut) for full, cut in found if cut.trained]
+        truncated = sum(len(cut.ids) < len(full.ids) for full, cut in kept)
+        return Examples(tuple(cut for _, cut in kept), truncated, len(found) - len(kept))
 
     def pairs(
         self, rows: Sequence[PreferenceRow], max_length: int, bad: list[SlmError] | None = None
@@ -164,9 +161,6 @@ class Renderer:
         kept = tuple(pair for pair in cut if pair[0].trained and pair[1].trained)
         whole = sum(len(a.ids) <= max_length and len(b.ids) <= max_length for a, b in found)
         return Examples(tuple(a for a, _ in kept), len(cut) - whole, len(cut) - len(kept)), kept
-
-    def _cut(self, rows: Sequence[Row], max_length: int, bad: list[SlmError] | None) -> list[tuple[Example, Example]]:
-        return [(full, full.cut(max_length)) for full in self._rendered(rows, bad) if full is not None]
 
     def _rendered(self, rows: Sequence[Row], bad: list[SlmError] | None) -> list[Example | None]:
         """Returns the uncut example of each row, or None for a conversation that the template rejects; see `examples`."""

@@ -50,11 +50,18 @@ class RowFiles:
         return record if self.hold_out is None else record | {"hold_out": self.hold_out}
 
     def split(self, rows: list[Row], measured: list[Row] | None, seed: int) -> Split:
-        """Returns training rows and held-out rows."""
+        """Returns training rows and held-out rows.
+
+        Raises:
+            SlmError: When all rows are held out.
+        """
         if measured is not None:
             return Split(rows, measured)
-        small = len(rows) < FEW
-        return split_rows(rows, seed, (0.0 if small else HELD_OUT) if self.hold_out is None else self.hold_out)
+        usual = HELD_OUT if len(rows) >= FEW else 0.0
+        split = split_rows(rows, seed, usual if self.hold_out is None else self.hold_out)
+        if not split.train:
+            raise SlmError("all rows are held out, so none are left to train on", "choose a smaller --hold-out")
+        return split
 
 
 @dataclass(frozen=True)

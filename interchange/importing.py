@@ -18,6 +18,7 @@ from slm.core.config import Dtype, ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import check_replaceable
 from slm.core.licence import Notices, modified
+from slm.core.names import short_name
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite
@@ -101,9 +102,14 @@ class Imported:
 
 
 def source_name(source: str) -> str:
-    """Returns the default name of a model, after its source: "gemma-3-270m" for google/gemma-3-270m."""
+    """Returns the default name of a model, after its source.
+
+    "gemma-3-270m" for google/gemma-3-270m and for gemma-3-270m.gguf; "tiny-onnx" for the artifact runs/tiny/onnx.
+    """
     path = Path(source)
-    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else source.rpartition("/")[2]
+    if path.suffix == ".gguf":
+        return path.stem
+    return short_name(path).replace("/", "-") if path.exists() else source.rpartition("/")[2]
 
 
 def import_model(

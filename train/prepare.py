@@ -1,6 +1,5 @@
 """Preparation of a run directory from text or a prepared dataset: tokenizer, tokens and resolved recipe."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 from slm.core.chat import tokenizer_config
 from slm.core.checkpoint import CHECKPOINT_FILES
 from slm.core.errors import SlmError
-from slm.core.files import at_work, atomic_directory, write_text
+from slm.core.files import atomic_directory, held, write_text
 from slm.core.machine import usable_cores
 from slm.core.progress import Progress
 from slm.core.text.cuts import PieceEncoder
@@ -216,31 +215,6 @@ def _is_unsaved(run: Path) -> bool:
     names = [path.relative_to(run).as_posix() for path in paths]
     begun = (run / CONFIG).is_file() or all(re.fullmatch(_PARTIAL, name) for name in names)
     return begun and all(map(_UNSAVED.fullmatch, names)) and not any(path.is_symlink() for path in paths)
-
-
-@contextmanager
-def held(run: Path) -> Iterator[bool]:
-    """Locks a run's directory for this process; the system releases the lock however the process ends.
-
-    Yields whether the lock is certain: some file systems have no locks.
-
-    Raises:
-        SlmError: When another process uses it.
-    """
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        alone = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SlmError(
-                f"{at_work(descriptor)} is at work in {run}", "wait for it or stop it, or name another with --out"
-            ) from None
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

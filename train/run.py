@@ -11,6 +11,7 @@ import torch
 from typing_extensions import override
 
 from slm.core.errors import SlmError
+from slm.core.files import held
 from slm.core.machine import memory, peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
@@ -25,7 +26,7 @@ from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined
 from slm.train.precision import capability, choose_precision
-from slm.train.prepare import CONFIG, DATA, check_lengths, held, prepare
+from slm.train.prepare import CONFIG, DATA, check_lengths, prepare
 from slm.train.pretraining import Actions, Pretraining
 from slm.train.qat import Deployed, first_rounded_update
 from slm.train.recipe import Recipe, load_recipe

@@ -40,11 +40,6 @@ def tensor_names(layers: int) -> dict[str, str]:
     return names
 
 
-def is_norm(name: str) -> bool:
-    """Returns whether a tensor, by Hugging Face's name, is the weight of a norm."""
-    return name.endswith("norm.weight")
-
-
 def is_query_norm(name: str) -> bool:
     """Returns whether a tensor, by Hugging Face's name, is the norm of a layer's queries."""
     return name.endswith(_QUERY_NORM)

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from slm.core.checkpoint import is_norm
 from slm.core.config import FULL, MAX_LAYERS, SLIDING, LayerType, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import check_readable, sha256_file
@@ -14,7 +15,7 @@ from slm.core.tokenizer import END_OF_TURN, Tokenizer
 from slm.core.weights import EMBEDDING, HEAD, Array, Shape, check_finite
 from slm.interchange.gguf import tokenizer as vocabulary
 from slm.interchange.gguf.lengths import MAGIC, check_lengths
-from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, is_norm, query_scalar, tensor_names
+from slm.interchange.gguf.names import ARCHITECTURE, NOTICES_KEY, query_scalar, tensor_names
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # Bytes of two tensors that are compared in one step.

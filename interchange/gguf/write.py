@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slm.core.checkpoint import check_tensors, notices_of, read_config, tensor_shapes
+from slm.core.checkpoint import check_tensors, is_norm, notices_of, read_config, tensor_shapes
 from slm.core.config import FULL, SLIDING, ModelConfig, layer_pattern
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file
@@ -20,7 +20,6 @@ from slm.interchange.gguf.names import (
     ARCHITECTURE,
     NOTICES_KEY,
     VERSION_KEY,
-    is_norm,
     is_query_norm,
     query_scalar,
     tensor_names,

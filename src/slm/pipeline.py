@@ -10,7 +10,6 @@ from slm.core.checkpoint import is_checkpoint, read_info
 from slm.core.errors import SlmError
 from slm.core.files import scratch_directory
 from slm.core.manifest import MANIFEST_FILE, is_bundle
-from slm.core.names import short_name
 from slm.core.progress import Progress, Silent
 from slm.core.runs import cached_bundles
 from slm.core.weights import INDEX_FILE, WEIGHTS_FILE
@@ -62,9 +61,7 @@ def _place(source: str, precision: str) -> Path:
     from slm.interchange.importing import source_name
 
     digest = hashlib.sha256(json.dumps(_identity(source)).encode()).hexdigest()[:8]
-    path = Path(source)
-    name = short_name(path).replace("/", "-") if is_checkpoint(path) else source_name(source)
-    return cached_bundles() / f"{name}-{precision}-{digest}"
+    return cached_bundles() / f"{source_name(source)}-{precision}-{digest}"
 
 
 def _identity(source: str) -> list[object]:

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,19 @@ def test_nothing_else_is_removed(slm: Slm, run: Path, name: str) -> None:
     result = slm("rm", name, "--yes")
     assert result.code == 1 and "Traceback" not in result.err
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_run_that_is_being_written_stays(slm: Slm, run: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys\nfrom slm.core.files import held\nfrom pathlib import Path\n"
+         "with held(Path('runs/tiny')):\n    print('held', flush=True)\n    sys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as writer:  # fmt: skip
+        assert writer.stdout is not None and writer.stdout.readline() == "held\n"
+        result = slm("rm", "tiny", "--yes")
+        assert result.code == 1 and "is at work in runs/tiny" in result.err and (run / "onnx").is_dir()
+        writer.communicate("")
+    assert slm("rm", "tiny", "--yes").code == 0 and not list(Path("runs").iterdir())
 
 
 def test_a_name_of_two_artifacts_is_ambiguous(slm: Slm, run: Path) -> None:
