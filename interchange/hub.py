@@ -8,6 +8,9 @@ from pathlib import Path
 
 from slm.core.errors import SlmError
 
+# What can be imported, for hints.
+SOURCES = "a Hugging Face directory, a .gguf file, or a model on the hub as OWNER/NAME"
+
 # The needed files of a repository; the vision part of a multimodal model is in the same files.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

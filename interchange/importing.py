@@ -23,7 +23,7 @@ from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import INDEX_FILE, WEIGHTS_FILE, Array, Shape, check_finite
 from slm.interchange.gguf.read import GgufModel, is_gguf
-from slm.interchange.hub import download, is_hub_id
+from slm.interchange.hub import SOURCES, download, is_hub_id
 from slm.interchange.huggingface import HuggingFaceModel
 from slm.version import __version__
 
@@ -172,8 +172,7 @@ def _open(source: str, revision: str | None, progress: Progress) -> GgufModel | 
         progress.note(f"{source} is not a path: looking on the Hugging Face hub")
         path = download(source, revision)
     elif not path.exists():
-        hint = "name a Hugging Face directory, a .gguf file, or a model on the hub as OWNER/NAME"
-        raise SlmError(f"not found: {source}", hint)
+        raise SlmError(f"not found: {source}", f"name {SOURCES}")
     if path.is_file():
         raise SlmError(f"{path} is not a GGUF file", "name a .gguf file, or the directory that holds the model")
     if not (path / CONFIG_FILE).is_file():

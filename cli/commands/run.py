@@ -73,11 +73,14 @@ def _known(source: str) -> Path | None:
     Raises:
         SlmError: If it is neither, and not the form of a source that can be imported.
     """
-    from slm.interchange.hub import is_hub_id
+    from slm.interchange.hub import SOURCES, is_hub_id
 
     if Path(source).is_file() or (is_hub_id(source) and not (RUNS / source).exists()):
         return None
-    path, sentences = resolve(source, ("checkpoint", "bundle"))
+    try:
+        path, sentences = resolve(source, ("checkpoint", "bundle"))
+    except SlmError as error:
+        raise SlmError(error.message, f"{error.hint}; or name {SOURCES}") from None
     for sentence in sentences:
         say(sentence)
     return path

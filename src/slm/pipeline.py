@@ -66,14 +66,13 @@ def _place(source: str, precision: str) -> Path:
 
 def _identity(source: str) -> list[object]:
     """Returns values that change when the source's files do: for the hub, its id alone."""
-    from slm.interchange.hub import is_hub_id
+    from slm.interchange.hub import SOURCES, is_hub_id
 
     path = Path(source)
     if is_hub_id(source):
         return ["hub", source]
     if not path.exists():
-        hint = "name a run, a Hugging Face directory, a .gguf file, or a model on the hub as OWNER/NAME"
-        raise SlmError(f"not found: {source}", hint)
+        raise SlmError(f"not found: {source}", f"name {SOURCES}")
     files = [path] if path.is_file() else [file for name in _IDENTIFYING if (file := path / name).is_file()]
     states = [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
     return ["path", str(path.resolve()), states]

@@ -76,7 +76,12 @@ def test_a_run_with_a_bundle_uses_it(said: Slm, run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("nothing", "nothing"), ("missing.gguf", "missing.gguf"), ("text.gguf", "is not a GGUF file"), ("", "is empty")],
+    [
+        ("nothing", "or a model on the hub"),
+        ("missing.gguf", "or a model on the hub"),
+        ("text.gguf", "is not a GGUF file"),
+        ("", "is empty"),
+    ],
 )
 def test_a_source_that_is_none_is_one_line(said: Slm, source: str, message: str) -> None:
     Path("text.gguf").write_text("no model")
