@@ -108,7 +108,7 @@ class FinetuneSettings(BaseModel):
             update={
                 "learning_rate": self.learning_rate or rate,
                 "batch_size": batch_size,
-                "epochs": self.epochs or default_epochs(rows, batch_size),
+                "epochs": self.epochs or default_epochs(rows, batch_size, examples),
                 "max_length": self.context(config),
             }
         )
@@ -129,10 +129,16 @@ def default_learning_rate(hidden_size: int, examples: int) -> float:
     return 5e-4 * (2000 / hidden_size) ** 0.781 * (2 if examples < FEW else 1)
 
 
-def default_epochs(rows: int, batch_size: int) -> int:
-    """Returns three epochs, or with few rows as many as make 400 updates: 27 for 60 rows in batches of 4.
+def default_epochs(rows: int, batch_size: int, examples: int) -> int:
+    """Returns three epochs, or as many as make 150 updates; of few examples 400: 27 epochs for 60 rows in batches of 4.
 
     More than 40 epochs only if they make fewer than 100 updates.
+
+    Args:
+        rows: Number of rows, each of one example or of several that are packed.
+        batch_size: Rows per update.
+        examples: Number of examples.
     """
     updates = math.ceil(rows / batch_size)
-    return max(3, min(round(400 / updates), max(40, round(100 / updates))))
+    wanted = 400 if examples < FEW else 150
+    return max(3, min(round(wanted / updates), max(40, round(100 / updates))))

@@ -47,7 +47,7 @@ def cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run makes a few updates; without `--epochs`, fine-tuning takes three, not fifty as with so few rows."""
     load = recipe.load_recipe
     monkeypatch.setattr(recipe, "load_recipe", lambda name, overrides=(): load("tiny", [*SHORT, *overrides]))
-    monkeypatch.setattr(settings, "default_epochs", lambda rows, batch_size: 3)
+    monkeypatch.setattr(settings, "default_epochs", lambda *_: 3)
 
 
 @pytest.mark.slow

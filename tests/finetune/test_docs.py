@@ -31,7 +31,7 @@ def test_the_rows_are_rows() -> None:
 
 
 def test_the_commands_work(slm: Callable[..., Any], shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "default_epochs", lambda rows, batch_size: 1)
+    monkeypatch.setattr(settings, "default_epochs", lambda *_: 1)
     shutil.copytree(shared_checkpoint, "runs/tiny/checkpoint/best")
     Path("pairs.jsonl").write_text(shown_rows())
     with Path("pairs.csv").open("w", newline="") as file:

@@ -440,8 +440,8 @@ def test_defaults_follow_the_model_and_the_data() -> None:
     assert default_learning_rate(2000, 200) == 5e-4 and default_learning_rate(2000, 199) == 1e-3
     assert default_learning_rate(640, 1000) == pytest.approx(1.2e-3, rel=0.02)
     assert default_learning_rate(128, 1000) == pytest.approx(4.3e-3, rel=0.02)
-    assert [default_epochs(rows, 8) for rows in (1, 5, 87, 990, 100_000)] == [100, 100, 36, 3, 3]
-    assert default_epochs(60, 4) == 27
+    assert [default_epochs(rows, 8, rows) for rows in (1, 5, 87, 199, 200, 990, 100_000)] == [100, 100, 36, 16, 6, 3, 3]
+    assert default_epochs(60, 4, 60) == 27 and default_epochs(10, 8, 500) == 50  # ten packed rows
 
 
 def test_measuring_uses_no_dropout(shared_checkpoint: Path, write_rows: WriteRows) -> None:
