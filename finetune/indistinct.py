@@ -15,8 +15,8 @@ from torch import Tensor
 
 from slm.finetune.examples import Example
 
-# Distance of two rows, relative to the length of one, below which they count as equal. Rows that training collapsed differ by
-# 0.005 of their length, and the closest rows of tokens that the text does contain by more than 0.1.
+# Distance of two rows, relative to the length of one, below which they count as equal. In the bundled demo model the 326 rows
+# that collapsed are at most 0.008 from their neighbour, and all others at least 0.08.
 _NEAR = 0.05
 # Share of the learned tokens below which indistinct tokens do not matter.
 _MATTERS = 0.01
@@ -49,14 +49,17 @@ def near_another(table: Tensor, tokens: list[int]) -> list[int]:
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(table.shape[1], _DIMENSIONS, generator=generator).to(table.device) / _DIMENSIONS**0.5
     short = table @ directions
+    squares = short.square().sum(1)
     found = []
     for first in range(0, len(tokens), _CHUNK):
-        some = tokens[first : first + _CHUNK]
+        some = torch.tensor(tokens[first : first + _CHUNK], device=table.device)
         limits = _NEAR * table[some].norm(dim=1)
-        candidates = torch.cdist(short[some], short) < _MARGIN * limits[:, None]
-        for place, token in enumerate(some):
-            others = candidates[place].nonzero()[:, 0]
-            distances = (table[others] - table[token]).norm(dim=1)
-            if bool(((distances < limits[place]) & (others != token)).any()):
-                found.append(token)
+        # |a - b|² < m² is 2 a b > |a|² + |b|² - m².
+        bounds = (squares[some] - (_MARGIN * limits).square()) / 2
+        products = (short[some] @ short.T).sub_(squares / 2)
+        places, others = (products > bounds[:, None]).nonzero(as_tuple=True)
+        differ = some[places] != others
+        places, others = places[differ], others[differ]
+        near = (table[others] - table[some[places]]).norm(dim=1) < limits[places]
+        found += some[places[near].unique()].tolist()
     return found
