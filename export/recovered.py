@@ -1,15 +1,14 @@
 """The weights of a bundle as those of a checkpoint: a model of which only the bundle is left can be fine-tuned."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from slm.core.checkpoint import GENERATION_CONFIG_FILE, INFO_FILE, tensor_shapes
-from slm.core.config import ModelConfig
+from slm.core.contract import module_rows
 from slm.core.errors import SlmError
 from slm.core.files import read_json, sha256_file
 from slm.core.manifest import MANIFEST_FILE, Bundle
@@ -56,7 +55,12 @@ class BundleModel:
         self.origin: dict[str, Any] = dict(manifest.provenance.get(INFO_FILE) or {})
         schemes = {} if manifest.quantization is None else manifest.quantization.schemes
         graph = float_tensors(self._bundle.model_path, schemes)
-        self._tensors = _checkpoint_parts(graph, self.config)
+        self._graph = graph
+        self._places = {
+            f"{module}.weight": (name, rows)
+            for name in graph
+            for module, rows in module_rows(name.removesuffix(".weight"), self.config).items()
+        }
         plain = "float32" if manifest.precision in ("float32", "int8", "int4") else manifest.precision
         stored = {f"{path}.weight": f"int{scheme.bits}" for path, scheme in schemes.items()}
         self.types = dict(Counter(stored.get(name, plain) for name in graph))
@@ -68,9 +72,10 @@ class BundleModel:
             SlmError: When the graph lacks it, or it has NaN or infinite values.
         """
         try:
-            array = np.ascontiguousarray(self._tensors[name]())
+            joined, rows = self._places[name]
         except KeyError:
             raise SlmError(f"{self._bundle.model_path} has no {name}") from None
+        array = np.ascontiguousarray(self._graph[joined][rows])
         check_finite(array, name, self.path)
         return array - np.float32(1) if is_norm(name) else array
 
@@ -81,28 +86,3 @@ class BundleModel:
     def sha256(self) -> str:
         """Returns the hash of the manifest, which has the hashes of all files."""
         return sha256_file(self.path / MANIFEST_FILE)
-
-
-def _checkpoint_parts(graph: Mapping[str, Array], config: ModelConfig) -> dict[str, Callable[[], Array]]:
-    """Returns a reader for each tensor: the inverse of `slm.export.graph.checkpoint_tensors`, but for the norms' 1."""
-    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    wide = config.intermediate_size
-    sizes = {
-        "qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
-        "gate_up_proj": {"gate_proj": wide, "up_proj": wide},
-    }
-
-    def rows(name: str, first: int, count: int) -> Array:
-        return graph[name][first : first + count]
-
-    parts: dict[str, Callable[[], Array]] = {}
-    for name in graph:
-        module, _, joined = name.removesuffix(".weight").rpartition(".")
-        if joined not in sizes:
-            parts[name] = partial(graph.__getitem__, name)
-            continue
-        first = 0
-        for part, count in sizes[joined].items():
-            parts[f"{module}.{part}.weight"] = partial(rows, name, first, count)
-            first += count
-    return parts

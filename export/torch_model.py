@@ -1,12 +1,12 @@
 """The PyTorch model with the tensors of a graph: the inverse of `slm.export.graph.checkpoint_tensors`."""
 
 from collections.abc import Mapping
-from itertools import accumulate
 
 import numpy as np
 import torch
 
 from slm.core.config import ModelConfig
+from slm.core.contract import module_rows
 from slm.core.nn import CausalLM
 from slm.export.graph.builder import Array
 
@@ -29,22 +29,3 @@ def causal_lm(tensors: Mapping[str, Array], config: ModelConfig) -> CausalLM:
     model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
     model.tie_weights()
     return model.eval()
-
-
-def module_rows(path: str, config: ModelConfig) -> dict[str, slice]:
-    """Returns the modules whose weights a tensor of the graph joins, by path, with their rows in it.
-
-    The graph joins q, k, v and gate, up along their outputs. Every other tensor belongs to one module.
-    """
-    parent, _, product = path.rpartition(".")
-    queries, width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    sizes: dict[str, int]
-    match product:
-        case "qkv_proj":
-            sizes = {"q_proj": queries, "k_proj": width, "v_proj": width}
-        case "gate_up_proj":
-            sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        case _:
-            return {path: slice(None)}
-    ends = list(accumulate(sizes.values()))
-    return {f"{parent}.{name}": slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
