@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from slm.cli.console import one_line, print_table, say
 from slm.core.files import atomic_directory
+from slm.core.metrics.intervals import difference_text, score_text
 from slm.core.metrics.scoring import METRICS
 from slm.core.report_page import page, table, texts_table
+from slm.core.report_plots import Range, ranges
 from slm.core.task import Task
-from slm.quantize.plots import Range, ranges
 
 if TYPE_CHECKING:
     from slm.runtime.task import Answer, Measured
@@ -274,12 +275,11 @@ def _summary(compared: Comparison, *, narrow: bool) -> tuple[tuple[str, ...], li
 
 
 def _score(measured: "Measured") -> str:
-    return f"{measured.score:.1%} ({100 * measured.interval.low:.1f} to {100 * measured.interval.high:.1f})"
+    return score_text(measured.score, measured.interval)
 
 
 def _difference(measured: "Measured", first: "Measured") -> str:
-    between = measured.difference(first)
-    return f"{100 * (measured.score - first.score):+.1f} ({100 * between.low:+.1f} to {100 * between.high:+.1f})"
+    return difference_text(measured.score - first.score, measured.difference(first))
 
 
 def _texts(answer: "Answer") -> tuple[str, str, str, str]:
