@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slm.cli.console import one_line, print_table, say
 from slm.core.files import atomic_directory
 from slm.core.metrics.intervals import difference_text, score_text
-from slm.core.metrics.scoring import METRICS
+from slm.core.metrics.scoring import METRICS, reaches
 from slm.core.report_page import page, table, texts_table
 from slm.core.report_plots import Range, ranges
 from slm.core.task import Task
@@ -70,11 +70,7 @@ class Comparison:
     def failed(self) -> list[Result]:
         """The models below the limit."""
         limit = self.minimum
-        return [] if limit is None else [each for each in self.results if not each.measured.score >= limit - _ROUNDING]
-
-
-# Scores are means of up to millions of numbers, which may differ from a limit such as 0.9 in their last digits.
-_ROUNDING = 1e-9
+        return [] if limit is None else [each for each in self.results if not reaches(each.measured.score, limit)]
 
 
 def as_dict(compared: Comparison, *, rows: bool) -> dict[str, Any]:
