@@ -73,6 +73,30 @@ class Percentage(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # ge
         return share
 
 
+class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
+    """A share as a percentage or a number, such as "2%" or "0.02".
+
+    Args:
+        highest: The largest share.
+    """
+
+    name = "share"
+
+    def __init__(self, highest: float = 1.0) -> None:
+        self._highest = highest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the share as a number."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share <= self._highest:
+            self.fail(f"{value!r} is not a share from 0 to {self._highest:,.0%}, such as 2% or 0.02", param, ctx)
+        return share
+
+
 class FilePath(click.Path):
     """A path. Rejects the empty string: a shell passes it for an unset variable, and it would mean `.`.
 

@@ -25,25 +25,6 @@ if TYPE_CHECKING:
     from slm.quantize.task import TaskCheck
     from slm.quantize.texts import TokenRows
 
-_MAX_SHARE = 1000.0
-
-
-class Share(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
-    """A share such as "2%" or "0.02"."""
-
-    name = "share"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Returns the share, at least 0."""
-        text = str(value).strip()
-        try:
-            share = float(text.rstrip("% ")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= _MAX_SHARE:
-            self.fail(f"{value!r} is not a share such as 2% or 0.02, up to 100,000%", param, ctx)
-        return share
-
 
 @dataclass(frozen=True)
 class SettingOptions:

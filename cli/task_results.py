@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from slm.cli.console import one_line, print_table, say
 from slm.core.files import atomic_directory
-from slm.core.metrics.scoring import METRICS
+from slm.core.metrics.intervals import difference_text, score_text
+from slm.core.metrics.scoring import METRICS, reaches
 from slm.core.report_page import page, table, texts_table
+from slm.core.report_plots import Range, ranges
 from slm.core.task import Task
-from slm.quantize.plots import Range, ranges
 
 if TYPE_CHECKING:
     from slm.runtime.task import Answer, Measured
@@ -69,11 +70,7 @@ class Comparison:
     def failed(self) -> list[Result]:
         """The models below the limit."""
         limit = self.minimum
-        return [] if limit is None else [each for each in self.results if not each.measured.score >= limit - _ROUNDING]
-
-
-# Scores are means of up to millions of numbers, which may differ from a limit such as 0.9 in their last digits.
-_ROUNDING = 1e-9
+        return [] if limit is None else [each for each in self.results if not reaches(each.measured.score, limit)]
 
 
 def as_dict(compared: Comparison, *, rows: bool) -> dict[str, Any]:
@@ -274,12 +271,11 @@ def _summary(compared: Comparison, *, narrow: bool) -> tuple[tuple[str, ...], li
 
 
 def _score(measured: "Measured") -> str:
-    return f"{measured.score:.1%} ({100 * measured.interval.low:.1f} to {100 * measured.interval.high:.1f})"
+    return score_text(measured.score, measured.interval)
 
 
 def _difference(measured: "Measured", first: "Measured") -> str:
-    between = measured.difference(first)
-    return f"{100 * (measured.score - first.score):+.1f} ({100 * between.low:+.1f} to {100 * between.high:+.1f})"
+    return difference_text(measured.score - first.score, measured.difference(first))
 
 
 def _texts(answer: "Answer") -> tuple[str, str, str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slm.cli.console import RichProgress, say
-from slm.cli.options import FilePath, Whole, adapter_type
+from slm.cli.options import FilePath, Share, Whole, adapter_type
 from slm.cli.task_results import Comparison, Result
 from slm.core.artifacts import kind_of, read_artifact
 from slm.core.checkpoint import INFO_FILE
@@ -22,23 +22,6 @@ from slm.core.task import METRICS, MetricName
 if TYPE_CHECKING:
     from slm.finetune.task import TaskFile
     from slm.runtime.model import Model
-
-
-class Score(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only
-    """A score such as "90%" or "0.9"."""
-
-    name = "score"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Returns the score, from 0 to 1."""
-        text = str(value).strip()
-        try:
-            score = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            score = -1.0
-        if not 0 <= score <= 1:
-            self.fail(f"{value!r} is not a score from 0 to 1, such as 0.9 or 90%", param, ctx)
-        return score
 
 
 @dataclass(frozen=True)
@@ -105,7 +88,7 @@ def task_options(command: Any) -> Any:
             help="With --task: also evaluate the first MODEL with this adapter; may be repeated.",
         ),
         click.option(
-            "--min", "minimum", type=Score(), metavar="SCORE", help="With --task: exit with 1 if a model scores less."
+            "--min", "minimum", type=Share(), metavar="SCORE", help="With --task: exit with 1 if a model scores less."
         ),
         click.option(
             "--max-tokens",

@@ -6,6 +6,7 @@ cache, which must therefore belong to a global layer.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import gcd
 from typing import Literal
 
@@ -172,6 +173,25 @@ def product_sizes(config: ModelConfig) -> list[tuple[str, int, int]]:
             ("mlp.down_proj", config.intermediate_size, hidden),
         )
     ]
+
+
+def module_rows(path: str, config: ModelConfig) -> dict[str, slice]:
+    """Returns the modules of a checkpoint whose weights a tensor of the graph joins, by path, with their rows in it.
+
+    The graph joins q, k, v and gate, up along their outputs. Every other tensor belongs to one module.
+    """
+    parent, _, product = path.rpartition(".")
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    sizes: dict[str, int]
+    match product:
+        case "qkv_proj":
+            sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        case "gate_up_proj":
+            sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        case _:
+            return {path: slice(None)}
+    ends = list(accumulate(sizes.values()))
+    return {f"{parent}.{name}": slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 def _cache_specs(caches: Sequence[CacheLayer], when: Literal["past", "present"]) -> tuple[TensorSpec, ...]:

@@ -22,6 +22,7 @@ from slm.core.signals import PutOff
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
+_SCRATCH = ".scratch-"
 _LOCK = ".lock"
 # How long a reader waits during a replacement: the two renames of `replace_directory` are milliseconds apart.
 _RENAMING_S = 2.0
@@ -39,8 +40,8 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
     """Yields an empty sibling directory that replaces `target` when the block ends without an exception.
 
     An exception, also Ctrl-C, removes the sibling and leaves `target` unchanged. Leftovers of killed processes are removed
-    first. The new files are on disk before they replace the old ones, so a power failure leaves either the old directory or
-    the new one.
+    first, also scratch directories beside the target. The new files are on disk before they replace the old ones, so a power
+    failure leaves either the old directory or the new one.
 
     Args:
         target: The directory to create or replace.
@@ -56,6 +57,7 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
     with sole(target) as certain:
         _put_right(target, certain)
         check_replaceable(target, ours)
+        _remove_scratch(target.parent)
         partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
         try:
             partial.mkdir()
@@ -295,21 +297,30 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
 
     Args:
         parent: The directory to create it in.
-        name: Its purpose; the directory's name starts with ".NAME-".
+        name: Its purpose, which begins the directory's name after a dot.
     """
-    for left in parent.glob(f".{glob.escape(name)}-*{_LOCK}"):
-        lock_of = left.name[1:].removesuffix(_LOCK)
-        with suppress(SlmError, OSError), sole(parent / lock_of) as certain:
-            if certain:
-                shutil.rmtree(parent / f".{lock_of}", ignore_errors=True)
-    label = f"{name}-{secrets.token_hex(4)}"
-    with sole(parent / label):  # locked before it exists: a directory without a lock belongs to no running process
+    _remove_scratch(parent)
+    label = f"{name}{_SCRATCH}{secrets.token_hex(4)}"
+    # Locked before it exists: a directory without a lock belongs to no running process. Another process may hold the lock for
+    # a moment, to see whether this one is alive.
+    with sole(parent / label, _RENAMING_S):
         directory = parent / f".{label}"
         try:
             directory.mkdir()
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_scratch(parent: Path) -> None:
+    """Removes the scratch directories, of any purpose, that killed processes left."""
+    for lock in parent.resolve().glob(f".*{_SCRATCH}*{_LOCK}"):
+        if (lock, threading.get_ident()) in _locks:  # this thread's own, which it could lock again
+            continue
+        label = lock.name[1:].removesuffix(_LOCK)
+        with suppress(SlmError, OSError), sole(lock.parent / label) as certain:
+            if certain:
+                shutil.rmtree(lock.parent / f".{label}", ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

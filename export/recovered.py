@@ -8,12 +8,13 @@ from typing import Any, Final
 import numpy as np
 
 from slm.core.checkpoint import GENERATION_CONFIG_FILE, INFO_FILE, is_norm, tensor_shapes
+from slm.core.contract import module_rows
 from slm.core.errors import SlmError
 from slm.core.files import read_json, sha256_file
 from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.core.tokenizer import Tokenizer
 from slm.core.weights import Array, Shape, check_finite
-from slm.export.graph import float_tensors, module_rows
+from slm.export.graph import float_tensors
 
 
 class BundleModel:

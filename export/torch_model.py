@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from slm.core.config import ModelConfig
+from slm.core.contract import module_rows
 from slm.core.nn import CausalLM
-from slm.export.graph import module_rows
 from slm.export.graph.builder import Array
 
 

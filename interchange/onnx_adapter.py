@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from slm.core.adapter_base import check_base
 from slm.core.config import ModelConfig
-from slm.core.contract import product_sizes, slot_names
+from slm.core.contract import module_rows, product_sizes, slot_names
 from slm.core.errors import SlmError
 from slm.core.files import atomic_file
 from slm.core.manifest import Bundle
@@ -62,19 +62,14 @@ def slot_arrays(path: Path, config: ModelConfig) -> dict[str, Array]:
         raise SlmError(f"{path} is DoRA, whose magnitudes depend on the weights", _MERGE)
     if more := [*adapter.embedding, *adapter.rows, *adapter.copies]:
         raise SlmError(f"{path} changes more than the slots' products: {more[0]}", _MERGE)
-    widths = _widths(config)
     arrays: dict[str, Array] = {}
     for product, _, outputs in product_sizes(config):
-        parent, _, name = product.rpartition(".")
         parts: list[tuple[Array, Array]] = []  # A (K, r) and B (r, N) of each projection
-        start = 0
-        for projection in _PARTS[name]:
-            width = widths[projection]
-            if update := adapter.updates.get(f"{parent}.{projection}"):
+        for module, rows in module_rows(product, config).items():
+            if update := adapter.updates.get(module):
                 spread = np.zeros((update.rank, outputs), np.float32)
-                spread[:, start : start + width] = update.high.T * np.float32(update.scale)
+                spread[:, rows] = update.high.T * np.float32(update.scale)
                 parts.append((update.low.T, spread))
-            start += width
         if parts:
             a, b = slot_names(product)
             arrays[a] = np.ascontiguousarray(np.concatenate([low for low, _ in parts], axis=1)[None])
@@ -83,19 +78,3 @@ def slot_arrays(path: Path, config: ModelConfig) -> dict[str, Array]:
 
 
 _MERGE = "merge it: slm export --onnx --adapter DIR"
-_PARTS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "o_proj": ("o_proj",),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-}
-
-
-def _widths(config: ModelConfig) -> dict[str, int]:
-    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    inner, hidden = config.intermediate_size, config.hidden_size
-    return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": hidden} | {
-        "gate_proj": inner,
-        "up_proj": inner,
-        "down_proj": hidden,
-    }

@@ -28,7 +28,8 @@ def quantize_gptq(weight: Array, moments: Array, scheme: Scheme, factor: Array |
     Args:
         weight: float32 (N, K); K is a multiple of the block size.
         moments: The sum of x xᵀ (K, K) over measured inputs x of the product.
-        scheme: The scheme of the weight. The grid of each block is searched before its first column is rounded.
+        scheme: The scheme of the weight. GPTQ chooses the scale and zero point of a block just before it rounds the block's
+            first column.
         factor: The `inverse_factor` of the moments, if the caller has it.
 
     Returns:

@@ -1,11 +1,13 @@
 """Quantization reports as self-contained HTML pages, for small screens, with dark mode, and without network access."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
+from slm.core.metrics.intervals import Interval, difference_text, score_text
 from slm.core.metrics.scoring import METRICS
 from slm.core.report_page import page, table
-from slm.quantize.plots import Bar, Point, bars, lying_bars, points
+from slm.core.report_plots import Bar, Point, bars, lying_bars, points
 from slm.quantize.results import Report, Sweep, TensorError, Trial
 
 # Titles of the four products of a layer.
@@ -27,7 +29,7 @@ def report_page(report: Report) -> str:
         stored,
         table(("", "before", "after"), figures(report)),
         "<h2>Settings</h2>",
-        table(("", ""), [(_words(name), _said(value)) for name, value in report.settings.items()]),
+        table(("", ""), [(_words(name), _said(name, value)) for name, value in report.settings.items()]),
         "<h2>Size by part</h2>",
         lying_bars(
             [Bar(name, size, f"{_mb(size)} ({size / report.bytes_after:.0%})") for name, size in report.parts.items()],
@@ -64,12 +66,8 @@ def figures(report: Report) -> list[tuple[str, str, str]]:
         ("equal greedy tokens", "", same),
     ]
     if (task := report.task) is not None:
-        old, new = (
-            f"{each.score:.1%} ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in (task.before, task.after)
-        )
-        fallen = (
-            f"{100 * (task.after.score - task.before.score):+.1f} ({100 * task.low:+.1f} to {100 * task.high:+.1f})"
-        )
+        old, new = (score_text(each.score, Interval(each.low, each.high)) for each in (task.before, task.after))
+        fallen = difference_text(task.after.score - task.before.score, Interval(task.low, task.high))
         rows += [
             (f"{METRICS[task.metric].title}, {task.rows:,} rows (95 %)", old, new),
             ("difference in points (95 %)", "", fallen),
@@ -170,19 +168,27 @@ def _by_layer(tensors: Sequence[TensorError], field: str, unit: str) -> list[str
 
 
 def _words(name: str) -> str:
-    return {"products": "weights", "target_bytes": "largest size"}.get(name, name.replace("_", " "))
+    known = {"products": "weights", "target_bytes": "largest size", "attention_us": "attention of a few layers"}
+    return known.get(name, name.replace("_", " "))
 
 
-def _said(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{count} × {name}" for name, count in value.items())
-    return (
-        "none"
-        if value is None
-        else f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else str(value)
-    )
+def _said(name: str, value: Any) -> str:
+    match name, value:
+        case "products", _:
+            return ", ".join(f"{count} × {scheme}" for scheme, count in value.items())
+        case "attention_us", _:
+            return ", ".join(f"{microseconds:,.0f} µs with {cache} caches" for cache, microseconds in value.items())
+        case "refinement", _:
+            change = f"KL divergence {value['kl_before']:.4f} nats before and {value['kl_after']:.4f} after"
+            which = "refined" if value["kept"] else "earlier"
+            return f"{value['tokens']:,} tokens; {change}, on {value['held_back']:,} held-back tokens; kept the {which} weights"
+        case _, None:
+            return "none"
+        case _, bool():
+            return str(value)
+        case _, int():
+            return f"{value:,}"
+    return str(value)
 
 
 def _mb(size: float) -> str:

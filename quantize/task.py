@@ -4,7 +4,7 @@ import gc
 from dataclasses import dataclass
 
 from slm.core.manifest import Bundle
-from slm.core.metrics.scoring import METRICS
+from slm.core.metrics.scoring import METRICS, reaches
 from slm.core.progress import Progress
 from slm.core.task import MetricName, Question
 from slm.core.tokenizer import Tokenizer
@@ -12,9 +12,6 @@ from slm.quantize.results import TaskChange, TaskScore
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.model import Model
 from slm.runtime.task import Measured, measure_task
-
-# Scores are means, which may differ from a limit in their last digits.
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class TaskCheck:
     def refuses(self, change: TaskChange) -> str | None:
         """Returns the reason for rejection, or None. Rejects NaN."""
         before, after = change.before.score, change.after.score
-        if after >= before - self.max_drop - _ROUNDING:
+        if reaches(after, before - self.max_drop):
             return None
         return (
             f"{METRICS[self.metric].title} on {self.name} falls from {before:.1%} to {after:.1%} (limit {change.limit})"

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slm.core.contract import module_rows
 from slm.core.grid import as_stored
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import round_activations
 from slm.core.nn.model import TextModel
-from slm.export.graph import float_tensors, module_rows
+from slm.export.graph import float_tensors
 from slm.export.graph.blocks import SCALE
 from slm.export.graph.builder import Array
 from slm.export.torch_model import causal_lm

@@ -42,7 +42,7 @@ class Answer:
     Attributes:
         row: The row.
         reply: The generated reply, or the most likely choice.
-        scores: The scores; the first one is the metric's own.
+        scores: The metric's own score, under "score", and its further figures.
         tokens: The number of new tokens; for choices, of those that were read.
         stopped: Why the reply ended; None for choices. "error" if the request fills the context: such a row scores 0.
     """
@@ -209,17 +209,16 @@ class _Run:
             self._put(number, Answer(question.row, text.strip(), scores, len(result.tokens), result.stopped))
 
         generations, shared = list(numbers), shared_beginning([each.request.prompt for each in numbers])
+        reader = _AfterShared(decoder, shared) if shared else decoder
         if batched(decoder, generations) is None:
-            reader = _AfterShared(decoder, shared) if shared else decoder
             for generation in generations:
                 run(reader, generation).finish()
                 ended(generation)
             return 1
         prefixes = None
-        if shared:
-            _AfterShared(decoder, shared)
+        if isinstance(reader, _AfterShared):
             prefixes = PrefixCache(1 << 62, shortest=1 << 62)  # of this snapshot alone
-            prefixes.add(shared, decoder.snapshot())
+            prefixes.add(shared, reader.snapshot)
         run_batch(decoder, generations, batch, ended=ended, prefixes=prefixes)
         return batch
 
@@ -266,13 +265,14 @@ class _AfterShared:
 
     Attributes:
         decoder: The decoder that computes.
+        snapshot: The decoder's state after the shared tokens.
     """
 
     def __init__(self, decoder: Decoder, shared: Sequence[int]) -> None:
         self.decoder = decoder
         decoder.reset()
         decoder.read(shared)
-        self._snapshot, self._shared, self._begun = decoder.snapshot(), len(shared), False
+        self.snapshot, self._shared, self._begun = decoder.snapshot(), len(shared), False
 
     def reset(self) -> None:
         """Begins another text."""
@@ -283,7 +283,7 @@ class _AfterShared:
         if self._begun:
             return self.decoder.read(ids)
         self._begun = True
-        self.decoder.restore(self._snapshot)
+        self.decoder.restore(self.snapshot)
         return self.decoder.read(ids[self._shared :])
 
 

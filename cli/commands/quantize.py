@@ -12,6 +12,7 @@ from slm.cli.options import (
     ByteCount,
     FilePath,
     Real,
+    Share,
     Whole,
     collects,
     column_option,
@@ -19,7 +20,7 @@ from slm.cli.options import (
     json_option,
     out_option_for,
 )
-from slm.cli.quantize_options import SettingOptions, Share, TaskOptions, TextOptions
+from slm.cli.quantize_options import SettingOptions, TaskOptions, TextOptions
 from slm.cli.quantize_report import print_report, print_sweep
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, sealed_files
@@ -96,7 +97,7 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS, REF
 @click.option("--max-kl", type=Real(0, 1000), metavar="NATS",
               help="Limit of the KL divergence; with --int4, layers get 8 bits to stay below it. "
                    f"[default: {MAX_KL_NATS['int8']}; {MAX_KL_NATS['int4']} for --int4]")  # fmt: skip
-@click.option("--max-ppl-increase", type=Share(), metavar="SHARE",
+@click.option("--max-ppl-increase", type=Share(1000), metavar="SHARE",
               help="Limit of the increase of perplexity, such as 2%.")  # fmt: skip
 @click.option("--task", type=FilePath(), metavar="ROWS",
               help="Held-out rows that slm finetune reads: also compare the replies to them.")  # fmt: skip

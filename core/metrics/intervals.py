@@ -33,6 +33,16 @@ class Interval:
         return self.low <= value <= self.high
 
 
+def score_text(score: float, interval: Interval) -> str:
+    """Returns a score and its interval in percent, such as "90.0% (80.1 to 95.2)"."""
+    return f"{score:.1%} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+
+
+def difference_text(difference: float, interval: Interval) -> str:
+    """Returns a difference of scores and its interval in points, such as "-1.0 (-2.5 to +0.5)"."""
+    return f"{100 * difference:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+
+
 def wilson(hits: int, count: int) -> Interval:
     """Returns the score interval of a share (Wilson 1927), without continuity correction.
 

@@ -10,8 +10,9 @@ from slm.core.metrics.words import exact, f1, rouge_1, rouge_l, squad_exact
 from slm.core.task import MetricName, TaskRow
 from slm.core.tools import JSON_STYLE, Style
 
-# The scores of one row by name. The first one is the metric's own, the others are further figures.
+# The scores of one row by name: "score" is the metric's own, and the other names are those of `Metric.others`.
 Scores = Mapping[str, float]
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ def difference(metric: MetricName, before: Sequence[float], after: Sequence[floa
     if METRICS[metric].is_share:
         return paired_shares([value == 1 for value in before], [value == 1 for value in after])
     return paired_means(before, after)
+
+
+def reaches(score: float, limit: float) -> bool:
+    """Returns whether a score is at least a limit, up to rounding: a mean such as 0.92 - 0.01 can be slightly below 0.91.
+
+    NaN reaches no limit.
+    """
+    return score >= limit - _ROUNDING
 
 
 def _exact(row: TaskRow, reply: str) -> Scores:

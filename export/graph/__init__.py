@@ -11,7 +11,6 @@ from slm.export.graph.store import (
     checkpoint_tensors,
     float_tensors,
     graph_tensors,
-    module_rows,
     released,
     save_graph,
 )
@@ -33,7 +32,6 @@ __all__ = [
     "checkpoint_tensors",
     "float_tensors",
     "graph_tensors",
-    "module_rows",
     "portable_tensors",
     "released",
     "save_graph",

@@ -7,7 +7,6 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -86,25 +85,6 @@ def checkpoint_tensors(weights: Weights, config: ModelConfig) -> LazyTensors:
         ]
         makers |= {name: norm(name) for name in norms}
     return LazyTensors({f"{name}.weight": maker for name, maker in makers.items()})
-
-
-def module_rows(path: str, config: ModelConfig) -> dict[str, slice]:
-    """Returns the modules whose weights a tensor of the graph joins, by path, with their rows in it.
-
-    The graph joins q, k, v and gate, up along their outputs. Every other tensor belongs to one module.
-    """
-    parent, _, product = path.rpartition(".")
-    queries, width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    sizes: dict[str, int]
-    match product:
-        case "qkv_proj":
-            sizes = {"q_proj": queries, "k_proj": width, "v_proj": width}
-        case "gate_up_proj":
-            sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        case _:
-            return {path: slice(None)}
-    ends = list(accumulate(sizes.values()))
-    return {f"{parent}.{name}": slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 def graph_tensors(path: Path) -> LazyTensors:

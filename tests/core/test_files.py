@@ -32,6 +32,10 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def directories(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.is_dir()}
+
+
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_bytes(b"\xef\xbb\xbfkey\n\xef\xbb\xbf")
     assert read_text(tmp_path / "keys.txt", "API keys") == "key\n\ufeff"
@@ -148,15 +152,32 @@ def test_a_signal_as_it_is_locked_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGINT) == before
 
 
-def test_scratch_of_killed_processes_is_removed(tmp_path: Path, other: Callable[[str], subprocess.Popen[str]]) -> None:
+@pytest.mark.parametrize("next_one", ["trial", "verify", "artifact"])
+def test_scratch_of_killed_processes_is_removed(
+    tmp_path: Path, other: Callable[[str], subprocess.Popen[str]], next_one: str
+) -> None:
+    """Also by a process that needs no scratch directory of this kind, or none at all."""
     killed, alive = (other("scratch_directory(Path(), 'trial')") for _ in range(2))
     killed.kill()
     killed.wait()
-    assert len([name for name in names(tmp_path) if not name.endswith(".lock")]) == 2
-    with scratch_directory(tmp_path, "trial") as mine:
-        assert len([name for name in names(tmp_path) if not name.endswith(".lock")]) == 2 and mine.is_dir()
-    assert len(names(tmp_path)) == 2  # the other's, with its lock
+    assert len(directories(tmp_path)) == 2
+    made = atomic_directory(tmp_path / "made", ()) if next_one == "artifact" else scratch_directory(tmp_path, next_one)
+    with made as mine:
+        assert len(directories(tmp_path)) == 2 and mine.is_dir()
+    (left,) = directories(tmp_path) - {"made"}
+    assert (tmp_path / f"{left}.lock").exists()  # that of the running process
     alive.kill()
+
+
+def test_scratch_in_use_is_kept(tmp_path: Path) -> None:
+    """A thread can lock again what it holds, so that its own scratch would pass for another's."""
+    with (
+        scratch_directory(tmp_path, "merged") as outer,
+        scratch_directory(tmp_path, "merged") as inner,
+        atomic_directory(tmp_path / "made", ()),
+    ):
+        assert outer.is_dir() and inner.is_dir()
+    assert names(tmp_path) == ["made"]
 
 
 def test_without_locks_only_the_dead_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from slm.core.manifest import Bundle
+from slm.core.report_plots import Bar, Point, Range, bars, points, ranges
 from slm.quantize.make import quantize_bundle
 from slm.quantize.page import report_page
-from slm.quantize.plots import Bar, Point, Range, bars, points, ranges
 from slm.quantize.results import PAGE_FILE, Report
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -68,6 +68,29 @@ def test_the_page_of_a_quantization(made: tuple[Bundle, Report]) -> None:
         values = [each.snr_db for each in report.tensors if each.path.endswith(f".{kind}")]
         heights = [float(bar.attrib["height"]) for bar in plot.findall("rect")]
         np.testing.assert_allclose(np.array(heights) / heights[0], np.array(values) / values[0], rtol=0.01)  # type: ignore[operator]
+
+
+def test_settings_are_words(made: tuple[Bundle, Report]) -> None:
+    """Not the fields of `report.json`: counts of products, times and a refinement are different things."""
+    refinement = {"tokens": 65536, "held_back": 2048, "kl_before": 0.04, "kl_after": 0.03, "kept": True}
+    settings = {
+        "products": {"int4": 3},
+        "attention_us": {"float32": 12.3, "int8": 8.1},
+        "refinement": refinement,
+        "smoothing": None,
+        "target_bytes": 110_000_000,
+    }
+    text = checked(report_page(replace(made[1], settings=settings))).text
+    for words in (
+        "3 × int4",
+        "12 µs with float32 caches, 8 µs with int8 caches",
+        "65,536 tokens; KL divergence 0.0400 nats before and 0.0300 after, on 2,048 held-back tokens; kept the refined weights",
+        "none",
+        "110,000,000",
+    ):
+        assert words in text, words
+    settings["refinement"] = refinement | {"kept": False}
+    assert "kept the earlier weights" in report_page(replace(made[1], settings=settings))
 
 
 def test_without_harm_there_is_no_such_part(made: tuple[Bundle, Report]) -> None:

@@ -150,6 +150,11 @@ def test_the_command(slm: Slm, shared_bundle: Bundle, own_replies: list[str]) ->
         (("--int8", "--max-drop", "1%"), 2, "--max-drop requires --task"),
         (("--int8", "--limit", "1"), 2, "--limit requires --task"),
         (("--int8", "--task", "rows.jsonl", "--max-drop", "-1%"), 2, "is not a share"),
+        (
+            ("--int8", "--task", "rows.jsonl", "--max-drop", "2"),
+            2,
+            "'2' is not a share from 0 to 100%, such as 2% or 0.02",
+        ),
         (("--int8", "--task", "nowhere.jsonl"), 1, "rows not found: nowhere.jsonl"),
         (("--int8", "--task", "rows.jsonl"), 1, "rows.jsonl, line 1: unknown kind of row"),
         (("--sweep", "--task", "rows.jsonl"), 1, "--sweep does not support --task"),

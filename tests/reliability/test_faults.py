@@ -49,7 +49,7 @@ def quantizing(bundle: Bundle, text: Path) -> list[str]:
     return ["quantize", "--int8", str(bundle.path), "--out", "made/int8", *measured, *loose]
 
 
-EMPTY, TRIAL, DATA = ".int8.partial-*", ".trial-*", ".int8.partial-*/onnx/*_data"
+EMPTY, TRIAL, DATA = ".int8.partial-*", ".trial.scratch-*", ".int8.partial-*/onnx/*_data"
 
 
 @pytest.mark.slow

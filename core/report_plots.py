@@ -1,4 +1,4 @@
-"""Bar and point plots as inline SVG. The page's style sheet sets the colours."""
+"""Plots of reports as inline SVG. The style sheet of `slm.core.report_page` sets the colours."""
 
 import math
 from collections.abc import Sequence
