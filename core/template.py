@@ -42,10 +42,7 @@ _LENGTH = struct.Struct("<Q")
 _HINT = "the chat template is part of the model; without --instruct it is not used"
 
 # The messages, whether to append the start of the model's turn, and the declarations of tools, if there are any.
-Conversation = (
-    tuple[Sequence[Mapping[str, Any]], bool]
-    | tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None]
-)
+Conversation = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None]
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, Any]) -> str:
@@ -59,7 +56,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping
     Raises:
         SlmError: If the template fails, rejects the conversation or exceeds a limit.
     """
-    (text,) = render_all(template, [(messages, True)], tokens)
+    (text,) = render_all(template, [(messages, True, None)], tokens)
     if isinstance(text, SlmError):
         raise text
     return text
@@ -108,8 +105,8 @@ def _portions(conversations: Sequence[Conversation]) -> Iterator[list[Conversati
     some: list[Conversation] = []
     characters = 0
     for each in conversations:
-        messages, *rest = each
-        size = sum(len(str(message)) for message in messages) + len(str(rest))
+        messages, _, tools = each
+        size = sum(len(str(message)) for message in messages) + len(str(tools))
         if some and characters + size > _CHARACTERS_AT_ONCE:
             yield some
             some, characters = [], 0

@@ -47,10 +47,9 @@ def work() -> None:
 
     _send({})
     while (request := _receive()) is not None:
-        for messages, begins, *tools in request["conversations"]:
+        for messages, begins, tools in request["conversations"]:
             signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-            variables = {"tools": tools[0] if tools else None, **request["tokens"]}
-            answer = _answer(request["template"], messages, begins, variables)
+            answer = _answer(request["template"], messages, begins, {"tools": tools, **request["tokens"]})
             _send(answer | {"large": peak_rss_mib() > _LARGE_MIB})
             signal.setitimer(signal.ITIMER_PROF, 0)
     os._exit(0)

@@ -35,23 +35,12 @@ _LONGEST_MARKER = 128
 _AT_ONCE = 1 << 16
 # Words of calls and JSON schemas that templates look up or compare; they contain no control token.
 _KEYWORDS = frozenset(
-    (
-        *(
-            "id",
-            "type",
-            "function",
-            "name",
-            "arguments",
-            "description",
-            "parameters",
-            "properties",
-            "required",
-            "items",
-        ),
-        *("enum", "const", "anyOf", "oneOf", "allOf", "default", "nullable", "format", "title", "minimum", "maximum"),
-        *("additionalProperties", "$ref", "$defs", "response", "value"),
+    {
+        *("id", "type", "function", "name", "arguments", "response", "value", "description", "parameters"),
+        *("properties", "required", "items", "additionalProperties", "$ref", "$defs", "title", "format", "nullable"),
+        *("enum", "const", "anyOf", "oneOf", "allOf", "default", "minimum", "maximum"),
         *("string", "number", "integer", "boolean", "object", "array", "null"),
-    )
+    }
 )
 # JSON escapes these, so that a placeholder for them would shift the text after it; they begin and end no control token.
 _ESCAPED = {ord('"'): '"', ord("\\"): "\\"}
@@ -255,20 +244,19 @@ def _placeholders(texts: Iterable[str]) -> dict[int, str]:
 
 
 def _texts(conversation: "Conversation") -> Iterator[str]:
-    """Yields the texts that people wrote: contents, and what calls and declarations consist of."""
-    messages, _, *tools = conversation
+    """Yields the texts that the template did not write: contents of messages, and the strings of calls and declarations."""
+    messages, _, tools = conversation
     for message in messages:
         for name, value in message.items():
-            if name == "content":
-                yield from (value,) if isinstance(value, str) else _strings(value)
+            if name == "content" and isinstance(value, str):
+                yield value
             elif name != "role":
                 yield from _strings(value)
-    for each in tools:
-        yield from _strings(each)
+    yield from _strings(tools)
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yields the strings of a JSON value, with the names of fields, but without the keywords of declarations."""
+    """Yields the strings of a JSON value and the names of its fields, except the keywords of calls and declarations."""
     if isinstance(value, str):
         if value not in _KEYWORDS:
             yield value
@@ -282,21 +270,17 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _replaced(conversation: "Conversation", table: Mapping[int, str]) -> "Conversation":
-    """Returns a conversation with placeholders in the texts that people wrote."""
-    messages, begins, *tools = conversation
+    """Returns a conversation with placeholders in the texts that `_texts` yields."""
+    messages, begins, tools = conversation
     within = {**table, **_ESCAPED}
 
-    def plain(message: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: _translated(value, table)
-            if name == "content" and isinstance(value, str)
-            else value
-            if name == "role"
-            else _replaced_strings(value, within)
-            for name, value in message.items()
-        }
+    def replaced(name: str, value: Any) -> Any:
+        if name == "content" and isinstance(value, str):
+            return _translated(value, table)
+        return value if name == "role" else _replaced_strings(value, within)
 
-    return [plain(message) for message in messages], begins, _replaced_strings(tools[0], within) if tools else None
+    hidden = [{name: replaced(name, value) for name, value in message.items()} for message in messages]
+    return hidden, begins, _replaced_strings(tools, within)
 
 
 def _replaced_strings(value: Any, table: Mapping[int, str]) -> Any:
@@ -312,13 +296,15 @@ def _translated(text: str, table: Mapping[int, str]) -> str:
 
 
 def _shaped(conversation: "Conversation", in_parts: bool) -> "Conversation":
-    """Returns a copy of a conversation with contents as strings, or as lists of parts."""
-    messages, begins, *tools = conversation
+    """Returns a conversation whose contents are strings, or lists of parts."""
+    messages, begins, tools = conversation
     if not in_parts:
-        shaped = [dict(message) for message in messages]
-    else:
-        shaped = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-    return shaped, begins, tools[0] if tools else None
+        return conversation
+    return (
+        [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages],
+        begins,
+        tools,
+    )
 
 
 @lru_cache(32)
@@ -327,7 +313,7 @@ def _reads_parts(template: str, tokens: tuple[tuple[str, str], ...]) -> bool:
     from slm.core.template import render_all
 
     probe = [{"role": "user", "content": _PROBE}]
-    asked = [_shaped((probe, True), in_parts) for in_parts in (False, True)]
+    asked = [_shaped((probe, True, None), in_parts) for in_parts in (False, True)]
     plain, parts = (_text(each) or "" for each in render_all(template, asked, dict(tokens)))
     return _PROBE not in plain and _PROBE in parts
 

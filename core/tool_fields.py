@@ -6,11 +6,11 @@ calls are `{"function": {"name", "arguments"}}`, with an object or its JSON text
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slm.core.errors import SlmError
-from slm.core.tools import DECODER, MAX_DEPTH, Call, Tool, arguments_text, depth, ordered
+from slm.core.tools import DECODER, MAX_DEPTH, Call, Tool, arguments_text, check_json, depth, ordered, referred
 
 if TYPE_CHECKING:
     from slm.core.chat import Message
@@ -25,6 +25,35 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FORM = 'a tool is {"type": "function", "function": {"name": ..., "description": ..., "parameters": {a JSON schema}}}'
 _RESULT_FORM = 'a result is {"role": "tool", "tool_call_id": the id of its call, "content": ...}'
 _CALL_FORM = 'a call is {"type": "function", "function": {"name": ..., "arguments": {...}}}'
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _is_fields(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(each, Mapping | bool) for each in value.values())
+
+
+# The keywords of JSON schemas that slm reads: the form of their values in words, and its check.
+_KEYWORDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "properties": ("an object of schemas", _is_fields),
+    "required": ("a list of names", _is_names),
+    "type": ("the name of a type, or a list of them", lambda value: _is_text(value) or _is_names(value)),
+    "enum": ("a list of values", _is_list),
+    "anyOf": ("a list of schemas", _is_list),
+    "oneOf": ("a list of schemas", _is_list),
+    "$ref": ("text", _is_text),
+    "description": ("text", _is_text),
+}
 
 
 def declared(value: Any) -> tuple[Tool, ...]:
@@ -155,6 +184,16 @@ def _parsed(text: str, name: str) -> Any:
         raise SlmError(f"{name} is text that is not valid JSON") from None
 
 
+def _check_json(value: Any, where: str) -> None:
+    """Raises SlmError if a value is not valid JSON, or nested too deeply."""
+    if depth(value) > MAX_DEPTH:
+        raise SlmError(f"{where} is nested more than {MAX_DEPTH} levels deep")
+    try:
+        check_json(value)
+    except (TypeError, ValueError):
+        raise SlmError(f"{where} is not valid JSON") from None
+
+
 def _tool(value: Any, where: str) -> Tool:
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping):
@@ -177,28 +216,41 @@ def _parameters(value: Any, where: str) -> dict[str, Any]:
         return {"type": "object", "properties": {}}
     if not isinstance(value, Mapping):
         raise SlmError(f"{where}: parameters is not an object", "it is the JSON schema of the arguments")
-    if depth(value) > MAX_DEPTH:
-        raise SlmError(f"{where}: parameters is nested more than {MAX_DEPTH} levels deep")
-    try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        text.encode()
-    except (TypeError, ValueError):
-        raise SlmError(f"{where}: parameters is not valid JSON") from None
-    if len(text) > MAX_PARAMETERS:
-        raise SlmError(f"{where}: parameters has {len(text):,} characters; the limit is {MAX_PARAMETERS:,}")
+    _check_json(value, f"{where}: parameters")
+    size = len(json.dumps(value, ensure_ascii=False))
+    if size > MAX_PARAMETERS:
+        raise SlmError(f"{where}: parameters has {size:,} characters; the limit is {MAX_PARAMETERS:,}")
     found: dict[str, Any] = _without_null(value)
     if found.setdefault("type", "object") != "object":
         raise SlmError(f"{where}: parameters has the type {found['type']!r:.40}", 'its type is "object"')
     properties = found.setdefault("properties", {})
-    if not isinstance(properties, Mapping) or not all(isinstance(each, Mapping | bool) for each in properties.values()):
-        raise SlmError(f"{where}: properties is not an object of schemas", _FORM)
-    required = found.get("required", [])
-    if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
-        raise SlmError(f"{where}: required is not a list of names", _FORM)
-    missing = next((each for each in required if each not in properties), None)
+    _check_schemas(found, where)
+    missing = next((each for each in found.get("required", ()) if each not in properties), None)
     if missing is not None:
         raise SlmError(f"{where}: the required parameter {missing!r:.80} is not in properties", _FORM)
     return found
+
+
+def _check_schemas(root: Mapping[str, Any], where: str) -> None:
+    """Checks the keywords that slm reads in a schema, in the schemas within it, and in those that it refers to.
+
+    Raises:
+        SlmError: If a keyword has a value of the wrong type.
+    """
+    left: list[Any] = [root]
+    checked: set[int] = set()
+    while left:
+        schema = left.pop()
+        if not isinstance(schema, Mapping) or id(schema) in checked:
+            continue
+        checked.add(id(schema))
+        for key, (form, is_valid) in _KEYWORDS.items():
+            # `required: true` in the schema of a single field is that of an early draft of JSON schemas.
+            if key in schema and not is_valid(schema[key]) and not (key == "required" and "properties" not in schema):
+                raise SlmError(f"{where}: {key} is not {form}", _FORM)
+        left += schema.get("properties", {}).values()
+        left += [schema.get("items"), schema.get("additionalProperties"), referred(schema.get("$ref"), root)]
+        left += [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
 
 
 def _without_null(value: Any) -> Any:
@@ -220,12 +272,7 @@ def _call(value: Any, where: str) -> Call:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise SlmError(f"{where}: arguments is not an object", _CALL_FORM)
-    if depth(arguments) > MAX_DEPTH:
-        raise SlmError(f"{where}: arguments is nested more than {MAX_DEPTH} levels deep")
-    try:
-        json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()
-    except (TypeError, ValueError):
-        raise SlmError(f"{where}: arguments is not valid JSON") from None
+    _check_json(arguments, f"{where}: arguments")
     number = value.get("id")
     return Call(name, dict(arguments), number if isinstance(number, str) else "")
 

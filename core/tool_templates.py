@@ -73,7 +73,7 @@ def form_of(template: str, tokens: tuple[tuple[str, str], ...]) -> ToolForm:
             ([user], True, tools),
             ([user, calls, result("probe answer"), done], False, tools),
             ([user, calls, result(_RESULT), done], False, tools),
-            ([{"role": "system", "content": "probe system"}, user], True),
+            ([{"role": "system", "content": "probe system"}, user], True, None),
         ],
         dict(tokens),
     )

@@ -123,8 +123,8 @@ class Chat:
     def ask(self, request: str, **options: Unpack[GenerationOptions]) -> str:
         """Returns the answer to a request; see `pieces`.
 
-        Calls of functions are made, and the model continues with their results, up to eight times. If the answer has calls of
-        tools that are no functions, `calls` has them, and `answer_calls` takes their results.
+        Calls of functions are made, and the model continues with their results, up to eight times. If an answer calls a tool
+        that is not a function, `calls` has its calls, and `answer_calls` takes their results.
         """
         check_options("ask", options)
         return self._completed(self.pieces(request, **options), options)
@@ -145,17 +145,17 @@ class Chat:
             if not self.calls or any(call.name not in self._functions for call in self.calls):
                 break
             text = "".join(piece.text for piece in self.result_pieces(self.called(), **options)).strip()
-        return self.messages[-1]["content"] if self._tools and self.messages else text
+        return self.messages[-1]["content"] if self._tools and text else text  # an empty answer is not in `messages`
 
     def called(self) -> list[str]:
         """Makes the calls of the last answer, and returns their results. A function's error is a result too.
 
         Raises:
-            SlmError: If a call is not one of a function.
+            SlmError: If a called tool is not a function.
         """
         unknown = next((call.name for call in self.calls if call.name not in self._functions), None)
         if unknown is not None:
-            raise SlmError(f"{unknown} is declared, but is no function that can be called", "give its result yourself")
+            raise SlmError(f"{unknown} is declared, but there is no function for it", "pass its result to answer_calls")
         return [self._functions[call.name].result(call) for call in self.calls]
 
     def stream(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[str]:
@@ -164,9 +164,9 @@ class Chat:
         return texts(self.pieces(request, **options))
 
     def retry(self, **options: Unpack[GenerationOptions]) -> str:
-        """Replaces the last answer with another one and returns it; see `pieces`."""
+        """Replaces the last answer with another one and returns it; see `ask`."""
         check_options("retry", options)
-        return "".join(piece.text for piece in self.retry_pieces(**options)).strip()
+        return self._completed(self.retry_pieces(**options), options)
 
     def pieces(self, request: str, **options: Unpack[GenerationOptions]) -> Stream[Piece]:
         """Returns the answer token by token. The answer joins the conversation when the iterator ends or is closed.
@@ -197,7 +197,10 @@ class Chat:
         self._close()
         calls = self.calls
         if len(results) != len(calls) or not calls:
-            raise SlmError(f"the last answer has {len(calls)} calls, and {len(results)} results are given")
+            raise SlmError(
+                f"the last answer has {len(calls)} calls, and {len(results)} results are given",
+                "pass one result for each of chat.calls, in their order",
+            )
         for each in results:
             check_type("a result", each, str, "a str")
         told: list[Message] = [
@@ -318,7 +321,8 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
             raise ArgumentError(f"message {number} has the role {each.get('role')!r}", _MESSAGE)
         message: Message = {"role": each["role"], "content": each.get("content") or ""}
         if each["role"] == "assistant" and calls:
-            message["calls"] = tuple(calls) if each.get("calls") else called(calls)
+            ours = isinstance(calls, list | tuple) and all(isinstance(call, Call) for call in calls)
+            message["calls"] = tuple(calls) if ours else called(calls)
         if each["role"] == "tool" and isinstance(each.get("tool_call_id"), str):
             message["tool_call_id"] = each["tool_call_id"]
         found.append(message)

@@ -53,11 +53,10 @@ class Function:
             found = self.function(**{name: getattr(read, name) for name in type(read).model_fields})
             if inspect.iscoroutine(found):
                 found = asyncio.run(found)
-        except Exception as error:  # the model reads the error, as it would read a result
-            return f"error: {type(error).__name__}: {error}"[:_LONGEST_RESULT]
-        return (found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str))[
-            :_LONGEST_RESULT
-        ]
+            text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
+        except (Exception, SystemExit) as error:  # the model reads the error, as it would read a result
+            text = f"error: {type(error).__name__}: {error}"
+        return text[:_LONGEST_RESULT].encode(errors="replace").decode()  # a lone surrogate cannot be tokenized
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Toolbox:
 
     Attributes:
         tools: Their declarations.
-        functions: The functions among them, by name; somebody else answers the calls of the other tools.
+        functions: The functions among them, by name. Calls of the other tools are answered outside.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -102,7 +101,7 @@ def load_tools(path: Path) -> Toolbox:
                 raise SlmError(f"{path}: not valid JSON", _HINT) from None
             found = found.get("tools") if isinstance(found, dict) and "tools" in found else found
             try:
-                tools = Toolbox.of(declared([found] if isinstance(found, dict) else found))
+                tools = Toolbox(declared([found] if isinstance(found, dict) else found))
             except SlmError as error:
                 raise SlmError(f"{path}: {error.message}", error.hint) from None
         case ".py":
@@ -163,7 +162,7 @@ def _functions(path: Path) -> list[Callable[..., Any]]:
     sys.modules[name] = module  # type hints and pickles look it up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SlmError(f"{path} failed: {type(error).__name__}: {error}", "run it with Python to see where") from None
     found: list[Callable[..., Any]] = [
         each

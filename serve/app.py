@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from slm.core.chat import chat_ids
 from slm.core.errors import SlmError
+from slm.core.tools import arguments_text
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.token_bytes import token_bytes
 from slm.serve.access import Access
@@ -136,9 +137,14 @@ def _add_completions(app: FastAPI, service: Service, chats: ThreadPoolExecutor) 
 
         def prepare() -> tuple[list[int], ToolUse | None]:
             tokenizer = service.model.tokenizer
-            tools, messages = declared_tools(request), messages_of(request.messages)
-            check_size(service, [message["content"] for message in messages], "messages")
+            tools = declared_tools(request)
+            messages = messages_of(request.messages, tools)
             in_prompt = tools if service.model.declares_tools else ()
+            check_size(service, [tool.description for tool in in_prompt], "tools")
+            calls = (call for message in messages for call in message.get("calls", ()))
+            check_size(
+                service, [*(message["content"] for message in messages), *map(arguments_text, calls)], "messages"
+            )
             ids = chat_ids(tokenizer, messages, service.model.stop_token_ids, in_prompt)
             return ids, tool_use(request, tools, tokenizer)
 

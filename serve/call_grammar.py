@@ -3,31 +3,23 @@
 A call follows the schema of its tool. Before a call there may be any text: its opening switches to the grammar of calls.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from slm.core.tools import Style, Tool
 from slm.serve.gemma_grammar import GemmaRules, literal
-from slm.serve.schema_check import GRAMMAR, Impossible
+from slm.serve.schema_check import GRAMMAR, json_of
 
-# Calls in one reply.
+# The most calls in one reply.
 MOST_CALLS = 32
 # How chat templates spell JSON. `lenient` ignores the keywords that llguidance does not support.
 _SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Keywords that describe fields besides `properties`, so that other fields must stay allowed.
 _OPEN = frozenset(
     {
-        "additionalProperties",
-        "patternProperties",
-        "unevaluatedProperties",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "$ref",
-        "if",
-        "not",
+        *("additionalProperties", "patternProperties", "unevaluatedProperties"),
+        *("allOf", "anyOf", "oneOf", "$ref", "if", "not"),
     }
 )
 
@@ -121,7 +113,7 @@ def grammar_of_replies(replies: Replies, marks: Marks) -> str:
 def closed(schema: Any) -> Any:
     """Returns a schema in which objects have no other fields than those that they describe, unless it says otherwise.
 
-    What follows it also follows the schema: JSON schemas allow other fields by default, which no tool expects.
+    JSON schemas allow other fields by default, which no tool expects. A value of the closed schema is one of the schema too.
     """
     if isinstance(schema, list):
         return [closed(each) for each in schema]
@@ -139,9 +131,4 @@ def closed(schema: Any) -> Any:
 
 
 def _schema(schema: Mapping[str, Any], *, lenient: bool) -> str:
-    try:
-        return json.dumps({**schema, "x-guidance": {**_SPELLING, "lenient": lenient}}, allow_nan=False)
-    except ValueError:
-        raise Impossible("it has a number that is not finite") from None
-    except RecursionError:
-        raise Impossible("it is nested too deeply") from None
+    return json_of({**schema, "x-guidance": {**_SPELLING, "lenient": lenient}})

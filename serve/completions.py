@@ -247,15 +247,20 @@ async def _constraints(service: Service, wanted: Completions) -> Sequence[Constr
     if request.ignore_eos:
         with_what = "a JSON schema" if wanted.tools is None else "tools"
         raise Refused(400, f"ignore_eos is not supported with {with_what}", param="ignore_eos")
+    param = "response_format"
     try:
-        if wanted.tools is not None:
-            return await asyncio.wrap_future(service.grammars.submit_calls(wanted.tools.replies, texts))
-        schema = None if form is None or form.json_schema is None else form.json_schema.schema_
-        return await asyncio.wrap_future(service.grammars.submit(schema, texts))
+        if wanted.tools is None:
+            schema = None if form is None or form.json_schema is None else form.json_schema.schema_
+            return await asyncio.wrap_future(service.grammars.submit(schema, texts))
+        replies = wanted.tools.replies
+        if replies.answer is not None:  # its error names this schema, and the limits of schemas apply
+            await asyncio.wrap_future(service.grammars.submit(replies.answer, 0))
+        param = "tools"
+        return await asyncio.wrap_future(service.grammars.submit_calls(replies, texts))
     except Busy as error:
         raise _too_many(said(error), 2) from None
     except SlmError as error:
-        raise Refused(400, said(error), param="response_format" if wanted.tools is None else "tools") from None
+        raise Refused(400, said(error), param=param) from None
 
 
 def _check_lengths(service: Service, prompts: Sequence[Sequence[int]]) -> None:

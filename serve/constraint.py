@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from slm.runtime.guide import Constraint
 from slm.runtime.memory import Array
 from slm.runtime.token_bytes import TokenBytes, token_bytes
 from slm.serve.call_grammar import MOST_CALLS, Marks, Replies, grammar_of_replies
-from slm.serve.schema_check import Impossible, grammar_of, matcher_of, tokenizer_of
+from slm.serve.schema_check import Impossible, grammar_of, json_of, matcher_of, tokenizer_of
 
 # Cached schemas: their grammar, or the reason for their rejection.
 _KEPT = 64
@@ -68,7 +68,7 @@ class Grammars:
         self._counting = threading.Lock()
         self._waiting = 0
 
-    def submit(self, schema: dict[str, Any] | None, texts: int = 1) -> "Future[Sequence[Constraint]]":
+    def submit(self, schema: Mapping[str, Any] | None, texts: int = 1) -> "Future[Sequence[Constraint]]":
         """Starts to compile a schema, or any JSON object if None. The result has one constraint per completion.
 
         An expensive schema can take seconds. The result raises `SlmError` if the schema is invalid, too expensive or not
@@ -92,7 +92,7 @@ class Grammars:
         """Starts to compile the grammar of replies with calls; see `submit`."""
         return self._submit(lambda: self._calls(replies, texts))
 
-    def json(self, schema: dict[str, Any] | None, texts: int = 1) -> "Sequence[Constraint]":
+    def json(self, schema: Mapping[str, Any] | None, texts: int = 1) -> "Sequence[Constraint]":
         """Returns the result of `submit`."""
         return self.submit(schema, texts).result()
 
@@ -105,12 +105,12 @@ class Grammars:
             checker.kill()  # a thread that waits for its output reads end of file
             checker.wait()
 
-    def _constraints(self, schema: dict[str, Any] | None, texts: int) -> "list[JsonConstraint]":
+    def _constraints(self, schema: Mapping[str, Any] | None, texts: int) -> "list[GrammarConstraint]":
         try:
             first = self._compiled(_dumped({"type": "object"} if schema is None else schema))
         except Impossible as error:
             raise _impossible(str(error)) from None
-        return [JsonConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
+        return [GrammarConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
 
     def _calls(self, replies: Replies, texts: int) -> "Sequence[Constraint]":
         try:
@@ -125,12 +125,12 @@ class Grammars:
             first = self._compiled(grammar)
         except Impossible as error:
             raise _impossible(str(error), "the tools' parameters are") from None
-        made = [JsonConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
+        constraints = [GrammarConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
         if not replies.free:
-            return made
+            return constraints
         opening, spelled = replies.style.opening, token_bytes(self._text_tokenizer)
         free = self._free_text(opening, marks.tokens.get(opening))
-        return [CallConstraint(each, free, opening, replies.parallel, spelled) for each in made]
+        return [CallConstraint(each, free, opening, replies.parallel, spelled) for each in constraints]
 
     def _marks(self, replies: Replies) -> Marks:
         """Returns the marks that are tokens which the library does not see as text."""
@@ -234,20 +234,11 @@ def _yield_to_others() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _dumped(schema: dict[str, Any]) -> str:
-    try:
-        dumped = json.dumps(schema, allow_nan=False)
-    except RecursionError:
-        raise _impossible("it is nested too deeply") from None
-    except ValueError:
-        raise _impossible("it has a number that is not finite") from None
+def _dumped(schema: Mapping[str, Any]) -> str:
+    dumped = json_of(schema)
     if len(dumped) > _LONGEST:
-        raise _impossible(f"it has {len(dumped):,} characters; the limit is {_LONGEST:,}")
-    if '"patternProperties"' in dumped:
-        try:
-            _check_patterns(schema)
-        except Impossible as error:
-            raise _impossible(str(error)) from None
+        raise Impossible(f"it has {len(dumped):,} characters; the limit is {_LONGEST:,}")
+    _check_patterns(schema)
     return dumped
 
 
@@ -275,8 +266,8 @@ def _impossible(why: str, what: str = "the schema is") -> SlmError:
     return SlmError(f"{what} not supported: {(why.splitlines() or [''])[0][:_QUOTED]}", _HINT)
 
 
-class JsonConstraint:
-    """The constraint of one completion. Only one thread at a time may use it, but not always the same one."""
+class GrammarConstraint:
+    """A grammar that one completion follows. Only one thread at a time may use it, but not always the same one."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
@@ -288,7 +279,7 @@ class JsonConstraint:
         return bool(self._matcher.is_accepting())
 
     def restart(self, tokens: Sequence[int]) -> None:
-        """Begins a text anew, with tokens that were chosen already.
+        """Returns to the start of the grammar and consumes tokens from there.
 
         Raises:
             SlmError: If the computation exceeds its budget.
@@ -322,7 +313,7 @@ class JsonConstraint:
         return bool(self._matcher.is_stopped())
 
     def _spend(self, started: float) -> None:
-        """Subtracts the processor time since `began` from the budget."""
+        """Subtracts the processor time since `started` from the budget."""
         if self._matcher.is_error():
             raise _impossible(self._matcher.get_error())
         self._left_s -= time.thread_time() - started
@@ -338,7 +329,7 @@ class CallConstraint:
     """
 
     def __init__(
-        self, constraint: JsonConstraint, free: Array, opening: str, parallel: bool, spelled: TokenBytes
+        self, constraint: GrammarConstraint, free: Array, opening: str, parallel: bool, spelled: TokenBytes
     ) -> None:
         """Starts a completion.
 
@@ -357,11 +348,11 @@ class CallConstraint:
         self._calls = 0
 
     def allowed(self) -> Array:
-        """Returns the tokens that may come next; see `JsonConstraint.allowed`."""
+        """Returns the tokens that may come next; see `GrammarConstraint.allowed`."""
         return self._free if self._state == "free" else self._constraint.allowed()
 
     def accept(self, token: int) -> bool:
-        """Consumes the chosen token; see `JsonConstraint.accept`."""
+        """Consumes the chosen token; see `GrammarConstraint.accept`."""
         if self._state in ("call", "over"):
             stopped = self._constraint.accept(token)
             if self._state == "call" and self._constraint.accepting:

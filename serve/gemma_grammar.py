@@ -63,7 +63,10 @@ class GemmaRules:
             Impossible: If a keyword is not supported.
         """
         self._known, self._root, self._lenient = {}, root, lenient
-        return self._value(schema)
+        try:
+            return self._value(schema)
+        except RecursionError:  # a chain of references may be long, however little each definition nests
+            raise Impossible("its references are nested too deeply") from None
 
     def _value(self, schema: Any) -> str:
         if schema is False:

@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,20 @@ class Impossible(Exception):
 def tokenizer_of(vocabulary: dict[str, Any]) -> LLTokenizer:
     """Returns llguidance's tokenizer for a vocabulary: `tokenizer` (JSON text), `size` and `stops` (ids)."""
     return LLTokenizer(vocabulary["tokenizer"], n_vocab=vocabulary["size"], eos_token=vocabulary["stops"])
+
+
+def json_of(schema: Mapping[str, Any]) -> str:
+    """Returns the JSON text of a schema.
+
+    Raises:
+        Impossible: If it is nested too deeply, or has a number that is not finite.
+    """
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except RecursionError:
+        raise Impossible("it is nested too deeply") from None
+    except ValueError:
+        raise Impossible("it has a number that is not finite") from None
 
 
 def grammar_of(schema: str) -> str:

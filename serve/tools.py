@@ -1,7 +1,7 @@
 """The tools of a chat request: which the model may call, and how its reply is read."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
 from slm.core.tool_fields import called, declared, matched
 from slm.core.tool_templates import ToolForm
-from slm.core.tools import Tool
+from slm.core.tools import Tool, ordered
 from slm.serve.call_grammar import Replies
 from slm.serve.errors import Refused, said
 from slm.serve.requests import ChatMessage, ChatRequest, NamedTool, SomeTools
@@ -26,7 +26,7 @@ class ToolUse:
         declared: The tools that the prompt declares.
         replies: What a reply may be.
         form: How the model writes tools.
-        shown: Special tokens that are marks of calls.
+        shown: Special tokens whose text is part of the reply: the marks of calls.
     """
 
     declared: tuple[Tool, ...]
@@ -65,14 +65,15 @@ def declared_tools(request: ChatRequest) -> tuple[Tool, ...]:
     return () if choice == "none" else tools
 
 
-def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Returns the messages of a request.
+def messages_of(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[Message]:
+    """Returns the messages of a request, with the arguments of calls in the order of their declarations, as in training.
 
     Raises:
         Refused: If a call is invalid, or calls and results do not match.
     """
+    known = {tool.name: tool for tool in tools}
     try:
-        return matched([_message(each, number) for number, each in enumerate(messages)])
+        return matched([_message(each, number, known) for number, each in enumerate(messages, 1)])
     except SlmError as error:
         raise Refused(400, f"messages: {said(error)}", param="messages") from None
 
@@ -122,13 +123,14 @@ def _chosen(choice: Any) -> list[str]:
     return [each.function.name for each in choice.allowed_tools.tools] if isinstance(choice, SomeTools) else []
 
 
-def _message(message: ChatMessage, number: int) -> Message:
+def _message(message: ChatMessage, number: int, known: Mapping[str, Tool]) -> Message:
     found: Message = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
     if message.tool_calls:
         try:
-            found["calls"] = called([call.model_dump() for call in message.tool_calls])
+            calls = called([call.model_dump() for call in message.tool_calls])
         except SlmError as error:
-            raise SlmError(f"message {number + 1}: {error.message}", error.hint) from None
+            raise SlmError(f"message {number}: {error.message}", error.hint) from None
+        found["calls"] = [ordered(call, known.get(call.name)) for call in calls]
     if message.tool_call_id is not None:
         found["tool_call_id"] = message.tool_call_id
     return found

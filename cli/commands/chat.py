@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,11 @@ import click
 
 from slm.cli.choosing import default_model
 from slm.cli.commands.generate import figures
-from slm.cli.console import print_json, say, say_error
+from slm.cli.console import one_line, print_json, say, say_error
 from slm.cli.following import after_checkpoint, next_step, slm_command
 from slm.cli.options import Artifact, json_option
 from slm.cli.sampling import Sections, TextOptions, generation_options, listen, say_backend, utf8
-from slm.core.call_stream import CallStream
+from slm.core.call_stream import CallPart, CallStream
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import INFO_FILE, read_info
 from slm.core.errors import SlmError
@@ -179,7 +179,7 @@ class _Talk:
 
     @property
     def prompt(self) -> str:
-        """What stands before the next line: the name of a tool whose result it is."""
+        """The prompt of the next line; if the line is the result of a call, it names the tool."""
         return f"result of {self._chat.calls[len(self._results)].name}> " if self._chat.calls else "> "
 
     def hear(self, line: str) -> None:
@@ -202,8 +202,7 @@ class _Talk:
             self._results.append(line)
             self._continue()
             return
-        self._rounds = 0
-        self._answer(lambda: self._chat.pieces(line, **self._options))
+        self._begin(lambda: self._chat.pieces(line, **self._options))
 
     def _command(self, name: str, rest: str) -> None:
         match name:
@@ -211,21 +210,24 @@ class _Talk:
                 for command, what in _COMMANDS.items():
                     say(f"{command:14} {what}")
             case "/reset":
-                self._results = []
                 self._chat.reset()
                 say("the conversation is empty")
             case "/system":
-                self._results = []
                 self._chat.reset(rest)
                 say("a new conversation" + (f", system message: {rest}" if rest else ""))
             case "/retry":
-                self._answer(lambda: self._chat.retry_pieces(**self._options))
+                self._begin(lambda: self._chat.retry_pieces(**self._options))
             case "/save":
                 self._save(rest)
             case "/quit" | "/exit":
                 raise _Quit
             case _:
                 raise SlmError(f"{name} is not a command", "/help lists the commands; // begins a line with a slash")
+
+    def _begin(self, ask: "Callable[[], Stream[Piece]]") -> None:
+        """Shows the answer to a request, and the answers to the results of its calls."""
+        self._rounds, self._results = 0, []
+        self._answer(ask)
 
     def _answer(self, ask: "Callable[[], Stream[Piece]]") -> None:
         forgotten = self._chat.forgotten
@@ -245,11 +247,11 @@ class _Talk:
             made_calls = [{"name": call.name, "arguments": call.arguments} for call in calls]
             print_json({"text": text} | ({"calls": made_calls} if self._box.tools else {}) | figures(result) | shown)
             sys.stdout.flush()
-        if not text.strip() and not calls:
+        if not result.text.strip():
             say("the answer is empty, and the question was dropped")
         if interrupted:
             raise KeyboardInterrupt
-        if text.strip() and result.stopped in ("length", "context"):
+        if result.text.strip() and result.stopped in ("length", "context"):
             say(
                 f"cut after {len(result.tokens)} tokens: "
                 + ("--max-new-tokens" if result.stopped == "length" else "the context is full")
@@ -257,7 +259,6 @@ class _Talk:
         for call in calls:
             say(f"call: {call.name} {arguments_text(call)}")
         if calls:
-            self._results = []
             self._continue()
 
     def _continue(self) -> None:
@@ -268,7 +269,7 @@ class _Talk:
         while len(self._results) < len(calls) and calls[len(self._results)].name in self._box.functions:
             call = calls[len(self._results)]
             self._results.append(self._box.functions[call.name].result(call))
-            say(f"result of {call.name}: {self._results[-1]}")
+            say(f"result of {call.name}: {one_line(self._results[-1])}")
         if len(self._results) < len(calls):
             return
         results, self._results = self._results, []
@@ -280,13 +281,22 @@ class _Talk:
         self._answer(lambda: self._chat.result_pieces(results, **self._options))
 
     def _visible(self, answer: "Stream[Piece]") -> "Iterator[Piece]":
-        """Yields the pieces of an answer without the text of calls."""
+        """Yields the pieces of an answer without the text of its calls.
+
+        Text after the beginning of a call comes last: only the whole answer shows whether it calls a tool or is text.
+        """
         from slm.runtime.generation import Piece
 
         stream = CallStream(self._chat.style)
+        said = ""
         for piece in answer:
-            yield replace(piece, text="".join(part for part in stream.push(piece.text) if isinstance(part, str)))
-        rest = "".join(part for part in stream.finish() if isinstance(part, str))
+            before = "" if stream.begun else _text_before_a_call(stream.push(piece.text))
+            said += before
+            yield replace(piece, text=before)
+        if self._chat.calls:
+            rest = self._chat.messages[-1]["content"].removeprefix(said.strip())
+        else:
+            rest = answer.result.text[len(said) :]
         if rest:
             yield Piece(rest)
 
@@ -307,3 +317,12 @@ class _Talk:
         row = json.dumps({"messages": messages} | tools, ensure_ascii=False)
         write_text(path, before + ("\n" if before and not before.endswith("\n") else "") + row + "\n")
         say(f"appended to {path}")
+
+
+def _text_before_a_call(parts: "Sequence[str | CallPart]") -> str:
+    said = ""
+    for part in parts:
+        if not isinstance(part, str):
+            break
+        said += part
+    return said

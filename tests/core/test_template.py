@@ -216,7 +216,7 @@ def test_time_counts_for_each_conversation_alone(limit: float) -> None:
     """The process has used more than the limit by the end."""
     third = "{% for a in range(99999) %}{% if loop.index0 < n %}{% for b in range(99999) %}{% endfor %}{% endif %}{% endfor %}x"
     loops = next(n for n in (5, 10, 20, 50, 100, 200, 400, 800) if _seconds(f"{{% set n = {n} %}}{third}") > 0.12)
-    found = template.render_all(f"{{% set n = {loops} %}}{third}", [(HELLO, True)] * 7, {})
+    found = template.render_all(f"{{% set n = {loops} %}}{third}", [(HELLO, True, None)] * 7, {})
     assert found == ["x"] * 7
 
 

@@ -151,6 +151,42 @@ def test_null_in_a_declaration_is_absent() -> None:
 
 
 @pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        ({"properties": [1]}, "properties is not an object of schemas"),
+        ({"properties": {"x": {}}, "required": 3}, "required is not a list of names"),
+        ({"type": 3}, "type is not the name of a type"),
+        ({"type": [["string"]]}, "type is not the name of a type"),
+        ({"enum": 3}, "enum is not a list of values"),
+        ({"anyOf": 3}, "anyOf is not a list of schemas"),
+        ({"oneOf": {}}, "oneOf is not a list of schemas"),
+        ({"$ref": {}}, r"\$ref is not text"),
+        ({"description": 3}, "description is not text"),
+    ],
+)
+def test_keywords_of_the_wrong_type_at_any_depth(inner: dict[str, Any], message: str) -> None:
+    for within in (
+        inner,
+        {"type": "array", "items": inner},
+        {"type": "object", "properties": {"y": inner}},
+        {"anyOf": [{"type": "null"}, inner]},
+        {"$ref": "#/elsewhere"},
+    ):
+        parameters = {"properties": {"a": within}, "elsewhere": inner}
+        with pytest.raises(SlmError, match=f"tool 1: {message}"):
+            declared([{"name": "f", "parameters": parameters}])
+
+
+def test_data_in_a_schema_is_not_a_schema() -> None:
+    data = {"enum": 3, "type": 3, "properties": 3, "description": 3}
+    inner = {"type": "object", "default": data, "const": data, "enum": [data], "examples": [data]}
+    itself = {"$ref": "#/properties/c"}
+    properties = {"a": inner, "type": {"type": "string", "required": True}, "enum": True, "c": itself}
+    (tool,) = declared([{"name": "f", "parameters": {"properties": properties}}])
+    assert tool.parameters["properties"] == properties
+
+
+@pytest.mark.parametrize(
     ("value", "message"),
     [
         (3, "tools is not a list"),

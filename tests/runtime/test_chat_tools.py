@@ -112,7 +112,7 @@ def test_calls_of_declared_tools_wait_for_results(model: Model, monkeypatch: pyt
     for wrong in ([], ["one"], ["a", "b", "c"]):
         with pytest.raises(SlmError, match="has 2 calls, and"):
             chat.answer_calls(wrong)
-    with pytest.raises(SlmError, match="look is declared, but is no function"):
+    with pytest.raises(SlmError, match="look is declared, but there is no function for it"):
         chat.called()
     assert chat.answer_calls(["8", "a cat"], **LONG) == "I see." and chat.calls == ()
     assert [message["content"] for message in chat.messages if message["role"] == "tool"] == ["8", "a cat"]
@@ -143,6 +143,27 @@ def test_a_conversation_goes_on_from_its_messages(model: Model, monkeypatch: pyt
     for wrong in (chat.messages[:3], [*chat.messages[:2], *chat.messages[3:]], [chat.messages[2]]):
         with pytest.raises(SlmError):
             model.chat(messages=wrong)
+
+
+def test_another_answer_makes_its_calls(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, model, [written([CALL]), "It is 8.", written([CALL]), "Eight."])
+    chat = model.chat(tools=[double])
+    assert chat.ask("Double 4.", **LONG) == "It is 8."
+    assert chat.retry(**LONG) == "Eight." and made == [4, 4] and len(chat.messages) == 4
+
+
+def test_an_empty_answer_is_not_the_one_before(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, model, ["Hello.", ""])
+    chat = model.chat(tools=[double])
+    assert chat.ask("Hi.", **LONG) == "Hello."
+    assert chat.ask("And?", **LONG) == ""
+
+
+@pytest.mark.parametrize("calls", [3, "look", [3], [{"arguments": {}}], [CALL, {"name": "f"}]])
+def test_earlier_messages_have_calls(model: Model, calls: Any) -> None:
+    asked = {"role": "user", "content": "Hi."}
+    with pytest.raises(SlmError, match=r"tool_calls is|call 1"):
+        model.chat(messages=[asked, {"role": "assistant", "content": "", "calls": calls}])
 
 
 @pytest.mark.parametrize(
@@ -237,6 +258,39 @@ def test_slm_chat_reads_results_of_declared_tools(talking: Callable[..., Any], t
     first, second, third = map(json.loads, result.out.splitlines())
     assert first["calls"] == [{"name": "look", "arguments": {}}] * 2
     assert (second["text"], second["calls"], third["text"]) == ("A cat and a dog.", [], "Bye.")
+
+
+@pytest.mark.parametrize("cut", [None, 60], ids=["a tool that is not declared", "cut within a call"])
+def test_slm_chat_shows_text_that_resembles_a_call(
+    talking: Callable[..., Any], tmp_path: Path, cut: int | None
+) -> None:
+    (tmp_path / "tools.py").write_text(FILE)
+    answer = f"Wait.\n{written([CALL if cut else Call('other', {})])}"[:cut]
+    result = talking(["Double 4."], [answer], "--tools", str(tmp_path / "tools.py"))
+    assert result.code == 0 and result.out == f"{answer}\n"
+    assert "dropped" not in result.err and "call: " not in result.err
+
+
+def test_slm_chat_shows_text_after_a_call(talking: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text(FILE)
+    result = talking(["Go."], [f"One. {written([CALL])} Two.", "Done."], "--tools", str(tmp_path / "tools.py"))
+    assert result.out == "One.\nTwo.\nDone.\n"
+
+
+def test_slm_chat_counts_rounds_for_each_request(talking: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text(FILE)
+    answers = [*[written([CALL])] * MOST_ROUNDS, "Eight."]
+    result = talking(["Double 4.", "/retry"], answers * 2, "--tools", str(tmp_path / "tools.py"))
+    assert result.code == 0 and result.out.split() == ["Eight."] * 2
+    result = talking(["Double 4."], [written([CALL])] * (MOST_ROUNDS + 1), "--tools", str(tmp_path / "tools.py"))
+    assert "the question was dropped" in result.err
+
+
+def test_slm_chat_shows_results_as_one_line(talking: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text("def double(number: int) -> str:\n    return '8\\x1b[31m\\n' + '9' * 999\n")
+    result = talking(["Double 4."], [written([CALL]), "It is 8."], "--tools", str(tmp_path / "tools.py"))
+    (line,) = [line for line in result.err.splitlines() if "result of double" in line]
+    assert line.startswith("result of double: 8 [31m 999") and len(line) < 300 and "\x1b" not in result.err
 
 
 def test_slm_chat_says_what_is_wrong_with_a_file(talking: Callable[..., Any], tmp_path: Path) -> None:

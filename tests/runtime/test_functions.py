@@ -76,6 +76,21 @@ def test_errors_and_coroutines_of_a_function_are_results() -> None:
     assert len(function_of(later).result(Call("later", {"x": 99_999}))) == 16_384
 
 
+def test_results_that_cannot_be_read_are_errors_or_replaced() -> None:
+    def keys(x: int) -> dict[tuple[int, int], int]:
+        return {(x, x): x}
+
+    def surrogate(x: int) -> str:
+        return "a\ud800b"
+
+    def ends(x: int) -> str:
+        raise SystemExit(x)
+
+    assert function_of(keys).result(Call("keys", {"x": 3})).startswith("error: TypeError: keys must be")
+    assert function_of(surrogate).result(Call("surrogate", {"x": 3})) == "a?b"
+    assert function_of(ends).result(Call("ends", {"x": 3})) == "error: SystemExit: 3"
+
+
 def untyped(x) -> str:  # type: ignore[no-untyped-def]
     return str(x)
 
@@ -137,6 +152,7 @@ def test_a_file_of_declarations(tmp_path: Path) -> None:
         ("missing.py", None, "missing.py not found"),
         ("a.py", "1 / 0", "a.py failed: ZeroDivisionError"),
         ("a.py", "def f(:", "a.py failed: SyntaxError"),
+        ("a.py", "import sys; sys.exit(0)", "a.py failed: SystemExit"),
         ("a.py", "x = 1", "a.py has no tools"),
         ("a.json", "{", "not valid JSON"),
         ("a.json", "[]", "a.json has no tools"),

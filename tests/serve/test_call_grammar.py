@@ -243,6 +243,19 @@ def test_schemas_that_are_not_supported_are_refused_unless_they_need_not_be_stri
     assert writer.accepts(Replies([tool], style, "required", lenient={"f"}), written([Call("f", {"a": [2]})], style))
 
 
+@pytest.mark.parametrize("style", [FUNCTION_GEMMA, GEMMA_4], ids=lambda style: style.opening)
+def test_a_long_chain_of_references_is_refused(style: Style) -> None:
+    chain: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(1500)}
+    parameters = {
+        "type": "object",
+        "$defs": chain | {"d1500": {"type": "null"}},
+        "properties": {"a": {"$ref": "#/$defs/d0"}},
+    }
+    tools = declared([{"name": "f", "parameters": parameters}])
+    with pytest.raises(SlmError, match="its references are nested too deeply"):
+        writer_of(style, True).grammars.submit_calls(Replies(tools, style, "required")).result()
+
+
 # Their cost arises only while a call is written; it has a budget there.
 LATER = ("optional characters", "ref to itself", "long")
 

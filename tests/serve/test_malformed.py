@@ -177,16 +177,16 @@ def test_a_large_schema_is_kept_to_or_refused(running: Any, schema: Any) -> None
 def test_a_schema_that_fails_on_the_way_ends_its_own_answer_alone(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    from slm.serve.constraint import JsonConstraint
+    from slm.serve.constraint import GrammarConstraint
 
-    accept = JsonConstraint.accept
+    accept = GrammarConstraint.accept
 
-    def failing(self: JsonConstraint, token: int) -> bool:
+    def failing(self: GrammarConstraint, token: int) -> bool:
         accept(self, token)
         raise SlmError("the schema is not supported: too much")
 
     running = serve()
-    monkeypatch.setattr(JsonConstraint, "accept", failing)
+    monkeypatch.setattr(GrammarConstraint, "accept", failing)
     body = json.loads(schema_of({"type": "string"})) | {"stream": stream}
     response = post(running, "/v1/completions", json.dumps(body))
     if stream:

@@ -18,7 +18,7 @@ from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generation import Request, Result
 from slm.runtime.sampling import Sampling
 from slm.serve import schema_check
-from slm.serve.constraint import Busy, Grammars, JsonConstraint
+from slm.serve.constraint import Busy, GrammarConstraint, Grammars
 from slm.serve.engine import Engine
 from slm.serve.schema_check import MAX_SECONDS
 
@@ -193,7 +193,7 @@ class Burning:
 @pytest.mark.parametrize(("seconds", "steps"), [(0.0, None), (0.04, 8), (0.5, 0)])
 def test_masks_have_a_budget(seconds: float, steps: int | None) -> None:
     matcher: Any = Burning(seconds)
-    constraint, done = JsonConstraint(matcher, 320), 0
+    constraint, done = GrammarConstraint(matcher, 320), 0
     try:
         for _ in range(100):
             constraint.allowed()

@@ -16,24 +16,20 @@ from slm.core.chat import chat_ids
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import Tokenizer
 from slm.core.tool_fields import called, declared
+from slm.core.tools import arguments_text
 from slm.export.bundle import export_bundle
+from slm.serve.requests import ChatRequest
 from slm.serve.responses import ChatCompletion
 from slm.serve.service import Limits
+from slm.serve.tools import declared_tools, messages_of
+from tests.core.test_tools import LIGHT
 from tests.core.tool_chat_templates import NATIVE
 from tests.serve.conftest import Running, servers
 
 NAME = "random"
 # Everything in them is bounded, so that a call is complete within a bounded number of tokens.
 PARAMETERS: dict[str, Any] = {
-    "set_light": {
-        "type": "object",
-        "properties": {
-            "room": {"type": "string", "enum": ["kitchen", "hall"]},
-            "on": {"type": "boolean"},
-            "level": {"type": "integer", "minimum": 0, "maximum": 100},
-        },
-        "required": ["room", "on"],
-    },
+    "set_light": LIGHT["function"]["parameters"],
     "plan": {
         "type": "object",
         "properties": {
@@ -200,6 +196,18 @@ def test_calls_beside_a_response_format(running: Any) -> None:
             Draft202012Validator(schema).validate(json.loads(message.content))
 
 
+@pytest.mark.parametrize(
+    "schema", [{"not": {}}, {"enum": ["x" * 70_000]}, {"patternProperties": {f"a{n}": {} for n in range(99)}}]
+)
+def test_a_response_format_beside_tools_has_the_limits_of_schemas(running: Any, schema: dict[str, Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": NAME, "messages": ASKED, "tools": TOOLS, "response_format": form, "max_tokens": 2}
+    response = running.post("/v1/chat/completions", body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "response_format" and error["message"].startswith("the schema is not supported")
+
+
 def test_every_response_is_of_the_type_that_the_client_says(running: Any) -> None:
     body = {"model": NAME, "messages": ASKED, "tools": TOOLS, "tool_choice": "required", "max_tokens": 200, "n": 2}
     text = running.post("/v1/chat/completions", body).text
@@ -235,6 +243,31 @@ def test_a_conversation_continues_with_results(running: Any, bundle: Path) -> No
         {"role": "tool", "content": "9:00"},
     ]
     assert answer.usage.prompt_tokens == len(chat_ids(tokenizer, told, (), declared(TOOLS)))
+
+
+def test_calls_in_the_prompt_are_in_the_order_of_their_declaration() -> None:
+    def arguments_of(name: str, arguments: str) -> str:
+        call = {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+        messages = [*ASKED, {"role": "assistant", "tool_calls": [call]}]
+        request = ChatRequest.model_validate({"messages": messages, "tools": TOOLS})
+        (read,) = messages_of(request.messages, declared_tools(request))[1]["calls"]
+        return arguments_text(read)
+
+    arguments = '{"on": true, "level": null, "room": "hall"}'
+    assert arguments_of("set_light", arguments) == '{"room": "hall", "on": true}'
+    assert arguments_of("of_another_request", arguments) == arguments
+
+
+def test_texts_longer_than_the_context_are_rejected_before_they_are_tokenized(running: Any) -> None:
+    long = "x" * 500_000
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": json.dumps({"a": long})}}
+    turn = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "ok"}]
+    tool = {"type": "function", "function": {"name": "now", "description": long}}
+    for body, param in (({"messages": [*ASKED, *turn]}, "messages"), ({"messages": ASKED, "tools": [tool]}, "tools")):
+        response = running.post("/v1/chat/completions", body | {"max_tokens": 2})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == param and error["message"].startswith("a text of 500,0")
 
 
 def test_a_model_that_learned_without_declarations_gets_none(

@@ -8,28 +8,16 @@ import json
 import sys
 
 from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled
+from light import calls, set_light
 from openai import AsyncOpenAI
 
 set_tracing_disabled(True)
-calls: list[dict[str, object]] = []
-
-
-@function_tool
-def set_light(room: str, level: int) -> str:
-    """Sets a light.
-
-    Args:
-        room: The room.
-        level: In percent.
-    """
-    calls.append({"room": room, "level": level})
-    return f"the light in the {room} is at {level} percent"
 
 
 async def main() -> None:
     client = AsyncOpenAI(base_url=sys.argv[1], api_key="none", max_retries=0)
     model = OpenAIChatCompletionsModel(model="random", openai_client=client)
-    agent = Agent(name="Home", instructions="Be brief.", tools=[set_light], model=model)
+    agent = Agent(name="Home", instructions="Be brief.", tools=[function_tool(set_light)], model=model)
     result = await Runner.run(agent, "Light in the hall at 40 percent.", max_turns=4)
     answered = result.final_output
     stream = Runner.run_streamed(agent, "Light in the hall at 40 percent.", max_turns=4)

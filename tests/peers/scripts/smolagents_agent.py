@@ -6,23 +6,9 @@ Usage: smolagents_agent.py BASE_URL; prints JSON: the final answer, and the argu
 import json
 import sys
 
+from light import calls, set_light
 from smolagents import OpenAIServerModel, ToolCallingAgent, tool
 
-calls: list[dict[str, object]] = []
-
-
-@tool
-def set_light(room: str, level: int) -> str:
-    """Sets a light.
-
-    Args:
-        room: The room.
-        level: In percent.
-    """
-    calls.append({"room": room, "level": level})
-    return f"the light in the {room} is at {level} percent"
-
-
 model = OpenAIServerModel(model_id="random", api_base=sys.argv[1], api_key="none", client_kwargs={"max_retries": 0})
-agent = ToolCallingAgent(tools=[set_light], model=model, max_steps=3, verbosity_level=0)
+agent = ToolCallingAgent(tools=[tool(set_light)], model=model, max_steps=3, verbosity_level=0)
 print(json.dumps({"answer": agent.run("Light in the hall at 40 percent."), "calls": calls}))
