@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 PathArgument = str | PathLike[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Range:
     """The range of a number.
 
@@ -45,7 +45,7 @@ class Range:
         above = self.least < value if self.least_open else self.least <= value
         return above and (value < self.most if self.most_open else value <= self.most)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lower = f"{'above' if self.least_open else 'at least'} {self.least:,}"
         if self.most in (MAX_COUNT, MAX_SEED) or math.isinf(self.most):
             return lower

@@ -114,10 +114,10 @@ def export(
     """
     display = shown(progress)
     options = _Options(gguf_type, adapter_slots, context, target, device, as_optional_path(text))
-    if options.text is not None:
-        check_input(options.text, "text")
     first, second = _inputs(checkpoint, adapter, display.note)
     _check(format, options, second)
+    if options.text is not None:
+        check_input(options.text, "text")
     source = _Source(first or base_of(second, display.note), second)
     place, started = as_optional_path(out), time.perf_counter()
     if format == "onnx-adapter":

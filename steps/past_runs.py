@@ -124,7 +124,7 @@ def past_run(name: str) -> PastRun:
     if kind == "train":
         return _trained(path)
     where = path / _FULL if kind == "finetune --full" else path
-    record = read_info(path / "checkpoint" / "best" if kind == "finetune --full" else path)
+    record: Mapping[str, Any] = read_info(path / "checkpoint" / "best" if kind == "finetune --full" else path)
     record = _mapping(record, "finetuned") if kind == "finetune --full" else record
     rows = _rows(where, None)
     metrics = _mapping(record, "metrics")
@@ -181,7 +181,9 @@ def cautions(runs: Sequence[PastRun]) -> list[str]:
     elif len({run.measured_on[-1] for run in runs}) > 1:
         found.append("The tokenizers differ, so losses per token are not comparable; slm eval measures bits per byte.")
     elif len({run.measured_on for run in runs}) > 1:
-        found.append("The losses were measured on different text, so they are not comparable; slm eval measures on one text.")
+        found.append(
+            "The losses were measured on different text, so they are not comparable; slm eval measures on one text."
+        )
     return found
 
 
@@ -201,7 +203,7 @@ def _trained(path: Path) -> PastRun:
     rows = _rows(path, None if stopped is None else stopped.reason)
     saved = [path / "checkpoint" / name for name in _CHECKPOINTS if is_checkpoint(path / "checkpoint" / name)]
     record: Mapping[str, Any] = read_info(saved[0]) if saved else {}
-    recipe = _complete(Recipe, _mapping(record, "recipe")) or load_recipe(path / _RECIPE_FILE).model_dump(mode="json")
+    recipe: Mapping[str, Any] = _complete(Recipe, _mapping(record, "recipe")) or load_recipe(path / _RECIPE_FILE).model_dump(mode="json")
     evaluation, batch = (_mapping(recipe, name) for name in ("evaluation", "batch"))
     text = _mapping(_mapping(record, "data"), "validation").get("text_sha256")
     return PastRun(
@@ -238,7 +240,9 @@ def _complete(model: type[BaseModel], values: Mapping[str, Any]) -> Mapping[str,
 def _rows(directory: Path, state: str | None) -> list[Row]:
     rows = read_rows(directory / METRICS_FILE)
     if not any(row["type"] != "sample" for row in rows):
-        raise SlmError(f"{directory} has no metrics yet" + (f": {state}" if state else ""), "compare it when it has trained")
+        raise SlmError(
+            f"{directory} has no metrics yet" + (f": {state}" if state else ""), "compare it when it has trained"
+        )
     return rows
 
 

@@ -61,7 +61,9 @@ def compare(runs: tuple[str, ...], axis: "Axis", out: Path | None, as_json: bool
     if picture.suffix.lower() != ".png":
         raise click.UsageError(f"--out {picture} is not the name of a .png file")
     found = [past_run(name) for name in runs]
-    twice = [run for number, run in enumerate(found) if run.path.resolve() in {e.path.resolve() for e in found[:number]}]
+    twice = [
+        run for number, run in enumerate(found) if run.path.resolve() in {e.path.resolve() for e in found[:number]}
+    ]
     if twice:
         raise SlmError(f"{twice[0].path} is named twice", "name each run once")
     _check_picture(picture)
@@ -132,7 +134,8 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         "last held-out loss": [_number(run["last_loss"], ".4f") for run in runs],
         "bits per byte": [_number(run["bits_per_byte"], ".4f") for run in runs],
         "tokens": [
-            _number(run["tokens"], ",") + (" learned" if run["kind"] != "train" and run["tokens"] else "") for run in runs
+            _number(run["tokens"], ",") + (" learned" if run["kind"] != "train" and run["tokens"] else "")
+            for run in runs
         ],
         "updates": [_number(run["updates"], ",") for run in runs],
         "time": [_number(run["seconds"], ",.1f", " s") for run in runs],

@@ -6,9 +6,11 @@ itself is what is called, whichever came first.
 
 import sys
 from importlib import import_module
-from inspect import Signature, signature
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inspect import Signature
 
 # The packages that are steps too, with the module of the function of the same name.
 STEPS = {
@@ -33,8 +35,10 @@ class _CallablePackage(ModuleType):
         return getattr(import_module(STEPS[name]), name)
 
     @property
-    def __signature__(self) -> Signature:
+    def __signature__(self) -> "Signature":
         """The step's signature."""
+        from inspect import signature
+
         return signature(self.__wrapped__)
 
 
