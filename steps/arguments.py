@@ -5,6 +5,7 @@ A step checks names, types, choices and ranges before it does anything, as the c
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 
 from slm.core.arguments import MAX_COUNT, check_keywords, described
 from slm.core.errors import ArgumentError, SlmError
+from slm.core.machine import prepare_threads
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -64,7 +66,7 @@ PartialShare = Annotated[float, Range(0, 1, least_open=True)]
 
 
 def step(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorates a step: checks the arguments of a call against the annotations.
+    """Decorates a step: checks the arguments of a call against the annotations, and prepares PyTorch's threads.
 
     The decorated function raises an ArgumentError for an unknown keyword, and for a value of the wrong type or out of range.
     """
@@ -75,6 +77,8 @@ def step(function: Callable[_P, _T]) -> Callable[_P, _T]:
         check_keywords(function.__name__, kwargs, known.parameters)
         for name, value in known.bind(*args, **kwargs).arguments.items():
             _check(name, value, known.parameters[name].annotation)
+        if "torch" not in sys.modules:
+            prepare_threads()
         return function(*args, **kwargs)
 
     return checked
@@ -87,7 +91,7 @@ def changed(function: Callable[..., Any], arguments: Mapping[str, Any]) -> list[
 
 
 def as_path(value: PathArgument) -> Path:
-    """Returns an argument as a path, with `~` expanded.
+    """Returns an argument as a path; `~/` is the home directory.
 
     Raises:
         ArgumentError: If it is empty.
@@ -95,7 +99,7 @@ def as_path(value: PathArgument) -> Path:
     text = fspath(value)
     if not text.strip():
         raise ArgumentError("a path is empty", "name a file or a directory")
-    return Path(text).expanduser()
+    return Path(text).expanduser() if text.startswith("~/") else Path(text)
 
 
 def as_optional_path(value: PathArgument | None) -> Path | None:
