@@ -17,7 +17,7 @@ from slm.export.graph.builder import Array
 # The number of times that scales and integers are improved. On Gemma 3 270M, three more lower the error by a further 1 %.
 _ROUNDS = 3
 # The number of columns whose changes are applied to all other columns at once.
-_TOGETHER = 64
+_TOGETHER = 32
 # The term added to the diagonal of the equations for the changes of the scales, relative to it. It limits the changes of blocks
 # whose products are almost the same.
 _DAMPING = 1e-4
@@ -78,6 +78,6 @@ def _rounded_again(weight: Array, integers: Array, grid: Grid, moments: Array) -
             changes[k - start] = (best - rounded[k]) * scale[k]
             rounded[k] = best
             # Columns of the same group are corrected immediately.
-            slopes[start:stop] += moments[start:stop, k, None] * changes[k - start]
+            slopes[k + 1 : stop] += moments[k + 1 : stop, k, None] * changes[k - start]
         slopes[stop:] += moments[stop:, start:stop] @ changes
     return np.ascontiguousarray(rounded.T).reshape(integers.shape)

@@ -19,7 +19,7 @@ LOOKUP_SHARE = 0.2
 # The number of rows of a table that are rounded at a time. Intermediate arrays take some ten times as much memory as the rows.
 _TABLE_ROWS = 1 << 13
 # The number of columns whose errors are applied to all later columns at once.
-_TOGETHER = 128
+_TOGETHER = 32
 
 
 def quantize_gptq(weight: Array, moments: InputMoments, scheme: Scheme) -> dict[str, Array]:

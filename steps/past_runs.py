@@ -203,7 +203,8 @@ def _trained(path: Path) -> PastRun:
     rows = _rows(path, None if stopped is None else stopped.reason)
     saved = [path / "checkpoint" / name for name in _CHECKPOINTS if is_checkpoint(path / "checkpoint" / name)]
     record: Mapping[str, Any] = read_info(saved[0]) if saved else {}
-    recipe: Mapping[str, Any] = _complete(Recipe, _mapping(record, "recipe")) or load_recipe(path / _RECIPE_FILE).model_dump(mode="json")
+    recipe: Mapping[str, Any] | None = _complete(Recipe, _mapping(record, "recipe"))
+    recipe = recipe or load_recipe(path / _RECIPE_FILE).model_dump(mode="json")
     evaluation, batch = (_mapping(recipe, name) for name in ("evaluation", "batch"))
     text = _mapping(_mapping(record, "data"), "validation").get("text_sha256")
     return PastRun(

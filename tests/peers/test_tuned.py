@@ -15,7 +15,7 @@ from slm.core.chat import END_OF_TURN, turn_ids, turn_prompt
 from slm.core.tokenizer import Tokenizer
 from slm.core.tools import Call, parsed_calls
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.timeout(900)]
 
 ROWS = Path(__file__).parents[2] / "examples" / "smart_home" / "rows.py"
 REQUESTS, TOKENS = 12, 48
