@@ -121,6 +121,7 @@ def _model(result: Result, first: "Measured | None", *, examples: bool) -> dict[
         "tokens_s": round(measured.tokens_s, 1),
         "batch": measured.batch,
         "max_tokens": measured.max_tokens,
+        "tool_choice": measured.tool_choice,
         "cut": measured.cut,
         "too_long": measured.too_long,
     }
@@ -165,8 +166,9 @@ def print_results(compared: Comparison) -> None:
 
 
 def notes(compared: Comparison) -> list[str]:
-    """Returns a sentence for each model whose replies were cut or whose context is too short."""
-    found = []
+    """Returns sentences about the constraint of replies, and models whose replies were cut or whose context is too short."""
+    choice = compared.results[0].measured.tool_choice
+    found = [] if choice is None else [f"calls were constrained to the schemas of the tools (--tool-choice {choice})"]
     for each in compared.results:
         measured, rows = each.measured, len(each.measured.answers)
         if measured.cut:

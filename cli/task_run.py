@@ -34,6 +34,7 @@ class RowOptions:
     minimum: float | None
     max_tokens: int | None
     rows_at_once: int | None
+    tool_choice: str | None
     out: Path | None
 
     @property
@@ -45,6 +46,7 @@ class RowOptions:
             "--min": self.minimum,
             "--max-tokens": self.max_tokens,
             "--batch": self.rows_at_once,
+            "--tool-choice": self.tool_choice,
             "--out": self.out,
         }
         return [name for name, value in given.items() if value not in (None, ())]
@@ -104,6 +106,12 @@ def task_options(command: Any) -> Any:
             help="With --task: rows that a fused bundle answers together; 1 to measure the time of single ones. [default: 8]",
         ),
         click.option(
+            "--tool-choice",
+            type=click.Choice(["auto", "required"]),
+            help="With --task: calls follow the schemas of the row's tools, as in slm serve; required allows only calls. "
+            "[default: no constraint]",
+        ),
+        click.option(
             "--out",
             type=FilePath(),
             metavar="DIR",
@@ -143,6 +151,8 @@ def compare(models: Sequence[Path], options: RowOptions, limits: RowLimits, load
     bounds = Limits.checked(limits.row_bytes, None)
     file = read_task(options.task, options.metric, limit=limits.rows, limits=bounds)
     task = file.task
+    if options.tool_choice is not None:
+        _check_choice(options.tool_choice, file)
     if task.why:
         say(f"metric: {task.metric} ({task.why}); --metric chooses another")
     candidates = [_candidate(path) for path in models]
@@ -159,6 +169,26 @@ def compare(models: Sequence[Path], options: RowOptions, limits: RowLimits, load
         results.append(_measure(each, file, options, loading))
         gc.collect()  # the memory of one model, before the next is loaded
     return Comparison(task, file.total, tuple(results), options.minimum)
+
+
+def _check_choice(choice: str, file: "TaskFile") -> None:
+    """Checks that --tool-choice can constrain the replies.
+
+    Raises:
+        SlmError: If the metric is another than tool-call, no row declares tools, or llguidance is missing.
+    """
+    from slm.finetune.rows import ChatRow
+    from slm.runtime.tool_choice import require_grammar
+
+    if file.task.metric != "tool-call":
+        raise SlmError(
+            f"--tool-choice constrains calls, and the metric is {file.task.metric}", "use --metric tool-call"
+        )
+    if not any(isinstance(row, ChatRow) and row.tools for row in file.rows):
+        raise SlmError(
+            "--tool-choice requires rows that declare tools", 'add "tools" to the rows, or omit --tool-choice'
+        )
+    require_grammar(choice)
 
 
 def _candidate(path: Path) -> _Candidate:
@@ -188,6 +218,7 @@ def _measure(each: _Candidate, file: "TaskFile", options: RowOptions, loading: M
         RichProgress(),
         max_tokens=options.max_tokens,
         batch=options.rows_at_once or SLOTS,
+        tool_choice=options.tool_choice,
     )
     return Result(each.name, each.adapter or each.path, model.decoder.description, _bytes(each), measured)
 

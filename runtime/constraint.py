@@ -20,11 +20,11 @@ from llguidance import LLMatcher
 from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
+from slm.runtime.call_grammar import MOST_CALLS, Marks, Replies, grammar_of_replies
 from slm.runtime.guide import Constraint
 from slm.runtime.memory import Array
+from slm.runtime.schema_check import Impossible, grammar_of, json_of, matcher_of, tokenizer_of
 from slm.runtime.token_bytes import TokenBytes, token_bytes
-from slm.serve.call_grammar import MOST_CALLS, Marks, Replies, grammar_of_replies
-from slm.serve.schema_check import Impossible, grammar_of, json_of, matcher_of, tokenizer_of
 
 # Cached schemas: their grammar, or the reason for their rejection.
 _KEPT = 64
@@ -92,6 +92,13 @@ class Grammars:
         """Starts to compile the grammar of replies with calls; see `submit`."""
         return self._submit(lambda: self._calls(replies, texts))
 
+    def prepared(self, replies: Replies) -> "Callable[[], Constraint]":
+        """Returns a function that makes the constraint of one reply with calls; see `submit_calls` for what is raised.
+
+        The grammar is compiled in the calling thread: call this from one thread only.
+        """
+        return self._prepared(replies)
+
     def json(self, schema: Mapping[str, Any] | None, texts: int = 1) -> "Sequence[Constraint]":
         """Returns the result of `submit`."""
         return self.submit(schema, texts).result()
@@ -113,6 +120,10 @@ class Grammars:
         return [GrammarConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
 
     def _calls(self, replies: Replies, texts: int) -> "Sequence[Constraint]":
+        make = self._prepared(replies)
+        return [make() for _ in range(texts)]
+
+    def _prepared(self, replies: Replies) -> "Callable[[], Constraint]":
         try:
             for tool in replies.tools:
                 _check_patterns(tool.parameters)
@@ -125,12 +136,16 @@ class Grammars:
             first = self._compiled(grammar)
         except Impossible as error:
             raise _impossible(str(error), "the tools' parameters are") from None
-        constraints = [GrammarConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
         if not replies.free:
-            return constraints
+            return lambda: GrammarConstraint(first.deep_copy(), self._vocab_size)
         opening, spelled = replies.style.opening, token_bytes(self._text_tokenizer)
         free = self._free_text(opening, marks.tokens.get(opening))
-        return [CallConstraint(each, free, opening, replies.parallel, spelled) for each in constraints]
+
+        def calls() -> Constraint:
+            follows = GrammarConstraint(first.deep_copy(), self._vocab_size)
+            return CallConstraint(follows, free, opening, replies.parallel, spelled)
+
+        return calls
 
     def _marks(self, replies: Replies) -> Marks:
         """Returns the marks that are tokens which the library does not see as text."""
@@ -204,7 +219,7 @@ class Grammars:
         if checker is None or checker.poll() is not None:
             self._end_checker()
             checker = self._checker = child.popen(
-                "from slm.serve.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                "from slm.runtime.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
             _send(checker, self._vocabulary)
         _send(checker, schema)
