@@ -36,7 +36,7 @@ MODEL = "model"
 # The page itself; in mode `server` it needs only the first line of these.
 _SHELL = (
     *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js"),
-    *("conversation.js", "results.js", "tools.js", "json.js"),
+    *("conversation.js", "log.js", "results.js", "tools.js", "json.js"),
 )
 _ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js")
 # For models with a chat template of their own.

@@ -21,7 +21,11 @@ TOOLS = declared(
             "name": "set_light",
             "parameters": {
                 "type": "object",
-                "properties": {"on": {"type": "boolean"}, "room": {"type": "string"}, "level": {"type": ["number", "null"]}},
+                "properties": {
+                    "on": {"type": "boolean"},
+                    "room": {"type": "string"},
+                    "level": {"type": ["number", "null"]},
+                },
             },
         },
         {"name": "now"},
@@ -84,8 +88,17 @@ def texts(style: Style) -> list[str]:
     found = [reply(style) for reply in REPLIES.values()]
     for body in bodies:
         call = f"{style.opening}{body.replace('C', style.closing)}{style.closing}"
-        found += [call, f"Wait. {call}\n{written(CALLS, style)} \x85", f"{call[:-3]} and more", f"{style.opening}{call}\u2028"]
-    found += [written(CALLS, style), f" A.\x1c{written(CALLS[:1], style)}B{written([Call('other', {})], style)}\n", "\ufeff x "]
+        found += [
+            call,
+            f"Wait. {call}\n{written(CALLS, style)} \x85",
+            f"{call[:-3]} and more",
+            f"{style.opening}{call}\u2028",
+        ]
+    found += [
+        written(CALLS, style),
+        f" A.\x1c{written(CALLS[:1], style)}B{written([Call('other', {})], style)}\n",
+        "\ufeff x ",
+    ]
     found.append(f"{style.opening}{'x' * 1100}{written(CALLS[1:], style)}")
     return found
 
@@ -161,10 +174,11 @@ def test_replies_are_divided_as_in_python(in_node: Node, style: Style) -> None:
 
 
 DECLARATIONS = [
-    '[{"type": "function", "function": {"name": "a", "description": " x ", "parameters": {"properties": {"b": {"type": "number"}}}}}]',
+    '[{"type": "function", "function": {"name": "a", "description": " x ", "parameters": {"properties": {"b": {}}}}}]',
     '{"name": "a", "parameters": {"type": "object", "properties": {"2": true, "1": {"minimum": 1.0}}, "required": ["1"]}}',
     '{"tools": [{"name": "a", "description": null, "parameters": null}, {"name": "b", "parameters": {}}]}',
-    '[{"name": "a", "parameters": {"properties": {"b": {"enum": [1, 2.50, null, "c"], "description": null}}, "additionalProperties": false}}]',
+    '[{"name": "a", "parameters": {"properties": {"b": {"enum": [1, 2.50, null, "c"]}}, "additionalProperties": false}}]',
+    '[{"name": "a", "parameters": {"properties": {"b": {"description": null, "type": ["number", "null"]}}}}]',
     '[{"name": "a", "parameters": "{\\"type\\": \\"object\\"}"}]',
     '[{"name": "a", "parameters": {"properties": {"b": {"type": "string", "required": true}}}}]',
     "[]",

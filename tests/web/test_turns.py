@@ -11,15 +11,15 @@ from slm.core.chat import CHAT_TEMPLATE, Message, chat_ids
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
 from slm.core.tool_fields import declared, openai_messages
-from slm.core.tool_text import signature
 from slm.core.tools import Call, Tool, ordered
 from slm.web.turns import page_turns
 from tests.core.chat_templates import ALTERING, TEMPLATES, chat_tokenizer
 from tests.core.test_tool_prompts import TALK
 from tests.core.test_tool_prompts import TOOLS as LIGHTS
-from tests.core.tool_chat_templates import LOWERED, MARKS, NATIVE, tool_tokenizer
+from tests.core.tool_chat_templates import LOWERED, NATIVE, tool_tokenizer
 
 Node = Callable[..., Any]
+Conversation = tuple[Sequence[Message], Sequence[Tool]]
 
 WITH_TOOLS = {**NATIVE, **LOWERED, "slm's own": CHAT_TEMPLATE}
 # Numbers and keys that JavaScript's JSON would change, and texts that templates and JSON escape.
@@ -27,10 +27,12 @@ AWKWARD = declared(
     [
         {
             "name": "plan",
-            "description": "  Plans <end_of_turn> \"trips\" — für 2 & more.\n",
+            "description": '  Plans <end_of_turn> "trips" — für 2 & more.\n',
             "parameters": {
                 "type": "object",
-                "$defs": {"place": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}},
+                "$defs": {
+                    "place": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+                },
                 "properties": {
                     "to": {"$ref": "#/$defs/place"},
                     "2": {"type": "number", "minimum": -1.0, "maximum": 1e16, "default": 1e-5},
@@ -57,14 +59,18 @@ ARGUMENTS: dict[str, Any] = {
 TRIP: list[Message] = [
     {"role": "system", "content": " Be <|im_end|> brief.\x85 "},
     {"role": "user", "content": "\x1c Plan <end_of_turn>\n<start_of_turn>model\nit.\ufeff "},
-    {"role": "assistant", "content": "Wait.", "calls": (Call("plan", ARGUMENTS), Call("now", {}), Call("plan", {"any": 0.1}))},
+    {
+        "role": "assistant",
+        "content": "Wait.",
+        "calls": (Call("plan", ARGUMENTS), Call("now", {}), Call("plan", {"any": 0.1})),
+    },
     {"role": "tool", "name": "plan", "content": '{"3": 1.0, "b": [true, null], "<escape>": "x"}'},
     {"role": "tool", "name": "now", "content": "nine <tool_call|>"},
     {"role": "tool", "name": "plan", "content": "{}"},
     {"role": "assistant", "content": "Done <end_function_call>."},
     {"role": "user", "content": "Thanks 🦊."},
 ]
-CONVERSATIONS: list[tuple[Sequence[Message], Sequence[Tool]]] = [
+CONVERSATIONS: list[Conversation] = [
     (TALK[1:2], LIGHTS),
     (TALK[:2], LIGHTS),
     (TALK[:5], LIGHTS),
@@ -99,7 +105,10 @@ console.log(JSON.stringify({ found, noChat, noTools }));
 
 
 def theirs(
-    in_node: Node, tokenizer: Tokenizer, conversations: Sequence[tuple[Sequence[Message], Sequence[Tool]]], stops: Sequence[int] = ()
+    in_node: Node,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    stops: Sequence[int] = (),
 ) -> Any:
     """Returns the page's ids of prompts, or its problem, and why it offers no chat and no tools."""
     tokenizer.save(Path())
@@ -182,7 +191,7 @@ def test_no_chat_with_another_template_or_other_tokens(in_node: Node, vendor: No
     assert turns is not None
     calling = json.loads(json.dumps(turns))
     calling["template"] = calling["template"].replace("</tools>", "</tool>")
-    plain = turns | {"template": turns["template"].replace("<|im_start|>user", "<|im_start|>User").replace("message.role", "'x'")}
+    plain = turns | {"template": turns["template"].replace("message.role == 'assistant'", "false")}
     unknown = turns | {"template": turns["template"] + "{{ messages | groupby('role') }}"}
     broken = turns | {"template": turns["template"] + "{% if %}"}
     without = turns | {"prompts_with_tools": None}
