@@ -216,3 +216,34 @@ def test_no_chat_with_another_template_or_other_tokens(in_node: Node, vendor: No
     assert not found[4][0] and "cannot render the model's chat template" in found[4][1]
     assert found[5] == [True, "", "the model's chat template rejects tools"]
     assert found[6] == [False, "this model has no turns", ""]
+
+
+ENDLESS = {
+    "steps": "{% for a in range(100000) %}{% for b in range(100000) %}{% set c = b %}{% endfor %}{% endfor %}",
+    "text": "{% set ns = namespace(x='abcdefgh') %}{% for a in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "list": "{% set ns = namespace(x=[1, 2, 3]) %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "output": "{% for a in range(100000) %}{{ 'x' * 1 if false else '" + "x" * 999 + "' }}{% endfor %}",
+    "range": "{% for a in range(10000000000) %}{% endfor %}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "reaches": "{{ messages.constructor.constructor('return 1')() }}",
+    "reaches text": "{{ 'x'.constructor('y') }}",
+}
+
+
+def test_templates_end_and_reach_nothing(in_node: Node, vendor: None) -> None:
+    program = """
+    import { compiled } from "page/jinja.js";
+    console.log(JSON.stringify(given.map((template) => {
+      const started = performance.now();
+      try {
+        return [compiled(template)({ messages: [] }).slice(0, 20), ""];
+      } catch (problem) {
+        return [problem.constructor.name, problem.message, performance.now() - started];
+      }
+    })));
+    """
+    found = in_node(program, [*ENDLESS.values(), "{{ [1, 2] | length }} {{ 'é' * 1 if false else 'fine' }}"])
+    for name, each in zip(ENDLESS, found, strict=False):
+        assert each[0] == "Problem" and "cannot render the model's chat template" in each[1], (name, each)
+        assert each[2] < 60_000
+    assert found[-1] == ["2 fine", ""]  # the negative control

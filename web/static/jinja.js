@@ -5,7 +5,10 @@ import { Problem } from "./problem.js";
 import { Environment, Interpreter, parse, tokenize } from "./vendor/jinja.mjs";
 
 const MOST_CHARACTERS = 4 << 20;
+const MOST_ITEMS = 1 << 20;
 const LONGEST_TEMPLATE = 64 << 10;
+// Some seconds. A template is a program that comes with the model.
+const MOST_STEPS = 500_000;
 const HINT = "the chat template is part of the model; the model can still continue text";
 
 // The library exports no classes of values.
@@ -130,6 +133,8 @@ function equal(a, b) {
 }
 
 class Python extends Interpreter {
+  #steps = 0;
+
   evaluateBlock(statements, environment) {
     let result = "";
     for (const statement of statements) {
@@ -141,14 +146,18 @@ class Python extends Interpreter {
         if (error instanceof LoopControl) error.text = result + error.text;
         throw error;
       }
-      if (result.length > 2 * MOST_CHARACTERS) throw new Error("the rendered text is too long");
+      if (result.length > 2 * MOST_CHARACTERS) throw new Error("it needs too much memory");
     }
     return new Str(result);
   }
 
   evaluate(statement, environment) {
     if (statement?.type === "Break" || statement?.type === "Continue") throw new LoopControl(statement.type);
-    return super.evaluate(statement, environment);
+    if (++this.#steps > MOST_STEPS) throw new Error("it takes too long");
+    const value = super.evaluate(statement, environment);
+    const most = value instanceof Str ? 2 * MOST_CHARACTERS : value instanceof List ? MOST_ITEMS : Infinity;
+    if (value?.value?.length > most) throw new Error("it needs too much memory");
+    return value;
   }
 
   evaluateBinaryExpression(node, environment) {
@@ -289,17 +298,22 @@ function calculated(operator, left, right) {
   return fraction ? new Fraction(found) : new Whole(found);
 }
 
+// The library's values are slow to make, so that loops share theirs.
+const wholes = [];
+const whole = (value) => (wholes[value] ??= new Whole(value));
+const [YES, NO, MISSING] = [new Bool(true), new Bool(false), new Missing()];
+
 const loopFields = (items, i) =>
   new Map([
-    ["index", new Whole(i + 1)],
-    ["index0", new Whole(i)],
-    ["revindex", new Whole(items.length - i)],
-    ["revindex0", new Whole(items.length - i - 1)],
-    ["first", new Bool(i === 0)],
-    ["last", new Bool(i === items.length - 1)],
-    ["length", new Whole(items.length)],
-    ["previtem", items[i - 1] ?? new Missing()],
-    ["nextitem", items[i + 1] ?? new Missing()],
+    ["index", whole(i + 1)],
+    ["index0", whole(i)],
+    ["revindex", whole(items.length - i)],
+    ["revindex0", whole(items.length - i - 1)],
+    ["first", i === 0 ? YES : NO],
+    ["last", i === items.length - 1 ? YES : NO],
+    ["length", whole(items.length)],
+    ["previtem", items[i - 1] ?? MISSING],
+    ["nextitem", items[i + 1] ?? MISSING],
   ]);
 
 const capitalized = (value) => {
@@ -372,7 +386,7 @@ export function compiled(template) {
       throw new Refusal(message ? text(message) : "");
     }));
     globals.setVariable("strftime_now", new Func(([format]) => new Str(dateText(text(format), now))));
-    globals.setVariable("range", new Func((args) => new List(range(...args.map(({ value }) => Number(value))).map((each) => new Whole(each)))));
+    globals.setVariable("range", new Func((args) => new List(range(...args.map(({ value }) => Number(value))).map(whole))));
     for (const [name, value] of Object.entries(variables)) globals.setVariable(name, given(value));
     try {
       const found = new Python(globals).run(program).value;
