@@ -50,8 +50,17 @@ class Busy(SlmError):
 class Grammars:
     """Compiles constraints for one vocabulary. Any number of threads may use it; schemas are compiled one at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...]) -> None:
-        """Stores the tokenizer; the model may have more tokens than it."""
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...], *, at_once: bool = False
+    ) -> None:
+        """Reads the tokenizer, which takes seconds for 262,144 tokens.
+
+        Args:
+            tokenizer: The model's tokenizer; the model may have more tokens than it.
+            vocab_size: The number of the model's logits.
+            stop_tokens: The tokens that end a text.
+            at_once: Whether to start the process that checks grammars now, so that it reads the tokenizer in the meantime.
+        """
         self._vocab_size = vocab_size
         self._text_tokenizer = tokenizer
         self._free: dict[tuple[str, int | None], Array] = {}
@@ -60,13 +69,16 @@ class Grammars:
             "size": vocab_size,
             "stops": list(stop_tokens),
         }
-        self._tokenizer = tokenizer_of(self._vocabulary)
         self._known: OrderedDict[str, str | Impossible] = OrderedDict()
         self._checker: subprocess.Popen[bytes] | None = None
         self._compiling = ThreadPoolExecutor(1, "slm-schema", initializer=_yield_to_others)
         self._closed = False
         self._counting = threading.Lock()
         self._waiting = 0
+        if at_once:
+            with suppress(OSError):  # then `_tried` starts it
+                self._start_checker()
+        self._tokenizer = tokenizer_of(self._vocabulary)
 
     def submit(self, schema: Mapping[str, Any] | None, texts: int = 1) -> "Future[Sequence[Constraint]]":
         """Starts to compile a schema, or any JSON object if None. The result has one constraint per completion.
@@ -218,13 +230,17 @@ class Grammars:
         checker = self._checker
         if checker is None or checker.poll() is not None:
             self._end_checker()
-            checker = self._checker = child.popen(
-                "from slm.runtime.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            _send(checker, self._vocabulary)
+            checker = self._start_checker()
         _send(checker, schema)
         assert checker.stdout is not None
         return checker.stdout.readline()
+
+    def _start_checker(self) -> "subprocess.Popen[bytes]":
+        self._checker = child.popen(
+            "from slm.runtime.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        _send(self._checker, self._vocabulary)
+        return self._checker
 
     def _end_checker(self) -> None:
         checker, self._checker = self._checker, None

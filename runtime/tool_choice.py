@@ -68,7 +68,7 @@ class CallGrammar:
         from slm.runtime.constraint import Grammars
 
         self._tokenizer = tokenizer
-        self._grammars = Grammars(tokenizer, vocab_size, tuple(stop_tokens))
+        self._grammars = Grammars(tokenizer, vocab_size, tuple(stop_tokens), at_once=True)
         self._made: dict[tuple[str, str], Callable[[], Constraint]] = {}
 
     def prepared(self, tools: Sequence[Tool], choice: str = "auto") -> "Callable[[], Constraint]":
