@@ -40,6 +40,7 @@ COMMANDS = {
     "bench": "Measure a model's speed and memory.",
     "info": "Describe a checkpoint, a bundle or a preset: sizes, cost and origin.",
     "list": "List the models and adapters under ./runs and in the cache.",
+    "compare": "Compare runs: recipes, curves and figures.",
     "rm": "Remove models, adapters or runs.",
     "doctor": "Report the machine's hardware, installed packages, and what is missing.",
     "demo": "Run the complete workflow on bundled data.",
