@@ -43,6 +43,12 @@ def task_options(command: Any) -> Any:
             help="With --task: rows that a fused bundle answers together; 1 to measure the time of single ones. [default: 8]",
         ),
         click.option(
+            "--tool-choice",
+            type=click.Choice(["auto", "required"]),
+            help="With --task: calls follow the schemas of the row's tools, as in slm serve; required allows only calls. "
+            "[default: no constraint]",
+        ),
+        click.option(
             "--out",
             type=FilePath(),
             metavar="DIR",

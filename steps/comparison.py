@@ -4,7 +4,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slm.core.artifacts import kind_of, read_artifact
 from slm.core.checkpoint import INFO_FILE
@@ -34,6 +34,7 @@ class Rows:
         batch: Number of rows answered together; None for the default.
         limit: Number of rows to use; None for all.
         row_bytes: Maximum bytes of a row; None for the default.
+        tool_choice: "auto" or "required" constrains calls to the schemas of the row's tools; None does not.
     """
 
     task: Path
@@ -43,6 +44,7 @@ class Rows:
     batch: int | None = None
     limit: int | None = None
     row_bytes: int | None = None
+    tool_choice: Literal["auto", "required"] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def compare(
     bounds = Limits.checked(rows.row_bytes, None)
     file = read_task(rows.task, rows.metric, limit=rows.limit, limits=bounds)
     task = file.task
+    if rows.tool_choice is not None:
+        _check_choice(rows.tool_choice, file)
     if task.why:
         note(f"metric: {task.metric} ({task.why}); --metric chooses another")
     candidates = [_candidate(path, note) for path in models]
@@ -171,6 +175,26 @@ def compare(
         results.append(_measure(each, file, rows, loading, progress))
         gc.collect()  # the memory of one model, before the next is loaded
     return Comparison(task, file.total, tuple(results), rows.minimum)
+
+
+def _check_choice(choice: str, file: "TaskFile") -> None:
+    """Checks that a choice of tools can constrain the replies.
+
+    Raises:
+        SlmError: If the metric is another than tool-call, no row declares tools, or llguidance is missing.
+    """
+    from slm.finetune.rows import ChatRow
+    from slm.runtime.tool_choice import require_grammar
+
+    if file.task.metric != "tool-call":
+        raise SlmError(
+            f"--tool-choice constrains calls, and the metric is {file.task.metric}", "use --metric tool-call"
+        )
+    if not any(isinstance(row, ChatRow) and row.tools for row in file.rows):
+        raise SlmError(
+            "--tool-choice requires rows that declare tools", 'add "tools" to the rows, or omit --tool-choice'
+        )
+    require_grammar(choice)
 
 
 def _candidate(path: Path, note: Note) -> _Candidate:
@@ -198,6 +222,7 @@ def _measure(each: _Candidate, file: "TaskFile", rows: Rows, loading: Mapping[st
         progress,
         max_tokens=rows.max_tokens,
         batch=rows.batch or SLOTS,
+        tool_choice=rows.tool_choice,
     )
     return Result(each.name, each.adapter or each.path, model.decoder.description, _bytes(each), measured)
 

@@ -70,6 +70,7 @@ def _model(result: Result, first: "Measured | None", *, examples: bool) -> dict[
         "tokens_s": round(measured.tokens_s, 1),
         "batch": measured.batch,
         "max_tokens": measured.max_tokens,
+        "tool_choice": measured.tool_choice,
         "cut": measured.cut,
         "too_long": measured.too_long,
     }
@@ -97,8 +98,9 @@ def write_report(directory: Path, compared: Comparison) -> None:
 
 
 def notes(compared: Comparison) -> list[str]:
-    """Returns a sentence for each model whose replies were cut or whose context is too short."""
-    found = []
+    """Returns sentences about the constraint of calls, and models whose replies were cut or whose context is too short."""
+    choice = compared.results[0].measured.tool_choice
+    found = [] if choice is None else [f"calls were constrained to the schemas of the tools (--tool-choice {choice})"]
     for each in compared.results:
         measured, rows = each.measured, len(each.measured.answers)
         if measured.cut:

@@ -45,7 +45,7 @@ Paths = PathArgument | Sequence[PathArgument]
 
 _SHIPPED = "the bundled held-out stories"
 # The arguments of --task alone, and those of a text.
-_OF_TASKS = ("metric", "adapter", "min", "max_tokens", "batch", "out")
+_OF_TASKS = ("metric", "adapter", "min", "max_tokens", "batch", "tool_choice", "out")
 _OF_TEXTS = ("data", "column", "context", "stride", "tokens")
 
 
@@ -57,6 +57,7 @@ class TaskOptions(TypedDict, total=False):
     min: float | None
     max_tokens: int | None
     batch: int | None
+    tool_choice: Literal["auto", "required"] | None
     limit: int | None
     max_document_bytes: int | None
     out: PathArgument | None
@@ -132,6 +133,7 @@ def evaluate(
     min: Share | None = None,
     max_tokens: Positive | None = None,
     batch: Annotated[int, Range(1, 64)] | None = None,
+    tool_choice: Literal["auto", "required"] | None = None,
     out: PathArgument | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     threads: Annotated[int, Range(1, MAX_THREADS)] | None = None,
@@ -158,6 +160,8 @@ def evaluate(
         min: With `task`: the lowest score that passes.
         max_tokens: With `task`: the longest reply; by default twice the longest expected one, from 32 to 1,024.
         batch: With `task`: rows that a fused bundle answers together; 8 by default.
+        tool_choice: With `task`: calls follow the schemas of the row's tools, as in `slm serve`, and with "required" there is
+            nothing but calls; by default nothing constrains replies.
         out: With `task`: the directory of report.html and report.json; by default runs/eval-NAME.
         device: The device that runs the models.
         threads: Number of threads; by default the usable physical cores.
@@ -179,7 +183,7 @@ def evaluate(
     loading = {"device": device, "threads": threads, "trust": trust, "allow_slow": allow_slow}
     paths = [named(each, ("checkpoint", "bundle", "adapter"), display.note) for each in names]
     if task is not None:
-        rows = Rows(as_path(task), metric, min, max_tokens, batch, limit, max_document_bytes)
+        rows = Rows(as_path(task), metric, min, max_tokens, batch, limit, max_document_bytes, tool_choice)
         compared = _compare(paths, rows, given, loading, display)
         if compared.failed:
             raise BelowMinimum(below_limit(compared), f"{compared.page} has the worst replies", compared)
