@@ -38,11 +38,13 @@ class Started:
 
     Attributes:
         pid: The number of its process.
+        ended: Whether `wait` has returned.
     """
 
     def __init__(
         self, process: "subprocess.Popen[bytes]", program: str, arguments: tuple[str, ...], home: Path
     ) -> None:
+        self.ended = False
         self._process, self._args = process, [program, *arguments]
         self._out, self._err = home / "out", home / "err"
         job = {"program": program, "arguments": arguments, "cwd": str(Path.cwd()), "environment": dict(os.environ)}
@@ -53,6 +55,16 @@ class Started:
         process.stdin.write(json.dumps(job).encode() + b"\n")
         self.pid = self._number()
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return not select.select([self._process.stdout], [], [], 0)[0]
+
+    @property
+    def err(self) -> str:
+        """What it has printed to its standard error so far."""
+        return self._err.read_text()
+
     def wait(self, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
         """Waits for the end, and returns the exit code and the output.
 
@@ -61,7 +73,8 @@ class Started:
         """
         if not select.select([self._process.stdout], [], [], seconds)[0]:
             raise TimeoutError(f"{self._args} runs longer than {seconds} s")
-        return subprocess.CompletedProcess(self._args, self._number(), self._out.read_text(), self._err.read_text())
+        self.ended = True
+        return subprocess.CompletedProcess(self._args, self._number(), self._out.read_text(), self.err)
 
     def _number(self) -> int:
         assert self._process.stdout is not None

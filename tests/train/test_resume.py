@@ -35,6 +35,7 @@ from slm.train.run import resume, train
 from slm.train.state import Counters, load_state
 from tests.forks import Forks
 from tests.progress import Notes
+from tests.waiting import wait_for
 
 MakeRecipe = Callable[..., Recipe]
 TIMES = ("elapsed_s", "tokens_s")
@@ -342,13 +343,15 @@ def test_a_run_that_is_killed_again_and_again(small_recipe: MakeRecipe, trainers
         started = trainers.start(TRAINER)
         rows = run / "metrics.jsonl"
         before = rows.stat().st_mtime_ns if rows.exists() else 0
-        wait_for(lambda rows=rows, before=before: rows.exists() and rows.stat().st_mtime_ns > before)  # it trains
+        wait_for(
+            lambda rows=rows, before=before: rows.exists() and rows.stat().st_mtime_ns > before, every=0.002
+        )  # it trains
         for _ in range(dice.randrange(4)):
             last = saved_at(run)
-            wait_for(lambda last=last: saved_at(run) not in (0, last))
+            wait_for(lambda last=last: saved_at(run) not in (0, last), every=0.002)
         time.sleep(dice.uniform(0, 0.05))
         if kill % 2:
-            wait_for(lambda: any(run.glob("**/.*.partial-*")))  # it writes
+            wait_for(lambda: any(run.glob("**/.*.partial-*")), every=0.002)  # it writes
         os.kill(started.pid, signal.SIGKILL)
         assert started.wait().returncode == -signal.SIGKILL, kill  # rather than at its end before it was killed
         killed_writing += any(run.glob("**/.*.partial-*"))
@@ -370,13 +373,6 @@ def saved_at(run: Path) -> int:
         return (run / "trainer/state.json").stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def unshare() -> list[str] | None:

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from slm.core.errors import SlmError
 from slm.train.parallel import joined
 from slm.train.recipe import Recipe
 from tests.forks import Forks, Started
+from tests.waiting import wait_for
 
 SECONDS = 100
 
@@ -193,15 +193,13 @@ class Endless:
 
     def __init__(self, torchrun: Started) -> None:
         self.torchrun = torchrun
-        self.ended: Ended | None = None
         metrics = Path("run/metrics.jsonl")
         wait_for(lambda: metrics.exists() and metrics.read_text(encoding="utf-8").count('"train"') > 2)
         self.ranks = [int(Path(f"pid-{rank}").read_text()) for rank in "01"]
 
     def end(self) -> Ended:
         """Waits until torchrun has ended."""
-        self.ended = ended_of(self.torchrun.wait(SECONDS))
-        return self.ended
+        return ended_of(self.torchrun.wait(SECONDS))
 
 
 @pytest.fixture
@@ -211,17 +209,10 @@ def endless(recipe_file: Path, trainers: Forks) -> Iterator[Endless]:
     started = trainers.start(TORCHRUN, "--recipe", str(recipe_file), "--out", "run", *lengths)
     run = Endless(started)
     yield run
-    if run.ended is None:
+    if not started.ended:
         for pid in (*run.ranks, started.pid):  # torchrun alone would leave them behind
             os.kill(pid, signal.SIGKILL)
         started.wait()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
