@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -94,10 +93,14 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(console, "width", 160)
 
 
-def _placeholder(*_: Any) -> MagicMock:
-    figure = MagicMock()
-    figure.savefig.side_effect = lambda file, **_: Path(file).write_bytes(b"placeholder")
-    return figure
+class _Placeholder:
+    """A figure of matplotlib that draws nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., "_Placeholder"]:
+        return lambda *_, **__: self
+
+    def savefig(self, file: Path, **_: Any) -> None:
+        file.write_bytes(b"placeholder")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +110,7 @@ def curves_are_placeholders(request: pytest.FixtureRequest, monkeypatch: pytest.
     To draw the curve takes matplotlib four fifths of the processor time of a small run.
     """
     if request.node.get_closest_marker("draws") is None:
-        monkeypatch.setattr(metrics, "new_figure", _placeholder)
+        monkeypatch.setattr(metrics, "new_figure", lambda *_: _Placeholder())
 
 
 @pytest.fixture
@@ -125,10 +128,11 @@ def signals_are_heard() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def single_thread() -> Iterator[None]:
-    """PyTorch and onnxruntime compute with one thread by default: the tests run in a worker for each processor.
+def quick_process() -> Iterator[None]:
+    """PyTorch and onnxruntime compute with one thread by default, and files are not flushed to the disk.
 
-    With more, the threads of one worker wait for processors that another worker uses, and spin while they wait.
+    The tests run in a worker for each processor. With more threads, those of one worker wait for processors that another
+    worker uses, and spin while they wait.
     """
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +140,7 @@ def single_thread() -> Iterator[None]:
         # Each model that is loaded would have all memory of all tests looked at.
         for file in ("hugepages._HUGE_PAGE_SIZE", "unused._SMAPS"):
             patch.setattr(f"slm.runtime.{file}", Path("/nowhere"))
+        patch.setattr(os, "fsync", lambda _: None)  # a small run waits for the disk 66 times
         patch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # in the processes that tests start
         yield
 
