@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web demo test test-fast test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -45,10 +45,14 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not peer and not fuzz' --rehearse
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long and not peer and not fuzz' --rehearse
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not fuzz'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not long and not peer and not gpu and not fuzz'
+
+# The few tests of `make test`'s kind that take a minute each. CONTRIBUTING.md lists them.
+test-slow: install
+	$(BIN)/python -m pytest -m long
 
 # Ten to thirty times as many drawn cases as in `make test`: tens of minutes on two cores.
 test-fuzz: install
