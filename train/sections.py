@@ -1,6 +1,6 @@
 """The sections of a recipe: what each value means, its unit and its default."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -59,6 +59,7 @@ class ModelRecipe(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
+    further_names: ClassVar = MODEL_FIELDS
 
     preset: str
 
