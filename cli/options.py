@@ -18,6 +18,7 @@ from slm.core.machine import MAX_THREADS
 
 if TYPE_CHECKING:
     from slm.core.artifacts import Kind
+    from slm.train.choices import LogName
 
 # Part of the help of every command that writes an artifact, and of docs/commands.md.
 REPLACING = (
@@ -214,6 +215,15 @@ set_option = click.option(
 )
 
 
+log_option = click.option(
+    "--log",
+    "logs",
+    type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+    multiple=True,
+    help="Also log metrics, recipe and samples there; may be repeated.",
+)
+
+
 def out_option_for(what: str, default: str) -> Callable[[Any], Any]:
     """Returns the option --out of a command.
 
@@ -312,6 +322,17 @@ def check_tokenizer(choice: str) -> None:
     """
     if choice not in ("gpt2", "bpe") and not Path(choice).expanduser().exists():
         raise SlmError(f"tokenizer not found: {choice}", "gpt2, bpe, or the path of a tokenizer.json")
+
+
+def check_logs(names: tuple["LogName", ...]) -> None:
+    """Checks that the packages of --log are installed, before PyTorch is imported.
+
+    Raises:
+        SlmError: If one is missing.
+    """
+    from slm.train.logs.logs import check_packages
+
+    check_packages(names)
 
 
 class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only

@@ -16,6 +16,7 @@ from slm.train.sections import (
     CheckpointRecipe,
     DataRecipe,
     EvaluationRecipe,
+    LogNames,
     MachineRecipe,
     ModelRecipe,
     OptimizerRecipe,
@@ -32,10 +33,12 @@ class Recipe(Section):
     Attributes:
         name: Name of the recipe, and of runs that have no other.
         seed: Seed of the initial weights, the windows and dropout; the same seed gives the same run.
+        log: Where metrics go besides `metrics.jsonl`.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+    log: LogNames = ("tensorboard",)
     data: DataRecipe = DataRecipe()
     model: ModelRecipe
     batch: BatchRecipe

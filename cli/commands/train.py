@@ -16,11 +16,13 @@ from slm.cli.options import (
     FilePath,
     Whole,
     Word,
+    check_logs,
     check_tokenizer,
     collects,
     column_option,
     document_option,
     json_option,
+    log_option,
     overwrite_option,
     qat_option,
     set_option,
@@ -30,6 +32,7 @@ from slm.core.outputs import check_writable
 from slm.core.runs import RUNS, free_run, newest_run
 
 if TYPE_CHECKING:
+    from slm.train.choices import LogName
     from slm.train.parallel import Processes
     from slm.train.recipe import Recipe
     from slm.train.run import TrainResult
@@ -43,6 +46,7 @@ class RecipeOptions:
     overrides: tuple[str, ...]
     qat: str | None
     seed: int | None
+    logs: tuple["LogName", ...]
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -122,6 +126,7 @@ class EstimateOptions:
 @click.option("--on", "gpu", metavar="GPU", help="With --dry-run: estimate for another GPU: t4, l4, a100, h100, …")
 @qat_option
 @set_option
+@log_option
 @json_option
 @collects("chosen", RecipeOptions)
 @collects("text", TextOptions)
@@ -143,7 +148,8 @@ def train(chosen: RecipeOptions, text: TextOptions, run: RunOptions, estimate: E
     In a .txt file, a line <|endoftext|> ends a document; in a .jsonl file, every row is {"text": "..."}. The recipe sets
     everything else. The run directory contains the resolved recipe as config.yaml, which --recipe accepts again.
 
-    Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. Ctrl-C
+    Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. --log wandb
+    and --log mlflow log to Weights & Biases and MLflow as well, offline if there is no network. Ctrl-C
     saves the run and stops; kill -USR1 saves it and continues.
     """
     if estimate.gpu is not None and not estimate.dry_run:
@@ -156,6 +162,7 @@ def train(chosen: RecipeOptions, text: TextOptions, run: RunOptions, estimate: E
             out = out or newest_run()
     elif not _launched():
         _check_recipe(chosen.recipe_name, chosen.values)
+        check_logs(chosen.logs)
         _check_inputs(text)
         if not estimate.dry_run:
             check_writable(out or RUNS / "run")
@@ -193,6 +200,7 @@ def _check_resumed(chosen: RecipeOptions, text: TextOptions, run: RunOptions, es
         "--seed": chosen.seed,
         "--qat": chosen.qat,
         "--set": chosen.overrides,
+        "--log": chosen.logs,
         "--dry-run": estimate.dry_run or None,
         "--on": estimate.gpu,
         "--overwrite": run.overwrite or None,
@@ -235,7 +243,9 @@ def _recipe(chosen: RecipeOptions, text: TextOptions) -> "Recipe":
     data = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
     if not text.data:
         say(f"Using the data {', '.join(data.train)} (of the recipe {recipe.name}; --data names other text).")
-    return recipe.model_copy(update={"data": data} | ({} if chosen.seed is None else {"seed": chosen.seed}))
+    logs = tuple(dict.fromkeys((*recipe.log, *chosen.logs)))
+    seed = {} if chosen.seed is None else {"seed": chosen.seed}
+    return recipe.model_copy(update={"data": data, "log": logs} | seed)
 
 
 def fitting_recipe() -> str:
