@@ -48,3 +48,10 @@ class Board:
 def board_files(run: Path) -> frozenset[str]:
     """Returns the files of TensorBoard in a run's directory, relative to it."""
     return frozenset(f"{TENSORBOARD}/{file.name}" for file in (run / TENSORBOARD).glob("events.out.tfevents.*"))
+
+
+def drop_board(run: Path) -> None:
+    """Removes TensorBoard's files of a run, and the directory of the run if nothing else is in it."""
+    shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
+    if run.is_dir() and not any(run.iterdir()):
+        run.rmdir()
