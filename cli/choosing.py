@@ -1,13 +1,18 @@
 """Chooses the default input of a command, and prints one line about the choice."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from slm.cli.console import say
 from slm.core import artifacts
 from slm.core.artifacts import Choice
 from slm.core.runs import imported_checkpoint
+
+if TYPE_CHECKING:
+    from slm.finetune.recipe import FinetuneRecipe
 
 
 def default_model(*, bundle: bool = False) -> Path:
@@ -55,6 +60,42 @@ def default_base() -> Path:
     place = imported_checkpoint("stories", str(source.path))
     say(f"Using the bundled demo model (no checkpoint in ./runs): its rounded weights become {place}.")
     return import_model(source, place).path
+
+
+def named_base(recipe: "FinetuneRecipe") -> Path | None:
+    """Returns the base that a recipe names, a path or a name under ./runs; None if it names none.
+
+    Raises:
+        SlmError: If there is no such checkpoint.
+    """
+    from slm.cli.options import Artifact
+
+    return None if recipe.base is None else Artifact(bundles=False).convert(recipe.base, None, None)
+
+
+@contextmanager
+def foreseen_base(recipe: "FinetuneRecipe", base: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Yields the base that fine-tuning would use, and where it would lie: a checkpoint of the demo model is only temporary.
+
+    Args:
+        recipe: The recipe.
+        base: The base on the command line.
+    """
+    base = base or named_base(recipe)
+    if base is None and artifacts.is_anything_trained():
+        base = default_checkpoint()
+    if base is not None:
+        yield base, base
+        return
+    from slm.export.recovered import BundleModel
+    from slm.interchange.importing import import_model
+    from slm.runtime import shipped
+
+    source = BundleModel(shipped.model_path())
+    say("Using the bundled demo model (no checkpoint in ./runs).")
+    with TemporaryDirectory(prefix="slm-") as directory:
+        found = import_model(source, Path(directory, "checkpoint")).path
+        yield found, imported_checkpoint("stories", str(source.path))
 
 
 def default_bundle(*, to_quantize: bool = False) -> Path:

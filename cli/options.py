@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from slm.cli.console import say
@@ -322,6 +323,12 @@ def check_tokenizer(choice: str) -> None:
     """
     if choice not in ("gpt2", "bpe") and not Path(choice).expanduser().exists():
         raise SlmError(f"tokenizer not found: {choice}", "gpt2, bpe, or the path of a tokenizer.json")
+
+
+def is_given(option: str) -> bool:
+    """Returns whether the current command has an option on its command line, rather than by default."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 def check_logs(names: tuple["LogName", ...]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from slm.core.chat import knows_turns
@@ -44,6 +45,11 @@ class Built:
     def tuned(self) -> TunableLM | CausalLM:
         """The model with what is trained."""
         return self.model if self.adapter is None else self.adapter.get_base_model()
+
+    @property
+    def modules(self) -> int:
+        """Number of modules with an adapter."""
+        return 0 if self.adapter is None else sum(isinstance(each, LoraLinear) for each in self.adapter.modules())
 
     def fit(self, found: Prepared, standing: Standing, *, refer: bool = True) -> Fit:
         """Returns the weights, ready for the first update. Called once: it changes how the frozen weights are stored.

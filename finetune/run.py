@@ -29,6 +29,7 @@ from slm.finetune.loop import FineTuning, plan_of
 from slm.finetune.midway import Midway
 from slm.finetune.preparation import Prepared, RowFiles, prepare
 from slm.finetune.recipe import CONFIG, SAMPLES, FinetuneRecipe, resolved
+from slm.finetune.review import review
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
@@ -174,10 +175,13 @@ def finetune(
 
 def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     base, out = task.base, task.out
+    recover(out / TRAINER)  # removes files that a killed process left half written
     check_free(out, task.settings.method, task.overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
     found = prepare(task.files, task.settings, config, renderer, progress)
+    for sentence in review(found, task.settings, config):
+        progress.note(f"warning: {sentence}")
     settings = found.settings
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
@@ -366,7 +370,6 @@ def check_free(out: Path, method: str, overwrite: bool) -> None:
     Raises:
         SlmError: When the directory holds something else, or a result that may not be replaced.
     """
-    recover(out / TRAINER)  # removes files that a killed process left half written
     ours = _ADAPTER_FILES if method == "lora" else _RUN_FILES
     check_replaceable(out.resolve(), ours | board_files(out))
     there = is_adapter(out) if method == "lora" else is_checkpoint(out / CHECKPOINT)

@@ -13,7 +13,7 @@ from slm.core.chat import call_ends
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, KVCache
 from slm.finetune.adapter import TunableLM
-from slm.finetune.batches import casting
+from slm.finetune.batches import casting, logits
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row
 from slm.finetune.settings import FinetuneSettings
@@ -175,10 +175,9 @@ def _answer(model: TunableLM | CausalLM, renderer: Renderer, ids: list[int], tok
     config, device = model.model.config, model.model.norm.weight.device
     ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids(), *call_ends(renderer.tokenizer)}
 
-    def logits(new: Tensor, cache: KVCache) -> Tensor:
+    def read(new: Tensor, cache: KVCache) -> Tensor:
         hidden = model.model(new, cache=cache)  # (1, T, D)
-        row: Tensor = model.lm_head(hidden[:, -1:])[0, -1]
-        return row
+        return logits(model, hidden[0, -1])
 
     request = Request(ids, GREEDY, min(tokens, config.max_position_embeddings - len(ids)), ends)
-    return renderer.tokenizer.decode(continued(config, logits, device, request, until)).strip()
+    return renderer.tokenizer.decode(continued(config, read, device, request, until)).strip()

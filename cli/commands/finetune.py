@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from slm.cli.choosing import default_base
+from slm.cli.choosing import default_base, named_base
 from slm.cli.console import RichProgress, one_line, print_json, print_lines, print_table
+from slm.cli.finetune_foresight import foresee
 from slm.cli.following import after_adapter, after_checkpoint, next_step
 from slm.cli.options import (
     REPLACING,
@@ -20,12 +20,16 @@ from slm.cli.options import (
     Real,
     Whole,
     check_input,
+    check_logs,
     collects,
     document_option,
+    is_given,
     json_option,
+    log_option,
     out_option_for,
     qat_option,
     seed_option,
+    set_option,
 )
 from slm.core.errors import SlmError
 from slm.core.outputs import check_writable
@@ -33,10 +37,11 @@ from slm.core.runs import RUNS, run_of
 from slm.core.text.files import bare_name
 
 if TYPE_CHECKING:
-    from slm.finetune.preparation import RowFiles
+    from slm.finetune.recipe import FinetuneRecipe
     from slm.finetune.run import FinetuneResult
     from slm.finetune.samples import Sample
     from slm.finetune.settings import FinetuneSettings
+    from slm.train.choices import LogName
 
 _FILE = FilePath()
 # Options of adapters only.
@@ -55,25 +60,28 @@ class RowOptions:
     max_document_bytes: int | None
     max_data_bytes: int | None
 
-    @property
-    def data(self) -> Path:
-        """The training rows.
-
-        Raises:
-            click.UsageError: Unless one of --lora and --full is given.
-        """
+    def values(self) -> dict[str, object]:
+        """Returns the options as values of a recipe, by their dotted names; None where an option is not given."""
         data = self.lora or self.full
-        if data is None or (self.lora is not None and self.full is not None):
-            raise click.UsageError("give --lora FILE or --full FILE")
-        return data
+        return {
+            "training.method": None if data is None else "full" if self.lora is None else "lora",
+            "data.train": _text(data),
+            "data.validation": _text(self.validation),
+            "data.hold_out": self.hold_out,
+            "data.skip_bad": self.skip_bad or None,
+            "data.max_document_bytes": self.max_document_bytes,
+            "data.max_data_bytes": self.max_data_bytes,
+        }
 
-    def files(self) -> "RowFiles":
-        """Returns the files as the fine-tuning takes them."""
-        from slm.finetune.preparation import RowFiles
-        from slm.finetune.rows import Limits
 
-        limits = Limits.checked(self.max_document_bytes, self.max_data_bytes)
-        return RowFiles(self.data, self.validation, self.hold_out, self.skip_bad, limits)
+@dataclass(frozen=True)
+class RecipeOptions:
+    """The recipe, changes of it, and whether to check and estimate only."""
+
+    recipe: Path | None
+    overrides: tuple[str, ...]
+    logs: tuple["LogName", ...]
+    dry_run: bool
 
 
 @dataclass(frozen=True)
@@ -106,18 +114,23 @@ class TrainingOptions:
     beta: float
     seed: int
 
-    def settings(self, method: str) -> "FinetuneSettings":
-        """Returns the hyperparameters of a method, "lora" or "full"."""
-        from slm.finetune.settings import FinetuneSettings
-
-        fields = asdict(self) | {"method": method, "patience": self.patience or None, "qat": self.qat or "none"}
-        targets = fields.pop("targets")
+    def values(self) -> dict[str, object]:
+        """Returns the options on the command line as values of a recipe, by their dotted names."""
+        fields = {name: value for name, value in asdict(self).items() if is_given(name)}
+        targets = fields.pop("targets", None)
         if targets is not None:
             fields["target_modules"] = [each.strip() for each in targets.split(",")]
-        return FinetuneSettings.checked(**fields)
+        return {f"training.{name}": value for name, value in fields.items()}
 
 
 @click.command(epilog=REPLACING)
+@click.option(
+    "--recipe",
+    type=_FILE,
+    metavar="FILE",
+    help="Take the settings from a .yaml file, such as the config.yaml of an adapter; other options override it.",
+)
+@set_option
 @click.option("--lora", "lora", type=_FILE, metavar="FILE", help="Train a LoRA adapter on the rows of FILE.")
 @click.option("--full", "full", type=_FILE, metavar="FILE", help="Train every weight on the rows of FILE instead.")
 @click.option(
@@ -207,7 +220,7 @@ class TrainingOptions:
     default=3,
     show_default=True,
     metavar="N",
-    help="Number of held-out rows to answer at the end.",
+    help="Number of held-out rows to answer at the end; one or two during training. 0 answers none.",
 )
 @qat_option
 @click.option(
@@ -218,12 +231,25 @@ class TrainingOptions:
     help="For rows with chosen and rejected: higher values keep the model nearer to the base.",
 )
 @seed_option
+@log_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check the inputs, show what would be trained, estimate time and memory, and warn; train and write nothing.",
+)
 @json_option
+@collects("chosen", RecipeOptions)
 @collects("rows", RowOptions)
 @collects("output", OutputOptions)
 @collects("training", TrainingOptions)
 def finetune(
-    base: Path | None, rows: RowOptions, output: OutputOptions, training: TrainingOptions, samples: int, as_json: bool
+    base: Path | None,
+    rows: RowOptions,
+    output: OutputOptions,
+    training: TrainingOptions,
+    samples: int,
+    chosen: RecipeOptions,
+    as_json: bool,
 ) -> None:
     """Fine-tune a checkpoint: train a LoRA adapter, or all weights into a new checkpoint.
 
@@ -240,49 +266,97 @@ def finetune(
 
     The loss covers every assistant turn (unless its "weight" is 0), the output, the completion or the whole text, and the
     token that ends it. Conversations and instructions are rendered with the model's chat template. The same command
-    resumes an interrupted run.
+    resumes an interrupted run. The result contains the resolved recipe as config.yaml, which --recipe accepts again.
 
     \b
       slm finetune --lora pairs.jsonl                      -> RUN/adapters/pairs
+      slm finetune --lora pairs.jsonl --dry-run            estimates time and memory
+      slm finetune --recipe recipe.yaml --set training.rank=16
       slm export --onnx --adapter RUN/adapters/pairs       merges it and exports
       slm finetune --full pairs.jsonl                      -> runs/RUN-pairs/checkpoint/best
     """
-    _check(rows, output, training)
-    base = base or default_base()
-    full = rows.full is not None
-    out = output.out
-    if out is None:
-        out = _place(base, _checked(bare_name(rows.data) if output.name is None else output.name), full=full)
+    recipe = _recipe(base, rows, output, training, samples, chosen)
+    full = recipe.training.method == "full"
+
+    def place(base: Path) -> Path:
+        if recipe.out is not None:
+            return Path(recipe.out).expanduser()
+        return _place(base, _checked(bare_name(recipe.train) if recipe.name is None else recipe.name), full=full)
+
+    if chosen.dry_run:
+        foresee(recipe, base, place, as_json=as_json, overwrite=output.overwrite)
+        return
+    base = base or named_base(recipe) or default_base()
+    out = place(base)
     check_writable(out)
 
     from slm.finetune.run import finetune as run
 
-    settings = training.settings("full" if full else "lora")
-    result = run(base, rows.files(), out, settings, RichProgress(), overwrite=output.overwrite, samples=samples)
-    _report(result, settings, as_json)
+    result = run(
+        base,
+        recipe.files(),
+        out,
+        recipe.training,
+        RichProgress(),
+        overwrite=output.overwrite,
+        samples=recipe.samples,
+        log=recipe.log,
+    )
+    _report(result, recipe.training, as_json)
 
 
-def _check(rows: RowOptions, output: OutputOptions, training: TrainingOptions) -> None:
-    """Checks the options against each other, and that the files exist, before anything is loaded.
+def _recipe(
+    base: Path | None,
+    rows: RowOptions,
+    output: OutputOptions,
+    training: TrainingOptions,
+    samples: int,
+    chosen: RecipeOptions,
+) -> "FinetuneRecipe":
+    """Returns the recipe with the options, and checks that its files exist, before anything is loaded.
 
     Raises:
         click.UsageError: If options contradict each other.
-        SlmError: If a file is missing or unreadable.
+        SlmError: If a value is wrong, or a file is missing or unreadable.
     """
+    if rows.lora is not None and rows.full is not None:
+        raise click.UsageError("give --lora FILE or --full FILE, not both")
     if rows.validation is not None and rows.hold_out is not None:
         raise click.UsageError("give --val FILE or --hold-out SHARE, not both")
-    data, source = rows.data, click.get_current_context().get_parameter_source
     if output.out is not None and output.name is not None:
         raise click.UsageError("give --out DIR or --name NAME, not both")
-    if training.keep == "last" and training.patience and source("patience") is ParameterSource.COMMANDLINE:
+    if output.name is not None:
+        _checked(output.name)
+    options: dict[str, object] = {
+        "base": _text(base),
+        "name": output.name,
+        "out": _text(output.out),
+        "samples": samples if is_given("samples") else None,
+        **rows.values(),
+    }
+    given = {path: value for path, value in options.items() if value is not None} | training.values()
+
+    from slm.finetune.recipe import load_recipe
+
+    recipe = load_recipe(chosen.recipe, chosen.overrides, given)
+    if recipe.data.train is None and chosen.recipe is None:
+        raise click.UsageError("give --lora FILE, --full FILE or --recipe FILE")
+    if recipe.training.keep == "last" and recipe.training.patience and is_given("patience"):
         raise click.UsageError("--patience requires --keep best: --keep last trains all epochs")
-    if rows.full is not None:
-        given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
-        if given:
-            raise click.UsageError(f"--{given[0]} is an option of adapters, and --full trains none")
-    for each in (data, rows.validation):
+    if recipe.training.method == "full":
+        adapters = [option for option in _OF_ADAPTERS if is_given(option)]
+        if adapters:
+            raise click.UsageError(f"--{adapters[0]} is an option of adapters, and --full trains none")
+    for each in (recipe.train, recipe.data.validation):
         if each is not None:
-            check_input(each, "fine-tuning data")
+            check_input(Path(each).expanduser(), "fine-tuning data", directories=True)
+    recipe = recipe.model_copy(update={"log": tuple(dict.fromkeys((*recipe.log, *chosen.logs)))})
+    check_logs(recipe.log)
+    return recipe
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _report(result: "FinetuneResult", settings: "FinetuneSettings", as_json: bool) -> None:
