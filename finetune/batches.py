@@ -150,13 +150,11 @@ def _cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) 
 def logits(model: TunableLM | CausalLM, hidden: Tensor) -> Tensor:
     """Returns the logits (…, V) of hidden states (…, D). Trained rows of the head take their places without a copy of it."""
     weight, rows = trained_rows(model.lm_head)
-    if rows is None or not isinstance(model, TunableLM):
+    if rows is None or not isinstance(model, TunableLM) or model.head_scheme is not None:
         out: Tensor = model.lm_head(hidden)
         return out
     weight = weight if model.head_weight is None else model.head_weight
     ids, values = rows
-    if model.head_scheme is not None:
-        hidden, values = round_activations(hidden, model.head_scheme), round_weight(values, model.head_scheme)
     found = functional.linear(hidden.to(weight.dtype), weight).float()
     found[..., ids] = functional.linear(hidden.to(weight.dtype), values.to(weight.dtype)).float()
     return found

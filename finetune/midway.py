@@ -12,10 +12,11 @@ from torch import Tensor
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import rounded_in_place
+from slm.finetune import samples
 from slm.finetune.adapter import TunableLM
 from slm.finetune.examples import Renderer
 from slm.finetune.preparation import Prepared
-from slm.finetune.samples import TOKENS, Question, Sample, answer, questions
+from slm.finetune.samples import Question, Sample, answer, questions
 
 # Rows that are answered, and how often in a run.
 _ROWS, _TIMES = 2, 10
@@ -48,7 +49,7 @@ class Midway:
         model: TunableLM | CausalLM,
         renderer: Renderer,
         found: Prepared,
-        samples: int,
+        count: int,
         autocast: torch.dtype | None,
     ) -> None:
         """Chooses rows and epochs.
@@ -57,14 +58,14 @@ class Midway:
             model: The model.
             renderer: Converts rows to token ids.
             found: The rows: held-out ones are answered, or training rows if none are held out.
-            samples: Maximum number of rows; 0 answers none.
+            count: Maximum number of rows; 0 answers none.
             autocast: Type of the products; None for float32.
         """
         assert found.settings.max_length is not None and found.settings.epochs is not None
         self._model, self._renderer, self._autocast = model, renderer, autocast
         self._held_out = bool(found.valid.kept)
         rows = found.split.held_out if self._held_out else found.split.train
-        self._questions = questions(renderer, rows, min(samples, _ROWS), found.settings)
+        self._questions = questions(renderer, rows, min(count, _ROWS), found.settings)
         tokens = sum(len(example.ids) for row in found.rows for example in row)
         lengths = [_longest(question) for question in self._questions]
         self._schedule = schedule(lengths, found.settings.epochs, tokens, token_cost(model, autocast))
@@ -128,4 +129,4 @@ def _sizes(model: TunableLM | CausalLM) -> tuple[int, int]:
 
 
 def _longest(question: Question) -> int:
-    return min(TOKENS, question.wanted_tokens + _MARGIN)
+    return min(samples.TOKENS, question.wanted_tokens + _MARGIN)

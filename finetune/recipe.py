@@ -147,7 +147,7 @@ def load_recipe(
         SlmError: When there is no such file, or a value is wrong; the message names the key and lists the valid ones.
     """
     options = options or {}
-    source = "the settings" if file is None else str(file)
+    source = "the fine-tuning settings are wrong" if file is None else str(file)
     fields: dict[str, Any] = {} if file is None else _FORM.read(read_text(file, "recipe"), source)
     for override in overrides:
         _FORM.override(fields, override)

@@ -23,6 +23,8 @@ from slm.train.run import memory_of
 # Updates that are timed, after one that is not; fewer if they take longer than the limit in seconds.
 _UPDATES, _LIMIT_S = 8, 10.0
 _MIB = 1 << 20
+# Memory of matplotlib, which draws the curves at the end of a run.
+_DRAWING = 20 * _MIB
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def rehearse(built: Built, fit: Fit, found: Prepared) -> Rehearsal:
         evaluation_seconds=evaluation,
         seconds=reference + fit.epochs * sum(each) + (fit.epochs + 1) * evaluation,
         tokens_s=sum(sizes) / sum(each),
-        memory=peak + 4 * trained,  # and the weights of the epoch that is kept
+        memory=peak + 4 * trained + (0 if device.type == "cuda" else _DRAWING),  # 4 bytes: the weights that are kept
         memory_available=available,
         complete=complete,
     )

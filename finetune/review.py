@@ -44,20 +44,12 @@ def _rows(found: Prepared) -> Iterator[str]:
             f"{conflicting} of {len(rows)} training rows have the prompt of an earlier row and another answer: the model "
             "learns a mixture"
         )
-    empty = sum(example.trained <= 2 and _ends_at_once(example.ids, example.start) for example in found.train.kept)
-    if empty:
-        yield f"the answers of {empty} training rows are empty, so the model learns to say nothing"
     turns = _texts_with_turns(rows)
     if turns:
         yield (
             f"{turns} rows of text contain turns, such as {', '.join(_TURNS[:2])} or {_TURNS[3]!r}: their loss covers the "
             "prompts as well; give messages, or prompt and completion"
         )
-
-
-def _ends_at_once(ids: Sequence[int], start: int) -> bool:
-    """Returns whether at most the two tokens that end a turn and a text follow the prompt."""
-    return len(ids) - start <= 2 and len(set(ids[start:])) == len(ids) - start and start > 1
 
 
 def _texts_with_turns(rows: Sequence[Row]) -> int:

@@ -118,8 +118,10 @@ def put(fields: dict[str, Any], path: str, value: object) -> None:
     """Sets the value of a dotted name in nested dictionaries."""
     *sections, key = path.split(".")
     for section in sections:
-        if not isinstance(fields.get(section), dict):  # absent, or empty in the file
+        if fields.get(section) is None:  # absent, or empty in the file
             fields[section] = {}
+        if not isinstance(fields[section], dict):
+            return  # the recipe is rejected because of it
         fields = fields[section]
     fields[key] = value
 
