@@ -1,43 +1,32 @@
 """`slm finetune --dry-run`: shows what would be trained, with estimates of time and memory."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from slm.cli.choosing import foreseen_base
-from slm.cli.console import STDOUT, RichProgress, print_json, print_lines, print_table, say
-from slm.core.outputs import check_writable
+from slm.cli.calling import call
+from slm.cli.console import STDOUT, print_json, print_lines, print_table, say
 
 if TYPE_CHECKING:
     from slm.finetune.foresight import Foresight
-    from slm.finetune.recipe import FinetuneRecipe
 
 _MIB = 1 << 20
 
 
-def foresee(
-    recipe: "FinetuneRecipe", base: Path | None, place: Callable[[Path], Path], *, as_json: bool, overwrite: bool
-) -> None:
+def foresee(given: Mapping[str, Any], as_json: bool) -> None:
     """Runs the checks of fine-tuning; prints the recipe, what would be trained, the estimate and the warnings.
 
     Args:
-        recipe: The recipe, with the options.
-        base: The base on the command line.
-        place: Returns the directory of the result for a base.
+        given: The options on the command line.
         as_json: Whether to print one JSON object.
-        overwrite: Whether an existing result may be replaced.
 
     Raises:
+        click.UsageError: If options contradict each other.
         SlmError: As fine-tuning would raise it.
     """
-    with foreseen_base(recipe, base) as (found, planned):
-        out = place(planned)
-        check_writable(out)
+    from slm.steps.finetuning import foresee as measure
 
-        from slm.finetune.foresight import foresee as measure
-
-        foresight = measure(recipe, found, planned, out, RichProgress(), overwrite=overwrite)
+    foresight = call(measure, **given)
     if as_json:
         print_json(_report(foresight))
         return

@@ -74,6 +74,8 @@ _RUN_FILES = frozenset(
 class FinetuneResult:
     """The result of a fine-tuning run. Losses are in nats per token that counts in the loss; of preferences, in nats per pair.
 
+    It stands for the path of the adapter or the checkpoint: `slm.export` and others accept it.
+
     Attributes:
         made: The directory of the adapter, or of the checkpoint if every weight was trained.
         base: The base checkpoint.
@@ -91,6 +93,7 @@ class FinetuneResult:
         epochs: Number of epochs planned.
         updates: Number of optimizer steps.
         trainable_parameters: Number of trained parameters.
+        keep: Which epoch was to be kept: "best" or "last".
         preferred_before: For preferences, the share of the measured pairs whose chosen answer the base finds likelier.
         preferred_after: The same share of the result.
         seconds: Seconds of training, including those before the run was resumed.
@@ -114,12 +117,21 @@ class FinetuneResult:
     trainable_parameters: int
     seconds: float
     samples: tuple[Sample, ...] = ()
+    keep: str = "best"
     preferred_before: float | None = None
     preferred_after: float | None = None
 
+    def __fspath__(self) -> str:
+        return str(self.made)
+
+    @property
+    def path(self) -> Path:
+        """The adapter, or the checkpoint if every weight was trained."""
+        return self.made
+
 
 # Fields of the result that are elsewhere in `slm.json`.
-_NO_METRICS = ("made", "base", "samples")
+_NO_METRICS = ("made", "base", "samples", "keep")
 
 
 @dataclass(frozen=True)
@@ -268,6 +280,7 @@ def _result(
         trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
         seconds=seconds,
         samples=samples,
+        keep=found.settings.keep,
         preferred_before=preferred[0],
         preferred_after=preferred[1],
     )

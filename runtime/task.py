@@ -4,7 +4,7 @@ Dimensions: T positions, V vocabulary.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,12 +20,14 @@ from slm.core.tokenizer import END_OF_TURN
 from slm.runtime.backend import Array, Decoder, Reader, log_probabilities
 from slm.runtime.evaluate import end_of_text
 from slm.runtime.generation import Generation, Request, Result, StopReason
+from slm.runtime.guide import Constraint, Later
 from slm.runtime.head import read_whole
 from slm.runtime.model import Model
 from slm.runtime.prefix import PrefixCache, common_length
 from slm.runtime.sampling import GREEDY
 from slm.runtime.scheduler import SLOTS, batched, run_batch
 from slm.runtime.streaming import run
+from slm.runtime.tool_choice import CallGrammar
 
 # The default limit of new tokens: twice the longest expected reply, within these bounds.
 _FEWEST, _MOST, _TIMES = 32, 1024, 2
@@ -69,6 +71,7 @@ class Measured:
         seconds: Wall time of all replies, without the conversion of rows to tokens.
         max_tokens: The limit of new tokens.
         batch: How many rows were generated together; 1 for a model that answers rows one by one.
+        tool_choice: The choice of tools that constrained the replies; None without a constraint.
     """
 
     metric: MetricName
@@ -76,6 +79,7 @@ class Measured:
     seconds: float
     max_tokens: int
     batch: int
+    tool_choice: str | None = None
 
     @cached_property
     def scores(self) -> list[float]:
@@ -143,6 +147,7 @@ def measure_task(
     *,
     max_tokens: int | None = None,
     batch: int = SLOTS,
+    tool_choice: str | None = None,
 ) -> Measured:
     """Measures a model on the rows of a task. The same model and rows give the same scores.
 
@@ -153,13 +158,14 @@ def measure_task(
         progress: Advances with each row.
         max_tokens: The most new tokens of a reply; by default twice the longest expected reply, from 32 to 1,024.
         batch: How many rows a fused bundle generates together.
+        tool_choice: "auto" or "required" constrains the replies to rows with tools, as `slm serve` does; None does not.
 
     Raises:
-        SlmError: If a row has a token that the model lacks.
+        SlmError: If a row has a token that the model lacks, or the tools of a row cannot constrain a reply.
     """
     if max_tokens is None:
         max_tokens = min(_MOST, max(_FEWEST, _TIMES * max(len(question.reply) for question in questions)))
-    measuring = _Run(model, metric, progress)
+    measuring = _Run(model, metric, progress, tool_choice)
     progress.start("answering", len(questions), "rows")
     began = time.perf_counter()
     try:
@@ -169,7 +175,7 @@ def measure_task(
     finally:
         progress.finish()
     answers = tuple(measuring.answers[number] for number in range(len(questions)))
-    return Measured(metric, answers, time.perf_counter() - began, max_tokens, together)
+    return Measured(metric, answers, time.perf_counter() - began, max_tokens, together, tool_choice)
 
 
 class _Run:
@@ -179,8 +185,9 @@ class _Run:
         answers: The answers so far, by the number of their row.
     """
 
-    def __init__(self, model: Model, metric: MetricName, progress: Progress) -> None:
+    def __init__(self, model: Model, metric: MetricName, progress: Progress, tool_choice: str | None) -> None:
         self.answers: dict[int, Answer] = {}
+        self._choice = tool_choice
         self._model, self._metric, self._progress = model, metric, progress
         self._sum = 0.0
 
@@ -190,12 +197,13 @@ class _Run:
         ends = (model.tokenizer.token_id(END_OF_TURN), end_of_text(model))
         known = (token for token in ends if token is not None)
         stops = frozenset((*model.stop_token_ids, *known, *call_ends(model.tokenizer)))
+        constraints = self._constraints(questions, stops)
         numbers: dict[Generation, int] = {}
         for number, question in enumerate(questions):
             if len(question.ids) >= decoder.context:
                 self._put(number, self._unanswered(question))
                 continue
-            request = Request(question.ids, GREEDY, max_tokens, stops)
+            request = Request(question.ids, GREEDY, max_tokens, stops, constraint=constraints[number])
             try:
                 numbers[Generation(request, decoder.context, decoder.vocab_size, model.tokenizer)] = number
             except SlmError as error:
@@ -221,6 +229,17 @@ class _Run:
             prefixes.add(shared, reader.snapshot)
         run_batch(decoder, generations, batch, ended=ended, prefixes=prefixes)
         return batch
+
+    def _constraints(self, questions: Sequence[Question], stops: Collection[int]) -> list[Constraint | None]:
+        """Returns the constraint of each reply."""
+        if self._choice is None or not any(question.tools for question in questions):
+            return [None] * len(questions)
+        model, choice = self._model, self._choice
+        grammar = CallGrammar(model.tokenizer, model.decoder.vocab_size, sorted(stops))
+        try:
+            return [Later(grammar.prepared(each.tools, choice)) if each.tools else None for each in questions]
+        finally:
+            grammar.close()
 
     def choose(self, questions: Sequence[Question]) -> int:
         """Compares the choices of all rows, one after the other."""

@@ -1,14 +1,14 @@
 """`slm finetune`: trains an adapter, or all weights, on a file of rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from slm.cli.choosing import default_base, named_base
-from slm.cli.console import RichProgress, one_line, print_json, print_lines, print_table
+from slm.cli.calling import call
+from slm.cli.console import one_line, print_json, print_lines, print_table
 from slm.cli.finetune_foresight import foresee
 from slm.cli.following import after_adapter, after_checkpoint, next_step
 from slm.cli.options import (
@@ -19,9 +19,6 @@ from slm.cli.options import (
     Percentage,
     Real,
     Whole,
-    check_input,
-    check_logs,
-    collects,
     document_option,
     is_given,
     json_option,
@@ -31,96 +28,13 @@ from slm.cli.options import (
     seed_option,
     set_option,
 )
-from slm.core.errors import SlmError
-from slm.core.outputs import check_writable
-from slm.core.runs import RUNS, run_of
-from slm.core.text.files import bare_name
+from slm.core.artifacts import kind_of
 
 if TYPE_CHECKING:
-    from slm.finetune.recipe import FinetuneRecipe
     from slm.finetune.run import FinetuneResult
     from slm.finetune.samples import Sample
-    from slm.finetune.settings import FinetuneSettings
-    from slm.train.choices import LogName
 
 _FILE = FilePath()
-# Options of adapters only.
-_OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """The files of rows, one of which decides what is trained, and how they are read."""
-
-    lora: Path | None
-    full: Path | None
-    validation: Path | None
-    hold_out: float | None
-    skip_bad: bool
-    max_document_bytes: int | None
-    max_data_bytes: int | None
-
-    def values(self) -> dict[str, object]:
-        """Returns the options as values of a recipe, by their dotted names; None where an option is not given."""
-        data = self.lora or self.full
-        return {
-            "training.method": None if data is None else "full" if self.lora is None else "lora",
-            "data.train": _text(data),
-            "data.validation": _text(self.validation),
-            "data.hold_out": self.hold_out,
-            "data.skip_bad": self.skip_bad or None,
-            "data.max_document_bytes": self.max_document_bytes,
-            "data.max_data_bytes": self.max_data_bytes,
-        }
-
-
-@dataclass(frozen=True)
-class RecipeOptions:
-    """The recipe, changes of it, and whether to check and estimate only."""
-
-    recipe: Path | None
-    overrides: tuple[str, ...]
-    logs: tuple["LogName", ...]
-    dry_run: bool
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """The place of the result."""
-
-    out: Path | None
-    name: str | None
-    overwrite: bool
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Hyperparameters, as on the command line."""
-
-    rank: int
-    alpha: int
-    rslora: bool
-    dora: bool
-    dropout: float
-    targets: str | None
-    learning_rate: float | None
-    epochs: int | None
-    patience: int
-    keep: str
-    batch_size: int | None
-    pack: bool
-    max_length: int | None
-    qat: str | None
-    beta: float
-    seed: int
-
-    def values(self) -> dict[str, object]:
-        """Returns the options on the command line as values of a recipe, by their dotted names."""
-        fields = {name: value for name, value in asdict(self).items() if is_given(name)}
-        targets = fields.pop("targets", None)
-        if targets is not None:
-            fields["target_modules"] = [each.strip() for each in targets.split(",")]
-        return {f"training.{name}": value for name, value in fields.items()}
 
 
 @click.command(epilog=REPLACING)
@@ -141,7 +55,6 @@ class TrainingOptions:
 )
 @click.option(
     "--val",
-    "validation",
     type=_FILE,
     metavar="FILE",
     help="Held-out rows, on which the loss is measured.",
@@ -238,19 +151,7 @@ class TrainingOptions:
     help="Check the inputs, show what would be trained, estimate time and memory, and warn; train and write nothing.",
 )
 @json_option
-@collects("chosen", RecipeOptions)
-@collects("rows", RowOptions)
-@collects("output", OutputOptions)
-@collects("training", TrainingOptions)
-def finetune(
-    base: Path | None,
-    rows: RowOptions,
-    output: OutputOptions,
-    training: TrainingOptions,
-    samples: int,
-    chosen: RecipeOptions,
-    as_json: bool,
-) -> None:
+def finetune(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fine-tune a checkpoint: train a LoRA adapter, or all weights into a new checkpoint.
 
     FILE is JSON lines, a JSON array, CSV with a header, Parquet or text, optionally compressed, or a directory of them.
@@ -275,99 +176,25 @@ def finetune(
       slm export --onnx --adapter RUN/adapters/pairs       merges it and exports
       slm finetune --full pairs.jsonl                      -> runs/RUN-pairs/checkpoint/best
     """
-    recipe = _recipe(base, rows, output, training, samples, chosen)
-    full = recipe.training.method == "full"
-
-    def place(base: Path) -> Path:
-        if recipe.out is not None:
-            return Path(recipe.out).expanduser()
-        return _place(base, _checked(bare_name(recipe.train) if recipe.name is None else recipe.name), full=full)
-
-    if chosen.dry_run:
-        foresee(recipe, base, place, as_json=as_json, overwrite=output.overwrite)
+    # Only these override a recipe.
+    given = {name: value for name, value in options.items() if is_given(name)}
+    if dry_run:
+        foresee(given, as_json)
         return
-    base = base or named_base(recipe) or default_base()
-    out = place(base)
-    check_writable(out)
+    from slm.steps.finetuning import finetune as run
 
-    from slm.finetune.run import finetune as run
-
-    result = run(
-        base,
-        recipe.files(),
-        out,
-        recipe.training,
-        RichProgress(),
-        overwrite=output.overwrite,
-        samples=recipe.samples,
-        log=recipe.log,
-    )
-    _report(result, recipe.training, as_json)
+    _report(call(run, **given), as_json)
 
 
-def _recipe(
-    base: Path | None,
-    rows: RowOptions,
-    output: OutputOptions,
-    training: TrainingOptions,
-    samples: int,
-    chosen: RecipeOptions,
-) -> "FinetuneRecipe":
-    """Returns the recipe with the options, and checks that its files exist, before anything is loaded.
-
-    Raises:
-        click.UsageError: If options contradict each other.
-        SlmError: If a value is wrong, or a file is missing or unreadable.
-    """
-    if rows.lora is not None and rows.full is not None:
-        raise click.UsageError("give --lora FILE or --full FILE, not both")
-    if rows.validation is not None and rows.hold_out is not None:
-        raise click.UsageError("give --val FILE or --hold-out SHARE, not both")
-    if output.out is not None and output.name is not None:
-        raise click.UsageError("give --out DIR or --name NAME, not both")
-    if output.name is not None:
-        _checked(output.name)
-    options: dict[str, object] = {
-        "base": _text(base),
-        "name": output.name,
-        "out": _text(output.out),
-        "samples": samples if is_given("samples") else None,
-        **rows.values(),
-    }
-    given = {path: value for path, value in options.items() if value is not None} | training.values()
-
-    from slm.finetune.recipe import load_recipe
-
-    recipe = load_recipe(chosen.recipe, chosen.overrides, given)
-    if recipe.data.train is None and chosen.recipe is None:
-        raise click.UsageError("give --lora FILE, --full FILE or --recipe FILE")
-    if recipe.training.keep == "last" and recipe.training.patience and is_given("patience"):
-        raise click.UsageError("--patience requires --keep best: --keep last trains all epochs")
-    if recipe.training.method == "full":
-        adapters = [option for option in _OF_ADAPTERS if is_given(option)]
-        if adapters:
-            raise click.UsageError(f"--{adapters[0]} is an option of adapters, and --full trains none")
-    for each in (recipe.train, recipe.data.validation):
-        if each is not None:
-            check_input(Path(each).expanduser(), "fine-tuning data", directories=True)
-    recipe = recipe.model_copy(update={"log": tuple(dict.fromkeys((*recipe.log, *chosen.logs)))})
-    check_logs(recipe.log)
-    return recipe
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _report(result: "FinetuneResult", settings: "FinetuneSettings", as_json: bool) -> None:
-    lora = settings.method == "lora"
+def _report(result: "FinetuneResult", as_json: bool) -> None:
+    lora = kind_of(result.made) == "adapter"
     made = "adapter" if lora else "checkpoint"
     following = after_adapter(result.made) if lora else after_checkpoint(result.made)
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
         print_json({made: report.pop("made"), **report, "next": following})
         return
-    print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), settings.keep))
+    print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), result.keep))
     _show(result.samples)
     next_step(following)
 
@@ -409,18 +236,3 @@ def _why(result: Mapping[str, Any], keep: str) -> str:
     return "the last" + (
         "" if result["best_epoch"] == result["kept_epoch"] else f" (the best was {result['best_epoch']})"
     )
-
-
-def _place(base: Path, name: str, *, full: bool) -> Path:
-    """Returns the default output: a directory in the base's run for an adapter, a new run for a checkpoint."""
-    run = run_of(base)
-    if not full:
-        return run / "adapters" / name
-    return RUNS / f"{run.name if run.parent == RUNS else base.resolve().name}-{name}"
-
-
-def _checked(name: str) -> str:
-    """Returns a name after checking that it is a single path component."""
-    if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
-        raise SlmError(f"{name!r} cannot name an adapter", "a name has no / in it and does not begin with a dot")
-    return name
