@@ -124,9 +124,9 @@ def test_every_option_of_training_has_its_value_in_the_recipe_with_the_same_defa
     assert FinetuneSettings.model_fields.keys() - found == {"method", "max_grad_norm"}
     samples = options()["samples"]
     assert samples.default == FinetuneRecipe().samples
-    elsewhere = {"recipe", "overrides", "lora", "full", "overwrite", "dry_run", "as_json", "help"}
-    rows = {"validation": "validation", "hold_out": "hold_out", "skip_bad": "skip_bad"}
-    of_recipe = {"base", "out", "name", "samples", "logs", "max_document_bytes", "max_data_bytes", *rows}
+    elsewhere = {"recipe", "set", "lora", "full", "overwrite", "dry_run", "as_json", "help"}
+    rows = {"val", "hold_out", "skip_bad"}
+    of_recipe = {"base", "out", "name", "samples", "log", "max_document_bytes", "max_data_bytes", *rows}
     reverse = {"target_modules": "targets"}
     assert options().keys() - {reverse.get(field, field) for field in found} <= elsewhere | of_recipe
 
