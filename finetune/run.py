@@ -1,6 +1,9 @@
 """Fine-tuning: trains a LoRA adapter, or all weights, of a checkpoint on a file of rows, and keeps the best epoch."""
 
 import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,39 +12,35 @@ import torch
 from peft import PeftModel
 
 from slm.core.adapter_base import base_record
-from slm.core.chat import knows_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, check_replaceable, recover, sole
+from slm.core.files import atomic_directory, check_replaceable, recover, sole, write_text
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
-from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
-from slm.core.nn.fake_quant import fake_quantize, round_weights, rounded_in_place
+from slm.core.nn import CausalLM, save_checkpoint
+from slm.core.nn.fake_quant import round_weights, rounded_in_place
 from slm.core.progress import Progress, Silent
 from slm.core.qat import RECORD, without_grid
 from slm.core.tokenizer import Tokenizer
-from slm.finetune.adapter import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    TunableLM,
-    adapter_state,
-    attach,
-    is_adapter,
-    save_adapter,
-)
+from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, TunableLM, is_adapter, save_adapter
+from slm.finetune.build import build
 from slm.finetune.examples import Renderer
-from slm.finetune.fit import Fit, Trainable
-from slm.finetune.frozen import lighten
-from slm.finetune.indistinct import indistinct_tokens
+from slm.finetune.fit import Fit
 from slm.finetune.loop import FineTuning, plan_of
-from slm.finetune.preference import Preferences
+from slm.finetune.midway import Midway
 from slm.finetune.preparation import Prepared, RowFiles, prepare
+from slm.finetune.recipe import CONFIG, SAMPLES, FinetuneRecipe, resolved
+from slm.finetune.review import review
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
 from slm.train.build import pick_device
+from slm.train.choices import LogName
 from slm.train.interrupt import held_back
+from slm.train.logs.board import TENSORBOARD, board_files, drop_board
+from slm.train.logs.log import About
+from slm.train.logs.logs import Logs, check_packages
 from slm.train.loop import Loop
-from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics
+from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics, Row
 from slm.train.parallel import Alone
 from slm.train.precision import Precision, capability, choose_precision
 from slm.train.state import TRAINER
@@ -49,20 +48,26 @@ from slm.version import __version__
 
 # The files of an adapter's directory, and of a run of full fine-tuning.
 _ADAPTER_FILES = frozenset(
-    (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, INFO_FILE, NOTICE_FILE, METRICS_FILE, CURVE_FILE, *TRAINER_FILES)
+    (
+        ADAPTER_CONFIG_FILE,
+        ADAPTER_WEIGHTS_FILE,
+        INFO_FILE,
+        NOTICE_FILE,
+        METRICS_FILE,
+        CURVE_FILE,
+        CONFIG,
+        *TRAINER_FILES,
+    )
 )
 CHECKPOINT = Path("checkpoint", "best")
 _METRICS = Path("finetune")
 _RUN_FILES = frozenset(
     (
         *((CHECKPOINT / name).as_posix() for name in CHECKPOINT_FILES),
-        *((_METRICS / name).as_posix() for name in (METRICS_FILE, CURVE_FILE)),
+        *((_METRICS / name).as_posix() for name in (METRICS_FILE, CURVE_FILE, CONFIG)),
         *TRAINER_FILES,
     )
 )
-
-# Number of sample answers at the end.
-SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class FinetuneResult:
         epochs: Number of epochs planned.
         updates: Number of optimizer steps.
         trainable_parameters: Number of trained parameters.
+        keep: Which epoch was to be kept: "best" or "last".
         preferred_before: For preferences, the share of the measured pairs whose chosen answer the base finds likelier.
         preferred_after: The same share of the result.
         seconds: Seconds of training, including those before the run was resumed.
@@ -111,6 +117,7 @@ class FinetuneResult:
     trainable_parameters: int
     seconds: float
     samples: tuple[Sample, ...] = ()
+    keep: str = "best"
     preferred_before: float | None = None
     preferred_after: float | None = None
 
@@ -124,7 +131,7 @@ class FinetuneResult:
 
 
 # Fields of the result that are elsewhere in `slm.json`.
-_NO_METRICS = ("made", "base", "samples")
+_NO_METRICS = ("made", "base", "samples", "keep")
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class _Task:
     settings: FinetuneSettings
     overwrite: bool
     samples: int
+    log: tuple[LogName, ...]
 
 
 def finetune(
@@ -148,6 +156,7 @@ def finetune(
     *,
     overwrite: bool = False,
     samples: int = SAMPLES,
+    log: Sequence[LogName] = (),
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
 
@@ -161,7 +170,8 @@ def finetune(
         settings: Hyperparameters; the defaults when None.
         progress: Receives progress and notes.
         overwrite: Whether an existing result may be replaced.
-        samples: Number of held-out rows that the result answers at the end.
+        samples: Number of held-out rows that the result answers at the end; 0 also disables the answers during training.
+        log: Where metrics go besides `metrics.jsonl`.
 
     Raises:
         SlmError: When an input is missing or wrong, the result exists, or there is nothing to learn.
@@ -169,17 +179,21 @@ def finetune(
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
     files = data if isinstance(data, RowFiles) else RowFiles(data)
-    task = _Task(base, files, out, settings, overwrite, samples)
+    check_packages(log)
+    task = _Task(base, files, out, settings, overwrite, samples, tuple(log))
     with sole(out.resolve()):
         return _finetune(task, progress)
 
 
 def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     base, out = task.base, task.out
+    recover(out / TRAINER)  # removes files that a killed process left half written
     check_free(out, task.settings.method, task.overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
     found = prepare(task.files, task.settings, config, renderer, progress)
+    for sentence in review(found, task.settings, config):
+        progress.note(f"warning: {sentence}")
     settings = found.settings
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
@@ -191,34 +205,30 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
         "precision": f"{precision.name} on {device.type}",
     }
     state = _saved(out, course, task.overwrite)
-    model, grid = load_checkpoint(base), settings.grid
-    if grid is not None:
-        progress.note(f"quantization-aware training for {grid.precision.upper()}: layers in {grid.description}")
-        if settings.method == "full":
-            fake_quantize(model, grid)
-    model.to(device)
-    # A base trained on plain text has never seen a turn token: their rows of the embedding are still random.
-    turns = [] if not found.chats or knows_turns(base_info, tokenizer) else renderer.turn_token_ids()
-    rows = turns if settings.method == "full" else _rows_to_train(turns, model, found, renderer, progress)
+    grid = settings.grid
+    recipe = resolved(base, out, task.files, settings, task.samples, task.log)
+    logged = {} if state is None else state.standing.logs
+    logs = Logs(task.log, About(out, recipe.model_dump(mode="json"), _board_step), logged, progress)
     with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        adapter = attach(model, settings, base, rows) if settings.method == "lora" else None
-        fit = _fit(model, adapter, found, precision, Standing(course=course))
+        built = build(base, base_info, found, renderer, device, precision, progress)
+        model, adapter = built.model, built.adapter
+        fit = built.fit(found, Standing(course=course))
         if state is not None:
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
-        with held_back() as interruption:
-            training = FineTuning(fit, out, progress)
-            Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
+        midway = Midway(built.tuned, renderer, found, task.samples, precision.autocast)
+        with _board_dropped(out), held_back() as interruption:
+            with logs:
+                logs.begin([{"type": kind, **row} for kind, row in fit.standing.history])
+                training = FineTuning(fit, out, progress, midway, logs)
+                Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
             standing, seconds = fit.standing, training.elapsed_s
             assert standing.loss_before is not None
             if fit.kept_loss >= standing.loss_before:
                 progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
             fit.put_kept()
             with rounded_in_place(model):
-                answers = _answers(
-                    model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
-                )
+                answers = _answers(built.tuned, renderer, found, task.samples, precision)
             made = out if adapter is not None else out / CHECKPOINT
             result = _result(made, base, found, fit, round(seconds, 2), answers)
             info = {
@@ -235,29 +245,15 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             }
             of_grid = {} if grid is None else {RECORD: grid.model_dump(mode="json")}
             if adapter is not None:
-                _write_adapter(out, adapter, fit, info | of_grid)
+                _write_adapter(out, adapter, fit, info | of_grid, recipe)
             else:
                 if grid is not None:
                     round_weights(model, grid)
                 base_info = without_grid(base_info) | of_grid
-                _write_checkpoint(out, model, tokenizer, fit, info, base_info)
+                _write_checkpoint(out, model, tokenizer, fit, info, base_info, recipe)
             if interruption.pending is not None:
                 interruption.deliver()
     return result
-
-
-def _rows_to_train(
-    turns: list[int], model: CausalLM, found: Prepared, renderer: Renderer, progress: Progress
-) -> list[int]:
-    """Returns the tokens whose rows of the embedding are trained: turn tokens, and those that the base cannot tell apart."""
-    indistinct = indistinct_tokens(model.model.embed_tokens.weight, found.train.kept)
-    if not indistinct:
-        return turns
-    progress.note(
-        f"the base cannot tell {len(indistinct)} tokens of the answers apart, because its text did not contain them; their "
-        f"rows of the embedding are trained too: {renderer.spelt(indistinct)}"
-    )
-    return list(dict.fromkeys((*turns, *indistinct)))
 
 
 def _result(
@@ -284,23 +280,10 @@ def _result(
         trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
         seconds=seconds,
         samples=samples,
+        keep=found.settings.keep,
         preferred_before=preferred[0],
         preferred_after=preferred[1],
     )
-
-
-def _fit(model: CausalLM, adapter: PeftModel | None, found: Prepared, precision: Precision, standing: Standing) -> Fit:
-    if adapter is None:
-        trainable = Trainable(model, dict(model.named_parameters()))
-    else:
-        tunable: TunableLM = adapter.get_base_model()
-        lighten(tunable, precision.autocast, found.settings.grid)
-        trainable = Trainable(tunable, _parameters(adapter))
-    material, batch_size = found.material(), found.settings.batch_size
-    if isinstance(material, Preferences):
-        assert batch_size is not None
-        material.refer(trainable.model, batch_size, precision.autocast, lambda: None)
-    return Fit(trainable, material, found.settings, precision, standing)
 
 
 def _answers(
@@ -310,13 +293,6 @@ def _answers(
     held_out, autocast = bool(found.valid.kept), precision.autocast
     rows = found.split.held_out if held_out else found.split.train
     return tuple(sample_answers(model, renderer, rows, count, found.settings, held_out=held_out, autocast=autocast))
-
-
-def _parameters(adapter: PeftModel) -> dict[str, Any]:
-    """Returns an adapter's trained parameters by their names in its file."""
-    # peft's state holds detached tensors; their addresses identify the parameters.
-    places = {p.data_ptr(): p for p in adapter.parameters() if p.requires_grad}
-    return {name: places[tensor.data_ptr()] for name, tensor in adapter_state(adapter).items()}
 
 
 def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
@@ -343,29 +319,62 @@ def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
     )
 
 
-def _write_metrics(directory: Path, fit: Fit) -> None:
+def _write_course(directory: Path, fit: Fit, recipe: FinetuneRecipe) -> None:
+    """Writes the recipe, the metrics and the curves."""
+    write_text(directory / CONFIG, recipe.to_yaml())
     metrics = Metrics(directory, updates=0)
     for kind, row in fit.standing.history:
         metrics.add(kind, row)
     metrics.draw()
 
 
-def _write_adapter(out: Path, adapter: PeftModel, fit: Fit, info: dict[str, Any]) -> None:
-    with atomic_directory(out, _ADAPTER_FILES) as directory:
+def _write_adapter(out: Path, adapter: PeftModel, fit: Fit, info: dict[str, Any], recipe: FinetuneRecipe) -> None:
+    with atomic_directory(out, _ADAPTER_FILES | board_files(out)) as directory:
         save_adapter(directory, adapter, fit.kept)
-        _write_metrics(directory, fit)
+        _write_course(directory, fit, recipe)
+        _take_board(out, directory, recipe)
         write_notice(directory, recorded_notices(info))
         (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_checkpoint(
-    out: Path, model: CausalLM, tokenizer: Tokenizer, fit: Fit, info: dict[str, Any], base_info: dict[str, Any]
+    out: Path,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    fit: Fit,
+    info: dict[str, Any],
+    base_info: dict[str, Any],
+    recipe: FinetuneRecipe,
 ) -> None:
-    with atomic_directory(out, _RUN_FILES) as directory:
+    with atomic_directory(out, _RUN_FILES | board_files(out)) as directory:
         (directory / _METRICS).mkdir()
-        _write_metrics(directory / _METRICS, fit)
+        _write_course(directory / _METRICS, fit, recipe)
+        _take_board(out, directory, recipe)
         notices = info.pop("notices")
         save_checkpoint(directory / CHECKPOINT, model, tokenizer, base_info | {"finetuned": info, "notices": notices})
+
+
+def _take_board(out: Path, directory: Path, recipe: FinetuneRecipe) -> None:
+    """Copies TensorBoard's files, which were written during the run, to the directory that replaces the run's."""
+    if "tensorboard" in recipe.log and (out / TENSORBOARD).is_dir():
+        shutil.copytree(out / TENSORBOARD, directory / TENSORBOARD)
+
+
+@contextmanager
+def _board_dropped(out: Path) -> Iterator[None]:
+    """Removes TensorBoard's files of a run that ends with an error and cannot be resumed."""
+    try:
+        yield
+    except BaseException:
+        if not (out / TRAINER).is_dir():
+            drop_board(out)
+        raise
+
+
+def _board_step(row: Row) -> int:
+    """Returns TensorBoard's step of a row."""
+    updates: int = row["updates"]
+    return updates
 
 
 def check_free(out: Path, method: str, overwrite: bool) -> None:
@@ -374,8 +383,8 @@ def check_free(out: Path, method: str, overwrite: bool) -> None:
     Raises:
         SlmError: When the directory holds something else, or a result that may not be replaced.
     """
-    recover(out / TRAINER)  # removes files that a killed process left half written
-    check_replaceable(out.resolve(), _ADAPTER_FILES if method == "lora" else _RUN_FILES)
+    ours = _ADAPTER_FILES if method == "lora" else _RUN_FILES
+    check_replaceable(out.resolve(), ours | board_files(out))
     there = is_adapter(out) if method == "lora" else is_checkpoint(out / CHECKPOINT)
     if there and not overwrite:
         what = "an adapter" if method == "lora" else "a fine-tuned checkpoint"
