@@ -12,10 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from llguidance import LLMatcher
 
 from slm.core import child
 from slm.core.errors import SlmError
@@ -25,6 +24,9 @@ from slm.runtime.guide import Constraint
 from slm.runtime.memory import Array
 from slm.runtime.schema_check import Impossible, grammar_of, json_of, matcher_of, tokenizer_of
 from slm.runtime.token_bytes import TokenBytes, token_bytes
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 # Cached schemas: their grammar, or the reason for their rejection.
 _KEPT = 64
@@ -187,7 +189,7 @@ class Grammars:
         with self._counting:
             self._waiting -= 1
 
-    def _compiled(self, schema: str) -> LLMatcher:
+    def _compiled(self, schema: str) -> "LLMatcher":
         found = self._known.get(schema)
         if found is None:
             try:
@@ -300,7 +302,7 @@ def _impossible(why: str, what: str = "the schema is") -> SlmError:
 class GrammarConstraint:
     """A grammar that one completion follows. Only one thread at a time may use it, but not always the same one."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._left_s = _FIRST_S
 

@@ -19,9 +19,10 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 # Processor seconds per schema. Typical schemas take 1 to 50 ms.
 MAX_SECONDS = 0.5
@@ -32,7 +33,7 @@ _MOST_SAID = 500
 # Address space in bytes, in addition to that of the process.
 MAX_BYTES = 64 << 20
 # The limit for each mask of a text: about 20 ms with 262,144 tokens. Verbose errors would quote the text.
-LIMITS = LLParserLimits(max_lexer_states=25_000, step_lexer_fuel=50_000, step_max_items=20_000, verbose_errors=False)
+_LIMITS = {"max_lexer_states": 25_000, "step_lexer_fuel": 50_000, "step_max_items": 20_000, "verbose_errors": False}
 # The first line of a grammar in llguidance's dialect of Lark, which tells it from a JSON schema.
 GRAMMAR = "%llguidance {}"
 _TOO_MUCH = f"it takes more than {MAX_SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile"
@@ -42,8 +43,10 @@ class Impossible(Exception):
     """Raised if a schema is invalid or not supported."""
 
 
-def tokenizer_of(vocabulary: dict[str, Any]) -> LLTokenizer:
+def tokenizer_of(vocabulary: dict[str, Any]) -> "LLTokenizer":
     """Returns llguidance's tokenizer for a vocabulary: `tokenizer` (JSON text), `size` and `stops` (ids)."""
+    from llguidance import LLTokenizer
+
     return LLTokenizer(vocabulary["tokenizer"], n_vocab=vocabulary["size"], eos_token=vocabulary["stops"])
 
 
@@ -67,6 +70,8 @@ def grammar_of(schema: str) -> str:
     Raises:
         Impossible: If it is not a schema.
     """
+    from llguidance import LLMatcher
+
     grammar: str
     if schema.startswith(GRAMMAR):
         grammar = LLMatcher.grammar_from_lark(schema)
@@ -78,20 +83,22 @@ def grammar_of(schema: str) -> str:
     return grammar
 
 
-def matcher_of(grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
+def matcher_of(grammar: str, tokenizer: "LLTokenizer") -> "LLMatcher":
     """Returns the matcher of a grammar.
 
     Raises:
         Impossible: If the grammar is too large, or uses features that llguidance does not support.
     """
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+    from llguidance import LLMatcher, LLParserLimits
+
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
     matcher.compute_bitmask()  # most grammars that are too large fail here
     if matcher.is_error():
         raise Impossible(matcher.get_error())
     return matcher
 
 
-def _tried(schema: str, tokenizer: LLTokenizer) -> str | None:
+def _tried(schema: str, tokenizer: "LLTokenizer") -> str | None:
     """Returns the error of a schema, found in a process that is stopped at the limits; None if it passes."""
     receiving, sending = os.pipe()
     child = os.fork()
