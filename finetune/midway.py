@@ -116,7 +116,7 @@ def token_cost(model: TunableLM | CausalLM, autocast: torch.dtype | None) -> flo
     return max(1.0, balance * (table + layers) / (3 * layers))
 
 
-# Products in the time in which a weight is read, measured on two cores of an AMD EPYC (Zen 4).
+# Products in the time in which a weight is read: round numbers for a CPU with a few cores, not measurements.
 _BALANCE_16, _BALANCE_32 = 100.0, 20.0
 
 

@@ -1,7 +1,7 @@
 """`slm.finetune`: an adapter, or all weights, trained on rows."""
 
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
+from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from slm.steps.arguments import (
     as_names,
     as_optional_path,
     as_overrides,
+    as_path,
     changed,
     check_input,
     passed,
@@ -213,7 +214,8 @@ def _values(given: Mapping[str, Any]) -> dict[str, object]:
         if value is None:
             continue
         if name in _PLACES:
-            values[_PLACES[name]] = fspath(value) if isinstance(value, str | PathLike) else value
+            path = name in ("lora", "full", "val", "base", "out")
+            values[_PLACES[name]] = fspath(as_path(value)) if path else value
         elif name in FinetuneSettings.model_fields:
             values[f"training.{name}"] = value
     for method in ("lora", "full"):
