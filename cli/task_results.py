@@ -16,7 +16,7 @@ from slm.core.report_plots import Range, ranges
 from slm.core.task import Task
 
 if TYPE_CHECKING:
-    from slm.runtime.task import Answer, Measured
+    from slm.runtime.answers import Answer, Measured
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 FILES = frozenset((REPORT_FILE, PAGE_FILE))

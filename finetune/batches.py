@@ -114,7 +114,7 @@ def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
     The head dominates the cost of a small model; it is computed only at positions with a label, chunk by chunk.
     """
     hidden, labels = _hidden(model, batch)
-    return _cross_entropy(model, hidden, labels)
+    return cross_entropy(model, hidden, labels)
 
 
 def row_losses(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
@@ -122,7 +122,7 @@ def row_losses(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
     hidden, labels = _hidden(model, batch)
     counts = (batch.labels != IGNORED).sum(1).tolist()
     parts = zip(hidden.split(counts), labels.split(counts), strict=True)
-    return torch.stack([_cross_entropy(model, part, of_part) * len(of_part) for part, of_part in parts])
+    return torch.stack([cross_entropy(model, part, of_part) * len(of_part) for part, of_part in parts])
 
 
 def _hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,20 @@ def _hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return model.model(input_ids, segments=segments)[learned], labels[learned]
 
 
-def _cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean cross-entropy of hidden states (N, D) for labels (N,), in nats."""
+    hidden, weight, rows = head_operands(model, hidden)
+    return linear_cross_entropy(hidden, weight, labels, rows=rows)
+
+
+def head_operands(
+    model: TunableLM | CausalLM, hidden: Tensor
+) -> tuple[Tensor, Tensor, tuple[list[int], Tensor] | None]:
+    """Returns the factors of the head's product for hidden states (N, D), on the grid if the model is trained for one.
+
+    Returns:
+        The hidden states (N, D), the matrix (V, D), and the ids and rows (R, D) that replace some of its rows.
+    """
     weight, rows = trained_rows(model.lm_head)
     if isinstance(model.lm_head, GridLinear):
         hidden, weight = model.lm_head.operands(hidden)
@@ -143,7 +156,7 @@ def _cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) 
         if model.head_scheme is not None:
             hidden = round_activations(hidden, model.head_scheme)
             rows = None if rows is None else (rows[0], round_weight(rows[1], model.head_scheme))
-    return linear_cross_entropy(hidden, weight, labels, rows=rows)
+    return hidden, weight, rows
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class Prepared:
         chats: Whether a row is a conversation.
         declares_tools: Whether rows with calls declare the tools; None if no row has calls.
         bad: Number of rows left out because they could not be read.
+        choices: The column `choices` of rows that have one, by the row's place.
         pairs: If the rows are preferences, the training pairs and the held-out pairs; the examples are then their preferred
             answers.
     """
@@ -89,6 +90,7 @@ class Prepared:
     chats: bool
     declares_tools: bool | None
     bad: int
+    choices: Mapping[str, Any]
     pairs: tuple[tuple[Pair, ...], tuple[Pair, ...]] | None = None
 
     def material(self) -> Material:
@@ -118,8 +120,13 @@ def prepare(
     bad: list[SlmError] | None = [] if files.skip_bad else None
     left_out: set[str] = set()
 
+    choices: dict[str, Any] = {}
+
     def read(path: Path) -> list[Row]:
-        return read_rows(path, bad, left_out=left_out, limits=files.limits)
+        column: list[Any] = []
+        found = read_rows(path, bad, left_out=left_out, limits=files.limits, choices=column)
+        choices.update((row.place, options) for row, options in zip(found, column, strict=True) if options)
+        return found
 
     rows = read(files.train)
     measured = None if files.validation is None else read(files.validation)
@@ -156,6 +163,7 @@ def prepare(
         any(isinstance(row, ChatRow) for row in answers),
         _declares_tools(answers),
         len(bad or ()),
+        choices,
         (pairs[0], pairs[1]) if preferences else None,
     )
 

@@ -32,6 +32,7 @@ from slm.finetune.examples import Renderer
 from slm.finetune.fit import Fit, Trainable
 from slm.finetune.frozen import lighten
 from slm.finetune.indistinct import indistinct_tokens
+from slm.finetune.judge import Judge, judge_of
 from slm.finetune.loop import FineTuning, plan_of
 from slm.finetune.preference import Preferences
 from slm.finetune.preparation import Prepared, RowFiles, prepare
@@ -41,7 +42,7 @@ from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_
 from slm.train.build import pick_device
 from slm.train.interrupt import held_back
 from slm.train.loop import Loop
-from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics
+from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics, Row
 from slm.train.parallel import Alone
 from slm.train.precision import Precision, capability, choose_precision
 from slm.train.state import TRAINER
@@ -82,10 +83,16 @@ class FinetuneResult:
         loss_before: Loss of the base.
         loss_after: Loss of the result.
         kept_epoch: The epoch that was kept, from 1.
-        best_epoch: The epoch with the lowest loss.
+        best_epoch: The epoch with the highest score, or the lowest loss without a metric.
         epochs: Number of epochs planned.
         updates: Number of optimizer steps.
         trainable_parameters: Number of trained parameters.
+        metric: The metric of the replies, if epochs were chosen by one.
+        metric_rows: The number of rows that were answered for it.
+        score_before: The base's score, from 0 to 1.
+        score_after: The score of the result.
+        score_low: The lower end of its 95 % confidence interval.
+        score_high: The upper end.
         preferred_before: For preferences, the share of the measured pairs whose chosen answer the base finds likelier.
         preferred_after: The same share of the result.
         seconds: Seconds of training, including those before the run was resumed.
@@ -111,6 +118,12 @@ class FinetuneResult:
     samples: tuple[Sample, ...] = ()
     preferred_before: float | None = None
     preferred_after: float | None = None
+    metric: str | None = None
+    metric_rows: int = 0
+    score_before: float | None = None
+    score_after: float | None = None
+    score_low: float | None = None
+    score_high: float | None = None
 
 
 # Fields of the result that are elsewhere in `slm.json`.
@@ -170,7 +183,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
     found = prepare(task.files, task.settings, config, renderer, progress)
-    settings = found.settings
+    settings, judge = found.settings, judge_of(found, task.files, renderer, config)
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
     course = {
@@ -193,7 +206,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         adapter = attach(model, settings, base, rows) if settings.method == "lora" else None
-        fit = _fit(model, adapter, found, precision, Standing(course=course))
+        fit = _fit(model, adapter, found, precision, Standing(course=course), judge)
         if state is not None:
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
@@ -202,8 +215,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
             standing, seconds = fit.standing, training.elapsed_s
             assert standing.loss_before is not None
-            if fit.kept_loss >= standing.loss_before:
-                progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
+            _warn(fit, progress)
             fit.put_kept()
             with rounded_in_place(model):
                 answers = _answers(
@@ -255,7 +267,7 @@ def _result(
 ) -> FinetuneResult:
     standing = fit.standing
     assert standing.loss_before is not None
-    preferred = fit.preferred or (None, None)
+    preferred, scores = fit.preferred or (None, None), fit.scores
     return FinetuneResult(
         made=made,
         base=base,
@@ -276,10 +288,41 @@ def _result(
         samples=samples,
         preferred_before=preferred[0],
         preferred_after=preferred[1],
+        metric=found.settings.metric,
+        metric_rows=0 if fit.judge is None else fit.judge.rows,
+        **({} if scores is None else _score_figures(*scores)),
     )
 
 
-def _fit(model: CausalLM, adapter: PeftModel | None, found: Prepared, precision: Precision, standing: Standing) -> Fit:
+def _score_figures(before: Row, after: Row) -> dict[str, Any]:
+    return {
+        "score_before": before["score"],
+        "score_after": after["score"],
+        "score_low": after["score_low"],
+        "score_high": after["score_high"],
+    }
+
+
+def _warn(fit: Fit, progress: Progress) -> None:
+    """Warns about a result that is no better than the base."""
+    before = fit.standing.loss_before
+    assert before is not None
+    scores = fit.scores
+    if scores is not None:
+        if scores[1]["score"] < 1 and scores[1]["score"] <= scores[0]["score"]:
+            progress.note("warning: the score did not rise; try more epochs, another learning rate or more rows")
+    elif fit.kept_loss >= before:
+        progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
+
+
+def _fit(
+    model: CausalLM,
+    adapter: PeftModel | None,
+    found: Prepared,
+    precision: Precision,
+    standing: Standing,
+    judge: Judge | None,
+) -> Fit:
     if adapter is None:
         trainable = Trainable(model, dict(model.named_parameters()))
     else:
@@ -290,7 +333,7 @@ def _fit(model: CausalLM, adapter: PeftModel | None, found: Prepared, precision:
     if isinstance(material, Preferences):
         assert batch_size is not None
         material.refer(trainable.model, batch_size, precision.autocast, lambda: None)
-    return Fit(trainable, material, found.settings, precision, standing)
+    return Fit(trainable, material, found.settings, precision, standing, judge)
 
 
 def _answers(

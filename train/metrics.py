@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 # Fields of each kind of row in TensorBoard, with their tags.
 _SCALARS: dict[Kind, dict[str, str]] = {
     "train": {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_s")},
-    "eval": {name: f"validation/{name}" for name in ("loss", "perplexity", "bits_per_byte")},
+    "eval": {name: f"validation/{name}" for name in ("loss", "perplexity", "bits_per_byte", "score")},
     "sample": {},
 }
 
@@ -87,7 +87,7 @@ class Metrics:
         return min((*after_update, *kept), key=lambda row: row["loss"], default=None)
 
     def draw(self) -> None:
-        """Plots training and validation loss over tokens."""
+        """Plots training and validation loss over tokens, and the score of replies if it was measured."""
         if not self._write:
             return
         figure = new_figure(8, 5)
@@ -99,6 +99,14 @@ class Metrics:
         axes.set(xlabel="tokens", ylabel="loss (nats a token)")
         axes.grid(alpha=0.3)
         axes.legend()
+        scored = [row for row in self._rows["eval"] if row.get("score") is not None]
+        if scored:
+            percent = axes.twinx()
+            title = f"score: {scored[0].get('metric', 'replies')}"
+            tokens, scores = [row["tokens"] for row in scored], [100 * row["score"] for row in scored]
+            percent.plot(tokens, scores, "s--", color="tab:green", label=title, linewidth=1, markersize=4)
+            percent.set(ylabel=f"{title} (%)", ylim=(-2, 102))
+            percent.legend(loc="center right")
         with atomic_file(self._curve) as partial:
             figure.savefig(partial, format="png", dpi=120)
 

@@ -28,8 +28,11 @@ from slm.cli.options import (
     seed_option,
 )
 from slm.core.errors import SlmError
+from slm.core.metrics.intervals import Interval, score_text
+from slm.core.metrics.scoring import METRICS
 from slm.core.outputs import check_writable
 from slm.core.runs import RUNS, run_of
+from slm.core.task import METRICS as METRIC_NAMES
 from slm.core.text.files import bare_name
 
 if TYPE_CHECKING:
@@ -99,6 +102,8 @@ class TrainingOptions:
     epochs: int | None
     patience: int
     keep: str
+    metric: str | None
+    metric_rows: int
     batch_size: int | None
     pack: bool
     max_length: int | None
@@ -181,7 +186,20 @@ class TrainingOptions:
     type=click.Choice(["best", "last"]),
     default="best",
     show_default=True,
-    help="Keep the epoch with the lowest held-out loss, or the last one.",
+    help="Keep the epoch with the best --metric, or without it the lowest held-out loss; or the last one.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(METRIC_NAMES),
+    help="Score of the replies to the held-out rows after each epoch, as slm eval --task measures it.",
+)
+@click.option(
+    "--metric-rows",
+    type=Whole(1, 1_000_000),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="With --metric: most rows to answer, evenly spread.",
 )
 @click.option("--batch-size", type=Whole(1, 65_536), help="Rows per update. [default: 8, or 4 for fewer than 200 rows]")
 @click.option(
@@ -276,6 +294,8 @@ def _check(rows: RowOptions, output: OutputOptions, training: TrainingOptions) -
         raise click.UsageError("give --out DIR or --name NAME, not both")
     if training.keep == "last" and training.patience and source("patience") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--patience requires --keep best: --keep last trains all epochs")
+    if training.metric is None and source("metric_rows") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--metric-rows requires --metric")
     if rows.full is not None:
         given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
         if given:
@@ -318,6 +338,7 @@ def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     bad = f", {result['bad']} bad" if result["bad"] else ""
     return [
         ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a {unit} {measured}"),
+        *_scored(result, measured),
         *preferred,
         ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),
         ("learned tokens", f"{result['trained_tokens']:,} an epoch"),
@@ -327,9 +348,21 @@ def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     ]
 
 
+def _scored(result: Mapping[str, Any], measured: str) -> list[tuple[str, str]]:
+    """Returns the row of the metric, if there is one."""
+    if result["metric"] is None:
+        return []
+    after = score_text(result["score_after"], Interval(result["score_low"], result["score_high"]))
+    if result["metric_rows"] != (result["validation_rows"] or result["rows"]):
+        measured = measured.replace("on ", f"on {result['metric_rows']} of ", 1)
+    return [(METRICS[result["metric"]].title, f"{result['score_before']:.1%} -> {after} {measured}, 95 % confidence")]
+
+
 def _why(result: Mapping[str, Any], keep: str) -> str:
     """Returns the reason why an epoch is kept."""
     which = "held-out" if result["validation_rows"] else "training rows'"
+    if keep == "best" and result["metric"] is not None:
+        return f"the one with the highest {METRICS[result['metric']].title} (of equal ones, the lowest loss)"
     if keep == "best":
         return f"the one with the lowest {which} loss"
     return "the last" + (
