@@ -10,16 +10,18 @@ import click
 from slm.cli.console import say
 from slm.cli.options import check_input
 from slm.core.errors import SlmError
+from slm.core.files import sha256_file
 from slm.core.install import install_hint
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.core.text.tokens import TextSource
-from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, REFINE_TOKENS
+from slm.quantize.defaults import CALIBRATION_TOKENS, LEAST_HELD_OUT, MAX_DROP, REFINE_TOKENS
 
 if TYPE_CHECKING:
     from slm.core.contract import CacheType
     from slm.core.manifest import Bundle
     from slm.core.task import MetricName
+    from slm.finetune.own_rows import OwnRows
     from slm.quantize.refinement import Refinement
     from slm.quantize.settings import Head, Method, Prefer, Settings
     from slm.quantize.task import TaskCheck
@@ -118,7 +120,7 @@ class SettingOptions:
             gate=Gate(max_kl, self.max_ppl_increase),
         )
 
-    def refinement(self, source: "Bundle", texts: "TextOptions") -> "Refinement | None":
+    def refinement(self, source: "Bundle", texts: "TextOptions", own: "OwnText | None") -> "Refinement | None":
         """Returns the training of `--refine` and its text; None without the option.
 
         Raises:
@@ -132,7 +134,7 @@ class SettingOptions:
         from slm.refine.training import refine
 
         tokens = self.refine_tokens or REFINE_TOKENS
-        return Refinement.on(texts.for_refinement(source, tokens), refine, tokens)
+        return Refinement.on(texts.for_refinement(source, tokens, own), refine, tokens)
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,40 @@ class TaskOptions:
 
 
 @dataclass(frozen=True)
+class OwnText:
+    """The rows that a model was fine-tuned on, as text for its quantization.
+
+    Attributes:
+        rows: The rows.
+        asked: The prompts of a task that is measured, in tokens.
+    """
+
+    rows: "OwnRows"
+    asked: frozenset[tuple[int, ...]]
+
+    def training(self, source: "Bundle", tokens: int, window: int | None) -> "TokenRows | None":
+        """Returns the training rows without those of the task, filled up with the default text; None if none is left."""
+        from slm.quantize.texts import filled_up
+
+        rows = self.rows
+        documents = rows.tokens(rows.train, source, tokens, self.asked)
+        if not documents:
+            say(f"No training row of {rows.path} is left for calibration: all are rows of the task.")
+            return None
+        return filled_up(source, f"the model's training rows, {rows.path}", documents, tokens, window)
+
+    def held_out(self, source: "Bundle", tokens: int, window: int | None) -> "TokenRows | None":
+        """Returns the held-out rows; None if they are fewer tokens than the shortest text that is measured."""
+        from slm.quantize.texts import row_tokens_of, rows_of_documents
+
+        rows, least = self.rows, max(min(tokens, LEAST_HELD_OUT), row_tokens_of(source, window))
+        documents = rows.tokens(rows.held_out, source, max(tokens, least)) if rows.held_out else []
+        if sum(map(len, documents)) < least:
+            return None
+        return rows_of_documents(source, f"the model's held-out rows, {rows.held_out_path}", documents, tokens, window)
+
+
+@dataclass(frozen=True)
 class TextOptions:
     """The options that choose the texts for calibration and for the quality check."""
 
@@ -200,27 +236,67 @@ class TextOptions:
             if path is not None:
                 check_input(path, "text", directories=True)
 
-    def for_evaluation(self, source: "Bundle") -> "TokenRows":
-        """Returns the held-out text."""
+    def own_rows(self, source: "Bundle", check: "TaskCheck | None") -> "OwnText | None":
+        """Returns the rows that the model was fine-tuned on, unless both texts are given or the rows cannot be used.
+
+        Args:
+            source: The bundle.
+            check: The check on a task, whose rows are not calibrated on.
+        """
+        if self.data is not None and self.calibration is not None:
+            return None
+        from slm.finetune.own_rows import own_rows
+
+        rows = own_rows(source)
+        if isinstance(rows, str):
+            say(f"The rows that the model was fine-tuned on are not used: {rows}.")
+        asked = frozenset(question.ids for question in check.questions) if check is not None else frozenset()
+        return None if rows is None or isinstance(rows, str) else OwnText(rows, asked)
+
+    def for_evaluation(self, source: "Bundle", own: "OwnText | None") -> "TokenRows":
+        """Returns the held-out text: --data, the held-out rows of the model's fine-tuning, or the default."""
         from slm.quantize.texts import measuring_text
 
-        return measuring_text(source, self._source(self.data), self.tokens, self.window)
+        rows = None if own is None or self.data is not None else own.held_out(source, self.tokens, self.window)
+        return rows or measuring_text(source, self._source(self.data), self.tokens, self.window)
 
-    def for_calibration(self, source: "Bundle", precision: str) -> "TokenRows":
+    def for_calibration(self, source: "Bundle", precision: str, own: "OwnText | None") -> "TokenRows":
         """Returns the calibration text for a precision."""
-        from slm.quantize.texts import calibration_text
+        return self._calibration(source, self.calibration_tokens or CALIBRATION_TOKENS[precision], own)
 
-        tokens = self.calibration_tokens or CALIBRATION_TOKENS[precision]
-        return calibration_text(source, self._source(self.calibration), tokens, self.window)
-
-    def for_refinement(self, source: "Bundle", tokens: int) -> "TokenRows":
+    def for_refinement(self, source: "Bundle", tokens: int, own: "OwnText | None") -> "TokenRows":
         """Returns the calibration text for `--refine`: the tokens to train on, and those to hold back."""
         from slm.quantize.refinement import HELD_BACK_TOKENS
+
+        return self._calibration(source, tokens + HELD_BACK_TOKENS, own)
+
+    def _calibration(self, source: "Bundle", tokens: int, own: "OwnText | None") -> "TokenRows":
+        """Returns --calibration, the training rows of the model's fine-tuning, or the default."""
         from slm.quantize.texts import calibration_text
 
-        return calibration_text(source, self._source(self.calibration), tokens + HELD_BACK_TOKENS, self.window)
+        rows = None if own is None or self.calibration is not None else own.training(source, tokens, self.window)
+        return rows or calibration_text(source, self._source(self.calibration), tokens, self.window)
 
     def _source(self, path: Path | None) -> TextSource | None:
         if path is None:
             return None
         return TextSource(path.expanduser(), self.column or TEXT_COLUMN, self.max_document_bytes or DOCUMENT_BYTES)
+
+
+def check_apart(texts: TextOptions, task: TaskOptions) -> None:
+    """Checks that the rows of a task are not the calibration text.
+
+    Raises:
+        SlmError: If they are.
+    """
+    if texts.calibration is None or task.task is None:
+        return
+    first, second = texts.calibration.expanduser(), task.task.expanduser()
+    same = first.samefile(second)
+    if not same and first.is_file() and second.is_file():
+        same = first.stat().st_size == second.stat().st_size and sha256_file(first) == sha256_file(second)
+    if same:
+        raise SlmError(
+            f"--calibration and --task are the same rows: {texts.calibration}",
+            "calibrate on other text: settings that fit these rows would hide a loss on others",
+        )

@@ -4,7 +4,7 @@ Dimensions: B rows, T positions, D hidden.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -113,19 +113,19 @@ def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
 
     The head dominates the cost of a small model; it is computed only at positions with a label, chunk by chunk.
     """
-    hidden, labels = _hidden(model, batch)
+    hidden, labels = batch_hidden(model, batch)
     return cross_entropy(model, hidden, labels)
 
 
 def row_losses(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
     """Returns the sum of the cross-entropies of each row's labels, in nats, float32 (B,)."""
-    hidden, labels = _hidden(model, batch)
+    hidden, labels = batch_hidden(model, batch)
     counts = (batch.labels != IGNORED).sum(1).tolist()
     parts = zip(hidden.split(counts), labels.split(counts), strict=True)
     return torch.stack([cross_entropy(model, part, of_part) * len(of_part) for part, of_part in parts])
 
 
-def _hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def batch_hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the hidden states (N, D) at positions with a label, and the labels (N,), row after row."""
     device = model.model.norm.weight.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
@@ -176,6 +176,28 @@ def mean_loss(
         autocast: Type of the products; None for float32.
         check: Called between batches; may raise to stop.
     """
+    return mean_over(model, examples, batch_size, batch_loss, autocast, check)
+
+
+@torch.no_grad()
+def mean_over(
+    model: TunableLM | CausalLM,
+    examples: Sequence[Example],
+    batch_size: int,
+    loss: Callable[[TunableLM | CausalLM, Batch], Tensor],
+    autocast: torch.dtype | None,
+    check: Check,
+) -> float:
+    """Returns the mean of any loss a token over the labels of all examples; see `mean_loss`.
+
+    Args:
+        model: The model.
+        examples: The examples.
+        batch_size: Rows per batch.
+        loss: Returns the mean loss over the labels of a batch.
+        autocast: Type of the products; None for float32.
+        check: Called between batches; may raise to stop.
+    """
     model.eval()
     near = sorted(examples, key=lambda example: len(example.ids))
     total, trained = 0.0, 0
@@ -183,7 +205,7 @@ def mean_loss(
         check()
         batch = collate(alone(near[first : first + batch_size]))
         with casting(model, autocast):
-            total += batch_loss(model, batch).item() * batch.trained
+            total += loss(model, batch).item() * batch.trained
         trained += batch.trained
     return total / trained
 

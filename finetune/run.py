@@ -1,7 +1,9 @@
 """Fine-tuning: trains a LoRA adapter, or all weights, of a checkpoint on a file of rows, and keeps the best epoch."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from peft import PeftModel
 from slm.core.adapter_base import base_record
 from slm.core.chat import knows_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
+from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_replaceable, recover, sole
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
@@ -19,6 +22,7 @@ from slm.core.nn.fake_quant import fake_quantize, round_weights, rounded_in_plac
 from slm.core.progress import Progress, Silent
 from slm.core.qat import RECORD, without_grid
 from slm.core.tokenizer import Tokenizer
+from slm.core.tuned_rows import tuned_on
 from slm.finetune.adapter import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -34,11 +38,14 @@ from slm.finetune.frozen import lighten
 from slm.finetune.indistinct import indistinct_tokens
 from slm.finetune.judge import Judge, judge_of
 from slm.finetune.loop import FineTuning, plan_of
+from slm.finetune.material import Material
 from slm.finetune.preference import Preferences
 from slm.finetune.preparation import Prepared, RowFiles, prepare
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
+from slm.finetune.teacher import Teacher, check_teacher
+from slm.finetune.writing import ANSWERS_FILE, Writer
 from slm.train.build import pick_device
 from slm.train.interrupt import held_back
 from slm.train.loop import Loop
@@ -50,7 +57,16 @@ from slm.version import __version__
 
 # The files of an adapter's directory, and of a run of full fine-tuning.
 _ADAPTER_FILES = frozenset(
-    (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, INFO_FILE, NOTICE_FILE, METRICS_FILE, CURVE_FILE, *TRAINER_FILES)
+    (
+        ADAPTER_CONFIG_FILE,
+        ADAPTER_WEIGHTS_FILE,
+        INFO_FILE,
+        NOTICE_FILE,
+        METRICS_FILE,
+        CURVE_FILE,
+        ANSWERS_FILE,
+        *TRAINER_FILES,
+    )
 )
 CHECKPOINT = Path("checkpoint", "best")
 _METRICS = Path("finetune")
@@ -58,6 +74,7 @@ _RUN_FILES = frozenset(
     (
         *((CHECKPOINT / name).as_posix() for name in CHECKPOINT_FILES),
         *((_METRICS / name).as_posix() for name in (METRICS_FILE, CURVE_FILE)),
+        ANSWERS_FILE,
         *TRAINER_FILES,
     )
 )
@@ -87,6 +104,7 @@ class FinetuneResult:
         epochs: Number of epochs planned.
         updates: Number of optimizer steps.
         trainable_parameters: Number of trained parameters.
+        teacher: The teacher, if there was one; the losses are then divergences from its predictions.
         metric: The metric of the replies, if epochs were chosen by one.
         metric_rows: The number of rows that were answered for it.
         score_before: The base's score, from 0 to 1.
@@ -118,6 +136,7 @@ class FinetuneResult:
     samples: tuple[Sample, ...] = ()
     preferred_before: float | None = None
     preferred_after: float | None = None
+    teacher: Path | None = None
     metric: str | None = None
     metric_rows: int = 0
     score_before: float | None = None
@@ -127,7 +146,7 @@ class FinetuneResult:
 
 
 # Fields of the result that are elsewhere in `slm.json`.
-_NO_METRICS = ("made", "base", "samples")
+_NO_METRICS = ("made", "base", "samples", "teacher")
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,7 @@ class _Task:
     settings: FinetuneSettings
     overwrite: bool
     samples: int
+    teacher: Path | None
 
 
 def finetune(
@@ -151,6 +171,7 @@ def finetune(
     *,
     overwrite: bool = False,
     samples: int = SAMPLES,
+    teacher: Path | None = None,
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
 
@@ -165,6 +186,8 @@ def finetune(
         progress: Receives progress and notes.
         overwrite: Whether an existing result may be replaced.
         samples: Number of held-out rows that the result answers at the end.
+        teacher: A checkpoint with the same tokenizer, whose predictions are learned; it also answers rows that end with a
+            request. None trains on the answers of the rows.
 
     Raises:
         SlmError: When an input is missing or wrong, the result exists, or there is nothing to learn.
@@ -172,7 +195,7 @@ def finetune(
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
     files = data if isinstance(data, RowFiles) else RowFiles(data)
-    task = _Task(base, files, out, settings, overwrite, samples)
+    task = _Task(base, files, out, settings, overwrite, samples, teacher)
     with sole(out.resolve()):
         return _finetune(task, progress)
 
@@ -182,16 +205,22 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     check_free(out, task.settings.method, task.overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
-    found = prepare(task.files, task.settings, config, renderer, progress)
-    settings, judge = found.settings, judge_of(found, task.files, renderer, config)
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
+    teaching = _teaching(task, config, renderer, device, precision, progress)
+    found = prepare(
+        task.files, task.settings, config, renderer, progress, None if teaching is None else teaching.writer.complete
+    )
+    if teaching is not None:
+        _check_rows(found, task, tokenizer, progress)
+    settings, judge = found.settings, judge_of(found, task.files, renderer, config)
     course = {
         "settings": settings.model_dump(mode="json"),
         "base": base_record(base, tokenizer),
         **task.files.record(),
         "held_out": found.split.record,
         "precision": f"{precision.name} on {device.type}",
+        **({} if teaching is None else {"teacher": teaching.record}),
     }
     state = _saved(out, course, task.overwrite)
     model, grid = load_checkpoint(base), settings.grid
@@ -206,7 +235,8 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         adapter = attach(model, settings, base, rows) if settings.method == "lora" else None
-        fit = _fit(model, adapter, found, precision, Standing(course=course), judge)
+        teacher = None if teaching is None else teaching.load()
+        fit = _fit(model, adapter, found.material(teacher), settings, precision, Standing(course=course), judge)
         if state is not None:
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
@@ -222,7 +252,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                     model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
                 )
             made = out if adapter is not None else out / CHECKPOINT
-            result = _result(made, base, found, fit, round(seconds, 2), answers)
+            result = _result(made, task, found, fit, round(seconds, 2), answers)
             info = {
                 "made_by": "slm finetune",
                 "slm_version": __version__,
@@ -230,7 +260,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 "precision": precision.name,
                 "turns": found.chats,
                 "declares_tools": found.declares_tools,
-                "notices": modified(notices_of(base), "fine-tuned with LoRA" if adapter else "fine-tuned"),
+                "notices": modified(_notices(task), "fine-tuned with LoRA" if adapter else "fine-tuned"),
                 "held_out_rows": list(found.split.numbers),
                 "metrics": {name: value for name, value in asdict(result).items() if name not in _NO_METRICS},
                 "samples": [asdict(answer) for answer in answers],
@@ -263,14 +293,15 @@ def _rows_to_train(
 
 
 def _result(
-    made: Path, base: Path, found: Prepared, fit: Fit, seconds: float, samples: tuple[Sample, ...]
+    made: Path, task: _Task, found: Prepared, fit: Fit, seconds: float, samples: tuple[Sample, ...]
 ) -> FinetuneResult:
     standing = fit.standing
     assert standing.loss_before is not None
     preferred, scores = fit.preferred or (None, None), fit.scores
     return FinetuneResult(
         made=made,
-        base=base,
+        base=task.base,
+        teacher=task.teacher,
         rows=len(found.train.kept),
         validation_rows=len(found.valid.kept),
         trained_tokens=found.train.trained,
@@ -318,7 +349,8 @@ def _warn(fit: Fit, progress: Progress) -> None:
 def _fit(
     model: CausalLM,
     adapter: PeftModel | None,
-    found: Prepared,
+    material: Material,
+    settings: FinetuneSettings,
     precision: Precision,
     standing: Standing,
     judge: Judge | None,
@@ -327,13 +359,63 @@ def _fit(
         trainable = Trainable(model, dict(model.named_parameters()))
     else:
         tunable: TunableLM = adapter.get_base_model()
-        lighten(tunable, precision.autocast, found.settings.grid)
+        lighten(tunable, precision.autocast, settings.grid)
         trainable = Trainable(tunable, _parameters(adapter))
-    material, batch_size = found.material(), found.settings.batch_size
+    batch_size = settings.batch_size
     if isinstance(material, Preferences):
         assert batch_size is not None
         material.refer(trainable.model, batch_size, precision.autocast, lambda: None)
-    return Fit(trainable, material, found.settings, precision, standing, judge)
+    return Fit(trainable, material, settings, precision, standing, judge)
+
+
+@dataclass(frozen=True)
+class _Teaching:
+    """A teacher that is loaded when it is needed.
+
+    Attributes:
+        record: Path and hashes, for `slm.json`.
+        load: Returns the teacher.
+        writer: Lets it answer rows that end with a request.
+    """
+
+    record: dict[str, str]
+    load: Callable[[], Teacher]
+    writer: Writer
+
+
+def _teaching(
+    task: _Task, config: ModelConfig, renderer: Renderer, device: torch.device, precision: Precision, progress: Progress
+) -> _Teaching | None:
+    """Returns the teacher of a run, after checking that it fits the base; None without one."""
+    path, max_length = task.teacher, task.settings.context(config)
+    if path is None:
+        return None
+    check_teacher(path, renderer.tokenizer, config, max_length)
+    record = base_record(path, renderer.tokenizer)
+
+    @cache
+    def load() -> Teacher:
+        return Teacher(path, device, precision.autocast)
+
+    writer = Writer(load, record["weights_sha256"], renderer, max_length, task.out, task.overwrite, progress)
+    return _Teaching(record, load, writer)
+
+
+def _check_rows(found: Prepared, task: _Task, tokenizer: Tokenizer, progress: Progress) -> None:
+    """Rejects rows from which a teacher's predictions are not learned, and warns about a teacher that has seen no turns."""
+    assert task.teacher is not None
+    if found.pairs is not None:
+        raise SlmError("preferences are learned against the base, not from a teacher", "omit --teacher")
+    if found.chats and not knows_turns(read_info(task.teacher), tokenizer):
+        progress.note(
+            f"warning: the teacher {task.teacher} was not tuned on conversations, so its predictions for them say little"
+        )
+
+
+def _notices(task: _Task) -> tuple[str, ...]:
+    """Returns the notices of the base, and of the teacher, whose terms may extend to models that learn its predictions."""
+    teacher = () if task.teacher is None else notices_of(task.teacher)
+    return tuple(dict.fromkeys((*notices_of(task.base), *teacher)))
 
 
 def _answers(
@@ -398,7 +480,12 @@ def _write_checkpoint(
         (directory / _METRICS).mkdir()
         _write_metrics(directory / _METRICS, fit)
         notices = info.pop("notices")
-        save_checkpoint(directory / CHECKPOINT, model, tokenizer, base_info | {"finetuned": info, "notices": notices})
+        save_checkpoint(
+            directory / CHECKPOINT,
+            model,
+            tokenizer,
+            base_info | {"finetuned": info, "notices": notices} | tuned_on(info),
+        )
 
 
 def check_free(out: Path, method: str, overwrite: bool) -> None:

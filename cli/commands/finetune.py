@@ -144,6 +144,12 @@ class TrainingOptions:
     metavar="SHARE",
     help="Share of FILE's rows to hold out, drawn with the seed, such as 20%. [default: 10%; none of fewer than 200 rows]",
 )
+@click.option(
+    "--teacher",
+    type=Artifact(bundles=False),
+    metavar="CHECKPOINT",
+    help="Learn the predictions of this larger model with the same tokenizer; it also answers rows that end with a request.",
+)
 @click.option("--skip-bad", is_flag=True, help="Skip and count bad rows instead of failing.")
 @out_option_for("adapter, or the run with --full", "RUN/adapters/FILE, or runs/RUN-FILE")
 @click.option("--name", metavar="NAME", help="Name of the adapter in its run. [default: FILE's name]")
@@ -241,7 +247,13 @@ class TrainingOptions:
 @collects("output", OutputOptions)
 @collects("training", TrainingOptions)
 def finetune(
-    base: Path | None, rows: RowOptions, output: OutputOptions, training: TrainingOptions, samples: int, as_json: bool
+    base: Path | None,
+    teacher: Path | None,
+    rows: RowOptions,
+    output: OutputOptions,
+    training: TrainingOptions,
+    samples: int,
+    as_json: bool,
 ) -> None:
     """Fine-tune a checkpoint: train a LoRA adapter, or all weights into a new checkpoint.
 
@@ -276,7 +288,10 @@ def finetune(
     from slm.finetune.run import finetune as run
 
     settings = training.settings("full" if full else "lora")
-    result = run(base, rows.files(), out, settings, RichProgress(), overwrite=output.overwrite, samples=samples)
+    overwrite = output.overwrite
+    result = run(
+        base, rows.files(), out, settings, RichProgress(), overwrite=overwrite, samples=samples, teacher=teacher
+    )
     _report(result, settings, as_json)
 
 
@@ -336,8 +351,9 @@ def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     unit = "token" if after is None else "pair"
     preferred = [] if after is None else [("chosen answer likelier", f"{before:.1%} -> {after:.1%} {measured}")]
     bad = f", {result['bad']} bad" if result["bad"] else ""
+    name = "loss" if result["teacher"] is None else "divergence"
     return [
-        ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a {unit} {measured}"),
+        (name, f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a {unit} {measured}"),
         *_scored(result, measured),
         *preferred,
         ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),

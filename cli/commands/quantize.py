@@ -20,7 +20,7 @@ from slm.cli.options import (
     json_option,
     out_option_for,
 )
-from slm.cli.quantize_options import SettingOptions, TaskOptions, TextOptions
+from slm.cli.quantize_options import SettingOptions, TaskOptions, TextOptions, check_apart
 from slm.cli.quantize_report import print_report, print_sweep
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, sealed_files
@@ -83,14 +83,19 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS, REF
                    "PyTorch.")  # fmt: skip
 @click.option("--refine-tokens", type=Whole(2), metavar="N",
               help=f"Number of tokens of the calibration text to train on. [default: {REFINE_TOKENS}]")  # fmt: skip
-@click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
+@click.option(
+    "--data",
+    type=FilePath(),
+    metavar="PATH",
+    help="Held-out text for the quality check. [default: the held-out rows of the model's fine-tuning, or stories]",
+)
 @column_option
 @document_option
 @click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="Number of tokens of --data to read.")
 @click.option("--window", type=Whole(2), metavar="N",
               help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
 @click.option("--calibration", type=FilePath(), metavar="PATH",
-              help="Calibration text; must differ from --data.")  # fmt: skip
+              help="Calibration text; must differ from --data. [default: the model's training rows, or stories]")  # fmt: skip
 @click.option("--calibration-tokens", type=Whole(2), metavar="N",
               help=f"Number of calibration tokens. [default: {CALIBRATION_TOKENS['int8']}; "
                    f"{CALIBRATION_TOKENS['int4']} for --int4]")  # fmt: skip
@@ -146,7 +151,10 @@ def quantize(
         raise SlmError(f"{target} is the bundle to quantize and cannot be overwritten", "choose another --out")
     check_output(target, {"sweep.json", "sweep.html"} if options.sweep else sealed_files(target))
     source = Bundle.open(bundle)
-    text = texts.for_evaluation(source)
+    check_apart(texts, task)
+    check = task.check(source)
+    own = texts.own_rows(source, check)
+    text = texts.for_evaluation(source, own)
     if text.rows.shape[1] <= source.config.sliding_window:
         say(
             f"warning: the text has rows of {text.rows.shape[1]} tokens, which do not exceed the sliding window of "
@@ -155,16 +163,17 @@ def quantize(
     if options.sweep:
         from slm.quantize.sweep import run_sweep
 
-        calibration = {precision: texts.for_calibration(source, precision) for precision in CALIBRATION_TOKENS}
+        calibration = {precision: texts.for_calibration(source, precision, own) for precision in CALIBRATION_TOKENS}
         print_sweep(run_sweep(source, target, text, calibration, RichProgress()), target, bundle, as_json)
         return
     from slm.quantize.make import quantize_bundle
     from slm.quantize.settings import check_source
 
-    settings, on_text = options.settings(), texts.for_calibration(source, options.precision)
+    settings, on_text = options.settings(), texts.for_calibration(source, options.precision, own)
     check_source(source, settings)
     if source.manifest.device != "cpu":
         say("Quality is measured on the CPU.")
-    refinement, check = options.refinement(source, texts), task.check(source)
+    say(f"Calibrating on {on_text.name}; measuring on {text.name}.")
+    refinement = options.refinement(source, texts, own)
     made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text, check, refinement)
     print_report(made, report, as_json)
