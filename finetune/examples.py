@@ -205,7 +205,7 @@ class Renderer:
     def _complete(self, example: Example, unended: bool) -> Example:
         """Returns an example, without the tokens that end its last answer if that answer was cut."""
         length = len(example.ids)
-        while unended and length > example.spans[-1][0] + 1 and example.ids[length - 1] in self.ends:
+        while unended and length > example.spans[-1][0] and example.ids[length - 1] in self.ends:
             length -= 1
         return example.cut(length)
 

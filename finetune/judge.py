@@ -18,7 +18,7 @@ from slm.finetune.adapter import TunableLM
 from slm.finetune.examples import Renderer
 from slm.finetune.preparation import Prepared, RowFiles
 from slm.finetune.replies import generate, reply_likelihoods
-from slm.finetune.rows import PreferenceRow
+from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow
 from slm.finetune.task import questions, task_of
 from slm.runtime.answers import Answer, Measured, choice_answer, no_answer, reply_answer, reply_ends, token_limit
 from slm.runtime.generation import Generation, Request
@@ -116,10 +116,13 @@ def judge_of(found: Prepared, files: RowFiles, renderer: Renderer, config: Model
             "a metric does not choose the epoch of preferences, whose chosen answer is not the only right one",
             "omit --metric; slm eval --task measures the result",
         )
+    # A reply that was cut is not an expected one.
+    rows = [row for row in rows if not (isinstance(row, ChatRow | CompletionRow) and row.unended)]
     if found.bad:  # conversations that the template rejects were counted before
-        rows = [
-            row for row, example in zip(rows, renderer.uncut(rows), strict=True) if not isinstance(example, SlmError)
-        ]
+        rendered = zip(rows, renderer.uncut(rows), strict=True)
+        rows = [row for row, example in rendered if not isinstance(example, SlmError)]
+    if not rows:
+        raise SlmError(f"no row is left whose reply --metric {metric} could compare", "raise --max-length")
     path = files.validation if held_out and files.validation is not None else files.train
     choices = [found.choices.get(row.place) for row in rows]
     file = task_of(rows, choices, path, metric, found.settings.metric_rows)

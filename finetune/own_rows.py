@@ -3,14 +3,18 @@
 The bundle records paths and hashes. Rows of a task that is measured are left out of the training rows. Needs no PyTorch.
 """
 
+import os
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from slm.core.checkpoint import INFO_FILE
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
+from slm.core.text.files import find_files
+from slm.core.text.streams import size
 from slm.core.tokenizer import Tokenizer
 from slm.core.tuned_rows import RowsFile, TunedOn, recorded_rows
 from slm.finetune.examples import Renderer
@@ -19,10 +23,8 @@ from slm.finetune.rows import PreferenceRow, Row, read_rows
 
 # Rows that are rendered at a time, until there are enough tokens.
 _AT_ONCE = 64
-
-
-class _Unread(Exception):
-    """The reason why rows cannot be used."""
+# The largest directory and file that are read, in entries and bytes.
+_MOST_ENTRIES, _MOST_BYTES = 10_000, 8 << 30
 
 
 @dataclass(frozen=True)
@@ -97,21 +99,32 @@ def own_rows(bundle: Bundle) -> OwnRows | str | None:
         held_out_path = record.data.path
         if record.validation is not None:
             held_out, held_out_path = _read(record.validation, record, unanswered), record.validation.path
-    except _Unread as reason:
-        return str(reason)
+    except SlmError as reason:
+        return reason.message
     return OwnRows(record.data.path, tuple(train), tuple(held_out), held_out_path, frozenset(unanswered))
 
 
 def _read(file: RowsFile, record: TunedOn, unanswered: set[str]) -> list[Row]:
-    path = Path(file.path).expanduser()
-    if not path.exists():
-        raise _Unread(f"{path} does not exist")
+    path = Path(file.path)
     try:
+        _check(path)
         if provenance(path)["sha256"] != file.sha256:
-            raise _Unread(f"{path} has changed since the model was fine-tuned on it")
+            raise SlmError(f"{path} has changed since the model was fine-tuned on it")
         numbers: list[int] | None = None if record.teacher is None else []
         rows = read_rows(path, [] if record.skip_bad else None, unanswered=numbers)
-    except (SlmError, OSError) as error:
-        raise _Unread(getattr(error, "message", str(error))) from None
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise SlmError(f"{path} cannot be read: {error}") from None
     unanswered.update(rows[number].place for number in numbers or ())
     return rows
+
+
+def _check(path: Path) -> None:
+    """Rejects paths whose reading could block or take long: a bundle from elsewhere may name any path."""
+    if not path.exists():
+        raise SlmError(f"{path} does not exist")
+    if path.is_dir():
+        entries = (entry for _, folders, files in os.walk(path) for entry in (*folders, *files))
+        if sum(1 for _ in islice(entries, _MOST_ENTRIES + 1)) > _MOST_ENTRIES:
+            raise SlmError(f"{path} has more than {_MOST_ENTRIES:,} files")
+    elif find_files(path) and path.stat().st_size > _MOST_BYTES:
+        raise SlmError(f"{path} is larger than {size(_MOST_BYTES)}")

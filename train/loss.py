@@ -115,7 +115,7 @@ class _LinearLoss(torch.autograd.Function):
                 if ctx.needs_input_grad[1]:
                     raise ValueError("rows can only replace rows of a frozen head")
                 ids = torch.tensor(products.replaced, device=hidden.device)
-                rows = _Rows(ids, values.to(products.dtype), ctx.needs_input_grad[3])
+                rows = _Rows(ids, values.to(products.dtype), ctx.needs_input_grad[2])
             return _forward(ctx, hidden, weight, products, rows)
 
     @staticmethod

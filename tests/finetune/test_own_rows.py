@@ -1,6 +1,7 @@
 """The rows that a model was fine-tuned on: recorded by path and hash, and read again for its quantization."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,30 @@ def test_rows_that_cannot_be_used_are_explained(tuned: Callable[..., Bundle], wr
     assert own_rows(bundle) == f"{data} has changed since the model was fine-tuned on it"
     data.unlink()
     assert own_rows(bundle) == f"{data} does not exist"
+
+
+def test_paths_that_a_bundle_from_elsewhere_names(
+    tuned: Callable[..., Bundle], write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(4):
+        shutil.copy(write_rows(ROWS), many / f"{number}.jsonl")
+    known = provenance(many)["sha256"]
+    monkeypatch.setattr("slm.finetune.own_rows._MOST_ENTRIES", 3)
+    for path, reason in (
+        (tmp_path / "pipe.jsonl", "not a regular file: "),
+        ("/dev/zero", "unknown kind of file: /dev/zero"),
+        (many, f"{many} has more than 3 files"),
+        ("rows\x1b[2J.jsonl", r"rows\x1b[2J.jsonl does not exist"),
+        ("rows\0.jsonl", "rows\\x00.jsonl"),
+        ("x" * 5000, "x" * 100),
+    ):
+        found = own_rows(tuned(write_rows(ROWS), data={"path": str(path), "sha256": known}))
+        assert isinstance(found, str) and found.startswith(reason) and found.isprintable(), found
+    monkeypatch.setattr("slm.finetune.own_rows._MOST_ENTRIES", 4)  # negative control
+    assert len(of(tuned(write_rows(ROWS), data={"path": str(many), "sha256": known})).train) == 48
 
 
 def test_of_rows_that_a_teacher_answered_the_prompts_are_read(
