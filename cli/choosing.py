@@ -1,78 +1,26 @@
-"""Chooses the default input of a command, and prints one line about the choice."""
+"""The default inputs of commands, as `slm.steps.choosing` chooses them; each function prints one line about the choice."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slm.cli.console import say
-from slm.core import artifacts
-from slm.core.artifacts import Choice
-from slm.core.runs import imported_checkpoint
+from slm.steps import choosing
 
 
 def default_model(*, bundle: bool = False) -> Path:
-    """Returns the newest finished model under ./runs, or the bundled demo model; prints which.
-
-    Args:
-        bundle: Whether the model must be a bundle.
-
-    Raises:
-        SlmError: If there are only unfinished runs, or a bundle is needed and the newest model has none.
-    """
-    choice = artifacts.newest_model()
-    if choice is None:
-        from slm.runtime import shipped
-
-        say("Using the bundled demo model (no model in ./runs).")
-        return shipped.model_path()
-    if bundle and choice.artifact.kind != "bundle":
-        choice = artifacts.newest_bundle()
-    return _said(choice)
+    """Returns the newest finished model; see `slm.steps.choosing.default_model`."""
+    return choosing.default_model(say, bundle=bundle)
 
 
 def default_checkpoint() -> Path:
-    """Returns the newest finished checkpoint under ./runs; prints which.
-
-    Raises:
-        SlmError: If there is none.
-    """
-    return _said(artifacts.newest_checkpoint())
+    """Returns the newest finished checkpoint; see `slm.steps.choosing.default_checkpoint`."""
+    return choosing.default_checkpoint(say)
 
 
-def default_base() -> Path:
-    """Returns the newest finished checkpoint under ./runs, or a checkpoint made from the bundled demo model; prints which.
-
-    Raises:
-        SlmError: If there are only unfinished runs.
-    """
-    if artifacts.is_anything_trained():
-        return default_checkpoint()
-    from slm.export.recovered import BundleModel
-    from slm.interchange.importing import import_model
-    from slm.runtime import shipped
-
-    source = BundleModel(shipped.model_path())
-    place = imported_checkpoint("stories", str(source.path))
-    say(f"Using the bundled demo model (no checkpoint in ./runs): its rounded weights become {place}.")
-    return import_model(source, place).path
+def default_bundle() -> Path:
+    """Returns the newest bundle; see `slm.steps.choosing.default_bundle`."""
+    return choosing.default_bundle(say)
 
 
-def default_bundle(*, to_quantize: bool = False) -> Path:
-    """Returns the newest bundle under ./runs, or the newest one that can be quantized; prints which.
-
-    Raises:
-        SlmError: If there is none, or the newest model has none.
-    """
-    return _said(artifacts.newest_bundle(_can_be_quantized if to_quantize else None))
-
-
-def _can_be_quantized(manifest: Mapping[str, Any]) -> bool:
-    return manifest.get("precision") == "float32" and manifest.get("target", "fused") == "fused"
-
-
-def _said(choice: Choice) -> Path:
-    for note in choice.notes:
-        say(note)
-    how = " with PyTorch" if choice.artifact.kind == "checkpoint" and choice.why.endswith("yet") else ""
-    say(f"Using {choice.artifact.path}{how} ({choice.why}).")
-    return choice.artifact.path
+def base_of(adapter: Path) -> Path:
+    """Returns the checkpoint that an adapter was trained on; see `slm.steps.choosing.base_of`."""
+    return choosing.base_of(adapter, say)

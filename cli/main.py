@@ -17,7 +17,7 @@ from slm.cli.streams import open_closed_streams, settle_streams
 from slm.cli.suggesting import Suggesting
 from slm.core.errors import SlmError
 from slm.core.install import install_hint
-from slm.core.machine import cpu_quota, usable_cores
+from slm.core.machine import prepare_threads
 from slm.version import __version__
 
 # In the order of the workflow. The help texts are here so that `slm --help` imports no command.
@@ -40,6 +40,7 @@ COMMANDS = {
     "bench": "Measure a model's speed and memory.",
     "info": "Describe a checkpoint, a bundle or a preset: sizes, cost and origin.",
     "list": "List the models and adapters under ./runs and in the cache.",
+    "compare": "Compare runs: recipes, curves and figures.",
     "rm": "Remove models, adapters or runs.",
     "doctor": "Report the machine's hardware, installed packages, and what is missing.",
     "demo": "Run the complete workflow on bundled data.",
@@ -48,18 +49,10 @@ COMMANDS = {
 # Commands whose names mean something else in Python; their modules end with "_".
 _RENAMED = ("import", "list")
 
-# By default, PyTorch's threads spin while they wait for each other at the end of every matrix product. On a busy machine that
-# costs more than half of the speed. 5,000 turns keep 98 % of the speed on an idle machine, and 84 % of the speed without
-# spinning on a busy one (docs/LOG.md). GNU's OpenMP reads the variable when PyTorch is imported; a value that the user set has
-# precedence.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+prepare_threads()
 # Libraries start Python processes too (torch.compile's workers, multiprocessing's tracker). None of them imports from the
 # working directory.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
-# PyTorch counts cores and ignores a container's CPU quota.
-if cpu_quota() is not None:
-    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
 # Hints for interrupted commands.
 _WHOLE = "no file is incomplete"

@@ -1,7 +1,6 @@
 """Options and parameter types that several commands share."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
@@ -13,8 +12,8 @@ from click.shell_completion import CompletionItem
 
 from slm.cli.console import say
 from slm.core.arguments import MAX_COUNT
-from slm.core.errors import SlmError
 from slm.core.machine import MAX_THREADS
+from slm.steps.arguments import MAX_SEED, check_input
 
 if TYPE_CHECKING:
     from slm.core.artifacts import Kind
@@ -25,8 +24,6 @@ REPLACING = (
     "are replaced only with --overwrite. Other files are never replaced."
 )
 
-# The largest seed that NumPy, PyTorch and recipes accept.
-MAX_SEED = 2**63 - 1
 MAX_PORT = 65_535
 
 
@@ -210,7 +207,7 @@ qat_option = click.option(
     help="Train with the rounded values of slm quantize --int8 or --int4, which then changes no weight.",
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
+    "--set", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )
 
 
@@ -282,36 +279,6 @@ class Artifact(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
 
 
 adapter_type = Artifact(checkpoints=False, bundles=False, adapters=True)
-
-
-def check_input(path: Path, what: str, *, directories: bool = False) -> None:
-    """Checks that an input file exists and is readable, before anything is loaded or measured.
-
-    Args:
-        path: The file.
-        what: A name for the file, for messages ("text").
-        directories: Whether to accept a directory.
-
-    Raises:
-        SlmError: If the file is missing, unreadable or a directory.
-    """
-
-    if not path.exists():
-        raise SlmError(f"{what} not found: {path}", "check the path")
-    if path.is_dir() and not directories:
-        raise SlmError(f"{what} is a directory, not a file: {path}", "name a file")
-    if not os.access(path, os.R_OK):
-        raise SlmError(f"cannot read {what}: {path} (Permission denied)", "check its permissions")
-
-
-def check_tokenizer(choice: str) -> None:
-    """Checks that the file of a --tokenizer exists, before anything is loaded.
-
-    Raises:
-        SlmError: If the choice is neither gpt2 nor bpe, and no file.
-    """
-    if choice not in ("gpt2", "bpe") and not Path(choice).expanduser().exists():
-        raise SlmError(f"tokenizer not found: {choice}", "gpt2, bpe, or the path of a tokenizer.json")
 
 
 class InputFile(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions only

@@ -12,7 +12,6 @@ import click
 
 from slm.cli.console import say
 from slm.cli.options import (
-    MAX_SEED,
     Loading,
     Real,
     Whole,
@@ -25,6 +24,7 @@ from slm.cli.options import (
 )
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
+from slm.steps.arguments import MAX_SEED
 
 if TYPE_CHECKING:
     from slm.runtime.backend import Decoder
@@ -295,15 +295,7 @@ def warn_of_saturation(decoder: object) -> None:
 
 def warn_of_conversions(decoder: object, device: str) -> None:
     """Prints a note if a bundle is slow on a device because it was exported for another one."""
-    from slm.runtime.backend import DecoderAround
-    from slm.runtime.decoder import OnnxDecoder
-    from slm.runtime.ensemble import EnsembleDecoder
-    from slm.runtime.placement import conversion_note
+    from slm.runtime.placement import conversion_notes
 
-    while isinstance(decoder, DecoderAround):
-        decoder = decoder.decoder
-    for each in decoder.decoders if isinstance(decoder, EnsembleDecoder) else (decoder,):
-        if isinstance(each, OnnxDecoder) and (
-            note := conversion_note(each.bundle, "cuda" if device == "cuda" else "cpu")
-        ):
-            say(note)
+    for note in conversion_notes(decoder, "cuda" if device == "cuda" else "cpu"):
+        say(note)

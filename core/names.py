@@ -165,7 +165,7 @@ def _of_run(run: Path, kinds: Sequence[Kind]) -> tuple[Path, tuple[str, ...]]:
     found = artifacts(run)
     if "bundle" in kinds and "checkpoint" in kinds:
         choice = newest_model(run)
-    elif "adapter" in kinds:
+    elif "adapter" in kinds and "checkpoint" not in kinds:
         adapters = [each for each in found if each.kind == "adapter"]
         if len(adapters) > 1:
             listed = ", ".join(short_name(each.path) for each in adapters)

@@ -5,6 +5,8 @@ from html import escape
 
 # The most characters of an untrusted text in a report.
 _LONGEST = 600
+# The same for a text on one line.
+_LINE = 200
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --faint: #d8d8d8; --paper: #fff; --bar: #2f6fb0; --mark: #c8501e; }
@@ -54,6 +56,12 @@ def shown(text: str) -> str:
     """Returns an untrusted text, shortened, with control characters and directions of writing as escapes."""
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+
+
+def one_line(text: str) -> str:
+    """Returns untrusted text as one line of limited length, without control characters."""
+    line = "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+    return line if len(line) <= _LINE else f"{line[:_LINE]}…"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from slm.core.tools import JSON_STYLE, Call, Style
+from slm.core.tools import JSON_STYLE, Call, Style, Tool
 
 MetricName = Literal["exact", "f1", "rouge", "choice", "json", "tool-call"]
 METRICS: tuple[MetricName, ...] = get_args(MetricName)
@@ -38,6 +38,7 @@ class Question:
         reply: The expected reply, with the token that ends it.
         choices: The possible replies in the same form.
         style: How the model's replies spell calls of tools.
+        tools: The tools that the request declares.
     """
 
     row: TaskRow
@@ -45,6 +46,7 @@ class Question:
     reply: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...] = ()
     style: Style = JSON_STYLE
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)

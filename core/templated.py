@@ -98,7 +98,7 @@ def rendered(tokenizer: Tokenizer, template: str, conversations: "Sequence[Conve
     from slm.core.template import render_all
 
     tokens = special_tokens(tokenizer)
-    in_parts = _reads_parts(template, tuple(sorted(tokens.items())))
+    in_parts = reads_parts(tokenizer, template)
     written = [tuple(dict.fromkeys(_texts(each))) for each in conversations]
     table = _placeholders(text for texts in written for text in texts)
     back = {ord(placeholder): chr(character) for character, placeholder in table.items()}
@@ -152,6 +152,15 @@ def encoded(tokenizer: Tokenizer, conversation: Rendered, stops: Collection[int]
         "the messages contain the text of a control token, and the model's chat template transforms them",
         "remove text such as <end_of_turn> from the messages",
     )
+
+
+def reads_parts(tokenizer: Tokenizer, template: str) -> bool:
+    """Returns whether a template drops contents that are strings but renders contents that are lists of parts.
+
+    Raises:
+        SlmError: If the template exceeds a limit of time or memory.
+    """
+    return _reads_parts(template, tuple(sorted(special_tokens(tokenizer).items())))
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

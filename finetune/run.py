@@ -87,6 +87,8 @@ SAMPLES = 3
 class FinetuneResult:
     """The result of a fine-tuning run. Losses are in nats per token that counts in the loss; of preferences, in nats per pair.
 
+    It stands for the path of the adapter or the checkpoint: `slm.export` and others accept it.
+
     Attributes:
         made: The directory of the adapter, or of the checkpoint if every weight was trained.
         base: The base checkpoint.
@@ -143,6 +145,14 @@ class FinetuneResult:
     score_after: float | None = None
     score_low: float | None = None
     score_high: float | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.made)
+
+    @property
+    def path(self) -> Path:
+        """The adapter, or the checkpoint if every weight was trained."""
+        return self.made
 
 
 # Fields of the result that are elsewhere in `slm.json`.

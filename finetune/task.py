@@ -120,10 +120,11 @@ def questions(file: TaskFile, renderer: Renderer) -> list[Question]:
     )
     style = tool_form(renderer.tokenizer).style if file.task.metric == "tool-call" else JSON_STYLE
     found = []
-    for row, example in zip(file.task.rows, examples, strict=True):
+    for row, source, example in zip(file.task.rows, file.rows, examples, strict=True):
         ids, reply = _divided(_good(example, row), renderer)
         choices = tuple(_divided(_good(next(others), row), renderer)[1] for _ in row.choices)
-        found.append(Question(row, ids, reply, choices, style))
+        tools = source.tools if isinstance(source, ChatRow) else ()
+        found.append(Question(row, ids, reply, choices, style, tools))
     return found
 
 

@@ -9,9 +9,10 @@ from itertools import groupby
 import numpy as np
 
 from slm.export.graph.builder import Array
-from slm.quantize.gptq import inverse_factor, quantize_gptq, quantize_table
+from slm.quantize.gptq import quantize_gptq, quantize_table
 from slm.quantize.instrumented import InstrumentedLayer, InstrumentedNorm, embedded
 from slm.quantize.linears import EMBEDDING
+from slm.quantize.moments import InputMoments
 from slm.quantize.plan import Alternative, Arrays, QuantizationPlan, Schemes
 from slm.quantize.quantizer import Quantizer
 from slm.quantize.rounding import restored
@@ -50,12 +51,12 @@ def with_gptq(
             if name in smoothing.columns:  # smoothing divides the inputs by these factors
                 factors = smoothing.columns[name]
                 seen /= factors[:, None] * factors
-            weight, factor = tensors[name], inverse_factor(seen)
-            rounded[path] = quantize_gptq(weight, seen, plan.schemes[path], factor)
+            weight, forms = tensors[name], InputMoments.of(seen)
+            rounded[path] = quantize_gptq(weight, forms, plan.schemes[path])
             found = restored(rounded[path], plan.schemes[path])
             if coarser and path in coarser:
                 scheme = coarser[path]
-                arrays = quantize_gptq(weight, seen, scheme, factor)
+                arrays = quantize_gptq(weight, forms, scheme)
                 error = _output_error(restored(arrays, scheme) - weight, seen)
                 others[path] = Alternative(scheme, arrays, error / max(_output_error(found - weight, seen), _TINY))
             weights[path] = smoothing.revert(name, found)

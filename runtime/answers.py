@@ -52,6 +52,7 @@ class Measured:
         seconds: Wall time of all replies, without the conversion of rows to tokens.
         max_tokens: The limit of new tokens.
         batch: How many rows were generated together; 1 for a model that answers rows one by one.
+        tool_choice: The choice of tools that constrained the replies; None without a constraint.
     """
 
     metric: MetricName
@@ -59,6 +60,7 @@ class Measured:
     seconds: float
     max_tokens: int
     batch: int
+    tool_choice: str | None = None
 
     @cached_property
     def scores(self) -> list[float]:

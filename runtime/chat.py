@@ -11,12 +11,14 @@ from slm.core.tokenizer import END_OF_TURN
 from slm.core.tool_fields import called, matched
 from slm.core.tools import JSON_STYLE, Call, ordered, parsed_calls
 from slm.runtime.generation import Piece
+from slm.runtime.guide import Constraint
 from slm.runtime.model import Model
 from slm.runtime.options import MAX_NEW_TOKENS, GenerationOptions, check_options
 from slm.runtime.prefix import PrefixCache, PrefixDecoder
 from slm.runtime.sampling import Sampling
 from slm.runtime.speculative import SpeculativeDecoder
 from slm.runtime.streaming import Stream, texts
+from slm.runtime.tool_choice import CallGrammar, can_constrain, check_choice
 
 if TYPE_CHECKING:
     from slm.runtime.functions import Toolbox
@@ -41,6 +43,7 @@ class Chat:
         forgotten: Exchanges dropped from the beginning because they no longer fit into the context, since the last reset.
         seed: Seed of the conversation; answer n is sampled with seed + n, counted from 0.
         style: The format in which answers spell calls.
+        unconstrained: Why calls are not constrained to the schemas of the tools; empty if they are, or without tools.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Chat:
         seed: int | None = None,
         draft_tokens: int | None = None,
         tools: "Toolbox | None" = None,
+        tool_choice: str = "auto",
     ) -> None:
         """Begins a conversation.
 
@@ -62,12 +66,20 @@ class Chat:
             seed: Seed of the conversation; None draws one.
             draft_tokens: The longest draft of prompt-lookup decoding; None disables drafts.
             tools: The tools that the model may call; None for none.
+            tool_choice: "auto": an answer may call tools; "required", or the name of a tool: it must; "none": it must not.
+                The answer that follows results may always be text. If llguidance is installed, calls follow the schemas of
+                the tools.
 
         Raises:
-            SlmError: If the model has no turns, or the messages are not a conversation that a request can follow.
+            SlmError: If the model has no turns, the choice does not fit the tools or needs llguidance, or the messages are not
+                a conversation that a request can follow.
         """
         check_type("system", system, str, "a str")
-        drawn = Sampling(seed=seed).seed  # `_checked` verified the role
+        check_type("tool_choice", tool_choice, str, "a str")
+        check_choice(tool_choice, () if tools is None else tools.tools)
+        if tool_choice == "none":
+            tools = None
+        drawn = Sampling(seed=seed).seed
         assert drawn is not None
         self._model = model
         self.seed = drawn
@@ -90,6 +102,8 @@ class Chat:
         if self._tools:
             self.style = tool_form(model.tokenizer).style
             model.shown_tokens = model.tokenizer.ids_of(self.style.marks) & model.tokenizer.special_ids
+        self.unconstrained = ""
+        self._choice, self._grammar = tool_choice, self._call_grammar(tool_choice) if self._tools else None
         if foreign_template(model.tokenizer) is None:
             chat_ids(model.tokenizer, [])  # raises if the model has no turns
         before = _checked(messages)
@@ -216,7 +230,11 @@ class Chat:
             ids = self._ids(options.get("max_new_tokens", MAX_NEW_TOKENS))
             seed = options.get("seed")
             drawn: GenerationOptions = {**options, "seed": (self.seed if seed is None else seed) + self._asked}
-            pieces = self._model.pieces(ids, **drawn)
+            constraint = self._constraint()
+            if constraint is None:
+                pieces = self._model.pieces(ids, **drawn)
+            else:
+                pieces = self._model.constrained(ids, constraint, **drawn)
         except BaseException:
             self.messages, self.forgotten = before, forgotten
             raise
@@ -266,6 +284,31 @@ class Chat:
     def _drop(self) -> None:
         """Drops the last request, and what followed it."""
         del self.messages[max(place for place, each in enumerate(self.messages) if each["role"] == "user") :]
+
+    def _call_grammar(self, choice: str) -> CallGrammar | None:
+        """Returns the compiled grammar of answers; None, and the reason in `unconstrained`, if there is none."""
+        if not can_constrain():
+            self.unconstrained = "llguidance is not installed"
+            return None
+        grammar = CallGrammar(self._model.tokenizer, self._model.decoder.vocab_size, self._model.stop_token_ids)
+        try:
+            for each in dict.fromkeys((choice, "auto")):
+                grammar.prepared(self._tools, each)
+        except SlmError as error:
+            if choice != "auto":
+                raise
+            self.unconstrained = error.message
+            return None
+        finally:
+            grammar.close()
+        return grammar
+
+    def _constraint(self) -> Constraint | None:
+        """Returns the constraint of the next answer."""
+        if self._grammar is None:
+            return None
+        choice = self._choice if self.messages[-1]["role"] == "user" else "auto"
+        return self._grammar.prepared(self._tools, choice)()
 
     def _recorded(self, pieces: Stream[Piece]) -> Generator[Piece, None, None]:
         """Yields the pieces of an answer, and appends the answer to the conversation at the end."""

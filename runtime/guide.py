@@ -3,6 +3,7 @@
 For some schemas this takes many times as long as a step. Then only the constrained text waits.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as NotReady
 from typing import Any, Protocol
@@ -21,6 +22,25 @@ class Constraint(Protocol):
 
     def accept(self, token: int) -> bool:
         """Consumes the chosen token. Returns whether the text is complete with it."""
+
+
+class Later:
+    """A constraint that is made when its text begins: of many texts, few are generated at a time."""
+
+    def __init__(self, make: Callable[[], Constraint]) -> None:
+        self._make = make
+        self._made: Constraint | None = None
+
+    def allowed(self) -> Array:
+        """Returns the tokens that may come next, bool (V,)."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made.allowed()
+
+    def accept(self, token: int) -> bool:
+        """Consumes the chosen token. Returns whether the text is complete with it."""
+        assert self._made is not None
+        return self._made.accept(token)
 
 
 class Guide:

@@ -15,6 +15,7 @@ from slm.core.errors import ArgumentError, SlmError
 from slm.core.tokenizer import Tokenizer
 from slm.runtime.backend import Decoder
 from slm.runtime.generation import Generation, Piece, Request, Result
+from slm.runtime.guide import Constraint
 from slm.runtime.options import (
     MAX_NEW_TOKENS,
     GenerationOptions,
@@ -132,6 +133,19 @@ class Model:
         check_options("pieces", options)
         return self._begin(prompt, options)
 
+    def constrained(
+        self, prompt: Prompt, constraint: Constraint, **options: Unpack[GenerationOptions]
+    ) -> Stream[Piece]:
+        """Returns a completion that follows a grammar; otherwise like `pieces`.
+
+        Args:
+            prompt: A text, or token ids.
+            constraint: The grammar, for this completion only.
+            **options: As for `pieces`.
+        """
+        check_options("constrained", options)
+        return self._begin(prompt, options, constraint)
+
     def stream(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Stream[str]:
         """Returns the completion of a prompt in pieces of text, each of whole characters; otherwise like `pieces`."""
         check_options("stream", options)
@@ -179,6 +193,7 @@ class Model:
         messages: "Sequence[Message]" = (),
         seed: int | None = None,
         tools: "Sequence[Callable[..., Any] | Mapping[str, Any]]" = (),
+        tool_choice: str = "auto",
     ) -> "Chat":
         """Begins a conversation: `chat.ask("Hi.")` returns an answer, `chat.stream` yields it as it is generated.
 
@@ -190,16 +205,33 @@ class Model:
             seed: The same seed gives the same answers to the same requests. None draws a seed; `chat.seed` has it.
             tools: Functions with type hints and docstrings, which `chat.ask` calls when the model asks for it, or declarations
                 in OpenAI's format, whose calls `chat.calls` has.
+            tool_choice: "auto": an answer may call tools; "required", or the name of a tool: it must; "none": it must not.
+                The answer that follows results may always be text. Calls follow the schemas of the tools if llguidance is
+                installed.
 
         Raises:
-            SlmError: If the model has no chat template, the messages are not a conversation, or a tool cannot be declared.
+            SlmError: If the model has no chat template, the messages are not a conversation, a tool cannot be declared, or the
+                choice does not fit the tools or needs llguidance.
         """
         from slm.runtime.chat import Chat
         from slm.runtime.functions import Toolbox
 
-        return Chat(self, system, messages=messages, seed=seed, tools=Toolbox.of(tools) if tools else None)
+        return Chat(
+            self,
+            system,
+            messages=messages,
+            seed=seed,
+            tools=Toolbox.of(tools) if tools else None,
+            tool_choice=tool_choice,
+        )
 
-    def _generation(self, prompt: Any, options: GenerationOptions, seed: int | None = None) -> Generation:
+    def _generation(
+        self,
+        prompt: Any,
+        options: GenerationOptions,
+        seed: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> Generation:
         """Checks the arguments and returns the generation of one text; computes nothing."""
         ids, keep = self._ids(prompt), options.get("keep")
         request = Request(
@@ -211,12 +243,13 @@ class Model:
             logprobs=options.get("logprobs"),
             on_full=options.get("on_full", "stop"),
             keep=self._begins_with(ids) if keep is None else keep,
+            constraint=constraint,
             shown=self.shown_tokens,
         )
         return Generation(request, self.decoder.context, self.decoder.vocab_size, self.tokenizer)
 
-    def _begin(self, prompt: Any, options: GenerationOptions) -> Stream[Piece]:
-        generation = self._generation(prompt, options)
+    def _begin(self, prompt: Any, options: GenerationOptions, constraint: Constraint | None = None) -> Stream[Piece]:
+        generation = self._generation(prompt, options, constraint=constraint)
         pieces = run(self.decoder, generation)
         return pieces.through(self._alone(pieces))
 

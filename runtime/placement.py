@@ -86,3 +86,16 @@ def _source(bundle: Bundle) -> list[str]:
     if not isinstance(checkpoint, str) or not is_checkpoint(Path(checkpoint)):
         return [_UNKNOWN]
     return [checkpoint, *(["--adapter", adapter] if isinstance(adapter, str) else [])]
+
+
+def conversion_notes(decoder: object, device: RuntimeDevice) -> list[str]:
+    """Returns a note for each bundle behind a decoder that is slow on a device because it was exported for another one."""
+    from slm.runtime.backend import DecoderAround
+    from slm.runtime.decoder import OnnxDecoder
+    from slm.runtime.ensemble import EnsembleDecoder
+
+    while isinstance(decoder, DecoderAround):
+        decoder = decoder.decoder
+    members = decoder.decoders if isinstance(decoder, EnsembleDecoder) else (decoder,)
+    found = [conversion_note(each.bundle, device) for each in members if isinstance(each, OnnxDecoder)]
+    return [note for note in found if note]

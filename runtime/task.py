@@ -4,7 +4,7 @@ Dimensions: T positions, V vocabulary.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -14,12 +14,14 @@ from slm.core.task import MetricName, Question
 from slm.runtime.answers import Answer, Measured, choice_answer, no_answer, reply_answer, reply_ends, token_limit
 from slm.runtime.backend import Array, Decoder, Reader, log_probabilities
 from slm.runtime.generation import Generation, Request
+from slm.runtime.guide import Constraint, Later
 from slm.runtime.head import read_whole
 from slm.runtime.model import Model
 from slm.runtime.prefix import PrefixCache, common_length
 from slm.runtime.sampling import GREEDY
 from slm.runtime.scheduler import SLOTS, batched, run_batch
 from slm.runtime.streaming import run
+from slm.runtime.tool_choice import CallGrammar
 
 # The fewest tokens at the beginning of all requests that are read once for all: with declared tools, most of a request.
 _LEAST_SHARED = 64
@@ -35,6 +37,7 @@ def measure_task(
     *,
     max_tokens: int | None = None,
     batch: int = SLOTS,
+    tool_choice: str | None = None,
 ) -> Measured:
     """Measures a model on the rows of a task. The same model and rows give the same scores.
 
@@ -45,13 +48,14 @@ def measure_task(
         progress: Advances with each row.
         max_tokens: The most new tokens of a reply; by default twice the longest expected reply, from 32 to 1,024.
         batch: How many rows a fused bundle generates together.
+        tool_choice: "auto" or "required" constrains the replies to rows with tools, as `slm serve` does; None does not.
 
     Raises:
-        SlmError: If a row has a token that the model lacks.
+        SlmError: If a row has a token that the model lacks, or the tools of a row cannot constrain a reply.
     """
     if max_tokens is None:
         max_tokens = token_limit(questions)
-    measuring = _Run(model, metric, progress)
+    measuring = _Run(model, metric, progress, tool_choice)
     progress.start("answering", len(questions), "rows")
     began = time.perf_counter()
     try:
@@ -61,7 +65,7 @@ def measure_task(
     finally:
         progress.finish()
     answers = tuple(measuring.answers[number] for number in range(len(questions)))
-    return Measured(metric, answers, time.perf_counter() - began, max_tokens, together)
+    return Measured(metric, answers, time.perf_counter() - began, max_tokens, together, tool_choice)
 
 
 class _Run:
@@ -71,8 +75,9 @@ class _Run:
         answers: The answers so far, by the number of their row.
     """
 
-    def __init__(self, model: Model, metric: MetricName, progress: Progress) -> None:
+    def __init__(self, model: Model, metric: MetricName, progress: Progress, tool_choice: str | None) -> None:
         self.answers: dict[int, Answer] = {}
+        self._choice = tool_choice
         self._model, self._metric, self._progress = model, metric, progress
         self._sum = 0.0
 
@@ -80,12 +85,13 @@ class _Run:
         """Generates all replies, and returns how many at a time."""
         model, decoder = self._model, self._model.decoder
         stops = reply_ends(model.tokenizer, model.stop_token_ids)
+        constraints = self._constraints(questions, stops)
         numbers: dict[Generation, int] = {}
         for number, question in enumerate(questions):
             if len(question.ids) >= decoder.context:
                 self._put(number, no_answer(self._metric, question))
                 continue
-            request = Request(question.ids, GREEDY, max_tokens, stops)
+            request = Request(question.ids, GREEDY, max_tokens, stops, constraint=constraints[number])
             try:
                 numbers[Generation(request, decoder.context, decoder.vocab_size, model.tokenizer)] = number
             except SlmError as error:
@@ -108,6 +114,17 @@ class _Run:
             prefixes.add(shared, reader.snapshot)
         run_batch(decoder, generations, batch, ended=ended, prefixes=prefixes)
         return batch
+
+    def _constraints(self, questions: Sequence[Question], stops: Collection[int]) -> list[Constraint | None]:
+        """Returns the constraint of each reply."""
+        if self._choice is None or not any(question.tools for question in questions):
+            return [None] * len(questions)
+        model, choice = self._model, self._choice
+        grammar = CallGrammar(model.tokenizer, model.decoder.vocab_size, sorted(stops))
+        try:
+            return [Later(grammar.prepared(each.tools, choice)) if each.tools else None for each in questions]
+        finally:
+            grammar.close()
 
     def choose(self, questions: Sequence[Question]) -> int:
         """Compares the choices of all rows, one after the other."""

@@ -20,11 +20,11 @@ from fastapi.responses import StreamingResponse
 
 from slm.core.errors import SlmError
 from slm.runtime.adapters import Adapter
+from slm.runtime.constraint import Busy
 from slm.runtime.generation import Generation, Piece, Request, Result
 from slm.runtime.guide import Constraint
 from slm.runtime.sampling import Sampling
 from slm.runtime.token_bytes import token_bytes
-from slm.serve.constraint import Busy
 from slm.serve.engine import Closed
 from slm.serve.errors import Refused, said
 from slm.serve.events import Inbox, Post

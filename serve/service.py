@@ -8,8 +8,8 @@ from typing import Any
 
 from slm.core.chat import call_ends
 from slm.runtime.adapters import Adapter
+from slm.runtime.constraint import Grammars
 from slm.runtime.model import Model
-from slm.serve.constraint import Grammars
 from slm.serve.engine import Engine
 from slm.serve.events import Post
 from slm.serve.metrics import Metrics

@@ -13,7 +13,7 @@ from slm.core.tokenizer import Tokenizer
 from slm.core.tool_fields import called, declared, matched
 from slm.core.tool_templates import ToolForm
 from slm.core.tools import Tool, ordered
-from slm.serve.call_grammar import Replies
+from slm.runtime.call_grammar import Replies
 from slm.serve.errors import Refused, said
 from slm.serve.requests import ChatMessage, ChatRequest, NamedTool, SomeTools
 

@@ -6,9 +6,9 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import ExportOptions, export_bundle
 from slm.interchange.gguf.tokenizer import TokenType, from_gguf
+from slm.train import metrics
 from slm.train.data.tokenizer import train_bpe
 
 # Small, and without coincidences: heads * head_dim differs from hidden_size, two query heads share a kv head, there are both
@@ -74,6 +75,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("examples", [mark.kwargs["few"], many])
 
 
+_NUMBERS = count()
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of the test. pytest's own looks at the directories of all tests before, to find the next number."""
+    return tmp_path_factory.mktemp(f"test-{next(_NUMBERS)}", numbered=False)
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in its own directory, so that ./runs and the cache are its own and nothing of the user's is read."""
@@ -83,6 +93,16 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(console, "width", 160)
 
 
+class _Placeholder:
+    """A figure of matplotlib that draws nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., "_Placeholder"]:
+        return lambda *_, **__: self
+
+    def savefig(self, file: Path, **_: Any) -> None:
+        file.write_bytes(b"placeholder")
+
+
 @pytest.fixture(autouse=True)
 def curves_are_placeholders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process write a placeholder as `loss.png`, unless the test is marked `draws`.
@@ -90,9 +110,7 @@ def curves_are_placeholders(request: pytest.FixtureRequest, monkeypatch: pytest.
     To draw the curve takes matplotlib four fifths of the processor time of a small run.
     """
     if request.node.get_closest_marker("draws") is None:
-        figure = MagicMock()
-        figure.savefig.side_effect = lambda file, **_: Path(file).write_bytes(b"placeholder")
-        monkeypatch.setattr("slm.train.metrics.new_figure", lambda *_: figure)
+        monkeypatch.setattr(metrics, "new_figure", lambda *_: _Placeholder())
 
 
 @pytest.fixture
@@ -102,22 +120,27 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ctrl_c_is_heard() -> None:
-    """A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C, which tests press."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_are_heard() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, and nohup SIGHUP, which tests send to what they start."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def single_thread() -> Iterator[None]:
-    """PyTorch and onnxruntime compute with one thread by default: the tests run in a worker for each processor.
+def quick_process() -> Iterator[None]:
+    """PyTorch and onnxruntime compute with one thread by default, and files are not flushed to the disk.
 
-    With more, the threads of one worker wait for processors that another worker uses, and spin while they wait.
+    The tests run in a worker for each processor. With more threads, those of one worker wait for processors that another
+    worker uses, and spin while they wait.
     """
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slm.runtime.session.usable_cores", lambda: 1)
-        patch.setattr("slm.runtime.hugepages._HUGE_PAGE_SIZE", Path("/nowhere"))  # all memory of all tests is looked at
+        # Each model that is loaded would have all memory of all tests looked at.
+        for file in ("hugepages._HUGE_PAGE_SIZE", "unused._SMAPS"):
+            patch.setattr(f"slm.runtime.{file}", Path("/nowhere"))
+        patch.setattr(os, "fsync", lambda _: None)  # a small run waits for the disk 66 times
         patch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # in the processes that tests start
         yield
 

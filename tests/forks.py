@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ for line in sys.stdin:
     job = json.loads(line)
     if not (child := os.fork()):
         break
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
     sys.exit()
@@ -31,34 +33,81 @@ exec(job["program"])
 """
 
 
-@contextmanager
-def forks(imports: str, home: Path) -> Iterator[Run]:
-    """Starts the process; yields a function that takes a program and its arguments, as `python -c` does.
+class Started:
+    """A program that runs; the next one starts when it has ended.
 
-    Each program has the directory and the environment of the test that runs it.
+    Attributes:
+        pid: The number of its process.
+        ended: Whether `wait` has returned.
+    """
+
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", program: str, arguments: tuple[str, ...], home: Path
+    ) -> None:
+        self.ended = False
+        self._process, self._args = process, [program, *arguments]
+        self._out, self._err = home / "out", home / "err"
+        job = {"program": program, "arguments": arguments, "cwd": str(Path.cwd()), "environment": dict(os.environ)}
+        for name, file in (("out", self._out), ("err", self._err)):
+            file.write_text("")
+            job[name] = str(file)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        self.pid = self._number()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return not select.select([self._process.stdout], [], [], 0)[0]
+
+    @property
+    def err(self) -> str:
+        """What it has printed to its standard error so far."""
+        return self._err.read_text()
+
+    def wait(self, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+        """Waits for the end, and returns the exit code and the output.
+
+        Raises:
+            TimeoutError: If it runs longer than that.
+        """
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            raise TimeoutError(f"{self._args} runs longer than {seconds} s")
+        self.ended = True
+        return subprocess.CompletedProcess(self._args, self._number(), self._out.read_text(), self.err)
+
+    def _number(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+
+class Forks:
+    """The process that forks. Each program has the directory and the environment of the test that runs it."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", home: Path) -> None:
+        self._process, self._home = process, home
+
+    def start(self, program: str, *arguments: str) -> Started:
+        """Starts a program with arguments, as `python -c` does."""
+        return Started(self._process, program, arguments, self._home)
+
+    def __call__(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs a program to its end."""
+        return self.start(program, *arguments).wait()
+
+
+@contextmanager
+def forks(imports: str, home: Path) -> Iterator[Forks]:
+    """Starts the process that forks.
 
     Args:
         imports: Statements that the process executes once. They must not start threads.
         home: A directory for the output of the programs.
     """
-    out, err = home / "out", home / "err"
     with subprocess.Popen(
         [sys.executable, "-c", _SERVER.format(imports=imports)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        bufsize=0,  # so that what is not read yet can be waited for
     ) as process:
-        sending, receiving = process.stdin, process.stdout
-        assert sending is not None and receiving is not None
-
-        def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-            out.write_text("")
-            err.write_text("")
-            job = {"program": program, "arguments": arguments, "out": str(out), "err": str(err)}
-            job |= {"cwd": str(Path.cwd()), "environment": dict(os.environ)}
-            sending.write(json.dumps(job) + "\n")
-            sending.flush()
-            code = int(receiving.readline())
-            return subprocess.CompletedProcess([program, *arguments], code, out.read_text(), err.read_text())
-
-        yield run
+        yield Forks(process, home)

@@ -24,7 +24,7 @@ HOMES = (
     "quantize",
     "runtime",
 )
-HOMES += ("serve", "src", "tests", "train", "web")
+HOMES += ("serve", "src", "steps", "tests", "train", "web")
 HISTORY = ("CHANGELOG.md", "LOG.md")  # which name files as they were
 
 

@@ -21,8 +21,8 @@ from slm.core.machine import MAX_THREADS
 from slm.core.metrics import objects
 from slm.core.text import csv_rows, files, parquet_rows, streams
 from slm.finetune import rows, task
-from slm.runtime import evaluate
-from slm.serve import body, connections, constraint, middleware, requests, schema_check
+from slm.runtime import constraint, evaluate, schema_check
+from slm.serve import body, connections, middleware, requests
 from slm.serve.service import Limits
 
 PAGE = (Path(__file__).parents[1] / "docs" / "limits.md").read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ class Metrics:
         """
         self._file = run / METRICS_FILE
         self._curve = run / CURVE_FILE
-        kept = [row for row in _read(self._file) if row["updates"] <= updates]
+        kept = [row for row in read_rows(self._file) if row["updates"] <= updates]
         # Samples are written before their evaluation; without it they will be drawn again.
         measured = {row["updates"] for row in kept if row["type"] == "eval"}
         kept = [row for row in kept if row["type"] != "sample" or row["updates"] in measured]
@@ -90,25 +90,7 @@ class Metrics:
         """Plots training and validation loss over tokens, and the score of replies if it was measured."""
         if not self._write:
             return
-        figure = new_figure(8, 5)
-        axes = figure.subplots()
-        curves: tuple[tuple[Kind, str, str], ...] = (("train", "training", "-"), ("eval", "validation", "o-"))
-        for kind, label, style in curves:
-            tokens, losses = ([row[name] for row in self._rows[kind]] for name in ("tokens", "loss"))
-            axes.plot(tokens, losses, style, label=label, linewidth=1, markersize=4)
-        axes.set(xlabel="tokens", ylabel="loss (nats a token)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        scored = [row for row in self._rows["eval"] if row.get("score") is not None]
-        if scored:
-            percent = axes.twinx()
-            title = f"score: {scored[0].get('metric', 'replies')}"
-            tokens, scores = [row["tokens"] for row in scored], [100 * row["score"] for row in scored]
-            percent.plot(tokens, scores, "s--", color="tab:green", label=title, linewidth=1, markersize=4)
-            percent.set(ylabel=f"{title} (%)", ylim=(-2, 102))
-            percent.legend(loc="center right")
-        with atomic_file(self._curve) as partial:
-            figure.savefig(partial, format="png", dpi=120)
+        draw_losses([("", self._rows["train"], self._rows["eval"])], self._curve)
 
     def close(self) -> None:
         """Flushes TensorBoard's files."""
@@ -165,8 +147,48 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
-def _read(file: Path) -> list[Row]:
-    """Returns the rows up to the first one that a killed process left half written.
+def draw_losses(
+    runs: Sequence[tuple[str, Sequence[Row], Sequence[Row]]],
+    file: Path,
+    axis: Literal["tokens", "updates"] = "tokens",
+    unit: str = "nats a token",
+    software: str | None = None,
+) -> None:
+    """Plots training and held-out losses of one run or of several, as a PNG file.
+
+    Args:
+        runs: The name, the "train" rows and the "eval" rows of each run; a single run may have an empty name.
+        file: The file, which is replaced.
+        axis: The field of the rows on the x axis.
+        unit: The unit of the losses.
+        software: The program that the file's metadata names; None for matplotlib.
+    """
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    for number, (name, train, held_out) in enumerate(runs):
+        for rows, label, style in ((train, "training", "-"), (held_out, "validation", "o-")):
+            several = {} if len(runs) == 1 else {"color": f"C{number}", "alpha": 0.4 if rows is train else 1.0}
+            x, losses = ([row[field] for row in rows] for field in (axis, "loss"))
+            if name:  # matplotlib hides labels that begin with "_", and reads text between "$" as formulas
+                label = f"{' ' * name.startswith('_')}{name}, {label}".replace("$", r"\$")
+            axes.plot(x, losses, style, label=label, linewidth=1, markersize=4, **several)
+    axes.set(xlabel=axis, ylabel=f"loss ({unit})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    scored = [row for row in runs[0][2] if row.get("score") is not None] if len(runs) == 1 else []
+    if scored:
+        percent = axes.twinx()
+        title = f"score: {scored[0].get('metric', 'replies')}"
+        x, scores = [row[axis] for row in scored], [100 * row["score"] for row in scored]
+        percent.plot(x, scores, "s--", color="tab:green", label=title, linewidth=1, markersize=4)
+        percent.set(ylabel=f"{title} (%)", ylim=(-2, 102))
+        percent.legend(loc="center right")
+    with atomic_file(file) as partial:
+        figure.savefig(partial, format="png", dpi=120, metadata=software and {"Software": software})
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Returns the rows of `metrics.jsonl` up to the first one that a killed process left half written.
 
     Raises:
         SlmError: When the file is damaged in another way.

@@ -43,6 +43,8 @@ _BEFORE_QAT = {"qat.precision": "none", "qat.start": 0.0}
 class TrainResult:
     """The result of a run. Losses are in nats per token, on the held-out text.
 
+    It stands for the path of the best checkpoint: `slm.export` and others accept it.
+
     Attributes:
         run: The directory of the run.
         checkpoint: The best checkpoint.
@@ -76,6 +78,14 @@ class TrainResult:
     elapsed_s: float
     peak_rss_mib: float
     processes: int
+
+    def __fspath__(self) -> str:
+        return str(self.checkpoint)
+
+    @property
+    def path(self) -> Path:
+        """The best checkpoint."""
+        return self.checkpoint
 
 
 def train(

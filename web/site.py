@@ -13,17 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slm.core.chat import Message, chat_ids, foreign_template, knows_turns
+from slm.core.chat import foreign_template, knows_turns
 from slm.core.checkpoint import INFO_FILE
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, read_json, read_text, sha256_file
 from slm.core.licence import NOTICE_FILE
 from slm.core.manifest import MANIFEST_FILE, Bundle, FileEntry
 from slm.core.outputs import check_output
-from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
+from slm.core.tokenizer import END_OF_TURN, START_OF_TURN, TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.version import __version__
 from slm.web.npm import HOME, packages, vendored
+from slm.web.turns import page_turns
 
 SITE_FILE = "site.json"
 WORKER_FILE = "sw.js"
@@ -33,8 +34,14 @@ VENDOR = "vendor"
 MODEL = "model"
 
 # The page itself; in mode `server` it needs only the first line of these.
-_SHELL = ("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js")
-_ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js")
+_SHELL = (
+    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js"),
+    *("conversation.js", "log.js", "results.js", "tools.js", "json.js"),
+)
+_ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js")
+# For models with a chat template of their own.
+_TEMPLATES = ("templated.js", "jinja.js")
+_JINJA = ("jinja.mjs", "jinja.LICENSE")
 _TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
 # onnxruntime-web's API, its loader and its WebAssembly, in a build without and a build with WebGPU.
 _RUNTIMES = {
@@ -148,14 +155,16 @@ def local_site(bundle: Bundle, name: str) -> Site:
     runtimes = {kind: _RUNTIMES[kind] for kind in ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))}
     needed = {*_TOKENIZERS, *(file for files in runtimes.values() for file in files)}
     tokenizer = Tokenizer.load(bundle.path)
+    turns = page_turns(tokenizer, bundle.stop_token_ids, _info(bundle))
+    rendered = turns is not None and turns["template"] is not None
+    needed |= set(_JINJA) if rendered else set()
     model = {f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle)}
     contents: dict[str, Content] = {
-        **_page(_SHELL + _ENGINE),
+        **_page(_SHELL + _ENGINE + (_TEMPLATES if rendered else ())),
         **{f"{VENDOR}/{file}": path for file, path in vendored(sorted(needed)).items()},
         **model,
         LICENCES_FILE: _licences(bundle, needed).encode(),
     }
-    turns = _turns(tokenizer)
     parts = ("api", "glue", "wasm")
     fields = {
         "mode": "local",
@@ -171,8 +180,10 @@ def local_site(bundle: Bundle, name: str) -> Site:
             "parameters": manifest.parameters,
             "stop_token_ids": list(bundle.stop_token_ids),
             "chat": turns is not None,
-            "system": turns == "system",
+            "system": turns is not None and turns["system"],
+            "tools": turns is not None and turns["prompts_with_tools"] is not None,
             "tuned": knows_turns(_info(bundle), tokenizer),
+            "turns": turns,
         },
     }
     return Site(fields, contents)
@@ -188,8 +199,8 @@ def server_site(bundle: Bundle, tokenizer: Tokenizer, name: str, *, key: bool, n
         key: Whether requests need an API key.
         new_tokens: Maximum new tokens of a completion.
     """
-    chat = foreign_template(tokenizer) is not None or _turns(tokenizer) is not None
-    model = {"chat": chat, "system": chat, "tuned": knows_turns(_info(bundle), tokenizer)}
+    chat = foreign_template(tokenizer) is not None or None not in map(tokenizer.token_id, (START_OF_TURN, END_OF_TURN))
+    model = {"chat": chat, "system": chat, "tools": chat, "tuned": knows_turns(_info(bundle), tokenizer)}
     return Site({"mode": "server", "name": name, "key": key, "new_tokens": new_tokens, "model": model}, _page(_SHELL))
 
 
@@ -213,33 +224,6 @@ def _needed(bundle: Bundle) -> list[str]:
 def _info(bundle: Bundle) -> dict[str, Any]:
     info = bundle.manifest.provenance.get(INFO_FILE)
     return info if isinstance(info, dict) else {}
-
-
-def _turns(tokenizer: Tokenizer) -> str | None:
-    """Returns "system" if the page's turns are the model's, "plain" if they are except for system texts, else None.
-
-    The page writes Gemma's turns and renders no templates, so another model's template must give the same ids.
-    """
-    asked: list[Message] = [{"role": "user", "content": "Who is there?"}]
-    answered: list[Message] = [*asked, {"role": "assistant", "content": "An owl, 3 years old."}, *asked]
-    told: list[Message] = [{"role": "system", "content": "Be brief."}, *asked]
-    config = {key: value for key, value in tokenizer.config.items() if key != "chat_template"}
-    ours = Tokenizer(tokenizer.backend, config)
-    try:
-        if foreign_template(tokenizer) is None:
-            chat_ids(ours, asked)
-            return "system"
-        same = [_ids(tokenizer, each) == chat_ids(ours, each) for each in (asked, answered, told)]
-    except SlmError:  # no turn tokens, or an unusable template
-        return None
-    return ("system" if same[2] else "plain") if all(same[:2]) else None
-
-
-def _ids(tokenizer: Tokenizer, messages: Any) -> list[int] | None:
-    try:
-        return chat_ids(tokenizer, messages)
-    except SlmError:
-        return None
 
 
 def _licences(bundle: Bundle, names: set[str]) -> str:

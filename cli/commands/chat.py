@@ -56,9 +56,18 @@ class _Quit(Exception):
     metavar="FILE.py|FILE.json",
     help="Tools that the model may call: the functions of a .py file, which is executed, or declarations in JSON.",
 )
+@click.option(
+    "--tool-choice",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|required|NAME",
+    help="Whether an answer may call tools, must not, must, or must call the tool NAME. Answers to results may be text.",
+)
 @json_option
 @generation_options
-def chat(model: Path | None, system: str, tools: Path | None, as_json: bool, options: TextOptions) -> None:
+def chat(
+    model: Path | None, system: str, tools: Path | None, tool_choice: str, as_json: bool, options: TextOptions
+) -> None:
     """Chat with a bundle (onnxruntime) or a checkpoint (PyTorch) that was fine-tuned on conversations.
 
     Without MODEL, uses the newest finished model under ./runs, or the bundled demo model if there is none. Every request
@@ -68,18 +77,27 @@ def chat(model: Path | None, system: str, tools: Path | None, as_json: bool, opt
     --json every answer is one object.
 
     With --tools the model may call tools. The functions of a .py file need type hints and docstrings; their calls are made, and
-    the model reads the results. For declarations in JSON (OpenAI's list of tools) the next lines are the results.
+    the model reads the results. For declarations in JSON (OpenAI's list of tools) the next lines are the results. The arguments
+    of calls follow the schemas of the tools if llguidance is installed, as in slm serve.
 
     \b
       slm chat runs/tiny/onnx-int8
       slm chat --system "Be brief." --temperature 0.3
       printf 'Hi.\\nTell me more.\\n' | slm chat --greedy
       slm chat --tools home.py
+      slm chat --tools home.py --tool-choice required
     """
-    converse(model, system, as_json, options, tools)
+    converse(model, system, as_json, options, tools, tool_choice)
 
 
-def converse(model: Path | None, system: str, as_json: bool, options: TextOptions, tools: Path | None = None) -> None:
+def converse(
+    model: Path | None,
+    system: str,
+    as_json: bool,
+    options: TextOptions,
+    tools: Path | None = None,
+    tool_choice: str = "auto",
+) -> None:
     """Talks with a model until the input ends.
 
     Args:
@@ -88,13 +106,18 @@ def converse(model: Path | None, system: str, as_json: bool, options: TextOption
         as_json: Whether each answer is printed as a JSON object.
         options: The options for running the model and sampling.
         tools: A file of tools that the model may call; None for none.
+        tool_choice: "auto", "none", "required", or the name of a tool.
     """
     from slm.loading import load
     from slm.runtime.chat import Chat
     from slm.runtime.functions import Toolbox, load_tools
+    from slm.runtime.tool_choice import check_choice
 
     return_freed_memory()
-    box = None if tools is None else load_tools(tools.expanduser())
+    box = Toolbox() if tools is None else load_tools(tools.expanduser())
+    check_choice(tool_choice, box.tools)
+    if tool_choice == "none":
+        box = Toolbox()
     path = model or default_model()
     loaded = load(path, adapter=options.adapter, **options.loading)
     say_backend(path, loaded.decoder, options.loading)
@@ -104,10 +127,19 @@ def converse(model: Path | None, system: str, as_json: bool, options: TextOption
         )
     generation: GenerationOptions = {**options.generation}
     seed = generation.pop("seed")  # the conversation's: each answer has its own
-    conversation = Chat(loaded, utf8(system, "system's text"), seed=seed, draft_tokens=options.draft, tools=box)
+    conversation = Chat(
+        loaded,
+        utf8(system, "system's text"),
+        seed=seed,
+        draft_tokens=options.draft,
+        tools=box,
+        tool_choice=tool_choice,
+    )
+    if conversation.unconstrained:
+        say(f"note: calls may not follow the schemas of the tools: {conversation.unconstrained}")
     if generation["temperature"] > 0:
         say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
-    talk = _Talk(conversation, generation, as_json, box or Toolbox())
+    talk = _Talk(conversation, generation, as_json, box)
     with suppress(_Quit):
         if sys.stdin.isatty():
             _read_terminal(talk)

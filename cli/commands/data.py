@@ -14,7 +14,6 @@ from slm.cli.options import (
     FilePath,
     Whole,
     Word,
-    check_tokenizer,
     collects,
     column_option,
     document_option,
@@ -25,6 +24,7 @@ from slm.cli.suggesting import Suggesting
 from slm.core.machine import MAX_THREADS
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
+from slm.steps.training import check_tokenizer
 
 if TYPE_CHECKING:
     from slm.train.data.corpus import Corpus
@@ -217,7 +217,7 @@ def info(dataset: Path, check: bool, as_json: bool) -> None:
 
 def _training_on(path: Path) -> str:
     """Returns the command that trains on a dataset, with the settings that the default recipe needs for it."""
-    from slm.cli.commands.train import fitting_recipe
+    from slm.steps.training import fitting_recipe
     from slm.train.data.dataset import open_dataset
     from slm.train.data.tokenizer import is_choice, vocabulary_for
     from slm.train.recipe import load_recipe

@@ -1,15 +1,14 @@
 """`slm finetune`: trains an adapter, or all weights, on a file of rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from slm.cli.choosing import default_base
-from slm.cli.console import RichProgress, one_line, print_json, print_lines, print_table
+from slm.cli.calling import call
+from slm.cli.console import one_line, print_json, print_lines, print_table
 from slm.cli.following import after_adapter, after_checkpoint, next_step
 from slm.cli.options import (
     REPLACING,
@@ -19,107 +18,22 @@ from slm.cli.options import (
     Percentage,
     Real,
     Whole,
-    check_input,
-    collects,
     document_option,
     json_option,
     out_option_for,
     qat_option,
     seed_option,
 )
-from slm.core.errors import SlmError
+from slm.core.artifacts import kind_of
 from slm.core.metrics.intervals import Interval, score_text
 from slm.core.metrics.scoring import METRICS
-from slm.core.outputs import check_writable
-from slm.core.runs import RUNS, run_of
 from slm.core.task import METRICS as METRIC_NAMES
-from slm.core.text.files import bare_name
 
 if TYPE_CHECKING:
-    from slm.finetune.preparation import RowFiles
     from slm.finetune.run import FinetuneResult
     from slm.finetune.samples import Sample
-    from slm.finetune.settings import FinetuneSettings
 
 _FILE = FilePath()
-# Options of adapters only.
-_OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """The files of rows, one of which decides what is trained, and how they are read."""
-
-    lora: Path | None
-    full: Path | None
-    validation: Path | None
-    hold_out: float | None
-    skip_bad: bool
-    max_document_bytes: int | None
-    max_data_bytes: int | None
-
-    @property
-    def data(self) -> Path:
-        """The training rows.
-
-        Raises:
-            click.UsageError: Unless one of --lora and --full is given.
-        """
-        data = self.lora or self.full
-        if data is None or (self.lora is not None and self.full is not None):
-            raise click.UsageError("give --lora FILE or --full FILE")
-        return data
-
-    def files(self) -> "RowFiles":
-        """Returns the files as the fine-tuning takes them."""
-        from slm.finetune.preparation import RowFiles
-        from slm.finetune.rows import Limits
-
-        limits = Limits.checked(self.max_document_bytes, self.max_data_bytes)
-        return RowFiles(self.data, self.validation, self.hold_out, self.skip_bad, limits)
-
-
-@dataclass(frozen=True)
-class OutputOptions:
-    """The place of the result."""
-
-    out: Path | None
-    name: str | None
-    overwrite: bool
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Hyperparameters, as on the command line."""
-
-    rank: int
-    alpha: int
-    rslora: bool
-    dora: bool
-    dropout: float
-    targets: str | None
-    learning_rate: float | None
-    epochs: int | None
-    patience: int
-    keep: str
-    metric: str | None
-    metric_rows: int
-    batch_size: int | None
-    pack: bool
-    max_length: int | None
-    qat: str | None
-    beta: float
-    seed: int
-
-    def settings(self, method: str) -> "FinetuneSettings":
-        """Returns the hyperparameters of a method, "lora" or "full"."""
-        from slm.finetune.settings import FinetuneSettings
-
-        fields = asdict(self) | {"method": method, "patience": self.patience or None, "qat": self.qat or "none"}
-        targets = fields.pop("targets")
-        if targets is not None:
-            fields["target_modules"] = [each.strip() for each in targets.split(",")]
-        return FinetuneSettings.checked(**fields)
 
 
 @click.command(epilog=REPLACING)
@@ -133,7 +47,6 @@ class TrainingOptions:
 )
 @click.option(
     "--val",
-    "validation",
     type=_FILE,
     metavar="FILE",
     help="Held-out rows, on which the loss is measured.",
@@ -243,18 +156,7 @@ class TrainingOptions:
 )
 @seed_option
 @json_option
-@collects("rows", RowOptions)
-@collects("output", OutputOptions)
-@collects("training", TrainingOptions)
-def finetune(
-    base: Path | None,
-    teacher: Path | None,
-    rows: RowOptions,
-    output: OutputOptions,
-    training: TrainingOptions,
-    samples: int,
-    as_json: bool,
-) -> None:
+def finetune(as_json: bool, **options: Any) -> None:
     """Fine-tune a checkpoint: train a LoRA adapter, or all weights into a new checkpoint.
 
     FILE is JSON lines, a JSON array, CSV with a header, Parquet or text, optionally compressed, or a directory of them.
@@ -266,6 +168,7 @@ def finetune(
       {"instruction": "Name a colour.", "output": "Blue."}       with "input" if it needs one
       {"prompt": "The sky is", "completion": " blue."}
       {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}     trained with DPO, against the base
+      {"prompt": "The sky is"}     with --teacher, which writes the answer
       {"text": "Once upon a time there was a blue sky."}
 
     The loss covers every assistant turn (unless its "weight" is 0), the output, the completion or the whole text, and the
@@ -277,58 +180,20 @@ def finetune(
       slm export --onnx --adapter RUN/adapters/pairs       merges it and exports
       slm finetune --full pairs.jsonl                      -> runs/RUN-pairs/checkpoint/best
     """
-    _check(rows, output, training)
-    base = base or default_base()
-    full = rows.full is not None
-    out = output.out
-    if out is None:
-        out = _place(base, _checked(bare_name(rows.data) if output.name is None else output.name), full=full)
-    check_writable(out)
+    from slm.steps.finetuning import finetune as run
 
-    from slm.finetune.run import finetune as run
-
-    settings = training.settings("full" if full else "lora")
-    overwrite = output.overwrite
-    result = run(
-        base, rows.files(), out, settings, RichProgress(), overwrite=overwrite, samples=samples, teacher=teacher
-    )
-    _report(result, settings, as_json)
+    _report(call(run, **options), options["keep"], as_json)
 
 
-def _check(rows: RowOptions, output: OutputOptions, training: TrainingOptions) -> None:
-    """Checks the options against each other, and that the files exist, before anything is loaded.
-
-    Raises:
-        click.UsageError: If options contradict each other.
-        SlmError: If a file is missing or unreadable.
-    """
-    if rows.validation is not None and rows.hold_out is not None:
-        raise click.UsageError("give --val FILE or --hold-out SHARE, not both")
-    data, source = rows.data, click.get_current_context().get_parameter_source
-    if output.out is not None and output.name is not None:
-        raise click.UsageError("give --out DIR or --name NAME, not both")
-    if training.keep == "last" and training.patience and source("patience") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--patience requires --keep best: --keep last trains all epochs")
-    if training.metric is None and source("metric_rows") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--metric-rows requires --metric")
-    if rows.full is not None:
-        given = [option for option in _OF_ADAPTERS if source(option) is ParameterSource.COMMANDLINE]
-        if given:
-            raise click.UsageError(f"--{given[0]} is an option of adapters, and --full trains none")
-    for each in (data, rows.validation):
-        if each is not None:
-            check_input(each, "fine-tuning data")
-
-
-def _report(result: "FinetuneResult", settings: "FinetuneSettings", as_json: bool) -> None:
-    lora = settings.method == "lora"
+def _report(result: "FinetuneResult", keep: str, as_json: bool) -> None:
+    lora = kind_of(result.made) == "adapter"
     made = "adapter" if lora else "checkpoint"
     following = after_adapter(result.made) if lora else after_checkpoint(result.made)
     if as_json:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
         print_json({made: report.pop("made"), **report, "next": following})
         return
-    print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), settings.keep))
+    print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), keep))
     _show(result.samples)
     next_step(following)
 
@@ -384,18 +249,3 @@ def _why(result: Mapping[str, Any], keep: str) -> str:
     return "the last" + (
         "" if result["best_epoch"] == result["kept_epoch"] else f" (the best was {result['best_epoch']})"
     )
-
-
-def _place(base: Path, name: str, *, full: bool) -> Path:
-    """Returns the default output: a directory in the base's run for an adapter, a new run for a checkpoint."""
-    run = run_of(base)
-    if not full:
-        return run / "adapters" / name
-    return RUNS / f"{run.name if run.parent == RUNS else base.resolve().name}-{name}"
-
-
-def _checked(name: str) -> str:
-    """Returns a name after checking that it is a single path component."""
-    if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
-        raise SlmError(f"{name!r} cannot name an adapter", "a name has no / in it and does not begin with a dot")
-    return name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from slm.cli.commands.export import base_of
+from slm.cli.choosing import base_of
 from slm.cli.console import RichProgress, print_json, say
 from slm.cli.following import after_checkpoint, next_step
 from slm.cli.options import REPLACING, Artifact, FilePath, Real, adapter_type, collects, json_option, overwrite_option

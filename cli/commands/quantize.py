@@ -1,11 +1,10 @@
 """`slm quantize`."""
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from slm.cli.choosing import default_bundle
-from slm.cli.console import RichProgress, say
+from slm.cli.calling import call
 from slm.cli.options import (
     REPLACING,
     Artifact,
@@ -14,17 +13,12 @@ from slm.cli.options import (
     Real,
     Share,
     Whole,
-    collects,
     column_option,
     document_option,
     json_option,
     out_option_for,
 )
-from slm.cli.quantize_options import SettingOptions, TaskOptions, TextOptions, check_apart
 from slm.cli.quantize_report import print_report, print_sweep
-from slm.core.errors import SlmError
-from slm.core.manifest import Bundle, sealed_files
-from slm.core.outputs import check_output
 from slm.core.task import METRICS
 from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS, REFINE_TOKENS
 
@@ -112,17 +106,7 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS, REF
 @click.option("--limit", type=Whole(1), metavar="N", help="With --task: number of rows to use. [default: all]")
 @out_option_for("bundle", "BUNDLE-int8, BUNDLE-int4 and so on")
 @json_option
-@collects("options", SettingOptions)
-@collects("texts", TextOptions)
-@collects("task", TaskOptions)
-def quantize(
-    bundle: Path | None,
-    options: SettingOptions,
-    texts: TextOptions,
-    task: TaskOptions,
-    out: Path | None,
-    as_json: bool,
-) -> None:
+def quantize(int8: bool, int8_dynamic: bool, int4: bool, sweep: bool, as_json: bool, **options: Any) -> None:
     """Quantize a float32 bundle, or a float16 bundle for CUDA, and check its quality.
 
     The default BUNDLE is the newest float32 bundle in ./runs. Settings are chosen on a calibration text, and quality is
@@ -143,37 +127,15 @@ def quantize(
 
     docs/quantization.md compares the settings.
     """
-    if options.sweep and task.task is not None:
-        raise SlmError("--sweep does not support --task", "omit --task, or quantize with one setting")
-    bundle = bundle or default_bundle(to_quantize=True)
-    target = out or bundle.with_name(f"{bundle.name}-{options.ending}")
-    if target.resolve() == bundle.resolve():
-        raise SlmError(f"{target} is the bundle to quantize and cannot be overwritten", "choose another --out")
-    check_output(target, {"sweep.json", "sweep.html"} if options.sweep else sealed_files(target))
-    source = Bundle.open(bundle)
-    check_apart(texts, task)
-    check = task.check(source)
-    own = texts.own_rows(source, check)
-    text = texts.for_evaluation(source, own)
-    if text.rows.shape[1] <= source.config.sliding_window:
-        say(
-            f"warning: the text has rows of {text.rows.shape[1]} tokens, which do not exceed the sliding window of "
-            f"{source.config.sliding_window}"
-        )
-    if options.sweep:
-        from slm.quantize.sweep import run_sweep
+    if int8 + int8_dynamic + int4 + sweep != 1:
+        raise click.UsageError("choose one of --int8, --int8-dynamic, --int4 and --sweep")
+    from slm.steps import quantizing
 
-        calibration = {precision: texts.for_calibration(source, precision, own) for precision in CALIBRATION_TOKENS}
-        print_sweep(run_sweep(source, target, text, calibration, RichProgress()), target, bundle, as_json)
+    options |= {name: None if options[name] is None else int(options[name]) for name in ("block_size", "head_bits")}
+    if sweep:
+        found = call(quantizing.sweep, given=options)
+        print_sweep(found.sweep, found.path, found.source, as_json)
         return
-    from slm.quantize.make import quantize_bundle
-    from slm.quantize.settings import check_source
-
-    settings, on_text = options.settings(), texts.for_calibration(source, options.precision, own)
-    check_source(source, settings)
-    if source.manifest.device != "cpu":
-        say("Quality is measured on the CPU.")
-    say(f"Calibrating on {on_text.name}; measuring on {text.name}.")
-    refinement = options.refinement(source, texts, own)
-    made, report = quantize_bundle(source, target, text, settings, RichProgress(), on_text, check, refinement)
-    print_report(made, report, as_json)
+    precision = "int4" if int4 else "int8-dynamic" if int8_dynamic else "int8"
+    result = call(quantizing.quantize, precision=precision, **options)
+    print_report(result.bundle, result.report, as_json)

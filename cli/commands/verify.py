@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from slm.cli.choosing import default_bundle
-from slm.cli.commands.export import source_checkpoint
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import after_bundle, next_step
 from slm.cli.options import Artifact, adapter_type, allow_slow_option, json_option, trust_option
 from slm.core.checkpoint import is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
+from slm.steps.exporting import source_checkpoint
 
 if TYPE_CHECKING:
     from slm.export.verify import Verification
@@ -69,7 +69,7 @@ def verify(
     from slm.export.verify import record_parity, verify_bundle
 
     started = time.perf_counter()
-    with source_checkpoint(against, adapter) as checkpoint:
+    with source_checkpoint(against, adapter, say) as checkpoint:
         found = verify_bundle(opened, checkpoint, RichProgress(), device, allow_slow)
     seconds = time.perf_counter() - started
     recorded = record_parity(opened, found)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -47,8 +47,8 @@ def load(
         model = slm.load("tiny/checkpoint/best") # a checkpoint, which PyTorch runs; ./runs need not be named
 
     Args:
-        path: A bundle or a checkpoint. None takes the newest under ./runs, as commands do, or the bundled demo model if there
-            is none; `model.about.path` is its path.
+        path: A bundle or a checkpoint, or a result of `slm.train`, `slm.export` or `slm.quantize`. None takes the newest under
+            ./runs, as commands do, or the bundled demo model if there is none; `model.about.path` is its path.
         device: "cpu" or "cuda".
         cuda_graph: On CUDA, record the kernel launches of a single-token step once and replay them (docs/generation.md).
             Requires a bundle exported with `--device cuda`.
@@ -166,7 +166,7 @@ def _info(made: object, options: LoadOptions) -> dict[str, Any]:
 def _resolved(path: str | PathLike[str] | None) -> Path:
     """Returns the artifact of a name; the newest for None."""
     if path is not None:
-        return resolve(str(path), ("checkpoint", "bundle"))[0]
+        return resolve(fspath(path), ("checkpoint", "bundle"))[0]
     choice = newest_model()
     return shipped.model_path() if choice is None else choice.artifact.path
 

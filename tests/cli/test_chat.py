@@ -119,7 +119,7 @@ def test_nothing_piped_in_is_no_conversation(piped: Slm) -> None:
 
 
 def test_the_options_are_those_of_generate(piped: Slm) -> None:
-    own = {"model", "system", "tools", "as_json"}
+    own = {"model", "system", "tools", "tool_choice", "as_json"}
     theirs = {"models", "ensemble", "prompt", "instruct", "as_json", "logprobs"}
     options = {option.name: option for option in chat.params if option.name not in own}
     for option in generate.params:

@@ -79,9 +79,20 @@ def test_passes_become_updates_when_the_text_is_prepared(slm: Slm, stories: list
     assert guessed["text_tokens"] != fields["text_tokens"]  # by its size
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mistaken")
+
+
 @pytest.fixture
-def mistaken(slm: Slm, stories: list[str]) -> None:
-    """Texts, a dataset with a vocabulary larger than that of `tiny`, a tokenizer, and directories that are taken."""
+def mistaken(slm: Slm, stories: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts, a dataset with a vocabulary larger than that of `tiny`, a tokenizer, and directories that are taken.
+
+    The tests share them, and must not change them.
+    """
+    monkeypatch.chdir(home)
+    if any(home.iterdir()):
+        return
     for name, text in (("text.txt", stories[:80]), ("valid.txt", stories[80:90]), ("short.txt", ["A fox."])):
         Path(name).write_text("\n<|endoftext|>\n".join(text), encoding="utf-8")
     Path("doubtful.txt").write_text(" fox" * 126, encoding="utf-8")

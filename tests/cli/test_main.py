@@ -172,8 +172,8 @@ def test_help_is_quick() -> None:
 
 
 def test_threads_spin_only_briefly_unless_told_otherwise() -> None:
-    def spins(**environment: str) -> str:
-        program = "import os, slm.cli.main; print(os.environ.get('GOMP_SPINCOUNT'))"
+    def spins(program: str = "import slm.cli.main", **environment: str) -> str:
+        program = f"import os\n{program}\nprint(os.environ.get('GOMP_SPINCOUNT'))"
         base = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
         done = subprocess.run(
             [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=base | environment
@@ -183,3 +183,6 @@ def test_threads_spin_only_briefly_unless_told_otherwise() -> None:
     assert spins() == "5000"
     assert spins(GOMP_SPINCOUNT="7") == "7"
     assert spins(OMP_WAIT_POLICY="ACTIVE") == "None"
+    call = "import slm\ntry:\n    slm.finetune()\nexcept slm.SlmError:\n    pass"
+    assert spins(call) == "5000"  # in Python too, before PyTorch is imported
+    assert spins("import slm") == "None"

@@ -34,7 +34,7 @@ NAMES = {
 }
 ONLY = "core/child.py"
 # A child of `core/child.py` that tries each schema in a copy of itself, which starts no interpreter.
-FORKS = {"serve/schema_check.py": ["os.fork"]}
+FORKS = {"runtime/schema_check.py": ["os.fork"]}
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,8 @@ def imports(home: str) -> set[str]:
 
 def test_a_server_without_its_extra_says_which() -> None:
     """Whichever of its packages is imported first."""
-    needed = imports("serve") - imports("runtime") - imports("core") - {"pydantic_core"}
+    needed = imports("serve") | {"llguidance"}  # which `slm.runtime.constraint` imports
+    needed -= (imports("runtime") - {"llguidance"}) | imports("core") | {"pydantic_core"}
     assert {"fastapi", "starlette", "uvicorn", "h11", "llguidance"} <= needed
     assert {name: EXTRAS.get(name) for name in needed} == dict.fromkeys(needed, "serve")
     for name in ("starlette", "h11"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slm.core.config import FULL, SLIDING, ModelConfig, RopeParameters
 from slm.core.nn import CausalLM, KVCache
 
-drawn_models = pytest.mark.examples(few=20, many=200)
+drawn_models = pytest.mark.examples(few=8, many=200)
 
 # Two float32 implementations that add in another order, in units of the largest logit where that passes 1. Of 1,500
 # random models all but one were within 1e-5; the worst are as far from float64 as transformers is.

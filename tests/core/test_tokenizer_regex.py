@@ -101,7 +101,7 @@ def _seconds(expression: str, length: int) -> float:
     return worst
 
 
-@pytest.mark.examples(few=300, many=6000)
+@pytest.mark.examples(few=100, many=6000)
 def test_drawn_expressions_that_pass_run_in_linear_time(examples: int) -> None:
     generator = random.Random(examples)
     passed = 0

@@ -205,7 +205,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("kernels")
 def test_compiled_kernels_give_the_same_losses(config: ModelConfig, make_model: MakeModel) -> None:

@@ -151,7 +151,7 @@ def size(directory: Path) -> int:
     return sum(path.lstat().st_size for path in directory.rglob("*") if not path.is_dir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_there_is_no_torch_in_it(image: Path) -> None:
     packages = {path.name for path in (image / "opt/slm").glob("lib/python3.*/site-packages/*")}
     assert {"onnxruntime", "fastapi", "uvicorn", "llguidance", "slm"} <= packages
@@ -200,7 +200,7 @@ def server(image: Path, instructions: list[Instruction]) -> Iterator[tuple[str, 
     started.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_it_starts_answers_and_stops(
     server: tuple[str, subprocess.Popen[str]], instructions: list[Instruction]
 ) -> None:

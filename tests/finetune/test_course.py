@@ -88,7 +88,7 @@ def test_the_epoch_that_is_kept(shared_checkpoint: Path, write_rows: WriteRows, 
     assert result.best_epoch == losses.index(min(losses[1:])) < 12
     assert len(losses) == (13 if keep == "last" else result.best_epoch + 3 + 1)  # patience
     assert result.kept_epoch == (12 if keep == "last" else result.best_epoch)
-    assert result.loss_after == losses[result.kept_epoch]
+    assert (result.loss_before, result.loss_after) == (losses[0], losses[result.kept_epoch])
     kept = load_adapter(load_checkpoint(shared_checkpoint), Path("out")).get_base_model()
     renderer = Renderer(Tokenizer.load(shared_checkpoint), load_checkpoint(shared_checkpoint).config)
     held_out = [renderer.example(row) for row in read_rows(unlikely)]
@@ -96,24 +96,22 @@ def test_the_epoch_that_is_kept(shared_checkpoint: Path, write_rows: WriteRows, 
     assert read_info(Path("out"))["settings"]["keep"] == keep
 
 
-@pytest.mark.parametrize("update", [3, 7, 10])
-def test_the_last_epoch_is_the_same_after_an_interruption(
-    shared_checkpoint: Path, write_rows: WriteRows, update: int
-) -> None:
+def test_the_last_epoch_is_the_same_after_an_interruption(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data, settings = write_rows(ROWS), QUICK.model_copy(update={"keep": "last", "dropout": 0.1})
-    whole, parts = Notes(), Notes()
+    whole = Notes()
     finetune(shared_checkpoint, data, Path("whole"), settings, whole)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("parts"), settings, Stopper(update))
-    finetune(shared_checkpoint, data, Path("parts"), settings, parts)
-    for name in (ADAPTER_WEIGHTS_FILE, "metrics.jsonl"):
-        assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
-    for field in ("samples", "held_out", "held_out_rows"):
-        assert read_info(Path("whole"))[field] == read_info(Path("parts"))[field]
-    # The train loss of an epoch that was interrupted is that of all its updates.
-    assert [note for note in parts.lines if note.startswith("epoch ")] == [
-        note for note in whole.lines if note.startswith("epoch ")
-    ][-sum(note.startswith("epoch ") for note in parts.lines) :]
+    for update in (3, 7, 10):
+        out, parts = Path(f"parts-{update}"), Notes()
+        with pytest.raises(KeyboardInterrupt):
+            finetune(shared_checkpoint, data, out, settings, Stopper(update))
+        finetune(shared_checkpoint, data, out, settings, parts)
+        for name in (ADAPTER_WEIGHTS_FILE, "metrics.jsonl"):
+            assert (out / name).read_bytes() == Path("whole", name).read_bytes()
+        for field in ("samples", "held_out", "held_out_rows"):
+            assert read_info(out)[field] == read_info(Path("whole"))[field]
+        # The train loss of an epoch that was interrupted is that of all its updates.
+        lines = [note for note in parts.lines if note.startswith("epoch ")]
+        assert lines and lines == [note for note in whole.lines if note.startswith("epoch ")][-len(lines) :]
 
 
 def test_a_run_whose_rows_were_split_otherwise_is_not_gone_on_with(
@@ -192,7 +190,7 @@ def test_the_samples_are_what_the_result_answers(
         epochs=60, batch_size=3, learning_rate=2e-2 if method == "lora" else 5e-3, method=method
     )
     result = finetune(Path("base"), write_rows(rows), Path("out"), settings)
-    assert result.loss_after < 0.1
+    assert result.loss_before > 4 and result.loss_after < 0.1
     found = {sample.prompt: sample for sample in result.samples}
     assert found.keys() == {"And now?", "The sky is", "Say one."}
     for prompt, wanted in (("And now?", "Goodbye."), ("The sky is", "blue."), ("Say one.", "One!")):

@@ -16,7 +16,7 @@ from slm.core.checkpoint import read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import sha256_file
-from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.nn import load_checkpoint
 from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
@@ -25,7 +25,7 @@ from slm.finetune.examples import Example, Renderer
 from slm.finetune.merge import merge, merged_checkpoint
 from slm.finetune.preparation import RowFiles
 from slm.finetune.rows import ChatRow, read_rows
-from slm.finetune.run import FinetuneResult, finetune
+from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings, default_epochs, default_learning_rate
 from tests.progress import Notes, Stopper
 
@@ -50,21 +50,9 @@ def nothing_half_written(tmp_path: Path) -> Iterator[None]:
     assert not [path for path in tmp_path.rglob(".*")]
 
 
-def test_one_batch_can_be_learned_by_heart(
-    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, write_rows: WriteRows
-) -> None:
-    model = make_model(config)
-    # The shared checkpoint's small embedding bounds every logit, and with them the loss from below, at 2.3.
-    model.model.embed_tokens.weight.data *= 20
-    save_checkpoint(Path("base"), model, tokenizer, {})
-    settings = FinetuneSettings(epochs=60, batch_size=4, learning_rate=2e-2)
-    result = finetune(Path("base"), write_rows(PAIRS[:4]), Path("out"), settings)
-    assert result.validation_rows == 0 and result.rows == 4
-    assert result.loss_before > 4 and result.loss_after < 0.1
-
-
 def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data, out = write_rows(PAIRS), Path("deep/er/out")
+    before = sha256_file(shared_checkpoint / "model.safetensors")
     result = finetune(shared_checkpoint, RowFiles(data, hold_out=0.1), out, QUICK)
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert (result.rows, result.validation_rows, result.epochs, result.updates) == (9, 1, 2, 6)
@@ -72,7 +60,7 @@ def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_row
     assert result.loss_after < result.loss_before
 
     info = read_info(out)
-    assert info["base"]["weights_sha256"] == sha256_file(shared_checkpoint / "model.safetensors")
+    assert info["base"]["weights_sha256"] == before == sha256_file(shared_checkpoint / "model.safetensors")
     assert info["data"] == {"path": str(data), "sha256": sha256_file(data)}
     assert info["metrics"]["loss_after"] == result.loss_after
     (number,) = info["held_out_rows"]
@@ -116,29 +104,6 @@ def test_turn_tokens_are_trained_with_instructions_alone(shared_checkpoint: Path
     assert sizes[1] - sizes[0] == 2 * 64
     base, tuned = (merge(shared_checkpoint, Path("turns")), load_checkpoint(shared_checkpoint))
     assert not torch.equal(base.lm_head.weight[1:3], tuned.lm_head.weight[1:3])
-
-
-def test_the_base_is_left_as_it_was(shared_checkpoint: Path, write_rows: WriteRows) -> None:
-    before = sha256_file(shared_checkpoint / "model.safetensors")
-    finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK)
-    assert sha256_file(shared_checkpoint / "model.safetensors") == before
-
-
-def test_the_best_epoch_is_kept(shared_checkpoint: Path, write_rows: WriteRows) -> None:
-    # Held out: what learning makes less likely.
-    learned = [{"prompt": "a", "completion": "b" * 20}]
-    unlikely = write_rows([{"prompt": "a", "completion": "z" * 20}], "held-out.jsonl")
-    settings = FinetuneSettings(epochs=20, learning_rate=2e-2)
-    result = finetune(shared_checkpoint, RowFiles(write_rows(learned), unlikely), Path("out"), settings)
-    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["type"] == "eval"]
-    assert result.loss_before == losses[0]
-    assert result.loss_after == min(losses[1:]) == losses[result.best_epoch]
-    assert losses[-1] > result.loss_after
-    kept = load_adapter(load_checkpoint(shared_checkpoint), Path("out")).get_base_model()
-    assert mean_loss(kept, held_out_examples(shared_checkpoint, unlikely), 1) == pytest.approx(
-        result.loss_after, abs=1e-5
-    )
 
 
 def test_a_validation_file_leaves_all_rows_to_training(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -216,20 +181,21 @@ def bytes_made(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("update", [1, 3, 4])  # within the first epoch, at its end, and after it
 def test_interrupted_and_gone_on_with_is_uninterrupted(
-    shared_checkpoint: Path, write_rows: WriteRows, method: str, update: int
+    shared_checkpoint: Path, write_rows: WriteRows, method: str
 ) -> None:
     data, settings = write_rows(PAIRS), QUICK.model_copy(update=METHODS[method])
     finetune(shared_checkpoint, data, Path("whole"), settings)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("parts"), settings, Stopper(update))
-    assert [path.name for path in Path("parts").iterdir()] == ["trainer"]
-    heard = Notes()
-    result = finetune(shared_checkpoint, data, Path("parts"), settings, heard)
-    assert f"going on after update {update}, as saved in parts" in heard.lines
-    assert result.updates == 6
-    assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
+    for update in (1, 3, 4):  # within the first epoch, at its end, and after it
+        parts = Path(f"parts-{update}")
+        with pytest.raises(KeyboardInterrupt):
+            finetune(shared_checkpoint, data, parts, settings, Stopper(update))
+        assert [path.name for path in parts.iterdir()] == ["trainer"]
+        heard = Notes()
+        result = finetune(shared_checkpoint, data, parts, settings, heard)
+        assert f"going on after update {update}, as saved in {parts}" in heard.lines
+        assert result.updates == 6
+        assert bytes_made(parts) == bytes_made(Path("whole")), update
 
 
 class Killed(Silent):
@@ -261,17 +227,18 @@ def test_a_run_that_was_killed_goes_on_from_what_was_saved_last(
     assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
 
 
-@pytest.mark.parametrize("lost", ["optimizer", "weights"])
-def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: WriteRows, lost: str) -> None:
+def test_going_on_needs_all_that_was_saved(shared_checkpoint: Path, write_rows: WriteRows) -> None:
     data = write_rows(PAIRS)
     finetune(shared_checkpoint, data, Path("whole"), QUICK)
     with pytest.raises(KeyboardInterrupt):
-        finetune(shared_checkpoint, data, Path("parts"), QUICK, Stopper(3))
-    file = Path("parts/trainer", f"{lost}.safetensors")
-    tensors = safetensors.torch.load_file(file)
-    safetensors.torch.save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, file)
-    finetune(shared_checkpoint, data, Path("parts"), QUICK)
-    assert bytes_made(Path("parts")) != bytes_made(Path("whole"))
+        finetune(shared_checkpoint, data, Path("cut"), QUICK, Stopper(3))
+    for lost in ("optimizer", "weights"):
+        parts = Path(shutil.copytree("cut", f"without-{lost}"))
+        file = parts / "trainer" / f"{lost}.safetensors"
+        tensors = safetensors.torch.load_file(file)
+        safetensors.torch.save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, file)
+        finetune(shared_checkpoint, data, parts, QUICK)
+        assert bytes_made(parts) != bytes_made(Path("whole")), lost
 
 
 def test_an_interrupted_run_of_other_values_is_not_gone_on_with(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -297,28 +264,23 @@ def test_a_damaged_state_is_named(shared_checkpoint: Path, write_rows: WriteRows
     finetune(shared_checkpoint, data, Path("out"), QUICK, overwrite=True)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"epoch": {"": {}}, "updates": 0, "tokens": 0, "loss": 1.0}, "no whole number as 'epoch'"),
-        ({"updates": 0, "tokens": 0, "loss": 1.0}, "no whole number as 'epoch'"),
-        ({"epoch": 0, "updates": 0.5, "tokens": 0, "loss": 1.0}, "no whole number as 'updates'"),
-        ({"epoch": 0, "updates": 0, "tokens": -1, "loss": 1.0}, "no whole number as 'tokens'"),
-        ({"epoch": 0, "updates": 0, "tokens": 0, "loss": "low"}, "no number as 'loss'"),
-        ({"epoch": 7, "updates": 0, "tokens": 0, "loss": 1.0}, "best_epoch: was not measured"),
-    ],
-)
-def test_a_damaged_history_is_named(
-    shared_checkpoint: Path, write_rows: WriteRows, row: dict[str, Any], message: str
-) -> None:
-    data = write_rows(PAIRS)
+def test_a_damaged_history_is_named(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data, file = write_rows(PAIRS), Path("out/trainer/state.json")
     with pytest.raises(KeyboardInterrupt):
         finetune(shared_checkpoint, data, Path("out"), QUICK, Stopper(3))
-    file = Path("out/trainer/state.json")
     fields = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(fields | {"history": [["eval", row]], "best_epoch": 0}), encoding="utf-8")
-    with pytest.raises(SlmError, match=f"the saved state is damaged: .*{message}"):
-        finetune(shared_checkpoint, data, Path("out"), QUICK)
+    whole = {"epoch": 0, "updates": 0, "tokens": 0, "loss": 1.0}
+    for row, message in (
+        (whole | {"epoch": {"": {}}}, "no whole number as 'epoch'"),
+        ({name: whole[name] for name in ("updates", "tokens", "loss")}, "no whole number as 'epoch'"),
+        (whole | {"updates": 0.5}, "no whole number as 'updates'"),
+        (whole | {"tokens": -1}, "no whole number as 'tokens'"),
+        (whole | {"loss": "low"}, "no number as 'loss'"),
+        (whole | {"epoch": 7}, "best_epoch: was not measured"),
+    ):
+        file.write_text(json.dumps(fields | {"history": [["eval", row]], "best_epoch": 0}), encoding="utf-8")
+        with pytest.raises(SlmError, match=f"the saved state is damaged: .*{message}"):
+            finetune(shared_checkpoint, data, Path("out"), QUICK)
 
 
 def test_every_weight_is_trained_in_full(shared_checkpoint: Path, write_rows: WriteRows) -> None:
@@ -409,31 +371,18 @@ def test_two_rows_are_shown_before_they_are_learned(shared_checkpoint: Path, wri
     assert shown[3] == "row 1, learned:   d|<end_of_turn>|<|endoftext|>"
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(shared_checkpoint: Path, write_rows: WriteRows) -> None:
-    settings = QUICK.model_copy(update={"learning_rate": 1e30, "epochs": 4})
-    with pytest.raises(SlmError, match="the loss is nan"):
-        finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), settings)
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize(
-    "knob",
-    [
+def test_every_setting_changes_the_adapter(shared_checkpoint: Path, write_rows: WriteRows) -> None:
+    data = write_rows([{"instruction": "Count.", "output": "x y " * 20}, *PAIRS])
+    plain = finetune(shared_checkpoint, data, Path("plain"), QUICK, samples=0)
+    knobs: tuple[dict[str, Any], ...] = (
         *({"rank": 2}, {"alpha": 4}, {"dropout": 0.5}, {"target_modules": ("q_proj",)}),
         *({"rslora": True}, {"dora": True}, {"method": "full"}, {"pack": True}),
         *({"learning_rate": 1e-5}, {"max_grad_norm": 1e-3}, {"batch_size": 3}, {"max_length": 50}),
-    ],
-    ids=lambda knob: next(iter(knob)),
-)
-def test_every_setting_changes_the_adapter(
-    shared_checkpoint: Path, write_rows: WriteRows, knob: dict[str, Any]
-) -> None:
-    data = write_rows([{"instruction": "Count.", "output": "x y " * 20}, *PAIRS])
-    runs: list[FinetuneResult] = [
-        finetune(shared_checkpoint, data, Path(name), settings)
-        for name, settings in (("plain", QUICK), ("turned", QUICK.model_copy(update=knob)))
-    ]
-    assert runs[0].loss_after != runs[1].loss_after
+    )
+    for knob in knobs:
+        (name,) = knob
+        turned = finetune(shared_checkpoint, data, Path(name), QUICK.model_copy(update=knob), samples=0)
+        assert turned.loss_after != plain.loss_after, name
 
 
 def test_defaults_follow_the_model_and_the_data() -> None:
@@ -454,7 +403,7 @@ def test_measuring_uses_no_dropout(shared_checkpoint: Path, write_rows: WriteRow
 
 
 def test_a_rate_that_is_far_too_high_is_a_failure(shared_checkpoint: Path, write_rows: WriteRows) -> None:
-    with pytest.raises(SlmError, match="loss") as caught:
+    with pytest.raises(SlmError, match="the loss is nan") as caught:
         finetune(shared_checkpoint, write_rows(PAIRS), Path("out"), QUICK.model_copy(update={"learning_rate": 1e30}))
     assert caught.value.hint == "try a lower --learning-rate"
     assert not Path("out").exists()

@@ -257,7 +257,7 @@ def test_the_worst_score_of_a_unigram_stays() -> None:
     assert {0, 2, 4} <= needs.basic and 1 not in needs.basic
 
 
-@pytest.mark.examples(few=40, many=2_000)
+@pytest.mark.examples(few=20, many=2_000)
 def test_drawn_merges(examples: int) -> None:
     """Random merges over few characters: ambiguous, with several ways to make a token."""
     for seed in range(examples):

@@ -26,7 +26,9 @@ MEGABYTE = 1_000_000
 @pytest.mark.usefixtures("gpt2_vocabulary")
 def test_from_weights_to_int8(tmp_path: Path) -> None:
     whole = preset("gemma3-270m")
-    config = whole.model_copy(update={"num_hidden_layers": 2, "layer_types": (SLIDING, FULL)})
+    # A short window changes no weight, and with it the parity check reads 192 tokens.
+    few = {"num_hidden_layers": 2, "layer_types": (SLIDING, FULL), "sliding_window": 64}
+    config = whole.model_copy(update=few)
     try:
         tokenizer = gpt2(config.max_position_embeddings)
     except SlmError as error:

@@ -23,6 +23,7 @@ from slm.quantize.exact import rows_on_grid
 from slm.quantize.gptq import quantize_gptq
 from slm.quantize.linears import linears_of
 from slm.quantize.make import quantize_bundle
+from slm.quantize.moments import InputMoments
 from slm.quantize.plan import INT4 as INT4_PREFERRED
 from slm.quantize.plan import INT8 as INT8_PREFERRED
 from slm.quantize.plan import PreferredSchemes, schemes_of
@@ -102,7 +103,7 @@ def test_a_grid_is_kept_by_every_method(grid: str, method: str) -> None:
         rows = rows_on_grid(weight, scheme)
         assert rows is not None and rows.all()
         if method == "gptq":
-            arrays = quantize_gptq(weight, x.T @ x, scheme)
+            arrays = quantize_gptq(weight, InputMoments.of(x.T @ x), scheme)
         else:
             arrays = quantize_nearest(weight, scheme, search=method == "searched")
         # float32 steps are found up to the last one or two bits.
@@ -142,7 +143,10 @@ def test_rows_on_a_grid_beside_ordinary_ones() -> None:
     rows = rows_on_grid(weight, INT4_POINTS)
     assert rows is not None and rows.tolist() == [True] * 16 + [False] * 8
     for both, alone in (
-        (quantize_gptq(weight, moments, INT4_POINTS), quantize_gptq(weight[16:], moments, INT4_POINTS)),
+        (
+            quantize_gptq(weight, InputMoments.of(moments), INT4_POINTS),
+            quantize_gptq(weight[16:], InputMoments.of(moments), INT4_POINTS),
+        ),
         (quantize_nearest(weight, INT4_POINTS, True), quantize_nearest(weight[16:], INT4_POINTS, True)),
     ):
         for name, array in alone.items():

@@ -26,6 +26,7 @@ from slm.quantize.gptq import quantize_gptq, quantize_table
 from slm.quantize.instrumented import InstrumentedLayer, InstrumentedModel, InstrumentedNorm, embedded
 from slm.quantize.linears import EMBEDDING, HEAD, Linear, linears_of
 from slm.quantize.make import quantize_bundle
+from slm.quantize.moments import InputMoments
 from slm.quantize.plan import INT4, QuantizationPlan, bytes_of, schemes_of, with_four_bit_tables, with_frequent
 from slm.quantize.quality import kl_sum
 from slm.quantize.quantizer import quantizer_of
@@ -117,7 +118,7 @@ def table_and_moments() -> tuple[np.ndarray, np.ndarray]:
 
 def test_rows_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments = table_and_moments()
-    whole = quantize_gptq(weight, moments, FOUR)
+    whole = quantize_gptq(weight, InputMoments.of(moments), FOUR)
     monkeypatch.setattr(gptq, "_TABLE_ROWS", 7)
     for name, array in quantize_table(weight, moments, FOUR, lookup=False).items():
         np.testing.assert_array_equal(array, whole[name])

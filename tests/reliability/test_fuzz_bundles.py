@@ -10,7 +10,7 @@ import pytest
 
 from slm.core.manifest import Bundle
 
-examples = pytest.mark.examples(few=40, many=600)
+examples = pytest.mark.examples(few=15, many=600)
 
 
 def sealed_again(path: Path) -> None:

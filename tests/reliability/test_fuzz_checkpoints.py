@@ -17,7 +17,7 @@ from slm.finetune.settings import FinetuneSettings
 from slm.interchange.gguf import write_gguf
 from slm.interchange.onnx_adapter import adapter_from_peft, write_onnx_adapter
 
-examples = pytest.mark.examples(few=40, many=600)
+examples = pytest.mark.examples(few=15, many=600)
 
 WEIGHTS = "model.safetensors"
 

@@ -20,7 +20,7 @@ from slm.train.recipe import Recipe
 from slm.train.run import train
 from tests.progress import Stopper
 
-examples = pytest.mark.examples(few=40, many=600)
+examples = pytest.mark.examples(few=15, many=600)
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "Say <end_of_turn>."}, {"role": "assistant", "content": "ho"}]},

@@ -93,7 +93,7 @@ def composed(draw: random.Random, document: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.examples(few=60, many=2000)
+@pytest.mark.examples(few=20, many=2000)
 def test_compositions_are_bounded(worker: Any, shared_bundle: Bundle, tmp_path: Path, examples: int) -> None:
     draw = random.Random(examples)
     document = json.loads((shared_bundle.path / "tokenizer.json").read_bytes())

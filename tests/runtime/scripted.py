@@ -17,8 +17,8 @@ def script(monkeypatch: pytest.MonkeyPatch, model: Model, answers: Sequence[str]
     end = model.tokenizer.token_id(END_OF_TURN)
     assert end is not None
 
-    def generation(prompt: Any, options: Any, seed: int | None = None) -> Any:
-        made = generation_of(prompt, options, seed)
+    def generation(prompt: Any, options: Any, seed: int | None = None, constraint: Any = None) -> Any:
+        made = generation_of(prompt, options, seed)  # without the constraint: answers may be anything
         prompts.append(list(prompt))
         tokens: Iterator[int] = iter([*model.tokenizer.encode_literal(next(left)), end])
         monkeypatch.setattr(made, "_next", lambda logits: next(tokens))

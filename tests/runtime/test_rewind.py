@@ -1,6 +1,8 @@
 """Rewinding and snapshots: exact if allowed, and rejected with a reason if positions are lost."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,35 @@ TOLERANCE = 2e-5
 INT8_TOLERANCE = 0.5
 
 
+@pytest.fixture(scope="module")
+def pools() -> dict[str, list[Decoder]]:
+    """Decoders that the tests of the module share, by their kind: to open a bundle takes longer than most of the tests."""
+    return defaultdict(list)
+
+
 @pytest.fixture(params=["fused", "int8", "torch", "portable"])
-def make(request: pytest.FixtureRequest, shared_checkpoint: Path) -> Callable[[], Decoder]:
-    """Makes decoders of one kind on the same model."""
-    if request.param == "torch":
-        model = slm.load(shared_checkpoint).decoder
-        assert isinstance(model, TorchDecoder)
-        return lambda: TorchDecoder(model.model)
-    fixture = {"fused": "shared_bundle", "int8": "int8_bundle", "portable": "portable_bundle"}[request.param]
-    bundle: Bundle = request.getfixturevalue(fixture)
-    return lambda: OnnxDecoder(bundle, threads=1)
+def make(
+    request: pytest.FixtureRequest, shared_checkpoint: Path, pools: dict[str, list[Decoder]]
+) -> Callable[[], Decoder]:
+    """Makes decoders of one kind on the same model. Each is another one, and has read nothing."""
+    kind, numbers = request.param, count()
+
+    def new() -> Decoder:
+        if kind == "torch":
+            model = slm.load(shared_checkpoint).decoder
+            assert isinstance(model, TorchDecoder)
+            return TorchDecoder(model.model)
+        fixture = {"fused": "shared_bundle", "int8": "int8_bundle", "portable": "portable_bundle"}[kind]
+        return OnnxDecoder(request.getfixturevalue(fixture), threads=1)
+
+    def make() -> Decoder:
+        number = next(numbers)
+        if number == len(pools[kind]):
+            pools[kind].append(new())
+        pools[kind][number].reset()
+        return pools[kind][number]
+
+    return make
 
 
 def arrays(buffers: KVBuffers) -> dict[Any, np.ndarray]:
@@ -78,9 +99,10 @@ def is_int8(decoder: Decoder) -> bool:
 def test_going_back_is_exact_or_refused(make: Callable[[], Decoder], read: int) -> None:
     """Bit for bit: a text that was rewound equals one that never went further."""
     allowed = refused = 0
-    furthest = max(0, positions_held(make(), read) - (WINDOW - 1))  # how far back the window is still complete
+    decoder, fresh = make(), make()
+    furthest = max(0, positions_held(decoder, read) - (WINDOW - 1))  # how far back the window is still complete
     for length in {0, 1, read // 2, *(max(0, read - back) for back in (0, 1, furthest, furthest + 1))}:
-        decoder = make()
+        decoder.reset()
         stepwise(decoder, IDS[:read])
         left = positions_held(decoder, read) - (read - length)
         if 0 < length < read and left < min(length, WINDOW - 1):
@@ -91,7 +113,7 @@ def test_going_back_is_exact_or_refused(make: Callable[[], Decoder], read: int) 
             continue
         decoder.rewind(length)
         assert decoder.length == length
-        fresh = make()
+        fresh.reset()
         stepwise(fresh, IDS[:length])
         for token in (7, 9, *IDS[:CAPACITY]):  # another way on, until the buffers moved up again
             np.testing.assert_array_equal(decoder.read([token]), fresh.read([token]))

@@ -177,7 +177,7 @@ def test_a_large_schema_is_kept_to_or_refused(running: Any, schema: Any) -> None
 def test_a_schema_that_fails_on_the_way_ends_its_own_answer_alone(
     serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    from slm.serve.constraint import GrammarConstraint
+    from slm.runtime.constraint import GrammarConstraint
 
     accept = GrammarConstraint.accept
 

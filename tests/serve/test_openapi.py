@@ -83,7 +83,7 @@ def test_what_is_refused_before_it_is_looked_at_is_described(serve: Callable[...
             assert path.startswith("/v1/") == ({"401", "403", "421", "431"} <= set(operation["responses"])), path
 
 
-@pytest.mark.examples(few=60, many=600)
+@pytest.mark.examples(few=25, many=600)
 def test_drawn_cases(serve: Callable[..., Any], examples: int) -> None:
     assert check(serve(Limits(new_tokens=4)), examples) > 3.3 * examples
 

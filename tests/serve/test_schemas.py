@@ -14,13 +14,13 @@ from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.core.tokenizer import Tokenizer
+from slm.runtime import schema_check
+from slm.runtime.constraint import Busy, GrammarConstraint, Grammars
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.generation import Request, Result
 from slm.runtime.sampling import Sampling
-from slm.serve import schema_check
-from slm.serve.constraint import Busy, GrammarConstraint, Grammars
+from slm.runtime.schema_check import MAX_SECONDS
 from slm.serve.engine import Engine
-from slm.serve.schema_check import MAX_SECONDS
 
 STEP: dict[str, Any] = {
     "title": "Step",

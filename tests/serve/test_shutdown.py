@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,65 +14,59 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slm.core.manifest import Bundle
 from slm.serve.service import Limits
+from tests.forks import Forks, Started, forks
+from tests.waiting import wait_for
 
 NAME = "random"
 
 # `slm serve` with steps that take a given time. A step waits as onnxruntime computes: without the interpreter's lock.
 SLOW = """
-import sys, time
+import time
 from slm.runtime.batch import Batch
 step = Batch.step
 def slow(batch, tokens):
     time.sleep(float(sys.argv[1]))
     return step(batch, tokens)
 Batch.step = slow
-from slm.cli.main import main
 main(["serve", *sys.argv[2:]])
 """
 # And with an event loop that does not come back.
 BLOCKED = """
-import sys, time
+import time
 from slm.serve import app
-app.prompts_of = lambda *_: time.sleep(1e6)
-from slm.cli.main import main
+def block(*_):
+    print("blocked", file=sys.stderr, flush=True)
+    time.sleep(1e6)
+app.prompts_of = block
 main(["serve", *sys.argv[2:]])
+"""
+# Started with nohup.
+IGNORING = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + SLOW
+# Without onnxruntime, which has a thread.
+IMPORTS = """
+import fastapi, llguidance, numpy, prometheus_client, rich.progress, tokenizers, uvicorn
+import slm.cli.commands.serve
+from slm.cli.main import main
 """
 
 
 class Process:
     """A server in a process of its own."""
 
-    def __init__(self, bundle: Bundle, log: Path, step_s: float, *options: str, program: str = SLOW) -> None:
-        command = [
-            sys.executable,
-            "-c",
-            program,
-            str(step_s),
-            str(bundle.path),
-            "--port",
-            "0",
-            "--name",
-            NAME,
-            *options,
-        ]
-        self._log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, stderr=file)
-        until = time.monotonic() + 60
-        while "/v1\n" not in self.said and time.monotonic() < until and self.process.poll() is None:
-            time.sleep(0.05)
+    def __init__(self, started: Started) -> None:
+        self.started = started
+        wait_for(lambda: "/v1\n" in self.said or not started.running)
         self.port = int(self.said.split("listening on http://127.0.0.1:")[1].partition("/")[0])
 
     @property
     def said(self) -> str:
-        return self._log.read_text()
+        return self.started.err
 
     def ask(self, path: str, body: Any = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -85,23 +80,39 @@ class Process:
             "/v1/completions", {"model": NAME, "prompt": "One", "max_tokens": 200, "ignore_eos": True, **fields}
         )
 
+    def wait_for_requests(self, number: int) -> None:
+        """Waits until so many completions were accepted."""
+        wait_for(lambda: f"slm_requests_total {number}.0\n" in self.ask("/metrics")[1].decode())
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.started.pid, number)
+
     def ends(self) -> int:
         """Returns the exit code."""
-        return self.process.wait(60)
+        return self.started.wait(60).returncode
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts programs in a process that has imported the server."""
+    with forks(IMPORTS, tmp_path_factory.mktemp("servers")) as starts:
+        yield starts
 
 
 @pytest.fixture
-def start(shared_bundle: Bundle, tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    started: list[Process] = []
+def start(shared_bundle: Bundle, ready: Forks) -> Iterator[Callable[..., Process]]:
+    started: list[Started] = []
 
     def make(step_s: float, *options: str, program: str = SLOW) -> Process:
-        started.append(Process(shared_bundle, tmp_path / f"log{len(started)}", step_s, *options, program=program))
-        return started[-1]
+        arguments = (str(step_s), str(shared_bundle.path), "--port", "0", "--name", NAME, *options)
+        started.append(ready.start(program, *arguments))
+        return Process(started[-1])
 
     yield make
     for each in started:
-        each.process.kill()
-        each.process.wait()
+        if not each.ended:
+            os.kill(each.pid, signal.SIGKILL)
+            each.wait()
 
 
 def test_a_stuck_step_shows_and_the_process_ends_all_the_same(start: Callable[..., Process]) -> None:
@@ -116,7 +127,7 @@ def test_a_stuck_step_shows_and_the_process_ends_all_the_same(start: Callable[..
         assert status == 503 and "stuck" in json.loads(body)["status"]
     status, body = server.complete()  # nothing is put behind a stuck step
     assert status == 503 and "stuck" in json.loads(body)["error"]["message"]
-    server.process.send_signal(signal.SIGTERM)
+    server.send(signal.SIGTERM)
     assert server.ends() == 128 + signal.SIGTERM and "Traceback" not in server.said
 
 
@@ -139,9 +150,12 @@ def test_answers_that_take_too_long_end_with_an_error(start: Callable[..., Proce
         half = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         half.putrequest("POST", "/v1/completions")
         half.putheader("content-length", "100")
-        half.endheaders(b"{")
-        time.sleep(1)
-        server.process.send_signal(number)
+        half.putheader("expect", "100-continue")
+        half.endheaders()
+        assert select.select([half.sock], [], [], 60)[0]  # the server reads the body
+        half.send(b"{")
+        server.wait_for_requests(6)
+        server.send(number)
         code = server.ends()
         answers = [each.result() for each in asked]
         quick.result()
@@ -161,8 +175,8 @@ def test_answers_that_can_be_finished_are(start: Callable[..., Process]) -> None
     server = start(0.02, "--grace", "90")
     with ThreadPoolExecutor(2) as pool:
         whole, stream = (pool.submit(server.complete, max_tokens=60, stream=each) for each in (False, True))
-        time.sleep(0.5)
-        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_requests(2)
+        server.send(signal.SIGTERM)
         code = server.ends()
         status, body = whole.result()
         assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 60
@@ -180,8 +194,8 @@ def test_an_event_loop_that_is_held_up_ends_too(start: Callable[..., Process]) -
     server = start(0.0, "--grace", "1", program=BLOCKED)
     thread = threading.Thread(target=cut_off, args=(server,))
     thread.start()
-    time.sleep(0.5)
-    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "blocked\n" in server.said)
+    server.send(signal.SIGTERM)
     code = server.ends()
     assert code == 128 + signal.SIGTERM and server.said.endswith("did not end in time\n")
     thread.join(10)
@@ -191,25 +205,21 @@ def test_a_second_ctrl_c_ends_at_once(start: Callable[..., Process]) -> None:
     server = start(0.1, "--grace", "90")
     thread = threading.Thread(target=cut_off, args=(server,))
     thread.start()
-    time.sleep(0.5)
-    server.process.send_signal(signal.SIGINT)
+    server.wait_for_requests(1)
+    server.send(signal.SIGINT)
     time.sleep(0.1)
-    server.process.send_signal(signal.SIGINT)  # a wrapper passed the first one on
+    server.send(signal.SIGINT)  # a wrapper passed the first one on
     time.sleep(1)
-    assert server.process.poll() is None
-    server.process.send_signal(signal.SIGINT)
+    assert server.started.running
+    server.send(signal.SIGINT)
     code = server.ends()
     assert code == 130 and "Traceback" not in server.said
     thread.join(10)
 
 
 def test_a_closed_terminal_does_not_end_what_nohup_started(start: Callable[..., Process]) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it, which children keep
-    try:
-        server = start(0.0)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    server.process.send_signal(signal.SIGHUP)
+    server = start(0.0, program=IGNORING)
+    server.send(signal.SIGHUP)
     time.sleep(0.5)
     assert server.ask("/ready")[0] == 200
 
@@ -218,16 +228,17 @@ def test_a_request_that_waits_for_something_else_ends_too(serve: Callable[..., A
     """For example a thread that processes its text: the client receives an error in any case."""
     from slm.serve import app
 
-    released = threading.Event()
+    asked_for, released = threading.Event(), threading.Event()
 
     async def stuck(*_: Any) -> Any:
+        asked_for.set()
         await asyncio.to_thread(released.wait, 20)
 
     monkeypatch.setattr(app, "prompts_of", stuck)
     running = serve(grace_s=0.2)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(running.post, "/v1/completions", {"model": NAME, "prompt": "One"})
-        time.sleep(0.5)
+        assert asked_for.wait(60)
         running.ask_to_stop()
         response = asked.result(timeout=60)
     released.set()
@@ -249,7 +260,7 @@ def test_a_stream_that_nobody_ends_is_ended(serve: Callable[..., Any], monkeypat
     body = {"model": NAME, "prompt": "One", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(running.post, "/v1/completions", body)
-        time.sleep(0.5)
+        wait_for(lambda: engine.figures.new_tokens > 5)
         running.ask_to_stop()
         response = asked.result(timeout=60)
     *pieces, last = response.text.removesuffix("\n\n").split("\n\n")

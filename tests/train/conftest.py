@@ -1,14 +1,9 @@
-"""A recipe that trains in a tenth of a second, text to train it on, what a run leaves, and torchrun."""
+"""A recipe that trains in a tenth of a second, text to train it on, what a run leaves, and processes that train."""
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +12,7 @@ import pytest
 from slm.core.tokenizer import END_OF_TEXT
 from slm.train.recipe import Recipe
 from slm.train.run import train
+from tests.forks import Forks, forks
 from tests.progress import Notes, Stopper
 from tests.train.recipes import small
 
@@ -117,50 +113,21 @@ def notes() -> Notes:
     return Notes()
 
 
-_SECONDS = 100
-
-
-def _torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How torchrun ended, without what it reports itself."""
-
-    code: int
-    out: str
-    err: list[str]
-
-
-def _end_of(started: subprocess.Popen[str]) -> Ended:
-    try:
-        out, err = started.communicate(timeout=_SECONDS)
-    except subprocess.TimeoutExpired:
-        started.terminate()
-        raise
-    own = re.split(r"^Traceback", err, maxsplit=1, flags=re.MULTILINE)
-    assert "slm/" not in "".join(own[1:]), err  # the traceback is torchrun's
-    return Ended(started.returncode, out, [line for line in own[0].splitlines() if not re.match(r"[WEI]\d{4} ", line)])
-
-
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[..., subprocess.Popen[str]]:
-    """Starts so many processes of a program, or of `-m MODULE`, with these arguments."""
-    return _torchrun
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs programs that train, in forks of a process that has imported PyTorch, the command line and torchrun.
 
-
-@pytest.fixture(scope="session")
-def end_of() -> Callable[[subprocess.Popen[str]], Ended]:
-    """Waits for what `torchrun` started, and makes sure that it shows no traceback of ours."""
-    return _end_of
+    The tests' own process cannot be forked for this: it has trained, and PyTorch's threads do not survive a fork.
+    """
+    imports = """
+import torch._dynamo, torch.distributed.fsdp, torch.distributed.run, torch.nn.parallel  # which training imports late
+import slm.train.run
+from slm.cli.main import main
+from slm.train.metrics import Metrics
+Metrics.draw = lambda self: None  # which takes longer than the training
+"""
+    with forks(imports, tmp_path_factory.mktemp("trainers")) as start:
+        yield start
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Several processes on the CPU learn what one process learns; `test_torchrun.py` has torchrun and the command line.
 
-Run as a program, this module does the jobs of a file. It imports PyTorch once and forks the processes, with the variables that
-torchrun sets: to import takes longer than the jobs do.
+Run as a program, this module does the jobs of a file, in forks with the variables that torchrun sets.
 """
 
 import json
@@ -9,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -27,7 +25,7 @@ from slm.core.nn import load_checkpoint
 from slm.core.nn.fake_quant import round_weight
 from slm.core.progress import Silent
 from slm.core.qat import GRIDS
-from slm.train import metrics, parallel, run
+from slm.train import parallel, run
 from slm.train.build import build_learner, build_model, with_special_tokens
 from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import evaluate
@@ -35,6 +33,7 @@ from slm.train.parallel import Alone, Processes, by_first, collect, joined, shar
 from slm.train.precision import Precision
 from slm.train.prepare import prepare
 from slm.train.recipe import Recipe, load_recipe
+from tests.forks import Forks
 from tests.progress import Stopper
 from tests.train.recipes import small
 
@@ -59,7 +58,6 @@ WEIGHTS_TOLERANCE = 1e-5
 RUN_LOSS_TOLERANCE = 1e-6
 
 STOPPED_AT = 6
-SECONDS = 200
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "random-tied": {},
@@ -170,7 +168,6 @@ def tell(processes: Processes) -> None:
 def work(jobs: Jobs) -> None:
     """Does the jobs as one of the processes."""
     torch.set_num_threads(1)
-    metrics.Metrics.draw = lambda self: None  # which takes longer than the training
     with joined() as processes:
         for job in jobs:
             if job["kind"] == "train":
@@ -211,16 +208,14 @@ def forked(processes: int, jobs: Jobs) -> None:
 
 
 @pytest.fixture(scope="module")
-def do() -> Do:
+def do(trainers: Forks) -> Do:
     """Has so many processes do jobs, one number of processes after the other, with a directory to write the jobs to."""
+    program = f"import runpy; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({__file__!r}, run_name='__main__')"
 
     def start(jobs: dict[int, Jobs], at: Path) -> None:
         file = at / f"jobs-{max(jobs)}.json"
         file.write_text(json.dumps(list(jobs.items())), encoding="utf-8")
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command = [sys.executable, "-m", "tests.train.test_parallel", file]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
+        ended = trainers(program, str(file))
         assert ended.returncode == 0, ended.stderr
 
     return start
@@ -457,9 +452,5 @@ def test_the_first_does_it_and_alone_nothing_is_asked() -> None:
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # which optimizers import
-    import torch.distributed.fsdp
-    import torch.nn.parallel
-
     for number, some in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         forked(number, some)

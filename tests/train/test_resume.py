@@ -33,7 +33,9 @@ from slm.train.parallel import Alone
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
 from slm.train.state import Counters, load_state
+from tests.forks import Forks
 from tests.progress import Notes
+from tests.waiting import wait_for
 
 MakeRecipe = Callable[..., Recipe]
 TIMES = ("elapsed_s", "tokens_s")
@@ -320,49 +322,17 @@ def test_patience_counts_evaluations_though_micro_steps_have_another_size(
     assert resume(Path("run")).updates == 3  # the best was at 2, which were 4 micro-steps then
 
 
-# As many threads as the runs here have: sums split otherwise are rounded otherwise.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1767225600"}
-
-
-# For each line, forks a process that trains, and prints its number and how it ended: a command would first have to import
-# PyTorch. The tests' own process cannot be forked for this: it has trained, and PyTorch's threads do not survive a fork.
-FORKS = """
-import os, sys
+TRAINER = """
 from pathlib import Path
 from slm.train.recipe import load_recipe
 from slm.train.run import resume, train
-
-for line in sys.stdin:
-    run = Path("run")
-    if not (child := os.fork()):
-        resume(run) if (run / "config.yaml").exists() else train(load_recipe(Path("recipe.yaml")), run)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+run = Path("run")
+resume(run) if (run / "config.yaml").exists() else train(load_recipe(Path("recipe.yaml")), run)
 """
 
 
-@pytest.fixture
-def trainer() -> Iterator[Callable[[str], int]]:
-    """Sends a line to the process that forks, if it is not empty, and returns the number that it prints next."""
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        sending, receiving = process.stdin, process.stdout
-
-        def ask(line: str = "") -> int:
-            sending.write(line)
-            sending.flush()
-            return int(receiving.readline())
-
-        yield ask
-
-
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again(
-    small_recipe: MakeRecipe, trainer: Callable[..., int], notes: Notes
-) -> None:
+def test_a_run_that_is_killed_again_and_again(small_recipe: MakeRecipe, trainers: Forks, notes: Notes) -> None:
     length = {"schedule": {"micro_steps": 96}, "evaluation": {"every_micro_steps": 12}}
     recipe = small_recipe(**length, **EVERY_UPDATE)
     Path("recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -370,18 +340,20 @@ def test_a_run_that_is_killed_again_and_again(
     dice, killed_writing, reached = random.Random(SEED), 0, 0
     run = Path("run")
     for kill in range(KILLS):
-        started = trainer("train\n")
+        started = trainers.start(TRAINER)
         rows = run / "metrics.jsonl"
         before = rows.stat().st_mtime_ns if rows.exists() else 0
-        wait_for(lambda rows=rows, before=before: rows.exists() and rows.stat().st_mtime_ns > before)  # it trains
+        wait_for(
+            lambda rows=rows, before=before: rows.exists() and rows.stat().st_mtime_ns > before, every=0.002
+        )  # it trains
         for _ in range(dice.randrange(4)):
             last = saved_at(run)
-            wait_for(lambda last=last: saved_at(run) not in (0, last))
+            wait_for(lambda last=last: saved_at(run) not in (0, last), every=0.002)
         time.sleep(dice.uniform(0, 0.05))
         if kill % 2:
-            wait_for(lambda: any(run.glob("**/.*.partial-*")))  # it writes
-        os.kill(started, signal.SIGKILL)
-        assert trainer() == -signal.SIGKILL, kill  # rather than at its end before it was killed
+            wait_for(lambda: any(run.glob("**/.*.partial-*")), every=0.002)  # it writes
+        os.kill(started.pid, signal.SIGKILL)
+        assert started.wait().returncode == -signal.SIGKILL, kill  # rather than at its end before it was killed
         killed_writing += any(run.glob("**/.*.partial-*"))
         copy = Path(f"copy-{kill}")
         shutil.copytree(run, copy)
@@ -401,13 +373,6 @@ def saved_at(run: Path) -> int:
         return (run / "trainer/state.json").stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def unshare() -> list[str] | None:
@@ -433,7 +398,7 @@ def test_a_disk_that_is_full(small_recipe: MakeRecipe, stopper: Any) -> None:
     script = f"mount -t tmpfs -o size={size + 40 + weights_kib('stopped')}k none small && cp -a stopped small/run && "
     script += f"{sys.executable} -m slm train --resume --out small/run; code=$?; cp -a small/run after; exit $code"
     command = [*apart, "sh", "-c", script]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=ENVIRONMENT)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert ended.returncode == 1, ended.stderr
     *_, error, hint = ended.stderr.splitlines()
     assert error.startswith("error: no space left on the disk for ") and "small/run/" in error

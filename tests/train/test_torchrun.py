@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ import pytest
 from slm.core.errors import SlmError
 from slm.train.parallel import joined
 from slm.train.recipe import Recipe
-
-Start = Callable[..., subprocess.Popen[str]]
-EndOf = Callable[[subprocess.Popen[str]], Any]
+from tests.forks import Forks, Started
+from tests.waiting import wait_for
 
 SECONDS = 100
 
@@ -30,15 +30,29 @@ def recipe_file(small_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def slm_train(torchrun: Start) -> Start:
-    """Starts `slm train` in so many processes."""
-    return lambda processes, *arguments: torchrun(processes, "-m", "slm", "train", *arguments)
+@dataclass(frozen=True)
+class Ended:
+    """How torchrun ended, without what it reports itself."""
+
+    code: int
+    out: str
+    err: list[str]
 
 
-def test_one_of_two_speaks_and_both_take_the_same_directory(recipe_file: Path, slm_train: Start, end_of: EndOf) -> None:
+def ended_of(done: subprocess.CompletedProcess[str]) -> Ended:
+    """Returns how torchrun ended; makes sure that it shows no traceback of ours."""
+    own = re.split(r"^Traceback", done.stderr, maxsplit=1, flags=re.MULTILINE)
+    assert "slm/" not in "".join(own[1:]), done.stderr  # the traceback is torchrun's
+    return Ended(
+        done.returncode, done.stdout, [line for line in own[0].splitlines() if not re.match(r"[WEI]\d{4} ", line)]
+    )
+
+
+def test_one_of_two_speaks_and_both_take_the_same_directory(recipe_file: Path) -> None:
     Path("runs/small").mkdir(parents=True)
-    ended = end_of(slm_train(2, "--recipe", recipe_file, "--json"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "slm", "train", "--recipe", recipe_file, "--json"]
+    ended = ended_of(subprocess.run(command, capture_output=True, text=True, timeout=SECONDS))
     assert ended.code == 0, ended.err
     (line,) = ended.out.splitlines()
     assert json.loads(line)["run"] == "runs/small-2"
@@ -68,12 +82,9 @@ MISTAKES = (
     (["--set", "machine.parallel=fsdp", "--set", "optimizer.name=muon"], "Muon needs whole matrices"),
     (["--set", "batch.size=3"], "the recipe has no value 'batch.size'"),
 )
-# Runs each of some commands in two processes, with the variables that torchrun sets, and prints their exit codes. It imports
-# PyTorch once, which torchrun would do three times for each command.
+# Runs each of some commands in two processes, with the variables that torchrun sets, and prints their exit codes.
 IN_TWO = """
-import json, os, socket, sys
-import slm.train.run
-from slm.cli.main import main
+import socket
 {}
 for number, arguments in enumerate(json.loads(sys.argv[1])):
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -87,20 +98,25 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
         children.append(child)
     print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 """
+InTwo = Callable[..., list[tuple[str, str]]]
 
 
-def in_two(commands: list[list[str]], patch: str = "") -> list[tuple[str, str]]:
+@pytest.fixture
+def in_two(trainers: Forks) -> InTwo:
     """Runs commands in two processes, changed by a program; returns the exit codes and what both said of each command."""
-    program = [sys.executable, "-c", IN_TWO.replace("{}", patch), json.dumps(commands)]
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, check=True)
-    said = [
-        "".join(Path(f"said-{number}-{rank}").read_text(encoding="utf-8") for rank in "01")
-        for number in range(len(commands))
-    ]
-    return list(zip(ended.stdout.splitlines(), said, strict=True))
+
+    def run(commands: list[list[str]], patch: str = "") -> list[tuple[str, str]]:
+        ended = trainers.start(IN_TWO.replace("{}", patch), json.dumps(commands)).wait(SECONDS)
+        said = [
+            "".join(Path(f"said-{number}-{rank}").read_text(encoding="utf-8") for rank in "01")
+            for number in range(len(commands))
+        ]
+        return list(zip(ended.stdout.splitlines(), said, strict=True))
+
+    return run
 
 
-def test_a_mistake_is_said_once(recipe_file: Path) -> None:
+def test_a_mistake_is_said_once(recipe_file: Path, in_two: InTwo) -> None:
     ended = in_two([["train", "--recipe", str(recipe_file), *arguments] for arguments, _ in MISTAKES])
     for (codes, said), (_, message) in zip(ended, MISTAKES, strict=True):
         assert codes == "[1, 1]", message
@@ -109,10 +125,8 @@ def test_a_mistake_is_said_once(recipe_file: Path) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.slow
-def test_what_fails_in_one_process_alone_is_said_by_that_one(recipe_file: Path) -> None:
+def test_what_fails_in_one_process_alone_is_said_by_that_one(recipe_file: Path, in_two: InTwo) -> None:
     patch = """
-import torch._dynamo, torch.nn.parallel  # which both would import
 from slm.train.learner import Learner
 update = Learner.update
 def failing(self, first, after):
@@ -126,24 +140,18 @@ Learner.update = failing
     assert [line for line in said.splitlines() if "error" in line] == ["error: out of memory at micro-step 5"]
 
 
-@pytest.mark.slow
-def test_a_peer_that_never_comes_is_not_waited_for_for_ever(recipe_file: Path) -> None:
+def test_a_peer_that_never_comes_is_not_waited_for_for_ever(
+    recipe_file: Path, trainers: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = """
-import sys
 from datetime import timedelta
-from slm.cli.main import main
 from slm.train import parallel
 parallel._TOGETHER = timedelta(seconds=2)
 main(sys.argv[1:])
 """
-    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    ended = subprocess.run(
-        [sys.executable, "-c", script, "train", "--recipe", recipe_file],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    ended = trainers.start(script, "train", "--recipe", str(recipe_file)).wait(SECONDS)
     assert ended.returncode == 1
     assert "error: not all of the 2 processes came together within 0:00:02" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -156,51 +164,66 @@ def test_variables_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def processes_of(started: subprocess.Popen[str]) -> list[int]:
-    """Returns the processes that torchrun started, in order of their rank."""
-    pids = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text(encoding="utf-8").split()
-    ranks = {}
-    for pid in pids:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        ranks |= {int(value.removeprefix("RANK=")): int(pid) for value in variables if value.startswith("RANK=")}
-    return [ranks[rank] for rank in sorted(ranks)]
+# `torchrun -m slm train`, whose processes are forks and not new interpreters. Each leaves its number in a file.
+TORCHRUN = """
+import signal
+from pathlib import Path
+from torch.distributed import run
+
+def train(*arguments):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not torchrun's own
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank = os.environ["RANK"]
+    Path(f"pid-{rank}.new").write_text(str(os.getpid()))
+    Path(f"pid-{rank}.new").rename(f"pid-{rank}")
+    main(["train", *arguments])
+
+configure = run.config_from_args
+run.config_from_args = lambda args: (configure(args)[0], train, args.training_script_args)
+run.main(["--standalone", "--nproc-per-node", "2", "--start-method", "fork", "-m", "slm", *sys.argv[1:]])
+"""
+
+
+class Endless:
+    """A run in two processes that goes on until it is stopped.
+
+    Attributes:
+        ranks: The numbers of its processes.
+    """
+
+    def __init__(self, torchrun: Started) -> None:
+        self.torchrun = torchrun
+        metrics = Path("run/metrics.jsonl")
+        wait_for(lambda: metrics.exists() and metrics.read_text(encoding="utf-8").count('"train"') > 2)
+        self.ranks = [int(Path(f"pid-{rank}").read_text()) for rank in "01"]
+
+    def end(self) -> Ended:
+        """Waits until torchrun has ended."""
+        return ended_of(self.torchrun.wait(SECONDS))
 
 
 @pytest.fixture
-def endless(recipe_file: Path, slm_train: Start) -> Iterator[subprocess.Popen[str]]:
+def endless(recipe_file: Path, trainers: Forks) -> Iterator[Endless]:
     """A run that goes on until it is stopped, past its first updates."""
-    lengths = ("schedule.micro_steps=100000", "evaluation.every_micro_steps=100000")
-    started = slm_train(2, "--recipe", recipe_file, "--out", "run", "--set", lengths[0], "--set", lengths[1])
-    metrics = Path("run/metrics.jsonl")
-    try:
-        wait_for(lambda: metrics.exists() and metrics.read_text(encoding="utf-8").count('"train"') > 2)
-        yield started
-    finally:
-        if started.poll() is None:
-            for pid in (*processes_of(started), started.pid):  # torchrun alone would leave them behind
-                os.kill(pid, signal.SIGKILL)
-            started.communicate()
+    lengths = ("--set", "schedule.micro_steps=100000", "--set", "evaluation.every_micro_steps=100000")
+    started = trainers.start(TORCHRUN, "--recipe", str(recipe_file), "--out", "run", *lengths)
+    run = Endless(started)
+    yield run
+    if not started.ended:
+        for pid in (*run.ranks, started.pid):  # torchrun alone would leave them behind
+            os.kill(pid, signal.SIGKILL)
+        started.wait()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 @pytest.mark.parametrize(("signum", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
 def test_a_run_that_torchrun_is_told_to_stop_is_saved(
-    endless: subprocess.Popen[str], signum: int, said: str, slm: Callable[..., Any], end_of: EndOf
+    endless: Endless, signum: int, said: str, slm: Callable[..., Any]
 ) -> None:
-    os.kill(processes_of(endless)[0], signal.SIGUSR1)
+    os.kill(endless.ranks[0], signal.SIGUSR1)
     wait_for(lambda: Path("run/trainer/state.json").exists())
-    assert endless.poll() is None
     asked_for = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
-    endless.send_signal(signum)
-    ended = end_of(endless)
+    os.kill(endless.torchrun.pid, signum)
+    ended = endless.end()
     assert ended.code != 0
     assert [line for line in ended.err if line.startswith("error")] == [f"error: {said}"]
     saved = json.loads(Path("run/trainer/state.json").read_text(encoding="utf-8"))["micro_steps"]
@@ -213,10 +236,8 @@ def test_a_run_that_torchrun_is_told_to_stop_is_saved(
     assert json.loads(resumed.out)["micro_steps"] == saved + 4
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
-def test_a_process_that_is_killed_takes_the_others_with_it(endless: subprocess.Popen[str], end_of: EndOf) -> None:
-    os.kill(processes_of(endless)[1], signal.SIGKILL)
-    ended = end_of(endless)
+def test_a_process_that_is_killed_takes_the_others_with_it(endless: Endless) -> None:
+    os.kill(endless.ranks[1], signal.SIGKILL)
+    ended = endless.end()
     assert ended.code != 0
     assert [line for line in ended.err if line.startswith("error")] == ["error: another of the processes is gone"]

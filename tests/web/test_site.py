@@ -18,6 +18,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from slm.core.chat import chat_ids
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.tokenizer import Tokenizer
@@ -47,19 +48,29 @@ def test_every_file_is_told_with_its_hash(shipped_site: Site) -> None:
     assert not [name for name in told["files"] if "jspi" in name]  # no browser would run this bundle on a GPU
 
 
-def test_the_page_finds_what_it_names(shipped_site: Site) -> None:
+def test_the_page_finds_what_it_names(vendor: None, shared_bundle: Bundle, tmp_path: Path, shipped_site: Site) -> None:
     """Every import, link and script is a file of the site, and nothing names another host."""
-    for name in [each for each in shipped_site.files if re.fullmatch(r"[\w.-]+\.(html|js|css)", each)]:
-        text = shipped_site.read(name).decode()
-        for found in re.findall(r'(?:from|import|src=|href=|register\() ?"([^"]+)"', text):
-            assert found.removeprefix("./") in shipped_site.files, (name, found)
+    site = local_site(with_template(shared_bundle.path, tmp_path, CHATML), "x")
+    for name in [each for each in site.files if re.fullmatch(r"[\w.-]+\.(html|js|css)", each)]:
+        text = site.read(name).decode()
+        for found in re.findall(r'(?:from|import|src=|href=|register\() ?\(?"([^"]+)"', text):
+            assert found.removeprefix("./") in site.files, (name, found)
         assert re.findall(r"https?://", text) == [], name
     modules = {path.name for path in STATIC.glob("*.*")}
-    assert modules == {name for name in shipped_site.files if "/" not in name} - {
-        "site.json",
-        "_headers",
-        "licences.txt",
-    }
+    assert modules == {name for name in site.files if "/" not in name} - {"site.json", "_headers", "licences.txt"}
+    more = {"templated.js", "jinja.js", "vendor/jinja.mjs", "vendor/jinja.LICENSE"}  # for templates from elsewhere only
+    assert {name for name in site.files.keys() - shipped_site.files.keys() if not name.startswith("model/")} == more
+    assert "@huggingface/jinja" in site.read("licences.txt").decode()
+
+
+def test_a_site_has_prompts_to_check_the_page_by(vendor: None, shared_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = with_template(shared_bundle.path, tmp_path, CHATML)
+    turns = json.loads(local_site(bundle, "x").read("site.json"))["model"]["turns"]
+    tokenizer = Tokenizer.load(bundle.path)
+    assert turns["template"] == CHATML and len(turns["prompts"]) == 4 and len(turns["prompts_with_tools"]) == 3
+    for prompt in turns["prompts"]:
+        assert prompt["ids"] == chat_ids(tokenizer, prompt["messages"], bundle.stop_token_ids)
+    assert turns["ends"] == sorted({*bundle.stop_token_ids, tokenizer.token_id("<end_of_turn>")})
 
 
 def test_the_policy_stands_in_the_page_too() -> None:
@@ -124,6 +135,20 @@ def bundle_like(path: Path, tmp_path: Path, **changes: Any) -> Bundle:
     return seal(copy, Bundle.open(path).manifest.model_copy(update=changes))
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}"
+)
+
+
+def with_template(path: Path, tmp_path: Path, template: str) -> Bundle:
+    """A bundle with another chat template."""
+    bundle = bundle_like(path, tmp_path)
+    file = bundle.path / TOKENIZER_CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    return seal(bundle.path, bundle.manifest)
+
+
 def test_what_no_browser_runs(vendor: None, shared_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(SlmError, match="CUDA"):
         local_site(bundle_like(shared_bundle.path, tmp_path, device="cuda"), "x")
@@ -134,30 +159,42 @@ def test_what_no_browser_runs(vendor: None, shared_bundle: Bundle, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("template", "chat", "system"),
+    ("template", "chat", "system", "tools"),
     [
-        (None, True, True),
+        (None, True, True, True),
         (
             "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
             "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
             "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
             True,
             False,
+            True,
         ),
-        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", False, False),
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", True, True, True),
+        ("{{ raise_exception('no') }}", False, False, False),
+        (
+            "{% for m in messages %}{% if m.content is string and '<tool_call>' in m.content %}{{ raise_exception('no') }}"
+            "{% endif %}[{{ m.content }}]{% endfor %}",
+            True,
+            True,
+            False,
+        ),
     ],
 )
 def test_which_models_can_be_talked_with(
-    vendor: None, shared_bundle: Bundle, tmp_path: Path, template: str | None, chat: bool, system: bool
+    vendor: None,
+    shared_bundle: Bundle,
+    tmp_path: Path,
+    template: str | None,
+    chat: bool,
+    system: bool,
+    tools: bool,
 ) -> None:
-    """The page writes Gemma's turns: a template from elsewhere must come to the same ids."""
-    bundle = bundle_like(shared_bundle.path, tmp_path)
-    if template is not None:
-        file = bundle.path / TOKENIZER_CONFIG_FILE
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
-        bundle = seal(bundle.path, bundle.manifest)
+    path = shared_bundle.path
+    bundle = bundle_like(path, tmp_path) if template is None else with_template(path, tmp_path, template)
     model = json.loads(local_site(bundle, "x").read("site.json"))["model"]
-    assert (model["chat"], model["system"], model["tuned"]) == (chat, system, template is not None)
+    assert (model["chat"], model["system"], model["tools"]) == (chat, system, tools)
+    assert model["tuned"] == (template is not None)
 
 
 def test_what_is_missing_from_npm_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, vendor: None) -> None:

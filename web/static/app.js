@@ -1,22 +1,30 @@
 // The page: its display and its controls. local.js or remote.js generates the answers.
+import { Conversation } from "./conversation.js";
 import { Local } from "./local.js";
+import { strip } from "./json.js";
+import { Answer, paragraph, span } from "./log.js";
 import { Problem, asProblem } from "./problem.js";
 import { Remote } from "./remote.js";
+import { Results } from "./results.js";
+import { declared } from "./tools.js";
 
 const $ = (id) => document.getElementById(id);
 const SAMPLING = { temperature: "temperature", topK: "top-k", topP: "top-p", minP: "min-p", newTokens: "new-tokens" };
 const WORDS = {
-  end: "the text is at its end",
-  length: "cut at the limit of new tokens",
+  end: "complete",
+  length: "cut at the maximum of new tokens",
   context: "cut because the context is full",
   stopped: "stopped",
 };
 // The largest model, in bytes, that is downloaded without a click: the user may pay for the traffic.
 const UNASKED_BYTES = 32 << 20;
+const UNTUNED_NOTE = "This model was trained on plain text: it continues your text rather than answering.";
+const TOOLS_NOTE = "A list of functions in OpenAI's format. You enter the results of the model's calls; the page executes nothing.";
 
 let site = null;
 let backend = null;
-let messages = []; // the messages of the conversation
+const conversation = new Conversation();
+const results = new Results($("result-fields"));
 let running = null; // an AbortController while an answer is generated
 let ready = false;
 
@@ -40,17 +48,42 @@ async function attempt(action) {
 }
 
 function refresh() {
+  const talk = talking();
+  const model = site?.model ?? {};
+  const waiting = talk && running === null && conversation.calls.length > 0; // for results of calls
   $("write").disabled = !ready || running !== null;
   $("stop").disabled = running === null;
   $("clear").disabled = running !== null;
   $("log").setAttribute("aria-busy", String(running !== null));
-  for (const input of document.querySelectorAll("#modes input")) input.disabled = running !== null;
-  const talk = talking();
-  $("prompt-label").textContent = talk ? "What you say" : "Text to continue";
-  $("write").textContent = talk ? "Say" : "Write";
-  for (const each of document.querySelectorAll(".for-talk")) each.hidden = !talk || !site?.model.system;
-  $("note").hidden = !talk || !site || site.model.tuned;
+  for (const input of document.querySelectorAll("#modes input")) input.disabled = running !== null || (input.value === "talk" && !model.chat);
+  $("request").hidden = waiting;
+  $("results").hidden = !waiting;
+  $("prompt-label").textContent = talk ? "Message" : "Text to continue";
+  $("write").textContent = waiting ? "Send results" : talk ? "Send" : "Generate";
+  $("discard").hidden = !waiting;
+  for (const each of document.querySelectorAll(".for-talk")) each.hidden = !talk || !model.system;
+  for (const each of document.querySelectorAll(".for-tools")) each.hidden = !talk;
+  $("tools").disabled = Boolean(model.noTools);
+  $("tools-note").textContent = model.noTools ? `Tools are not available: ${model.noTools}.` : TOOLS_NOTE;
+  const note = model.noChat ? `Chats are not available: ${model.noChat}.` : talk && site && !model.tuned ? UNTUNED_NOTE : "";
+  $("note").textContent = note;
+  $("note").hidden = !note;
   for (const id of ["temperature", "top-k", "top-p", "min-p", "seed"]) $(id).disabled = $("greedy").checked;
+}
+
+// Returns the tools of the settings as JSON text; "" for none.
+function tools() {
+  const text = strip($("tools").value);
+  if (!text || $("tools").disabled) return "";
+  try {
+    const found = declared(text);
+    $("tools").removeAttribute("aria-invalid");
+    return found.length ? text : "";
+  } catch (problem) {
+    $("tools").setAttribute("aria-invalid", "true");
+    $("settings").open = true;
+    throw problem;
+  }
 }
 
 function options() {
@@ -70,81 +103,73 @@ function options() {
   return found;
 }
 
-function paragraph(kind, who, text = "") {
-  const made = document.createElement("p");
-  made.className = kind;
-  if (who) {
-    const name = document.createElement("span");
-    name.className = "who";
-    name.textContent = who;
-    made.append(name);
-  }
-  const said = document.createElement("span");
-  said.textContent = text;
-  made.append(said);
-  $("log").append(made);
-  $("log").scrollTop = $("log").scrollHeight;
-  return said;
-}
-
 async function write() {
   const chosen = options();
-  const prompt = $("prompt").value;
-  if (talking() && !prompt.trim()) throw new Problem("nothing is said", "type something");
-  if (!talking() && !prompt) throw new Problem("there is nothing to go on with", "type the beginning of a text");
-  const ask = talking() ? { messages: begin(prompt) } : { prompt };
-  let into;
-  if (talking()) {
-    paragraph("user", "you", prompt);
-    into = paragraph("model", site.name);
-    $("prompt").value = "";
-  } else {
-    $("log").replaceChildren();
-    const given = paragraph("text", "", prompt);
-    given.className = "given";
-    into = document.createElement("span");
-    given.after(into);
-  }
-  into.className = "new";
+  const asked = talking() ? ask() : continuation();
   running = new AbortController();
   refresh();
   $("figures").textContent = "Reading …";
-  let text = "";
   const told = (piece) => {
-    if (piece.text) into.textContent = text += piece.text;
     if (piece.of) $("figures").textContent = `Reading: ${piece.read.toLocaleString()} of ${piece.of.toLocaleString()} tokens`;
-    const log = $("log");
-    if (piece.text && log.scrollHeight - log.scrollTop - log.clientHeight < 80) log.scrollTop = log.scrollHeight;
+    else asked.answer.told(piece);
   };
   let run = null;
   try {
-    run = await backend.answer(ask, chosen, { told, signal: running.signal });
+    run = await backend.answer(asked.body, chosen, { told, signal: running.signal });
     report(run, chosen);
   } finally {
-    if (talking()) end(ask.messages, text, run === null, into);
+    if (asked.body.messages) end(asked, run);
     if (run === null) $("figures").textContent = "";
     running = null;
     refresh();
-    $("prompt").focus({ preventScroll: true });
+    if (talking() && conversation.calls.length) results.focus();
+    else $("prompt").focus({ preventScroll: true });
   }
 }
 
-// Returns the conversation with the new message.
-function begin(prompt) {
-  const system = site.model.system ? $("system").value.trim() : "";
-  const before = messages.filter(({ role }) => role !== "system");
-  const first = system ? [{ role: "system", content: system }] : [];
-  return [...first, ...before, { role: "user", content: prompt }];
+// Begins to continue a text.
+function continuation() {
+  const prompt = $("prompt").value;
+  if (!prompt) throw new Problem("the text is empty", "enter the beginning of a text");
+  $("log").replaceChildren();
+  const given = paragraph("text", "", prompt);
+  given.className = "given";
+  const into = span("new");
+  given.after(into);
+  return { body: { prompt }, answer: new Answer(into) };
 }
 
-// Adds an answer to the conversation. Without an answer the question is removed too, because turns alternate.
-function end(asked, text, failed, into) {
-  if (text.trim()) messages = [...asked, { role: "assistant", content: text.trim() }];
-  else if (failed) {
-    $("prompt").value = asked.at(-1).content;
-    into.parentElement.previousSibling.remove();
-    into.parentElement.remove();
-  } else into.textContent = "(no answer)";
+// Begins an answer of a conversation: to a message, or to the results of calls. shown: the number of paragraphs before it;
+// restore: what to do if it fails.
+function ask() {
+  const declarations = tools();
+  const { calls } = conversation;
+  const prompt = $("prompt").value;
+  if (!calls.length && !strip(prompt)) throw new Problem("the message is empty", "enter a message");
+  const values = results.values;
+  const messages = calls.length
+    ? conversation.withResults(values)
+    : conversation.withRequest(site.model.system ? $("system").value.trim() : "", prompt);
+  if (calls.length) calls.forEach((call, i) => paragraph("result", `result of ${call.function.name}`, values[i]));
+  else {
+    paragraph("user", "you", prompt);
+    $("prompt").value = "";
+  }
+  const answer = new Answer(paragraph("model", site.name));
+  const restore = () => {
+    if (!calls.length) $("prompt").value = prompt;
+    answer.remove(calls.length || 1);
+  };
+  return { body: { messages, ...(declarations ? { tools: declarations } : {}) }, answer, restore };
+}
+
+// Adds an answer to the conversation. If it failed without text, what asked for it returns to its fields.
+function end({ body, answer, restore }, run) {
+  if (run === null && !strip(answer.text)) return restore();
+  const message = run?.message ?? { role: "assistant", content: strip(answer.text) };
+  answer.show(message);
+  if (!conversation.record(body.messages, message)) answer.show({ content: "(no answer)" });
+  return results.ask(conversation.calls);
 }
 
 function report(run, chosen) {
@@ -153,14 +178,14 @@ function report(run, chosen) {
   if (run.ttftMs !== null) parts.push(`first token after ${run.ttftMs.toFixed(0)} ms`);
   parts.push(WORDS[run.reason]);
   if (chosen.temperature > 0) parts.push(`seed ${chosen.seed}`);
-  if (run.forgotten) parts.push(`exchanges forgotten, the context being full: ${run.forgotten}`);
+  if (run.forgotten) parts.push(`oldest exchanges dropped, because the context is full: ${run.forgotten}`);
   if (run.memory) parts.push(memory(run.memory));
   $("figures").textContent = parts.join(" · ");
   $("figures").dataset.run = JSON.stringify(run);
   void measured();
 }
 
-const memory = ({ runtime, caches }) => `memory ${megabytes(runtime)}, of it caches ${megabytes(caches)}`;
+const memory = ({ runtime, caches }) => `memory ${megabytes(runtime)}, including caches of ${megabytes(caches)}`;
 
 // Shows the browser's own memory measurement, if it has one; that takes some seconds.
 async function measured() {
@@ -188,6 +213,7 @@ async function load() {
   try {
     const found = await backend.load(told);
     ready = true;
+    restrict(found);
     $("loading").hidden = true;
     describe(found, performance.now() - started);
   } catch (error) {
@@ -199,6 +225,17 @@ async function load() {
   } finally {
     refresh();
   }
+}
+
+// Removes what the page cannot do with the model.
+function restrict({ noChat, noTools }) {
+  const { model } = site;
+  if (!model.chat) return;
+  if (noChat) {
+    [model.chat, model.noChat] = [false, noChat];
+    document.forms.ask.elements.mode.value = "continue";
+  }
+  model.noTools = noTools;
 }
 
 function describe(found, milliseconds) {
@@ -263,9 +300,7 @@ async function start() {
   $("version").textContent = `slm ${site.slm}`;
   const { elements } = document.forms.ask;
   elements.mode.value = site.model.chat && site.model.tuned ? "talk" : "continue";
-  elements.mode[1].disabled = !site.model.chat;
   $("modes").hidden = !site.model.chat;
-  $("note").textContent = "This model was trained on plain text: it continues your text rather than answering.";
   refresh();
   if (site.mode === "server") {
     backend = new Remote();
@@ -297,11 +332,20 @@ $("greedy").addEventListener("change", refresh);
 $("stop").onclick = () => running?.abort();
 $("load").onclick = () => void attempt(load);
 $("clear").onclick = () => {
-  messages = [];
+  conversation.messages = [];
+  results.clear();
   $("log").replaceChildren();
   $("figures").textContent = "";
   show(null);
+  refresh();
 };
+$("discard").onclick = () => {
+  conversation.drop();
+  results.clear();
+  refresh();
+  $("prompt").focus();
+};
+$("tools").onchange = () => void attempt(tools);
 $("key").onchange = () => {
   backend.key = $("key").value.trim();
   void attempt(connect);

@@ -13,14 +13,15 @@ const breath = () =>
   });
 
 // Generates text: calls `told` with pieces {text}, and with {read, of} during the prefill of a long prompt; returns figures.
-// options: those of Sampler and newTokens; stops: ids that end a text; resume: whether to reuse the caches of a common prefix.
-export async function generate(decoder, text, ids, options, { stops, resume = false, told, stopped }) {
-  if (!ids.length) throw new Problem("there is nothing to continue", "type something");
+// options: those of Sampler and newTokens; stops: ids that end a text; resume: whether to reuse the caches of a common prefix;
+// shown: special tokens whose spelling is part of the text.
+export async function generate(decoder, text, ids, options, { stops, resume = false, told, stopped, shown }) {
+  if (!ids.length) throw new Problem("the prompt is empty", "enter text");
   if (ids.length >= decoder.context) {
     throw new Problem(`the text has ${ids.length} tokens and the model's context ${decoder.context}`, "shorten the text");
   }
   const sampler = new Sampler(options);
-  const stream = new TextStream(text);
+  const stream = new TextStream(text, shown);
   const run = { promptTokens: ids.length, tokens: [], ttftMs: null, tokensPerSecond: null, reason: "stopped" };
   const started = performance.now();
   if (!resume) decoder.reset();

@@ -1,4 +1,5 @@
 // Converts text to token ids and back, also incrementally; gives the same results as slm.core.tokenizer.
+import { Problem } from "./problem.js";
 import { ByteFallbackDecoder, Tokenizer } from "./vendor/tokenizers.min.mjs";
 
 // Tokens of slm's own models, in addition to those named in tokenizer_config.json.
@@ -36,13 +37,19 @@ ByteFallbackDecoder.prototype.decode_chain = (tokens) => {
   return found;
 };
 
+const trailingSpaces = (text) => Array.from(text).length - Array.from(text.trimEnd()).length;
+const leadingSpaces = (text) => Array.from(text).length - Array.from(text.trimStart()).length;
+const utf8Length = (text) => new TextEncoder().encode(text).length;
+// Returns the number of the character of each UTF-8 byte of a text.
+const characterEdges = (text) => Array.from(text).flatMap((character, i) => Array(utf8Length(character)).fill(i));
+
 export class Text {
   #json;
   #config;
   #tokenizer;
   #literal = null;
-  #controls; // ids that have a meaning besides their characters: Tokenizer.control_ids in Python
   #forbidden = null; // ids that plain text must not form
+  #unknown = null;
 
   // json: the contents of tokenizer.json; config: the contents of tokenizer_config.json.
   constructor(json, config) {
@@ -50,7 +57,8 @@ export class Text {
     this.#config = config;
     this.#tokenizer = new Tokenizer(json, config);
     this.specialIds = new Set(json.added_tokens.filter((token) => token.special).map((token) => token.id));
-    this.#controls = this.#controlIds();
+    this.added = new Set(json.added_tokens.map((token) => token.id));
+    this.controls = this.#controlIds(); // ids that have a meaning besides their characters: Tokenizer.control_ids in Python
   }
 
   // Returns the ids of a prompt: with the tokens of the post-processor, and with special tokens for their text.
@@ -62,7 +70,7 @@ export class Text {
   // besides: further ids to avoid.
   encodeLiteral(text, besides = new Set()) {
     const plain = this.#plain(text);
-    if (!plain.some((id) => this.#controls.has(id) || besides.has(id))) return plain;
+    if (!plain.some((id) => this.controls.has(id) || besides.has(id))) return plain;
     this.#literal ??= this.#withoutControls();
     this.#forbidden ??= this.#forbiddenIds();
     return this.#avoiding(text, besides);
@@ -78,13 +86,79 @@ export class Text {
 
   // Returns the ids that can be control tokens: not white space or a single character, which occur in any text.
   lengthy(ids) {
-    return new Set([...ids].filter((id) => this.#spelled(id).trim().length > 1));
+    return new Set([...ids].filter((id) => this.spelled(id).trim().length > 1));
   }
 
-  #spelled(id) {
+  // Returns the text of one token, also of a special token.
+  spelled(id) {
     return this.#tokenizer.decode([id, id], { skip_special_tokens: false, clean_up_tokenization_spaces: false }).slice(
       this.#tokenizer.decode([id], { skip_special_tokens: false, clean_up_tokenization_spaces: false }).length,
     );
+  }
+
+  // Returns the ids of a rendered chat template: without the tokens of the post-processor.
+  encodeRendered(text) {
+    return this.#plain(text);
+  }
+
+  // Returns the tokens of a rendered text that are among some ids: [id, start, end], in characters (code points). The unknown
+  // token counts only where its text is spelled.
+  places(text, wanted) {
+    const tokens = this.#tokenizer;
+    const sections = tokens.splitter_unnormalized.split(text);
+    const found = [];
+    let at = 0;
+    for (const [i, section] of sections.entries()) {
+      const length = Array.from(section).length;
+      const added = tokens.added_tokens_map.get(section);
+      if (added) {
+        const before = added.lstrip && i > 0 ? trailingSpaces(sections[i - 1]) : 0;
+        const after = added.rstrip && i + 1 < sections.length ? leadingSpaces(sections[i + 1]) : 0;
+        if (wanted.has(added.id)) found.push([added.id, at - before, at + length + after]);
+      } else if (length) found.push(...this.#placesWithin(section, wanted).map(([id, start, end]) => [id, at + start, at + end]));
+      at += length;
+    }
+    return found;
+  }
+
+  // Returns the same for a text without added tokens that are matched before normalization.
+  #placesWithin(section, wanted) {
+    const tokens = this.#tokenizer.encode_text(section);
+    const added = this.#tokenizer.added_tokens_map;
+    const known = (token) => added.get(token)?.id ?? this.#tokenizer.token_to_id(token);
+    const counts = (token) => wanted.has(known(token)) && (added.has(token) || !this.#unknownIds().has(known(token)));
+    if (!tokens.some(counts)) return [];
+    const normalized = this.#tokenizer.normalizer === null ? section : this.#tokenizer.normalizer(section);
+    const edges = characterEdges(normalized);
+    const bytes = this.#inBytes();
+    const found = [];
+    let at = 0;
+    for (const token of tokens) {
+      const size = added.has(token) ? utf8Length(token) : bytes ? Array.from(token).length : BYTE.test(token) ? 1 : utf8Length(token);
+      if (counts(token)) found.push([known(token), edges[at], edges[at + size - 1] + 1]);
+      at += size;
+    }
+    if (at === edges.length && Array.from(normalized).length === Array.from(section).length) return found;
+    throw new Problem("the page cannot render a conversation with this model's tokenizer", "the model can still continue text");
+  }
+
+  // Whether tokens are spelled in characters that stand for bytes.
+  #inBytes() {
+    const { pre_tokenizer } = this.#json;
+    return [pre_tokenizer, ...(pre_tokenizer?.pretokenizers ?? [])].some((each) => each?.type === "ByteLevel");
+  }
+
+  // Returns the control ids that any text may contain: the unknown token's, unless that token has another role too.
+  #unknownIds() {
+    if (this.#unknown === null) {
+      this.#literal ??= this.#withoutControls();
+      const { bos_token, eos_token } = this.#config;
+      const meant = new Set([...SPECIAL_TOKENS, ...named({ bos_token, eos_token })].map((token) => this.id(token)));
+      const found = new Set(this.#literal.encode(UNKNOWN, { add_special_tokens: false }).ids);
+      if (typeof this.#json.model.unk_token === "string") found.add(this.id(this.#json.model.unk_token));
+      this.#unknown = new Set([...this.controls].filter((id) => found.has(id) && !meant.has(id)));
+    }
+    return this.#unknown;
   }
 
   #plain(text) {
@@ -103,7 +177,7 @@ export class Text {
   }
 
   #withoutControls() {
-    const added_tokens = this.#json.added_tokens.filter((token) => !this.#controls.has(token.id));
+    const added_tokens = this.#json.added_tokens.filter((token) => !this.controls.has(token.id));
     return new Tokenizer({ ...this.#json, added_tokens, post_processor: null }, this.#config);
   }
 
@@ -117,11 +191,7 @@ export class Text {
   }
 
   #forbiddenIds() {
-    const { bos_token, eos_token } = this.#config;
-    const meant = new Set([...SPECIAL_TOKENS, ...named({ bos_token, eos_token })].map((token) => this.id(token)));
-    const unknown = new Set(this.#literal.encode(UNKNOWN, { add_special_tokens: false }).ids);
-    if (typeof this.#json.model.unk_token === "string") unknown.add(this.id(this.#json.model.unk_token));
-    return new Set([...this.#controls].filter((id) => !unknown.has(id) || meant.has(id)));
+    return new Set([...this.controls].filter((id) => !this.#unknownIds().has(id)));
   }
 }
 
@@ -135,16 +205,19 @@ function named(config) {
 
 export class TextStream {
   #text;
+  #shown;
   #before = []; // the tokens of the last piece: decoders join and strip at the start of a text
   #held = [];
 
-  constructor(text) {
+  // shown: special tokens whose spelling is part of the text, such as the marks of calls.
+  constructor(text, shown = new Set()) {
     this.#text = text;
+    this.#shown = shown;
   }
 
   // Takes a token and returns the characters that it completes, often none.
   push(token) {
-    if (this.#text.specialIds.has(token)) return "";
+    if (this.#text.specialIds.has(token)) return this.#shown.has(token) ? this.finish() + this.#text.spelled(token) : "";
     this.#held.push(token);
     const piece = this.#piece();
     if (piece.endsWith(REPLACEMENT)) return ""; // perhaps the start of a character

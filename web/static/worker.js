@@ -1,10 +1,12 @@
 // Runs the model outside the page's thread. Messages in: {load: site}, {ask, options, id}, {stop: true}, {reset: true}.
-import { endOfTurn, fittingIds } from "./chat.js";
+import { CallStream, replyMessage } from "./calls.js";
+import { fromOpenai, startTurns } from "./chat.js";
 import { Decoder, keepOneLogit, outputLocations } from "./decoder.js";
 import { generate } from "./generate.js";
 import { Problem, asProblem } from "./problem.js";
 import { fetchAll, forget } from "./store.js";
 import { Text } from "./text.js";
+import { declared } from "./tools.js";
 
 // Keeps a reference to onnxruntime's memory, to measure it: onnxruntime does not expose it.
 const memories = [];
@@ -58,7 +60,10 @@ async function load(site) {
   });
   model = { text, decoder: new Decoder(ort, session, manifest), site };
   model.stops = new Set(site.model.stop_token_ids);
+  const { turns, ...chat } = await startTurns(text, site.model.turns, model.stops);
+  model.turns = turns;
   return {
+    ...chat,
     device: gpu ? "WebGPU" : "WebAssembly",
     threads: ort.env.wasm.numThreads,
     isolated: self.crossOriginIsolated,
@@ -78,10 +83,50 @@ async function answer({ ask, options, id }) {
   if (ask.prompt !== undefined) {
     return figures(await generate(decoder, text, text.encode(ask.prompt), options, { stops, ...control }));
   }
-  if (!site.model.chat) throw new Problem("this model cannot be talked with", "let it go on with a text");
-  const { ids, forgotten } = fittingIds(text, ask.messages, decoder.context, options.newTokens, stops);
-  const ends = new Set([...stops, endOfTurn(text)]);
-  return { ...figures(await generate(decoder, text, ids, options, { stops: ends, resume: true, ...control })), forgotten };
+  if (!model.turns) throw new Problem("this model does not support chats", "let it continue text");
+  const { turns } = site.model;
+  const tools = ask.tools ? declared(ask.tools) : [];
+  const messages = fromOpenai(ask.messages, tools);
+  const declarations = turns.declares_tools ? tools : [];
+  const { ids, forgotten } = model.turns.fitting(messages, decoder.context, options.newTokens, declarations);
+  const reply = tools.length ? new Reply(tools, turns.style, told) : null;
+  const run = await generate(decoder, text, ids, options, {
+    stops: new Set(turns.ends),
+    resume: true,
+    ...control,
+    ...(reply ? { told: reply.told, shown: new Set(turns.shown) } : {}),
+  });
+  return { ...figures(run), forgotten, ...(reply ? { message: reply.finish() } : {}) };
+}
+
+// Divides a reply into text and calls for the page.
+class Reply {
+  #tools;
+  #style;
+  #stream;
+  #told;
+  #whole = "";
+
+  constructor(tools, style, told) {
+    [this.#tools, this.#style, this.#told] = [tools, style, told];
+    this.#stream = new CallStream(style, tools);
+  }
+
+  told = (piece) => {
+    if (piece.text === undefined) return this.#told(piece);
+    this.#whole += piece.text;
+    return this.#tell(this.#stream.push(piece.text));
+  };
+
+  // Returns the message of the whole reply.
+  finish() {
+    this.#tell(this.#stream.finish());
+    return replyMessage(this.#whole, this.#style, this.#tools);
+  }
+
+  #tell(parts) {
+    for (const part of parts) this.#told(typeof part === "string" ? { text: part } : { call: part });
+  }
 }
 
 function figures(run) {

@@ -20,7 +20,6 @@ def take(bundle: str) -> None:
     """Takes the steps with onnxruntime's settings as they are in the environment."""
     sys.path.insert(0, str(STEPS))
     import steps
-
     from slm.runtime.decoder import OnnxDecoder
 
     run = OnnxDecoder.run

@@ -12,8 +12,8 @@ from jsonschema import Draft202012Validator
 from slm.core.errors import SlmError
 from slm.core.tool_fields import declared
 from slm.core.tools import FUNCTION_GEMMA, GEMMA_4, JSON_STYLE, STYLES, Call, Style, Tool, parsed_calls, written
-from slm.serve.call_grammar import Replies
-from slm.serve.constraint import Grammars
+from slm.runtime.call_grammar import Replies
+from slm.runtime.constraint import Grammars
 from tests.core.tool_chat_templates import NATIVE, tool_tokenizer
 from tests.serve.test_schemas import EXPENSIVE
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slm.core.tools import Style, Tool
-from slm.serve.gemma_grammar import GemmaRules, literal
-from slm.serve.schema_check import GRAMMAR, json_of
+from slm.runtime.gemma_grammar import GemmaRules, literal
+from slm.runtime.schema_check import GRAMMAR, json_of
 
 # The most calls in one reply.
 MOST_CALLS = 32

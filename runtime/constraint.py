@@ -20,11 +20,11 @@ from llguidance import LLMatcher
 from slm.core import child
 from slm.core.errors import SlmError
 from slm.core.tokenizer import Tokenizer
+from slm.runtime.call_grammar import MOST_CALLS, Marks, Replies, grammar_of_replies
 from slm.runtime.guide import Constraint
 from slm.runtime.memory import Array
+from slm.runtime.schema_check import Impossible, grammar_of, json_of, matcher_of, tokenizer_of
 from slm.runtime.token_bytes import TokenBytes, token_bytes
-from slm.serve.call_grammar import MOST_CALLS, Marks, Replies, grammar_of_replies
-from slm.serve.schema_check import Impossible, grammar_of, json_of, matcher_of, tokenizer_of
 
 # Cached schemas: their grammar, or the reason for their rejection.
 _KEPT = 64
@@ -50,8 +50,17 @@ class Busy(SlmError):
 class Grammars:
     """Compiles constraints for one vocabulary. Any number of threads may use it; schemas are compiled one at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...]) -> None:
-        """Stores the tokenizer; the model may have more tokens than it."""
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: tuple[int, ...], *, at_once: bool = False
+    ) -> None:
+        """Reads the tokenizer, which takes seconds for 262,144 tokens.
+
+        Args:
+            tokenizer: The model's tokenizer; the model may have more tokens than it.
+            vocab_size: The number of the model's logits.
+            stop_tokens: The tokens that end a text.
+            at_once: Whether to start the process that checks grammars now, so that it reads the tokenizer in the meantime.
+        """
         self._vocab_size = vocab_size
         self._text_tokenizer = tokenizer
         self._free: dict[tuple[str, int | None], Array] = {}
@@ -60,13 +69,16 @@ class Grammars:
             "size": vocab_size,
             "stops": list(stop_tokens),
         }
-        self._tokenizer = tokenizer_of(self._vocabulary)
         self._known: OrderedDict[str, str | Impossible] = OrderedDict()
         self._checker: subprocess.Popen[bytes] | None = None
         self._compiling = ThreadPoolExecutor(1, "slm-schema", initializer=_yield_to_others)
         self._closed = False
         self._counting = threading.Lock()
         self._waiting = 0
+        if at_once:
+            with suppress(OSError):  # then `_tried` starts it
+                self._start_checker()
+        self._tokenizer = tokenizer_of(self._vocabulary)
 
     def submit(self, schema: Mapping[str, Any] | None, texts: int = 1) -> "Future[Sequence[Constraint]]":
         """Starts to compile a schema, or any JSON object if None. The result has one constraint per completion.
@@ -92,6 +104,13 @@ class Grammars:
         """Starts to compile the grammar of replies with calls; see `submit`."""
         return self._submit(lambda: self._calls(replies, texts))
 
+    def prepared(self, replies: Replies) -> "Callable[[], Constraint]":
+        """Returns a function that makes the constraint of one reply with calls; see `submit_calls` for what is raised.
+
+        The grammar is compiled in the calling thread: call this from one thread only.
+        """
+        return self._prepared(replies)
+
     def json(self, schema: Mapping[str, Any] | None, texts: int = 1) -> "Sequence[Constraint]":
         """Returns the result of `submit`."""
         return self.submit(schema, texts).result()
@@ -113,6 +132,10 @@ class Grammars:
         return [GrammarConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
 
     def _calls(self, replies: Replies, texts: int) -> "Sequence[Constraint]":
+        make = self._prepared(replies)
+        return [make() for _ in range(texts)]
+
+    def _prepared(self, replies: Replies) -> "Callable[[], Constraint]":
         try:
             for tool in replies.tools:
                 _check_patterns(tool.parameters)
@@ -125,12 +148,16 @@ class Grammars:
             first = self._compiled(grammar)
         except Impossible as error:
             raise _impossible(str(error), "the tools' parameters are") from None
-        constraints = [GrammarConstraint(first.deep_copy(), self._vocab_size) for _ in range(texts)]
         if not replies.free:
-            return constraints
+            return lambda: GrammarConstraint(first.deep_copy(), self._vocab_size)
         opening, spelled = replies.style.opening, token_bytes(self._text_tokenizer)
         free = self._free_text(opening, marks.tokens.get(opening))
-        return [CallConstraint(each, free, opening, replies.parallel, spelled) for each in constraints]
+
+        def calls() -> Constraint:
+            follows = GrammarConstraint(first.deep_copy(), self._vocab_size)
+            return CallConstraint(follows, free, opening, replies.parallel, spelled)
+
+        return calls
 
     def _marks(self, replies: Replies) -> Marks:
         """Returns the marks that are tokens which the library does not see as text."""
@@ -203,13 +230,17 @@ class Grammars:
         checker = self._checker
         if checker is None or checker.poll() is not None:
             self._end_checker()
-            checker = self._checker = child.popen(
-                "from slm.serve.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            _send(checker, self._vocabulary)
+            checker = self._start_checker()
         _send(checker, schema)
         assert checker.stdout is not None
         return checker.stdout.readline()
+
+    def _start_checker(self) -> "subprocess.Popen[bytes]":
+        self._checker = child.popen(
+            "from slm.runtime.schema_check import main; main()", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        _send(self._checker, self._vocabulary)
+        return self._checker
 
     def _end_checker(self) -> None:
         checker, self._checker = self._checker, None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slm.core.tools import referred
-from slm.serve.schema_check import Impossible
+from slm.runtime.schema_check import Impossible
 
 # Keywords that a value may have without an effect on what is allowed.
 _IGNORED = frozenset(

@@ -1,4 +1,4 @@
-"""Checks JSON schemas in a separate process, which `slm.serve.constraint` starts.
+"""Checks JSON schemas in a separate process, which `slm.runtime.constraint` starts.
 
 llguidance builds whatever grammar a schema describes: a few hundred characters can cost minutes and gigabytes, and a call
 into the library cannot be interrupted. Here each schema is compiled in a forked process, which the system stops at a limit of
