@@ -34,7 +34,7 @@ ROWS = [{"instruction": f"Say {n} times.", "output": f"Number {n} it is, and {n}
 def tuned(shared_bundle: Bundle, tmp_path: Path) -> Callable[..., Bundle]:
     """Returns a copy of a bundle that records the rows of a fine-tuning run."""
 
-    def make(data: Path, **fields: Any) -> Bundle:
+    def make(data: Path, /, **fields: Any) -> Bundle:
         path = tmp_path / "tuned"
         shutil.copytree(shared_bundle.path, path, dirs_exist_ok=True)
         found = Bundle.open(path)

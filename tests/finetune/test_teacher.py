@@ -83,6 +83,31 @@ def test_the_divergence_is_that_of_the_whole_logits(
     assert TOLERANCE < abs(rounded / wanted.item() - 1) < BF16_TOLERANCE
 
 
+def test_rows_that_replace_rows_of_a_frozen_head_get_their_gradient() -> None:
+    """As with an adapter that trains turn tokens."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(9, 8, generator=draw, requires_grad=True), torch.randn(31, 8, generator=draw)
+    rows, ids = torch.randn(2, 8, generator=draw, requires_grad=True), [7, 3]
+    theirs, their_head = torch.randn(9, 5, generator=draw), torch.randn(31, 5, generator=draw)
+    wanted = divergence(hidden @ head.index_copy(0, torch.tensor(ids), rows).T, theirs @ their_head.T)
+    found = linear_loss(hidden, head, TeacherTargets(theirs, their_head), 4, (ids, rows))
+    pairs = zip(torch.autograd.grad(found, (hidden, rows)), torch.autograd.grad(wanted, (hidden, rows)), strict=True)
+    for a, b in pairs:
+        assert (a - b).abs().max() < TOLERANCE * b.abs().max()
+
+
+def test_a_teacher_computes_in_the_run_s_precision(shared_checkpoint: Path, teacher_path: Path) -> None:
+    model, examples = load_checkpoint(shared_checkpoint), [Example.ending(range(4, 40), 6)]
+    measured = []
+    for autocast in (None, torch.bfloat16):
+        teacher = Teacher(teacher_path, torch.device("cpu"), autocast)
+        material = Distilled(alone(examples), examples, teacher)
+        measured.append(material.measure(model, 2, autocast, lambda: None))
+        wanted = torch.float32 if autocast is None else autocast
+        assert teacher.model.model.layers[0].self_attn.q_proj.weight.dtype == wanted
+    assert 0 < abs(measured[1] / measured[0] - 1) < BF16_TOLERANCE
+
+
 def test_at_most_a_chunk_of_logits_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the reference, which holds the logits of all positions."""
     seen: list[int] = []
