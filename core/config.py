@@ -8,6 +8,7 @@ which other fields are accepted.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -257,6 +258,8 @@ def _rope_parameters(fields: Mapping[str, Any]) -> Any:
     return ropes
 
 
+# A part of pydantic's errors about nested settings.
+_CLASS = re.compile(r" or instance of \w+")
 # Pydantic's terms from Python, and plain replacements for users.
 _PLAIN = {
     "Input should be": "must be",
@@ -279,6 +282,7 @@ def first_mistake(error: ValidationError) -> str:
     what = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
     for python, plain in _PLAIN.items():
         what = what.replace(python, plain)
+    what = _CLASS.sub("", what)
     return f"{where}: {what}" if where else what
 
 

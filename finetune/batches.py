@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import GridLinear, round_activations, round_weight
@@ -157,6 +158,19 @@ def head_operands(
             hidden = round_activations(hidden, model.head_scheme)
             rows = None if rows is None else (rows[0], round_weight(rows[1], model.head_scheme))
     return hidden, weight, rows
+
+
+def logits(model: TunableLM | CausalLM, hidden: Tensor) -> Tensor:
+    """Returns the logits (…, V) of hidden states (…, D). Trained rows of the head take their places without a copy of it."""
+    weight, rows = trained_rows(model.lm_head)
+    if rows is None or not isinstance(model, TunableLM) or model.head_scheme is not None:
+        out: Tensor = model.lm_head(hidden)
+        return out
+    weight = weight if model.head_weight is None else model.head_weight
+    ids, values = rows
+    found = functional.linear(hidden.to(weight.dtype), weight).float()
+    found[..., ids] = functional.linear(hidden.to(weight.dtype), values.to(weight.dtype)).float()
+    return found
 
 
 @torch.no_grad()

@@ -191,6 +191,16 @@ class Fit:
             self._batches = epoch, self.material.batches(self._batch_size, order)
         return self._batches[1][place]
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return list(self._trainable.parameters.values())
+
+    def first_epoch(self) -> list[Batch]:
+        """Returns the batches of the first epoch."""
+        self._batch(0)
+        return self._batches[1]
+
     def update(self, check: Check) -> tuple[Row, float]:
         """Makes one update; returns its loss and learning rate, and tokens per second.
 

@@ -7,14 +7,18 @@ from typing_extensions import override
 
 from slm.core.progress import Progress
 from slm.finetune.fit import Fit
+from slm.finetune.midway import Midway
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import save_state
 from slm.train.evaluate import Check
+from slm.train.logs.logs import Logs
 from slm.train.loop import Plan, Task, duration
 from slm.train.state import TRAINER
 
 # After this long without a line about an epoch, a line reports the updates since.
 _LINE_EVERY_S = 60.0
+# Characters of a sample's texts in its line.
+_SHOWN = 100
 
 
 def plan_of(fit: Fit, settings: FinetuneSettings) -> Plan:
@@ -33,15 +37,21 @@ def plan_of(fit: Fit, settings: FinetuneSettings) -> Plan:
 class FineTuning(Task):
     """A run of `slm finetune`; see `slm.train.loop.Task`."""
 
-    def __init__(self, fit: Fit, out: Path, progress: Progress) -> None:
+    def __init__(
+        self, fit: Fit, out: Path, progress: Progress, midway: Midway | None = None, logs: Logs | None = None
+    ) -> None:
         """Prepares the task.
 
         Args:
             fit: The weights and the position.
             out: The directory of the result, which holds the saved state until then.
             progress: Receives progress and notes.
+            midway: Answers rows after some epochs; None answers none.
+            logs: Receive the rows of history; None for no logs.
         """
         self._fit, self._out, self._progress = fit, out, progress
+        self._midway, self._logs = midway, logs or Logs()
+        self._sent = len(fit.standing.history)
         self.began = time.perf_counter() - fit.standing.elapsed_s
         self._reported = time.perf_counter(), 0  # time of the last line, and the rows of history that it covers
 
@@ -70,6 +80,7 @@ class FineTuning(Task):
         standing, per_epoch = self._fit.standing, self._fit.updates_per_epoch
         epoch = (standing.updates - 1) // per_epoch + 1
         standing.history.append(("train", {"epoch": epoch, **self._fit.position(), **row}))
+        self._send()
         self._progress.advance(epoch=f"{epoch}/{self._fit.epochs}", loss=f"{row['loss']:.3f}", tok_s=f"{speed:,.0f}")
         if standing.updates % per_epoch and time.perf_counter() - self._reported[0] > _LINE_EVERY_S:
             self._report_updates(epoch, speed)
@@ -83,6 +94,7 @@ class FineTuning(Task):
         judge = self._fit.judge
         scored = "" if judge is None else f", {judge.title} {standing.evaluations[-1]['score']:.1%}"
         if epoch == 0:
+            self._send()
             self._progress.note(f"before training: {name} {loss:.3f}{scored}")
             return
         first = next(number for number, (_, row) in enumerate(standing.history) if row["epoch"] == epoch)
@@ -90,12 +102,16 @@ class FineTuning(Task):
         self._progress.note(
             f"epoch {epoch}/{self._fit.epochs}: train loss {self._train_loss(first):.3f}, {name} {loss:.3f}{scored}{best}"
         )
+        if self._midway is not None and self._midway.due(epoch):
+            self._answer(self._midway, epoch)
+        self._send()
         self._reported = time.perf_counter(), len(standing.history)
 
     @override
     def save(self, number: int | None) -> None:
         """Saves the state for resuming; there are no numbered checkpoints."""
         self._fit.standing.elapsed_s = self.elapsed_s
+        self._fit.standing.logs = self._logs.run_ids
         save_state(self._out, self._fit.state())
 
     @override
@@ -112,6 +128,22 @@ class FineTuning(Task):
     @override
     def advice_on_memory(self) -> str:
         return "lower --batch-size or --max-length"
+
+    def _answer(self, midway: Midway, epoch: int) -> None:
+        """Records and reports what the current weights answer."""
+        where = {"epoch": epoch, **self._fit.position()}
+        for sample in midway.answers():
+            row = {**where, "prompt": sample.prompt, "wanted": sample.wanted, "text": sample.answered}
+            self._fit.standing.history.append(("sample", row))
+            wanted = "as wanted" if sample.answered == sample.wanted else f"wanted {_shown(sample.wanted)}"
+            self._progress.note(f"sample: {_shown(sample.prompt)} -> {_shown(sample.answered)} ({wanted})")
+
+    def _send(self) -> None:
+        """Sends the new rows of history to the logs."""
+        history = self._fit.standing.history
+        for kind, row in history[self._sent :]:
+            self._logs.add({"type": kind, **row})
+        self._sent = len(history)
 
     def _report_updates(self, epoch: int, speed: float) -> None:
         """Reports the progress within a long epoch."""
@@ -133,3 +165,8 @@ class FineTuning(Task):
                 total += row["loss"] * (row["tokens"] - tokens)
                 tokens = row["tokens"]
         return total / max(1, tokens - before)
+
+
+def _shown(text: str) -> str:
+    """Returns a text in quotes, on one line, without its end if it is long."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")

@@ -1,9 +1,10 @@
 """Fine-tuning: trains a LoRA adapter, or all weights, of a checkpoint on a file of rows, and keeps the best epoch."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +12,37 @@ import torch
 from peft import PeftModel
 
 from slm.core.adapter_base import base_record
-from slm.core.chat import knows_turns
-from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
-from slm.core.config import ModelConfig
+from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, read_config, read_info
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, check_replaceable, recover, sole
+from slm.core.files import atomic_directory, check_replaceable, recover, sole, write_text
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
-from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
-from slm.core.nn.fake_quant import fake_quantize, round_weights, rounded_in_place
+from slm.core.nn import CausalLM, save_checkpoint
+from slm.core.nn.fake_quant import round_weights, rounded_in_place
 from slm.core.progress import Progress, Silent
 from slm.core.qat import RECORD, without_grid
 from slm.core.tokenizer import Tokenizer
 from slm.core.tuned_rows import tuned_on
-from slm.finetune.adapter import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    TunableLM,
-    adapter_state,
-    attach,
-    is_adapter,
-    save_adapter,
-)
+from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, TunableLM, is_adapter, save_adapter
+from slm.finetune.build import build
 from slm.finetune.examples import Renderer
-from slm.finetune.fit import Fit, Trainable
-from slm.finetune.frozen import lighten
-from slm.finetune.indistinct import indistinct_tokens
-from slm.finetune.judge import Judge, judge_of
+from slm.finetune.fit import Fit
+from slm.finetune.judge import judge_of
 from slm.finetune.loop import FineTuning, plan_of
-from slm.finetune.material import Material
-from slm.finetune.preference import Preferences
+from slm.finetune.midway import Midway
 from slm.finetune.preparation import Prepared, RowFiles, prepare
+from slm.finetune.recipe import CONFIG, SAMPLES, FinetuneRecipe, resolved
+from slm.finetune.review import review
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
-from slm.finetune.teacher import Teacher, check_teacher
-from slm.finetune.writing import ANSWERS_FILE, Writer
+from slm.finetune.teaching import check_rows, notices, teaching_of
+from slm.finetune.writing import ANSWERS_FILE
 from slm.train.build import pick_device
+from slm.train.choices import LogName
 from slm.train.interrupt import held_back
+from slm.train.logs.board import TENSORBOARD, board_files, drop_board
+from slm.train.logs.log import About
+from slm.train.logs.logs import Logs, check_packages
 from slm.train.loop import Loop
 from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics, Row
 from slm.train.parallel import Alone
@@ -64,6 +59,7 @@ _ADAPTER_FILES = frozenset(
         NOTICE_FILE,
         METRICS_FILE,
         CURVE_FILE,
+        CONFIG,
         ANSWERS_FILE,
         *TRAINER_FILES,
     )
@@ -73,14 +69,11 @@ _METRICS = Path("finetune")
 _RUN_FILES = frozenset(
     (
         *((CHECKPOINT / name).as_posix() for name in CHECKPOINT_FILES),
-        *((_METRICS / name).as_posix() for name in (METRICS_FILE, CURVE_FILE)),
+        *((_METRICS / name).as_posix() for name in (METRICS_FILE, CURVE_FILE, CONFIG)),
         ANSWERS_FILE,
         *TRAINER_FILES,
     )
 )
-
-# Number of sample answers at the end.
-SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -106,6 +99,7 @@ class FinetuneResult:
         epochs: Number of epochs planned.
         updates: Number of optimizer steps.
         trainable_parameters: Number of trained parameters.
+        keep: Which epoch was to be kept: "best" or "last".
         teacher: The teacher, if there was one; the losses are then divergences from its predictions.
         metric: The metric of the replies, if epochs were chosen by one.
         metric_rows: The number of rows that were answered for it.
@@ -136,6 +130,7 @@ class FinetuneResult:
     trainable_parameters: int
     seconds: float
     samples: tuple[Sample, ...] = ()
+    keep: str = "best"
     preferred_before: float | None = None
     preferred_after: float | None = None
     teacher: Path | None = None
@@ -156,7 +151,7 @@ class FinetuneResult:
 
 
 # Fields of the result that are elsewhere in `slm.json`.
-_NO_METRICS = ("made", "base", "samples", "teacher")
+_NO_METRICS = ("made", "base", "samples", "keep", "teacher")
 
 
 @dataclass(frozen=True)
@@ -169,6 +164,7 @@ class _Task:
     settings: FinetuneSettings
     overwrite: bool
     samples: int
+    log: tuple[LogName, ...]
     teacher: Path | None
 
 
@@ -181,6 +177,7 @@ def finetune(
     *,
     overwrite: bool = False,
     samples: int = SAMPLES,
+    log: Sequence[LogName] = (),
     teacher: Path | None = None,
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
@@ -195,7 +192,8 @@ def finetune(
         settings: Hyperparameters; the defaults when None.
         progress: Receives progress and notes.
         overwrite: Whether an existing result may be replaced.
-        samples: Number of held-out rows that the result answers at the end.
+        samples: Number of held-out rows that the result answers at the end; 0 also disables the answers during training.
+        log: Where metrics go besides `metrics.jsonl`.
         teacher: A checkpoint with the same tokenizer, whose predictions are learned; it also answers rows that end with a
             request. None trains on the answers of the rows.
 
@@ -205,24 +203,28 @@ def finetune(
     """
     settings, progress = settings or FinetuneSettings(), progress or Silent()
     files = data if isinstance(data, RowFiles) else RowFiles(data)
-    task = _Task(base, files, out, settings, overwrite, samples, teacher)
+    check_packages(log)
+    task = _Task(base, files, out, settings, overwrite, samples, tuple(log), teacher)
     with sole(out.resolve()):
         return _finetune(task, progress)
 
 
 def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     base, out = task.base, task.out
+    recover(out / TRAINER)  # removes files that a killed process left half written
     check_free(out, task.settings.method, task.overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
-    teaching = _teaching(task, config, renderer, device, precision, progress)
-    found = prepare(
-        task.files, task.settings, config, renderer, progress, None if teaching is None else teaching.writer.complete
-    )
-    if teaching is not None:
-        _check_rows(found, task, tokenizer, progress)
+    place, max_length = (out, task.overwrite), task.settings.context(config)
+    teaching = teaching_of(task.teacher, place, config, max_length, renderer, device, precision, progress)
+    complete = None if teaching is None else teaching.writer.complete
+    found = prepare(task.files, task.settings, config, renderer, progress, complete)
+    if task.teacher is not None:
+        check_rows(found, task.teacher, tokenizer, progress)
+    for sentence in review(found, task.settings, config):
+        progress.note(f"warning: {sentence}")
     settings, judge = found.settings, judge_of(found, task.files, renderer, config)
     course = {
         "settings": settings.model_dump(mode="json"),
@@ -233,34 +235,30 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
         **({} if teaching is None else {"teacher": teaching.record}),
     }
     state = _saved(out, course, task.overwrite)
-    model, grid = load_checkpoint(base), settings.grid
-    if grid is not None:
-        progress.note(f"quantization-aware training for {grid.precision.upper()}: layers in {grid.description}")
-        if settings.method == "full":
-            fake_quantize(model, grid)
-    model.to(device)
-    # A base trained on plain text has never seen a turn token: their rows of the embedding are still random.
-    turns = [] if not found.chats or knows_turns(base_info, tokenizer) else renderer.turn_token_ids()
-    rows = turns if settings.method == "full" else _rows_to_train(turns, model, found, renderer, progress)
+    grid = settings.grid
+    recipe = resolved(base, out, task.files, settings, task.samples, task.log, task.teacher)
+    logged = {} if state is None else state.standing.logs
+    logs = Logs(task.log, About(out, recipe.model_dump(mode="json"), _board_step), logged, progress)
     with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        adapter = attach(model, settings, base, rows) if settings.method == "lora" else None
+        built = build(base, base_info, found, renderer, device, precision, progress)
+        model, adapter = built.model, built.adapter
         teacher = None if teaching is None else teaching.load()
-        fit = _fit(model, adapter, found.material(teacher), settings, precision, Standing(course=course), judge)
+        fit = built.fit(found, Standing(course=course), teacher=teacher, judge=judge)
         if state is not None:
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
-        with held_back() as interruption:
-            training = FineTuning(fit, out, progress)
-            Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
+        midway = Midway(built.tuned, renderer, found, task.samples, precision.autocast)
+        with _board_dropped(out), held_back() as interruption:
+            with logs:
+                logs.begin([{"type": kind, **row} for kind, row in fit.standing.history])
+                training = FineTuning(fit, out, progress, midway, logs)
+                Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
             standing, seconds = fit.standing, training.elapsed_s
             assert standing.loss_before is not None
             _warn(fit, progress)
             fit.put_kept()
             with rounded_in_place(model):
-                answers = _answers(
-                    model if adapter is None else adapter.get_base_model(), renderer, found, task.samples, precision
-                )
+                answers = _answers(built.tuned, renderer, found, task.samples, precision)
             made = out if adapter is not None else out / CHECKPOINT
             result = _result(made, task, found, fit, round(seconds, 2), answers)
             info = {
@@ -270,36 +268,22 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 "precision": precision.name,
                 "turns": found.chats,
                 "declares_tools": found.declares_tools,
-                "notices": modified(_notices(task), "fine-tuned with LoRA" if adapter else "fine-tuned"),
+                "notices": modified(notices(base, task.teacher), "fine-tuned with LoRA" if adapter else "fine-tuned"),
                 "held_out_rows": list(found.split.numbers),
                 "metrics": {name: value for name, value in asdict(result).items() if name not in _NO_METRICS},
                 "samples": [asdict(answer) for answer in answers],
             }
             of_grid = {} if grid is None else {RECORD: grid.model_dump(mode="json")}
             if adapter is not None:
-                _write_adapter(out, adapter, fit, info | of_grid)
+                _write_adapter(out, adapter, fit, info | of_grid, recipe)
             else:
                 if grid is not None:
                     round_weights(model, grid)
                 base_info = without_grid(base_info) | of_grid
-                _write_checkpoint(out, model, tokenizer, fit, info, base_info)
+                _write_checkpoint(out, model, tokenizer, fit, info, base_info, recipe)
             if interruption.pending is not None:
                 interruption.deliver()
     return result
-
-
-def _rows_to_train(
-    turns: list[int], model: CausalLM, found: Prepared, renderer: Renderer, progress: Progress
-) -> list[int]:
-    """Returns the tokens whose rows of the embedding are trained: turn tokens, and those that the base cannot tell apart."""
-    indistinct = indistinct_tokens(model.model.embed_tokens.weight, found.train.kept)
-    if not indistinct:
-        return turns
-    progress.note(
-        f"the base cannot tell {len(indistinct)} tokens of the answers apart, because its text did not contain them; their "
-        f"rows of the embedding are trained too: {renderer.spelt(indistinct)}"
-    )
-    return list(dict.fromkeys((*turns, *indistinct)))
 
 
 def _result(
@@ -327,6 +311,7 @@ def _result(
         trainable_parameters=sum(tensor.numel() for tensor in fit.kept.values()),
         seconds=seconds,
         samples=samples,
+        keep=found.settings.keep,
         preferred_before=preferred[0],
         preferred_after=preferred[1],
         metric=found.settings.metric,
@@ -356,78 +341,6 @@ def _warn(fit: Fit, progress: Progress) -> None:
         progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
 
 
-def _fit(
-    model: CausalLM,
-    adapter: PeftModel | None,
-    material: Material,
-    settings: FinetuneSettings,
-    precision: Precision,
-    standing: Standing,
-    judge: Judge | None,
-) -> Fit:
-    if adapter is None:
-        trainable = Trainable(model, dict(model.named_parameters()))
-    else:
-        tunable: TunableLM = adapter.get_base_model()
-        lighten(tunable, precision.autocast, settings.grid)
-        trainable = Trainable(tunable, _parameters(adapter))
-    batch_size = settings.batch_size
-    if isinstance(material, Preferences):
-        assert batch_size is not None
-        material.refer(trainable.model, batch_size, precision.autocast, lambda: None)
-    return Fit(trainable, material, settings, precision, standing, judge)
-
-
-@dataclass(frozen=True)
-class _Teaching:
-    """A teacher that is loaded when it is needed.
-
-    Attributes:
-        record: Path and hashes, for `slm.json`.
-        load: Returns the teacher.
-        writer: Lets it answer rows that end with a request.
-    """
-
-    record: dict[str, str]
-    load: Callable[[], Teacher]
-    writer: Writer
-
-
-def _teaching(
-    task: _Task, config: ModelConfig, renderer: Renderer, device: torch.device, precision: Precision, progress: Progress
-) -> _Teaching | None:
-    """Returns the teacher of a run, after checking that it fits the base; None without one."""
-    path, max_length = task.teacher, task.settings.context(config)
-    if path is None:
-        return None
-    check_teacher(path, renderer.tokenizer, config, max_length)
-    record = base_record(path, renderer.tokenizer)
-
-    @cache
-    def load() -> Teacher:
-        return Teacher(path, device, precision.autocast)
-
-    writer = Writer(load, record["weights_sha256"], renderer, max_length, task.out, task.overwrite, progress)
-    return _Teaching(record, load, writer)
-
-
-def _check_rows(found: Prepared, task: _Task, tokenizer: Tokenizer, progress: Progress) -> None:
-    """Rejects rows from which a teacher's predictions are not learned, and warns about a teacher that has seen no turns."""
-    assert task.teacher is not None
-    if found.pairs is not None:
-        raise SlmError("preferences are learned against the base, not from a teacher", "omit --teacher")
-    if found.chats and not knows_turns(read_info(task.teacher), tokenizer):
-        progress.note(
-            f"warning: the teacher {task.teacher} was not tuned on conversations, so its predictions for them say little"
-        )
-
-
-def _notices(task: _Task) -> tuple[str, ...]:
-    """Returns the notices of the base, and of the teacher, whose terms may extend to models that learn its predictions."""
-    teacher = () if task.teacher is None else notices_of(task.teacher)
-    return tuple(dict.fromkeys((*notices_of(task.base), *teacher)))
-
-
 def _answers(
     model: TunableLM | CausalLM, renderer: Renderer, found: Prepared, count: int, precision: Precision
 ) -> tuple[Sample, ...]:
@@ -435,13 +348,6 @@ def _answers(
     held_out, autocast = bool(found.valid.kept), precision.autocast
     rows = found.split.held_out if held_out else found.split.train
     return tuple(sample_answers(model, renderer, rows, count, found.settings, held_out=held_out, autocast=autocast))
-
-
-def _parameters(adapter: PeftModel) -> dict[str, Any]:
-    """Returns an adapter's trained parameters by their names in its file."""
-    # peft's state holds detached tensors; their addresses identify the parameters.
-    places = {p.data_ptr(): p for p in adapter.parameters() if p.requires_grad}
-    return {name: places[tensor.data_ptr()] for name, tensor in adapter_state(adapter).items()}
 
 
 def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
@@ -468,27 +374,37 @@ def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
     )
 
 
-def _write_metrics(directory: Path, fit: Fit) -> None:
+def _write_course(directory: Path, fit: Fit, recipe: FinetuneRecipe) -> None:
+    """Writes the recipe, the metrics and the curves."""
+    write_text(directory / CONFIG, recipe.to_yaml())
     metrics = Metrics(directory, updates=0)
     for kind, row in fit.standing.history:
         metrics.add(kind, row)
     metrics.draw()
 
 
-def _write_adapter(out: Path, adapter: PeftModel, fit: Fit, info: dict[str, Any]) -> None:
-    with atomic_directory(out, _ADAPTER_FILES) as directory:
+def _write_adapter(out: Path, adapter: PeftModel, fit: Fit, info: dict[str, Any], recipe: FinetuneRecipe) -> None:
+    with atomic_directory(out, _ADAPTER_FILES | board_files(out)) as directory:
         save_adapter(directory, adapter, fit.kept)
-        _write_metrics(directory, fit)
+        _write_course(directory, fit, recipe)
+        _take_board(out, directory, recipe)
         write_notice(directory, recorded_notices(info))
         (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_checkpoint(
-    out: Path, model: CausalLM, tokenizer: Tokenizer, fit: Fit, info: dict[str, Any], base_info: dict[str, Any]
+    out: Path,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    fit: Fit,
+    info: dict[str, Any],
+    base_info: dict[str, Any],
+    recipe: FinetuneRecipe,
 ) -> None:
-    with atomic_directory(out, _RUN_FILES) as directory:
+    with atomic_directory(out, _RUN_FILES | board_files(out)) as directory:
         (directory / _METRICS).mkdir()
-        _write_metrics(directory / _METRICS, fit)
+        _write_course(directory / _METRICS, fit, recipe)
+        _take_board(out, directory, recipe)
         notices = info.pop("notices")
         save_checkpoint(
             directory / CHECKPOINT,
@@ -498,14 +414,37 @@ def _write_checkpoint(
         )
 
 
+def _take_board(out: Path, directory: Path, recipe: FinetuneRecipe) -> None:
+    """Copies TensorBoard's files, which were written during the run, to the directory that replaces the run's."""
+    if "tensorboard" in recipe.log and (out / TENSORBOARD).is_dir():
+        shutil.copytree(out / TENSORBOARD, directory / TENSORBOARD)
+
+
+@contextmanager
+def _board_dropped(out: Path) -> Iterator[None]:
+    """Removes TensorBoard's files of a run that ends with an error and cannot be resumed."""
+    try:
+        yield
+    except BaseException:
+        if not (out / TRAINER).is_dir():
+            drop_board(out)
+        raise
+
+
+def _board_step(row: Row) -> int:
+    """Returns TensorBoard's step of a row."""
+    updates: int = row["updates"]
+    return updates
+
+
 def check_free(out: Path, method: str, overwrite: bool) -> None:
     """Checks that an adapter, or a run with a checkpoint, may be written to a directory.
 
     Raises:
         SlmError: When the directory holds something else, or a result that may not be replaced.
     """
-    recover(out / TRAINER)  # removes files that a killed process left half written
-    check_replaceable(out.resolve(), _ADAPTER_FILES if method == "lora" else _RUN_FILES)
+    ours = _ADAPTER_FILES if method == "lora" else _RUN_FILES
+    check_replaceable(out.resolve(), ours | board_files(out))
     there = is_adapter(out) if method == "lora" else is_checkpoint(out / CHECKPOINT)
     if there and not overwrite:
         what = "an adapter" if method == "lora" else "a fine-tuned checkpoint"

@@ -1,5 +1,6 @@
 """Answers of a tuned model to held-out rows, beside the rows' own answers."""
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from slm.core.chat import call_ends
 from slm.core.errors import SlmError
 from slm.core.nn import CausalLM, KVCache
 from slm.finetune.adapter import TunableLM
-from slm.finetune.batches import casting
+from slm.finetune.batches import casting, logits
 from slm.finetune.examples import Example, Renderer
 from slm.finetune.rows import ChatRow, CompletionRow, PreferenceRow, Row
 from slm.finetune.settings import FinetuneSettings
@@ -45,7 +46,23 @@ class Sample:
     held_out: bool
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Question:
+    """A row as a question to the model.
+
+    Attributes:
+        prompt: The prompt as text.
+        ids: The prompt in tokens.
+        wanted: The row's own answer.
+        wanted_tokens: Its number of tokens, with its end.
+    """
+
+    prompt: str
+    ids: tuple[int, ...]
+    wanted: str
+    wanted_tokens: int
+
+
 def sample_answers(
     model: TunableLM | CausalLM,
     renderer: Renderer,
@@ -67,26 +84,64 @@ def sample_answers(
         held_out: Whether the rows are held out.
         autocast: Type of the products; None for float32.
     """
-    assert settings.max_length is not None
-    model.eval()
     until = time.perf_counter() + _SECONDS
     found: list[Sample] = []
-    order = random.Random(f"{settings.seed} samples").sample(range(len(rows)), len(rows))
-    for number in order:
-        if len(found) == count or time.perf_counter() > until:
+    for question in questions(renderer, rows, count, settings):
+        if time.perf_counter() > until:
             break
-        question = _question(rows[number], renderer, settings.max_length)
-        if question is None:
-            continue
-        prompt, ids, wanted = question
-        with casting(model, autocast):
-            answered = _answer(model, renderer, ids, until)
-        found.append(Sample(prompt, wanted, answered, held_out))
+        found.append(answer(model, renderer, question, TOKENS, held_out, autocast, until))
     return found
 
 
-def _question(row: Row, renderer: Renderer, max_length: int) -> tuple[str, list[int], str] | None:
-    """Returns a row's prompt, as text and as ids, and its answer; None if it is too long or has no answer."""
+def questions(renderer: Renderer, rows: Sequence[Row], count: int, settings: FinetuneSettings) -> list[Question]:
+    """Returns some rows as questions, drawn with the seed; the first of them are the same for every number.
+
+    Args:
+        renderer: Converts rows to token ids.
+        rows: The rows to draw from.
+        count: Maximum number of questions; fewer if rows are too long.
+        settings: Resolved hyperparameters.
+    """
+    assert settings.max_length is not None
+    found: list[Question] = []
+    for number in random.Random(f"{settings.seed} samples").sample(range(len(rows)), len(rows)):
+        if len(found) == count:
+            break
+        question = _question(rows[number], renderer, settings.max_length)
+        if question is not None:
+            found.append(question)
+    return found
+
+
+@torch.no_grad()
+def answer(
+    model: TunableLM | CausalLM,
+    renderer: Renderer,
+    question: Question,
+    tokens: int,
+    held_out: bool,
+    autocast: torch.dtype | None,
+    until: float = math.inf,
+) -> Sample:
+    """Answers a question greedily. Leaves the model in the mode of evaluation.
+
+    Args:
+        model: The model.
+        renderer: Converts rows to token ids.
+        question: The question.
+        tokens: Maximum number of tokens.
+        held_out: Whether the row is held out.
+        autocast: Type of the products; None for float32.
+        until: Time limit, in seconds of `time.perf_counter`.
+    """
+    model.eval()
+    with casting(model, autocast):
+        answered = _answer(model, renderer, list(question.ids), tokens, until)
+    return Sample(question.prompt, question.wanted, answered, held_out)
+
+
+def _question(row: Row, renderer: Renderer, max_length: int) -> Question | None:
+    """Returns a row as a question; None if it is too long or has no answer."""
     row = row.chosen if isinstance(row, PreferenceRow) else row
     try:
         example = renderer.example(row)
@@ -101,7 +156,7 @@ def _question(row: Row, renderer: Renderer, max_length: int) -> tuple[str, list[
     if start >= max_length:
         return None
     wanted = text(example.ids[start:end]).strip()
-    return _asked(row, example, start, wanted, renderer), list(example.ids[:start]), wanted
+    return Question(_asked(row, example, start, wanted, renderer), example.ids[:start], wanted, end - start)
 
 
 def _asked(row: Row, example: Example, start: int, wanted: str, renderer: Renderer) -> str:
@@ -116,14 +171,13 @@ def _asked(row: Row, example: Example, start: int, wanted: str, renderer: Render
     return renderer.tokenizer.decode(example.ids[:start])
 
 
-def _answer(model: TunableLM | CausalLM, renderer: Renderer, ids: list[int], until: float) -> str:
+def _answer(model: TunableLM | CausalLM, renderer: Renderer, ids: list[int], tokens: int, until: float) -> str:
     config, device = model.model.config, model.model.norm.weight.device
     ends = {renderer.end_of_text, *config.stop_token_ids, *renderer.turn_token_ids(), *call_ends(renderer.tokenizer)}
 
-    def logits(new: Tensor, cache: KVCache) -> Tensor:
+    def read(new: Tensor, cache: KVCache) -> Tensor:
         hidden = model.model(new, cache=cache)  # (1, T, D)
-        row: Tensor = model.lm_head(hidden[:, -1:])[0, -1]
-        return row
+        return logits(model, hidden[0, -1])
 
-    request = Request(ids, GREEDY, min(TOKENS, config.max_position_embeddings - len(ids)), ends)
-    return renderer.tokenizer.decode(continued(config, logits, device, request, until)).strip()
+    request = Request(ids, GREEDY, min(tokens, config.max_position_embeddings - len(ids)), ends)
+    return renderer.tokenizer.decode(continued(config, read, device, request, until)).strip()

@@ -56,24 +56,24 @@ class FinetuneSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Literal["lora", "full"] = "lora"
-    rank: int = Field(default=8, ge=1)
-    alpha: int = Field(default=16, gt=0)
+    rank: int = Field(default=8, ge=1, le=4096)
+    alpha: int = Field(default=16, gt=0, le=1_000_000)
     rslora: bool = False
     dora: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[Projection, ...] = Field(default=PROJECTIONS, min_length=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    epochs: int | None = Field(default=None, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0, le=100)
+    epochs: int | None = Field(default=None, ge=1, le=1_000_000)
     keep: Literal["best", "last"] = "best"
     metric: MetricName | None = None
-    metric_rows: int = Field(default=200, ge=1)
-    patience: int | None = Field(default=3, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
+    metric_rows: int = Field(default=200, ge=1, le=1_000_000)
+    patience: int | None = Field(default=3, ge=1, le=1_000_000)
+    batch_size: int | None = Field(default=None, ge=1, le=65_536)
     pack: bool = False
     max_length: int | None = Field(default=None, ge=2)
     max_grad_norm: float = Field(default=1.0, gt=0)
     qat: Literal["none"] | QatPrecision = "none"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0, le=100)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")

@@ -73,6 +73,12 @@ def learned_before(train: Sequence[Row], held_out: Sequence[Row]) -> int:
     return sum(_whole(row) in known for row in held_out)
 
 
+def repeated(rows: Sequence[Row]) -> tuple[int, int]:
+    """Returns how many rows equal an earlier row, and how many others have the prompt of an earlier row."""
+    whole, prompts = Counter(map(_whole, rows)), Counter(map(_prompt, {_whole(row): row for row in rows}.values()))
+    return len(rows) - len(whole), len(whole) - len(prompts)
+
+
 def _groups(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[list[int]]:
     groups: dict[Hashable, list[int]] = {}
     for number, row in enumerate(rows):

@@ -3,10 +3,12 @@
 A step checks names, types, choices and ranges before it does anything, as the command line does for options.
 """
 
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -24,6 +26,9 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 PathArgument = str | PathLike[str]
+LogName = Literal["tensorboard", "wandb", "mlflow"]
+
+_passed: ContextVar[frozenset[str]] = ContextVar("passed", default=frozenset())
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,9 +84,18 @@ def step(function: Callable[_P, _T]) -> Callable[_P, _T]:
             _check(name, value, known.parameters[name].annotation)
         if "torch" not in sys.modules:
             prepare_threads()
-        return function(*args, **kwargs)
+        before = _passed.set(frozenset(known.bind(*args, **kwargs).arguments))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _passed.reset(before)
 
     return checked
+
+
+def passed() -> frozenset[str]:
+    """Returns the names of the arguments that the caller of the current step passed, rather than left at their defaults."""
+    return _passed.get()
 
 
 def changed(function: Callable[..., Any], arguments: Mapping[str, Any]) -> list[str]:
@@ -118,6 +132,12 @@ def as_names(value: str | Sequence[str] | None) -> list[str]:
     """Returns names from a list, or from a text with commas."""
     names = value.split(",") if isinstance(value, str) else value or []
     return [name.strip() for name in names if name.strip()]
+
+
+def as_overrides(values: Mapping[str, object] | Sequence[str]) -> tuple[str, ...]:
+    """Returns values of a recipe as overrides, such as "a.b=c", from a dictionary or from texts."""
+    texts = [f"{name}={json.dumps(value)}" for name, value in values.items()] if isinstance(values, Mapping) else values
+    return tuple(texts)
 
 
 def check_input(path: Path, what: str, *, directories: bool = False) -> None:

@@ -1,8 +1,10 @@
 """Chooses the default input of a step, and reports the choice in one line."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from slm.core import artifacts
@@ -73,6 +75,30 @@ def default_base(note: Note) -> Path:
     place = imported_checkpoint("stories", str(source.path))
     note(f"Using the bundled demo model (no checkpoint in ./runs): its rounded weights become {place}.")
     return import_model(source, place).path
+
+
+@contextmanager
+def foreseen_base(base: Path | None, note: Note) -> Iterator[tuple[Path, Path]]:
+    """Yields the base that fine-tuning would use, and where it would lie: a checkpoint of the demo model is only temporary.
+
+    Args:
+        base: The base that is named, if one is.
+        note: Receives the choice.
+    """
+    if base is None and artifacts.is_anything_trained():
+        base = default_checkpoint(note)
+    if base is not None:
+        yield base, base
+        return
+    from slm.export.recovered import BundleModel
+    from slm.interchange.importing import import_model
+    from slm.runtime import shipped
+
+    source = BundleModel(shipped.model_path())
+    note("Using the bundled demo model (no checkpoint in ./runs).")
+    with TemporaryDirectory(prefix="slm-") as directory:
+        found = import_model(source, Path(directory, "checkpoint")).path
+        yield found, imported_checkpoint("stories", str(source.path))
 
 
 def default_bundle(note: Note, *, to_quantize: bool = False) -> Path:

@@ -1,6 +1,7 @@
 """`slm.finetune`: an adapter, or all weights, trained on rows."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from slm.core.task import MetricName
 from slm.core.text.files import bare_name
 from slm.steps.arguments import (
     Bytes,
+    LogName,
     PartialShare,
     PathArgument,
     Range,
@@ -19,16 +21,19 @@ from slm.steps.arguments import (
     Two,
     as_names,
     as_optional_path,
+    as_overrides,
     changed,
     check_input,
+    passed,
     step,
 )
 from slm.steps.bars import shown
-from slm.steps.choosing import default_base, named
+from slm.steps.choosing import Note, default_base, foreseen_base, named
 
 if TYPE_CHECKING:
+    from slm.finetune.foresight import Foresight
+    from slm.finetune.recipe import FinetuneRecipe
     from slm.finetune.run import FinetuneResult
-    from slm.finetune.settings import FinetuneSettings
 
 # Options of adapters only.
 _OF_ADAPTERS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
@@ -40,6 +45,8 @@ Million = Range(1, 1_000_000)
 def finetune(
     lora: PathArgument | None = None,
     *,
+    recipe: PathArgument | None = None,
+    set: Mapping[str, object] | Sequence[str] = (),
     full: PathArgument | None = None,
     base: PathArgument | None = None,
     val: PathArgument | None = None,
@@ -70,12 +77,15 @@ def finetune(
     qat: Literal["int8", "int4"] | None = None,
     beta: Annotated[float, Range(0, 100, least_open=True)] = 0.1,
     seed: Seed = 0,
+    log: Sequence[LogName] = (),
     progress: Progress | bool = True,
 ) -> "FinetuneResult":
     """Fine-tunes a checkpoint on rows (docs/finetune.md). The same call resumes an interrupted run.
 
     Args:
         lora: A file or directory of rows, for a LoRA adapter.
+        recipe: A YAML file of settings, such as the config.yaml of an adapter. Arguments that are passed override it.
+        set: Values that replace the recipe's: {"training.rank": 16}, or texts such as "training.rank=16".
         full: A file or directory of rows, to train all weights instead.
         base: The checkpoint; by default the newest one under ./runs, or the bundled demo model.
         val: Held-out rows, on which the loss is measured.
@@ -103,10 +113,11 @@ def finetune(
         max_length: Maximum tokens of a row; by default 512, or the context if shorter.
         max_document_bytes: Limit of a row; by default 16 MiB.
         max_data_bytes: Limit of the memory of all rows; by default 512 MiB.
-        samples: Number of held-out rows to answer at the end.
+        samples: Number of held-out rows to answer at the end, and one or two of them during training; 0 answers none.
         qat: Train with the rounded values of INT8 or INT4, so that `slm.quantize` changes no weight.
         beta: For rows with chosen and rejected: higher values keep the model nearer to the base.
         seed: The same seed gives the same result.
+        log: Where metrics, recipe and samples go besides the result: "tensorboard", "wandb", "mlflow"; adds to the recipe's.
         progress: True shows a bar, False nothing; or an object with the methods of `slm.core.progress.Progress`.
 
     Returns:
@@ -117,68 +128,121 @@ def finetune(
         KeyboardInterrupt: After the run was saved.
     """
     given = {each: value for each, value in locals().items() if each != "progress"}
-    data = _check(given)
-    from slm.finetune.preparation import RowFiles
-    from slm.finetune.rows import Limits
+    chosen = _recipe({name: given[name] for name in passed() if name in given})
     from slm.finetune.run import finetune as run
 
-    limits = Limits.checked(max_document_bytes, max_data_bytes)
-    files = RowFiles(data, as_optional_path(val), hold_out, skip_bad, limits)
     display = shown(progress)
-    start = default_base(display.note) if base is None else named(base, ("checkpoint",), display.note)
-    place = as_optional_path(out)
-    if place is None:
-        place = _place(start, _checked_name(bare_name(data) if name is None else name), full=full is not None)
+    start = _base(chosen, display.note) or default_base(display.note)
+    place = _place(start, chosen)
     check_writable(place)
-    teaching = None if teacher is None else named(teacher, ("checkpoint",), display.note)
-    settings = _settings(given)
-    return run(start, files, place, settings, display, overwrite=overwrite, samples=samples, teacher=teaching)
+    teaching = None if chosen.teacher is None else named(chosen.teacher, ("checkpoint",), display.note)
+    return run(
+        start,
+        chosen.files(),
+        place,
+        chosen.training,
+        display,
+        overwrite=overwrite,
+        samples=chosen.samples,
+        log=chosen.log,
+        teacher=teaching,
+    )
 
 
-def _settings(given: Mapping[str, Any]) -> "FinetuneSettings":
-    """Returns the hyperparameters: every argument of `finetune` that is a field of the settings, under the same name."""
-    from slm.finetune.settings import FinetuneSettings
+def foresee(*, overwrite: bool = False, progress: Progress | bool = True, **given: Any) -> "Foresight":
+    """Returns what `finetune` with these arguments would do, with its time and memory. Writes nothing; see `finetune`."""
+    recipe = _recipe(given)
+    from slm.finetune.foresight import foresee as measure
 
-    fields = {name: value for name, value in given.items() if name in FinetuneSettings.model_fields}
-    fields |= {"method": "lora" if given["full"] is None else "full"}
-    fields |= {"patience": given["patience"] or None, "qat": given["qat"] or "none"}
-    if given["targets"] is not None:
-        fields["target_modules"] = as_names(given["targets"])
-    return FinetuneSettings.checked(**fields)
+    display = shown(progress)
+    with foreseen_base(_base(recipe, display.note), display.note) as (base, planned):
+        out = _place(planned, recipe)
+        check_writable(out)
+        return measure(recipe, base, planned, out, display, overwrite=overwrite)
 
 
-def _check(given: Mapping[str, Any]) -> Path:
-    """Checks the options against each other, and that the files exist, before anything is loaded; returns the rows' path.
+def _base(recipe: "FinetuneRecipe", note: Note) -> Path | None:
+    return None if recipe.base is None else named(recipe.base, ("checkpoint",), note)
+
+
+def _recipe(given: Mapping[str, Any]) -> "FinetuneRecipe":
+    """Returns the recipe with the arguments that were passed, and checks that its files exist, before anything is loaded.
 
     Raises:
-        ArgumentError: If options contradict each other.
-        SlmError: If a file is missing or unreadable.
+        ArgumentError: If arguments contradict each other.
+        SlmError: If a value is wrong, or a file is missing or unreadable.
     """
-    lora, full, validation = (as_optional_path(given[name]) for name in ("lora", "full", "val"))
-    if validation is not None and given["hold_out"] is not None:
-        raise ArgumentError("give --val FILE or --hold-out SHARE, not both")
-    data = lora or full
-    if data is None or (lora is not None and full is not None):
-        raise ArgumentError("give --lora FILE or --full FILE")
-    if given["out"] is not None and given["name"] is not None:
-        raise ArgumentError("give --out DIR or --name NAME, not both")
-    chosen = changed(finetune, given)
-    if given["keep"] == "last" and given["patience"] and "patience" in chosen:
+    file = as_optional_path(given.get("recipe"))
+    for one, other in (("lora", "full"), ("val", "hold_out"), ("out", "name")):
+        if given.get(one) is not None and given.get(other) is not None:
+            raise ArgumentError(f"give either --{one} or --{other.replace('_', '-')}, not both")
+    if given.get("name") is not None:
+        _checked_name(given["name"])
+    from slm.finetune.recipe import load_recipe
+    from slm.train.logs.logs import check_packages
+
+    recipe = load_recipe(file, as_overrides(given.get("set", ())), _values(given))
+    if recipe.data.train is None and file is None:
+        raise ArgumentError("give --lora FILE, --full FILE or --recipe FILE")
+    if recipe.training.keep == "last" and given.get("patience"):
         raise ArgumentError("--patience requires --keep best: --keep last trains all epochs")
-    if given["metric"] is None and "metric_rows" in chosen:
+    if recipe.training.metric is None and given.get("metric_rows") is not None:
         raise ArgumentError("--metric-rows requires --metric")
-    if full is not None and (others := [name for name in _OF_ADAPTERS if name in chosen]):
+    chosen = changed(finetune, {name: value for name, value in given.items() if value is not None})
+    if recipe.training.method == "full" and (others := [name for name in _OF_ADAPTERS if name in chosen]):
         raise ArgumentError(f"--{others[0]} is an option of adapters, and --full trains none")
-    for each in (data, validation):
+    for each in (recipe.train, as_optional_path(recipe.data.validation)):
         if each is not None:
             check_input(each, "fine-tuning data", directories=True)
-    return data
+    recipe = recipe.model_copy(update={"log": tuple(dict.fromkeys((*recipe.log, *given.get("log", ()))))})
+    check_packages(recipe.log)
+    return recipe
 
 
-def _place(base: Path, name: str, *, full: bool) -> Path:
-    """Returns the default output: a directory in the base's run for an adapter, a new run for a checkpoint."""
-    run = run_of(base)
-    if not full:
+# Arguments with other names in the recipe. All others are fields of `FinetuneSettings`, or have no place.
+_PLACES = {
+    "full": "data.train",
+    "lora": "data.train",
+    "val": "data.validation",
+    "hold_out": "data.hold_out",
+    "skip_bad": "data.skip_bad",
+    "max_document_bytes": "data.max_document_bytes",
+    "max_data_bytes": "data.max_data_bytes",
+    "base": "base",
+    "teacher": "teacher",
+    "out": "out",
+    "name": "name",
+    "samples": "samples",
+    "targets": "training.target_modules",
+}
+
+
+def _values(given: Mapping[str, Any]) -> dict[str, object]:
+    """Returns arguments as values of a recipe, by their dotted names."""
+    from slm.finetune.settings import FinetuneSettings
+
+    values: dict[str, object] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in _PLACES:
+            values[_PLACES[name]] = fspath(value) if isinstance(value, str | PathLike) else value
+        elif name in FinetuneSettings.model_fields:
+            values[f"training.{name}"] = value
+    for method in ("lora", "full"):
+        if given.get(method) is not None:
+            values["training.method"] = method
+    if given.get("targets") is not None:
+        values["training.target_modules"] = as_names(given["targets"])
+    return values
+
+
+def _place(base: Path, recipe: "FinetuneRecipe") -> Path:
+    """Returns the output: by default a directory in the base's run for an adapter, a new run for a checkpoint."""
+    if recipe.out is not None:
+        return Path(recipe.out).expanduser()
+    name, run = _checked_name(bare_name(recipe.train) if recipe.name is None else recipe.name), run_of(base)
+    if recipe.training.method == "lora":
         return run / "adapters" / name
     return RUNS / f"{run.name if run.parent == RUNS else base.resolve().name}-{name}"
 

@@ -1,6 +1,5 @@
 """`slm.train`: a model trained from scratch on text."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
@@ -11,7 +10,7 @@ from slm.core.errors import ArgumentError, SlmError
 from slm.core.outputs import check_writable
 from slm.core.progress import Progress
 from slm.core.runs import RUNS, free_run, newest_run
-from slm.steps.arguments import Bytes, PathArgument, Seed, as_optional_path, changed, step
+from slm.steps.arguments import Bytes, LogName, PathArgument, Seed, as_optional_path, as_overrides, changed, step
 from slm.steps.bars import shown
 from slm.steps.choosing import Note
 
@@ -39,6 +38,7 @@ def train(
     seed: Seed | None = None,
     qat: Literal["int8", "int4"] | None = None,
     set: Mapping[str, object] | Sequence[str] = (),
+    log: Sequence[LogName] = (),
     progress: Progress | bool = True,
 ) -> "TrainResult":
     """Trains a model from scratch on text (docs/training.md).
@@ -56,6 +56,7 @@ def train(
         seed: The random seed; by default the recipe's.
         qat: Train with the rounded values of INT8 or INT4, so that `slm.quantize` changes no weight.
         set: Values that replace the recipe's: {"schedule.epochs": 2}, or texts such as "schedule.epochs=2".
+        log: Where metrics, recipe and samples go besides the run's directory: "wandb", "mlflow"; adds to the recipe's.
         progress: True shows a bar, False nothing; or an object with the methods of `slm.core.progress.Progress`.
 
     Returns:
@@ -101,7 +102,10 @@ def check(given: Mapping[str, Any]) -> None:
     Raises:
         SlmError: If a value of the recipe is wrong, or a file is missing or of a kind that cannot be read.
     """
+    from slm.train.logs.logs import check_packages
+
     _check_recipe(_recipe_name(given), _values(given))
+    check_packages(given["log"])
     _check_files(given)
 
 
@@ -153,9 +157,7 @@ def _texts(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _values(given: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the values that replace the recipe's, as of --set."""
-    values = given["set"]
-    texts = [f"{k}={json.dumps(v)}" for k, v in values.items()] if isinstance(values, Mapping) else list(values)
-    return (*texts, *([] if given["qat"] is None else [f"qat.precision={given['qat']}"]))
+    return (*as_overrides(given["set"]), *([] if given["qat"] is None else [f"qat.precision={given['qat']}"]))
 
 
 def _recipe(given: Mapping[str, Any], note: Note) -> "Recipe":
@@ -174,8 +176,8 @@ def _recipe(given: Mapping[str, Any], note: Note) -> "Recipe":
     data = recipe.data.model_copy(update={key: value for key, value in options.items() if value is not None})
     if not texts:
         note(f"Using the data {', '.join(data.train)} (of the recipe {recipe.name}; --data names other text).")
-    seed = given["seed"]
-    return recipe.model_copy(update={"data": data} | ({} if seed is None else {"seed": seed}))
+    seed, logs = given["seed"], tuple(dict.fromkeys((*recipe.log, *given["log"])))
+    return recipe.model_copy(update={"data": data, "log": logs} | ({} if seed is None else {"seed": seed}))
 
 
 def _chosen_recipe(note: Note) -> str:

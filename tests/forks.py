@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -69,9 +70,10 @@ class Started:
         """Waits for the end, and returns the exit code and the output.
 
         Raises:
-            TimeoutError: If it runs longer than that.
+            TimeoutError: If it runs longer than that. It is killed, so that others can be started.
         """
         if not select.select([self._process.stdout], [], [], seconds)[0]:
+            os.kill(self.pid, signal.SIGKILL)
             raise TimeoutError(f"{self._args} runs longer than {seconds} s")
         self.ended = True
         return subprocess.CompletedProcess(self._args, self._number(), self._out.read_text(), self.err)

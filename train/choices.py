@@ -5,3 +5,4 @@ from typing import Literal
 Sampler = Literal["random", "packed"]
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
 ParallelName = Literal["ddp", "fsdp"]
+LogName = Literal["tensorboard", "wandb", "mlflow"]

@@ -1,35 +1,29 @@
-"""Metrics of a run: `metrics.jsonl`, the plot of the losses, and TensorBoard's files."""
+"""Metrics of a run: `metrics.jsonl`, the plot of the losses, and the logs that receive the same rows."""
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from slm.core.errors import SlmError
 from slm.core.figures import new_figure
 from slm.core.files import atomic_file, check_readable, read_text, write_text
-
-if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+from slm.train.logs.logs import Logs
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
-TENSORBOARD = "tensorboard"
-# A thread writes TensorBoard's files, at least this often.
-_FLUSH_S = 5
 # Above every count and loss; comparisons with NaN are false too.
 _LARGEST = 2.0**63
 
 Kind = Literal["train", "eval", "sample"]
 Row = Mapping[str, Any]
 
-# Fields of each kind of row in TensorBoard, with their tags.
-_SCALARS: dict[Kind, dict[str, str]] = {
-    "train": {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_s")},
-    "eval": {name: f"validation/{name}" for name in ("loss", "perplexity", "bits_per_byte", "score")},
-    "sample": {},
+# Fields of each kind of row that are numbers, or null.
+_NUMBERS: dict[Kind, tuple[str, ...]] = {
+    "train": ("loss", "learning_rate", "grad_norm", "tokens_s"),
+    "eval": ("loss", "perplexity", "bits_per_byte", "score"),
+    "sample": (),
 }
 
 
@@ -37,7 +31,7 @@ class Metrics:
     """The rows of a run: "train" for every update, "eval" for every evaluation, "sample" for every sample text."""
 
     def __init__(
-        self, run: Path, updates: int, *, best: Row | None = None, write: bool = True, tensorboard: bool = False
+        self, run: Path, updates: int, *, best: Row | None = None, write: bool = True, logs: Logs | None = None
     ) -> None:
         """Opens the metrics of a run that resumes after a number of updates; later rows are dropped.
 
@@ -46,7 +40,7 @@ class Metrics:
             updates: Updates done.
             best: Metrics of the best checkpoint on the disk; its row may be one of those that are dropped.
             write: Whether to write files; only one of several processes does.
-            tensorboard: Whether to write TensorBoard's files, which are rebuilt from the rows.
+            logs: Further destinations of the rows, which are opened here; None for no other.
         """
         self._file = run / METRICS_FILE
         self._curve = run / CURVE_FILE
@@ -61,7 +55,8 @@ class Metrics:
         self._write = write
         if write:
             write_text(self._file, "".join(map(_line, kept)))
-        self._board = _open_board(run / TENSORBOARD, kept) if tensorboard else None
+        self.logs = logs or Logs()
+        self.logs.begin(kept)
 
     def add(self, kind: Kind, row: Row) -> None:
         """Appends a row, and writes it."""
@@ -71,8 +66,7 @@ class Metrics:
             return
         with self._file.open("a", encoding="utf-8") as file:
             file.write(_line(row))
-        if self._board is not None:
-            _show(self._board, row)
+        self.logs.add(row)
 
     @property
     def evaluations(self) -> Sequence[Row]:
@@ -92,32 +86,6 @@ class Metrics:
             return
         draw_losses([("", self._rows["train"], self._rows["eval"])], self._curve)
 
-    def close(self) -> None:
-        """Flushes TensorBoard's files."""
-        if self._board is not None:
-            self._board.close()
-
-
-def _open_board(directory: Path, rows: Sequence[Row]) -> "SummaryWriter":
-    """Rebuilds TensorBoard's files, which cannot be truncated to where a resumed run continues."""
-    from tensorboardX import SummaryWriter
-
-    shutil.rmtree(directory, ignore_errors=True)
-    board = SummaryWriter(str(directory), flush_secs=_FLUSH_S)
-    for row in rows:
-        _show(board, row)
-    return board
-
-
-def _show(board: "SummaryWriter", row: Row) -> None:
-    """Adds a row at a step of thousands of tokens: some readers store steps in 32 bits."""
-    step = row["tokens"] // 1000
-    for name, tag in _SCALARS[row["type"]].items():
-        if row.get(name) is not None:
-            board.add_scalar(tag, row[name], step)
-    if row["type"] == "sample":
-        board.add_text(f"sample/{row['prompt']}", row["text"], step)
-
 
 def _line(row: Row) -> str:
     return json.dumps(row) + "\n"
@@ -129,13 +97,13 @@ def check_row(row: object) -> None:
     Raises:
         ValueError: When it is not; the message names the field.
     """
-    if not isinstance(row, dict) or row.get("type") not in _SCALARS:
+    if not isinstance(row, dict) or row.get("type") not in _NUMBERS:
         raise ValueError("is not a row of metrics")
     kind: Kind = row["type"]
     for name in ("updates", "tokens", *(() if kind == "sample" else ("loss",))):
         if not is_number(row.get(name)):
             raise ValueError(f"has no number as {name!r}")
-    for name in _SCALARS[kind]:
+    for name in _NUMBERS[kind]:
         if row.get(name) is not None and not is_number(row[name]):
             raise ValueError(f"has no number as {name!r}")
     if kind == "sample" and not all(isinstance(row.get(name), str) for name in ("prompt", "text")):

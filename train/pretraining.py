@@ -157,7 +157,8 @@ class Pretraining(Task):
     @override
     def save(self, number: int | None) -> None:
         scaler = self._learner.scaler.state_dict()
-        self._actions.save(self.counters.model_copy(update={"elapsed_s": self.elapsed_s, "scaler": scaler}), number)
+        now = {"elapsed_s": self.elapsed_s, "scaler": scaler, "logs": self._metrics.logs.run_ids}
+        self._actions.save(self.counters.model_copy(update=now), number)
 
     @override
     def last_saved(self) -> str:

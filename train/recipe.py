@@ -6,18 +6,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from slm.core.config import first_mistake
 from slm.core.errors import SlmError
 from slm.core.files import read_text
+from slm.train.recipe_file import RecipeForm, one_of
 from slm.train.sections import (
-    MODEL_FIELDS,
     BatchRecipe,
     CheckpointRecipe,
     DataRecipe,
     EvaluationRecipe,
+    LogNames,
     MachineRecipe,
     ModelRecipe,
     OptimizerRecipe,
@@ -34,10 +33,12 @@ class Recipe(Section):
     Attributes:
         name: Name of the recipe, and of runs that have no other.
         seed: Seed of the initial weights, the windows and dropout; the same seed gives the same run.
+        log: Where metrics go besides `metrics.jsonl`.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+    log: LogNames = ("tensorboard",)
     data: DataRecipe = DataRecipe()
     model: ModelRecipe
     batch: BatchRecipe
@@ -105,7 +106,10 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Returns the resolved recipe as YAML for `load_recipe`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return _FORM.to_yaml(self)
+
+
+_FORM = RecipeForm(Recipe, "slm train", "optimizer.weight_decay=0.05")
 
 
 def recipe_names() -> list[str]:
@@ -131,20 +135,12 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     else:
         near = get_close_matches(str(name).lower(), recipe_names(), n=2)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
-        raise SlmError(f"recipe not found: {name}", f"{meant}{_one_of(recipe_names())}, or the path of a .yaml file")
-    try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SlmError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(fields, dict):
-        raise SlmError(f"{source} is not a mapping of sections")
+        raise SlmError(f"recipe not found: {name}", f"{meant}{one_of(recipe_names())}, or the path of a .yaml file")
+    fields = _FORM.read(text, source)
     for override in overrides:
-        _set(fields, override)
+        _FORM.override(fields, override)
     _keep_one_length(fields, overrides)
-    try:
-        return Recipe.model_validate(fields)
-    except ValidationError as error:
-        raise SlmError(f"{source}: {first_mistake(error)}", _hint(error)) from None
+    return _FORM.checked(fields, source)
 
 
 def _keep_one_length(fields: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -160,63 +156,3 @@ def _keep_one_length(fields: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _packaged() -> Any:
     return resources.files("slm.train.recipes")
-
-
-def _set(fields: dict[str, Any], override: str) -> None:
-    """Applies an override `a.b=c`."""
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise SlmError(f"--set {override}: there is no '='", "write it like --set optimizer.weight_decay=0.05")
-    valid = _paths(Recipe)
-    if path not in valid:
-        raise SlmError(f"--set {override}: the recipe has no value {path!r}", _meant(path, valid))
-    *sections, key = path.split(".")
-    for section in sections:
-        if not isinstance(fields.get(section), dict):  # absent, or empty in the file
-            fields[section] = {}
-        fields = fields[section]
-    try:
-        fields[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SlmError(f"--set {override}: the value is not YAML", "quote it, as in --set 'name=\"a: b\"'") from None
-
-
-def _meant(path: str, valid: Sequence[str]) -> str:
-    """Returns a hint for an unknown name of a value: the closest names, those of its section, or the sections."""
-    near = get_close_matches(path, valid, n=2, cutoff=0.75)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    section = path.partition(".")[0]
-    inside = [known for known in valid if known.startswith(f"{section}.")]
-    if inside or near:
-        return f"{meant}{_one_of(inside)}" if inside else meant.rstrip()
-    key = path.rpartition(".")[2]
-    elsewhere = [known for known in valid if known.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    sections = dict.fromkeys(known.partition(".")[0] for known in valid if "." in known)
-    return f"the sections are {', '.join(sections)}; slm train --dry-run shows every value"
-
-
-def _paths(section: type[BaseModel]) -> list[str]:
-    """Returns the dotted names of all values."""
-    paths = [*MODEL_FIELDS] if section is ModelRecipe else []
-    for key, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            paths += [f"{key}.{path}" for path in _paths(inner)]
-        else:
-            paths.append(key)
-    return paths
-
-
-def _hint(error: ValidationError) -> str | None:
-    """Returns a list of the valid keys if the mistake is an unknown key."""
-    first = error.errors(include_url=False)[0]
-    if first["type"] != "extra_forbidden":
-        return None
-    prefix = "".join(f"{key}." for key in first["loc"][:-1])
-    return _one_of([path for path in _paths(Recipe) if path.startswith(prefix)])
-
-
-def _one_of(names: Sequence[str]) -> str:
-    return f"there is {', '.join(names)}"

@@ -21,6 +21,8 @@ from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
 from slm.train.keep import METRICS, Keeper
+from slm.train.logs.log import About
+from slm.train.logs.logs import Logs, check_packages
 from slm.train.loop import Loop, Plan
 from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
@@ -110,6 +112,7 @@ def train(
     """
     with nullcontext(processes) if processes else joined() as together:
         check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work begins
+        check_packages(recipe.log)
         heard = (progress if together.rank == 0 else None) or Silent()
         by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite))
         return _go(out, together, heard)
@@ -128,6 +131,7 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
     with nullcontext(processes) if processes else joined() as together:
         recipe = load_recipe(out / CONFIG)
         check_machine(recipe, pick_device(recipe.machine.device), together)
+        check_packages(recipe.log)
         return _go(out, together, (progress if together.rank == 0 else None) or Silent())
 
 
@@ -171,7 +175,9 @@ class _Run(Actions):
         # Every process has every row, so that all decide the same; the first one writes them.
         first = processes.rank == 0
         if first:
-            self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), tensorboard=True)
+            shown = About(path, recipe.model_dump(mode="json"), _board_step)
+            logs = Logs(recipe.log, shown, self.counters.logs, progress)
+            self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), logs=logs)
         processes.from_first(None)
         if not first:
             self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), write=False)
@@ -196,13 +202,10 @@ class _Run(Actions):
         task = Pretraining(
             plan, self, self.learner, self.counters, self.metrics, self.progress, recipe.tokens_per_micro_step
         )
-        with held_back() as interruption:
+        with held_back() as interruption, self.metrics.logs:
             loop = Loop(plan, task, interruption, self.processes, self.progress)
-            try:
-                loop.run()
-                loop.save()
-            finally:
-                self.metrics.close()
+            loop.run()
+            loop.save()
         return self._result(task)
 
     @property
@@ -339,6 +342,12 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
     updates = counters.micro_steps // counters.course["batch.accumulation"]
     course = counters.course | {"batch.accumulation": recipe.batch.accumulation}
     return counters.model_copy(update={"micro_steps": updates * recipe.batch.accumulation, "course": course})
+
+
+def _board_step(row: Row) -> int:
+    """Returns TensorBoard's step, in thousands of tokens: some readers store steps in 32 bits."""
+    tokens: int = row["tokens"]
+    return tokens // 1000
 
 
 def memory_of(device: torch.device) -> int | None:

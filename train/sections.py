@@ -1,8 +1,8 @@
 """The sections of a recipe: what each value means, its unit and its default."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from slm.core.config import ModelConfig, layer_pattern
 from slm.core.errors import SlmError
@@ -10,13 +10,21 @@ from slm.core.presets import preset
 from slm.core.qat import GRIDS, QatGrid, QatPrecision
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES
-from slm.train.choices import ParallelName, PrecisionName, Sampler
+from slm.train.choices import LogName, ParallelName, PrecisionName, Sampler
 from slm.train.data.corpus import SAMPLE
 from slm.train.schedule import Shape
 
 # Fields of the model that a recipe may set: the special ids come from the tokenizer.
 MODEL_FIELDS = [name for name in ModelConfig.model_fields if not name.endswith("_token_id")]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+# One name, or several.
+LogNames = Annotated[tuple[LogName, ...], BeforeValidator(_several)]
 
 
 class Section(BaseModel):
@@ -48,7 +56,7 @@ class DataRecipe(Section):
     @field_validator("train", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return _several(value)
 
 
 class ModelRecipe(BaseModel):
@@ -59,6 +67,7 @@ class ModelRecipe(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
+    further_names: ClassVar = MODEL_FIELDS
 
     preset: str
 

@@ -39,6 +39,7 @@ class Position(BaseModel):
         course: The values under which the state is valid, by name; a resumed run must have the same ones.
         elapsed_s: Seconds of training so far, evaluations and earlier parts of a resumed run included.
         scaler: State of the float16 loss scale; empty without one.
+        logs: Identifiers of the run in the logs that continue it, by the names of the logs.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -46,6 +47,7 @@ class Position(BaseModel):
     course: dict[str, Any]
     elapsed_s: float = Field(default=0.0, ge=0)
     scaler: dict[str, int | float] = {}
+    logs: dict[str, str] = {}
 
 
 class Counters(Position):

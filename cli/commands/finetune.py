@@ -9,6 +9,7 @@ import click
 
 from slm.cli.calling import call
 from slm.cli.console import one_line, print_json, print_lines, print_table
+from slm.cli.finetune_foresight import foresee
 from slm.cli.following import after_adapter, after_checkpoint, next_step
 from slm.cli.options import (
     REPLACING,
@@ -19,10 +20,13 @@ from slm.cli.options import (
     Real,
     Whole,
     document_option,
+    is_given,
     json_option,
+    log_option,
     out_option_for,
     qat_option,
     seed_option,
+    set_option,
 )
 from slm.core.artifacts import kind_of
 from slm.core.metrics.intervals import Interval, score_text
@@ -37,6 +41,13 @@ _FILE = FilePath()
 
 
 @click.command(epilog=REPLACING)
+@click.option(
+    "--recipe",
+    type=_FILE,
+    metavar="FILE",
+    help="Take the settings from a .yaml file, such as the config.yaml of an adapter; other options override it.",
+)
+@set_option
 @click.option("--lora", "lora", type=_FILE, metavar="FILE", help="Train a LoRA adapter on the rows of FILE.")
 @click.option("--full", "full", type=_FILE, metavar="FILE", help="Train every weight on the rows of FILE instead.")
 @click.option(
@@ -144,7 +155,7 @@ _FILE = FilePath()
     default=3,
     show_default=True,
     metavar="N",
-    help="Number of held-out rows to answer at the end.",
+    help="Number of held-out rows to answer at the end; one or two during training. 0 answers none.",
 )
 @qat_option
 @click.option(
@@ -155,8 +166,14 @@ _FILE = FilePath()
     help="For rows with chosen and rejected: higher values keep the model nearer to the base.",
 )
 @seed_option
+@log_option
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check the inputs, show what would be trained, estimate time and memory, and warn; train and write nothing.",
+)
 @json_option
-def finetune(as_json: bool, **options: Any) -> None:
+def finetune(dry_run: bool, as_json: bool, **options: Any) -> None:
     """Fine-tune a checkpoint: train a LoRA adapter, or all weights into a new checkpoint.
 
     FILE is JSON lines, a JSON array, CSV with a header, Parquet or text, optionally compressed, or a directory of them.
@@ -173,19 +190,26 @@ def finetune(as_json: bool, **options: Any) -> None:
 
     The loss covers every assistant turn (unless its "weight" is 0), the output, the completion or the whole text, and the
     token that ends it. Conversations and instructions are rendered with the model's chat template. The same command
-    resumes an interrupted run.
+    resumes an interrupted run. The result contains the resolved recipe as config.yaml, which --recipe accepts again.
 
     \b
       slm finetune --lora pairs.jsonl                      -> RUN/adapters/pairs
+      slm finetune --lora pairs.jsonl --dry-run            estimates time and memory
+      slm finetune --recipe recipe.yaml --set training.rank=16
       slm export --onnx --adapter RUN/adapters/pairs       merges it and exports
       slm finetune --full pairs.jsonl                      -> runs/RUN-pairs/checkpoint/best
     """
+    # Only these override a recipe.
+    given = {name: value for name, value in options.items() if is_given(name)}
+    if dry_run:
+        foresee(given, as_json)
+        return
     from slm.steps.finetuning import finetune as run
 
-    _report(call(run, **options), options["keep"], as_json)
+    _report(call(run, **given), as_json)
 
 
-def _report(result: "FinetuneResult", keep: str, as_json: bool) -> None:
+def _report(result: "FinetuneResult", as_json: bool) -> None:
     lora = kind_of(result.made) == "adapter"
     made = "adapter" if lora else "checkpoint"
     following = after_adapter(result.made) if lora else after_checkpoint(result.made)
@@ -193,7 +217,7 @@ def _report(result: "FinetuneResult", keep: str, as_json: bool) -> None:
         report = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(result).items()}
         print_json({made: report.pop("made"), **report, "next": following})
         return
-    print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), keep))
+    print_table(f"{made} {result.made}", ("", ""), _lines(asdict(result), result.keep))
     _show(result.samples)
     next_step(following)
 

@@ -20,6 +20,7 @@ from slm.cli.options import (
     column_option,
     document_option,
     json_option,
+    log_option,
     overwrite_option,
     qat_option,
     set_option,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 @click.option("--on", metavar="GPU", help="With --dry-run: estimate for another GPU: t4, l4, a100, h100, …")
 @qat_option
 @set_option
+@log_option
 @json_option
 def train(dry_run: bool, on: str | None, as_json: bool, **options: Any) -> None:
     """Train a model from scratch on text.
@@ -90,7 +92,8 @@ def train(dry_run: bool, on: str | None, as_json: bool, **options: Any) -> None:
     In a .txt file, a line <|endoftext|> ends a document; in a .jsonl file, every row is {"text": "..."}. The recipe sets
     everything else. The run directory contains the resolved recipe as config.yaml, which --recipe accepts again.
 
-    Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. Ctrl-C
+    Writes checkpoint/best and checkpoint/last (Hugging Face format), metrics.jsonl, loss.png and tensorboard/. --log wandb
+    and --log mlflow log to Weights & Biases and MLflow as well, offline if there is no network. Ctrl-C
     saves the run and stops; kill -USR1 saves it and continues.
     """
     if on is not None and not dry_run:

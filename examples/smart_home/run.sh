@@ -9,7 +9,7 @@ here=$(dirname "$0")
 base=${1:-}
 
 python "$here/rows.py" --out .
-slm finetune --lora train.jsonl ${base:+--base "$base"} --name home --rank 16 --alpha 32 --epochs 5
+slm finetune --recipe "$here/recipe.yaml" ${base:+--base "$base"}
 adapter=$(ls -d runs/*/adapters/home | tail -1)
 run=${adapter%/adapters/home}
 slm export --onnx --adapter "$adapter"

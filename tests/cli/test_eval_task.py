@@ -215,6 +215,21 @@ def test_tool_calls(slm: Slm, exported: Path) -> None:
         (wrong,) = model["worst"]
         assert wrong["expected"] == '<tool_call>\n{"name": "set_light", "arguments": {"on": true}}\n</tool_call>'
     assert "&lt;tool_call&gt;" in Path("runs/eval-rows/report.html").read_text()
+    options = ("--task", "rows.jsonl", "--max-tokens", "60", "--tool-choice", "required")
+    forced = compared(slm, exported / "onnx", *options)
+    (model,) = forced["models"]
+    assert (both["models"][0]["tool_choice"], model["tool_choice"]) == (None, "required")
+    report = json.loads(Path("runs/eval-rows/report.json").read_text())
+    replies = [reply["reply"] for row in report["replies"] for reply in row["replies"]]
+    assert len(replies) == 2 and all(each.startswith('<tool_call>\n{"name": "set_light", "') for each in replies)
+    assert "--tool-choice required" in Path("runs/eval-rows/report.html").read_text()
+    for row in rows:
+        del row["tools"]
+    write("undeclared.jsonl", rows)
+    refused = slm("eval", exported / "onnx", "--task", "undeclared.jsonl", "--tool-choice", "auto")
+    assert refused.code == 1 and "requires rows that declare tools" in refused.err
+    refused = slm("eval", exported / "onnx", "--task", "rows.jsonl", "--metric", "exact", "--tool-choice", "auto")
+    assert refused.code == 1 and "the metric is exact" in refused.err
 
 
 def test_a_text_is_evaluated_with_an_adapter(

@@ -210,7 +210,7 @@ def test_an_adapter_s_options_are_not_of_full_training(slm: Slm, run: Path, opti
 
 def test_an_unknown_projection_is_one_error(slm: Slm, run: Path) -> None:
     result = slm("finetune", "--lora", "pairs.jsonl", "--targets", "c_attn")
-    assert result.code == 1 and "the fine-tuning settings are wrong: target_modules" in result.err
+    assert result.code == 1 and "the fine-tuning settings are wrong: training.target_modules" in result.err
 
 
 def test_a_log_has_a_line_for_each_epoch_and_no_bar(slm: Slm, run: Path) -> None:

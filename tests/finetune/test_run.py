@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("short_answers")
 
 WriteRows = Callable[..., Path]
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "slm.json"]
+FILES = ["adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.jsonl", "slm.json"]
 QUICK = FinetuneSettings(rank=4, epochs=2, batch_size=4)
 WORDS = ("one", "two", "red", "blue", "cat", "dog", "sun", "sea", "cup", "hat")
 PAIRS = [{"instruction": f"Say {word}.", "output": f"{word}!"} for word in WORDS]
@@ -69,7 +69,7 @@ def test_what_is_written_and_what_is_reported(shared_checkpoint: Path, write_row
         load_checkpoint(shared_checkpoint).config, 9
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["type"] for row in rows] == ["eval", *["train"] * 3, "eval", *["train"] * 3, "eval"]
+    assert [row["type"] for row in rows] == ["eval", *["train"] * 3, "eval", "sample", *["train"] * 3, "eval", "sample"]
     assert rows[-1]["tokens"] == 2 * result.trained_tokens
 
     # The reported loss is that of the file, read again, on the row that is named.

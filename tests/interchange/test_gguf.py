@@ -59,6 +59,22 @@ def test_smaller_types_come_back_nearly(shared_checkpoint: Path, kind: GgufType,
     assert 0 < difference < atol
 
 
+def test_blocks_of_small_weights(
+    config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step of such a block is below the normal range of half precision, which rounds it coarsely."""
+    model = make_model(config)
+    product = model.model.layers[1].self_attn.q_proj.weight.data
+    product *= 2e-3 / product.abs().max()
+    save_checkpoint(Path("c"), model, tokenizer, {})
+    assert write(Path("c"), "q8_0").largest_difference > 0.5 / 127 + 2**-11
+    # Negative control: an error of 1 % of a block's largest weight is found.
+    read = GgufModel.read
+    monkeypatch.setattr(GgufModel, "read", lambda file, name: read(file, name) * (1.01 if "q_proj" in name else 1))
+    with pytest.raises(SlmError, match=r"q_proj.weight differs by 0\.01"):
+        write(Path("c"), "q8_0")
+
+
 def test_rows_that_do_not_divide_are_half_precision(
     config: ModelConfig, make_model: Callable[..., CausalLM], tokenizer: Tokenizer
 ) -> None:

@@ -18,6 +18,8 @@ from slm.core.manifest import Bundle
 from slm.core.progress import Silent
 from slm.train.recipe import Recipe
 from slm.train.run import train
+from tests.forks import forks
+from tests.waiting import wait_for
 
 SECONDS = 100
 # What a wall clock may be asked for: dates, in an answer's "created", in a report, in a template that asks for today.
@@ -49,37 +51,37 @@ def quantizing(bundle: Bundle, text: Path) -> list[str]:
     return ["quantize", "--int8", str(bundle.path), "--out", "made/int8", *measured, *loose]
 
 
-EMPTY, TRIAL, DATA = ".int8.partial-*", ".trial.scratch-*", ".int8.partial-*/onnx/*_data"
+# Where it is: nothing is written yet, a choice is measured, the weights are written. The number is that of the process.
+EMPTY, TRIAL, DATA = ".int8.partial-{}*", ".trial.scratch-*", ".int8.partial-{}*/onnx/*_data"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "moment"),
-    [*((signal.SIGKILL, moment) for moment in (EMPTY, TRIAL, DATA)), (signal.SIGINT, TRIAL), (signal.SIGTERM, DATA)],
-)
 def test_a_command_that_is_stopped_while_it_writes(
-    slm: Callable[..., Any], shared_bundle: Bundle, text: Path, tmp_path: Path, signum: signal.Signals, moment: str
+    slm: Callable[..., Any], shared_bundle: Bundle, text: Path, tmp_path: Path
 ) -> None:
     """An interrupted process leaves nothing; what a killed one leaves, the next one removes."""
-    arguments = quantizing(shared_bundle, text)
-    command = [sys.executable, "-m", "slm", *arguments]
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    end = time.monotonic() + SECONDS
-    while not any(tmp_path.glob(f"made/{moment}")):
-        assert started.poll() is None, f"it ended before there was a {moment}"
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    started.send_signal(signum)
-    _, said = started.communicate(timeout=SECONDS)
-    assert started.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[signum]
-    assert "Traceback" not in said and not (tmp_path / "made/int8").exists()
-    if signum != signal.SIGKILL:
-        assert hidden(tmp_path) == []
-        return
-    assert hidden(tmp_path)
+    arguments, made = quantizing(shared_bundle, text), tmp_path / "made"
+    with forks("import numpy, onnx, rich.progress, tokenizers, slm.cli.commands.quantize", tmp_path) as start:
+
+        def stopped(signum: signal.Signals, moment: str) -> None:
+            process = start.start("from slm.cli.main import main; main()", *arguments)
+            moment = moment.format(process.pid)
+            wait_for(lambda: any(made.glob(moment)) or not process.running, every=0.001)
+            assert process.running, f"it ended before there was a {moment}"
+            os.kill(process.pid, signum)
+            ended = process.wait(SECONDS)
+            assert ended.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[signum]
+            assert "Traceback" not in ended.stderr and not (made / "int8").exists()
+
+        for signum, moment in ((signal.SIGINT, TRIAL), (signal.SIGTERM, DATA)):
+            stopped(signum, moment)
+            assert hidden(tmp_path) == []
+        for moment in (EMPTY, TRIAL, DATA):
+            stopped(signal.SIGKILL, moment)
+            assert hidden(tmp_path)
     done = slm(*arguments)
     assert done.code == 0, done.err
-    assert Bundle.open(tmp_path / "made/int8") and hidden(tmp_path) == []
+    assert Bundle.open(made / "int8") and hidden(tmp_path) == []
 
 
 @pytest.fixture

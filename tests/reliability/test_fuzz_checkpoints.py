@@ -133,8 +133,8 @@ def test_imports_of_damaged_directories(fuzz: Any, damage: Any, shared_checkpoin
 @examples
 def test_chat_templates(fuzz: Any, damage: Any, shared_checkpoint: Path, examples: int) -> None:
     content = (shared_checkpoint / "tokenizer_config.json").read_bytes()
-    seen = fuzz.every("chat", shared_checkpoint, "tokenizer_config.json", examples // 2)
-    seen += fuzz.explore("chat", shared_checkpoint, damage.of({"tokenizer_config.json": content}), examples // 4)
+    seen = fuzz.every("chat", shared_checkpoint, "tokenizer_config.json", examples)
+    seen += fuzz.explore("chat", shared_checkpoint, damage.of({"tokenizer_config.json": content}), examples)
     assert seen["refused"]
 
 

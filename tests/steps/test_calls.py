@@ -99,8 +99,8 @@ def test_gguf_and_slots(run: Path, make_adapter: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: slm.finetune(), "give --lora FILE or --full FILE"),
-        (lambda: slm.finetune("rows.jsonl", full="rows.jsonl"), "give --lora FILE or --full FILE"),
+        (lambda: slm.finetune(), "give --lora FILE, --full FILE or --recipe FILE"),
+        (lambda: slm.finetune("rows.jsonl", full="rows.jsonl"), "give either --lora or --full, not both"),
         (lambda: slm.finetune(full="rows.jsonl", dora=True), "--dora is an option of adapters"),
         (lambda: slm.finetune("rows.jsonl", keep="last", patience=2), "--patience requires --keep best"),
         (lambda: slm.finetune("rows.jsonl", val="rows.jsonl", hold_out=0.1), "not both"),

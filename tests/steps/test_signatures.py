@@ -32,7 +32,7 @@ COMMANDS: dict[Callable[..., Any], str] = {
 # Options without an argument, and arguments without an option, with the reason.
 ONLY_IN_THE_COMMAND = {
     train: {"dry_run": "prints an estimate, and trains nothing", "on": "belongs to --dry-run"},
-    finetune: {},
+    finetune: {"dry_run": "prints an estimate, and trains nothing"},
     export: dict.fromkeys(("onnx", "gguf", "onnx_adapter"), ONE_CHOICE),
     quantize: dict.fromkeys(("int8", "int8_dynamic", "int4"), ONE_CHOICE) | {"sweep": "a study, which makes no bundle"},
     evaluate: {},
@@ -104,6 +104,8 @@ def test_choices_and_ranges_are_the_command_s(step: Callable[..., Any]) -> None:
         if name not in arguments:
             continue
         kinds = accepted(arguments[name].annotation)
+        if getattr(option, "multiple", False) and isinstance(option.type, click.Choice):
+            kinds = [inner for kind in kinds for inner in get_args(kind)]
         if isinstance(option.type, click.Choice):
             assert all(get_origin(kind) is Literal for kind in kinds), name
             assert [str(value) for kind in kinds for value in get_args(kind)] == list(option.type.choices), name

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from slm.train.logs.log import About
+from slm.train.logs.logs import Logs
 from slm.train.metrics import Metrics
 
 RUN = Path("run")
@@ -39,6 +41,10 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RUN / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def to_board() -> Logs:
+    return Logs(["tensorboard"], About(RUN, {}, lambda row: row["tokens"] // 1000))
+
+
 def board() -> EventAccumulator:
     events = EventAccumulator(str(RUN / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
@@ -60,12 +66,12 @@ def assert_the_board_shows_the_rows() -> None:
 
 
 def test_tensorboard_shows_what_the_rows_say() -> None:
-    metrics = Metrics(RUN, 0, tensorboard=True)
+    metrics = Metrics(RUN, 0, logs=to_board())
     evaluate(metrics, 0, 5.0)
     for micro_steps in (2, 4, 6):
         train(metrics, micro_steps, 4.0 - micro_steps / 3, grad_norm=None if micro_steps == 4 else 0.25)
     evaluate(metrics, 6, 2.5, "Once upon a time")
-    metrics.close()
+    metrics.logs.close()
     assert len(rows()) == 6
     assert_the_board_shows_the_rows()
     assert len(board().Scalars("train/loss")) == 3
@@ -76,27 +82,27 @@ def test_tensorboard_shows_what_the_rows_say() -> None:
 
 
 def test_tensorboard_is_written_while_the_run_goes_on() -> None:
-    metrics = Metrics(RUN, 0, tensorboard=True)
+    metrics = Metrics(RUN, 0, logs=to_board())
     train(metrics, 2)
     evaluate(metrics, 2, 2.5)
     deadline = time.monotonic() + 20  # it writes in a thread of its own
     while "validation/bits_per_byte" not in board().Tags()["scalars"] and time.monotonic() < deadline:
         time.sleep(0.1)
     assert_the_board_shows_the_rows()
-    metrics.close()
+    metrics.logs.close()
 
 
 def test_a_resumed_run_drops_what_came_later_from_both() -> None:
-    metrics = Metrics(RUN, 0, tensorboard=True)
+    metrics = Metrics(RUN, 0, logs=to_board())
     for micro_steps in (2, 4, 6):
         train(metrics, micro_steps)
         evaluate(metrics, micro_steps, 3.0 - micro_steps / 10)
-    metrics.close()
-    resumed = Metrics(RUN, 2, tensorboard=True)
+    metrics.logs.close()
+    resumed = Metrics(RUN, 2, logs=to_board())
     assert [row["micro_steps"] for row in rows()] == [2, 2, 4, 4]
     assert [row["micro_steps"] for row in resumed.evaluations] == [2, 4]
     train(resumed, 6, loss=1.5)
-    resumed.close()
+    resumed.logs.close()
     assert_the_board_shows_the_rows()
     assert [event.value for event in board().Scalars("train/loss")] == [3.0, 3.0, 1.5]
 
@@ -147,7 +153,7 @@ def test_a_process_that_is_not_the_first_remembers_and_writes_nothing() -> None:
     metrics = Metrics(RUN, 0, write=False)
     evaluate(metrics, 2, 3.0)
     metrics.draw()
-    metrics.close()
+    metrics.logs.close()
     assert metrics.best is not None
     assert list(RUN.iterdir()) == []
 

@@ -241,6 +241,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(stopped: Path, how: tuple[floa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [(0.9, 1)], indirect=True)
 def test_a_kill_costs_nothing_that_was_saved(stopped: Path, how: tuple[float, int]) -> None:
     def trial(opened: Any, counters: Counters, number: int) -> int:
         with something_at(number, lambda name: os._exit(CUT_SHORT)):

@@ -19,7 +19,7 @@ from slm.train.recipe import Recipe
 from tests.forks import Forks, Started
 from tests.waiting import wait_for
 
-SECONDS = 100
+SECONDS = 250
 
 
 @pytest.fixture
