@@ -18,6 +18,7 @@ from slm.core.manifest import MODEL_NAMES, Bundle, Manifest, Precision, Ranges, 
 from slm.core.progress import Progress, Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from slm.core.tuned_rows import without_samples
 from slm.core.weights import Weights, weights_sha256
 from slm.export import graph
 from slm.export.clients import write_client_files
@@ -113,7 +114,7 @@ def export_bundle(
             provenance={
                 **(origin or {"checkpoint": str(checkpoint)}),
                 "weights_sha256": weights_sha256(checkpoint),
-                INFO_FILE: read_info(checkpoint),
+                INFO_FILE: without_samples(read_info(checkpoint)),
             },
             notices=modified(notices_of(checkpoint), "exported to ONNX"),
         )

@@ -4,7 +4,7 @@ Dimensions: B rows, T positions, D hidden.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -114,19 +114,19 @@ def batch_loss(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
 
     The head dominates the cost of a small model; it is computed only at positions with a label, chunk by chunk.
     """
-    hidden, labels = _hidden(model, batch)
-    return _cross_entropy(model, hidden, labels)
+    hidden, labels = batch_hidden(model, batch)
+    return cross_entropy(model, hidden, labels)
 
 
 def row_losses(model: TunableLM | CausalLM, batch: Batch) -> Tensor:
     """Returns the sum of the cross-entropies of each row's labels, in nats, float32 (B,)."""
-    hidden, labels = _hidden(model, batch)
+    hidden, labels = batch_hidden(model, batch)
     counts = (batch.labels != IGNORED).sum(1).tolist()
     parts = zip(hidden.split(counts), labels.split(counts), strict=True)
-    return torch.stack([_cross_entropy(model, part, of_part) * len(of_part) for part, of_part in parts])
+    return torch.stack([cross_entropy(model, part, of_part) * len(of_part) for part, of_part in parts])
 
 
-def _hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def batch_hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the hidden states (N, D) at positions with a label, and the labels (N,), row after row."""
     device = model.model.norm.weight.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
@@ -135,7 +135,20 @@ def _hidden(model: TunableLM | CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return model.model(input_ids, segments=segments)[learned], labels[learned]
 
 
-def _cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Returns the mean cross-entropy of hidden states (N, D) for labels (N,), in nats."""
+    hidden, weight, rows = head_operands(model, hidden)
+    return linear_cross_entropy(hidden, weight, labels, rows=rows)
+
+
+def head_operands(
+    model: TunableLM | CausalLM, hidden: Tensor
+) -> tuple[Tensor, Tensor, tuple[list[int], Tensor] | None]:
+    """Returns the factors of the head's product for hidden states (N, D), on the grid if the model is trained for one.
+
+    Returns:
+        The hidden states (N, D), the matrix (V, D), and the ids and rows (R, D) that replace some of its rows.
+    """
     weight, rows = trained_rows(model.lm_head)
     if isinstance(model.lm_head, GridLinear):
         hidden, weight = model.lm_head.operands(hidden)
@@ -144,7 +157,7 @@ def _cross_entropy(model: TunableLM | CausalLM, hidden: Tensor, labels: Tensor) 
         if model.head_scheme is not None:
             hidden = round_activations(hidden, model.head_scheme)
             rows = None if rows is None else (rows[0], round_weight(rows[1], model.head_scheme))
-    return linear_cross_entropy(hidden, weight, labels, rows=rows)
+    return hidden, weight, rows
 
 
 def logits(model: TunableLM | CausalLM, hidden: Tensor) -> Tensor:
@@ -177,6 +190,28 @@ def mean_loss(
         autocast: Type of the products; None for float32.
         check: Called between batches; may raise to stop.
     """
+    return mean_over(model, examples, batch_size, batch_loss, autocast, check)
+
+
+@torch.no_grad()
+def mean_over(
+    model: TunableLM | CausalLM,
+    examples: Sequence[Example],
+    batch_size: int,
+    loss: Callable[[TunableLM | CausalLM, Batch], Tensor],
+    autocast: torch.dtype | None,
+    check: Check,
+) -> float:
+    """Returns the mean of any loss a token over the labels of all examples; see `mean_loss`.
+
+    Args:
+        model: The model.
+        examples: The examples.
+        batch_size: Rows per batch.
+        loss: Returns the mean loss over the labels of a batch.
+        autocast: Type of the products; None for float32.
+        check: Called between batches; may raise to stop.
+    """
     model.eval()
     near = sorted(examples, key=lambda example: len(example.ids))
     total, trained = 0.0, 0
@@ -184,7 +219,7 @@ def mean_loss(
         check()
         batch = collate(alone(near[first : first + batch_size]))
         with casting(model, autocast):
-            total += batch_loss(model, batch).item() * batch.trained
+            total += loss(model, batch).item() * batch.trained
         trained += batch.trained
     return total / trained
 

@@ -19,9 +19,11 @@ from slm.finetune.examples import Renderer
 from slm.finetune.fit import Fit, Trainable
 from slm.finetune.frozen import lighten
 from slm.finetune.indistinct import indistinct_tokens
+from slm.finetune.judge import Judge
 from slm.finetune.preference import Preferences
 from slm.finetune.preparation import Prepared
 from slm.finetune.state import Standing
+from slm.finetune.teacher import Teacher
 from slm.train.precision import Precision
 
 
@@ -51,15 +53,25 @@ class Built:
         """Number of modules with an adapter."""
         return 0 if self.adapter is None else sum(isinstance(each, LoraLinear) for each in self.adapter.modules())
 
-    def fit(self, found: Prepared, standing: Standing, *, refer: bool = True) -> Fit:
+    def fit(
+        self,
+        found: Prepared,
+        standing: Standing,
+        *,
+        refer: bool = True,
+        teacher: Teacher | None = None,
+        judge: Judge | None = None,
+    ) -> Fit:
         """Returns the weights, ready for the first update. Called once: it changes how the frozen weights are stored.
 
         Args:
             found: The rows.
             standing: The position of a run that has not begun.
+            teacher: The model whose predictions are learned; None learns the answers of the rows.
+            judge: Scores the replies after each epoch; None chooses the epoch by the loss.
             refer: Whether to compute what the base says about preferences, which takes a pass over them.
         """
-        material, settings = found.material(), found.settings
+        material, settings = found.material(teacher), found.settings
         if self.adapter is None:
             trainable = Trainable(self.model, dict(self.model.named_parameters()))
         else:
@@ -69,7 +81,7 @@ class Built:
         if refer and isinstance(material, Preferences):
             assert settings.batch_size is not None
             material.refer(trainable.model, settings.batch_size, self.precision.autocast, lambda: None)
-        return Fit(trainable, material, settings, self.precision, standing)
+        return Fit(trainable, material, settings, self.precision, standing, judge)
 
 
 def build(

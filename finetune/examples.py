@@ -190,14 +190,24 @@ class Renderer:
             match row:
                 case ChatRow():
                     dialogue = next(in_turns)
-                    yield dialogue if isinstance(dialogue, SlmError) else self._answered(dialogue, _learned(row))
+                    if isinstance(dialogue, SlmError):
+                        yield dialogue
+                    else:
+                        yield self._complete(self._answered(dialogue, _learned(row)), row.unended)
                 case CompletionRow():
                     read = self._before + literal(row.prompt)
-                    yield self._ended(read, literal(row.completion))
+                    yield self._complete(self._ended(read, literal(row.completion)), row.unended)
                 case TextRow():
                     yield self._ended(self._before, literal(row.text))
                 case PreferenceRow():
                     raise AssertionError("pairs are rendered answer by answer")
+
+    def _complete(self, example: Example, unended: bool) -> Example:
+        """Returns an example, without the tokens that end its last answer if that answer was cut."""
+        length = len(example.ids)
+        while unended and length > example.spans[-1][0] and example.ids[length - 1] in self.ends:
+            length -= 1
+        return example.cut(length)
 
     def _ended(self, read: list[int], learned: list[int]) -> Example:
         # The first token cannot be predicted, because nothing precedes it.

@@ -15,6 +15,7 @@ from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import rounded_in_place
 from slm.finetune.adapter import TunableLM
 from slm.finetune.batches import Batch
+from slm.finetune.judge import Judge, score_fields
 from slm.finetune.material import Material
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, Standing, State
@@ -71,6 +72,7 @@ class Fit:
         settings: FinetuneSettings,
         precision: Precision,
         standing: Standing,
+        judge: Judge | None = None,
     ) -> None:
         """Prepares the first update.
 
@@ -80,10 +82,12 @@ class Fit:
             settings: Resolved hyperparameters.
             precision: The type of the products.
             standing: The position of a run that has not begun.
+            judge: Scores the replies after each epoch; None chooses the epoch by the loss.
         """
         assert settings.epochs is not None and settings.learning_rate is not None and settings.batch_size is not None
         self.standing = standing
         self.material = material
+        self.judge = judge
         self.epochs = settings.epochs
         self.updates_per_epoch = math.ceil(len(material) / settings.batch_size)
         self.updates = self.epochs * self.updates_per_epoch
@@ -116,6 +120,11 @@ class Fit:
     def kept_loss(self) -> float:
         """The measured loss of the weights that are kept; of the base before the first epoch."""
         return float(self._evaluation(self.kept_epoch)["loss"])
+
+    @property
+    def scores(self) -> tuple[Row, Row] | None:
+        """The evaluations with the scores of the base and of the weights that are kept; None without a metric."""
+        return None if self.judge is None else (self._evaluation(0), self._evaluation(self.kept_epoch))
 
     @property
     def preferred(self) -> tuple[float, float] | None:
@@ -164,6 +173,7 @@ class Fit:
             or not fits
             or after_an_epoch != (where.loss is not None)
             or after_an_epoch != bool(state.kept)
+            or any(("score" in row) != (self.judge is not None) for row in where.evaluations)
         ):
             raise SlmError("the saved state contradicts itself: updates, epochs and losses do not match", START_OVER)
 
@@ -208,7 +218,9 @@ class Fit:
         return row, batch.input_ids.numel() / (time.perf_counter() - began)
 
     def evaluate(self, check: Check) -> float:
-        """Returns the measured loss, and keeps the weights if it is the best so far, or if the last epoch is kept.
+        """Returns the measured loss, and keeps the weights if they are the best so far, or if the last epoch is kept.
+
+        The best weights have the highest score of the judge, and of equal scores the lowest loss.
 
         Args:
             check: Called between batches; may raise to abandon the evaluation.
@@ -219,13 +231,19 @@ class Fit:
         standing, epoch = self.standing, self.standing.updates // self.updates_per_epoch
         with rounded_in_place(self._trainable.model):
             loss = self.material.measure(self._trainable.model, self._batch_size, self._autocast, check)
+            judged = None
+            if self.judge is not None and math.isfinite(loss):
+                judged = self.judge.measure(self._trainable.model, self._autocast, check)
         self._learner.objective.train()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {self.material.loss_name} is {loss}")
-        standing.history.append(("eval", {"epoch": epoch, **self.position(), "loss": loss, **self.material.figures}))
+        row = {"epoch": epoch, **self.position(), "loss": loss, **self.material.figures}
+        row |= {} if judged is None else score_fields(judged)
+        better = standing.loss is None or _rank(row) > _rank(self._evaluation(standing.best_epoch))
+        standing.history.append(("eval", row))
         if epoch == 0:
             standing.loss_before = loss
-        elif standing.loss is None or loss < standing.loss:
+        elif better:
             standing.loss, standing.best_epoch = loss, epoch
         if epoch and (self._settings.keep == "last" or standing.best_epoch == epoch):
             self.kept = {name: p.detach().cpu().clone() for name, p in self._trainable.named_parameters()}
@@ -240,3 +258,8 @@ class Fit:
         """Puts the weights that are kept into the model."""
         for name, parameter in self._trainable.named_parameters():
             parameter.copy_(self.kept[name])
+
+
+def _rank(row: Row) -> tuple[float, float]:
+    """Returns a value that is higher for better evaluations: by the score, if there is one, and then by the loss."""
+    return row.get("score", 0.0), -row["loss"]

@@ -129,7 +129,9 @@ def foresee(
     heard, files = _Listener(progress), recipe.files()
     config, tokenizer, info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
-    found = prepare(files, recipe.training, config, renderer, heard)
+    # Answers that a teacher would write count as one token here.
+    as_they_are = None if recipe.teacher is None else lambda rows, _: list(rows)
+    found = prepare(files, recipe.training, config, renderer, heard, as_they_are)
     odd = review(found, recipe.training, config)
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)

@@ -91,14 +91,16 @@ class FineTuning(Task):
         loss = self._fit.evaluate(check)
         standing, name = self._fit.standing, self._fit.material.loss_name
         epoch: int = standing.evaluations[-1]["epoch"]
+        judge = self._fit.judge
+        scored = "" if judge is None else f", {judge.title} {standing.evaluations[-1]['score']:.1%}"
         if epoch == 0:
             self._send()
-            self._progress.note(f"before training: {name} {loss:.3f}")
+            self._progress.note(f"before training: {name} {loss:.3f}{scored}")
             return
         first = next(number for number, (_, row) in enumerate(standing.history) if row["epoch"] == epoch)
         best = " (best so far)" * (standing.best_epoch == epoch)
         self._progress.note(
-            f"epoch {epoch}/{self._fit.epochs}: train loss {self._train_loss(first):.3f}, {name} {loss:.3f}{best}"
+            f"epoch {epoch}/{self._fit.epochs}: train loss {self._train_loss(first):.3f}, {name} {loss:.3f}{scored}{best}"
         )
         if self._midway is not None and self._midway.due(epoch):
             self._answer(self._midway, epoch)

@@ -10,6 +10,7 @@ from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
 from slm.core.nn.fake_quant import round_weights
 from slm.core.qat import RECORD, recorded_grid, without_grid
 from slm.core.tokenizer import Tokenizer
+from slm.core.tuned_rows import tuned_on, without_samples
 from slm.core.weights import has_weights, weights_sha256
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 
@@ -45,10 +46,11 @@ def merged_checkpoint(base: Path, adapter: Path, out: Path) -> None:
     notices = tuple(dict.fromkeys((*notices_of(base), *recorded_notices(tuned))))
     info = without_grid(read_info(base)) | {
         **({RECORD: tuned[RECORD]} if RECORD in tuned else {}),
+        **tuned_on(tuned),
         "merged": {
             "base": {"path": str(base), "weights_sha256": weights_sha256(base)},
             "adapter": {"path": str(adapter), "weights_sha256": sha256_file(adapter / ADAPTER_WEIGHTS_FILE)},
-            "finetune": tuned,
+            "finetune": without_samples({"finetune": tuned})["finetune"],
         },
         "notices": modified(notices, "merged with a LoRA adapter"),
     }

@@ -1,24 +1,23 @@
 """The rows of a fine-tuning run: reads, splits and converts them to examples, and warns about what looks wrong."""
 
-import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
-from slm.core.files import sha256_file
 from slm.core.progress import Progress
-from slm.core.text.files import find_files
 from slm.finetune.batches import Packed, alone, pack
 from slm.finetune.examples import Examples, Renderer
 from slm.finetune.material import Answers, Material
 from slm.finetune.preference import Pair, Preferences
+from slm.finetune.provenance import provenance
 from slm.finetune.rows import ChatRow, Limits, PreferenceRow, Row, read_rows
 from slm.finetune.settings import FEW, FinetuneSettings
 from slm.finetune.split import FEW_ROWS, HELD_OUT, Split, learned_before, split_rows
+from slm.finetune.teacher import LOSS_NAME, Distilled, Teacher
 
 # Number of rows shown before training.
 _SHOWN = 2
@@ -45,8 +44,8 @@ class RowFiles:
 
     def record(self) -> dict[str, Any]:
         """Returns paths and hashes of the rows, for `slm.json`."""
-        validation = None if self.validation is None else _provenance(self.validation)
-        record = {"data": _provenance(self.train), "validation": validation, "skip_bad": self.skip_bad}
+        validation = None if self.validation is None else provenance(self.validation)
+        record = {"data": provenance(self.train), "validation": validation, "skip_bad": self.skip_bad}
         return record if self.hold_out is None else record | {"hold_out": self.hold_out}
 
     def split(self, rows: list[Row], measured: list[Row] | None, seed: int) -> Split:
@@ -77,6 +76,7 @@ class Prepared:
         chats: Whether a row is a conversation.
         declares_tools: Whether rows with calls declare the tools; None if no row has calls.
         bad: Number of rows left out because they could not be read.
+        choices: The column `choices` of rows that have one, by the row's place.
         pairs: If the rows are preferences, the training pairs and the held-out pairs; the examples are then their preferred
             answers.
     """
@@ -89,19 +89,32 @@ class Prepared:
     chats: bool
     declares_tools: bool | None
     bad: int
+    choices: Mapping[str, Any]
     pairs: tuple[tuple[Pair, ...], tuple[Pair, ...]] | None = None
 
-    def material(self) -> Material:
+    def material(self, teacher: Teacher | None = None) -> Material:
         """Returns what to train on and what to measure: held-out rows, or the training rows if none are held out."""
         name = "held-out loss" if self.valid.kept else "loss on the training rows"
+        if teacher is not None:
+            which = f"held-out {LOSS_NAME}" if self.valid.kept else f"{LOSS_NAME} on the training rows"
+            return Distilled(self.rows, self.valid.kept or self.train.kept, teacher, which)
         if self.pairs is not None:
             train, valid = self.pairs
             return Preferences(train, valid or train, self.settings.beta, name)
         return Answers(self.rows, self.valid.kept or self.train.kept, name)
 
 
+# Answers the rows whose numbers are given, which end with a request.
+Complete = Callable[[Sequence[Row], Sequence[int]], list[Row]]
+
+
 def prepare(
-    files: RowFiles, settings: FinetuneSettings, config: ModelConfig, renderer: Renderer, progress: Progress
+    files: RowFiles,
+    settings: FinetuneSettings,
+    config: ModelConfig,
+    renderer: Renderer,
+    progress: Progress,
+    complete: Complete | None = None,
 ) -> Prepared:
     """Reads rows, converts them to examples, and reports what will be trained.
 
@@ -111,6 +124,7 @@ def prepare(
         config: The shape of the base.
         renderer: Converts rows to token ids.
         progress: Receives notes.
+        complete: Answers rows that end with a request; None rejects a prompt alone.
 
     Raises:
         SlmError: When a file or a row cannot be read, or there is nothing to learn or to measure.
@@ -118,8 +132,14 @@ def prepare(
     bad: list[SlmError] | None = [] if files.skip_bad else None
     left_out: set[str] = set()
 
+    choices: dict[str, Any] = {}
+
     def read(path: Path) -> list[Row]:
-        return read_rows(path, bad, left_out=left_out, limits=files.limits)
+        column: list[Any] = []
+        unanswered: list[int] | None = None if complete is None else []
+        found = read_rows(path, bad, left_out=left_out, limits=files.limits, choices=column, unanswered=unanswered)
+        choices.update((row.place, options) for row, options in zip(found, column, strict=True) if options)
+        return found if complete is None or not unanswered else complete(found, unanswered)
 
     rows = read(files.train)
     measured = None if files.validation is None else read(files.validation)
@@ -140,7 +160,8 @@ def prepare(
         progress.note(
             f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
         )
-    _check(train, valid, renderer, max_length)
+    # A teacher's predictions say after each token whether the text ends there.
+    _check(train, valid, renderer, max_length, needs_end=complete is None)
     packed = pack(train.kept, max_length, random.Random(settings.seed)) if settings.pack else alone(train.kept)
     _tell(train, valid, renderer, max_length, progress)
     _judge(split, len(valid.kept), settings.keep, progress)
@@ -156,6 +177,7 @@ def prepare(
         any(isinstance(row, ChatRow) for row in answers),
         _declares_tools(answers),
         len(bad or ()),
+        choices,
         (pairs[0], pairs[1]) if preferences else None,
     )
 
@@ -187,12 +209,12 @@ def _declares_tools(rows: Sequence[Row]) -> bool | None:
     return any(row.tools for row in calling) if calling else None
 
 
-def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int) -> None:
+def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int, *, needs_end: bool) -> None:
     """Rejects rows from which the model would learn nothing, or never learn to stop."""
     hint = f"rows may have {max_length} tokens; --max-length raises that"
     if not train.kept:
         raise SlmError("nothing to learn: every row's prompt alone is too long", hint)
-    if not any(example.targets(renderer.end_of_text) for example in train.kept):
+    if needs_end and not any(example.targets(renderer.end_of_text) for example in train.kept):
         raise SlmError("every row is cut before its end, so the model would never learn to stop", hint)
     if valid.skipped and not valid.kept:
         raise SlmError("nothing to measure: every validation row's prompt alone is too long", hint)
@@ -234,11 +256,3 @@ def _tell(train: Examples, valid: Examples, renderer: Renderer, max_length: int,
 
 def _printable(name: str) -> str:
     return name if name.isprintable() and len(name) <= 60 else f"{ascii(name)[1:-1]:.60}"
-
-
-def _provenance(data: Path) -> dict[str, str]:
-    """Returns path and hash of the rows; for a directory, a hash over its files' names and hashes."""
-    if not data.is_dir():
-        return {"path": str(data), "sha256": sha256_file(data)}
-    listed = "".join(f"{sha256_file(file)}  {file.relative_to(data)}\n" for file in find_files(data))
-    return {"path": str(data), "sha256": hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()}

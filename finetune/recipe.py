@@ -65,6 +65,7 @@ class FinetuneRecipe(Section):
         out: The directory of the result, instead of `name`.
         samples: Number of rows that the result answers at the end. 0 also disables the answers during training.
         log: Where metrics go besides `metrics.jsonl`.
+        teacher: A checkpoint, or a name under ./runs, whose predictions are learned.
         data: The rows.
         training: The hyperparameters.
     """
@@ -74,6 +75,7 @@ class FinetuneRecipe(Section):
     out: str | None = Field(default=None, min_length=1)
     samples: int = Field(default=SAMPLES, ge=0, le=MAX_SAMPLES)
     log: LogNames = ()
+    teacher: str | None = Field(default=None, min_length=1)
     data: RowsRecipe = RowsRecipe()
     training: FinetuneSettings = FinetuneSettings()
 
@@ -165,7 +167,13 @@ def load_recipe(
 
 
 def resolved(
-    base: Path, out: Path, files: "RowFiles", settings: FinetuneSettings, samples: int, log: Sequence[LogName]
+    base: Path,
+    out: Path,
+    files: "RowFiles",
+    settings: FinetuneSettings,
+    samples: int,
+    log: Sequence[LogName],
+    teacher: Path | None = None,
 ) -> FinetuneRecipe:
     """Returns the recipe of a run, with absolute paths and no defaults left open."""
     data = RowsRecipe(
@@ -181,6 +189,7 @@ def resolved(
         out=str(out.absolute()),
         samples=samples,
         log=tuple(log),
+        teacher=None if teacher is None else str(teacher.absolute()),
         data=data,
         training=settings,
     )

@@ -40,6 +40,7 @@ from slm.finetune.fields import (
     refuse_columns,
     renaming,
 )
+from slm.finetune.requests import with_placeholder
 
 EXPECTED = (
     'each row is {"messages": [{"role": "user", "content": ...}, ...]}, '
@@ -47,6 +48,8 @@ EXPECTED = (
     '{"instruction": ..., "output": ...} with an optional "input", '
     '{"prompt": ..., "completion": ...}, {"prompt": ..., "chosen": ..., "rejected": ...} or {"text": ...}'
 )
+
+_UNANSWERED = "add the answer as completion or output; with slm finetune --teacher MODEL, that model writes it"
 
 # Default memory limit. Rows are held in memory, and their tokens take about ten times the memory of the text.
 DATA_BYTES = 512 << 20
@@ -77,11 +80,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """A prompt and a completion, of which the completion counts in the loss. No template is applied."""
+    """A prompt and a completion, of which the completion counts in the loss. No template is applied.
+
+    Attributes:
+        prompt: The prompt.
+        completion: The completion.
+        place: The place of the row, for messages.
+        unended: Whether the completion was cut, so that its end does not count in the loss.
+    """
 
     prompt: str
     completion: str
     place: str = field(default="", compare=False)
+    unended: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,12 +112,14 @@ class ChatRow:
         place: The place of the row, for messages.
         only_read: Numbers, from 0, of the assistant's messages that do not count in the loss.
         tools: The tools that the conversation declares.
+        unended: Whether the last answer was cut, so that its end does not count in the loss.
     """
 
     messages: tuple[Message, ...]
     place: str = field(default="", compare=False)
     only_read: frozenset[int] = frozenset()
     tools: tuple[Tool, ...] = ()
+    unended: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,7 @@ def read_rows(
     left_out: set[str] | None = None,
     limits: Limits | None = None,
     choices: list[Any] | None = None,
+    unanswered: list[int] | None = None,
 ) -> list[Row]:
     """Reads the rows of a file, or of all files below a directory; see `slm.core.text` for the kinds of files.
 
@@ -149,6 +163,8 @@ def read_rows(
         left_out: Receives the names of ignored fields.
         limits: Limits of reading; the defaults when None.
         choices: Receives the column `choices` of each row, unchecked; None for a row without it. Fine-tuning ignores it.
+        unanswered: Receives the numbers, from 0, of rows that end with a request: their last answer is a placeholder, which
+            the caller replaces. None rejects a prompt alone, and drops requests after the last answer of a conversation.
 
     Raises:
         SlmError: When a file cannot be read or has no row, or a row is of an unknown kind, too long, or not supported; the
@@ -170,7 +186,8 @@ def read_rows(
             try:
                 if isinstance(value.content, SlmError):
                     raise SlmError(f"{where}: {value.content.message}", value.content.hint or EXPECTED)
-                row = _row(value.content, where, leave_out, unread)
+                content = value.content if unanswered is None else with_placeholder(value.content)
+                row = _row(content, where, leave_out, unread)
             except SlmError as error:
                 wrong = SlmError(error.message, error.hint or EXPECTED)
                 if bad is None:
@@ -188,6 +205,8 @@ def read_rows(
                     f"{where}: the rows take more than {size(limits.data)}, and all are held in memory",
                     "give fewer rows, or raise the limit of slm finetune with --max-data-bytes",
                 )
+            if unanswered is not None and content is not value.content:
+                unanswered.append(len(rows))
             rows.append(row)
             if choices is not None:
                 choices.append(options)
@@ -281,7 +300,8 @@ def _fields(row: Mapping[str, Any], where: str, unread: Collection[str]) -> tupl
         raise SlmError(f"{where}: has {names}, which are {len(kinds)} kinds of row", "keep the fields of one kind")
     if not kinds:
         names = ", ".join([*row, *sorted(unread)][:20]) or "none"
-        raise SlmError(f"{where}: unknown kind of row (fields: {names})", renaming(row))
+        hint = renaming(row) or (_UNANSWERED if PROMPT in row or INSTRUCTION in row else None)
+        raise SlmError(f"{where}: unknown kind of row (fields: {names})", hint)
     return kinds[0]
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from slm.core.adapter_base import base_record
-from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, notices_of, read_config, read_info
+from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, read_config, read_info
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_replaceable, recover, sole, write_text
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
@@ -21,10 +21,12 @@ from slm.core.nn.fake_quant import round_weights, rounded_in_place
 from slm.core.progress import Progress, Silent
 from slm.core.qat import RECORD, without_grid
 from slm.core.tokenizer import Tokenizer
+from slm.core.tuned_rows import tuned_on
 from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, TunableLM, is_adapter, save_adapter
 from slm.finetune.build import build
 from slm.finetune.examples import Renderer
 from slm.finetune.fit import Fit
+from slm.finetune.judge import judge_of
 from slm.finetune.loop import FineTuning, plan_of
 from slm.finetune.midway import Midway
 from slm.finetune.preparation import Prepared, RowFiles, prepare
@@ -33,6 +35,8 @@ from slm.finetune.review import review
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
+from slm.finetune.teaching import check_rows, notices, teaching_of
+from slm.finetune.writing import ANSWERS_FILE
 from slm.train.build import pick_device
 from slm.train.choices import LogName
 from slm.train.interrupt import held_back
@@ -56,6 +60,7 @@ _ADAPTER_FILES = frozenset(
         METRICS_FILE,
         CURVE_FILE,
         CONFIG,
+        ANSWERS_FILE,
         *TRAINER_FILES,
     )
 )
@@ -65,6 +70,7 @@ _RUN_FILES = frozenset(
     (
         *((CHECKPOINT / name).as_posix() for name in CHECKPOINT_FILES),
         *((_METRICS / name).as_posix() for name in (METRICS_FILE, CURVE_FILE, CONFIG)),
+        ANSWERS_FILE,
         *TRAINER_FILES,
     )
 )
@@ -89,11 +95,18 @@ class FinetuneResult:
         loss_before: Loss of the base.
         loss_after: Loss of the result.
         kept_epoch: The epoch that was kept, from 1.
-        best_epoch: The epoch with the lowest loss.
+        best_epoch: The epoch with the highest score, or the lowest loss without a metric.
         epochs: Number of epochs planned.
         updates: Number of optimizer steps.
         trainable_parameters: Number of trained parameters.
         keep: Which epoch was to be kept: "best" or "last".
+        teacher: The teacher, if there was one; the losses are then divergences from its predictions.
+        metric: The metric of the replies, if epochs were chosen by one.
+        metric_rows: The number of rows that were answered for it.
+        score_before: The base's score, from 0 to 1.
+        score_after: The score of the result.
+        score_low: The lower end of its 95 % confidence interval.
+        score_high: The upper end.
         preferred_before: For preferences, the share of the measured pairs whose chosen answer the base finds likelier.
         preferred_after: The same share of the result.
         seconds: Seconds of training, including those before the run was resumed.
@@ -120,6 +133,13 @@ class FinetuneResult:
     keep: str = "best"
     preferred_before: float | None = None
     preferred_after: float | None = None
+    teacher: Path | None = None
+    metric: str | None = None
+    metric_rows: int = 0
+    score_before: float | None = None
+    score_after: float | None = None
+    score_low: float | None = None
+    score_high: float | None = None
 
     def __fspath__(self) -> str:
         return str(self.made)
@@ -131,7 +151,7 @@ class FinetuneResult:
 
 
 # Fields of the result that are elsewhere in `slm.json`.
-_NO_METRICS = ("made", "base", "samples", "keep")
+_NO_METRICS = ("made", "base", "samples", "keep", "teacher")
 
 
 @dataclass(frozen=True)
@@ -145,6 +165,7 @@ class _Task:
     overwrite: bool
     samples: int
     log: tuple[LogName, ...]
+    teacher: Path | None
 
 
 def finetune(
@@ -157,6 +178,7 @@ def finetune(
     overwrite: bool = False,
     samples: int = SAMPLES,
     log: Sequence[LogName] = (),
+    teacher: Path | None = None,
 ) -> FinetuneResult:
     """Trains an adapter, or all weights, and writes the result whole or not at all.
 
@@ -172,6 +194,8 @@ def finetune(
         overwrite: Whether an existing result may be replaced.
         samples: Number of held-out rows that the result answers at the end; 0 also disables the answers during training.
         log: Where metrics go besides `metrics.jsonl`.
+        teacher: A checkpoint with the same tokenizer, whose predictions are learned; it also answers rows that end with a
+            request. None trains on the answers of the rows.
 
     Raises:
         SlmError: When an input is missing or wrong, the result exists, or there is nothing to learn.
@@ -180,7 +204,7 @@ def finetune(
     settings, progress = settings or FinetuneSettings(), progress or Silent()
     files = data if isinstance(data, RowFiles) else RowFiles(data)
     check_packages(log)
-    task = _Task(base, files, out, settings, overwrite, samples, tuple(log))
+    task = _Task(base, files, out, settings, overwrite, samples, tuple(log), teacher)
     with sole(out.resolve()):
         return _finetune(task, progress)
 
@@ -191,28 +215,35 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     check_free(out, task.settings.method, task.overwrite)
     config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
-    found = prepare(task.files, task.settings, config, renderer, progress)
-    for sentence in review(found, task.settings, config):
-        progress.note(f"warning: {sentence}")
-    settings = found.settings
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
+    place, max_length = (out, task.overwrite), task.settings.context(config)
+    teaching = teaching_of(task.teacher, place, config, max_length, renderer, device, precision, progress)
+    complete = None if teaching is None else teaching.writer.complete
+    found = prepare(task.files, task.settings, config, renderer, progress, complete)
+    if task.teacher is not None:
+        check_rows(found, task.teacher, tokenizer, progress)
+    for sentence in review(found, task.settings, config):
+        progress.note(f"warning: {sentence}")
+    settings, judge = found.settings, judge_of(found, task.files, renderer, config)
     course = {
         "settings": settings.model_dump(mode="json"),
         "base": base_record(base, tokenizer),
         **task.files.record(),
         "held_out": found.split.record,
         "precision": f"{precision.name} on {device.type}",
+        **({} if teaching is None else {"teacher": teaching.record}),
     }
     state = _saved(out, course, task.overwrite)
     grid = settings.grid
-    recipe = resolved(base, out, task.files, settings, task.samples, task.log)
+    recipe = resolved(base, out, task.files, settings, task.samples, task.log, task.teacher)
     logged = {} if state is None else state.standing.logs
     logs = Logs(task.log, About(out, recipe.model_dump(mode="json"), _board_step), logged, progress)
     with torch.random.fork_rng():
         built = build(base, base_info, found, renderer, device, precision, progress)
         model, adapter = built.model, built.adapter
-        fit = built.fit(found, Standing(course=course))
+        teacher = None if teaching is None else teaching.load()
+        fit = built.fit(found, Standing(course=course), teacher=teacher, judge=judge)
         if state is not None:
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
@@ -224,13 +255,12 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 Loop(plan_of(fit, settings), training, interruption, Alone(), progress).run()
             standing, seconds = fit.standing, training.elapsed_s
             assert standing.loss_before is not None
-            if fit.kept_loss >= standing.loss_before:
-                progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
+            _warn(fit, progress)
             fit.put_kept()
             with rounded_in_place(model):
                 answers = _answers(built.tuned, renderer, found, task.samples, precision)
             made = out if adapter is not None else out / CHECKPOINT
-            result = _result(made, base, found, fit, round(seconds, 2), answers)
+            result = _result(made, task, found, fit, round(seconds, 2), answers)
             info = {
                 "made_by": "slm finetune",
                 "slm_version": __version__,
@@ -238,7 +268,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
                 "precision": precision.name,
                 "turns": found.chats,
                 "declares_tools": found.declares_tools,
-                "notices": modified(notices_of(base), "fine-tuned with LoRA" if adapter else "fine-tuned"),
+                "notices": modified(notices(base, task.teacher), "fine-tuned with LoRA" if adapter else "fine-tuned"),
                 "held_out_rows": list(found.split.numbers),
                 "metrics": {name: value for name, value in asdict(result).items() if name not in _NO_METRICS},
                 "samples": [asdict(answer) for answer in answers],
@@ -257,14 +287,15 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
 
 
 def _result(
-    made: Path, base: Path, found: Prepared, fit: Fit, seconds: float, samples: tuple[Sample, ...]
+    made: Path, task: _Task, found: Prepared, fit: Fit, seconds: float, samples: tuple[Sample, ...]
 ) -> FinetuneResult:
     standing = fit.standing
     assert standing.loss_before is not None
-    preferred = fit.preferred or (None, None)
+    preferred, scores = fit.preferred or (None, None), fit.scores
     return FinetuneResult(
         made=made,
-        base=base,
+        base=task.base,
+        teacher=task.teacher,
         rows=len(found.train.kept),
         validation_rows=len(found.valid.kept),
         trained_tokens=found.train.trained,
@@ -283,7 +314,31 @@ def _result(
         keep=found.settings.keep,
         preferred_before=preferred[0],
         preferred_after=preferred[1],
+        metric=found.settings.metric,
+        metric_rows=0 if fit.judge is None else fit.judge.rows,
+        **({} if scores is None else _score_figures(*scores)),
     )
+
+
+def _score_figures(before: Row, after: Row) -> dict[str, Any]:
+    return {
+        "score_before": before["score"],
+        "score_after": after["score"],
+        "score_low": after["score_low"],
+        "score_high": after["score_high"],
+    }
+
+
+def _warn(fit: Fit, progress: Progress) -> None:
+    """Warns about a result that is no better than the base."""
+    before = fit.standing.loss_before
+    assert before is not None
+    scores = fit.scores
+    if scores is not None:
+        if scores[1]["score"] < 1 and scores[1]["score"] <= scores[0]["score"]:
+            progress.note("warning: the score did not rise; try more epochs, another learning rate or more rows")
+    elif fit.kept_loss >= before:
+        progress.note("warning: the loss did not fall; try a lower learning rate or more rows")
 
 
 def _answers(
@@ -351,7 +406,12 @@ def _write_checkpoint(
         _write_course(directory / _METRICS, fit, recipe)
         _take_board(out, directory, recipe)
         notices = info.pop("notices")
-        save_checkpoint(directory / CHECKPOINT, model, tokenizer, base_info | {"finetuned": info, "notices": notices})
+        save_checkpoint(
+            directory / CHECKPOINT,
+            model,
+            tokenizer,
+            base_info | {"finetuned": info, "notices": notices} | tuned_on(info),
+        )
 
 
 def _take_board(out: Path, directory: Path, recipe: FinetuneRecipe) -> None:

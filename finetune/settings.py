@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from slm.core.config import ModelConfig, first_mistake
 from slm.core.errors import SlmError
 from slm.core.qat import GRIDS, QatGrid, QatPrecision
+from slm.core.task import MetricName
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,7 +39,10 @@ class FinetuneSettings(BaseModel):
             of parameters (arXiv:2305.14314, section 4).
         learning_rate: Peak learning rate of AdamW.
         epochs: Passes over the rows.
-        keep: The epoch to keep: "best", the one with the lowest loss on the held-out rows, or "last".
+        keep: The epoch to keep: "best", the one with the highest score of `metric`, or else with the lowest loss on the
+            held-out rows; or "last".
+        metric: Score of the greedy replies to the measured rows after each epoch; None measures the loss only.
+        metric_rows: The most rows that are answered for `metric`, evenly spread over the measured rows.
         patience: Epochs without a new best after which training ends; None disables early stopping, as keep="last" does.
         batch_size: Rows per update: 8, or 4 for fewer than `FEW` examples, which gives more updates for the same work.
         pack: Pack as many examples into a row as fit into `max_length`; they do not attend to each other.
@@ -61,6 +65,8 @@ class FinetuneSettings(BaseModel):
     learning_rate: float | None = Field(default=None, gt=0, le=100)
     epochs: int | None = Field(default=None, ge=1, le=1_000_000)
     keep: Literal["best", "last"] = "best"
+    metric: MetricName | None = None
+    metric_rows: int = Field(default=200, ge=1, le=1_000_000)
     patience: int | None = Field(default=3, ge=1, le=1_000_000)
     batch_size: int | None = Field(default=None, ge=1, le=65_536)
     pack: bool = False

@@ -25,7 +25,7 @@ class Standing(Position):
         tokens: Tokens that counted in the loss so far, over all epochs.
         loss_before: Loss before the first update, in nats per token; None before it was measured.
         loss: Loss of the best epoch; None before the first.
-        best_epoch: The first epoch with the lowest loss; 0 before the first.
+        best_epoch: The first epoch with the highest score, or the lowest loss without a metric; 0 before the first.
         history: Rows for `slm.train.metrics.Metrics`, each with its kind.
     """
 

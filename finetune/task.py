@@ -61,7 +61,26 @@ def read_task(
     """
     choices: list[Any] = []
     read = read_rows(path, limits=limits, choices=choices)
-    rows: list[Row] = [row.chosen if isinstance(row, PreferenceRow) else row for row in read]
+    return task_of(
+        [row.chosen if isinstance(row, PreferenceRow) else row for row in read], choices, path, metric, limit
+    )
+
+
+def task_of(
+    rows: Sequence[Row], choices: Sequence[Any], path: Path, metric: MetricName | None = None, limit: int | None = None
+) -> TaskFile:
+    """Returns the task of rows that were read from a file.
+
+    Args:
+        rows: The rows.
+        choices: The column `choices` of each row, unchecked; None for a row without it.
+        path: The file or directory.
+        metric: The metric; None chooses one by the rows.
+        limit: The number of rows to use, evenly spread; None uses all.
+
+    Raises:
+        SlmError: As `read_task`.
+    """
     asked, calling = ([_asked(row) for row in each] for each in (rows, map(_up_to_calls, rows)))
     why = ""
     if metric is None:

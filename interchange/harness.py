@@ -17,7 +17,8 @@ from lm_eval.tasks import TaskManager
 
 from slm.core.errors import SlmError
 from slm.core.progress import Progress, Silent
-from slm.runtime.evaluate import end_of_text, score
+from slm.runtime.answers import end_of_text
+from slm.runtime.evaluate import score
 from slm.runtime.generation import Generation, Request
 from slm.runtime.model import Model
 from slm.runtime.sampling import Sampling
@@ -38,7 +39,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model = model
         self.progress = progress or Silent()
-        end = end_of_text(model)
+        end = end_of_text(model.tokenizer, model.stop_token_ids)
         marks = [*model.tokenizer.prefix_ids[-1:], *([] if end is None else [end])]
         if not marks:
             raise SlmError("tasks need a token that begins or ends a text, and the model has none")

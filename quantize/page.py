@@ -22,7 +22,8 @@ _KINDS = {
 def report_page(report: Report) -> str:
     """Returns the HTML page of one quantization."""
     stored = (
-        f"<p>{escape(report.in_words)}. Measured over {report.change.tokens:,} tokens; {report.seconds:,.1f} s.</p>"
+        f"<p>{escape(report.in_words)}. Calibrated on {escape(report.calibration)}. Measured over "
+        f"{report.change.tokens:,} tokens of {escape(report.text)}; {report.seconds:,.1f} s.</p>"
     )
     parts = [
         f"<h1>{escape(report.source)}, quantized</h1>",

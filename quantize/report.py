@@ -56,6 +56,8 @@ def measured_report(quantizer: Quantizer, plan: QuantizationPlan, made: Bundle) 
         tensors=tensor_errors(quantizer, plan, float_tensors(made.model_path, plan.schemes)),
         seconds=0.0,
         head=head,
+        calibration=quantizer.calibration.name,
+        text=text.name,
     )
 
 

@@ -186,6 +186,8 @@ class Report:
         seconds: Total time.
         head: For a head in halves, comparison of its single-token steps with the whole head.
         task: The scores on a task; None without one.
+        calibration: Name of the text on which settings were chosen.
+        text: Name of the held-out text on which predictions were compared.
     """
 
     source: str
@@ -200,6 +202,8 @@ class Report:
     seconds: float
     head: HeadChange | None = None
     task: TaskChange | None = None
+    calibration: str = ""
+    text: str = ""
 
     @property
     def in_words(self) -> str:

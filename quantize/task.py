@@ -9,9 +9,10 @@ from slm.core.progress import Progress
 from slm.core.task import MetricName, Question
 from slm.core.tokenizer import Tokenizer
 from slm.quantize.results import TaskChange, TaskScore
+from slm.runtime.answers import Measured
 from slm.runtime.decoder import OnnxDecoder
 from slm.runtime.model import Model
-from slm.runtime.task import Measured, measure_task
+from slm.runtime.task import measure_task
 
 
 @dataclass(frozen=True)

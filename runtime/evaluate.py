@@ -16,8 +16,8 @@ from slm.core.errors import SlmError
 from slm.core.progress import Progress
 from slm.core.text.cuts import PieceEncoder
 from slm.core.text.documents import batches
-from slm.core.tokenizer import END_OF_TEXT
 from slm.core.windows import fixed_starts
+from slm.runtime.answers import end_of_text
 from slm.runtime.backend import Decoder
 from slm.runtime.model import Model
 from slm.runtime.token_bytes import bytes_of_tokens
@@ -128,7 +128,7 @@ def evaluate_documents(
     )  # the number of predictions of the first row; a further row has at most this many
     if not 1 <= stride <= room:
         raise SlmError(f"a stride of {stride:,} does not fit a context of {context:,}", f"--stride 1 to {max(1, room)}")
-    measured = Measurement("documents", context, stride, end_of_text=end_of_text(model))
+    measured = Measurement("documents", context, stride, end_of_text=end_of_text(model.tokenizer, model.stop_token_ids))
     started = time.perf_counter()
     rows = _documents(model, documents, measured, prefix, tokens)
     _measure(model.decoder, rows, measured, progress, tokens)
@@ -161,7 +161,7 @@ def evaluate_windows(
     context = _context(model.decoder, context)
     if tokens is not None:
         windows = max(1, tokens // context)
-    end = end_of_text(model)
+    end = end_of_text(model.tokenizer, model.stop_token_ids)
     if end is None:
         raise SlmError("the windows protocol puts an end-of-text token after documents, and the model has none")
     measured = Measurement("windows", context, end_of_text=end)
@@ -189,12 +189,6 @@ def evaluate_windows(
     _measure(model.decoder, rows, measured, progress, len(starts) * context)
     measured.seconds = time.perf_counter() - started
     return measured
-
-
-def end_of_text(model: Model) -> int | None:
-    """Returns the token that ends a document: "<|endoftext|>" if there is one, otherwise the first end-of-text token."""
-    token = model.tokenizer.token_id(END_OF_TEXT)
-    return token if token is not None else next(iter(model.stop_token_ids), None)
 
 
 def cut(prefix: Sequence[int], ids: Array, context: int, stride: int) -> Iterator[tuple[Array, int]]:

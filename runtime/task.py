@@ -4,22 +4,16 @@ Dimensions: T positions, V vocabulary.
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from slm.core.chat import call_ends
 from slm.core.errors import SlmError
-from slm.core.metrics.intervals import Interval
-from slm.core.metrics.scoring import METRICS, Scores, choice_scores, difference, interval, reply_scores
 from slm.core.progress import Progress
-from slm.core.task import MetricName, Question, TaskRow
-from slm.core.tokenizer import END_OF_TURN
+from slm.core.task import MetricName, Question
+from slm.runtime.answers import Answer, Measured, choice_answer, no_answer, reply_answer, reply_ends, token_limit
 from slm.runtime.backend import Array, Decoder, Reader, log_probabilities
-from slm.runtime.evaluate import end_of_text
-from slm.runtime.generation import Generation, Request, Result, StopReason
+from slm.runtime.generation import Generation, Request
 from slm.runtime.guide import Constraint, Later
 from slm.runtime.head import read_whole
 from slm.runtime.model import Model
@@ -29,114 +23,10 @@ from slm.runtime.scheduler import SLOTS, batched, run_batch
 from slm.runtime.streaming import run
 from slm.runtime.tool_choice import CallGrammar
 
-# The default limit of new tokens: twice the longest expected reply, within these bounds.
-_FEWEST, _MOST, _TIMES = 32, 1024, 2
 # The fewest tokens at the beginning of all requests that are read once for all: with declared tools, most of a request.
 _LEAST_SHARED = 64
 # Tokens of a choice that are read in one step, which has logits at each of them.
 _STEP = 16
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's reply to one row.
-
-    Attributes:
-        row: The row.
-        reply: The generated reply, or the most likely choice.
-        scores: The metric's own score, under "score", and its further figures.
-        tokens: The number of new tokens; for choices, of those that were read.
-        stopped: Why the reply ended; None for choices. "error" if the request fills the context: such a row scores 0.
-    """
-
-    row: TaskRow
-    reply: str
-    scores: Scores
-    tokens: int
-    stopped: StopReason | None
-
-    @property
-    def score(self) -> float:
-        """The metric's own score, from 0 to 1."""
-        return self.scores["score"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The measurement of one model on a task.
-
-    Attributes:
-        metric: The metric.
-        answers: The replies, in the order of the rows.
-        seconds: Wall time of all replies, without the conversion of rows to tokens.
-        max_tokens: The limit of new tokens.
-        batch: How many rows were generated together; 1 for a model that answers rows one by one.
-        tool_choice: The choice of tools that constrained the replies; None without a constraint.
-    """
-
-    metric: MetricName
-    answers: tuple[Answer, ...]
-    seconds: float
-    max_tokens: int
-    batch: int
-    tool_choice: str | None = None
-
-    @cached_property
-    def scores(self) -> list[float]:
-        """The score of each row."""
-        return [answer.score for answer in self.answers]
-
-    @property
-    def score(self) -> float:
-        """The mean score."""
-        return sum(self.scores) / len(self.scores)
-
-    @cached_property
-    def interval(self) -> Interval:
-        """The 95 % confidence interval of the score."""
-        return interval(self.metric, self.scores)
-
-    @property
-    def others(self) -> Mapping[str, float]:
-        """The means of the metric's further figures."""
-        return {
-            name: sum(answer.scores[name] for answer in self.answers) / len(self.answers)
-            for name in METRICS[self.metric].others
-        }
-
-    def difference(self, before: "Measured") -> Interval:
-        """Returns the 95 % confidence interval of the difference from another model's score on the same rows."""
-        return difference(self.metric, before.scores, self.scores)
-
-    @property
-    def tokens(self) -> int:
-        """New tokens of all rows."""
-        return sum(answer.tokens for answer in self.answers)
-
-    @property
-    def seconds_per_row(self) -> float:
-        """Mean seconds per row."""
-        return self.seconds / len(self.answers)
-
-    @property
-    def tokens_s(self) -> float:
-        """New tokens per second, prompts included in the time."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def cut(self) -> int:
-        """The number of replies that ended at the limit of new tokens or of the context."""
-        return sum(answer.stopped in ("length", "context") for answer in self.answers)
-
-    @property
-    def too_long(self) -> int:
-        """The number of rows that do not fit the model's context and score 0."""
-        return sum(answer.stopped == "error" for answer in self.answers)
-
-    def worst(self, count: int) -> list[Answer]:
-        """Returns the answers with the lowest scores below 1, lowest first."""
-        wrong = (answer for answer in self.answers if answer.score < 1)
-        return sorted(wrong, key=lambda answer: answer.score)[:count]
 
 
 def measure_task(
@@ -164,7 +54,7 @@ def measure_task(
         SlmError: If a row has a token that the model lacks, or the tools of a row cannot constrain a reply.
     """
     if max_tokens is None:
-        max_tokens = min(_MOST, max(_FEWEST, _TIMES * max(len(question.reply) for question in questions)))
+        max_tokens = token_limit(questions)
     measuring = _Run(model, metric, progress, tool_choice)
     progress.start("answering", len(questions), "rows")
     began = time.perf_counter()
@@ -194,14 +84,12 @@ class _Run:
     def generate(self, questions: Sequence[Question], max_tokens: int, batch: int) -> int:
         """Generates all replies, and returns how many at a time."""
         model, decoder = self._model, self._model.decoder
-        ends = (model.tokenizer.token_id(END_OF_TURN), end_of_text(model))
-        known = (token for token in ends if token is not None)
-        stops = frozenset((*model.stop_token_ids, *known, *call_ends(model.tokenizer)))
+        stops = reply_ends(model.tokenizer, model.stop_token_ids)
         constraints = self._constraints(questions, stops)
         numbers: dict[Generation, int] = {}
         for number, question in enumerate(questions):
             if len(question.ids) >= decoder.context:
-                self._put(number, self._unanswered(question))
+                self._put(number, no_answer(self._metric, question))
                 continue
             request = Request(question.ids, GREEDY, max_tokens, stops, constraint=constraints[number])
             try:
@@ -211,10 +99,7 @@ class _Run:
 
         def ended(generation: Generation) -> None:
             number = numbers[generation]
-            question, result = questions[number], generation.result
-            text = self._with_marks(result) if self._metric == "tool-call" else result.text
-            scores = reply_scores(self._metric, question.row, text, question.style)
-            self._put(number, Answer(question.row, text.strip(), scores, len(result.tokens), result.stopped))
+            self._put(number, reply_answer(self._metric, questions[number], generation.result, model.tokenizer))
 
         generations, shared = list(numbers), shared_beginning([each.request.prompt for each in numbers])
         reader = _AfterShared(decoder, shared) if shared else decoder
@@ -258,20 +143,10 @@ class _Run:
                     "tokenizer.json may belong to another model",
                 )
             if longest > decoder.context:
-                self._put(number, self._unanswered(question))
+                self._put(number, no_answer(self._metric, question))
                 continue
-            chosen, scores = choice_scores(question.row, likelihoods(decoder, question, reader))
-            self._put(number, Answer(question.row, chosen, scores, sum(map(len, question.choices)), None))
+            self._put(number, choice_answer(question, likelihoods(decoder, question, reader)))
         return 1
-
-    def _with_marks(self, result: Result) -> str:
-        """Returns a reply with its special tokens: the marks of calls may be some."""
-        text: str = self._model.tokenizer.backend.decode(result.tokens, skip_special_tokens=False)
-        return text
-
-    def _unanswered(self, question: Question) -> Answer:
-        scores = {"score": 0.0} | dict.fromkeys(METRICS[self._metric].others, 0.0)
-        return Answer(question.row, "", scores, 0, "error")
 
     def _put(self, number: int, answer: Answer) -> None:
         self.answers[number] = answer

@@ -18,8 +18,8 @@ from slm.steps.choosing import Note, base_of
 
 if TYPE_CHECKING:
     from slm.finetune.task import TaskFile
+    from slm.runtime.answers import Measured
     from slm.runtime.model import Model
-    from slm.runtime.task import Measured
 
 
 @dataclass(frozen=True)

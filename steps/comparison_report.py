@@ -14,7 +14,7 @@ from slm.core.report_plots import Range, ranges
 from slm.steps.comparison import Comparison, Result
 
 if TYPE_CHECKING:
-    from slm.runtime.task import Answer, Measured
+    from slm.runtime.answers import Answer, Measured
 
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 FILES = frozenset((REPORT_FILE, PAGE_FILE))

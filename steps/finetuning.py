@@ -9,6 +9,7 @@ from slm.core.errors import ArgumentError, SlmError
 from slm.core.outputs import check_writable
 from slm.core.progress import Progress
 from slm.core.runs import RUNS, run_of
+from slm.core.task import MetricName
 from slm.core.text.files import bare_name
 from slm.steps.arguments import (
     Bytes,
@@ -51,6 +52,7 @@ def finetune(
     base: PathArgument | None = None,
     val: PathArgument | None = None,
     hold_out: PartialShare | None = None,
+    teacher: PathArgument | None = None,
     skip_bad: bool = False,
     out: PathArgument | None = None,
     name: str | None = None,
@@ -65,6 +67,8 @@ def finetune(
     epochs: Annotated[int, Million] | None = None,
     patience: Annotated[int, Range(0, 1_000_000)] = 3,
     keep: Literal["best", "last"] = "best",
+    metric: MetricName | None = None,
+    metric_rows: Annotated[int, Million] = 200,
     batch_size: Annotated[int, Range(1, 65_536)] | None = None,
     pack: bool = False,
     max_length: Two | None = None,
@@ -87,6 +91,8 @@ def finetune(
         base: The checkpoint; by default the newest one under ./runs, or the bundled demo model.
         val: Held-out rows, on which the loss is measured.
         hold_out: The share of the rows to hold out, drawn with the seed; by default a tenth, or none of fewer than 200 rows.
+        teacher: A checkpoint with the same tokenizer, usually a larger model: its predictions are learned, and it answers rows
+            that end with a request.
         skip_bad: Whether to skip and count bad rows instead of raising an error.
         out: The adapter's directory, or the run with `full`; by default RUN/adapters/FILE, or runs/RUN-FILE.
         name: The name of the adapter in its run, instead of the file's.
@@ -100,7 +106,9 @@ def finetune(
         learning_rate: Peak learning rate; by default it depends on the model's width.
         epochs: Passes over the rows; by default it depends on their number.
         patience: Epochs without a new best after which training ends; 0 disables early stopping.
-        keep: The epoch to keep: the one with the lowest held-out loss, or the last one.
+        keep: The epoch to keep: the one with the best `metric`, or without it the lowest held-out loss; or the last one.
+        metric: Score of the replies to the held-out rows after each epoch, as `slm.evaluate` measures it.
+        metric_rows: With `metric`: the most rows to answer, evenly spread.
         batch_size: Rows per update; by default 8, or 4 for fewer than 200 rows.
         pack: Whether to pack several examples into each row of `max_length` tokens.
         max_length: Maximum tokens of a row; by default 512, or the context if shorter.
@@ -128,6 +136,7 @@ def finetune(
     start = _base(chosen, display.note) or default_base(display.note)
     place = _place(start, chosen)
     check_writable(place)
+    teaching = None if chosen.teacher is None else named(chosen.teacher, ("checkpoint",), display.note)
     return run(
         start,
         chosen.files(),
@@ -137,6 +146,7 @@ def finetune(
         overwrite=overwrite,
         samples=chosen.samples,
         log=chosen.log,
+        teacher=teaching,
     )
 
 
@@ -177,6 +187,8 @@ def _recipe(given: Mapping[str, Any]) -> "FinetuneRecipe":
         raise ArgumentError("give --lora FILE, --full FILE or --recipe FILE")
     if recipe.training.keep == "last" and given.get("patience"):
         raise ArgumentError("--patience requires --keep best: --keep last trains all epochs")
+    if recipe.training.metric is None and given.get("metric_rows") is not None:
+        raise ArgumentError("--metric-rows requires --metric")
     chosen = changed(finetune, {name: value for name, value in given.items() if value is not None})
     if recipe.training.method == "full" and (others := [name for name in _OF_ADAPTERS if name in chosen]):
         raise ArgumentError(f"--{others[0]} is an option of adapters, and --full trains none")
@@ -198,6 +210,7 @@ _PLACES = {
     "max_document_bytes": "data.max_document_bytes",
     "max_data_bytes": "data.max_data_bytes",
     "base": "base",
+    "teacher": "teacher",
     "out": "out",
     "name": "name",
     "samples": "samples",

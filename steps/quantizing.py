@@ -1,7 +1,7 @@
 """`slm.quantize`: a float bundle to an INT8 or INT4 bundle, within limits of quality; and the study of settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -29,6 +29,7 @@ from slm.steps.arguments import (
 )
 from slm.steps.bars import shown
 from slm.steps.choosing import Note, default_bundle, named
+from slm.steps.own_text import OwnText, check_apart, own_text
 
 if TYPE_CHECKING:
     from slm.quantize.refinement import Refinement
@@ -133,12 +134,14 @@ def quantize(
         head: Storage of the tied table.
         refine: With "int4": whether to train scales and norms afterwards. Needs PyTorch.
         refine_tokens: Number of tokens of the calibration text for that training.
-        data: Held-out text for the quality check; by default the stories that ship.
+        data: Held-out text for the quality check; by default the held-out rows of the model's fine-tuning, or the stories that
+            ship.
         column: Name of the text column in rows; "text" by default.
         max_document_bytes: Limit of a row or document; by default 16 MiB.
         tokens: Number of tokens of `data` to read.
         window: Tokens read at a time; by default enough to pass the sliding window.
-        calibration: Calibration text, other than `data`; by default the training stories that ship.
+        calibration: Calibration text, other than `data`; by default the training rows of the model's fine-tuning, or the
+            training stories that ship.
         calibration_tokens: Number of calibration tokens; by default 1,024, or 8,192 for "int4".
         max_kl: Limit of the KL divergence in nats; by default 0.02, or 0.15 for "int4".
         max_ppl_increase: Limit of the increase of perplexity: 0.02 for 2 %.
@@ -158,17 +161,21 @@ def quantize(
     texts, rows = _Texts.of(given), _task_rows(given)
     path, place = _places(given, precision, display.note)
     check_output(place, sealed_files(place))
+    if rows is not None and texts.calibration is not None:
+        check_apart(texts.calibration.path, rows)
     source = Bundle.open(path)
-    text = texts.for_evaluation(source, display.note)
     from slm.quantize.make import quantize_bundle
     from slm.quantize.settings import check_source
 
-    settings, on_text = _settings(given), texts.for_calibration(source, _bits(precision))
+    settings = _settings(given)
     check_source(source, settings)
+    compared = None if rows is None else _task_check(source, rows, given, display.note)
+    texts = texts.with_own_rows(source, compared, display.note)
+    text, on_text = texts.for_evaluation(source, display.note), texts.for_calibration(source, _bits(precision))
+    display.note(f"Calibrating on {on_text.name}; measuring on {text.name}.")
     if source.manifest.device != "cpu":
         display.note("Quality is measured on the CPU.")
     refinement = _refinement(source, texts, refine_tokens) if refine else None
-    compared = None if rows is None else _task_check(source, rows, given, display.note)
     made, report = quantize_bundle(source, place, text, settings, display, on_text, compared, refinement)
     return QuantizeResult(made.path, path, report, made)
 
@@ -195,6 +202,7 @@ def sweep(given: Mapping[str, Any], progress: Progress | bool = True) -> SweepRe
     path, place = _places(given, "sweep", display.note)
     check_output(place, {"sweep.json", "sweep.html"})
     source = Bundle.open(path)
+    texts = texts.with_own_rows(source, None, display.note)
     text = texts.for_evaluation(source, display.note)
     from slm.quantize.sweep import run_sweep
 
@@ -281,6 +289,7 @@ class _Texts:
     window: int | None
     calibration: TextSource | None
     calibration_tokens: int | None
+    own: OwnText | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "_Texts":
@@ -292,11 +301,19 @@ class _Texts:
         data, calibration = (_text(given[name], given) for name in ("data", "calibration"))
         return cls(data, given["tokens"], given["window"], calibration, given["calibration_tokens"])
 
+    def with_own_rows(self, source: Bundle, check: "TaskCheck | None", note: Note) -> "_Texts":
+        """Returns the texts with the rows that the model was fine-tuned on, in place of texts that are not given."""
+        given = self.data is not None and self.calibration is not None
+        return self if given else replace(self, own=own_text(source, check, note))
+
     def for_evaluation(self, source: Bundle, note: Note) -> "TokenRows":
-        """Returns the held-out text."""
+        """Returns the held-out text: as given, the held-out rows of the model's fine-tuning, or the default."""
         from slm.quantize.texts import measuring_text
 
-        text = measuring_text(source, self.data, self.tokens, self.window)
+        held_out = None
+        if self.own is not None and self.data is None:
+            held_out = self.own.held_out(source, self.tokens, self.window)
+        text = held_out or measuring_text(source, self.data, self.tokens, self.window)
         if text.rows.shape[1] <= source.config.sliding_window:
             note(
                 f"warning: the text has rows of {text.rows.shape[1]} tokens, which do not exceed the sliding window of "
@@ -315,9 +332,13 @@ class _Texts:
         return self._calibrating(source, tokens + HELD_BACK_TOKENS)
 
     def _calibrating(self, source: Bundle, tokens: int) -> "TokenRows":
+        """Returns the calibration text: as given, the training rows of the model's fine-tuning, or the default."""
         from slm.quantize.texts import calibration_text
 
-        return calibration_text(source, self.calibration, tokens, self.window)
+        rows = None
+        if self.own is not None and self.calibration is None:
+            rows = self.own.training(source, tokens, self.window)
+        return rows or calibration_text(source, self.calibration, tokens, self.window)
 
 
 def _text(name: PathArgument | None, given: Mapping[str, Any]) -> TextSource | None:

@@ -8,7 +8,7 @@ Dimensions: N positions, D hidden, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,8 +44,34 @@ def linear_cross_entropy(
         chunk: Positions whose logits exist at once; None uses as many as fit into `CHUNK_BYTES`.
         rows: Ids, and rows (R, D) that replace theirs in a frozen head; the rows themselves may be trained.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return linear_loss(hidden, weight, _Labels(targets), chunk, rows)
+
+
+class Targets(Protocol):
+    """What the logits of N positions are compared with."""
+
+    def count(self) -> Tensor:
+        """Returns the number of positions that count in the loss, at least 1."""
+
+    def compare(self, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Returns the sum of the losses of some positions, and overwrites their logits (n, V) with their gradient.
+
+        Args:
+            logits: The logits, in the type of the products.
+            rows: The positions.
+            dtype: The type of the products.
+        """
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Targets,
+    chunk: int | None = None,
+    rows: tuple[Sequence[int], Tensor] | None = None,
+) -> Tensor:
+    """Returns the mean loss of the logits `hidden @ weight.T` for any targets; see `linear_cross_entropy`."""
+    dtype = products_dtype(hidden)
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
     ids, values = rows if rows is not None else ((), None)
@@ -53,8 +79,14 @@ def linear_cross_entropy(
         not torch.is_grad_enabled()
     ):  # autograd functions see which inputs require gradients, even when gradients are disabled
         hidden, weight, values = hidden.detach(), weight.detach(), None if values is None else values.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, values, _Products(chunk, dtype, ids))
+    loss: Tensor = _LinearLoss.apply(hidden, weight, values, _Products(targets, chunk, dtype, ids))
     return loss
+
+
+def products_dtype(hidden: Tensor) -> torch.dtype:
+    """Returns the type of products with hidden states: autocast's where it is on, else their own."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 @dataclass(frozen=True)
@@ -62,29 +94,29 @@ class _Products:
     """How the products with the head are computed.
 
     Attributes:
+        targets: What the logits are compared with.
         chunk: Positions whose logits exist at once.
         dtype: The type of the products.
         replaced: Ids of the head's rows that are replaced.
     """
 
+    targets: Targets
     chunk: int
     dtype: torch.dtype
     replaced: Sequence[int]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, values: Tensor | None, products: _Products
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, values: Tensor | None, products: _Products) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             rows = None
             if values is not None:
                 if ctx.needs_input_grad[1]:
                     raise ValueError("rows can only replace rows of a frozen head")
                 ids = torch.tensor(products.replaced, device=hidden.device)
-                rows = _Rows(ids, values.to(products.dtype), ctx.needs_input_grad[3])
-            return _forward(ctx, hidden, weight, targets, products, rows)
+                rows = _Rows(ids, values.to(products.dtype), ctx.needs_input_grad[2])
+            return _forward(ctx, hidden, weight, products, rows)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = gradient * ctx.scale
         # In place: the head's gradient is as large as the head, and nothing else refers to it.
         hidden, weight, rows = (None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
-        return hidden, weight, None, rows, None
+        return hidden, weight, rows, None
 
 
 class _Rows:
@@ -124,19 +156,16 @@ class _Rows:
         return mine @ self._values
 
 
-def _forward(
-    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, products: _Products, replaced: _Rows | None
-) -> Tensor:
-    chunk, dtype = products.chunk, products.dtype
+def _forward(ctx: Any, hidden: Tensor, weight: Tensor, products: _Products, replaced: _Rows | None) -> Tensor:
+    targets, chunk, dtype = products.targets, products.chunk, products.dtype
     wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     # Not yet divided by the number of targets: most values would become too small for float16.
     hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
     weight_gradient: Tensor | None = None
-    learned = targets != IGNORED
     total = hidden.new_zeros((), dtype=torch.float32)
     inputs, head = hidden.to(dtype), weight.to(dtype)
-    for first in range(0, len(targets), chunk):
-        rows = slice(first, min(first + chunk, len(targets)))
+    for first in range(0, len(hidden), chunk):
+        rows = slice(first, min(first + chunk, len(hidden)))
         logits = inputs.new_empty(rows.stop - first, len(head))
         step = chunk if logits.is_cuda else _ROWS
         for start in range(first, rows.stop, step):
@@ -145,7 +174,7 @@ def _forward(
             torch.mm(inputs[block], head.T, out=values)
             if replaced is not None:
                 replaced.put(values, inputs[block])
-            total += _softmax_minus_target(values, targets[block], learned[block])
+            total += targets.compare(values, block, dtype)
             taken = None if replaced is None else replaced.take(values, inputs[block])
             if hidden_gradient is not None:
                 hidden_gradient[block] = values @ head
@@ -155,14 +184,38 @@ def _forward(
             part = logits.T @ inputs[rows]
             weight_gradient = part.float() if weight_gradient is None else weight_gradient.add_(part)
     ctx.gradients = hidden_gradient, weight_gradient, None if replaced is None else replaced.gradient
-    ctx.scale = learned.sum().clamp(min=1).reciprocal()
+    ctx.scale = targets.count().reciprocal()
     mean: Tensor = total * ctx.scale
     return mean
 
 
+class _Labels:
+    """One target a position.
+
+    Args:
+        targets: Ids (N,); those that are `IGNORED` do not count.
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self._targets, self._learned = targets, targets != IGNORED
+
+    def count(self) -> Tensor:
+        """Returns the number of positions that count in the loss, at least 1."""
+        return self._learned.sum().clamp(min=1)
+
+    def compare(self, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Returns the sum of the losses, and overwrites the logits with their gradient; see `Targets`."""
+        return _softmax_minus_target(logits, self._targets[rows], self._learned[rows])
+
+
+def cached_rows(logits: Tensor) -> int:
+    """Returns how many rows of logits a softmax processes at once."""
+    return len(logits) if logits.is_cuda else max(1, _CACHED_BYTES // (4 * logits.shape[1]))
+
+
 def _softmax_minus_target(logits: Tensor, targets: Tensor, learned: Tensor) -> Tensor:
     """Returns the sum of the losses, and overwrites the logits with their gradient."""
-    rows = len(targets) if logits.is_cuda else max(1, _CACHED_BYTES // (4 * logits.shape[1]))
+    rows = max(1, cached_rows(logits))
     total = logits.new_zeros((), dtype=torch.float32)
     for first in range(0, len(targets), rows):
         block, mask = logits[first : first + rows], learned[first : first + rows, None]

@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 # Fields of each kind of row that are numbers, or null.
 _NUMBERS: dict[Kind, tuple[str, ...]] = {
     "train": ("loss", "learning_rate", "grad_norm", "tokens_s"),
-    "eval": ("loss", "perplexity", "bits_per_byte"),
+    "eval": ("loss", "perplexity", "bits_per_byte", "score"),
     "sample": (),
 }
 
@@ -81,7 +81,7 @@ class Metrics:
         return min((*after_update, *kept), key=lambda row: row["loss"], default=None)
 
     def draw(self) -> None:
-        """Plots training and validation loss over tokens."""
+        """Plots training and validation loss over tokens, and the score of replies if it was measured."""
         if not self._write:
             return
         draw_losses([("", self._rows["train"], self._rows["eval"])], self._curve)
@@ -143,6 +143,14 @@ def draw_losses(
     axes.set(xlabel=axis, ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
+    scored = [row for row in runs[0][2] if row.get("score") is not None] if len(runs) == 1 else []
+    if scored:
+        percent = axes.twinx()
+        title = f"score: {scored[0].get('metric', 'replies')}"
+        x, scores = [row[axis] for row in scored], [100 * row["score"] for row in scored]
+        percent.plot(x, scores, "s--", color="tab:green", label=title, linewidth=1, markersize=4)
+        percent.set(ylabel=f"{title} (%)", ylim=(-2, 102))
+        percent.legend(loc="center right")
     with atomic_file(file) as partial:
         figure.savefig(partial, format="png", dpi=120, metadata=software and {"Software": software})
 

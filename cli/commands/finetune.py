@@ -29,6 +29,9 @@ from slm.cli.options import (
     set_option,
 )
 from slm.core.artifacts import kind_of
+from slm.core.metrics.intervals import Interval, score_text
+from slm.core.metrics.scoring import METRICS
+from slm.core.task import METRICS as METRIC_NAMES
 
 if TYPE_CHECKING:
     from slm.finetune.run import FinetuneResult
@@ -64,6 +67,12 @@ _FILE = FilePath()
     type=Percentage(),
     metavar="SHARE",
     help="Share of FILE's rows to hold out, drawn with the seed, such as 20%. [default: 10%; none of fewer than 200 rows]",
+)
+@click.option(
+    "--teacher",
+    type=Artifact(bundles=False),
+    metavar="CHECKPOINT",
+    help="Learn the predictions of this larger model with the same tokenizer; it also answers rows that end with a request.",
 )
 @click.option("--skip-bad", is_flag=True, help="Skip and count bad rows instead of failing.")
 @out_option_for("adapter, or the run with --full", "RUN/adapters/FILE, or runs/RUN-FILE")
@@ -107,7 +116,20 @@ _FILE = FilePath()
     type=click.Choice(["best", "last"]),
     default="best",
     show_default=True,
-    help="Keep the epoch with the lowest held-out loss, or the last one.",
+    help="Keep the epoch with the best --metric, or without it the lowest held-out loss; or the last one.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(METRIC_NAMES),
+    help="Score of the replies to the held-out rows after each epoch, as slm eval --task measures it.",
+)
+@click.option(
+    "--metric-rows",
+    type=Whole(1, 1_000_000),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="With --metric: most rows to answer, evenly spread.",
 )
 @click.option("--batch-size", type=Whole(1, 65_536), help="Rows per update. [default: 8, or 4 for fewer than 200 rows]")
 @click.option(
@@ -163,6 +185,7 @@ def finetune(dry_run: bool, as_json: bool, **options: Any) -> None:
       {"instruction": "Name a colour.", "output": "Blue."}       with "input" if it needs one
       {"prompt": "The sky is", "completion": " blue."}
       {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}     trained with DPO, against the base
+      {"prompt": "The sky is"}     with --teacher, which writes the answer
       {"text": "Once upon a time there was a blue sky."}
 
     The loss covers every assistant turn (unless its "weight" is 0), the output, the completion or the whole text, and the
@@ -217,8 +240,10 @@ def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     unit = "token" if after is None else "pair"
     preferred = [] if after is None else [("chosen answer likelier", f"{before:.1%} -> {after:.1%} {measured}")]
     bad = f", {result['bad']} bad" if result["bad"] else ""
+    name = "loss" if result["teacher"] is None else "divergence"
     return [
-        ("loss", f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a {unit} {measured}"),
+        (name, f"{result['loss_before']:.3f} -> {result['loss_after']:.3f} nats a {unit} {measured}"),
+        *_scored(result, measured),
         *preferred,
         ("rows", f"{result['rows']} ({result['truncated']} cut, {result['skipped']} left out{bad})"),
         ("learned tokens", f"{result['trained_tokens']:,} an epoch"),
@@ -228,9 +253,21 @@ def _lines(result: Mapping[str, Any], keep: str) -> list[tuple[str, str]]:
     ]
 
 
+def _scored(result: Mapping[str, Any], measured: str) -> list[tuple[str, str]]:
+    """Returns the row of the metric, if there is one."""
+    if result["metric"] is None:
+        return []
+    after = score_text(result["score_after"], Interval(result["score_low"], result["score_high"]))
+    if result["metric_rows"] != (result["validation_rows"] or result["rows"]):
+        measured = measured.replace("on ", f"on {result['metric_rows']} of ", 1)
+    return [(METRICS[result["metric"]].title, f"{result['score_before']:.1%} -> {after} {measured}, 95 % confidence")]
+
+
 def _why(result: Mapping[str, Any], keep: str) -> str:
     """Returns the reason why an epoch is kept."""
     which = "held-out" if result["validation_rows"] else "training rows'"
+    if keep == "best" and result["metric"] is not None:
+        return f"the one with the highest {METRICS[result['metric']].title} (of equal ones, the lowest loss)"
     if keep == "best":
         return f"the one with the lowest {which} loss"
     return "the last" + (

@@ -77,14 +77,19 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS, REF
                    "PyTorch.")  # fmt: skip
 @click.option("--refine-tokens", type=Whole(2), metavar="N",
               help=f"Number of tokens of the calibration text to train on. [default: {REFINE_TOKENS}]")  # fmt: skip
-@click.option("--data", type=FilePath(), metavar="PATH", help="Held-out text for the quality check.")
+@click.option(
+    "--data",
+    type=FilePath(),
+    metavar="PATH",
+    help="Held-out text for the quality check. [default: the held-out rows of the model's fine-tuning, or stories]",
+)
 @column_option
 @document_option
 @click.option("--tokens", type=Whole(2), default=2048, show_default=True, help="Number of tokens of --data to read.")
 @click.option("--window", type=Whole(2), metavar="N",
               help="Tokens read at a time. [default: enough to pass the sliding window]")  # fmt: skip
 @click.option("--calibration", type=FilePath(), metavar="PATH",
-              help="Calibration text; must differ from --data.")  # fmt: skip
+              help="Calibration text; must differ from --data. [default: the model's training rows, or stories]")  # fmt: skip
 @click.option("--calibration-tokens", type=Whole(2), metavar="N",
               help=f"Number of calibration tokens. [default: {CALIBRATION_TOKENS['int8']}; "
                    f"{CALIBRATION_TOKENS['int4']} for --int4]")  # fmt: skip

@@ -3,6 +3,7 @@
 Dimensions: B batch, K kv heads, S cached positions, T new positions, H head dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,12 @@ class KVCache:
     def __init__(self, config: ModelConfig, slack: int = 0) -> None:
         self.layers = [LayerCache(config.window(i), slack) for i in range(config.num_hidden_layers)]
         self.length = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Removes all rows of the batch but some, which are put into this order; a row may be given several times."""
+        for layer in self.layers:
+            if layer.key is not None and layer.value is not None:
+                layer.key, layer.value = layer.key[list(rows)], layer.value[list(rows)]
 
     def rewind(self, length: int) -> None:
         """Removes the positions from `length` on.

@@ -252,3 +252,30 @@ def test_the_last_epoch_is_kept_when_asked_for(slm: Slm, run: Path) -> None:
     assert read_info(run / "adapters" / "pairs")["settings"]["keep"] == "last"
     refused = slm("finetune", "--lora", "pairs.jsonl", "--keep", "last", "--patience", "2")
     assert refused.code == 2 and "--patience requires --keep best" in refused.err
+
+
+def test_a_metric_is_shown_and_decides(slm: Slm, run: Path) -> None:
+    command = ("finetune", "--lora", "pairs.jsonl", "--metric", "f1", "--metric-rows", "3", "--overwrite", *QUICK)
+    result = slm(*command)
+    assert result.code == 0, result.err
+    assert "F1 of words" in result.out and "on 3 of the training rows" in " ".join(result.out.replace("│", "").split())
+    assert ", F1 of words " in result.err
+    report = json.loads(slm(*command, "--json").out)
+    assert (report["metric"], report["metric_rows"]) == ("f1", 3)
+    assert 0 <= report["score_low"] <= report["score_after"] <= report["score_high"] <= 1
+    assert report["score_before"] is not None and report["teacher"] is None
+    plain = json.loads(slm("finetune", "--lora", "pairs.jsonl", "--overwrite", "--json", *QUICK).out)
+    assert plain["metric"] is plain["score_after"] is None
+    assert slm("finetune", "--lora", "pairs.jsonl", "--metric-rows", "3", *QUICK).code == 2
+
+
+def test_a_teacher_answers_prompts(slm: Slm, run: Path, shared_checkpoint: Path) -> None:
+    write("prompts.jsonl", [{"prompt": f"Say {word}"} for word in ("one", "two")])
+    refused = slm("finetune", "--lora", "prompts.jsonl", *QUICK)
+    assert refused.code == 1 and "--teacher MODEL" in refused.err
+    options = ("--max-length", "24", "--teacher", "runs/tiny/checkpoint/best", *QUICK)
+    result = slm("finetune", "--lora", "prompts.jsonl", *options)
+    assert result.code == 0, result.err
+    assert "answers written by the teacher: 2" in result.err
+    assert "divergence" in result.out and "divergence from the teacher on the training rows" in result.err
+    assert slm("finetune", "--lora", "prompts.jsonl", "--teacher", "missing", *QUICK).code == 1

@@ -21,7 +21,8 @@ from slm.core.progress import Silent
 from slm.core.tokenizer import Tokenizer
 from slm.core.windows import fixed_starts
 from slm.runtime import decoder as decoders_of_bundles
-from slm.runtime.evaluate import cut, end_of_text, evaluate_documents, evaluate_windows, score
+from slm.runtime.answers import end_of_text
+from slm.runtime.evaluate import cut, evaluate_documents, evaluate_windows, score
 from slm.runtime.model import Model
 from slm.runtime.token_bytes import bytes_of_tokens
 
@@ -274,7 +275,7 @@ def sentencepiece(stories: list[str]) -> Tokenizer:
 
 def test_sentencepiece_counts_whole_documents(sentencepiece: Tokenizer, checkpoint: Model) -> None:
     model = Model(sentencepiece, checkpoint.decoder, (1, 106))
-    assert bytes_of_tokens(sentencepiece) is None and end_of_text(model) == 1
+    assert bytes_of_tokens(sentencepiece) is None and end_of_text(model.tokenizer, model.stop_token_ids) == 1
     text = "a ▁ naïve 🦊 here"  # "▁" is one token and three bytes, here, and one elsewhere
     ids = sentencepiece.encode_literal(text)
     measured = evaluate_documents(model, [text], Silent(), context=12, stride=4, tokens=1)

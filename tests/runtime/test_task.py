@@ -171,7 +171,7 @@ def test_marks_of_calls_may_be_special_tokens(bundle: Model, monkeypatch: pytest
 
     monkeypatch.setattr(bundle, "decoder", Speaking())
     monkeypatch.setattr(bundle, "stop_token_ids", (2,))
-    monkeypatch.setattr("slm.runtime.task.end_of_text", lambda _: None)
+    monkeypatch.setattr("slm.runtime.answers.end_of_text", lambda *_: None)
     measured = measure_task(bundle, [question], "tool-call", Silent())
     assert measured.answers[0].reply == written and measured.score == 1.0
     assert measured.others == {"names": 1.0, "valid": 1.0}
