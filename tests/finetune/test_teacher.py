@@ -167,7 +167,7 @@ def test_the_student_gets_nearer_to_the_teacher(
         info = read_info(Path("out"))
         assert info["teacher"]["path"] == str(teacher_path) and info["teacher"]["weights_sha256"]
         assert sorted(path.name for path in Path("out").iterdir()) == sorted(
-            ["adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl", "slm.json"]
+            ["adapter_config.json", "adapter_model.safetensors", "config.yaml", "loss.png", "metrics.jsonl", "slm.json"]
         )
 
 
