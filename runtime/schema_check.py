@@ -32,8 +32,6 @@ _MOST_WAITING_S = 20.0
 _MOST_SAID = 500
 # Address space in bytes, in addition to that of the process.
 MAX_BYTES = 64 << 20
-# The limit for each mask of a text: about 20 ms with 262,144 tokens. Verbose errors would quote the text.
-_LIMITS = {"max_lexer_states": 25_000, "step_lexer_fuel": 50_000, "step_max_items": 20_000, "verbose_errors": False}
 # The first line of a grammar in llguidance's dialect of Lark, which tells it from a JSON schema.
 GRAMMAR = "%llguidance {}"
 _TOO_MUCH = f"it takes more than {MAX_SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile"
@@ -91,7 +89,11 @@ def matcher_of(grammar: str, tokenizer: "LLTokenizer") -> "LLMatcher":
     """
     from llguidance import LLMatcher, LLParserLimits
 
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+    # A mask takes at most about 20 ms with 262,144 tokens. Verbose errors would quote the text.
+    limits = LLParserLimits(
+        max_lexer_states=25_000, step_lexer_fuel=50_000, step_max_items=20_000, verbose_errors=False
+    )
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     matcher.compute_bitmask()  # most grammars that are too large fail here
     if matcher.is_error():
         raise Impossible(matcher.get_error())
