@@ -1,6 +1,7 @@
 """`slm finetune --dry-run`: everything up to the first update, then the time and memory of a few updates."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from slm.finetune.preparation import prepare
 from slm.finetune.recipe import FinetuneRecipe, resolved
 from slm.finetune.rehearsal import Rehearsal, rehearse
 from slm.finetune.review import review
+from slm.finetune.rows import Row
 from slm.finetune.run import check_free
 from slm.finetune.state import Standing
+from slm.finetune.teaching import check_rows, teaching_of
 from slm.train.build import pick_device
 from slm.train.precision import capability, choose_precision
 from slm.train.state import TRAINER
@@ -109,7 +112,14 @@ class _Listener:
 
 
 def foresee(
-    recipe: FinetuneRecipe, base: Path, place: Path, out: Path, progress: Progress, *, overwrite: bool = False
+    recipe: FinetuneRecipe,
+    base: Path,
+    place: Path,
+    out: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    teacher: Path | None = None,
 ) -> Foresight:
     """Checks the inputs of a run, and measures a few updates. Writes nothing.
 
@@ -120,6 +130,7 @@ def foresee(
         out: The directory of the result.
         progress: Receives notes.
         overwrite: Whether an existing result may be replaced.
+        teacher: The checkpoint whose predictions would be learned.
 
     Raises:
         SlmError: As fine-tuning would raise it.
@@ -129,22 +140,37 @@ def foresee(
     heard, files = _Listener(progress), recipe.files()
     config, tokenizer, info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
-    # Answers that a teacher would write count as one token here.
-    as_they_are = None if recipe.teacher is None else lambda rows, _: list(rows)
-    found = prepare(files, recipe.training, config, renderer, heard, as_they_are)
-    odd = review(found, recipe.training, config)
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
+    max_length = recipe.training.context(config)
+    teaching = teaching_of(teacher, (out, overwrite), config, max_length, renderer, device, precision, heard)
+    unanswered = 0
+
+    def as_they_are(rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
+        """Keeps the placeholders of answers, which a run lets the teacher write."""
+        nonlocal unanswered
+        unanswered += len(numbers)
+        return list(rows)
+
+    found = prepare(files, recipe.training, config, renderer, heard, None if teaching is None else as_they_are)
+    if teacher is not None:
+        check_rows(found, teacher, tokenizer, heard)
+    odd = review(found, recipe.training, config)
+    if unanswered:
+        odd.append(
+            f"the teacher first answers {unanswered} rows; the estimates contain neither the time for it nor the answers"
+        )
     with torch.random.fork_rng():
         built = build(base, info, found, renderer, device, precision, heard)
-        fit = built.fit(found, Standing(course={"settings": {}}), refer=False)
+        loaded = None if teaching is None else teaching.load()
+        fit = built.fit(found, Standing(course={"settings": {}}), refer=False, teacher=loaded)
         setup = time.perf_counter() - began
         measured = rehearse(built, fit, found)
     if measured.memory_available is not None and measured.memory > measured.memory_available:
         odd.append(
             "the run does not fit into the memory of the device: lower training.batch_size or training.max_length"
         )
-    complete = resolved(place, out, files, found.settings, recipe.samples, recipe.log)
+    complete = resolved(place, files, found.settings, recipe.samples, recipe.log, teacher)
     return Foresight(
         base=place,
         out=out,

@@ -168,14 +168,13 @@ def load_recipe(
 
 def resolved(
     base: Path,
-    out: Path,
     files: "RowFiles",
     settings: FinetuneSettings,
     samples: int,
     log: Sequence[LogName],
     teacher: Path | None = None,
 ) -> FinetuneRecipe:
-    """Returns the recipe of a run, with absolute paths and no defaults left open."""
+    """Returns the recipe of a run, with absolute paths and no defaults left open, except for the place of the result."""
     data = RowsRecipe(
         train=str(files.train.absolute()),
         validation=None if files.validation is None else str(files.validation.absolute()),
@@ -186,7 +185,6 @@ def resolved(
     )
     return FinetuneRecipe(
         base=str(base.absolute()),
-        out=str(out.absolute()),
         samples=samples,
         log=tuple(log),
         teacher=None if teacher is None else str(teacher.absolute()),

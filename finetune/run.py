@@ -236,7 +236,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     }
     state = _saved(out, course, task.overwrite)
     grid = settings.grid
-    recipe = resolved(base, out, task.files, settings, task.samples, task.log, task.teacher)
+    recipe = resolved(base, task.files, settings, task.samples, task.log, task.teacher)
     logged = {} if state is None else state.standing.logs
     logs = Logs(task.log, About(out, recipe.model_dump(mode="json"), _board_step), logged, progress)
     with torch.random.fork_rng():

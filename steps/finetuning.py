@@ -159,7 +159,8 @@ def foresee(*, overwrite: bool = False, progress: Progress | bool = True, **give
     with foreseen_base(_base(recipe, display.note), display.note) as (base, planned):
         out = _place(planned, recipe)
         check_writable(out)
-        return measure(recipe, base, planned, out, display, overwrite=overwrite)
+        teacher = None if recipe.teacher is None else named(recipe.teacher, ("checkpoint",), display.note)
+        return measure(recipe, base, planned, out, display, overwrite=overwrite, teacher=teacher)
 
 
 def _base(recipe: "FinetuneRecipe", note: Note) -> Path | None:
@@ -227,7 +228,7 @@ def _values(given: Mapping[str, Any]) -> dict[str, object]:
         if value is None:
             continue
         if name in _PLACES:
-            path = name in ("lora", "full", "val", "base", "out")
+            path = name in ("lora", "full", "val", "base", "teacher", "out")
             values[_PLACES[name]] = fspath(as_path(value)) if path else value
         elif name in FinetuneSettings.model_fields:
             values[f"training.{name}"] = value

@@ -57,7 +57,7 @@ def test_the_same_recipe_gives_the_same_bytes_and_so_does_the_resolved_one(slm: 
     other = run / "adapters" / "again"
     for name in ("adapter_model.safetensors", "metrics.jsonl"):
         assert (made / name).read_bytes() == (other / name).read_bytes()
-    assert load_recipe(other / "config.yaml") == resolved.model_copy(update={"out": str(other.absolute())})
+    assert load_recipe(other / "config.yaml") == resolved
     # Without another name, it would replace the adapter that it came from.
     refused = slm("finetune", "--recipe", made / "config.yaml")
     assert refused.code == 1 and "there is already an adapter" in refused.err
@@ -70,7 +70,7 @@ def test_a_full_run_keeps_its_recipe_beside_its_metrics(slm: Slm) -> None:
     assert result.code == 0, result.err
     assert json.loads(result.out)["checkpoint"] == "runs/tiny-pairs/checkpoint/best"
     recipe = load_recipe(Path("runs/tiny-pairs/finetune/config.yaml"))
-    assert recipe.training.method == "full" and recipe.out == str(Path("runs/tiny-pairs").absolute())
+    assert recipe.training.method == "full" and recipe.out is None
     assert "warning: training.rank has no effect with training.method=full" in result.err
 
 
@@ -126,7 +126,7 @@ def test_every_option_of_training_has_its_value_in_the_recipe_with_the_same_defa
     assert samples.default == FinetuneRecipe().samples
     elsewhere = {"recipe", "set", "lora", "full", "overwrite", "dry_run", "as_json", "help"}
     rows = {"val", "hold_out", "skip_bad"}
-    of_recipe = {"base", "out", "name", "samples", "log", "max_document_bytes", "max_data_bytes", *rows}
+    of_recipe = {"base", "teacher", "out", "name", "samples", "log", "max_document_bytes", "max_data_bytes", *rows}
     reverse = {"target_modules": "targets"}
     assert options().keys() - {reverse.get(field, field) for field in found} <= elsewhere | of_recipe
 
@@ -138,7 +138,7 @@ def test_a_dry_run_shows_what_would_be_trained_and_writes_nothing(slm: Slm) -> N
     assert files() == before
     shown = result.out[: result.out.index("what would be trained")]
     recipe = FinetuneRecipe.model_validate(yaml.safe_load(shown))
-    assert recipe.training.learning_rate == 5 and recipe.out == str(Path("runs/tiny/adapters/mine").absolute())
+    assert recipe.training.learning_rate == 5 and recipe.out is None
     flat = " ".join(result.out.replace("│", " ").split())
     for part in (
         "5 to train on, none held out",
@@ -185,3 +185,19 @@ def test_a_dry_run_on_the_demo_model_leaves_no_checkpoint(slm: Slm) -> None:
     report = json.loads(result.out)
     assert report["base"] == "runs/stories/checkpoint/imported" and report["recipe"]["base"] is None
     assert not Path("runs").exists()
+
+
+def test_a_dry_run_with_a_teacher(slm: Slm) -> None:
+    Path("prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n} a"}) + "\n" for n in range(5)), encoding="utf-8"
+    )
+    before = files()
+    command = ("finetune", "--lora", "prompts.jsonl", "--dry-run", "--json")
+    result = slm(*command, "--teacher", "tiny")
+    assert result.code == 0, result.err
+    dry = json.loads(result.out)
+    assert dry["recipe"]["teacher"] == str(Path("runs/tiny/checkpoint/best").absolute())
+    assert any(warning.startswith("the teacher first answers 5 rows") for warning in dry["warnings"])
+    refused = slm(*command)
+    assert refused.code == 1 and "prompt" in refused.err  # without a teacher, a prompt alone is an error
+    assert files() == before
