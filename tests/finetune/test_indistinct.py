@@ -49,7 +49,7 @@ def test_they_are_learned(
     model.model.embed_tokens.weight.data = collapsed(model.model.embed_tokens.weight.data, tokens)
     save_checkpoint(Path("base"), model, tokenizer, {"made_by": "tests"})
     if not trained:
-        monkeypatch.setattr("slm.finetune.run.indistinct_tokens", lambda *_: [])
+        monkeypatch.setattr("slm.finetune.build.indistinct_tokens", lambda *_: [])
     data = write_rows([{"prompt": f"Say {n}:", "completion": "{<_}" * 3} for n in range(8)])
     settings = FinetuneSettings.checked(epochs=60, learning_rate=1e-2, batch_size=4, keep="last")
     heard = Notes()

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from slm.cli import quantize_options
 from slm.core.checkpoint import read_config
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
@@ -34,6 +33,7 @@ from slm.refine import training
 from slm.refine.student import NORM_RANGE, Student
 from slm.refine.training import refine
 from slm.runtime.decoder import OnnxDecoder
+from slm.steps import quantizing
 from tests.conftest import Result
 from tests.progress import Notes
 
@@ -284,7 +284,7 @@ def test_the_command(
     ):
         refused = slm("quantize", *wrong, bundle)
         assert refused.code == 1 and message in refused.err
-    monkeypatch.setattr(quantize_options, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantizing, "find_spec", lambda name: None)
     refused = slm("quantize", "--int4", "--refine", bundle, "--out", tmp_path / "other")
     assert refused.code == 1 and "--refine needs PyTorch" in refused.err and "pip install" in refused.err
     assert not (tmp_path / "other").exists()

@@ -46,9 +46,9 @@ def make(
 
     def new() -> Decoder:
         if kind == "torch":
-            model = slm.load(shared_checkpoint).decoder
-            assert isinstance(model, TorchDecoder)
-            return TorchDecoder(model.model)
+            first = pools[kind][0] if pools[kind] else slm.load(shared_checkpoint).decoder
+            assert isinstance(first, TorchDecoder)
+            return TorchDecoder(first.model)
         fixture = {"fused": "shared_bundle", "int8": "int8_bundle", "portable": "portable_bundle"}[kind]
         return OnnxDecoder(request.getfixturevalue(fixture), threads=1)
 

@@ -39,7 +39,7 @@ def options(command: str) -> dict[str, Any]:
 
 def recipe_of(command: str) -> Recipe:
     given = options(command)
-    return load_recipe(given["recipe_name"], given["overrides"])
+    return load_recipe(given["recipe"], given["set"])
 
 
 # The page
