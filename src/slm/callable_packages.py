@@ -5,6 +5,7 @@ itself is what is called, whichever came first.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,13 @@ STEPS = {
 }
 
 
-class _CallablePackage(ModuleType):
+class _Package(ModuleType):
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        """Pickles by name: Ray and others ship functions whose globals have packages, and know only plain modules."""
+        return import_module, (self.__name__,)
+
+
+class _CallablePackage(_Package):
     """A package that is also a function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +49,7 @@ class _CallablePackage(ModuleType):
         return signature(self.__wrapped__)
 
 
-class _Root(ModuleType):
+class _Root(_Package):
     """The package `slm`, which makes the packages of `STEPS` callable when the import system sets them as attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:

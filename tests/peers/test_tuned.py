@@ -18,7 +18,7 @@ from slm.core.tools import Call, parsed_calls
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(900)]
 
 ROWS = Path(__file__).parents[2] / "examples" / "smart_home" / "rows.py"
-REQUESTS, TOKENS = 12, 48
+REQUESTS, TOKENS = 12, 96
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,15 @@ class Tuned:
     """A tuned model.
 
     Attributes:
-        checkpoint: The merged checkpoint.
-        bundle: Its INT8 bundle.
+        float32: Its float32 bundle.
+        int8: Its INT8 bundle.
+        gguf: Its GGUF file, in float32.
         requests: Requests of the training rows with one call, and the calls.
     """
 
-    checkpoint: Path
-    bundle: Path
+    float32: Path
+    int8: Path
+    gguf: Path
     requests: dict[str, Call]
 
 
@@ -48,8 +50,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     run(ROWS, "--out", ".", "--train", 48, "--test", 2)
     run("-m", "slm", "finetune", "--lora", "train.jsonl", "--epochs", 15, "--samples", 0, "--name", "home")
     (adapter,) = home.glob("runs/*/adapters/home")
-    run("-m", "slm", "merge", adapter, "--out", "merged")
-    run("-m", "slm", "export", "--onnx", "merged", "--out", "onnx")
+    run("-m", "slm", "export", "--onnx", "--adapter", adapter, "--out", "onnx")
+    run("-m", "slm", "export", "--gguf", "--adapter", adapter, "--gguf-type", "f32", "--out", "home.gguf")
     run("-m", "slm", "quantize", "--int8", "onnx", "--out", "onnx-int8")
     requests: dict[str, Call] = {}
     for line in (home / "train.jsonl").read_text(encoding="utf-8").splitlines():
@@ -57,7 +59,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
         calls = [each["function"] for each in answer.get("tool_calls", ())]
         if len(calls) == 1:
             requests[request["content"]] = Call(calls[0]["name"], json.loads(calls[0]["arguments"]))
-    return Tuned(home / "merged", home / "onnx-int8", dict(list(requests.items())[:REQUESTS]))
+    return Tuned(home / "onnx", home / "onnx-int8", home / "home.gguf", dict(list(requests.items())[:REQUESTS]))
 
 
 def calls(tokenizer: Tokenizer, rows: Sequence[list[int]]) -> list[list[Call]]:
@@ -74,25 +76,22 @@ def ours(path: Path, prompts: Sequence[list[int]]) -> list[list[Call]]:
 
 
 def test_the_same_calls_in_genai(tuned: Tuned, genai: Callable[..., Any]) -> None:
-    tokenizer = Tokenizer.load(tuned.bundle)
+    tokenizer = Tokenizer.load(tuned.int8)
     prompts = [turn_ids(tokenizer, request) for request in tuned.requests]
-    wanted = ours(tuned.bundle, prompts)
+    wanted = ours(tuned.int8, prompts)
     assert sum(found == [call] for found, call in zip(wanted, tuned.requests.values(), strict=True)) >= REQUESTS // 2
 
     requests = json.dumps([{"prompts": [prompt], "count": TOKENS} for prompt in prompts])
-    rows = genai(tuned.bundle, requests, "[]")["answers"]
+    rows = genai(tuned.int8, requests, "[]")["answers"]
     assert calls(tokenizer, [row[len(prompt) :] for (row,), prompt in zip(rows, prompts, strict=True)]) == wanted
 
 
-def test_the_same_calls_in_llama_cpp(
-    tuned: Tuned, llama_cpp: Callable[..., Any], slm: Callable[..., Any], tmp_path: Path
-) -> None:
-    tokenizer = Tokenizer.load(tuned.checkpoint)
+def test_the_same_calls_in_llama_cpp(tuned: Tuned, llama_cpp: Callable[..., Any]) -> None:
+    tokenizer = Tokenizer.load(tuned.float32)
     prompts = [turn_ids(tokenizer, request) for request in tuned.requests]
-    wanted = ours(tuned.checkpoint, prompts)
+    wanted = ours(tuned.float32, prompts)
     assert sum(found == [call] for found, call in zip(wanted, tuned.requests.values(), strict=True)) >= REQUESTS // 2
-    file = tmp_path / "x.gguf"
-    result = slm("export", "--gguf", tuned.checkpoint, "--gguf-type", "f32", "--out", file)
-    assert result.code == 0, result.err
     # llama.cpp adds the first token, and reads the tokens of turns in the text.
-    assert calls(tokenizer, llama_cpp(file, [turn_prompt(request) for request in tuned.requests], TOKENS)) == wanted
+    assert (
+        calls(tokenizer, llama_cpp(tuned.gguf, [turn_prompt(request) for request in tuned.requests], TOKENS)) == wanted
+    )

@@ -254,3 +254,11 @@ def test_an_adapter_is_exported_by_name(slm: Callable[..., Any], run: Path) -> N
     assert named.code == 0 and "runs/tiny/onnx " in named.out
     both = slm("export", "--onnx", "tiny/rows", "--adapter", "tiny/rows")
     assert both.code == 1 and "is an adapter, and so is" in both.err
+
+
+def test_the_packages_pickle_by_name() -> None:
+    """Ray ships functions whose globals have these modules."""
+    import slm.train.recipe
+
+    for package in (slm, slm.train):
+        assert pickle.loads(pickle.dumps(package)) is package  # noqa: S301  # what was just made
