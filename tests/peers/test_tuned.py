@@ -48,7 +48,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
         assert done.returncode == 0, done.stderr[-2000:]
 
     run(ROWS, "--out", ".", "--train", 48, "--test", 2)
-    run("-m", "slm", "finetune", "--lora", "train.jsonl", "--epochs", 15, "--samples", 0, "--name", "home")
+    run(
+        "-m", "slm", "finetune", "--lora", "train.jsonl", "--epochs", 25, "--rank", 16, "--samples", 0, "--name", "home"
+    )
     (adapter,) = home.glob("runs/*/adapters/home")
     run("-m", "slm", "export", "--onnx", "--adapter", adapter, "--out", "onnx")
     run("-m", "slm", "export", "--gguf", "--adapter", adapter, "--gguf-type", "f32", "--out", "home.gguf")
