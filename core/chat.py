@@ -192,6 +192,12 @@ def call_ends(tokenizer: Tokenizer) -> frozenset[int]:
     return tokenizer.ids_of(style.result for style in STYLES if style.result is not None and style.result in template)
 
 
+def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Returns the tokens that end a reply: the end of a turn, which the configuration of a base may lack, and `call_ends`."""
+    end = tokenizer.token_id(END_OF_TURN)
+    return call_ends(tokenizer) | (frozenset() if end is None else {end})
+
+
 def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:
     """Returns whether a model was trained on turn tokens.
 

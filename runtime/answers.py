@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from slm.core.chat import call_ends
+from slm.core.chat import turn_ends
 from slm.core.metrics.intervals import Interval
 from slm.core.metrics.scoring import METRICS, Scores, choice_scores, difference, interval, reply_scores
 from slm.core.task import MetricName, Question, TaskRow
-from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
+from slm.core.tokenizer import END_OF_TEXT, Tokenizer
 from slm.runtime.generation import Result, StopReason
 
 # The default limit of new tokens: twice the longest expected reply, within these bounds.
@@ -133,9 +133,8 @@ def end_of_text(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> int | No
 
 def reply_ends(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> frozenset[int]:
     """Returns the tokens that end a reply: a stop token, the end of a turn, the end of a text, or the end of calls."""
-    ends = (tokenizer.token_id(END_OF_TURN), end_of_text(tokenizer, stop_token_ids))
-    known = (token for token in ends if token is not None)
-    return frozenset((*stop_token_ids, *known, *call_ends(tokenizer)))
+    end = end_of_text(tokenizer, stop_token_ids)
+    return frozenset((*stop_token_ids, *turn_ends(tokenizer), *(() if end is None else (end,))))
 
 
 def reply_answer(metric: MetricName, question: Question, result: Result, tokenizer: Tokenizer) -> Answer:

@@ -5,9 +5,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from slm.core.arguments import check_type
-from slm.core.chat import Message, call_ends, chat_ids, foreign_template, tool_form
+from slm.core.chat import Message, chat_ids, foreign_template, tool_form, turn_ends
 from slm.core.errors import ArgumentError, SlmError
-from slm.core.tokenizer import END_OF_TURN
 from slm.core.tool_fields import called, matched
 from slm.core.tools import JSON_STYLE, Call, ordered, parsed_calls
 from slm.runtime.generation import Piece
@@ -94,10 +93,8 @@ class Chat:
         model.decoder = decoder if draft_tokens is None else SpeculativeDecoder(decoder, draft_tokens)
         self._tools = () if tools is None else tools.tools
         self._functions = {} if tools is None else tools.functions
-        end_of_turn = model.tokenizer.token_id(END_OF_TURN)
-        ends = {end_of_turn} if end_of_turn is not None else set()
-        ends |= call_ends(model.tokenizer)
-        model.stop_token_ids = (*model.stop_token_ids, *sorted(ends - set(model.stop_token_ids)))
+        ends = turn_ends(model.tokenizer) - set(model.stop_token_ids)
+        model.stop_token_ids = (*model.stop_token_ids, *sorted(ends))
         self.style = JSON_STYLE
         if self._tools:
             self.style = tool_form(model.tokenizer).style

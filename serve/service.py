@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from slm.core.chat import call_ends
+from slm.core.chat import turn_ends
 from slm.runtime.adapters import Adapter
 from slm.runtime.constraint import Grammars
 from slm.runtime.model import Model
@@ -75,7 +75,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
-        stops = dict.fromkeys((*self.model.stop_token_ids, *sorted(call_ends(self.model.tokenizer))))
+        stops = dict.fromkeys((*self.model.stop_token_ids, *sorted(turn_ends(self.model.tokenizer))))
         self.model.stop_token_ids = tuple(stops)
         self.grammars = Grammars(self.model.tokenizer, self.model.decoder.vocab_size, self.model.stop_token_ids)
         self._post: Post | None = None

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx2 as httpx
@@ -12,8 +13,10 @@ from openai.types.chat import ChatCompletion as ChatCompletionType
 from openai.types.chat import ChatCompletionChunk
 from pydantic import BaseModel
 
+import slm
 from slm.core.manifest import Bundle
-from slm.core.tokenizer import START_OF_TURN
+from slm.core.tokenizer import END_OF_TURN, START_OF_TURN
+from slm.runtime.model import Model
 from slm.serve.requests import ChatMessage, ChatRequest, CompletionRequest, Part, ResponseFormat, StreamOptions
 
 NAME = "random"
@@ -271,6 +274,26 @@ def test_a_special_token_stops_an_answer(running: Any) -> None:
         answer = post(running, "chat", options | {"stop": stop}).json()
         assert answer["choices"][0]["message"]["content"] == "" and answer["choices"][0]["finish_reason"] == why
         assert answer["usage"]["completion_tokens"] == tokens
+
+
+@pytest.mark.parametrize("kind", list(PATHS))
+def test_the_end_of_a_turn_stops_an_answer_of_a_base_that_does_not_name_it(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A pretrained Gemma names the end of text alone; its adapters learn to end turns."""
+    load = slm.load
+
+    def pretrained(path: Path) -> Model:
+        model = load(path)
+        end = model.tokenizer.token_id(END_OF_TURN)
+        model.stop_token_ids = tuple(each for each in model.stop_token_ids if each != end)
+        return model
+
+    monkeypatch.setattr(slm, "load", pretrained)
+    running = serve()
+    bias = {str(running.service.model.tokenizer.token_id(END_OF_TURN)): 100}
+    answer = post(running, kind, {"logit_bias": bias, "temperature": 0, "max_tokens": 5}).json()
+    assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 0
 
 
 def test_the_api_is_shown_without_anything_from_elsewhere(serve: Callable[..., Any]) -> None:
