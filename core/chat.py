@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
+from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.templated import Rendered, encoded, rendered, special_tokens
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, START_OF_TURN, Tokenizer
@@ -196,6 +197,14 @@ def turn_ends(tokenizer: Tokenizer) -> frozenset[int]:
     """Returns the tokens that end a reply: the end of a turn, which the configuration of a base may lack, and `call_ends`."""
     end = tokenizer.token_id(END_OF_TURN)
     return call_ends(tokenizer) | (frozenset() if end is None else {end})
+
+
+def ending_turns(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Returns the configuration of a model that has learned turns: the end of a turn is one of its stop tokens."""
+    end = tokenizer.token_id(END_OF_TURN)
+    if end is None or end in config.stop_token_ids:
+        return config
+    return config.model_copy(update={"eos_token_id": (*config.stop_token_ids, end)})
 
 
 def knows_turns(info: Mapping[str, Any], tokenizer: Tokenizer) -> bool:

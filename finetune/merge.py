@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from slm.core.adapter_base import check_base
+from slm.core.chat import ending_turns
 from slm.core.checkpoint import notices_of, read_info
 from slm.core.files import sha256_file
 from slm.core.licence import modified, recorded_notices
@@ -54,4 +55,7 @@ def merged_checkpoint(base: Path, adapter: Path, out: Path) -> None:
         },
         "notices": modified(notices, "merged with a LoRA adapter"),
     }
-    save_checkpoint(out, model, Tokenizer.load(base), info)
+    tokenizer = Tokenizer.load(base)
+    if tuned.get("turns"):
+        model.config = ending_turns(model.config, tokenizer)
+    save_checkpoint(out, model, tokenizer, info)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 
 from slm.core.adapter_base import base_record
+from slm.core.chat import ending_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, read_config, read_info
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_replaceable, recover, sole, write_text
@@ -406,6 +407,8 @@ def _write_checkpoint(
         _write_course(directory / _METRICS, fit, recipe)
         _take_board(out, directory, recipe)
         notices = info.pop("notices")
+        if info["turns"]:
+            model.config = ending_turns(model.config, tokenizer)
         save_checkpoint(
             directory / CHECKPOINT,
             model,

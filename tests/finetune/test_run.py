@@ -16,9 +16,9 @@ from slm.core.checkpoint import read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.files import sha256_file
-from slm.core.nn import load_checkpoint
+from slm.core.nn import load_checkpoint, save_checkpoint
 from slm.core.progress import Silent
-from slm.core.tokenizer import Tokenizer
+from slm.core.tokenizer import END_OF_TURN, Tokenizer
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Example, Renderer
@@ -469,3 +469,20 @@ def test_a_conversation_that_the_model_s_template_refuses_is_named(
     with pytest.raises(SlmError, match=r"rows\.jsonl, line 4: the chat template failed: they take turns"):
         finetune(base, data, Path("out"), QUICK)
     assert finetune(base, RowFiles(data, skip_bad=True), Path("out"), QUICK).bad == 1
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_the_end_of_a_turn_becomes_a_stop_token(shared_checkpoint: Path, write_rows: WriteRows, turns: bool) -> None:
+    """Other clients stop where the configuration says so. The control has learned no turns."""
+    model, tokenizer = load_checkpoint(shared_checkpoint), Tokenizer.load(shared_checkpoint)
+    end = tokenizer.token_id(END_OF_TURN)
+    stops = tuple(token for token in model.config.stop_token_ids if token != end)
+    model.config = model.config.model_copy(update={"eos_token_id": stops})
+    save_checkpoint(Path("base"), model, tokenizer, {})
+    data = write_rows(PAIRS if turns else [{"prompt": "A", "completion": " b"}] * 8)
+    full = finetune(Path("base"), data, Path("full"), QUICK.model_copy(update={"method": "full"})).made
+    finetune(Path("base"), data, Path("adapter"), QUICK)
+    merged_checkpoint(Path("base"), Path("adapter"), Path("merged"))
+    for checkpoint in (full, Path("merged")):
+        assert read_config(checkpoint).stop_token_ids == ((*stops, end) if turns else stops)
+    assert read_config(Path("base")).stop_token_ids == stops
