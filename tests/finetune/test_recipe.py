@@ -54,11 +54,11 @@ def test_one_of_two_that_exclude_each_other_replaces_the_files(
 def test_the_resolved_recipe_reads_back() -> None:
     files = RowFiles(Path("a.jsonl"), None, 0.25, True, Limits(1000, 2000))
     settings = FinetuneSettings(rank=3, qat="int4", patience=None)
-    recipe = resolved(Path("base"), Path("out"), files, settings, 2, ["mlflow"])
+    recipe = resolved(Path("base"), files, settings, 2, ["mlflow"])
     again = load_recipe(write(recipe.to_yaml()))
     assert again == recipe and again.training == settings
     assert again.files() == RowFiles(Path("a.jsonl").absolute(), None, 0.25, True, Limits(1000, 2000))
-    assert again.out == str(Path("out").absolute()) and again.log == ("mlflow",)
+    assert again.out is None and again.log == ("mlflow",)
 
 
 def test_a_patience_of_0_disables_it_and_empty_sections_are_defaults() -> None:
