@@ -2,8 +2,8 @@
 
 GPTQ rounds each column once, before the later ones. Here every integer is rounded again, given all others, as in QuantEase
 (arXiv:2309.01885), and the scales of all blocks of an output channel are solved for together by least squares. No step
-increases the error E M Eᵀ, where E (N, K) is the error of the weight and M (K, K) the moments, except that scales can be
-stored in float16.
+increases the error E M Eᵀ, where E (N, K) is the error of the weight and M (K, K) the moments, with two exceptions: scales that
+are stored in float16, and output channels in which a scale would change its sign. That scale stays, and the others move.
 
 Dimensions: N output channels, K input channels, B blocks of an output channel.
 """

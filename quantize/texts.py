@@ -87,7 +87,7 @@ def rows_of_documents(
 
 
 def filled_up(bundle: Bundle, name: str, documents: list[list[int]], tokens: int, row_tokens: int | None) -> TokenRows:
-    """Returns rows of documents in tokens, followed by the default calibration text if these are too few.
+    """Returns rows of documents in tokens, followed by the default calibration text if the documents are too few.
 
     Args:
         bundle: The bundle, for its tokenizer and sliding window.

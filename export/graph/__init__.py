@@ -6,14 +6,7 @@ from slm.export.graph.fused import Fused
 from slm.export.graph.model import build_graph
 from slm.export.graph.portable import Portable
 from slm.export.graph.slots import SlotFormat, check_slots
-from slm.export.graph.store import (
-    LazyTensors,
-    checkpoint_tensors,
-    float_tensors,
-    graph_tensors,
-    released,
-    save_graph,
-)
+from slm.export.graph.store import LazyTensors, checkpoint_tensors, float_tensors, graph_tensors, released, save_graph
 from slm.export.graph.target import Operators
 
 __all__ = [
