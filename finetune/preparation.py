@@ -157,14 +157,12 @@ def prepare(
     else:
         train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
     if bad:
-        progress.note(
-            f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
-        )
+        progress.note(f"warning: bad rows left out: {len(bad)}; the first: {bad[0].message}")
     # A teacher's predictions say after each token whether the text ends there.
     _check(train, valid, renderer, max_length, needs_end=complete is None)
     packed = pack(train.kept, max_length, random.Random(settings.seed)) if settings.pack else alone(train.kept)
     _tell(train, valid, renderer, max_length, progress)
-    _judge(split, len(valid.kept), settings.keep, progress)
+    _check_measure(split, len(valid.kept), settings, progress)
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
     answers = [row.chosen if isinstance(row, PreferenceRow) else row for row in rows]
@@ -220,22 +218,24 @@ def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int
         raise SlmError("nothing to measure: every validation row's prompt alone is too long", hint)
 
 
-def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
-    """Warns if the held-out rows cannot tell which epoch is the best."""
+def _check_measure(split: Split, held_out: int, settings: FinetuneSettings, progress: Progress) -> None:
+    """Warns if the held-out rows cannot show which epoch is the best."""
+    measure = "loss" if settings.metric is None else "score"
     if split.numbers == () and (both := learned_before(split.train, split.held_out)):
         progress.note(
-            f"warning: of the {held_out} validation rows {both} are training rows too: their loss says little"
+            f"warning: of the {held_out} validation rows {both} are training rows too: their {measure} says little"
         )
-    if keep == "last" or held_out >= FEW_ROWS:
+    if settings.keep == "last" or held_out >= FEW_ROWS:
         return
     if held_out:
+        best = "lowest loss" if settings.metric is None else "highest score"
         progress.note(
             f"warning: {held_out} held-out rows are too few to choose an epoch by (fewer than {FEW_ROWS}); the epoch with the "
-            f"lowest loss on them is kept all the same; --val FILE measures on more rows, --keep last keeps the last epoch"
+            f"{best} on them is kept all the same; --val FILE measures on more rows, --keep last keeps the last epoch"
         )
     else:
         progress.note(
-            "no rows are held out: the loss is that of the training rows, and says nothing about other requests; "
+            f"no rows are held out: the {measure} is that of the training rows, and says nothing about other requests; "
             "--val FILE or --hold-out 10% measures that"
         )
 
