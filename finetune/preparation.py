@@ -129,9 +129,11 @@ def prepare(
     Raises:
         SlmError: When a file or a row cannot be read, or there is nothing to learn or to measure.
     """
+    max_length = settings.context(config)
+    if max_length > config.max_position_embeddings:
+        raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
     bad: list[SlmError] | None = [] if files.skip_bad else None
     left_out: set[str] = set()
-
     choices: dict[str, Any] = {}
 
     def read(path: Path) -> list[Row]:
@@ -146,16 +148,8 @@ def prepare(
     if left_out:
         progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
     split = files.split(rows, measured, settings.seed)
-    max_length = settings.context(config)
-    if max_length > config.max_position_embeddings:
-        raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
     preferences = _are_preferences(rows + (measured or []), settings)
-    if preferences:
-        rendered = [renderer.pairs(part, max_length, bad) for part in (split.train, split.held_out)]  # type: ignore[arg-type]
-        train, valid = (examples for examples, _ in rendered)
-        pairs = tuple(tuple(Pair(*pair) for pair in found) for _, found in rendered)
-    else:
-        train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
+    train, valid, pairs = _examples(split, preferences, renderer, max_length, bad)
     if bad:
         progress.note(f"warning: bad rows left out: {len(bad)}; the first: {bad[0].message}")
     # A teacher's predictions say after each token whether the text ends there.
@@ -176,8 +170,21 @@ def prepare(
         _declares_tools(answers),
         len(bad or ()),
         choices,
-        (pairs[0], pairs[1]) if preferences else None,
+        pairs,
     )
+
+
+def _examples(
+    split: Split, preferences: bool, renderer: Renderer, max_length: int, bad: list[SlmError] | None
+) -> tuple[Examples, Examples, tuple[tuple[Pair, ...], tuple[Pair, ...]] | None]:
+    """Returns the training examples and the held-out examples, and both as pairs if the rows are preferences."""
+    parts = split.train, split.held_out
+    if not preferences:
+        train, valid = (renderer.examples(part, max_length, bad) for part in parts)
+        return train, valid, None
+    rendered = [renderer.pairs(part, max_length, bad) for part in parts]  # type: ignore[arg-type]
+    (train, pairs), (valid, measured) = rendered
+    return train, valid, (tuple(Pair(*pair) for pair in pairs), tuple(Pair(*pair) for pair in measured))
 
 
 def _are_preferences(rows: list[Row], settings: FinetuneSettings) -> bool:
