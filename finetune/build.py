@@ -127,9 +127,13 @@ def _rows_to_train(
     indistinct = indistinct_tokens(model.model.embed_tokens.weight, found.train.kept)
     if not indistinct:
         return turns
+    count = len(indistinct)
+    which = f"{count} tokens of the answers from others, because its text did not contain them; their rows"
+    if count == 1:
+        which = "1 token of the answers from others, because its text did not contain it; its row"
     progress.note(
-        f"the base cannot tell {len(indistinct)} tokens of the answers apart, because its text did not contain them; their "
-        f"rows of the embedding are trained too: {renderer.spelt(indistinct)}"
+        f"the base cannot distinguish {which} of the embedding {'is' if count == 1 else 'are'} trained too: "
+        f"{renderer.spelt(indistinct)}"
     )
     return list(dict.fromkeys((*turns, *indistinct)))
 

@@ -1,27 +1,20 @@
 """`slm finetune --dry-run`: everything up to the first update, then the time and memory of a few updates."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from slm.core.checkpoint import read_config, read_info
+from slm.core.errors import SlmError
 from slm.core.progress import Progress
-from slm.core.tokenizer import Tokenizer
 from slm.finetune.build import build
-from slm.finetune.examples import Renderer
-from slm.finetune.preparation import prepare
 from slm.finetune.recipe import FinetuneRecipe, resolved
 from slm.finetune.rehearsal import Rehearsal, rehearse
-from slm.finetune.review import review
-from slm.finetune.rows import Row
 from slm.finetune.run import check_free
-from slm.finetune.state import Standing
-from slm.finetune.teaching import check_rows, teaching_of
-from slm.train.build import pick_device
-from slm.train.precision import capability, choose_precision
+from slm.finetune.start import Start, start_of
+from slm.finetune.state import Standing, resumable
 from slm.train.state import TRAINER
 
 _WARNING = "warning: "
@@ -138,38 +131,15 @@ def foresee(
     began = time.perf_counter()
     check_free(out, recipe.training.method, overwrite)
     heard, files = _Listener(progress), recipe.files()
-    config, tokenizer, info = read_config(base), Tokenizer.load(base), read_info(base)
-    renderer = Renderer(tokenizer, config)
-    device = pick_device("auto")
-    precision = choose_precision("auto", capability(device), config.hidden_size)
-    max_length = recipe.training.context(config)
-    teaching = teaching_of(teacher, (out, overwrite), config, max_length, renderer, device, precision, heard)
-    unanswered = 0
-
-    def as_they_are(rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
-        """Keeps the placeholders of answers, which a run lets the teacher write."""
-        nonlocal unanswered
-        unanswered += len(numbers)
-        return list(rows)
-
-    found = prepare(files, recipe.training, config, renderer, heard, None if teaching is None else as_they_are)
-    if teacher is not None:
-        check_rows(found, teacher, tokenizer, heard)
-    odd = review(found, recipe.training, config)
-    if unanswered:
-        odd.append(
-            f"the teacher first answers {unanswered} rows; the estimates contain neither the time for it nor the answers"
-        )
+    start = start_of(base, files, recipe.training, teacher, (out, overwrite), heard, answer=False)
+    # If the base is temporary, no run from it was interrupted.
+    resumes, found = place == base and _resumes(out, start, overwrite), start.found
     with torch.random.fork_rng():
-        built = build(base, info, found, renderer, device, precision, heard)
-        loaded = None if teaching is None else teaching.load()
-        fit = built.fit(found, Standing(course={"settings": {}}), refer=False, teacher=loaded)
+        built = build(base, start.info, found, start.renderer, start.device, start.precision, heard)
+        loaded = None if start.teaching is None else start.teaching.load()
+        fit = built.fit(found, Standing(course=dict(start.course)), refer=False, teacher=loaded)
         setup = time.perf_counter() - began
         measured = rehearse(built, fit, found)
-    if measured.memory_available is not None and measured.memory > measured.memory_available:
-        odd.append(
-            "the run does not fit into the memory of the device: lower training.batch_size or training.max_length"
-        )
     complete = resolved(place, files, found.settings, recipe.samples, recipe.log, teacher)
     return Foresight(
         base=place,
@@ -188,12 +158,41 @@ def foresee(
         modules=built.modules,
         trainable_parameters=sum(parameter.numel() for parameter in fit.parameters),
         embedding_rows=len(built.rows),
-        device=device.type.upper(),
-        precision=precision.name,
+        device=start.device.type.upper(),
+        precision=start.precision.name,
         setup_seconds=round(setup, 2),
         seconds=setup + measured.seconds,
         measured=measured,
-        resumes=(out / TRAINER).is_dir(),
-        rendered=tuple(tuple(renderer.preview(example)) for example in found.train.kept[:_SHOWN]),
-        warnings=(*heard.warnings, *odd),
+        resumes=resumes,
+        rendered=tuple(tuple(start.renderer.preview(example)) for example in found.train.kept[:_SHOWN]),
+        warnings=(*heard.warnings, *_limits(start, measured)),
     )
+
+
+def _resumes(out: Path, start: Start, overwrite: bool) -> bool:
+    """Returns whether the run continues an interrupted one.
+
+    Raises:
+        SlmError: When the directory holds another interrupted run, which may not be replaced.
+    """
+    if start.unanswered:  # the answers of the teacher may decide which rows are held out
+        return (out / TRAINER).is_dir()
+    try:
+        return resumable(out, start.course) is not None
+    except SlmError:
+        if overwrite:
+            return False
+        raise
+
+
+def _limits(start: Start, measured: Rehearsal) -> Iterator[str]:
+    """Yields what the estimates do not contain, and whether the run does not fit into memory."""
+    if start.unanswered:
+        yield (
+            f"the teacher first answers {start.unanswered} rows; the estimates contain neither the time for it nor the "
+            "answers"
+        )
+    if start.found.settings.metric is not None:
+        yield "the estimate of the time does not contain the replies that training.metric scores after each epoch"
+    if measured.memory_available is not None and measured.memory > measured.memory_available:
+        yield "the run does not fit into the memory of the device: lower training.batch_size or training.max_length"

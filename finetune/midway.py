@@ -116,7 +116,8 @@ def token_cost(model: TunableLM | CausalLM, autocast: torch.dtype | None) -> flo
     return max(1.0, balance * (table + layers) / (3 * layers))
 
 
-# Products in the time in which a weight is read: round numbers for a CPU with a few cores, not measurements.
+# Products in the time in which a weight is read: round numbers for a CPU with a few cores. With float32, the demo model and
+# examples/faq, answers took 2.4 % of a thread's processor time, within the budget of 3 %. 16 bits were not measured.
 _BALANCE_16, _BALANCE_32 = 100.0, 20.0
 
 

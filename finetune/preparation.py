@@ -129,9 +129,11 @@ def prepare(
     Raises:
         SlmError: When a file or a row cannot be read, or there is nothing to learn or to measure.
     """
+    max_length = settings.context(config)
+    if max_length > config.max_position_embeddings:
+        raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
     bad: list[SlmError] | None = [] if files.skip_bad else None
     left_out: set[str] = set()
-
     choices: dict[str, Any] = {}
 
     def read(path: Path) -> list[Row]:
@@ -146,25 +148,15 @@ def prepare(
     if left_out:
         progress.note(f"fields that are not learned from: {', '.join(map(_printable, sorted(left_out)))}")
     split = files.split(rows, measured, settings.seed)
-    max_length = settings.context(config)
-    if max_length > config.max_position_embeddings:
-        raise SlmError(f"max_length {max_length} is longer than the base's context of {config.max_position_embeddings}")
     preferences = _are_preferences(rows + (measured or []), settings)
-    if preferences:
-        rendered = [renderer.pairs(part, max_length, bad) for part in (split.train, split.held_out)]  # type: ignore[arg-type]
-        train, valid = (examples for examples, _ in rendered)
-        pairs = tuple(tuple(Pair(*pair) for pair in found) for _, found in rendered)
-    else:
-        train, valid = (renderer.examples(part, max_length, bad) for part in (split.train, split.held_out))
+    train, valid, pairs = _examples(split, preferences, renderer, max_length, bad)
     if bad:
-        progress.note(
-            f"warning: rows left out because they are not as they should be: {len(bad)}; the first: {bad[0].message}"
-        )
+        progress.note(f"warning: bad rows left out: {len(bad)}; the first: {bad[0].message}")
     # A teacher's predictions say after each token whether the text ends there.
     _check(train, valid, renderer, max_length, needs_end=complete is None)
     packed = pack(train.kept, max_length, random.Random(settings.seed)) if settings.pack else alone(train.kept)
     _tell(train, valid, renderer, max_length, progress)
-    _judge(split, len(valid.kept), settings.keep, progress)
+    _check_measure(split, len(valid.kept), settings, progress)
     if settings.pack:
         progress.note(f"packed into {len(packed)} rows of at most {max_length} tokens")
     answers = [row.chosen if isinstance(row, PreferenceRow) else row for row in rows]
@@ -178,8 +170,21 @@ def prepare(
         _declares_tools(answers),
         len(bad or ()),
         choices,
-        (pairs[0], pairs[1]) if preferences else None,
+        pairs,
     )
+
+
+def _examples(
+    split: Split, preferences: bool, renderer: Renderer, max_length: int, bad: list[SlmError] | None
+) -> tuple[Examples, Examples, tuple[tuple[Pair, ...], tuple[Pair, ...]] | None]:
+    """Returns the training examples and the held-out examples, and both as pairs if the rows are preferences."""
+    parts = split.train, split.held_out
+    if not preferences:
+        train, valid = (renderer.examples(part, max_length, bad) for part in parts)
+        return train, valid, None
+    rendered = [renderer.pairs(part, max_length, bad) for part in parts]  # type: ignore[arg-type]
+    (train, pairs), (valid, measured) = rendered
+    return train, valid, (tuple(Pair(*pair) for pair in pairs), tuple(Pair(*pair) for pair in measured))
 
 
 def _are_preferences(rows: list[Row], settings: FinetuneSettings) -> bool:
@@ -220,22 +225,24 @@ def _check(train: Examples, valid: Examples, renderer: Renderer, max_length: int
         raise SlmError("nothing to measure: every validation row's prompt alone is too long", hint)
 
 
-def _judge(split: Split, held_out: int, keep: str, progress: Progress) -> None:
-    """Warns if the held-out rows cannot tell which epoch is the best."""
+def _check_measure(split: Split, held_out: int, settings: FinetuneSettings, progress: Progress) -> None:
+    """Warns if the held-out rows cannot show which epoch is the best."""
+    measure = "loss" if settings.metric is None else "score"
     if split.numbers == () and (both := learned_before(split.train, split.held_out)):
         progress.note(
-            f"warning: of the {held_out} validation rows {both} are training rows too: their loss says little"
+            f"warning: of the {held_out} validation rows {both} are training rows too: their {measure} says little"
         )
-    if keep == "last" or held_out >= FEW_ROWS:
+    if settings.keep == "last" or held_out >= FEW_ROWS:
         return
     if held_out:
+        best = "lowest loss" if settings.metric is None else "highest score"
         progress.note(
             f"warning: {held_out} held-out rows are too few to choose an epoch by (fewer than {FEW_ROWS}); the epoch with the "
-            f"lowest loss on them is kept all the same; --val FILE measures on more rows, --keep last keeps the last epoch"
+            f"{best} on them is kept all the same; --val FILE measures on more rows, --keep last keeps the last epoch"
         )
     else:
         progress.note(
-            "no rows are held out: the loss is that of the training rows, and says nothing about other requests; "
+            f"no rows are held out: the {measure} is that of the training rows, and says nothing about other requests; "
             "--val FILE or --hold-out 10% measures that"
         )
 

@@ -12,7 +12,7 @@ from slm.core.text.streams import DOCUMENT_BYTES
 from slm.finetune.rows import DATA_BYTES, Limits
 from slm.finetune.settings import FinetuneSettings
 from slm.train.choices import LogName
-from slm.train.recipe_file import RecipeForm, put
+from slm.train.recipe_file import RecipeForm, put, value_at
 from slm.train.sections import LogNames, Section
 
 if TYPE_CHECKING:
@@ -157,9 +157,9 @@ def load_recipe(
         put(fields, path, value)
     given = {*options, *(override.partition("=")[0] for override in overrides)}
     for pair in _EITHER:
-        named = given.intersection(pair)
-        if len(named) == 1:
-            (other,) = set(pair) - named
+        chosen = [path for path in pair if path in given and value_at(fields, path) is not None]
+        if len(chosen) == 1:
+            (other,) = set(pair) - set(chosen)
             put(fields, other, None)
     recipe = _FORM.checked(fields, source)
     _check_files(recipe, file)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slm.core.nn import CausalLM, KVCache
 from slm.finetune.adapter import TunableLM
-from slm.finetune.batches import casting, cross_entropy
+from slm.finetune.batches import casting, cross_entropy, logits
 from slm.runtime.generation import Generation
 from slm.train.evaluate import Check
 
@@ -120,8 +120,8 @@ def _continue(
         row.begin()
     cache, hidden = _read(model, ids, padding, check)
     while True:
-        logits = model.lm_head(hidden)[:, 0].float().cpu().numpy()  # (B, V)
-        for row, of_row in zip(rows, logits, strict=True):
+        predicted = logits(model, hidden[:, 0]).float().cpu().numpy()  # (B, V)
+        for row, of_row in zip(rows, predicted, strict=True):
             row.feed(of_row, began)
             if row.done:
                 ended(row)

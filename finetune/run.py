@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from slm.core.adapter_base import base_record
 from slm.core.chat import ending_turns
-from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint, read_config, read_info
+from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_replaceable, recover, sole, write_text
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
@@ -27,18 +26,16 @@ from slm.finetune.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, Tuna
 from slm.finetune.build import build
 from slm.finetune.examples import Renderer
 from slm.finetune.fit import Fit
-from slm.finetune.judge import judge_of
 from slm.finetune.loop import FineTuning, plan_of
 from slm.finetune.midway import Midway
-from slm.finetune.preparation import Prepared, RowFiles, prepare
+from slm.finetune.preparation import Prepared, RowFiles
 from slm.finetune.recipe import CONFIG, SAMPLES, FinetuneRecipe, resolved
-from slm.finetune.review import review
 from slm.finetune.samples import Sample, sample_answers
 from slm.finetune.settings import FinetuneSettings
-from slm.finetune.state import START_OVER, TRAINER_FILES, Standing, State, drop_state, load_state
-from slm.finetune.teaching import check_rows, notices, teaching_of
+from slm.finetune.start import start_of
+from slm.finetune.state import TRAINER_FILES, Standing, State, drop_state, resumable
+from slm.finetune.teaching import notices
 from slm.finetune.writing import ANSWERS_FILE
-from slm.train.build import pick_device
 from slm.train.choices import LogName
 from slm.train.interrupt import held_back
 from slm.train.logs.board import TENSORBOARD, board_files, drop_board
@@ -47,7 +44,7 @@ from slm.train.logs.logs import Logs, check_packages
 from slm.train.loop import Loop
 from slm.train.metrics import CURVE_FILE, METRICS_FILE, Metrics, Row
 from slm.train.parallel import Alone
-from slm.train.precision import Precision, capability, choose_precision
+from slm.train.precision import Precision
 from slm.train.state import TRAINER
 from slm.version import __version__
 
@@ -214,37 +211,18 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
     base, out = task.base, task.out
     recover(out / TRAINER)  # removes files that a killed process left half written
     check_free(out, task.settings.method, task.overwrite)
-    config, tokenizer, base_info = read_config(base), Tokenizer.load(base), read_info(base)
-    renderer = Renderer(tokenizer, config)
-    device = pick_device("auto")
-    precision = choose_precision("auto", capability(device), config.hidden_size)
-    place, max_length = (out, task.overwrite), task.settings.context(config)
-    teaching = teaching_of(task.teacher, place, config, max_length, renderer, device, precision, progress)
-    complete = None if teaching is None else teaching.writer.complete
-    found = prepare(task.files, task.settings, config, renderer, progress, complete)
-    if task.teacher is not None:
-        check_rows(found, task.teacher, tokenizer, progress)
-    for sentence in review(found, task.settings, config):
-        progress.note(f"warning: {sentence}")
-    settings, judge = found.settings, judge_of(found, task.files, renderer, config)
-    course = {
-        "settings": settings.model_dump(mode="json"),
-        "base": base_record(base, tokenizer),
-        **task.files.record(),
-        "held_out": found.split.record,
-        "precision": f"{precision.name} on {device.type}",
-        **({} if teaching is None else {"teacher": teaching.record}),
-    }
-    state = _saved(out, course, task.overwrite)
-    grid = settings.grid
+    start = start_of(base, task.files, task.settings, task.teacher, (out, task.overwrite), progress, answer=True)
+    found, renderer, precision = start.found, start.renderer, start.precision
+    state = _saved(out, start.course, task.overwrite)
+    settings, grid = found.settings, found.settings.grid
     recipe = resolved(base, task.files, settings, task.samples, task.log, task.teacher)
     logged = {} if state is None else state.standing.logs
     logs = Logs(task.log, About(out, recipe.model_dump(mode="json"), _board_step), logged, progress)
     with torch.random.fork_rng():
-        built = build(base, base_info, found, renderer, device, precision, progress)
+        built = build(base, start.info, found, renderer, start.device, precision, progress)
         model, adapter = built.model, built.adapter
-        teacher = None if teaching is None else teaching.load()
-        fit = built.fit(found, Standing(course=course), teacher=teacher, judge=judge)
+        teacher = None if start.teaching is None else start.teaching.load()
+        fit = built.fit(found, Standing(course=dict(start.course)), teacher=teacher, judge=start.judge)
         if state is not None:
             fit.restore(state)
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
@@ -265,7 +243,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             info = {
                 "made_by": "slm finetune",
                 "slm_version": __version__,
-                **course,
+                **start.course,
                 "precision": precision.name,
                 "turns": found.chats,
                 "declares_tools": found.declares_tools,
@@ -280,8 +258,8 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             else:
                 if grid is not None:
                     round_weights(model, grid)
-                base_info = without_grid(base_info) | of_grid
-                _write_checkpoint(out, model, tokenizer, fit, info, base_info, recipe)
+                base_info = without_grid(start.info) | of_grid
+                _write_checkpoint(out, model, start.tokenizer, fit, info, base_info, recipe)
             if interruption.pending is not None:
                 interruption.deliver()
     return result
@@ -351,28 +329,15 @@ def _answers(
     return tuple(sample_answers(model, renderer, rows, count, found.settings, held_out=held_out, autocast=autocast))
 
 
-def _saved(out: Path, course: dict[str, Any], overwrite: bool) -> State | None:
-    """Returns the saved state of a run with the same course. With `overwrite`, drops a state with another course."""
+def _saved(out: Path, course: Mapping[str, Any], overwrite: bool) -> State | None:
+    """Returns the saved state of a run with the same course. With `overwrite`, drops any other state."""
     try:
-        state = load_state(out)
+        return resumable(out, course)
     except SlmError:
         if not overwrite:
             raise
         drop_state(out)
         return None
-    if state is None or state.standing.course == course:
-        return state
-    if overwrite:
-        drop_state(out)
-        return None
-    was = state.standing.course
-    changed = [name for name in course if name not in ("settings", "held_out") and was.get(name) != course[name]]
-    settings = was.get("settings", {})
-    changed += [name for name, value in course["settings"].items() if settings.get(name) != value]
-    raise SlmError(  # held_out follows from the other values, unless another version of slm drew the rows
-        f"{out} holds an interrupted run that differs in {', '.join(changed or ['held_out'])}",
-        f"give the same values to resume it; {START_OVER}",
-    )
 
 
 def _write_course(directory: Path, fit: Fit, recipe: FinetuneRecipe) -> None:

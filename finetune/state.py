@@ -1,13 +1,15 @@
 """The state of an interrupted fine-tuning run: `OUT/trainer/`, beside the result that the run will write."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from slm.core.errors import SlmError
 from slm.train.metrics import Kind, Row, check_row
 from slm.train.state import MOST, OPTIMIZER_FILE, POSITION_FILE, TRAINER, Position, read_state, write_state
 
@@ -91,6 +93,24 @@ def load_state(out: Path) -> State | None:
         return None
     standing, tensors = found
     return State(standing, tensors[_WEIGHTS_FILE], tensors[OPTIMIZER_FILE], tensors[_KEPT_FILE])
+
+
+def resumable(out: Path, course: Mapping[str, Any]) -> State | None:
+    """Returns the saved state of a run with the same course; None where there is none.
+
+    Raises:
+        SlmError: When it is damaged, or of a run with another course; the message names what differs.
+    """
+    state = load_state(out)
+    if state is None or state.standing.course == course:
+        return state
+    was, settings = state.standing.course, course["settings"]
+    changed = [name for name in course if name not in ("settings", "held_out") and was.get(name) != course[name]]
+    changed += [name for name, value in settings.items() if was["settings"].get(name) != value]
+    raise SlmError(  # held_out follows from the other values, unless another version of slm drew the rows
+        f"{out} holds an interrupted run that differs in {', '.join(changed or ['held_out'])}",
+        f"give the same values to resume it; {START_OVER}",
+    )
 
 
 def drop_state(out: Path) -> None:

@@ -126,6 +126,14 @@ def put(fields: dict[str, Any], path: str, value: object) -> None:
     fields[key] = value
 
 
+def value_at(fields: Mapping[str, Any], path: str) -> object:
+    """Returns the value of a dotted name in nested dictionaries; None if there is none."""
+    found: object = fields
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
 def one_of(names: Iterable[str]) -> str:
     """Returns a phrase that lists valid names."""
     return f"there is {', '.join(names)}"

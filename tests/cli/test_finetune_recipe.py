@@ -13,7 +13,9 @@ import yaml
 from slm.cli.commands.finetune import finetune
 from slm.core.checkpoint import read_info
 from slm.finetune.recipe import FinetuneRecipe, load_recipe
+from slm.finetune.run import finetune as train
 from slm.finetune.settings import FinetuneSettings
+from tests.progress import Stopper
 
 pytestmark = pytest.mark.usefixtures("short_answers")
 
@@ -176,6 +178,38 @@ def test_a_dry_run_finds_what_would_stop_the_run(slm: Slm, run: Path) -> None:
     (run / "adapters" / "pairs" / "mine.txt").write_text("")
     result = slm("finetune", "--recipe", "recipe.yaml", "--dry-run")
     assert result.code == 1 and "contains other files: mine.txt" in result.err
+
+
+def test_a_dry_run_finds_rows_that_do_not_fit_the_metric(slm: Slm) -> None:
+    row = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    Path("pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    command = ("finetune", "--recipe", "recipe.yaml", "--set", "training.dropout=0")
+    for dry in ((), ("--dry-run",)):
+        result = slm(*command, "--metric", "exact", *dry)
+        assert result.code == 1 and "a metric does not choose the epoch of preferences" in result.err
+        assert not Path("runs/tiny/adapters").exists()
+    assert slm(*command, "--dry-run").code == 0
+
+
+def test_a_dry_run_with_a_metric_names_what_its_estimate_leaves_out(slm: Slm) -> None:
+    command, left_out = ("finetune", "--recipe", "recipe.yaml", "--dry-run"), "does not contain the replies"
+    assert left_out in slm(*command, "--metric", "exact").err
+    assert left_out not in slm(*command).err
+
+
+def test_a_dry_run_resumes_what_the_run_would_resume(slm: Slm, run: Path) -> None:
+    out, recipe = run / "adapters" / "pairs", load_recipe(Path("recipe.yaml"))
+    command = ("finetune", "--recipe", "recipe.yaml", "--json")
+    with pytest.raises(KeyboardInterrupt):
+        train(run / "checkpoint/best", recipe.files(), out, recipe.training, Stopper(1))
+    assert (out / "trainer").is_dir()
+    before = files()
+    assert json.loads(slm(*command, "--dry-run").out)["resumes"] is True
+    for dry in ((), ("--dry-run",)):
+        refused = slm(*command, "--rank", "3", *dry)
+        assert refused.code == 1 and "holds an interrupted run that differs in rank" in refused.err
+    assert json.loads(slm(*command, "--rank", "3", "--overwrite", "--dry-run").out)["resumes"] is False
+    assert files() == before
 
 
 def test_a_dry_run_on_the_demo_model_leaves_no_checkpoint(slm: Slm) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from slm.core.checkpoint import read_info
+from slm.core.checkpoint import read_config, read_info
 from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM, load_checkpoint, save_checkpoint
+from slm.core.task import MetricName
 from slm.core.tokenizer import Tokenizer
 from slm.finetune import loop, samples
 from slm.finetune.adapter import ADAPTER_WEIGHTS_FILE, load_adapter
 from slm.finetune.batches import mean_loss
 from slm.finetune.examples import Renderer
 from slm.finetune.merge import merge
-from slm.finetune.preparation import RowFiles
+from slm.finetune.preparation import RowFiles, prepare
 from slm.finetune.rows import read_rows
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
@@ -147,6 +148,19 @@ def test_too_few_rows_to_choose_by_are_said(
     assert [note.startswith(said) for note in warned] == [True] if said else warned == []
     if said:
         assert "--val FILE" in warned[0] and "--keep last" in warned[0] and "kept" in warned[0]
+
+
+@pytest.mark.parametrize(("metric", "best"), [(None, "lowest loss"), ("exact", "highest score")])
+@pytest.mark.parametrize("hold_out", [0.1, None])
+def test_the_warning_names_what_the_epoch_is_chosen_by(
+    shared_checkpoint: Path, write_rows: WriteRows, hold_out: float | None, metric: MetricName | None, best: str
+) -> None:
+    heard, config = Notes(), read_config(shared_checkpoint)
+    data = RowFiles(write_rows([{"prompt": f"{n}", "completion": "b"} for n in range(30)]), hold_out=hold_out)
+    settings = QUICK.model_copy(update={"metric": metric})
+    prepare(data, settings, config, Renderer(Tokenizer.load(shared_checkpoint), config), heard)
+    wanted = f"{best} on them is kept" if hold_out else f"the {best.split()[1]} is that of the training rows"
+    assert sum(wanted in note for note in heard.lines) == 1
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(199, 0), (200, 20)])

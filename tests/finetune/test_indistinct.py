@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from slm.core.nn import load_checkpoint, save_checkpoint
 from slm.core.tokenizer import Tokenizer
-from slm.finetune.examples import Example
+from slm.finetune.build import _rows_to_train
+from slm.finetune.examples import Example, Renderer
 from slm.finetune.indistinct import indistinct_tokens, near_another
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
@@ -39,6 +41,19 @@ def test_rare_tokens_do_not_matter() -> None:
     assert indistinct_tokens(table, [seldom]) == [] == indistinct_tokens(table, [read_only])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "wanted"), [([7], "1 token of the answers from others"), ([7, 8], "2 tokens of the answers from others")]
+)
+def test_the_note_counts_them(
+    shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tokens: list[int], wanted: str
+) -> None:
+    monkeypatch.setattr("slm.finetune.build.indistinct_tokens", lambda *_: tokens)
+    model, heard, found = load_checkpoint(shared_checkpoint), Notes(), Mock()
+    renderer = Renderer(Tokenizer.load(shared_checkpoint), model.config)
+    assert _rows_to_train([3], model, found, renderer, heard) == [3, *tokens]
+    assert [note for note in heard.lines if wanted in note] == heard.lines
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_they_are_learned(
     shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch, trained: bool
@@ -55,5 +70,9 @@ def test_they_are_learned(
     heard = Notes()
     result = finetune(Path("base"), data, Path("out"), settings, heard, samples=0)
     assert result.loss_after < 0.3 if trained else result.loss_after > 1
-    said = [note for note in heard.lines if note.startswith("the base cannot tell 4 tokens of the answers apart")]
+    said = [
+        note
+        for note in heard.lines
+        if note.startswith("the base cannot distinguish 4 tokens of the answers from others")
+    ]
     assert bool(said) == trained

@@ -174,14 +174,14 @@ def test_a_merged_adapter_records_the_grid_and_fine_tuning_in_floats_drops_it(
 def test_bfloat16_products_train_too(
     shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slm.finetune import run
+    from slm.finetune import start
     from slm.train.precision import Precision
 
     data, losses = write_rows(PAIRS), {}
     for method in ("lora", "full"):
         settings = QUICK.model_copy(update={"qat": "int8", "method": method})
         for precision in (Precision(None, scale_loss=False), Precision(torch.bfloat16, scale_loss=False)):
-            monkeypatch.setattr(run, "choose_precision", lambda *_, precision=precision: precision)
+            monkeypatch.setattr(start, "choose_precision", lambda *_, precision=precision: precision)
             out = Path(f"{method}-{precision.name}".replace(" ", "-"))
             losses[method, precision.autocast] = finetune(shared_checkpoint, data, out, settings, samples=1).loss_after
         assert losses[method, torch.bfloat16] == pytest.approx(losses[method, None], rel=0.02)

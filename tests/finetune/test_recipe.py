@@ -38,6 +38,7 @@ def test_options_replace_overrides_and_these_the_file() -> None:
     ("override", "option", "validation", "hold_out"),
     [
         ("data.hold_out=0.5", {}, None, 0.5),
+        ("data.hold_out=null", {}, "v", None),  # nothing takes the place of the validation rows
         ("samples=1", {"data.hold_out": 0.5}, None, 0.5),
         ("samples=1", {}, "v", None),
     ],

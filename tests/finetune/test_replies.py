@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
 from slm.core.nn.decoder import TorchDecoder
 from slm.core.task import Question, TaskRow
-from slm.finetune.adapter import TunableLM
+from slm.finetune.adapter import TunableLM, attach
+from slm.finetune.frozen import lighten
 from slm.finetune.replies import generate, reply_likelihoods
+from slm.finetune.settings import FinetuneSettings
 from slm.runtime.generation import Generation, Request, Result
 from slm.runtime.sampling import GREEDY
 from slm.runtime.streaming import run
@@ -93,3 +96,17 @@ def test_stopping_is_asked_for_between_steps(config: ModelConfig, make_model: Ma
     with pytest.raises(KeyboardInterrupt):
         generate(make_model(config), texts, None, lambda _: None, check)
     assert len(texts[0].tokens) == 3
+
+
+@torch.no_grad()
+def test_trained_rows_of_the_head_need_no_copy_of_it_at_each_step(config: ModelConfig, make_model: MakeModel) -> None:
+    model = attach(make_model(config), FinetuneSettings(rank=2), Path("base"), [3, 5]).get_base_model()
+    lighten(model, None)
+
+    def merged(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the head was copied")
+
+    model.lm_head.forward = merged
+    found = requests(config, prompts(config, 3), ())
+    generate(model, found, None, lambda _: None)
+    assert all(len(each.result.tokens) == NEW for each in found)

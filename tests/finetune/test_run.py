@@ -348,7 +348,7 @@ def test_bad_rows_are_left_out_when_told(shared_checkpoint: Path, write_rows: Wr
     heard = Notes()
     result = finetune(shared_checkpoint, RowFiles(write_rows(rows), skip_bad=True), Path("out"), QUICK, heard)
     assert (result.rows, result.bad) == (6, 2)
-    assert any("not as they should be: 2; the first: " in note and "line 4" in note for note in heard.lines)
+    assert any("bad rows left out: 2; the first: " in note and "line 4" in note for note in heard.lines)
     with pytest.raises(SlmError, match="there is no good row"):
         finetune(shared_checkpoint, RowFiles(write_rows([{"txt": "a"}]), skip_bad=True), Path("none"), QUICK)
 
