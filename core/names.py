@@ -187,7 +187,7 @@ def _of_run(run: Path, kinds: Sequence[Kind]) -> tuple[Path, tuple[str, ...]]:
 def _none_of(kinds: Sequence[Kind]) -> str:
     if len(kinds) == 1:
         return f"not {'an' if kinds[0] == 'adapter' else 'a'} {kinds[0]}"
-    return f"neither a {' nor a '.join(kinds)}"
+    return f"neither {' nor '.join('an adapter' if each == 'adapter' else f'a {each}' for each in kinds)}"
 
 
 def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[str]) -> SlmError:
@@ -212,7 +212,11 @@ def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[st
         return SlmError(message, f"to import a model from the Hugging Face hub: slm import {name}")
     if known:
         more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-        prompt = "; pass a prompt with -p" if len(kinds) > 1 and name.isalpha() else ""
+        prompt = (
+            "; pass a prompt with -p"
+            if "bundle" in kinds and "checkpoint" in kinds and "adapter" not in kinds and name.isalpha()
+            else ""
+        )
         return SlmError(message, f"names under ./{RUNS}: {', '.join(known[:_LISTED])}{more}{prompt}")
     return SlmError(message, _what_it_is(kinds))
 

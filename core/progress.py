@@ -1,8 +1,9 @@
 """The interface for progress reports: functions that run for long report through it, and callers choose the display."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Receives the progress of a task. The command line draws it; the default, `Silent`, discards it."""
 

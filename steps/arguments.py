@@ -16,11 +16,12 @@ from numbers import Integral, Real
 from os import PathLike, fspath
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_origin
 
 from slm.core.arguments import MAX_COUNT, check_keywords, described
 from slm.core.errors import ArgumentError, SlmError
 from slm.core.machine import prepare_threads
+from slm.core.progress import Progress
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -73,18 +74,23 @@ PartialShare = Annotated[float, Range(0, 1, least_open=True)]
 def step(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Decorates a step: checks the arguments of a call against the annotations, and prepares PyTorch's threads.
 
-    The decorated function raises an ArgumentError for an unknown keyword, and for a value of the wrong type or out of range.
+    The decorated function raises an ArgumentError for an unknown keyword, too many positional arguments, and a value of the
+    wrong type or out of range.
     """
     known = signature(function)
 
     @wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         check_keywords(function.__name__, kwargs, known.parameters)
-        for name, value in known.bind(*args, **kwargs).arguments.items():
+        try:
+            arguments = known.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise ArgumentError(f"{function.__name__}(): {error}", "pass the options by name") from None
+        for name, value in arguments.items():
             _check(name, value, known.parameters[name].annotation)
         if "torch" not in sys.modules:
             prepare_threads()
-        before = _passed.set(frozenset(known.bind(*args, **kwargs).arguments))
+        before = _passed.set(frozenset(arguments))
         try:
             return function(*args, **kwargs)
         finally:
@@ -160,9 +166,15 @@ def check_input(path: Path, what: str, *, directories: bool = False) -> None:
 
 
 def _check(name: str, value: object, hint: Any) -> None:
-    if not any(_fits(value, each) for each in _alternatives(hint)):
-        wanted = " or ".join(dict.fromkeys(_wanted(each) for each in _alternatives(hint)))
-        raise ArgumentError(f"{name} is {described(value)}; it must be {wanted}")
+    kinds = _alternatives(hint)
+    if any(_fits(value, each) for each in kinds):
+        return
+    of_items = [get_args(each)[0] for each in kinds if get_origin(each) is Sequence]
+    if of_items and _is_list(value):
+        for i, each in enumerate(value):
+            _check(f"{name}[{i}]", each, of_items[0])
+    wanted = " or ".join(dict.fromkeys(map(_wanted, kinds)))
+    raise ArgumentError(f"{name} is {described(value)}; it must be {wanted}")
 
 
 def _alternatives(hint: Any) -> list[Any]:
@@ -182,23 +194,29 @@ def _fits(value: object, hint: Any) -> bool:
         return type(value) is type(inner[0]) and value == inner[0]
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    if hint in (bool, str, NoneType):
+    if hint in (bool, str, NoneType, Progress):
         return isinstance(value, hint)
     if origin is PathLike:
         return isinstance(value, PathLike)
     if origin is Sequence:
-        several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return several and all(any(_fits(each, one) for one in _alternatives(inner[0])) for each in value)  # type: ignore[attr-defined]
+        return _is_list(value) and all(any(_fits(each, one) for one in _alternatives(inner[0])) for each in value)
     return isinstance(value, Mapping) if origin is Mapping else True
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _wanted(hint: Any) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return f"{_wanted(inner[0])} of {inner[1]}"
+        within = inner[1]
+        return f"{_wanted(inner[0])} {'' if within.least_open else 'of '}{within}"
     if origin is Literal:
         return repr(inner[0])
     if origin is Sequence:
         return "a list"
+    if hint is Progress:
+        return "an object with the methods of slm.core.progress.Progress"
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
     return names.get(hint, {PathLike: "a path", Mapping: "a mapping"}.get(origin, "of another type"))

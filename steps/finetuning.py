@@ -201,7 +201,7 @@ def _recipe(given: Mapping[str, Any]) -> "FinetuneRecipe":
     return recipe
 
 
-# Arguments with other names in the recipe. All others are fields of `FinetuneSettings`, or have no place.
+# Arguments with other names in the recipe. The other arguments are fields of `FinetuneSettings`, or not values of a recipe.
 _PLACES = {
     "full": "data.train",
     "lora": "data.train",
@@ -244,7 +244,8 @@ def _place(base: Path, recipe: "FinetuneRecipe") -> Path:
     """Returns the output: by default a directory in the base's run for an adapter, a new run for a checkpoint."""
     if recipe.out is not None:
         return Path(recipe.out).expanduser()
-    name, run = _checked_name(bare_name(recipe.train) if recipe.name is None else recipe.name), run_of(base)
+    rows = recipe.train.resolve() if recipe.train.name in ("", "..") else recipe.train  # "." has the directory's name
+    name, run = _checked_name(bare_name(rows) if recipe.name is None else recipe.name), run_of(base)
     if recipe.training.method == "lora":
         return run / "adapters" / name
     return RUNS / f"{run.name if run.parent == RUNS else base.resolve().name}-{name}"

@@ -262,6 +262,8 @@ def _found(name: str) -> tuple[Path, Kind]:
             raise SlmError(f"{path} has no metrics yet: {stopped.reason}", stopped.proceed)
         if (what := kind_of(path)) is not None:
             raise SlmError(f"{path} is {'an' if what == 'adapter' else 'a'} {what} without {METRICS_FILE}", _NO_RUN)
+        if path.is_file():
+            raise SlmError(f"{path} is not a run", _NO_RUN)
     path, _ = resolve(name, ("checkpoint", "adapter"))
     kind = _kind(path)
     if kind is None:
@@ -295,7 +297,7 @@ def _bundles(path: Path, adapter: str | None) -> list[BundleQuality]:
     found = []
     for each in artifacts(run) if run.is_dir() and run != RUNS else ():
         made = _mapping(each.record, "provenance")
-        origin, merged = Path(str(made.get("checkpoint") or "")), made.get("adapter")
+        origin, merged = Path(str(made.get("checkpoint") or "")), _merged_adapter(made)
         of_run = origin.parent.name == "checkpoint" and (
             origin.name in _CHECKPOINTS or origin.name.startswith("update-")
         )
@@ -303,6 +305,12 @@ def _bundles(path: Path, adapter: str | None) -> list[BundleQuality]:
         if each.kind == "bundle" and is_own:
             found.append(_quality(each))
     return found
+
+
+def _merged_adapter(made: Mapping[str, Any]) -> object:
+    """Returns the path of the adapter that slm export or slm merge merged into a bundle's weights; None without one."""
+    by_merge = _mapping(_mapping(_mapping(made, INFO_FILE), "merged"), "adapter").get("path")
+    return made.get("adapter") or by_merge
 
 
 def _quality(bundle: Artifact) -> BundleQuality:

@@ -168,11 +168,16 @@ def test_adapters_and_their_bundles(slm: Slm, trained: Make, shared_bundle: Bund
     run = trained("one")
     tuned("one/a")
     tuned("one/b", (5.0, 1.0), rank=4)
-    for name, origin in (("onnx-a-int8", {"adapter": "runs/one/adapters/a"}), ("onnx", {})):
+    merged = {
+        "checkpoint": "runs/one/checkpoint/b",
+        "slm.json": {"merged": {"adapter": {"path": "runs/one/adapters/b"}}},
+    }
+    for name, origin in (("onnx-a-int8", {"adapter": "runs/one/adapters/a"}), ("onnx", {}), ("onnx-b", merged)):
         shutil.copytree(shared_bundle.path, run / name)
         manifest = json.loads((run / name / "manifest.json").read_text())
         manifest["provenance"] = {"checkpoint": "runs/one/checkpoint/best", **origin}
-        manifest |= {"precision": "int8", "quality": {"kl_nats": 0.004, "same_top1": 0.97}} if origin else {}
+        quantized = {"precision": "int8", "quality": {"kl_nats": 0.004, "same_top1": 0.97}}
+        manifest |= quantized if name.endswith("int8") else {}
         write_json(run / name / "manifest.json", manifest)
     found = compared(slm, "one/a", "runs/one/adapters/b", "--axis", "updates")
     assert found["differing"] == {"rank": [8, 4]} and found["notes"] == []
@@ -184,7 +189,7 @@ def test_adapters_and_their_bundles(slm: Slm, trained: Make, shared_bundle: Bund
     assert (bundle["name"], bundle["precision"], bundle["kl_nats"], bundle["same_top1"]) == (
         "one/onnx-a-int8", "int8", 0.004, 0.97,
     )  # fmt: skip
-    assert second["bundles"] == []
+    assert [each["name"] for each in second["bundles"]] == ["one/onnx-b"]  # of slm merge, then slm export
     assert "one/onnx-a-int8" in slm("compare", "one/a", "b").out  # a name that occurs once under ./runs
     trained("two")
     (own, other) = compared(slm, "one", "two/best")["runs"]  # a checkpoint is its run
@@ -272,6 +277,7 @@ def test_a_line_that_is_being_written_is_left_out(slm: Slm, trained: Make) -> No
         (("one", "nothing"), 1, "not found: nothing"),
         (("one", "tuning"), 1, "runs/tuning has no metrics yet: fine-tuning was interrupted"),
         (("one", "foreign"), 1, "runs/foreign is an adapter without metrics.jsonl"),
+        (("one", "rows.jsonl"), 1, "rows.jsonl is not a run"),
         (("one", "two", "--out", "c.jpg"), 2, "is not the name of a .png file"),
     ],
 )
@@ -279,5 +285,6 @@ def test_what_is_no_comparison(slm: Slm, trained: Make, arguments: tuple[str, ..
     trained("one")
     Path("runs/tuning/trainer").mkdir(parents=True)
     write_json(Path("runs/foreign/adapter_config.json"), {})
+    Path("rows.jsonl").touch()
     result = slm("compare", *arguments)
     assert result.code == code and said in result.err and result.out == "", result.err

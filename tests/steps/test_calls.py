@@ -67,6 +67,13 @@ def test_the_command_and_the_function_do_the_same(slm: Callable[..., Any], run: 
     assert records[0] == records[1]
 
 
+def test_the_working_directory_as_rows_gives_the_adapter_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("chats").mkdir()
+    Path("rows.jsonl").rename("chats/rows.jsonl")
+    monkeypatch.chdir("chats")
+    assert slm.finetune(".", base=Path("..") / run / "checkpoint/best", **QUICK).path.name == "chats"
+
+
 def test_full_training_is_another_checkpoint(run: Path) -> None:
     made = slm.finetune(full="rows.jsonl", epochs=1, samples=0, **QUIET)
     assert made.path == Path("runs/tiny-rows/checkpoint/best")
@@ -104,7 +111,7 @@ def test_gguf_and_slots(run: Path, make_adapter: Callable[..., Path]) -> None:
         (lambda: slm.finetune(full="rows.jsonl", dora=True), "--dora is an option of adapters"),
         (lambda: slm.finetune("rows.jsonl", keep="last", patience=2), "--patience requires --keep best"),
         (lambda: slm.finetune("rows.jsonl", val="rows.jsonl", hold_out=0.1), "not both"),
-        (lambda: slm.finetune("rows.jsonl", hold_out=1.5), "hold_out is float 1.5; it must be a number of above 0"),
+        (lambda: slm.finetune("rows.jsonl", hold_out=1.5), "hold_out is float 1.5; it must be a number above 0 and at"),
         (lambda: slm.finetune("rows.jsonl", rank=0), "rank is int 0; it must be a whole number of at least 1"),
         (lambda: slm.finetune("rows.jsonl", rank=True), "rank is bool True; it must be a whole number"),
         (lambda: slm.finetune("rows.jsonl", learning_rate=float("nan")), "learning_rate is float nan"),
@@ -113,7 +120,12 @@ def test_gguf_and_slots(run: Path, make_adapter: Callable[..., Path]) -> None:
         (lambda: slm.finetune(["rows.jsonl"]), "lora is a list; it must be a string or a path or None"),
         (lambda: slm.finetune(""), "a path is empty"),
         (lambda: slm.finetune("none.jsonl"), "fine-tuning data not found: none.jsonl"),
-        (lambda: slm.train(data=[1]), "data is a list; it must be"),
+        (lambda: slm.train(data=["a.txt", 1]), "data[1] is int 1; it must be a string or a path"),
+        (lambda: slm.train(log="wandb"), "log is str 'wandb'; it must be a list"),
+        (lambda: slm.train(log=["wandbs"]), "log[0] is str 'wandbs'; it must be 'tensorboard' or 'wandb' or 'mlflow'"),
+        (lambda: slm.train("tiny"), "train(): too many positional arguments"),
+        (lambda: slm.finetune("rows.jsonl", progress=None), "progress is None; it must be an object with the methods"),
+        (lambda: slm.finetune("/"), "'' cannot name an adapter"),
         (lambda: slm.train(set=["schedule.epoch=1"]), "schedule.epoch"),
         (lambda: slm.export("tiny", "onyx"), "format is str 'onyx'; it must be 'onnx' or 'gguf' or 'onnx-adapter'"),
         (lambda: slm.export("tiny", text="x.txt"), "--text requires --device cuda or webgpu"),
