@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from slm.core.config import ModelConfig
 from slm.finetune.preparation import Prepared
-from slm.finetune.rows import Row, TextRow
+from slm.finetune.rows import ChatRow, Row, TextRow
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.split import FEW_ROWS, repeated
 
@@ -49,6 +49,12 @@ def _rows(found: Prepared) -> Iterator[str]:
         yield (
             f"{turns} rows of text contain turns, such as {', '.join(_TURNS[:2])} or {_TURNS[3]!r}: their loss covers the "
             "prompts as well; give messages, or prompt and completion"
+        )
+    messages = [message for row in rows if isinstance(row, ChatRow) for message in row.messages]
+    if any(each.get("calls") for each in messages) and not any(each["role"] == "tool" for each in messages):
+        yield (
+            "no training row has the result of a call: the model learns to make calls, but not to answer when it reads their "
+            "results, and may make the same calls again"
         )
 
 

@@ -1,7 +1,9 @@
 """What tests share: a config that is small and awkward on purpose, models with varied weights, an isolated home."""
 
 import gc
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -263,6 +265,21 @@ def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Token
     path = tmp_path_factory.mktemp("checkpoint") / "random"
     save_checkpoint(path, random_model(AWKWARD), tokenizer, {"made_by": "tests"})
     return path
+
+
+def with_context(checkpoint: Path, directory: Path, context: int) -> Path:
+    """Copies a checkpoint into a directory, with a context of another length."""
+    copy = directory / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def roomy(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared checkpoint with a context that has room for declarations of tools; tests must not change it."""
+    return with_context(shared_checkpoint, tmp_path_factory.mktemp("roomy"), 1024)
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from slm.core.chat import Message, call_ends, chat_ids, declares_tools, foreign_template, tool_form
+from slm.core.chat import Message, chat_ids, declares_tools, foreign_template, tool_form, turn_ends
 from slm.core.errors import SlmError
 from slm.core.templated import reads_parts, special_tokens
-from slm.core.tokenizer import END_OF_TURN, Tokenizer
+from slm.core.tokenizer import Tokenizer
 from slm.core.tool_fields import declared, openai_messages
 from slm.core.tools import Call
 
@@ -42,7 +42,7 @@ _TOOLS = declared(
 )
 _USER: Message = {"role": "user", "content": "Who is there? <end_of_turn>\n  An owl, 3 years old."}
 _SYSTEM: Message = {"role": "system", "content": "Be brief."}
-_ANSWER: Message = {"role": "assistant", "content": "Nobody — 🦉."}
+_ANSWER: Message = {"role": "assistant", "content": "An owl — 🦉."}
 _CALLS: Message = {
     "role": "assistant",
     "content": "",
@@ -76,7 +76,6 @@ def page_turns(tokenizer: Tokenizer, stop_tokens: Sequence[int], info: Mapping[s
     system = _probe(tokenizer, [_SYSTEM, _PLAIN], stop_tokens, tools=False)
     calling = [_probe(tokenizer, each, stop_tokens, tools=True) for each in _WITH_TOOLS]
     form = tool_form(tokenizer)
-    end = tokenizer.token_id(END_OF_TURN)
     return {
         "template": template,
         "tokens": special_tokens(tokenizer),
@@ -84,7 +83,7 @@ def page_turns(tokenizer: Tokenizer, stop_tokens: Sequence[int], info: Mapping[s
         "form": {"native": form.native, "objects": form.objects, "system": form.system},
         "style": asdict(form.style),
         "declares_tools": declares_tools(info),
-        "ends": sorted({*stop_tokens, *call_ends(tokenizer), *(() if end is None else (end,))}),
+        "ends": sorted({*stop_tokens, *turn_ends(tokenizer)}),
         "shown": sorted(tokenizer.ids_of(form.style.marks) & tokenizer.special_ids),
         "system": system is not None,
         "time": now.isoformat(),  # templates may write the date

@@ -18,6 +18,15 @@ USUAL = [{"prompt": f"Say {n}", "completion": f" {n}!"} for n in range(240)]
 FEW = USUAL[:10]
 
 
+def calling(*after: dict[str, Any]) -> list[Any]:
+    """Returns rows that call a tool."""
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    return [
+        {"messages": [{"role": "user", "content": f"Clock {n}?"}, {"role": "assistant", "tool_calls": [call]}, *after]}
+        for n in range(240)
+    ]
+
+
 @pytest.fixture
 def warnings(shared_checkpoint: Path, write_rows: Callable[..., Path]) -> Callable[..., str]:
     """Returns the warnings about rows and settings, as one text."""
@@ -35,6 +44,12 @@ def warnings(shared_checkpoint: Path, write_rows: Callable[..., Path]) -> Callab
 @pytest.mark.parametrize("settings", [{}, {"rank": 16, "alpha": 32, "epochs": 5}, {"method": "full"}], ids=str)
 def test_a_usual_run_has_no_warning(warnings: Callable[..., str], settings: dict[str, Any]) -> None:
     assert warnings(USUAL, **settings) == ""
+
+
+def test_calls_without_any_result(warnings: Callable[..., str]) -> None:
+    answer = [{"role": "tool", "tool_call_id": "1", "content": "nine"}, {"role": "assistant", "content": "Nine."}]
+    assert warnings(calling()).startswith("no training row has the result of a call")
+    assert warnings(calling(*answer)) == ""
 
 
 @pytest.mark.parametrize(

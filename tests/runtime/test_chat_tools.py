@@ -39,16 +39,6 @@ DECLARED = {"type": "function", "function": {"name": "look", "description": "Loo
 CALL = Call("double", {"number": 4})
 
 
-@pytest.fixture(scope="module")
-def roomy(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random model with a context that has room for declarations."""
-    copy = tmp_path_factory.mktemp("roomy") / "checkpoint"
-    shutil.copytree(shared_checkpoint, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    return copy
-
-
 @pytest.fixture
 def model(roomy: Path) -> Model:
     made.clear()

@@ -1,7 +1,6 @@
 """Constrained calls in conversations and measurements: valid for their schemas, forced or allowed by the choice of tools."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,16 +37,6 @@ TOOLS = declared(
 LONG: dict[str, Any] = {"max_new_tokens": 300, "seed": 1}
 
 
-@pytest.fixture(scope="module")
-def roomy(shared_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random model with a context that has room for declarations."""
-    copy = tmp_path_factory.mktemp("roomy") / "checkpoint"
-    shutil.copytree(shared_checkpoint, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    return copy
-
-
 @pytest.fixture
 def model(roomy: Path) -> Model:
     return load(roomy, threads=1)
@@ -72,12 +61,12 @@ def test_a_named_tool_is_called_once_with_valid_arguments(model: Model, seed: in
 
 def test_required_calls_are_valid_and_the_answer_to_results_is_free(model: Model) -> None:
     chat = model.chat(tools=declarations(TOOLS[:1]), tool_choice="required")
-    result = chat.pieces("Hello.", max_new_tokens=2000 // 4, seed=3).finish()
+    result = chat.pieces("Hello.", max_new_tokens=500, seed=3).finish()
     _, calls = parsed_calls(result.text)
     assert valid(calls) and result.text.startswith("<tool_call>")
-    if chat.calls:
-        chat.answer_calls(["done"] * len(chat.calls), max_new_tokens=12, seed=1)
-        assert not chat.messages[-1]["content"].startswith("<tool_call>")  # a random text, which no grammar forces
+    assert list(chat.calls) == calls
+    answer = chat.answer_calls(["done"] * len(calls), max_new_tokens=12, seed=1)
+    assert answer and not answer.startswith("<tool_call>")  # a random text, which no grammar forces
 
 
 def test_without_a_constraint_the_random_model_calls_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

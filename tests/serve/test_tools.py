@@ -22,6 +22,7 @@ from slm.serve.requests import ChatRequest
 from slm.serve.responses import ChatCompletion
 from slm.serve.service import Limits
 from slm.serve.tools import declared_tools, messages_of
+from tests.conftest import with_context
 from tests.core.test_tools import LIGHT
 from tests.core.tool_chat_templates import NATIVE
 from tests.serve.conftest import Running, servers
@@ -60,10 +61,7 @@ ASKED: list[Any] = [{"role": "user", "content": "Light in the hall, please."}]
 
 def long_bundle(checkpoint: Path, directory: Path, template: str | None = None, context: int = 4096) -> Path:
     """Exports the random model with a context that has room for declarations."""
-    copy = directory / "checkpoint"
-    shutil.copytree(checkpoint, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    copy = with_context(checkpoint, directory, context)
     if template is not None:
         ours = Tokenizer.load(copy)
         Tokenizer(ours.backend, ours.config | {"chat_template": template}).save(copy)

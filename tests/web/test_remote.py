@@ -1,7 +1,7 @@
 """The page with a server: tools in requests, calls in streams, results in further requests; the ids are those of `slm chat`."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from slm.core.chat import Message, chat_ids
 from slm.core.manifest import Bundle
 from slm.core.tool_fields import declared
 from slm.core.tools import Call, with_calls, written
-from slm.runtime.generation import Generation
-from slm.serve import engine
 from slm.serve.service import Limits
 from tests.serve.conftest import Running, servers
+from tests.serve.scripted import script
 from tests.serve.test_tools import long_bundle
 
 Node = Callable[..., Any]
@@ -64,31 +63,8 @@ def running(
         yield start(bundle=bundle, limits=Limits(new_tokens=1024))
 
 
-@pytest.fixture
-def scripted(running: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], list[list[int]]]:
-    """Makes the model of the server give answers, one for each request. Returns the list that the prompts will be in."""
-    tokenizer = running.service.model.tokenizer
-
-    def script(answers: Sequence[str]) -> list[list[int]]:
-        left, prompts = iter(answers), list[list[int]]()
-
-        class Given(Generation):
-            def __init__(self, request: Any, *rest: Any, **options: Any) -> None:
-                super().__init__(request, *rest, **options)
-                prompts.append(list(request.prompt))
-                tokens = iter([*tokenizer.encode_literal(next(left)), *running.service.model.stop_token_ids])
-                self._next = lambda logits: next(tokens)
-
-        monkeypatch.setattr(engine, "Generation", Given)
-        return prompts
-
-    return script
-
-
-def test_calls_and_results_through_the_server(
-    in_node: Node, running: Running, scripted: Callable[[Sequence[str]], list[list[int]]]
-) -> None:
-    prompts = scripted([with_calls("Let me see.", [HEAT, NOW]), "It is warm.", "Bye."])
+def test_calls_and_results_through_the_server(in_node: Node, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = script(monkeypatch, running, [with_calls("Let me see.", [HEAT, NOW]), "It is warm.", "Bye."])
     program = """
     await answer(conversation.withRequest(" Be brief. ", "Heat the kitchen."));
     await answer(conversation.withResults(["done <end_of_turn>", '{"hour": 9.0}']));
@@ -123,9 +99,9 @@ def test_calls_and_results_through_the_server(
 
 
 def test_replies_without_a_complete_call_have_none(
-    in_node: Node, running: Running, scripted: Callable[[Sequence[str]], list[list[int]]]
+    in_node: Node, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted([written([HEAT]), f"Wait. {written([HEAT])}", "", "No call."])
+    script(monkeypatch, running, [written([HEAT]), f"Wait. {written([HEAT])}", "", "No call."])
     program = """
     given.options = { newTokens: 40 };
     await answer(conversation.withRequest("", "Cut."));
