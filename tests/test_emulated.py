@@ -1,4 +1,4 @@
-"""What `make test-cpus` and `make test-arm64` accept, and what they say if a program is missing. They themselves take minutes."""
+"""What `make test-cpus` and `make test-arm64` accept, and what they say if a program is missing. The targets take minutes."""
 
 import importlib.util
 import shutil
