@@ -1,4 +1,4 @@
-"""Downloads of the page in Node: what is stored, what continues, what is checked; the network and the browser's cache are doubles."""
+"""The page's downloads in Node: what is stored, continued and checked. The network and the browser's cache are doubles."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +18,11 @@ const large = new Uint8Array(2.5 * PART);
 for (let i = 0; i < large.length; i++) large[i] = Math.imul(i, 2654435761) >>> 11;
 const small = new TextEncoder().encode("small");
 const contents = { large, small };
-const files = Object.fromEntries(Object.entries(contents).map(([name, each]) => [name, { bytes: each.length, sha256: digest(each) }]));
+const entry = (each) => ({ bytes: each.length, sha256: digest(each) });
+const files = Object.fromEntries(Object.entries(contents).map(([name, each]) => [name, entry(each)]));
 
 const cache = new Map();
-const server = { asked: [], sends: contents, cutAfter: Infinity, cuts: Infinity, ranges: true, chunk: 1 << 16, status: null };
+const server = { asked: [], sends: contents, cutAfter: Infinity, cuts: Infinity, ranges: true, chunk: 1 << 17, status: null };
 const browser = { full: Infinity, quota: Infinity, secure: true };
 const used = () => [...cache.values()].reduce((sum, each) => sum + each.length, 0);
 globalThis.caches = {
@@ -64,7 +65,14 @@ globalThis.fetch = async (url, { headers = {}, signal } = {}) => {
   return new Response(body, range === null ? { status: 200 } : { status: 206, headers: { "Content-Range": bytes } });
 };
 const equal = (found) => Object.entries(contents).every(([name, each]) => digest(found[name]) === digest(each));
-const failure = (promise) => promise.then(() => null, (error) => ({ name: error.name, message: error.message, hint: error.hint ?? null }));
+const failed = ({ name, message, hint = null }) => ({ name, message, hint });
+const failure = (promise) => promise.then(() => null, failed);
+// Loads until some bytes are there.
+const part = (until) => {
+  const stop = new AbortController();
+  const told = ({ loaded }) => loaded > until && stop.abort();
+  return failure(fetchAll(files, told, undefined, { signal: stop.signal }));
+};
 const entries = () => [...cache.keys()].map((url) => /[^/]*$/.exec(url)[0]);
 const print = (found) => console.log(JSON.stringify(found));
 """
@@ -120,14 +128,17 @@ def test_an_interrupted_download_continues(run: Callable[[str], Any]) -> None:
     print({ equal: equal(got), kept, asked: server.asked, entries: entries() });
     """)
     assert found["equal"] and found["kept"]
-    assert found["asked"] == [["large", None], *(["large", f"bytes={n * 3 << 20}-"] for n in (1, 2, 3)), ["small", None]]
+    assert found["asked"] == [
+        ["large", None],
+        *(["large", f"bytes={n * 3 << 20}-"] for n in (1, 2, 3)),
+        ["small", None],
+    ]
 
 
 def test_another_visit_continues(run: Callable[[str], Any]) -> None:
     found = run("""
-    const stop = new AbortController();
     const at = [];
-    const paused = await failure(fetchAll(files, ({ loaded }) => { if (loaded > 5e6) stop.abort(); }, undefined, { signal: stop.signal }));
+    const paused = await part(5e6);
     const stored = await (await openStore()).lengths(files);
     server.asked.length = 0;
     const { contents: got, kept } = await fetchAll(files, ({ loaded, fetched }) => at.push([loaded, fetched]));
@@ -279,9 +290,8 @@ def test_another_tab_that_loads_the_same(run: Callable[[str], Any]) -> None:
         return running.finally(() => held.delete(name));
       },
     };
-    const stop = new AbortController();
     const told = [];
-    const first = failure(fetchAll(files, ({ loaded }) => { if (loaded > 6e6) stop.abort(); }, undefined, { signal: stop.signal }));
+    const first = part(6e6);
     const second = await fetchAll(files, (each) => each.waiting && told.push(each));
     const ended = (await first).name;
     const asked = server.asked.splice(0);
@@ -293,8 +303,10 @@ def test_another_tab_that_loads_the_same(run: Callable[[str], Any]) -> None:
     assert found["ended"] == "AbortError" and found["told"] == [{"waiting": "large"}]
     (first, second, third) = found["asked"]
     assert first == ["large", None] and third == ["small", None]
-    assert second[0] == "large" and int(second[1].removeprefix("bytes=").removesuffix("-")) > 6e6 - (1 << 17)
-    assert found["equal"] and found["kept"] == [True, True] and sorted(found["once"]) == [["large", None], ["small", None]]
+    assert second[0] == "large" and int(second[1].removeprefix("bytes=").removesuffix("-")) > 6e6 - (1 << 18)
+    assert (
+        found["equal"] and found["kept"] == [True, True] and sorted(found["once"]) == [["large", None], ["small", None]]
+    )
 
 
 def test_memory_that_cannot_be_had(run: Callable[[str], Any]) -> None:
