@@ -3,9 +3,9 @@
     python rows.py [--train 1500] [--test 200] [--seed 0]        -> train.jsonl, test.jsonl
 
 Most rows are one call in one of several wordings, one row in six is two calls, and one in eight is a request that no function
-fulfils, with a sentence as the answer. After the calls of one training row in three come their results and an answer that repeats them.
-No request is in both files, but both use the same wordings. The rows declare no tools: the model learns them by heart, so its
-prompts are short.
+fulfils, with a sentence as the answer. A third of the training rows with calls goes on with their results and an answer that
+repeats them. No request is in both files, but both use the same wordings. The rows declare no tools: the model learns them by
+heart, so its prompts are short.
 """
 
 import argparse
