@@ -152,14 +152,14 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
         # Written here, because the library's own errors have no error number.
-        (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="")
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
-        (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8", newline="")
 
     def copy(self, source: Path, directory: Path) -> None:
         """Copies the `tokenizer.json` that was loaded, or writes a new one if `load` changed something."""
         if self.dropped or self._adds:
-            (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+            (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="")
         else:
             shutil.copy(source / TOKENIZER_FILE, directory / TOKENIZER_FILE)
 
