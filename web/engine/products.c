@@ -115,6 +115,20 @@ INLINE void floats(const struct place *at, const float *values, const uint32_t R
   finish(at, R, M, total);
 }
 
+// Reads a byte of each cache line, so that all of them are fetched at the same time while the rows before are multiplied. The
+// processor itself does not fetch several rows ahead: without this, a step takes more than twice as long.
+INLINE void fetch(const void *from, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) (void)*((const volatile uint8_t *)from + i);
+}
+
+INLINE void fetch_rows(const struct product *p, uint32_t row, uint32_t count, const uint32_t kind) {
+  size_t bytes = kind == FLOATS ? 4 * p->inputs : kind == BYTES ? p->inputs : p->inputs / 2;
+  fetch(p->weights + row * bytes, count * bytes);
+  if (kind == FLOATS) return;
+  size_t blocks = p->inputs / p->block;
+  fetch(p->scales + row * blocks, 4 * count * blocks);
+}
+
 // A kernel for R rows and M tokens of a kind of weights. All arguments but the first are constants.
 INLINE void kernel(const struct place *at, const float *x, const uint32_t kind, const int points, const uint32_t each,
                    const uint32_t R, const uint32_t M) {
@@ -127,6 +141,7 @@ INLINE void kernel(const struct place *at, const float *x, const uint32_t kind, 
 INLINE void all(struct place at, const float *x, uint32_t tokens, uint32_t to, const uint32_t kind, const int points,
                 const uint32_t each) {
   for (; at.row + 4 <= to; at.row += 4) {
+    if (at.row + 8 <= to) fetch_rows(at.p, at.row + 4, 4, kind);
     for (at.token = 0; at.token + 2 <= tokens; at.token += 2) kernel(&at, x, kind, points, each, 4, 2);
     if (at.token < tokens) kernel(&at, x, kind, points, each, 4, 1);
   }
@@ -160,6 +175,9 @@ __attribute__((noinline)) static void columns(const struct place *at, uint32_t t
       uint32_t k = 0;
       for (; k + 4 <= inputs; k += 4) {
         const int8_t *w = (const int8_t *)at->p->weights + (size_t)k * rows;
+        if (t == 0 && k + 8 <= inputs) {
+          for (uint32_t j = 4; j < 8; j++) fetch(w + (size_t)j * rows + start, end - start);
+        }
         v128_t first = wasm_v128_load32_splat(x + k), second = wasm_v128_load32_splat(x + k + 2); // two inputs each
         uint32_t n = start;
         for (; n + 8 <= end; n += 8) {
