@@ -6,8 +6,9 @@ own server, and downloads nothing else.
 
 import base64
 import hashlib
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,14 +36,18 @@ MODEL = "model"
 
 # The page itself; in mode `server` it needs only the first line of these.
 _SHELL = (
-    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js"),
+    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "kept.js"),
     *("conversation.js", "log.js", "results.js", "tools.js", "json.js"),
 )
-_ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js")
+_ENGINE = (
+    *("worker.js", "store.js", "download.js", "hash.js"),
+    *("decoder.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js"),
+)
 # For models with a chat template of their own.
 _TEMPLATES = ("templated.js", "jinja.js")
 _JINJA = ("jinja.mjs", "jinja.LICENSE")
 _TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
+_HASH = ("sha256.umd.mjs", "sha256.LICENSE")
 # onnxruntime-web's API, its loader and its WebAssembly, in a build without and a build with WebGPU.
 _RUNTIMES = {
     "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
@@ -126,6 +131,19 @@ class Site:
         content = self.files[name]
         return content if isinstance(content, bytes) else content.read_bytes()
 
+    def length(self, name: str) -> int:
+        """Returns a file's size in bytes."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    def pieces(self, name: str, start: int, end: int, most: int) -> Iterator[bytes]:
+        """Yields a file's bytes from `start` to before `end`, at most `most` at a time."""
+        content = self.files[name]
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            file.seek(start)
+            for at in range(start, end, most):
+                yield file.read(min(most, end - at))
+
     def write(self, out: Path) -> None:
         """Writes the site to a directory, whole or not at all, and replaces an older site.
 
@@ -153,7 +171,7 @@ def local_site(bundle: Bundle, name: str) -> Site:
     if manifest.device == "cuda":
         raise SlmError(f"{bundle.path} was exported for CUDA, which no browser has", "slm export --onnx --device cpu")
     runtimes = {kind: _RUNTIMES[kind] for kind in ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))}
-    needed = {*_TOKENIZERS, *(file for files in runtimes.values() for file in files)}
+    needed = {*_TOKENIZERS, *_HASH, *(file for files in runtimes.values() for file in files)}
     tokenizer = Tokenizer.load(bundle.path)
     turns = page_turns(tokenizer, bundle.stop_token_ids, _info(bundle))
     rendered = turns is not None and turns["template"] is not None
@@ -202,6 +220,11 @@ def server_site(bundle: Bundle, tokenizer: Tokenizer, name: str, *, key: bool, n
     chat = foreign_template(tokenizer) is not None or None not in map(tokenizer.token_id, (START_OF_TURN, END_OF_TURN))
     model = {"chat": chat, "system": chat, "tools": chat, "tuned": knows_turns(_info(bundle), tokenizer)}
     return Site({"mode": "server", "name": name, "key": key, "new_tokens": new_tokens, "model": model}, _page(_SHELL))
+
+
+def entity_tag(entry: FileEntry) -> str:
+    """Returns a file's ETag."""
+    return f'"{entry.sha256[:32]}"'
 
 
 def content_type(name: str) -> str:

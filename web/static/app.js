@@ -313,8 +313,8 @@ async function start() {
   $("licences").hidden = false;
   backend = new Local(site);
   await register();
-  const { bytes, here } = await backend.size();
-  if (here || bytes <= UNASKED_BYTES) return load();
+  const { bytes, stored } = await backend.size();
+  if (stored === bytes || bytes <= UNASKED_BYTES) return load();
   $("where").textContent = "The model runs in this browser once it is loaded. What you type stays here.";
   $("loading").hidden = false;
   $("progress").hidden = true;

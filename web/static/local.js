@@ -1,6 +1,6 @@
 // Generates answers with the model in this browser, which runs in a worker.
 import { Problem } from "./problem.js";
-import { remove, stored } from "./store.js";
+import { openStore, removeAll, room } from "./kept.js";
 
 export class Local {
   #worker;
@@ -13,14 +13,20 @@ export class Local {
     this.#site = site;
   }
 
-  // Bytes to download, and whether all files are stored already.
+  // Returns the bytes of the model's files, those of them that are stored, and those that the browser grants for more.
   async size() {
     const files = this.#files();
-    const bytes = Object.values(files).reduce((sum, file) => sum + file.bytes, 0);
-    return { bytes, here: (await stored(files)).length === Object.keys(files).length };
+    const store = await openStore();
+    const lengths = Object.values((await store?.lengths(files)) ?? {});
+    const sum = (values) => values.reduce((total, each) => total + each, 0);
+    return {
+      bytes: sum(Object.values(files).map(({ bytes }) => bytes)),
+      stored: sum(lengths),
+      granted: store ? await room() : 0,
+    };
   }
 
-  // Loads the model; calls back with {loaded, total}. Returns a description of the backend.
+  // Loads the model; calls back with {loaded, total, fetched}. Returns a description of the backend.
   load(told) {
     this.#worker?.terminate();
     this.#worker = new Worker(new URL("worker.js", import.meta.url), { type: "module", name: "model" });
@@ -37,6 +43,11 @@ export class Local {
       this.#worker.onmessage = ({ data }) => this.#heard(data);
       this.#worker.postMessage({ load: this.#site });
     });
+  }
+
+  // Ends a download; what has arrived stays in the store, and load() continues.
+  pause() {
+    this.#worker?.postMessage({ pause: true });
   }
 
   // Generates an answer; calls back with pieces. Returns figures. signal: an AbortSignal that stops it.
@@ -61,7 +72,7 @@ export class Local {
 
   // Removes the site's files from the browser.
   async remove() {
-    await remove();
+    await removeAll();
     const registration = await navigator.serviceWorker?.getRegistration();
     await registration?.unregister();
     const root = new URL("./", import.meta.url).pathname;

@@ -1,4 +1,5 @@
-// Runs the model outside the page's thread. Messages in: {load: site}, {ask, options, id}, {stop: true}, {reset: true}.
+// Runs the model outside the page's thread. Messages in: {load: site}, {pause: true} while it loads, {ask, options, id},
+// {stop: true}, {reset: true}.
 import { CallStream, replyMessage } from "./calls.js";
 import { fromOpenai, startTurns } from "./chat.js";
 import { Decoder, keepOneLogit, outputLocations } from "./decoder.js";
@@ -20,10 +21,14 @@ WebAssembly.Memory = class extends WebAssembly.Memory {
 const MOST_THREADS = 8;
 let model = null;
 let stopping = false;
+const pausing = new AbortController();
+// Between messages about the progress of loading, in milliseconds.
+const TELLING_MS = 100;
 
 self.onmessage = async ({ data }) => {
   try {
     if (data.stop) stopping = true;
+    else if (data.pause) pausing.abort();
     else if (data.reset) model?.decoder.reset();
     else if (data.load) self.postMessage({ ready: await load(data.load) });
     else if (data.ask) self.postMessage({ id: data.id, done: await answer(data) });
@@ -39,7 +44,7 @@ async function load(site) {
   const names = gpu ? site.runtime.webgpu : site.runtime.wasm;
   const wanted = { [names.wasm]: site.files[names.wasm] };
   for (const name of site.model.files) wanted[name] = site.files[name];
-  const { contents, kept } = await fetchAll(wanted, (loading) => self.postMessage({ loading }));
+  const { contents, kept } = await fetchAll(wanted, progress(), undefined, { signal: pausing.signal });
   await forget(site.files);
   self.postMessage({ loading: { starting: true } });
   const json = (name) => (name in contents ? JSON.parse(new TextDecoder().decode(contents[name])) : {});
@@ -71,6 +76,17 @@ async function load(site) {
     context: manifest.context,
     kept,
     memory: memory(),
+  };
+}
+
+// Returns a function that tells the page about the progress of loading, but not about every piece.
+function progress() {
+  let last = -Infinity;
+  return (loading) => {
+    const now = performance.now();
+    if (!loading.waiting && loading.loaded < loading.total && now - last < TELLING_MS) return;
+    last = now;
+    self.postMessage({ loading });
   };
 }
 
