@@ -11,7 +11,7 @@ from typing import Any
 from slm.core.contract import head_candidates, product_sizes
 from slm.core.errors import SlmError
 from slm.core.graph_file import FileTensor, read_graph
-from slm.core.manifest import Bundle, Manifest, Scheme
+from slm.core.manifest import Bundle, Scheme
 
 # The sizes that the engine's loops step through.
 _MULTIPLE = 8
@@ -116,7 +116,7 @@ def _place(tensor: FileTensor) -> list[int] | str:
     return [offset, size]
 
 
-def slow_note(manifest: Manifest, problem: NotSupported) -> str:
+def slow_note(problem: NotSupported) -> str:
     """Returns a warning for a bundle that onnxruntime-web runs: in one line, with what to do."""
-    hint = f"; {problem.hint} makes it fast" if problem.hint else ""
+    hint = f" ({problem.hint})" if problem.hint else ""
     return f"the page runs this bundle with onnxruntime-web, which is slower: {problem}{hint}"

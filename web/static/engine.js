@@ -6,14 +6,6 @@ import { PIECE, Resumable } from "./resumable.js";
 // Products in a step below which one thread is faster than several, which wait for each other a dozen times in each layer.
 const FEW_PRODUCTS = 4e6;
 
-// Returns the file of the engine for this browser: with relaxed SIMD instructions, or with the older ones.
-export function engineFile() {
-  // A module whose only function uses i16x8.relaxed_dot_i8x16_i7x16_s.
-  const head = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 15, 1, 13, 0];
-  const probe = Uint8Array.from([...head, 65, 1, 253, 15, 65, 2, 253, 15, 253, 146, 2, 11]);
-  return WebAssembly.validate(probe) ? "engine/relaxed.wasm" : "engine/simd.wasm";
-}
-
 export class Engine extends Resumable {
   #layout;
   #memory;
@@ -44,7 +36,7 @@ export class Engine extends Resumable {
     return this.#bytes(at, bytes);
   }
 
-  // Starts the engine. module: the contents of `engineFile()`.
+  // Starts the engine. module: the contents of the file that `engineFile` of simd.js names.
   async start(module) {
     const { at, contents, frequentIds, shape, stackBytes } = this.#layout;
     for (const [address, bytes] of contents) this.#bytes(address, bytes.length).set(bytes);
