@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format docs bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format docs bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(if $(GPU),constrai
 # The npm files of the page: onnxruntime-web and a tokenizer, pinned in web/npm.json. Run it before you build a wheel.
 web: install
 	$(BIN)/python -m slm.web.npm
+
+# The page's own engine from web/engine: C, compiled to WebAssembly by Debian's clang-19 and lld-19. The result is checked in.
+web-engine:
+	$(PYTHON) web/engine/build.py
 
 demo: install
 	$(BIN)/slm demo
