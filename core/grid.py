@@ -111,7 +111,7 @@ def between(low: Any, high: Any, scheme: Scheme, xp: Any = np) -> Grid:
 
 
 def pair_sums(blocks: Any, xp: Any = np) -> Any:
-    """Returns the largest magnitude of the sum of values of one sign in each pair of blocks: (..., block) to (..., block / 2)."""
+    """Returns the largest sum of one sign in each pair of values: (..., block) to (..., block / 2)."""
     pairs = blocks.reshape(*blocks.shape[:-1], -1, 2)
     first, second = pairs[..., 0], pairs[..., 1]
     return xp.maximum(
