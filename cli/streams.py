@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from contextlib import suppress
 
 from slm.core import renames
 
@@ -36,7 +37,8 @@ def use_utf8() -> None:
             stream.reconfigure(encoding="utf-8")
         is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
         if stream is sys.stdin:
-            stream.reconfigure(encoding="utf-8-sig" if is_utf8 else None, newline=None)
+            with suppress(io.UnsupportedOperation):  # a program that called `main` has read from it
+                stream.reconfigure(encoding="utf-8-sig" if is_utf8 else None, newline=None)
         elif not is_utf8 and stream.errors == "strict":
             stream.reconfigure(errors="replace")
 
