@@ -25,8 +25,8 @@ LEADS_OUT = (
 )
 INVALID = ("a\\b", "a:b", "model.onnx::$DATA", "CON", "con.txt", "onnx/NUL", "aux.json", "com1", "LPT9.onnx", "lpt¹", "nul .x",
            "manifest.json.", "config.json ", "a./b", "a?", "<a", "a|b")  # fmt: skip
-VALID = ("config.json", "onnx/model.onnx_data", "model-00001-of-00002.safetensors", ".hidden", "a..b", "console.json", "com.json",
-         "com10", "communication", "nullable.txt", "ünïcode.json", "a b.txt", "lpt")  # fmt: skip
+VALID = ("config.json", "onnx/model.onnx_data", "model-00001-of-00002.safetensors", ".hidden", "a..b", "console.json",
+         "com.json", "com10", "communication", "nullable.txt", "ünïcode.json", "a b.txt", "lpt")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEADS_OUT)
@@ -40,7 +40,7 @@ def test_names_that_lead_out_of_an_artifact_on_any_system(name: str, tmp_path: P
 @pytest.mark.parametrize("name", INVALID)
 def test_names_that_are_no_file_or_another_one_on_windows(name: str, tmp_path: Path) -> None:
     assert not is_portable(name)
-    with pytest.raises(SlmError, match="is not a valid file name|leads out"):
+    with pytest.raises(SlmError, match=r"is not a valid file name|leads out"):
         member(tmp_path, name)
 
 

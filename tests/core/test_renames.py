@@ -29,7 +29,12 @@ class Refusals:
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.setattr(renames, "WINDOWS", True)
-    monkeypatch.setattr(renames, "_WAIT_S", 0.2)
+    monkeypatch.setattr(renames, "_WAIT_S", 60.0)
+
+
+@pytest.fixture
+def impatient(windows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renames, "_WAIT_S", 0.1)
 
 
 def test_a_file_that_a_scanner_has_open_for_a_moment_is_replaced(
@@ -42,27 +47,30 @@ def test_a_file_that_a_scanner_has_open_for_a_moment_is_replaced(
 
 
 def test_a_directory_that_is_in_use_stays_and_the_message_says_why(
-    windows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    impatient: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "made"
     target.mkdir()
     (target / "old").write_text("old")
     with monkeypatch.context() as patch:
         Refusals(patch, "replace", 1000)
-        with pytest.raises(SlmError, match="cannot replace .*made: a program uses one of its files") as caught:
-            with atomic_directory(target, ("old",)) as partial:
-                (partial / "new").write_text("new")
+        with (
+            pytest.raises(SlmError, match=r"cannot replace .*made: a program uses one of its files") as caught,
+            atomic_directory(target, ("old",)) as partial,
+        ):
+            (partial / "new").write_text("new")
     assert "slm serve" in (caught.value.hint or "")
     assert [path.name for path in target.iterdir()] == ["old"] and [path.name for path in tmp_path.iterdir()] == [
         "made"
     ]
+    renames._WAIT_S = 60.0
     with atomic_directory(target, ("old",)) as partial:
         (partial / "new").write_text("new")
     assert [path.name for path in target.iterdir()] == ["new"]
 
 
 def test_the_old_directory_returns_if_the_new_one_cannot_take_its_place(
-    windows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    impatient: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "made"
     target.mkdir()
@@ -103,7 +111,7 @@ def test_read_only_files_are_removed(windows: None, tmp_path: Path, monkeypatch:
     renames.remove_file(made)
 
 
-def test_leftovers_go_as_far_as_they_can(windows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_go_as_far_as_they_can(impatient: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tmp_path / "made"
     made.mkdir()
     for name in ("a", "b", "c"):
@@ -127,12 +135,8 @@ def test_cycles_that_keep_a_file_open_are_collected(windows: None, tmp_path: Pat
 
     def remove() -> None:
         tried.append(1)
-        held = [
-            os.readlink(f"/proc/self/fd/{n}")
-            for n in os.listdir("/proc/self/fd")
-            if os.path.exists(f"/proc/self/fd/{n}")
-        ]
-        if str(file) in held:
+        links = [each.readlink() for each in Path("/proc/self/fd").iterdir() if each.exists()]
+        if file in links:
             raise PermissionError(13, "in use")
 
     renames._patiently(remove)

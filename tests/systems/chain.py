@@ -12,9 +12,9 @@ import hiding
 SYSTEM, MODULES = sys.argv[1], sys.argv[2].split()
 hiding.install(SYSTEM)
 
-import torch  # noqa: E402
+import torch
 
-from slm.cli.main import main  # noqa: E402
+from slm.cli.main import main
 
 torch.set_num_threads(1)
 os.environ["MPLBACKEND"] = "agg"

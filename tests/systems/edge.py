@@ -19,9 +19,9 @@ import hiding
 SYSTEM, MODULES = sys.argv[1], sys.argv[2].split()
 hiding.install(SYSTEM)
 
-from slm.cli.main import COMMANDS, main  # noqa: E402
-from slm.core import template  # noqa: E402
-from slm.core.errors import SlmError  # noqa: E402
+from slm.cli.main import COMMANDS, main
+from slm.core import template
+from slm.core.errors import SlmError
 
 DEMANDING = {"type": "string", "pattern": "^" + ".?" * 10_000 + "$"}
 
@@ -88,7 +88,7 @@ def served():
 
 
 def refused(source):
-    """Renders a template that takes too much, and one that does not. Returns the reason, and the time and size of the process."""
+    """Renders a template that takes too much, and another one. Returns the reason, the seconds, and the other text."""
     started = time.monotonic()
     try:
         reason = template.render(source, [{"role": "user", "content": "hello"}], {})

@@ -1,9 +1,9 @@
 """Makes this process like one on another system, as slm's modules see it; other packages see the system as it is.
 
 `install("bare")` hides what only some POSIX systems have: `fcntl`, `resource`, `readline`, `/proc`, `/sys`, `os.fork`, most
-signals. `install("windows")` also shows `os.name` and `sys.platform` of Windows, and keeps its rules for files: one that is open
-or mapped in this process cannot be renamed or removed, and a directory cannot be opened. Children of `slm.core.child` are like
-their parent. The file is also read by those children: it imports the standard library only, and no test.
+signals. `install("windows")` also shows `os.name` and `sys.platform` of Windows, and keeps its rules for files: one that is
+open or mapped in this process cannot be renamed or removed, and a directory cannot be opened. Children of `slm.core.child` are
+like their parent. They import this file too, so it needs the standard library only.
 """
 
 import builtins
@@ -295,10 +295,10 @@ def _share_nothing():
     def guarded(real):
         def call(path, *arguments, **options):
             for each in (path, *arguments[:1]):
-                if isinstance(each, (str, os.PathLike)) and os.path.realpath(each).startswith(home):
-                    if (used := _in_use(each)) is not None:
-                        REFUSED.append((real.__name__, used))
-                        raise PermissionError(errno.EACCES, f"another process uses {used}", os.fspath(path))
+                inside = isinstance(each, (str, os.PathLike)) and os.path.realpath(each).startswith(home)
+                if inside and (used := _in_use(each)) is not None:
+                    REFUSED.append((real.__name__, used))
+                    raise PermissionError(errno.EACCES, f"another process uses {used}", os.fspath(path))
             return real(path, *arguments, **options)
 
         return call
