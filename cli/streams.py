@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import suppress
 
-from slm.core import renames
+from slm.core import systems
 
 _STREAMS = (("stdin", 0, os.O_RDONLY, "r"), ("stdout", 1, os.O_WRONLY, "w"), ("stderr", 2, os.O_WRONLY, "w"))
 
@@ -33,7 +33,7 @@ def use_utf8() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):
             continue
-        if renames.WINDOWS and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+        if systems.WINDOWS and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
             stream.reconfigure(encoding="utf-8")
         is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
         if stream is sys.stdin:

@@ -1,5 +1,6 @@
 """What slm uses of an operating system, and what this one lacks. docs/systems.md has the table for all systems."""
 
+import os
 import platform
 import signal
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from slm.core.process_limits import can_limit_memory
 
+WINDOWS = os.name == "nt"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _MAPPED = Path("/proc/self/smaps")
 _LONG_PATHS = r"SYSTEM\CurrentControlSet\Control\FileSystem"

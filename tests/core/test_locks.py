@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from slm.core import renames
+from slm.core import systems
 from slm.core.errors import SlmError
 from slm.core.locks import held, sole
 
 HOLD = """
 import sys
 from pathlib import Path
-from slm.core import locks, renames
-renames.WINDOWS = {windows}
+from slm.core import locks, systems
+systems.WINDOWS = {windows}
 with getattr(locks, sys.argv[1])(Path(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()
@@ -26,7 +26,7 @@ with getattr(locks, sys.argv[1])(Path(sys.argv[2])):
 
 @pytest.fixture(params=["here", "windows"])
 def windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(renames, "WINDOWS", request.param == "windows")
+    monkeypatch.setattr(systems, "WINDOWS", request.param == "windows")
     return bool(request.param == "windows")
 
 
@@ -99,7 +99,7 @@ def test_threads_exclude_each_other_and_a_thread_does_not_exclude_itself(windows
 
 def test_a_lock_file_that_another_process_still_has_open_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Windows it cannot be removed, and whoever opened it removes it."""
-    monkeypatch.setattr(renames, "WINDOWS", True)
+    monkeypatch.setattr(systems, "WINDOWS", True)
     with monkeypatch.context() as patch, sole(tmp_path / "made"):
         patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "in use")))
     with sole(tmp_path / "made") as certain:
@@ -110,7 +110,7 @@ def test_a_lock_file_that_another_process_still_has_open_stays(tmp_path: Path, m
 def test_a_file_that_is_being_removed_can_be_opened_a_moment_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(renames, "WINDOWS", True)
+    monkeypatch.setattr(systems, "WINDOWS", True)
     real, denied = os.open, [1, 1]
 
     def opened(*arguments: object) -> int:

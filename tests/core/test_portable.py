@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slm.core import renames
+from slm.core import systems
 from slm.core.errors import SlmError
 from slm.core.files import member
 from slm.core.portable import is_portable, leads_out
@@ -52,6 +52,6 @@ def test_ordinary_names(name: str, tmp_path: Path) -> None:
 
 def test_quotes_are_those_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quoted("runs/a b") == "'runs/a b'" and quoted("runs/a") == "runs/a"
-    monkeypatch.setattr(renames, "WINDOWS", True)
+    monkeypatch.setattr(systems, "WINDOWS", True)
     assert quoted(r"C:\models\tiny") == r"C:\models\tiny" and quoted(r"C:\my models") == r'"C:\my models"'
     assert quoted('say "hi"') == r'"say \"hi\""'

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slm.core import files, renames
+from slm.core import files, renames, systems
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, atomic_file, read_text, write_text
 
@@ -28,7 +28,7 @@ class Refusals:
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    monkeypatch.setattr(renames, "WINDOWS", True)
+    monkeypatch.setattr(systems, "WINDOWS", True)
     monkeypatch.setattr(renames, "_WAIT_S", 60.0)
 
 

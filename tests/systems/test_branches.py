@@ -16,7 +16,7 @@ import pytest
 from slm.cli import main as command_line
 from slm.cli.commands import doctor
 from slm.cli.streams import use_utf8
-from slm.core import machine, processes, renames, signals, systems
+from slm.core import machine, processes, signals, systems
 from slm.core.names import resolve
 from slm.train import interrupt
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renames, "WINDOWS", True)
+    monkeypatch.setattr(systems, "WINDOWS", True)
 
 
 def test_cores_without_affinity_and_topology(monkeypatch: pytest.MonkeyPatch) -> None:
