@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format docs bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-cpus test-arm64 test-gpu test-real check format docs bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -154,6 +154,14 @@ build/peers/.installed: Makefile | install
 # onnxruntime-gpu on a simulated CUDA that computes nothing: part of test-peers; needs gcc, no GPU.
 test-fake-cuda: peers
 	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py tests/peers/test_fresh_cuda.py
+
+# A bundle of each kind as older x86 processors, and as 64-bit ARM in a Debian root with this wheel: minutes under qemu-user, which
+# root installs. The bundles, the root and its packages stay in build/emulated (350 MB). Speeds there mean nothing.
+test-cpus: install
+	$(BIN)/python tests/emulated/run.py cpus
+
+test-arm64: install
+	$(BIN)/python tests/emulated/run.py arm64
 
 test-peers: peers build/sphinx/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
