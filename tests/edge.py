@@ -2,8 +2,8 @@
 
     python tests/edge.py
 
-Run it with the Python that slm is installed in. It needs no other file of the repository, and no network. It prints a line for each
-check, and the exit code is that of the first check that fails.
+Run it with the Python that slm is installed in. It needs no other file of the repository, and no network. It prints a line for
+each check and ends at the first that fails, with a traceback.
 """
 
 import contextlib
@@ -128,7 +128,7 @@ def served() -> None:
         print("  skipped: the extra serve is not installed")
         return
     command = [sys.executable, "-X", "utf8", "-m", "slm", "serve", "--port", "0"]
-    with open("log", "w", encoding="utf-8") as log:
+    with Path("log").open("w", encoding="utf-8") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             address = _address(server, Path("log"))
