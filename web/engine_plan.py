@@ -82,7 +82,7 @@ def _products(bundle: Bundle) -> dict[str, dict[str, Any]]:
     if manifest.device != "cpu":
         raise NotSupported(f"it was exported for {manifest.device}")
     if manifest.target != "fused":
-        raise NotSupported("its graph is portable", "slm export without --portable")
+        raise NotSupported("its graph is portable", "slm export --onnx --target fused")
     paths = [path for path, _, _ in product_sizes(config)]
     paths += ["model.embed_tokens", *([] if config.tie_word_embeddings else ["lm_head"])]
     schemes = manifest.quantization.schemes if manifest.quantization else {}

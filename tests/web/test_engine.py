@@ -1,7 +1,6 @@
 """The page's own engine: its logits are those of onnxruntime for every kind of bundle that it reads, in Node."""
 
 import base64
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,10 +13,10 @@ import onnx
 import pytest
 
 from slm.core.manifest import Bundle, seal
-from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
+from slm.runtime import shipped
 from slm.runtime.decoder import OnnxDecoder
 from slm.web.engine_plan import NotSupported, engine_plan
 from slm.web.site import local_site
@@ -40,11 +39,11 @@ SETTINGS: dict[str, Settings | None] = {
 }
 # More than three windows of the model, and more than one piece of a prefill.
 IDS = np.random.default_rng(5).integers(0, 320, 150).tolist()
-# Of logits up to 8. With 8-bit weights, the engine rounds activations to 16 bits, which native kernels at accuracy level 0 do not
-# round; cached keys are rounded to 8 bits, and one that lies between two integers makes the difference.
-EXACT, ROUNDED = 4e-3, 0.05
-# With 4-bit weights, both round activations to 8 bits. An activation between two integers makes the difference here.
-TIES = 1.0
+# Limits of differences of logits up to 1.5. With 8-bit weights, the engine rounds activations to 16 bits, and onnxruntime at accuracy
+# level 0 does not round them. A cached key between two 8-bit integers makes a larger difference.
+EXACT, ROUNDED = 2e-3, 0.03
+# Where onnxruntime rounds activations to 8 bits beside 8-bit weights: the difference that this makes.
+COARSE = 0.2
 
 PROGRAM = """
 import v8 from "node:v8";
@@ -148,12 +147,29 @@ def native(bundle: Bundle, steps: Sequence[Sequence[int]], copy: Path | None = N
         onnx.save(graph, copy / bundle.manifest.model)
         bundle = seal(copy, bundle.manifest)
     decoder = OnnxDecoder(bundle, threads=1)
+    decoder.whole_head = False  # as steps of one token read a head in halves
     return [np.array(decoder.step(np.array([ids], np.int64))) for ids in steps]
 
 
-def largest_difference(found: Sequence[Array], wanted: Sequence[Array]) -> float:
-    assert len(found) == len(wanted)
-    return max(float(np.abs(a - b.reshape(-1)[-a.size :]).max()) for a, b in zip(found, wanted, strict=True))
+def largest_difference(found: Sequence[Array], wanted: Sequence[Array], likely: int = 320) -> float:
+    """Returns the largest difference of the logits of the likeliest tokens."""
+    differences = []
+    for a, b in zip(found, wanted, strict=True):
+        row = b.reshape(-1)[-a.size :]
+        among = np.argsort(row)[-likely:]
+        differences.append(float(np.abs(a - row)[among].max()))
+    return max(differences)
+
+
+def mean_kl(found: Sequence[Array], wanted: Sequence[Array]) -> float:
+    def log_softmax(x: Array) -> Array:
+        x = x.reshape(-1)[-320:].astype(np.float64)
+        x = x - x.max()
+        result: Array = x - np.log(np.exp(x).sum())
+        return result
+
+    rows = [(log_softmax(a), log_softmax(b)) for a, b in zip(found, wanted, strict=True)]
+    return float(np.mean([(np.exp(q) * (q - p)).sum() for p, q in rows]))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -163,12 +179,124 @@ def test_logits_are_those_of_onnxruntime(
     """Token by token, in pieces, with both modules, on one thread and on two: also past the sliding window."""
     bundle = made(name)
     steps = [*pieces(IDS[:90], 1), *pieces(IDS[90:], 33, 1)]
-    exact = not name.startswith("int4")
-    wanted = native(bundle, steps, tmp_path / "exact" if exact and name != "float32" else None)
+    as_native = name.startswith("int4") or name in ("halves", "int8 dynamic", "float32")
+    wanted = native(bundle, steps, None if as_native else tmp_path / "exact")
     found = run(bundle, [{"reset": True, "steps": steps}])["found"]
-    limit = TIES if not exact else ROUNDED if "caches" in name else EXACT
-    print(name, largest_difference(found, wanted), limit, [f"{largest_difference([a], [b]):.1e}" for a, b in zip(found, wanted)][::12])
-    assert largest_difference(found, wanted) < limit
+    limit = ROUNDED if "caches" in name else COARSE if as_native and name != "float32" else EXACT
+    # The head in halves computes exactly the logits of a quarter of the tokens, of which the two may choose others.
+    assert largest_difference(found, wanted, likely=40 if name == "halves" else 320) < limit
+    if as_native and name != "float32":  # the control of the wide limit
+        exact = native(made("float32"), steps)
+        assert 0 < mean_kl(found, exact) <= 1.2 * mean_kl(wanted, exact)
     for options in ({"module": "simd.wasm"}, {"threads": 2}, {"threads": 3, "module": "simd.wasm"}):
         again = run(bundle, [{"reset": True, "steps": steps}], **options)["found"]
         assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True)), options
+
+
+@pytest.mark.parametrize("name", ["float32", "int8", "int8 dynamic", "int4 with frequent rows"])
+def test_pieces_have_the_logits_of_single_tokens(name: str, made: Callable[[str], Bundle], run: Runner) -> None:
+    """Bit for bit, which needs the same order of all sums; also after the caches of sliding layers have wrapped."""
+    ends = [7, 128, 149, 150]
+    alone = run(made(name), [{"reset": True, "steps": pieces(IDS, 1)}])["found"]
+    together = run(made(name), [{"reset": True, "steps": [IDS[:7], IDS[7:128], IDS[128:149], IDS[149:]]}], threads=2)
+    for end, logits in zip(ends, together["found"], strict=True):
+        assert np.array_equal(alone[end - 1], logits), end
+
+
+@pytest.mark.parametrize("name", ["int8", "int8 caches"])
+def test_a_text_is_resumed(name: str, made: Callable[[str], Bundle], run: Runner) -> None:
+    """After a prompt is kept, other continuations begin from it: sliding caches, which have wrapped meanwhile, come back."""
+    prompt, first, second = IDS[:100], IDS[100:148], [5, 6, 7]
+    steps = pieces(prompt, 60, 40)
+    wanted = run(made(name), [{"reset": True, "steps": [*steps, *pieces(second, 1)]}])["found"]
+    tasks = [
+        {"reset": True, "steps": steps, "keep": False},
+        {"keep": True, "steps": pieces(first, 1)},
+        {"resume": [*prompt, *second], "steps": pieces(second, 1)},
+        {"resume": [*prompt, *second, 9]},  # a longer text goes on
+        {"resume": [*prompt[:50], 9]},  # another text begins anew
+    ]
+    found = run(made(name), tasks)["found"]
+    reused = [each for each in found if isinstance(each, int)]
+    assert reused == [100, 103, 0]
+    after = [each for each in found if not isinstance(each, int)][len(steps) + len(first) :]
+    assert all(np.array_equal(a, b) for a, b in zip(after, wanted[len(steps) :], strict=True)) and len(after) == 3
+
+
+def test_the_model_that_ships_over_several_windows(run: Runner, tmp_path: Path) -> None:
+    """Its caches have several pages, and its file has the tables of rotations of earlier versions."""
+    bundle = Bundle.open(shipped.model_path())
+    ids = np.random.default_rng(3).integers(0, 4096, 560).tolist()
+    steps = pieces(ids, 128, 128, 128, 128, 1)
+    wanted = native(bundle, steps, tmp_path / "exact")
+    result = run(bundle, [{"reset": True, "steps": steps}], threads=2)
+    assert largest_difference(result["found"], wanted, likely=4096) < 0.02  # of logits up to 12
+    layers, window_and_piece, row = 5, 128 + 128, 2 * 64 * 4
+    assert result["caches"] == layers * window_and_piece * row + 3 * 256 * row
+    assert result["bytes"] < 24e6
+
+
+def test_another_scale_is_noticed(made: Callable[[str], Bundle], run: Runner) -> None:
+    """The control: one weight scale, half as large, moves logits beyond the limit."""
+    bundle = made("int8")
+    plan = engine_plan(bundle)
+    name = "model.layers.1.mlp.down_proj.weight_scale"
+    scales = np.frombuffer(base64.b64decode(plan["tensors"][name]), np.float32).copy()
+    scales[0] *= 0.5
+    plan["tensors"][name] = base64.b64encode(scales.tobytes()).decode()
+    steps = pieces(IDS[:40], 1)
+    found = run(bundle, [{"reset": True, "steps": steps}])["found"]
+    altered = run(bundle, [{"reset": True, "steps": steps}], plan=plan)["found"]
+    assert largest_difference(altered, found) > 3 * EXACT
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "is not inside the data file": lambda plan: plan["tensors"][NORM].__setitem__(0, 1 << 31),
+    "bytes instead of": lambda plan: plan["tensors"][NORM].__setitem__(1, 8),
+    "has no place": lambda plan: plan["tensors"].__setitem__(NORM, [-8, 256]),
+    "model.layers.0.mlp.down_proj.weight_quantized has no place": lambda plan: plan["tensors"].pop(
+        "model.layers.0.mlp.down_proj.weight_quantized"
+    ),
+    "vocab is 4294967296": lambda plan: plan["shape"].update(vocab=1 << 32),
+    "heads is 0": lambda plan: plan["shape"].update(heads=0),
+    "hidden is no multiple of 8": lambda plan: plan["shape"].update(hidden=60),
+    "blocks of 3": lambda plan: plan["products"]["model.embed_tokens"].update(block_size=3),
+    "has 3 bits": lambda plan: plan["products"]["model.embed_tokens"].update(bits=3),
+    "windows differ": lambda plan: plan["shape"].update(windows=[1, 2, None, 3]),
+    "too large for a browser": lambda plan: plan["shape"].update(context=1 << 25),
+    "it has no layers": lambda plan: plan["shape"].update(windows=[]),
+}
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("message", HOSTILE)
+def test_a_wrong_plan_is_one_line(message: str, made: Callable[[str], Bundle], run: Runner) -> None:
+    bundle = made("int8")
+    plan = engine_plan(bundle)
+    size = 4 * bundle.config.hidden_size
+    content = (bundle.path / plan["data"]).read_bytes()
+    plan["tensors"][NORM] = [len(content) - size, size]  # small tensors are in the plan itself: one that is in the file
+    HOSTILE[message](plan)
+    found = run(bundle, [], plan=plan, fails=True)
+    assert message in found["message"] and "\n" not in found["message"] and found["hint"]
+
+
+def test_steps_outside_the_model_are_refused(made: Callable[[str], Bundle], run: Runner) -> None:
+    for step, message in (([320], "vocabulary"), ([-1], "vocabulary"), ([], "not a step"), ([1] * 129, "not a step")):
+        assert message in run(made("int8"), [{"reset": True, "steps": [step]}], fails=True)["message"]
+    full = run(made("int8"), [{"reset": True, "steps": [[1] * 128, [1] * 128, [1]]}], fails=True)
+    assert "1 tokens after 256 are not a step" in full["message"]
+
+
+def test_bundles_for_onnxruntime_web(shared_bundle: Bundle, portable_bundle: Bundle, tmp_path: Path) -> None:
+    """What the engine does not read is named, with what to do; `slm web` says it."""
+    with pytest.raises(NotSupported, match="its graph is portable") as problem:
+        engine_plan(portable_bundle)
+    assert problem.value.hint == "slm export --onnx --target fused"
+    shutil.copytree(shared_bundle.path, tmp_path / "foreign")
+    graph = onnx.load(tmp_path / "foreign" / shared_bundle.manifest.model, load_external_data=False)
+    graph.graph.node[-1].op_type = "Identity"
+    onnx.save(graph, tmp_path / "foreign" / shared_bundle.manifest.model)
+    foreign = seal(tmp_path / "foreign", shared_bundle.manifest)
+    with pytest.raises(NotSupported, match="slm did not write its graph"):
+        engine_plan(foreign)
