@@ -29,7 +29,9 @@ def test_the_modules_are_those_of_the_sources(builder: dict[str, Any], record: d
     assert record["sources"] == builder["source_hash"](), "the sources have changed: make web-engine"
     for name, wanted in record["modules"].items():
         content = (HOME / "static" / "engine" / name).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == wanted, f"{name} is not the module that was built: make web-engine"
+        assert hashlib.sha256(content).hexdigest() == wanted, (
+            f"{name} is not the module that was built: make web-engine"
+        )
     assert set(record["modules"]) == set(builder["MODULES"]) and len(builder["sources"]()) > 6
 
 
@@ -45,7 +47,9 @@ def test_a_module_imports_its_memory_and_nothing_else() -> None:
     """It has no data of its own either, which each thread would write into the common memory."""
     for path in sorted((HOME / "static" / "engine").glob("*.wasm")):
         sections = dict(sections_of(path.read_bytes()))
-        assert sections[2].startswith(b"\x01\x03env\x06memory\x02\x03") and 11 not in sections and 8 not in sections, path
+        assert sections[2].startswith(b"\x01\x03env\x06memory\x02\x03") and 11 not in sections and 8 not in sections, (
+            path
+        )
 
 
 def sections_of(module: bytes) -> list[tuple[int, bytes]]:

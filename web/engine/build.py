@@ -19,7 +19,16 @@ OUT = HERE.parent / "static" / "engine"
 RECORD = "built.json"
 CLANG, LINKER = os.environ.get("WEB_CLANG", "clang-19"), os.environ.get("WEB_LINKER", "wasm-ld-19")
 FLAGS = (
-    *("--target=wasm32", "-std=c17", "-O3", "-msimd128", "-matomics", "-mbulk-memory", "-ffreestanding", "-fno-builtin"),
+    *(
+        "--target=wasm32",
+        "-std=c17",
+        "-O3",
+        "-msimd128",
+        "-matomics",
+        "-mbulk-memory",
+        "-ffreestanding",
+        "-fno-builtin",
+    ),
     *("-nostdlib", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"),
 )
 LINK_FLAGS = (
