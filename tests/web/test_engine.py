@@ -39,8 +39,8 @@ SETTINGS: dict[str, Settings | None] = {
 }
 # More than three windows of the model, and more than one piece of a prefill.
 IDS = np.random.default_rng(5).integers(0, 320, 150).tolist()
-# Limits of differences of logits up to 1.5. With 8-bit weights, the engine rounds activations to 16 bits, and onnxruntime at accuracy
-# level 0 does not round them. A cached key between two 8-bit integers makes a larger difference.
+# Limits of differences of logits up to 1.5. With 8-bit weights, the engine rounds activations to 16 bits, and onnxruntime at
+# accuracy level 0 does not round them. A cached key between two 8-bit integers makes a larger difference.
 EXACT, ROUNDED = 2e-3, 0.03
 # Where onnxruntime rounds activations to 8 bits beside 8-bit weights: the difference that this makes.
 COARSE = 0.2
@@ -173,9 +173,7 @@ def mean_kl(found: Sequence[Array], wanted: Sequence[Array]) -> float:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_logits_are_those_of_onnxruntime(
-    name: str, made: Callable[[str], Bundle], run: Runner, tmp_path: Path
-) -> None:
+def test_logits_are_those_of_onnxruntime(name: str, made: Callable[[str], Bundle], run: Runner, tmp_path: Path) -> None:
     """Token by token, in pieces, with both modules, on one thread and on two: also past the sliding window."""
     bundle = made(name)
     steps = [*pieces(IDS[:90], 1), *pieces(IDS[90:], 33, 1)]
@@ -300,3 +298,19 @@ def test_bundles_for_onnxruntime_web(shared_bundle: Bundle, portable_bundle: Bun
     foreign = seal(tmp_path / "foreign", shared_bundle.manifest)
     with pytest.raises(NotSupported, match="slm did not write its graph"):
         engine_plan(foreign)
+
+
+def test_slm_web_warns_about_slow_bundles(
+    slm: Callable[..., Any], vendor: None, portable_bundle: Bundle, shared_bundle: Bundle, made: Callable[[str], Bundle]
+) -> None:
+    for bundle, words in (
+        (portable_bundle, "runs this bundle with onnxruntime-web, which is slower: its graph is portable (slm export"),
+        (shared_bundle, "float32 weights are four times as large and as slow as INT8 (slm quantize --int8)"),
+        (made("int8"), None),
+    ):
+        result = slm("web", bundle.path, "--out", "site")
+        assert result.code == 0 and (words in result.err if words else "note:" not in result.err), result.err
+        files = [path.name for path in Path("site").rglob("*")]
+        assert ("ort.wasm.min.mjs" in files) == (bundle is portable_bundle) != ("simd.wasm" in files)
+        licences = Path("site/licences.txt").read_text(encoding="utf-8")
+        assert ("onnxruntime-web 1.30.0, MIT" in licences) == ("Microsoft" in licences) == (bundle is portable_bundle)
