@@ -36,7 +36,7 @@ MODEL = "model"
 
 # The page itself; in mode `server` it needs only the first line of these.
 _SHELL = (
-    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "kept.js"),
+    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "kept.js", "progress.js"),
     *("conversation.js", "log.js", "results.js", "tools.js", "json.js"),
 )
 _ENGINE = (
