@@ -1,5 +1,6 @@
 """Downloads of the page in Chromium: interrupted, damaged, without room, in two tabs, and removed."""
 
+import itertools
 import json
 import re
 import shutil
@@ -237,7 +238,7 @@ def test_two_tabs_at_once(open_tab: Callable[..., Tab], large_site: Site) -> Non
         ranges = [re.findall(r"/(\w+)/(\d+)-(\d+)$", each)[0] for each in keys(first)]
         for sha256 in {each[0] for each in ranges}:
             parts = sorted((int(start), int(end)) for found, start, end in ranges if found == sha256)
-            assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False)), parts
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(parts)), parts
 
 
 def test_a_store_of_an_older_version(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
