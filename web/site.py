@@ -24,6 +24,7 @@ from slm.core.outputs import check_output
 from slm.core.tokenizer import END_OF_TURN, START_OF_TURN, TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.version import __version__
+from slm.web.engine_plan import NotSupported, engine_plan, slow_note
 from slm.web.npm import HOME, packages, vendored
 from slm.web.turns import page_turns
 
@@ -36,13 +37,15 @@ MODEL = "model"
 
 # The page itself; in mode `server` it needs only the first line of these.
 _SHELL = (
-    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "kept.js", "progress.js"),
-    *("conversation.js", "log.js", "results.js", "tools.js", "json.js"),
+    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "kept.js", "simd.js"),
+    *("progress.js", "conversation.js", "log.js", "results.js", "tools.js", "json.js"),
 )
 _ENGINE = (
-    *("worker.js", "store.js", "download.js", "hash.js"),
-    *("decoder.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js"),
+    *("worker.js", "store.js", "download.js", "hash.js", "backend.js", "decoder.js", "resumable.js"),
+    *("engine.js", "engine-layout.js", "engine-thread.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js"),
 )
+# slm's own engine, for browsers with and without relaxed SIMD instructions (web/engine).
+_MODULES = ("engine/relaxed.wasm", "engine/simd.wasm")
 # For models with a chat template of their own.
 _TEMPLATES = ("templated.js", "jinja.js")
 _JINJA = ("jinja.mjs", "jinja.LICENSE")
@@ -170,15 +173,21 @@ def local_site(bundle: Bundle, name: str) -> Site:
     manifest = bundle.manifest
     if manifest.device == "cuda":
         raise SlmError(f"{bundle.path} was exported for CUDA, which no browser has", "slm export --onnx --device cpu")
-    runtimes = {kind: _RUNTIMES[kind] for kind in ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))}
+    note = ""
+    try:
+        engine = engine_plan(bundle)
+    except NotSupported as problem:
+        engine, note = None, slow_note(problem)
+    kinds = () if engine else ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))
+    runtimes = {kind: _RUNTIMES[kind] for kind in kinds}
     needed = {*_TOKENIZERS, *_HASH, *(file for files in runtimes.values() for file in files)}
     tokenizer = Tokenizer.load(bundle.path)
     turns = page_turns(tokenizer, bundle.stop_token_ids, _info(bundle))
     rendered = turns is not None and turns["template"] is not None
     needed |= set(_JINJA) if rendered else set()
-    model = {f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle)}
+    model = {f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle) if not engine or file != manifest.model}
     contents: dict[str, Content] = {
-        **_page(_SHELL + _ENGINE + (_TEMPLATES if rendered else ())),
+        **_page(_SHELL + _ENGINE + (_MODULES if engine else ()) + (_TEMPLATES if rendered else ())),
         **{f"{VENDOR}/{file}": path for file, path in vendored(sorted(needed)).items()},
         **model,
         LICENCES_FILE: _licences(bundle, needed).encode(),
@@ -191,6 +200,8 @@ def local_site(bundle: Bundle, name: str) -> Site:
             kind: {part: f"{VENDOR}/{file}" for part, file in zip(parts, files, strict=True)}
             for kind, files in runtimes.items()
         },
+        "engine": engine,
+        "note": note,
         "model": {
             "files": sorted(model),
             "device": manifest.device,
@@ -251,14 +262,17 @@ def _info(bundle: Bundle) -> dict[str, Any]:
 
 def _licences(bundle: Bundle, names: set[str]) -> str:
     """Returns the licences of the site's parts."""
-    mit = read_text(HOME / "mit.txt", "a licence")
     parts = [
         "This page and the program that made it: slm, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0"
     ]
     for name, package in packages().items():
         files = sorted(names & package.files.keys())
+        if not files:
+            continue
         parts.append(f"{name} {package.version}, {package.licence}: {', '.join(files)}")
-    parts.append(f"The licence of onnxruntime-web, whose further notices are in its repository:\n\n{mit}")
+    if names & {file for files in _RUNTIMES.values() for file in files}:
+        mit = read_text(HOME / "mit.txt", "a licence")
+        parts.append(f"The licence of onnxruntime-web, whose further notices are in its repository:\n\n{mit}")
     notices = bundle.manifest.notices
     parts.append("The model:\n\n" + ("\n".join(notices) if notices else "as its bundle and its card say"))
     return "\n\n".join(parts) + "\n"

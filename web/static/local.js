@@ -1,5 +1,6 @@
 // Generates answers with the model in this browser, which runs in a worker.
 import { Problem } from "./problem.js";
+import { filesOf } from "./simd.js";
 import { openStore, removeAll, room } from "./kept.js";
 
 export class Local {
@@ -96,9 +97,6 @@ export class Local {
   }
 
   #files() {
-    const large = Object.entries(this.#site.files).filter(([name]) => {
-      return this.#site.model.files.includes(name) || name === this.#site.runtime.wasm.wasm;
-    });
-    return Object.fromEntries(large);
+    return filesOf(this.#site);
   }
 }
