@@ -42,7 +42,17 @@ _SHELL = (
 )
 _ENGINE = (
     *("worker.js", "store.js", "download.js", "hash.js", "backend.js", "decoder.js", "resumable.js"),
-    *("engine.js", "engine-layout.js", "engine-thread.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js"),
+    *(
+        "engine.js",
+        "engine-layout.js",
+        "engine-thread.js",
+        "generate.js",
+        "sampling.js",
+        "text.js",
+        "chat.js",
+        "calls.js",
+    ),
+    *("measure.js", "bench.js", "bench-report.js"),
 )
 # slm's own engine, for browsers with and without relaxed SIMD instructions (web/engine).
 _MODULES = ("engine/relaxed.wasm", "engine/simd.wasm")

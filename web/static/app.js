@@ -339,6 +339,11 @@ async function start() {
   $("licences").hidden = false;
   backend = new Local(site);
   await register();
+  $("measure").hidden = false;
+  if (new URLSearchParams(location.search).has("bench")) {
+    const { showBench } = await import("./bench.js");
+    return showBench(site, attempt);
+  }
   const { bytes, stored } = await backend.size();
   if (stored === bytes || bytes <= UNASKED_BYTES) return load();
   $("where").textContent = "The model runs in this browser once it is loaded. What you type stays here.";

@@ -29,7 +29,8 @@ export class Local {
   }
 
   // Loads the model; calls back with {loaded, total, fetched}. Returns a description of the backend.
-  load(told) {
+  // runtime: one of site.json's, or by default the fastest.
+  load(told, runtime) {
     this.#end();
     this.#worker = new Worker(new URL("worker.js", import.meta.url), { type: "module", name: "model" });
     return new Promise((resolve, reject) => {
@@ -44,7 +45,7 @@ export class Local {
         failed(new Problem(event.message || "the worker could not start", "reload the page"));
       };
       this.#worker.onmessage = ({ data }) => this.#heard(data);
-      this.#worker.postMessage({ load: this.#site });
+      this.#worker.postMessage({ load: this.#site, runtime });
     });
   }
 
@@ -54,7 +55,21 @@ export class Local {
   }
 
   // Generates an answer; calls back with pieces. Returns figures. signal: an AbortSignal that stops it.
-  async answer(ask, options, { told, signal }) {
+  answer(ask, options, control) {
+    return this.#request({ ask, options }, control);
+  }
+
+  // Measures the speed; plan: {promptTokens, newTokens, rounds}. Calls back with {round, of}.
+  measure(plan, control) {
+    return this.#request({ measure: plan }, control);
+  }
+
+  // Ends the model and frees its memory.
+  close() {
+    this.#end();
+  }
+
+  async #request(message, { told, signal }) {
     if (!this.#worker) throw new Problem("the model has stopped", "reload the page");
     const id = ++this.#count;
     return new Promise((resolve, reject) => {
@@ -70,7 +85,7 @@ export class Local {
         else if (data.done) end(resolve, data.done);
         else told(data);
       });
-      this.#worker.postMessage({ ask, options, id });
+      this.#worker.postMessage({ ...message, id });
     });
   }
 
