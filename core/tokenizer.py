@@ -150,7 +150,7 @@ class Tokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
         self._write(directory)
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
-        (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8", newline="")
 
     def copy(self, source: Path, directory: Path) -> None:
         """Copies the `tokenizer.json` that was loaded, or writes a new one if `load` changed something."""
@@ -162,7 +162,7 @@ class Tokenizer:
     def _write(self, directory: Path) -> None:
         """Writes `tokenizer.json` without indentation: Gemma's has 14 MB then, not 33, and loads faster."""
         # Written here, because the library's own errors have no error number.
-        (directory / TOKENIZER_FILE).write_text(self.backend.to_str(), encoding="utf-8")
+        (directory / TOKENIZER_FILE).write_text(self.backend.to_str(), encoding="utf-8", newline="")
 
     @property
     def vocab_size(self) -> int:

@@ -34,8 +34,6 @@ def page_out(file: Path) -> int:
     Returns:
         The bytes of the file that are mapped; 0 on other systems.
     """
-    if sys.platform != "linux":
-        return 0
     try:
         maps, name = _SMAPS.read_text(encoding="utf-8", errors="replace"), os.path.realpath(file)
     except OSError:  # a sandbox without /proc

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from slm.core.machine import free_files
+from slm.core.processes import free_files
 from slm.web.hosts import hosts_of, is_loopback
 from slm.web.ranges import UnsatisfiableError, content_range, requested
 from slm.web.site import HEADERS, Site, content_type, entity_tag

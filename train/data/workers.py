@@ -138,7 +138,7 @@ class _Pool:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     pipesize=_PIPE_BYTES,
-                    start_new_session=True,  # the command handles Ctrl-C and ends its workers
+                    apart=True,  # the command handles Ctrl-C and ends its workers
                 )
                 self._processes.append(process)
                 self._idle.put(process)

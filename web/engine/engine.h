@@ -36,7 +36,9 @@ struct rounded {
   int16_t *wide;         // 16-bit integers (T, stride)
   int8_t *narrow;        // the same memory, for kernels that read 8-bit integers
   float *scales;         // (T, blocks)
-  int32_t *sums;         // for each block minus the sum of its integers, times the weights' zero point where it is constant
+  // For each block minus the sum of its integers, times the zero point of the weights; if blocks have their own zero points, times
+  // the scale instead, as a float.
+  int32_t *sums;
 };
 
 struct team;

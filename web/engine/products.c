@@ -13,13 +13,33 @@ struct place {
   uint32_t y_stride, a_stride, a_blocks;
 };
 
-// The start of a block's sum: minus the sum of the activations times the zero point, in the first of four numbers.
-INLINE v128_t begin(const struct place *at, uint32_t row, uint32_t token, uint32_t block, uint32_t blocks, uint32_t bits, int points) {
-  v128_t sum = wasm_v128_load32_zero(at->a->sums + token * at->a_blocks + block);
-  if (!points) return sum;
+// The start of a block's sum, in the first of four numbers: minus the sum of the activations times a constant zero point.
+INLINE v128_t begin(const struct place *at, uint32_t token, uint32_t block, int points) {
+  return points ? wasm_i32x4_splat(0) : wasm_v128_load32_zero(at->a->sums + token * at->a_blocks + block);
+}
+
+// The zero points of four blocks from `block` on, as floats.
+INLINE v128_t four_points(const uint8_t *of, uint32_t block, uint32_t bits) {
+  if (bits == 8) return wasm_f32x4_convert_i32x4(wasm_u32x4_extend_low_u16x8(wasm_u16x8_extend_low_u8x16(wasm_v128_load32_zero(of + block))));
+  v128_t each = wasm_v128_and(wasm_v128_load16_splat(of + block / 2), wasm_i32x4_const(0xf, 0xf0, 0xf00, 0xf000));
+  return wasm_f32x4_mul(wasm_f32x4_convert_i32x4(each), wasm_f32x4_const(1, 1 / 16.0f, 1 / 256.0f, 1 / 4096.0f));
+}
+
+// Adds to the sums of a row what its zero points take away: each times a scale and the sum of a block's activations.
+INLINE void subtract_points(const struct place *at, uint32_t row, const uint32_t M, uint32_t blocks, uint32_t bits, v128_t *total) {
   const uint8_t *of = at->p->points + (size_t)row * ((blocks * bits + 7) / 8);
-  int32_t point = bits == 8 ? of[block] : (of[block / 2] >> (block % 2 * 4)) & 15;
-  return wasm_i32x4_mul(sum, wasm_i32x4_splat(point));
+  const float *scales = at->p->scales + (size_t)row * blocks;
+  const float *sums = (const float *)at->a->sums + at->token * at->a_blocks;
+  uint32_t b = 0;
+  for (; b + 4 <= blocks; b += 4) {
+    v128_t each = wasm_f32x4_mul(four_points(of, b, bits), wasm_v128_load(scales + b));
+    UNROLL EACH(m, M) total[m] = wasm_f32x4_add(total[m], wasm_f32x4_mul(each, wasm_v128_load(sums + m * at->a_blocks + b)));
+  }
+  for (; b < blocks; b++) {
+    float point = bits == 8 ? of[b] : (of[b / 2] >> (b % 2 * 4)) & 15;
+    v128_t each = wasm_f32x4_make(point * scales[b], 0, 0, 0);
+    UNROLL EACH(m, M) total[m] = wasm_f32x4_add(total[m], wasm_f32x4_mul(each, wasm_v128_load32_splat(sums + m * at->a_blocks + b)));
+  }
 }
 
 INLINE void finish(const struct place *at, uint32_t R, uint32_t M, v128_t (*total)[4]) {
@@ -39,7 +59,7 @@ INLINE void bytes(const struct place *at, const uint32_t R, const uint32_t M, co
   v128_t total[4][4], sum[4][4];
   UNROLL EACH(r, R) UNROLL EACH(m, M) total[r][m] = wasm_f32x4_splat(0);
   for (uint32_t b = 0; b < blocks; b++) {
-    UNROLL EACH(r, R) UNROLL EACH(m, M) sum[r][m] = begin(at, at->row + r, at->token + m, b, blocks, 8, points);
+    UNROLL EACH(r, R) UNROLL EACH(m, M) sum[r][m] = begin(at, at->token + m, b, points);
     for (const uint8_t *end = w + size; w < end; w += 8, x += 8) {
       v128_t values[4];
       UNROLL EACH(m, M) values[m] = wasm_v128_load(x + (size_t)m * at->a_stride);
@@ -52,13 +72,14 @@ INLINE void bytes(const struct place *at, const uint32_t R, const uint32_t M, co
       total[r][m] = wasm_f32x4_add(total[r][m], scaled(at, at->row + r, at->token + m, b, blocks, sum[r][m]));
     }
   }
+  if (points) UNROLL EACH(r, R) subtract_points(at, at->row + r, M, blocks, 8, total[r]);
   finish(at, R, M, total);
 }
 
 // The sum of products of up to 32 4-bit weights (`packed`) with activations in the order of `round.c`.
 INLINE v128_t nibbles_of(v128_t packed, const int16_t *x, v128_t sum) {
 #ifdef __wasm_relaxed_simd__
-  v128_t low = wasm_v128_and(packed, wasm_i8x16_splat(15)), high = wasm_u8x16_shr(packed, 4);
+  v128_t mask = wasm_i8x16_splat(15), low = wasm_v128_and(packed, mask), high = wasm_v128_and(wasm_u16x8_shr(packed, 4), mask);
   // A pair of products is at most 2 * 127 * 15, so that pairs of both halves fit in 16 bits.
   v128_t pairs = wasm_i16x8_add(wasm_i16x8_relaxed_dot_i8x16_i7x16(wasm_v128_load(x), low),
                                 wasm_i16x8_relaxed_dot_i8x16_i7x16(wasm_v128_load(x + 8), high));
@@ -84,7 +105,7 @@ INLINE void nibbles(const struct place *at, const uint32_t R, const uint32_t M, 
   v128_t total[4][4], sum[4][4];
   UNROLL EACH(r, R) UNROLL EACH(m, M) total[r][m] = wasm_f32x4_splat(0);
   for (uint32_t b = 0; b < blocks; b++) {
-    UNROLL EACH(r, R) UNROLL EACH(m, M) sum[r][m] = begin(at, at->row + r, at->token + m, b, blocks, 4, points);
+    UNROLL EACH(r, R) UNROLL EACH(m, M) sum[r][m] = begin(at, at->token + m, b, points);
     for (const uint8_t *end = w + size / 2; w < end; w += each / 2, x += step) {
       UNROLL EACH(r, R) {
         const uint8_t *from = w + (size_t)r * (inputs / 2);
@@ -96,6 +117,7 @@ INLINE void nibbles(const struct place *at, const uint32_t R, const uint32_t M, 
       total[r][m] = wasm_f32x4_add(total[r][m], scaled(at, at->row + r, at->token + m, b, blocks, sum[r][m]));
     }
   }
+  if (points) UNROLL EACH(r, R) subtract_points(at, at->row + r, M, blocks, 4, total[r]);
   finish(at, R, M, total);
 }
 
@@ -140,8 +162,9 @@ INLINE void kernel(const struct place *at, const float *x, const uint32_t kind, 
 // Calls a kernel for all rows and tokens, four rows and two tokens at a time while there are so many.
 INLINE void all(struct place at, const float *x, uint32_t tokens, uint32_t to, const uint32_t kind, const int points,
                 const uint32_t each) {
+  const uint32_t ahead = kind == NIBBLES ? 8 : 4, start = at.row;
   for (; at.row + 4 <= to; at.row += 4) {
-    if (at.row + 8 <= to) fetch_rows(at.p, at.row + 4, 4, kind);
+    if ((at.row - start) % ahead == 0 && at.row + 2 * ahead <= to) fetch_rows(at.p, at.row + ahead, ahead, kind);
     for (at.token = 0; at.token + 2 <= tokens; at.token += 2) kernel(&at, x, kind, points, each, 4, 2);
     if (at.token < tokens) kernel(&at, x, kind, points, each, 4, 1);
   }

@@ -71,6 +71,7 @@ void round_token(const struct product *p, const float *x, const struct rounded *
         narrow += 32;
       }
     }
-    if (!p->points) sums[b] *= middle;
+    if (p->points) ((float *)sums)[b] = (float)sums[b] * scales[b];
+    else sums[b] *= middle;
   }
 }

@@ -59,7 +59,7 @@ export class Local {
     return this.#request({ ask, options }, control);
   }
 
-  // Measures the speed; plan: {promptTokens, newTokens, rounds}. Calls back with {round, of}.
+  // Measures the speed; plan: {promptTokens or ids, newTokens, rounds}. Calls back with {round, of}.
   measure(plan, control) {
     return this.#request({ measure: plan }, control);
   }

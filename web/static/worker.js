@@ -124,7 +124,7 @@ class Reply {
 async function measured({ measure: plan, id }) {
   stopping = false;
   const told = (round) => self.postMessage({ id, ...round });
-  const ids = promptIds(model.text, plan.promptTokens);
+  const ids = plan.ids ?? promptIds(model.text, plan.promptTokens);
   return { ...(await measure(model.decoder, ids, plan, { told, stopped: () => stopping })), memory: memory() };
 }
 
