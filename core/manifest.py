@@ -256,6 +256,14 @@ class Bundle:
         files = self.manifest.files
         return sum(entry.bytes for name, entry in files.items() if name.startswith(self.manifest.model))
 
+    def check_graph(self) -> None:
+        """Checks that slm writes the bundle's graph, which `open` does only without `trust`.
+
+        Raises:
+            SlmError: If slm does not write such a graph.
+        """
+        _check_graph(self.path, self.manifest, self.config)
+
     @classmethod
     def open(cls, path: Path, trust: bool = False) -> "Bundle":
         """Opens a bundle and checks every file against the manifest.

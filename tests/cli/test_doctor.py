@@ -24,6 +24,7 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 KEYS = {
     "python",
     "slm",
+    "system",
     "cores",
     "cpu_quota",
     "memory",
