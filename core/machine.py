@@ -35,6 +35,9 @@ _X86 = {
     "AMX BF16": ("amx_bf16",),
 }
 _ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",)}
+# The same as bits of the auxiliary vector of 64-bit ARM: the type of the entry and the bit (asm/hwcap.h).
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+_HWCAPS = {"NEON": (_AT_HWCAP, 1), "dot product": (_AT_HWCAP, 20), "i8mm": (_AT_HWCAP2, 13)}
 # macOS reports them one by one on ARM, and as a list of words on Intel.
 _MAC_ARM = {
     "NEON": ("hw.optional.AdvSIMD", "hw.optional.neon"),
@@ -162,17 +165,22 @@ def instruction_sets(cpuinfo: Path = _CPUINFO) -> dict[str, bool]:
         is_mac = sys.platform == "darwin"
         if is_mac:
             return instruction_sets_of_mac(_sysctl("hw.optional", _MAC_FEATURES), platform.machine())
+        if platform.machine() == "aarch64" and (vector := _auxiliary_vector()):
+            return instruction_sets_of_hwcaps(vector)
         return instruction_sets_of_linux(cpuinfo.read_text(encoding="utf-8", errors="replace"))
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
-def products_saturate(sets: Mapping[str, bool]) -> bool:
-    """Returns whether this CPU's INT8 products may saturate: it adds two products of 8-bit integers in 16 bits.
+def instruction_sets_of_hwcaps(vector: Mapping[int, int]) -> dict[str, bool]:
+    """Returns the instruction sets of a 64-bit ARM CPU.
 
-    x86 CPUs without VNNI do (vpmaddubsw). Returns False if the CPU's instruction sets are unknown.
+    Programs choose their kernels by these values. `/proc/cpuinfo` has those of the host in an emulated process.
+
+    Args:
+        vector: The entries AT_HWCAP and AT_HWCAP2 of the auxiliary vector.
     """
-    return "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI"))
+    return {name: bool(vector[entry] >> bit & 1) for name, (entry, bit) in _HWCAPS.items()}
 
 
 def instruction_sets_of_linux(cpuinfo: str) -> dict[str, bool]:
@@ -218,6 +226,17 @@ def _colon_lines(text: str) -> dict[str, str]:
 def _kib(said: str | None) -> int | None:
     number = (said or "").partition(" ")[0]
     return int(number) << 10 if number.isdecimal() else None
+
+
+def _auxiliary_vector() -> dict[int, int]:
+    """Returns AT_HWCAP and AT_HWCAP2 of this process; nothing if the C library does not report them."""
+    import ctypes
+
+    read = getattr(ctypes.CDLL(None), "getauxval", None)
+    if read is None:
+        return {}
+    read.argtypes, read.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return {entry: read(entry) for entry in (_AT_HWCAP, _AT_HWCAP2)}
 
 
 def processor_name(cpuinfo: Path = _CPUINFO) -> str:

@@ -17,7 +17,7 @@ from slm.cli.options import json_option
 from slm.cli.probes import Offline, Provider, TrainingType
 from slm.core import systems
 from slm.core.install import install_hint
-from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, products_saturate, usable_cores
+from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, usable_cores
 from slm.core.processes import allowed_processors
 from slm.version import __version__
 
@@ -205,9 +205,8 @@ def _sets_finding(sets: Mapping[str, bool]) -> Finding:
     value += f"; not {', '.join(lacks)}" if lacks else ""
     if not sets.get("AVX2", True):
         return Finding(name, value, "INT8 is slow without AVX2: compare with the float32 bundle", "note")
-    if products_saturate(sets):
-        slower = "INT8 is slower without VNNI, and slm quantize --int8-dynamic needs --reduce-range to avoid overflow"
-        return Finding(name, value, slower, "note")
+    if "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI")):
+        return Finding(name, value, "INT8 is slower without VNNI", "note")
     if not sets.get("dot product", True):
         return Finding(name, value, "INT8 is slower without dot product instructions", "note")
     return Finding(name, value)
