@@ -36,7 +36,8 @@ def sole(target: Path, wait_s: float = 0.0, doing: str | None = None, *, again: 
     """Locks an artifact for this process; the operating system releases the lock when the process ends.
 
     Yields whether the lock is reliable, which it is not if the file system does not support locks. The thread that holds the
-    lock can lock the artifact again, unless `again` is False. Missing parent directories are created, and removed again if they stay empty.
+    lock can lock the artifact again, unless `again` is False. Missing parent directories are created, and removed again if
+    they stay empty.
 
     Args:
         target: The file or directory to write.
