@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web demo test test-fast test-slow test-fuzz test-oldest test-pythons test-edge dist check-tag hashes peers test-peers test-fake-cuda test-gpu test-real check check-workflows format docs bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest test-pythons test-edge dist check-tag hashes peers test-peers test-fake-cuda test-cpus test-arm64 test-gpu test-real check check-workflows format docs bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(if $(GPU),constrai
 # The npm files of the page: onnxruntime-web and a tokenizer, pinned in web/npm.json. Run it before you build a wheel.
 web: install
 	$(BIN)/python -m slm.web.npm
+
+# The page's own engine from web/engine: C, compiled to WebAssembly by Debian's clang-19 and lld-19. The result is checked in.
+web-engine:
+	$(PYTHON) web/engine/build.py
 
 demo: install
 	$(BIN)/slm demo
@@ -186,6 +190,14 @@ build/peers/.installed: Makefile | install
 test-fake-cuda: peers
 	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py tests/peers/test_fresh_cuda.py
 
+# A bundle of each kind as older x86 processors, and as 64-bit ARM in a Debian root with this wheel: minutes under qemu-user, which
+# root installs. The bundles, the root and its packages stay in build/emulated (350 MB). Speeds there mean nothing.
+test-cpus: install
+	$(BIN)/python tests/emulated/run.py cpus
+
+test-arm64: install
+	$(BIN)/python tests/emulated/run.py arm64
+
 test-peers: peers build/sphinx/.installed build/lint/.installed build/actionlint/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
 
@@ -253,6 +265,9 @@ check: install check-workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# As on the other systems: what a module of Python lacks there is an error. The caches are apart, for each would empty the other's.
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 	$(BIN)/lint-imports --no-cache
 
 format: install

@@ -104,9 +104,9 @@ def contend(args: argparse.Namespace) -> None:
     """Is a contender: makes its updates and says what they took."""
     import torch
 
-    from slm.core.machine import peak_rss_mib
     from slm.core.nn import CausalLM
     from slm.core.presets import preset
+    from slm.core.processes import peak_rss_mib
     from slm.finetune.batches import alone, collate, epoch_batches
 
     torch.manual_seed(0)

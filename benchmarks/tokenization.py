@@ -30,7 +30,8 @@ import numpy as np
 import slm
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.core.machine import peak_rss_mib, usable_cores
+from slm.core.machine import usable_cores
+from slm.core.processes import peak_rss_mib
 from slm.core.progress import Silent
 from slm.core.text.documents import read_documents
 from slm.core.tokenizer import Tokenizer

@@ -94,8 +94,8 @@ def contend(args: argparse.Namespace) -> None:
     """Is a contender: makes its steps and says what each took."""
     import torch
 
-    from slm.core.machine import peak_rss_mib
     from slm.core.presets import preset
+    from slm.core.processes import peak_rss_mib
 
     torch.manual_seed(0)
     config = preset(args.preset)

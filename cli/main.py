@@ -7,17 +7,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import click
 
 from slm.cli.console import say_error
-from slm.cli.streams import open_closed_streams, settle_streams
+from slm.cli.streams import open_closed_streams, settle_streams, use_utf8
 from slm.cli.suggesting import Suggesting
+from slm.core import systems
 from slm.core.errors import SlmError
 from slm.core.install import install_hint
 from slm.core.machine import prepare_threads
+from slm.core.signals import stopping
 from slm.version import __version__
 
 # In the order of the workflow. The help texts are here so that `slm --help` imports no command.
@@ -117,14 +120,13 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 success, 1 error, 2 usage error, 129, 130 or 143 interrupted."""
     open_closed_streams()
+    use_utf8()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments or os.environ.get("SLM_DEBUG", "") not in ("", "0")
     arguments = [
         argument for argument in arguments if argument != "--debug"
     ]  # --debug is accepted before and after the command
-    signals = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signals.append(signal.SIGHUP)
+    signals = [each for each in stopping() if each != signal.SIGINT]  # Python raises KeyboardInterrupt for SIGINT
     for signum in signals:
         signal.signal(signum, _terminate)
     try:
@@ -144,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of the pipe has exited: exit without a message, as other tools do
         sys.exit(1)
     except Exception as error:
+        if systems.WINDOWS and isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None:
+            sys.exit(1)  # a broken pipe on Windows
         if debug:
             traceback.print_exc()
         message, hint, code = _explain(error)
@@ -163,7 +167,7 @@ def _after_stopping(arguments: Sequence[str]) -> str:
 
 
 class _Terminated(SystemExit):
-    """SIGTERM or SIGHUP as an exception, so that cleanup code runs."""
+    """A signal to stop as an exception, so that cleanup code runs."""
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
@@ -172,6 +176,9 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 _FREE_SPACE = "free disk space, or name a directory on another disk with --out"
 _ELSEWHERE = "check the permissions, or name a writable directory with --out"
+_LONG_PATH = "use a shorter path, or permit long paths in Windows (docs/systems.md)"
+# Windows adds the name of a temporary file to that of a directory, which may have up to 247 characters; a file, up to 259.
+_LONGEST_PATH = 247
 _OUT_OF_MEMORY = ("out of memory", "use a smaller batch or context", 1)
 
 
@@ -191,6 +198,8 @@ def _explain(error: Exception) -> tuple[str, str | None, int]:
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = f" for {error.filename}" if error.filename else ""
             return f"no space left on the disk{place}", f"{_FREE_SPACE}; no file is incomplete", 1
+        case OSError() if systems.WINDOWS and (characters := _too_long(error)):
+            return f"the path has {characters} characters, more than Windows permits: {error.filename}", _LONG_PATH, 1
         case OSError() if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             return f"{error.strerror}: {error.filename}", _ELSEWHERE, 1
         case OSError() if error.strerror:
@@ -200,6 +209,14 @@ def _explain(error: Exception) -> tuple[str, str | None, int]:
         case RuntimeError() if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             return _OUT_OF_MEMORY  # PyTorch's errors on CUDA and on the CPU
     return _unexpected(error)
+
+
+def _too_long(error: OSError) -> int:
+    """Returns the length of the path of an error, if its length may be the reason; otherwise 0."""
+    if error.errno not in (errno.ENOENT, errno.EINVAL) or not isinstance(error.filename, str):
+        return 0
+    length = len(str(Path(error.filename).absolute()))
+    return length if length > _LONGEST_PATH and not error.filename.startswith("\\\\?\\") else 0
 
 
 def _unexpected(error: Exception) -> tuple[str, str, int]:

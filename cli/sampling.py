@@ -281,16 +281,15 @@ def utf8(text: str, what: str) -> str:
 
 
 def warn_of_saturation(decoder: object) -> None:
-    """Warns if a bundle's 8-bit products saturate on this CPU."""
-    from slm.core.machine import instruction_sets, products_saturate
+    """Warns if a bundle's weights were rounded again because its 8-bit products would saturate on this CPU."""
     from slm.runtime.decoder import OnnxDecoder
+    from slm.runtime.products import saturates
 
-    if not isinstance(decoder, OnnxDecoder):
-        return
-    quantization = decoder.bundle.manifest.quantization
-    schemes = [] if quantization is None else quantization.schemes.values()
-    if any(scheme.dynamic and not scheme.reduced for scheme in schemes) and products_saturate(instruction_sets()):
-        say("warning: this CPU has no VNNI, so 8-bit products saturate; use slm quantize --int8-dynamic --reduce-range")
+    if isinstance(decoder, OnnxDecoder) and saturates(decoder.bundle):
+        say(
+            "warning: the 8-bit products of this bundle would saturate on this CPU, which has no VNNI. Its weights were "
+            "rounded again in memory. Run slm quantize --int8-dynamic again with this version."
+        )
 
 
 def warn_of_conversions(decoder: object, device: str) -> None:

@@ -1,7 +1,6 @@
 """Finds checkpoints, bundles and adapters under `./runs`, unfinished runs, and the newest artifact of a kind."""
 
 import json
-import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from slm.core.errors import SlmError
 from slm.core.files import read_json
 from slm.core.manifest import MANIFEST_FILE, is_bundle
 from slm.core.runs import RUNS
+from slm.core.shell import quoted
 
 Kind = Literal["checkpoint", "bundle", "adapter"]
 
@@ -124,7 +124,7 @@ def unfinished(run: Path) -> Unfinished | None:
         return None
     checkpoints = [run / "checkpoint" / name for name in reversed(_TRAINED) if is_checkpoint(run / "checkpoint" / name)]
     logged, begun = ((run / name).is_file() for name in (METRICS_FILE, _RECIPE_FILE))
-    proceed = f"continue it with slm train --resume --out {shlex.quote(str(run))}"
+    proceed = f"continue it with slm train --resume --out {quoted(str(run))}"
     if not checkpoints and (logged or begun):
         return Unfinished(run, "training has not saved a checkpoint", None, proceed)
     if not checkpoints and (run / "trainer").is_dir():
@@ -180,7 +180,7 @@ def newest_bundle(fits: Callable[[Mapping[str, Any]], bool] | None = None, run: 
         named = "" if latest is None else f"; or name an older bundle, such as {latest.path}"
         raise SlmError(
             f"the newest model has no {'' if fits is None else 'float32 '}bundle: {checkpoint.path}",
-            f"create one with slm export --onnx {shlex.quote(str(checkpoint.path))}{named}",
+            f"create one with slm export --onnx {quoted(str(checkpoint.path))}{named}",
         )
     if latest is None:
         raise _nothing("bundle" if fits is None else "float32 bundle", "create one with slm export --onnx", skipped)
@@ -274,7 +274,7 @@ def _not_merged(bundle: Artifact, found: list[Artifact]) -> tuple[str, ...]:
     adapter = max((each for each in found if each.kind == "adapter"), key=_age, default=None)
     if adapter is None or adapter.created <= bundle.created:
         return ()
-    merges = f"slm export --onnx --adapter {shlex.quote(str(adapter.path))}"
+    merges = f"slm export --onnx --adapter {quoted(str(adapter.path))}"
     return (f"Note: the adapter {adapter.path} is newer and not merged into this bundle; to merge it: {merges}",)
 
 

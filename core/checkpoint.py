@@ -152,7 +152,7 @@ def fill_checkpoint(
     tokenizer.save(directory)
     write_notice(directory, recorded_notices(dict(info)))
     for name, content in documents.items():
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="")
 
 
 def check_tensors(found: Shapes, wanted: Shapes, path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 from slm.core.errors import SlmError
 
-# The root directory always exists, and only the administrator can write to it.
-_DIRECTORY = os.sep
+# This directory always exists, and only the administrator can write to it. On Windows, users can write to the root of a drive.
+_DIRECTORY = os.environ.get("SYSTEMROOT", os.sep) if os.name == "nt" else os.sep
 
 
 def python(code: str, *arguments: str) -> list[str]:
@@ -53,7 +53,7 @@ def import_path() -> list[str]:
 
 
 def popen(
-    code: str, *arguments: str, variables: Mapping[str, str] | None = None, **options: Any
+    code: str, *arguments: str, variables: Mapping[str, str] | None = None, apart: bool = False, **options: Any
 ) -> "subprocess.Popen[bytes]":
     """Starts a Python child; the caller connects and closes its standard input and output.
 
@@ -61,6 +61,7 @@ def popen(
         code: The code to run; see `python`.
         arguments: The child's `sys.argv[1:]`. Paths must be absolute.
         variables: Environment variables to add to this process's.
+        apart: Whether Ctrl-C in the terminal does not reach the child.
         **options: Arguments of `subprocess.Popen`, except `cwd` and `env`.
 
     Raises:
@@ -68,6 +69,10 @@ def popen(
         OSError: If the process cannot be started.
     """
     environment = {**os.environ, **(variables or {})}
+    if apart and sys.platform == "win32":
+        options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+    elif apart:
+        options["start_new_session"] = True
     return subprocess.Popen(python(code, *arguments), cwd=_DIRECTORY, env=environment, **options)
 
 

@@ -1,34 +1,34 @@
-"""Atomic writes of files and directories, locks on artifacts, and safe paths inside artifacts."""
+"""Atomic writes of files and directories, and safe paths inside artifacts."""
 
 import errno
-import fcntl
 import glob
 import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
 import stat
-import threading
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from slm.core import renames, systems
 from slm.core.errors import SlmError
-from slm.core.signals import PutOff
+from slm.core.locks import LOCK, is_mine, sole
+from slm.core.portable import is_portable, leads_out
+from slm.core.processes import process_exists
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 _SCRATCH = ".scratch-"
-_LOCK = ".lock"
 # How long a reader waits during a replacement: the two renames of `replace_directory` are milliseconds apart.
 _RENAMING_S = 2.0
 # How long to wait for another process that writes the same file.
 _WRITING_S = 10.0
-_LOOK_AGAIN_S = 0.02
+_IN_USE = "stop the slm serve, slm chat or other program that uses it, or name another --out"
+# The errors of a full disk, in the message of a library: also ERROR_DISK_FULL and ERROR_HANDLE_DISK_FULL of Windows.
+_FULL = {errno.ENOSPC: (errno.ENOSPC, 112, 39) if systems.WINDOWS else (errno.ENOSPC,), errno.EDQUOT: (errno.EDQUOT,)}
 # How numpy and onnxruntime report an incomplete write.
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Failed to write :?\d+ bytes")
 # The largest JSON file in bytes. The longest real ones list every tensor of a large model, in some MiB.
@@ -70,123 +70,7 @@ def atomic_directory(target: Path, ours: Collection[str]) -> Iterator[Path]:
             _complain_of_full_disk(error, target)
             raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def sole(target: Path, wait_s: float = 0.0) -> Iterator[bool]:
-    """Locks an artifact for this process; the operating system releases the lock when the process ends.
-
-    Yields whether the lock is reliable, which it is not if the file system does not support locks. The thread that holds the
-    lock can lock the artifact again. Missing parent directories are created, and removed again if they stay empty.
-
-    Args:
-        target: The file or directory to write.
-        wait_s: How long to wait for another process, in seconds.
-
-    Raises:
-        SlmError: If another process holds the lock; the message has its process id, if the system reports it.
-        OSError: If the parent directory is not writable.
-    """
-    lock = target.parent.resolve() / f".{target.name}{_LOCK}"
-    held = (lock, threading.get_ident())
-    if held in _locks:
-        yield _locks[held]
-        return
-    signals = PutOff()  # a signal between the creation of the lock file and the block below would leave the file behind
-    try:
-        signals.hold()
-        made = [parent for parent in lock.parents if not parent.exists()]
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, certain = _locked(lock, target, wait_s, signals)
-        try:
-            _locks[held] = certain
-            signals.release()
-            yield certain
-        finally:
-            signals.hold()
-            del _locks[held]
-            lock.unlink(missing_ok=True)  # before the release: a process that opens it later creates a new file
-            os.close(descriptor)
-            with suppress(OSError):  # a parent directory is not empty
-                for parent in made:
-                    parent.rmdir()
-    finally:
-        signals.release()
-
-
-# The locks that this process holds, by thread, and whether each is reliable.
-_locks: dict[tuple[Path, int], bool] = {}
-
-
-def _locked(lock: Path, target: Path, wait_s: float, signals: PutOff) -> tuple[int, bool]:
-    end = time.monotonic() + wait_s
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(lock, descriptor):
-                return descriptor, True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                holder = at_work(descriptor)
-                os.close(descriptor)
-                raise SlmError(
-                    f"{holder} is writing {target}", "wait for it or stop it, or name another --out"
-                ) from None
-            os.close(descriptor)
-            signals.release()  # Ctrl-C works while waiting
-            time.sleep(_LOOK_AGAIN_S)
-            signals.hold()
-            continue
-        except OSError:
-            return descriptor, False
-        os.close(descriptor)
-
-
-def _is_still(lock: Path, descriptor: int) -> bool:
-    """Returns whether a lock file is still the one that was opened; its previous holder may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), lock.stat())
-    except FileNotFoundError:
-        return False
-
-
-def at_work(descriptor: int) -> str:
-    """Returns a description of the process that holds the lock of an open file or directory."""
-    about = os.fstat(descriptor)
-    place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
-    with suppress(OSError):  # Linux lists locks; process ids of other containers are shown as 0 or -1
-        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and place in fields and fields[fields.index(place) - 1] not in ("0", "-1"):
-                return f"another process ({fields[fields.index(place) - 1]})"
-    return "another process"
-
-
-@contextmanager
-def held(directory: Path) -> Iterator[bool]:
-    """Locks a directory that is written over time, such as a run, for this process.
-
-    The system releases the lock however the process ends. Yields whether the lock is certain: some file systems have no locks.
-
-    Raises:
-        SlmError: When another process uses it.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        alone = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SlmError(
-                f"{at_work(descriptor)} is at work in {directory}", "wait for it or stop it, or name another directory"
-            ) from None
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(descriptor)
+            renames.remove_leftovers(partial)
 
 
 def check_replaceable(target: Path, ours: Collection[str]) -> None:
@@ -206,18 +90,27 @@ def check_replaceable(target: Path, ours: Collection[str]) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Renames `source` to `target`; removes the previous target after that."""
+    """Renames `source` to `target`; removes the previous target after that.
+
+    Raises:
+        SlmError: If another program keeps a file of the target open, on Windows.
+    """
     replaced = target.parent / f".{target.name}{_REPLACED}{os.getpid()}"
-    if target.exists():
-        target.rename(replaced)
     try:
-        source.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
+        if target.exists():
+            renames.replace(target, replaced)
+        try:
+            renames.replace(source, target)
+        except OSError:
+            if replaced.exists():
+                renames.replace(replaced, target)
+            raise
+    except PermissionError:
+        if systems.WINDOWS:
+            raise SlmError(f"cannot replace {target}: a program uses one of its files", _IN_USE) from None
         raise
     _to_disk(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    renames.remove_leftovers(replaced)
 
 
 def _to_disk(path: Path) -> None:
@@ -225,9 +118,12 @@ def _to_disk(path: Path) -> None:
 
     A rename alone does not ensure this: after a power failure the new name could refer to a file without contents. On an SSD
     the call increases the time for a directory of 256 MiB from 0.35 s to 0.9 s, and for a small one from 4 ms to 27 ms,
-    which is little for a directory that is saved every few minutes.
+    which is little for a directory that is saved every few minutes. Windows cannot open directories, and writes only files
+    that are open for writing.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    if systems.WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if systems.WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -249,8 +145,8 @@ def _complain_of_full_disk(error: Exception, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error.filename, error.filename2 = str(target), None  # not the hidden partial file
-    for number in (errno.ENOSPC, errno.EDQUOT):
-        if not isinstance(error, OSError) and f"(os error {number})" in str(error):
+    for number, quoted in _FULL.items():
+        if not isinstance(error, OSError) and any(f"(os error {each})" in str(error) for each in quoted):
             raise OSError(number, os.strerror(number), str(target)) from error
 
 
@@ -281,14 +177,14 @@ def _put_right(target: Path, certain: bool) -> None:
     for kind in (_REPLACED, _PARTIAL):
         for left in target.parent.glob(f"{glob.escape(f'.{target.name}{kind}')}*"):
             pid = left.name.rpartition("-")[2]
-            if not certain and pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
+            if not certain and pid.isdigit() and int(pid) != os.getpid() and process_exists(int(pid)):
                 continue
             if kind == _REPLACED and not target.exists():
-                left.rename(target)
+                renames.replace(left, target)
             elif left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
+                renames.remove_leftovers(left)
             else:
-                left.unlink(missing_ok=True)
+                renames.remove_file(left)
 
 
 @contextmanager
@@ -309,28 +205,18 @@ def scratch_directory(parent: Path, name: str) -> Iterator[Path]:
             directory.mkdir()
             yield directory
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            renames.remove_leftovers(directory)
 
 
 def _remove_scratch(parent: Path) -> None:
     """Removes the scratch directories, of any purpose, that killed processes left."""
-    for lock in parent.resolve().glob(f".*{_SCRATCH}*{_LOCK}"):
-        if (lock, threading.get_ident()) in _locks:  # this thread's own, which it could lock again
+    for lock in parent.resolve().glob(f".*{_SCRATCH}*{LOCK}"):
+        if is_mine(lock):
             continue
-        label = lock.name[1:].removesuffix(_LOCK)
+        label = lock.name[1:].removesuffix(LOCK)
         with suppress(SlmError, OSError), sole(lock.parent / label) as certain:
             if certain:
-                shutil.rmtree(lock.parent / f".{label}", ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+                renames.remove_leftovers(lock.parent / f".{label}")
 
 
 @contextmanager
@@ -349,19 +235,19 @@ def atomic_file(target: Path) -> Iterator[Path]:
         try:
             yield partial
             _to_disk(partial)
-            partial.replace(target)
+            renames.replace(partial, target)
             _to_disk(target.parent)
         except Exception as error:
             _complain_of_full_disk(error, target)
             raise
         finally:
-            partial.unlink(missing_ok=True)
+            renames.remove_file(partial)
 
 
 def write_text(target: Path, text: str) -> None:
-    """Writes `text` as UTF-8, completely or not at all."""
+    """Writes `text` as UTF-8 with its line ends, completely or not at all."""
     with atomic_file(target) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="")
 
 
 def read_text(path: Path, what: str) -> str:
@@ -378,13 +264,13 @@ def read_text(path: Path, what: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise SlmError(f"{what} not found: {path}", "check the path") from None
-    except IsADirectoryError:
-        raise SlmError(f"{what} is a directory, not a file: {path}", "name a file") from None
     except UnicodeDecodeError as error:
         raise SlmError(
             f"{what} is not UTF-8 text: {path} (byte {error.start})", "convert it, for example with iconv"
         ) from None
     except OSError as error:
+        if path.is_dir():  # Windows denies access to a directory that is opened as a file
+            raise SlmError(f"{what} is a directory, not a file: {path}", "name a file") from None
         raise SlmError(f"cannot read {what}: {path} ({error.strerror})", "check its permissions") from None
 
 
@@ -440,11 +326,12 @@ def member(directory: Path, name: str, *, links: bool = False) -> Path:
         links: Whether links may point out of the directory, as those in the Hugging Face cache do.
 
     Raises:
-        SlmError: If the name is absolute, or leads out of the directory by itself or through a link.
+        SlmError: If the name is absolute, leads out of the directory by itself or through a link, or is not valid on every
+            system.
     """
     pure = PurePosixPath(name)
     path = directory / pure
-    inside = "\0" not in name and not pure.is_absolute() and ".." not in pure.parts
+    inside = "\0" not in name and not leads_out(name)
     try:
         whole = path.resolve(strict=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -453,4 +340,6 @@ def member(directory: Path, name: str, *, links: bool = False) -> Path:
         raise SlmError(f"{directory}: {name!r} is not a valid file name", "do not trust this artifact") from None
     if not inside or not (links or whole.is_relative_to(directory.resolve())):
         raise SlmError(f"{directory}: the name {name!r} leads out of the directory", "do not trust this artifact")
+    if not is_portable(name):
+        raise SlmError(f"{directory}: {name!r} is not a valid file name on every system", "do not trust this artifact")
     return path

@@ -6,7 +6,7 @@ Every function works on arrays of numpy and on tensors of PyTorch: `xp` is the m
 Dimensions: N output channels, K input channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,26 @@ BLOCK_SIZES = (128, 64, 32, 16)
 _ACTIVATION_TOP = 127
 # The number of weights that are rounded at a time. Intermediate arrays take several times as much memory.
 _CHUNK_VALUES = 1 << 22
+# x86 CPUs without VNNI add two products, of adjacent input channels, in 16 bits (vpmaddubsw), which saturate. Activations are
+# unsigned, so that integers of one sign may sum to 128: 255 * 128 = 32,640.
+PAIR_LIMIT = 128
+# Larger steps that the scale of such a product is chosen from. With twice the step, no pair exceeds the limit.
+_WIDER = np.linspace(1, 2, 17, dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values of blocks: (q - zero) * scale for integers q from `lowest` to `highest`. Zero and scale: (..., blocks)."""
+    """The values of blocks: (q - zero) * scale for integers q from `lowest` to `highest`. Zero and scale: (..., blocks).
+
+    With a `pair` limit, two adjacent integers of one sign, the first at an even position, sum to at most this value.
+    """
 
     scale: Any
     zero: Any
     lowest: int
     highest: int
     xp: Any = np
+    pair: int | None = None
 
     def round(self, blocks: Any) -> Any:
         """Returns the nearest integers, as float32, of values (..., blocks, block); the zero if the scale is 0."""
@@ -40,7 +49,8 @@ class Grid:
         steps = blocks / xp.where(self.scale == 0, 1, self.scale)[..., None]  # a block with the scale 0 is all zeros
         steps = xp.round(steps, out=steps)
         steps += self.zero[..., None]
-        return xp.clip(steps, self.lowest, self.highest, out=steps)
+        steps = xp.clip(steps, self.lowest, self.highest, out=steps)
+        return steps if self.pair is None else _limited(steps, self.pair, xp)
 
     def values(self, integers: Any) -> Any:
         """Returns the values of integers (..., blocks, block)."""
@@ -63,8 +73,12 @@ def as_stored(scale: Array, scheme: Scheme) -> Array:
 
 
 def fitted(blocks: Any, scheme: Scheme, xp: Any = np) -> Grid:
-    """Returns the grid that covers the full range of each block (..., blocks, block)."""
-    return between(*ends(blocks, scheme, xp), scheme, xp)
+    """Returns the grid that covers the full range of each block (..., blocks, block).
+
+    If pairs of integers are limited, the grid is wider where that reduces the squared error.
+    """
+    grid = between(*ends(blocks, scheme, xp), scheme, xp)
+    return grid if grid.pair is None else replace(grid, scale=grid.scale * _widening(blocks, grid, xp))
 
 
 def ends(blocks: Any, scheme: Scheme, xp: Any = np) -> tuple[Any, Any]:
@@ -89,12 +103,52 @@ def between(low: Any, high: Any, scheme: Scheme, xp: Any = np) -> Grid:
         zero = xp.round(xp.where(scale == 0, 0, -low / xp.where(scale == 0, 1, scale)))
         return Grid(scale, xp.clip(zero, 0, top), 0, top, xp)
     if scheme.dynamic:
-        largest = 63 if scheme.reduced else 127
-        return Grid(high / largest, xp.zeros_like(high), -largest, largest, xp)
+        return Grid(high / 127, xp.zeros_like(high), -127, 127, xp, PAIR_LIMIT if scheme.reduced else None)
     zero = xp.full_like(high, middle)
     if scheme.bits == 8:  # 1 to 255, so that the range is symmetric
         return Grid(as_stored(high / (middle - 1), scheme), zero, 1, top, xp)
     return Grid(as_stored(-low / middle, scheme), zero, 0, top, xp)
+
+
+def pair_sums(blocks: Any, xp: Any = np) -> Any:
+    """Returns the largest magnitude of the sum of the values of one sign, for each pair of a block.
+
+    Args:
+        blocks: Values (..., block); the result is (..., block / 2).
+        xp: `numpy` or `torch`.
+    """
+    pairs = blocks.reshape(*blocks.shape[:-1], -1, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    return xp.maximum(
+        xp.clip(first, 0, None) + xp.clip(second, 0, None), xp.clip(-first, 0, None) + xp.clip(-second, 0, None)
+    )
+
+
+def _widening(blocks: Any, grid: Grid, xp: Any) -> Any:
+    """Returns the factor (..., blocks) of the scale that minimizes the expected squared error of rounding with a pair limit."""
+    sums = pair_sums(blocks, xp)
+    best, least = xp.ones_like(grid.scale), None
+    for factor in _WIDER:
+        step = grid.scale * float(factor)
+        excess = xp.clip(sums - grid.pair * step[..., None], 0, None)
+        # Each integer is off by a twelfth of a squared step on average. Both integers of a pair take half of its excess.
+        error = blocks.shape[-1] / 12 * step**2 + (excess * excess).sum(-1) / 2
+        if least is None:
+            least = error
+            continue
+        best = xp.where(error < least, float(factor), best)
+        least = xp.minimum(error, least)
+    return best
+
+
+def _limited(steps: Any, limit: int, xp: Any) -> Any:
+    """Returns integers (..., block) whose pairs are within a limit. Both integers of a pair take half of its excess."""
+    excess = xp.clip(pair_sums(steps, xp) - limit, 0, None)
+    more = xp.ceil(excess / 2)
+    pairs = steps.reshape(*steps.shape[:-1], -1, 2)
+    pairs[..., 0] -= xp.sign(pairs[..., 0]) * more
+    pairs[..., 1] -= xp.sign(pairs[..., 1]) * (excess - more)
+    return pairs.reshape(steps.shape)
 
 
 def rounded(weight: Any, scheme: Scheme, xp: Any = np) -> Any:

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slm.core import renames, systems
 from slm.core.artifacts import Artifact, artifacts, read_artifact, unfinished
 from slm.core.errors import SlmError
-from slm.core.files import held, scratch_directory, sole
+from slm.core.files import scratch_directory
+from slm.core.locks import held, sole
 from slm.core.names import short_name
 from slm.core.runs import RUNS, cached_bundles
+
+_STOP = "stop the slm serve, slm chat or other program that uses it"
 
 
 @dataclass(frozen=True)
@@ -111,16 +115,21 @@ def remove(path: Path) -> None:
     """Removes a run or an artifact. It first leaves its place, so that an interruption leaves no half of it in use.
 
     Raises:
-        SlmError: When another process is writing it.
+        SlmError: When another process is writing it or, on Windows, uses one of its files.
     """
     working = held(path) if path.is_dir() else nullcontext()
     with sole(path.resolve()), working, scratch_directory(path.parent, "removed") as scratch:
-        path.rename(scratch / path.name)
+        try:
+            renames.replace(path, scratch / path.name)
+        except PermissionError:
+            if systems.WINDOWS:
+                raise SlmError(f"cannot remove {path}: a program uses one of its files", _STOP) from None
+            raise
 
 
 def _places(name: str) -> Iterator[Path]:
     """Yields the paths that a name may mean, each once."""
-    run, _, rest = name.strip("/").partition("/")
+    run, _, rest = (name.replace("\\", "/") if systems.WINDOWS else name).strip("/").partition("/")
     below = [RUNS / run / kind / rest for kind in ("checkpoint", "adapters")] if rest else []
     yield from dict.fromkeys((cached_bundles() / name, RUNS / name, *below, Path(name)))
 

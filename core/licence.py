@@ -89,6 +89,6 @@ def modified(notices: Sequence[str], how: str) -> Notices:
 def write_notice(directory: Path, notices: Sequence[str]) -> None:
     """Writes the notices to an artifact's `NOTICE`, or deletes the file if there are none."""
     if notices:
-        (directory / NOTICE_FILE).write_text("\n".join(notices) + "\n", encoding="utf-8")
+        (directory / NOTICE_FILE).write_text("\n".join(notices) + "\n", encoding="utf-8", newline="")
     else:
         (directory / NOTICE_FILE).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from slm.core import child
 from slm.core.errors import SlmError
+from slm.core.processes import allowed_processors, main_memory, physical_cores
 
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
@@ -34,6 +35,9 @@ _X86 = {
     "AMX BF16": ("amx_bf16",),
 }
 _ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",)}
+# The same as bits of the auxiliary vector of 64-bit ARM: the type of the entry and the bit (asm/hwcap.h).
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+_HWCAPS = {"NEON": (_AT_HWCAP, 1), "dot product": (_AT_HWCAP, 20), "i8mm": (_AT_HWCAP2, 13)}
 # macOS reports them one by one on ARM, and as a list of words on Intel.
 _MAC_ARM = {
     "NEON": ("hw.optional.AdvSIMD", "hw.optional.neon"),
@@ -42,6 +46,8 @@ _MAC_ARM = {
 }
 _MAC_X86 = {"AVX2": ("AVX2",), "AVX-512F": ("AVX512F",), "AVX-512 VNNI": ("AVX512VNNI",)}
 _MAC_FEATURES = "machdep.cpu.leaf7_features"
+_MAC_NAME = "machdep.cpu.brand_string"
+_WINDOWS_PROCESSOR = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
 
 # The most threads of one operator; it exceeds the cores of the largest machines.
 MAX_THREADS = 512
@@ -86,10 +92,19 @@ def usable_cores() -> int:
     Two threads on the hyperthreads of one core slow down matrix products, and threads beyond the quota are suspended during
     one. Both are frequent reasons for slow inference in containers.
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = {_siblings(cpu) for cpu in allowed}
     quota = cpu_quota()
-    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+    return max(1, _cores() if quota is None else min(_cores(), int(quota)))
+
+
+def _cores() -> int:
+    """Returns the number of physical cores that this process may run on."""
+    siblings: set[str | None] = {None}
+    if hasattr(os, "sched_getaffinity"):
+        siblings = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
+    if None not in siblings:
+        return len(siblings)
+    allowed = allowed_processors()
+    return min(allowed, physical_cores() or allowed)
 
 
 def cpu_quota(v2: Path = _CPU_V2, v1: Path = _CPU_V1) -> float | None:
@@ -108,33 +123,6 @@ def cpu_quota(v2: Path = _CPU_V2, v1: Path = _CPU_V1) -> float | None:
     return int(quota) / int(period)
 
 
-def peak_rss_mib() -> float:
-    """Returns the peak resident memory of this process, in MiB."""
-    try:
-        # getrusage would include the peak of the parent process at the time of the fork.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split("VmHWM:")[1].split()[0]) / (1 << 10)  # KiB
-    except (OSError, IndexError, ValueError):
-        import resource  # not available on every system
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes on macOS, KiB elsewhere
-
-
-def free_files() -> int:
-    """Returns how many more files this process may open."""
-    import resource  # not available on every system
-
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit == resource.RLIM_INFINITY:
-        limit = 1 << 20
-    try:
-        used = len(os.listdir("/dev/fd"))  # noqa: PTH208  # a directory of numbers
-    except OSError:
-        used = 32
-    return max(0, limit - used)
-
-
 def return_freed_memory() -> None:
     """Makes glibc return freed blocks of a megabyte and more to the system; does nothing on other C libraries.
 
@@ -142,13 +130,12 @@ def return_freed_memory() -> None:
     replaced by longer ones, would stay resident. Only inference calls this: training frees and allocates such blocks all the
     time, and would become slower.
     """
-    if sys.platform != "linux":
-        return
-    import ctypes
+    if sys.platform == "linux":
+        import ctypes
 
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl does not have it
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl does not have it
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> Memory:
@@ -157,7 +144,7 @@ def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V
         lines = _colon_lines(meminfo.read_text(encoding="ascii"))
         total, available = (_kib(lines.get(name)) for name in ("MemTotal", "MemAvailable"))
     except OSError:
-        total, available = _total_memory(), None
+        total, available = main_memory()
     return Memory(total, available, memory_limit(v2, v1))
 
 
@@ -175,19 +162,25 @@ def memory_limit(v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> int | None:
 def instruction_sets(cpuinfo: Path = _CPUINFO) -> dict[str, bool]:
     """Returns which vector and matrix instructions the CPU has, without those that the system does not report."""
     try:
-        if sys.platform == "darwin":
-            return instruction_sets_of_mac(_sysctl(), platform.machine())
+        is_mac = sys.platform == "darwin"
+        if is_mac:
+            return instruction_sets_of_mac(_sysctl("hw.optional", _MAC_FEATURES), platform.machine())
+        if platform.machine() == "aarch64" and (vector := _auxiliary_vector()):
+            return instruction_sets_of_hwcaps(vector)
         return instruction_sets_of_linux(cpuinfo.read_text(encoding="utf-8", errors="replace"))
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
-def products_saturate(sets: Mapping[str, bool]) -> bool:
-    """Returns whether this CPU's INT8 products may saturate: it adds two products of 8-bit integers in 16 bits.
+def instruction_sets_of_hwcaps(vector: Mapping[int, int]) -> dict[str, bool]:
+    """Returns the instruction sets of a 64-bit ARM CPU.
 
-    x86 CPUs without VNNI do (vpmaddubsw). Returns False if the CPU's instruction sets are unknown.
+    Programs choose their kernels by these values. `/proc/cpuinfo` has those of the host in an emulated process.
+
+    Args:
+        vector: The entries AT_HWCAP and AT_HWCAP2 of the auxiliary vector.
     """
-    return "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI"))
+    return {name: bool(vector[entry] >> bit & 1) for name, (entry, bit) in _HWCAPS.items()}
 
 
 def instruction_sets_of_linux(cpuinfo: str) -> dict[str, bool]:
@@ -208,12 +201,12 @@ def instruction_sets_of_mac(sysctl: str, machine: str) -> dict[str, bool]:
     return _named(_MAC_X86, set(lines[_MAC_FEATURES].split())) if _MAC_FEATURES in lines else {}
 
 
-def _siblings(cpu: int) -> str:
-    """Returns the list of CPUs that share a core; the CPU itself if the system does not report it."""
+def _siblings(cpu: int) -> str | None:
+    """Returns the list of CPUs that share a core; None if the system does not report it."""
     try:
         return (_TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="ascii").strip()
     except OSError:
-        return str(cpu)
+        return None
 
 
 def _named(names: Mapping[str, tuple[str, ...]], found: set[str]) -> dict[str, bool]:
@@ -235,16 +228,42 @@ def _kib(said: str | None) -> int | None:
     return int(number) << 10 if number.isdecimal() else None
 
 
-def _total_memory() -> int | None:
+def _auxiliary_vector() -> dict[int, int]:
+    """Returns AT_HWCAP and AT_HWCAP2 of this process; nothing if the C library does not report them."""
+    import ctypes
+
+    read = getattr(ctypes.CDLL(None), "getauxval", None)
+    if read is None:
+        return {}
+    read.argtypes, read.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return {entry: read(entry) for entry in (_AT_HWCAP, _AT_HWCAP2)}
+
+
+def processor_name(cpuinfo: Path = _CPUINFO) -> str:
+    """Returns the name of the processor, as far as the system reports it; otherwise the architecture."""
+    name = None
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return None
+        if sys.platform == "win32":
+            import winreg
+
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, _WINDOWS_PROCESSOR) as key:
+                name = str(winreg.QueryValueEx(key, "ProcessorNameString")[0])
+        else:
+            # Both have one line for each logical processor, or one line in all.
+            lines = _colon_lines(
+                _sysctl(_MAC_NAME)
+                if sys.platform == "darwin"
+                else cpuinfo.read_text(encoding="utf-8", errors="replace")
+            )
+            name = lines.get("model name") or lines.get(_MAC_NAME)
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return (name or "").strip() or platform.processor() or platform.machine()
 
 
-def _sysctl() -> str:
+def _sysctl(*names: str) -> str:
     # The exit status is ignored: sysctl fails if this machine lacks one of the names, but prints the others.
-    return child.run_program(["/usr/sbin/sysctl", "hw.optional", _MAC_FEATURES], timeout=10).stdout
+    return child.run_program(["/usr/sbin/sysctl", *names], timeout=10).stdout
 
 
 def prepare_threads() -> None:

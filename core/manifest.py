@@ -104,8 +104,9 @@ class Scheme(_Record):
         zero_points: Whether each block has its own z.
         dynamic: Whether the layer multiplies 8-bit integers, with activations quantized per token. Weights are then signed
             and have one scale for each output channel: a block is as long as the input.
-        reduced: Whether the weights of a dynamic scheme have only seven bits. Processors without VNNI add pairs of products
-            in 16 bits, which eight bits can overflow.
+        reduced: Whether the sums of two products of a dynamic scheme fit in 16 bits, in which x86 CPUs without VNNI add
+            them (`slm.core.grid.PAIR_LIMIT`). Older bundles may lack it: they have weights up to 127 without that limit, and
+            the runtime rounds them again on a CPU that needs it (`slm.runtime.products`).
         half: Whether scales, and the input and output of the product, are float16, as on a GPU. Otherwise they are float32.
         halves: Whether the upper and lower four bits of the integers are stored apart, with the scale of the upper ones and
             one float32 for each output channel (`slm.export.graph.halves`).
@@ -140,7 +141,7 @@ class Scheme(_Record):
     def name(self) -> str:
         """A short name of the scheme."""
         if self.dynamic:
-            return f"int{7 if self.reduced else 8} by channel, dynamic"
+            return "int8 by channel, dynamic" + ", needs VNNI on x86" * (not self.reduced)
         frequent = f" with {self.frequent:,} rows in int8" if self.frequent else ""
         return f"int{self.bits} in blocks of {self.block_size}" + ", in halves" * self.halves + frequent
 
@@ -254,6 +255,14 @@ class Bundle:
         """Size of graph and weights."""
         files = self.manifest.files
         return sum(entry.bytes for name, entry in files.items() if name.startswith(self.manifest.model))
+
+    def check_graph(self) -> None:
+        """Checks that slm writes the bundle's graph, which `open` does only without `trust`.
+
+        Raises:
+            SlmError: If slm does not write such a graph.
+        """
+        _check_graph(self.path, self.manifest, self.config)
 
     @classmethod
     def open(cls, path: Path, trust: bool = False) -> "Bundle":

@@ -1,11 +1,11 @@
 """Resolves a name given to a command: a path, a run, or an artifact of a run; errors suggest what to type."""
 
 import re
-import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from slm.core import systems
 from slm.core.artifacts import (
     ADAPTER_SUFFIX,
     Artifact,
@@ -21,6 +21,7 @@ from slm.core.artifacts import (
 from slm.core.checkpoint import CONFIG_FILE
 from slm.core.errors import SlmError
 from slm.core.runs import RUNS
+from slm.core.shell import quoted
 from slm.core.weights import WEIGHTS_FILE
 
 # Directories of a run, relative to the run, that contain its artifacts.
@@ -117,12 +118,12 @@ def _path(name: str) -> Path:
 def _is_plain(name: str) -> bool:
     """Returns whether a name is a relative path below `./runs`, without `..`."""
     path = Path(name)
-    return _path(name) == path and not path.is_absolute() and ".." not in path.parts
+    return _path(name) == path and not path.anchor and ".." not in path.parts
 
 
 def _named(name: str) -> list[Artifact]:
     """Returns the artifacts that a name may refer to: `RUN/ARTIFACT`, or an artifact's name alone, in any run."""
-    first, _, rest = name.strip("/").partition("/")
+    first, _, rest = (name.replace("\\", "/") if systems.WINDOWS else name).strip("/").partition("/")
     if rest:
         places = [RUNS / first / place / rest for place in _PLACES]
         return [found for place in dict.fromkeys(places) if (found := read_artifact(place)) is not None]
@@ -137,11 +138,11 @@ def _suitable(path: Path, kind: Kind, kinds: Sequence[Kind]) -> Path:
     """
     if kind in kinds:
         return path
-    quoted = shlex.quote(str(path))
+    argument = quoted(str(path))
     hints = {
-        ("checkpoint", "bundle"): f"create a bundle with slm export --onnx {quoted}",
-        ("adapter", "bundle"): f"create a bundle with the adapter merged: slm export --onnx --adapter {quoted}",
-        ("adapter", "checkpoint"): f"use an adapter with its base: slm generate BASE --adapter {quoted}",
+        ("checkpoint", "bundle"): f"create a bundle with slm export --onnx {argument}",
+        ("adapter", "bundle"): f"create a bundle with the adapter merged: slm export --onnx --adapter {argument}",
+        ("adapter", "checkpoint"): f"use an adapter with its base: slm generate BASE --adapter {argument}",
         ("bundle", "checkpoint"): _origin(path),
     }
     hint = next((hints[kind, wanted] for wanted in reversed(kinds) if (kind, wanted) in hints), None)
@@ -195,7 +196,7 @@ def _not_found(name: str, path: Path, kinds: Sequence[Kind], others: Sequence[st
     exists = path.exists()
     message = f"{_none_of(kinds) if exists else 'not found'}: {name}"
     if path.suffix == ".gguf" and path.is_file():
-        return SlmError(f"a GGUF file is {_none_of(kinds)}: {name}", f"slm import {shlex.quote(name)}")
+        return SlmError(f"a GGUF file is {_none_of(kinds)}: {name}", f"slm import {quoted(name)}")
     if exists:
         if (path / "dataset.json").is_file():
             return SlmError(f"{message} is a prepared dataset", f"slm data info {path}; slm train --data {path}")
@@ -243,4 +244,4 @@ def _is_text(name: str) -> bool:
 
 
 def _quoted(text: str) -> str:
-    return shlex.quote(text) if any(character in text for character in '"$`\\!') else f'"{text}"'
+    return quoted(text) if any(character in text for character in '"$`\\!') else f'"{text}"'

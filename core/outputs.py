@@ -7,6 +7,7 @@ replaced.
 
 import errno
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -75,12 +76,18 @@ def check_writable(target: Path) -> None:
         else:
             raise SlmError(f"cannot write {target}: {above} is not a directory", ANOTHER)
     if not os.access(above, os.W_OK | os.X_OK):
-        raise _unwritable(target, above, errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES)
+        raise _unwritable(target, above, _reason(above))
     try:
         with TemporaryFile(dir=above):  # permission bits do not show this: /proc, network file systems, no free inodes
             pass
     except OSError as error:
         raise _unwritable(target, above, error.errno or errno.EIO) from None
+
+
+def _reason(directory: Path) -> int:
+    if sys.platform != "win32" and hasattr(os, "statvfs") and os.statvfs(directory).f_flag & os.ST_RDONLY:
+        return errno.EROFS
+    return errno.EACCES
 
 
 def _unwritable(target: Path, above: Path, number: int) -> SlmError:

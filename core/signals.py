@@ -1,12 +1,17 @@
-"""Deferred signals: SIGINT, SIGTERM and SIGHUP wait until a few steps that belong together have finished."""
+"""The signals that stop a command, and their deferral until a few steps that belong together have finished."""
 
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-# The signals that end the command line. Windows has no SIGHUP.
-_STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# SIGHUP: a terminal was closed. Windows has SIGBREAK instead, for that and for Ctrl-Break.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
+
+
+def stopping() -> tuple[signal.Signals, ...]:
+    """Returns the signals that stop this command: all of `STOPPING` but those that it ignores, as nohup makes it."""
+    return tuple(each for each in STOPPING if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN)
 
 
 class PutOff:
@@ -21,7 +26,7 @@ class PutOff:
         if threading.current_thread() is not threading.main_thread():
             return  # Python runs signal handlers in the main thread only
         try:
-            for signum in _STOPPING:
+            for signum in STOPPING:
                 if callable(handler := signal.getsignal(signum)):
                     self._handlers[signum] = handler
                     signal.signal(signum, self._remember)

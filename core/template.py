@@ -1,7 +1,7 @@
 """Renders chat templates of imported models in a long-lived child process with limits of time and memory.
 
 A template is a Jinja program that comes with a model. It runs in Jinja's sandbox, which blocks access to Python's internals,
-and in a separate process, which the operating system ends if it exceeds limits of time or memory. A process is needed
+and in a separate process, which ends if it exceeds limits of time or memory (`slm.core.bounded`). A process is needed
 because one long call cannot be interrupted from within, and Jinja offers many such calls. This module is the parent's side;
 `template_worker` is the child's.
 """
@@ -9,18 +9,15 @@ because one long call cannot be interrupted from within, and Jinja offers many s
 import atexit
 import json
 import os
-import socket
-import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-from slm.core import child
+from slm.core.bounded import BoundedProcess, Limits
 from slm.core.errors import SlmError
-from slm.core.template_worker import MAX_TEXT_CHARACTERS
+from slm.core.template_worker import MAX_BYTES, MAX_TEXT_CHARACTERS
 
 MAX_TEMPLATE_CHARACTERS = 64 << 10
 # The limit of CPU time for one rendering, in seconds.
@@ -38,7 +35,6 @@ _CHARACTERS_AT_ONCE = 1 << 20
 # memory and CPU time from other work.
 _PATIENCE_SECONDS = 0.05
 _MAX_PROCESSES = 4
-_LENGTH = struct.Struct("<Q")
 _HINT = "the chat template is part of the model; without --instruct it is not used"
 
 # The messages, whether to append the start of the model's turn, and the declarations of tools, if there are any.
@@ -83,12 +79,14 @@ def render_all(template: str, conversations: Sequence[Conversation], tokens: Map
             f"the chat template has {len(template):,} characters; the limit is {MAX_TEMPLATE_CHARACTERS:,}", _HINT
         )
     answers: list[dict[str, Any]] = []
+    limits = Limits(_MAX_WAIT_SECONDS, MAX_SECONDS, MAX_BYTES)
     with _PROCESSES.one() as process:
         try:
             for some in _portions(conversations):
-                request = {"template": template, "conversations": some, "tokens": dict(tokens), "seconds": MAX_SECONDS}
-                process.send(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-                answers += [json.loads(process.receive(_MAX_WAIT_SECONDS)) for _ in some]
+                request: dict[str, Any] = {"template": template, "conversations": some, "tokens": dict(tokens)}
+                request |= {"seconds": MAX_SECONDS, "wall_seconds": _MAX_WAIT_SECONDS}
+                process.send(json.dumps(request, ensure_ascii=False).encode("utf-8", "surrogatepass"), limits)
+                answers += [json.loads(process.receive(limits)) for _ in some]
         except TimeoutError:
             process.end()
             raise _failed(f"it takes longer than {_MAX_WAIT_SECONDS} s") from None
@@ -120,85 +118,12 @@ def _failed(reason: str) -> SlmError:
     return SlmError(f"the chat template failed: {reason}", _HINT)
 
 
-class _Process:
-    """A child process that renders templates, and the socket that connects to it."""
-
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair()
-        try:
-            with theirs:
-                self._process = child.popen(
-                    "from slm.core.template_worker import work; work()",
-                    stdin=theirs,
-                    stdout=theirs,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # so that Ctrl-C reaches the parent only
-                )
-        except BaseException:
-            self._socket.close()
-            raise
-        self.usable = True
-        try:
-            self.receive(_START_SECONDS)
-        except OSError as error:
-            self.end()
-            raise _failed(f"its process could not start ({' '.join(str(error).split())})") from None
-        except BaseException:
-            self.end()
-            raise
-
-    def send(self, message: bytes) -> None:
-        """Sends a message.
-
-        Raises:
-            OSError: If the process has ended or does not read.
-        """
-        self._socket.settimeout(_MAX_WAIT_SECONDS)
-        self._socket.sendall(_LENGTH.pack(len(message)) + message)
-
-    def receive(self, seconds: float) -> bytes:
-        """Receives a message.
-
-        Raises:
-            TimeoutError: If the message does not arrive in time.
-            OSError: If the process has ended, or its message is longer than any rendered text.
-        """
-        until = time.monotonic() + seconds
-        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size, until))
-        if length > _MAX_REPLY_BYTES:
-            raise OSError("the message is too long")
-        return self._exactly(length, until)
-
-    def _exactly(self, count: int, until: float) -> bytes:
-        found = bytearray()
-        while len(found) < count:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            self._socket.settimeout(left)
-            part = self._socket.recv(min(count - len(found), 1 << 20))
-            if not part:
-                raise OSError("the process has ended")
-            found += part
-        return bytes(found)
-
-    def alive(self) -> bool:
-        """Returns whether the process is running and usable."""
-        return self.usable and self._process.poll() is None
-
-    def end(self) -> None:
-        """Ends the process."""
-        self.usable = False
-        self._socket.close()
-        with suppress(OSError):
-            self._process.kill()
-        self._process.wait()
-
-    def forget(self) -> None:
-        """Closes this process's socket to a child that belongs to the parent process (after a fork)."""
-        self.usable = False
-        self._socket.close()
-        self._process.returncode = 0  # so that Popen does not wait for it or warn
+def _start() -> BoundedProcess:
+    try:
+        code = "from slm.core.template_worker import work; work()"
+        return BoundedProcess(code, _MAX_REPLY_BYTES, _START_SECONDS)
+    except OSError as error:
+        raise _failed(f"its process could not start ({' '.join(str(error).split())})") from None
 
 
 class _Processes:
@@ -206,13 +131,13 @@ class _Processes:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._idle: list[_Process] = []
-        self._all: set[_Process] = set()
+        self._idle: list[BoundedProcess] = []
+        self._all: set[BoundedProcess] = set()
         self._starting = False
         self._progress = 0.0  # time when a process was last acquired, released or started
 
     @contextmanager
-    def one(self) -> Iterator[_Process]:
+    def one(self) -> Iterator[BoundedProcess]:
         """Acquires a process for one caller."""
         process = self._take()
         try:
@@ -223,7 +148,7 @@ class _Processes:
         finally:
             self._give_back(process)
 
-    def _take(self) -> _Process:
+    def _take(self) -> BoundedProcess:
         with self._changed:
             while True:
                 while self._idle:
@@ -239,9 +164,9 @@ class _Processes:
                     break
                 self._changed.wait(left if room else None)
             self._starting = True
-        started: _Process | None = None
+        started: BoundedProcess | None = None
         try:
-            started = _Process()
+            started = _start()
             return started
         finally:
             with self._changed:
@@ -251,7 +176,7 @@ class _Processes:
                     self._all.add(started)
                 self._changed.notify_all()
 
-    def _give_back(self, process: _Process) -> None:
+    def _give_back(self, process: BoundedProcess) -> None:
         with self._changed:
             self._progress = time.monotonic()
             if process.usable and not self._idle and process in self._all:
@@ -278,4 +203,5 @@ class _Processes:
 
 _PROCESSES = _Processes()
 atexit.register(_PROCESSES.close)
-os.register_at_fork(after_in_child=_PROCESSES.after_fork)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_PROCESSES.after_fork)

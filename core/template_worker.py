@@ -1,20 +1,19 @@
-"""The process that renders chat templates for `slm.core.template`, under limits that the operating system enforces.
+"""The process that renders chat templates for `slm.core.template`, within limits of time and memory.
 
-Its standard input and output are one socket. A request has a template and conversations; each conversation gets its own
-response. The process exits when its input closes, so it never outlives the parent.
+A request has a template and conversations; each conversation gets its own response. The process exits when its input closes,
+so it never outlives the parent.
 """
 
 import json
 import os
-import resource
-import signal
-import struct
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from slm.core.machine import peak_rss_mib
+from slm.core.bounded import hello, receive, send
+from slm.core.process_limits import Limit, forbid_writing, limit_memory, prepare_timer, start_timer, stop_timer
+from slm.core.processes import peak_rss_mib
 
 # Address space of the process, of which Python and Jinja take a tenth.
 MAX_BYTES = 512 << 20
@@ -26,7 +25,6 @@ _MAX_REASON = 200
 _COMPILED = 8
 # Resident memory that marks the process for replacement: Python does not return the memory of a large rendering.
 _LARGE_MIB = 192
-_LENGTH = struct.Struct("<Q")
 
 
 class _Refused(Exception):
@@ -35,29 +33,26 @@ class _Refused(Exception):
 
 def work() -> None:
     """Runs the process: renders conversations until its input closes."""
-    for what, limit in ((resource.RLIMIT_AS, MAX_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        try:
-            resource.setrlimit(what, (limit, limit))
-        except (ValueError, OSError):  # macOS does not support a limit of address space
-            continue
-    # By default the timer's signal ends the process even in C code; the parent may have set it to be ignored.
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+    enforced: list[Limit] = ["memory"] if limit_memory(MAX_BYTES) else []
+    forbid_writing()
+    enforced += ["time"] if prepare_timer() else []
     import jinja2.sandbox  # noqa: F401  # here, so that the first request does not spend its time on the import
 
-    _send({})
-    while (request := _receive()) is not None:
+    hello(enforced)
+    while (message := receive()) is not None:
+        request = json.loads(message)
         for messages, begins, tools in request["conversations"]:
-            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            start_timer(request["seconds"], request["wall_seconds"])
             answer = _answer(request["template"], messages, begins, {"tools": tools, **request["tokens"]})
-            _send(answer | {"large": peak_rss_mib() > _LARGE_MIB})
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            answer |= {"large": peak_rss_mib() > _LARGE_MIB}
+            send(json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            stop_timer()
     os._exit(0)
 
 
 def _answer(
     template: str, messages: Sequence[Mapping[str, Any]], begins: bool, variables: Mapping[str, Any]
-) -> dict[str, str]:
+) -> dict[str, Any]:
     try:
         return {"text": _rendered(_compiled(template), messages, begins, variables)}
     except Exception as error:  # templates can raise any exception
@@ -148,26 +143,3 @@ def _tojson(
 ) -> str:
     """Returns JSON as transformers' templates expect it; Jinja's own filter would escape HTML characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _send(message: Mapping[str, Any]) -> None:
-    content = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    left = memoryview(_LENGTH.pack(len(content)) + content)
-    while left:
-        left = left[os.write(1, left) :]
-
-
-def _receive() -> Any:
-    head = _exactly(_LENGTH.size)
-    content = None if head is None else _exactly(_LENGTH.unpack(head)[0])
-    return None if content is None else json.loads(content)
-
-
-def _exactly(count: int) -> bytes | None:
-    found = bytearray()
-    while len(found) < count:
-        part = os.read(0, min(count - len(found), 1 << 20))
-        if not part:
-            return None
-        found += part
-    return bytes(found)

@@ -16,7 +16,7 @@ from slm.core.errors import SlmError
 from slm.core.files import check_readable, read_text
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE, declared_tokens, named_tokens, read_tokenizer_config
 from slm.core.tokenizer_fields import MAX_BYTES, Unsupported
-from slm.core.tokenizer_library import call, encode_text, ids_around, utf8_bytes
+from slm.core.tokenizer_library import call, copied, encode_text, ids_around, utf8_bytes
 from slm.core.tokenizer_rules import Rules
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -65,11 +65,8 @@ class Tokenizer:
 
     @cached_property
     def _literal(self) -> _Tokenizer:
-        """A copy of the tokenizer that encodes the text of control tokens as plain characters.
-
-        Created on first use: a vocabulary of 262,144 tokens takes seconds.
-        """
-        literal = _Tokenizer.from_str(self.backend.to_str())
+        """A copy of the tokenizer that encodes the text of control tokens as plain characters."""
+        literal = copied(self.backend)
         added = literal.get_added_tokens_decoder()
         controls = [token for i, token in added.items() if i in self.control_ids and not token.special]
         for token in controls:
@@ -151,17 +148,21 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
-        # Written here, because the library's own errors have no error number.
-        (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        self._write(directory)
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
-        (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        (directory / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8", newline="")
 
     def copy(self, source: Path, directory: Path) -> None:
         """Copies the `tokenizer.json` that was loaded, or writes a new one if `load` changed something."""
         if self.dropped or self._adds:
-            (directory / TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+            self._write(directory)
         else:
             shutil.copy(source / TOKENIZER_FILE, directory / TOKENIZER_FILE)
+
+    def _write(self, directory: Path) -> None:
+        """Writes `tokenizer.json` without indentation: Gemma's has 14 MB then, not 33, and loads faster."""
+        # Written here, because the library's own errors have no error number.
+        (directory / TOKENIZER_FILE).write_text(self.backend.to_str(), encoding="utf-8", newline="")
 
     @property
     def vocab_size(self) -> int:

@@ -115,4 +115,4 @@ def _genai(config: ModelConfig, manifest: Manifest, generation: dict[str, Any]) 
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="")

@@ -20,12 +20,13 @@ import onnx_ir as ir
 from slm.core.checkpoint import read_config
 from slm.core.errors import SlmError
 from slm.core.files import scratch_directory
+from slm.core.grid import PAIR_LIMIT, pair_sums
 from slm.core.manifest import Bundle, Manifest, Parity, Scheme, amend
 from slm.core.nn import CausalLM
 from slm.core.progress import Progress
 from slm.core.weights import Weights
-from slm.export.graph import checkpoint_tensors, float_tensors, released
-from slm.export.graph.blocks import relative_error
+from slm.export.graph import checkpoint_tensors, float_tensors, graph_tensors, released
+from slm.export.graph.blocks import QUANTIZED, relative_error
 from slm.export.graph.builder import Array
 from slm.export.graph.smoothing import smoothing_between
 from slm.export.parity import TOLERANCE, TOLERANCES, check_parity
@@ -91,6 +92,7 @@ def verify_bundle(
         raise SlmError(f"the bundle does not match the checkpoint: their configurations differ in {', '.join(changed)}")
     with released():
         count, off = _compare_weights(bundle, checkpoint)
+        _check_sums(bundle)
     progress.note(f"{count} weights match the checkpoint")
     with released():
         reference = model_of(bundle)
@@ -238,6 +240,21 @@ def _compare_weights(bundle: Bundle, checkpoint: Path) -> tuple[int, float]:
             )
         worst = max(worst, off)
     return len(theirs), worst
+
+
+def _check_sums(bundle: Bundle) -> None:
+    """Checks that sums of two products fit in 16 bits where the manifest says so.
+
+    Raises:
+        SlmError: If they do not.
+    """
+    stored = graph_tensors(bundle.model_path)
+    for path, scheme in _schemes(bundle).items():
+        if scheme.reduced and pair_sums(stored[f"{path}.{QUANTIZED}"].T.astype(np.int16)).max() > PAIR_LIMIT:
+            raise SlmError(
+                f"{path} can saturate on CPUs without VNNI, although the manifest excludes it",
+                "quantize the float bundle again",
+            )
 
 
 def _schemes(bundle: Bundle) -> Mapping[str, Scheme]:

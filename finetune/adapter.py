@@ -123,7 +123,7 @@ def save_adapter(directory: Path, adapter: PeftModel, state: dict[str, Tensor]) 
     fields = adapter.peft_config[ADAPTER].to_dict() | {"inference_mode": True}
     # peft keeps target_modules in a set, whose order differs between processes.
     text = json.dumps(fields, indent=2, sort_keys=True, default=sorted)
-    (directory / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    (directory / ADAPTER_CONFIG_FILE).write_text(text + "\n", encoding="utf-8", newline="")
 
 
 def load_adapter(model: CausalLM, path: Path) -> PeftModel:

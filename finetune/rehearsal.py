@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slm.core.machine import memory, peak_rss_mib
+from slm.core.machine import memory
+from slm.core.processes import peak_rss_mib
 from slm.finetune.batches import casting
 from slm.finetune.build import Built
 from slm.finetune.fit import Fit

@@ -14,8 +14,9 @@ from peft import PeftModel
 from slm.core.chat import ending_turns
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, is_checkpoint
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, check_replaceable, recover, sole, write_text
+from slm.core.files import atomic_directory, check_replaceable, recover, write_text
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
+from slm.core.locks import sole
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.nn.fake_quant import round_weights, rounded_in_place
 from slm.core.progress import Progress, Silent
@@ -355,7 +356,7 @@ def _write_adapter(out: Path, adapter: PeftModel, fit: Fit, info: dict[str, Any]
         _write_course(directory, fit, recipe)
         _take_board(out, directory, recipe)
         write_notice(directory, recorded_notices(info))
-        (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8", newline="")
 
 
 def _write_checkpoint(

@@ -1,6 +1,5 @@
 """The state of an interrupted fine-tuning run: `OUT/trainer/`, beside the result that the run will write."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from slm.core import renames
 from slm.core.errors import SlmError
 from slm.train.metrics import Kind, Row, check_row
 from slm.train.state import MOST, OPTIMIZER_FILE, POSITION_FILE, TRAINER, Position, read_state, write_state
@@ -115,6 +115,6 @@ def resumable(out: Path, course: Mapping[str, Any]) -> State | None:
 
 def drop_state(out: Path) -> None:
     """Removes the saved state, and the directory around it if nothing else is in it."""
-    shutil.rmtree(out / TRAINER, ignore_errors=True)
+    renames.remove_leftovers(out / TRAINER)
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()

@@ -47,8 +47,10 @@ INT8: Mapping[Prefer, PreferredSchemes] = {
     "size": PreferredSchemes(layer=_IN_128, head=_IN_128, lookup=_IN_128),
     "quality": PreferredSchemes(layer=_IN_32, head=_IN_32, lookup=_IN_32),
 }
-# One scale for each output channel; activations are rounded with one scale for each token.
-INT8_DYNAMIC = PreferredSchemes(layer=Scheme(bits=8, block_size=128, dynamic=True), head=_IN_64, lookup=_IN_64)
+# One scale for each output channel; activations are rounded with one scale for each token. Sums of two products fit in 16 bits.
+INT8_DYNAMIC = PreferredSchemes(
+    layer=Scheme(bits=8, block_size=128, dynamic=True, reduced=True), head=_IN_64, lookup=_IN_64
+)
 INT4 = PreferredSchemes.of(GRIDS["int4"])
 # The larger block size of layers in 4 bits that a search for a size or a divergence can choose.
 COARSER_BLOCK = 64
@@ -168,9 +170,7 @@ def preferred_schemes(settings: Settings) -> PreferredSchemes:
     """Returns the schemes that the settings ask for."""
     if settings.precision == "int4":
         return INT4
-    if not settings.dynamic:
-        return INT8[settings.prefer]
-    return replace(INT8_DYNAMIC, layer=INT8_DYNAMIC.layer.model_copy(update={"reduced": settings.reduce_range}))
+    return INT8_DYNAMIC if settings.dynamic else INT8[settings.prefer]
 
 
 def with_frequent(scheme: Scheme, count: int) -> Scheme:

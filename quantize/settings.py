@@ -48,7 +48,6 @@ class Settings:
         precision: "int8" or "int4". With "int4", sensitive layers can get eight bits.
         prefer: The property to optimize.
         dynamic: Use products of 8-bit integers with a dynamic scale for each token, instead of blocks.
-        reduce_range: With `dynamic`, limit weights to seven bits, for processors without VNNI.
         block_size: The number of input channels that share one scale in the layers' weights. None: `prefer` decides.
         method: The rounding method. None: GPTQ for four bits, nearest for eight bits.
         smooth: Whether to smooth activations first. None: only if it measures better.
@@ -65,7 +64,6 @@ class Settings:
     precision: Literal["int8", "int4"] = "int8"
     prefer: Prefer = "auto"
     dynamic: bool = False
-    reduce_range: bool = False
     block_size: int | None = None
     method: Method | None = None
     smooth: bool | None = None

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -322,12 +321,3 @@ def _steps(rows: Rows, batch: int, steps: int) -> float:
     for _ in range(steps):
         ids = rows.step(ids).argmax(-1)[:, None]
     return time.perf_counter() - started
-
-
-def resident_mib() -> float | None:
-    """Returns the resident memory of this process in MiB; None if the system does not report it."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split("VmRSS:")[1].split()[0]) / (1 << 10)  # KiB
-    except (OSError, IndexError, ValueError):
-        return None

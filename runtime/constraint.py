@@ -6,6 +6,7 @@ Dimensions: V vocabulary.
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -263,8 +264,9 @@ def _send(checker: "subprocess.Popen[bytes]", said: Any) -> None:
 
 def _yield_to_others() -> None:
     """Lowers the priority of this thread in favour of requests in progress. Only Linux has priorities per thread."""
-    with suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    if sys.platform != "win32" and hasattr(os, "setpriority"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _dumped(schema: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import mmap
 import re
-import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -37,8 +36,6 @@ def use_huge_pages() -> int:
     Returns:
         Bytes moved; 0 on other systems.
     """
-    if sys.platform != "linux":
-        return 0
     try:
         size = int(_HUGE_PAGE_SIZE.read_text(encoding="ascii"))
         runs = list(_resident(size))

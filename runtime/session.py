@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import onnxruntime as ort
 
@@ -18,6 +19,7 @@ from slm.core.machine import (
 )
 from slm.core.manifest import MANIFEST_FILE, Bundle
 from slm.runtime.hugepages import use_huge_pages
+from slm.runtime.products import limited_weights, saturates
 from slm.runtime.unused import page_out, trim_freed_memory
 
 # The devices on which slm runs a model.
@@ -40,6 +42,8 @@ _TYPES = {name: f"tensor({ort_name})" for name, ort_name in
           (("int64", "int64"), ("float32", "float"), ("float16", "float16"), ("int8", "int8"))}  # fmt: skip
 
 
+# Weights that replace those of the file. onnxruntime does not copy them, so that they live as long as their session.
+_REPLACED: WeakKeyDictionary[ort.InferenceSession, dict[str, ort.OrtValue]] = WeakKeyDictionary()
 # onnxruntime puts its own source lines before the message of CUDA.
 _CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")
 
@@ -123,6 +127,10 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if device == "cpu" and bundle.manifest.target == "fused":
         options.add_session_config_entry(_FOLDING_LIMIT, str(_LARGEST_FOLDED))
+    limited = limited_weights(bundle) if saturates(bundle) else {}
+    replaced = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in limited.items()}
+    for name, value in replaced.items():
+        options.add_initializer(name, value)
     if device == "cuda":
         load_cuda_libraries()
     cuda = (_PROVIDERS["cuda"], CUDA_OPTIONS | dict(cuda_options or {}))
@@ -134,6 +142,7 @@ def open_session(
         if _CUDA_FAILURE.search(str(error)):
             raise DeviceUnavailable(f"the CUDA provider could not start ({first_line(error)})", _DOCTOR) from None
         raise SlmError(f"onnxruntime cannot open {bundle.model_path} ({first_line(error)})") from None
+    _REPLACED[session] = replaced
     _check_signature(session, bundle)
     if device == "cuda" and _PROVIDERS["cuda"] not in session.get_providers():
         raise DeviceUnavailable("the CUDA provider could not start", _DOCTOR)

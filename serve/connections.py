@@ -15,7 +15,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from slm.core.machine import free_files
+from slm.core.processes import free_files
 from slm.serve.errors import Refused
 
 # In seconds: the limit for the headers of a request, from the start of the connection or the end of the last response; the

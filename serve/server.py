@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import math
 import os
-import select
 import signal
 import socket
 import threading
@@ -16,12 +15,11 @@ from typing import NoReturn
 
 import uvicorn
 
+from slm.core.signals import stopping
 from slm.serve.app import make_app
 from slm.serve.connections import ACCEPTED, Connection, Connections
 from slm.serve.service import Service
 
-# The signals that stop a server. SIGHUP (a closed terminal) is one of them, unless the server was started with nohup.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Seconds after the grace period until open requests are ended, until connections are closed, and until the process exits
 # unconditionally.
 _END_S = 0.5
@@ -61,7 +59,7 @@ class Server(uvicorn.Server):
         """
         self._service, self._on_start, self._on_stop = service, on_start, on_stop
         self._connections = Connections() if connections is None else connections
-        self._signals: int | None = None
+        self._signals: socket.socket | None = None
         self.stopped_by: int | None = None
         super().__init__(
             uvicorn.Config(
@@ -85,7 +83,7 @@ class Server(uvicorn.Server):
             super().run(sockets)
         finally:
             if self._signals is not None:
-                os.close(self._signals)  # ends `_exit_in_time`
+                self._signals.close()  # ends `_exit_in_time`
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to accept connections."""
@@ -110,12 +108,12 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        ours = [each for each in _SIGNALS if each == signal.SIGINT or signal.getsignal(each) != signal.SIG_IGN]
+        ours = stopping()
         before = {each: signal.signal(each, self.handle_exit) for each in ours}
-        reading, self._signals = os.pipe()
-        os.set_blocking(self._signals, False)
+        reading, self._signals = socket.socketpair()  # Windows can wait for sockets alone
+        self._signals.setblocking(False)
         # The interpreter's C handler writes to it, even while the main thread cannot run Python code.
-        wakeup = signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
+        wakeup = signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=_exit_in_time, args=(reading, ours, self._service.grace_s), daemon=True).start()
         try:
             yield
@@ -138,7 +136,7 @@ def exit_now(number: int, message: bytes) -> NoReturn:
     os._exit(128 + number)
 
 
-def _exit_in_time(reading: int, signals: Sequence[int], grace_s: float) -> None:
+def _exit_in_time(reading: socket.socket, signals: Sequence[int], grace_s: float) -> None:
     """Waits for signals; ends the process at a second Ctrl-C, or some time after the grace period.
 
     Args:
@@ -152,11 +150,13 @@ def _exit_in_time(reading: int, signals: Sequence[int], grace_s: float) -> None:
         left = until - time.monotonic()
         if left <= 0 and first is not None:
             exit_now(first, b"stopped: the server did not end in time\n")
-        if not select.select([reading], [], [], None if first is None else left)[0]:
+        reading.settimeout(None if first is None else left)
+        try:
+            numbers = reading.recv(64)
+        except TimeoutError:
             continue
-        numbers = os.read(reading, 64)
         if not numbers:
-            os.close(reading)
+            reading.close()
             return
         for number in numbers:
             now = time.monotonic()

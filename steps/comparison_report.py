@@ -94,7 +94,7 @@ def write_report(directory: Path, compared: Comparison) -> None:
     with atomic_directory(directory, FILES) as made:
         text = json.dumps(as_dict(compared, rows=True), ensure_ascii=False, indent=1)
         for name, content in ((REPORT_FILE, text + "\n"), (PAGE_FILE, report_page(compared))):
-            (made / name).write_text(content, encoding="utf-8", errors="backslashreplace")
+            (made / name).write_text(content, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def notes(compared: Comparison) -> list[str]:

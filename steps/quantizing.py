@@ -91,7 +91,6 @@ def quantize(
     bundle: PathArgument | None = None,
     precision: Precision = "int8",
     *,
-    reduce_range: bool = False,
     prefer: Literal["auto", "speed", "size", "quality"] = "auto",
     block_size: Literal[128, 64, 32, 16] | None = None,
     method: Literal["nearest", "searched", "gptq"] | None = None,
@@ -123,7 +122,6 @@ def quantize(
     Args:
         bundle: A float32 bundle, or a float16 bundle for CUDA; by default the newest float32 bundle under ./runs.
         precision: "int8", "int8-dynamic" (8-bit weights and activations), or "int4".
-        reduce_range: With "int8-dynamic": 7-bit weights, for processors without VNNI.
         prefer: The property to optimize.
         block_size: Weights that share a scale; by default `prefer` decides.
         method: The rounding method for 4 bits; "gptq" by default.
@@ -238,8 +236,6 @@ def _check_settings(given: Mapping[str, Any]) -> None:
         raise SlmError("--head-bits requires --int4; INT8 bundles have 8 bits everywhere", "omit --head-bits")
     if given["head_bits"] == 4 and given["head"] == "halves":
         raise SlmError("--head halves stores 8 bits, which excludes --head-bits 4", "omit one of them")
-    if given["reduce_range"] and not dynamic:
-        raise SlmError("--reduce-range requires --int8-dynamic; other products do not overflow", "omit --reduce-range")
     if dynamic and (given["block_size"] or given["method"]):
         raise SlmError("--int8-dynamic does not support --block-size or --method", "omit them, or use --int8")
     for name in ("metric", "max_drop", "limit"):
@@ -256,7 +252,6 @@ def _settings(given: Mapping[str, Any]) -> "Settings":
         precision=precision,
         prefer=given["prefer"],
         dynamic=given["precision"] == "int8-dynamic",
-        reduce_range=given["reduce_range"],
         block_size=given["block_size"],
         method=given["method"],
         smooth=given["smooth"],

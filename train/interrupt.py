@@ -1,4 +1,7 @@
-"""Signals, deferred until the run can be saved: Ctrl-C and SIGTERM stop it; SIGUSR1 requests a checkpoint."""
+"""Signals, deferred until the run can be saved: Ctrl-C and SIGTERM stop it; SIGUSR1 requests a checkpoint.
+
+On Windows, Ctrl-Break stops it too; there is no SIGUSR1, and other programs cannot send SIGTERM.
+"""
 
 import signal
 import threading
@@ -7,7 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
+_CHECKPOINT = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
 
 
 class Interruption:
@@ -48,7 +52,7 @@ def held_back() -> Iterator[Interruption]:
     Changes nothing outside the main thread, which alone receives signals, or for a signal that is ignored.
     """
     interruption = Interruption()
-    handlers = dict.fromkeys(_STOPPING, interruption._stop) | {signal.SIGUSR1: interruption._checkpoint}
+    handlers = dict.fromkeys(_STOPPING, interruption._stop) | dict.fromkeys(_CHECKPOINT, interruption._checkpoint)
     if threading.current_thread() is threading.main_thread():
         for signum in handlers:
             if (previous := signal.getsignal(signum)) not in (signal.SIG_IGN, None):

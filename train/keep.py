@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from slm.core import renames
 from slm.core.checkpoint import CHECKPOINT_FILES, INFO_FILE, read_info, write_checkpoint
 from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, recover
@@ -130,7 +131,7 @@ class Keeper:
                     shutil.copyfile(file, directory / file.name)
         numbered = sorted(self._checkpoints.glob(f"{_NUMBERED}{'[0-9]' * 7}"))
         for old in numbered[: -self._recipe.checkpoints.keep]:
-            shutil.rmtree(old)
+            renames.remove_tree(old)
 
     def _info(self, micro_steps: int, measured: Row | None) -> dict[str, Any]:
         recipe, grid = self._recipe, self._recipe.qat.grid

@@ -64,7 +64,7 @@ class Metrics:
         self._rows[kind].append(row)
         if not self._write:
             return
-        with self._file.open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8", newline="") as file:
             file.write(_line(row))
         self.logs.add(row)
 

@@ -2,16 +2,17 @@
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from slm.core import renames
 from slm.core.chat import tokenizer_config
 from slm.core.checkpoint import CHECKPOINT_FILES
 from slm.core.errors import SlmError
-from slm.core.files import atomic_directory, held, write_text
+from slm.core.files import atomic_directory, write_text
+from slm.core.locks import held
 from slm.core.machine import usable_cores
 from slm.core.progress import Progress
 from slm.core.text.cuts import PieceEncoder
@@ -236,7 +237,7 @@ def _new_directory(run: Path, progress: Progress, overwrite: bool) -> Iterator[N
                 aside.mkdir()
                 _move(run, aside)
             yield
-            shutil.rmtree(aside, ignore_errors=True)
+            renames.remove_leftovers(aside)
         except BaseException:
             if made is None:
                 _clear(run)
@@ -244,21 +245,21 @@ def _new_directory(run: Path, progress: Progress, overwrite: bool) -> Iterator[N
                     _move(aside, run)
                     aside.rmdir()
             else:
-                shutil.rmtree(made, ignore_errors=True)
+                renames.remove_leftovers(made)
             raise
 
 
 def _move(directory: Path, other: Path) -> None:
     for path in list(directory.iterdir()):
-        path.rename(other / path.name)
+        renames.replace(path, other / path.name)
 
 
 def _clear(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_dir():
-            shutil.rmtree(path)
+            renames.remove_tree(path)
         else:
-            path.unlink()
+            renames.remove_file(path)
 
 
 def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:

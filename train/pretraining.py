@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from typing_extensions import override
 
-from slm.core.machine import peak_rss_mib
+from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress
 from slm.train.evaluate import Check, Evaluation
 from slm.train.learner import Learner, Update

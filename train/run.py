@@ -11,8 +11,9 @@ import torch
 from typing_extensions import override
 
 from slm.core.errors import SlmError
-from slm.core.files import held
-from slm.core.machine import memory, peak_rss_mib
+from slm.core.locks import held
+from slm.core.machine import memory
+from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
 from slm.train.average import MovingAverage

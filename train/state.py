@@ -110,7 +110,7 @@ def write_state(run: Path, position: Position, files: Files, may_hold: frozenset
                 os.link(tensors, directory / name)
             except OSError:  # a file system without links
                 shutil.copyfile(tensors, directory / name)
-        (directory / POSITION_FILE).write_text(position.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (directory / POSITION_FILE).write_text(position.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="")
 
 
 def read_state(

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from slm.web.site import HEADERS, HEADERS_FILE, Site, content_type
+from slm.web.ranges import UnsatisfiableError, content_range, requested
+from slm.web.site import HEADERS, HEADERS_FILE, Site, content_type, entity_tag
 
 
 def mount(app: Any, site: Site) -> None:
@@ -15,8 +16,23 @@ def mount(app: Any, site: Site) -> None:
     from starlette.responses import Response
 
     def answer(name: str, content: bytes) -> Any:
+        entry = site.entries.get(name)
+        tag = None if entry is None else entity_tag(entry)
+        fixed = {**HEADERS, "Accept-Ranges": "bytes", **({} if tag is None else {"ETag": tag})}
+
         async def send(request: Any) -> Response:
-            return Response(content, headers=dict(HEADERS), media_type=content_type(name))
+            given = request.headers
+            if tag is not None and given.get("If-None-Match") == tag:
+                return Response(status_code=304, headers=fixed)
+            wanted = given.get("Range") if request.method == "GET" else None
+            try:
+                found = requested(wanted, given.get("If-Range"), tag, len(content))
+            except UnsatisfiableError:
+                return Response(status_code=416, headers={**fixed, "Content-Range": content_range(None, len(content))})
+            if found is None:
+                return Response(content, headers=fixed, media_type=content_type(name))
+            headers = {**fixed, "Content-Range": content_range(found, len(content))}
+            return Response(content[slice(*found)], 206, headers, content_type(name))
 
         return send
 

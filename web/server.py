@@ -12,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from slm.core.machine import free_files
+from slm.core import systems
+from slm.core.processes import free_files
 from slm.web.hosts import hosts_of, is_loopback
-from slm.web.site import HEADERS, Site, content_type
+from slm.web.ranges import UnsatisfiableError, content_range, requested
+from slm.web.site import HEADERS, Site, content_type, entity_tag
 
 # Timeouts in seconds: for a client to read a piece of a file, and for the headers of a request, from when its connection opens
 # or the previous file was sent. Then the size of a piece in bytes.
@@ -40,6 +42,8 @@ class SiteServer(ThreadingHTTPServer):
     """Serves a site until it is stopped, with a thread per connection."""
 
     daemon_threads = True
+    # On other systems it permits a restart within a minute; on Windows, two servers at one port.
+    allow_reuse_address = not systems.WINDOWS
 
     def __init__(
         self, site: Site, host: str, port: int, hosts: Collection[str] = (), headers_s: float = HEADERS_S
@@ -59,7 +63,7 @@ class SiteServer(ThreadingHTTPServer):
         """
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.site = site
-        self.tags = {name: f'"{entry.sha256[:32]}"' for name, entry in site.entries.items()}
+        self.tags = {name: entity_tag(entry) for name, entry in site.entries.items()}
         self.most = max(_FEWEST, min(_ENOUGH, free_files() - _RESERVED))
         self._headers_s = headers_s
         self._open: dict[socket.socket, _Connection] = {}
@@ -171,19 +175,34 @@ class _Handler(BaseHTTPRequestHandler):
         if tag is not None and self.headers.get("If-None-Match") == tag:
             self._begin(HTTPStatus.NOT_MODIFIED, content_type(name), None, tag)
             return
-        content = site.read(name)
-        self._begin(HTTPStatus.OK, content_type(name), len(content), tag)
+        size = site.length(name)
+        given = self.headers.get("Range") if body else None  # HEAD has no ranges
+        try:
+            found = requested(given, self.headers.get("If-Range"), tag, size)
+        except UnsatisfiableError:
+            status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+            self._begin(status, content_type(name), 0, tag, content_range(None, size))
+            return
+        start, end = found or (0, size)
+        status = HTTPStatus.PARTIAL_CONTENT if found else HTTPStatus.OK
+        self._begin(status, content_type(name), end - start, tag, content_range(found, size) if found else None)
         if body:
-            for start in range(0, len(content), _PIECE):
-                self.wfile.write(content[start : start + _PIECE])
+            for piece in site.pieces(name, start, end, _PIECE):
+                self.wfile.write(piece)
 
-    def _begin(self, status: HTTPStatus, kind: str, length: int | None, tag: str | None = None) -> None:
+    def _begin(
+        self, status: HTTPStatus, kind: str, length: int | None, tag: str | None = None, bytes_of: str | None = None
+    ) -> None:
         self.send_response(status)
         for header, value in HEADERS.items():
             self.send_header(header, value)
         self.send_header("Content-Type", kind)
         if tag is not None:
             self.send_header("ETag", tag)
+        if status < HTTPStatus.BAD_REQUEST:
+            self.send_header("Accept-Ranges", "bytes")
+        if bytes_of is not None:
+            self.send_header("Content-Range", bytes_of)
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()

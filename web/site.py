@@ -6,8 +6,9 @@ own server, and downloads nothing else.
 
 import base64
 import hashlib
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from slm.core.outputs import check_output
 from slm.core.tokenizer import END_OF_TURN, START_OF_TURN, TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.version import __version__
+from slm.web.engine_plan import NotSupported, engine_plan, large_note, slow_note
 from slm.web.npm import HOME, packages, vendored
 from slm.web.turns import page_turns
 
@@ -35,14 +37,30 @@ MODEL = "model"
 
 # The page itself; in mode `server` it needs only the first line of these.
 _SHELL = (
-    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "store.js"),
-    *("conversation.js", "log.js", "results.js", "tools.js", "json.js"),
+    *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "kept.js", "simd.js"),
+    *("progress.js", "conversation.js", "log.js", "results.js", "tools.js", "json.js"),
 )
-_ENGINE = ("worker.js", "decoder.js", "generate.js", "sampling.js", "text.js", "chat.js", "calls.js")
+_ENGINE = (
+    *("worker.js", "store.js", "download.js", "hash.js", "backend.js", "decoder.js", "resumable.js"),
+    *(
+        "engine.js",
+        "engine-layout.js",
+        "engine-thread.js",
+        "generate.js",
+        "sampling.js",
+        "text.js",
+        "chat.js",
+        "calls.js",
+    ),
+    *("measure.js", "bench.js", "bench-report.js"),
+)
+# slm's own engine, for browsers with and without relaxed SIMD instructions (web/engine).
+_MODULES = ("engine/relaxed.wasm", "engine/simd.wasm")
 # For models with a chat template of their own.
 _TEMPLATES = ("templated.js", "jinja.js")
 _JINJA = ("jinja.mjs", "jinja.LICENSE")
 _TOKENIZERS = ("tokenizers.min.mjs", "tokenizers.LICENSE")
+_HASH = ("sha256.umd.mjs", "sha256.LICENSE")
 # onnxruntime-web's API, its loader and its WebAssembly, in a build without and a build with WebGPU.
 _RUNTIMES = {
     "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
@@ -126,6 +144,19 @@ class Site:
         content = self.files[name]
         return content if isinstance(content, bytes) else content.read_bytes()
 
+    def length(self, name: str) -> int:
+        """Returns a file's size in bytes."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    def pieces(self, name: str, start: int, end: int, most: int) -> Iterator[bytes]:
+        """Yields a file's bytes from `start` to before `end`, at most `most` at a time."""
+        content = self.files[name]
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            file.seek(start)
+            for at in range(start, end, most):
+                yield file.read(min(most, end - at))
+
     def write(self, out: Path) -> None:
         """Writes the site to a directory, whole or not at all, and replaces an older site.
 
@@ -152,15 +183,21 @@ def local_site(bundle: Bundle, name: str) -> Site:
     manifest = bundle.manifest
     if manifest.device == "cuda":
         raise SlmError(f"{bundle.path} was exported for CUDA, which no browser has", "slm export --onnx --device cpu")
-    runtimes = {kind: _RUNTIMES[kind] for kind in ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))}
-    needed = {*_TOKENIZERS, *(file for files in runtimes.values() for file in files)}
+    note = large_note(manifest)
+    try:
+        engine = engine_plan(bundle)
+    except NotSupported as problem:
+        engine, note = None, slow_note(problem)
+    kinds = () if engine else ("wasm", *(["webgpu"] if manifest.device == "webgpu" else []))
+    runtimes = {kind: _RUNTIMES[kind] for kind in kinds}
+    needed = {*_TOKENIZERS, *_HASH, *(file for files in runtimes.values() for file in files)}
     tokenizer = Tokenizer.load(bundle.path)
     turns = page_turns(tokenizer, bundle.stop_token_ids, _info(bundle))
     rendered = turns is not None and turns["template"] is not None
     needed |= set(_JINJA) if rendered else set()
-    model = {f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle)}
+    model = {f"{MODEL}/{file}": bundle.path / file for file in _needed(bundle) if not engine or file != manifest.model}
     contents: dict[str, Content] = {
-        **_page(_SHELL + _ENGINE + (_TEMPLATES if rendered else ())),
+        **_page(_SHELL + _ENGINE + (_MODULES if engine else ()) + (_TEMPLATES if rendered else ())),
         **{f"{VENDOR}/{file}": path for file, path in vendored(sorted(needed)).items()},
         **model,
         LICENCES_FILE: _licences(bundle, needed).encode(),
@@ -173,6 +210,8 @@ def local_site(bundle: Bundle, name: str) -> Site:
             kind: {part: f"{VENDOR}/{file}" for part, file in zip(parts, files, strict=True)}
             for kind, files in runtimes.items()
         },
+        "engine": engine,
+        "note": note,
         "model": {
             "files": sorted(model),
             "device": manifest.device,
@@ -204,6 +243,11 @@ def server_site(bundle: Bundle, tokenizer: Tokenizer, name: str, *, key: bool, n
     return Site({"mode": "server", "name": name, "key": key, "new_tokens": new_tokens, "model": model}, _page(_SHELL))
 
 
+def entity_tag(entry: FileEntry) -> str:
+    """Returns a file's ETag."""
+    return f'"{entry.sha256[:32]}"'
+
+
 def content_type(name: str) -> str:
     """Returns the MIME type of a file."""
     return _TYPES.get(Path(name).suffix, "application/octet-stream")
@@ -228,14 +272,17 @@ def _info(bundle: Bundle) -> dict[str, Any]:
 
 def _licences(bundle: Bundle, names: set[str]) -> str:
     """Returns the licences of the site's parts."""
-    mit = read_text(HOME / "mit.txt", "a licence")
     parts = [
         "This page and the program that made it: slm, Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0"
     ]
     for name, package in packages().items():
         files = sorted(names & package.files.keys())
+        if not files:
+            continue
         parts.append(f"{name} {package.version}, {package.licence}: {', '.join(files)}")
-    parts.append(f"The licence of onnxruntime-web, whose further notices are in its repository:\n\n{mit}")
+    if names & {file for files in _RUNTIMES.values() for file in files}:
+        mit = read_text(HOME / "mit.txt", "a licence")
+        parts.append(f"The licence of onnxruntime-web, whose further notices are in its repository:\n\n{mit}")
     notices = bundle.manifest.notices
     parts.append("The model:\n\n" + ("\n".join(notices) if notices else "as its bundle and its card say"))
     return "\n\n".join(parts) + "\n"

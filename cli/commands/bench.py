@@ -34,7 +34,8 @@ from slm.cli.sampling import warn_of_conversions
 from slm.core import child
 from slm.core.arguments import MAX_COUNT
 from slm.core.errors import SlmError
-from slm.core.machine import instruction_sets, memory, peak_rss_mib, return_freed_memory
+from slm.core.machine import instruction_sets, memory, processor_name, return_freed_memory
+from slm.core.processes import peak_rss_mib, resident_mib
 from slm.version import __version__
 
 if TYPE_CHECKING:
@@ -219,21 +220,12 @@ def _about(path: Path, decoder: "Decoder") -> dict[str, Any]:
         }
     room = memory()
     machine = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "system": platform.system(),
         "instruction_sets": [name for name, has in instruction_sets().items() if has],
         "memory_bytes": room.total,
     }
     return about | {"versions": versions, "machine": machine}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _measure(decoder: "Decoder", plan: BenchPlan, threads: int, device: str) -> "list[Timing]":
@@ -340,7 +332,7 @@ def in_fresh_process() -> None:
     return_freed_memory()  # the same setting as slm generate
     started = time.perf_counter()
     from slm.loading import load
-    from slm.runtime.bench import prompt_ids, resident_mib
+    from slm.runtime.bench import prompt_ids
 
     decoder = load(path, **how).decoder
     loaded = time.perf_counter()

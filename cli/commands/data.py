@@ -234,7 +234,8 @@ def _training_on(path: Path) -> str:
 
 def _name(source: str) -> str:
     """Returns the default name of a dataset, after its first source: `stories` for `texts/stories.txt.gz`."""
-    last = source.removeprefix("hf:").rstrip("/").rpartition("/")[2]
+    last = source.rstrip("/").rpartition("/")[2] if source.startswith("hf:") else Path(source).name
+    last = last.removeprefix("hf:")
     return last.partition(".")[0] or "text"
 
 

@@ -12,9 +12,9 @@ from slm.cli.following import asking, next_step
 from slm.cli.options import json_option, out_option_for
 from slm.core.chat import turn_ids
 from slm.core.errors import SlmError
-from slm.core.machine import peak_rss_mib
 from slm.core.manifest import Bundle
 from slm.core.outputs import check_writable
+from slm.core.processes import peak_rss_mib
 from slm.core.runs import free_run
 
 PROMPT = "One day, a little"

@@ -15,8 +15,10 @@ from slm.cli.finding import Finding
 from slm.cli.gpu_findings import builds_findings, driver_findings, onnxruntime_findings, torch_gpu_finding
 from slm.cli.options import json_option
 from slm.cli.probes import Offline, Provider, TrainingType
+from slm.core import systems
 from slm.core.install import install_hint
-from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, products_saturate, usable_cores
+from slm.core.machine import Memory, cpu_quota, instruction_sets, memory, usable_cores
+from slm.core.processes import allowed_processors
 from slm.version import __version__
 
 _T = TypeVar("_T")
@@ -26,6 +28,8 @@ _PACKAGES = {
     "numpy": None,
     "tokenizers": None,
     "jinja2": None,
+    "filelock": None,
+    "psutil": None,
     "click": None,
     "pydantic": None,
     "rich": None,
@@ -135,9 +139,11 @@ def _examine() -> tuple[dict[str, Any], list[Finding]]:
     builds = tried("CUDA versions", probes.cuda_builds)
     precision = tried("training type", probes.training_type)
     offline = tried("tokenizers offline", probes.offline)
+    lacking = tried("system", systems.lacking)
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "slm": __version__,
+        "system": {"name": systems.name(), "lacking": lacking},
         "cores": cores,
         "cpu_quota": quota,
         "memory": room and asdict(room) | {"usable": room.usable},
@@ -151,6 +157,7 @@ def _examine() -> tuple[dict[str, Any], list[Finding]]:
         "packages": packages,
     }
     findings = [Finding("python", platform.python_version()), Finding("slm", __version__)]
+    findings += [_system_finding(lacking)] if lacking is not None else []
     findings += onnxruntime_findings({name: packages[name] for name in _ONNXRUNTIMES}, providers)
     findings += driver_findings(driver, builds or {}) if driver else []
     findings += builds_findings(builds, driver) if builds else []
@@ -164,14 +171,20 @@ def _examine() -> tuple[dict[str, Any], list[Finding]]:
     return found, findings + failed
 
 
+def _system_finding(lacking: Mapping[str, str]) -> Finding:
+    if not lacking:
+        return Finding("system", systems.name())
+    instead = "; ".join(f"no {what}: {effect}" for what, effect in lacking.items())
+    return Finding("system", systems.name(), instead)
+
+
 def _providers() -> dict[str, Provider]:
     return probes.providers()  # runs each provider in a separate process and does not raise
 
 
 def _cores() -> dict[str, int]:
     machine = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
-    return {"machine": machine, "allowed": allowed, "used": usable_cores()}
+    return {"machine": machine, "allowed": allowed_processors(), "used": usable_cores()}
 
 
 def _type_finding(found: TrainingType) -> Finding:
@@ -192,9 +205,8 @@ def _sets_finding(sets: Mapping[str, bool]) -> Finding:
     value += f"; not {', '.join(lacks)}" if lacks else ""
     if not sets.get("AVX2", True):
         return Finding(name, value, "INT8 is slow without AVX2: compare with the float32 bundle", "note")
-    if products_saturate(sets):
-        slower = "INT8 is slower without VNNI, and slm quantize --int8-dynamic needs --reduce-range to avoid overflow"
-        return Finding(name, value, slower, "note")
+    if "AVX2" in sets and not (sets.get("AVX-512 VNNI") or sets.get("AVX-VNNI")):
+        return Finding(name, value, "INT8 is slower without VNNI", "note")
     if not sets.get("dot product", True):
         return Finding(name, value, "INT8 is slower without dot product instructions", "note")
     return Finding(name, value)

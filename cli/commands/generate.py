@@ -12,7 +12,8 @@ from slm.cli.console import print_json, say
 from slm.cli.options import Artifact, Whole, json_option
 from slm.cli.sampling import Sections, TextOptions, generation_options, listen, say_backend, utf8
 from slm.core.chat import turn_ids
-from slm.core.machine import peak_rss_mib, return_freed_memory
+from slm.core.machine import return_freed_memory
+from slm.core.processes import peak_rss_mib
 
 if TYPE_CHECKING:
     from slm.core.tokenizer import Tokenizer

@@ -9,9 +9,9 @@ import click
 from slm.cli.console import RichProgress, print_json, print_table, say
 from slm.cli.following import after_checkpoint, next_step
 from slm.cli.options import REPLACING, Word, json_option, out_option_for, overwrite_option
-from slm.core.machine import peak_rss_mib
 from slm.core.manifest import is_bundle
 from slm.core.outputs import check_checkpoint_output
+from slm.core.processes import peak_rss_mib
 from slm.core.runs import imported_checkpoint
 
 if TYPE_CHECKING:

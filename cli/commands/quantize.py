@@ -29,9 +29,6 @@ from slm.quantize.defaults import CALIBRATION_TOKENS, MAX_DROP, MAX_KL_NATS, REF
 @click.option(
     "--int8-dynamic", is_flag=True, help="Multiply 8-bit weights and activations: faster prefill of long prompts."
 )
-@click.option(
-    "--reduce-range", is_flag=True, help="With --int8-dynamic: 7-bit weights for processors without VNNI (slm doctor)."
-)
 @click.option("--int4", is_flag=True, help="Store weights in 4 bits, by block; in 8 bits for sensitive layers.")
 @click.option(
     "--sweep", is_flag=True, help="Try many settings and write a report of size, speed and quality; no bundle."

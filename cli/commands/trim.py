@@ -25,8 +25,8 @@ from slm.cli.options import (
     overwrite_option,
 )
 from slm.core.errors import SlmError
-from slm.core.machine import peak_rss_mib
 from slm.core.outputs import check_checkpoint_output
+from slm.core.processes import peak_rss_mib
 from slm.core.runs import trimmed_checkpoint
 from slm.core.text.documents import TEXT_COLUMN
 from slm.core.text.streams import DOCUMENT_BYTES

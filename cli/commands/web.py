@@ -50,6 +50,8 @@ def web(
         check_site_output(out)
     path = model or default_model(bundle=True)
     site = local_site(Bundle.open(path), name or _name(path))
+    if note := site.fields["note"]:
+        say(f"note: {note}")
     found = {"model": str(path), "version": site.version, "files": len(site.files), "bytes": site.size}
     if out is not None:
         site.write(out)

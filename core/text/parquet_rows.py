@@ -1,13 +1,13 @@
 """Parquet files, row by row, in bounded memory even if the encodings expand a few bytes to many."""
 
 import io
-import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from slm.core.errors import SlmError
+from slm.core.process_limits import memory_limited
 from slm.core.text.csv_rows import MOST_COLUMNS
 from slm.core.text.files import check_regular
 from slm.core.text.streams import RAISE_LIMIT, after, size
@@ -184,20 +184,5 @@ def _bounded(memory: int) -> Iterator[None]:
 
     # Arrow's allocator reserves a gigabyte of address space at first use, which would count.
     pyarrow.allocate_buffer(1)
-    previous = None
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        now = pages * os.sysconf("SC_PAGE_SIZE") + memory
-        if soft == resource.RLIM_INFINITY or now < soft:
-            resource.setrlimit(resource.RLIMIT_AS, (now, hard))
-            previous = (soft, hard)
-    try:
+    with memory_limited(memory):
         yield
-    finally:
-        if previous is not None:
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_AS, previous)

@@ -3,8 +3,9 @@
     python rows.py [--train 1500] [--test 200] [--seed 0]        -> train.jsonl, test.jsonl
 
 Most rows are one call in one of several wordings, one row in six is two calls, and one in eight is a request that no function
-fulfils, with a sentence as the answer. No request is in both files, but both use the same wordings. The rows declare no tools:
-the model learns them by heart, so its prompts are short.
+fulfils, with a sentence as the answer. A third of the training rows with calls goes on with their results and an answer that
+repeats them. No request is in both files, but both use the same wordings. The rows declare no tools: the model learns them by
+heart, so its prompts are short.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import home
 
 ROOMS = ("kitchen", "bedroom", "living room", "bathroom", "office", "hall")
 COLOURS = ("white", "red", "blue", "green", "yellow")
@@ -168,6 +171,19 @@ def row(r: random.Random) -> tuple[str, dict[str, Any]]:
     return polite(r, text), {"role": "assistant", "content": "", "tool_calls": calls}
 
 
+def with_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a request and its calls with the results of the calls and an answer to them; without calls, the same."""
+    results = []
+    for call in messages[-1].get("tool_calls", ()):
+        function = call["function"]
+        results.append(str(getattr(home, function["name"])(**json.loads(function["arguments"]))))
+    if not results:
+        return messages
+    told = ", and ".join(results)
+    answer = {"role": "assistant", "content": f"{told[0].upper()}{told[1:]}."}
+    return [*messages, *({"role": "tool", "content": each} for each in results), answer]
+
+
 def polite(r: random.Random, text: str) -> str:
     """Returns a request as people write it."""
     before, after = pick(r, "", "", "", "please ", "hey, "), pick(r, "", "", ".", " please", " now")
@@ -183,7 +199,11 @@ def rows(train: int, test: int, seed: int) -> tuple[list[dict[str, Any]], list[d
         if text.lower() not in seen:
             seen.add(text.lower())
             found.append({"messages": [{"role": "user", "content": text}, answer]})
-    return found[test:], found[:test]
+    answered = random.Random(seed + 1)
+    learned = [
+        {"messages": with_results(each["messages"])} if answered.random() < 1 / 3 else each for each in found[test:]
+    ]
+    return learned, found[:test]
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ def trim_checkpoint(
         proof = {} if prove is None else dict(prove(source, directory, (tokenizer, made), choice.ids, kept_back.sample))
         record["proof"] = proof
         text = json.dumps({**info, "created": now()}, indent=2) + "\n"
-        (directory / INFO_FILE).write_text(text, encoding="utf-8")
+        (directory / INFO_FILE).write_text(text, encoding="utf-8", newline="")
     return Trimmed(
         out,
         choice,

@@ -142,7 +142,7 @@ def test_nothing_else_is_removed(slm: Slm, run: Path, name: str) -> None:
 
 def test_a_run_that_is_being_written_stays(slm: Slm, run: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", "import sys\nfrom slm.core.files import held\nfrom pathlib import Path\n"
+        [sys.executable, "-c", "import sys\nfrom slm.core.locks import held\nfrom pathlib import Path\n"
          "with held(Path('runs/tiny')):\n    print('held', flush=True)\n    sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as writer:  # fmt: skip

@@ -184,7 +184,7 @@ def test_without_locks_only_the_dead_are_swept(tmp_path: Path, monkeypatch: pyte
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     for pid in (os.getppid(), 999_999_999):
         (tmp_path / f".made.partial-{pid}").mkdir()
     with atomic_directory(tmp_path / "made", ["file"]):

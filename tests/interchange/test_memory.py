@@ -19,7 +19,7 @@ SLACK_MIB = 24
 PROGRAM = """
 import sys
 from pathlib import Path
-from slm.core.machine import peak_rss_mib
+from slm.core.processes import peak_rss_mib
 from slm.interchange.importing import import_model
 import_model(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
 print(peak_rss_mib())

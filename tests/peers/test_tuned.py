@@ -57,7 +57,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     run("-m", "slm", "quantize", "--int8", "onnx", "--out", "onnx-int8")
     requests: dict[str, Call] = {}
     for line in (home / "train.jsonl").read_text(encoding="utf-8").splitlines():
-        request, answer = json.loads(line)["messages"]
+        request, answer, *_ = json.loads(line)["messages"]
         calls = [each["function"] for each in answer.get("tool_calls", ())]
         if len(calls) == 1:
             requests[request["content"]] = Call(calls[0]["name"], json.loads(calls[0]["arguments"]))

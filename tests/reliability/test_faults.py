@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import slm
-from slm.core.files import sole
+from slm.core.locks import sole
 from slm.core.manifest import Bundle
 from slm.core.progress import Silent
 from slm.train.recipe import Recipe
@@ -93,7 +93,7 @@ def held(tmp_path: Path) -> Iterator[Callable[[Path], int]]:
 
     def hold(target: Path) -> int:
         program = (
-            "import sys, time; from pathlib import Path; from slm.core.files import sole\n"
+            "import sys, time; from pathlib import Path; from slm.core.locks import sole\n"
             "with sole(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(100)"
         )
         process = subprocess.Popen([sys.executable, "-c", program, str(target)], stdout=subprocess.PIPE, text=True)

@@ -14,6 +14,7 @@ import pytest
 from slm.core.progress import Silent
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings
+from slm.finetune.state import load_state
 from slm.train.data.corpus import open_corpus
 from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.recipe import Recipe
@@ -137,15 +138,13 @@ def test_runs_that_go_on(
 
 @examples
 def test_fine_tuning_that_goes_on(
-    fuzz: Any, damage: Any, shared_checkpoint: Path, tmp_path: Path, examples: int, monkeypatch: pytest.MonkeyPatch
+    fuzz: Any, damage: Any, shared_checkpoint: Path, tmp_path: Path, examples: int
 ) -> None:
-    from slm.finetune import run as module
-
     rows, source = tmp_path / "rows.jsonl", tmp_path / "adapter"
     rows.write_bytes(lines([{"prompt": "One day", "completion": f" {i}"} for i in range(40)]))
     with pytest.raises(KeyboardInterrupt):
         finetune(shared_checkpoint, rows, source, FinetuneSettings(epochs=1, rank=2), Stopper(3))
-    assert module.load_state(source) is not None
+    assert load_state(source) is not None
     names = [f"trainer/{file.name}" for file in (source / "trainer").iterdir()]
     about = {"base": shared_checkpoint, "rows": rows}
     seen = fuzz.explore(

@@ -17,6 +17,7 @@ from slm.core.config import ModelConfig
 from slm.core.contract import cache_layers
 from slm.core.manifest import Bundle, seal
 from slm.core.nn import CausalLM, save_checkpoint
+from slm.core.processes import resident_mib
 from slm.core.tokenizer import Tokenizer
 from slm.export.bundle import ExportOptions, export_bundle
 from slm.quantize.make import quantize_bundle
@@ -266,5 +267,7 @@ def test_the_prompt_is_the_same_every_time() -> None:
 
 
 def test_resident_memory() -> None:
-    resident = bench.resident_mib()
-    assert resident is None or resident > 10
+    before = resident_mib()
+    block = np.ones(40 << 17)  # 40 MiB
+    after = resident_mib()
+    assert before is not None and after is not None and 10 < before + 30 < after < before + 60, block.nbytes

@@ -143,7 +143,7 @@ def test_nothing_gives_way_to_a_run_that_cannot_be_prepared(small_recipe: MakeRe
 
 def test_a_directory_that_another_process_works_in(small_recipe: MakeRecipe, diverged: None) -> None:
     before = sorted(OUT.rglob("*"))
-    hold = "import sys, time; from pathlib import Path; from slm.core.files import held\nwith held(Path(sys.argv[1])):"
+    hold = "import sys, time; from pathlib import Path; from slm.core.locks import held\nwith held(Path(sys.argv[1])):"
     program = f"{hold}\n    print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", program, str(OUT)], stdout=subprocess.PIPE, text=True)
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from slm.core import renames
 from slm.core.errors import SlmError
 
 # Page cache of sqlite3, in KiB; the rest is on the disk.
@@ -44,7 +45,7 @@ class Seen:
 @contextmanager
 def opened(file: Path) -> Iterator[Seen]:
     """Yields an empty `Seen` in a file, which is removed at the end."""
-    file.unlink(missing_ok=True)
+    renames.remove_file(file)
     try:
         with closing(sqlite3.connect(file, isolation_level=None)) as connection:
             # No journal: the file of a killed command is discarded.
@@ -59,4 +60,4 @@ def opened(file: Path) -> Iterator[Seen]:
             connection.execute("BEGIN")
             yield Seen(connection)
     finally:
-        file.unlink(missing_ok=True)
+        renames.remove_file(file)

@@ -1,9 +1,7 @@
 """Writes a corpus as a dataset. The bytes are the same with and without interruptions."""
 
-import fcntl
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,8 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from slm.core import renames
 from slm.core.errors import SlmError
-from slm.core.files import at_work, read_json, replace_directory, write_text
+from slm.core.files import read_json, replace_directory, write_text
+from slm.core.locks import sole
 from slm.core.outputs import OVERWRITE, check_output
 from slm.core.progress import Progress
 from slm.core.text.documents import whole
@@ -30,7 +30,6 @@ from slm.version import __version__
 
 # In the work directory, besides the dataset's own files.
 _STATE_FILE = "preparation.json"
-_LOCK_FILE = "lock"
 _SEEN_FILE = "seen.sqlite3"
 
 # Maximum length in `tokenizer_config.json` as long as there is no model: Gemma 3's. A run writes that of its model.
@@ -201,19 +200,16 @@ def _tokenizer_settings(choice: str) -> str:
 def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
     """Locks and yields the work directory beside `out`, which stays if the block fails."""
     work = out.parent / f".{out.name}.unfinished"
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / _LOCK_FILE).open("w") as lock:  # the system releases the lock however the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SlmError(f"{at_work(lock.fileno())} prepares {out}", "wait for it, or name another --out") from None
+    # The lock is a file beside the directory: Windows does not rename a directory with an open file.
+    with sole(work, doing=f"prepares {out}"):
+        work.mkdir(parents=True, exist_ok=True)
         try:
             yield work
         except BaseException:
             if any(path.suffix == ".bin" for path in work.iterdir()):
                 progress.note("finished files are kept: the same command resumes")
             else:
-                shutil.rmtree(work, ignore_errors=True)
+                renames.remove_leftovers(work)
             raise
 
 
@@ -230,7 +226,7 @@ def _go_on_or_start(work: Path, settings: dict[str, Any], progress: Progress) ->
             found = {}
     if found == state:
         return
-    left = [path for path in work.iterdir() if path.name not in (_LOCK_FILE, _STATE_FILE)]
+    left = [path for path in work.iterdir() if path.name != _STATE_FILE]
     if left or found is not None:
         progress.note("starting over: the unfinished dataset there has other settings or another text")
     file.unlink(missing_ok=True)  # first: without it nothing in the directory is resumed
@@ -244,7 +240,7 @@ def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
     scratch.mkdir(exist_ok=True)
     tokenizer.save(scratch)
     for file in sorted(scratch.iterdir(), key=lambda file: file.name == TOKENIZER_FILE):
-        file.rename(work / file.name)
+        renames.replace(file, work / file.name)
     scratch.rmdir()
 
 
@@ -256,6 +252,6 @@ def _tidy(work: Path, manifest: DatasetManifest) -> None:
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
         if path.is_dir():
-            shutil.rmtree(path)
+            renames.remove_tree(path)
         else:
-            path.unlink()
+            renames.remove_file(path)

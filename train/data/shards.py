@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from slm.core import renames
 from slm.core.errors import SlmError
 from slm.core.files import sha256_file
 from slm.core.progress import Progress
@@ -186,7 +187,7 @@ class _Split:
         """Ends the current shard, if any."""
         if self._current is not None:
             header = self._current.close()
-            self._unfinished.rename(self._file)
+            renames.replace(self._unfinished, self._file)
             self._current = None
             self._append(header)
 

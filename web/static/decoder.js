@@ -1,21 +1,21 @@
 // Runs a bundle's graph with onnxruntime-web, with its caches; the contract is slm.core.contract.
+import { Resumable } from "./resumable.js";
 
 const SIDES = ["key", "value"];
-// Tokens per prefill step. A prefill can be stopped between steps, and the size of a step limits the memory of attention scores.
-export const PIECE = 128;
 const BYTES = { float32: 4, float16: 2, int8: 1 };
 
 const past = (layer, side) => `past_key_values.${layer}.${side}`;
 const present = (layer, side) => `present.${layer}.${side}`;
 
-export class Decoder {
+export class Decoder extends Resumable {
   #ort;
   #session;
   #manifest;
   #outputs;
-  #saved = null; // the state after the last prompt
+  #saved = null; // the caches after the last prompt
 
   constructor(ort, session, manifest) {
+    super();
     this.#ort = ort;
     this.#session = session;
     this.#manifest = manifest;
@@ -32,31 +32,23 @@ export class Decoder {
     return Object.values(this.caches).reduce((sum, { dims, type }) => sum + dims.reduce((a, b) => a * b) * BYTES[type], 0);
   }
 
-  // Empties the caches.
-  reset() {
-    this.#saved = null;
+  clear() {
     this.#forget();
-    this.ids = [];
     this.caches = {};
     for (const cache of this.#manifest.cache) {
       for (const side of SIDES) this.caches[past(cache.layer, side)] = this.#empty(cache);
     }
   }
 
-  // Reuses the current state if it is a prefix of the text, or else the saved state; returns the number of tokens reused.
-  resume(ids) {
-    const begins = (read) => read.length < ids.length && read.every((id, i) => id === ids[i]);
-    if (begins(this.ids)) return this.ids.length;
-    if (this.#saved && begins(this.#saved.ids)) Object.assign(this, this.#saved);
-    else this.reset();
-    return this.ids.length;
+  // Tensors are never modified, so nothing is copied. On a GPU, old tensors are disposed when new ones replace them, and nothing is
+  // saved.
+  save() {
+    this.#saved = this.caches;
+    return Object.values(this.caches).every((tensor) => tensor.location === "cpu");
   }
 
-  // Saves the current state to resume from. Tensors are never modified, so nothing is copied. On a GPU, old tensors are disposed
-  // when new ones replace them, and nothing is saved.
-  keep() {
-    const onHost = Object.values(this.caches).every((tensor) => tensor.location === "cpu");
-    this.#saved = onHost ? { ids: this.ids, caches: this.caches } : null;
+  restore() {
+    this.caches = this.#saved;
   }
 
   // Reads tokens in one step and returns the logits (V,) of the next token.

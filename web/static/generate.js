@@ -1,12 +1,12 @@
 // The generation loop, as in slm.runtime.generate.
-import { PIECE } from "./decoder.js";
 import { Problem } from "./problem.js";
+import { PIECE } from "./resumable.js";
 import { Sampler } from "./sampling.js";
 import { TextStream } from "./text.js";
 
-// Lets the worker receive messages, such as "stop": a step of onnxruntime does not yield.
+// Lets the worker receive messages, such as "stop": a step does not yield.
 const { port1, port2 } = new MessageChannel();
-const breath = () =>
+export const breath = () =>
   new Promise((resolve) => {
     port1.onmessage = resolve;
     port2.postMessage(null);

@@ -9,8 +9,8 @@ export class Problem extends Error {
 export function asProblem(error) {
   if (error instanceof Problem) return error;
   const message = String(error?.message ?? error).split("\n")[0];
-  if (/bad_alloc|out of memory|allocat/i.test(message)) {
-    return new Problem("there is not enough memory for the model", "close other pages, or take a smaller model");
+  if (/bad_alloc|out of memory|allocat|maximum memory size|invalid (typed )?array (buffer )?length/i.test(message)) {
+    return new Problem("there is not enough memory for the model", "close other tabs and apps, or use a smaller model");
   }
   return new Problem(message, "reload the page; if that does not help, please report it");
 }

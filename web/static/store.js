@@ -1,101 +1,155 @@
-// Stores large files in the browser under their hashes: each is downloaded once and works offline.
+// Loads large files into memory, from the browser's store or from the site, and stores what comes from the site. Bytes go from
+// the network into their place as they arrive: there is one copy of a file in memory.
+import { download } from "./download.js";
+import { sha256 } from "./hash.js";
+import { STORE, openStore, room } from "./kept.js";
 import { Problem } from "./problem.js";
 
-const ROOT = new URL("./", import.meta.url);
-// Sites in other directories of the same host have their own stores.
-export const STORE = `slm files ${ROOT.pathname}`;
-const key = (sha256) => new URL(`stored/${sha256}`, ROOT).href;
-// Pages that come over plain HTTP from another machine have neither caches nor hashes.
-const checks = globalThis.crypto?.subtle !== undefined;
-const open = () => (globalThis.caches ? caches.open(STORE) : null);
+// Bytes of a file that are stored together. Those that are not stored yet are lost if the tab is closed.
+export const PART = 4 << 20;
 
-// Returns which files are stored, by name. files: {name: {bytes, sha256}}.
-export async function stored(files) {
-  const store = await open();
-  const found = [];
-  for (const [name, { sha256 }] of Object.entries(files)) if (await store?.match(key(sha256))) found.push(name);
-  return found;
-}
-
-// Returns the contents of files, from the store or the site, after a check of their hashes; calls back with each part.
-// Result: {contents: {name: Uint8Array}, kept: whether all of them are available offline}.
-export async function fetchAll(files, told) {
-  const store = await open();
-  const total = Object.values(files).reduce((sum, file) => sum + file.bytes, 0);
+// Returns the contents of files after a check of their hashes: {contents: {name: Uint8Array}, kept: whether all are stored}.
+// files: {name: {bytes, sha256}}. told is called with {file, loaded, total, fetched, full}: bytes that are there, of all, from the
+// network, and whether the browser has no room to store them; or with {waiting: file} while another tab loads it. place(name, bytes) may return the array to write a file into, also on shared memory.
+// signal: an AbortSignal; what has arrived stays in the store.
+export async function fetchAll(files, told = () => {}, place = () => null, { signal } = {}) {
+  const store = await openStore();
+  const total = sum(Object.values(files).map(({ bytes }) => bytes));
+  const here = sum(Object.values((await store?.lengths(files)) ?? {}));
   const contents = {};
-  let [done, kept] = [0, store !== null];
+  let [done, fetched, full] = [0, 0, store !== null && (await room()) < total - here];
   for (const [name, file] of Object.entries(files)) {
-    const part = (bytes) => told({ file: name, loaded: done + bytes, total });
-    part(0);
-    const response = await store?.match(key(file.sha256));
-    const content = await read(name, file, response ?? (await ask(name)), part);
-    await check(name, file, content, response ? store : null);
-    if (!response && store) kept &&= await keep(store, file, content);
+    const content = place(name, file.bytes) ?? new Uint8Array(file.bytes);
+    if (content.length !== file.bytes) throw new Error(`the place for ${name} has another size`);
+    const arrival = new Arrival(file, content, full ? null : store, await sha256(), (at, more) => {
+      fetched += more;
+      full ||= arrival?.full ?? false;
+      told({ file: name, loaded: done + at, total, fetched, full });
+    });
+    await alone(file.sha256, () => told({ waiting: name }), signal, () => load(name, file, arrival, store, signal));
     contents[name] = content;
     done += file.bytes;
   }
-  told({ loaded: total, total });
-  return { contents, kept };
-}
-
-// Removes the store of this site.
-export async function remove() {
-  await globalThis.caches?.delete(STORE);
+  told({ loaded: total, total, fetched, full });
+  const lengths = (await store?.lengths(files)) ?? {};
+  return { contents, kept: Object.entries(files).every(([name, { bytes }]) => lengths[name] === bytes) };
 }
 
 // Removes files that no longer belong to the site.
 export async function forget(files) {
-  const wanted = new Set(Object.values(files).map((file) => key(file.sha256)));
-  const store = await open();
-  for (const request of (await store?.keys()) ?? []) if (!wanted.has(request.url)) await store.delete(request);
+  await (await openStore())?.forget(files);
 }
 
-async function ask(name) {
-  let response;
-  try {
-    response = await fetch(new URL(name, ROOT), { cache: "no-cache" });
-  } catch {
-    throw new Problem(`${name} could not be fetched`, "the site cannot be reached; try again later");
-  }
-  if (!response.ok) throw new Problem(`${name} could not be fetched (${response.status})`, "the site is not complete");
-  return response;
-}
-
-async function read(name, { bytes }, response, told) {
-  const content = new Uint8Array(bytes);
-  const reader = response.body.getReader();
-  let length = 0;
-  try {
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) break;
-      if (length + value.length <= bytes) content.set(value, length);
-      length += value.length;
-      told(Math.min(length, bytes));
+// Loads one file; what is stored and turns out to be altered is fetched again.
+async function load(name, { bytes, sha256: wanted }, arrival, store, signal) {
+  const fetchRest = async () => {
+    try {
+      await download(name, bytes, arrival, { signal, stored: arrival.keeps });
+    } finally {
+      await arrival.flush();
     }
-  } catch {
-    throw new Problem(`${name} broke off after ${length.toLocaleString()} bytes`, "check the network and try again");
+    return arrival.digest() === wanted;
+  };
+  for (const part of (await store?.parts({ bytes, sha256: wanted })) ?? []) {
+    signal?.throwIfAborted();
+    if (!(await arrival.read(await store.get(part), part))) break;
   }
-  if (length !== bytes) {
-    const sizes = `${length.toLocaleString()} bytes instead of ${bytes.toLocaleString()}`;
-    throw new Problem(`${name} has ${sizes}`, "the site has changed or is not complete: reload the page");
-  }
-  return content;
-}
-
-async function check(name, { sha256 }, content, store) {
-  if (!checks) return;
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));
-  if ([...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("") === sha256) return;
-  await store?.delete(key(sha256)); // the next use downloads it again
+  const stored = arrival.at;
+  if (stored === bytes && arrival.digest() === wanted) return;
+  if (stored < bytes && (await fetchRest())) return;
+  await store?.remove(wanted);
+  arrival.restart(0);
+  if (stored > 0 && (await fetchRest())) return;
+  await store?.remove(wanted);
   throw new Problem(`${name} was altered (SHA-256 differs)`, "the site has changed or is not whole: reload the page");
 }
 
-async function keep(store, { sha256 }, content) {
-  try {
-    await store.put(key(sha256), new Response(content));
-    return true;
-  } catch {
-    return false; // the quota is exceeded: the file works, but not offline
+// A file on its way into memory and into the store.
+class Arrival {
+  at = 0; // bytes in their place
+  full = false; // whether the browser had no room for them
+  #stored = 0; // bytes in the store
+  #storing = Promise.resolve();
+  #content;
+  #file;
+  #hash;
+  #store;
+  #told;
+
+  // store: null if the file is not to be stored; told: called with the bytes in their place and those new from the network.
+  constructor(file, content, store, hash, told) {
+    [this.#file, this.#content, this.#store, this.#hash, this.#told] = [file, content, store, hash, told];
+    hash.init();
+  }
+
+  get keeps() {
+    return this.#store !== null;
+  }
+
+  // Begins again; the first `stored` bytes are in the store.
+  restart(stored = this.#stored) {
+    this.at = 0;
+    this.#stored = stored;
+    this.#hash.init();
+  }
+
+  // Reads a part from the store; returns whether it was complete.
+  async read(response, { end }) {
+    const reader = response?.body?.getReader();
+    for (;;) {
+      const { done, value } = (await reader?.read().catch(() => null)) ?? { done: true };
+      if (done || this.at + value.length > end) break;
+      this.#add(value, 0);
+    }
+    this.#stored = this.at;
+    return this.at === end;
+  }
+
+  // Adds bytes from the network.
+  async push(bytes) {
+    this.#add(bytes, bytes.length);
+    if (this.at - this.#stored >= PART) await this.#keep();
+  }
+
+  // Stores the last part.
+  async flush() {
+    await this.#keep();
+    await this.#storing;
+  }
+
+  digest() {
+    return this.#hash.digest();
+  }
+
+  #add(bytes, fetched) {
+    this.#content.set(bytes, this.at);
+    this.#hash.update(bytes);
+    this.at += bytes.length;
+    this.#told(this.at, fetched);
+  }
+
+  // Stores what has arrived since the last part, while the next bytes arrive.
+  async #keep() {
+    await this.#storing;
+    if (!this.#store || this.at <= this.#stored) return;
+    const start = this.#stored;
+    this.#stored = this.at;
+    this.#storing = this.#store.put(this.#file.sha256, start, this.#content.slice(start, this.at)).catch(async () => {
+      const store = this.#store; // the quota is exceeded: the file works, but not offline
+      [this.#store, this.full] = [null, true];
+      await store?.remove(this.#file.sha256).catch(() => {});
+    });
   }
 }
+
+// Runs an action while no other tab runs it for the same file, which would fetch it twice.
+async function alone(sha256, waits, signal, action) {
+  if (!globalThis.navigator?.locks) return action();
+  const name = `${STORE} ${sha256}`;
+  const found = await navigator.locks.request(name, { ifAvailable: true }, async (lock) => (lock ? { done: await action() } : null));
+  if (found) return found.done;
+  waits();
+  return navigator.locks.request(name, signal ? { signal } : {}, action);
+}
+
+const sum = (values) => values.reduce((total, each) => total + each, 0);
