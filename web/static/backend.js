@@ -19,8 +19,8 @@ export function memoryBytes() {
   return memories.reduce((sum, each) => sum + each.buffer.byteLength, 0);
 }
 
-// Returns a site's backend, before its files are there: {device, threads, wanted: files to load, place: where to load a file to (or
-// null), open(contents, manifest): returns the decoder}.
+// Returns a site's backend, before its files are there: {device, threads, wanted: files to load, place: where to load a file to
+// (or null), open(contents, manifest): returns the decoder}.
 export async function backendOf(site) {
   const count = self.crossOriginIsolated ? threads() : 1;
   return site.engine ? ownEngine(site, count) : onnxruntime(site, count);
@@ -57,7 +57,8 @@ async function onnxruntime(site, count) {
     });
     return new Decoder(ort, session, manifest);
   };
-  return { device: gpu ? "WebGPU" : "WebAssembly", threads: count, wanted: filesOf(site, gpu ? "webgpu" : "wasm"), place: () => null, open };
+  const wanted = filesOf(site, gpu ? "webgpu" : "wasm");
+  return { device: gpu ? "WebGPU" : "WebAssembly", threads: count, wanted, place: () => null, open };
 }
 
 // Returns the number of threads: of more than four reported processors half, because most cores report two.

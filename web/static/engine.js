@@ -133,7 +133,9 @@ export class Engine extends Resumable {
     const ids = new Int32Array(this.#memory.buffer, to, count);
     for (let i = 0; i < count; i++) {
       const id = words.getBigInt64(8 * i, true);
-      if (id < 0n || id >= BigInt(vocab)) throw new Problem("a frequent token is not in the vocabulary", "export the bundle again");
+      if (id < 0n || id >= BigInt(vocab)) {
+        throw new Problem("a frequent token is not in the vocabulary", "export the bundle again");
+      }
       ids[i] = Number(id);
     }
   }
@@ -173,7 +175,8 @@ export class Engine extends Resumable {
         return;
       }
       const array = (address, length) => new Float32Array(this.#memory.buffer, address, length);
-      const [frequencies, cosines, sines] = [array(each.frequencies, half), array(each.cosines, count * half), array(each.sines, count * half)];
+      const frequencies = array(each.frequencies, half);
+      const [cosines, sines] = [array(each.cosines, count * half), array(each.sines, count * half)];
       for (let t = 0; t < count; t++) {
         for (let i = 0; i < half; i++) {
           const angle = Math.fround((past + t) * frequencies[i]);
