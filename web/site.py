@@ -38,7 +38,7 @@ MODEL = "model"
 # The page itself; in mode `server` it needs only the first line of these.
 _SHELL = (
     *("index.html", "style.css", "icon.svg", "app.js", "problem.js", "remote.js", "local.js", "kept.js", "simd.js"),
-    *("conversation.js", "log.js", "results.js", "tools.js", "json.js"),
+    *("progress.js", "conversation.js", "log.js", "results.js", "tools.js", "json.js"),
 )
 _ENGINE = (
     *("worker.js", "store.js", "download.js", "hash.js", "backend.js", "decoder.js", "resumable.js"),
@@ -52,6 +52,7 @@ _ENGINE = (
         "chat.js",
         "calls.js",
     ),
+    *("measure.js", "bench.js", "bench-report.js"),
 )
 # slm's own engine, for browsers with and without relaxed SIMD instructions (web/engine).
 _MODULES = ("engine/relaxed.wasm", "engine/simd.wasm")

@@ -98,7 +98,7 @@ def test_the_first_visit_stores_and_the_second_asks_nobody(run: Callable[[str], 
     assert found["equal"] and found["kept"] == [True, True] and found["rises"]
     assert found["asked"] == [["large", None], ["small", None]] and found["again"] == []
     assert found["entries"] == ["0-4194304", "4194304-8388608", "8388608-10485760", "0-5"]
-    assert found["last"] == {"loaded": total, "total": total, "fetched": total}
+    assert found["last"] == {"loaded": total, "total": total, "fetched": total, "full": False}
     assert found["lengths"] == {"large": total - 5, "small": 5}
 
 
@@ -265,15 +265,20 @@ def test_a_browser_without_room(run: Callable[[str], Any]) -> None:
     const results = [];
     for (const [full, quota] of [[6e6, Infinity], [Infinity, 6e6], [Infinity, 11e6]]) {
       Object.assign(browser, { full, quota });
-      const { contents: got, kept } = await fetchAll({ large: files.large });
-      results.push([digest(got.large) === files.large.sha256, kept, cache.size]);
+      const told = [];
+      const { contents: got, kept } = await fetchAll({ large: files.large }, (each) => told.push(each.full));
+      results.push([digest(got.large) === files.large.sha256, kept, cache.size, told[0], told.at(-1)]);
       await removeAll();
     }
     delete globalThis.caches;
     const { contents: got, kept } = await fetchAll(files);
     print({ results, without: [equal(got), kept] });
     """)
-    assert found["results"] == [[True, False, 0], [True, False, 0], [True, True, 3]]
+    assert found["results"] == [
+        [True, False, 0, False, True],
+        [True, False, 0, True, True],
+        [True, True, 3, False, False],
+    ]
     assert found["without"] == [True, False]
 
 

@@ -4,6 +4,7 @@ import { Local } from "./local.js";
 import { strip } from "./json.js";
 import { Answer, paragraph, span } from "./log.js";
 import { Problem, asProblem } from "./problem.js";
+import { FULL, Progress, megabytes, storageNote } from "./progress.js";
 import { Remote } from "./remote.js";
 import { Results } from "./results.js";
 import { declared } from "./tools.js";
@@ -27,8 +28,8 @@ const conversation = new Conversation();
 const results = new Results($("result-fields"));
 let running = null; // an AbortController while an answer is generated
 let ready = false;
+let paused = false; // whether the person has ended the download
 
-const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
 const talking = () => document.forms.ask.elements.mode.value === "talk";
 
 function show(problem) {
@@ -200,16 +201,21 @@ async function load() {
   $("load").hidden = true;
   $("loading").hidden = false;
   $("progress").hidden = false;
-  const told = ({ starting, loaded, total }) => {
-    if (starting) {
+  $("progress").value = 0;
+  const progress = new Progress();
+  const told = (report) => {
+    $("pause").hidden = !report.fetched && !report.waiting;
+    if (report.starting) {
       $("progress").removeAttribute("value");
       $("progress-text").textContent = "Starting the model …";
       return;
     }
-    $("progress").value = loaded / total;
-    $("progress-text").textContent = `Loading: ${megabytes(loaded)} of ${megabytes(total)}`;
+    if (report.full && $("storage").hidden) inform(FULL);
+    if (report.total) $("progress").value = report.loaded / report.total;
+    $("progress-text").textContent = progress.line(report, performance.now());
   };
   const started = performance.now();
+  paused = false;
   try {
     const found = await backend.load(told);
     ready = true;
@@ -217,14 +223,34 @@ async function load() {
     $("loading").hidden = true;
     describe(found, performance.now() - started);
   } catch (error) {
-    $("progress").hidden = true;
-    $("progress-text").textContent = "The model is not loaded.";
-    $("load").textContent = "Try again";
-    $("load").hidden = false;
-    throw error;
+    await offer(paused ? "" : "Try again");
+    if (!paused) throw error;
   } finally {
+    $("pause").hidden = true;
     refresh();
   }
+}
+
+// Offers to load the model, or the rest of it. label: the button's text, "" for one that says what it does.
+async function offer(label = "") {
+  const size = await backend.size();
+  const { bytes, stored } = size;
+  $("loading").hidden = false;
+  $("progress").hidden = stored === 0;
+  $("progress").value = stored / bytes;
+  $("progress-text").textContent = stored
+    ? `${megabytes(stored)} of ${megabytes(bytes)} are stored in this browser.`
+    : `The model has ${megabytes(bytes)}.`;
+  $("load").textContent = label || (stored ? `Continue (${megabytes(bytes - stored)})` : `Load the model (${megabytes(bytes)})`);
+  $("load").hidden = false;
+  inform(storageNote(size), size.granted === null);
+}
+
+// Says that the files will not be stored, or "". temporary: whether the browser never stores any.
+function inform(note, temporary = false) {
+  $("storage").textContent = note;
+  $("storage").hidden = !note;
+  $("pause").textContent = note || temporary ? "Cancel" : "Pause"; // what is not stored cannot be continued
 }
 
 // Removes what the page cannot do with the model.
@@ -313,14 +339,15 @@ async function start() {
   $("licences").hidden = false;
   backend = new Local(site);
   await register();
+  $("measure").hidden = false;
+  if (new URLSearchParams(location.search).has("bench")) {
+    const { showBench } = await import("./bench.js");
+    return showBench(site, attempt);
+  }
   const { bytes, stored } = await backend.size();
   if (stored === bytes || bytes <= UNASKED_BYTES) return load();
   $("where").textContent = "The model runs in this browser once it is loaded. What you type stays here.";
-  $("loading").hidden = false;
-  $("progress").hidden = true;
-  $("progress-text").textContent = `The model has ${megabytes(bytes)}.`;
-  $("load").textContent = `Load the model (${megabytes(bytes)})`;
-  $("load").hidden = false;
+  return offer();
 }
 
 document.forms.ask.addEventListener("submit", (event) => {
@@ -330,7 +357,15 @@ document.forms.ask.addEventListener("submit", (event) => {
 document.forms.ask.addEventListener("change", refresh);
 $("greedy").addEventListener("change", refresh);
 $("stop").onclick = () => running?.abort();
-$("load").onclick = () => void attempt(load);
+$("load").onclick = () => {
+  // Who loads a large model wants to keep it: without this a browser may remove it when the disk is full.
+  navigator.storage?.persist?.().catch(() => {});
+  void attempt(load);
+};
+$("pause").onclick = () => {
+  paused = true;
+  backend.pause();
+};
 $("clear").onclick = () => {
   conversation.messages = [];
   results.clear();

@@ -1,6 +1,7 @@
 // What runs a site's model: slm's own engine, or onnxruntime-web for other bundles. `slm web` decides, in site.json.
 import { Decoder, keepOneLogit, outputLocations } from "./decoder.js";
 import { Engine } from "./engine.js";
+import { Problem } from "./problem.js";
 import { engineFile, filesOf } from "./simd.js";
 
 // Keeps a reference to each WebAssembly memory, to measure it: onnxruntime does not expose its own.
@@ -21,9 +22,10 @@ export function memoryBytes() {
 
 // Returns a site's backend, before its files are there: {device, threads, wanted: files to load, place: where to load a file to
 // (or null), open(contents, manifest): returns the decoder}.
-export async function backendOf(site) {
+// runtime: "wasm" or "webgpu" for that of onnxruntime-web; by default the fastest that this browser has.
+export async function backendOf(site, runtime) {
   const count = self.crossOriginIsolated ? threads() : 1;
-  return site.engine ? ownEngine(site, count) : onnxruntime(site, count);
+  return site.engine ? ownEngine(site, count) : onnxruntime(site, count, runtime);
 }
 
 function ownEngine(site, count) {
@@ -38,8 +40,9 @@ function ownEngine(site, count) {
   };
 }
 
-async function onnxruntime(site, count) {
-  const gpu = site.model.device === "webgpu" && (await usableGpu(site.model.precision));
+async function onnxruntime(site, count, runtime) {
+  const gpu = runtime !== "wasm" && site.model.device === "webgpu" && (await usableGpu(site.model.precision));
+  if (runtime === "webgpu" && !gpu) throw new Problem("this browser has no WebGPU that the model can use");
   const names = gpu ? site.runtime.webgpu : site.runtime.wasm;
   const open = async (contents, manifest) => {
     const ort = await import(new URL(names.api, import.meta.url).href);

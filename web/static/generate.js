@@ -6,7 +6,7 @@ import { TextStream } from "./text.js";
 
 // Lets the worker receive messages, such as "stop": a step does not yield.
 const { port1, port2 } = new MessageChannel();
-const breath = () =>
+export const breath = () =>
   new Promise((resolve) => {
     port1.onmessage = resolve;
     port2.postMessage(null);

@@ -9,29 +9,29 @@ import { Problem } from "./problem.js";
 export const PART = 4 << 20;
 
 // Returns the contents of files after a check of their hashes: {contents: {name: Uint8Array}, kept: whether all are stored}.
-// files: {name: {bytes, sha256}}. told is called with {file, loaded, total, fetched}, all in bytes, or with {waiting: file}
-// while another tab loads it. place(name, bytes) may return the array to write a file into, also on shared memory.
+// files: {name: {bytes, sha256}}. told is called with {file, loaded, total, fetched, full}: bytes that are there, of all, from the
+// network, and whether the browser has no room to store them; or with {waiting: file} while another tab loads it. place(name, bytes) may return the array to write a file into, also on shared memory.
 // signal: an AbortSignal; what has arrived stays in the store.
 export async function fetchAll(files, told = () => {}, place = () => null, { signal } = {}) {
   const store = await openStore();
   const total = sum(Object.values(files).map(({ bytes }) => bytes));
   const here = sum(Object.values((await store?.lengths(files)) ?? {}));
-  const keeping = store !== null && (await room()) >= total - here;
   const contents = {};
-  let [done, fetched] = [0, 0];
+  let [done, fetched, full] = [0, 0, store !== null && (await room()) < total - here];
   for (const [name, file] of Object.entries(files)) {
     const content = place(name, file.bytes) ?? new Uint8Array(file.bytes);
     if (content.length !== file.bytes) throw new Error(`the place for ${name} has another size`);
-    const arrival = new Arrival(file, content, keeping ? store : null, await sha256(), (at, new_) => {
-      fetched += new_;
-      told({ file: name, loaded: done + at, total, fetched });
+    const arrival = new Arrival(file, content, full ? null : store, await sha256(), (at, more) => {
+      fetched += more;
+      full ||= arrival?.full ?? false;
+      told({ file: name, loaded: done + at, total, fetched, full });
     });
     await alone(file.sha256, () => told({ waiting: name }), signal, () => load(name, file, arrival, store, signal));
     contents[name] = content;
     done += file.bytes;
   }
-  told({ loaded: total, total, fetched });
-  const lengths = keeping ? await store.lengths(files) : {};
+  told({ loaded: total, total, fetched, full });
+  const lengths = (await store?.lengths(files)) ?? {};
   return { contents, kept: Object.entries(files).every(([name, { bytes }]) => lengths[name] === bytes) };
 }
 
@@ -67,6 +67,7 @@ async function load(name, { bytes, sha256: wanted }, arrival, store, signal) {
 // A file on its way into memory and into the store.
 class Arrival {
   at = 0; // bytes in their place
+  full = false; // whether the browser had no room for them
   #stored = 0; // bytes in the store
   #storing = Promise.resolve();
   #content;
@@ -79,7 +80,6 @@ class Arrival {
   constructor(file, content, store, hash, told) {
     [this.#file, this.#content, this.#store, this.#hash, this.#told] = [file, content, store, hash, told];
     hash.init();
-    told(0, 0);
   }
 
   get keeps() {
@@ -136,7 +136,7 @@ class Arrival {
     this.#stored = this.at;
     this.#storing = this.#store.put(this.#file.sha256, start, this.#content.slice(start, this.at)).catch(async () => {
       const store = this.#store; // the quota is exceeded: the file works, but not offline
-      this.#store = null;
+      [this.#store, this.full] = [null, true];
       await store?.remove(this.#file.sha256).catch(() => {});
     });
   }

@@ -1,9 +1,10 @@
-// Runs the model outside the page's thread. Messages in: {load: site}, {pause: true} while it loads, {ask, options, id},
-// {stop: true}, {reset: true}.
+// Runs the model outside the page's thread. Messages in: {load: site, runtime}, {pause: true} while it loads,
+// {ask, options, id}, {measure, id}, {stop: true}, {reset: true}.
 import { backendOf, memoryBytes } from "./backend.js";
 import { CallStream, replyMessage } from "./calls.js";
 import { fromOpenai, startTurns } from "./chat.js";
 import { generate } from "./generate.js";
+import { measure, promptIds } from "./measure.js";
 import { Problem, asProblem } from "./problem.js";
 import { fetchAll, forget } from "./store.js";
 import { Text } from "./text.js";
@@ -20,8 +21,9 @@ self.onmessage = async ({ data }) => {
     if (data.stop) stopping = true;
     else if (data.pause) pausing.abort();
     else if (data.reset) model?.decoder.reset();
-    else if (data.load) self.postMessage({ ready: await load(data.load) });
+    else if (data.load) self.postMessage({ ready: await load(data.load, data.runtime) });
     else if (data.ask) self.postMessage({ id: data.id, done: await answer(data) });
+    else if (data.measure) self.postMessage({ id: data.id, done: await measured(data) });
   } catch (error) {
     const { message, hint } = asProblem(error);
     self.postMessage({ id: data.id, problem: { message, hint } });
@@ -29,8 +31,8 @@ self.onmessage = async ({ data }) => {
 };
 
 // Loads the site's model; returns a description of the backend.
-async function load(site) {
-  const backend = await backendOf(site);
+async function load(site, runtime) {
+  const backend = await backendOf(site, runtime);
   const { contents, kept } = await fetchAll(backend.wanted, progress(), backend.place, { signal: pausing.signal });
   await forget(site.files);
   self.postMessage({ loading: { starting: true } });
@@ -117,6 +119,13 @@ class Reply {
   #tell(parts) {
     for (const part of parts) this.#told(typeof part === "string" ? { text: part } : { call: part });
   }
+}
+
+async function measured({ measure: plan, id }) {
+  stopping = false;
+  const told = (round) => self.postMessage({ id, ...round });
+  const ids = plan.ids ?? promptIds(model.text, plan.promptTokens);
+  return { ...(await measure(model.decoder, ids, plan, { told, stopped: () => stopping })), memory: memory() };
 }
 
 function figures(run) {
