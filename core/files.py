@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from slm.core import renames
+from slm.core import renames, systems
 from slm.core.errors import SlmError
 from slm.core.locks import LOCK, is_mine, sole
 from slm.core.portable import is_portable, leads_out
@@ -28,7 +28,7 @@ _RENAMING_S = 2.0
 _WRITING_S = 10.0
 _IN_USE = "stop the slm serve, slm chat or other program that uses it, or name another --out"
 # The errors of a full disk, in the message of a library: also ERROR_DISK_FULL and ERROR_HANDLE_DISK_FULL of Windows.
-_FULL = {errno.ENOSPC: (errno.ENOSPC, 112, 39) if renames.WINDOWS else (errno.ENOSPC,), errno.EDQUOT: (errno.EDQUOT,)}
+_FULL = {errno.ENOSPC: (errno.ENOSPC, 112, 39) if systems.WINDOWS else (errno.ENOSPC,), errno.EDQUOT: (errno.EDQUOT,)}
 # How numpy and onnxruntime report an incomplete write.
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|Failed to write :?\d+ bytes")
 # The largest JSON file in bytes. The longest real ones list every tensor of a large model, in some MiB.
@@ -106,7 +106,7 @@ def replace_directory(source: Path, target: Path) -> None:
                 renames.replace(replaced, target)
             raise
     except PermissionError:
-        if renames.WINDOWS:
+        if systems.WINDOWS:
             raise SlmError(f"cannot replace {target}: a program uses one of its files", _IN_USE) from None
         raise
     _to_disk(target.parent)
@@ -121,9 +121,9 @@ def _to_disk(path: Path) -> None:
     which is little for a directory that is saved every few minutes. Windows cannot open directories, and writes only files
     that are open for writing.
     """
-    if renames.WINDOWS and path.is_dir():
+    if systems.WINDOWS and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDWR if renames.WINDOWS else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if systems.WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

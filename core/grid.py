@@ -111,7 +111,12 @@ def between(low: Any, high: Any, scheme: Scheme, xp: Any = np) -> Grid:
 
 
 def pair_sums(blocks: Any, xp: Any = np) -> Any:
-    """Returns the largest sum of one sign in each pair of values: (..., block) to (..., block / 2)."""
+    """Returns the largest magnitude of the sum of the values of one sign, for each pair of a block.
+
+    Args:
+        blocks: Values (..., block); the result is (..., block / 2).
+        xp: `numpy` or `torch`.
+    """
     pairs = blocks.reshape(*blocks.shape[:-1], -1, 2)
     first, second = pairs[..., 0], pairs[..., 1]
     return xp.maximum(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm.core import renames
+from slm.core import renames, systems
 from slm.core.artifacts import Artifact, artifacts, read_artifact, unfinished
 from slm.core.errors import SlmError
 from slm.core.files import scratch_directory
@@ -122,14 +122,14 @@ def remove(path: Path) -> None:
         try:
             renames.replace(path, scratch / path.name)
         except PermissionError:
-            if renames.WINDOWS:
+            if systems.WINDOWS:
                 raise SlmError(f"cannot remove {path}: a program uses one of its files", _STOP) from None
             raise
 
 
 def _places(name: str) -> Iterator[Path]:
     """Yields the paths that a name may mean, each once."""
-    run, _, rest = (name.replace("\\", "/") if renames.WINDOWS else name).strip("/").partition("/")
+    run, _, rest = (name.replace("\\", "/") if systems.WINDOWS else name).strip("/").partition("/")
     below = [RUNS / run / kind / rest for kind in ("checkpoint", "adapters")] if rest else []
     yield from dict.fromkeys((cached_bundles() / name, RUNS / name, *below, Path(name)))
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slm.core import renames
+from slm.core import systems
 from slm.core.errors import SlmError
 from slm.core.signals import PutOff
 
@@ -90,7 +90,7 @@ def held(directory: Path) -> Iterator[bool]:
         SlmError: When another process uses it.
     """
     at_work = f"is at work in {directory}"
-    if not renames.WINDOWS:
+    if not systems.WINDOWS:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             free = _try(descriptor)
@@ -147,16 +147,16 @@ def _opened(lock: Path) -> int:
         try:
             return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:
-            if not renames.WINDOWS or not os.access(lock.parent, os.W_OK) or time.monotonic() >= until:
+            if not systems.WINDOWS or not os.access(lock.parent, os.W_OK) or time.monotonic() >= until:
                 raise
         time.sleep(_LOOK_AGAIN_S)
 
 
 def _release(lock: Path, descriptor: int) -> None:
-    if not renames.WINDOWS:
+    if not systems.WINDOWS:
         lock.unlink(missing_ok=True)  # before the release: a process that opens it later creates a new file
     os.close(descriptor)
-    if renames.WINDOWS:
+    if systems.WINDOWS:
         with suppress(OSError):  # another process has opened the file meanwhile: it removes it
             lock.unlink()
 

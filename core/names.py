@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from slm.core import renames
+from slm.core import systems
 from slm.core.artifacts import (
     ADAPTER_SUFFIX,
     Artifact,
@@ -123,7 +123,7 @@ def _is_plain(name: str) -> bool:
 
 def _named(name: str) -> list[Artifact]:
     """Returns the artifacts that a name may refer to: `RUN/ARTIFACT`, or an artifact's name alone, in any run."""
-    first, _, rest = (name.replace("\\", "/") if renames.WINDOWS else name).strip("/").partition("/")
+    first, _, rest = (name.replace("\\", "/") if systems.WINDOWS else name).strip("/").partition("/")
     if rest:
         places = [RUNS / first / place / rest for place in _PLACES]
         return [found for place in dict.fromkeys(places) if (found := read_artifact(place)) is not None]

@@ -27,6 +27,14 @@ def process_exists(pid: int) -> bool:
     return bool(psutil.pid_exists(pid))
 
 
+def yield_to_others() -> None:
+    """Lowers the priority of this process and of its children."""
+    if sys.platform != "win32" and hasattr(os, "nice"):
+        os.nice(10)
+    else:
+        _asked(lambda psutil: psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS))
+
+
 def resident_mib() -> float | None:
     """Returns the resident memory of this process in MiB; None if the system does not report it."""
     found = _of_process(lambda process: process.memory_info().rss)

@@ -5,7 +5,6 @@ functions therefore try again for a short time. On other systems they try once: 
 """
 
 import gc
-import os
 import shutil
 import stat
 import time
@@ -13,7 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-WINDOWS = os.name == "nt"
+from slm.core import systems
+
 # How long to try again, in seconds, and the first and the longest pause.
 _WAIT_S = 2.0
 _PAUSES_S = 0.01, 0.1
@@ -80,7 +80,7 @@ def _patiently(action: Callable[[], object]) -> None:
             action()
             return
         except PermissionError:
-            if not WINDOWS or time.monotonic() >= until:
+            if not systems.WINDOWS or time.monotonic() >= until:
                 raise
         if pause == _PAUSES_S[0]:
             gc.collect()  # closes files and maps of this process that only reference cycles keep
@@ -90,6 +90,6 @@ def _patiently(action: Callable[[], object]) -> None:
 
 def _make_writable(path: Path) -> None:
     """Windows does not remove files that are read-only; on other systems the directory's permissions decide."""
-    if WINDOWS:
+    if systems.WINDOWS:
         with suppress(OSError):
             path.chmod(stat.S_IREAD | stat.S_IWRITE)

@@ -1,5 +1,6 @@
 """What slm uses of an operating system, and what this one lacks. docs/systems.md has the table for all systems."""
 
+import os
 import platform
 import signal
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from slm.core.process_limits import can_limit_memory
 
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+WINDOWS = os.name == "nt"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _MAPPED = Path("/proc/self/smaps")
 _LONG_PATHS = r"SYSTEM\CurrentControlSet\Control\FileSystem"
 
@@ -21,9 +23,9 @@ def name() -> str:
 def lacking() -> dict[str, str]:
     """Returns what this system lacks, and what happens instead."""
     found = {}
-    if not _HUGE_PAGES.exists():
+    if not _is_readable(_HUGE_PAGES):
         found["huge pages"] = "decoding is a little slower"
-    if not _MAPPED.exists():
+    if not _is_readable(_MAPPED):
         found["returning mapped pages"] = "resident memory includes weights that are no longer used"
     if not can_limit_memory():
         found["limits of memory"] = "slm watches the processes of chat templates and schemas, and ends large ones"
@@ -48,3 +50,11 @@ def has_long_paths() -> bool | None:
             return False
     else:
         return None
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        path.open("rb").close()
+    except OSError:
+        return False
+    return True

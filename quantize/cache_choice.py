@@ -44,26 +44,35 @@ def attention_times(source: Bundle, scratch: Path) -> dict[CacheType, float]:
     context = source.manifest.context
     case = Case(max(1, min(_POSITIONS, context - _STEPS)))
     steps = min(_STEPS, context - case.prompt)
-    times: dict[CacheType, list[float]] = {each: [] for each in TYPES}
+
+    def rows(directory: Path, cache: CacheType) -> OnnxRows:
+        path = directory / f"{cache}.onnx"
+        target = Fused(FloatFormat(), "cpu", cache)
+        graph = build_graph(config, target, {}, context)
+        _fill(graph)
+        save_graph(graph, path)
+        caches = target.caches(config)
+        changed: dict[str, Any] = {"model": path.name, "cache": caches, "inputs": input_specs(caches)}
+        changed |= {"outputs": output_specs(_VOCABULARY, caches), "adapter_slots": False}
+        manifest = source.manifest.model_copy(update=changed)
+        return OnnxRows(OnnxDecoder(Bundle(directory, manifest, config), threads=1), case, steps)
+
     with scratch_directory(scratch, "caches") as directory:
-        rows: dict[CacheType, OnnxRows] = {}
-        for each in TYPES:
-            path = directory / f"{each}.onnx"
-            target = Fused(FloatFormat(), "cpu", each)
-            graph = build_graph(config, target, {}, context)
-            _fill(graph)
-            save_graph(graph, path)
-            caches = target.caches(config)
-            changed: dict[str, Any] = {"model": path.name, "cache": caches, "inputs": input_specs(caches)}
-            changed |= {"outputs": output_specs(_VOCABULARY, caches), "adapter_slots": False}
-            manifest = source.manifest.model_copy(update=changed)
-            rows[each] = OnnxRows(OnnxDecoder(Bundle(directory, manifest, config), threads=1), case, steps)
-        ids = np.zeros((1, 1), np.int64)
-        for _ in range(steps):
-            for each, row in rows.items():
-                started = time.perf_counter()
-                row.step(ids)
-                times[each].append(time.perf_counter() - started)
+        return _times({each: rows(directory, each) for each in TYPES}, steps)
+
+
+def _times(rows: Mapping[CacheType, OnnxRows], steps: int) -> dict[CacheType, float]:
+    """Returns the shortest time of a step in seconds; the rows take turns.
+
+    Nothing refers to the rows afterwards, so that their files are no longer mapped and Windows can remove them.
+    """
+    times: dict[CacheType, list[float]] = {each: [] for each in rows}
+    ids = np.zeros((1, 1), np.int64)
+    for _ in range(steps):
+        for each, row in rows.items():
+            started = time.perf_counter()
+            row.step(ids)
+            times[each].append(time.perf_counter() - started)
     return {each: min(found) for each, found in times.items()}
 
 

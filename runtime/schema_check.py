@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm.core.bounded import BoundedProcess, Limits, hello, receive, send
 from slm.core.process_limits import can_limit_memory, limit_memory, prepare_timer, start_timer, stop_timer
+from slm.core.processes import yield_to_others
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -219,8 +220,7 @@ def _limit() -> None:
 def main() -> None:
     """Checks schemas until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, which ends the input
-    if hasattr(os, "nice"):
-        os.nice(10)  # requests in progress come first
+    yield_to_others()  # requests in progress come first
     prepare_timer()
     lines = iter(sys.stdin.buffer.readline, b"")
     vocabulary = json.loads(next(lines))

@@ -22,10 +22,13 @@ _MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
 
 
 def trim_freed_memory() -> None:
-    """Returns freed memory to the system, with glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    """Returns freed memory to the system, with glibc or macOS; Windows returns it without being asked."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    elif sys.platform == "darwin":
+        ctypes.CDLL(None).malloc_zone_pressure_relief(None, ctypes.c_size_t(0))
 
 
 def page_out(file: Path) -> int:

@@ -64,3 +64,31 @@ def test_both_sets_have_the_same_pytorch() -> None:
         for name in ("constraints.txt", "constraints-cuda.txt")
     ]
     assert len(pins[0]) == 1 and pins[0] == pins[1]
+
+
+@pytest.mark.parametrize(
+    ("there", "broken", "code", "said"),
+    [
+        ("3.11 3.14", "", 0, "passed: 3.11 3.14; failed:; not available: 3.12"),
+        ("3.11 3.14", "3.14", 2, "passed: 3.11; failed: 3.14; not available: 3.12"),
+        ("", "", 2, "passed:; failed:; not available: 3.11 3.12 3.14"),
+    ],
+)
+def test_each_python_that_can_be_had_is_tested(venv: Path, there: str, broken: str, code: int, said: str) -> None:
+    """In front of a uv that has some Pythons, and a make that fails with some of them."""
+    uv, make = venv.parent / "uv", venv.parent / "make"
+    uv.write_text(
+        '#!/bin/sh\nfor last; do :; done\nif test "$2" = find; then\n'
+        f'case " {there} " in *" $last "*) echo /python$last;; *) exit 1;; esac\nelse exit 1; fi\n'
+    )
+    make.write_text(f'#!/bin/sh\necho "$*"\ncase "$*" in *python"{broken or "none"}"*) exit 1;; esac\n')
+    for program in (uv, make):
+        program.chmod(0o755)
+    command = ["make", "--no-print-directory", "test-pythons", f"VENV={venv}", f"UV={uv}", f"MAKE={make}"]
+    done = subprocess.run([*command, "PYTHONS=3.11 3.12 3.14"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("--no-print", "passed"))]
+    assert (done.returncode, lines[-1]) == (code, said)
+    wanted = [
+        f"--no-print-directory test-fast PYTHON=/python{name} VENV=build/pythons/{name}" for name in there.split()
+    ]
+    assert lines[:-1] == wanted

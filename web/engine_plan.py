@@ -11,7 +11,7 @@ from typing import Any
 from slm.core.contract import head_candidates, product_sizes
 from slm.core.errors import SlmError
 from slm.core.graph_file import FileTensor, read_graph
-from slm.core.manifest import Bundle, Scheme
+from slm.core.manifest import Bundle, Manifest, Scheme
 
 # The sizes that the engine's loops step through.
 _MULTIPLE = 8
@@ -82,7 +82,7 @@ def _products(bundle: Bundle) -> dict[str, dict[str, Any]]:
     if manifest.device != "cpu":
         raise NotSupported(f"it was exported for {manifest.device}")
     if manifest.target != "fused":
-        raise NotSupported("its graph is portable", "slm export without --portable")
+        raise NotSupported("its graph is portable", "slm export --onnx --target fused")
     paths = [path for path, _, _ in product_sizes(config)]
     paths += ["model.embed_tokens", *([] if config.tie_word_embeddings else ["lm_head"])]
     schemes = manifest.quantization.schemes if manifest.quantization else {}
@@ -120,3 +120,10 @@ def slow_note(problem: NotSupported) -> str:
     """Returns a warning for a bundle that onnxruntime-web runs: in one line, with what to do."""
     hint = f" ({problem.hint})" if problem.hint else ""
     return f"the page runs this bundle with onnxruntime-web, which is slower: {problem}{hint}"
+
+
+def large_note(manifest: Manifest) -> str:
+    """Returns advice for a bundle whose weights take more bytes than they need, or nothing."""
+    if manifest.quantization is not None:
+        return ""
+    return "float32 weights are four times as large and as slow as INT8 (slm quantize --int8)"

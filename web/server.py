@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from slm.core import systems
 from slm.core.processes import free_files
 from slm.web.hosts import hosts_of, is_loopback
 from slm.web.ranges import UnsatisfiableError, content_range, requested
@@ -41,6 +42,8 @@ class SiteServer(ThreadingHTTPServer):
     """Serves a site until it is stopped, with a thread per connection."""
 
     daemon_threads = True
+    # On other systems it permits a restart within a minute; on Windows, two servers at one port.
+    allow_reuse_address = not systems.WINDOWS
 
     def __init__(
         self, site: Site, host: str, port: int, hosts: Collection[str] = (), headers_s: float = HEADERS_S

@@ -24,7 +24,7 @@ from slm.core.outputs import check_output
 from slm.core.tokenizer import END_OF_TURN, START_OF_TURN, TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import TOKENIZER_CONFIG_FILE
 from slm.version import __version__
-from slm.web.engine_plan import NotSupported, engine_plan, slow_note
+from slm.web.engine_plan import NotSupported, engine_plan, large_note, slow_note
 from slm.web.npm import HOME, packages, vendored
 from slm.web.turns import page_turns
 
@@ -183,7 +183,7 @@ def local_site(bundle: Bundle, name: str) -> Site:
     manifest = bundle.manifest
     if manifest.device == "cuda":
         raise SlmError(f"{bundle.path} was exported for CUDA, which no browser has", "slm export --onnx --device cpu")
-    note = ""
+    note = large_note(manifest)
     try:
         engine = engine_plan(bundle)
     except NotSupported as problem:

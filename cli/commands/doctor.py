@@ -28,6 +28,8 @@ _PACKAGES = {
     "numpy": None,
     "tokenizers": None,
     "jinja2": None,
+    "filelock": None,
+    "psutil": None,
     "click": None,
     "pydantic": None,
     "rich": None,

@@ -83,10 +83,9 @@ def write_gguf(checkpoint: Path, path: Path, kind: GgufType, progress: Progress 
     check_tensors(source.weights.untied(config), tensor_shapes(config), checkpoint)
     with atomic_file(path) as partial:
         _write(partial, source, kind, progress)
-        written = GgufModel(partial)
-        largest = _compare(written, source, progress)
+        types, largest = _verified(partial, source, progress)
         size = partial.stat().st_size
-    return Written(path, size, written.types, largest)
+    return Written(path, size, types, largest)
 
 
 def check_gguf_output(path: Path) -> None:
@@ -257,6 +256,15 @@ def _stored(source: _Source, kind: GgufType) -> Iterator[Array]:
         if stored == "f16" and np.abs(value).max() > np.finfo(np.float16).max:
             raise SlmError(f"{source.weights.path}: {name} holds values beyond float16", "--gguf-type f32")
         yield quantize(np.ascontiguousarray(value), GGMLQuantizationType[stored.upper()])
+
+
+def _verified(path: Path, source: _Source, progress: Progress) -> tuple[dict[str, int], float]:
+    """Compares a written file with the checkpoint. Returns its stored types, and the largest difference.
+
+    The file is no longer mapped afterwards: Windows does not rename a mapped file.
+    """
+    written = GgufModel(path)
+    return written.types, _compare(written, source, progress)
 
 
 def _compare(written: GgufModel, source: _Source, progress: Progress) -> float:

@@ -42,6 +42,8 @@ pytestmark = pytest.mark.peer
 
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 SHORT = "Once upon a time there was a little owl"
+# Logits, of up to 5, that activations rounded to 8 bits do not tell apart.
+TIE = 0.05
 # Chromium runs in a container without its own sandbox.
 FLAGS = ["--no-sandbox"]
 SWIFTSHADER = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
@@ -380,7 +382,10 @@ def test_a_host_without_headers(open_tab: Callable[..., Tab], tmp_path: Path) ->
     "name", ["float32", "int8", "int8 caches", "int4", "portable", "portable int8", "portable int4"]
 )
 def test_other_bundles(open_tab: Callable[..., Tab], bundles: Any, name: str, tmp_path: Path) -> None:
-    """Of quantized ones as they are with activations in floats, which WebAssembly's products take: random weights tell."""
+    """With 8-bit weights as they are with activations in floats: WebAssembly's products round them to 16 bits at most.
+
+    With 4-bit weights each token is one that onnxruntime finds as likely as any, up to a tie: random weights make many.
+    """
     if name == "int4":
         text = TokenRows("random", np.random.default_rng(0).choice(np.arange(32, 127), (4, 60)))
         settings = Settings(gate=Gate(None), precision="int4", prefer="size")
@@ -388,14 +393,21 @@ def test_other_bundles(open_tab: Callable[..., Tab], bundles: Any, name: str, tm
     else:
         path = bundles.path(name)
     model = slm.load(path)
-    if name.startswith("int"):
+    if name.startswith("int8"):
         model = slm.load(float_activations(path, tmp_path / "exact"), trust=True)
     elif name.startswith("portable int"):
         model.decoder = OnnxDecoder(Bundle.open(path), optimize=False)
     with served(site_of(path)) as server:
         tab = open_tab(server.url).ready().set(greedy=True, new_tokens=60)
         for prompt in ("Once", "Once upon a time there was a dog and it was"):
-            assert tab.text(prompt) == model.generate(prompt, max_new_tokens=60, temperature=0)
+            text = tab.text(prompt)
+            if name != "int4":
+                assert text == model.generate(prompt, max_new_tokens=60, temperature=0)
+                continue
+            ids = [*model.tokenizer.encode(prompt), *tab.run["ids"]]
+            logits = model.decoder.logits(np.array([ids], np.int64))[0, -len(tab.run["ids"]) - 1 : -1]
+            behind = logits.max(axis=1) - logits[np.arange(len(logits)), tab.run["ids"]]
+            assert tab.run["ids"] and behind.max() < TIE
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32"])

@@ -219,6 +219,6 @@ def work() -> None:
     while (texts := _receive(sys.stdin.buffer)) is not None:
         try:
             _send(sys.stdout.buffer, encoder.encode([text.decode() for text in texts]))
-        except BrokenPipeError:  # the command has ended
+        except OSError:  # the command has ended: a broken pipe, or an invalid argument on Windows
             break
     os._exit(0)  # exits without flushing into a closed pipe

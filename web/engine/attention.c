@@ -96,11 +96,25 @@ static void weigh(const float *weights, const float *v, uint32_t count, uint32_t
   }
 }
 
-// Returns positions of a cache as floats, at most `*count`: the cache itself, or `TILE` positions converted into `tile`.
-static const float *floats_of(const struct model *m, const uint8_t *from, const float *scale, uint32_t *count, float *tile) {
+// Returns positions of a cache from `first` on as floats, at most `*count`: the cache itself, or `TILE` positions of an 8-bit cache,
+// converted into `tile`. As in the graph, steps of many tokens read their own keys and values as they were before they were rounded:
+// from `new_` on, which has a row for each new token.
+static const float *floats_of(const struct model *m, const struct layer *l, void *cache, const float *scale, uint32_t kv,
+                              uint32_t first, uint32_t *count, const float *new_, uint32_t past, float *tile) {
+  uint32_t size = m->head_dim, left;
+  const uint8_t *from = place_of(m, l, cache, kv, first, &left);
+  *count = least(*count, left);
   if (!m->small_cache) return (const float *)from;
   *count = least(*count, TILE);
-  uint32_t size = m->head_dim;
+  if (new_ && first >= past) {
+    uint32_t width = (m->heads + 2 * m->kv_heads) * size;
+    for (uint32_t p = 0; p < *count; p++) {
+      __builtin_memcpy(tile + p * size, new_ + (size_t)(first - past + p) * width, size * sizeof(float));
+    }
+    return tile;
+  }
+  if (new_) *count = least(*count, past - first);
+  scale += kv * size;
   for (uint32_t p = 0; p < *count; p++, from += size) {
     for (uint32_t i = 0; i < size; i += 8) {
       v128_t x = wasm_i16x8_load8x8(from + i);
@@ -113,16 +127,17 @@ static const float *floats_of(const struct model *m, const uint8_t *from, const 
 }
 
 // Attends with C heads of a token, which share a kv head.
-INLINE void attend_heads(const struct model *m, const struct layer *l, uint32_t past, uint32_t token, uint32_t head, uint32_t thread, const uint32_t C) {
+INLINE void attend_heads(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread, const uint32_t C) {
   uint32_t size = m->head_dim, kv = head / (m->heads / m->kv_heads), position = past + token;
-  uint32_t first = l->window && position + 1 > l->window ? position + 1 - l->window : 0, count = position + 1 - first, left;
+  uint32_t first = l->window && position + 1 > l->window ? position + 1 - l->window : 0, count = position + 1 - first;
   const float *q = m->wide + (size_t)token * (m->heads + 2 * m->kv_heads) * size + head * size;
   float *out = m->attended + ((size_t)token * m->heads + head) * size;
   float *scores = m->scores + (size_t)thread * 4 * m->longest, *tile = m->tile + (size_t)thread * TILE * size;
+  const float *keys = tokens > FEW_TOKENS ? m->wide + (m->heads + kv) * size : 0;
+  const float *values = keys ? keys + m->kv_heads * size : 0;
   for (uint32_t done = 0; done < count;) {
-    const uint8_t *from = place_of(m, l, l->keys, kv, first + done, &left);
-    uint32_t some = least(left, count - done);
-    const float *k = floats_of(m, from, l->key_scale + kv * size, &some, tile);
+    uint32_t some = count - done;
+    const float *k = floats_of(m, l, l->keys, l->key_scale, kv, first + done, &some, keys, past, tile);
     score(q, k, some, size, m->scale, scores + done, m->longest, C);
     done += some;
   }
@@ -132,24 +147,23 @@ INLINE void attend_heads(const struct model *m, const struct layer *l, uint32_t 
     for (uint32_t i = 0; i < size; i += 4) wasm_v128_store(out + h * size + i, wasm_f32x4_splat(0));
   }
   for (uint32_t done = 0; done < count;) {
-    const uint8_t *from = place_of(m, l, l->values, kv, first + done, &left);
-    uint32_t some = least(left, count - done);
-    const float *v = floats_of(m, from, l->value_scale + kv * size, &some, tile);
+    uint32_t some = count - done;
+    const float *v = floats_of(m, l, l->values, l->value_scale, kv, first + done, &some, values, past, tile);
     UNROLL for (uint32_t h = 0; h < C; h++) weigh(scores + h * m->longest + done, v, some, size, out + h * size);
     done += some;
   }
 }
 
-__attribute__((noinline)) static void attend_one(const struct model *m, const struct layer *l, uint32_t past, uint32_t token, uint32_t head, uint32_t thread) {
-  attend_heads(m, l, past, token, head, thread, 1);
+__attribute__((noinline)) static void attend_one(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread) {
+  attend_heads(m, l, past, tokens, token, head, thread, 1);
 }
 
-__attribute__((noinline)) static void attend_two(const struct model *m, const struct layer *l, uint32_t past, uint32_t token, uint32_t head, uint32_t thread) {
-  attend_heads(m, l, past, token, head, thread, 2);
+__attribute__((noinline)) static void attend_two(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread) {
+  attend_heads(m, l, past, tokens, token, head, thread, 2);
 }
 
-__attribute__((noinline)) static void attend_four(const struct model *m, const struct layer *l, uint32_t past, uint32_t token, uint32_t head, uint32_t thread) {
-  attend_heads(m, l, past, token, head, thread, 4);
+__attribute__((noinline)) static void attend_four(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread) {
+  attend_heads(m, l, past, tokens, token, head, thread, 4);
 }
 
 // Attends with a thread's part of the heads of all tokens from `first` on.
@@ -158,8 +172,8 @@ void attend(const struct model *m, const struct layer *l, uint32_t past, uint32_
   part((tokens - first) * m->heads, 1, thread, threads, &from, &to);
   while (from < to) {
     uint32_t token = first + from / m->heads, head = from % m->heads, several = least(to - from, group - head % group);
-    if (several >= 4) attend_four(m, l, past, token, head, thread), from += 4;
-    else if (several >= 2) attend_two(m, l, past, token, head, thread), from += 2;
-    else attend_one(m, l, past, token, head, thread), from++;
+    if (several >= 4) attend_four(m, l, past, tokens, token, head, thread), from += 4;
+    else if (several >= 2) attend_two(m, l, past, tokens, token, head, thread), from += 2;
+    else attend_one(m, l, past, tokens, token, head, thread), from++;
   }
 }

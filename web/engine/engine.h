@@ -75,6 +75,8 @@ struct model {
 
 // Positions of an 8-bit cache that are converted at a time.
 #define TILE 16
+// Steps of up to this many tokens read their own keys and values rounded (slm.core.contract.FEW_TOKENS).
+#define FEW_TOKENS 16
 
 // Rows of a product that a thread does together.
 #define GROUP 8
