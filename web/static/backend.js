@@ -58,6 +58,7 @@ async function onnxruntime(site, count, runtime) {
       externalData: weights(manifest, contents),
       ...(gpu ? { preferredOutputLocation: outputLocations(manifest, "gpu-buffer") } : {}),
     });
+    ort.env.wasm.wasmBinary = undefined; // it is compiled
     return new Decoder(ort, session, manifest);
   };
   const wanted = filesOf(site, gpu ? "webgpu" : "wasm");
