@@ -250,6 +250,26 @@ def test_the_model_that_ships_over_several_windows(run: Runner, tmp_path: Path) 
     assert result["bytes"] < 24e6
 
 
+def test_threads_that_do_not_start(made: Callable[[str], Bundle], in_node: Node, run: Runner) -> None:
+    """The engine does without them: a browser may refuse workers, and a worker may fail."""
+    steps = pieces(IDS[:20], 10)
+    wanted = run(made("int8"), {"reset": True, "steps": steps})["found"]
+    for failure in (
+        "this.onerror({ message: 'no more workers' })",
+        "this.onmessage({ data: { problem: 'no memory' } })",
+    ):
+        broken = f"""globalThis.Worker = class {{
+          postMessage() {{ setTimeout(() => {failure}, 1); }}
+          terminate() {{ console.error("terminated"); }}
+        }};"""
+        program = PROGRAM.replace("await import(given.worker);", broken)
+        assert program != PROGRAM
+        found = Runner(lambda _, given, program=program: in_node(program, given))(
+            made("int8"), {"reset": True, "steps": steps}, threads=3
+        )["found"]
+        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_another_scale_is_noticed(made: Callable[[str], Bundle], run: Runner) -> None:
     """The control: one weight scale, half as large, moves logits beyond the limit."""
     bundle = made("int8")

@@ -33,7 +33,9 @@ function ownEngine(site, count) {
   const engine = new Engine(site.engine, site.files[data]?.bytes ?? 0, count);
   return {
     device: "WebAssembly",
-    threads: count,
+    get threads() {
+      return engine.threads;
+    },
     wanted: filesOf(site),
     place: (name) => (name === data ? engine.data : null),
     open: (contents) => engine.start(contents[engineFile()]),

@@ -50,7 +50,12 @@ export class Engine extends Resumable {
       const stack = at.stacks + (i + 1) * stackBytes;
       return this.#startThread({ module: compiled, memory: this.#memory, model: at.model, thread: i + 1, stack });
     });
-    await Promise.all(started);
+    try {
+      await Promise.all(started);
+    } catch {
+      this.close(); // a browser that starts no more workers: one thread does everything
+      this.threads = 1;
+    }
     this.reset();
     return this;
   }
@@ -118,10 +123,10 @@ export class Engine extends Resumable {
     const worker = new Worker(new URL("./engine-thread.js", import.meta.url), { type: "module", name: "engine" });
     this.#workers.push(worker);
     return new Promise((resolve, reject) => {
-      worker.onmessage = resolve;
+      worker.onmessage = ({ data }) => (data.ready ? resolve() : reject(data));
       worker.onerror = (event) => {
         event.preventDefault?.();
-        reject(new Problem(event.message || "a thread could not start", "reload the page"));
+        reject(event);
       };
       worker.postMessage(task);
     });
