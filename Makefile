@@ -201,7 +201,7 @@ test-fake-cuda: peers
 	$(BIN)/python -m pytest tests/peers/test_fake_cuda.py tests/peers/test_fake_cuda_commands.py tests/peers/test_fresh_cuda.py
 
 # A bundle of each kind as older x86 processors, and as 64-bit ARM in a Debian root with this wheel: minutes under qemu-user, which
-# root installs. The bundles, the root and its packages stay in build/emulated (350 MB). Speeds there mean nothing.
+# root installs. The bundles, the root and its packages stay in build/emulated (450 MB). Speeds there mean nothing.
 test-cpus: install
 	$(BIN)/python tests/emulated/run.py cpus
 

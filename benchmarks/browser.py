@@ -69,14 +69,18 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=0, metavar="S", help="seconds to wait for quiet, in all")
-    parser.add_argument("--only", default=",".join(CONTENDERS).replace("INT8, ", "INT8; "), help="contenders, by name")
+    parser.add_argument(
+        "--only", default=",".join(each.replace(",", ";") for each in CONTENDERS), help="contenders; ; for a comma"
+    )
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--wllama", type=Path, default=PEERS / "wllama/node_modules/@wllama/wllama", metavar="DIR")
     args = parser.parse_args()
     given = {name: Path(path) for name, _, path in (each.partition("=") for each in args.file)}
     LOGS.mkdir(parents=True, exist_ok=True)
-    home = prepare(args.name, args.checkpoint, given)
     wanted = [each.replace(";", ",") for each in args.only.split(",")]
+    if unknown := set(wanted) - CONTENDERS.keys():
+        parser.error(f"--only knows {'; '.join(CONTENDERS)}, not {'; '.join(sorted(unknown))}")
+    home = prepare(args.name, args.checkpoint, given, {CONTENDERS[each][1] for each in wanted})
     entries = {name: CONTENDERS[name] for name in wanted if (home / CONTENDERS[name][1]).exists()}
     found: dict[str, Any] = about(args) | {"model": args.name, "chromium": "", "missing": {}}
     found["files"] = {name: size((home / file).resolve()) for name, (_, file) in entries.items()}
@@ -384,7 +388,7 @@ def private(pid: int) -> int:
 def fields(pid: int) -> dict[str, int]:
     """Returns the sizes in /proc/PID/status, in bytes; none if the process has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))

@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 HOME = Path("bench-results/browser")
@@ -11,13 +11,14 @@ HOME = Path("bench-results/browser")
 _LOOSELY = ("--tokens", "1024", "--max-kl", "99")
 
 
-def prepare(name: str, checkpoint: Path | None, given: dict[str, Path]) -> Path:
-    """Makes every file of a model that is not there yet, and returns their directory.
+def prepare(name: str, checkpoint: Path | None, given: dict[str, Path], wanted: Collection[str]) -> Path:
+    """Makes the files of a model that are not there yet, and returns their directory.
 
     Args:
         name: The name of the model.
         checkpoint: A checkpoint; None for random weights in the 270M shape.
         given: Files that exist already, by the names that they get.
+        wanted: The names of the files.
     """
     home = HOME / name
     home.mkdir(parents=True, exist_ok=True)
@@ -26,16 +27,19 @@ def prepare(name: str, checkpoint: Path | None, given: dict[str, Path]) -> Path:
     for each, path in given.items():
         if not (home / each).exists():
             (home / each).symlink_to(path.resolve())
-    if not (home / "checkpoint").exists():
+    made = {"q8_0.gguf", "onnx-int8", "portable-int8"} & set(wanted)
+    missing = {each for each in made if not (home / each).exists()}
+    if missing and not (home / "checkpoint").exists():
         from peer_files import _make_checkpoint
 
         _make_checkpoint(home / "checkpoint")
     source = home / "checkpoint"
-    _make(home / "q8_0.gguf", ("export", "--gguf", source, "--gguf-type", "q8_0"))
-    if not (home / "onnx-int8").exists():
+    if "q8_0.gguf" in missing:
+        _make(home / "q8_0.gguf", ("export", "--gguf", source, "--gguf-type", "q8_0"))
+    if "onnx-int8" in missing:
         _make(home / "onnx", ("export", "--onnx", source))
         _make(home / "onnx-int8", ("quantize", "--int8", home / "onnx", *_LOOSELY))
-    if not (home / "portable-int8").exists():
+    if "portable-int8" in missing:
         _make(home / "portable", ("export", "--onnx", source, "--target", "portable"))
         _make(home / "portable-int8", ("quantize", "--int8", home / "portable", *_LOOSELY))
     for each in ("onnx", "portable"):  # float32 takes four times the space and is not needed any more

@@ -26,7 +26,7 @@ def modules(homes: tuple[str, ...]) -> str:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", *arguments], capture_output=True, encoding="utf-8", timeout=280)
+    return subprocess.run([sys.executable, "-P", *arguments], capture_output=True, encoding="utf-8", timeout=800)
 
 
 def report_of(system: str, program: str, homes: tuple[str, ...], home: Path) -> dict[str, Any]:
@@ -111,6 +111,7 @@ def test_nothing_is_left_and_no_open_file_was_moved(edge: dict[str, Any]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_models_are_made(tmp_path: Path) -> None:
     """Training, fine-tuning, export, quantization and verification, most of them twice over the same place."""
     report = report_of("windows", "chain.py", (*EDGE, *MAKING), tmp_path)
