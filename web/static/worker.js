@@ -12,6 +12,8 @@ import { declared } from "./tools.js";
 
 const TOKENIZER = "model/tokenizer.json";
 const TOKENIZER_CONFIG = "model/tokenizer_config.json";
+// Tokenizers of more bytes leave garbage that matters.
+const LARGE_BYTES = 4 << 20;
 let model = null;
 let stopping = false;
 const pausing = new AbortController();
@@ -39,7 +41,10 @@ async function load(site, runtime) {
   const use = (name, content) => {
     const read = () => JSON.parse(new TextDecoder().decode(content));
     if (name === TOKENIZER_CONFIG) Object.assign(config, read());
-    return name === TOKENIZER ? new Text(read(), config) : content;
+    if (name !== TOKENIZER) return content;
+    const text = new Text(read(), config);
+    collect(content.length);
+    return text;
   };
   const options = { signal: pausing.signal, use };
   const { contents, kept } = await fetchAll(inOrder(backend.wanted), progress(), backend.place, options);
@@ -68,6 +73,17 @@ async function load(site, runtime) {
 function inOrder(files) {
   const rank = ([name, { bytes }]) => (name === TOKENIZER_CONFIG ? -1 : bytes);
   return Object.fromEntries(Object.entries(files).sort((a, b) => rank(a) - rank(b)));
+}
+
+// Has the browser collect its garbage before the weights take memory: reading a large tokenizer leaves six times its size. A page
+// cannot ask for it, but browsers do it when much memory is allocated, also if nothing is written there and it takes no room.
+function collect(bytes) {
+  if (bytes < LARGE_BYTES) return;
+  try {
+    for (let i = 0; i < 8; i++) new ArrayBuffer(128 << 20);
+  } catch {
+    // There is no room for it.
+  }
 }
 
 // Returns a function that tells the page about the progress of loading, but not about every piece.
