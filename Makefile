@@ -13,7 +13,7 @@ GPU         := $(wildcard $(VENV)/.gpu)
 EXTRAS      := $(if $(GPU),cuda,cpu),train,serve,tools
 CONSTRAINTS := --constraint constraints.txt$(if $(GPU), --constraint constraints-cuda.txt)
 
-.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest test-pythons test-edge dist check-tag hashes peers test-peers test-fake-cuda test-cpus test-arm64 test-gpu test-real check check-workflows format docs bench bench-peers bench-serve shipped-model clean FORCE
+.PHONY: install install-gpu web web-engine demo test test-fast test-slow test-fuzz test-oldest test-pythons test-edge dist check-tag hashes peers test-peers test-fake-cuda test-cpus test-arm64 test-gpu test-real check check-workflows format docs bench bench-peers bench-browser bench-serve shipped-model clean FORCE
 
 install: $(VENV)/.installed
 
@@ -104,18 +104,23 @@ test-pythons: $(UV)
 	done; echo "passed:$$passed; failed:$$failed; not available:$$absent"; test -z "$$failed" && test -n "$$passed"
 
 # The wheel and the source distribution in dist, with the npm files of the page. The wheel is built from the source distribution.
-dist: web
-	rm -rf dist
-	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m build --outdir dist
+# In an environment of its own with what slm itself needs: fewer packages have a hand in a release.
+dist:
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--config-settings editable_mode=strict build --editable .
+	build/release/bin/python -m slm.web.npm
+	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) build/release/bin/python -m build --outdir dist
 	@ls -l dist
 
 # The wheel in an environment of its own: the base installation, then the one with the server.
 test-edge: dist
 	rm -rf build/edge
-	$(BIN)/python -m venv build/edge
-	build/edge/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$$(echo dist/*.whl)[cpu]"
+	$(PYTHON) -m venv build/edge
+	build/edge/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[cpu]"
 	build/edge/bin/python tests/edge.py
-	build/edge/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$$(echo dist/*.whl)[cpu,serve]"
+	build/edge/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[cpu,serve]"
 	build/edge/bin/python tests/edge.py
 
 # A release needs a tag, a heading of the changelog and a citation with the version of src/slm/version.py: make check-tag TAG=v1.2.3
@@ -148,6 +153,7 @@ NOTEBOOK := nbclient==0.11.0 nbformat==5.11.1 fastjsonschema==2.22.3 ipykernel==
 	matplotlib-inline==0.2.2 asttokens==3.0.2 executing==2.3.0 ipython_pygments_lexers==1.1.1 jedi==0.20.1 parso==0.8.7 \
 	pexpect==4.9.0 ptyprocess==0.7.0 prompt_toolkit==3.0.53 pure_eval==0.2.4 stack-data==0.6.3 wcwidth==0.9.4
 JS := @huggingface/transformers@4.3.1
+WLLAMA := @wllama/wllama@3.13.0
 
 peers: build/peers/.installed
 
@@ -185,6 +191,15 @@ build/peers/.installed: Makefile | install
 	then npm install --prefix build/peers/transformersjs --ignore-scripts --no-audit --no-fund --loglevel=error $(JS); \
 	else echo 'no npm: the tests with transformers.js will be skipped'; fi
 	@touch $@
+
+# llama.cpp in WebAssembly, for the benchmark in the browser only: 12 MB.
+build/peers/wllama/node_modules: | peers
+	npm install --prefix build/peers/wllama --ignore-scripts --no-audit --no-fund --loglevel=error $(WLLAMA)
+	@touch $@
+
+# The page in Debian's Chromium beside wllama, transformers.js and the native runtime.
+bench-browser: build/peers/wllama/node_modules
+	$(BIN)/python benchmarks/browser.py
 
 # onnxruntime-gpu on a simulated CUDA that computes nothing: part of test-peers; needs gcc, no GPU.
 test-fake-cuda: peers

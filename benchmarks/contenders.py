@@ -236,7 +236,7 @@ def turn(engine: Any, wanted: dict[str, int]) -> dict[str, float]:
     """Returns the seconds of what is wanted, and the memory that is resident afterwards."""
     import random
 
-    from slm.runtime.bench import resident_mib
+    from slm.core.processes import resident_mib
 
     warm_up(engine)
     if "steps" in wanted:

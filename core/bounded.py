@@ -80,6 +80,7 @@ class BoundedProcess:
         self._late = False
         self._enforced: list[Limit] = ["time", "memory"]  # nothing to look at before it has started
         self._figures: Any = None
+        self._pid: int | None = None
         self._cpu_before = self._memory_before = 0.0
         try:
             about = json.loads(self.receive(Limits(start_s)))
@@ -167,6 +168,14 @@ class BoundedProcess:
     def _kill(self) -> None:
         with suppress(OSError):
             self._process.kill()
+        if self._pid not in (
+            None,
+            self._process.pid,
+        ):  # a virtual environment of Windows starts Python in another process
+            import psutil
+
+            with suppress(psutil.Error, OSError):
+                psutil.Process(self._pid).kill()
 
     def _watch(self, limits: Limits | None) -> None:
         """Starts or stops to watch the process."""
@@ -228,7 +237,6 @@ class BoundedProcess:
         import psutil
 
         try:
-            # The process that runs Python: a virtual environment of Windows starts it through another one.
             self._figures = self._figures or psutil.Process(self._pid)
             times, memory = self._figures.cpu_times(), self._figures.memory_info()
         except psutil.NoSuchProcess:

@@ -32,16 +32,18 @@ _locks: dict[tuple[Path, int], bool] = {}
 
 
 @contextmanager
-def sole(target: Path, wait_s: float = 0.0, doing: str | None = None) -> Iterator[bool]:
+def sole(target: Path, wait_s: float = 0.0, doing: str | None = None, *, again: bool = True) -> Iterator[bool]:
     """Locks an artifact for this process; the operating system releases the lock when the process ends.
 
     Yields whether the lock is reliable, which it is not if the file system does not support locks. The thread that holds the
-    lock can lock the artifact again. Missing parent directories are created, and removed again if they stay empty.
+    lock can lock the artifact again, unless `again` is False. Missing parent directories are created, and removed again if
+    they stay empty.
 
     Args:
         target: The file or directory to write.
         wait_s: How long to wait for another process, in seconds.
         doing: What a process with the lock does, for messages; "is writing TARGET" by default.
+        again: Whether this thread may hold the lock already.
 
     Raises:
         SlmError: If another process holds the lock; the message has its process id, if the system reports it.
@@ -49,7 +51,7 @@ def sole(target: Path, wait_s: float = 0.0, doing: str | None = None) -> Iterato
     """
     lock = target.parent.resolve() / f".{target.name}{LOCK}"
     key = (lock, threading.get_ident())
-    if key in _locks:
+    if again and key in _locks:
         yield _locks[key]
         return
     signals = PutOff()  # a signal between the creation of the lock file and the block below would leave the file behind
@@ -175,7 +177,7 @@ def _is_still(lock: Path, descriptor: int) -> bool:
     """Returns whether a lock file is still the one that was opened; its previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), lock.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # removed, or being removed on Windows
         return False
 
 

@@ -137,11 +137,9 @@ def check_source(source: Bundle, settings: Settings) -> None:
         raise SlmError(
             f"{source.path} is already {manifest.precision}", "quantize the float bundle that it was created from"
         )
-    if manifest.device == "webgpu":
-        raise SlmError(
-            f"{source.path} is for WebGPU; only bundles for the CPU and for CUDA can be quantized",
-            "export a bundle for the CPU: slm export --onnx",
-        )
+    if manifest.device == "webgpu" and settings.precision != "int8":
+        # onnxruntime's kernel for 4-bit tables (GatherBlockQuantized) fails on a GPU in the browser
+        raise SlmError(f"{source.path} is for WebGPU, which supports INT8 only", "use slm quantize --int8")
     if settings.precision == "int8" and settings.method not in (None, "nearest"):
         raise SlmError(
             f"INT8 supports the method nearest only, not {settings.method}",
@@ -160,8 +158,8 @@ def check_source(source: Bundle, settings: Settings) -> None:
                 f"{source.path} is a portable bundle, which does not support {what}",
                 "quantize a fused bundle (slm export --onnx)",
             )
-    if manifest.device == "cuda":
-        _check_cuda(source, settings)
+    if manifest.device != "cpu":
+        _check_gpu(source, settings)
 
 
 def _check_halves(source: Bundle) -> None:
@@ -173,21 +171,26 @@ def _check_halves(source: Bundle) -> None:
         raise SlmError(f"--head halves needs a tied head, and {source.path} has an untied one", "omit --head halves")
 
 
-def _check_cuda(source: Bundle, settings: Settings) -> None:
+def _check_gpu(source: Bundle, settings: Settings) -> None:
+    name = _gpu(source)
     if settings.dynamic:
         raise SlmError(
-            f"{source.path} is for CUDA, which does not support --int8-dynamic",
-            "use slm quantize --int8, which stores 8-bit weights for CUDA",
+            f"{source.path} is for {name}, which does not support --int8-dynamic",
+            f"use slm quantize --int8, which stores 8-bit weights for {name}",
         )
     if settings.cache is not None:
         raise SlmError(
-            f"{source.path} is for CUDA, which supports float16 caches only, not {settings.cache}", "omit --kv-cache"
+            f"{source.path} is for {name}, which supports float16 caches only, not {settings.cache}", "omit --kv-cache"
         )
     if settings.smooth:
         raise SlmError(
-            f"{source.path} is for CUDA, where smoothed activations could overflow float16",
+            f"{source.path} is for {name}, where smoothed activations could overflow float16",
             "omit --smooth",
         )
+
+
+def _gpu(source: Bundle) -> str:
+    return "WebGPU" if source.manifest.device == "webgpu" else "CUDA"
 
 
 def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> Settings:
@@ -197,8 +200,8 @@ def fitted_settings(source: Bundle, settings: Settings, progress: Progress) -> S
     """
     if source.manifest.target == "portable":
         return replace(settings, cache="float32", head_bits=8 if settings.precision == "int4" else None)
-    if source.manifest.device == "cuda":
+    if source.manifest.device != "cpu":
         if settings.prefer == "speed":
-            progress.note("CUDA supports float16 caches only; --prefer speed does not change them")
+            progress.note(f"{_gpu(source)} supports float16 caches only; --prefer speed does not change them")
         return replace(settings, cache="float16", smooth=False)
     return settings

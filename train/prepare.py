@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,7 +245,10 @@ def _new_directory(run: Path, progress: Progress, overwrite: bool) -> Iterator[N
                     _move(aside, run)
                     aside.rmdir()
             else:
-                renames.remove_leftovers(made)
+                renames.remove_leftovers(run)
+                with suppress(OSError):  # a parent is not empty: on Windows it has the lock
+                    for parent in run.parents[: len(run.parts) - len(made.parts)]:
+                        parent.rmdir()
             raise
 
 

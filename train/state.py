@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
@@ -147,8 +148,9 @@ def read_state(
 
 def _load(file: Path) -> dict[str, Tensor]:
     check_readable(file, "the state of the run")
-    tensors: dict[str, Tensor] = safetensors.torch.load_file(file)
-    return tensors
+    # Not mapped: the next saved state replaces the file, which Windows does not allow while it is mapped.
+    with safetensors.safe_open(str(file), framework="pt", backend="pread") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it has no other iterator
 
 
 def save_state(

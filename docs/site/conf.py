@@ -28,6 +28,7 @@ suppress_warnings = ["misc.highlighting_failure"]  # a shortened JSON example is
 copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True
 
+default_role = "code"  # in docstrings, backticks mean code
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True

@@ -280,6 +280,35 @@ def test_too_little_memory_is_one_line(open_tab: Callable[..., Tab], large_site:
         assert tab.page.locator("#load:visible").count() == 1
 
 
+def test_a_page_without_encryption_checks_hashes(chromium: Any) -> None:  # noqa: F811
+    """It has no crypto.subtle, no store and no threads, and works; an altered file is refused."""
+    site = local_site(Bundle.open(shipped.model_path()), "stories")
+    assert site.files
+    flags = ["--no-sandbox", "--host-resolver-rules=MAP stories.test 127.0.0.1"]
+    browser = chromium.browser_type.launch(executable_path=shutil.which("chromium"), args=flags)
+    try:
+        with SiteServer(site, "127.0.0.1", 0, ["stories.test"]) as server:
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+            thread.start()
+            try:
+                url = f"http://stories.test:{server.server_address[1]}/"
+                tab = Tab(browser, url)
+                assert tab.page.evaluate("[globalThis.caches, crypto.subtle].every((each) => each === undefined)")
+                assert works(tab) and not tab.found["kept"] and tab.found["threads"] == 1
+                content = bytearray(site.read(WEIGHTS))
+                content[1_000_000] ^= 1
+                site.files[WEIGHTS] = bytes(content)
+                tab.close()
+                tab = Tab(browser, url)  # without the HTTP cache of the first
+                assert tab.problem().startswith(f"{WEIGHTS} was altered (SHA-256 differs)")
+                tab.close()
+            finally:
+                server.shutdown()
+                thread.join()
+    finally:
+        browser.close()
+
+
 def test_files_on_the_disk_are_served_in_pieces(large_site: Site, tmp_path: Path) -> None:
     name = WEIGHTS
     whole = large_site.read(name)

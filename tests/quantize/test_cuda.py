@@ -79,6 +79,19 @@ def test_products_take_float16(made: dict[str, tuple[Bundle, Report]], shared_ch
     assert found.weights_off <= 1 and {parity.tolerance for parity in found.parity.values()} == {0.05}
 
 
+def test_webgpu_stores_8_bits_as_cuda_does(shared_checkpoint: Path) -> None:
+    exported = export_bundle(shared_checkpoint, Path("webgpu"), ExportOptions(device="webgpu"))
+    bundle, _ = make(exported, Path("q"))
+    manifest = Bundle.open(bundle.path).manifest
+    assert (manifest.device, manifest.precision, manifest.cache) == ("webgpu", "int8", exported.manifest.cache)
+    quantization = manifest.quantization
+    assert quantization is not None and quantization.accuracy_level == 0
+    assert all(scheme.half for scheme in quantization.schemes.values())
+    assert manifest.quality is not None and manifest.quality.kl_nats < KL_LIMITS["int8"]
+    found = verify_bundle(bundle, shared_checkpoint, Silent())
+    assert found.weights_off <= 1 and {parity.tolerance for parity in found.parity.values()} == {0.05}
+
+
 def test_verify_sees_another_checkpoint(
     made: dict[str, tuple[Bundle, Report]], make_model: Callable[..., CausalLM], tokenizer: Tokenizer
 ) -> None:
@@ -144,8 +157,10 @@ def test_what_was_quantized_and_what_is_for_browsers_is_refused(
     with pytest.raises(SlmError, match="is already int4"):
         make(made["int4"][0], Path("out"))
     webgpu = export_bundle(shared_checkpoint, Path("webgpu"), ExportOptions(device="webgpu"))
-    with pytest.raises(SlmError, match="is for WebGPU"):
-        make(webgpu, Path("out"))
+    with pytest.raises(SlmError, match="is for WebGPU, which supports INT8 only"):
+        make(webgpu, Path("out"), precision="int4")
+    with pytest.raises(SlmError, match="is for WebGPU, which does not support --int8-dynamic"):
+        make(webgpu, Path("out"), dynamic=True)
     text = random_text(source, 5)
     with pytest.raises(SlmError, match="a sweep measures speed on the CPU"):
         run_sweep(source, Path("sweep"), text, {"int8": text, "int4": text}, Silent())

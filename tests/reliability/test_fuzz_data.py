@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from slm.train.data.preparation import DatasetSettings, prepare_dataset
 from slm.train.recipe import Recipe
 from slm.train.run import train
 from tests.progress import Stopper
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 examples = pytest.mark.examples(few=15, many=600)
 
@@ -92,8 +98,6 @@ def test_texts(fuzz: Any, damage: Any, tmp_path: Path, ending: str, examples: in
         case "xz":
             file.write_bytes(lzma.compress(plain))
         case "zst":
-            from backports import zstd
-
             file.write_bytes(zstd.compress(plain))
         case "parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": [f"Story {i}." for i in range(20)]}), file)

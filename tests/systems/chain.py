@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ hiding.install(SYSTEM)
 import torch
 
 from slm.cli.main import main
+from slm.steps.bars import RichProgress
 
 torch.set_num_threads(1)
 os.environ["MPLBACKEND"] = "agg"
@@ -27,6 +29,22 @@ def slm(name, *arguments):
     except SystemExit as done:
         codes[name] = done.code
     print("$", name, codes[name], file=sys.stderr)
+
+
+def stopped(name, steps, *arguments):
+    """Runs a command that Ctrl-C stops after a number of steps."""
+    usual, left = RichProgress.advance, [steps]
+
+    def advance(self, amount=1, **fields):
+        usual(self, amount, **fields)
+        left[0] -= amount == 1
+        if amount == 1 and not left[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    RichProgress.advance = advance
+    slm(f"{name} stopped", *arguments)
+    RichProgress.advance = usual
+    codes[f"{name} stopped"] -= 130
 
 
 for module in MODULES:
@@ -52,6 +70,8 @@ slm("data", "data", "prepare", "--data", "text.txt", "--vocab-size", 300, "--out
 slm("data again", "data", "prepare", "--data", "text.txt", "--vocab-size", 300, "--out", "set", "--overwrite")
 slm("train", "train", "--recipe", "tiny.yaml", "--out", "runs/tiny")
 slm("train again", "train", "--recipe", "tiny.yaml", "--out", "runs/tiny", "--overwrite")
+stopped("train", 6, "train", "--recipe", "tiny.yaml", "--set", "schedule.micro_steps=12", "--out", "runs/cut")
+slm("resume", "train", "--resume", "--out", "runs/cut")
 best = Path("runs/tiny/checkpoint/best")
 for number in ("", " again"):
     slm(f"export{number}", "export", "--onnx", best, "--out", "runs/tiny/onnx")
@@ -61,6 +81,9 @@ for number in ("", " again"):
         *(["--overwrite"] if number else []))  # fmt: skip
     slm(f"merge{number}", "merge", best, "--adapter", "runs/tiny/adapters/a", "--out", "merged")
     slm(f"gguf{number}", "export", "--gguf", best, "--out", "tiny.gguf")
+tune = "finetune", "--lora", "rows.jsonl", "--base", best, "--epochs", 3, "--out", "runs/tiny/adapters/b"
+stopped("finetune", 3, *tune)
+slm("go on", *tune)
 slm("import", "import", "tiny.gguf", "--out", "imported")
 slm("verify", "verify", "runs/tiny/int8", "--against", best)
 slm("eval", "eval", best, "--data", "text.txt")

@@ -45,33 +45,39 @@ EXACT, ROUNDED = 2e-3, 0.03
 # Where onnxruntime rounds activations to 8 bits beside 8-bit weights: the difference that this makes.
 COARSE = 0.2
 
+# Module and threads. All have the same logits, bit for bit.
+ENGINES = [("relaxed.wasm", 1), ("simd.wasm", 1), ("relaxed.wasm", 2), ("simd.wasm", 3)]
+
 PROGRAM = """
 import v8 from "node:v8";
 v8.setFlagsFromString("--experimental-wasm-relaxed-simd");
 await import(given.worker);
 const { Engine } = await import("page/engine.js");
-const size = fs.statSync(given.data).size;
-const module = new Uint8Array(fs.readFileSync(given.module));
-let engine = null;
-const found = [];
-try {
-  engine = new Engine(given.plan, size, given.threads);
-  engine.data.set(fs.readFileSync(given.data));
-  await engine.start(module);
-  for (const task of given.tasks) {
-    if (task.reset) engine.reset();
-    if (task.keep) engine.keep();
-    if (task.resume) found.push(engine.resume(task.resume));
-    for (const ids of task.steps ?? []) {
-      const logits = new Float32Array(await engine.step(ids));
-      found.push(Buffer.from(logits.buffer).toString("base64"));
+const data = fs.readFileSync(given.data);
+const results = [];
+for (const { module, threads } of given.engines) {
+  let engine = null;
+  const found = [];
+  try {
+    engine = new Engine(given.plan, data.length, threads);
+    engine.data.set(data);
+    await engine.start(new Uint8Array(fs.readFileSync(module)));
+    for (const task of given.tasks) {
+      if (task.reset) engine.reset();
+      if (task.keep) engine.keep();
+      if (task.resume) found.push(engine.resume(task.resume));
+      for (const ids of task.steps ?? []) {
+        const logits = new Float32Array(await engine.step(ids));
+        found.push(Buffer.from(logits.buffer).toString("base64"));
+      }
     }
+    results.push({ found, bytes: engine.bytes, caches: engine.cacheBytes });
+  } catch (error) {
+    results.push({ message: error.message, hint: error.hint });
   }
-  console.log(JSON.stringify({ found, bytes: engine.bytes, caches: engine.cacheBytes }));
-} catch (error) {
-  console.log(JSON.stringify({ message: error.message, hint: error.hint }));
+  engine?.close();
 }
-engine?.close();
+console.log(JSON.stringify(results));
 """
 
 
@@ -95,26 +101,33 @@ class Runner:
     def __init__(self, in_node: Node) -> None:
         self._in_node = in_node
 
-    def __call__(self, bundle: Bundle, tasks: Sequence[dict[str, Any]], **options: Any) -> Any:
-        fails = options.pop("fails", False)
-        plan = options.pop("plan", None) or engine_plan(bundle)
+    def all(
+        self, bundle: Bundle, tasks: Sequence[dict[str, Any]], engines: Sequence[tuple[str, int]], plan: Any = None
+    ) -> list[dict[str, Any]]:
+        """Runs the same tasks with several engines, given by module and threads."""
+        plan = plan or engine_plan(bundle)
         given = {
             "plan": plan,
-            "data": str(options.pop("data", bundle.path / plan["data"])),
+            "data": str(bundle.path / plan["data"]),
             "worker": (Path(__file__).parent / "node_worker.mjs").as_uri(),
-            "module": str(Path(options.pop("home", STATIC)) / options.pop("module", "relaxed.wasm")),
-            "threads": options.pop("threads", 1),
+            "engines": [{"module": str(STATIC / module), "threads": threads} for module, threads in engines],
             "tasks": list(tasks),
         }
-        assert not options
-        found = self._in_node(PROGRAM, given)
-        assert "found" in found or fails, found
-        if "found" in found:
-            found["found"] = [
+        results: list[dict[str, Any]] = self._in_node(PROGRAM, given)
+        for result in results:
+            result["found"] = [
                 np.frombuffer(base64.b64decode(each), np.float32) if isinstance(each, str) else each
-                for each in found["found"]
+                for each in result.get("found", ())
             ]
-        return found
+        return results
+
+    def __call__(
+        self, bundle: Bundle, *tasks: dict[str, Any], threads: int = 1, plan: Any = None, fails: bool = False
+    ) -> Any:
+        """Returns what one engine does: the logits of each step and the result of each `resume`, in `found`."""
+        result = self.all(bundle, tasks, [("relaxed.wasm", threads)], plan)[0]
+        assert ("message" in result) == fails, result
+        return result
 
 
 STATIC = Path(local_site.__code__.co_filename).parent / "static" / "engine"
@@ -179,25 +192,27 @@ def test_logits_are_those_of_onnxruntime(name: str, made: Callable[[str], Bundle
     steps = [*pieces(IDS[:90], 1), *pieces(IDS[90:], 33, 1)]
     as_native = name.startswith("int4") or name in ("halves", "int8 dynamic", "float32")
     wanted = native(bundle, steps, None if as_native else tmp_path / "exact")
-    found = run(bundle, [{"reset": True, "steps": steps}])["found"]
+    first, *others = run.all(bundle, [{"reset": True, "steps": steps}], ENGINES)
+    found = first["found"]
     limit = ROUNDED if "caches" in name else COARSE if as_native and name != "float32" else EXACT
     # The head in halves computes exactly the logits of a quarter of the tokens, of which the two may choose others.
     assert largest_difference(found, wanted, likely=40 if name == "halves" else 320) < limit
     if as_native and name != "float32":  # the control of the wide limit
         exact = native(made("float32"), steps)
         assert 0 < mean_kl(found, exact) <= 1.2 * mean_kl(wanted, exact)
-    for options in ({"module": "simd.wasm"}, {"threads": 2}, {"threads": 3, "module": "simd.wasm"}):
-        again = run(bundle, [{"reset": True, "steps": steps}], **options)["found"]
-        assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True)), options
+    for engine, other in zip(ENGINES[1:], others, strict=True):
+        assert len(other["found"]) == len(found), other
+        assert all(np.array_equal(a, b) for a, b in zip(found, other["found"], strict=True)), engine
 
 
 @pytest.mark.parametrize("name", ["float32", "int8", "int8 dynamic", "int4 with frequent rows"])
 def test_pieces_have_the_logits_of_single_tokens(name: str, made: Callable[[str], Bundle], run: Runner) -> None:
     """Bit for bit, which needs the same order of all sums; also after the caches of sliding layers have wrapped."""
     ends = [7, 128, 149, 150]
-    alone = run(made(name), [{"reset": True, "steps": pieces(IDS, 1)}])["found"]
-    together = run(made(name), [{"reset": True, "steps": [IDS[:7], IDS[7:128], IDS[128:149], IDS[149:]]}], threads=2)
-    for end, logits in zip(ends, together["found"], strict=True):
+    together = {"reset": True, "steps": [IDS[:7], IDS[7:128], IDS[128:149], IDS[149:]]}
+    found = run(made(name), {"reset": True, "steps": pieces(IDS, 1)}, together, threads=2)["found"]
+    alone = found[: len(IDS)]
+    for end, logits in zip(ends, found[len(IDS) :], strict=True):
         assert np.array_equal(alone[end - 1], logits), end
 
 
@@ -206,15 +221,16 @@ def test_a_text_is_resumed(name: str, made: Callable[[str], Bundle], run: Runner
     """After a prompt is kept, other continuations begin from it: sliding caches, which have wrapped meanwhile, come back."""
     prompt, first, second = IDS[:100], IDS[100:148], [5, 6, 7]
     steps = pieces(prompt, 60, 40)
-    wanted = run(made(name), [{"reset": True, "steps": [*steps, *pieces(second, 1)]}])["found"]
+    anew = {"reset": True, "steps": [*steps, *pieces(second, 1)]}
     tasks = [
-        {"reset": True, "steps": steps, "keep": False},
+        {"reset": True, "steps": steps},
         {"keep": True, "steps": pieces(first, 1)},
         {"resume": [*prompt, *second], "steps": pieces(second, 1)},
         {"resume": [*prompt, *second, 9]},  # a longer text goes on
         {"resume": [*prompt[:50], 9]},  # another text begins anew
     ]
-    found = run(made(name), tasks)["found"]
+    everything = run(made(name), anew, *tasks)["found"]
+    wanted, found = everything[: len(steps) + 3], everything[len(steps) + 3 :]
     reused = [each for each in found if isinstance(each, int)]
     assert reused == [100, 103, 0]
     after = [each for each in found if not isinstance(each, int)][len(steps) + len(first) :]
@@ -227,11 +243,31 @@ def test_the_model_that_ships_over_several_windows(run: Runner, tmp_path: Path) 
     ids = np.random.default_rng(3).integers(0, 4096, 560).tolist()
     steps = pieces(ids, 128, 128, 128, 128, 1)
     wanted = native(bundle, steps, tmp_path / "exact")
-    result = run(bundle, [{"reset": True, "steps": steps}], threads=2)
+    result = run(bundle, {"reset": True, "steps": steps}, threads=2)
     assert largest_difference(result["found"], wanted, likely=4096) < 0.02  # of logits up to 12
     layers, window_and_piece, row = 5, 128 + 128, 2 * 64 * 4
     assert result["caches"] == layers * window_and_piece * row + 3 * 256 * row
     assert result["bytes"] < 24e6
+
+
+def test_threads_that_do_not_start(made: Callable[[str], Bundle], in_node: Node, run: Runner) -> None:
+    """The engine does without them: a browser may refuse workers, and a worker may fail."""
+    steps = pieces(IDS[:20], 10)
+    wanted = run(made("int8"), {"reset": True, "steps": steps})["found"]
+    for failure in (
+        "this.onerror({ message: 'no more workers' })",
+        "this.onmessage({ data: { problem: 'no memory' } })",
+    ):
+        broken = f"""globalThis.Worker = class {{
+          postMessage() {{ setTimeout(() => {failure}, 1); }}
+          terminate() {{ console.error("terminated"); }}
+        }};"""
+        program = PROGRAM.replace("await import(given.worker);", broken)
+        assert program != PROGRAM
+        found = Runner(lambda _, given, program=program: in_node(program, given))(
+            made("int8"), {"reset": True, "steps": steps}, threads=3
+        )["found"]
+        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_another_scale_is_noticed(made: Callable[[str], Bundle], run: Runner) -> None:
@@ -243,8 +279,8 @@ def test_another_scale_is_noticed(made: Callable[[str], Bundle], run: Runner) ->
     scales[0] *= 0.5
     plan["tensors"][name] = base64.b64encode(scales.tobytes()).decode()
     steps = pieces(IDS[:40], 1)
-    found = run(bundle, [{"reset": True, "steps": steps}])["found"]
-    altered = run(bundle, [{"reset": True, "steps": steps}], plan=plan)["found"]
+    found = run(bundle, {"reset": True, "steps": steps})["found"]
+    altered = run(bundle, {"reset": True, "steps": steps}, plan=plan)["found"]
     assert largest_difference(altered, found) > 3 * EXACT
 
 
@@ -260,6 +296,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "hidden is no multiple of 8": lambda plan: plan["shape"].update(hidden=60),
     "blocks of 3": lambda plan: plan["products"]["model.embed_tokens"].update(block_size=3),
     "has 3 bits": lambda plan: plan["products"]["model.embed_tokens"].update(bits=3),
+    "has 321 frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(frequent=321),
+    "has halves and frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(frequent=8, halves=True),
     "windows differ": lambda plan: plan["shape"].update(windows=[1, 2, None, 3]),
     "too large for a browser": lambda plan: plan["shape"].update(context=1 << 25),
     "it has no layers": lambda plan: plan["shape"].update(windows=[]),
@@ -275,14 +313,14 @@ def test_a_wrong_plan_is_one_line(message: str, made: Callable[[str], Bundle], r
     content = (bundle.path / plan["data"]).read_bytes()
     plan["tensors"][NORM] = [len(content) - size, size]  # small tensors are in the plan itself: one that is in the file
     HOSTILE[message](plan)
-    found = run(bundle, [], plan=plan, fails=True)
+    found = run(bundle, plan=plan, fails=True)
     assert message in found["message"] and "\n" not in found["message"] and found["hint"]
 
 
 def test_steps_outside_the_model_are_refused(made: Callable[[str], Bundle], run: Runner) -> None:
     for step, message in (([320], "vocabulary"), ([-1], "vocabulary"), ([], "not a step"), ([1] * 129, "not a step")):
-        assert message in run(made("int8"), [{"reset": True, "steps": [step]}], fails=True)["message"]
-    full = run(made("int8"), [{"reset": True, "steps": [[1] * 128, [1] * 128, [1]]}], fails=True)
+        assert message in run(made("int8"), {"reset": True, "steps": [step]}, fails=True)["message"]
+    full = run(made("int8"), {"reset": True, "steps": [[1] * 128, [1] * 128, [1]]}, fails=True)
     assert "1 tokens after 256 are not a step" in full["message"]
 
 

@@ -201,7 +201,7 @@ def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
     """Locks and yields the work directory beside `out`, which stays if the block fails."""
     work = out.parent / f".{out.name}.unfinished"
     # The lock is a file beside the directory: Windows does not rename a directory with an open file.
-    with sole(work, doing=f"prepares {out}"):
+    with sole(work, doing=f"prepares {out}", again=False):
         work.mkdir(parents=True, exist_ok=True)
         try:
             yield work

@@ -1,10 +1,18 @@
 // Grouped-query attention on caches of floats or of 8-bit integers with a scale for each channel.
 #include "engine.h"
 
+// What a step's attention is about, in one layer and one thread.
+struct attention {
+  const struct model *m;
+  const struct layer *l;
+  uint32_t past, tokens, thread;
+};
+
 INLINE uint32_t bytes_of(const struct model *m) { return m->small_cache ? 1 : 4; }
 
 // The address of a position in a cache, and in `left` how many positions follow it there, itself included.
-INLINE uint8_t *place_of(const struct model *m, const struct layer *l, void *cache, uint32_t head, uint32_t position, uint32_t *left) {
+INLINE uint8_t *place_of(const struct model *m, const struct layer *l, void *cache, uint32_t head, uint32_t position,
+                         uint32_t *left) {
   size_t row = m->head_dim * bytes_of(m);
   if (l->window) {
     uint32_t slot = position % m->capacity;
@@ -16,7 +24,8 @@ INLINE uint8_t *place_of(const struct model *m, const struct layer *l, void *cac
   return m->pages[position / m->page] + (size_t)cache + ((size_t)head * m->page + slot) * row;
 }
 
-static void store(const struct model *m, const struct layer *l, void *cache, const float *scale, uint32_t head, uint32_t position, const float *x) {
+static void store(const struct model *m, const struct layer *l, void *cache, const float *scale, uint32_t head,
+                  uint32_t position, const float *x) {
   uint32_t left, size = m->head_dim;
   uint8_t *to = place_of(m, l, cache, head, position, &left);
   if (!m->small_cache) {
@@ -32,7 +41,7 @@ static void store(const struct model *m, const struct layer *l, void *cache, con
   }
 }
 
-// Norms and rotates a query in place, or a key, and stores the key and its value. `head` counts the queries, then the keys.
+// Norms and rotates a query or a key in place, and stores the key and its value. `head` counts the queries, then the keys.
 void store_heads(const struct model *m, const struct layer *l, uint32_t past, uint32_t token, uint32_t head) {
   uint32_t size = m->head_dim, half = size / 2;
   float *row = m->wide + (size_t)token * (m->heads + 2 * m->kv_heads) * size, *x = row + head * size;
@@ -47,7 +56,8 @@ void store_heads(const struct model *m, const struct layer *l, uint32_t past, ui
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 // Scores of `count` positions (k) for C heads (q).
-INLINE void score(const float *q, const float *k, uint32_t count, uint32_t size, float scale, float *to, uint32_t longest, const uint32_t C) {
+INLINE void score(const float *q, const float *k, uint32_t count, uint32_t size, float scale, float *to, uint32_t longest,
+                  const uint32_t C) {
   uint32_t p = 0;
   for (; p + 2 <= count; p += 2, k += 2 * size) {
     v128_t first[4], second[4];
@@ -75,7 +85,7 @@ INLINE void score(const float *q, const float *k, uint32_t count, uint32_t size,
   }
 }
 
-// Adds to `out` the values (v) of `count` positions times their weights, for one head. The order of the sum is that of the positions.
+// Adds to `out` the values (v) of `count` positions times their weights, for one head, in the order of the positions.
 static void weigh(const float *weights, const float *v, uint32_t count, uint32_t size, float *out) {
   uint32_t p = 0;
   for (; p + 4 <= count; p += 4, v += 4 * size) {
@@ -96,29 +106,31 @@ static void weigh(const float *weights, const float *v, uint32_t count, uint32_t
   }
 }
 
-// Returns positions of a cache from `first` on as floats, at most `*count`: the cache itself, or `TILE` positions of an 8-bit cache,
-// converted into `tile`. As in the graph, steps of many tokens read their own keys and values as they were before they were rounded:
-// from `new_` on, which has a row for each new token.
-static const float *floats_of(const struct model *m, const struct layer *l, void *cache, const float *scale, uint32_t kv,
-                              uint32_t first, uint32_t *count, const float *new_, uint32_t past, float *tile) {
+// Returns positions of a cache from `first` on as floats, at most `*count`: the cache itself, or `TILE` positions of an 8-bit
+// cache, converted into `tile`. As in the graph, steps of many tokens read their own keys and values as they were before they
+// were rounded: from `own`, which has a row for each new token.
+static const float *floats_of(const struct attention *at, void *cache, const float *scale, uint32_t kv, uint32_t first,
+                              uint32_t *count, const float *own, float *tile) {
+  const struct model *m = at->m;
   uint32_t size = m->head_dim, left;
-  const uint8_t *from = place_of(m, l, cache, kv, first, &left);
+  const uint8_t *from = place_of(m, at->l, cache, kv, first, &left);
   *count = least(*count, left);
   if (!m->small_cache) return (const float *)from;
   *count = least(*count, TILE);
-  if (new_ && first >= past) {
+  if (own && first >= at->past) {
     uint32_t width = (m->heads + 2 * m->kv_heads) * size;
     for (uint32_t p = 0; p < *count; p++) {
-      __builtin_memcpy(tile + p * size, new_ + (size_t)(first - past + p) * width, size * sizeof(float));
+      __builtin_memcpy(tile + p * size, own + (size_t)(first - at->past + p) * width, size * sizeof(float));
     }
     return tile;
   }
-  if (new_) *count = least(*count, past - first);
+  if (own) *count = least(*count, at->past - first);
   scale += kv * size;
   for (uint32_t p = 0; p < *count; p++, from += size) {
     for (uint32_t i = 0; i < size; i += 8) {
       v128_t x = wasm_i16x8_load8x8(from + i);
-      v128_t low = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_low_i16x8(x)), high = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_high_i16x8(x));
+      v128_t low = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_low_i16x8(x));
+      v128_t high = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_high_i16x8(x));
       wasm_v128_store(tile + p * size + i, wasm_f32x4_mul(low, wasm_v128_load(scale + i)));
       wasm_v128_store(tile + p * size + i + 4, wasm_f32x4_mul(high, wasm_v128_load(scale + i + 4)));
     }
@@ -127,53 +139,49 @@ static const float *floats_of(const struct model *m, const struct layer *l, void
 }
 
 // Attends with C heads of a token, which share a kv head.
-INLINE void attend_heads(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread, const uint32_t C) {
-  uint32_t size = m->head_dim, kv = head / (m->heads / m->kv_heads), position = past + token;
-  uint32_t first = l->window && position + 1 > l->window ? position + 1 - l->window : 0, count = position + 1 - first;
+INLINE void attend_heads(const struct attention *at, uint32_t token, uint32_t head, const uint32_t C) {
+  const struct model *m = at->m;
+  const struct layer *l = at->l;
+  uint32_t size = m->head_dim, kv = head / (m->heads / m->kv_heads), end = at->past + token + 1;
+  uint32_t first = l->window && end > l->window ? end - l->window : 0, count = end - first;
   const float *q = m->wide + (size_t)token * (m->heads + 2 * m->kv_heads) * size + head * size;
   float *out = m->attended + ((size_t)token * m->heads + head) * size;
-  float *scores = m->scores + (size_t)thread * 4 * m->longest, *tile = m->tile + (size_t)thread * TILE * size;
-  const float *keys = tokens > FEW_TOKENS ? m->wide + (m->heads + kv) * size : 0;
+  float *scores = m->scores + (size_t)at->thread * 4 * m->longest, *tile = m->tile + (size_t)at->thread * TILE * size;
+  const float *keys = at->tokens > FEW_TOKENS ? m->wide + (m->heads + kv) * size : 0;
   const float *values = keys ? keys + m->kv_heads * size : 0;
-  for (uint32_t done = 0; done < count;) {
-    uint32_t some = count - done;
-    const float *k = floats_of(m, l, l->keys, l->key_scale, kv, first + done, &some, keys, past, tile);
+  for (uint32_t done = 0, some; done < count; done += some) {
+    some = count - done;
+    const float *k = floats_of(at, l->keys, l->key_scale, kv, first + done, &some, keys, tile);
     score(q, k, some, size, m->scale, scores + done, m->longest, C);
-    done += some;
   }
   for (uint32_t h = 0; h < C; h++) {
-    float *each = scores + h * m->longest, factor = 1 / softmax(each, count);
-    for (uint32_t p = 0; p < count; p += 4) wasm_v128_store(each + p, wasm_f32x4_mul(wasm_v128_load(each + p), wasm_f32x4_splat(factor)));
+    float *each = scores + h * m->longest;
+    v128_t factor = wasm_f32x4_splat(1 / softmax(each, count));
+    for (uint32_t p = 0; p < count; p += 4) wasm_v128_store(each + p, wasm_f32x4_mul(wasm_v128_load(each + p), factor));
     for (uint32_t i = 0; i < size; i += 4) wasm_v128_store(out + h * size + i, wasm_f32x4_splat(0));
   }
-  for (uint32_t done = 0; done < count;) {
-    uint32_t some = count - done;
-    const float *v = floats_of(m, l, l->values, l->value_scale, kv, first + done, &some, values, past, tile);
+  for (uint32_t done = 0, some; done < count; done += some) {
+    some = count - done;
+    const float *v = floats_of(at, l->values, l->value_scale, kv, first + done, &some, values, tile);
     UNROLL for (uint32_t h = 0; h < C; h++) weigh(scores + h * m->longest + done, v, some, size, out + h * size);
-    done += some;
   }
 }
 
-__attribute__((noinline)) static void attend_one(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread) {
-  attend_heads(m, l, past, tokens, token, head, thread, 1);
-}
-
-__attribute__((noinline)) static void attend_two(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread) {
-  attend_heads(m, l, past, tokens, token, head, thread, 2);
-}
-
-__attribute__((noinline)) static void attend_four(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t token, uint32_t head, uint32_t thread) {
-  attend_heads(m, l, past, tokens, token, head, thread, 4);
-}
+#define HEADS __attribute__((noinline)) static void
+HEADS attend_one(const struct attention *at, uint32_t token, uint32_t head) { attend_heads(at, token, head, 1); }
+HEADS attend_two(const struct attention *at, uint32_t token, uint32_t head) { attend_heads(at, token, head, 2); }
+HEADS attend_four(const struct attention *at, uint32_t token, uint32_t head) { attend_heads(at, token, head, 4); }
 
 // Attends with a thread's part of the heads of all tokens from `first` on.
-void attend(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t first, uint32_t thread, uint32_t threads) {
+void attend(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t first, uint32_t thread,
+            uint32_t threads) {
+  struct attention at = {m, l, past, tokens, thread};
   uint32_t from, to, group = m->heads / m->kv_heads;
   part((tokens - first) * m->heads, 1, thread, threads, &from, &to);
   while (from < to) {
     uint32_t token = first + from / m->heads, head = from % m->heads, several = least(to - from, group - head % group);
-    if (several >= 4) attend_four(m, l, past, tokens, token, head, thread), from += 4;
-    else if (several >= 2) attend_two(m, l, past, tokens, token, head, thread), from += 2;
-    else attend_one(m, l, past, tokens, token, head, thread), from++;
+    if (several >= 4) attend_four(&at, token, head), from += 4;
+    else if (several >= 2) attend_two(&at, token, head), from += 2;
+    else attend_one(&at, token, head), from++;
   }
 }

@@ -14,7 +14,8 @@ enum { GELU_TANH, GELU, SILU, RELU };
 
 // A product y = x Wᵀ with W (rows, inputs).
 struct product {
-  uint32_t kind;         // FLOATS: float (rows, inputs); BYTES, NIBBLES: unsigned integers by blocks; COLUMNS: int8 (inputs, rows)
+  // FLOATS: float (rows, inputs); BYTES, NIBBLES: unsigned 8- and 4-bit integers (rows, inputs); COLUMNS: int8 (inputs, rows).
+  uint32_t kind;
   uint32_t rows, inputs;
   uint32_t block;        // inputs that share a scale
   const uint8_t *weights;
@@ -36,8 +37,8 @@ struct rounded {
   int16_t *wide;         // 16-bit integers (T, stride)
   int8_t *narrow;        // the same memory, for kernels that read 8-bit integers
   float *scales;         // (T, blocks)
-  // For each block minus the sum of its integers, times the zero point of the weights; if blocks have their own zero points, times
-  // the scale instead, as a float.
+  // For each block minus the sum of its integers, times the zero point of the weights; if blocks have their own zero points,
+  // times the scale instead, as a float.
   int32_t *sums;
 };
 
@@ -108,11 +109,13 @@ void activate(uint32_t name, const float *gate, const float *up, float *to, uint
 float softmax(float *scores, uint32_t count);
 // attention.c
 void store_heads(const struct model *m, const struct layer *l, uint32_t past, uint32_t token, uint32_t head);
-void attend(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t first, uint32_t thread, uint32_t threads);
+void attend(const struct model *m, const struct layer *l, uint32_t past, uint32_t tokens, uint32_t first, uint32_t thread,
+            uint32_t threads);
 // team.c
 void barrier(struct team *team, uint32_t threads);
 // step.c
-void norm_tokens(const struct model *m, const float *update, const float *weight, const struct product *next, uint32_t from, uint32_t to);
+void norm_tokens(const struct model *m, const float *update, const float *weight, const struct product *next, uint32_t from,
+                 uint32_t to);
 void forward(const struct model *m, uint32_t past, uint32_t tokens, uint32_t thread, uint32_t threads);
 // head.c
 void head(const struct model *m, const float *update, uint32_t token, uint32_t thread, uint32_t threads);

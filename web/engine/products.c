@@ -20,13 +20,17 @@ INLINE v128_t begin(const struct place *at, uint32_t token, uint32_t block, int 
 
 // The zero points of four blocks from `block` on, as floats.
 INLINE v128_t four_points(const uint8_t *of, uint32_t block, uint32_t bits) {
-  if (bits == 8) return wasm_f32x4_convert_i32x4(wasm_u32x4_extend_low_u16x8(wasm_u16x8_extend_low_u8x16(wasm_v128_load32_zero(of + block))));
+  if (bits == 8) {
+    v128_t each = wasm_u16x8_extend_low_u8x16(wasm_v128_load32_zero(of + block));
+    return wasm_f32x4_convert_i32x4(wasm_u32x4_extend_low_u16x8(each));
+  }
   v128_t each = wasm_v128_and(wasm_v128_load16_splat(of + block / 2), wasm_i32x4_const(0xf, 0xf0, 0xf00, 0xf000));
   return wasm_f32x4_mul(wasm_f32x4_convert_i32x4(each), wasm_f32x4_const(1, 1 / 16.0f, 1 / 256.0f, 1 / 4096.0f));
 }
 
 // Adds to the sums of a row what its zero points take away: each times a scale and the sum of a block's activations.
-INLINE void subtract_points(const struct place *at, uint32_t row, const uint32_t M, uint32_t blocks, uint32_t bits, v128_t *total) {
+INLINE void subtract_points(const struct place *at, uint32_t row, const uint32_t M, uint32_t blocks, uint32_t bits,
+                            v128_t *total) {
   const uint8_t *of = at->p->points + (size_t)row * ((blocks * bits + 7) / 8);
   const float *scales = at->p->scales + (size_t)row * blocks;
   const float *sums = (const float *)at->a->sums + at->token * at->a_blocks;
@@ -38,7 +42,9 @@ INLINE void subtract_points(const struct place *at, uint32_t row, const uint32_t
   for (; b < blocks; b++) {
     float point = bits == 8 ? of[b] : (of[b / 2] >> (b % 2 * 4)) & 15;
     v128_t each = wasm_f32x4_make(point * scales[b], 0, 0, 0);
-    UNROLL EACH(m, M) total[m] = wasm_f32x4_add(total[m], wasm_f32x4_mul(each, wasm_v128_load32_splat(sums + m * at->a_blocks + b)));
+    UNROLL EACH(m, M) {
+      total[m] = wasm_f32x4_add(total[m], wasm_f32x4_mul(each, wasm_v128_load32_splat(sums + m * at->a_blocks + b)));
+    }
   }
 }
 
@@ -217,10 +223,12 @@ __attribute__((noinline)) static void columns(const struct place *at, uint32_t t
         for (; n < end; n++)
           for (uint32_t j = 0; j < 4; j++) sums[n - start] += w[(size_t)j * rows + n] * x[k + j];
       }
-      for (; k < inputs; k++)
-        for (uint32_t n = start; n < end; n++) sums[n - start] += ((const int8_t *)at->p->weights)[(size_t)k * rows + n] * x[k];
-      float scale = at->a->scales[t * at->a_blocks];
-      for (uint32_t n = start; n < end; n++) at->y[(size_t)t * at->y_stride + n] = (float)sums[n - start] * (at->p->scales[n] * scale);
+      for (; k < inputs; k++) {
+        const int8_t *w = (const int8_t *)at->p->weights + (size_t)k * rows;
+        for (uint32_t n = start; n < end; n++) sums[n - start] += w[n] * x[k];
+      }
+      float scale = at->a->scales[t * at->a_blocks], *y = at->y + (size_t)t * at->y_stride;
+      for (uint32_t n = start; n < end; n++) y[n] = (float)sums[n - start] * (at->p->scales[n] * scale);
     }
   }
 }

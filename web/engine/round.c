@@ -1,8 +1,8 @@
 // Activations rounded to integers: by block, or by token for weights by columns. The largest becomes `steps_of`.
 #include "engine.h"
 
-// Beside 4-bit weights, activations have 8 bits, as in onnxruntime at accuracy level 4. Beside 8-bit weights, which are extended to
-// 16 bits, 16-bit activations take no more time: their products with 256 weights, or with a column, have less than 32 bits.
+// Beside 4-bit weights, activations have 8 bits, as in onnxruntime at accuracy level 4. Beside 8-bit weights, which are extended
+// to 16 bits, 16-bit activations take no more time: their products with 256 weights, or with a column, have less than 32 bits.
 INLINE float steps_of(const struct product *p) {
   if (p->kind == NIBBLES) return 127;
   if (p->kind == BYTES) return 32767;

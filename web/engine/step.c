@@ -2,13 +2,16 @@
 #include "engine.h"
 
 // Norms the tokens of the residual stream, after it has got an update (the norm of `y`), and rounds them for a product.
-void norm_tokens(const struct model *m, const float *update, const float *weight, const struct product *next, uint32_t from, uint32_t to) {
+void norm_tokens(const struct model *m, const float *update, const float *weight, const struct product *next, uint32_t from,
+                 uint32_t to) {
   uint32_t size = m->hidden;
   for (uint32_t t = from; t < to; t++) {
     float *x = m->x + (size_t)t * size, *y = m->y + (size_t)t * size;
     if (update) {
       rms_norm(y, update, y, size, m->epsilon);
-      for (uint32_t i = 0; i < size; i += 4) wasm_v128_store(x + i, wasm_f32x4_add(wasm_v128_load(x + i), wasm_v128_load(y + i)));
+      for (uint32_t i = 0; i < size; i += 4) {
+        wasm_v128_store(x + i, wasm_f32x4_add(wasm_v128_load(x + i), wasm_v128_load(y + i)));
+      }
     }
     rms_norm(x, weight, y, size, m->epsilon);
     round_token(next, y, &m->rounded, t, m);

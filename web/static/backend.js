@@ -20,8 +20,8 @@ export function memoryBytes() {
   return memories.reduce((sum, each) => sum + each.buffer.byteLength, 0);
 }
 
-// Returns a site's backend, before its files are there: {device, threads, wanted: files to load, place: where to load a file to (or
-// null), open(contents, manifest): returns the decoder}.
+// Returns a site's backend, before its files are there: {device, threads, wanted: files to load, place: where to load a file to
+// (or null), open(contents, manifest): returns the decoder}.
 // runtime: "wasm" or "webgpu" for that of onnxruntime-web; by default the fastest that this browser has.
 export async function backendOf(site, runtime) {
   const count = self.crossOriginIsolated ? threads() : 1;
@@ -33,7 +33,9 @@ function ownEngine(site, count) {
   const engine = new Engine(site.engine, site.files[data]?.bytes ?? 0, count);
   return {
     device: "WebAssembly",
-    threads: count,
+    get threads() {
+      return engine.threads;
+    },
     wanted: filesOf(site),
     place: (name) => (name === data ? engine.data : null),
     open: (contents) => engine.start(contents[engineFile()]),
@@ -58,9 +60,11 @@ async function onnxruntime(site, count, runtime) {
       externalData: weights(manifest, contents),
       ...(gpu ? { preferredOutputLocation: outputLocations(manifest, "gpu-buffer") } : {}),
     });
+    ort.env.wasm.wasmBinary = undefined; // it is compiled
     return new Decoder(ort, session, manifest);
   };
-  return { device: gpu ? "WebGPU" : "WebAssembly", threads: count, wanted: filesOf(site, gpu ? "webgpu" : "wasm"), place: () => null, open };
+  const wanted = filesOf(site, gpu ? "webgpu" : "wasm");
+  return { device: gpu ? "WebGPU" : "WebAssembly", threads: count, wanted, place: () => null, open };
 }
 
 // Returns the number of threads: of more than four reported processors half, because most cores report two.

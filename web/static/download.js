@@ -4,6 +4,8 @@ import { Problem } from "./problem.js";
 const ROOT = new URL("./", import.meta.url);
 // A response without any byte for so long is given up and asked for again, in milliseconds.
 const STALLED_MS = 30_000;
+// Bytes that are read at once, where the browser reads into a buffer.
+const READ = 1 << 18;
 // Waits before the next attempts, in milliseconds; any progress starts this list again.
 const WAITS_MS = [500, 1000, 2000, 4000];
 
@@ -38,9 +40,9 @@ async function attempt(name, bytes, arrival, { signal, stored, stalled }) {
   let timer = setTimeout(() => control.abort(), stalled);
   try {
     const response = await ask(name, bytes, arrival, { signal: control.signal, stored });
-    const reader = response.body.getReader();
+    const read = reading(response.body);
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await read();
       if (done) break;
       clearTimeout(timer);
       timer = setTimeout(() => control.abort(), stalled);
@@ -55,6 +57,23 @@ async function attempt(name, bytes, arrival, { signal, stored, stalled }) {
     signal?.removeEventListener("abort", abort);
   }
   if (arrival.at < bytes) throw new Problem(`${name} has ${sizes(arrival.at, bytes)}`, CHANGED);
+}
+
+// Returns a function that reads a stream: into one buffer where the browser can, so that no garbage waits for its collection. What it
+// returns holds until the next call.
+export function reading(stream) {
+  try {
+    const reader = stream.getReader({ mode: "byob" });
+    let buffer = new ArrayBuffer(READ);
+    return async () => {
+      const { done, value } = await reader.read(new Uint8Array(buffer, 0, READ));
+      if (value) buffer = value.buffer;
+      return { done, value };
+    };
+  } catch {
+    const reader = stream.getReader();
+    return () => reader.read();
+  }
 }
 
 // Returns a response whose first byte is the next one that the arrival wants.

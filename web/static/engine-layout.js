@@ -8,6 +8,7 @@ const STACK = 65536; // of each thread; that of the first begins at address 0
 const CACHE_PAGE = 256; // positions of a page of the global layers' caches
 const TILE = 16; // as in engine.h
 const KINDS = { float: 0, bytes: 1, nibbles: 2, columns: 3 };
+const MOST_INPUTS = 65536; // of products of integers without blocks, whose sums have 32 bits
 const ACTIVATIONS = ["gelu_pytorch_tanh", "gelu", "silu", "relu"];
 const BLOCKS = [16, 32, 64, 128, 256];
 const ROTATIONS = ["sliding_attention", "full_attention"];
@@ -48,13 +49,17 @@ export function layout(plan, dataBytes, { threads, piece }) {
 
   // The words of `struct product`, and what its rounded activations take.
   const weights = (path, rows, inputs, { bits, block, points, dynamic }, parts = "weight_quantized") => {
-    if (!bits) return { words: [KINDS.float, rows, inputs, inputs, tensor(`${path}.weight`, 4 * rows * inputs), 0, 0], stride: 0, blocks: 0 };
+    if (!bits) {
+      const words = [KINDS.float, rows, inputs, inputs, tensor(`${path}.weight`, 4 * rows * inputs), 0, 0];
+      return { words, stride: 0, blocks: 0 };
+    }
     const quantized = tensor(`${path}.${parts}`, (rows * inputs * bits) / 8);
     const blocks = inputs / block;
     const scales = tensor(`${path}.${parts.startsWith("frequent") ? "frequent" : "weight"}_scale`, 4 * rows * blocks);
     const zero = points ? tensor(`${path}.weight_zero_points`, rows * Math.ceil((blocks * bits) / 8)) : 0;
     const kind = dynamic ? KINDS.columns : bits === 8 ? KINDS.bytes : KINDS.nibbles;
-    return { words: [kind, rows, inputs, block, quantized, scales, zero], stride: inputs * (bits === 4 && block < 32 ? 2 : 1), blocks };
+    const stride = inputs * (bits === 4 && block < 32 ? 2 : 1); // kernels for 4 bits read 32 integers at a time
+    return { words: [kind, rows, inputs, block, quantized, scales, zero], stride, blocks };
   };
   const schemes = new Map(); // checked products, by path
   const scheme = (path, inputs) => {
@@ -115,6 +120,7 @@ export function layout(plan, dataBytes, { threads, piece }) {
     shift = floats(`${table}.weight_shift`, vocab);
   } else embedding = weights(table, vocab, hidden, of);
   used.push(embedding);
+  if (of.frequent > vocab) throw wrong(`${table} has ${of.frequent} frequent rows`);
   if (of.frequent) {
     frequents = weights(table, of.frequent, hidden, { bits: 8, block: of.block }, "frequent_quantized");
     used.push(frequents);
@@ -129,7 +135,8 @@ export function layout(plan, dataBytes, { threads, piece }) {
   const rotations = ROTATIONS.map((name) => {
     if (!windows.some((window) => (window === null) === (name === "full_attention"))) return null;
     if (`positions.${name}_inv_freq` in plan.tensors) {
-      return { frequencies: floats(`positions.${name}_inv_freq`, half), cosines: take(4 * piece * half), sines: take(4 * piece * half) };
+      const frequencies = floats(`positions.${name}_inv_freq`, half);
+      return { frequencies, cosines: take(4 * piece * half), sines: take(4 * piece * half) };
     }
     const [cosines, sines] = ["cos", "sin"].map((part) => floats(`positions.${name}_${part}`, context * half));
     return { frequencies: null, cosines, sines };
@@ -170,7 +177,9 @@ export function layout(plan, dataBytes, { threads, piece }) {
   contents.push([at.model, bytesOf(model)], [at.layers, bytesOf(layers)]);
   const bytes = Math.ceil(end / WASM_PAGE) * WASM_PAGE;
   const most = bytes + Math.ceil((mostPages * pageBytes + ringBytes) / WASM_PAGE + mostPages + 1) * WASM_PAGE;
-  if (most > MOST_BYTES) throw new Problem("the model is too large for a browser, which has 4 GB", "export it with a shorter --context");
+  if (most > MOST_BYTES) {
+    throw new Problem("the model is too large for a browser, which has 4 GB", "export it with a shorter --context");
+  }
   return {
     ...{ shape, data: { at: dataAt, bytes: dataBytes }, contents, frequentIds, rotations, at, bytes, most },
     ...{ rings: { at: rings, bytes: ringBytes }, pageBytes, cachePage: CACHE_PAGE, stackBytes: STACK },
@@ -204,6 +213,8 @@ function schemeOf(path, given, inputs) {
   const block = dynamic || !bits ? inputs : given.block_size;
   if (bits && !dynamic && (!BLOCKS.includes(block) || inputs % block)) throw wrong(`${path} has blocks of ${block}`);
   if (dynamic && bits !== 8) throw wrong(`${path} has ${bits} bits`);
+  if (dynamic && inputs > MOST_INPUTS) throw wrong(`${path} has ${inputs} inputs`);
+  if (frequent && halves) throw wrong(`${path} has halves and frequent rows`);
   if (frequent && !isSize(frequent)) throw wrong(`${path} has ${frequent} frequent rows`);
   return { bits: halves ? 4 : bits, block, points, dynamic, halves, frequent };
 }

@@ -50,7 +50,12 @@ export class Engine extends Resumable {
       const stack = at.stacks + (i + 1) * stackBytes;
       return this.#startThread({ module: compiled, memory: this.#memory, model: at.model, thread: i + 1, stack });
     });
-    await Promise.all(started);
+    try {
+      await Promise.all(started);
+    } catch {
+      this.close(); // a browser that starts no more workers: one thread does everything
+      this.threads = 1;
+    }
     this.reset();
     return this;
   }
@@ -118,10 +123,10 @@ export class Engine extends Resumable {
     const worker = new Worker(new URL("./engine-thread.js", import.meta.url), { type: "module", name: "engine" });
     this.#workers.push(worker);
     return new Promise((resolve, reject) => {
-      worker.onmessage = resolve;
+      worker.onmessage = ({ data }) => (data.ready ? resolve() : reject(data));
       worker.onerror = (event) => {
         event.preventDefault?.();
-        reject(new Problem(event.message || "a thread could not start", "reload the page"));
+        reject(event);
       };
       worker.postMessage(task);
     });
@@ -133,7 +138,9 @@ export class Engine extends Resumable {
     const ids = new Int32Array(this.#memory.buffer, to, count);
     for (let i = 0; i < count; i++) {
       const id = words.getBigInt64(8 * i, true);
-      if (id < 0n || id >= BigInt(vocab)) throw new Problem("a frequent token is not in the vocabulary", "export the bundle again");
+      if (id < 0n || id >= BigInt(vocab)) {
+        throw new Problem("a frequent token is not in the vocabulary", "export the bundle again");
+      }
       ids[i] = Number(id);
     }
   }
@@ -173,7 +180,8 @@ export class Engine extends Resumable {
         return;
       }
       const array = (address, length) => new Float32Array(this.#memory.buffer, address, length);
-      const [frequencies, cosines, sines] = [array(each.frequencies, half), array(each.cosines, count * half), array(each.sines, count * half)];
+      const frequencies = array(each.frequencies, half);
+      const [cosines, sines] = [array(each.cosines, count * half), array(each.sines, count * half)];
       for (let t = 0; t < count; t++) {
         for (let i = 0; i < half; i++) {
           const angle = Math.fround((past + t) * frequencies[i]);

@@ -3,8 +3,8 @@
 // Tokens per prefill step. A prefill can be stopped between steps, and the size of a step limits the memory of activations.
 export const PIECE = 128;
 
-// A decoder defines `clear` (empties the caches), `save` (copies the state, and returns whether it could) and `restore` (goes back
-// to the copy).
+// A decoder defines `clear` (empties the caches), `save` (copies the state, and returns whether it could) and `restore` (goes
+// back to the copy).
 export class Resumable {
   ids = [];
   #kept = null; // the tokens of the saved state

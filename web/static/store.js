@@ -1,6 +1,6 @@
 // Loads large files into memory, from the browser's store or from the site, and stores what comes from the site. Bytes go from
 // the network into their place as they arrive: there is one copy of a file in memory.
-import { download } from "./download.js";
+import { download, reading } from "./download.js";
 import { sha256 } from "./hash.js";
 import { STORE, openStore, room } from "./kept.js";
 import { Problem } from "./problem.js";
@@ -11,8 +11,9 @@ export const PART = 4 << 20;
 // Returns the contents of files after a check of their hashes: {contents: {name: Uint8Array}, kept: whether all are stored}.
 // files: {name: {bytes, sha256}}. told is called with {file, loaded, total, fetched, full}: bytes that are there, of all, from the
 // network, and whether the browser has no room to store them; or with {waiting: file} while another tab loads it. place(name, bytes) may return the array to write a file into, also on shared memory.
-// signal: an AbortSignal; what has arrived stays in the store.
-export async function fetchAll(files, told = () => {}, place = () => null, { signal } = {}) {
+// signal: an AbortSignal; what has arrived stays in the store. use(name, content) may return what takes the place of a file's
+// contents, as soon as it is there.
+export async function fetchAll(files, told = () => {}, place = () => null, { signal, use = (_, content) => content } = {}) {
   const store = await openStore();
   const total = sum(Object.values(files).map(({ bytes }) => bytes));
   const here = sum(Object.values((await store?.lengths(files)) ?? {}));
@@ -27,7 +28,7 @@ export async function fetchAll(files, told = () => {}, place = () => null, { sig
       told({ file: name, loaded: done + at, total, fetched, full });
     });
     await alone(file.sha256, () => told({ waiting: name }), signal, () => load(name, file, arrival, store, signal));
-    contents[name] = content;
+    contents[name] = use(name, content);
     done += file.bytes;
   }
   told({ loaded: total, total, fetched, full });
@@ -95,9 +96,9 @@ class Arrival {
 
   // Reads a part from the store; returns whether it was complete.
   async read(response, { end }) {
-    const reader = response?.body?.getReader();
+    const read = response?.body ? reading(response.body) : async () => null;
     for (;;) {
-      const { done, value } = (await reader?.read().catch(() => null)) ?? { done: true };
+      const { done, value } = (await read().catch(() => null)) ?? { done: true };
       if (done || this.at + value.length > end) break;
       this.#add(value, 0);
     }
@@ -134,12 +135,21 @@ class Arrival {
     if (!this.#store || this.at <= this.#stored) return;
     const start = this.#stored;
     this.#stored = this.at;
-    this.#storing = this.#store.put(this.#file.sha256, start, this.#content.slice(start, this.at)).catch(async () => {
+    this.#storing = this.#store.put(this.#file.sha256, start, unshared(this.#content.subarray(start, this.at))).catch(async () => {
       const store = this.#store; // the quota is exceeded: the file works, but not offline
       [this.#store, this.full] = [null, true];
       await store?.remove(this.#file.sha256).catch(() => {});
     });
   }
+}
+
+// Returns a copy of bytes for a response, which takes no shared memory and copies them once more: so one buffer serves them all,
+// and no garbage waits for its collection.
+let buffer = new Uint8Array(0);
+function unshared(bytes) {
+  if (bytes.length > buffer.length) buffer = new Uint8Array(bytes.length);
+  buffer.set(bytes);
+  return buffer.subarray(0, bytes.length);
 }
 
 // Runs an action while no other tab runs it for the same file, which would fetch it twice.

@@ -213,7 +213,10 @@ def _one(case: dict[str, Any]) -> dict[str, str]:
 
 def _main() -> None:
     import importlib.util
+    import multiprocessing
 
+    # Before the first context, which TensorBoard's queue needs, Python 3.14 tries the temporary directory.
+    multiprocessing.get_context()
     for name in ("onnxruntime", "torch", "safetensors.torch", "slm.loading", "slm.finetune.run", "slm.train.run",
                  "slm.interchange.importing", "slm.cli.main", "slm.cli.commands.info", "pyarrow.parquet", "gguf",
                  "slm.runtime.decoder", "slm.core.nn.decoder",

@@ -17,6 +17,11 @@ from slm.core.text.documents import read_documents, read_parts
 from slm.core.text.files import find_files
 from slm.finetune.rows import read_rows
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 # No guard failed: the process cannot take the machine's memory.
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
@@ -40,8 +45,6 @@ def _read(how: str, path: Path) -> None:
         case "rows":  # slm finetune
             read_rows(path)
         case "careless":  # what a reader without limits does, for the test of the test
-            from backports import zstd
-
             zstd.open(path).read()
 
 
