@@ -104,18 +104,23 @@ test-pythons: $(UV)
 	done; echo "passed:$$passed; failed:$$failed; not available:$$absent"; test -z "$$failed" && test -n "$$passed"
 
 # The wheel and the source distribution in dist, with the npm files of the page. The wheel is built from the source distribution.
-dist: web
-	rm -rf dist
-	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) $(BIN)/python -m build --outdir dist
+# In an environment of its own with what slm itself needs: fewer packages have a hand in a release.
+dist:
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--config-settings editable_mode=strict build --editable .
+	build/release/bin/python -m slm.web.npm
+	SOURCE_DATE_EPOCH=$$(git log -1 --pretty=%ct) build/release/bin/python -m build --outdir dist
 	@ls -l dist
 
 # The wheel in an environment of its own: the base installation, then the one with the server.
 test-edge: dist
 	rm -rf build/edge
-	$(BIN)/python -m venv build/edge
-	build/edge/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$$(echo dist/*.whl)[cpu]"
+	$(PYTHON) -m venv build/edge
+	build/edge/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[cpu]"
 	build/edge/bin/python tests/edge.py
-	build/edge/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) "$$(echo dist/*.whl)[cpu,serve]"
+	build/edge/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[cpu,serve]"
 	build/edge/bin/python tests/edge.py
 
 # A release needs a tag, a heading of the changelog and a citation with the version of src/slm/version.py: make check-tag TAG=v1.2.3

@@ -14,9 +14,11 @@ from slm.core.config import FULL, SLIDING
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle, seal
 from slm.core.progress import Silent
+from slm.export import verify
 from slm.export.bundle import ExportOptions, export_bundle
 from slm.export.parity import TOLERANCE
 from slm.export.verify import verify_bundle
+from slm.quantize import plan
 from slm.quantize.make import quantize_bundle
 from slm.quantize.settings import Gate, Settings
 from slm.quantize.texts import TokenRows
@@ -69,6 +71,26 @@ def test_a_bundle_is_its_checkpoint(bundles: dict[str, Bundle], shared_checkpoin
         assert parity.logits.keys() == {"whole", "chunks", "steps", "batch"}
     if kind in QUANTIZED and kind not in ("int8 caches", "int8 dynamic"):
         assert found.parity["cpu, float activations"].largest < TOLERANCE < found.parity["cpu"].largest
+
+
+def test_sums_that_saturate_are_noticed(
+    shared_bundle: Bundle, shared_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest says that sums of two products fit in 16 bits, and the weights are those of an older version."""
+    layer = plan.INT8_DYNAMIC.layer.model_copy(update={"reduced": False})
+    monkeypatch.setattr(plan, "INT8_DYNAMIC", plan.replace(plan.INT8_DYNAMIC, layer=layer))
+    text = TokenRows("random", np.random.default_rng(5).integers(0, shared_bundle.config.vocab_size, (4, 60)))
+    settings = Settings(dynamic=True, smooth=False, cache="float32", gate=Gate(None))
+    bundle, _ = quantize_bundle(shared_bundle, tmp_path / "b", text, settings, None, text)
+    verify._check_sums(bundle)  # the control: the manifest does not say it
+    quantization = bundle.manifest.quantization
+    assert quantization is not None
+    claimed = {
+        path: scheme.model_copy(update={"reduced": scheme.dynamic}) for path, scheme in quantization.schemes.items()
+    }
+    manifest = bundle.manifest.model_copy(update={"quantization": quantization.model_copy(update={"schemes": claimed})})
+    with pytest.raises(SlmError, match="can saturate on CPUs without VNNI, although the manifest excludes it"):
+        verify_bundle(seal(bundle.path, manifest), shared_checkpoint, Silent())
 
 
 def altered(bundle: Bundle, out: Path, change: Callable[[ir.Model], None]) -> Bundle:

@@ -26,17 +26,20 @@ TOOLS = """{"tools": [{"name": "set_light", "description": "Sets a light.", "par
 SET = Call("set_light", {"room": 'the "hall"', "level": 40.0})
 NOW = Call("now", {})
 # A model whose answers are given. Each prompt goes to the page.
-DECODER = """
+ENGINE = """
 const script = %s;
 const heard = new BroadcastChannel("prompts");
-export const PIECE = 128;
-export const keepOneLogit = () => true;
-export const outputLocations = () => ({});
-export class Decoder {
+const PIECE = 128;
+export class Engine {
+  threads = 1;
+  data = null;
   ids = [];
   context = 4096;
   cacheBytes = 0;
   left = [];
+  async start() {
+    return this;
+  }
   reset() {}
   keep() {}
   resume(ids) {
@@ -59,8 +62,8 @@ def scripted(bundle: Bundle, replies: Sequence[str]) -> tuple[Site, Tokenizer]:
     """Returns the site of a bundle whose model gives these replies, and its tokenizer."""
     tokenizer, site = Tokenizer.load(bundle.path), local_site(bundle, "stories")
     end = tokenizer.token_id(END_OF_TURN)
-    decoder = DECODER % (json.dumps([[*tokenizer.encode_literal(each), end] for each in replies]), tokenizer.vocab_size)
-    return Site(site.fields, {**site.contents, "decoder.js": decoder.encode()}), tokenizer
+    engine = ENGINE % (json.dumps([[*tokenizer.encode_literal(each), end] for each in replies]), tokenizer.vocab_size)
+    return Site(site.fields, {**site.contents, "engine.js": engine.encode()}), tokenizer
 
 
 def function_gemma(tmp_path: Path) -> Bundle:

@@ -102,7 +102,8 @@ def test_signals_that_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("length", [200, 300])
-def test_a_path_that_windows_finds_too_long(windows: None, length: int) -> None:
+def test_a_path_that_windows_finds_too_long(windows: None, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")  # for Linux the path is relative
     path = "C:\\" + "x" * (length - 3)
     error = FileNotFoundError(errno.ENOENT, "No such file or directory", path)
     message, hint, code = command_line._explain(error)

@@ -79,4 +79,4 @@ if __name__ == "__main__":
     if not compiler():
         sys.exit(f"{CLANG} or {LINKER} is not installed; on Debian: apt-get install clang-19 lld-19")
     record = {"compiler": compiler(), "sources": source_hash(), "modules": build(OUT)}
-    (HERE / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (HERE / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="")

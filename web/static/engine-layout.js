@@ -8,6 +8,7 @@ const STACK = 65536; // of each thread; that of the first begins at address 0
 const CACHE_PAGE = 256; // positions of a page of the global layers' caches
 const TILE = 16; // as in engine.h
 const KINDS = { float: 0, bytes: 1, nibbles: 2, columns: 3 };
+const MOST_INPUTS = 65536; // of products of integers without blocks, whose sums have 32 bits
 const ACTIVATIONS = ["gelu_pytorch_tanh", "gelu", "silu", "relu"];
 const BLOCKS = [16, 32, 64, 128, 256];
 const ROTATIONS = ["sliding_attention", "full_attention"];
@@ -119,6 +120,7 @@ export function layout(plan, dataBytes, { threads, piece }) {
     shift = floats(`${table}.weight_shift`, vocab);
   } else embedding = weights(table, vocab, hidden, of);
   used.push(embedding);
+  if (of.frequent > vocab) throw wrong(`${table} has ${of.frequent} frequent rows`);
   if (of.frequent) {
     frequents = weights(table, of.frequent, hidden, { bits: 8, block: of.block }, "frequent_quantized");
     used.push(frequents);
@@ -211,6 +213,8 @@ function schemeOf(path, given, inputs) {
   const block = dynamic || !bits ? inputs : given.block_size;
   if (bits && !dynamic && (!BLOCKS.includes(block) || inputs % block)) throw wrong(`${path} has blocks of ${block}`);
   if (dynamic && bits !== 8) throw wrong(`${path} has ${bits} bits`);
+  if (dynamic && inputs > MOST_INPUTS) throw wrong(`${path} has ${inputs} inputs`);
+  if (frequent && halves) throw wrong(`${path} has halves and frequent rows`);
   if (frequent && !isSize(frequent)) throw wrong(`${path} has ${frequent} frequent rows`);
   return { bits: halves ? 4 : bits, block, points, dynamic, halves, frequent };
 }
