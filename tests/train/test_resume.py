@@ -237,7 +237,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(stopped: Path, how: tuple[floa
 
     assert trials(stopped, how[1], trial) > 20
     if how[1] == 1:
-        assert {"save_file", "rename", "write_text", "mkdir", "fsync"} <= set(failures.read_text().split())
+        assert {"save_file", "replace", "write_text", "mkdir", "fsync"} <= set(failures.read_text().split())
 
 
 @pytest.mark.slow
