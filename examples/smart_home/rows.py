@@ -11,12 +11,14 @@ heart, so its prompts are short.
 import argparse
 import json
 import random
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import home
+# By its path: with PYTHONSAFEPATH, Python does not import from the directory of a program.
+HOME = runpy.run_path(str(Path(__file__).with_name("home.py")))
 
 ROOMS = ("kitchen", "bedroom", "living room", "bathroom", "office", "hall")
 COLOURS = ("white", "red", "blue", "green", "yellow")
@@ -176,7 +178,7 @@ def with_results(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
     for call in messages[-1].get("tool_calls", ()):
         function = call["function"]
-        results.append(str(getattr(home, function["name"])(**json.loads(function["arguments"]))))
+        results.append(str(HOME[function["name"]](**json.loads(function["arguments"]))))
     if not results:
         return messages
     told = ", and ".join(results)
