@@ -6,8 +6,8 @@
 
 All contenders have the same checkpoint in their own format, the same prompt, the same number of tokens and of threads. Each
 is a tab in one browser; all stay loaded and take turns, so that other work of the machine slows all of them. For memory, each
-contender has a browser of its own: the table has the peak of the page's process (VmHWM, and its private part), and its memory after
-loading. A contender that cannot start is named and left out. The last line is one JSON object.
+contender has a browser of its own: the table has the peak of the page's process (VmHWM, and its private part), and its memory
+after loading. A contender that cannot start is named and left out. The last line is one JSON object.
 """
 
 import argparse
