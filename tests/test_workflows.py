@@ -1,5 +1,6 @@
 """The public workflows, forms and citation: what can be checked without other tools. `make check` checks their schemas."""
 
+import os
 import re
 import shlex
 import shutil
@@ -156,9 +157,9 @@ def release(tmp_path: Path) -> Path:
 
 
 def checked(tree: Path, tag: str) -> tuple[int, str]:
-    """Runs `make check-tag` in a tree."""
-    command = ["make", "--no-print-directory", "--file", str(ROOT / "Makefile"), "check-tag", f"TAG={tag}"]
-    done = subprocess.run(command, cwd=tree, capture_output=True, encoding="utf-8")
+    """Runs `make check-tag` in a tree, with the tag in the environment, as the workflow does."""
+    command = ["make", "--no-print-directory", "--file", str(ROOT / "Makefile"), "check-tag"]
+    done = subprocess.run(command, cwd=tree, env=os.environ | {"TAG": tag}, capture_output=True, encoding="utf-8")
     return done.returncode, done.stdout
 
 
@@ -166,6 +167,21 @@ def test_a_release_has_one_version(release: Path) -> None:
     assert checked(release, "v1.2.3") == (0, "")
     assert checked(release, "v1.2.4") == (2, "the tag is v1.2.4, and src/slm/version.py has 1.2.3\n")
     assert checked(release, "1.2.3")[0] == 2
+    assert checked(release, "") == (2, "name the tag: make check-tag TAG=v1.2.3\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["v`touch${IFS}ran`", "v$(touch${IFS}ran)", '";touch${IFS}ran;"', "v$(shell touch ran)"]
+)
+def test_the_name_of_a_tag_is_not_a_command(release: Path, name: str) -> None:
+    code, text = checked(release, name)
+    assert (code, text) == (2, f"the tag is {name}, and src/slm/version.py has 1.2.3\n")
+    assert not (release / "ran").exists()
+
+
+def test_the_release_gives_the_tag_to_make_in_the_environment() -> None:
+    [step] = [step for _, step in steps(read(ROOT / ".github" / "workflows" / "release.yml")) if "TAG" in str(step)]
+    assert step["run"] == "make check-tag" and step["env"] == {"TAG": "${{ github.ref_name }}"}
 
 
 @pytest.mark.parametrize(

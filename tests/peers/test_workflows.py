@@ -81,7 +81,7 @@ def test_actionlint_finds_a_fault(tmp_path: Path, old: str, new: str, found: str
     ("old", "new", "found"),
     [
         ("          persist-credentials: false\n", "          fetch-depth: 0\n", "artipacked"),
-        ('TAG="$GITHUB_REF_NAME"', 'TAG="${{ github.ref_name }}"', "template-injection"),
+        ("make check-tag\n", 'make check-tag TAG="${{ github.ref_name }}"\n', "template-injection"),
         ("permissions: {}", "permissions: write-all", "excessive-permissions"),
         ("@de0fac2e4500dabe0009e67214ff5f5447ce83dd # v6.0.2", "@v6", "unpinned-uses"),
     ],
