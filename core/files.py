@@ -15,8 +15,8 @@ from typing import Any
 
 from slm.core import renames, systems
 from slm.core.errors import SlmError
+from slm.core.file_names import is_portable, leads_out
 from slm.core.locks import LOCK, is_mine, sole
-from slm.core.portable import is_portable, leads_out
 from slm.core.processes import process_exists
 
 _PARTIAL = ".partial-"
