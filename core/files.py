@@ -127,9 +127,8 @@ def _to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if (
-            error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
-        ):  # some file systems do not support fsync for directories
+        # Some file systems do not support fsync for directories.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
