@@ -1,23 +1,21 @@
 """The sources of the documentation site: `docs/site/stage.py` copies the documents, their links and the navigation."""
 
-import importlib.util
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.scripts import script
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def staging() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stage", ROOT / "docs" / "site" / "stage.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["stage"] = module
-    spec.loader.exec_module(module)
-    return module
+def staging() -> Iterator[ModuleType]:
+    """The script."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield script(ROOT / "docs" / "site" / "stage.py", patch)
 
 
 @pytest.fixture
