@@ -44,7 +44,8 @@ def repository() -> Path:
 
 def test_documents_and_what_they_link_to_are_staged(staging: ModuleType, repository: Path) -> None:
     out = Path("out")
-    (out / "left").mkdir(parents=True)  # of an earlier build
+    (out / "left").mkdir(parents=True)
+    (out / "index.md").touch()  # of an earlier build
     staging.stage(repository, out)
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert found == {
@@ -81,6 +82,12 @@ def test_a_link_that_leaves_the_repository_is_an_error(staging: ModuleType, repo
     (repository / "docs" / "c.md").write_text("[x](../../../etc/passwd)\n", encoding="utf-8")
     with pytest.raises(ValueError, match="outside of the repository"):
         staging.stage(repository, Path("out"))
+
+
+def test_a_directory_of_something_else_is_kept(staging: ModuleType, repository: Path) -> None:
+    with pytest.raises(FileExistsError, match="not replaced"):
+        staging.stage(repository, repository)
+    assert (repository / "README.md").is_file()
 
 
 def test_every_group_of_the_index_has_pages(staging: ModuleType) -> None:
