@@ -343,6 +343,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "heads is 0": lambda plan: plan["shape"].update(heads=0),
     "hidden is no multiple of 8": lambda plan: plan["shape"].update(hidden=60),
     "blocks of 3": lambda plan: plan["products"]["model.embed_tokens"].update(block_size=3),
+    "embed_tokens has zero points": lambda plan: plan["products"]["model.embed_tokens"].update(zero_points=True),
     "has 3 bits": lambda plan: plan["products"]["model.embed_tokens"].update(bits=3),
     "has 321 frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(bits=4, frequent=321),
     "has 8 frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(frequent=8),
