@@ -96,6 +96,8 @@ def _product(scheme: Scheme | None, tied: bool) -> dict[str, Any]:
         raise NotSupported("its products are float16")
     if not scheme.dynamic and scheme.block_size not in _BLOCK_SIZES:
         raise NotSupported(f"its blocks have {scheme.block_size} weights")
+    if scheme.zero_points and scheme.bits != 4:
+        raise NotSupported(f"its {scheme.bits}-bit weights have zero points")
     if scheme.frequent and not tied:
         raise NotSupported("its head is not its table, which has rows of frequent tokens")
     fields = ("bits", "block_size", "zero_points", "dynamic", "halves", "frequent")

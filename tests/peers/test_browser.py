@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +37,7 @@ from slm.runtime.decoder import OnnxDecoder
 from slm.web.npm import packages, vendored
 from slm.web.server import SiteServer
 from slm.web.site import Site, local_site
+from tests.serving import running
 
 pytestmark = pytest.mark.peer
 
@@ -188,16 +189,8 @@ class Cut(SiteServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-@contextmanager
-def served(site: Site, port: int = 0) -> Iterator[SiteServer]:
-    with Cut(site, port) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def served(site: Site, port: int = 0) -> AbstractContextManager[SiteServer]:
+    return running(Cut(site, port))
 
 
 def site_of(path: Path, name: str = "stories") -> Site:
@@ -361,21 +354,15 @@ def test_a_host_without_headers(open_tab: Callable[..., Tab], tmp_path: Path) ->
     expected = generated(SHORT, "--greedy").decode()
     site_of(shipped.model_path()).write(tmp_path / "some" / "site")
     plain = partial(SimpleHTTPRequestHandler, directory=tmp_path)
-    with ThreadingHTTPServer(("127.0.0.1", 0), plain) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            tab = open_tab(f"http://127.0.0.1:{server.server_address[1]}/some/site/").ready()
-            assert not tab.found["isolated"] and tab.found["threads"] == 1
-            assert "one thread is all there is" in str(tab.page.text_content("#where"))
-            assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
-            assert set(tab.page.evaluate("caches.keys()")) >= {"slm files /some/site/"}
-            tab.page.reload()
-            assert tab.ready().found["isolated"]
-            assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
-        finally:
-            server.shutdown()
-            thread.join()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), plain)) as server:
+        tab = open_tab(f"http://127.0.0.1:{server.server_address[1]}/some/site/").ready()
+        assert not tab.found["isolated"] and tab.found["threads"] == 1
+        assert "one thread is all there is" in str(tab.page.text_content("#where"))
+        assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
+        assert set(tab.page.evaluate("caches.keys()")) >= {"slm files /some/site/"}
+        tab.page.reload()
+        assert tab.ready().found["isolated"]
+        assert f"{SHORT}{tab.set(greedy=True, new_tokens=64).text(SHORT)}\n" == expected
 
 
 @pytest.mark.parametrize(

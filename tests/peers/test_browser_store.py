@@ -4,10 +4,9 @@ import itertools
 import json
 import re
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from slm.runtime import shipped
 from slm.web.server import SiteServer, _Handler
 from slm.web.site import Site, local_site
 from tests.peers.test_browser import SHORT, Tab, chromium, generated, open_tab  # noqa: F401  # fixtures
+from tests.serving import running
 
 pytestmark = pytest.mark.peer
 
@@ -75,16 +75,8 @@ class Cutting(_Handler):
             self.wfile = whole
 
 
-@contextmanager
-def unreliable(site: Site) -> Iterator[Unreliable]:
-    with Unreliable(site) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+def unreliable(site: Site) -> AbstractContextManager[Unreliable]:
+    return running(Unreliable(site))
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +125,11 @@ def test_a_connection_that_breaks_is_continued(open_tab: Callable[..., Tab], lar
 def test_a_closed_tab_is_continued_by_the_next(open_tab: Callable[..., Tab], large_site: Site) -> None:  # noqa: F811
     with unreliable(large_site) as server:
         server.cut_after = [22_000_000] + [0] * 9
+        server.seconds = SLOW_S  # so that a busy browser has read what was sent before the end
         tab = open_tab(server.url)
         tab.page.click("#load")
         said = tab.problem()
+        server.seconds = 0
         assert re.match(rf"{WEIGHTS} broke off after [\d,]+ bytes: check the network, then continue", said)
         assert "are stored in this browser" in str(tab.page.text_content("#progress-text"))
         kept = sum(
@@ -288,24 +282,18 @@ def test_a_page_without_encryption_checks_hashes(chromium: Any) -> None:  # noqa
     flags = ["--no-sandbox", "--host-resolver-rules=MAP stories.test 127.0.0.1"]
     browser = chromium.browser_type.launch(executable_path=shutil.which("chromium"), args=flags)
     try:
-        with SiteServer(site, "127.0.0.1", 0, ["stories.test"]) as server:
-            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-            thread.start()
-            try:
-                url = f"http://stories.test:{server.server_address[1]}/"
-                tab = Tab(browser, url)
-                assert tab.page.evaluate("[globalThis.caches, crypto.subtle].every((each) => each === undefined)")
-                assert works(tab) and not tab.found["kept"] and tab.found["threads"] == 1
-                content = bytearray(site.read(WEIGHTS))
-                content[1_000_000] ^= 1
-                site.files[WEIGHTS] = bytes(content)
-                tab.close()
-                tab = Tab(browser, url)  # without the HTTP cache of the first
-                assert tab.problem().startswith(f"{WEIGHTS} was altered (SHA-256 differs)")
-                tab.close()
-            finally:
-                server.shutdown()
-                thread.join()
+        with running(SiteServer(site, "127.0.0.1", 0, ["stories.test"])) as server:
+            url = f"http://stories.test:{server.server_address[1]}/"
+            tab = Tab(browser, url)
+            assert tab.page.evaluate("[globalThis.caches, crypto.subtle].every((each) => each === undefined)")
+            assert works(tab) and not tab.found["kept"] and tab.found["threads"] == 1
+            content = bytearray(site.read(WEIGHTS))
+            content[1_000_000] ^= 1
+            site.files[WEIGHTS] = bytes(content)
+            tab.close()
+            tab = Tab(browser, url)  # without the HTTP cache of the first
+            assert tab.problem().startswith(f"{WEIGHTS} was altered (SHA-256 differs)")
+            tab.close()
     finally:
         browser.close()
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.runtime import shipped
 from slm.web.npm import HOME, packages, vendored
+from slm.web.server import SiteServer
 from slm.web.site import Site, local_site
+from tests.serving import running
 
 Node = Callable[..., Any]
 
@@ -30,6 +32,12 @@ def vendor() -> None:
 @pytest.fixture(scope="session")
 def shipped_site(vendor: None) -> Site:
     return local_site(Bundle.open(shipped.model_path()), "stories")
+
+
+@pytest.fixture(scope="module")
+def server(shipped_site: Site) -> Iterator[SiteServer]:
+    with running(SiteServer(shipped_site, "127.0.0.1", 0)) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

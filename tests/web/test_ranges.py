@@ -1,8 +1,6 @@
 """Range requests to the page's server and to the page of an API server."""
 
 import http.client
-import threading
-from collections.abc import Iterator
 
 import pytest
 from fastapi import FastAPI
@@ -13,7 +11,7 @@ from slm.core.tokenizer import Tokenizer
 from slm.web.mount import mount
 from slm.web.ranges import UnsatisfiableError, requested
 from slm.web.server import SiteServer
-from slm.web.site import Site, server_site
+from slm.web.site import server_site
 
 NAME = "model/onnx/model_quantized.onnx_data"
 
@@ -49,16 +47,6 @@ def test_ranges(given: str | None, wanted: tuple[int, int] | None) -> None:
 def test_ranges_behind_the_end(given: str) -> None:
     with pytest.raises(UnsatisfiableError):
         requested(given, None, None, 100)
-
-
-@pytest.fixture(scope="module")
-def server(shipped_site: Site) -> Iterator[SiteServer]:
-    with SiteServer(shipped_site, "127.0.0.1", 0) as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
 
 
 def test_the_server_sends_the_rest_of_a_file(server: SiteServer) -> None:

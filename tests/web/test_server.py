@@ -2,9 +2,9 @@
 
 import http.client
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -13,28 +13,22 @@ from slm.core.manifest import Bundle
 from slm.runtime import shipped
 from slm.web.server import SiteServer
 from slm.web.site import local_site
+from tests.serving import running
 
 Start = Callable[..., SiteServer]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    running: list[tuple[SiteServer, threading.Thread]] = []
     site = local_site(Bundle.open(shipped.model_path()), "stories")
+    with ExitStack() as stack:
 
-    def make(host: str = "127.0.0.1", most: int | None = None, **options: Any) -> SiteServer:
-        server = SiteServer(site, host, 0, **options)
-        server.most = most or server.most
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        running.append((server, thread))
-        return server
+        def make(host: str = "127.0.0.1", most: int | None = None, **options: Any) -> SiteServer:
+            server = SiteServer(site, host, 0, **options)
+            server.most = most or server.most
+            return stack.enter_context(running(server))
 
-    yield make
-    for server, thread in running:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        yield make
 
 
 def get(server: SiteServer, *hosts: bytes, path: bytes = b"/") -> int:

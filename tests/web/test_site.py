@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,16 +229,6 @@ def test_an_archive_that_was_not_pinned(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(SlmError, match="is not the archive"):
         npm.fetch()
     assert not (tmp_path / "vendor").exists()
-
-
-@pytest.fixture(scope="module")
-def server(shipped_site: Site) -> Iterator[SiteServer]:
-    with SiteServer(shipped_site, "127.0.0.1", 0) as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.05,))
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
 
 
 def asked(server: SiteServer, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:

@@ -20,7 +20,7 @@ struct product {
   uint32_t block;        // inputs that share a scale
   const uint8_t *weights;
   const float *scales;   // (rows, inputs / block)
-  const uint8_t *points; // zero points (rows, bytes of all blocks); 0 if they are the middle of the range
+  const uint8_t *points; // of NIBBLES: 4-bit zero points (rows, bytes of all blocks); 0 if they are the middle of the range
 };
 
 struct layer {

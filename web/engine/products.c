@@ -18,30 +18,27 @@ INLINE v128_t begin(const struct place *at, uint32_t token, uint32_t block, int 
   return points ? wasm_i32x4_splat(0) : wasm_v128_load32_zero(at->a->sums + token * at->a_blocks + block);
 }
 
+// The 4-bit zero point of a block.
+INLINE uint32_t point_of(const uint8_t *of, uint32_t block) { return (of[block / 2] >> (block % 2 * 4)) & 15; }
+
 // The zero points of four blocks from `block` on, as floats.
-INLINE v128_t four_points(const uint8_t *of, uint32_t block, uint32_t bits) {
-  if (bits == 8) {
-    v128_t each = wasm_u16x8_extend_low_u8x16(wasm_v128_load32_zero(of + block));
-    return wasm_f32x4_convert_i32x4(wasm_u32x4_extend_low_u16x8(each));
-  }
+INLINE v128_t four_points(const uint8_t *of, uint32_t block) {
   v128_t each = wasm_v128_and(wasm_v128_load16_splat(of + block / 2), wasm_i32x4_const(0xf, 0xf0, 0xf00, 0xf000));
   return wasm_f32x4_mul(wasm_f32x4_convert_i32x4(each), wasm_f32x4_const(1, 1 / 16.0f, 1 / 256.0f, 1 / 4096.0f));
 }
 
 // Adds to the sums of a row what its zero points take away: each times a scale and the sum of a block's activations.
-INLINE void subtract_points(const struct place *at, uint32_t row, const uint32_t M, uint32_t blocks, uint32_t bits,
-                            v128_t *total) {
-  const uint8_t *of = at->p->points + (size_t)row * ((blocks * bits + 7) / 8);
+INLINE void subtract_points(const struct place *at, uint32_t row, const uint32_t M, uint32_t blocks, v128_t *total) {
+  const uint8_t *of = at->p->points + (size_t)row * ((blocks + 1) / 2);
   const float *scales = at->p->scales + (size_t)row * blocks;
   const float *sums = (const float *)at->a->sums + at->token * at->a_blocks;
   uint32_t b = 0;
   for (; b + 4 <= blocks; b += 4) {
-    v128_t each = wasm_f32x4_mul(four_points(of, b, bits), wasm_v128_load(scales + b));
+    v128_t each = wasm_f32x4_mul(four_points(of, b), wasm_v128_load(scales + b));
     UNROLL EACH(m, M) total[m] = wasm_f32x4_add(total[m], wasm_f32x4_mul(each, wasm_v128_load(sums + m * at->a_blocks + b)));
   }
   for (; b < blocks; b++) {
-    float point = bits == 8 ? of[b] : (of[b / 2] >> (b % 2 * 4)) & 15;
-    v128_t each = wasm_f32x4_make(point * scales[b], 0, 0, 0);
+    v128_t each = wasm_f32x4_make((float)point_of(of, b) * scales[b], 0, 0, 0);
     UNROLL EACH(m, M) {
       total[m] = wasm_f32x4_add(total[m], wasm_f32x4_mul(each, wasm_v128_load32_splat(sums + m * at->a_blocks + b)));
     }
@@ -58,14 +55,14 @@ INLINE v128_t scaled(const struct place *at, uint32_t row, uint32_t token, uint3
   return wasm_f32x4_mul(wasm_f32x4_convert_i32x4(sum), wasm_f32x4_mul(weight, activation));
 }
 
-INLINE void bytes(const struct place *at, const uint32_t R, const uint32_t M, const int points) {
+INLINE void bytes(const struct place *at, const uint32_t R, const uint32_t M) {
   const uint32_t inputs = at->p->inputs, size = at->p->block, blocks = inputs / size;
   const uint8_t *w = at->p->weights + (size_t)at->row * inputs;
   const int16_t *x = at->a->wide + (size_t)at->token * at->a_stride;
   v128_t total[4][4], sum[4][4];
   UNROLL EACH(r, R) UNROLL EACH(m, M) total[r][m] = wasm_f32x4_splat(0);
   for (uint32_t b = 0; b < blocks; b++) {
-    UNROLL EACH(r, R) UNROLL EACH(m, M) sum[r][m] = begin(at, at->token + m, b, points);
+    UNROLL EACH(r, R) UNROLL EACH(m, M) sum[r][m] = begin(at, at->token + m, b, 0);
     for (const uint8_t *end = w + size; w < end; w += 8, x += 8) {
       v128_t values[4];
       UNROLL EACH(m, M) values[m] = wasm_v128_load(x + (size_t)m * at->a_stride);
@@ -78,7 +75,6 @@ INLINE void bytes(const struct place *at, const uint32_t R, const uint32_t M, co
       total[r][m] = wasm_f32x4_add(total[r][m], scaled(at, at->row + r, at->token + m, b, blocks, sum[r][m]));
     }
   }
-  if (points) UNROLL EACH(r, R) subtract_points(at, at->row + r, M, blocks, 8, total[r]);
   finish(at, R, M, total);
 }
 
@@ -123,7 +119,7 @@ INLINE void nibbles(const struct place *at, const uint32_t R, const uint32_t M, 
       total[r][m] = wasm_f32x4_add(total[r][m], scaled(at, at->row + r, at->token + m, b, blocks, sum[r][m]));
     }
   }
-  if (points) UNROLL EACH(r, R) subtract_points(at, at->row + r, M, blocks, 4, total[r]);
+  if (points) UNROLL EACH(r, R) subtract_points(at, at->row + r, M, blocks, total[r]);
   finish(at, R, M, total);
 }
 
@@ -160,7 +156,7 @@ INLINE void fetch_rows(const struct product *p, uint32_t row, uint32_t count, co
 // A kernel for R rows and M tokens of a kind of weights. All arguments but the first are constants.
 INLINE void kernel(const struct place *at, const float *x, const uint32_t kind, const int points, const uint32_t each,
                    const uint32_t R, const uint32_t M) {
-  if (kind == BYTES) bytes(at, R, M, points);
+  if (kind == BYTES) bytes(at, R, M);
   else if (kind == NIBBLES) nibbles(at, R, M, points, each);
   else floats(at, x, R, M);
 }
@@ -181,7 +177,6 @@ INLINE void all(struct place at, const float *x, uint32_t tokens, uint32_t to, c
 #define LOOP __attribute__((noinline)) static void
 LOOP all_floats(struct place at, const float *x, uint32_t tokens, uint32_t to) { all(at, x, tokens, to, FLOATS, 0, 0); }
 LOOP all_bytes(struct place at, uint32_t tokens, uint32_t to) { all(at, 0, tokens, to, BYTES, 0, 0); }
-LOOP all_bytes_with_points(struct place at, uint32_t tokens, uint32_t to) { all(at, 0, tokens, to, BYTES, 1, 0); }
 LOOP all_nibbles(struct place at, uint32_t tokens, uint32_t to) { all(at, 0, tokens, to, NIBBLES, 0, 32); }
 LOOP all_nibbles_with_points(struct place at, uint32_t tokens, uint32_t to) { all(at, 0, tokens, to, NIBBLES, 1, 32); }
 LOOP all_short_nibbles(struct place at, uint32_t tokens, uint32_t to) { all(at, 0, tokens, to, NIBBLES, 0, 16); }
@@ -239,7 +234,7 @@ void multiply(const struct product *p, const struct rounded *a, const float *x, 
   struct place at = {p, a, from, 0, y, stride, m->stride, m->most_blocks};
   switch (p->kind) {
     case FLOATS: return all_floats(at, x, tokens, to);
-    case BYTES: return p->points ? all_bytes_with_points(at, tokens, to) : all_bytes(at, tokens, to);
+    case BYTES: return all_bytes(at, tokens, to);
     case NIBBLES:
       if (p->block < 32) return p->points ? all_short_nibbles_with_points(at, tokens, to) : all_short_nibbles(at, tokens, to);
       return p->points ? all_nibbles_with_points(at, tokens, to) : all_nibbles(at, tokens, to);
@@ -260,10 +255,7 @@ void look_up(const struct product *p, uint32_t row, float *to, float scale, int 
       size_t at = (size_t)row * p->inputs + i;
       int32_t q = bits == 8 ? p->weights[at] : (p->weights[at / 2] >> (at % 2 * 4)) & 15;
       int32_t point = 1 << (bits - 1);
-      if (p->points) {
-        const uint8_t *of = p->points + (size_t)row * ((blocks * bits + 7) / 8);
-        point = bits == 8 ? of[b] : (of[b / 2] >> (b % 2 * 4)) & 15;
-      }
+      if (p->points) point = (int32_t)point_of(p->points + (size_t)row * ((blocks + 1) / 2), b);
       value = (float)(q - point) * p->scales[(size_t)row * blocks + b];
     }
     to[i] = value * scale + (add ? to[i] : 0);

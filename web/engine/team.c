@@ -8,7 +8,6 @@ struct team {
   uint32_t passed;   // counts the barriers
   uint32_t threads;  // of the current step
   uint32_t past, tokens;
-  uint32_t ended;    // whether the threads end
 };
 
 // Loops before a thread sleeps: some tens of microseconds, which is longer than a part of a step.
@@ -54,20 +53,14 @@ EXPORT("step") void step(struct model *m, uint32_t past, uint32_t tokens, uint32
   forward(m, past, tokens, 0, threads);
 }
 
-// Takes part in steps until `end`. `job` is the number of the last step before.
+// Takes part in steps; never returns. The page ends the thread with its worker.
 EXPORT("join") void join(struct model *m, uint32_t thread) {
   struct team *team = m->team;
   for (uint32_t job = 0;;) {
     wait_for(team, &team->job, job);
-    if (LOAD(team->ended)) return;
     job = LOAD(team->job);
     forward(m, team->past, team->tokens, thread, team->threads);
   }
-}
-
-EXPORT("end") void end(struct model *m) {
-  STORE(m->team->ended, 1);
-  advance(m->team, &m->team->job);
 }
 
 EXPORT("sizes") uint32_t sizes(uint32_t of) {

@@ -33,6 +33,7 @@ export class Decoder extends Resumable {
   }
 
   clear() {
+    this.#saved = null;
     this.#forget();
     this.caches = {};
     for (const cache of this.#manifest.cache) {

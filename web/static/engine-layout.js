@@ -7,6 +7,7 @@ const MOST_BYTES = 65536 * WASM_PAGE;
 const STACK = 65536; // of each thread; that of the first begins at address 0
 const CACHE_PAGE = 256; // positions of a page of the global layers' caches
 const TILE = 16; // as in engine.h
+const TEAM = 28; // bytes of the state of the threads
 const KINDS = { float: 0, bytes: 1, nibbles: 2, columns: 3 };
 const MOST_INPUTS = 65536; // of products of integers without blocks, whose sums have 32 bits
 const ACTIVATIONS = ["gelu_pytorch_tanh", "gelu", "silu", "relu"];
@@ -57,7 +58,7 @@ export function layout(plan, dataBytes, { threads, piece }) {
     const quantized = tensor(`${path}.${parts}`, (rows * inputs * bits) / 8);
     const blocks = inputs / block;
     const scales = tensor(`${path}.${parts.startsWith("frequent") ? "frequent" : "weight"}_scale`, 4 * rows * blocks);
-    const zero = points ? tensor(`${path}.weight_zero_points`, rows * Math.ceil((blocks * bits) / 8)) : 0;
+    const zero = points ? tensor(`${path}.weight_zero_points`, rows * Math.ceil(blocks / 2)) : 0;
     const kind = dynamic ? KINDS.columns : bits === 8 ? KINDS.bytes : KINDS.nibbles;
     const stride = inputs * (bits === 4 && block < 32 ? 2 : 1); // kernels for 4 bits read 32 integers at a time
     return { words: [kind, rows, inputs, block, quantized, scales, zero], stride, blocks };
@@ -160,16 +161,19 @@ export function layout(plan, dataBytes, { threads, piece }) {
     rounded: take(2 * piece * stride),
     scales: take(4 * piece * mostBlocks),
     sums: take(4 * piece * mostBlocks),
-    team: take(64),
+    team: take(TEAM),
     stacks: take((threads - 1) * STACK),
   };
   const rotation = (part) => rotations.map((each) => each?.[part] ?? 0);
-  const model = [
+  const beforeRotations = [
     ...[hidden, windows.length, heads, kvHeads, headDim, inner, vocab, ACTIVATIONS.indexOf(shape.activation), capacity],
     ...[CACHE_PAGE, Number(small), of.halves ? shape.candidates : 0, of.frequent, stride, mostBlocks, longest],
     ...[shape.epsilon, shape.scale, shape.embeddingScale].map(float),
     ...[at.layers, ...embedding.words, ...lower.words, ...frequents.words, ...head.words],
-    ...[norm, frequentIds?.to ?? 0, shift, at.pages, at.tokens, ...rotation("cosines"), ...rotation("sines")],
+    ...[norm, frequentIds?.to ?? 0, shift, at.pages, at.tokens],
+  ];
+  const model = [
+    ...[...beforeRotations, ...rotation("cosines"), ...rotation("sines")],
     ...[at.x, at.y, at.wide, at.attended, at.scores, at.tile, at.logits, at.chosen],
     ...[at.rounded, at.rounded, at.scales, at.sums, at.team],
   ];
@@ -183,8 +187,8 @@ export function layout(plan, dataBytes, { threads, piece }) {
   return {
     ...{ shape, data: { at: dataAt, bytes: dataBytes }, contents, frequentIds, rotations, at, bytes, most },
     ...{ rings: { at: rings, bytes: ringBytes }, pageBytes, cachePage: CACHE_PAGE, stackBytes: STACK },
-    sizes: [4 * model.length, (4 * layers.length) / windows.length],
-    cosinesAt: at.model + 4 * (model.length - 17),
+    sizes: [4 * model.length, (4 * layers.length) / windows.length, TEAM], // of the structures, as in engine.h and team.c
+    cosinesAt: at.model + 4 * beforeRotations.length,
     products: used.reduce((sum, { words }) => sum + words[1] * words[2], 0),
   };
 }
@@ -213,6 +217,7 @@ function schemeOf(path, given, inputs) {
   const block = dynamic || !bits ? inputs : given.block_size;
   if (bits && !dynamic && (!BLOCKS.includes(block) || inputs % block)) throw wrong(`${path} has blocks of ${block}`);
   if (dynamic && bits !== 8) throw wrong(`${path} has ${bits} bits`);
+  if (points && bits !== 4) throw wrong(`${path} has zero points`);
   if (dynamic && inputs > MOST_INPUTS) throw wrong(`${path} has ${inputs} inputs`);
   if (frequent && halves) throw wrong(`${path} has halves and frequent rows`);
   if (halves && (path !== TABLE || bits !== 8 || dynamic)) throw wrong(`${path} has halves`);

@@ -1,6 +1,6 @@
 // slm's own engine: runs a bundle for the CPU in WebAssembly (web/engine), reading its weights as they lie in the data file.
 import { WASM_PAGE, layout } from "./engine-layout.js";
-import { Problem } from "./problem.js";
+import { Problem, noMemory } from "./problem.js";
 import { PIECE, Resumable } from "./resumable.js";
 
 // Products in a step below which one thread is faster than several, which wait for each other a dozen times in each layer.
@@ -24,7 +24,7 @@ export class Engine extends Resumable {
     try {
       this.#memory = new WebAssembly.Memory(descriptor);
     } catch {
-      throw new Problem("there is not enough memory for the model", "close other pages, or take a smaller model");
+      throw noMemory();
     }
     this.#end = bytes;
     this.threads = threads;
@@ -161,7 +161,7 @@ export class Engine extends Resumable {
     try {
       if (missing > 0) this.#memory.grow(Math.ceil(missing / WASM_PAGE));
     } catch {
-      throw new Problem("there is not enough memory for a longer text", "close other pages, or start a new text");
+      throw new Problem("there is not enough memory for a longer text", "close other tabs and apps, or start a new text");
     }
     this.#end = Math.ceil((address + bytes) / 64) * 64;
     return address;
