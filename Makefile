@@ -124,11 +124,13 @@ test-edge: dist
 	build/edge/bin/python tests/edge.py
 
 # A release needs a tag, a heading of the changelog and a citation with the version of src/slm/version.py: make check-tag TAG=v1.2.3
+# The shell reads the tag from the environment: a tag's name may contain `command`, which a shell would run if make put it into the line.
 check-tag:
-	@version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/slm/version.py); \
-	test "$(TAG)" = "v$$version" || { echo "the tag is $(TAG), and src/slm/version.py has $$version"; exit 2; }; \
+	@test -n "$$TAG" || { echo 'name the tag: make check-tag TAG=v1.2.3'; exit 2; }; \
+	version=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' src/slm/version.py); \
+	test "$$TAG" = "v$$version" || { printf '%s\n' "the tag is $$TAG, and src/slm/version.py has $$version"; exit 2; }; \
 	grep -qF "## [$$version]" CHANGELOG.md || { echo "CHANGELOG.md has no heading [$$version]"; exit 2; }; \
-	grep -qx "version: $$version" CITATION.cff || { echo "CITATION.cff has another version than $$version"; exit 2; }
+	grep -qxF "version: $$version" CITATION.cff || { echo "CITATION.cff has another version than $$version"; exit 2; }
 
 # The packages of a container by hash, with the versions of constraints.txt; setuptools builds slm itself.
 hashes: $(UV)

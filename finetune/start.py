@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from slm.finetune.review import review
 from slm.finetune.rows import Row
 from slm.finetune.settings import FinetuneSettings
 from slm.finetune.teaching import Teaching, check_rows, teaching_of
+from slm.finetune.writing import Writer
 from slm.train.build import pick_device
 from slm.train.precision import Precision, capability, choose_precision
 
@@ -38,7 +40,7 @@ class Start:
         found: The rows.
         judge: Scores the replies after each epoch; None without a metric.
         course: Everything that decides the result, by which a run is resumed.
-        unanswered: The number of rows that the teacher has yet to answer.
+        unanswered: The number of rows that the teacher has yet to answer; 0 in a run.
     """
 
     config: ModelConfig
@@ -73,7 +75,8 @@ def start_of(
         teacher: The teacher; None without one.
         place: The directory of the result, and whether stored answers of another teacher may be dropped.
         progress: Receives progress and notes.
-        answer: Whether the teacher answers rows that end with a request; otherwise they keep a placeholder.
+        answer: Whether the teacher answers rows that end with a request; otherwise those without a stored answer keep a
+            placeholder.
 
     Raises:
         SlmError: When an input is missing or wrong, or there is nothing to learn.
@@ -83,16 +86,16 @@ def start_of(
     device = pick_device("auto")
     precision = choose_precision("auto", capability(device), config.hidden_size)
     teaching = teaching_of(teacher, place, config, settings.context(config), renderer, device, precision, progress)
-    unanswered = 0
+    left: list[int] = []
 
-    def complete(rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
-        nonlocal unanswered
-        if answer and teaching is not None:
-            return teaching.writer.complete(rows, numbers)
-        unanswered += len(numbers)
-        return list(rows)
+    def complete(writer: Writer, rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
+        completed, unanswered = writer.complete(rows, numbers, write=answer)
+        left.append(unanswered)
+        return completed
 
-    found = prepare(files, settings, config, renderer, progress, None if teaching is None else complete)
+    answering = None if teaching is None else partial(complete, teaching.writer)
+    found = prepare(files, settings, config, renderer, progress, answering)
+    unanswered = sum(left)
     if teacher is not None:
         check_rows(found, teacher, tokenizer, progress)
     for sentence in review(found, settings, config):

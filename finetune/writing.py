@@ -82,14 +82,15 @@ class Writer:
     overwrite: bool
     progress: Progress
 
-    def complete(self, rows: Sequence[Row], unanswered: Sequence[int]) -> list[Row]:
-        """Returns the rows with the teacher's greedy answers in place of placeholders.
+    def complete(self, rows: Sequence[Row], unanswered: Sequence[int], *, write: bool = True) -> tuple[list[Row], int]:
+        """Returns the rows with the teacher's greedy answers in place of placeholders, and the number that `write` left out.
 
         A row whose prompt has the maximum tokens keeps its placeholder, which is cut off with the end of its prompt later.
 
         Args:
             rows: The rows.
             unanswered: Numbers of the rows that end with a request.
+            write: Whether the teacher writes answers that are not stored; otherwise their rows keep the placeholder.
 
         Raises:
             SlmError: If a conversation cannot be rendered, or the stored answers are of another run.
@@ -104,13 +105,15 @@ class Writer:
                 prompts[number] = example.ids[: example.spans[-1][0]]
         written = self._stored()
         missing = {_key(ids): ids for ids in prompts.values() if _key(ids) not in written.answers}
-        if missing:
+        if missing and write:
             self._write(list(missing.values()), written)
+        answers = {number: written.answers.get(_key(ids)) for number, ids in prompts.items()}
         for number, row in asked:
-            if number in prompts:
-                found[number] = self._answered(row, written.answers[_key(prompts[number])])
-        self._report([written.answers[_key(ids)] for ids in prompts.values()])
-        return found
+            if (answer := answers.get(number)) is not None:
+                found[number] = self._answered(row, answer)
+        known = [answer for answer in answers.values() if answer is not None]
+        self._report(known)
+        return found, len(answers) - len(known)
 
     def _write(self, prompts: Sequence[tuple[int, ...]], written: Written) -> None:
         """Lets the teacher answer prompts, and stores the answers, also when it is interrupted."""

@@ -1,26 +1,21 @@
 """What `make test-cpus` and `make test-arm64` accept, and what they say if a program is missing. The targets take minutes."""
 
-import importlib.util
 import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from tests.scripts import script
+
 
 @pytest.fixture(scope="module")
-def run() -> ModuleType:
+def run() -> Iterator[ModuleType]:
     """The script."""
-    path = Path(__file__).parent / "emulated" / "run.py"
-    spec = importlib.util.spec_from_file_location("emulated_run", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # where dataclasses look for the types of their fields
-        spec.loader.exec_module(module)
-    return module
+        yield script(Path(__file__).parent / "emulated" / "run.py", patch)
 
 
 def logits(spread: float, seed: int = 0) -> np.ndarray:

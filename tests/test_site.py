@@ -1,23 +1,21 @@
 """The sources of the documentation site: `docs/site/stage.py` copies the documents, their links and the navigation."""
 
-import importlib.util
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.scripts import script
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def staging() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stage", ROOT / "docs" / "site" / "stage.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["stage"] = module
-    spec.loader.exec_module(module)
-    return module
+def staging() -> Iterator[ModuleType]:
+    """The script."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield script(ROOT / "docs" / "site" / "stage.py", patch)
 
 
 @pytest.fixture
@@ -46,7 +44,8 @@ def repository() -> Path:
 
 def test_documents_and_what_they_link_to_are_staged(staging: ModuleType, repository: Path) -> None:
     out = Path("out")
-    (out / "left").mkdir(parents=True)  # of an earlier build
+    (out / "left").mkdir(parents=True)
+    (out / "index.md").touch()  # of an earlier build
     staging.stage(repository, out)
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert found == {
@@ -83,6 +82,12 @@ def test_a_link_that_leaves_the_repository_is_an_error(staging: ModuleType, repo
     (repository / "docs" / "c.md").write_text("[x](../../../etc/passwd)\n", encoding="utf-8")
     with pytest.raises(ValueError, match="outside of the repository"):
         staging.stage(repository, Path("out"))
+
+
+def test_a_directory_of_something_else_is_kept(staging: ModuleType, repository: Path) -> None:
+    with pytest.raises(FileExistsError, match="not replaced"):
+        staging.stage(repository, repository)
+    assert (repository / "README.md").is_file()
 
 
 def test_every_group_of_the_index_has_pages(staging: ModuleType) -> None:

@@ -17,8 +17,6 @@ release = version = slm.__version__
 author = "the slm authors"
 copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
-nitpicky = False  # types of other packages have no page here
 
 # Anchors of headings as on GitHub, down to the third level: the documents link to them.
 myst_heading_anchors = 3
@@ -29,14 +27,11 @@ copybutton_prompt_text = r"\$ |>>> "
 copybutton_prompt_is_regexp = True
 
 default_role = "code"  # in docstrings, backticks mean code
-autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_use_type_comments = False
 maximum_signature_line_length = 60
 python_use_unqualified_type_names = True
-add_module_names = True
-napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 

@@ -105,9 +105,15 @@ def stage(root: Path, out: Path) -> None:
 
     Args:
         root: The root of the repository.
-        out: The directory, which is replaced.
+        out: The directory; an earlier one is replaced.
+
+    Raises:
+        FileExistsError: If something else is there.
+        ValueError: If a link leaves the repository.
     """
     found = site(root)
+    if out.exists() and not (out / FIRST).is_file():
+        raise FileExistsError(f"{out} is not a site's source directory; it is not replaced")
     shutil.rmtree(out, ignore_errors=True)
     for page in found.pages:
         text = (root / page).read_text(encoding="utf-8")
@@ -125,4 +131,9 @@ def stage(root: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage(ROOT, Path(sys.argv[1]))
+    if len(sys.argv) != 2:
+        sys.exit("usage: python docs/site/stage.py OUT")
+    try:
+        stage(ROOT, Path(sys.argv[1]))
+    except (FileExistsError, ValueError) as error:
+        sys.exit(f"error: {error}")

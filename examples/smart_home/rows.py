@@ -1,6 +1,6 @@
 """Writes the rows of the smart home: requests, and the calls of `home.py`'s functions that fulfil them.
 
-    python rows.py [--train 1500] [--test 200] [--seed 0]        -> train.jsonl, test.jsonl
+    python rows.py [--train 1500] [--test 200] [--seed 0] [--out .]        -> train.jsonl, test.jsonl
 
 Most rows are one call in one of several wordings, one row in six is two calls, and one in eight is a request that no function
 fulfils, with a sentence as the answer. A third of the training rows with calls goes on with their results and an answer that
@@ -208,17 +208,33 @@ def rows(train: int, test: int, seed: int) -> tuple[list[dict[str, Any]], list[d
     return learned, found[:test]
 
 
+def count(text: str) -> int:
+    """Returns a number of rows.
+
+    Raises:
+        ValueError: When it is not a number, or negative; argparse names the option.
+    """
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
 def main() -> None:
     """Writes the two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=1500)
-    parser.add_argument("--test", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--train", type=count, default=1500, help="training rows")
+    parser.add_argument("--test", type=count, default=200, help="test rows")
+    parser.add_argument("--seed", type=int, default=0, help="draws other rows")
+    parser.add_argument("--out", type=Path, default=Path(), help="the directory, which is created")
     given = parser.parse_args()
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     for name, written in zip(("train", "test"), rows(given.train, given.test, given.seed), strict=True):
         path = given.out / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(each) + "\n" for each in written), encoding="utf-8")
+        path.write_text("".join(json.dumps(each) + "\n" for each in written), encoding="utf-8", newline="")
         sys.stderr.write(f"{path}: {len(written)} rows\n")
 
 

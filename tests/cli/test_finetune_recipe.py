@@ -12,6 +12,7 @@ import yaml
 
 from slm.cli.commands.finetune import finetune
 from slm.core.checkpoint import read_info
+from slm.finetune.preparation import RowFiles
 from slm.finetune.recipe import FinetuneRecipe, load_recipe
 from slm.finetune.run import finetune as train
 from slm.finetune.settings import FinetuneSettings
@@ -234,4 +235,39 @@ def test_a_dry_run_with_a_teacher(slm: Slm) -> None:
     assert any(warning.startswith("the teacher first answers 5 rows") for warning in dry["warnings"])
     refused = slm(*command)
     assert refused.code == 1 and "prompt" in refused.err  # without a teacher, a prompt alone is an error
+    assert files() == before
+
+
+def test_a_dry_run_uses_the_stored_answers_of_the_teacher(slm: Slm, run: Path) -> None:
+    """And refuses those of another teacher or length, as the run does."""
+    prompts = "".join(json.dumps({"prompt": f"{n} a"}) + "\n" for n in range(5))
+    Path("prompts.jsonl").write_text(prompts, encoding="utf-8")
+    out, recipe, best = run / "adapters" / "prompts", load_recipe(Path("recipe.yaml")), run / "checkpoint/best"
+    rows = RowFiles(Path("prompts.jsonl"))
+    # Stopped while the teacher answers, and then while the student learns.
+    with pytest.raises(KeyboardInterrupt):
+        train(best, rows, out, recipe.training, Stopper(2), teacher=best)
+    stored = json.loads((out / "teacher/answers.json").read_text(encoding="utf-8"))["answers"]
+    command = (
+        "finetune",
+        "--recipe",
+        "recipe.yaml",
+        "--lora",
+        "prompts.jsonl",
+        "--teacher",
+        "tiny",
+        "--dry-run",
+        "--json",
+    )
+    dry = json.loads(slm(*command).out)
+    assert 0 < len(stored) < 5 and not dry["resumes"]
+    assert any(warning.startswith(f"the teacher first answers {5 - len(stored)} row") for warning in dry["warnings"])
+    with pytest.raises(KeyboardInterrupt):
+        train(best, rows, out, recipe.training, Stopper(5 - len(stored) + 1), teacher=best)
+    assert (out / "trainer").is_dir()
+    before = files()
+    dry = json.loads(slm(*command).out)
+    assert dry["resumes"] and not any(warning.startswith("the teacher first") for warning in dry["warnings"])
+    refused = slm(*command, "--max-length", "20")
+    assert refused.code == 1 and "another teacher, or with another --max-length" in refused.err
     assert files() == before

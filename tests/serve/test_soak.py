@@ -1,9 +1,7 @@
 """A few seconds of `benchmarks/soak.py`: its comparisons, and that they detect errors."""
 
 import asyncio
-import sys
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 
 from slm.core.manifest import Bundle
+from tests.scripts import script
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SECONDS = 12
@@ -21,12 +20,7 @@ def soaking() -> Iterator[ModuleType]:
     """The benchmark as a module; it finds the one beside it as a script does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        spec = spec_from_file_location("soak", BENCHMARKS / "soak.py")
-        assert spec is not None and spec.loader is not None
-        module = module_from_spec(spec)
-        patch.setitem(sys.modules, "soak", module)
-        spec.loader.exec_module(module)
-        yield module
+        yield script(BENCHMARKS / "soak.py", patch)
 
 
 @pytest.fixture
