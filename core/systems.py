@@ -26,9 +26,9 @@ def lacking() -> dict[str, str]:
     if not _is_readable(_HUGE_PAGES):
         found["huge pages"] = "decoding is a little slower"
     if not _is_readable(_MAPPED):
-        found["returning mapped pages"] = "resident memory includes weights that are no longer used"
+        found["release of mapped weights"] = "resident memory includes weights that are no longer used"
     if not can_limit_memory():
-        found["limits of memory"] = "slm watches the processes of chat templates and schemas, and ends large ones"
+        found["memory limits"] = "slm watches the processes of chat templates and schemas, and ends large ones"
     if not hasattr(signal, "SIGUSR1"):
         found["SIGUSR1"] = "no checkpoint on request during training; Ctrl-C saves one and stops"
     if find_spec("readline") is None:

@@ -85,7 +85,7 @@ def test_reports(edge: dict[str, Any]) -> None:
     assert edge["list"] == 0 and edge["missing"] == 1
     assert json.loads(edge["eval"][1])["documents"] == 1
     doctor = json.loads(edge["doctor"][1])
-    lacking = {"huge pages", "returning mapped pages", "limits of memory", "SIGUSR1", "readline"}
+    lacking = {"huge pages", "release of mapped weights", "memory limits", "SIGUSR1", "readline"}
     assert doctor["system"]["lacking"].keys() == (lacking | {"long paths"} if edge["windows"] else lacking)
     assert doctor["memory"]["available"] > 1 << 20 and doctor["cores"]["used"] >= 1
 
