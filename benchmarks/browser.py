@@ -5,9 +5,9 @@
     python benchmarks/browser.py --parts memory
 
 All contenders have the same checkpoint in their own format, the same prompt, the same number of tokens and of threads. Each
-is a tab in one browser; all stay loaded and take turns, so that whatever else the machine does falls on all of them. Memory is
-measured in a browser of its own: the most that the page's process had (VmHWM, and its private part), and what it has when it is
-loaded. A contender that cannot start is named and left out. The last line is one JSON object.
+is a tab in one browser; all stay loaded and take turns, so that other work of the machine slows all of them. For memory, each
+contender has a browser of its own: the table has the peak of the page's process (VmHWM, and its private part), and its memory
+after loading. A contender that cannot start is named and left out. The last line is one JSON object.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from peers import Contender, Entry, Quiet, about, rounded, shown
 
 from slm.core import sample
 from slm.core.manifest import Bundle
-from slm.core.tokenizer import Tokenizer
+from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.runtime.bench import Spread
 from slm.web import site as site_module
 from slm.web.engine_plan import NotSupported
@@ -46,7 +46,7 @@ PARTS = ("speed", "memory")
 CONTENDERS = {
     "slm INT8": ("engine", "onnx-int8"),
     "slm INT4": ("engine", "onnx-int4"),
-    "slm INT8, onnxruntime-web": ("onnxruntime", "onnx-int8"),
+    "slm INT8 on onnxruntime-web": ("onnxruntime", "onnx-int8"),
     "wllama Q8_0": ("wllama", "q8_0.gguf"),
     "wllama Q4_K_M": ("wllama", "q4_k_m.gguf"),
     "transformers.js INT8": ("transformers", "portable-int8"),
@@ -69,27 +69,32 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--patience", type=float, default=0, metavar="S", help="seconds to wait for quiet, in all")
-    parser.add_argument(
-        "--only", default=",".join(each.replace(",", ";") for each in CONTENDERS), help="contenders; ; for a comma"
-    )
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--only", default=",".join(CONTENDERS), metavar="NAMES", help="contenders, separated by commas")
+    parser.add_argument("--parts", default=",".join(PARTS), help="[default: %(default)s]")
     parser.add_argument("--wllama", type=Path, default=PEERS / "wllama/node_modules/@wllama/wllama", metavar="DIR")
     args = parser.parse_args()
     given = {name: Path(path) for name, _, path in (each.partition("=") for each in args.file)}
+    files = {"checkpoint", *(file for _, file in CONTENDERS.values())}
+    wanted, parts = args.only.split(","), args.parts.split(",")
+    for option, names, known in (("--only", wanted, CONTENDERS), ("--parts", parts, PARTS), ("--file", given, files)):
+        if unknown := set(names) - set(known):
+            parser.error(f"{option}: unknown: {', '.join(sorted(unknown))}. Known: {', '.join(sorted(known))}")
     LOGS.mkdir(parents=True, exist_ok=True)
-    wanted = [each.replace(";", ",") for each in args.only.split(",")]
-    if unknown := set(wanted) - CONTENDERS.keys():
-        parser.error(f"--only knows {'; '.join(CONTENDERS)}, not {'; '.join(sorted(unknown))}")
     home = prepare(args.name, args.checkpoint, given, {CONTENDERS[each][1] for each in wanted})
     entries = {name: CONTENDERS[name] for name in wanted if (home / CONTENDERS[name][1]).exists()}
-    found: dict[str, Any] = about(args) | {"model": args.name, "chromium": "", "missing": {}}
+    missing = {name: f"no file {CONTENDERS[name][1]}" for name in wanted if name not in entries}
+    for name, reason in missing.items():
+        print(f"{name} is missing: {reason}", file=sys.stderr)
+    if not entries:
+        raise SystemExit("no contender has its file")
+    found: dict[str, Any] = about(args) | {"model": args.name, "chromium": "", "missing": missing}
     found["files"] = {name: size((home / file).resolve()) for name, (_, file) in entries.items()}
     with ExitStack() as stack:
         browsers = stack.enter_context(chromium())
         world = World(home, args, stack.enter_context(files_server(home, args.wllama)))
-        if "speed" in args.parts:
+        if "speed" in parts:
             found |= speed(entries, world, browsers, args, found["missing"])
-        if "memory" in args.parts:
+        if "memory" in parts:
             found["memory"] = memory(entries, world, browsers, found)
     print(json.dumps(found))
 
@@ -226,7 +231,10 @@ class Page:
 
 def prompt(home: Path, count: int) -> tuple[list[int], str]:
     """Returns a prompt of so many tokens."""
-    tokenizer = Tokenizer.load(home / "onnx-int8")
+    folders = [path for path in sorted(home.iterdir()) if (path / TOKENIZER_FILE).is_file()]
+    if not folders:
+        raise SystemExit(f"{home} has no tokenizer: name a --checkpoint or a bundle as --file")
+    tokenizer = Tokenizer.load(folders[0])  # all of them have the same one
     ids = tokenizer.encode(sample.validation_path().read_text(encoding="utf-8").replace("<|endoftext|>", ""))[:count]
     return ids, tokenizer.decode(ids)
 
@@ -283,7 +291,7 @@ def speed(
             + " |"
         )
     found: dict[str, Any] = {"speed": rows, "chromium": version}
-    if OURS in rows:
+    if OURS in rows and len(rows) > 1:
         ours = rows[OURS]["decode_tok_s"]["median"]
         found["ratios"] = {
             name: round(ours / each["decode_tok_s"]["median"], 3) for name, each in rows.items() if name != OURS

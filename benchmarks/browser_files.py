@@ -1,5 +1,6 @@
 """The files that `benchmarks/browser.py` runs: one checkpoint in every format, under bench-results/browser/NAME."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -19,17 +20,30 @@ def prepare(name: str, checkpoint: Path | None, given: dict[str, Path], wanted: 
         checkpoint: A checkpoint; None for random weights in the 270M shape.
         given: Files that exist already, by the names that they get.
         wanted: The names of the files.
+
+    Raises:
+        SystemExit: If a file does not exist, the model has another one of that name, or there is nothing to make one from.
     """
     home = HOME / name
-    home.mkdir(parents=True, exist_ok=True)
     if checkpoint is not None:
         given = {"checkpoint": checkpoint} | given
+    for each, path in given.items():
+        if not path.exists():
+            raise SystemExit(f"not found: {path}")
+        # Never replace a file: those made from the older one would stay.
+        if os.path.lexists(home / each) and not (home / each).exists():
+            raise SystemExit(f"{home / each} is a link to a file that is gone; remove {home}")
+        if (home / each).exists() and not (home / each).samefile(path):
+            raise SystemExit(f"{home} has another {each} than {path}: choose another --name")
+    home.mkdir(parents=True, exist_ok=True)
     for each, path in given.items():
         if not (home / each).exists():
             (home / each).symlink_to(path.resolve())
     made = {"q8_0.gguf", "onnx-int8", "portable-int8"} & set(wanted)
     missing = {each for each in made if not (home / each).exists()}
     if missing and not (home / "checkpoint").exists():
+        if given:  # random weights beside the files of a model would be compared with them
+            raise SystemExit(f"a --checkpoint is needed to make {', '.join(sorted(missing))}")
         from peer_files import _make_checkpoint
 
         _make_checkpoint(home / "checkpoint")

@@ -287,8 +287,8 @@ def warn_of_saturation(decoder: object) -> None:
 
     if isinstance(decoder, OnnxDecoder) and saturates(decoder.bundle):
         say(
-            "warning: the 8-bit products of this bundle would saturate on this CPU, which has no VNNI. Its weights were "
-            "rounded again in memory. Run slm quantize --int8-dynamic again with this version."
+            "warning: the 8-bit products of this bundle would saturate on this CPU, which has no VNNI. slm rounded the weights "
+            "again in memory; to do this once, run slm quantize --int8-dynamic again."
         )
 
 

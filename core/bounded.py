@@ -2,8 +2,7 @@
 
 Parent and child exchange messages through pipes; each has its length in front. The child limits itself as far as the system
 enforces limits (`slm.core.process_limits`), and its first message says which ones. A thread of the parent watches the others
-with psutil, and the wall-clock time, and ends a child that exceeds a limit. What the child does meanwhile does not matter, nor
-whether it can be interrupted.
+with psutil, and the wall-clock time, and ends a child that exceeds a limit, even during a call that cannot be interrupted.
 """
 
 import json
@@ -19,7 +18,7 @@ from typing import Any
 from slm.core import child
 from slm.core.process_limits import Limit
 
-# How often to look at the memory and processor time of a child, in seconds. A process fills 50 MiB in this time.
+# How often to look at the memory and processor time of a child, in seconds. A process can fill 50 MiB in this time.
 _LOOK_S = 0.01
 _LENGTH = struct.Struct("<Q")
 
@@ -168,10 +167,8 @@ class BoundedProcess:
     def _kill(self) -> None:
         with suppress(OSError):
             self._process.kill()
-        if self._pid not in (
-            None,
-            self._process.pid,
-        ):  # a virtual environment of Windows starts Python in another process
+        # A virtual environment of Windows starts Python in another process.
+        if self._pid not in (None, self._process.pid):
             import psutil
 
             with suppress(psutil.Error, OSError):

@@ -15,8 +15,8 @@ from typing import Any
 
 from slm.core import renames, systems
 from slm.core.errors import SlmError
+from slm.core.file_names import is_portable, leads_out
 from slm.core.locks import LOCK, is_mine, sole
-from slm.core.portable import is_portable, leads_out
 from slm.core.processes import process_exists
 
 _PARTIAL = ".partial-"
@@ -127,9 +127,8 @@ def _to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if (
-            error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
-        ):  # some file systems do not support fsync for directories
+        # Some file systems do not support fsync for directories.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(descriptor)

@@ -192,9 +192,8 @@ def _sign(descriptor: int) -> None:
 def _holder(descriptor: int) -> str:
     """Returns a description of the process that holds the lock of an open file or directory."""
     about = os.fstat(descriptor)
-    if sys.platform != "win32" and hasattr(
-        os, "major"
-    ):  # Linux lists locks; process ids of other containers are shown as 0 or -1
+    # Linux lists locks. It shows the process ids of other containers as 0 or -1.
+    if sys.platform != "win32" and hasattr(os, "major"):
         place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
         with suppress(OSError):
             for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():

@@ -5,6 +5,7 @@ does not enforce, the parent watches: `slm.core.bounded`.
 """
 
 import faulthandler
+import mmap
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ def limit_memory(most: int, *, more: bool = False) -> bool:
         try:
             import resource
 
-            now = int(_STATM.read_text("ascii").split()[0]) * resource.getpagesize() if more else 0
+            now = _address_space() if more else 0
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_AS, (now + most, now + most))
         except (ImportError, OSError, ValueError):  # macOS has no limit of address space
@@ -60,7 +61,7 @@ def memory_limited(more: int) -> Iterator[None]:
         with suppress(ImportError, OSError, ValueError):
             import resource
 
-            now = int(_STATM.read_text("ascii").split()[0]) * resource.getpagesize() + more
+            now = _address_space() + more
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
             if soft == resource.RLIM_INFINITY or now < soft:
                 resource.setrlimit(resource.RLIMIT_AS, (now, hard))
@@ -70,6 +71,15 @@ def memory_limited(more: int) -> Iterator[None]:
         finally:
             if previous is not None:
                 resource.setrlimit(resource.RLIMIT_AS, previous)
+
+
+def _address_space() -> int:
+    """Returns the size of this process's address space in bytes.
+
+    Raises:
+        OSError: If the system is not Linux.
+    """
+    return int(_STATM.read_text("ascii").split()[0]) * mmap.PAGESIZE
 
 
 def forbid_writing() -> bool:

@@ -1,7 +1,7 @@
-"""Renames and removals that also work on Windows, where no file can be renamed or removed while a program has it open.
+"""Renames and removes files and directories. Windows refuses both while a program has the file open.
 
 Antivirus programs and indexers open new files for a moment, and readers such as `slm serve` keep files open. On Windows, these
-functions therefore try again for a short time. On other systems they try once: there an open file does not prevent anything.
+functions therefore try again for a short time. On other systems they try once, because an open file prevents nothing.
 """
 
 import gc
@@ -67,7 +67,7 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes a directory as far as possible. Something else removes the rest: the next writer of the same artifact."""
+    """Removes a directory as far as possible. The next writer of the same artifact removes the rest."""
     with suppress(OSError):
         remove_tree(path)
     shutil.rmtree(path, ignore_errors=True)  # the files after one that could not be removed

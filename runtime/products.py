@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from slm.core import graph_encoding
 from slm.core.graph_file import FileTensor, read_graph
 from slm.core.grid import Array, fitted
 from slm.core.manifest import Bundle
 
 # The inputs of the product that `products_saturate` tries, and the extremes of its operands.
 _INPUTS, _LARGEST_INPUT, _LARGEST_WEIGHT = 64, 255, 127
-# ONNX's numbers of types (onnx.proto, TensorProto.DataType).
-_UINT8, _INT8, _INT32 = 2, 3, 6
-_NUMPY = {1: np.float32, _INT8: np.int8}
+# NumPy's types of ONNX's float and int8 (onnx.proto, TensorProto.DataType).
+_NUMPY = {1: np.float32, 3: np.int8}
 
 
 def saturates(bundle: Bundle) -> bool:
@@ -76,30 +76,12 @@ def _read(tensor: FileTensor, folder: Path) -> Array:
 
 
 def product_of_extremes() -> bytes:
-    """Returns an ONNX model: the product of `x`, uint8 (rows, 64), and a column of the largest weights, int8 (64, 1).
-
-    It is encoded by hand, because the package onnx is not installed on devices. The numbers are those of fields in onnx.proto.
-    """
-    weights = _number(1, _INPUTS) + _number(1, 1) + _number(2, _INT8) + _bytes(8, b"w")
-    weights += _bytes(9, bytes([_LARGEST_WEIGHT]) * _INPUTS)  # dims, data_type, name, raw_data
-    node = _bytes(1, b"x") + _bytes(1, b"w") + _bytes(2, b"y") + _bytes(4, b"MatMulInteger")  # input, output, op_type
-    graph = _bytes(1, node) + _bytes(2, b"product") + _bytes(5, weights)  # node, name, initializer
-    graph += _bytes(11, _value(b"x", _UINT8, _INPUTS)) + _bytes(12, _value(b"y", _INT32, 1))  # input, output
-    opset = _bytes(1, b"") + _number(2, 21)  # domain, version
-    return _number(1, 10) + _bytes(7, graph) + _bytes(8, opset)  # ir_version, graph, opset_import
-
-
-def _value(name: bytes, dtype: int, columns: int) -> bytes:
-    """Returns a ValueInfoProto of shape ("rows", columns)."""
-    shape = _bytes(1, _bytes(2, b"rows")) + _bytes(1, _number(1, columns))  # dim_param, dim_value
-    return _bytes(1, name) + _bytes(2, _bytes(1, _number(1, dtype) + _bytes(2, shape)))  # name, type, tensor_type
-
-
-def _number(field: int, value: int) -> bytes:
-    assert value < 128
-    return bytes([field << 3, value])
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    size = bytes([len(value)]) if len(value) < 128 else bytes([len(value) & 127 | 128, len(value) >> 7])
-    return bytes([field << 3 | 2]) + size + value
+    """Returns an ONNX model: the product of `x`, uint8 (rows, 64), and a column of the largest weights, int8 (64, 1)."""
+    return graph_encoding.model(
+        "product",
+        [graph_encoding.node("MatMulInteger", ["x", "w"], ["y"])],
+        [graph_encoding.tensor("w", np.full((_INPUTS, 1), _LARGEST_WEIGHT, np.int8))],
+        [graph_encoding.value("x", np.uint8, ("rows", _INPUTS))],
+        [graph_encoding.value("y", np.int32, ("rows", 1))],
+        {"": 21},
+    )

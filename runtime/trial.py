@@ -2,19 +2,18 @@
 
 Opening a session proves little: kernels for the GPU may be missing, and a driver may fail at the first launch. The model
 consists of matrix products and `GroupQueryAttention`, like slm's bundles, with head dims of 64 and 256. On CUDA it is
-float16, and no node may run elsewhere; on other providers it is float32. Its file is written here byte by byte, because the
-onnx package is not part of the base installation. On the CPU, the bundled demo model also runs a step.
+float16, and no node may run elsewhere; on other providers it is float32. On the CPU, the bundled demo model also runs a step.
 
 Dimensions: T positions, D hidden, N query heads on one key head, H head dim.
 """
 
-import struct
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from slm.core import graph_encoding
 from slm.core.errors import SlmError
 from slm.core.manifest import Bundle
 from slm.runtime.decoder import OnnxDecoder
@@ -28,10 +27,6 @@ _POSITIONS, _HIDDEN, _HEADS = 5, 64, 2
 _SCALE = 0.25
 # The tolerance of products of 64 numbers near 1, rounded to float16 three times.
 _TOLERANCE = 0.03
-# ONNX's codes of the tensor types, and of an attribute's type.
-_ELEMENTS = {np.dtype(np.float32): 1, np.dtype(np.int32): 6, np.dtype(np.float16): 10}
-_FLOAT, _INT = 1, 2
-_IR_VERSION, _OPSET = 10, 21
 
 
 def try_provider(provider: str) -> dict[str, Any]:
@@ -67,27 +62,19 @@ def tiny_model(kind: "np.dtype[Any]") -> bytes:
     nodes, weights, outputs = [], [], []
     for size in HEAD_DIMS:
         for part, weight in zip("qkv", _weights(size), strict=True):
-            weights.append(_tensor(f"{part}_{size}", weight.astype(kind)))
-            nodes.append(_node("MatMul", ["hidden", f"{part}_{size}"], [f"{part}{size}"]))
+            weights.append(graph_encoding.tensor(f"{part}_{size}", weight.astype(kind)))
+            nodes.append(graph_encoding.node("MatMul", ["hidden", f"{part}_{size}"], [f"{part}{size}"]))
         inputs = [*(f"{part}{size}" for part in "qkv"), "", "", "last_index", "total"]
         attributes = {"num_heads": _HEADS, "kv_num_heads": 1, "scale": _SCALE}
         made = [f"attended_{size}", f"key_{size}", f"value_{size}"]
-        nodes.append(_node("GroupQueryAttention", inputs, made, "com.microsoft", attributes))
-        outputs.append(_value(made[0], kind, (1, _POSITIONS, _HEADS * size)))
+        nodes.append(graph_encoding.node("GroupQueryAttention", inputs, made, "com.microsoft", attributes))
+        outputs.append(graph_encoding.value(made[0], kind, (1, _POSITIONS, _HEADS * size)))
     taken = [
-        _value("hidden", kind, (1, _POSITIONS, _HIDDEN)),
-        _value("last_index", np.dtype(np.int32), (1,)),
-        _value("total", np.dtype(np.int32), ()),
+        graph_encoding.value("hidden", kind, (1, _POSITIONS, _HIDDEN)),
+        graph_encoding.value("last_index", np.int32, (1,)),
+        graph_encoding.value("total", np.int32, ()),
     ]
-    graph = (
-        _repeated(1, nodes)
-        + _bytes(2, b"trial")
-        + _repeated(5, weights)
-        + _repeated(11, taken)
-        + _repeated(12, outputs)
-    )
-    domains = [_bytes(1, name) + _whole(2, version) for name, version in ((b"", _OPSET), (b"com.microsoft", 1))]
-    return _whole(1, _IR_VERSION) + _bytes(7, graph) + _repeated(8, domains)
+    return graph_encoding.model("trial", nodes, weights, taken, outputs, {"": 21, "com.microsoft": 1})
 
 
 def _try_shipped() -> None:
@@ -135,50 +122,3 @@ def _random(seed: int, shape: tuple[int, ...]) -> Array:
     """Returns random numbers that float16 represents exactly."""
     numbers = np.random.default_rng(seed).standard_normal(shape)
     return numbers.astype(np.float16).astype(np.float32)
-
-
-# Messages of onnx/onnx.proto; https://protobuf.dev/programming-guides/encoding/.
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def _whole(field: int, number: int) -> bytes:
-    return _varint(field << 3) + _varint(number)
-
-
-def _bytes(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-
-def _repeated(field: int, contents: list[bytes]) -> bytes:
-    return b"".join(_bytes(field, content) for content in contents)
-
-
-def _node(
-    operator: str, inputs: list[str], outputs: list[str], domain: str = "", attributes: dict[str, float] | None = None
-) -> bytes:
-    names = _repeated(1, [each.encode() for each in inputs]) + _repeated(2, [each.encode() for each in outputs])
-    made = [_attribute(name.encode(), value) for name, value in (attributes or {}).items()]
-    return names + _bytes(4, operator.encode()) + _repeated(5, made) + _bytes(7, domain.encode())
-
-
-def _attribute(name: bytes, value: float) -> bytes:
-    if isinstance(value, int):
-        return _bytes(1, name) + _whole(3, value) + _whole(20, _INT)
-    return _bytes(1, name) + _varint(2 << 3 | 5) + struct.pack("<f", value) + _whole(20, _FLOAT)
-
-
-def _tensor(name: str, array: Array) -> bytes:
-    dims = b"".join(_whole(1, size) for size in array.shape)
-    return dims + _whole(2, _ELEMENTS[array.dtype]) + _bytes(8, name.encode()) + _bytes(9, array.tobytes())
-
-
-def _value(name: str, kind: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
-    dims = _repeated(1, [_whole(1, size) for size in shape])
-    return _bytes(1, name.encode()) + _bytes(2, _bytes(1, _whole(1, _ELEMENTS[kind]) + _bytes(2, dims)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slm.core import systems
+from slm.core import locks, systems
 from slm.core.errors import SlmError
 from slm.core.locks import held, sole
 
@@ -95,6 +95,33 @@ def test_threads_exclude_each_other_and_a_thread_does_not_exclude_itself(windows
         assert again is True and len(refused) == 1
     try_it()
     assert len(refused) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_its_holder_removes_meanwhile_is_no_lock(
+    windows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise two processes could hold locks at once: one on the removed file, one on the new file."""
+    opened, lock, removed = locks._opened, tmp_path / ".made.lock", []
+
+    def removed_once(path: Path) -> int:
+        descriptor = opened(path)
+        if not removed:
+            lock.unlink()
+            removed.append(descriptor)
+        return descriptor
+
+    monkeypatch.setattr(locks, "_opened", removed_once)
+    with sole(tmp_path / "made") as certain:
+        assert certain and removed and lock.exists()
+
+
+def test_a_thread_can_be_excluded_from_its_own_lock(windows: bool, tmp_path: Path) -> None:
+    with sole(tmp_path / "made"):
+        with pytest.raises(SlmError, match="prepares it"), sole(tmp_path / "made", doing="prepares it", again=False):
+            pass
+        with sole(tmp_path / "made") as certain:
+            assert certain
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_file_that_another_process_still_has_open_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

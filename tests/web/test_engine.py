@@ -296,7 +296,11 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "hidden is no multiple of 8": lambda plan: plan["shape"].update(hidden=60),
     "blocks of 3": lambda plan: plan["products"]["model.embed_tokens"].update(block_size=3),
     "has 3 bits": lambda plan: plan["products"]["model.embed_tokens"].update(bits=3),
-    "has 321 frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(frequent=321),
+    "has 321 frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(bits=4, frequent=321),
+    "has 8 frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(frequent=8),
+    # As halves, blocks of these would be larger than the kernels for 4-bit weights can hold.
+    "embed_tokens has halves": lambda plan: plan["products"]["model.embed_tokens"].update(bits=0, halves=True),
+    "down_proj has halves": lambda plan: plan["products"]["model.layers.0.mlp.down_proj"].update(halves=True),
     "has halves and frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(frequent=8, halves=True),
     "windows differ": lambda plan: plan["shape"].update(windows=[1, 2, None, 3]),
     "too large for a browser": lambda plan: plan["shape"].update(context=1 << 25),

@@ -11,6 +11,7 @@ const KINDS = { float: 0, bytes: 1, nibbles: 2, columns: 3 };
 const MOST_INPUTS = 65536; // of products of integers without blocks, whose sums have 32 bits
 const ACTIVATIONS = ["gelu_pytorch_tanh", "gelu", "silu", "relu"];
 const BLOCKS = [16, 32, 64, 128, 256];
+const TABLE = "model.embed_tokens";
 const ROTATIONS = ["sliding_attention", "full_attention"];
 const NO_PRODUCT = { words: [0, 0, 0, 0, 0, 0, 0], stride: 0, blocks: 0 };
 
@@ -111,20 +112,19 @@ export function layout(plan, dataBytes, { threads, piece }) {
     ];
   });
 
-  const table = "model.embed_tokens";
-  const of = scheme(table, hidden);
+  const of = scheme(TABLE, hidden);
+  if (of.frequent > vocab) throw wrong(`${TABLE} has ${of.frequent} frequent rows`);
   let [embedding, lower, frequents, frequentIds, shift] = [null, NO_PRODUCT, NO_PRODUCT, null, 0];
   if (of.halves) {
-    embedding = weights(table, vocab, hidden, of, "weight_upper");
-    lower = weights(table, vocab, hidden, of, "weight_lower");
-    shift = floats(`${table}.weight_shift`, vocab);
-  } else embedding = weights(table, vocab, hidden, of);
+    embedding = weights(TABLE, vocab, hidden, of, "weight_upper");
+    lower = weights(TABLE, vocab, hidden, of, "weight_lower");
+    shift = floats(`${TABLE}.weight_shift`, vocab);
+  } else embedding = weights(TABLE, vocab, hidden, of);
   used.push(embedding);
-  if (of.frequent > vocab) throw wrong(`${table} has ${of.frequent} frequent rows`);
   if (of.frequent) {
-    frequents = weights(table, of.frequent, hidden, { bits: 8, block: of.block }, "frequent_quantized");
+    frequents = weights(TABLE, of.frequent, hidden, { bits: 8, block: of.block }, "frequent_quantized");
     used.push(frequents);
-    frequentIds = { from: tensor(`${table}.frequent_ids`, 8 * of.frequent), to: take(4 * of.frequent), count: of.frequent };
+    frequentIds = { from: tensor(`${TABLE}.frequent_ids`, 8 * of.frequent), to: take(4 * of.frequent), count: of.frequent };
   }
   const head = shape.tied ? embedding : product("lm_head", vocab, hidden);
   if (head !== embedding && (of.halves || of.frequent)) throw wrong("a head of its own beside a table of another kind");
@@ -215,7 +215,8 @@ function schemeOf(path, given, inputs) {
   if (dynamic && bits !== 8) throw wrong(`${path} has ${bits} bits`);
   if (dynamic && inputs > MOST_INPUTS) throw wrong(`${path} has ${inputs} inputs`);
   if (frequent && halves) throw wrong(`${path} has halves and frequent rows`);
-  if (frequent && !isSize(frequent)) throw wrong(`${path} has ${frequent} frequent rows`);
+  if (halves && (path !== TABLE || bits !== 8 || dynamic)) throw wrong(`${path} has halves`);
+  if (frequent && (path !== TABLE || bits !== 4 || !isSize(frequent))) throw wrong(`${path} has ${frequent} frequent rows`);
   return { bits: halves ? 4 : bits, block, points, dynamic, halves, frequent };
 }
 

@@ -6,8 +6,8 @@ import pytest
 
 from slm.core import systems
 from slm.core.errors import SlmError
+from slm.core.file_names import is_portable, leads_out
 from slm.core.files import member
-from slm.core.portable import is_portable, leads_out
 from slm.core.shell import quoted
 
 LEADS_OUT = (

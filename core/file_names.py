@@ -1,8 +1,7 @@
-r"""File names from artifacts of others, judged alike on every system.
+r"""Checks of the file names in an artifact. The rules are the same on every system: what opens on one, opens on all.
 
-Names in an artifact are relative and have `/` between their parts. On Windows, `..\x` and `C:x` would lead elsewhere, `CON`
-and `aux.json` name devices, `a:b` names a hidden stream of the file `a`, and `x.` is the file `x`. All of them are rejected on
-every system, so that an artifact which opens on one system opens on all.
+A name is relative and has `/` between its parts. On Windows, `..\x` and `C:x` would lead elsewhere, `CON` and `aux.json` name
+devices, `a:b` names a hidden stream of the file `a`, and `x.` is the file `x`. All of these names are rejected.
 """
 
 import re
