@@ -189,8 +189,8 @@ def _limits(start: Start, measured: Rehearsal) -> Iterator[str]:
     """Yields what the estimates do not contain, and whether the run does not fit into memory."""
     if start.unanswered:
         yield (
-            f"the teacher first answers {start.unanswered} rows; the estimates contain neither the time for it nor the "
-            "answers"
+            f"the teacher first answers {start.unanswered} row{'s' if start.unanswered > 1 else ''}; the estimates contain "
+            "neither the time for it nor the answers"
         )
     if start.found.settings.metric is not None:
         yield "the estimate of the time does not contain the replies that training.metric scores after each epoch"

@@ -253,6 +253,7 @@ def test_a_dry_run_with_a_teacher(slm: Slm) -> None:
     result = slm(*command, "--teacher", "tiny")
     assert result.code == 0, result.err
     dry = json.loads(result.out)
+    assert "answers written" not in result.err
     assert dry["recipe"]["teacher"] == str(Path("runs/tiny/checkpoint/best").absolute())
     assert any(warning.startswith("the teacher first answers 5 rows") for warning in dry["warnings"])
     refused = slm(*command)
