@@ -243,7 +243,7 @@ build/sphinx/.installed: Makefile | install
 	@touch $@
 
 docs: build/sphinx/.installed
-	rm -rf build/site
+	rm -rf build/site build/site-source
 	$(BIN)/python docs/site/stage.py build/site-source
 	PYTHONPATH=build/sphinx $(BIN)/python -m sphinx -q --fail-on-warning -E -b html -d build/site-doctrees \
 		-c docs/site build/site-source build/site

@@ -132,8 +132,7 @@ def foresee(
     check_free(out, recipe.training.method, overwrite)
     heard, files = _Listener(progress), recipe.files()
     start = start_of(base, files, recipe.training, teacher, (out, overwrite), heard, answer=False)
-    # If the base is temporary, no run from it was interrupted.
-    resumes, found = place == base and _resumes(out, start, overwrite), start.found
+    resumes, found = _resumes(out, start, place, overwrite), start.found
     with torch.random.fork_rng():
         built = build(base, start.info, found, start.renderer, start.device, start.precision, heard)
         loaded = None if start.teaching is None else start.teaching.load()
@@ -169,8 +168,8 @@ def foresee(
     )
 
 
-def _resumes(out: Path, start: Start, overwrite: bool) -> bool:
-    """Returns whether the run continues an interrupted one.
+def _resumes(out: Path, start: Start, place: Path, overwrite: bool) -> bool:
+    """Returns whether the run, whose base would lie at a place, continues an interrupted one.
 
     Raises:
         SlmError: When the directory holds another interrupted run, which may not be replaced.
@@ -178,7 +177,8 @@ def _resumes(out: Path, start: Start, overwrite: bool) -> bool:
     if start.unanswered:  # the answers of the teacher may decide which rows are held out
         return (out / TRAINER).is_dir()
     try:
-        return resumable(out, start.course) is not None
+        course = {**start.course, "base": start.course["base"] | {"path": str(place.resolve())}}
+        return resumable(out, course) is not None
     except SlmError:
         if overwrite:
             return False
@@ -189,8 +189,8 @@ def _limits(start: Start, measured: Rehearsal) -> Iterator[str]:
     """Yields what the estimates do not contain, and whether the run does not fit into memory."""
     if start.unanswered:
         yield (
-            f"the teacher first answers {start.unanswered} rows; the estimates contain neither the time for it nor the "
-            "answers"
+            f"the teacher first answers {start.unanswered} row{'s' if start.unanswered > 1 else ''}; the estimates contain "
+            "neither the time for it nor the answers"
         )
     if start.found.settings.metric is not None:
         yield "the estimate of the time does not contain the replies that training.metric scores after each epoch"

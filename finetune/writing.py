@@ -112,7 +112,8 @@ class Writer:
             if (answer := answers.get(number)) is not None:
                 found[number] = self._answered(row, answer)
         known = [answer for answer in answers.values() if answer is not None]
-        self._report(known)
+        if known or write:
+            self._report(known)
         return found, len(answers) - len(known)
 
     def _write(self, prompts: Sequence[tuple[int, ...]], written: Written) -> None:

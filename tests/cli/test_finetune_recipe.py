@@ -16,6 +16,7 @@ from slm.finetune.preparation import RowFiles
 from slm.finetune.recipe import FinetuneRecipe, load_recipe
 from slm.finetune.run import finetune as train
 from slm.finetune.settings import FinetuneSettings
+from slm.steps.choosing import default_base
 from tests.progress import Stopper
 
 pytestmark = pytest.mark.usefixtures("short_answers")
@@ -222,6 +223,27 @@ def test_a_dry_run_on_the_demo_model_leaves_no_checkpoint(slm: Slm) -> None:
     assert not Path("runs").exists()
 
 
+def test_a_dry_run_on_the_demo_model_sees_interrupted_runs(slm: Slm) -> None:
+    """Also where the run would have to import the model again."""
+    recipe, command = (
+        load_recipe(Path("recipe.yaml")),
+        ("finetune", "--lora", "pairs.jsonl", "--rank", "2", "--out", "out"),
+    )
+    command += ("--set", "training.epochs=1", "--set", "training.dropout=0.1", "--dry-run", "--json")
+    with pytest.raises(KeyboardInterrupt):
+        train(Path("runs/tiny/checkpoint/best"), recipe.files(), Path("out"), recipe.training, Stopper(1))
+    shutil.rmtree("runs")
+    refused = slm(*command)
+    assert refused.code == 1 and "out holds an interrupted run that differs in base" in refused.err
+    shutil.rmtree("out")
+    base = default_base(lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, recipe.files(), Path("out"), recipe.training, Stopper(1))
+    for _ in range(2):
+        assert json.loads(slm(*command).out)["resumes"] is True
+        shutil.rmtree("runs", ignore_errors=True)
+
+
 def test_a_dry_run_with_a_teacher(slm: Slm) -> None:
     Path("prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{n} a"}) + "\n" for n in range(5)), encoding="utf-8"
@@ -231,6 +253,7 @@ def test_a_dry_run_with_a_teacher(slm: Slm) -> None:
     result = slm(*command, "--teacher", "tiny")
     assert result.code == 0, result.err
     dry = json.loads(result.out)
+    assert "answers written" not in result.err
     assert dry["recipe"]["teacher"] == str(Path("runs/tiny/checkpoint/best").absolute())
     assert any(warning.startswith("the teacher first answers 5 rows") for warning in dry["warnings"])
     refused = slm(*command)
