@@ -36,7 +36,7 @@ from slm.runtime import shipped
 from slm.runtime.decoder import OnnxDecoder
 from slm.web.npm import packages, vendored
 from slm.web.server import SiteServer
-from slm.web.site import Site, local_site
+from slm.web.site import SITE_FILE, Site, local_site
 from tests.serving import running
 
 pytestmark = pytest.mark.peer
@@ -330,6 +330,9 @@ def test_what_was_altered_on_the_way_is_refused(open_tab: Callable[..., Tab], tm
         site.files[name] = site.contents[name]
         tab.page.click("#load")
         tab.ready()
+    site.files[SITE_FILE] = site.read(SITE_FILE)[:-5]
+    with served(site) as server:
+        assert open_tab(server.url).problem().startswith("site.json is damaged: make the site again")
 
 
 def test_a_newer_site_is_offered(open_tab: Callable[..., Tab], tmp_path: Path) -> None:

@@ -353,6 +353,15 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "has halves and frequent rows": lambda plan: plan["products"]["model.embed_tokens"].update(frequent=8, halves=True),
     "windows differ": lambda plan: plan["shape"].update(windows=[1, 2, None, 3]),
     "too large for a browser": lambda plan: plan["shape"].update(context=1 << 25),
+    "heads are no multiple of kvHeads": lambda plan: plan["shape"].update(kvHeads=3),
+    "headDim is no multiple of 8": lambda plan: plan["shape"].update(headDim=36),
+    "epsilon is -1": lambda plan: plan["shape"].update(epsilon=-1),
+    "activation tanh": lambda plan: plan["shape"].update(activation="tanh"),
+    "cache float16": lambda plan: plan["shape"].update(cache="float16"),
+    "candidates is 321": lambda plan: plan["shape"].update(candidates=321),
+    "embed_tokens has 4 bits": lambda plan: plan["products"]["model.embed_tokens"].update(bits=4, dynamic=True),
+    "it has no tensors": lambda plan: plan.pop("tensors"),
+    "model.norm.weight is not in base64": lambda plan: plan["tensors"].update({NORM: "?"}),
     "it has no layers": lambda plan: plan["shape"].update(windows=[]),
 }
 NORM = "model.norm.weight"
@@ -368,6 +377,19 @@ def test_a_wrong_plan_is_one_line(message: str, made: Callable[[str], Bundle], r
     HOSTILE[message](plan)
     found = run(bundle, plan=plan, fails=True)
     assert message in found["message"] and "\n" not in found["message"] and found["hint"]
+
+
+@pytest.mark.parametrize("token", [320, -1, 1 << 40])
+def test_frequent_tokens_outside_the_vocabulary(token: int, made: Callable[[str], Bundle], run: Runner) -> None:
+    """The head writes a logit at the place of each."""
+    bundle = made("int4 with frequent rows")
+    plan = engine_plan(bundle)
+    ids = np.arange(plan["products"]["model.embed_tokens"]["frequent"], dtype=np.int64)
+    for last, fails in ((319, False), (token, True)):
+        ids[-1] = last
+        plan["tensors"]["model.embed_tokens.frequent_ids"] = base64.b64encode(ids.tobytes()).decode()
+        result = run(bundle, plan=plan, fails=fails)
+    assert result["message"] == "a frequent token is not in the vocabulary"
 
 
 def test_steps_outside_the_model_are_refused(made: Callable[[str], Bundle], run: Runner) -> None:

@@ -196,8 +196,7 @@ __attribute__((noinline)) static void columns(const struct place *at, uint32_t t
       int32_t sums[WIDTH];
       const int16_t *x = at->a->wide + (size_t)t * at->a_stride;
       for (uint32_t i = 0; i < WIDTH; i += 4) wasm_v128_store(sums + i, wasm_i32x4_splat(0));
-      uint32_t k = 0;
-      for (; k + 4 <= inputs; k += 4) {
+      for (uint32_t k = 0; k < inputs; k += 4) { // inputs are a multiple of 8
         const int8_t *w = (const int8_t *)at->p->weights + (size_t)k * rows;
         if (t == 0 && k + 8 <= inputs) {
           for (uint32_t j = 4; j < 8; j++) fetch(w + (size_t)j * rows + start, end - start);
@@ -217,10 +216,6 @@ __attribute__((noinline)) static void columns(const struct place *at, uint32_t t
         }
         for (; n < end; n++)
           for (uint32_t j = 0; j < 4; j++) sums[n - start] += w[(size_t)j * rows + n] * x[k + j];
-      }
-      for (; k < inputs; k++) {
-        const int8_t *w = (const int8_t *)at->p->weights + (size_t)k * rows;
-        for (uint32_t n = start; n < end; n++) sums[n - start] += w[n] * x[k];
       }
       float scale = at->a->scales[t * at->a_blocks], *y = at->y + (size_t)t * at->y_stride;
       for (uint32_t n = start; n < end; n++) y[n] = (float)sums[n - start] * (at->p->scales[n] * scale);

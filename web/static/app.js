@@ -320,7 +320,9 @@ async function register() {
 async function start() {
   const response = await fetch("site.json", { cache: "no-cache" }).catch(() => null);
   if (!response?.ok) throw new Problem("the site cannot be reached", "try again later");
-  site = await response.json();
+  site = await response.json().catch(() => {
+    throw new Problem("site.json is damaged", "make the site again with slm web, or copy it again");
+  });
   document.title = `${site.name} · slm`;
   $("name").textContent = site.name;
   $("version").textContent = `slm ${site.slm}`;

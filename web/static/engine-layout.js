@@ -21,6 +21,7 @@ const wrong = (what) => new Problem(`the site's plan of the model is wrong: ${wh
 // Returns where everything lies. plan: `engine` of site.json; dataBytes: size of the data file; piece: most tokens of a step.
 export function layout(plan, dataBytes, { threads, piece }) {
   const shape = checked(plan.shape);
+  if (plan.tensors === null || typeof plan.tensors !== "object") throw wrong("it has no tensors");
   const dataAt = STACK;
   let end = dataAt + dataBytes;
   const take = (bytes, align = 64) => {
@@ -34,7 +35,7 @@ export function layout(plan, dataBytes, { threads, piece }) {
   const tensor = (name, bytes) => {
     const place = plan.tensors[name];
     if (typeof place === "string") {
-      const raw = Uint8Array.from(atob(place), (character) => character.charCodeAt(0));
+      const raw = decoded(name, place);
       if (raw.length !== bytes) throw wrong(`${name} has ${raw.length} bytes instead of ${bytes}`);
       const at = take(bytes);
       contents.push([at, raw]);
@@ -208,6 +209,15 @@ function checked(shape) {
   if (different.length > 1 || !different.every(isSize)) throw wrong("windows differ");
   if (!isSize(candidates) || candidates > shape.vocab) throw wrong(`candidates is ${candidates}`);
   return { ...shape, window: different[0] ?? 0 };
+}
+
+// Returns the bytes of a tensor that the plan itself contains.
+function decoded(name, base64) {
+  try {
+    return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  } catch {
+    throw wrong(`${name} is not in base64`);
+  }
 }
 
 // Returns the storage of a product.
