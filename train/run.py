@@ -28,7 +28,7 @@ from slm.train.loop import Loop, Plan
 from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined
-from slm.train.precision import capability, choose_precision
+from slm.train.precision import Precision, capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, prepare
 from slm.train.pretraining import Actions, Pretraining
 from slm.train.qat import Deployed, first_rounded_update
@@ -155,11 +155,11 @@ class _Run(Actions):
         self.memory = memory_of(self.device)
         self.config = with_special_tokens(recipe.model.config(), self.dataset.tokenizer)
         self.able = capability(self.device)
-        self.precision = choose_precision(recipe.machine.precision, self.able, self.config.hidden_size)
         saved = load_state(path) if processes.rank == 0 else None  # this also repairs what a killed run left
         processes.from_first(None)
         saved = saved if processes.rank == 0 else load_state(path)
-        self.counters = _gone_on(saved, recipe, path)
+        self.precision = self._choose_precision(saved)
+        self.counters = _gone_on(saved, recipe, path).model_copy(update={"precision": self.precision.name})
         flex = choose_flex(recipe, self.config, self.able, self.precision, self.device, progress.note)
         self.model = build_model(recipe, self.config, self.device, saved, processes, flex=flex)
         self.learner = build_learner(
@@ -182,6 +182,14 @@ class _Run(Actions):
         processes.from_first(None)
         if not first:
             self.metrics = Metrics(path, self._updates_done, best=self.keeper.best_measured(), write=False)
+
+    def _choose_precision(self, saved: SavedState | None) -> Precision:
+        """Returns the precision: the first process measures, and a resumed run keeps its own."""
+        before = None if saved is None else saved.counters.precision
+        if self.recipe.machine.precision == "auto" and self.processes.rank == 0:
+            before = choose_precision("auto", self.able, self.config, before).name
+        chosen = self.processes.from_first(before)
+        return choose_precision(self.recipe.machine.precision, self.able, self.config, chosen)
 
     @property
     def _updates_done(self) -> int:

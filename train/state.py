@@ -56,11 +56,13 @@ class Counters(Position):
 
     Attributes:
         micro_steps: Micro-steps done, of the batch that `course` names.
+        precision: Name of the precision; None in a state that an older version saved.
     """
 
     model_config = ConfigDict(frozen=True)
 
     micro_steps: int = Field(ge=0, le=MOST)
+    precision: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

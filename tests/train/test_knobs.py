@@ -324,7 +324,7 @@ def trained(prepared: Tokens) -> Callable[..., Trained]:
             recipe = load_recipe("tiny", [*SHORT, *overrides]).for_tokens(len(prepared.ids))
             device, config = torch.device("cpu"), recipe.model.config()
             model = build_model(recipe, config, device, None)
-            precision = choose_precision(recipe.machine.precision, capability(device), config.hidden_size)
+            precision = choose_precision(recipe.machine.precision, capability(device), config)
             learner = build_learner(recipe, model, prepared, device, precision, None, Alone())
             per = recipe.batch.accumulation
             losses = [learner.update(i * per, lambda: None).loss for i in range(recipe.updates)]
