@@ -1,5 +1,6 @@
 """`slm data`: converts text to a dataset of tokens once, for many training runs."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from slm.cli.following import next_step, slm_command
 from slm.cli.options import (
     REPLACING,
     FilePath,
+    Real,
     Whole,
     Word,
     collects,
@@ -76,12 +78,16 @@ class DatasetOptions:
     vocab_size: int | None
     shard_tokens: int
     dedup: bool
+    near_dedup: float | None
+    language: tuple[str, ...]
+    quality: bool
     licence: str | None
 
     def check(self) -> None:
-        """Rejects a vocabulary size for a tokenizer that has one."""
+        """Rejects a vocabulary size for a tokenizer that has one, and options whose packages are missing."""
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise click.UsageError(f"--vocab-size requires --tokenizer bpe: {self.tokenizer} has a fixed vocabulary")
+        self.settings().selection.check()
 
     def settings(self) -> "DatasetSettings":
         """Returns the settings of the preparation."""
@@ -92,6 +98,9 @@ class DatasetOptions:
             vocab_size=self.vocab_size or 4096,
             shard_tokens=self.shard_tokens,
             deduplicate=self.dedup,
+            near_duplicates=self.near_dedup,
+            languages=tuple(sorted(set(self.language))),
+            quality=self.quality,
             licence=self.licence,
         )
 
@@ -149,6 +158,22 @@ def data() -> None:
     help="Tokens per file; a file ends with the document that reaches N.",
 )
 @click.option("--dedup", is_flag=True, help="Remove exact duplicates, and training documents that are validation text.")
+@click.option(
+    "--near-dedup",
+    type=Real(0.3, 1.0),
+    metavar="SIMILARITY",
+    help="Remove documents this similar to an earlier one, such as 0.8: the share of common sequences of five words.",
+)
+@click.option(
+    "--language",
+    type=Word(),
+    multiple=True,
+    metavar="CODE",
+    help="Keep only documents in this language, such as en (repeatable).",
+)
+@click.option(
+    "--quality", is_flag=True, help="Remove documents that break the rules of Gopher and C4 for running text."
+)
 @click.option("--streaming", is_flag=True, help="Stream a Hugging Face dataset instead of downloading it.")
 @click.option("--split", metavar="NAME", help="Training split of a Hugging Face dataset. [default: train]")
 @click.option("--config", metavar="NAME", help="Configuration of a Hugging Face dataset that has several.")
@@ -246,7 +271,7 @@ def _report(path: Path, as_json: bool, *, checked: bool = False, more: Mapping[s
     manifest = opened.manifest
     if as_json:
         about = {"dataset": str(path)} | ({"checked": True} if checked else {})
-        print_json(about | manifest.model_dump(mode="json") | dict(more or {}))
+        print_json(about | json.loads(manifest.to_json()) | dict(more or {}))
         return
     rows = []
     for name, split in (("train", manifest.train), ("validation", manifest.validation)):
@@ -258,6 +283,11 @@ def _report(path: Path, as_json: bool, *, checked: bool = False, more: Mapping[s
                 f"{split.tokens:,} tokens, {split.documents:,} documents, {split.text_bytes / 1e6:,.1f} MB of text{removed}",
             )
         )
+        selection = manifest.selection
+        if selection is not None:
+            counts = selection.removed.get(name, {})
+            each = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+            rows.append(("", f"removed: {each or 'no document'}"))
         files = f"{len(split.shards)} file{'' if len(split.shards) == 1 else 's'}"
         rows.append(("", f"{files}, {size / 1e6:,.1f} MB; text SHA-256 {split.text_sha256}"))
     rows += [

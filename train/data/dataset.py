@@ -17,6 +17,7 @@ from slm.core.files import member, read_json, sha256_file
 from slm.core.text.files import DATASET_FILE, is_dataset
 from slm.core.tokenizer import TOKENIZER_FILE, Tokenizer
 from slm.core.tokenizer_config import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from slm.train.data.selection.settings import SelectionRecord
 from slm.train.data.shards import Shard
 from slm.train.data.tokens import DtypeName, TokenHeader, TokenIds, Tokens, map_ids, read_header
 
@@ -102,6 +103,7 @@ class DatasetManifest(_Record):
         deduplicated: Whether exact duplicates were removed.
         sources: Origin of the text.
         licence: Licence of the text, as given or as the source states it; None if neither.
+        selection: The filters and the removal of near duplicates; None if neither was asked for.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -115,6 +117,7 @@ class DatasetManifest(_Record):
     deduplicated: bool
     sources: tuple[Source, ...]
     licence: str | None = None
+    selection: SelectionRecord | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -124,7 +127,7 @@ class DatasetManifest(_Record):
 
     def to_json(self) -> str:
         """Returns the contents of `dataset.json`."""
-        return self.model_dump_json(indent=2) + "\n"
+        return self.model_dump_json(indent=2, exclude={"selection"} if self.selection is None else None) + "\n"
 
 
 class DatasetReference(_Record):
