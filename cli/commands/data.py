@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,10 +29,25 @@ from slm.core.text.streams import DOCUMENT_BYTES
 from slm.steps.training import check_tokenizer
 
 if TYPE_CHECKING:
+    from slm.core.tokenizer import Tokenizer
     from slm.train.data.corpus import Corpus
     from slm.train.data.preparation import DatasetSettings
 
 _OUT = Path("datasets")
+
+
+class Place(FilePath):
+    """A path, or an address such as s3://bucket/stories, which stays a string."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Returns the path or the address."""
+        from slm.train.data.remote.locations import is_remote, without_file_protocol
+
+        if isinstance(value, str):
+            if is_remote(value):
+                return value.rstrip("/")
+            value = without_file_protocol(value)
+        return super().convert(value, param, ctx)
 
 
 @dataclass(frozen=True)
@@ -124,8 +139,8 @@ def data() -> None:
     multiple=True,
     required=True,
     metavar="PATH|NAME",
-    help="Training text: .txt, .jsonl or .parquet files or directories (repeatable), or sample, tinystories or "
-    "hf:OWNER/NAME.",
+    help="Training text: .txt, .jsonl or .parquet files or directories, also s3://, gs:// and hf:// addresses (repeatable), "
+    "or sample, tinystories or hf:OWNER/NAME.",
 )
 @click.option(
     "--val",
@@ -147,7 +162,12 @@ def data() -> None:
     metavar="N",
     help="Vocabulary that bpe learns, including special tokens. [default: 4096]",
 )
-@click.option("--out", type=FilePath(), metavar="DIR", help="Output directory. [default: datasets/NAME]")
+@click.option(
+    "--out",
+    type=Place(),
+    metavar="DIR|URL",
+    help="Output directory, or s3://, gs://, hf:// address. [default: datasets/NAME]",
+)
 @click.option("--workers", type=Whole(1, MAX_THREADS), metavar="N", help="Number of processes. [default: one per core]")
 @click.option(
     "--shard-tokens",
@@ -185,7 +205,12 @@ def data() -> None:
 @collects("text", CorpusOptions)
 @collects("dataset", DatasetOptions)
 def prepare(
-    text: CorpusOptions, dataset: DatasetOptions, out: Path | None, workers: int | None, overwrite: bool, as_json: bool
+    text: CorpusOptions,
+    dataset: DatasetOptions,
+    out: Path | str | None,
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Tokenize text on all cores into memory-mapped files for slm train --data DIR.
 
@@ -198,34 +223,41 @@ def prepare(
     for byte, with any number of workers.
     """
     from slm.core.machine import usable_cores
+    from slm.train.data.dataset import open_dataset
     from slm.train.data.preparation import check_out, prepare_dataset
+    from slm.train.data.remote.datasets import check_remote_out
+    from slm.train.data.remote.preparation import prepare_remote_dataset
 
     text.check()
     dataset.check()
     path = out or _OUT / _name(text.train[0])
-    check_out(path, overwrite=overwrite)  # before the text is read
+    # Before the text is read.
+    if isinstance(path, str):
+        check_remote_out(path, overwrite=overwrite)
+    else:
+        check_out(path, overwrite=overwrite)
     check_tokenizer(dataset.tokenizer)
     corpus = text.open()
     say(f"data: {corpus.about}")
-    prepare_dataset(
-        corpus,
-        path,
-        dataset.settings(),
-        RichProgress(),
-        workers=workers or usable_cores(),
-        overwrite=overwrite,
-    )
-    following = _training_on(path)
+    settings, processes = dataset.settings(), workers or usable_cores()
+    if isinstance(path, str):
+        tokenizer = prepare_remote_dataset(
+            corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite
+        )
+    else:
+        prepare_dataset(corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite)
+        tokenizer = open_dataset(path).tokenizer
+    following = _training_on(path, tokenizer)
     _report(path, as_json, more={"next": following})
     if not as_json:
         next_step(following)
 
 
 @data.command()
-@click.argument("dataset", type=FilePath(), metavar="DIR")
+@click.argument("dataset", type=Place(), metavar="DIR|URL")
 @click.option("--check", is_flag=True, help="Compare every file with the manifest, byte for byte.")
 @json_option
-def info(dataset: Path, check: bool, as_json: bool) -> None:
+def info(dataset: Path | str, check: bool, as_json: bool) -> None:
     """Show the contents and the origin of a prepared dataset.
 
     \b
@@ -233,21 +265,25 @@ def info(dataset: Path, check: bool, as_json: bool) -> None:
       slm data info datasets/stories --check --json
     """
     from slm.train.data.dataset import check_files, open_dataset
+    from slm.train.data.remote.datasets import check_remote, remote_manifest
 
-    opened = open_dataset(dataset)
-    if check:
-        check_files(opened.path, opened.manifest)
+    if isinstance(dataset, str):
+        if check:
+            check_remote(dataset, remote_manifest(dataset)[0])
+    else:
+        opened = open_dataset(dataset)
+        if check:
+            check_files(opened.path, opened.manifest)
     _report(dataset, as_json, checked=check)
 
 
-def _training_on(path: Path) -> str:
+def _training_on(path: Path | str, tokenizer: "Tokenizer") -> str:
     """Returns the command that trains on a dataset, with the settings that the default recipe needs for it."""
     from slm.steps.training import fitting_recipe
-    from slm.train.data.dataset import open_dataset
     from slm.train.data.tokenizer import is_choice, vocabulary_for
     from slm.train.recipe import load_recipe
 
-    recipe, tokenizer = load_recipe(fitting_recipe()), open_dataset(path).tokenizer
+    recipe = load_recipe(fitting_recipe())
     config = recipe.model.config()
     command = ["train", "--data", str(path)]
     if not is_choice(recipe.data.tokenizer, tokenizer, config.max_position_embeddings):
@@ -264,11 +300,15 @@ def _name(source: str) -> str:
     return last.partition(".")[0] or "text"
 
 
-def _report(path: Path, as_json: bool, *, checked: bool = False, more: Mapping[str, str] | None = None) -> None:
+def _report(path: Path | str, as_json: bool, *, checked: bool = False, more: Mapping[str, str] | None = None) -> None:
     from slm.train.data.dataset import open_dataset
+    from slm.train.data.remote.datasets import remote_manifest
 
-    opened = open_dataset(path)
-    manifest = opened.manifest
+    if isinstance(path, str):
+        place, manifest = path, remote_manifest(path)[0]
+    else:
+        opened = open_dataset(path)
+        place, manifest = str(opened.path), opened.manifest
     if as_json:
         about = {"dataset": str(path)} | ({"checked": True} if checked else {})
         print_json(about | json.loads(manifest.to_json()) | dict(more or {}))
@@ -301,4 +341,4 @@ def _report(path: Path, as_json: bool, *, checked: bool = False, more: Mapping[s
         rows.append(("", f"and {len(manifest.sources) - 8} more"))
     if checked:
         rows.append(("checked", "every token file matches the manifest"))
-    print_table(str(opened.path), ("", ""), rows)
+    print_table(place, ("", ""), rows)

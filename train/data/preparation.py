@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -160,23 +159,9 @@ def prepare_dataset(
     """
     out = out.resolve()
     check_out(out, overwrite=overwrite)
-    state = settings.model_dump() | {
-        "format_version": FORMAT_VERSION,
-        "slm_version": __version__,
-        "tokenizer": _tokenizer_settings(settings.tokenizer),
-        "held_out": corpus.held_out,
-        "text": corpus.fingerprint,
-        "versions": settings.selection.versions(),
-    }
-    with _work_directory(out, progress) as work:
-        _go_on_or_start(work, state, progress)
-        if (work / TOKENIZER_FILE).is_file():
-            made = Tokenizer.load(work)
-        else:
-            limit = settings.vocab_size if settings.tokenizer == "bpe" else sys.maxsize
-            text = beginning(corpus.train, settings.selection)
-            made = resolve_tokenizer(settings.tokenizer, text, limit, _MAX_LENGTH)
-            _save_whole(made, work)
+    with work_directory(out, progress) as work:
+        go_on_or_start(work, settings_sha256(corpus, settings), progress)
+        made = tokenizer_in(work, corpus, settings)
         done = [header for split in ("validation", "train") for header in finished_shards(work, split, made)]
         if done:
             tokens = sum(header.tokens for header in done)
@@ -187,7 +172,7 @@ def prepare_dataset(
         except ChangedTextError:
             (work / _STATE_FILE).unlink()  # so that the next call starts over
             raise
-        _tidy(work, manifest)
+        tidy(work, manifest)
         replace_directory(work, out)
     return manifest
 
@@ -218,7 +203,7 @@ def _tokenizer_settings(choice: str) -> str:
 
 
 @contextmanager
-def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
+def work_directory(out: Path, progress: Progress) -> Iterator[Path]:
     """Locks and yields the work directory beside `out`, which stays if the block fails."""
     work = out.parent / f".{out.name}.unfinished"
     # The lock is a file beside the directory: Windows does not rename a directory with an open file.
@@ -234,10 +219,33 @@ def _work_directory(out: Path, progress: Progress) -> Iterator[Path]:
             raise
 
 
-def _go_on_or_start(work: Path, settings: dict[str, Any], progress: Progress) -> None:
-    """Removes everything from the directory unless the same preparation wrote it."""
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    state = {"settings_sha256": hashlib.sha256(text.encode()).hexdigest()}
+def settings_sha256(corpus: Corpus, settings: DatasetSettings) -> str:
+    """Returns a hash of everything that determines a dataset, as far as it is known before the text is read."""
+    state = settings.model_dump() | {
+        "format_version": FORMAT_VERSION,
+        "slm_version": __version__,
+        "tokenizer": _tokenizer_settings(settings.tokenizer),
+        "held_out": corpus.held_out,
+        "text": corpus.fingerprint,
+        "versions": settings.selection.versions(),
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def tokenizer_in(work: Path, corpus: Corpus, settings: DatasetSettings) -> Tokenizer:
+    """Returns the tokenizer of an unfinished dataset, which is made and saved if it is not there."""
+    if (work / TOKENIZER_FILE).is_file():
+        return Tokenizer.load(work)
+    limit = settings.vocab_size if settings.tokenizer == "bpe" else sys.maxsize
+    text = beginning(corpus.train, settings.selection)
+    made = resolve_tokenizer(settings.tokenizer, text, limit, _MAX_LENGTH)
+    _save_whole(made, work)
+    return made
+
+
+def go_on_or_start(work: Path, sha256: str, progress: Progress) -> None:
+    """Removes everything from a work directory unless the same preparation, by the hash of its settings, wrote it."""
+    state = {"settings_sha256": sha256}
     file = work / _STATE_FILE
     found = None
     if file.is_file():
@@ -265,7 +273,7 @@ def _save_whole(tokenizer: Tokenizer, work: Path) -> None:
     scratch.rmdir()
 
 
-def _tidy(work: Path, manifest: DatasetManifest) -> None:
+def tidy(work: Path, manifest: DatasetManifest) -> None:
     """Removes files that do not belong to the dataset."""
     _remove(path for path in work.iterdir() if path.name not in manifest.files)
 

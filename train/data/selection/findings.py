@@ -5,7 +5,7 @@ duplicates are removed, 512 for the signature if near duplicates are removed.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from slm.train.data.selection.language import language
@@ -66,7 +66,7 @@ def parts(finding: bytes, selection: Selection) -> tuple[str, bytes, bytes]:
     return REASONS[finding[0]], finding[1:after], finding[after:]
 
 
-def examined(documents: Iterable[str], selection: Selection, workers: int) -> Iterator[tuple[str, bytes]]:
+def examined(documents: Iterable[str], selection: Selection, workers: int) -> Generator[tuple[str, bytes]]:
     """Yields documents with their findings, in order. The findings do not depend on `workers`.
 
     Raises:
@@ -82,8 +82,8 @@ def examined(documents: Iterable[str], selection: Selection, workers: int) -> It
     code = "from slm.train.data.selection.findings import work; work()"
     encoded = ([document.encode() for document in batch] for batch in chain(first, batches))
     for batch, found in mapped(encoded, workers, code, selection.model_dump_json()):
-        for document, finding in zip(batch, found, strict=True):
-            yield document.decode(), finding
+        for text, finding in zip(batch, found, strict=True):
+            yield text.decode(), finding
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -1,8 +1,8 @@
 """The decision which documents of a dataset remain, made in the order of the text."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from slm.core.text.documents import whole
@@ -46,7 +46,7 @@ class Selector:
             self.removed[split][reason] += 1
         return not reason
 
-    def chosen(self, documents: Iterable[str], split: str, limit: int, workers: int) -> Iterator[str]:
+    def chosen(self, documents: Iterable[str], split: str, limit: int, workers: int) -> Generator[str]:
         """Yields the documents that remain.
 
         Args:
@@ -59,9 +59,11 @@ class Selector:
             SlmError: When there is a part of a document, the hashes cannot be written, or a worker is killed.
         """
         every = whole(documents, limit, f"{self._option()} compares whole documents")
-        for document, finding in examined(every, self.selection, workers):
-            if self.keeps(finding, split):
-                yield document
+        # Closed at once in any case, because the workers end with it.
+        with closing(examined(every, self.selection, workers)) as found:
+            for document, finding in found:
+                if self.keeps(finding, split):
+                    yield document
 
     def record(self) -> SelectionRecord | None:
         """Returns the manifest's part; None if only exact duplicates could be removed."""
