@@ -41,7 +41,7 @@ _UNSAVED = re.compile(
 )
 # Files of a run that has saved.
 _SAVED = re.compile(
-    rf"trainer(/[\w.]+)?|checkpoint/(best|last|update-\d+)(/({'|'.join(map(re.escape, sorted(CHECKPOINT_FILES)))}))?"
+    rf"(trainer|rewind)(/[\w.]+)?|checkpoint/(best|last|update-\d+)(/({'|'.join(map(re.escape, sorted(CHECKPOINT_FILES)))}))?"
 )
 
 

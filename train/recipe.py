@@ -24,6 +24,8 @@ from slm.train.sections import (
     RegularizationRecipe,
     ScheduleRecipe,
     Section,
+    SpikesRecipe,
+    WatchdogRecipe,
 )
 
 
@@ -48,6 +50,8 @@ class Recipe(Section):
     qat: QatRecipe = QatRecipe()
     evaluation: EvaluationRecipe
     checkpoints: CheckpointRecipe = CheckpointRecipe()
+    spikes: SpikesRecipe = SpikesRecipe()
+    watchdog: WatchdogRecipe = WatchdogRecipe()
     machine: MachineRecipe = MachineRecipe()
 
     @model_validator(mode="after")

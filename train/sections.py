@@ -216,10 +216,54 @@ class CheckpointRecipe(Section):
     Attributes:
         every_updates: Interval at which the run is saved with a numbered checkpoint; None disables them.
         keep: Number of numbered checkpoints to keep, the newest ones.
+        asynchronous: Whether a thread writes the files while training goes on, from a copy of weights and moments in main
+            memory.
     """
 
     every_updates: int | None = Field(default=None, gt=0)
     keep: int = Field(default=3, gt=0)
+    asynchronous: bool = False
+
+
+class SpikesRecipe(Section):
+    """Loss spikes; see `slm.train.spikes`.
+
+    Attributes:
+        action: "skip" leaves an update out that spikes; "rewind" goes back to the last multiple of `every_updates`, and leaves
+            the data after it out, up to the spike; "none" makes every update with a finite loss.
+        threshold: Standard deviations of the noise above the median, of the loss or of the gradient norm's logarithm.
+        window: Updates in the median; the first quarter of them is not judged.
+        every_updates: Interval between the saves to which "rewind" goes back.
+        limit: The most spikes within 1,000 updates; one more stops the run.
+    """
+
+    action: Literal["none", "skip", "rewind"] = "none"
+    threshold: float = Field(default=8.0, gt=0)
+    window: int = Field(default=128, ge=8)
+    every_updates: int = Field(default=100, gt=0)
+    limit: int = Field(default=10, gt=0)
+
+
+class WatchdogRecipe(Section):
+    """Warnings about a run that becomes slow or stops; see `slm.train.watchdog`.
+
+    Attributes:
+        slow_share: The run is slow below this share of its own median tokens per second.
+        slow_minutes: How long it is slow before a warning; None disables the warning.
+        hang_minutes: How long no micro-step, evaluation batch or save ends before a warning; None disables it.
+        abort: Whether a process that hangs prints the stacks of its threads and ends, so that torchrun restarts it.
+    """
+
+    slow_share: float = Field(default=0.5, gt=0, lt=1)
+    slow_minutes: float | None = Field(default=10.0, gt=0)
+    hang_minutes: float | None = Field(default=15.0, gt=0)
+    abort: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.abort and self.hang_minutes is None:
+            raise ValueError("watchdog.abort needs watchdog.hang_minutes")
+        return self
 
 
 class MachineRecipe(Section):
