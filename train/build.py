@@ -16,7 +16,7 @@ from slm.train.data.tokens import Tokens
 from slm.train.data.windows import SAMPLERS, gather
 from slm.train.learner import Learner, Objective, UpdateSettings
 from slm.train.optimizer import make_optimizers
-from slm.train.parallel import Processes, launched, local_rank, share_of, shared_like
+from slm.train.parallel import Processes, check_even, launched, local_rank, share_of, shared_like
 from slm.train.precision import Precision, restore_scaler
 from slm.train.qat import rounded_from_start
 from slm.train.recipe import Recipe
@@ -56,8 +56,14 @@ def with_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfi
     return ModelConfig.checked(config.model_dump() | ids)
 
 
-def check_machine(recipe: Recipe, device: torch.device, processes: Processes) -> None:
+def check_machine(recipe: Recipe, device: torch.device, processes: Processes, *, resumed: bool = False) -> None:
     """Checks that the device and the processes support the recipe.
+
+    Args:
+        recipe: The recipe.
+        device: The device of this process.
+        processes: The processes that share the batches.
+        resumed: Whether a run is resumed: another number of processes may then share its batches unevenly.
 
     Raises:
         SlmError: When they do not.
@@ -68,7 +74,8 @@ def check_machine(recipe: Recipe, device: torch.device, processes: Processes) ->
         raise SlmError(
             "machine.attention=flex needs CUDA: elsewhere FlexAttention has no backward pass", "leave it out"
         )
-    share_of(recipe.batch.batch_size, processes)
+    if not resumed:
+        check_even(recipe.batch.batch_size, processes)
     if processes.size > 1 and recipe.machine.parallel == "fsdp" and recipe.optimizer.name == "muon":
         raise SlmError(
             "Muon needs whole matrices, and machine.parallel=fsdp gives each process a share of them",
@@ -162,6 +169,7 @@ def build_learner(
             precision=precision,
             accumulation=recipe.batch.accumulation,
             max_grad_norm=recipe.optimizer.max_grad_norm,
+            share=(mine.stop - mine.start) * processes.size / recipe.batch.batch_size,
         ),
         processes=processes,
         guard=guard,

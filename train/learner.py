@@ -80,12 +80,14 @@ class UpdateSettings:
         precision: The type of the products.
         accumulation: Micro-steps per update.
         max_grad_norm: The gradient is scaled down to this norm.
+        share: Rows of this process over the mean of all processes, by which its losses are weighted.
     """
 
     rate: Callable[[int], float]
     precision: Precision
     accumulation: int = 1
     max_grad_norm: float = 1.0
+    share: float = 1.0
 
 
 class Learner:
@@ -145,6 +147,8 @@ class Learner:
             with self._processes.micro_step(self.objective, number == last):
                 with self._autocast():
                     loss = self.objective(*arguments) / self.accumulation
+                    if self._settings.share != 1.0:
+                        loss = loss * self._settings.share
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             after_micro_step()

@@ -17,6 +17,7 @@ from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
 from slm.train.average import MovingAverage
+from slm.train.batching import fitted, regrouped
 from slm.train.build import (
     build_learner,
     build_model,
@@ -35,7 +36,7 @@ from slm.train.logs.logs import Logs, check_packages
 from slm.train.loop import Loop, Plan
 from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
-from slm.train.parallel import Processes, by_first, joined
+from slm.train.parallel import Processes, by_first, joined, launch_id
 from slm.train.precision import capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, prepare
 from slm.train.pretraining import Actions, Pretraining
@@ -120,10 +121,12 @@ def train(
         SlmError: When data, tokenizer or directory are not usable, or a loss or gradient is not finite.
     """
     with nullcontext(processes) if processes else joined() as together:
-        check_machine(recipe, pick_device(recipe.machine.device), together)  # before the work begins
-        check_packages(recipe.log)
+        device = pick_device(recipe.machine.device)
         heard = (progress if together.rank == 0 else None) or Silent()
-        by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite))
+        recipe = fitted(recipe, device, together, heard.note)
+        check_machine(recipe, device, together)  # before the work begins
+        check_packages(recipe.log)
+        by_first(together, lambda: prepare(recipe, out, heard, overwrite=overwrite, launch=launch_id()))
         return _go(out, together, heard)
 
 
@@ -139,7 +142,7 @@ def resume(out: Path, progress: Progress | None = None, processes: Processes | N
         raise SlmError(f"no run to go on with: {out} has no {CONFIG}", "slm train --data FILE starts one")
     with nullcontext(processes) if processes else joined() as together:
         recipe = load_recipe(out / CONFIG)
-        check_machine(recipe, pick_device(recipe.machine.device), together)
+        check_machine(recipe, pick_device(recipe.machine.device), together, resumed=True)
         check_packages(recipe.log)
         return _go(out, together, (progress if together.rank == 0 else None) or Silent())
 
@@ -157,7 +160,8 @@ class _Run(Actions):
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
         self.dataset = open_dataset(path / DATA)
-        self.recipe = recipe = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
+        written = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
+        self.recipe = recipe = regrouped(written, processes.size)
         check_lengths(recipe, len(self.dataset.train.ids), len(self.dataset.validation.ids))
         self.device = pick_device(recipe.machine.device)
         self.memory = memory_of(self.device)
@@ -348,6 +352,12 @@ class _Run(Actions):
             note(
                 f"quantization-aware training for {grid.precision.upper()}{begins}: layers in {grid.description}; evaluations "
                 "and checkpoints have rounded weights"
+            )
+        uneven = recipe.batch.batch_size % self.processes.size
+        if uneven:
+            note(
+                f"warning: {self.processes.size} processes share micro-steps of {recipe.batch.batch_size} windows unevenly, and "
+                "wait for those with more"
             )
         text_bytes = self.dataset.train.header.text_bytes
         for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):

@@ -1,5 +1,6 @@
 """The sections of a recipe: what each value means, its unit and its default."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -94,14 +95,25 @@ class BatchRecipe(Section):
     """The size of micro-steps and updates.
 
     Attributes:
-        batch_size: Windows in a micro-step, over all processes.
+        batch_size: Windows in a micro-step, over all processes. "auto" chooses the most that fit into memory, and cuts the
+            update of batch_size x accumulation windows accordingly: `--set batch.batch_size=auto` keeps the recipe's update. In
+            a file, "auto" stands for 1, so that `accumulation` is the windows of an update, and the schedule counts windows.
         context: Tokens in a window.
         accumulation: Micro-steps whose gradients are averaged into one update.
+        automatic: Whether batch_size is still to be chosen so; a run's config.yaml has the choice.
     """
 
     batch_size: int = Field(gt=0)
     context: int = Field(gt=1)
     accumulation: int = Field(default=1, gt=0)
+    automatic: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("batch_size") == "auto":
+            return {**values, "batch_size": 1, "automatic": True}
+        return values
 
 
 class OptimizerRecipe(Section):
