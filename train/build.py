@@ -16,12 +16,13 @@ from slm.train.data.tokens import Tokens
 from slm.train.data.windows import SAMPLERS, gather
 from slm.train.learner import Learner, Objective, UpdateSettings
 from slm.train.optimizer import make_optimizers
-from slm.train.parallel import Processes, launched, local_rank, share_of
+from slm.train.parallel import Processes, check_even, launched, local_rank, share_of, shared_like
 from slm.train.precision import Precision, restore_scaler
 from slm.train.qat import rounded_from_start
 from slm.train.recipe import Recipe
 from slm.train.schedule import Schedule
-from slm.train.state import SavedState
+from slm.train.spikes import SpikeGuard
+from slm.train.state import Counters, SavedState
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -55,8 +56,14 @@ def with_special_tokens(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfi
     return ModelConfig.checked(config.model_dump() | ids)
 
 
-def check_machine(recipe: Recipe, device: torch.device, processes: Processes) -> None:
+def check_machine(recipe: Recipe, device: torch.device, processes: Processes, *, resumed: bool = False) -> None:
     """Checks that the device and the processes support the recipe.
+
+    Args:
+        recipe: The recipe.
+        device: The device of this process.
+        processes: The processes that share the batches.
+        resumed: Whether a run is resumed: another number of processes may then share its batches unevenly.
 
     Raises:
         SlmError: When they do not.
@@ -67,7 +74,8 @@ def check_machine(recipe: Recipe, device: torch.device, processes: Processes) ->
         raise SlmError(
             "machine.attention=flex needs CUDA: elsewhere FlexAttention has no backward pass", "leave it out"
         )
-    share_of(recipe.batch.batch_size, processes)
+    if not resumed:
+        check_even(recipe.batch.batch_size, processes)
     if processes.size > 1 and recipe.machine.parallel == "fsdp" and recipe.optimizer.name == "muon":
         raise SlmError(
             "Muon needs whole matrices, and machine.parallel=fsdp gives each process a share of them",
@@ -128,6 +136,7 @@ def build_learner(
     precision: Precision,
     saved: SavedState | None,
     processes: Processes,
+    guard: SpikeGuard | None = None,
 ) -> Learner:
     """Returns the learner of a model.
 
@@ -139,27 +148,55 @@ def build_learner(
         precision: The type of the products.
         saved: The state to resume from.
         processes: The processes that share the batches.
+        guard: Judges the updates; see `slm.train.spikes`.
     """
     mine = share_of(recipe.batch.batch_size, processes)
     loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
     objective = processes.wrap(loss, recipe.machine.parallel, device)
     optimizers = make_optimizers(model, recipe.optimizer)
+    batches = partial(_batch, recipe, tokens, mine, processes.rank, device)
+
+    def batch(micro_step: int) -> tuple[Tensor, Tensor]:
+        """Returns the batch of a micro-step, behind the data that rewinding left out."""
+        return batches(micro_step + (0 if guard is None else guard.left_out * recipe.batch.accumulation))
+
     learner = Learner(
         objective,
         optimizers,
-        rounded_from_start(recipe, model, partial(_batch, recipe, tokens, mine, processes.rank, device)),
+        rounded_from_start(recipe, model, batch),
         UpdateSettings(
             rate=schedule_of(recipe).rate,
             precision=precision,
             accumulation=recipe.batch.accumulation,
             max_grad_norm=recipe.optimizer.max_grad_norm,
+            share=(mine.stop - mine.start) * processes.size / recipe.batch.batch_size,
         ),
         processes=processes,
+        guard=guard,
     )
     if saved is not None:
         optimizers.load_state_tensors(model, saved.optimizer)
         restore_scaler(learner.scaler, saved.counters.scaler)
     return learner
+
+
+@torch.no_grad()
+def restore(model: CausalLM, learner: Learner, saved: SavedState) -> None:
+    """Returns a model in training, its optimizers and its loss scale to an earlier state of the same run."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(shared_like(saved.weights[name], parameter))
+    learner.optimizers.load_state_tensors(model, saved.optimizer)
+    restore_scaler(learner.scaler, saved.counters.scaler)
+
+
+def make_guard(recipe: Recipe, counters: Counters) -> SpikeGuard | None:
+    """Returns what judges the updates of a run, as its saved state left it; None where the recipe makes every update."""
+    spikes = recipe.spikes
+    if spikes.action == "none":
+        return None
+    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit)
+    guard.restore(counters.spikes)
+    return guard
 
 
 def schedule_of(recipe: Recipe) -> Schedule:

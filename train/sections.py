@@ -1,5 +1,6 @@
 """The sections of a recipe: what each value means, its unit and its default."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -94,14 +95,25 @@ class BatchRecipe(Section):
     """The size of micro-steps and updates.
 
     Attributes:
-        batch_size: Windows in a micro-step, over all processes.
+        batch_size: Windows in a micro-step, over all processes. "auto" chooses the most that fit into memory, and cuts the
+            update of batch_size x accumulation windows accordingly: `--set batch.batch_size=auto` keeps the recipe's update. In
+            a file, "auto" stands for 1, so that `accumulation` is the windows of an update, and the schedule counts windows.
         context: Tokens in a window.
         accumulation: Micro-steps whose gradients are averaged into one update.
+        automatic: Whether batch_size is still to be chosen so; a run's config.yaml has the choice.
     """
 
     batch_size: int = Field(gt=0)
     context: int = Field(gt=1)
     accumulation: int = Field(default=1, gt=0)
+    automatic: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("batch_size") == "auto":
+            return {**values, "batch_size": 1, "automatic": True}
+        return values
 
 
 class OptimizerRecipe(Section):
@@ -216,10 +228,54 @@ class CheckpointRecipe(Section):
     Attributes:
         every_updates: Interval at which the run is saved with a numbered checkpoint; None disables them.
         keep: Number of numbered checkpoints to keep, the newest ones.
+        asynchronous: Whether a thread writes the files while training goes on, from a copy of weights and moments in main
+            memory.
     """
 
     every_updates: int | None = Field(default=None, gt=0)
     keep: int = Field(default=3, gt=0)
+    asynchronous: bool = False
+
+
+class SpikesRecipe(Section):
+    """Loss spikes; see `slm.train.spikes`.
+
+    Attributes:
+        action: "skip" leaves an update out that spikes; "rewind" goes back to the last multiple of `every_updates`, and leaves
+            the data after it out, up to the spike; "none" makes every update with a finite loss.
+        threshold: Standard deviations of the noise above the median, of the loss or of the gradient norm's logarithm.
+        window: Updates in the median; the first quarter of them is not judged.
+        every_updates: Interval between the saves to which "rewind" goes back.
+        limit: The most spikes within 1,000 updates; one more stops the run.
+    """
+
+    action: Literal["none", "skip", "rewind"] = "none"
+    threshold: float = Field(default=8.0, gt=0)
+    window: int = Field(default=128, ge=8)
+    every_updates: int = Field(default=100, gt=0)
+    limit: int = Field(default=10, gt=0)
+
+
+class WatchdogRecipe(Section):
+    """Warnings about a run that becomes slow or stops; see `slm.train.watchdog`.
+
+    Attributes:
+        slow_share: The run is slow below this share of its own median tokens per second.
+        slow_minutes: How long it is slow before a warning; None disables the warning.
+        hang_minutes: How long no micro-step, evaluation batch or save ends before a warning; None disables it.
+        abort: Whether a process that hangs prints the stacks of its threads and ends, so that torchrun restarts it.
+    """
+
+    slow_share: float = Field(default=0.5, gt=0, lt=1)
+    slow_minutes: float | None = Field(default=10.0, gt=0)
+    hang_minutes: float | None = Field(default=15.0, gt=0)
+    abort: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.abort and self.hang_minutes is None:
+            raise ValueError("watchdog.abort needs watchdog.hang_minutes")
+        return self
 
 
 class MachineRecipe(Section):
