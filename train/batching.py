@@ -184,7 +184,7 @@ def fitted(recipe: Recipe, device: torch.device, processes: Processes, note: Cal
 def place_of(recipe: Recipe, device: torch.device) -> Place:
     """Returns what this machine's device has for one of its processes."""
     able = capability(device)
-    precision = choose_precision(recipe.machine.precision, able, recipe.model.config().hidden_size)
+    precision = choose_precision(recipe.machine.precision, able, recipe.model.config())
     if device.type == "cuda":
         return Place(able, precision, torch.cuda.mem_get_info(device)[0])
     free = memory().free

@@ -316,7 +316,9 @@ class _Run(Actions):
         self.finish_saving()
         saved = load_state(self.path, REWIND)
         if saved is None:
-            raise SlmError(f"the state to rewind to is gone: {self.path / REWIND}", "start a new run with another --out")
+            raise SlmError(
+                f"the state to rewind to is gone: {self.path / REWIND}", "start a new run with another --out"
+            )
         counters = _gone_on(saved, self.recipe, self.path)
         restore(self.model, self.learner, saved)
         if self.deployed.average is not None:
