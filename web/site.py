@@ -223,6 +223,7 @@ def local_site(bundle: Bundle, name: str) -> Site:
             "files": sorted(model),
             "device": manifest.device,
             "precision": manifest.precision,
+            "float16": any(layer.dtype == "float16" for layer in manifest.cache),
             "parameters": manifest.parameters,
             "stop_token_ids": list(bundle.stop_token_ids),
             "chat": turns is not None,

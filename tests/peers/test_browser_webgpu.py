@@ -61,3 +61,22 @@ def test_a_quantized_bundle_for_webgpu(
         model = slm.load(made.path)
         for prompt in ("Once", "Once upon a time there was a dog and it was"):
             assert tab.text(prompt) == model.generate(prompt, max_new_tokens=40, temperature=0)
+
+
+def test_a_gpu_without_float16(
+    open_tab: Callable[..., Tab],  # noqa: F811
+    bundles: Any,
+    tmp_path: Path,
+    gpu: Any,  # noqa: F811
+) -> None:
+    """INT4 as `slm quantize` writes it for WebGPU computes in float16: the page runs it on the processor, and says why."""
+    exported = bundle_module.export_bundle(
+        bundles.home / "checkpoint", tmp_path / "webgpu", bundle_module.ExportOptions(device="webgpu")
+    )
+    text = TokenRows("random", np.random.default_rng(0).choice(np.arange(32, 127), (4, 60)))
+    made = quantize_bundle(exported, tmp_path / "int4", text, Settings(gate=Gate(None), precision="int4"), None, text)[0]
+    with served(site_of(made.path)) as server:
+        tab = open_tab(server.url, browser=gpu).ready().set(greedy=True, new_tokens=20)
+        assert (tab.found["device"], tab.found["precision"]) == ("WebAssembly", "int4")
+        assert "slower than on a GPU: the GPU has no float16" in str(tab.page.text_content("#where"))
+        assert tab.text("Once upon a time") != ""

@@ -49,6 +49,7 @@ async function load(site, runtime) {
   return {
     ...chat,
     device: backend.device,
+    reason: backend.reason,
     threads: backend.threads,
     isolated: self.crossOriginIsolated,
     precision: manifest.precision,
