@@ -30,7 +30,7 @@ from slm.steps.training import check_tokenizer
 
 if TYPE_CHECKING:
     from slm.core.tokenizer import Tokenizer
-    from slm.train.data.corpus import Corpus
+    from slm.train.data.corpus import Corpus, Scan
     from slm.train.data.preparation import DatasetSettings
 
 _OUT = Path("datasets")
@@ -62,17 +62,21 @@ class CorpusOptions:
     split: str | None
     config: str | None
 
-    def check(self) -> None:
-        """Rejects options of Hugging Face datasets for other text."""
+    def check(self, ray: str | None) -> None:
+        """Rejects options of Hugging Face datasets for other text, and named datasets on a cluster."""
         from slm.train.data.corpus import is_named
+
+        if ray is not None and is_named(self.train[0]):
+            raise click.UsageError("--ray requires files or addresses, such as --data hf://datasets/OWNER/NAME")
 
         hub = {"--streaming": self.streaming or None, "--split": self.split, "--config": self.config}
         given = [option for option, value in hub.items() if value is not None]
         if given and not is_named(self.train[0]):
             raise click.UsageError(f"{given[0]} requires a Hugging Face dataset, such as --data hf:OWNER/NAME")
 
-    def open(self) -> "Corpus":
-        """Opens the text."""
+    def open(self, scan: "Scan | None" = None) -> "Corpus":
+        """Opens the text; `scan` reads it once, by default on this machine."""
+        from slm.train.data import corpus
         from slm.train.data.corpus import Reading, open_corpus
 
         reading = Reading(
@@ -82,7 +86,7 @@ class CorpusOptions:
             streaming=self.streaming,
             limit=self.max_document_bytes or DOCUMENT_BYTES,
         )
-        return open_corpus(self.train, self.val, reading)
+        return open_corpus(self.train, self.val, reading, scan or corpus.scan)
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,19 @@ def data() -> None:
     metavar="DIR|URL",
     help="Output directory, or s3://, gs://, hf:// address. [default: datasets/NAME]",
 )
-@click.option("--workers", type=Whole(1, MAX_THREADS), metavar="N", help="Number of processes. [default: one per core]")
+@click.option(
+    "--workers",
+    type=Whole(1, MAX_THREADS),
+    metavar="N",
+    help="Number of processes, or of tasks on the cluster. [default: one per core]",
+)
+@click.option(
+    "--ray",
+    type=Word(),
+    metavar="ADDRESS|auto",
+    help="Run on a Ray cluster: its head's HOST:PORT, or auto for the one that this machine belongs to. Text and output must "
+    "be on storage that all machines share.",
+)
 @click.option(
     "--shard-tokens",
     type=Whole(1),
@@ -209,6 +225,7 @@ def prepare(
     dataset: DatasetOptions,
     out: Path | str | None,
     workers: int | None,
+    ray: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -216,19 +233,17 @@ def prepare(
 
     \b
       slm data prepare --data books/ --val held-out.txt --tokenizer gpt2 --out datasets/books
-      slm data prepare --data crawl.parquet --column content --dedup
+      slm data prepare --data crawl.parquet --column content --dedup --near-dedup 0.8 --language en --quality
       slm data prepare --data hf:OWNER/NAME --streaming --workers 8
+      slm data prepare --data s3://bucket/texts --out s3://bucket/datasets/stories --ray auto
 
     After an interruption, even a kill, the same command resumes after the last complete file. The result is the same byte
-    for byte, with any number of workers.
+    for byte, with any number of workers and machines.
     """
-    from slm.core.machine import usable_cores
-    from slm.train.data.dataset import open_dataset
-    from slm.train.data.preparation import check_out, prepare_dataset
+    from slm.train.data.preparation import check_out
     from slm.train.data.remote.datasets import check_remote_out
-    from slm.train.data.remote.preparation import prepare_remote_dataset
 
-    text.check()
+    text.check(ray)
     dataset.check()
     path = out or _OUT / _name(text.train[0])
     # Before the text is read.
@@ -237,20 +252,49 @@ def prepare(
     else:
         check_out(path, overwrite=overwrite)
     check_tokenizer(dataset.tokenizer)
-    corpus = text.open()
-    say(f"data: {corpus.about}")
-    settings, processes = dataset.settings(), workers or usable_cores()
-    if isinstance(path, str):
-        tokenizer = prepare_remote_dataset(
-            corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite
-        )
+    if ray is None:
+        tokenizer = _prepare_here(text, path, dataset.settings(), workers, overwrite)
     else:
-        prepare_dataset(corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite)
-        tokenizer = open_dataset(path).tokenizer
+        tokenizer = _prepare_on_ray(ray, text, path, dataset.settings(), workers, overwrite)
     following = _training_on(path, tokenizer)
     _report(path, as_json, more={"next": following})
     if not as_json:
         next_step(following)
+
+
+def _prepare_here(
+    text: CorpusOptions, path: Path | str, settings: "DatasetSettings", workers: int | None, overwrite: bool
+) -> "Tokenizer":
+    from slm.core.machine import usable_cores
+    from slm.train.data.dataset import open_dataset
+    from slm.train.data.preparation import prepare_dataset
+    from slm.train.data.remote.preparation import prepare_remote_dataset
+
+    corpus, processes = text.open(), workers or usable_cores()
+    say(f"data: {corpus.about}")
+    if isinstance(path, str):
+        return prepare_remote_dataset(corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite)
+    prepare_dataset(corpus, path, settings, RichProgress(), workers=processes, overwrite=overwrite)
+    return open_dataset(path).tokenizer
+
+
+def _prepare_on_ray(
+    address: str,
+    text: CorpusOptions,
+    path: Path | str,
+    settings: "DatasetSettings",
+    workers: int | None,
+    overwrite: bool,
+) -> "Tokenizer":
+    from slm.train.data.cluster.preparation import prepare_on_cluster, scanning
+    from slm.train.data.cluster.ray_cluster import ray_cluster
+
+    progress = RichProgress()
+    with ray_cluster(address) as cluster:
+        corpus = text.open(scanning(cluster, progress, workers))
+        say(f"data: {corpus.about}")
+        _, tokenizer = prepare_on_cluster(corpus, path, settings, cluster, progress, most=workers, overwrite=overwrite)
+    return tokenizer
 
 
 @data.command()

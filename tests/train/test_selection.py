@@ -1,4 +1,4 @@
-"""Selection of documents: what each filter removes and keeps, near duplicates, and the same result for any number of workers."""
+"""Selection of documents: what each filter removes, near duplicates, and the same result with any number of workers."""
 
 import json
 import random

@@ -212,7 +212,8 @@ def work_directory(out: Path, progress: Progress) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
-            if any(path.suffix == ".bin" for path in work.iterdir()):
+            # Those of a cluster's jobs are in a directory.
+            if any(path.suffix in (".bin", ".done") for path in work.rglob("*")):
                 progress.note("finished files are kept: the same command resumes")
             else:
                 renames.remove_leftovers(work)

@@ -127,7 +127,7 @@ def check_remote_out(address: str, *, overwrite: bool = False) -> None:
 
 
 def publish(address: str, manifest: DatasetManifest, copy: Callable[[str, str], None], progress: Progress) -> None:
-    """Writes the files of a dataset to an address, so that no reader sees a mixture: the manifest is removed first and added last.
+    """Writes the files of a dataset to an address. The manifest is removed first and added last: no reader sees a mixture.
 
     Args:
         address: The directory; files of an earlier dataset there are replaced or removed.

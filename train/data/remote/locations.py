@@ -1,7 +1,7 @@
 """Addresses such as s3://bucket/stories: which ones are supported, and their file systems.
 
-Credentials come from the environment and the configuration files of each file system, never from an address: addresses are shown
-in messages, and stored in recipes and manifests.
+Credentials come from the environment and the configuration files of each file system, never from an address: messages show
+addresses, and recipes and manifests store them.
 """
 
 import errno

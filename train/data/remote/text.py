@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,6 +41,14 @@ class RemoteFile:
     def fingerprint(self) -> tuple[object, ...]:
         """Values that change with the text."""
         return (self.address, self.bytes, self.tag)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Does nothing: the size is compared when the file is fetched."""
 
     def parts(self, column: str, limit: int) -> Iterator[str]:
         """Yields the documents, as `slm.core.text.documents.read_parts`; errors name the address."""

@@ -1,7 +1,7 @@
 """Near duplicates by MinHash (Broder 1997) and locality-sensitive hashing.
 
-The similarity of two documents is the Jaccard index of their sets of shingles, sequences of five words. The share of equal values
-in two signatures estimates it. Documents are compared if all values of a band of their signatures are equal.
+The similarity of two documents is the Jaccard index of their sets of shingles, sequences of five words. The share of equal
+values in two signatures estimates it. Documents are compared if all values of a band of their signatures are equal.
 """
 
 import hashlib

@@ -58,7 +58,7 @@ class Selector:
         Raises:
             SlmError: When there is a part of a document, the hashes cannot be written, or a worker is killed.
         """
-        every = whole(documents, limit, f"{self._option()} compares whole documents")
+        every = whole(documents, limit, f"{self.selection.option} compares whole documents")
         # Closed at once in any case, because the workers end with it.
         with closing(examined(every, self.selection, workers)) as found:
             for document, finding in found:
@@ -77,15 +77,6 @@ class Selector:
             versions=selection.versions(),
             removed={split: dict(sorted(counts.items())) for split, counts in self.removed.items()},
         )
-
-    def _option(self) -> str:
-        selection = self.selection
-        options = {
-            "--dedup": selection.deduplicate,
-            "--near-dedup": selection.near_duplicates is not None,
-            "--language": bool(selection.languages),
-        }
-        return next((option for option, given in options.items() if given), "--quality")
 
 
 @contextmanager

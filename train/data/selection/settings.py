@@ -1,7 +1,7 @@
 """The options that select documents, and what they removed."""
 
 import importlib.util
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import BaseModel, ConfigDict
 
@@ -59,13 +59,23 @@ class Selection(BaseModel):
 
             check_languages(self.languages)
 
+    @property
+    def option(self) -> str:
+        """An option that was given, for messages."""
+        options = {
+            "--dedup": self.deduplicate,
+            "--near-dedup": self.near_duplicates is not None,
+            "--language": bool(self.languages),
+        }
+        return next((option for option, given in options.items() if given), "--quality")
+
     def versions(self) -> dict[str, str]:
         """Returns the version of every package and set of rules that decides which documents remain."""
         found = {}
         if self.near_duplicates is not None:
-            found[MINHASH] = version(MINHASH)
+            found[MINHASH] = _version(MINHASH)
         if self.languages:
-            found[IDENTIFIER] = version(IDENTIFIER)
+            found[IDENTIFIER] = _version(IDENTIFIER)
         if self.quality:
             found["quality"] = str(QUALITY_RULES)
         return found
@@ -89,6 +99,13 @@ class SelectionRecord(BaseModel):
     quality: bool
     versions: dict[str, str]
     removed: dict[str, dict[str, int]]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(none)"
 
 
 def _installed(package: str) -> bool:
