@@ -1,6 +1,7 @@
 """Builds what a recipe describes: the device, the model set up for the machine, its optimizers and its batches."""
 
 import shutil
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from slm.core.errors import SlmError
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import fake_quantize
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
+from slm.train.average import WeightAverage, exponential, uniform
 from slm.train.data.tokens import Tokens
 from slm.train.data.windows import SAMPLERS, gather
 from slm.train.learner import Learner, Objective, UpdateSettings
@@ -20,8 +22,11 @@ from slm.train.parallel import Processes, launched, local_rank, share_of
 from slm.train.precision import Precision, restore_scaler
 from slm.train.qat import rounded_from_start
 from slm.train.recipe import Recipe
-from slm.train.schedule import Schedule
+from slm.train.schedule import Schedule, ramp
 from slm.train.state import SavedState
+
+
+_MUONS = {"muon": "Muon", "normuon": "NorMuon"}
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -68,9 +73,9 @@ def check_machine(recipe: Recipe, device: torch.device, processes: Processes) ->
             "machine.attention=flex needs CUDA: elsewhere FlexAttention has no backward pass", "leave it out"
         )
     share_of(recipe.batch.batch_size, processes)
-    if processes.size > 1 and recipe.machine.parallel == "fsdp" and recipe.optimizer.name == "muon":
+    if processes.size > 1 and recipe.machine.parallel == "fsdp" and recipe.optimizer.orthogonalizes:
         raise SlmError(
-            "Muon needs whole matrices, and machine.parallel=fsdp gives each process a share of them",
+            f"{_MUONS[recipe.optimizer.name]} needs whole matrices, and machine.parallel=fsdp gives each process a share of them",
             "--set machine.parallel=ddp, or --set optimizer.name=adamw",
         )
 
@@ -153,6 +158,8 @@ def build_learner(
             precision=precision,
             accumulation=recipe.batch.accumulation,
             max_grad_norm=recipe.optimizer.max_grad_norm,
+            momentum=_momentum(recipe),
+            decay=_decay(recipe),
         ),
         processes=processes,
     )
@@ -160,6 +167,22 @@ def build_learner(
         optimizers.load_state_tensors(model, saved.optimizer)
         restore_scaler(learner.scaler, saved.counters.scaler)
     return learner
+
+
+def build_average(recipe: Recipe, model: CausalLM, updates: int) -> WeightAverage | None:
+    """Returns the average of the weights that evaluations and checkpoints use; None without one.
+
+    Args:
+        recipe: The recipe, with its length in micro-steps.
+        model: The model, on its device.
+        updates: Number of updates done.
+    """
+    optimizer = recipe.optimizer
+    if not optimizer.averages:
+        return None
+    before = recipe.updates - max(1, round(optimizer.tail * recipe.updates))
+    kept = partial(exponential, optimizer.ema) if optimizer.ema else partial(uniform, before)
+    return WeightAverage(model, kept, updates)
 
 
 def schedule_of(recipe: Recipe) -> Schedule:
@@ -178,6 +201,20 @@ def schedule_of(recipe: Recipe) -> Schedule:
     )
 
 
+def _momentum(recipe: Recipe) -> Callable[[int], float] | None:
+    """Returns the warm-up of Muon's momentum; None without one. The first update has `momentum_start`."""
+    optimizer, first = recipe.optimizer, recipe.batch.accumulation
+    if not (optimizer.orthogonalizes and optimizer.momentum_warmup_micro_steps):
+        return None
+    end = first + optimizer.momentum_warmup_micro_steps
+    return partial(ramp, optimizer.momentum_start, optimizer.momentum, first, end)
+
+
+def _decay(recipe: Recipe) -> Callable[[int], float] | None:
+    """Returns the schedule of the weight decay; None if it is constant. 0 is reached at the end."""
+    return None if recipe.optimizer.decay_shape == "constant" else partial(ramp, 1.0, 0.0, 0, recipe.micro_steps)
+
+
 def _batch(
     recipe: Recipe, tokens: Tokens, mine: slice, rank: int, device: torch.device, micro_step: int
 ) -> tuple[Tensor, Tensor]:
@@ -185,4 +222,6 @@ def _batch(
     ids, batch, seed = tokens.ids, recipe.batch, recipe.seed
     starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
     torch.manual_seed(int(np.random.default_rng([seed, micro_step, rank]).integers(1 << 62)))
-    return gather(ids, starts, batch.context, device)
+    inputs, targets = gather(ids, starts, batch.context, device)
+    length = recipe.context_at(micro_step)
+    return inputs.reshape(-1, length), targets.reshape(-1, length)  # shorter rows at first, of the same tokens

@@ -183,7 +183,7 @@ def training_flops(
 def _update_seconds(recipe: Recipe, config: ModelConfig, card: Gpu) -> float:
     """Returns the seconds of an update on a GPU: every value is read and written once, and Muon orthogonalizes matrices."""
     matrices = [shape for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1]
-    muon = recipe.optimizer.name == "muon"
+    muon = recipe.optimizer.orthogonalizes
     by_muon = sum(rows * columns for rows, columns in matrices) if muon else 0
     moved = _ADAMW_BYTES * (config.parameter_count() - by_muon) + _MUON_BYTES * by_muon
     operations = sum(orthogonalization_flops(*shape) for shape in matrices) if muon else 0
@@ -231,8 +231,7 @@ def _timed_seconds(
 
     def step() -> float:
         began = time.perf_counter()
-        for optimizer in optimizers.members:
-            optimizer.step()
+        optimizers.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

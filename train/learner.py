@@ -71,6 +71,8 @@ class UpdateSettings:
 
     Attributes:
         rate: The learning rate as a function of the micro-steps done.
+        momentum: The decay of Muon's momentum, likewise; None leaves it alone.
+        decay: The weight decay as a share of the recipe's, likewise; None leaves it alone.
         precision: The type of the products.
         accumulation: Micro-steps per update.
         max_grad_norm: The gradient is scaled down to this norm.
@@ -80,6 +82,8 @@ class UpdateSettings:
     precision: Precision
     accumulation: int = 1
     max_grad_norm: float = 1.0
+    momentum: Callable[[int], float] | None = None
+    decay: Callable[[int], float] | None = None
 
 
 class Learner:
@@ -145,12 +149,20 @@ class Learner:
             raise FloatingPointError(f"the loss is {update.loss}")
         if not (math.isfinite(update.grad_norm) or self.scaler.is_enabled()):
             raise FloatingPointError(f"the gradient's norm is {update.grad_norm}")
-        self.optimizers.set_learning_rate(update.learning_rate)
+        self._adjust_optimizers(last + 1, update.learning_rate)
         if math.isfinite(update.grad_norm):  # the scaler would skip only the optimizers whose own gradients overflowed
-            for optimizer in self.optimizers.members:
-                self.scaler.step(optimizer)
+            self.optimizers.step(self.scaler.step)
         self.scaler.update()
         return update
+
+    def _adjust_optimizers(self, done: int, rate: float) -> None:
+        """Sets what the schedules prescribe for the update that ends with a micro-step, by the number of micro-steps done."""
+        settings = self._settings
+        self.optimizers.set_learning_rate(rate)
+        if settings.momentum is not None:
+            self.optimizers.set_momentum(settings.momentum(done))
+        if settings.decay is not None:
+            self.optimizers.set_decay(settings.decay(done))
 
     def _clip(self) -> Tensor:
         """Clips the gradient to the maximum norm, and returns the norm before."""

@@ -29,7 +29,8 @@ class TrainingBytes:
         weights: The weights, in float32.
         gradients: The gradients, in float32.
         moments: The optimizers' moments.
-        average: The moving average of the weights.
+        average: The average of the weights.
+        update: Copies of the weights during an update, when activations are freed.
         activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast or rounded
             to a grid.
         loss: A chunk of logits, and the head's gradients while they are computed; the rounded head.
@@ -39,13 +40,15 @@ class TrainingBytes:
     gradients: int
     moments: int
     average: int
+    update: int
     activations: int
     loss: int
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return self.weights + self.gradients + self.moments + self.average + self.activations + self.loss
+        """The peak: the larger of what a micro-step and an update add to the rest."""
+        kept = self.weights + self.gradients + self.moments + self.average
+        return kept + max(self.update, self.activations + self.loss)
 
 
 def training_bytes(
@@ -65,7 +68,7 @@ def training_bytes(
     matrices = sum(
         prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
     )
-    moments = 2 * weights - (matrices * _FLOAT32 if recipe.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
+    moments = 2 * weights + _moments_less_adamw(recipe, config)
     on_grid = recipe.qat.grid is not None
     cast = matrices * (_PRODUCT if precision.autocast is not None else _FLOAT32 if on_grid else 0)
     if recipe.machine.gradient_checkpointing:
@@ -74,15 +77,29 @@ def training_bytes(
     chunk = recipe.machine.loss_chunk
     product = _PRODUCT if precision.autocast is not None else _FLOAT32
     rows = min(tokens, chunk if chunk is not None else max(1, CHUNK_BYTES // (product * config.vocab_size)))
+    per_token = max(
+        _bytes_per_token(_with(recipe, "batch", context=length, first_context=None), config, precision, able)
+        for length in recipe.batch.contexts
+    )
     return TrainingBytes(
         weights=weights // shared,
         gradients=weights // shared,
         moments=moments // shared,
-        average=weights // shared if recipe.optimizer.ema else 0,
-        activations=tokens * _bytes_per_token(recipe, config, precision, able) + cast,
+        average=weights // shared if recipe.optimizer.averages else 0,
+        update=weights // shared if recipe.optimizer.cautious else 0,
+        activations=tokens * per_token + cast,
         loss=_loss_bytes(rows, config, product, able)
         + (config.vocab_size * config.hidden_size * _FLOAT32 if on_grid else 0),
     )
+
+
+def _moments_less_adamw(recipe: Recipe, config: ModelConfig) -> int:
+    """Returns what the optimizer's state adds to AdamW's two moments: Muon keeps one, NorMuon also a value for each row."""
+    if not recipe.optimizer.orthogonalizes:
+        return 0
+    shapes = [shape for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1]
+    rows = sum(shape[0] for shape in shapes) if recipe.optimizer.name == "normuon" else 0
+    return (rows - sum(map(prod, shapes))) * _FLOAT32
 
 
 def _loss_bytes(rows: int, config: ModelConfig, product: int, able: Capability) -> int:
@@ -129,7 +146,7 @@ def advise(
     if found:
         return "; or ".join(_advice(recipe, way, total(recipe), total(way)) for way in found)
     least = ways[-1][-1] if ways[-1] else recipe
-    shorter = [_with(least, "batch", context=context) for context in _halves(recipe.batch.context)]
+    shorter = [_with(least, "batch", context=context) for context in _halves(recipe)]
     chosen = first_to_fit(shorter)
     if chosen is None:
         least = shorter[-1] if shorter else least
@@ -148,9 +165,10 @@ def _smaller_batches(recipe: Recipe, processes: int) -> list[Recipe]:
     ]
 
 
-def _halves(context: int) -> list[int]:
-    """Returns half of a context, a quarter, and so on, down to the shortest that still trains."""
-    return [context >> times for times in range(1, context.bit_length() - 1)]
+def _halves(recipe: Recipe) -> list[int]:
+    """Returns half of the context, a quarter, and so on, down to the first length of rows or the shortest that still trains."""
+    context, least = recipe.batch.context, recipe.batch.first_context or 2
+    return [context >> times for times in range(1, context.bit_length() - 1) if context >> times >= least]
 
 
 def _advice(recipe: Recipe, chosen: Recipe, now: int, then: int) -> str:

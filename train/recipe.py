@@ -84,6 +84,12 @@ class Recipe(Section):
         """Updates of the whole run."""
         return self.micro_steps // self.batch.accumulation
 
+    def context_at(self, micro_step: int) -> int:
+        """Returns the length of the rows of a micro-step, by its number from 0; see `BatchRecipe.first_context`."""
+        contexts = self.batch.contexts
+        stage = int(micro_step * (len(contexts) - 1) / (self.batch.context_warmup * self.micro_steps))
+        return contexts[min(stage, len(contexts) - 1)]
+
     @property
     def course(self) -> dict[str, Any]:
         """The values that a resumed run must not change, by their names in `--set`: the saved state depends on them."""
@@ -95,6 +101,7 @@ class Recipe(Section):
             "batch.context": batch.context,
             "optimizer.name": self.optimizer.name,
             "optimizer.ema": bool(self.optimizer.ema),
+            "optimizer.tail": self.optimizer.tail,
             "qat.precision": self.qat.precision,
             "qat.start": self.qat.start,
         }

@@ -16,8 +16,7 @@ from slm.core.machine import memory
 from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
-from slm.train.average import MovingAverage
-from slm.train.build import build_learner, build_model, check_machine, pick_device, with_special_tokens
+from slm.train.build import build_average, build_learner, build_model, check_machine, pick_device, with_special_tokens
 from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
@@ -39,7 +38,7 @@ from slm.train.state import TRAINER, Counters, SavedState, load_state
 
 _MIB = 1 << 20
 # The values of a run that was saved by a version without these settings.
-_BEFORE_QAT = {"qat.precision": "none", "qat.start": 0.0}
+_WITHOUT = {"qat.precision": "none", "qat.start": 0.0, "optimizer.tail": 0.0}
 
 
 @dataclass(frozen=True)
@@ -165,11 +164,9 @@ class _Run(Actions):
         self.learner = build_learner(
             recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes
         )
-        average: MovingAverage | None = None
-        if recipe.optimizer.ema:
-            average = MovingAverage(self.model, recipe.optimizer.ema, self._updates_done)
-            if saved is not None:
-                average.load_tensors(saved.average)
+        average = build_average(recipe, self.model, self._updates_done)
+        if average is not None and saved is not None:
+            average.load_tensors(saved.average)
         self.deployed = Deployed(self.model, average, recipe.qat.grid is not None)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
         self.keeper = Keeper(path, recipe, self.dataset, self.model, self.deployed, processes, about)
@@ -334,7 +331,7 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
         return Counters(micro_steps=0, course=recipe.course | {"batch.accumulation": recipe.batch.accumulation})
     counters = saved.counters
     for name, value in recipe.course.items():
-        before = counters.course.get(name, _BEFORE_QAT.get(name))
+        before = counters.course.get(name, _WITHOUT.get(name))
         if before != value:
             raise SlmError(
                 f"the run was saved with {name} = {before}, and config.yaml says {value}",

@@ -158,7 +158,7 @@ def test_another_depth_brings_its_layer_types() -> None:
         ("model.head_dim=63", "head_dim", None),
         ("seed=-1", "seed", None),
         ("data.sampler=shuffled", r"data.sampler: .*'random' or 'packed'", None),
-        ("optimizer.name=lion", r"optimizer.name: .*'adamw' or 'muon'", None),
+        ("optimizer.name=lion", r"optimizer.name: .*'adamw', 'muon' or 'normuon'", None),
         ("optimizer.momentum=1", r"optimizer.momentum: .*less than 1", None),
         ("optimizer.ema=1", r"optimizer.ema: .*less than 1", None),
         ("optimizer.matrix_rate=0", r"optimizer.matrix_rate: .*greater than 0", None),

@@ -219,7 +219,7 @@ def test_resuming_what_is_no_run_or_damaged(small_recipe: MakeRecipe, finished: 
         resume(OUT)
     train(small_recipe(optimizer={"ema": 0.9}), Path("averaged"))
     Path("averaged/trainer/average.safetensors").unlink()
-    with pytest.raises(SlmError, match="the saved moving average lacks"):
+    with pytest.raises(SlmError, match="the saved average of the weights lacks"):
         resume(Path("averaged"))
     tokens = OUT / "data/train.bin"
     tokens.write_bytes(tokens.read_bytes()[:-1])
