@@ -3,10 +3,11 @@
 import shutil
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
@@ -14,6 +15,7 @@ from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import fake_quantize
 from slm.core.tokenizer import END_OF_TEXT, END_OF_TURN, PAD, Tokenizer
 from slm.train.average import WeightAverage, exponential, uniform
+from slm.train.data.packing import Packing, pack
 from slm.train.data.tokens import Tokens
 from slm.train.data.windows import SAMPLERS, gather
 from slm.train.learner import Learner, Objective, UpdateSettings
@@ -215,13 +217,48 @@ def _decay(recipe: Recipe) -> Callable[[int], float] | None:
     return None if recipe.optimizer.decay_shape == "constant" else partial(ramp, 1.0, 0.0, 0, recipe.micro_steps)
 
 
+def positions_of(recipe: Recipe, tokens: Tokens) -> int:
+    """Returns the positions of rows in one pass over the training text."""
+    packing = packing_of(recipe, tokens)
+    return len(tokens.ids) if packing is None else packing.positions
+
+
+def tokens_seen(recipe: Recipe, tokens: Tokens, micro_steps: int) -> int:
+    """Returns the number of targets in the first micro-steps of a run."""
+    packing = packing_of(recipe, tokens)
+    if packing is None:
+        return micro_steps * recipe.tokens_per_micro_step
+    return packing.targets_before(recipe.seed, micro_steps * recipe.batch.batch_size)
+
+
+def packing_of(recipe: Recipe, tokens: Tokens) -> Packing | None:
+    return pack(tokens.ids, recipe.batch.context) if recipe.data.sampler == "best_fit" else None
+
+
 def _batch(
     recipe: Recipe, tokens: Tokens, mine: slice, rank: int, device: torch.device, micro_step: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """Returns this process's rows of a micro-step, and seeds dropout for it from the recipe's seed alone."""
     ids, batch, seed = tokens.ids, recipe.batch, recipe.seed
-    starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
     torch.manual_seed(int(np.random.default_rng([seed, micro_step, rank]).integers(1 << 62)))
+    length, packing = recipe.context_at(micro_step), packing_of(recipe, tokens)
+    if packing is not None:
+        rows = packing.drawn(seed, micro_step * batch.batch_size, batch.batch_size)[mine]
+        shorter = [tensor.reshape(-1, length) for tensor in packing.gather(rows, device)]
+        return *shorter, _share_of_update(recipe, packing, rows, micro_step)
+    starts = SAMPLERS[recipe.data.sampler](len(ids), batch.batch_size, batch.context, seed, micro_step)[mine]
     inputs, targets = gather(ids, starts, batch.context, device)
-    length = recipe.context_at(micro_step)
     return inputs.reshape(-1, length), targets.reshape(-1, length)  # shorter rows at first, of the same tokens
+
+
+def _share_of_update(recipe: Recipe, packing: Packing, mine: NDArray[np.int64], micro_step: int) -> float:
+    """Returns the factor that makes a process's mean loss of a micro-step count by its targets among those of the update.
+
+    Losses are averaged over the processes and micro-steps of an update. With this factor the result is the mean over all
+    targets of the update, however it is divided.
+    """
+    batch = recipe.batch
+    first = micro_step // batch.accumulation * batch.accumulation * batch.batch_size
+    all_rows = packing.drawn(recipe.seed, first, batch.accumulation * batch.batch_size)
+    mean_row: float = packing.targets_in(all_rows).mean()
+    return float(packing.targets_in(mine).mean() / mean_row)

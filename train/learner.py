@@ -57,12 +57,22 @@ class Objective(nn.Module):
             model.model.positions = torch.compiler.disable(model.model.positions)  # type: ignore[method-assign]
             self._compiled = torch.compile(model.model.forward, dynamic=False)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean cross-entropy of inputs (B, T) for targets (B, T)."""
+    def forward(
+        self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None, share: float | None = None
+    ) -> Tensor:
+        """Returns the mean cross-entropy of inputs (B, T) for targets (B, T).
+
+        Args:
+            inputs: Ids.
+            targets: Ids; those that are `slm.train.loss.IGNORED` do not count.
+            segments: Number of each position's document in its row (B, T); documents do not attend to each other.
+            share: Factor of the loss, for rows with fewer targets than other rows of the update.
+        """
         body = self._compiled if self._compiled is not None and self.training else self.model.model
-        hidden: Tensor = body(inputs)  # (B, T, D)
+        hidden: Tensor = body(inputs) if segments is None else body(inputs, segments=segments)  # (B, T, D)
         hidden, weight = operands(self.model.lm_head, hidden.flatten(0, 1))
-        return linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
+        loss = linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
+        return loss if share is None else loss * share
 
 
 @dataclass(frozen=True)

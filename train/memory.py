@@ -200,7 +200,7 @@ def _bytes_per_token(recipe: Recipe, config: ModelConfig, precision: Precision, 
     autocast = precision.autocast is not None
     layers = [
         _layer_bytes(config, autocast, kernel, recipe.qat.grid is not None)
-        + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer)
+        + _attention_bytes(config, autocast, kernel, recipe.batch.context, layer, recipe.data.sampler == "best_fit")
         for layer, kernel in enumerate(training_kernels(recipe, config, able, precision))
     ]
     stream = config.hidden_size * _FLOAT32
@@ -233,10 +233,24 @@ def _layer_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, o
     return norms + attention + rotation + rounded + 4 * config.intermediate_size * product
 
 
-def _attention_bytes(config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int) -> int:
-    """Returns the bytes per position that attention saves besides queries, keys, values and its output."""
+def _attention_bytes(
+    config: ModelConfig, autocast: bool, kernel: AttentionKernel, context: int, layer: int, apart: bool
+) -> int:
+    """Returns the bytes per position that attention saves besides queries, keys, values and its output.
+
+    Args:
+        config: The model's shape.
+        autocast: Whether products are computed in 16 bits.
+        kernel: The kernel.
+        context: Length of a row.
+        layer: Number of the layer.
+        apart: Whether rows have documents that do not attend to each other.
+    """
     product = _PRODUCT if autocast else _FLOAT32
     heads, window = config.num_attention_heads, config.window(layer)
+    if apart:  # a mask for each row, as booleans and as numbers; the plain products are not used
+        expanded = 2 * (heads - config.num_key_value_heads) * config.head_dim * product
+        return context * (1 + product) + (expanded if kernel == "efficient" else 0)
     if kernel == "efficient":  # keys and values, repeated for each query head
         return 2 * (heads - config.num_key_value_heads) * config.head_dim * product
     if kernel == "cpu" and context <= SHORT and (window is None or context <= window):  # attend_in_products

@@ -19,10 +19,12 @@ from slm.core.text.cuts import PieceEncoder
 from slm.core.text.files import DATASET_FILE, find_files, is_dataset
 from slm.core.tokenizer import Tokenizer
 from slm.train.data.corpus import SAMPLE, Corpus, Documents, Reading, is_named, open_corpus
-from slm.train.data.dataset import Dataset, DatasetManifest, open_dataset, refer_to
+from slm.train.data.dataset import Dataset, open_dataset, refer_to
 from slm.train.data.preparation import beginning, write_dataset
 from slm.train.data.shards import ShardWriter
+from slm.train.build import positions_of
 from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
+from slm.train.data.tokens import Tokens
 from slm.train.recipe import Recipe
 
 CONFIG = "config.yaml"
@@ -68,7 +70,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = 
         )
         with _new_directory(run, progress, overwrite):
             _refer(dataset, run)
-            _write_recipe(recipe, dataset.manifest, run)
+            _write_recipe(recipe, dataset.train, run)
         return
     corpus = open_corpus(recipe.data.train, recipe.data.validation, _reading(recipe))
     progress.note(f"data: {corpus.about}")
@@ -78,7 +80,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = 
             workers = min(usable_cores(), _MOST_WORKERS)
             manifest = write_dataset(ShardWriter(directory, tokenizer, progress, workers=workers), corpus)
         check_lengths(recipe, manifest.train.tokens, manifest.validation.tokens)
-        _write_recipe(recipe, manifest, run)
+        _write_recipe(recipe, open_dataset(run / DATA).train, run)
 
 
 def prepared_dataset(recipe: Recipe) -> Dataset | None:
@@ -289,8 +291,8 @@ def _refer(dataset: Dataset, run: Path) -> None:
         write_text(directory / DATASET_FILE, refer_to(dataset.path).model_dump_json(indent=2) + "\n")
 
 
-def _write_recipe(recipe: Recipe, manifest: DatasetManifest, run: Path) -> None:
-    write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(manifest.train.tokens)).to_yaml())
+def _write_recipe(recipe: Recipe, tokens: Tokens, run: Path) -> None:
+    write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(positions_of(recipe, tokens))).to_yaml())
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

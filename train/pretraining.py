@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -58,7 +59,7 @@ class Pretraining(Task):
         counters: Counters,
         metrics: Metrics,
         progress: Progress,
-        tokens_per_micro_step: int,
+        tokens: Callable[[int], int],
     ) -> None:
         """Prepares the task.
 
@@ -69,10 +70,10 @@ class Pretraining(Task):
             counters: The position in the run.
             metrics: The metrics so far.
             progress: Receives progress and notes.
-            tokens_per_micro_step: Tokens in a micro-step, over all processes.
+            tokens: Returns the tokens of the first micro-steps of the run, over all processes.
         """
         self.counters = counters
-        self._tokens_per_micro_step = tokens_per_micro_step
+        self._tokens = tokens
         self._plan, self._actions, self._learner = plan, actions, learner
         self._metrics, self._progress = metrics, progress
         self.began = time.perf_counter() - counters.elapsed_s
@@ -112,7 +113,7 @@ class Pretraining(Task):
         update = self._learner.update(self.micro_steps, after_micro_step)
         self._actions.updated()
         self.counters = self.counters.model_copy(update={"micro_steps": self.micro_steps + self._plan.accumulation})
-        tokens = self._plan.accumulation * self._tokens_per_micro_step
+        tokens = self._tokens(self.micro_steps) - self._tokens(self.micro_steps - self._plan.accumulation)
         self._record(update, tokens / (time.perf_counter() - began))
 
     def _record(self, update: Update, speed: float) -> None:
@@ -179,7 +180,7 @@ class Pretraining(Task):
         return {
             "micro_steps": self.micro_steps,
             "updates": self._updates,
-            "tokens": self.micro_steps * self._tokens_per_micro_step,
+            "tokens": self._tokens(self.micro_steps),
             "elapsed_s": round(self.elapsed_s, 3),
         }
 
@@ -197,6 +198,6 @@ class Pretraining(Task):
             memory = torch.cuda.max_memory_allocated() / (1 << 20) if cuda else peak_rss_mib()
             rest = seconds * (self._plan.micro_steps - self.micro_steps)
             self._progress.note(
-                f"{seconds:.2f} s a micro-step, {self._tokens_per_micro_step / seconds:,.0f} tokens/s, peak memory "
+                f"{seconds:.2f} s a micro-step, {self._tokens(1) / seconds:,.0f} tokens/s, peak memory "
                 f"{memory:,.0f} MiB; about {duration(rest)} for all of it at this speed"
             )

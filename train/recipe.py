@@ -59,13 +59,17 @@ class Recipe(Section):
                 raise ValueError(f"{name}.context is {context}, the model's max_position_embeddings {longest}")
         if self.schedule.micro_steps is not None and self.schedule.micro_steps < self.batch.accumulation:
             raise ValueError("schedule.micro_steps is less than batch.accumulation: there would be no update")
+        if self.data.sampler == "best_fit" and self.machine.attention == "flex":
+            raise ValueError(
+                "machine.attention=flex cannot keep the documents of a row apart; leave it out with data.sampler=best_fit"
+            )
         if self.qat.grid is not None:
             for _ in self.qat.grid.schemes(config):  # raises if a product does not fit
                 pass
         return self
 
     def for_tokens(self, tokens: int) -> "Recipe":
-        """Returns the recipe with its length in micro-steps, for a training text of a number of tokens."""
+        """Returns the recipe with its length in micro-steps, for a text whose rows have a number of positions in one pass."""
         epochs = self.schedule.epochs
         if epochs is None:
             return self

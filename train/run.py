@@ -5,6 +5,7 @@ RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl los
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,17 @@ from slm.core.machine import memory
 from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
-from slm.train.build import build_average, build_learner, build_model, check_machine, pick_device, with_special_tokens
+from slm.train.build import (
+    build_average,
+    build_learner,
+    build_model,
+    check_machine,
+    packing_of,
+    pick_device,
+    positions_of,
+    tokens_seen,
+    with_special_tokens,
+)
 from slm.train.data.dataset import open_dataset
 from slm.train.evaluate import Check, Evaluation, evaluate
 from slm.train.interrupt import held_back
@@ -148,7 +159,8 @@ class _Run(Actions):
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
         self.dataset = open_dataset(path / DATA)
-        self.recipe = recipe = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
+        recipe = load_recipe(path / CONFIG)
+        self.recipe = recipe = recipe.for_tokens(positions_of(recipe, self.dataset.train))
         check_lengths(recipe, len(self.dataset.train.ids), len(self.dataset.validation.ids))
         self.device = pick_device(recipe.machine.device)
         self.memory = memory_of(self.device)
@@ -198,7 +210,7 @@ class _Run(Actions):
             checkpoint_every=recipe.checkpoints.every_updates,
         )
         task = Pretraining(
-            plan, self, self.learner, self.counters, self.metrics, self.progress, recipe.tokens_per_micro_step
+            plan, self, self.learner, self.counters, self.metrics, self.progress, partial(tokens_seen, recipe, self.dataset.train)
         )
         with held_back() as interruption, self.metrics.logs:
             loop = Loop(plan, task, interruption, self.processes, self.progress)
@@ -279,9 +291,12 @@ class _Run(Actions):
         together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
         note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")
         per_update = self._accumulation * recipe.tokens_per_micro_step
-        tokens, stream = recipe.updates * per_update, len(self.dataset.train.ids)
+        train, whole_rows = self.dataset.train, packing_of(recipe, self.dataset.train)
+        tokens, stream = tokens_seen(recipe, train, recipe.updates * self._accumulation), len(train.ids)
+        if whole_rows is not None:
+            note(f"rows: {whole_rows.about}")
         note(
-            f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
+            f"run: {recipe.updates:,} updates of {'' if whole_rows is None else 'up to '}{per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
         if recipe.qat.grid is not None:
@@ -301,7 +316,7 @@ class _Run(Actions):
         best = self.metrics.best
         assert best is not None  # a run has at least one update, and an evaluation after the last one
         micro_steps = task.micro_steps
-        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, task.elapsed_s
+        tokens, elapsed_s = tokens_seen(self.recipe, self.dataset.train, micro_steps), task.elapsed_s
         return TrainResult(
             run=self.path,
             checkpoint=self.keeper.best,

@@ -41,7 +41,8 @@ class DataRecipe(Section):
         validation: Validation text: a file or directory. None uses the corpus's own split, or holds out its last documents.
         tokenizer: "gpt2", "bpe" to learn one from the training text, or the path of a `tokenizer.json`.
         sampler: How rows are drawn from the stream of tokens: "random" draws windows anywhere in it; "packed" cuts the stream
-            into rows, differently in every epoch, and reads each once in random order.
+            into rows, differently in every epoch, and reads each once in random order; "best_fit" packs whole documents into
+            rows (arXiv:2404.10830), which do not attend to each other.
         column: Name of the field that holds the text, in rows.
         max_document_bytes: Maximum UTF-8 bytes of a row, and of a document if the tokenizer needs whole documents.
     """
