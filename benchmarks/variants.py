@@ -11,9 +11,10 @@ Each variant is `modern` with some values set. All runs of a table share model, 
 thread. A complete schedule belongs to each budget. Results are appended to OUT/results.jsonl as soon as a run ends, and runs
 that are there already with the same settings are skipped: a sweep that was stopped continues with the same command.
 
-`--equal-time` adds a second run for each variant whose update costs more or less processor time than the base's: its tokens are
-scaled so that both take the same time. The base is run with several budgets, from which the table computes how many tokens the
-base needs for each variant's loss.
+`--costs` measures the processor time of an update of each variant and of its reference, in turns, in one process: times of
+whole runs depend too much on what else the machine does. The result is OUT/costs.json. `--equal-time` then adds a run for each
+variant whose update costs more or less than its reference's, with the tokens that take the same time. `--budgets` runs the
+references with other budgets too, from which the table computes how many tokens they need for each variant's loss.
 """
 
 import argparse
@@ -22,12 +23,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from recipes import MODEL
@@ -45,8 +47,10 @@ SIZES: dict[str, list[str]] = {
         "model.head_dim=96",
     ],
 }
+RESULTS, COSTS = "results.jsonl", "costs.json"
 ROWS = 16 * 128  # tokens of an update
-_MUON = "optimizer.name=muon"
+# Rows of whole stories, the same tokens an update.
+_LONG = ["batch.context=512", "batch.batch_size=4", "evaluation.context=512", "evaluation.windows=128"]
 
 # The values that each variant sets on top of the base.
 VARIANTS: dict[str, list[str]] = {
@@ -68,6 +72,8 @@ VARIANTS: dict[str, list[str]] = {
     "normuon": ["optimizer.name=normuon"],
     "normuon-rate-2": ["optimizer.name=normuon", "optimizer.matrix_rate=2"],
     "muon-rate-2": ["optimizer.matrix_rate=2"],
+    "momentum-0.8": ["optimizer.momentum=0.8"],
+    "momentum-0.85": ["optimizer.momentum=0.85"],
     "momentum-0.9": ["optimizer.momentum=0.9"],
     "momentum-0.98": ["optimizer.momentum=0.98"],
     "momentum-warmup": ["optimizer.momentum_start=0.85", "optimizer.momentum_warmup_micro_steps=64"],
@@ -78,7 +84,26 @@ VARIANTS: dict[str, list[str]] = {
     "norm-betas-0.99": ["optimizer.norm_betas=[0.9, 0.99]"],
     # rows
     "context-from-32": ["batch.first_context=32"],
+    # rows of 512, measured in windows of 512
+    "rows-512": _LONG,
+    "rows-512-from-64": [*_LONG, "batch.first_context=64"],
+    "best-fit-512": [*_LONG, "data.sampler=best_fit"],
+    # an ensemble of two base runs with other seeds, whose training is not counted
+    "teachers-0.3": ["distillation.weight=0.3"],
+    "teachers-0.7": ["distillation.weight=0.7"],
+    # combinations
+    "normuon-momentum-0.9": ["optimizer.name=normuon", "optimizer.momentum=0.9"],
+    "normuon-momentum-0.9-rate-2": [
+        *("optimizer.name=normuon", "optimizer.momentum=0.9", "optimizer.matrix_rate=2"),
+    ],
+    "normuon-momentum-0.9-cautious": [
+        *("optimizer.name=normuon", "optimizer.momentum=0.9", "optimizer.cautious=true", "optimizer.weight_decay=0.3"),
+    ],
 }
+# What a variant is compared with, if not with the base: losses in other windows cannot be compared.
+REFERENCES = {"rows-512": "rows-512", "rows-512-from-64": "rows-512", "best-fit-512": "rows-512"}
+# The seeds of an ensemble's teachers, after the seed of the run, so that no run learns from itself.
+TEACHERS = (101, 102)
 # Budgets of the base in a table, as multiples of the variants'.
 BUDGETS = (1.0, 0.6, 1.5, 2.0)
 
@@ -140,9 +165,10 @@ def measure(dataset: str, out: Path, size: str, run: Run) -> None:
         spent["process_seconds"] += time.process_time() - process
 
     Pretraining.update = timed  # type: ignore[method-assign]  # evaluations do not count
-    path = out / "runs" / f"{size}-{run.variant}-{run.tokens}-s{run.seed}"
+    path = _place(out, size, run)
     shutil.rmtree(path, ignore_errors=True)
-    result = train(load_recipe("modern", [*run.overrides, f"data.train={dataset}", "log=[]"]), path)
+    more = [f"data.train={dataset}", "log=[]", *_further(out, size, run)]
+    result = train(load_recipe("modern", [*run.overrides, *more]), path)
     rows = map(json.loads, (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     row = {
         "size": size,
@@ -157,15 +183,29 @@ def measure(dataset: str, out: Path, size: str, run: Run) -> None:
         "torch": torch.__version__,
         "overrides": run.overrides,
     }
-    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+    with (out / RESULTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     shutil.rmtree(path / "trainer", ignore_errors=True)
     print(f"{size} {run.variant}, seed {run.seed}, {run.tokens:,} tokens: {result.loss:.4f}", flush=True)
 
 
+def _further(out: Path, size: str, run: Run) -> list[str]:
+    """Returns the teachers of a run, which are runs of the base beside it."""
+    if not run.variant.startswith("teachers"):
+        return []
+    found = (out / "runs").glob(f"{size}-{BASE}-*-s{TEACHERS[0]}")
+    tokens = max((int(path.name.split("-")[-2]) for path in found), default=0)
+    paths = [_place(out, size, Run(BASE, seed, tokens, [])) / "checkpoint/best" for seed in TEACHERS]
+    return [f"distillation.teachers={json.dumps([str(path.resolve()) for path in paths])}"]
+
+
+def _place(out: Path, size: str, run: Run) -> Path:
+    return out / "runs" / f"{size}-{run.variant}-{run.tokens}-s{run.seed}"
+
+
 def results(out: Path) -> list[dict[str, Any]]:
     """Returns the results so far."""
-    file = out / "results.jsonl"
+    file = out / RESULTS
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
@@ -184,22 +224,71 @@ def run_all(dataset: str, out: Path, size: str, wanted: Sequence[Run], jobs: int
 
 def equal_time(out: Path, size: str, variants: Sequence[str], seeds: Sequence[int], tokens: int) -> Iterator[Run]:
     """Yields runs with the tokens that each variant processes in the base's processor time, where they differ by 3 %."""
-    costs = {name: _cost(_rows(out, size, name, tokens)) for name in (BASE, *variants)}
+    costs = _costs(out)
     for name in variants:
-        cost, base = costs[name], costs[BASE]
-        if cost is not None and base is not None and abs(base / cost - 1) > 0.03:
-            yield from (planned(size, name, seed, round(tokens * base / cost)) for seed in seeds)
+        cost = costs.get(f"{size} {name}", 1.0)
+        if abs(cost - 1) > 0.03:
+            yield from (planned(size, name, seed, round(tokens / cost)) for seed in seeds)
+
+
+def measure_costs(dataset: str, out: Path, size: str, variants: Sequence[str], rounds: int) -> None:
+    """Writes the processor time of an update of each variant, in units of its reference's: the median over the rounds."""
+    import torch
+
+    torch.set_num_threads(1)
+    known = _costs(out)
+    for name in variants:
+        reference = REFERENCES.get(name, BASE)
+        if name == reference:
+            continue
+        updates = [_update(dataset, out, size, each) for each in (reference, name)]
+        ratios = []
+        for number in range(-2, rounds):
+            times = []
+            for update in updates:
+                began = time.process_time()
+                update(number + 2)
+                times.append(time.process_time() - began)
+            if number >= 0:  # the first updates also allocate
+                ratios.append(times[1] / times[0])
+        known[f"{size} {name}"] = round(median(ratios), 3)
+        print(f"{size} {name}: {median(ratios):.3f} of the processor time of {reference}", flush=True)
+        (out / COSTS).write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def _update(dataset: str, out: Path, size: str, variant: str) -> Callable[[int], object]:
+    """Returns what makes one update of a variant, by its number."""
+    import torch
+
+    from slm.train.build import build_average, build_learner, build_model
+    from slm.train.data.dataset import open_dataset
+    from slm.train.parallel import Alone
+    from slm.train.precision import FLOAT32
+    from slm.train.recipe import load_recipe
+
+    run = planned(size, variant, 0, 128 * ROWS)
+    recipe = load_recipe("modern", [*run.overrides, *_further(out, size, run)])
+    device, tokens = torch.device("cpu"), open_dataset(Path(dataset)).train
+    model = build_model(recipe, recipe.model.config(), device, None)
+    learner = build_learner(recipe, model, tokens, device, FLOAT32, None, Alone())
+    average = build_average(recipe, model, 0)
+
+    def update(number: int) -> None:
+        learner.update(number, lambda: None)
+        if average is not None:
+            average.update()
+
+    return update
 
 
 def table(out: Path, size: str, tokens: int) -> list[dict[str, Any]]:
-    """Returns a row for each variant and budget, the best loss first."""
-    base = _budgets(out, size)
-    at_budget = _rows(out, size, BASE, tokens)
-    cost = _cost(at_budget)
+    """Returns a row for each variant and budget, by what it is compared with, the best loss first."""
     found = []
     for name, budget in sorted({(row["variant"], row["tokens"]) for row in results(out) if row["size"] == size}):
-        rows = _rows(out, size, name, budget)
-        loss, mine = mean(row["loss"] for row in rows), _cost(rows)
+        reference = REFERENCES.get(name, BASE)
+        base, at_budget = _budgets(out, size, reference), _rows(out, size, reference, tokens)
+        rows, costs = _rows(out, size, name, budget), _costs(out)
+        loss = mean(row["loss"] for row in rows)
         paired = [
             row["loss"] - other["loss"]
             for row in rows
@@ -210,31 +299,32 @@ def table(out: Path, size: str, tokens: int) -> list[dict[str, Any]]:
         found.append(
             {
                 "variant": name,
+                "reference": reference,
                 "tokens": budget,
                 "losses": {row["seed"]: round(row["loss"], 4) for row in rows},
                 "loss": round(loss, 4),
-                "against_base": round(mean(paired), 4) if paired else None,
+                "against_reference": round(mean(paired), 4) if paired else None,
                 "seeds_better": f"{sum(d < 0 for d in paired)} of {len(paired)}" if paired else "",
-                "processor_time": None if mine is None or cost is None else round(mine / cost, 3),
-                "base_tokens_for_this_loss": None if need is None else round(need),
+                "processor_time": 1.0 if name == reference else costs.get(f"{size} {name}"),
+                "reference_tokens_for_this_loss": None if need is None else round(need),
                 "share_of_tokens": None if need is None else round(budget / need, 3),
             }
         )
-    return sorted(found, key=lambda row: row["loss"])
+    return sorted(found, key=lambda row: (row["reference"], row["loss"]))
 
 
 def needed(budgets: Sequence[tuple[int, float]], loss: float) -> float | None:
     """Returns the tokens with which the base reaches a loss, interpolated over the logarithm; None outside its budgets."""
     ordered = sorted(budgets)
-    for (low, above), (high, below) in zip(ordered, ordered[1:], strict=False):
+    for (low, above), (high, below) in pairwise(ordered):
         if below <= loss <= above:
             share = (above - loss) / (above - below)
             return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
     return None
 
 
-def _budgets(out: Path, size: str) -> list[tuple[int, float]]:
-    rows = [row for row in results(out) if (row["size"], row["variant"]) == (size, BASE)]
+def _budgets(out: Path, size: str, variant: str) -> list[tuple[int, float]]:
+    rows = [row for row in results(out) if (row["size"], row["variant"]) == (size, variant)]
     budgets = sorted({row["tokens"] for row in rows})
     return [(tokens, mean(row["loss"] for row in rows if row["tokens"] == tokens)) for tokens in budgets]
 
@@ -245,9 +335,10 @@ def _rows(out: Path, size: str, variant: str, tokens: int) -> list[dict[str, Any
     return sorted({row["seed"]: row for row in rows}.values(), key=lambda row: row["seed"])
 
 
-def _cost(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Returns the processor seconds per token: the least of several runs, as other programs only add to it."""
-    return min((row["process_seconds"] / row["tokens"] for row in rows), default=None)
+def _costs(out: Path) -> dict[str, float]:
+    """Returns the processor time of an update by size and variant, in units of its reference's."""
+    file = out / COSTS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def main() -> None:
@@ -260,7 +351,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--tokens", type=int, default=524_288)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--budgets", action="store_true", help="run the base with the other budgets of a table too")
+    parser.add_argument("--budgets", action="store_true", help="run the references at other budgets too")
+    parser.add_argument("--costs", type=int, metavar="ROUNDS", help="measure the processor time of updates, and end")
     parser.add_argument("--equal-time", action="store_true", help="run each variant for the base's processor time too")
     parser.add_argument("--list", action="store_true", help="print the variants and what is still to be run")
     parser.add_argument("--table", action="store_true", help="print the table, and run nothing")
@@ -273,13 +365,23 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokens = args.tokens // ROWS * ROWS
     wanted = [planned(args.size, name, seed, tokens) for seed in seeds for name in names]
+    if any(name.startswith("teachers") for name in names):
+        wanted = [*(planned(args.size, BASE, seed, tokens) for seed in TEACHERS), *wanted]
     if args.budgets:
-        wanted += [planned(args.size, BASE, seed, round(tokens * share)) for seed in seeds for share in BUDGETS]
+        wanted += [
+            planned(args.size, name, seed, round(tokens * share))
+            for seed in seeds
+            for name in dict.fromkeys(REFERENCES.get(name, BASE) for name in names)
+            for share in BUDGETS
+        ]
     if args.list:
         known = [(row["size"], row["overrides"]) for row in results(args.out)]
         for run in wanted:
             state = "done" if (args.size, run.overrides) in known else "to run"
             print(f"{state:7} {run.variant:30} seed {run.seed}  {run.tokens:>10,}  {' '.join(VARIANTS[run.variant])}")
+        return
+    if args.costs:
+        measure_costs(args.dataset, args.out, args.size, names, args.costs)
         return
     if not args.table:
         run_all(args.dataset, args.out, args.size, wanted, args.jobs)
@@ -289,7 +391,7 @@ def main() -> None:
     rows = table(args.out, args.size, tokens)
     for row in rows:
         print(
-            f"{row['variant']:30} {row['tokens']:>10,} tokens  {row['loss']:.4f}  {row['against_base'] or 0:+.4f}  "
+            f"{row['variant']:30} {row['tokens']:>10,} tokens  {row['loss']:.4f}  {row['against_reference'] or 0:+.4f}  "
             f"{row['seeds_better']:>6}  time × {row['processor_time'] or 0:.2f}  tokens × {row['share_of_tokens'] or 0:.2f}  "
             f"{list(row['losses'].values())}"
         )

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from slm.train.qat import rounded_from_start
 from slm.train.recipe import Recipe
 from slm.train.schedule import Schedule, ramp
 from slm.train.state import SavedState
-
+from slm.train.teacher import Ensemble, FrozenModel
 
 _MUONS = {"muon": "Muon", "normuon": "NorMuon"}
 
@@ -77,7 +78,8 @@ def check_machine(recipe: Recipe, device: torch.device, processes: Processes) ->
     share_of(recipe.batch.batch_size, processes)
     if processes.size > 1 and recipe.machine.parallel == "fsdp" and recipe.optimizer.orthogonalizes:
         raise SlmError(
-            f"{_MUONS[recipe.optimizer.name]} needs whole matrices, and machine.parallel=fsdp gives each process a share of them",
+            f"{_MUONS[recipe.optimizer.name]} needs whole matrices, and machine.parallel=fsdp gives each process a share of "
+            "them",
             "--set machine.parallel=ddp, or --set optimizer.name=adamw",
         )
 
@@ -148,7 +150,12 @@ def build_learner(
         processes: The processes that share the batches.
     """
     mine = share_of(recipe.batch.batch_size, processes)
-    loss = Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile)
+    loss = Objective(
+        model,
+        chunk=recipe.machine.loss_chunk,
+        compiled=recipe.machine.compile,
+        teachers=_teachers(recipe, device, precision),
+    )
     objective = processes.wrap(loss, recipe.machine.parallel, device)
     optimizers = make_optimizers(model, recipe.optimizer)
     learner = Learner(
@@ -160,8 +167,8 @@ def build_learner(
             precision=precision,
             accumulation=recipe.batch.accumulation,
             max_grad_norm=recipe.optimizer.max_grad_norm,
-            momentum=_momentum(recipe),
-            decay=_decay(recipe),
+            momentum=momentum_of(recipe),
+            decay=decay_of(recipe),
         ),
         processes=processes,
     )
@@ -187,6 +194,12 @@ def build_average(recipe: Recipe, model: CausalLM, updates: int) -> WeightAverag
     return WeightAverage(model, kept, updates)
 
 
+def _teachers(recipe: Recipe, device: torch.device, precision: Precision) -> Ensemble | None:
+    paths = [Path(path) for path in recipe.distillation.teachers]
+    teachers = [FrozenModel(path, device, precision.autocast) for path in paths]
+    return Ensemble(teachers, recipe.distillation.weight) if teachers else None
+
+
 def schedule_of(recipe: Recipe) -> Schedule:
     """Returns the schedule of the learning rate of a recipe, which has its length in micro-steps."""
     schedule = recipe.schedule
@@ -203,7 +216,7 @@ def schedule_of(recipe: Recipe) -> Schedule:
     )
 
 
-def _momentum(recipe: Recipe) -> Callable[[int], float] | None:
+def momentum_of(recipe: Recipe) -> Callable[[int], float] | None:
     """Returns the warm-up of Muon's momentum; None without one. The first update has `momentum_start`."""
     optimizer, first = recipe.optimizer, recipe.batch.accumulation
     if not (optimizer.orthogonalizes and optimizer.momentum_warmup_micro_steps):
@@ -212,7 +225,7 @@ def _momentum(recipe: Recipe) -> Callable[[int], float] | None:
     return partial(ramp, optimizer.momentum_start, optimizer.momentum, first, end)
 
 
-def _decay(recipe: Recipe) -> Callable[[int], float] | None:
+def decay_of(recipe: Recipe) -> Callable[[int], float] | None:
     """Returns the schedule of the weight decay; None if it is constant. 0 is reached at the end."""
     return None if recipe.optimizer.decay_shape == "constant" else partial(ramp, 1.0, 0.0, 0, recipe.micro_steps)
 
@@ -232,6 +245,7 @@ def tokens_seen(recipe: Recipe, tokens: Tokens, micro_steps: int) -> int:
 
 
 def packing_of(recipe: Recipe, tokens: Tokens) -> Packing | None:
+    """Returns the documents of the training text in rows; None if rows are cut from the stream."""
     return pack(tokens.ids, recipe.batch.context) if recipe.data.sampler == "best_fit" else None
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import operands
-from slm.train.loss import linear_cross_entropy
+from slm.train.loss import linear_cross_entropy, linear_loss
 from slm.train.optimizer import Optimizers
 from slm.train.parallel import Alone, Processes, whole
 from slm.train.precision import Precision
+from slm.train.teacher import Ensemble
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Update:
 class Objective(nn.Module):
     """A model and its loss as one module, for data parallelism to wrap."""
 
-    def __init__(self, model: CausalLM, *, chunk: int | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self, model: CausalLM, *, chunk: int | None = None, compiled: bool = False, teachers: Ensemble | None = None
+    ) -> None:
         """Wraps a model.
 
         Args:
@@ -46,10 +49,11 @@ class Objective(nn.Module):
             chunk: Positions whose logits exist at once; see `linear_cross_entropy`.
             compiled: Whether torch.compile compiles the body for training. Evaluations and samples have many lengths and few
                 batches, and are not compiled.
+            teachers: Models whose predictions are a part of the targets in training.
         """
         super().__init__()
         self.model = model
-        self._chunk = chunk
+        self._chunk, self._teachers = chunk, teachers
         self._compiled = None
         if compiled:
             # Otherwise the fused kernels of every layer would compute the same sines again. A decorator in the model's class
@@ -71,7 +75,10 @@ class Objective(nn.Module):
         body = self._compiled if self._compiled is not None and self.training else self.model.model
         hidden: Tensor = body(inputs) if segments is None else body(inputs, segments=segments)  # (B, T, D)
         hidden, weight = operands(self.model.lm_head, hidden.flatten(0, 1))
-        loss = linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
+        if self._teachers is not None and self.training:
+            loss = linear_loss(hidden, weight, self._teachers.targets(inputs, targets, segments), self._chunk)
+        else:
+            loss = linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
         return loss if share is None else loss * share
 
 

@@ -6,8 +6,9 @@ Dimensions: B windows, T positions, D hidden, F intermediate, N heads, K kv head
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
-from slm.core.checkpoint import tensor_shapes
+from slm.core.checkpoint import read_config, tensor_shapes
 from slm.core.config import ModelConfig
 from slm.core.nn.attention import SHORT
 from slm.core.nn.kernels import AttentionKernel
@@ -30,6 +31,7 @@ class TrainingBytes:
         gradients: The gradients, in float32.
         moments: The optimizers' moments.
         average: The average of the weights.
+        teachers: The weights of the teachers, with their matrices cast by autocast.
         update: Copies of the weights during an update, when activations are freed.
         activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast or rounded
             to a grid.
@@ -40,6 +42,7 @@ class TrainingBytes:
     gradients: int
     moments: int
     average: int
+    teachers: int
     update: int
     activations: int
     loss: int
@@ -47,7 +50,7 @@ class TrainingBytes:
     @property
     def total(self) -> int:
         """The peak: the larger of what a micro-step and an update add to the rest."""
-        kept = self.weights + self.gradients + self.moments + self.average
+        kept = self.weights + self.gradients + self.moments + self.average + self.teachers
         return kept + max(self.update, self.activations + self.loss)
 
 
@@ -86,11 +89,31 @@ def training_bytes(
         gradients=weights // shared,
         moments=moments // shared,
         average=weights // shared if recipe.optimizer.averages else 0,
+        teachers=_teacher_bytes(recipe, precision),
         update=weights // shared if recipe.optimizer.cautious else 0,
         activations=tokens * per_token + cast,
         loss=_loss_bytes(rows, config, product, able)
         + (config.vocab_size * config.hidden_size * _FLOAT32 if on_grid else 0),
     )
+
+
+def _teacher_bytes(recipe: Recipe, precision: Precision) -> int:
+    """Returns the weights of all teachers; every process has them whole.
+
+    Autocast keeps the matrices of the blocks in its own type alone, and a second copy of the head in it.
+    """
+    total = 0
+    for path in recipe.distillation.teachers:
+        config = read_config(Path(path).expanduser())
+        if precision.autocast is None:
+            total += config.parameter_count() * _FLOAT32
+            continue
+        matrices = sum(
+            prod(shape) for name, shape in tensor_shapes(config).items() if ".layers." in name and len(shape) > 1
+        )
+        head = config.vocab_size * config.hidden_size
+        total += (config.parameter_count() - matrices) * _FLOAT32 + (matrices + head) * _PRODUCT
+    return total
 
 
 def _moments_less_adamw(recipe: Recipe, config: ModelConfig) -> int:

@@ -151,7 +151,7 @@ class Optimizers:
 
 
 def make_optimizers(model: nn.Module, recipe: "OptimizerRecipe") -> Optimizers:
-    """Returns AdamW (arXiv:1711.05101) over all parameters, or Muon or NorMuon over the blocks' matrices and AdamW over the rest.
+    """Returns AdamW (arXiv:1711.05101) over all parameters, or Muon or NorMuon for the blocks' matrices and AdamW for the rest.
 
     Muon (arXiv:2502.16982) moves a matrix by its orthogonalized momentum, scaled to the size of AdamW's steps, so that one
     learning rate fits both. Embedding, head and norms do not map one hidden space to another, and stay with AdamW.

@@ -18,14 +18,15 @@ from slm.core.progress import Progress
 from slm.core.text.cuts import PieceEncoder
 from slm.core.text.files import DATASET_FILE, find_files, is_dataset
 from slm.core.tokenizer import Tokenizer
+from slm.train.build import positions_of
 from slm.train.data.corpus import SAMPLE, Corpus, Documents, Reading, is_named, open_corpus
 from slm.train.data.dataset import Dataset, open_dataset, refer_to
 from slm.train.data.preparation import beginning, write_dataset
 from slm.train.data.shards import ShardWriter
-from slm.train.build import positions_of
 from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
 from slm.train.data.tokens import Tokens
 from slm.train.recipe import Recipe
+from slm.train.teacher import check_teacher
 
 CONFIG = "config.yaml"
 DATA = "data"
@@ -68,6 +69,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = 
             f"data: {recipe.data.train[0]}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
             f"{dataset.manifest.validation.tokens:,} to measure on"
         )
+        _check_teachers(recipe, dataset.tokenizer)
         with _new_directory(run, progress, overwrite):
             _refer(dataset, run)
             _write_recipe(recipe, dataset.train, run)
@@ -75,6 +77,7 @@ def prepare(recipe: Recipe, run: Path, progress: Progress, *, overwrite: bool = 
     corpus = open_corpus(recipe.data.train, recipe.data.validation, _reading(recipe))
     progress.note(f"data: {corpus.about}")
     tokenizer = _tokenizer(recipe, corpus)
+    _check_teachers(recipe, tokenizer)
     with _new_directory(run, progress, overwrite):
         with atomic_directory(run / DATA, ()) as directory:
             workers = min(usable_cores(), _MOST_WORKERS)
@@ -274,6 +277,13 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
     )
 
 
+def _check_teachers(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Checks that the teachers can teach the model; see `slm.train.teacher.check_teacher`."""
+    for path in recipe.distillation.teachers:
+        length, shorter = recipe.batch.context, "--set batch.context={}"
+        check_teacher(Path(path), tokenizer, recipe.model.config(), length, student="the run", shorter=shorter)
+
+
 def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:
     """Returns the number of tokens of a text; stops counting once there are enough."""
     tokens, literal = 0, PieceEncoder(tokenizer)
@@ -307,4 +317,6 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
             "tokenizer": data.tokenizer if data.tokenizer in ("gpt2", "bpe") else absolute(data.tokenizer),
         }
     )
-    return recipe.model_copy(update={"data": resolved})
+    teachers = tuple(str(Path(path).expanduser().resolve()) for path in recipe.distillation.teachers)
+    distillation = recipe.distillation.model_copy(update={"teachers": teachers})
+    return recipe.model_copy(update={"data": resolved, "distillation": distillation})

@@ -15,6 +15,7 @@ from slm.train.sections import (
     BatchRecipe,
     CheckpointRecipe,
     DataRecipe,
+    DistillationRecipe,
     EvaluationRecipe,
     LogNames,
     MachineRecipe,
@@ -45,6 +46,7 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
     regularization: RegularizationRecipe = RegularizationRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
     qat: QatRecipe = QatRecipe()
     evaluation: EvaluationRecipe
     checkpoints: CheckpointRecipe = CheckpointRecipe()
@@ -106,6 +108,7 @@ class Recipe(Section):
             "optimizer.name": self.optimizer.name,
             "optimizer.ema": bool(self.optimizer.ema),
             "optimizer.tail": self.optimizer.tail,
+            "distillation.teachers": list(self.distillation.teachers),
             "qat.precision": self.qat.precision,
             "qat.start": self.qat.start,
         }

@@ -86,7 +86,11 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
     shape = f"with schedule.shape={schedule.shape}"
     without_effect = (
         ("optimizer.momentum", not optimizer.orthogonalizes, "with optimizer.name=adamw, only with muon"),
-        ("optimizer.momentum_warmup_micro_steps", not optimizer.orthogonalizes, "with optimizer.name=adamw, only with muon"),
+        (
+            "optimizer.momentum_warmup_micro_steps",
+            not optimizer.orthogonalizes,
+            "with optimizer.name=adamw, only with muon",
+        ),
         (
             "optimizer.momentum_start",
             not (optimizer.orthogonalizes and optimizer.momentum_warmup_micro_steps),
@@ -100,6 +104,7 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
         ("schedule.decay", schedule.shape != "wsd", shape),
         ("schedule.final_learning_rate", schedule.shape == "constant", shape),
         ("schedule.start", not schedule.warmup_micro_steps, "without schedule.warmup_micro_steps"),
+        ("distillation.weight", not recipe.distillation.teachers, "without distillation.teachers"),
         ("qat.start", recipe.qat.grid is None, "with qat.precision=none"),
         ("evaluation.sample_tokens", not recipe.evaluation.prompts, "without evaluation.prompts"),
         ("checkpoints.keep", recipe.checkpoints.every_updates is None, "without checkpoints.every_updates"),

@@ -49,7 +49,7 @@ from slm.train.state import TRAINER, Counters, SavedState, load_state
 
 _MIB = 1 << 20
 # The values of a run that was saved by a version without these settings.
-_WITHOUT = {"qat.precision": "none", "qat.start": 0.0, "optimizer.tail": 0.0}
+_WITHOUT = {"qat.precision": "none", "qat.start": 0.0, "optimizer.tail": 0.0, "distillation.teachers": []}
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,8 @@ class _Run(Actions):
             patience=recipe.evaluation.patience,
             checkpoint_every=recipe.checkpoints.every_updates,
         )
-        task = Pretraining(
-            plan, self, self.learner, self.counters, self.metrics, self.progress, partial(tokens_seen, recipe, self.dataset.train)
-        )
+        tokens = partial(tokens_seen, recipe, self.dataset.train)
+        task = Pretraining(plan, self, self.learner, self.counters, self.metrics, self.progress, tokens)
         with held_back() as interruption, self.metrics.logs:
             loop = Loop(plan, task, interruption, self.processes, self.progress)
             loop.run()

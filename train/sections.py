@@ -98,8 +98,8 @@ class BatchRecipe(Section):
         batch_size: Windows in a micro-step, over all processes.
         context: Tokens in a window.
         accumulation: Micro-steps whose gradients are averaged into one update.
-        first_context: Length of the rows with which training begins (arXiv:2108.06084); the windows of a micro-step are cut into
-            rows of this length, which doubles in equal steps up to `context`. None disables it.
+        first_context: Length of the rows with which training begins (arXiv:2108.06084); the windows of a micro-step are cut
+            into rows of this length, which doubles in equal steps up to `context`. None disables it.
         context_warmup: Share of the run after which rows have the length `context`.
     """
 
@@ -226,6 +226,23 @@ class RegularizationRecipe(Section):
     """
 
     dropout: Share = 0.0
+
+
+class DistillationRecipe(Section):
+    """Distillation (arXiv:1503.02531): trained models whose mean prediction is a part of the targets.
+
+    Attributes:
+        teachers: Checkpoints with the tokenizer of the run; none disables distillation.
+        weight: Share of the teachers in the targets; the rest is the token of the text.
+    """
+
+    teachers: tuple[str, ...] = ()
+    weight: float = Field(default=0.5, gt=0, le=1)
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return _several(value)
 
 
 class QatRecipe(Section):

@@ -159,7 +159,10 @@ LEARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Trade time for memory, and change nothing but rounding.
 SAME = ("machine.gradient_checkpointing=true", "machine.loss_chunk=5")
 # Values with a test of their own below.
-ELSEWHERE = {"model.preset", "optimizer.ema", "optimizer.tail", "evaluation.context"}
+ELSEWHERE = {
+    *("model.preset", "optimizer.ema", "optimizer.tail", "evaluation.context"),
+    *("distillation.teachers", "distillation.weight"),
+}
 
 
 def shape(*overrides: str) -> ModelConfig:

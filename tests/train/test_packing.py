@@ -4,6 +4,7 @@ Dimensions: B rows, T positions.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_rows_hold_whole_documents_and_only_longer_ones_are_cut() -> None:
             else:
                 assert (targets[row, mine] == IGNORED).all() and number == segments[row].max()
     bounds = np.cumsum([0, 5, 3, 20, 2, 6])
-    documents = [ids[start:stop].tolist() for start, stop in zip(bounds, bounds[1:], strict=False)]
+    documents = [ids[start:stop].tolist() for start, stop in pairwise(bounds.tolist())]
     long = documents.pop(2)
     wanted = [(END, each) for each in documents]
     wanted += [(END, long[:8]), (long[7], long[8:16]), (long[15], long[16:])]

@@ -94,7 +94,8 @@ class Packing:
                 place = slice(at, at + size)
                 ids = self._ids[max(0, start - 1) : start + size]
                 targets[line, place] = ids[-size:]
-                inputs[line, at + size - len(ids) + 1 : at + size] = ids[:-1]  # the first document has no token before it
+                # The first document has no token before it.
+                inputs[line, at + size - len(ids) + 1 : at + size] = ids[:-1]
                 segments[line, place] = number
                 at += size
             segments[line, at:] = self._first[row + 1] - self._first[row]
