@@ -76,7 +76,7 @@ VARIANTS: dict[str, list[str]] = {
     "momentum-0.85": ["optimizer.momentum=0.85"],
     "momentum-0.9": ["optimizer.momentum=0.9"],
     "momentum-0.98": ["optimizer.momentum=0.98"],
-    "momentum-warmup": ["optimizer.momentum_start=0.85", "optimizer.momentum_warmup_micro_steps=64"],
+    "momentum-warmup": ["optimizer.momentum_start=0.85", "optimizer.momentum_warmup=0.54"],
     # betas of the parameters that stay with AdamW
     "embedding-betas-0.8": ["optimizer.embedding_betas=[0.8, 0.95]"],
     "embedding-betas-0.5": ["optimizer.embedding_betas=[0.5, 0.95]"],

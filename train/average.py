@@ -57,8 +57,12 @@ class WeightAverage:
         return collect(self._average.items(), keep)
 
     @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor], updates: int | None = None) -> None:
         """Restores the average that `tensors` returned.
+
+        Args:
+            tensors: The average by name.
+            updates: Number of updates that it contains; None keeps the number.
 
         Raises:
             SlmError: When a tensor is missing.
@@ -68,6 +72,8 @@ class WeightAverage:
             raise SlmError(f"the saved average of the weights lacks {missing[0]}", "start a new run with another --out")
         for name, average in self._average.items():
             average.copy_(shared_like(tensors[name], average))
+        if updates is not None:
+            self._updates = updates
 
     @torch.no_grad()
     def _swap(self) -> None:

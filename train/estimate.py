@@ -131,7 +131,7 @@ def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processe
     else:
         able = capability(here)
         available = torch.cuda.get_device_properties(here).total_memory if here.type == "cuda" else memory_bytes
-    precision = choose_precision(recipe.machine.precision, able, config.hidden_size)
+    precision = choose_precision(recipe.machine.precision, able, config)
     memory = training_bytes(recipe, config, precision, processes, able)
     tokens = recipe.updates * recipe.batch.accumulation * recipe.tokens_per_micro_step
     if gpu is not None:

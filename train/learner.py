@@ -4,9 +4,10 @@ Dimensions: B windows, T positions, D hidden.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from slm.train.loss import linear_cross_entropy, linear_loss
 from slm.train.optimizer import Optimizers
 from slm.train.parallel import Alone, Processes, whole
 from slm.train.precision import Precision
+from slm.train.spikes import Spike, SpikeGuard
 from slm.train.teacher import Ensemble
 
 
@@ -29,11 +31,15 @@ class Update:
         loss: Mean loss over its micro-steps, in nats per token, before the update.
         grad_norm: Norm of the averaged gradient before clipping; infinite if float16 overflowed and the update was skipped.
         learning_rate: The learning rate.
+        data_s: Seconds that this process waited for the batches.
+        spike: Why the update was not made; None if it was.
     """
 
     loss: float
     grad_norm: float
     learning_rate: float
+    data_s: float = 0.0
+    spike: Spike | None = None
 
 
 class Objective(nn.Module):
@@ -93,6 +99,7 @@ class UpdateSettings:
         precision: The type of the products.
         accumulation: Micro-steps per update.
         max_grad_norm: The gradient is scaled down to this norm.
+        share: Rows of this process over the mean of all processes, by which its losses are weighted.
     """
 
     rate: Callable[[int], float]
@@ -101,6 +108,7 @@ class UpdateSettings:
     max_grad_norm: float = 1.0
     momentum: Callable[[int], float] | None = None
     decay: Callable[[int], float] | None = None
+    share: float = 1.0
 
 
 class Learner:
@@ -115,6 +123,7 @@ class Learner:
         *,
         processes: Processes | None = None,
         trained: Iterable[nn.Parameter] | None = None,
+        guard: SpikeGuard | None = None,
     ) -> None:
         """Prepares the first update.
 
@@ -126,6 +135,7 @@ class Learner:
             processes: The processes that share every micro-step.
             trained: The parameters that the optimizers move, in the order in which their gradients' norm is summed; all of
                 the objective's by default.
+            guard: Judges the updates; None makes every update with a finite loss and gradient.
         """
         self.objective = objective.train()
         self.optimizers = optimizers
@@ -134,6 +144,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision.scale_loss)
         self._batch, self._settings = batch, settings
         self._processes = processes or Alone()
+        self._guard = guard
         self._trained = list(objective.parameters() if trained is None else trained)
 
     def update(self, micro_step: int, after_micro_step: Callable[[], None]) -> Update:
@@ -144,24 +155,35 @@ class Learner:
             after_micro_step: Called after each micro-step; may raise to abandon the update, which then changes nothing.
 
         Raises:
-            FloatingPointError: When the loss or the gradient is not finite; the weights are unchanged.
+            FloatingPointError: When the loss or the gradient is not finite, and no guard judges it; the weights are unchanged.
         """
         self.optimizers.zero_grad()
         total = torch.zeros((), device=self.device)
         last = micro_step + self.accumulation - 1
+        data_s = 0.0
         for number in range(micro_step, last + 1):
+            began = time.perf_counter()
             arguments = self._batch(number)
+            data_s += time.perf_counter() - began
             with self._processes.micro_step(self.objective, number == last):
                 with self._autocast():
                     loss = self.objective(*arguments) / self.accumulation
+                    if self._settings.share != 1.0:
+                        loss = loss * self._settings.share
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             after_micro_step()
         for optimizer in self.optimizers.members:
             self.scaler.unscale_(optimizer)
         norm = self._clip()
-        (loss_sum,) = self._processes.total([total.item()])
-        update = Update(loss_sum / self._processes.size, norm.item(), self._settings.rate(last + 1))
+        # The mean of the norms is the norm itself. It is exchanged so that all processes judge by the same numbers.
+        loss, grad_norm = (each / self._processes.size for each in self._processes.total([total.item(), norm.item()]))
+        update = Update(loss, grad_norm, self._settings.rate(last + 1), data_s)
+        if self._guard is not None:
+            spike = self._guard.judge(loss, grad_norm, overflow=self.scaler.is_enabled())
+            if spike is not None:
+                self.scaler.update()
+                return replace(update, spike=spike)
         if not math.isfinite(update.loss):
             raise FloatingPointError(f"the loss is {update.loss}")
         if not (math.isfinite(update.grad_norm) or self.scaler.is_enabled()):
@@ -170,6 +192,8 @@ class Learner:
         if math.isfinite(update.grad_norm):  # the scaler would skip only the optimizers whose own gradients overflowed
             self.optimizers.step(self.scaler.step)
         self.scaler.update()
+        if self._guard is not None:
+            self._guard.accept(loss, grad_norm)
         return update
 
     def _adjust_optimizers(self, done: int, rate: float) -> None:

@@ -91,7 +91,20 @@ class Task(Protocol):
         """
 
     def save(self, number: int | None) -> None:
-        """Saves the state for resuming, and a checkpoint under a number if one is given."""
+        """Saves the state for resuming, and a checkpoint under a number if one is given.
+
+        The files may be written in the background.
+
+        Raises:
+            SlmError: When the previous save failed in the background.
+        """
+
+    def finish_saving(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+            SlmError: When it could not be written.
+        """
 
     def last_saved(self) -> str:
         """Returns a phrase that names the last save."""
@@ -161,6 +174,14 @@ class Loop:
             self._task.save(number)
         self._saved_at = time.perf_counter()
 
+    def finish_saving(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+            SlmError: When it could not be written.
+        """
+        self._task.finish_saving()
+
     def _update(self) -> None:
         first = self._task.micro_steps
         try:
@@ -200,6 +221,7 @@ class Loop:
         if wanted or overdue or numbered:
             self.save(updates if numbered else None)
         if wanted:
+            self.finish_saving()
             self._interruption.checkpoint_wanted = False
             self._progress.note(f"checkpoint after {updates:,} updates, as asked: {self._task.last_saved()}")
         if stop:
@@ -222,6 +244,7 @@ class Loop:
     def _stop(self) -> None:
         self._progress.note("stopping: saving the run as the last update left it")
         self.save()
+        self.finish_saving()
         self._interruption.deliver()
 
     def _diverged(self, update: int, micro_step: int, what: str) -> SlmError:

@@ -123,6 +123,8 @@ class Optimizers:
             SlmError: When the state is of another model or another optimizer, or incomplete.
         """
         if not tensors:  # saved before the first update
+            for member in self.members:
+                member.state.clear()
             return
         names = {parameter: name for name, parameter in model.named_parameters()}
         wanted = {

@@ -14,6 +14,7 @@ from slm.train.evaluate import Check, Evaluation
 from slm.train.learner import Learner, Update
 from slm.train.loop import Plan, Task, duration
 from slm.train.metrics import Metrics, Row
+from slm.train.spikes import Spike, SpikeGuard
 from slm.train.state import Counters
 
 # The speed reported at the start is that of this micro-step: the earlier ones also pay for allocations.
@@ -35,8 +36,17 @@ class Actions(Protocol):
     def keep_best(self, row: Row) -> None:
         """Saves the current weights as the best checkpoint, with their metrics."""
 
-    def save(self, counters: Counters, number: int | None = None) -> None:
-        """Saves the state for resuming, and a checkpoint under a number if one is given."""
+    def save(self, counters: Counters, number: int | None = None, *, rewind_point: bool = False) -> None:
+        """Saves the state for resuming, a checkpoint under a number if one is given, and the state to rewind to if asked."""
+
+    def finish_saving(self) -> None:
+        """Waits until what was saved is on the disk."""
+
+    def rewind_position(self) -> int | None:
+        """Returns the micro-steps of the state to which a spike rewinds; None if there is none."""
+
+    def rewind(self) -> Counters:
+        """Goes back to that state, and returns its position."""
 
     def last_saved(self) -> str:
         """Returns a phrase that names the last checkpoint."""
@@ -60,6 +70,8 @@ class Pretraining(Task):
         metrics: Metrics,
         progress: Progress,
         tokens: Callable[[int], int],
+        guard: SpikeGuard | None = None,
+        rewind_every: int = 0,
     ) -> None:
         """Prepares the task.
 
@@ -71,11 +83,16 @@ class Pretraining(Task):
             metrics: The metrics so far.
             progress: Receives progress and notes.
             tokens: Returns the tokens of the first micro-steps of the run, over all processes.
+            guard: Judges the updates; None if every update is made.
+            rewind_every: Interval between the states to which a spike can rewind, in updates.
         """
         self.counters = counters
         self._tokens = tokens
         self._plan, self._actions, self._learner = plan, actions, learner
         self._metrics, self._progress = metrics, progress
+        self._guard, self._rewind_every = guard, rewind_every
+        self._rewinds = guard is not None and guard.action == "rewind"
+        self._rewind_point = actions.rewind_position() if self._rewinds else None
         self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
         self._micro_step_ended = 0.0
@@ -103,6 +120,9 @@ class Pretraining(Task):
 
     @override
     def update(self, check: Check) -> None:
+        if self._rewinds and self._updates % self._rewind_every == 0 and self._rewind_point != self.micro_steps:
+            self._save(None, rewind_point=True)
+            self._rewind_point = self.micro_steps
         began = time.perf_counter()
 
         def after_micro_step() -> None:
@@ -111,10 +131,49 @@ class Pretraining(Task):
             check()
 
         update = self._learner.update(self.micro_steps, after_micro_step)
-        self._actions.updated()
-        self.counters = self.counters.model_copy(update={"micro_steps": self.micro_steps + self._plan.accumulation})
+        if update.spike is not None:
+            self._spiked(update.spike)
+            return
+        self._made()
         tokens = self._tokens(self.micro_steps) - self._tokens(self.micro_steps - self._plan.accumulation)
         self._record(update, tokens / (time.perf_counter() - began))
+
+    def _made(self) -> None:
+        """Takes an update into account. One that was left out for a spike counts too, as one that overflowed in float16."""
+        self._actions.updated()
+        self.counters = self.counters.model_copy(update={"micro_steps": self.micro_steps + self._plan.accumulation})
+
+    def _spiked(self, spike: Spike) -> None:
+        """Leaves an update out, or goes back to the state before it, and records that."""
+        guard, at_update = self._guard, self._updates
+        assert guard is not None
+        guard.count(at_update, spike)
+        told = f"spike at update {at_update + 1:,}: {spike.reason}"
+        if not self._rewinds:
+            self._made()
+            self._metrics.add("spike", self._spike_row(spike, at_update))
+            self._progress.note(f"{told}; the update was skipped")
+            return
+        first = self.micro_steps
+        back = self._actions.rewind()
+        guard.restore_statistic(back.spikes)
+        guard.left_out += at_update + 1 - back.micro_steps // self._plan.accumulation
+        self.counters = self.counters.model_copy(update={"micro_steps": back.micro_steps})
+        row = self._spike_row(spike, at_update)
+        guard.rewinds.append(row)
+        # Before the metrics, and not in the background: a run that is killed until then repeats the spike.
+        self._save(None)
+        self._actions.finish_saving()
+        self._metrics.rewind(self._updates, row)
+        self._progress.advance(self.micro_steps - first - self._plan.accumulation)
+        self._progress.note(
+            f"{told}; went back to update {self._updates:,}, and the data of the {at_update + 1 - self._updates:,} updates "
+            "since then is left out"
+        )
+
+    def _spike_row(self, spike: Spike, at_update: int) -> Row:
+        assert self._guard is not None
+        return {**self._position(), "action": self._guard.action, "at_update": at_update + 1, **spike.fields()}
 
     def _record(self, update: Update, speed: float) -> None:
         self._metrics.add(
@@ -157,9 +216,21 @@ class Pretraining(Task):
 
     @override
     def save(self, number: int | None) -> None:
-        scaler = self._learner.scaler.state_dict()
-        now = {"elapsed_s": self.elapsed_s, "scaler": scaler, "logs": self._metrics.logs.run_ids}
-        self._actions.save(self.counters.model_copy(update=now), number)
+        self._save(number)
+
+    def _save(self, number: int | None, *, rewind_point: bool = False) -> None:
+        now: dict[str, object] = {
+            "elapsed_s": self.elapsed_s,
+            "scaler": self._learner.scaler.state_dict(),
+            "logs": self._metrics.logs.run_ids,
+        }
+        if self._guard is not None:
+            now["spikes"] = self._guard.state()
+        self._actions.save(self.counters.model_copy(update=now), number, rewind_point=rewind_point)
+
+    @override
+    def finish_saving(self) -> None:
+        self._actions.finish_saving()
 
     @override
     def last_saved(self) -> str:

@@ -25,6 +25,8 @@ from slm.train.sections import (
     RegularizationRecipe,
     ScheduleRecipe,
     Section,
+    SpikesRecipe,
+    WatchdogRecipe,
 )
 
 
@@ -50,6 +52,8 @@ class Recipe(Section):
     qat: QatRecipe = QatRecipe()
     evaluation: EvaluationRecipe
     checkpoints: CheckpointRecipe = CheckpointRecipe()
+    spikes: SpikesRecipe = SpikesRecipe()
+    watchdog: WatchdogRecipe = WatchdogRecipe()
     machine: MachineRecipe = MachineRecipe()
 
     @model_validator(mode="after")
@@ -151,10 +155,20 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise SlmError(f"recipe not found: {name}", f"{meant}{one_of(recipe_names())}, or the path of a .yaml file")
     fields = _FORM.read(text, source)
+    batch = fields.get("batch")
+    size = batch.get("batch_size") if isinstance(batch, dict) else None
     for override in overrides:
         _FORM.override(fields, override)
+    _keep_update(fields, size)
     _keep_one_length(fields, overrides)
     return _FORM.checked(fields, source)
+
+
+def _keep_update(fields: dict[str, Any], size: Any) -> None:
+    """Keeps the file's batch size where an override says "auto": it determines the windows of an update."""
+    batch = fields.get("batch")
+    if isinstance(batch, dict) and batch.get("batch_size") == "auto" and size not in (None, "auto"):
+        batch |= {"batch_size": size, "automatic": True}
 
 
 def _keep_one_length(fields: dict[str, Any], overrides: Sequence[str]) -> None:

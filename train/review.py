@@ -87,14 +87,14 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
     without_effect = (
         ("optimizer.momentum", not optimizer.orthogonalizes, "with optimizer.name=adamw, only with muon"),
         (
-            "optimizer.momentum_warmup_micro_steps",
+            "optimizer.momentum_warmup",
             not optimizer.orthogonalizes,
             "with optimizer.name=adamw, only with muon",
         ),
         (
             "optimizer.momentum_start",
-            not (optimizer.orthogonalizes and optimizer.momentum_warmup_micro_steps),
-            "without optimizer.momentum_warmup_micro_steps, and only with muon",
+            not (optimizer.orthogonalizes and optimizer.momentum_warmup),
+            "without optimizer.momentum_warmup, and only with muon",
         ),
         ("optimizer.row_beta", optimizer.name != "normuon", "without optimizer.name=normuon"),
         ("optimizer.decay", not optimizer.weight_decay, "with optimizer.weight_decay=0"),

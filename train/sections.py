@@ -1,5 +1,6 @@
 """The sections of a recipe: what each value means, its unit and its default."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -95,12 +96,15 @@ class BatchRecipe(Section):
     """The size of micro-steps and updates.
 
     Attributes:
-        batch_size: Windows in a micro-step, over all processes.
+        batch_size: Windows in a micro-step, over all processes. "auto" chooses the most that fit into memory, and cuts the
+            update of batch_size x accumulation windows accordingly: `--set batch.batch_size=auto` keeps the recipe's update. In
+            a file, "auto" stands for 1, so that `accumulation` is the windows of an update, and the schedule counts windows.
         context: Tokens in a window.
         accumulation: Micro-steps whose gradients are averaged into one update.
         first_context: Length of the rows with which training begins (arXiv:2108.06084); the windows of a micro-step are cut
             into rows of this length, which doubles in equal steps up to `context`. None disables it.
         context_warmup: Share of the run after which rows have the length `context`.
+        automatic: Whether batch_size is still to be chosen so; a run's config.yaml has the choice.
     """
 
     batch_size: int = Field(gt=0)
@@ -125,6 +129,15 @@ class BatchRecipe(Section):
             lengths.append(2 * lengths[-1])
         return tuple(lengths)
 
+    automatic: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("batch_size") == "auto":
+            return {**values, "batch_size": 1, "automatic": True}
+        return values
+
 
 class OptimizerRecipe(Section):
     """AdamW (arXiv:1711.05101), or Muon (arXiv:2502.16982) for the blocks' matrices and AdamW for the rest.
@@ -142,7 +155,7 @@ class OptimizerRecipe(Section):
         max_grad_norm: The gradient is scaled down to this norm (arXiv:1211.5063).
         momentum: Decay of Muon's momentum.
         momentum_start: Decay of Muon's momentum at the first update, if it warms up; modded-nanogpt's value.
-        momentum_warmup_micro_steps: Length of the linear warm-up from `momentum_start` to `momentum`; 0 disables it.
+        momentum_warmup: Share of the run in which the momentum rises from `momentum_start` to `momentum`; 0 disables it.
         row_beta: Decay of the second moment of each row in "normuon".
         matrix_rate: Learning rate of the blocks' matrices, as a multiple of the schedule's.
         embedding_rate: Learning rate of embedding and head, as a multiple of the schedule's.
@@ -164,7 +177,7 @@ class OptimizerRecipe(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     momentum: Share = 0.95
     momentum_start: Share = 0.85
-    momentum_warmup_micro_steps: int = Field(default=0, ge=0)
+    momentum_warmup: Share = 0.0
     row_beta: Share = 0.95
     matrix_rate: float = Field(default=1.0, gt=0)
     embedding_rate: float = Field(default=1.0, gt=0)
@@ -288,10 +301,54 @@ class CheckpointRecipe(Section):
     Attributes:
         every_updates: Interval at which the run is saved with a numbered checkpoint; None disables them.
         keep: Number of numbered checkpoints to keep, the newest ones.
+        asynchronous: Whether a thread writes the files while training goes on, from a copy of weights and moments in main
+            memory.
     """
 
     every_updates: int | None = Field(default=None, gt=0)
     keep: int = Field(default=3, gt=0)
+    asynchronous: bool = False
+
+
+class SpikesRecipe(Section):
+    """Loss spikes; see `slm.train.spikes`.
+
+    Attributes:
+        action: "skip" leaves an update out that spikes; "rewind" goes back to the last multiple of `every_updates`, and leaves
+            the data after it out, up to the spike; "none" makes every update with a finite loss.
+        threshold: Standard deviations of the noise above the median, of the loss or of the gradient norm's logarithm.
+        window: Updates in the median; the first quarter of them is not judged.
+        every_updates: Interval between the saves to which "rewind" goes back.
+        limit: The most spikes within 1,000 updates; one more stops the run.
+    """
+
+    action: Literal["none", "skip", "rewind"] = "none"
+    threshold: float = Field(default=8.0, gt=0)
+    window: int = Field(default=128, ge=8)
+    every_updates: int = Field(default=100, gt=0)
+    limit: int = Field(default=10, gt=0)
+
+
+class WatchdogRecipe(Section):
+    """Warnings about a run that becomes slow or stops; see `slm.train.watchdog`.
+
+    Attributes:
+        slow_share: The run is slow below this share of its own median tokens per second.
+        slow_minutes: How long it is slow before a warning; None disables the warning.
+        hang_minutes: How long no micro-step, evaluation batch or save ends before a warning; None disables it.
+        abort: Whether a process that hangs prints the stacks of its threads and ends, so that torchrun restarts it.
+    """
+
+    slow_share: float = Field(default=0.5, gt=0, lt=1)
+    slow_minutes: float | None = Field(default=10.0, gt=0)
+    hang_minutes: float | None = Field(default=15.0, gt=0)
+    abort: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.abort and self.hang_minutes is None:
+            raise ValueError("watchdog.abort needs watchdog.hang_minutes")
+        return self
 
 
 class MachineRecipe(Section):

@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "cautious": True,
             "decay_shape": "linear",
             "embedding_betas": [0.8, 0.95],
-            "momentum_warmup_micro_steps": 8,
+            "momentum_warmup": 0.7,
             "tail": 0.6,
         },
     },

@@ -129,8 +129,8 @@ LEARNED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shape of the decay": (("optimizer.decay_shape=linear",), ()),
     "normuon": (("optimizer.name=normuon",), (MUON,)),
     "row beta": (("optimizer.row_beta=0.5",), ("optimizer.name=normuon",)),
-    "momentum warm-up": (("optimizer.momentum_warmup_micro_steps=6",), (MUON,)),
-    "momentum start": (("optimizer.momentum_start=0.5",), (MUON, "optimizer.momentum_warmup_micro_steps=6")),
+    "momentum warm-up": (("optimizer.momentum_warmup=0.5",), (MUON,)),
+    "momentum start": (("optimizer.momentum_start=0.5",), (MUON, "optimizer.momentum_warmup=0.5")),
     "betas of the embedding": (("optimizer.embedding_betas=[0.8, 0.95]",), ()),
     "betas of the norms": (("optimizer.norm_betas=[0.8, 0.95]",), ()),
     "what is decayed": (("optimizer.decay=all",), ()),
@@ -338,7 +338,7 @@ def trained(prepared: Tokens) -> Callable[..., Trained]:
             recipe = load_recipe("tiny", [*SHORT, *overrides]).for_tokens(len(prepared.ids))
             device, config = torch.device("cpu"), recipe.model.config()
             model = build_model(recipe, config, device, None)
-            precision = choose_precision(recipe.machine.precision, capability(device), config.hidden_size)
+            precision = choose_precision(recipe.machine.precision, capability(device), config)
             learner = build_learner(recipe, model, prepared, device, precision, None, Alone())
             per = recipe.batch.accumulation
             losses = [learner.update(i * per, lambda: None).loss for i in range(recipe.updates)]

@@ -258,8 +258,10 @@ def normuon_reference(weight: Tensor, gradients: list[Tensor], *, row_beta: floa
     return weight
 
 
-@pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("other", [{}, {"row_beta": 0.2}, {"rows": False}], ids=["same", "beta", "rows"])
+# Orthogonalized rows of a wide matrix are of nearly equal size already; only a tall one shows the moment's decay.
+@pytest.mark.parametrize(
+    ("name", "other"), [*((name, other) for name in SOME for other in ({}, {"rows": False})), (SOME[0], {"row_beta": 0.2})]
+)
 def test_normuons_steps_are_those_of_a_plain_reference(model: CausalLM, name: str, other: dict[str, Any]) -> None:
     optimizers = make_optimizers(model, settings(name="normuon"))
     assert of_optimizer(model, optimizers.members[0]) == MATRICES
@@ -283,13 +285,13 @@ def test_a_cautious_weight_decays_where_the_step_moves_it_towards_zero(model: Ca
     for decay in (0.0, 5.0):
         model.load_state_dict(start, strict=False)
         optimizers = make_optimizers(model, settings(name=name, weight_decay=decay, cautious=True))
-        for seed in range(2):
+        for seed in (11, 12):  # the seed of the weights would draw them again
             before = weights(model)
             gradients(model, seed)
             model.model.embed_tokens.weight.grad[:3] = 0
             optimizers.set_learning_rate(RATE)
             optimizers.step()
-            if decay and not seed:
+            if decay and seed == 11:
                 for key, parameter in model.named_parameters():
                     step = before[key] - after[0.0, key]
                     towards = (step * before[key] >= 0) & (parameter.dim() > 1)
@@ -298,7 +300,7 @@ def test_a_cautious_weight_decays_where_the_step_moves_it_towards_zero(model: Ca
                     if parameter.dim() > 1:
                         assert 0.3 < towards.float().mean() < 0.7 or "embed" in key
                 assert model.model.embed_tokens.weight[:3].norm() < 0.95 * start[EMBEDDING][:3].norm()
-            elif not seed:
+            elif seed == 11:
                 after |= {(decay, key): tensor for key, tensor in weights(model).items()}
 
 

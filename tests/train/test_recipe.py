@@ -165,7 +165,7 @@ def test_another_depth_brings_its_layer_types() -> None:
         ("optimizer.row_beta=1", r"optimizer.row_beta: .*less than 1", None),
         ("optimizer.embedding_betas=[0.9]", r"optimizer.embedding_betas", None),
         ("optimizer.decay_shape=cosine", r"optimizer.decay_shape: .*'constant' or 'linear'", None),
-        ("optimizer.momentum_warmup_micro_steps=-1", r"optimizer.momentum_warmup_micro_steps: .*greater", None),
+        ("optimizer.momentum_warmup=1", r"optimizer.momentum_warmup: .*less than 1", None),
         ("batch.first_context=48", "batch.context of 128 is not batch.first_context of 48 times 2, 4, 8", None),
         ("batch.first_context=256", "batch.context of 128 is not batch.first_context of 256 times 2, 4, 8", None),
         ("batch.context_warmup=0", r"batch.context_warmup: .*greater than 0", None),

@@ -54,8 +54,8 @@ def test_a_contradiction_is_named(override: str, said: str) -> None:
         (["optimizer.weight_decay=0", "optimizer.cautious=true"], "optimizer.cautious has no effect with"),
         (["optimizer.weight_decay=0", "optimizer.decay_shape=linear"], "optimizer.decay_shape has no effect with"),
         (
-            ["optimizer.name=adamw", "optimizer.momentum_warmup_micro_steps=9"],
-            "optimizer.momentum_warmup_micro_steps has no effect with optimizer.name=adamw",
+            ["optimizer.name=adamw", "optimizer.momentum_warmup=0.2"],
+            "optimizer.momentum_warmup has no effect with optimizer.name=adamw",
         ),
         (["optimizer.momentum_start=0.5"], "optimizer.momentum_start has no effect without"),
         (["optimizer.row_beta=0.5"], "optimizer.row_beta has no effect without optimizer.name=normuon"),
@@ -78,7 +78,7 @@ def test_what_has_no_effect_is_named(overrides: list[str], said: str) -> None:
         (["optimizer.decay=all"], 1),
         (["optimizer.cautious=true", "optimizer.decay_shape=linear"], 1),
         (["optimizer.name=normuon", "optimizer.row_beta=0.5"], 1),
-        (["optimizer.name=muon", "optimizer.momentum_start=0.5", "optimizer.momentum_warmup_micro_steps=9"], 1),
+        (["optimizer.name=muon", "optimizer.momentum_start=0.5", "optimizer.momentum_warmup=0.2"], 1),
         (["batch.accumulation=99"], 1),
     ],
 )

@@ -20,6 +20,8 @@ from slm.train import run as module
 from slm.train.evaluate import Evaluation, evaluate
 from slm.train.recipe import Recipe
 from slm.train.run import resume, train
+from tests.precision import pretend_speedup
+from tests.progress import Notes
 
 MakeRecipe = Callable[..., Recipe]
 Fingerprint = Callable[[Path], dict[str, Any]]
@@ -46,6 +48,23 @@ def test_a_run_cut_in_two_is_the_run_in_one_piece(
         assert load_checkpoint(cut / "checkpoint/last")
         resume(cut)
         assert fingerprint(cut) == fingerprint(Path("uncut")), micro_steps
+
+
+def test_a_resumed_run_keeps_its_precision_when_the_measurement_changes(
+    small_recipe: MakeRecipe, stopper: Any, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe("plain", machine={"precision": "auto"})
+    pretend_speedup(monkeypatch, 2.0)
+    train(recipe, Path("uncut"))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, Path("cut"), stopper(5))
+    pretend_speedup(monkeypatch, 0.5)
+    heard = Notes()
+    resume(Path("cut"), heard)
+    assert fingerprint(Path("cut")) == fingerprint(Path("uncut"))
+    assert any("bfloat16 autocast" in line for line in heard.lines)
+    train(recipe, Path("float32"))
+    assert fingerprint(Path("float32")) != fingerprint(Path("uncut"))
 
 
 def nudge(file: Path, tensor: str) -> None:

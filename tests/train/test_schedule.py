@@ -141,7 +141,7 @@ def test_a_ramp_is_a_straight_line_between_its_ends() -> None:
 
 def test_schedules_of_momentum_and_decay_reach_the_optimizers() -> None:
     """Momentum begins at its first value in the first update; the decay is 0 in the last one."""
-    overrides = ["optimizer.name=muon", "optimizer.momentum_start=0.5", "optimizer.momentum_warmup_micro_steps=8"]
+    overrides = ["optimizer.name=muon", "optimizer.momentum_start=0.5", "optimizer.momentum_warmup=0.4"]
     overrides += ["optimizer.decay_shape=linear", "batch.accumulation=2", "schedule.micro_steps=20"]
     momentum, decay = momentum_of(load_recipe("tiny", overrides)), decay_of(load_recipe("tiny", overrides))
     assert momentum is not None and decay is not None

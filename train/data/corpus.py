@@ -10,10 +10,13 @@ from typing import Literal
 
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.core.text.documents import TEXT_COLUMN, Beginning, first_documents, read_parts, text_files
+from slm.core.text.documents import TEXT_COLUMN, Beginning, first_documents, text_files
 from slm.core.text.streams import DOCUMENT_BYTES
 from slm.train.data.dataset import Source
 from slm.train.data.huggingface import HubDataset
+from slm.train.data.remote.locations import is_remote, without_file_protocol
+from slm.train.data.remote.text import remote_files
+from slm.train.data.sources import LocalFile, TextSource
 
 SAMPLE = "sample"
 TINYSTORIES = "tinystories"
@@ -86,7 +89,7 @@ def open_corpus(train: Sequence[str], validation: str | None, reading: Reading |
     """Opens a corpus, and reads all of its files once to check them.
 
     Args:
-        train: Paths of files or directories, or one name: "sample", "tinystories", or "hf:OWNER/NAME".
+        train: Paths or addresses of files or directories, or one name: "sample", "tinystories", or "hf:OWNER/NAME".
         validation: Path of a file or directory. None uses the validation split of a named corpus; for files it holds out the
             last documents, and for a Hugging Face dataset without such a split one document in a hundred, by its hash.
         reading: How rows and Hugging Face datasets are read.
@@ -111,17 +114,21 @@ def open_corpus(train: Sequence[str], validation: str | None, reading: Reading |
 
 def is_named(name: str) -> bool:
     """Returns whether a value of `--data` names a corpus and not a path."""
-    return name in NAMED or name.startswith(HUB_PREFIX)
+    return name in NAMED or (name.startswith(HUB_PREFIX) and not is_remote(name))
 
 
-def _all_files(paths: Sequence[str]) -> list[Path]:
-    return text_files(map(Path, paths))
+def _all_files(paths: Sequence[str]) -> list[TextSource]:
+    files: list[TextSource] = []
+    for path in paths:
+        local = Path(without_file_protocol(path))
+        files += map(LocalFile, text_files([local])) if not is_remote(path) else remote_files(path)
+    return files
 
 
 class _Files:
     """Files of documents, read once to check them and to count their bytes."""
 
-    def __init__(self, files: Sequence[Path], split: Literal["train", "validation"], reading: Reading) -> None:
+    def __init__(self, files: Sequence[TextSource], split: Literal["train", "validation"], reading: Reading) -> None:
         self._reading = reading
         self._split = split
         self.files = files
@@ -151,8 +158,8 @@ class _Files:
     def read(self) -> Iterator[str]:
         return chain.from_iterable(map(self._parts, self.files))
 
-    def _parts(self, file: Path) -> Iterator[str]:
-        return read_parts(file, self._reading.column, self._reading.limit)
+    def _parts(self, file: TextSource) -> Iterator[str]:
+        return file.parts(self._reading.column, self._reading.limit)
 
     @property
     def about(self) -> str:
@@ -161,17 +168,14 @@ class _Files:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return tuple(
-            Source(name=str(file), kind="file", split=self._split, bytes=file.stat().st_size) for file in self.files
-        )
+        return tuple(Source(name=str(file), kind="file", split=self._split, bytes=file.bytes) for file in self.files)
 
     @property
     def fingerprint(self) -> tuple[object, ...]:
-        stats = ((str(file.resolve()), file.stat()) for file in self.files)
-        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        return tuple(file.fingerprint for file in self.files)
 
 
-def _from_files(files: Sequence[Path], validation: str | None, reading: Reading) -> Corpus:
+def _from_files(files: Sequence[TextSource], validation: str | None, reading: Reading) -> Corpus:
     text = _Files(files, "train", reading)
     held_out = "the last documents"
     whole = Corpus(
@@ -271,8 +275,8 @@ def _from(parts: Iterator[str], cut: int) -> Iterator[str]:
 
 def _sample() -> Corpus:
     reading = Reading()
-    train = _Files([sample.stories_path()], "train", reading)
-    validation = _Files([sample.validation_path()], "validation", reading)
+    train = _Files([LocalFile(sample.stories_path())], "train", reading)
+    validation = _Files([LocalFile(sample.validation_path())], "validation", reading)
     about = f"the stories that ship with slm, {_count(train.documents)}; validation: {validation.documents} more"
     return Corpus(
         train.read,
