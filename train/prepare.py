@@ -18,14 +18,17 @@ from slm.core.progress import Progress
 from slm.core.text.cuts import PieceEncoder
 from slm.core.text.files import DATASET_FILE, find_files, is_dataset
 from slm.core.tokenizer import Tokenizer
+from slm.train.build import positions_of
 from slm.train.data.corpus import SAMPLE, Corpus, Documents, Reading, is_named, open_corpus
-from slm.train.data.dataset import Dataset, DatasetManifest, open_dataset, open_remote, refer_to
+from slm.train.data.dataset import Dataset, open_dataset, open_remote, refer_to
 from slm.train.data.preparation import beginning, write_dataset
 from slm.train.data.remote.locations import file_system, is_remote, without_file_protocol
 from slm.train.data.remote.text import is_remote_dataset
 from slm.train.data.shards import ShardWriter
 from slm.train.data.tokenizer import check_vocabulary, is_choice, resolve_tokenizer
+from slm.train.data.tokens import Tokens
 from slm.train.recipe import Recipe
+from slm.train.teacher import check_teacher
 
 CONFIG = "config.yaml"
 DATA = "data"
@@ -73,19 +76,21 @@ def prepare(
             f"data: {recipe.data.train[0]}, prepared: {dataset.manifest.train.tokens:,} tokens to train on, "
             f"{dataset.manifest.validation.tokens:,} to measure on"
         )
+        _check_teachers(recipe, dataset.tokenizer)
         with _new_directory(run, progress, overwrite):
             _refer(dataset, run)
-            _write_recipe(recipe, dataset.manifest, run, launch)
+            _write_recipe(recipe, dataset.train, run, launch)
         return
     corpus = open_corpus(recipe.data.train, recipe.data.validation, _reading(recipe))
     progress.note(f"data: {corpus.about}")
     tokenizer = _tokenizer(recipe, corpus)
+    _check_teachers(recipe, tokenizer)
     with _new_directory(run, progress, overwrite):
         with atomic_directory(run / DATA, ()) as directory:
             workers = min(usable_cores(), _MOST_WORKERS)
             manifest = write_dataset(ShardWriter(directory, tokenizer, progress, workers=workers), corpus)
         check_lengths(recipe, manifest.train.tokens, manifest.validation.tokens)
-        _write_recipe(recipe, manifest, run, launch)
+        _write_recipe(recipe, open_dataset(run / DATA).train, run, launch)
 
 
 def begun_by(launch: str | None, candidates: Iterable[Path]) -> Path | None:
@@ -306,6 +311,13 @@ def _tokenizer(recipe: Recipe, corpus: Corpus) -> Tokenizer:
     )
 
 
+def _check_teachers(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Checks that the teachers can teach the model; see `slm.train.teacher.check_teacher`."""
+    for path in recipe.distillation.teachers:
+        length, shorter = recipe.batch.context, "--set batch.context={}"
+        check_teacher(Path(path), tokenizer, recipe.model.config(), length, student="the run", shorter=shorter)
+
+
 def _count(documents: Documents, tokenizer: Tokenizer, enough: int) -> int:
     """Returns the number of tokens of a text; stops counting once there are enough."""
     tokens, literal = 0, PieceEncoder(tokenizer)
@@ -323,10 +335,10 @@ def _refer(dataset: Dataset, run: Path) -> None:
         write_text(directory / DATASET_FILE, refer_to(dataset.path, dataset.address).model_dump_json(indent=2) + "\n")
 
 
-def _write_recipe(recipe: Recipe, manifest: DatasetManifest, run: Path, launch: str | None) -> None:
+def _write_recipe(recipe: Recipe, tokens: Tokens, run: Path, launch: str | None) -> None:
     if launch is not None:
         write_text(run / LAUNCH, f"{launch}\n")
-    write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(manifest.train.tokens)).to_yaml())
+    write_text(run / CONFIG, _with_absolute_paths(recipe.for_tokens(positions_of(recipe, tokens))).to_yaml())
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -343,4 +355,6 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
             "tokenizer": data.tokenizer if data.tokenizer in ("gpt2", "bpe") else absolute(data.tokenizer),
         }
     )
-    return recipe.model_copy(update={"data": resolved})
+    teachers = tuple(str(Path(path).expanduser().resolve()) for path in recipe.distillation.teachers)
+    distillation = recipe.distillation.model_copy(update={"teachers": teachers})
+    return recipe.model_copy(update={"data": resolved, "distillation": distillation})

@@ -5,6 +5,7 @@ RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl los
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,15 +17,18 @@ from slm.core.machine import memory
 from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
-from slm.train.average import MovingAverage
 from slm.train.batching import fitted, regrouped
 from slm.train.build import (
+    build_average,
     build_learner,
     build_model,
     check_machine,
     make_guard,
+    packing_of,
     pick_device,
+    positions_of,
     restore,
+    tokens_seen,
     with_special_tokens,
 )
 from slm.train.data.dataset import open_dataset
@@ -48,7 +52,7 @@ from slm.train.state import REWIND, TRAINER, Counters, SavedState, load_state, r
 
 _MIB = 1 << 20
 # The values of a run that was saved by a version without these settings.
-_BEFORE_QAT = {"qat.precision": "none", "qat.start": 0.0}
+_WITHOUT = {"qat.precision": "none", "qat.start": 0.0, "optimizer.tail": 0.0, "distillation.teachers": []}
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ class _Run(Actions):
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
         self.dataset = open_dataset(path / DATA)
-        written = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
+        written = load_recipe(path / CONFIG)
+        written = written.for_tokens(positions_of(written, self.dataset.train))
         self.recipe = recipe = regrouped(written, processes.size)
         check_lengths(recipe, len(self.dataset.train.ids), len(self.dataset.validation.ids))
         self.device = pick_device(recipe.machine.device)
@@ -178,11 +183,9 @@ class _Run(Actions):
         self.learner = build_learner(
             recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes, self.guard
         )
-        average: MovingAverage | None = None
-        if recipe.optimizer.ema:
-            average = MovingAverage(self.model, recipe.optimizer.ema, self._updates_done)
-            if saved is not None:
-                average.load_tensors(saved.average)
+        average = build_average(recipe, self.model, self._updates_done)
+        if average is not None and saved is not None:
+            average.load_tensors(saved.average)
         self.deployed = Deployed(self.model, average, recipe.qat.grid is not None)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
         self.keeper = Keeper(path, recipe, self.dataset, self.model, self.deployed, processes, about)
@@ -232,6 +235,7 @@ class _Run(Actions):
             patience=recipe.evaluation.patience,
             checkpoint_every=recipe.checkpoints.every_updates,
         )
+        tokens = partial(tokens_seen, recipe, self.dataset.train)
         task = Pretraining(
             plan,
             self,
@@ -239,7 +243,7 @@ class _Run(Actions):
             self.counters,
             self.metrics,
             self.progress,
-            recipe.tokens_per_micro_step,
+            tokens,
             guard=self.guard,
             rewind_every=recipe.spikes.every_updates,
         )
@@ -351,9 +355,12 @@ class _Run(Actions):
         together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
         note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")
         per_update = self._accumulation * recipe.tokens_per_micro_step
-        tokens, stream = recipe.updates * per_update, len(self.dataset.train.ids)
+        train, whole_rows = self.dataset.train, packing_of(recipe, self.dataset.train)
+        tokens, stream = tokens_seen(recipe, train, recipe.updates * self._accumulation), len(train.ids)
+        if whole_rows is not None:
+            note(f"rows: {whole_rows.about}")
         note(
-            f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
+            f"run: {recipe.updates:,} updates of {'' if whole_rows is None else 'up to '}{per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
         if recipe.qat.grid is not None:
@@ -379,7 +386,7 @@ class _Run(Actions):
         best = self.metrics.best
         assert best is not None  # a run has at least one update, and an evaluation after the last one
         micro_steps = task.micro_steps
-        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, task.elapsed_s
+        tokens, elapsed_s = tokens_seen(self.recipe, self.dataset.train, micro_steps), task.elapsed_s
         return TrainResult(
             run=self.path,
             checkpoint=self.keeper.best,
@@ -409,7 +416,7 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
         return Counters(micro_steps=0, course=recipe.course | {"batch.accumulation": recipe.batch.accumulation})
     counters = saved.counters
     for name, value in recipe.course.items():
-        before = counters.course.get(name, _BEFORE_QAT.get(name))
+        before = counters.course.get(name, _WITHOUT.get(name))
         if before != value:
             raise SlmError(
                 f"the run was saved with {name} = {before}, and config.yaml says {value}",
