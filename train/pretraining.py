@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from typing_extensions import override
@@ -14,7 +14,9 @@ from slm.train.learner import Learner, Update
 from slm.train.loop import Plan, Task, duration
 from slm.train.metrics import Metrics, Row
 from slm.train.spikes import Spike, SpikeGuard
+from slm.train.sections import WatchdogRecipe
 from slm.train.state import Counters
+from slm.train.watchdog import Watchdog
 
 # The speed reported at the start is that of this micro-step: the earlier ones also pay for allocations.
 _TYPICAL_MICRO_STEP = 3
@@ -71,6 +73,8 @@ class Pretraining(Task):
         tokens_per_micro_step: int,
         guard: SpikeGuard | None = None,
         rewind_every: int = 0,
+        watch: WatchdogRecipe | None = None,
+        processes: int = 1,
     ) -> None:
         """Prepares the task.
 
@@ -84,6 +88,8 @@ class Pretraining(Task):
             tokens_per_micro_step: Tokens in a micro-step, over all processes.
             guard: Judges the updates; None if every update is made.
             rewind_every: Interval between the states to which a spike can rewind, in updates.
+            watch: What counts as slow and as a hang; None watches nothing.
+            processes: Number of processes that train together.
         """
         self.counters = counters
         self._tokens_per_micro_step = tokens_per_micro_step
@@ -92,6 +98,7 @@ class Pretraining(Task):
         self._guard, self._rewind_every = guard, rewind_every
         self._rewinds = guard is not None and guard.action == "rewind"
         self._rewind_point = actions.rewind_position() if self._rewinds else None
+        self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes)
         self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
         self._micro_step_ended = 0.0
@@ -134,8 +141,14 @@ class Pretraining(Task):
             self._spiked(update.spike)
             return
         self._made()
-        tokens = self._plan.accumulation * self._tokens_per_micro_step
-        self._record(update, tokens / (time.perf_counter() - began))
+        tokens, seconds = self._plan.accumulation * self._tokens_per_micro_step, time.perf_counter() - began
+        self._record(update, tokens / seconds)
+        if self.watchdog is not None:
+            self.watchdog.updated(tokens, seconds, update.data_s)
+
+    def _warn(self, kind: Literal["slow", "hang"], told: str, numbers: Row) -> None:
+        self._metrics.add(kind, {**self._position(), **numbers})
+        self._progress.note(f"warning: {told}")
 
     def _made(self) -> None:
         """Takes an update into account. One that was left out for a spike counts too, as one that overflowed in float16."""
