@@ -91,7 +91,8 @@ def train(
         chosen = recipe_for(given, processes, display.note)
         begun = by_first(processes, lambda: _begun(place, chosen.name))
         if begun is not None:
-            display.note(f"Resuming {begun}, which this call of torchrun began.")
+            if processes.rank == 0:
+                display.note(f"Resuming {begun}, which this call of torchrun began.")
             return resume_run(Path(begun), display, processes)
         path = Path(by_first(processes, lambda: str(place or free_run(chosen.name))))
         return run(chosen, path, display, processes, overwrite=overwrite)

@@ -15,6 +15,7 @@ from slm.core.config import ModelConfig
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import fake_quantize
 from slm.train.attention import training_kernels
+from slm.train.batching import Place
 from slm.train.learner import Objective
 from slm.train.memory import TrainingBytes, advise, training_bytes
 from slm.train.muon import orthogonalization_flops
@@ -111,6 +112,12 @@ class Estimate:
     update_seconds: float
     basis: str
     advice: str | None
+
+
+def place_on(recipe: Recipe, card: Gpu) -> Place:
+    """Returns what a GPU has for a process that trains a recipe."""
+    precision = choose_precision(recipe.machine.precision, card.able, recipe.model.config().hidden_size)
+    return Place(card.able, precision, round(card.memory_gib * _GIB))
 
 
 def estimate(recipe: Recipe, gpu: str | None, memory_bytes: int | None, processes: int = 1) -> Estimate:

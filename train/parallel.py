@@ -7,7 +7,9 @@ weights, gradients and moments, for models that do not fit into one device. Save
 
 import json
 import os
+import secrets
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -33,6 +35,9 @@ T = TypeVar("T", bound=Json)
 _TOGETHER = timedelta(minutes=10)
 # Timeout for work that only the first process does, such as preparing the data.
 _PATIENCE = timedelta(hours=12)
+
+# Interval at which the first process looks for others.
+_TICKETS_S = 0.01
 
 _ERROR_CODE = 1
 
@@ -110,7 +115,8 @@ class Group(Processes):
         """
         try:
             # torchrun itself holds the store, so that it outlives a process that fails.
-            self._store, self.rank, self.size = next(rendezvous("env://", timeout=_TOGETHER))
+            store, self.rank, self.size = next(rendezvous("env://", timeout=_TOGETHER))
+            self._store = _of_this_start(store, self.rank, self.size)
             # gloo handles CPU tensors; NCCL opens its connections when the first GPU tensor needs them
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=_TOGETHER)
@@ -194,6 +200,33 @@ class Group(Processes):
             return self._store.add("complaints", 1) == 1
         except RuntimeError:  # torchrun has ended, and no other process can report
             return True
+
+
+def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """Returns the part of a store that belongs to these processes alone.
+
+    When torchrun restarts its processes, they find the store as their predecessors left it, and would connect to those. The
+    number of restarts does not tell them apart: it does not count changes of the number of nodes, and a node that joins later
+    counts from 0. Therefore each process draws a ticket, and the first process answers every ticket with a name for this start.
+
+    Raises:
+        RuntimeError: When not all processes come in time.
+    """
+    store.set_timeout(_TOGETHER)
+    if rank != 0:
+        name = store.get(f"start/{store.add('tickets', 1)}").decode()
+        store.add(f"{name}/came", 1)
+        return dist.PrefixStore(name, store)
+    name, until = secrets.token_hex(8), time.monotonic() + _TOGETHER.total_seconds()
+    while store.add(f"{name}/came", 0) < size - 1:
+        answered, drawn = store.add("answered", 0), store.add("tickets", 0)
+        for ticket in range(answered + 1, drawn + 1):
+            store.set(f"start/{ticket}", name)
+            store.add("answered", 1)
+        if time.monotonic() > until:
+            raise RuntimeError("not all processes came")
+        time.sleep(_TICKETS_S)
+    return dist.PrefixStore(name, store)
 
 
 @contextmanager

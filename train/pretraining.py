@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from typing_extensions import override
@@ -15,7 +15,9 @@ from slm.train.learner import Learner, Update
 from slm.train.loop import Plan, Task, duration
 from slm.train.metrics import Metrics, Row
 from slm.train.spikes import Spike, SpikeGuard
+from slm.train.sections import WatchdogRecipe
 from slm.train.state import Counters
+from slm.train.watchdog import Watchdog
 
 # The speed reported at the start is that of this micro-step: the earlier ones also pay for allocations.
 _TYPICAL_MICRO_STEP = 3
@@ -72,6 +74,8 @@ class Pretraining(Task):
         tokens: Callable[[int], int],
         guard: SpikeGuard | None = None,
         rewind_every: int = 0,
+        watch: WatchdogRecipe | None = None,
+        processes: int = 1,
     ) -> None:
         """Prepares the task.
 
@@ -85,6 +89,8 @@ class Pretraining(Task):
             tokens: Returns the tokens of the first micro-steps of the run, over all processes.
             guard: Judges the updates; None if every update is made.
             rewind_every: Interval between the states to which a spike can rewind, in updates.
+            watch: What counts as slow and as a hang; None watches nothing.
+            processes: Number of processes that train together.
         """
         self.counters = counters
         self._tokens = tokens
@@ -93,6 +99,7 @@ class Pretraining(Task):
         self._guard, self._rewind_every = guard, rewind_every
         self._rewinds = guard is not None and guard.action == "rewind"
         self._rewind_point = actions.rewind_position() if self._rewinds else None
+        self.watchdog = None if watch is None else Watchdog(watch, self._warn, processes)
         self.began = time.perf_counter() - counters.elapsed_s
         self._micro_steps_timed = 0
         self._micro_step_ended = 0.0
@@ -135,8 +142,15 @@ class Pretraining(Task):
             self._spiked(update.spike)
             return
         self._made()
+        seconds = time.perf_counter() - began
         tokens = self._tokens(self.micro_steps) - self._tokens(self.micro_steps - self._plan.accumulation)
-        self._record(update, tokens / (time.perf_counter() - began))
+        self._record(update, tokens / seconds)
+        if self.watchdog is not None:
+            self.watchdog.updated(tokens, seconds, update.data_s)
+
+    def _warn(self, kind: Literal["slow", "hang"], told: str, numbers: Row) -> None:
+        self._metrics.add(kind, {**self._position(), **numbers})
+        self._progress.note(f"warning: {told}")
 
     def _made(self) -> None:
         """Takes an update into account. One that was left out for a spike counts too, as one that overflowed in float16."""

@@ -246,9 +246,11 @@ class _Run(Actions):
             tokens,
             guard=self.guard,
             rewind_every=recipe.spikes.every_updates,
+            watch=recipe.watchdog,
+            processes=self.processes.size,
         )
         with held_back() as interruption, self.metrics.logs:
-            loop = Loop(plan, task, interruption, self.processes, self.progress)
+            loop = Loop(plan, task, interruption, self.processes, self.progress, task.watchdog)
             loop.run()
             loop.save()
             loop.finish_saving()
