@@ -260,7 +260,8 @@ def normuon_reference(weight: Tensor, gradients: list[Tensor], *, row_beta: floa
 
 # Orthogonalized rows of a wide matrix are of nearly equal size already; only a tall one shows the moment's decay.
 @pytest.mark.parametrize(
-    ("name", "other"), [*((name, other) for name in SOME for other in ({}, {"rows": False})), (SOME[0], {"row_beta": 0.2})]
+    ("name", "other"),
+    [*((name, other) for name in SOME for other in ({}, {"rows": False})), (SOME[0], {"row_beta": 0.2})],
 )
 def test_normuons_steps_are_those_of_a_plain_reference(model: CausalLM, name: str, other: dict[str, Any]) -> None:
     optimizers = make_optimizers(model, settings(name="normuon"))
