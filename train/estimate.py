@@ -116,7 +116,7 @@ class Estimate:
 
 def place_on(recipe: Recipe, card: Gpu) -> Place:
     """Returns what a GPU has for a process that trains a recipe."""
-    precision = choose_precision(recipe.machine.precision, card.able, recipe.model.config().hidden_size)
+    precision = choose_precision(recipe.machine.precision, card.able, recipe.model.config())
     return Place(card.able, precision, round(card.memory_gib * _GIB))
 
 
