@@ -298,7 +298,9 @@ def test_a_phone(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
 def test_a_touch_screen(open_tab: Callable[..., Tab], story_site: SiteServer) -> None:
     """Names no keys, and does not open the keyboard over an answer; a desktop returns to the field."""
     for touch in (True, False):
-        tab = open_tab(story_site.url, width=390, has_touch=touch, is_mobile=touch).ready().set(greedy=True, new_tokens=4)
+        tab = (
+            open_tab(story_site.url, width=390, has_touch=touch, is_mobile=touch).ready().set(greedy=True, new_tokens=4)
+        )
         assert tab.page.locator("#keys").is_visible() != touch
         tab.text(SHORT)
         assert tab.page.evaluate("document.activeElement.id === 'prompt'") != touch

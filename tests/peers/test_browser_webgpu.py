@@ -74,7 +74,9 @@ def test_a_gpu_without_float16(
         bundles.home / "checkpoint", tmp_path / "webgpu", bundle_module.ExportOptions(device="webgpu")
     )
     text = TokenRows("random", np.random.default_rng(0).choice(np.arange(32, 127), (4, 60)))
-    made = quantize_bundle(exported, tmp_path / "int4", text, Settings(gate=Gate(None), precision="int4"), None, text)[0]
+    made = quantize_bundle(exported, tmp_path / "int4", text, Settings(gate=Gate(None), precision="int4"), None, text)[
+        0
+    ]
     with served(site_of(made.path)) as server:
         tab = open_tab(server.url, browser=gpu).ready().set(greedy=True, new_tokens=20)
         assert (tab.found["device"], tab.found["precision"]) == ("WebAssembly", "int4")
