@@ -24,25 +24,27 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 # cgroup v1 represents "no limit" as the largest multiple of a page below 2^63.
 _UNLIMITED = 1 << 60
 
-# Instruction sets that speed up inference, and Linux's names for each.
+# Instruction sets that speed up inference or training, and Linux's names for each.
 _X86 = {
     "AVX2": ("avx2",),
     "AVX-512F": ("avx512f",),
     "AVX-512 VNNI": ("avx512_vnni",),
     "AVX-VNNI": ("avx_vnni",),
+    "AVX-512 BF16": ("avx512_bf16",),
     "AMX tile": ("amx_tile",),
     "AMX INT8": ("amx_int8",),
     "AMX BF16": ("amx_bf16",),
 }
-_ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",)}
+_ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",), "BF16": ("bf16",)}
 # The same as bits of the auxiliary vector of 64-bit ARM: the type of the entry and the bit (asm/hwcap.h).
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
-_HWCAPS = {"NEON": (_AT_HWCAP, 1), "dot product": (_AT_HWCAP, 20), "i8mm": (_AT_HWCAP2, 13)}
+_HWCAPS = {"NEON": (_AT_HWCAP, 1), "dot product": (_AT_HWCAP, 20), "i8mm": (_AT_HWCAP2, 13), "BF16": (_AT_HWCAP2, 14)}
 # macOS reports them one by one on ARM, and as a list of words on Intel.
 _MAC_ARM = {
     "NEON": ("hw.optional.AdvSIMD", "hw.optional.neon"),
     "dot product": ("hw.optional.arm.FEAT_DotProd",),
     "i8mm": ("hw.optional.arm.FEAT_I8MM",),
+    "BF16": ("hw.optional.arm.FEAT_BF16",),
 }
 _MAC_X86 = {"AVX2": ("AVX2",), "AVX-512F": ("AVX512F",), "AVX-512 VNNI": ("AVX512VNNI",)}
 _MAC_FEATURES = "machdep.cpu.leaf7_features"
@@ -72,11 +74,21 @@ class Memory:
         total: Installed memory.
         available: Memory that can be used without swapping.
         container_limit: The container's limit; None also if there is no limit.
+        container_used: What the container's processes use of it, without cached files.
     """
 
     total: int | None
     available: int | None
     container_limit: int | None
+    container_used: int | None = None
+
+    @property
+    def free(self) -> int | None:
+        """The most memory that can still be allocated without swapping, in the container if there is one."""
+        left = None
+        if self.container_limit is not None:
+            left = max(0, self.container_limit - (self.container_used or 0))
+        return min((size for size in (self.total, self.available, left) if size is not None), default=None)
 
     @property
     def usable(self) -> int | None:
@@ -145,7 +157,23 @@ def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V
         total, available = (_kib(lines.get(name)) for name in ("MemTotal", "MemAvailable"))
     except OSError:
         total, available = main_memory()
-    return Memory(total, available, memory_limit(v2, v1))
+    return Memory(total, available, memory_limit(v2, v1), _container_used(v2, v1))
+
+
+def _container_used(v2: Path, v1: Path) -> int | None:
+    """Returns the memory of a container's processes in bytes: the kernel drops inactive cached files before it refuses memory."""
+    for limit, usage, cached in (
+        (v2, "memory.current", "inactive_file"),
+        (v1, "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            used = int((limit.parent / usage).read_text(encoding="ascii"))
+            stat = (limit.parent / "memory.stat").read_text(encoding="ascii")
+        except (OSError, ValueError):
+            continue
+        inactive = next((line.split()[1] for line in stat.splitlines() if line.startswith(f"{cached} ")), "0")
+        return max(0, used - int(inactive))
+    return None
 
 
 def memory_limit(v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V1) -> int | None:

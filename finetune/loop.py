@@ -115,6 +115,10 @@ class FineTuning(Task):
         save_state(self._out, self._fit.state())
 
     @override
+    def finish_saving(self) -> None:
+        """Does nothing: a save is on the disk when it ends."""
+
+    @override
     def last_saved(self) -> str:
         saved = self._out / TRAINER
         return (

@@ -1,5 +1,6 @@
 """`slm.train`: a model trained from scratch on text."""
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
@@ -88,8 +89,24 @@ def train(
                 display.note(f"Resuming {path}.")
             return resume_run(path, display, processes)
         chosen = recipe_for(given, processes, display.note)
+        begun = by_first(processes, lambda: _begun(place, chosen.name))
+        if begun is not None:
+            if processes.rank == 0:
+                display.note(f"Resuming {begun}, which this call of torchrun began.")
+            return resume_run(Path(begun), display, processes)
         path = Path(by_first(processes, lambda: str(place or free_run(chosen.name))))
         return run(chosen, path, display, processes, overwrite=overwrite)
+
+
+def _begun(out: Path | None, name: str) -> str | None:
+    """Returns the run that torchrun began before it restarted its processes; None if it began none."""
+    from slm.train.parallel import launch_id
+    from slm.train.prepare import begun_by
+
+    launch = launch_id()
+    runs = [out] if out is not None else [run for run in sorted(RUNS.glob(f"{glob.escape(name)}*")) if run.is_dir()]
+    found = begun_by(launch, runs)
+    return None if found is None else str(found)
 
 
 def launched() -> bool:
