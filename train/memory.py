@@ -32,6 +32,7 @@ class TrainingBytes:
         average: The moving average of the weights.
         activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast or rounded
             to a grid.
+        snapshot: Copies in main memory that a thread writes to disk; only on a CPU, where they share the memory.
         loss: A chunk of logits, and the head's gradients while they are computed; the rounded head.
     """
 
@@ -41,11 +42,13 @@ class TrainingBytes:
     average: int
     activations: int
     loss: int
+    snapshot: int = 0
 
     @property
     def total(self) -> int:
         """The sum."""
-        return self.weights + self.gradients + self.moments + self.average + self.activations + self.loss
+        held = self.weights + self.gradients + self.moments + self.average
+        return held + self.activations + self.loss + self.snapshot
 
 
 def training_bytes(
@@ -73,6 +76,11 @@ def training_bytes(
     tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
     chunk = recipe.machine.loss_chunk
     product = _PRODUCT if precision.autocast is not None else _FLOAT32
+    snapshot = 0
+    if recipe.checkpoints.asynchronous and able.device == "cpu":
+        # Of the first process, which writes: the weights, also as checkpoints have them if those differ, and the state.
+        deployed = weights if recipe.optimizer.ema or on_grid else 0
+        snapshot = weights + deployed + moments + (weights if recipe.optimizer.ema else 0)
     rows = min(tokens, chunk if chunk is not None else max(1, CHUNK_BYTES // (product * config.vocab_size)))
     return TrainingBytes(
         weights=weights // shared,
@@ -82,6 +90,7 @@ def training_bytes(
         activations=tokens * _bytes_per_token(recipe, config, precision, able) + cast,
         loss=_loss_bytes(rows, config, product, able)
         + (config.vocab_size * config.hidden_size * _FLOAT32 if on_grid else 0),
+        snapshot=snapshot,
     )
 
 
