@@ -68,7 +68,9 @@ def causes(before: Load, now: Load, cores: int | None = None) -> list[str]:
     cores, seconds = cores or usable_cores(), max(1e-3, now.at - before.at)
     found = []
     if now.average is not None and now.average > _LOAD_PER_CORE * cores:
-        found.append(f"other programs compete for the processor: the load average is {now.average:.1f} on {cores} cores")
+        found.append(
+            f"other programs compete for the processor: the load average is {now.average:.1f} on {cores} cores"
+        )
     if (swapped := _grown(before.swapped, now.swapped)) > _SWAPPED:
         found.append(f"memory is short: {swapped / _MIB:,.0f} MiB were swapped")
     if (heat := _grown(before.heat, now.heat)) > 0:

@@ -310,7 +310,9 @@ class _Run(Actions):
         self.finish_saving()
         saved = load_state(self.path, REWIND)
         if saved is None:
-            raise SlmError(f"the state to rewind to is gone: {self.path / REWIND}", "start a new run with another --out")
+            raise SlmError(
+                f"the state to rewind to is gone: {self.path / REWIND}", "start a new run with another --out"
+            )
         counters = _gone_on(saved, self.recipe, self.path)
         restore(self.model, self.learner, saved)
         if self.deployed.average is not None:
@@ -358,8 +360,8 @@ class _Run(Actions):
         uneven = recipe.batch.batch_size % self.processes.size
         if uneven:
             note(
-                f"warning: {self.processes.size} processes share micro-steps of {recipe.batch.batch_size} windows unevenly, and "
-                "wait for those with more"
+                f"warning: {self.processes.size} processes share micro-steps of {recipe.batch.batch_size} windows unevenly, "
+                "and wait for those with more"
             )
         text_bytes = self.dataset.train.header.text_bytes
         for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):

@@ -116,7 +116,9 @@ class Watchdog:
         data, usually = shares[1] / shares[0], median(self._data_shares)
         found = causes(self._load, Load.now())
         if data > _DATA_SHARE and data > 2 * usually:
-            found.insert(0, f"reading data takes {data:.0%} of an update, usually {usually:.0%}: a slow disk or network")
+            found.insert(
+                0, f"reading data takes {data:.0%} of an update, usually {usually:.0%}: a slow disk or network"
+            )
         if not found:
             found = [f"{_NOTHING}: the time is in computing" + ", or in waiting for a slower process" * self._several]
         self._report(
@@ -173,7 +175,10 @@ class Watchdog:
         self._report(
             "hang",
             f"no micro-step, evaluation batch or save has ended for {_minutes(seconds)}{where}; likely: "
-            + ("; ".join(found) or f"{_NOTHING}; a file system or a driver does not answer, or the micro-step is very large"),
+            + (
+                "; ".join(found)
+                or f"{_NOTHING}; a file system or a driver does not answer, or the micro-step is very large"
+            ),
             {"seconds": round(seconds, 1), "causes": found},
         )
 

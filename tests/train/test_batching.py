@@ -153,9 +153,7 @@ def test_a_gpu_tries_updates_and_halves_when_they_do_not_fit(
     assert "tried" in notes.lines[-1]
     assert torch.equal(state, torch.random.get_rng_state())
     tried.clear()
-    sharded = small_recipe(
-        batch={"batch_size": 4, "accumulation": 4, "automatic": True}, machine={"parallel": "fsdp"}
-    )
+    sharded = small_recipe(batch={"batch_size": 4, "accumulation": 4, "automatic": True}, machine={"parallel": "fsdp"})
 
     class Two(Alone):
         size = 2

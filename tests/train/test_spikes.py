@@ -83,7 +83,9 @@ def test_the_limit_counts_spikes_within_a_thousand_updates() -> None:
     guard.left_out = 100
     for update in (2700, 2701):
         guard.count(update, spike)
-    with pytest.raises(SlmError, match=r"^update 2,703: the loss is 9, usually 3; this is spike 4 within 1,000 updates"):
+    with pytest.raises(
+        SlmError, match=r"^update 2,703: the loss is 9, usually 3; this is spike 4 within 1,000 updates"
+    ):
         guard.count(2702, spike)
 
 
@@ -107,7 +109,9 @@ def test_a_run_without_spikes_is_the_same_with_the_guard(
     train(guarded(small_recipe, action, "everything"), Path("guarded"))
     plain, kept = fingerprint(OUT), fingerprint(Path("guarded"))
     differing = {name for name in plain.keys() | kept.keys() if plain.get(name) != kept.get(name)}
-    assert {name for name in differing if not name.endswith(("config.yaml", "slm.json"))} == set()  # they have the recipe
+    assert {
+        name for name in differing if not name.endswith(("config.yaml", "slm.json"))
+    } == set()  # they have the recipe
 
 
 def kinds(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -162,8 +166,12 @@ def test_damaged_data_is_rewound_and_left_out(
     ],
 )
 def test_a_guarded_run_that_is_stopped_ends_as_one_that_is_not(
-    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, fingerprint: Fingerprint, 
-    action: str, variant: str, stops: tuple[int, ...]
+    small_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    fingerprint: Fingerprint,
+    action: str,
+    variant: str,
+    stops: tuple[int, ...],
 ) -> None:
     damaged(monkeypatch, (*DAMAGED, 36, 37))
     recipe = guarded(small_recipe, action, variant)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -268,7 +267,12 @@ def test_torchrun_restarts_from_the_last_save_what_a_killed_process_ended(
     recipe_file: Path, trainers: Forks, in_two: InTwo, out: list[str]
 ) -> None:
     """And the run ends as one that nobody killed."""
-    changes = ("schedule.micro_steps=24", "checkpoints.every_updates=2", "checkpoints.asynchronous=true", "optimizer.ema=0.9")
+    changes = (
+        "schedule.micro_steps=24",
+        "checkpoints.every_updates=2",
+        "checkpoints.asynchronous=true",
+        "optimizer.ema=0.9",
+    )
     command = ["--recipe", str(recipe_file), *(f"--set={change}" for change in changes)]
     Path("runs/small").mkdir(parents=True)  # the restart must not choose another name once more
     run = Path(out[1] if out else "runs/small-2")

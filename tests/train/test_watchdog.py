@@ -39,7 +39,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def watch(clock: list[float], speeds: list[float], data_share: float = 0.01, **settings: Any) -> list[tuple[Any, ...]]:
     """Returns what is reported of updates of a second each."""
     reports: list[tuple[Any, ...]] = []
-    watchdog = Watchdog(WatchdogRecipe(slow_minutes=1.0, **settings), lambda *report: reports.append((*report, clock[0])))
+    watchdog = Watchdog(
+        WatchdogRecipe(slow_minutes=1.0, **settings), lambda *report: reports.append((*report, clock[0]))
+    )
     for speed in speeds:
         clock[0] += 1.0
         watchdog.updated(speed, 1.0, data_share if speed < 100 else 0.01)
@@ -163,7 +165,9 @@ def test_a_process_that_hangs_ends_with_its_stacks_on_request(
     assert saved["micro_steps"] == 4
 
 
-def test_a_process_that_was_stopped_as_a_whole_does_not_hang(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_was_stopped_as_a_whole_does_not_hang(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As by Ctrl-Z, or with the machine's suspension: its thread was stopped too."""
     reports: list[Any] = []
     watchdog = Watchdog(WatchdogRecipe(hang_minutes=1.0), lambda *report: reports.append(report))
