@@ -79,6 +79,7 @@ def measure(opened: module._Run, rounds: int) -> str:
                 taken["update_meanwhile"] = timed(update)
                 opened.keeper.finish()
                 taken["writing"] = ((time.perf_counter() - began) * 1e3, 0.0)
+        print(number, {name: round(wall) for name, (wall, _) in taken.items()}, flush=True)
         if number:
             for name, each in taken.items():
                 figures[name].append(each)

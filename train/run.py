@@ -3,7 +3,8 @@
 RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl loss.png tensorboard/
 """
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,10 +240,23 @@ class _Run(Actions):
         )
         with held_back() as interruption, self.metrics.logs:
             loop = Loop(plan, task, interruption, self.processes, self.progress, task.watchdog)
-            loop.run()
-            loop.save()
-            loop.finish_saving()
+            with self._written():
+                loop.run()
+                loop.save()
+                loop.finish_saving()
         return self._result(task)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Waits for a save in the background before the run ends with an error: another process may then resume it."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.keeper.finish()
+            except SlmError as error:
+                self.progress.note(f"warning: {error.message}")
+            raise
 
     @property
     def _accumulation(self) -> int:
