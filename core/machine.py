@@ -24,25 +24,27 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 # cgroup v1 represents "no limit" as the largest multiple of a page below 2^63.
 _UNLIMITED = 1 << 60
 
-# Instruction sets that speed up inference, and Linux's names for each.
+# Instruction sets that speed up inference or training, and Linux's names for each.
 _X86 = {
     "AVX2": ("avx2",),
     "AVX-512F": ("avx512f",),
     "AVX-512 VNNI": ("avx512_vnni",),
     "AVX-VNNI": ("avx_vnni",),
+    "AVX-512 BF16": ("avx512_bf16",),
     "AMX tile": ("amx_tile",),
     "AMX INT8": ("amx_int8",),
     "AMX BF16": ("amx_bf16",),
 }
-_ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",)}
+_ARM = {"NEON": ("asimd", "neon"), "dot product": ("asimddp",), "i8mm": ("i8mm",), "BF16": ("bf16",)}
 # The same as bits of the auxiliary vector of 64-bit ARM: the type of the entry and the bit (asm/hwcap.h).
 _AT_HWCAP, _AT_HWCAP2 = 16, 26
-_HWCAPS = {"NEON": (_AT_HWCAP, 1), "dot product": (_AT_HWCAP, 20), "i8mm": (_AT_HWCAP2, 13)}
+_HWCAPS = {"NEON": (_AT_HWCAP, 1), "dot product": (_AT_HWCAP, 20), "i8mm": (_AT_HWCAP2, 13), "BF16": (_AT_HWCAP2, 14)}
 # macOS reports them one by one on ARM, and as a list of words on Intel.
 _MAC_ARM = {
     "NEON": ("hw.optional.AdvSIMD", "hw.optional.neon"),
     "dot product": ("hw.optional.arm.FEAT_DotProd",),
     "i8mm": ("hw.optional.arm.FEAT_I8MM",),
+    "BF16": ("hw.optional.arm.FEAT_BF16",),
 }
 _MAC_X86 = {"AVX2": ("AVX2",), "AVX-512F": ("AVX512F",), "AVX-512 VNNI": ("AVX512VNNI",)}
 _MAC_FEATURES = "machdep.cpu.leaf7_features"

@@ -19,6 +19,7 @@ from slm.finetune.preparation import Prepared, RowFiles, prepare
 from slm.finetune.review import review
 from slm.finetune.rows import Row
 from slm.finetune.settings import FinetuneSettings
+from slm.finetune.state import saved_precision
 from slm.finetune.teaching import Teaching, check_rows, teaching_of
 from slm.finetune.writing import Writer
 from slm.train.build import pick_device
@@ -84,7 +85,7 @@ def start_of(
     config, tokenizer, info = read_config(base), Tokenizer.load(base), read_info(base)
     renderer = Renderer(tokenizer, config)
     device = pick_device("auto")
-    precision = choose_precision("auto", capability(device), config.hidden_size)
+    precision = choose_precision("auto", capability(device), config, saved_precision(place[0], device))
     teaching = teaching_of(teacher, place, config, settings.context(config), renderer, device, precision, progress)
     left: list[int] = []
 

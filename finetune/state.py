@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from slm.core import renames
 from slm.core.errors import SlmError
+from slm.core.files import read_json
 from slm.train.metrics import Kind, Row, check_row
 from slm.train.spikes import SpikeState
 from slm.train.state import MOST, OPTIMIZER_FILE, POSITION_FILE, TRAINER, Position, read_state, write_state
@@ -96,6 +98,16 @@ def load_state(out: Path) -> State | None:
         return None
     standing, tensors = found
     return State(standing, tensors[_WEIGHTS_FILE], tensors[OPTIMIZER_FILE], tensors[_KEPT_FILE])
+
+
+def saved_precision(out: Path, device: torch.device) -> str | None:
+    """Returns the name of the precision of an interrupted run on this kind of device; None where there is none."""
+    try:
+        course = read_json(out / TRAINER / POSITION_FILE, "the state of the run")["course"]
+        name, _, of = str(course["precision"]).rpartition(" on ")
+    except (SlmError, KeyError, TypeError):  # `load_state` reports the damage
+        return None
+    return name if of == device.type else None
 
 
 def resumable(out: Path, course: Mapping[str, Any]) -> State | None:

@@ -13,8 +13,7 @@ from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
 from slm.core.machine import memory
 from slm.train.attention import choose_flex
-from slm.train.average import MovingAverage
-from slm.train.build import build_model
+from slm.train.build import build_average, build_model, teachers_of
 from slm.train.learner import Learner, Objective, UpdateSettings
 from slm.train.memory import advise, training_bytes
 from slm.train.optimizer import make_optimizers
@@ -184,7 +183,7 @@ def fitted(recipe: Recipe, device: torch.device, processes: Processes, note: Cal
 def place_of(recipe: Recipe, device: torch.device) -> Place:
     """Returns what this machine's device has for one of its processes."""
     able = capability(device)
-    precision = choose_precision(recipe.machine.precision, able, recipe.model.config().hidden_size)
+    precision = choose_precision(recipe.machine.precision, able, recipe.model.config())
     if device.type == "cuda":
         return Place(able, precision, torch.cuda.mem_get_info(device)[0])
     free = memory().free
@@ -214,12 +213,17 @@ def _runs(recipe: Recipe, device: torch.device, place: Place, rows: int) -> bool
 def _try(recipe: Recipe, config: ModelConfig, device: torch.device, precision: Precision, rows: int) -> None:
     flex = choose_flex(recipe, config, capability(device), precision, device, lambda _: None)
     model = build_model(recipe, config, device, None, flex=flex)
-    average = MovingAverage(model, recipe.optimizer.ema) if recipe.optimizer.ema else None
+    average = build_average(recipe, model, 0) if recipe.optimizer.averages else None
     ids = torch.randint(0, config.vocab_size, (rows, recipe.batch.context), device=device)
     learner = Learner(
-        Objective(model, chunk=recipe.machine.loss_chunk, compiled=recipe.machine.compile),
+        Objective(
+            model,
+            chunk=recipe.machine.loss_chunk,
+            compiled=recipe.machine.compile,
+            teachers=teachers_of(recipe, device, precision),
+        ),
         make_optimizers(model, recipe.optimizer),
-        lambda _: (ids, ids),
+        lambda _: (ids, ids, torch.zeros_like(ids)) if recipe.data.sampler == "best_fit" else (ids, ids),
         UpdateSettings(lambda _: 0.0, precision, accumulation=min(2, recipe.batch.accumulation)),
         processes=Alone(),
     )

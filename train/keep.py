@@ -15,6 +15,7 @@ from slm.core.files import atomic_directory, recover
 from slm.core.nn import CausalLM
 from slm.core.qat import RECORD
 from slm.core.weights import WEIGHTS_FILE
+from slm.train.build import tokens_seen
 from slm.train.data.dataset import Dataset
 from slm.train.metrics import Row, is_number
 from slm.train.optimizer import Optimizers
@@ -203,7 +204,7 @@ class Keeper:
             "parameters": self._config.parameter_count(),
             "micro_steps": micro_steps,
             "updates": micro_steps // recipe.batch.accumulation,
-            "tokens": micro_steps * recipe.tokens_per_micro_step,
+            "tokens": tokens_seen(recipe, self._dataset.train, micro_steps),
             "metrics": measured and {name: measured[name] for name in ("micro_steps", *METRICS)},
             "seed": recipe.seed,
             **self._about,

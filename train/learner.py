@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from slm.core.nn import CausalLM
 from slm.core.nn.fake_quant import operands
-from slm.train.loss import linear_cross_entropy
+from slm.train.loss import linear_cross_entropy, linear_loss
 from slm.train.optimizer import Optimizers
 from slm.train.parallel import Alone, Processes, whole
 from slm.train.precision import Precision
 from slm.train.spikes import Spike, SpikeGuard
+from slm.train.teacher import Ensemble
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Update:
 class Objective(nn.Module):
     """A model and its loss as one module, for data parallelism to wrap."""
 
-    def __init__(self, model: CausalLM, *, chunk: int | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self, model: CausalLM, *, chunk: int | None = None, compiled: bool = False, teachers: Ensemble | None = None
+    ) -> None:
         """Wraps a model.
 
         Args:
@@ -52,10 +55,11 @@ class Objective(nn.Module):
             chunk: Positions whose logits exist at once; see `linear_cross_entropy`.
             compiled: Whether torch.compile compiles the body for training. Evaluations and samples have many lengths and few
                 batches, and are not compiled.
+            teachers: Models whose predictions are a part of the targets in training.
         """
         super().__init__()
         self.model = model
-        self._chunk = chunk
+        self._chunk, self._teachers = chunk, teachers
         self._compiled = None
         if compiled:
             # Otherwise the fused kernels of every layer would compute the same sines again. A decorator in the model's class
@@ -63,12 +67,25 @@ class Objective(nn.Module):
             model.model.positions = torch.compiler.disable(model.model.positions)  # type: ignore[method-assign]
             self._compiled = torch.compile(model.model.forward, dynamic=False)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean cross-entropy of inputs (B, T) for targets (B, T)."""
+    def forward(
+        self, inputs: Tensor, targets: Tensor, segments: Tensor | None = None, share: float | None = None
+    ) -> Tensor:
+        """Returns the mean cross-entropy of inputs (B, T) for targets (B, T).
+
+        Args:
+            inputs: Ids.
+            targets: Ids; those that are `slm.train.loss.IGNORED` do not count.
+            segments: Number of each position's document in its row (B, T); documents do not attend to each other.
+            share: Factor of the loss, for rows with fewer targets than other rows of the update.
+        """
         body = self._compiled if self._compiled is not None and self.training else self.model.model
-        hidden: Tensor = body(inputs)  # (B, T, D)
+        hidden: Tensor = body(inputs) if segments is None else body(inputs, segments=segments)  # (B, T, D)
         hidden, weight = operands(self.model.lm_head, hidden.flatten(0, 1))
-        return linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
+        if self._teachers is not None and self.training:
+            loss = linear_loss(hidden, weight, self._teachers.targets(inputs, targets, segments), self._chunk)
+        else:
+            loss = linear_cross_entropy(hidden, weight, targets.flatten(), self._chunk)
+        return loss if share is None else loss * share
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,8 @@ class UpdateSettings:
 
     Attributes:
         rate: The learning rate as a function of the micro-steps done.
+        momentum: The decay of Muon's momentum, likewise; None leaves it alone.
+        decay: The weight decay as a share of the recipe's, likewise; None leaves it alone.
         precision: The type of the products.
         accumulation: Micro-steps per update.
         max_grad_norm: The gradient is scaled down to this norm.
@@ -87,6 +106,8 @@ class UpdateSettings:
     precision: Precision
     accumulation: int = 1
     max_grad_norm: float = 1.0
+    momentum: Callable[[int], float] | None = None
+    decay: Callable[[int], float] | None = None
     share: float = 1.0
 
 
@@ -167,14 +188,22 @@ class Learner:
             raise FloatingPointError(f"the loss is {update.loss}")
         if not (math.isfinite(update.grad_norm) or self.scaler.is_enabled()):
             raise FloatingPointError(f"the gradient's norm is {update.grad_norm}")
-        self.optimizers.set_learning_rate(update.learning_rate)
+        self._adjust_optimizers(last + 1, update.learning_rate)
         if math.isfinite(update.grad_norm):  # the scaler would skip only the optimizers whose own gradients overflowed
-            for optimizer in self.optimizers.members:
-                self.scaler.step(optimizer)
+            self.optimizers.step(self.scaler.step)
         self.scaler.update()
         if self._guard is not None:
             self._guard.accept(loss, grad_norm)
         return update
+
+    def _adjust_optimizers(self, done: int, rate: float) -> None:
+        """Sets what the schedules prescribe for the update that ends with a micro-step, by the number of micro-steps done."""
+        settings = self._settings
+        self.optimizers.set_learning_rate(rate)
+        if settings.momentum is not None:
+            self.optimizers.set_momentum(settings.momentum(done))
+        if settings.decay is not None:
+            self.optimizers.set_decay(settings.decay(done))
 
     def _clip(self) -> Tensor:
         """Clips the gradient to the maximum norm, and returns the norm before."""

@@ -1,18 +1,23 @@
 """The type of the products of a forward pass. Weights, gradients and the optimizer's moments are always float32."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from slm.core.config import ModelConfig
 from slm.core.errors import SlmError
+from slm.core.machine import instruction_sets
 from slm.core.nn.kernels import ComputeCapability, compute_capability
 from slm.train.choices import PrecisionName
+from slm.train.trial import bfloat16_speedup
 
-# Width from which bfloat16 is faster on a CPU with AMX: 1.3 times at 256, 1.8 times at 640, not at 128, for 16 windows of 128
-# tokens on two cores (docs/LOG.md).
-_CPU_BF16_HIDDEN_SIZE = 256
+# On a CPU, a layer must be this much faster in bfloat16. Below, the measurement could decide differently the next time.
+_WORTHWHILE = 1.2
+# Narrower models are not measured. At width 128 the ratio was 1.07 to 1.21 on an AMD EPYC (Zen 4) and 1.0 on a Xeon with AMX:
+# too near to the limit for the same choice each time.
+_NARROWEST = 192
 _NEW_RUN = "start a new run with another --out"
 
 
@@ -64,27 +69,61 @@ def capability(device: torch.device) -> Capability:
         # A T4 emulates bfloat16, and counts as supporting it unless emulation is excluded.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Capability("cuda", native, compute_capability(device))
-    return Capability("cpu", torch.cpu._is_amx_tile_supported())
+    return Capability("cpu", bool(bfloat16_instructions()))
 
 
-def choose_precision(wanted: PrecisionName, able: Capability, hidden_size: int) -> Precision:
+def bfloat16_instructions() -> list[str]:
+    """Returns the names of this CPU's instruction sets for products of bfloat16."""
+    has = {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported(),
+        "BF16": instruction_sets().get("BF16", False),  # ARM's
+    }
+    return [name for name, there in has.items() if there]
+
+
+def choose_precision(
+    wanted: PrecisionName,
+    able: Capability,
+    config: ModelConfig,
+    before: str | None = None,
+    speedup: Callable[[ModelConfig], float] = bfloat16_speedup,
+) -> Precision:
     """Returns the precision of a run.
 
-    "auto" is bfloat16 on CUDA if native, else float16 with a scaled loss. On a CPU it is bfloat16 if AMX multiplies it and the
-    model is wide enough to gain, else float32.
+    "auto" is bfloat16 on CUDA if native, else float16 with a scaled loss. On a CPU it is bfloat16 if the CPU multiplies it and
+    a layer of the model is at least 1.2 times as fast with it, which is measured within a second; else float32.
 
     Args:
         wanted: The choice.
         able: The capabilities of the device.
-        hidden_size: The model's width.
+        config: The shape of the model.
+        before: The name of the precision of a run that is resumed. "auto" keeps it if the device has it.
+        speedup: Measures how many times as fast as in float32 a layer of a model is in bfloat16 on this CPU.
     """
     if wanted == "auto":
+        has: dict[str, PrecisionName] = {FLOAT32.name: "float32"}
+        if able.bf16:
+            has[_precision("bfloat16").name] = "bfloat16"
         if able.device == "cuda":
-            wanted = "bfloat16" if able.bf16 else "float16"
-        else:
-            wanted = "bfloat16" if able.bf16 and hidden_size >= _CPU_BF16_HIDDEN_SIZE else "float32"
-    dtype = None if wanted == "float32" else getattr(torch, wanted)
-    return Precision(dtype, scale_loss=wanted == "float16")
+            has[_precision("float16").name] = "float16"
+        wanted = has.get(before or "") or _fastest(able, config, speedup)
+    return _precision(wanted)
+
+
+def measured(able: Capability, config: ModelConfig) -> bool:
+    """Returns whether "auto" measures a layer of a model."""
+    return able.device == "cpu" and able.bf16 and config.hidden_size >= _NARROWEST
+
+
+def _fastest(able: Capability, config: ModelConfig, speedup: Callable[[ModelConfig], float]) -> PrecisionName:
+    if able.device == "cuda":
+        return "bfloat16" if able.bf16 else "float16"
+    return "bfloat16" if measured(able, config) and speedup(config) >= _WORTHWHILE else "float32"
+
+
+def _precision(name: PrecisionName) -> Precision:
+    return Precision(None if name == "float32" else getattr(torch, name), scale_loss=name == "float16")
 
 
 def restore_scaler(scaler: torch.amp.GradScaler, saved: Mapping[str, int | float], hint: str = _NEW_RUN) -> None:

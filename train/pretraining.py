@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -70,7 +71,7 @@ class Pretraining(Task):
         counters: Counters,
         metrics: Metrics,
         progress: Progress,
-        tokens_per_micro_step: int,
+        tokens: Callable[[int], int],
         guard: SpikeGuard | None = None,
         rewind_every: int = 0,
         watch: WatchdogRecipe | None = None,
@@ -85,14 +86,14 @@ class Pretraining(Task):
             counters: The position in the run.
             metrics: The metrics so far.
             progress: Receives progress and notes.
-            tokens_per_micro_step: Tokens in a micro-step, over all processes.
+            tokens: Returns the tokens of the first micro-steps of the run, over all processes.
             guard: Judges the updates; None if every update is made.
             rewind_every: Interval between the states to which a spike can rewind, in updates.
             watch: What counts as slow and as a hang; None watches nothing.
             processes: Number of processes that train together.
         """
         self.counters = counters
-        self._tokens_per_micro_step = tokens_per_micro_step
+        self._tokens = tokens
         self._plan, self._actions, self._learner = plan, actions, learner
         self._metrics, self._progress = metrics, progress
         self._guard, self._rewind_every = guard, rewind_every
@@ -141,7 +142,8 @@ class Pretraining(Task):
             self._spiked(update.spike)
             return
         self._made()
-        tokens, seconds = self._plan.accumulation * self._tokens_per_micro_step, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        tokens = self._tokens(self.micro_steps) - self._tokens(self.micro_steps - self._plan.accumulation)
         self._record(update, tokens / seconds)
         if self.watchdog is not None:
             self.watchdog.updated(tokens, seconds, update.data_s)
@@ -263,7 +265,7 @@ class Pretraining(Task):
         return {
             "micro_steps": self.micro_steps,
             "updates": self._updates,
-            "tokens": self.micro_steps * self._tokens_per_micro_step,
+            "tokens": self._tokens(self.micro_steps),
             "elapsed_s": round(self.elapsed_s, 3),
         }
 
@@ -281,6 +283,6 @@ class Pretraining(Task):
             memory = torch.cuda.max_memory_allocated() / (1 << 20) if cuda else peak_rss_mib()
             rest = seconds * (self._plan.micro_steps - self.micro_steps)
             self._progress.note(
-                f"{seconds:.2f} s a micro-step, {self._tokens_per_micro_step / seconds:,.0f} tokens/s, peak memory "
+                f"{seconds:.2f} s a micro-step, {self._tokens(1) / seconds:,.0f} tokens/s, peak memory "
                 f"{memory:,.0f} MiB; about {duration(rest)} for all of it at this speed"
             )

@@ -15,6 +15,7 @@ from slm.train.sections import (
     BatchRecipe,
     CheckpointRecipe,
     DataRecipe,
+    DistillationRecipe,
     EvaluationRecipe,
     LogNames,
     MachineRecipe,
@@ -47,6 +48,7 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
     regularization: RegularizationRecipe = RegularizationRecipe()
+    distillation: DistillationRecipe = DistillationRecipe()
     qat: QatRecipe = QatRecipe()
     evaluation: EvaluationRecipe
     checkpoints: CheckpointRecipe = CheckpointRecipe()
@@ -63,13 +65,17 @@ class Recipe(Section):
                 raise ValueError(f"{name}.context is {context}, the model's max_position_embeddings {longest}")
         if self.schedule.micro_steps is not None and self.schedule.micro_steps < self.batch.accumulation:
             raise ValueError("schedule.micro_steps is less than batch.accumulation: there would be no update")
+        if self.data.sampler == "best_fit" and self.machine.attention == "flex":
+            raise ValueError(
+                "machine.attention=flex cannot keep the documents of a row apart; leave it out with data.sampler=best_fit"
+            )
         if self.qat.grid is not None:
             for _ in self.qat.grid.schemes(config):  # raises if a product does not fit
                 pass
         return self
 
     def for_tokens(self, tokens: int) -> "Recipe":
-        """Returns the recipe with its length in micro-steps, for a training text of a number of tokens."""
+        """Returns the recipe with its length in micro-steps, for a text whose rows have a number of positions in one pass."""
         epochs = self.schedule.epochs
         if epochs is None:
             return self
@@ -88,6 +94,12 @@ class Recipe(Section):
         """Updates of the whole run."""
         return self.micro_steps // self.batch.accumulation
 
+    def context_at(self, micro_step: int) -> int:
+        """Returns the length of the rows of a micro-step, by its number from 0; see `BatchRecipe.first_context`."""
+        contexts = self.batch.contexts
+        stage = int(micro_step * (len(contexts) - 1) / (self.batch.context_warmup * self.micro_steps))
+        return contexts[min(stage, len(contexts) - 1)]
+
     @property
     def course(self) -> dict[str, Any]:
         """The values that a resumed run must not change, by their names in `--set`: the saved state depends on them."""
@@ -99,6 +111,8 @@ class Recipe(Section):
             "batch.context": batch.context,
             "optimizer.name": self.optimizer.name,
             "optimizer.ema": bool(self.optimizer.ema),
+            "optimizer.tail": self.optimizer.tail,
+            "distillation.teachers": list(self.distillation.teachers),
             "qat.precision": self.qat.precision,
             "qat.start": self.qat.start,
         }

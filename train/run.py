@@ -6,6 +6,7 @@ RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl los
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,15 +18,18 @@ from slm.core.machine import memory
 from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
-from slm.train.average import MovingAverage
 from slm.train.batching import fitted, regrouped
 from slm.train.build import (
+    build_average,
     build_learner,
     build_model,
     check_machine,
     make_guard,
+    packing_of,
     pick_device,
+    positions_of,
     restore,
+    tokens_seen,
     with_special_tokens,
 )
 from slm.train.data.dataset import open_dataset
@@ -38,7 +42,7 @@ from slm.train.loop import Loop, Plan
 from slm.train.memory import advise, training_bytes
 from slm.train.metrics import Metrics, Row
 from slm.train.parallel import Processes, by_first, joined, launch_id
-from slm.train.precision import capability, choose_precision
+from slm.train.precision import Precision, capability, choose_precision
 from slm.train.prepare import CONFIG, DATA, check_lengths, prepare
 from slm.train.pretraining import Actions, Pretraining
 from slm.train.qat import Deployed, first_rounded_update
@@ -49,7 +53,7 @@ from slm.train.state import REWIND, TRAINER, Counters, SavedState, load_state, r
 
 _MIB = 1 << 20
 # The values of a run that was saved by a version without these settings.
-_BEFORE_QAT = {"qat.precision": "none", "qat.start": 0.0}
+_WITHOUT = {"qat.precision": "none", "qat.start": 0.0, "optimizer.tail": 0.0, "distillation.teachers": []}
 
 
 @dataclass(frozen=True)
@@ -161,29 +165,28 @@ class _Run(Actions):
     def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
         self.path, self.processes, self.progress = path, processes, progress
         self.dataset = open_dataset(path / DATA)
-        written = load_recipe(path / CONFIG).for_tokens(len(self.dataset.train.ids))
+        written = load_recipe(path / CONFIG)
+        written = written.for_tokens(positions_of(written, self.dataset.train))
         self.recipe = recipe = regrouped(written, processes.size)
         check_lengths(recipe, len(self.dataset.train.ids), len(self.dataset.validation.ids))
         self.device = pick_device(recipe.machine.device)
         self.memory = memory_of(self.device)
         self.config = with_special_tokens(recipe.model.config(), self.dataset.tokenizer)
         self.able = capability(self.device)
-        self.precision = choose_precision(recipe.machine.precision, self.able, self.config.hidden_size)
         saved = load_state(path) if processes.rank == 0 else None  # this also repairs what a killed run left
         processes.from_first(None)
         saved = saved if processes.rank == 0 else load_state(path)
-        self.counters = _gone_on(saved, recipe, path)
+        self.precision = self._choose_precision(saved)
+        self.counters = _gone_on(saved, recipe, path).model_copy(update={"precision": self.precision.name})
         flex = choose_flex(recipe, self.config, self.able, self.precision, self.device, progress.note)
         self.model = build_model(recipe, self.config, self.device, saved, processes, flex=flex)
         self.guard = make_guard(recipe, self.counters)
         self.learner = build_learner(
             recipe, self.model, self.dataset.train, self.device, self.precision, saved, processes, self.guard
         )
-        average: MovingAverage | None = None
-        if recipe.optimizer.ema:
-            average = MovingAverage(self.model, recipe.optimizer.ema, self._updates_done)
-            if saved is not None:
-                average.load_tensors(saved.average)
+        average = build_average(recipe, self.model, self._updates_done)
+        if average is not None and saved is not None:
+            average.load_tensors(saved.average)
         self.deployed = Deployed(self.model, average, recipe.qat.grid is not None)
         about = {"device": self.device.type, "precision": self.precision.name, "processes": processes.size}
         self.keeper = Keeper(path, recipe, self.dataset, self.model, self.deployed, processes, about)
@@ -208,6 +211,14 @@ class _Run(Actions):
             rewinds=self.counters.spikes.rewinds,
         )
 
+    def _choose_precision(self, saved: SavedState | None) -> Precision:
+        """Returns the precision: the first process measures, and a resumed run keeps its own."""
+        before = None if saved is None else saved.counters.precision
+        if self.recipe.machine.precision == "auto" and self.processes.rank == 0:
+            before = choose_precision("auto", self.able, self.config, before).name
+        chosen = self.processes.from_first(before)
+        return choose_precision(self.recipe.machine.precision, self.able, self.config, chosen)
+
     @property
     def _updates_done(self) -> int:
         return self.counters.micro_steps // self._accumulation
@@ -225,6 +236,7 @@ class _Run(Actions):
             patience=recipe.evaluation.patience,
             checkpoint_every=recipe.checkpoints.every_updates,
         )
+        tokens = partial(tokens_seen, recipe, self.dataset.train)
         task = Pretraining(
             plan,
             self,
@@ -232,7 +244,7 @@ class _Run(Actions):
             self.counters,
             self.metrics,
             self.progress,
-            recipe.tokens_per_micro_step,
+            tokens,
             guard=self.guard,
             rewind_every=recipe.spikes.every_updates,
             watch=recipe.watchdog,
@@ -359,9 +371,12 @@ class _Run(Actions):
         together = f", {self.processes.size} processes ({recipe.machine.parallel})" if self.processes.size > 1 else ""
         note(f"device: {_device_name(self.device)}, {self.precision.name}{together}")
         per_update = self._accumulation * recipe.tokens_per_micro_step
-        tokens, stream = recipe.updates * per_update, len(self.dataset.train.ids)
+        train, whole_rows = self.dataset.train, packing_of(recipe, self.dataset.train)
+        tokens, stream = tokens_seen(recipe, train, recipe.updates * self._accumulation), len(train.ids)
+        if whole_rows is not None:
+            note(f"rows: {whole_rows.about}")
         note(
-            f"run: {recipe.updates:,} updates of {per_update:,} tokens, "
+            f"run: {recipe.updates:,} updates of {'' if whole_rows is None else 'up to '}{per_update:,} tokens, "
             f"{tokens:,} in all: {tokens / stream:.1f} times the training text's {stream:,}"
         )
         if recipe.qat.grid is not None:
@@ -387,7 +402,7 @@ class _Run(Actions):
         best = self.metrics.best
         assert best is not None  # a run has at least one update, and an evaluation after the last one
         micro_steps = task.micro_steps
-        tokens, elapsed_s = micro_steps * self.recipe.tokens_per_micro_step, task.elapsed_s
+        tokens, elapsed_s = tokens_seen(self.recipe, self.dataset.train, micro_steps), task.elapsed_s
         return TrainResult(
             run=self.path,
             checkpoint=self.keeper.best,
@@ -417,7 +432,7 @@ def _gone_on(saved: SavedState | None, recipe: Recipe, run: Path) -> Counters:
         return Counters(micro_steps=0, course=recipe.course | {"batch.accumulation": recipe.batch.accumulation})
     counters = saved.counters
     for name, value in recipe.course.items():
-        before = counters.course.get(name, _BEFORE_QAT.get(name))
+        before = counters.course.get(name, _WITHOUT.get(name))
         if before != value:
             raise SlmError(
                 f"the run was saved with {name} = {before}, and config.yaml says {value}",

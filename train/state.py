@@ -59,12 +59,14 @@ class Counters(Position):
 
     Attributes:
         micro_steps: Micro-steps done, of the batch that `course` names.
+        precision: Name of the precision; None in a state that an older version saved.
         spikes: What is remembered about loss spikes.
     """
 
     model_config = ConfigDict(frozen=True)
 
     micro_steps: int = Field(ge=0, le=MOST)
+    precision: str | None = None
     spikes: SpikeState = SpikeState()
 
     @model_validator(mode="after")

@@ -3,8 +3,10 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,12 @@ from slm.core.tool_fields import openai_messages
 from slm.core.tools import arguments_text
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from slm.runtime.chat import Chat
     from slm.runtime.functions import Toolbox
     from slm.runtime.generation import Piece
+    from slm.runtime.model import Model
     from slm.runtime.options import GenerationOptions
     from slm.runtime.streaming import Stream
 
@@ -41,6 +46,11 @@ _COMMANDS = {
     "/save FILE": "append the conversation to FILE as a row for slm finetune; interrupted answers have the weight 0",
     "/quit": "end the conversation, like Ctrl-D",
 }
+
+
+# Most seconds to wait for the model before the prompt appears. Small models load in less.
+_LOADED_AT_ONCE_S = 0.3
+_PROMPT = "> "
 
 
 class _Quit(Exception):
@@ -109,7 +119,6 @@ def converse(
         tool_choice: "auto", "none", "required", or the name of a tool.
     """
     from slm.loading import load
-    from slm.runtime.chat import Chat
     from slm.runtime.functions import Toolbox, load_tools
     from slm.runtime.tool_choice import check_choice
 
@@ -119,7 +128,29 @@ def converse(
     if tool_choice == "none":
         box = Toolbox()
     path = model or default_model()
-    loaded = load(path, adapter=options.adapter, **options.loading)
+
+    loaded = partial(load, path, adapter=options.adapter, **options.loading)
+
+    def opened(model: "Model") -> _Talk:
+        return _Talk(_conversation(path, model, system, options, box, tool_choice), as_json, box)
+
+    with suppress(_Quit):
+        if sys.stdin.isatty():
+            with ThreadPoolExecutor(1) as background:
+                _read_terminal(background.submit(loaded), opened)
+        else:
+            talk = opened(loaded())
+            for line in _piped():
+                talk.hear(line)
+    next_step(slm_command("serve", *([] if model is None else [model])) if is_bundle(path) else after_checkpoint(path))
+
+
+def _conversation(
+    path: Path, loaded: "Model", system: str, options: TextOptions, box: "Toolbox", tool_choice: str
+) -> tuple["Chat", "GenerationOptions"]:
+    """Begins a conversation, and says how its model is run. Returns it with the options of an answer."""
+    from slm.runtime.chat import Chat
+
     say_backend(path, loaded.decoder, options.loading)
     if (info := _made(path, options.adapter)) and not knows_turns(info, loaded.tokenizer):
         say(
@@ -139,14 +170,7 @@ def converse(
         say(f"note: calls may not follow the schemas of the tools: {conversation.unconstrained}")
     if generation["temperature"] > 0:
         say(f"seed: {conversation.seed} (--seed {conversation.seed} gives the same answers to the same lines)")
-    talk = _Talk(conversation, generation, as_json, box)
-    with suppress(_Quit):
-        if sys.stdin.isatty():
-            _read_terminal(talk)
-        else:
-            for line in _piped():
-                talk.hear(line)
-    next_step(slm_command("serve", *([] if model is None else [model])) if is_bundle(path) else after_checkpoint(path))
+    return conversation, generation
 
 
 def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
@@ -159,26 +183,40 @@ def _made(path: Path, adapter: Path | None) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _read_terminal(talk: "_Talk") -> None:
+def _read_terminal(loading: "Future[Model]", opened: "Callable[[Model], _Talk]") -> None:
     """Reads lines from a terminal until Ctrl-D, /quit, or Ctrl-C twice at the prompt. Lines can be edited and recalled.
 
+    The first line can be written while a large model loads.
+
+    Args:
+        loading: The model, which another thread loads.
+        opened: Begins the conversation with it.
+
     Raises:
+        SlmError: If the model cannot be loaded.
         _Quit: If the user enters /quit.
     """
     with suppress(ImportError):
         import readline  # noqa: F401  # `input` uses it if it is available
+    wait([loading], _LOADED_AT_ONCE_S)
+    talk = opened(loading.result()) if loading.done() else None
+    if talk is None:
+        say("the model is loading; the first line can be written already")
     say("/help shows the commands; Ctrl-D ends")
     again = answering = False
     while True:
         try:
             answering = False
-            line = input(talk.prompt)
+            line = input(_PROMPT if talk is None else talk.prompt)
             answering, again = True, False
+            talk = talk or opened(loading.result())
             talk.hear(line)
         except EOFError:
             click.echo()
             return
         except SlmError as error:
+            if talk is None:
+                raise
             say_error(error.message, error.hint)
         except KeyboardInterrupt:
             if answering:
@@ -204,15 +242,16 @@ def _piped() -> Iterator[str]:
 class _Talk:
     """Processes lines and shows the answers."""
 
-    def __init__(self, chat: "Chat", options: "GenerationOptions", as_json: bool, box: "Toolbox") -> None:
-        self._chat, self._options, self._as_json, self._box = chat, options, as_json, box
+    def __init__(self, conversation: tuple["Chat", "GenerationOptions"], as_json: bool, box: "Toolbox") -> None:
+        self._chat, self._options = conversation
+        self._as_json, self._box = as_json, box
         self._results: list[str] = []  # of the calls of the last answer, as far as they are known
         self._rounds = 0
 
     @property
     def prompt(self) -> str:
         """The prompt of the next line; if the line is the result of a call, it names the tool."""
-        return f"result of {self._chat.calls[len(self._results)].name}> " if self._chat.calls else "> "
+        return f"result of {self._chat.calls[len(self._results)].name}{_PROMPT}" if self._chat.calls else _PROMPT
 
     def hear(self, line: str) -> None:
         """Processes a line: a command, or a message.

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from slm.finetune.rows import read_rows
 
 # Runs slm and says when a text has begun.
 COUNTING = Path(__file__).parent / "scripts" / "slm_counting.py"
+LOADING_SLOWLY = Path(__file__).parent / "scripts" / "slm_loading_slowly.py"
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Without its ends a text goes on until it is stopped.
@@ -32,7 +33,7 @@ _PATIENCE_S = 60
 class Terminal:
     """A command whose standard streams are a terminal of its own."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, program: Sequence[object] = ("-m", "slm")) -> None:
         self._ours, theirs = pty.openpty()
 
         def take_terminal() -> None:
@@ -40,7 +41,7 @@ class Terminal:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed there is SIGINT
 
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "slm", *map(str, arguments)],
+            [sys.executable, *map(str, (*program, *arguments))],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -105,8 +106,8 @@ class Terminal:
 def terminal(shared_bundle: Bundle) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def open_one(*options: object) -> Terminal:
-        opened.append(Terminal("chat", shared_bundle.path, "--threads", 1, "--seed", 3, *options))
+    def open_one(*options: object, **program: Sequence[object]) -> Terminal:
+        opened.append(Terminal("chat", shared_bundle.path, "--threads", 1, "--seed", 3, *options, **program))
         return opened[-1]
 
     yield open_one
@@ -116,6 +117,9 @@ def terminal(shared_bundle: Bundle) -> Iterator[Callable[..., Terminal]]:
 
 def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(terminal: Callable[..., Terminal]) -> None:
     chat = terminal(*ENDLESS)
+    chat.prompt()
+    chat.type(b"/help\n")  # on a busy machine the model loads until now
+    chat.until("like Ctrl-D")
     chat.prompt()
     chat.type(b"Hello there.\n")
     chat.until("Hello there.")
@@ -161,6 +165,34 @@ def test_a_whole_answer_has_no_weight(terminal: Callable[..., Terminal]) -> None
     chat.type(CTRL_D)
     assert chat.rest() == 0
     assert "weight" not in Path("talk.jsonl").read_text()
+
+
+def test_the_first_line_can_be_written_while_the_model_loads(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal("--max-new-tokens", 12, program=(LOADING_SLOWLY, "gate"))
+    chat.until("the model is loading")
+    chat.prompt()
+    chat.type(b"Hello.\n")
+    assert "seed: 3" not in chat.shown
+    Path("gate").touch()
+    chat.until("seed: 3")
+    chat.prompt()
+    chat.type(b"/save talk.jsonl\n")
+    chat.until("appended to talk.jsonl")
+    chat.prompt()
+    chat.type(CTRL_D)
+    assert chat.rest() == 0
+    (row,) = [json.loads(line) for line in Path("talk.jsonl").read_text().splitlines()]
+    assert row["messages"][0] == {"role": "user", "content": "Hello."}
+
+
+def test_a_model_that_fails_to_load_ends_the_conversation_at_the_first_line(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal(program=(LOADING_SLOWLY, "gate"))
+    chat.until("the model is loading")
+    chat.prompt()
+    Path("gate").write_text("the weights are damaged")
+    chat.type(b"Hello.\n")
+    assert chat.rest() == 1
+    assert "error: the weights are damaged" in chat.shown and "Traceback" not in chat.shown
 
 
 @pytest.mark.parametrize("ends", [CTRL_D, b"/quit\n", CTRL_C + CTRL_C])

@@ -169,7 +169,7 @@ def test_freed_memory_is_returned() -> None:
 HWCAPS = [
     ((0x8FB, 0), []),
     ((0x119FFB, 0), ["dot product"]),
-    ((0xECFFFFFB, 0x7F877FFF), ["dot product", "i8mm"]),
+    ((0xECFFFFFB, 0x7F877FFF), ["dot product", "i8mm", "BF16"]),
 ]
 
 
@@ -177,7 +177,7 @@ HWCAPS = [
 def test_instruction_sets_of_64_bit_arm(
     values: tuple[int, int], more: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    wanted = {"NEON": True, "dot product": "dot product" in more, "i8mm": "i8mm" in more}
+    wanted = {"NEON": True} | {name: name in more for name in ("dot product", "i8mm", "BF16")}
     vector = dict(zip((16, 26), values, strict=True))
     assert machine.instruction_sets_of_hwcaps(vector) == wanted
     # An emulated process sees the host's /proc/cpuinfo, which is not used.

@@ -27,6 +27,7 @@ from slm.finetune.preparation import RowFiles
 from slm.finetune.rows import ChatRow, read_rows
 from slm.finetune.run import finetune
 from slm.finetune.settings import FinetuneSettings, default_epochs, default_learning_rate
+from tests.precision import pretend_speedup
 from tests.progress import Notes, Stopper
 
 pytestmark = pytest.mark.usefixtures("short_answers")
@@ -196,6 +197,22 @@ def test_interrupted_and_gone_on_with_is_uninterrupted(
         assert f"going on after update {update}, as saved in {parts}" in heard.lines
         assert result.updates == 6
         assert bytes_made(parts) == bytes_made(Path("whole")), update
+
+
+def test_a_resumed_run_keeps_its_precision_when_the_measurement_changes(
+    shared_checkpoint: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(PAIRS)
+    pretend_speedup(monkeypatch, 2.0)
+    finetune(shared_checkpoint, data, Path("whole"), QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(shared_checkpoint, data, Path("parts"), QUICK, Stopper(3))
+    pretend_speedup(monkeypatch, 0.5)
+    finetune(shared_checkpoint, data, Path("parts"), QUICK)
+    assert bytes_made(Path("parts")) == bytes_made(Path("whole"))
+    assert read_info(Path("whole"))["precision"] == "bfloat16 autocast"
+    finetune(shared_checkpoint, data, Path("anew"), QUICK)
+    assert read_info(Path("anew"))["precision"] == "float32"
 
 
 class Killed(Silent):

@@ -77,7 +77,7 @@ def test_memory_is_what_the_estimate_says(rig: Rig, recipe: MAKE, record: Record
     """Two updates of a recipe at its full shape; twice or half the estimate is the control."""
     chosen, results = recipe(name, UPDATES), list[TrainResult]()
     config = chosen.model.config()
-    precision = choose_precision(chosen.machine.precision, rig.able, config.hidden_size)
+    precision = choose_precision(chosen.machine.precision, rig.able, config)
     estimated = training_bytes(chosen, config, precision, able=rig.able).total
     rig.check_fits(estimated)
     peak = rig.peak_bytes(lambda: results.append(train(chosen, Path("run"))))
