@@ -347,8 +347,8 @@ class _Ranked(Alone):
 DAMAGE = """
 from slm.train import build
 batch = build._batch
-def damaged(recipe, tokens, mine, rank, device, micro_step):
-    inputs, targets = batch(recipe, tokens, mine, rank, device, micro_step)
+def damaged(recipe, tokens, mine, rank, device, micro_step, length):
+    inputs, targets = batch(recipe, tokens, mine, rank, device, micro_step, length)
     return (inputs, targets * 0 + 5) if micro_step in (32, 33) else (inputs, targets)
 build._batch = damaged
 """
