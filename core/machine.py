@@ -161,7 +161,7 @@ def memory(meminfo: Path = _MEMINFO, v2: Path = _MEMORY_V2, v1: Path = _MEMORY_V
 
 
 def _container_used(v2: Path, v1: Path) -> int | None:
-    """Returns the memory of a container's processes in bytes: the kernel drops inactive cached files before it refuses memory."""
+    """Returns the memory of a container's processes in bytes. The kernel drops inactive cached files when memory is short."""
     for limit, usage, cached in (
         (v2, "memory.current", "inactive_file"),
         (v1, "memory.usage_in_bytes", "total_inactive_file"),

@@ -211,7 +211,11 @@ def make_guard(recipe: Recipe, counters: Counters) -> SpikeGuard | None:
     spikes = recipe.spikes
     if spikes.action == "none":
         return None
-    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit)
+    advice = (
+        "try a lower schedule.learning_rate or a longer warm-up in config.yaml, then --resume; spikes.limit and "
+        "spikes.threshold can be raised there too"
+    )
+    guard = SpikeGuard(spikes.action, spikes.threshold, spikes.window, spikes.limit, advice)
     guard.restore(counters.spikes)
     return guard
 

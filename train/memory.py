@@ -35,6 +35,7 @@ class TrainingBytes:
         update: Copies of the weights during an update, when activations are freed.
         activations: Tensors that the forward pass saves for the backward pass, including matrices cast by autocast or rounded
             to a grid.
+        snapshot: Copies in main memory that a thread writes to disk; only on a CPU, where they share the memory.
         loss: A chunk of logits, and the head's gradients while they are computed; the rounded head.
     """
 
@@ -46,11 +47,12 @@ class TrainingBytes:
     update: int
     activations: int
     loss: int
+    snapshot: int = 0
 
     @property
     def total(self) -> int:
         """The peak: the larger of what a micro-step and an update add to the rest."""
-        kept = self.weights + self.gradients + self.moments + self.average + self.teachers
+        kept = self.weights + self.gradients + self.moments + self.average + self.teachers + self.snapshot
         return kept + max(self.update, self.activations + self.loss)
 
 
@@ -79,6 +81,11 @@ def training_bytes(
     tokens = -(-recipe.batch.batch_size // processes) * recipe.batch.context
     chunk = recipe.machine.loss_chunk
     product = _PRODUCT if precision.autocast is not None else _FLOAT32
+    snapshot = 0
+    if recipe.checkpoints.asynchronous and able.device == "cpu":
+        # Of the first process, which writes: the weights, also as checkpoints have them if those differ, and the state.
+        deployed = weights if recipe.optimizer.averages or on_grid else 0
+        snapshot = weights + deployed + moments + (weights if recipe.optimizer.averages else 0)
     rows = min(tokens, chunk if chunk is not None else max(1, CHUNK_BYTES // (product * config.vocab_size)))
     per_token = max(
         _bytes_per_token(_with(recipe, "batch", context=length, first_context=None), config, precision, able)
@@ -94,6 +101,7 @@ def training_bytes(
         activations=tokens * per_token + cast,
         loss=_loss_bytes(rows, config, product, able)
         + (config.vocab_size * config.hidden_size * _FLOAT32 if on_grid else 0),
+        snapshot=snapshot,
     )
 
 

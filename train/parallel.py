@@ -369,13 +369,14 @@ def _settle(wrapped: nn.Module, device: torch.device) -> None:
     thereby adds as the run did that was not interrupted, from its first update on.
     """
     objective: Any = wrapped.module
-    compiled, objective._compiled = objective._compiled, None
+    body = objective.model.model
+    compiled, objective._compiled, flex, body.flex = objective._compiled, None, body.flex, False
     try:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
         for _ in range(2):  # the second forward pass arranges them
             wrapped(ids, ids).backward()
     finally:
-        objective._compiled = compiled
+        objective._compiled, body.flex = compiled, flex
     wrapped.zero_grad(set_to_none=True)
 
 

@@ -14,8 +14,8 @@ from slm.train.evaluate import Check, Evaluation
 from slm.train.learner import Learner, Update
 from slm.train.loop import Plan, Task, duration
 from slm.train.metrics import Metrics, Row
-from slm.train.spikes import Spike, SpikeGuard
 from slm.train.sections import WatchdogRecipe
+from slm.train.spikes import Spike, SpikeGuard
 from slm.train.state import Counters
 from slm.train.watchdog import Watchdog
 

@@ -108,6 +108,12 @@ def _ineffective(recipe: Recipe, processes: int) -> list[str]:
         ("qat.start", recipe.qat.grid is None, "with qat.precision=none"),
         ("evaluation.sample_tokens", not recipe.evaluation.prompts, "without evaluation.prompts"),
         ("checkpoints.keep", recipe.checkpoints.every_updates is None, "without checkpoints.every_updates"),
+        *(
+            (f"spikes.{name}", recipe.spikes.action == "none", "with spikes.action=none")
+            for name in ("threshold", "window", "limit")
+        ),
+        ("spikes.every_updates", recipe.spikes.action != "rewind", f"with spikes.action={recipe.spikes.action}"),
+        ("watchdog.slow_share", recipe.watchdog.slow_minutes is None, "without watchdog.slow_minutes"),
         ("machine.parallel", processes == 1, "in one process: torchrun starts several"),
     )
     return [f"{name} has no effect {why}" for name, applies, why in without_effect if applies and _is_set(recipe, name)]

@@ -3,7 +3,8 @@
 RUN/config.yaml data/ checkpoint/{best,last,update-N} trainer/ metrics.jsonl loss.png tensorboard/
 """
 
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -251,10 +252,23 @@ class _Run(Actions):
         )
         with held_back() as interruption, self.metrics.logs:
             loop = Loop(plan, task, interruption, self.processes, self.progress, task.watchdog)
-            loop.run()
-            loop.save()
-            loop.finish_saving()
+            with self._written():
+                loop.run()
+                loop.save()
+                loop.finish_saving()
         return self._result(task)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Waits for a save in the background before the run ends with an error: another process may then resume it."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.keeper.finish()
+            except SlmError as error:
+                self.progress.note(f"warning: {error.message}")
+            raise
 
     @property
     def _accumulation(self) -> int:
@@ -375,8 +389,8 @@ class _Run(Actions):
         uneven = recipe.batch.batch_size % self.processes.size
         if uneven:
             note(
-                f"warning: {self.processes.size} processes share micro-steps of {recipe.batch.batch_size} windows unevenly, and "
-                "wait for those with more"
+                f"warning: {self.processes.size} processes share micro-steps of {recipe.batch.batch_size} windows unevenly, "
+                "and wait for those with more"
             )
         text_bytes = self.dataset.train.header.text_bytes
         for sentence in review(recipe, tokens / stream, self.processes.size, text_bytes):

@@ -112,6 +112,7 @@ class BatchRecipe(Section):
     accumulation: int = Field(default=1, gt=0)
     first_context: int | None = Field(default=None, gt=1)
     context_warmup: float = Field(default=0.3, gt=0, le=1)
+    automatic: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -128,8 +129,6 @@ class BatchRecipe(Section):
         while lengths[-1] < self.context:
             lengths.append(2 * lengths[-1])
         return tuple(lengths)
-
-    automatic: bool = False
 
     @model_validator(mode="before")
     @classmethod

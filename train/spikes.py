@@ -81,7 +81,7 @@ class SpikeGuard:
     `threshold` standard deviations of the noise. The noise is estimated from medians, so that spikes do not raise it.
     """
 
-    def __init__(self, action: Action, threshold: float, window: int, limit: int) -> None:
+    def __init__(self, action: Action, threshold: float, window: int, limit: int, advice: str) -> None:
         """Starts without a history.
 
         Args:
@@ -89,11 +89,12 @@ class SpikeGuard:
             threshold: Standard deviations above the median from which an update spikes.
             window: Updates in the statistic.
             limit: The most spikes within `LIMIT_UPDATES` updates.
+            advice: A hint for more spikes than that.
         """
         self.action = action
         self.left_out = 0
         self.rewinds: list[dict[str, Any]] = []
-        self._threshold, self._window, self._limit = threshold, window, limit
+        self._threshold, self._window, self._limit, self._advice = threshold, window, limit, advice
         self._losses: deque[float] = deque(maxlen=window)
         self._norms: deque[float] = deque(maxlen=window)
         self._found: list[int] = []
@@ -144,9 +145,8 @@ class SpikeGuard:
         if len(self._found) > self._limit:
             raise SlmError(
                 f"update {update + 1:,}: {spike.reason}; this is spike {len(self._found)} within {LIMIT_UPDATES:,} updates, "
-                f"and spikes.limit is {self._limit}",
-                "try a lower schedule.learning_rate or a longer warm-up in config.yaml, then --resume; spikes.limit and "
-                "spikes.threshold can be raised there too",
+                f"and the limit is {self._limit}",
+                self._advice,
             )
 
     def state(self) -> SpikeState:

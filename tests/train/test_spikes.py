@@ -37,7 +37,7 @@ def guarded(make: MakeRecipe, action: str, variant: str = "plain", **changes: An
 
 
 def guard_after(losses: list[float], norms: list[float] | None = None, **changes: Any) -> SpikeGuard:
-    settings: dict[str, Any] = {"action": "skip", "threshold": 8.0, "window": 16, "limit": 3, **changes}
+    settings: dict[str, Any] = {"action": "skip", "threshold": 8.0, "window": 16, "limit": 3, "advice": "", **changes}
     guard = SpikeGuard(**settings)
     for loss, norm in zip(losses, norms or [1.0] * len(losses), strict=True):
         guard.accept(loss, norm)
@@ -215,7 +215,7 @@ def test_a_run_that_dies_between_a_spike_and_the_end_of_its_rewind(
 
 def test_more_spikes_than_the_limit_stop_the_run(small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged(monkeypatch, range(32, 200))
-    with pytest.raises(SlmError, match=r"this is spike 3 within 1,000 updates, and spikes.limit is 2") as error:
+    with pytest.raises(SlmError, match=r"this is spike 3 within 1,000 updates, and the limit is 2") as error:
         train(guarded(small_recipe, "rewind", limit=2), OUT)
     assert "spikes.limit" in (error.value.hint or "")
     state = load_state(OUT)
@@ -242,3 +242,41 @@ def test_a_loss_that_is_not_finite_is_skipped_where_spikes_are(
     calls = iter(range(1000))
     with pytest.raises(SlmError, match="the loss is nan"):
         train(small_recipe(**LONG), OUT)
+
+
+def test_the_picture_and_slm_compare_show_spikes(
+    small_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, slm: Callable[..., Any]
+) -> None:
+    from slm.train import metrics
+
+    drawn: list[Any] = []
+    draw_losses = metrics.draw_losses
+
+    def draw(*arguments: Any, spikes: Any = (), **rest: Any) -> None:
+        drawn.append([*arguments, spikes])
+        draw_losses(*arguments, spikes=spikes, **rest)
+
+    monkeypatch.setattr(metrics, "draw_losses", draw)
+    damaged(monkeypatch, DAMAGED)
+    train(guarded(small_recipe, "rewind"), OUT)
+    assert [row["at_update"] for row in drawn[-1][-1][0]] == [SPIKE]
+    train(guarded(small_recipe, "skip"), Path("runs/other"))
+    ended = slm("compare", "small", "other", "--json")
+    assert ended.code == 0, ended.err
+    figures = {run["name"]: run["spikes"] for run in json.loads(ended.out)["runs"]}
+    assert figures == {"small": "1 rewound", "other": "1 skipped"}
+    table = slm("compare", "small", "other", "--out", "other.png")
+    assert "loss spikes" in table.out and "1 rewound" in table.out
+
+
+@pytest.mark.draws
+def test_spikes_are_lines_in_the_picture(tmp_path: Path) -> None:
+    from slm.train.metrics import draw_losses
+
+    rows = [{"tokens": 10 * i, "updates": i, "loss": 5.0} for i in range(5)]
+    spike = {"tokens": 20, "updates": 2, "action": "skip"}
+    sizes = []
+    for spikes in ([], [[spike]], [[{**spike, "action": "rewind"}]]):
+        draw_losses([("", rows, rows)], tmp_path / "loss.png", spikes=spikes)
+        sizes.append((tmp_path / "loss.png").read_bytes())
+    assert len(set(sizes)) == 3
