@@ -19,8 +19,8 @@ def damaged(patch: pytest.MonkeyPatch, micro_steps: Collection[int]) -> list[int
     batch: Callable[..., Any] = build._batch
     drawn: list[int] = []
 
-    def drawing(recipe: Recipe, tokens: Any, mine: slice, rank: int, device: Any, micro_step: int) -> Any:
-        inputs, targets = batch(recipe, tokens, mine, rank, device, micro_step)
+    def drawing(recipe: Recipe, tokens: Any, mine: slice, rank: int, device: Any, micro_step: int, length: int) -> Any:
+        inputs, targets = batch(recipe, tokens, mine, rank, device, micro_step, length)
         drawn.append(micro_step)
         return (inputs, targets * 0 + 5) if micro_step in micro_steps else (inputs, targets)
 
