@@ -166,8 +166,8 @@ def test_freed_memory_is_returned() -> None:
     assert grown["returned"] < 5 << 20 < grown["kept"]
 
 
-# Allocates, fills and frees a block above glibc's highest threshold several times; prints the page faults of the later times, and the
-# memory that is still resident after the end.
+# Allocates, fills and frees a block above glibc's highest threshold several times; prints the page faults of the later times,
+# and the memory that is still resident after the end.
 REUSES = """
 import ctypes, resource, sys
 from contextlib import nullcontext
