@@ -352,7 +352,13 @@ def test_a_manifest_cannot_name_files_elsewhere(store: Any, dataset: str) -> Non
     ],
 )
 def test_what_does_not_fit_is_not_fetched(
-    store: Any, dataset: str, downloads: list[str], name: str, content: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+    store: Any,
+    dataset: str,
+    downloads: list[str],
+    name: str,
+    content: bytes,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for limit in ("_MANIFEST_BYTES", "_TOKENIZER_BYTES"):
         monkeypatch.setattr(f"slm.train.data.remote.datasets.{limit}", 2 << 20)
