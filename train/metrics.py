@@ -187,14 +187,12 @@ def draw_losses(
             if name:  # matplotlib hides labels that begin with "_", and reads text between "$" as formulas
                 label = f"{' ' * name.startswith('_')}{name}, {label}".replace("$", r"\$")
             axes.plot(x, losses, style, label=label, linewidth=1, markersize=4, **several)
-    for number, rows in enumerate(spikes):
+    for (name, _, _), rows, color in zip(runs, spikes, _spike_colors(len(runs)), strict=False):
         for action, style in (("skip", ":"), ("rewind", "--")):
+            title = f"{' ' * name.startswith('_')}{name}{', ' * bool(name)}spike: {action}".replace("$", r"\$")
             at = [row[axis] for row in rows if row.get("action") == action]
-            for place, x in enumerate(at):
-                name = f"{runs[number][0]}, " if runs[number][0] else ""
-                label = f"{' ' * name.startswith('_')}{name}spike: {action}".replace("$", r"\$") if place == 0 else None
-                color = "tab:red" if len(runs) == 1 else f"C{number}"
-                axes.axvline(x, linestyle=style, color=color, linewidth=0.8, label=label)
+            for place, x in enumerate(at):  # matplotlib lists no label that begins with "_"
+                axes.axvline(x, linestyle=style, color=color, linewidth=0.8, label="_" if place else title)
     axes.set(xlabel=axis, ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -208,6 +206,11 @@ def draw_losses(
         percent.legend(loc="center right")
     with atomic_file(file) as partial:
         figure.savefig(partial, format="png", dpi=120, metadata=software and {"Software": software})
+
+
+def _spike_colors(runs: int) -> list[str]:
+    """Returns the color of each run's spikes: that of its curves, where there are several runs."""
+    return ["tab:red"] if runs == 1 else [f"C{number}" for number in range(runs)]
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -25,6 +25,7 @@ from slm.core.errors import SlmError
 from slm.train.choices import ParallelName
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
     from torch.distributed.tensor import DTensor
 
 # Values that processes exchange besides tensors, as JSON: no pickle.
@@ -202,7 +203,7 @@ class Group(Processes):
             return True
 
 
-def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
+def _of_this_start(store: "Store", rank: int, size: int) -> "Store":
     """Returns the part of a store that belongs to these processes alone.
 
     When torchrun restarts its processes, they find the store as their predecessors left it, and would connect to those. The
@@ -216,7 +217,7 @@ def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
     if rank != 0:
         name = store.get(f"start/{store.add('tickets', 1)}").decode()
         store.add(f"{name}/came", 1)
-        return dist.PrefixStore(name, store)
+        return dist.PrefixStore(name, store)  # type: ignore[attr-defined, no-any-return]
     name, until = secrets.token_hex(8), time.monotonic() + _TOGETHER.total_seconds()
     while store.add(f"{name}/came", 0) < size - 1:
         answered, drawn = store.add("answered", 0), store.add("tickets", 0)
@@ -226,7 +227,7 @@ def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
         if time.monotonic() > until:
             raise RuntimeError("not all processes came")
         time.sleep(_TICKETS_S)
-    return dist.PrefixStore(name, store)
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined, no-any-return]
 
 
 @contextmanager

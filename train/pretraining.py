@@ -174,7 +174,7 @@ class Pretraining(Task):
         guard.left_out += at_update + 1 - back.micro_steps // self._plan.accumulation
         self.counters = self.counters.model_copy(update={"micro_steps": back.micro_steps})
         row = self._spike_row(spike, at_update)
-        guard.rewinds.append(row)
+        guard.rewinds.append(dict(row))
         # Before the metrics, and not in the background: a run that is killed until then repeats the spike.
         self._save(None)
         self._actions.finish_saving()
