@@ -217,7 +217,7 @@ def _of_this_start(store: "Store", rank: int, size: int) -> "Store":
     if rank != 0:
         name = store.get(f"start/{store.add('tickets', 1)}").decode()
         store.add(f"{name}/came", 1)
-        return dist.PrefixStore(name, store)  # type: ignore[attr-defined, no-any-return]
+        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     name, until = secrets.token_hex(8), time.monotonic() + _TOGETHER.total_seconds()
     while store.add(f"{name}/came", 0) < size - 1:
         answered, drawn = store.add("answered", 0), store.add("tickets", 0)
@@ -227,7 +227,7 @@ def _of_this_start(store: "Store", rank: int, size: int) -> "Store":
         if time.monotonic() > until:
             raise RuntimeError("not all processes came")
         time.sleep(_TICKETS_S)
-    return dist.PrefixStore(name, store)  # type: ignore[attr-defined, no-any-return]
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
 @contextmanager
