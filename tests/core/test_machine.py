@@ -1,5 +1,6 @@
 """What a machine says about itself, read from texts and files of other machines; and how many cores are used of it."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -163,6 +164,55 @@ def test_freed_memory_is_returned() -> None:
         done = subprocess.run([sys.executable, "-c", KEEPS, how], capture_output=True, text=True, check=True)
         grown[how] = int(done.stdout)
     assert grown["returned"] < 5 << 20 < grown["kept"]
+
+
+# Allocates, fills and frees a block above glibc's highest threshold several times; prints the page faults of the later times,
+# and the memory that is still resident after the end.
+REUSES = """
+import ctypes, resource, sys
+from contextlib import nullcontext
+from slm.core.machine import freed_memory_kept
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+libc.free.argtypes = (ctypes.c_void_p,)
+size = 40 << 20
+def use():
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+with freed_memory_kept() if sys.argv[1] == "kept" else nullcontext():
+    use()
+    first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        use()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
+    print(resident() - before)
+print(resident() - before)
+"""
+
+
+def _reused(how: str, **environment: str) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", REUSES, how], capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep other blocks")
+def test_training_reuses_freed_memory_and_returns_it_at_its_end() -> None:
+    usual, _, _ = _reused("usual")
+    faults, within, after = _reused("kept")
+    assert faults < 1_000 < usual
+    assert after < 5 << 20 < within
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep other blocks")
+def test_malloc_settings_of_the_user_have_precedence() -> None:
+    faults, _, _ = _reused("kept", MALLOC_MMAP_THRESHOLD_="1000000")
+    assert faults > 1_000
 
 
 # getauxval(AT_HWCAP) and getauxval(AT_HWCAP2) of emulated CPUs: qemu-aarch64 7.2 -cpu cortex-a53, neoverse-n1, max.

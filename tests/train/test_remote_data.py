@@ -340,6 +340,34 @@ def test_a_manifest_cannot_name_files_elsewhere(store: Any, dataset: str) -> Non
         open_remote(dataset)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("dataset.json", b"{", "is damaged: not JSON"),
+        ("dataset.json", b"[" * 200_000, "is damaged: not JSON"),
+        ("dataset.json", b"[]", "format version None"),
+        ("dataset.json", b" " * 3_000_000, "is longer than 2 MiB"),
+        ("train-00001.bin", b"0" * 3_000_000, "has 3,000,000 bytes instead of"),
+        ("tokenizer.json", b" " * 3_000_000, "is longer than 2 MiB"),
+    ],
+)
+def test_what_does_not_fit_is_not_fetched(
+    store: Any,
+    dataset: str,
+    downloads: list[str],
+    name: str,
+    content: bytes,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for limit in ("_MANIFEST_BYTES", "_TOKENIZER_BYTES"):
+        monkeypatch.setattr(f"slm.train.data.remote.datasets.{limit}", 2 << 20)
+    store.pipe(f"/made/stories/{name}", content)
+    with pytest.raises(SlmError, match=said):
+        open_remote(dataset)
+    assert name not in downloads
+
+
 def test_a_run_trains_on_an_address_and_resumes_without_it(
     store: Any, dataset: str, small_recipe: Callable[..., Recipe], downloads: list[str]
 ) -> None:

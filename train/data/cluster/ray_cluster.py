@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,6 +14,8 @@ from slm.train.data.cluster.tasks import result_of, run_task
 _INSTALL = "pip install 'slm-edge[ray]' on every machine"
 # How long `wait` waits, so that a cluster that has lost its machines is noticed.
 _WAIT_S = 5.0
+# How long to try to reach the head of the cluster.
+_REACHED_S = 20.0
 
 
 @contextmanager
@@ -29,19 +32,35 @@ def ray_cluster(address: str) -> Iterator["RayCluster"]:
         import ray
     except ImportError:
         raise SlmError("--ray needs the package ray, which is not installed", _INSTALL) from None
+    _check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise SlmError(
-            f"no Ray cluster at {address} ({type(error).__name__})",
-            "start it with ray start --head, and on other machines ray start --address=HOST:PORT; its versions of Python and "
-            "Ray must be those of this environment",
-        ) from None
+        raise _absent(address, type(error).__name__) from None
     try:
         yield RayCluster(ray)
     finally:
         with suppress(Exception):
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Checks that something listens at HOST:PORT; Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdecimal():  # "auto", or an address of Ray's client
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACHED_S).close()
+    except (OSError, OverflowError) as error:
+        raise _absent(address, getattr(error, "strerror", None) or "no answer") from None
+
+
+def _absent(address: str, reason: str) -> SlmError:
+    return SlmError(
+        f"no Ray cluster at {address} ({reason})",
+        "start it with ray start --head, and on other machines ray start --address=HOST:PORT; its versions of Python and Ray "
+        "must be those of this environment",
+    )
 
 
 class RayCluster:

@@ -23,6 +23,7 @@ from slm.train.data.dataset import DatasetManifest, parse_manifest
 from slm.train.data.remote.cache import entry
 from slm.train.data.remote.locations import file_system, joined, reported
 from slm.train.data.remote.text import fetch, is_remote_dataset
+from slm.train.data.shards import Shard
 
 _TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 # The files that a dataset can have, so that no manifest names another.
@@ -30,6 +31,8 @@ _NAMES = re.compile(r"(train|validation)-\d{5,}\.bin|dataset\.json|tokenizer(_co
 _CHECKED_FILE = "checked.json"
 # The other processes of a run open the copy that the first one has just checked, and do not read all of it again.
 _CHECKED_FOR_S = 600.0
+# Limits on what is read before its hash is known.
+_MANIFEST_BYTES, _TOKENIZER_BYTES = 64 << 20, 256 << 20
 _AGAIN = "prepare it again, or copy it again"
 
 
@@ -43,8 +46,10 @@ def remote_manifest(address: str) -> tuple[DatasetManifest, bytes]:
         SlmError: When there is none, or it is damaged.
     """
     file = joined(address, DATASET_FILE)
-    with reported(file, "read"):
-        content: bytes = file_system(address).cat_file(file)
+    with reported(file, "read"), file_system(address).open(file, "rb") as stream:
+        content: bytes = stream.read(_MANIFEST_BYTES + 1)
+    if len(content) > _MANIFEST_BYTES:
+        raise SlmError(f"{file} is longer than {as_text(_MANIFEST_BYTES)}", _AGAIN)
     return _parsed(content, address), content
 
 
@@ -91,7 +96,7 @@ def local_copy(address: str, sha256: str | None = None, progress: Progress | Non
             size = sum(shards[name].bytes for name in missing if name in shards)
             (progress or Silent()).note(f"fetching {address}: {len(missing)} files, {as_text(size)}")
         for name in missing:
-            _fetch(address, place, name, shards[name].sha256 if name in shards else None)
+            _fetch(address, place, name, shards.get(name))
             checked.note(name, wanted[name] if name in shards else sha256_file(place / name))
         checked.save()
         yield place
@@ -178,7 +183,7 @@ def _cached_manifest(sha256: str | None) -> DatasetManifest | None:
 def _parsed(content: bytes, address: str) -> DatasetManifest:
     try:
         fields: dict[str, Any] = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SlmError(f"{joined(address, DATASET_FILE)} is damaged: not JSON", _AGAIN) from None
     manifest = parse_manifest(fields, joined(address, DATASET_FILE))
     for name in manifest.files:
@@ -187,11 +192,17 @@ def _parsed(content: bytes, address: str) -> DatasetManifest:
     return manifest
 
 
-def _fetch(address: str, place: Path, name: str, sha256: str | None) -> None:
-    """Fetches a file, compares it with its hash, and puts it in its place."""
+def _fetch(address: str, place: Path, name: str, shard: Shard | None) -> None:
+    """Fetches a file, compares it with the manifest if it is a shard, and puts it in its place."""
+    with reported(joined(address, name), "read"):
+        size = int(file_system(address).size(joined(address, name)))
+    if shard is not None and size != shard.bytes:
+        raise SlmError(f"{joined(address, name)} has {size:,} bytes instead of {shard.bytes:,}", _AGAIN)
+    if shard is None and size > _TOKENIZER_BYTES:
+        raise SlmError(f"{joined(address, name)} is longer than {as_text(_TOKENIZER_BYTES)}", _AGAIN)
     partial = place / f"{name}.partial"
     fetch(joined(address, name), partial)
-    if sha256 is not None and sha256_file(partial) != sha256:
+    if shard is not None and sha256_file(partial) != shard.sha256:
         renames.remove_file(partial)
         raise SlmError(f"{joined(address, name)} differs from the dataset's manifest (SHA-256)", _AGAIN)
     renames.replace(partial, place / name)
