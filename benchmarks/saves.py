@@ -1,9 +1,9 @@
 """How long training stands still for a save, written at once or in the background.
 
-    python benchmarks/saves.py [--preset gemma3-270m] [--rounds 5] [--context 128] [--dir DIR]
+    python benchmarks/saves.py [--preset gemma3-270m] [--rounds 5] [--context 128] [--updates] [--dir DIR]
 
 Makes an update of one window, so that the optimizer has its state, and saves the run in turns: at once, and with
-`checkpoints.asynchronous`. For the latter it also times an update while the thread writes, and one without it. Figures are
+`checkpoints.asynchronous`. With --updates it also times an update while the thread writes, and one without it. Figures are
 medians in milliseconds; the processor time is this process's, all threads. The first round is not counted: it allocates the
 copies. The last line is one JSON object.
 """
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--preset", default="gemma3-270m")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--updates", action="store_true", help="time updates too")
     parser.add_argument("--dir", type=Path, help="where the run is saved; a temporary directory by default")
     args = parser.parse_args()
     overrides = [
@@ -55,10 +56,10 @@ def main() -> None:
         path = Path(directory) / "run"
         prepare(recipe, path, Silent())
         opened = module._Run(path, Alone(), Silent())
-        print(measure(opened, args.rounds))
+        print(measure(opened, args.rounds, args.updates))
 
 
-def measure(opened: module._Run, rounds: int) -> str:
+def measure(opened: module._Run, rounds: int, updates: bool) -> str:
     """Returns the figures of an opened run as JSON."""
     step = iter(range(1_000_000))
 
@@ -70,13 +71,14 @@ def measure(opened: module._Run, rounds: int) -> str:
     names = ("at_once", "background", "update_alone", "update_meanwhile", "writing")
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        taken = {"update_alone": timed(update)}
+        taken = {"update_alone": timed(update)} if updates else {}
         for name, writer in writers.items():
             opened.keeper._writer = writer
             began = time.perf_counter()
             taken[name] = timed(lambda: opened.save(opened.counters))
             if name == "background":
-                taken["update_meanwhile"] = timed(update)
+                if updates:
+                    taken["update_meanwhile"] = timed(update)
                 opened.keeper.finish()
                 taken["writing"] = ((time.perf_counter() - began) * 1e3, 0.0)
         print(number, {name: round(wall) for name, (wall, _) in taken.items()}, flush=True)
@@ -92,6 +94,7 @@ def measure(opened: module._Run, rounds: int) -> str:
             **{
                 f"{name}_{kind}ms": round(statistics.median(each[place] for each in taken), 1)
                 for name, taken in figures.items()
+                if taken
                 for place, kind in enumerate(("", "processor_"))
             },
         }
