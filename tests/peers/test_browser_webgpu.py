@@ -54,7 +54,7 @@ def test_a_quantized_bundle_for_webgpu(
     made = quantize_bundle(exported, tmp_path / precision, text, settings, None, text)[0]
     graph = onnx.load(made.model_path, load_external_data=False).graph
     [table] = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
-    assert {"bits": 8} == {each.name: each.i for each in table.attribute if each.name == "bits"}
+    assert {each.name: each.i for each in table.attribute if each.name == "bits"} == {"bits": 8}
     with served(site_of(made.path)) as server:
         tab = open_tab(server.url, browser=gpu).ready().set(greedy=True, new_tokens=40)
         assert tab.found["device"] == "WebGPU"
