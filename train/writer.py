@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -85,7 +86,9 @@ class Background(Writer):
             copy = before.get(key)
             if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
                 copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            copies[key] = copy.copy_(tensor)
+            # By one thread: hundreds of parallel copies, each with a barrier, take seconds on a busy machine.
+            np.copyto(copy.numpy(), tensor.numpy())
+            copies[key] = copy
         if self._shared:
             self._copies[name] = copies
         return copies
